@@ -128,7 +128,11 @@ def compact_svg(
 ) -> bytes:              # the same picture in fewer bytes
     "Leave out what draws nothing, and give coordinates two decimals: a hundredth of a point is not seen."
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg.decode(), flags=re.S)
-    text = re.sub(r'(?<= d=")[^"]*', lambda d: re.sub(r"\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), d[0]), text)
+    text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
+    text = re.sub(r"(font[^;\"]*?'[^',]*'), [^;\"]*?([\w-]+)(?=[;\"])", r"\1, \2", text)
+    text = re.sub(r'(?<= [dxy]=")[^"]*', lambda d: re.sub(r"\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), d[0]), text)
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
     return re.sub(r"\s+", " ", text).replace("> <", "><").strip().encode()
 
 # %% ../nbs/02_explore.ipynb
