@@ -195,11 +195,13 @@ def rendered(
 # %% ../nbs/02_explore.ipynb
 @contextmanager
 def fresh_figures() -> Iterator[Callable]:
-    "Inside, calling what it yields lists the pyplot figures opened since; on leaving they are closed."
+    "Inside, calling what it yields lists the pyplot figures drawn since; on leaving they are closed."
     def pyplot(): return sys.modules.get("matplotlib.pyplot")
     def numbers(): return set(pyplot().get_fignums()) if pyplot() else set()
+    def figures(): return [pyplot().figure(n) for n in sorted(numbers() - before)]
     before = numbers()
-    try: yield lambda: [pyplot().figure(n) for n in sorted(numbers() - before)]
+    if pyplot(): pyplot().figure()
+    try: yield lambda: [fig for fig in figures() if len(fig.get_children()) > 1]      # an empty one has its background alone
     finally:
         for n in numbers() - before: pyplot().close(n)
 
@@ -213,10 +215,10 @@ def frame(
     printed = io.StringIO()
     with fresh_figures() as opened, redirect_stdout(printed):
         result = f(**values)
-        if result is None and opened(): result = opened()[0]
+        results = [result] if result is not None else opened()
         text = f"<pre>{html.escape(printed.getvalue())}</pre>" if printed.getvalue() else ""
-        if result is None and not text: raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
-        return text + ("" if result is None else rendered(result, form, about(f)))
+        if not results and not text: raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
+        return text + "".join(rendered(r, form, about(f)) for r in results)
 
 # %% ../nbs/02_explore.ipynb
 def name_of(f: Callable) -> str:
@@ -346,9 +348,15 @@ def form_for(
     f: Callable,              # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> str:                     # 'png' or 'svg'
-    "The format that makes the first frame smaller; all frames take the same, so that they look alike."
-    with naming(f, initial(controls)): sizes = {form: len(frame(f, initial(controls), form)) for form in ("png", "svg")}
-    return min(sizes, key=sizes.get)
+    "The format that makes a sample of frames smaller; all frames take the same, so that they look alike."
+    places = list(itertools.islice(combinations(controls), MAX_FRAMES))
+    sample = [initial(controls)] + [choice(controls, places[i]) for i in np.linspace(0, len(places) - 1, 5).astype(int)]
+    size = {"png": 0, "svg": 0}
+    for values in sample:
+        with naming(f, values): both = {form: frame(f, values, form) for form in size}
+        if both["png"] == both["svg"]: break                     # no figure in it
+        size = {form: size[form] + len(both[form]) for form in size}
+    return min(size, key=size.get)
 
 def publish(
     f: Callable,              # the function of an explorer
@@ -528,8 +536,9 @@ def plot_matrix(
 ) -> Any:                        # the axes
     "A matrix as a picture: zero is white, negative blue, positive red. ValueError when it has not two dimensions."
     from matplotlib import pyplot as plt
-    x, ax = as_array(x), ax if ax is not None else plt.subplots()[1]
+    x = as_array(x)
     if x.ndim != 2: raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")
+    ax = ax if ax is not None else plt.subplots()[1]
     limit = limit or np.abs(x).max(initial=0) or 1
     ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])

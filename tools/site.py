@@ -8,7 +8,7 @@ directives dropped, the output of `show_doc` set as documentation, names in back
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
 """
-import ast, html, json, os, re, shutil, subprocess, sys, tempfile
+import ast, json, re, shutil, subprocess, sys, tempfile
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
@@ -244,7 +244,137 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     return out
 
 
+# ------------------------------------------------------------------------------------------------ checking
+
+LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
+         "object": "data", "input": "src"}                   # attributes that a browser fetches
+LINK_RELS = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "preconnect", "dns-prefetch", "manifest"}
+OUTSIDE = re.compile(r"^\s*(https?:)?//", re.I)
+PLACES = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users)/[\w.-]+/")
+EXPLORERS = 2_000_000                                        # bytes of all explorers on a page
+
+
+class Page(HTMLParser):
+    "What the checks need to know of one page."
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.path, self.raw = path, path.read_text(encoding="utf-8")
+        self.links, self.loads, self.ids, self.math, self.figures = [], [], set(), 0, 0
+        self.code, self.words, self.scripts, self.styles = [], [], [], []
+        self._inside, self._main = [], 0
+        self.feed(self.raw)
+
+    def handle_starttag(self, tag, attributes):
+        a = {k: v or "" for k, v in attributes}
+        if "id" in a: self.ids.add(a["id"])
+        if tag == "a" and "href" in a: self.links.append(a["href"])
+        if tag in LOADS and a.get(LOADS[tag]): self.loads.append(a[LOADS[tag]])
+        if tag == "link" and set(a.get("rel", "").split()) & LINK_RELS: self.loads.append(a.get("href", ""))
+        if "style" in a: self.styles.append(a["style"])
+        if "math" in a.get("class", "").split(): self.math += 1
+        if tag == "main": self._main += 1
+        if self._main and tag in ("img", "svg"): self.figures += 1
+        if tag in ("pre", "script", "style", "main"): self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self._inside: del self._inside[len(self._inside) - 1 - self._inside[::-1].index(tag):]
+        if tag == "main": self._main -= 1
+
+    def handle_data(self, data):
+        if "script" in self._inside: self.scripts.append(data)
+        elif "style" in self._inside: self.styles.append(data)
+        else:
+            self.words.append(data)
+            if "pre" in self._inside: self.code.append(data)
+
+    @cached_property
+    def explorers(self):
+        "The HTML of the explorers on the page."
+        return re.findall(r'<div class="mz-explore.*?</script></div>', self.raw, re.S)
+
+
+def squeeze(s):
+    return re.sub(r"\s+", "", s)
+
+
+def broken_links(page, pages, out):
+    "Links to files or places that are not there."
+    for href in page.links:
+        url = urlsplit(href)
+        if url.scheme or url.netloc or not href.strip("#"): continue
+        target = (page.path.parent / unquote(url.path)).resolve() if url.path else page.path
+        if target.is_dir(): target = target / "index.html"
+        if not target.is_file(): yield f"broken link {href}"
+        elif out not in target.parents: yield f"link {href} leaves the site"
+        elif url.fragment and target.name in pages and unquote(url.fragment) not in pages[target.name].ids: yield f"link {href}: {target.name} has no such place"
+
+
+def outside(page, out):
+    "Files that a browser would fetch from elsewhere, or that are not there."
+    for address in page.loads:
+        if OUTSIDE.match(address): yield f"loads {address}"
+        elif not address.startswith("data:") and not (page.path.parent / unquote(urlsplit(address).path)).is_file(): yield f"loads {address}, which is not there"
+    for css in page.styles: yield from css_loads(css, "a style")
+    for code in page.scripts:
+        for m in re.finditer(r"""(?:import|fetch|importScripts)\s*\(?\s*(?:[\w{},*\s]+from\s*)?["'](https?:[^"']+)""", code): yield f"a script loads {m[1]}"
+
+
+def css_loads(css, where):
+    for m in re.finditer(r"""@import\s+(?:url\()?["']?([^"')\s;]+)|url\(\s*["']?([^"')]+)""", css):
+        address = m[1] or m[2]
+        if OUTSIDE.match(address): yield f"{where} loads {address}"
+
+
+def stylesheets(out):
+    "What the site's style sheets fetch from elsewhere, or do not find."
+    for path in out.rglob("*.css"):
+        css = path.read_text(encoding="utf-8")
+        name = path.relative_to(out)
+        for problem in css_loads(css, name): yield str(problem)
+        for m in re.finditer(r"""url\(\s*["']?([^"')]+)""", css):
+            if not m[1].startswith(("data:", "#")) and not OUTSIDE.match(m[1]) and not (path.parent / urlsplit(m[1]).path).is_file(): yield f"{name}: {m[1]} is not there"
+
+
+def against_notebook(page, path):
+    "What a chapter must show, and what it must not."
+    book = json.loads(path.read_text(encoding="utf-8"))
+    shown = squeeze("".join(page.code))
+    for i, cell in enumerate(book["cells"]):
+        if is_hidden(cell) and len(squeeze(text(cell))) > 40:
+            code = squeeze("\n".join(l for l in text(cell).splitlines() if not DIRECTIVE.match(l)))
+            if code and code in shown: yield f"shows hidden cell {i}"
+    if re.search(r"^#\|", "".join(page.code), re.M): yield "shows a directive (#| …)"
+    if re.match(r"\d", path.name) and not page.figures: yield "has no figure"
+    math = any(re.search(r"\$[^$\n]+\$", text(c)) for c in book["cells"] if c["cell_type"] == "markdown")
+    if math and not (page.math and any("katex" in a for a in page.loads)): yield "has mathematics, and nothing to typeset it"
+    wanted = sum("mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for c in book["cells"] for o in c.get("outputs", []) if not is_hidden(c))
+    if wanted > len(page.explorers): yield f"has lost {wanted - len(page.explorers)} of {wanted} explorers"
+
+
+def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
+    "Everything that is wrong with a built site, one line each."
+    out = Path(out).resolve()
+    pages = {p.name: Page(p) for p in sorted(out.glob("*.html"))}
+    if "index.html" not in pages: return [f"{out} has no index.html: build it first"]
+    problems = list(stylesheets(out))
+    for name, page in pages.items():
+        found = [*broken_links(page, pages, out), *outside(page, out)]
+        notebook = Path(nbs) / f"{Path(name).stem}.ipynb"
+        if notebook.exists(): found += against_notebook(page, notebook)
+        if (size := sum(map(len, page.explorers))) > EXPLORERS: found.append(f"its explorers take {size:,} bytes, more than {EXPLORERS:,}")
+        if m := PLACES.search(" ".join(page.words)): found.append(f"names a place on somebody's machine: {m[0]}")
+        problems += [f"{name}: {p}" for p in found]
+    missing = [p.name for p in chapters(nbs) if f"{p.stem}.html" not in pages]
+    named = listed(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    problems += [f"{n} has no page" for n in missing] + [f"{p.name} is not in the sidebar of _quarto.yml" for p in chapters(nbs) if p.name not in named]
+    return list(dict.fromkeys(problems))
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["build", *folder]: print(build(*folder))
+        case ["check", *folder]:
+            problems = check(*folder)
+            print("\n".join(problems) or "nothing is wrong")
+            sys.exit(bool(problems))
         case _: sys.exit(__doc__)
