@@ -180,7 +180,7 @@ def stage(nbs, folder):
         (folder / "index.md").write_text("---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)), encoding="utf-8")
     settings = config(present)
     (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
-    shutil.copy(ASSETS / "book.css", folder / "book.css")
+    for name in ("book.css", "favicon.svg"): shutil.copy(ASSETS / name, folder / name)
 
 
 def by_smalldocs(folder, out):

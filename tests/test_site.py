@@ -1,0 +1,309 @@
+"The site as a reader meets it: built once, checked page by page, and opened in Chromium with the network cut."
+import functools, http.server, importlib.util, json, re, shutil, threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
+site = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site)
+CHAPTERS = site.chapters(ROOT / "nbs")
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000").split()
+CHROMIUM, DRIVER = (shutil.which(n) or shutil.which(m) for n, m in (("chromium", "chromium-browser"), ("chromedriver", "chromium.chromedriver")))
+browser_only = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+
+
+def has(path, word, kind="text/html"):
+    "Whether a notebook's saved outputs hold a word."
+    return any(word in "".join(o.get("data", {}).get(kind, "")) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", []))
+
+
+def markdown(path):
+    return "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+
+
+EXPLORED = [p.stem for p in CHAPTERS if has(p, "mz-explore")]
+MATH = [p.stem for p in CHAPTERS if re.search(r"\$[^$\n]+\$", markdown(p))]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    return site.build(tmp_path_factory.mktemp("site") / "docs", ROOT / "nbs")
+
+
+# ---------------------------------------------------------------------------------- the files
+
+def test_nothing_is_wrong(built):
+    assert site.check(built, ROOT / "nbs") == []
+
+
+def test_every_chapter_has_a_page_and_a_place_in_the_sidebar(built):
+    index = (built / "index.html").read_text()
+    for p in CHAPTERS:
+        assert (built / f"{p.stem}.html").is_file()
+        assert p.name == "index.ipynb" or f'href="{p.stem}.html"' in index
+
+
+def test_parts_stand_in_order(built):
+    bar = (built / f"{CHAPTERS[0].stem}.html").read_text().split('id="quarto-sidebar"')[1]
+    found = [int(n) for n in re.findall(r'sidebar-link[^>]*href="(\d\d)_|href="(\d\d)_\w+\.html"[^>]*sidebar-link', bar) for n in n if n]
+    assert found == sorted(found) and len(found) == sum(p.name[0].isdigit() for p in CHAPTERS)
+
+
+def test_vendored_katex_is_small_and_licensed():
+    files = list((ROOT / "tools/site/katex").rglob("*"))
+    assert sum(f.stat().st_size for f in files if f.is_file()) < 1_500_000
+    assert any(f.name == "LICENSE" for f in files) and not any(f.suffix in (".ttf", ".woff") for f in files)
+
+
+def test_a_second_build_gives_the_same_pages(built, tmp_path):
+    again = site.build(tmp_path / "docs", ROOT / "nbs")
+    differ = [p.name for p in built.glob("*.html") if p.read_bytes() != (again / p.name).read_bytes()]
+    assert differ == []
+
+
+def test_a_folder_that_is_no_site_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="not empty and not a site"): site.build(tmp_path, ROOT / "nbs")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# ---------------------------------------------------------------------------------- preparing notebooks
+
+def book(folder, *cells):
+    "A small notebook: strings are markdown, pairs are code and its outputs."
+    made = [dict(cell_type="markdown", metadata={}, source=c) if isinstance(c, str) else dict(cell_type="code", metadata={}, execution_count=1, source=c[0], outputs=list(c[1:])) for c in cells]
+    folder.mkdir(exist_ok=True)
+    (folder / "02_explore.ipynb").write_text(json.dumps(dict(cells=made, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")), nbformat=4, nbformat_minor=5)))
+    return folder
+
+
+FIGURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="})
+
+
+def page_of(tmp_path, *cells):
+    nbs = book(tmp_path / "nbs", *cells)
+    out = site.build(tmp_path / "out", nbs)
+    return (out / "02_explore.html").read_text(), site.check(out, nbs)
+
+
+def test_cells_and_directives(tmp_path):
+    page, problems = page_of(tmp_path, "# A title\n> what it says", ("#| hide\nimport secret_helper_that_nobody_needs_to_see_on_the_site",), ("#| default_exp explore",), ("", FIGURE),
+                             ("#| export\ndef hop(n: int): return n", FIGURE), "Then `hop` and `hop()` and `other`.",
+                             ("#| code-fold: true\n#| code-summary: \"Solution\"\nanswer = 42",))
+    assert "<h1" in page and "A title" in page and "what it says" in page
+    assert "secret_helper" not in page and "default_exp" not in page and "#|" not in page
+    assert 'id="def-hop"' in page and '<a href="#def-hop"><code>hop</code></a>' in page
+    assert re.search(r"<details[^>]*>\s*<summary>Solution</summary>", page)
+    assert problems == []
+
+
+def test_linked():
+    where = {"quantize": "03_quant.ipynb#def-quantize"}
+    text = "# `quantize`\n`quantize` twice `quantize`\n```\n`quantize`\n```\n[`quantize`](x)"
+    assert site.linked(text, where, "00_data.ipynb") == text.replace("\n`quantize` twice", "\n[`quantize`](03_quant.ipynb#def-quantize) twice", 1)
+    assert site.linked("`quantize()`", where, "03_quant.ipynb") == "[`quantize()`](#def-quantize)"
+
+
+def test_show_doc_is_set_as_documentation(tmp_path):
+    saved = "---\n\n### hop\n\n>      hop (n:int)\n\n*Hops.*\n\n|    | **Type** | **Details** |\n| -- | -------- | ----------- |\n| n | int | how far |"
+    page, _ = page_of(tmp_path, "# t", ("show_doc(hop)", dict(output_type="execute_result", execution_count=1, metadata={}, data={"text/markdown": saved, "text/plain": saved})))
+    assert 'class="api"' in page and "how far" in page and "show_doc" not in page and "<hr" not in page
+    assert re.search(r"hop</span>.*n:.*int", page) or "hop (n:int)" in re.sub("<[^>]+>", "", page)
+
+
+@pytest.mark.parametrize("cells, says", [
+    (["# t", "[x](nowhere.html)"], "broken link nowhere.html"), (["# t", "[x](#nowhere)"], "has no such place"), (["# t", "![x](https://example.org/x.png)"], "loads https://example.org/x.png"),
+    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<script src="//example.org/x.js"></script>'}))], "loads //example.org/x.js"),
+    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<style>@import "https://example.org/x.css"</style>'}))], "loads https://example.org/x.css"),
+    (["# t", ("1", dict(output_type="stream", name="stdout", text="/home/me/book/x.py:3"))], "somebody's machine: /home/me/"), (["# t"], "has no figure"),
+    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<div class="mz-explore">' + "x" * 2_000_001 + "</script></div>"}))], "its explorers take 2,000,0")])
+def test_check_finds(tmp_path, cells, says):
+    _, problems = page_of(tmp_path, *cells)
+    assert any(says in p for p in problems), problems
+
+
+def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
+    nbs = book(tmp_path / "nbs", "# t\n\n$x^2$", ("a_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
+    out = site.build(tmp_path / "out", nbs)
+    assert site.check(out, nbs) == []
+    book(nbs, "# t\n\n$x^2$", ("#| hide\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
+    page = out / "02_explore.html"
+    page.write_text(re.sub(r'<script[^>]*katex[^>]*></script>|<link[^>]*katex[^>]*>', "", page.read_text()))
+    problems = site.check(out, nbs)
+    assert any("shows hidden cell 1" in p for p in problems) and any("nothing to typeset it" in p for p in problems)
+
+
+# ---------------------------------------------------------------------------------- in a browser
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *a): pass
+
+
+@pytest.fixture(scope="session")
+def address(built):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS: options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    "A browser whose console must stay empty and which asks nobody but the local server."
+    for kind in ("browser", "performance"): chromium.get_log(kind)
+    yield chromium
+    assert [e["message"] for e in chromium.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+    asked = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    assert [u for u in urls if not u.startswith(("http://127.0.0.1", "file:", "data:", "blob:"))] == []
+
+
+def wait(browser, script, *arguments, seconds=5):
+    from selenium.webdriver.support.ui import WebDriverWait
+    return WebDriverWait(browser, seconds, poll_frequency=.05).until(lambda b: b.execute_script(script, *arguments))
+
+
+PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
+
+
+@browser_only
+@pytest.mark.parametrize("chapter", EXPLORED)
+def test_explorers_turn(browser, address, chapter):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    browser.get(f"{address}/{chapter}.html")
+    explorers = browser.find_elements(By.CSS_SELECTOR, ".mz-explore")
+    assert explorers
+    for e in explorers:
+        assert not e.find_element(By.TAG_NAME, "fieldset").get_property("disabled")
+        first, moved = browser.execute_script(PICTURE, e), False
+        for knob in e.find_elements(By.CSS_SELECTOR, "input, select"):
+            kind = knob.get_attribute("type")
+            if kind == "range":
+                at, last = int(knob.get_attribute("value")), int(knob.get_attribute("max"))
+                shown = knob.find_element(By.XPATH, "./following-sibling::output")
+                before = shown.text
+                knob.send_keys(Keys.ARROW_LEFT if at == last else Keys.ARROW_RIGHT)
+                if last: assert shown.text != before and knob.get_attribute("aria-valuetext") == shown.text
+            elif kind == "checkbox": knob.send_keys(Keys.SPACE)
+            else: knob.send_keys(Keys.ARROW_UP if knob.get_property("selectedIndex") else Keys.ARROW_DOWN)
+            moved = moved or browser.execute_script(PICTURE, e) != first
+        assert moved, "no control changes what is shown"
+        for image in e.find_elements(By.CSS_SELECTOR, ".mz-frame img"):
+            wait(browser, "return arguments[0].complete && arguments[0].naturalWidth > 0", image)
+
+
+@browser_only
+@pytest.mark.parametrize("chapter", EXPLORED)
+def test_every_frame_is_a_picture_or_text(browser, address, chapter):
+    browser.get(f"{address}/{chapter}.html")
+    broken = browser.execute_async_script("""
+        const done = arguments[0], bad = [];
+        (async () => {
+          for (const root of document.querySelectorAll('.mz-explore')) for (const knob of root.querySelectorAll('input[type=range]'))
+            for (let v = 0; v <= +knob.max; v++) {
+              knob.value = v; knob.dispatchEvent(new Event('input', {bubbles: true}));
+              const stage = root.querySelector('.mz-frame'), img = stage.querySelector('img');
+              if (img) await img.decode().catch(() => bad.push(knob.max + ':' + v));
+              else if (!stage.textContent.trim() || stage.textContent == 'undefined') bad.push('empty ' + v);
+            }
+          done(bad);
+        })();""")
+    assert broken == []
+
+
+@browser_only
+@pytest.mark.parametrize("chapter", MATH)
+def test_mathematics_is_typeset(browser, address, chapter):
+    browser.get(f"{address}/{chapter}.html")
+    wait(browser, "return document.querySelectorAll('main .katex').length > 0")
+    written, typeset, errors, flat = browser.execute_script(
+        "const all = s => [...document.querySelectorAll(s)];"
+        "return [all('main .math').length, all('main .math .katex').length, all('.katex-error').map(e => e.textContent),"
+        " all('main .math .katex').filter(e => e.closest('details:not([open])') == null && (!e.offsetWidth || !e.offsetHeight)).length]")
+    assert typeset >= written > 0 and errors == [] and flat == 0
+    assert wait(browser, "return document.fonts.status == 'loaded' && [...document.fonts].some(f => f.family.includes('KaTeX') && f.status == 'loaded')")
+
+
+@browser_only
+@pytest.mark.parametrize("chapter", [p.stem for p in CHAPTERS])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_the_window(browser, address, chapter, width):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500))
+    browser.get(f"{address}/{chapter}.html")
+    wide = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide[0] <= width and wide[1] == width
+
+
+def search(browser, word):
+    box = browser.find_element("css selector", ".smalldocs-search input")
+    box.clear()
+    box.send_keys(word)
+    wait(browser, "return document.querySelectorAll('.search-result').length > 0")
+    return [r.get_attribute("href") for r in browser.find_elements("css selector", ".search-result")]
+
+
+@browser_only
+def test_search_finds_a_word(browser, address):
+    browser.get(f"{address}/02_explore.html")
+    found = search(browser, "cloakroom ticket")
+    assert "02_explore.html" in found[0]
+    browser.get(found[0])
+    assert "Pictures that you can turn" in browser.title
+
+
+@browser_only
+def test_search_and_mathematics_without_a_server(browser, built):
+    browser.get((built / "02_explore.html").as_uri())
+    assert search(browser, "cloakroom ticket")
+    assert wait(browser, "return document.querySelectorAll('main .katex').length > 0")
+
+
+@browser_only
+def test_sidebar_leads_everywhere(browser, address):
+    browser.get(f"{address}/index.html")
+    links = [a.get_attribute("href") for a in browser.find_elements("css selector", "#quarto-sidebar a.sidebar-link") if a.get_attribute("href")]
+    assert {l.rsplit("/")[-1] for l in links} >= {f"{p.stem}.html" for p in CHAPTERS if p.name[0].isdigit()}
+    browser.find_element("css selector", "#quarto-sidebar a[href='02_explore.html']").click()
+    assert browser.current_url.endswith("/02_explore.html")
+    here = browser.find_element("css selector", "#quarto-sidebar [aria-current=page]")
+    assert here.get_attribute("href").endswith("/02_explore.html") and here.is_displayed()
+
+
+@browser_only
+def test_sidebar_opens_on_a_phone(browser, address):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=390, height=800, deviceScaleFactor=1, mobile=True))
+    browser.get(f"{address}/02_explore.html")
+    bar = browser.find_element("css selector", "#quarto-sidebar")
+    assert not bar.is_displayed()
+    next(b for b in browser.find_elements("css selector", ".quarto-btn-toggle") if b.is_displayed()).click()
+    wait(browser, "return arguments[0].getBoundingClientRect().width > 100 && arguments[0].getBoundingClientRect().left >= 0", bar)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@browser_only
+def test_without_script_the_first_frame_stands_there(browser, address):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=True))
+    browser.get(f"{address}/02_explore.html")
+    e = browser.find_element("css selector", ".mz-explore")
+    assert e.find_element("css selector", ".mz-frame").text or e.find_elements("css selector", ".mz-frame img")
+    assert e.find_elements("css selector", "fieldset:disabled")
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=False))
