@@ -1,0 +1,44 @@
+# Everything that the README promises. Each target makes .venv when it is missing or out of date.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "modelzip needs Python 3.10 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install everything (the others do it when needed)
+
+tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique, print the table, write tour/report.html
+	$(BIN)/modelzip tour
+
+test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
+	$(BIN)/python tools/book.py check
+	OMP_NUM_THREADS=1 MODELZIP_STATIC=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q tests
+
+lab: $(STAMP)  ## open JupyterLab on the chapters
+	cd nbs && ../$(BIN)/jupyter lab
+
+docs: $(STAMP)  ## render the site to _docs/
+	$(BIN)/python tools/site.py build
+
+book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
+	$(BIN)/python tools/book.py run
+
+bench: $(STAMP)  ## speed, size and memory against peers, as ratios of one run
+	for b in bench/*.py; do $(BIN)/python $$b || exit 1; done
+
+clean:  ## remove what can be made again
+	rm -rf .venv _docs _proc tour build dist *.egg-info .pytest_cache .hypothesis
+
+.PHONY: help setup tour test lab docs book bench clean

