@@ -206,19 +206,19 @@ def fresh_figures() -> Iterator[Callable]:
         for n in numbers() - before: pyplot().close(n)
 
 # %% ../nbs/02_explore.ipynb
-def frame(
+def frame_in(
     f: Callable,         # the function of an explorer
     values: dict,        # its arguments by name
-    form: str = "png",   # how figures are drawn, 'png' or 'svg'
-) -> str:                # what it printed and what it returned, as a piece of HTML
-    "One frame of an explorer; ValueError when the function shows nothing at all."
+    *forms: str,         # how figures are drawn: 'png', 'svg' or both
+) -> dict[str, str]:     # a piece of HTML for each form
+    "What one call printed and returned, as HTML; ValueError when that is nothing at all."
     printed = io.StringIO()
     with fresh_figures() as opened, redirect_stdout(printed):
         result = f(**values)
         results = [result] if result is not None else opened()
         text = f"<pre>{html.escape(printed.getvalue())}</pre>" if printed.getvalue() else ""
         if not results and not text: raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
-        return text + "".join(rendered(r, form, about(f)) for r in results)
+        return {form: text + "".join(rendered(r, form, about(f)) for r in results) for form in forms}
 
 # %% ../nbs/02_explore.ipynb
 def name_of(f: Callable) -> str:
@@ -228,6 +228,15 @@ def name_of(f: Callable) -> str:
 def about(f: Callable) -> str:
     "The first line of a function's documentation, else its name: the text that stands for its pictures."
     return (inspect.getdoc(f) or name_of(f)).splitlines()[0] if inspect.isroutine(f) else name_of(f)
+
+# %% ../nbs/02_explore.ipynb
+def frame(
+    f: Callable,         # the function of an explorer
+    values: dict,        # its arguments by name
+    form: str = "png",   # how figures are drawn, 'png' or 'svg'
+) -> str:                # what it printed and what it returned, as a piece of HTML
+    "One frame of an explorer; ValueError when the function shows nothing at all."
+    return frame_in(f, values, form)[form]
 
 # %% ../nbs/02_explore.ipynb
 MAX_FRAMES = 1_000       # more combinations than that are refused before the first is drawn
@@ -350,10 +359,10 @@ def form_for(
 ) -> str:                     # 'png' or 'svg'
     "The format that makes a sample of frames smaller; all frames take the same, so that they look alike."
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
-    sample = [initial(controls)] + [choice(controls, places[i]) for i in np.linspace(0, len(places) - 1, 5).astype(int)]
+    sample = [initial(controls)] + [choice(controls, places[i]) for i in sorted({0, len(places) // 2, len(places) - 1})]
     size = {"png": 0, "svg": 0}
     for values in sample:
-        with naming(f, values): both = {form: frame(f, values, form) for form in size}
+        with naming(f, values): both = frame_in(f, values, *size)
         if both["png"] == both["svg"]: break                     # no figure in it
         size = {form: size[form] + len(both[form]) for form in size}
     return min(size, key=size.get)
