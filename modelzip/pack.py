@@ -6,12 +6,12 @@
 __all__ = ['PackError', 'save', 'load', 'Contents', 'inspect']
 
 # %% ../nbs/05_pack.ipynb
-import copy, errno, html, importlib, json, math, os, secrets, stat, struct, sys, zlib
+import collections, copy, errno, functools, html, importlib, json, math, os, secrets, stat, struct, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Iterator
+from typing import Any, BinaryIO, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from .quant import CompressedTensor, Dequantize
 # %% ../nbs/05_pack.ipynb
 class PackError(Exception):
     "A `.mz` file that does not give back the model that was saved. The message names the file and says what is wrong."
+
+# %% ../nbs/05_pack.ipynb
+def demand(
+    ok: Any,          # true if all is well
+    message: str,     # what is wrong otherwise
+) -> None:
+    "A check that a file has to pass."
+    if not ok: raise PackError(message)
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
@@ -106,11 +114,13 @@ def check_storable(
     t: Tensor,
 ) -> None:
     "Raise unless the tensor is one that a file can hold: dense, initialized, with bytes of its own."
-    if nn.parameter.is_lazy(t): raise ValueError(f"{name!r} has no shape yet: run the model once on an example before saving it")
+    if nn.parameter.is_lazy(t):
+        raise ValueError(f"{name!r} has no shape yet: run the model once on an example before saving it")
     if t.layout != torch.strided or t.is_nested or t.is_quantized or t.dtype not in NAMES:
         raise TypeError(f"{name!r} is a {t.layout} tensor of {t.dtype}; it may be a dense one of {', '.join(DTYPES)}")
     if t.is_meta: raise ValueError(f"{name!r} is on the meta device and has no values to save")
-    if type(t.detach()) not in (Tensor, nn.Parameter, nn.Buffer): raise TypeError(f"{name!r} is a {type(t.detach()).__name__}; it may be a torch.Tensor or nn.Parameter")
+    if (kind := type(t.detach())) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise TypeError(f"{name!r} is a {kind.__name__}; it may be a torch.Tensor or nn.Parameter")
 
 # %% ../nbs/05_pack.ipynb
 def as_bytes(
@@ -181,7 +191,8 @@ def find_kind(
     "Look up a kind of tensor or layer, importing modelzip's own chapter for it if need be."
     if name not in registry and name in HOMES:
         with suppress(ImportError): importlib.import_module(f"modelzip.{HOMES[name]}")
-    if name not in registry: raise PackError(f"it needs {name!r}, which this modelzip does not know (import the package that defines it, or update modelzip)")
+    demand(name in registry, f"it needs {name!r}, which this modelzip does not know "
+                             "(import the package that defines it, or update modelzip)")
     return registry[name]
 
 # %% ../nbs/05_pack.ipynb
@@ -259,13 +270,15 @@ def table_of(
     return table, order, size
 
 # %% ../nbs/05_pack.ipynb
+def is_architecture(a: Any) -> bool:
+    return isinstance(a, dict) and a.keys() == {"name", "options"} and isinstance(a["name"], str) and isinstance(a["options"], dict)
+
 def architecture_of(
     model: nn.Module,
 ) -> dict | None:      # {"name": …, "options": {…}}
     "How a registered builder makes such a model, if one does."
     a = getattr(model, "architecture", None)
-    if not (isinstance(a, dict) and a.keys() == {"name", "options"} and isinstance(a["name"], str) and isinstance(a["options"], dict)): return None
-    return json.loads(as_json(a, "model.architecture"))
+    return json.loads(as_json(a, "model.architecture")) if is_architecture(a) else None
 
 # %% ../nbs/05_pack.ipynb
 def deflate(
@@ -283,11 +296,12 @@ def inflate(
     size: int,       # what it claims to become
 ) -> bytes:
     "Unpack a deflate stream that has exactly the size it claims; memory is limited by that size whatever the stream says."
-    if size > MAX_MANIFEST or size > 2**20 + MAX_RATIO*len(packed): raise PackError(f"its manifest claims {size:,} bytes unpacked from {len(packed):,}: more than a manifest can have")
+    demand(size <= min(MAX_MANIFEST, 2**20 + MAX_RATIO*len(packed)),
+           f"its manifest claims {size:,} bytes unpacked from {len(packed):,}: more than a manifest can have")
     z = zlib.decompressobj(-15)
     try: data = z.decompress(packed, size + 1)
     except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
-    if len(data) != size or not z.eof or z.unused_data: raise PackError("its manifest does not have the size that it claims")
+    demand(len(data) == size and z.eof and not z.unused_data, "its manifest does not have the size that it claims")
     return data
 
 # %% ../nbs/05_pack.ipynb
@@ -324,7 +338,8 @@ def read_json(
     data: bytes,
 ) -> Any:
     "Strict JSON; `PackError` for everything else."
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES: raise PackError("its manifest has more values than a manifest can have")
+    n = sum(map(data.count, (b",", b"[", b"{")))
+    demand(n <= MAX_VALUES, "its manifest has more values than a manifest can have")
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
         if depth(value) < MAX_DEPTH: return value
@@ -341,12 +356,12 @@ def check_manifest(
 ) -> dict:       # the same
     "The outer form of a manifest. The version comes first: a newer file may differ in all the rest."
     version = m.get("modelzip") if isinstance(m, dict) else None
-    if type(version) is not int or version < 1: raise PackError("its manifest does not say which version of the format it has")
-    if version > VERSION: raise PackError(f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to {VERSION} (update it)")
-    a = m.get("architecture")
-    if not (KEYS - {"info"} <= m.keys() <= KEYS and isinstance(m.get("tensors"), dict) and isinstance(m.get("info", {}), dict)): raise PackError("its manifest has unknown or missing fields")
-    if not (a is None or isinstance(a, dict) and a.keys() == {"name", "options"} and isinstance(a["name"], str) and isinstance(a["options"], dict)):
-        raise PackError("its manifest describes the architecture in an unknown form")
+    demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
+    demand(version <= VERSION, f"it was made by a newer modelzip: it has version {version} of the format, "
+                               f"this modelzip reads up to {VERSION} (update it)")
+    demand(KEYS - {"info"} <= m.keys() <= KEYS and isinstance(m["tensors"], dict) and isinstance(m.get("info", {}), dict),
+           "its manifest has unknown or missing fields")
+    demand(m["architecture"] is None or is_architecture(m["architecture"]), "its manifest describes the architecture in an unknown form")
     return m
 
 # %% ../nbs/05_pack.ipynb
@@ -371,8 +386,9 @@ def check_shape(
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     "The type and the shape in an entry of the table."
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or dtype not in DTYPES: raise PackError(f"{name!r} has the unknown type {ascii(dtype)[:40]}")
-    if not (isinstance(shape, list) and all(map(is_size, shape)) and math.prod(d or 1 for d in shape)*16 < 2**63): raise PackError(f"{name!r} has the impossible shape {ascii(shape)[:80]}")
+    demand(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has the unknown type {ascii(dtype)[:40]}")
+    demand(isinstance(shape, list) and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
+           f"{name!r} has the impossible shape {ascii(shape)[:80]}")
     return DTYPES[dtype], tuple(shape)
 
 # %% ../nbs/05_pack.ipynb
@@ -381,9 +397,9 @@ def check_part(
     name: str,
 ) -> Part:
     "An entry of the table that is a plain tensor."
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "offset"}: raise PackError(f"{name!r} is described in an unknown form")
+    demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "offset"}, f"{name!r} is described in an unknown form")
     dtype, shape = check_shape(entry, name)
-    if not is_size(offset := entry["offset"]) or offset % dtype.itemsize: raise PackError(f"{name!r} has the impossible offset {ascii(offset)[:40]}")
+    demand(is_size(offset := entry["offset"]) and offset % dtype.itemsize == 0, f"{name!r} has the impossible offset {ascii(offset)[:40]}")
     return Part(dtype, shape, offset)
 
 # %% ../nbs/05_pack.ipynb
@@ -411,29 +427,43 @@ def check_row(
 ) -> Row:
     "One entry of the table, in whichever of its three forms."
     keys = set(entry) if isinstance(entry, dict) else set()
-    layer, options = (entry.get("layer"), entry.get("options", {})) if keys else (None, {})
-    if "layer" in keys and not (isinstance(layer, str) and isinstance(options, dict)): raise PackError(f"{name!r} has a layer in an unknown form")
-    wrap = keys & {"layer", "options"} if "layer" in keys else set()
-    if keys - wrap == {"same"}: return check_tied(name, entry["same"], rows, layer, options)
-    if not (wrap and keys - wrap == {"dtype", "shape", "kind", "meta", "parts"}): part = check_part(entry, name); return Row(name, part.dtype, part.shape, {"": part})
-    dtype, shape = check_shape(entry, name)
-    kind, meta, parts = entry["kind"], entry["meta"], entry["parts"]
-    if not (isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict)): raise PackError(f"{name!r} is described in an unknown form")
+    if "layer" in keys: keys -= {"layer", "options"}
+    if keys == {"same"}: return check_tied(name, entry, rows)
+    if keys == {"dtype", "shape", "kind", "meta", "parts"}: return check_compressed(name, entry)
+    part = check_part(entry, name)
+    return Row(name, part.dtype, part.shape, {"": part})
+
+# %% ../nbs/05_pack.ipynb
+def check_layer(
+    name: str,
+    entry: dict,
+) -> tuple[str | None, dict]:     # the class of the layer around a compressed tensor, and its options
+    "What an entry says about its layer."
+    layer, options = entry.get("layer"), entry.get("options", {})
+    demand("layer" not in entry or isinstance(layer, str) and isinstance(options, dict), f"{name!r} has a layer in an unknown form")
+    return layer, options
+
+def check_compressed(
+    name: str,
+    entry: dict,
+) -> Row:
+    "An entry that is a compressed tensor."
+    kind, meta, parts, (layer, options) = entry["kind"], entry["meta"], entry["parts"], check_layer(name, entry)
+    demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer, f"{name!r} is described in an unknown form")
     parts = {k: check_part(p, f"{name}/{k}") for k, p in parts.items()}
-    return Row(name, dtype, shape, parts, kind, meta, None, layer, options)
+    return Row(name, *check_shape(entry, name), parts, kind, meta, None, layer, options)
 
 # %% ../nbs/05_pack.ipynb
 def check_tied(
     name: str,
-    same: Any,                   # the earlier name
+    entry: dict,
     rows: dict[str, Row],
-    layer: str | None,
-    options: dict,
 ) -> Row:
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
-    if not isinstance(same, str) or same not in rows or rows[same].same is not None: raise PackError(f"{name!r} is tied to {ascii(same)[:80]}, which does not come before it")
+    same, (layer, options) = entry["same"], check_layer(name, entry)
+    demand(isinstance(same, str) and same in rows and rows[same].same is None, f"{name!r} is tied to {ascii(same)[:80]}, which does not come before it")
     first = rows[same]
-    if (first.layer is None) != (layer is None): raise PackError(f"{name!r} is tied to {same!r}, but only one of them is compressed")
+    demand((first.layer is None) == (layer is None), f"{name!r} is tied to {same!r}, but only one of them is compressed")
     return Row(name, first.dtype, first.shape, {}, first.kind, first.meta, same, layer, options)
 
 # %% ../nbs/05_pack.ipynb
@@ -446,9 +476,9 @@ def check_table(
     for name, entry in table.items(): rows[name] = check_row(name, entry, rows)
     end = 0
     for _, _, part in in_order(rows):
-        if not 0 <= part.offset - end < ALIGN: raise PackError(f"its tensors overlap or leave gaps (at byte {end} of the payload)")
+        demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
         end = part.offset + part.nbytes
-    if end != size: raise PackError(f"its tensors need {end:,} bytes, but its payload has {size:,}")
+    demand(end == size, f"its tensors need {end:,} bytes, but its payload has {size:,}")
     return rows
 
 def in_order(
@@ -513,18 +543,50 @@ def replacing(
     sync_folder(os.path.dirname(target))
 
 # %% ../nbs/05_pack.ipynb
-BLOCK = 2**22      # bytes that are read or written at a time
+def times(
+    a: int,
+    b: int,
+) -> int:      # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
+    "Multiply remainders."
+    product = 0
+    while a:
+        if a & 1 << 31: product ^= b
+        a = a << 1 & MARK
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+@functools.lru_cache(1024)
+def power(n: int) -> int:     # x to the power of 8n: what n more bytes do to a checksum
+    "Square and multiply."
+    result, base = 1 << 31, 1 << 23
+    while n: result, base, n = times(result, base) if n & 1 else result, times(base, base), n >> 1
+    return result
+
+def join(a: int, b: int, n: int) -> int:     # the checksum of two pieces, the second n bytes long
+    "Checksum of a whole from those of its parts."
+    return times(power(n), a) ^ b
+
+# %% ../nbs/05_pack.ipynb
+BLOCK = 2**20                                  # bytes that are read or written at a time
+THREADS = min(4, os.cpu_count() or 1)
 
 class Checksum:
-    "A CRC-32 that is computed in a second thread while the first one reads or writes the next block."
-    def __init__(self): self.pool, self.value, self.last = ThreadPoolExecutor(1), 0, None
+    "A CRC-32 that is computed in other threads while this one goes on reading or writing."
+    def __init__(self): self.pool, self.value, self.pending = ThreadPoolExecutor(THREADS), 0, collections.deque()
 
     def add(self, block):
-        self.finish()
-        self.last = self.pool.submit(zlib.crc32, block, self.value)
+        "The next block of bytes; it must stay as it is until it has been dealt with."
+        if len(block) < 2**16 and not self.pending: self.value = zlib.crc32(block, self.value); return
+        self.pending.append((self.pool.submit(zlib.crc32, block), len(block)))
+        if len(self.pending) > 2*THREADS: self.take()
+
+    def take(self):
+        crc, n = self.pending.popleft()
+        self.value = join(self.value, crc.result(), n)
 
     def finish(self):
-        if self.last is not None: self.value, self.last = self.last.result(), None
+        "The checksum of all blocks."
+        while self.pending: self.take()
         return self.value
 
     def __enter__(self): return self
@@ -592,14 +654,14 @@ def find_directory(
     size: int,                # of the file
 ) -> tuple[int, int]:         # where the directory begins, and how many entries it has
     "Read the end record."
-    if size < END.size: raise PackError("it is empty" if size == 0 else f"it is no zip archive (only {size} bytes)")
+    demand(size >= END.size, f"it is no zip archive (only {size} bytes)" if size else "it is empty")
     f.seek(size - END.size)
     sign, _, _, _, n, _, offset, _ = END.unpack(f.read(END.size))
-    if sign != b"PK\5\6": raise PackError("it does not end as a zip archive does: it has been cut off, or it is something else")
+    demand(sign == b"PK\5\6", "it does not end as a zip archive does: it has been cut off, or it is something else")
     if offset == MARK and size >= END.size + LOCATOR.size + END64.size:
         f.seek(size - END.size - LOCATOR.size - END64.size)
         offset = END64.unpack(f.read(END64.size))[-1]
-    if not (1 <= n <= 64 and offset < size and size - offset <= 2**16): raise PackError(ODD)
+    demand(1 <= n <= 64 and offset < size and size - offset <= 2**16, ODD)
     return offset, n
 
 # %% ../nbs/05_pack.ipynb
@@ -624,8 +686,9 @@ def read_entries(
     entries, rest = [], found
     try:
         for _ in range(n): entry, length = read_record(rest); entries.append(entry); rest = rest[length:]
-        if "manifest.json" not in (names := [e.name for e in entries]): raise PackError(f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
-        if directory(entries, offset) != found or len(set(names)) < n: raise PackError(ODD)
+        names = [e.name for e in entries]
+        demand("manifest.json" in names, f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
+        demand(directory(entries, offset) == found and len(set(names)) == n, ODD)
     except (struct.error, UnicodeDecodeError): raise PackError(ODD) from None
     check_headers(f, entries, offset)
     return entries
@@ -646,9 +709,9 @@ def check_headers(
     at = 0
     for e in entries:
         f.seek(at)
-        if e.offset != at or at + e.packed > end or f.read(len(local_header(e))) != local_header(e): raise PackError(ODD)
+        demand(e.offset == at and at + e.packed <= end and f.read(len(local_header(e))) == local_header(e), ODD)
         at = data_offset(e) + e.packed
-    if at != end: raise PackError(ODD)
+    demand(at == end, ODD)
 
 # %% ../nbs/05_pack.ipynb
 @contextmanager
@@ -663,7 +726,7 @@ def open_file(
     path: str | os.PathLike,
 ) -> BinaryIO:
     "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder or a device is a `PackError`."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise PackError("it is a folder" if os.path.isdir(path) else "it is no regular file")
+    demand(stat.S_ISREG(os.stat(path).st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
     return open(path, "rb")
 
 # %% ../nbs/05_pack.ipynb
@@ -673,12 +736,13 @@ def read_manifest(
     "Everything that a file says about itself, checked; the payload is not read yet."
     entries = {e.name: e for e in read_entries(f, os.fstat(f.fileno()).st_size)}
     about, payload = entries["manifest.json"], entries.get("payload")
-    if about.packed > MAX_MANIFEST or about.method != 8: raise PackError("its manifest is packed in an unknown way, or too large")
+    demand(about.packed <= MAX_MANIFEST and about.method == 8, "its manifest is packed in an unknown way, or too large")
     f.seek(data_offset(about))
     text = inflate(f.read(about.packed), about.size)
-    if zlib.crc32(text) != about.crc: raise PackError("its manifest is damaged (wrong checksum)")
+    demand(zlib.crc32(text) == about.crc, "its manifest is damaged (wrong checksum)")
     manifest = check_manifest(read_json(text))
-    if entries.keys() != {"payload", "manifest.json"} or payload.method or payload.packed != payload.size: raise PackError(f"it has entries that do not belong there: {ascii(list(entries))[:200]}")
+    demand(entries.keys() == {"payload", "manifest.json"} and payload.method == 0 and payload.packed == payload.size,
+           f"it has entries that do not belong there: {ascii(list(entries))[:200]}")
     return manifest, check_table(manifest["tensors"], payload.size), payload
 
 # %% ../nbs/05_pack.ipynb
@@ -691,8 +755,9 @@ def read_part(
     t = torch.empty(part.shape, dtype=part.dtype)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
-        if f.readinto(data[i:i + BLOCK]) != len(data[i:i + BLOCK]): raise PackError("it became shorter while it was being read")
-        crc.add(data[i:i + BLOCK])
+        block = data[i:i + BLOCK]
+        demand(f.readinto(block) == len(block), "it became shorter while it was being read")
+        crc.add(block)
     return t
 
 # %% ../nbs/05_pack.ipynb
@@ -707,12 +772,12 @@ def read_payload(
     with Checksum() as crc:
         for name, key, part in in_order(rows):
             gap = f.read(part.offset - end); crc.add(gap)
-            if any(gap): raise PackError("it has bytes between tensors that should be zero")
+            demand(not any(gap), "it has bytes between tensors that should be zero")
             tensors[name, key] = read_part(f, part, crc)
             end = part.offset + part.nbytes
-        if crc.finish() != payload.crc: raise PackError("its numbers are damaged (wrong checksum)")
-    for t in tensors.values():
-        if t.dtype == torch.bool and (t.view(torch.uint8) > 1).any(): raise PackError("a bool tensor has values other than 0 and 1")
+        demand(crc.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
+    flags = (t.view(torch.uint8) for t in tensors.values() if t.dtype == torch.bool)
+    demand(not any((t > 1).any() for t in flags), "a bool tensor has values other than 0 and 1")
     return tensors
 
 # %% ../nbs/05_pack.ipynb
@@ -753,12 +818,15 @@ def build_from(
     architecture: dict | None,       # of a manifest
 ) -> nn.Module:                      # hollow
     "Let the registered builder that a file names make its model."
-    if architecture is None: raise PackError("it does not say which architecture it has: pass a model that has it, load(path, model)")
+    demand(architecture, "it does not say which architecture it has: pass a model that has it, load(path, model)")
     name, options = architecture["name"], architecture["options"]
     try:
         with torch.random.fork_rng(devices=[]): return hollow(build_model(name, **options))
     except ImportError: raise
-    except Exception as e: raise PackError(f"its architecture {name!r} cannot be built here ({e}): register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
+    except Exception as e:
+        why = e.args[0] if isinstance(e, KeyError) and e.args else e
+        raise PackError(f"its architecture {name!r} cannot be built here ({why}): "
+                        "register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
 
 # %% ../nbs/05_pack.ipynb
 def check_match(
@@ -770,8 +838,8 @@ def check_match(
     listed = [("the file lacks", [n for n in have if n not in rows]),
               ("the model has no", [n for n in rows if n not in have]),
               ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape])]
-    if any(names for _, names in listed):
-        raise PackError("it is of another architecture: " + "; ".join(f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names))
+    differences = [f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names]
+    demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 
 def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
 
@@ -785,7 +853,8 @@ def rebuild(
     cls = find_kind(CompressedTensor.kinds, row.kind)
     try: q = cls.from_parts({k: tensors[row.name, k] for k in row.parts}, row.meta)
     except Exception as e: raise PackError(f"{row.name!r} ({row.kind}) does not fit together: {e}") from e
-    if tuple(q.shape) != row.shape or q.dtype != row.dtype: raise PackError(f"{row.name!r} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
+    demand(tuple(q.shape) == row.shape and q.dtype == row.dtype,
+           f"{row.name!r} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
     return q
 
 # %% ../nbs/05_pack.ipynb
@@ -817,8 +886,9 @@ def wrap(
     for item in reversed([i for i in items(skeleton) if rows[i.name].kind is not None]):
         row = rows[item.name]
         if (id(item.layer), item.key) not in done:
-            layer = make_layer(done.get(id(item.layer), item.layer), row, values[row.same or row.name], item.key)
-            layer.packed = packed.setdefault(row.same or row.name, layer.packed)
+            first = row.same or row.name
+            layer = make_layer(done.get(id(item.layer), item.layer), row, packed.get(first, values[first]), item.key)
+            packed[first] = layer.packed
             done[id(item.layer)] = done[id(item.layer), item.key] = layer
         if item.parent is None: skeleton = done[id(item.layer)]
         else: setattr(item.parent, item.child, done[id(item.layer)])
@@ -828,7 +898,7 @@ def wrap(
 def make_layer(
     layer: nn.Module,
     row: Row,
-    q: CompressedTensor,
+    q: Any,                   # a compressed tensor, or the `packed` of a layer that shares it
     key: str,                 # the parameter that it replaces
 ) -> nn.Module:
     "Wrap one layer."
@@ -845,14 +915,15 @@ def check_result(
     first = {}
     for item in items(model):
         name = rows[item.name].same or item.name
-        if name != first.setdefault(identity(item), name): raise PackError(f"the model has one tensor for {first[identity(item)]!r} and {name!r}, the file has two")
+        other = first.setdefault(identity(item), name)
+        demand(name == other, f"the model has one tensor for {other!r} and {name!r}, the file has two")
     ghosts = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    if ghosts: raise PackError(f"neither the file nor the model has values for {', '.join(map(ascii_name, ghosts))}")
+    demand(not ghosts, f"neither the file nor the model has values for {', '.join(map(ascii_name, ghosts))}")
 
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,             # a file that `save` has written
-    model: nn.Module | None = None,      # a model of the same architecture, compressed or not; it is left as it is. None: the registered builder that the file names makes one
+    model: nn.Module | None = None,      # one of the same architecture, compressed or not; left as it is. None: the registered builder makes one
 ) -> nn.Module:                          # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     "Load a model. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."
     check_machine()
@@ -883,12 +954,17 @@ class Line:
     def bits(self) -> float | None: return 8*self.bytes/n if (n := math.prod(self.shape)) and not self.kind.startswith("=") else None
 
 # %% ../nbs/05_pack.ipynb
+def kind_text(row: Row) -> str:
+    "A compressed tensor's kind, with what is short in its description."
+    facts = [f"{k} {v}" for k, v in row.meta.items() if isinstance(v, (int, float, str)) and k != "dtype"]
+    return f"{row.kind} ({', '.join(facts)})"[:60] if facts else row.kind
+
 def line_of(
     row: Row,
     total: int,      # bytes of the file
 ) -> Line:
     "What `inspect` shows of a tensor."
-    kind = f"= {row.same}" if row.same is not None else row.kind or NAMES[row.dtype]
+    kind = f"= {row.same}" if row.same is not None else NAMES[row.dtype] if row.kind is None else kind_text(row)
     return Line(row.name, row.shape, kind, row.layer or "", row.nbytes, row.nbytes/total)
 
 # %% ../nbs/05_pack.ipynb
@@ -917,11 +993,13 @@ def as_text(
 
 def as_html(
     cells: list[list[str]],
+    *about: str,                # HTML that stands above it
 ) -> str:
     "The same table for a notebook."
     cell = lambda tag, i, x: f'<{tag} style="text-align:{"left" if i < 4 else "right"}">{html.escape(x)}</{tag}>'
     line = lambda tag, c: "<tr>" + "".join(cell(tag, i, x) for i, x in enumerate(c)) + "</tr>"
-    return "<table><thead>" + line("th", COLUMNS) + "</thead><tbody>" + "".join(line("td", c) for c in cells) + "</tbody></table>"
+    head, body = line("th", COLUMNS), "".join(line("td", c) for c in cells)
+    return "".join(f"<p>{a}</p>" for a in about) + f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/05_pack.ipynb
 def plot_bytes(
@@ -935,7 +1013,7 @@ def plot_bytes(
     for l in lines: layers.setdefault(ascii_name(l.name.rpartition(".")[0] or "(model)"), []).append((l.name.rpartition(".")[2], l.bytes))
     shown = sorted(layers, key=lambda k: -sum(b for _, b in layers[k]))[:most]
     others = sum(b for k in layers if k not in shown for _, b in layers[k])
-    bars = [(k, layers[k]) for k in layers if k in shown] + [(f"{len(layers) - len(shown)} others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
+    bars = [(k, layers[k]) for k in layers if k in shown] + [("others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
     colors = {}
     for y, (_, pieces) in enumerate(bars):
         left = 0
@@ -946,7 +1024,7 @@ def plot_bytes(
     return ax
 
 # %% ../nbs/05_pack.ipynb
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Contents:
     "What a `.mz` file holds, as `inspect` found it. Shows itself as a table; `plot()` draws it."
     path: str
@@ -959,15 +1037,21 @@ class Contents:
     @property
     def rest(self) -> int: return self.bytes - sum(l.bytes for l in self.lines)
     def cells(self) -> list: return cells_of(self.lines, self.rest, self.bytes)
-    def heading(self) -> str: return ascii_name(f"{os.path.basename(self.path)}: " + (f"architecture {self.architecture['name']}, " if self.architecture else "") + f"format {self.version}")
-    def __str__(self) -> str: return "\n".join([self.heading(), as_text(self.cells()), *([f"info: {as_json(self.info, 'info')}"] if self.info else [])])
-    __repr__ = __str__
-    def _repr_html_(self) -> str: return f"<p>{html.escape(self.heading())}</p>{as_html(self.cells())}" + (f"<p>info: <code>{html.escape(as_json(self.info, 'info'))}</code></p>" if self.info else "")
+    def __repr__(self) -> str: return "\n".join([heading(self), as_text(self.cells()), *about_info(self)])
+    def _repr_html_(self) -> str: return as_html(self.cells(), html.escape(heading(self)), *map(html.escape, about_info(self)))
+    def plot(self, ax: Any = None) -> Any: return draw(self, ax)      # the axes
 
-    def plot(self, ax: Any = None) -> Any:      # the axes
-        "Draw where the bytes went."
-        import matplotlib.pyplot as plt
-        return plot_bytes(self.lines, self.rest, ax or plt.subplots()[1])
+# %% ../nbs/05_pack.ipynb
+def heading(c: Contents) -> str:
+    architecture = f"architecture {c.architecture['name']}, " if c.architecture else ""
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}format {c.version}")
+
+def about_info(c: Contents) -> list[str]: return [f"info: {as_json(c.info, 'info')}"] if c.info else []
+
+def draw(c: Contents, ax: Any) -> Any:
+    "Where the bytes went."
+    import matplotlib.pyplot as plt
+    return plot_bytes(c.lines, c.rest, ax or plt.subplots()[1])
 
 # %% ../nbs/05_pack.ipynb
 def inspect(

