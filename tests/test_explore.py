@@ -172,7 +172,7 @@ def test_page_starts_where_its_controls_stand(sizes, data):
 
 def test_two_runs_give_the_same_bytes():
     code = ("import matplotlib; matplotlib.use('agg')\nimport sys; sys.path.insert(0, 'tests')\nfrom test_explore import *\n"
-            "print(explore(curve, k=range(1, 4)).html() + explore(lambda k: plt.imshow(np.eye(9) * k).axes, k=range(2)).html())")
+            "print(explore(curve, k=[1, 2]).html() + explore(lambda k: curve().axes[0].imshow(np.eye(9) * k), k=[1]).html())")
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": str(i), "MODELZIP_STATIC": "1"}).stdout for i in (1, 2)]
     assert runs[0] == runs[1] and runs[0].count("mz-explore mz-") == 2
 
@@ -249,8 +249,8 @@ def test_frames_are_small():
     def line(k=1):
         ax = plt.figure(figsize=(6.4, 3.2)).subplots(); ax.plot(np.sin(np.linspace(0, k, 300))); ax.set(xlabel="x", title="line"); return ax
     def picture(k=1): return module.plot_matrix(np.random.default_rng(k).normal(size=(40, 80)))
-    assert len(explore(line, k=range(1, 9)).html()) < 8 * 15_000
-    assert len(explore(picture, k=range(1, 9)).html()) < 8 * 20_000
+    assert len(explore(line, k=[1, 2]).html()) < 2 * 15_000
+    assert len(explore(picture, k=[1, 2]).html()) < 2 * 20_000
 
 
 def test_compact_svg_draws_the_same():
