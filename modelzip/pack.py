@@ -72,11 +72,12 @@ def local_header(
     e: Entry,
 ) -> bytes:   # 30 bytes, the name, an extra field
     "What stands before the bytes of an entry (APPNOTE 4.3.7)."
-    big = max(e.size, e.packed) >= MARK
-    sizes, extra = ([MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)) if big else ([e.packed, e.size], b"")
+    big, sizes, extra = max(e.size, e.packed) >= MARK, [e.packed, e.size], b""
+    if big: sizes, extra = [MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)
     if e.method == 0: extra += padding(e.offset + LOCAL.size + len(e.name) + len(extra))
     needed = 45 if big else 20 if e.method else 10
-    return LOCAL.pack(b"PK\3\4", needed, 0, e.method, *MIDNIGHT, e.crc, *sizes, len(e.name), len(extra)) + e.name.encode() + extra
+    header = LOCAL.pack(b"PK\3\4", needed, 0, e.method, *MIDNIGHT, e.crc, *sizes, len(e.name), len(extra))
+    return header + e.name.encode() + extra
 
 # %% ../nbs/05_pack.ipynb
 CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -99,7 +100,8 @@ def directory(
 ) -> bytes:                  # everything from there to the end of the file
     "The directory of an archive and its end record (APPNOTE 4.3.12 to 4.3.16)."
     records, n = b"".join(map(central_record, entries)), len(entries)
-    end64 = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, n, n, len(records), offset) + LOCATOR.pack(b"PK\6\7", 0, offset + len(records), 1)
+    end64 = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, n, n, len(records), offset)
+    end64 += LOCATOR.pack(b"PK\6\7", 0, offset + len(records), 1)
     return records + (end64 if offset >= MARK else b"") + END.pack(b"PK\5\6", 0, 0, n, n, len(records), min(offset, MARK), 0)
 
 # %% ../nbs/05_pack.ipynb
@@ -200,9 +202,11 @@ def identity(
     item: Item,
 ) -> tuple:     # equal for tensors that are tied to each other
     "What makes two tensors one."
-    if isinstance(item.layer, Dequantize) and not isinstance(item.value, Tensor): return ("packed", id(item.layer.packed))
+    if isinstance(item.layer, Dequantize) and not isinstance(item.value, Tensor):
+        return ("packed", id(item.layer.packed))
     t = item.value
-    if nn.parameter.is_lazy(t) or t.layout != torch.strided or t.is_meta or t.numel() == 0: return ("object", id(t))
+    if nn.parameter.is_lazy(t) or t.layout != torch.strided or t.is_meta or t.numel() == 0:
+        return ("object", id(t))
     return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_conj(), t.is_neg())
 
 # %% ../nbs/05_pack.ipynb
@@ -212,7 +216,8 @@ def as_json(
 ) -> str:            # compact, ASCII
     "JSON without surprises: `TypeError` for what JSON cannot say, `ValueError` for NaN, infinity and endless nesting."
     try: return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except TypeError as e: raise TypeError(f"{what} must consist of what JSON knows (dict, list, str, number, bool, None): {e}") from None
+    except TypeError as e:
+        raise TypeError(f"{what} must consist of what JSON knows (dict, list, str, number, bool, None): {e}") from None
     except (ValueError, RecursionError) as e: raise ValueError(f"{what} has no place in JSON: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
@@ -235,7 +240,8 @@ def describe_compressed(
 ) -> dict:               # {"dtype", "shape", "kind", "meta", "parts"}
     "The manifest's entry for a compressed tensor."
     kind = next((k for k, cls in CompressedTensor.kinds.items() if cls is type(q)), None)
-    if kind is None: raise TypeError(f"{name!r} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)")
+    if kind is None:
+        raise TypeError(f"{name!r} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)")
     meta = json.loads(as_json(q.meta(), f"the meta() of {name!r}"))
     return {"dtype": NAMES[q.dtype], "shape": list(q.shape), "kind": kind, "meta": meta,
             "parts": {k: describe(t, f"{name}/{k}", payload) for k, t in q.parts().items()}}
@@ -247,7 +253,8 @@ def describe_layer(
 ) -> dict:      # {"layer", "options"}
     "How the manifest remembers the layer around a compressed tensor."
     kind = type(layer).__name__
-    if Dequantize.kinds.get(kind) is not type(layer): raise TypeError(f"the layer of {name!r} is a {kind}, which is not in Dequantize.kinds")
+    if Dequantize.kinds.get(kind) is not type(layer):
+        raise TypeError(f"the layer of {name!r} is a {kind}, which is not in Dequantize.kinds")
     options = json.loads(as_json(layer.options(), f"the options() of the layer of {name!r}"))
     return {"layer": kind} | ({"options": options} if options else {})
 
@@ -301,7 +308,8 @@ def inflate(
     z = zlib.decompressobj(-15)
     try: data = z.decompress(packed, size + 1)
     except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
-    demand(len(data) == size and z.eof and not z.unused_data, "its manifest does not have the size that it claims")
+    demand(len(data) == size and z.eof and not z.unused_data,
+           "its manifest does not have the size that it claims")
     return data
 
 # %% ../nbs/05_pack.ipynb
@@ -361,7 +369,8 @@ def check_manifest(
                                f"this modelzip reads up to {VERSION} (update it)")
     demand(KEYS - {"info"} <= m.keys() <= KEYS and isinstance(m["tensors"], dict) and isinstance(m.get("info", {}), dict),
            "its manifest has unknown or missing fields")
-    demand(m["architecture"] is None or is_architecture(m["architecture"]), "its manifest describes the architecture in an unknown form")
+    demand(m["architecture"] is None or is_architecture(m["architecture"]),
+           "its manifest describes the architecture in an unknown form")
     return m
 
 # %% ../nbs/05_pack.ipynb
@@ -397,9 +406,11 @@ def check_part(
     name: str,
 ) -> Part:
     "An entry of the table that is a plain tensor."
-    demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "offset"}, f"{name!r} is described in an unknown form")
+    demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "offset"},
+           f"{name!r} is described in an unknown form")
     dtype, shape = check_shape(entry, name)
-    demand(is_size(offset := entry["offset"]) and offset % dtype.itemsize == 0, f"{name!r} has the impossible offset {ascii(offset)[:40]}")
+    demand(is_size(offset := entry["offset"]) and offset % dtype.itemsize == 0,
+           f"{name!r} has the impossible offset {ascii(offset)[:40]}")
     return Part(dtype, shape, offset)
 
 # %% ../nbs/05_pack.ipynb
@@ -440,7 +451,8 @@ def check_layer(
 ) -> tuple[str | None, dict]:     # the class of the layer around a compressed tensor, and its options
     "What an entry says about its layer."
     layer, options = entry.get("layer"), entry.get("options", {})
-    demand("layer" not in entry or isinstance(layer, str) and isinstance(options, dict), f"{name!r} has a layer in an unknown form")
+    demand("layer" not in entry or isinstance(layer, str) and isinstance(options, dict),
+           f"{name!r} has a layer in an unknown form")
     return layer, options
 
 def check_compressed(
@@ -449,7 +461,8 @@ def check_compressed(
 ) -> Row:
     "An entry that is a compressed tensor."
     kind, meta, parts, (layer, options) = entry["kind"], entry["meta"], entry["parts"], check_layer(name, entry)
-    demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer, f"{name!r} is described in an unknown form")
+    demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
+           f"{name!r} is described in an unknown form")
     parts = {k: check_part(p, f"{name}/{k}") for k, p in parts.items()}
     return Row(name, *check_shape(entry, name), parts, kind, meta, None, layer, options)
 
@@ -461,9 +474,11 @@ def check_tied(
 ) -> Row:
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
     same, (layer, options) = entry["same"], check_layer(name, entry)
-    demand(isinstance(same, str) and same in rows and rows[same].same is None, f"{name!r} is tied to {ascii(same)[:80]}, which does not come before it")
+    demand(isinstance(same, str) and same in rows and rows[same].same is None,
+           f"{name!r} is tied to {ascii(same)[:80]}, which does not come before it")
     first = rows[same]
-    demand((first.layer is None) == (layer is None), f"{name!r} is tied to {same!r}, but only one of them is compressed")
+    demand((first.layer is None) == (layer is None),
+           f"{name!r} is tied to {same!r}, but only one of them is compressed")
     return Row(name, first.dtype, first.shape, {}, first.kind, first.meta, same, layer, options)
 
 # %% ../nbs/05_pack.ipynb
@@ -476,7 +491,8 @@ def check_table(
     for name, entry in table.items(): rows[name] = check_row(name, entry, rows)
     end = 0
     for _, _, part in in_order(rows):
-        demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
+        demand(0 <= part.offset - end < ALIGN,
+               f"its tensors overlap or leave gaps (at byte {end} of the payload)")
         end = part.offset + part.nbytes
     demand(end == size, f"its tensors need {end:,} bytes, but its payload has {size:,}")
     return rows
@@ -495,7 +511,8 @@ def check_readable(
 ) -> None:
     "`ValueError` if a manifest is one that `load` would refuse."
     try: check_table(check_manifest(read_json(inflate(packed, text_size)))["tensors"], size)
-    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be saved: {e}") from None
+    except PackError as e:
+        raise ValueError(f"this model, or what is said about it, cannot be saved: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
 def target_of(
@@ -503,12 +520,15 @@ def target_of(
 ) -> tuple[str, int | None]:     # the file behind symbolic links, and its permissions if it exists
     "What saving to a path would replace. `OSError` when it may not."
     target = os.path.realpath(os.fsdecode(path))
-    if not os.path.isdir(folder := os.path.dirname(target)): raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
+    if not os.path.isdir(folder := os.path.dirname(target)):
+        raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
     if not os.path.lexists(target): return target, None
     mode = os.stat(target).st_mode
     if stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, "Cannot save a model over a folder", target)
-    if not stat.S_ISREG(mode): raise OSError(errno.EINVAL, "Cannot save a model over what is not a regular file", target)
-    if not os.access(target, os.W_OK): raise PermissionError(errno.EACCES, "The file to save over is read-only", target)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Cannot save a model over what is not a regular file", target)
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "The file to save over is read-only", target)
     return target, stat.S_IMODE(mode)
 
 # %% ../nbs/05_pack.ipynb
@@ -538,7 +558,8 @@ def replacing(
     except BaseException as e:
         with suppress(OSError): f.close()
         with suppress(OSError): os.unlink(temporary)
-        if isinstance(e, OSError) and e.filename is None: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
+        if isinstance(e, OSError) and e.filename is None:
+            raise OSError(e.errno, e.strerror, os.fspath(path)) from None
         raise
     sync_folder(os.path.dirname(target))
 
@@ -628,7 +649,8 @@ def write_archive(
 # %% ../nbs/05_pack.ipynb
 def check_machine() -> None:
     "The numbers in a file are little-endian, and so must be the machine that uses them in place."
-    if sys.byteorder != "little": raise PackError("modelzip reads and writes files on little-endian machines only")
+    if sys.byteorder != "little":
+        raise PackError("modelzip reads and writes files on little-endian machines only")
 
 # %% ../nbs/05_pack.ipynb
 def save(
@@ -638,13 +660,14 @@ def save(
 ) -> Path:                       # the path
     "Save a model as one file, atomically. `TypeError` or `ValueError` for what a file cannot hold; `OSError` when the system cannot write."
     check_machine()
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     table, tensors, size = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     if info: manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     with replacing(path) as f: write_archive(f, manifest, tensors, size)
-    return Path(path)
+    return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
 ODD = "its zip headers are not what modelzip writes: the file is damaged, or another tool has rewritten it"
@@ -657,7 +680,8 @@ def find_directory(
     demand(size >= END.size, f"it is no zip archive (only {size} bytes)" if size else "it is empty")
     f.seek(size - END.size)
     sign, _, _, _, n, _, offset, _ = END.unpack(f.read(END.size))
-    demand(sign == b"PK\5\6", "it does not end as a zip archive does: it has been cut off, or it is something else")
+    demand(sign == b"PK\5\6",
+           "it does not end as a zip archive does: it has been cut off, or it is something else")
     if offset == MARK and size >= END.size + LOCATOR.size + END64.size:
         f.seek(size - END.size - LOCATOR.size - END64.size)
         offset = END64.unpack(f.read(END64.size))[-1]
@@ -687,7 +711,8 @@ def read_entries(
     try:
         for _ in range(n): entry, length = read_record(rest); entries.append(entry); rest = rest[length:]
         names = [e.name for e in entries]
-        demand("manifest.json" in names, f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
+        demand("manifest.json" in names,
+               f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
         demand(directory(entries, offset) == found and len(set(names)) == n, ODD)
     except (struct.error, UnicodeDecodeError): raise PackError(ODD) from None
     check_headers(f, entries, offset)
@@ -726,7 +751,8 @@ def open_file(
     path: str | os.PathLike,
 ) -> BinaryIO:
     "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder or a device is a `PackError`."
-    demand(stat.S_ISREG(os.stat(path).st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
+    demand(stat.S_ISREG(os.stat(path).st_mode),
+           "it is a folder" if os.path.isdir(path) else "it is no regular file")
     return open(path, "rb")
 
 # %% ../nbs/05_pack.ipynb
@@ -736,12 +762,14 @@ def read_manifest(
     "Everything that a file says about itself, checked; the payload is not read yet."
     entries = {e.name: e for e in read_entries(f, os.fstat(f.fileno()).st_size)}
     about, payload = entries["manifest.json"], entries.get("payload")
-    demand(about.packed <= MAX_MANIFEST and about.method == 8, "its manifest is packed in an unknown way, or too large")
+    demand(about.packed <= MAX_MANIFEST and about.method == 8,
+           "its manifest is packed in an unknown way, or too large")
     f.seek(data_offset(about))
     text = inflate(f.read(about.packed), about.size)
     demand(zlib.crc32(text) == about.crc, "its manifest is damaged (wrong checksum)")
     manifest = check_manifest(read_json(text))
-    demand(entries.keys() == {"payload", "manifest.json"} and payload.method == 0 and payload.packed == payload.size,
+    demand(entries.keys() == {"payload",
+           "manifest.json"} and payload.method == 0 and payload.packed == payload.size,
            f"it has entries that do not belong there: {ascii(list(entries))[:200]}")
     return manifest, check_table(manifest["tensors"], payload.size), payload
 
@@ -795,7 +823,8 @@ def deepcopy(
 ) -> nn.Module:
     "Copy a module, with what remains of its tensors on the CPU; `TypeError` for one that Python cannot copy."
     try: copied = copy.deepcopy(model, memo)
-    except Exception as e: raise TypeError(f"model cannot be copied, so nothing can be loaded into a copy of it: {e}") from e
+    except Exception as e:
+        raise TypeError(f"model cannot be copied, so nothing can be loaded into a copy of it: {e}") from e
     for m in copied.modules():
         for k in m._non_persistent_buffers_set: m._buffers[k] = None if m._buffers[k] is None else m._buffers[k].cpu()
     return copied
@@ -818,7 +847,8 @@ def build_from(
     architecture: dict | None,       # of a manifest
 ) -> nn.Module:                      # hollow
     "Let the registered builder that a file names make its model."
-    demand(architecture, "it does not say which architecture it has: pass a model that has it, load(path, model)")
+    demand(architecture,
+           "it does not say which architecture it has: pass a model that has it, load(path, model)")
     name, options = architecture["name"], architecture["options"]
     try:
         with torch.random.fork_rng(devices=[]): return hollow(build_model(name, **options))
@@ -904,7 +934,8 @@ def make_layer(
     "Wrap one layer."
     cls = find_kind(Dequantize.kinds, row.layer)
     try: return cls(layer, q, key, **(row.options or {}))
-    except Exception as e: raise PackError(f"the layer of {row.name!r} ({row.layer}) cannot be made: {e}") from e
+    except Exception as e:
+        raise PackError(f"the layer of {row.name!r} ({row.layer}) cannot be made: {e}") from e
 
 # %% ../nbs/05_pack.ipynb
 def check_result(
@@ -927,7 +958,8 @@ def load(
 ) -> nn.Module:                          # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     "Load a model. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."
     check_machine()
-    if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
     with naming(path), open_file(path) as f:
         manifest, rows, payload = read_manifest(f)
         skeleton = build_from(manifest["architecture"]) if model is None else hollow(model)
@@ -1009,17 +1041,22 @@ def plot_bytes(
     most: int = 24,       # layers that are shown; the smallest are summed up beyond that
 ) -> Any:
     "Where the bytes of a file went: a bar per layer, a colour per tensor in it."
-    layers = {}
-    for l in lines: layers.setdefault(ascii_name(l.name.rpartition(".")[0] or "(model)"), []).append((l.name.rpartition(".")[2], l.bytes))
+    layers, colors = {}, {}
+    for l in lines:
+        layer, _, key = l.name.rpartition(".")
+        layers.setdefault(ascii_name(layer or "(model)"), []).append((ascii_name(key), l.bytes))
     shown = sorted(layers, key=lambda k: -sum(b for _, b in layers[k]))[:most]
     others = sum(b for k in layers if k not in shown for _, b in layers[k])
-    bars = [(k, layers[k]) for k in layers if k in shown] + [("others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
-    colors = {}
+    bars = [(k, layers[k]) for k in layers if k in shown]
+    bars += [("others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
     for y, (_, pieces) in enumerate(bars):
         left = 0
-        for key, b in pieces: ax.barh(y, b/1000, left=left/1000, color=colors.setdefault(key, f"C{len(colors) % 7}") if key else "0.6"); left += b
+        for key, b in pieces:
+            color = colors.setdefault(key, f"C{len(colors) % 7}") if key else "0.6"
+            ax.barh(y, b/1000, left=left/1000, color=color)
+            left += b
     ax.set(yticks=range(len(bars)), yticklabels=[k for k, _ in bars], xlabel="kilobytes"); ax.invert_yaxis()
-    for key, color in [*colors.items()][:7]: ax.barh(0, 0, color=color, label=ascii_name(key))
+    for key, color in [*colors.items()][:7]: ax.barh(0, 0, color=color, label=key)
     ax.legend()
     return ax
 

@@ -15,6 +15,7 @@ from modelzip.quant import CompressedTensor, Dequantize, quantize_layer, quantiz
 
 torch.set_num_threads(1)
 DTYPES = list(pack.DTYPES.values())
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support")
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def tensors(draw):
     if dtype == torch.bool: return (t & 1).bool().reshape(shape)
     return (t.view(dtype) if n else torch.empty(0, dtype=dtype)).reshape(shape)
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k)), tensors(), max_size=5))
 def test_any_tensor_under_any_name(tmp_path, named):
     "Random bits (NaN with payload, signed zeros, subnormals), all types, empty and scalar shapes, any Unicode name."
@@ -336,7 +337,7 @@ def test_forged_manifests(tmp_path, one, one_bytes):
     "Checksums are right, the manifest is nonsense: a PackError or some model, never another exception."
     with zipfile.ZipFile(io.BytesIO(one_bytes)) as z: good, payload = json.loads(z.read("manifest.json")), z.read("payload")
     every, rng, path, same = list(places(good)), random.Random(2), tmp_path/"x.mz", 0
-    for n in range(1500):
+    for n in range(900):
         m = copy.deepcopy(good)
         at = every[n % len(every)] if n < len(every) else rng.choice(every)
         if not at: m = rng.choice(JUNK)
@@ -352,7 +353,7 @@ def test_forged_manifests(tmp_path, one, one_bytes):
         except PackError: pass
         try: load(path, one); same += 1
         except PackError as e: assert str(path) in str(e)
-    assert same < 200
+    assert same < 120
 
 def test_memory_stays_small_whatever_a_file_claims(tmp_path):
     bombs = [archive(tmp_path/"deflate.mz", None, text=bytes(2**25)), archive(tmp_path/"values.mz", None, text=b"[" + b"[],"*2**21 + b"0]"),
@@ -485,6 +486,31 @@ def test_readable_from_the_description_alone(tmp_path, one):
         assert (np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"]) == t.numpy()).all()
     save(one, tmp_path/"x.mz")
     assert subprocess.run([sys.executable, "-m", "zipfile", "-t", tmp_path/"x.mz"], capture_output=True).returncode == 0
+
+def test_quantized_readable_from_the_description_alone(tmp_path):
+    "Codes in planes of bits, scales by axis or group: numpy and the page."
+    from modelzip.quant import quantize
+    layer = nn.Conv2d(5, 7, 3)
+    for how in dict(bits=8, axis=0), dict(bits=5, axis=1), dict(bits=4, group=16), dict(bits=3), dict(bits=13), dict(levels=3), dict(bits=6, symmetric=False, axis=0), dict(codebook="nf4", group=16):
+        q = quantize(layer.weight.detach(), **how)
+        with zipfile.ZipFile(save(Dequantize(layer, q), tmp_path/"x.mz")) as z: payload, e = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]["weight"]
+        part = lambda k: np.frombuffer(payload, e["parts"][k]["dtype"], math.prod(e["parts"][k]["shape"]), e["parts"][k]["offset"]).reshape(e["parts"][k]["shape"])
+        levels, shape, axis, group = (e["meta"].get(k) for k in ("levels", "shape", "axis", "group"))
+        def unpack(packed, n):
+            codes, bits, shift = np.zeros(n, int), int(levels - 1).bit_length(), 0
+            for w in [8]*(bits//8) + [w for w in (4, 2, 1) if bits % 8 & w]:
+                size = -(-n*w//8)
+                codes |= ((packed[:size, None] >> np.arange(0, 8, w, dtype=np.uint8)) & (2**w - 1)).reshape(-1)[:n].astype(int) << shift
+                packed, shift = packed[size:], shift + w
+            return codes
+        def spread(s):
+            if axis is not None: s = s.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+            if group is not None: s = np.repeat(s, group, 1)[:, :math.prod(shape)//len(s)].reshape(shape)
+            return np.broadcast_to(s, shape)
+        codes, scale = unpack(part("codes"), math.prod(shape)).reshape(shape), spread(part("scale"))
+        zero = levels//2 if "zero_point" not in e["parts"] else spread(unpack(part("zero_point"), part("scale").size).reshape(part("scale").shape))
+        x = part("codebook")[codes]*scale if "codebook" in e["parts"] else (codes - zero).astype(np.float32)*scale
+        assert np.array_equal(x, q.dequantize().numpy()), how
 
 def test_more_than_four_gigabytes(tmp_path):
     "Headers of a file with a hole, as another reader understands them, and as ours does."
