@@ -309,6 +309,7 @@ for (const root of document.querySelectorAll('.mz-ID:not([data-live])')) {
   };
   box.disabled = false;
   box.addEventListener('input', show);
+  box.addEventListener('keydown', e => { if (e.key.startsWith('Arrow')) e.stopPropagation(); });
 }
 """.strip()
 
