@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, packed_bytes, bit_planes,
-                            quantize, quantize_layer, quantize_model, unpack_bits)
+from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
+                            quantize, quantize_layer, quantize_model)
 
 # %% ../nbs/06_kernels.ipynb
 def accumulator_fits(
@@ -101,8 +101,11 @@ def _run_convolution(x, packed, scale, stride, padding, dilation, groups, reduce
     "Quantize in one pass, then oneDNN's u8·s8→s32 convolution with float output."
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
     return torch.ops.onednn.qconv_pointwise(
-        q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, torch.zeros(len(scale), dtype=torch.int32), None,
+        q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, _no_offset(len(scale)), None,
         stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
+
+@functools.lru_cache(256)
+def _no_offset(n): return torch.zeros(n, dtype=torch.int32)
 
 def _try_convolution(x, reduced):
     how = [1, 1], [0, 0], [1, 1], 1
@@ -139,8 +142,8 @@ def as_int8(
 def _by_rows(x, product, by_row):
     "`product` of a batch, quantized directly where the range is ordinary, else after a division by its peak; None when not all is finite."
     if not by_row or len(x) == 1:
-        low, high = (v.item() for v in torch.aminmax(x))
-        if 2 ** -5 < max(high, 0.) - min(low, 0.) < 2. ** 60: return product(x)
+        low, high = torch.aminmax(x)
+        if 2 ** -5 < (high - low).item() < 2. ** 60: return product(x)
     peak = x.abs().amax(tuple(range(1 if by_row else 0, x.dim())), keepdim=True)
     if not math.isfinite(peak.max().item()): return None
     peak = peak.clamp_(min=torch.finfo(torch.float32).tiny)
@@ -213,7 +216,16 @@ def _subclass_of(layer, cls):
     if type(layer) is not cls: return f"{type(layer).__name__} is a subclass of {cls.__name__} that may compute something else"
 
 # %% ../nbs/06_kernels.ipynb
-TINY = 1 << 14   # weights below which a float product of the codes is quicker than starting an integer kernel
+TINY = 1 << 13   # weights up to which expanding them is quicker than quantizing activations and starting an integer kernel
+
+def _small_weight(self):
+    "Few weights, expanded from bytes that are unpacked already."
+    weight, scale, zero, _ = self.prepared.get(self)
+    per = (-1,) + (1,) * (weight.dim() - 1)
+    weight = weight.float() if zero is None else weight.float().sub_(zero.view(per))
+    return weight.mul_(scale.view(per))
+
+_IntegerLayer._small_weight = _small_weight
 
 class QLinear(_IntegerLayer):
     "A linear layer with int8 products, int32 sums and activations that are quantized as they come."
@@ -253,17 +265,12 @@ def _product(self, x):
     return integer_linear(x, weight, scale, zero, reduced)
 
 def _integer(self, x):
-    rows = x.reshape(-1, self.inputs)
-    y = self._tiny(rows) if self.kernel == "tiny" else self._batch(rows)
-    return y.reshape(*x.shape[:-1], self.outputs)
-
-def _tiny(self, x):
-    weight, scale, zero, _ = self.prepared.get(self)
-    weight = weight.float() if zero is None else weight.float() - zero[:, None]
-    return self._add_bias(nn.functional.linear(x, weight).mul_(scale))
+    if self.kernel == "tiny": return nn.functional.linear(x, self._small_weight(), self._bias())
+    if x.dim() == 2: return self._batch(x)
+    return self._batch(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 
 QLinear._choose, QLinear._prepare, QLinear._product = _choose_linear, _prepare_linear, _product
-QLinear._integer, QLinear._tiny = _integer, _tiny
+QLinear._integer = _integer
 
 # %% ../nbs/06_kernels.ipynb
 def _nbytes(self) -> int:
@@ -274,7 +281,7 @@ def _nbytes(self) -> int:
 def _describe(self) -> str:
     "What runs, in words."
     what = {"fbgemm": "int8×uint8→int32 by fbgemm", "onednn": "int8×uint8→int32 by oneDNN", "plain": "int8×uint8 emulated exactly in float64",
-            "tiny": "too small to gain: int8 codes×float32"}[self.kernel]
+            "tiny": "too small to gain: expands its weight"}[self.kernel]
     return what + {"row": ", activations scaled by row", "tensor": ", activations scaled together"}[self.activations] * (self.kernel != "tiny")
 
 def _repr(self):
@@ -321,7 +328,7 @@ class QConv2d(_IntegerLayer):
         if q.packed_zero_point is not None: return "its weight has a zero point, oneDNN's must be symmetric"
         if layer.padding_mode != "zeros": return f"its padding_mode is {layer.padding_mode!r}, the kernel's is 'zeros'"
         if layer.padding == "same": return "its padding is 'same', which may differ on two sides"
-    def _choose(self): return "onednn" if capabilities().convolution else "plain"
+    def _choose(self): return "tiny" if self.q.numel() <= TINY else "onednn" if capabilities().convolution else "plain"
     def _how(self):
         padding = (0, 0) if self.layer.padding == "valid" else self.layer.padding
         return list(self.layer.stride), list(padding), list(self.layer.dilation), self.layer.groups
@@ -339,16 +346,18 @@ def _float_conv(self, x): return nn.functional.conv2d(x, self.q.dequantize().flo
 def _prepare_conv(self):
     weight, scale, _ = as_int8(self.q)
     if self.kernel == "onednn": weight = _pack_convolution(weight, scale, *self.geometry)
-    return weight, scale, capabilities().reduce_range
+    return weight, scale, None, capabilities().reduce_range
 
 def _product_conv(self, x):
-    weight, scale, reduced = self.prepared.get(self)
+    weight, scale, _, reduced = self.prepared.get(self)
     run = _run_convolution if self.kernel == "onednn" else integer_conv2d
     return run(x, weight, scale, *self.geometry, reduced)
 
 # %% ../nbs/06_kernels.ipynb
 def _add_bias_conv(self, y): return y if (bias := self._bias()) is None else y.add_(bias[:, None, None])
-def _integer_conv(self, x): return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
+def _integer_conv(self, x):
+    if self.kernel == "tiny": return nn.functional.conv2d(x, self._small_weight(), self._bias(), *self.geometry)
+    return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
 def _geometry_conv(self): return f"{self.in_channels}→{self.out_channels}, {'×'.join(map(str, self.kernel_size))}"
 
 QConv2d._check, QConv2d._float, QConv2d._prepare, QConv2d._product = _check_images, _float_conv, _prepare_conv, _product_conv

@@ -1,0 +1,348 @@
+"""Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
+import copy, threading, warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from modelzip import kernels
+from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
+from modelzip.kernels import (QConv2d, QEmbedding, QLinear, accumulator_fits, as_int8, capabilities, gather_rows, integer_conv2d,
+                              integer_linear, quantize_activations, use_kernels, what_runs)
+from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+
+FAST = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+def both(layer, cls, x, **options):
+    "The outputs of the kernel chosen here, and of exact integers."
+    fast = cls(layer.layer, layer.packed, **options)
+    if fast.kernel == "tiny": fast.kernel = {QLinear: "fbgemm" if capabilities().linear else "plain",
+                                             QConv2d: "onednn" if capabilities().convolution else "plain"}[cls]
+    plain = copy.deepcopy(fast)
+    plain.kernel = "plain"
+    with torch.no_grad(): return fast(x), plain(x)
+
+
+def close(a, b):
+    """Sums of integers are exact on both sides. What may differ is the final product of sum and scales in float32 (a few 2^-24 of the
+    value) and adding the bias, so the tolerance is relative to the largest value that went into the addition."""
+    scale = b.abs().max().item() if b.numel() else 0
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert torch.allclose(a, b, rtol=2e-6, atol=4e-6 * scale + 1e-30)
+
+
+# ---------------------------------------------------------------- products
+
+def test_product_by_hand():
+    x, w = torch.tensor([[0., 1., 2.55]]), torch.tensor([[1, -2, 3], [127, 0, -127]], dtype=torch.int8)
+    codes, scale, zero = quantize_activations(x)
+    assert codes.tolist() == [[0, 100, 255]] and zero == 0 and scale == pytest.approx(0.01)
+    y = integer_linear(x, w, torch.tensor([0.5, 2.]))
+    assert y[0, 0].item() == pytest.approx(0.5 * 0.01 * (-200 + 765), rel=1e-6)
+    assert y[0, 1].item() == pytest.approx(2 * 0.01 * (-127 * 255), rel=1e-6)
+
+
+def test_activation_codes_are_those_of_torch():
+    torch.manual_seed(0)
+    for shift in (-3., 0., 3.):
+        x = torch.randn(50, 40) + shift
+        codes, scale, zero = quantize_activations(x)
+        s, z = torch._choose_qparams_per_tensor(x, False)
+        assert scale == pytest.approx(s, rel=1e-6) and zero == z
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(codes, torch.quantize_per_tensor(x, s, z, torch.quint8).int_repr())
+
+
+@FAST
+@given(rows=st.integers(1, 70), inputs=st.integers(1, 200), outputs=st.integers(1, 130), bits=st.sampled_from([1, 2, 3, 4, 5, 8]),
+       symmetric=st.booleans(), axis=st.sampled_from([0, None]), bias=st.booleans(), activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
+def test_linear_kernel_equals_integers(rows, inputs, outputs, bits, symmetric, axis, bias, activations, seed):
+    torch.manual_seed(seed)
+    layer = quantize_layer(nn.Linear(inputs, outputs, bias=bias), bits, per_channel=axis == 0, symmetric=symmetric)
+    close(*both(layer, QLinear, torch.randn(rows, inputs) * 3 + 0.5, activations=activations))
+
+
+@FAST
+@given(batch=st.integers(1, 5), channels=st.integers(1, 5), out=st.integers(1, 20), size=st.integers(7, 14), k=st.integers(1, 3), stride=st.integers(1, 2),
+       padding=st.integers(0, 2), dilation=st.integers(1, 2), groups=st.sampled_from([1, 2, 4]), bits=st.sampled_from([2, 4, 8]),
+       activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
+def test_convolution_kernel_equals_integers(batch, channels, out, size, k, stride, padding, dilation, groups, bits, activations, seed):
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(channels * groups, out * groups, k, stride, padding, dilation, groups)
+    close(*both(quantize_layer(conv, bits), QConv2d, torch.randn(batch, channels * groups, size, size) + 0.3, activations=activations))
+
+
+def test_depthwise_and_rectangular():
+    torch.manual_seed(0)
+    for conv in (nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(3, 8, (1, 5), stride=(1, 2), padding=(0, 2)), nn.Conv2d(3, 8, 3, padding="valid")):
+        small, x = quantize_layer(conv), torch.randn(3, conv.in_channels, 11, 12)
+        a, b = both(small, QConv2d, x)
+        close(a, b)
+        assert (a - small(x)).norm() / small(x).norm() < 0.03
+
+
+@FAST
+@given(rows=st.integers(1, 30), width=st.sampled_from([8, 16, 24, 64]), bits=st.integers(1, 8), layout=st.sampled_from([dict(axis=0), dict(group=8), {}]),
+       symmetric=st.booleans(), n=st.integers(0, 40), seed=st.integers(0, 99))
+def test_gathered_rows_equal_expanded_rows(rows, width, bits, layout, symmetric, n, seed):
+    torch.manual_seed(seed)
+    q, at = quantize(torch.randn(rows, width), bits, symmetric=symmetric, **layout), torch.randint(0, rows, (n,))
+    assert torch.equal(gather_rows(q, at).dequantize(), q.dequantize()[at])
+
+
+def test_extremes_do_not_saturate():
+    "All codes at the ends of their ranges: where 16-bit sums would clip, 32-bit sums must not."
+    w = torch.full((64, 512), 127, dtype=torch.int8); w[::2] = -127
+    x = torch.full((3, 512), 5.); x[:, ::3] = 0.
+    q = quantize(w.float(), 8, axis=0, scale=torch.ones(64))
+    layer = Dequantize(nn.Linear(512, 64), q)
+    fast, plain = both(layer, QLinear, x)
+    close(fast, plain)
+    assert torch.allclose(fast, layer(x), rtol=5e-3)
+
+
+def test_accumulator_bound():
+    assert accumulator_fits(66_311) and not accumulator_fits(66_312)
+    q = quantize(torch.randn(1, 70_000), 8, axis=0)
+    with pytest.raises(ValueError, match="overflow 32 bits"): as_int8(q)
+    assert type(use_kernels(quantize_model(nn.Linear(70_000, 1)))) is Dequantize
+
+
+def test_close_to_torch_ao():
+    "PyTorch's own dynamic quantization rounds weights and activations likewise (per tensor): outputs agree within both roundings."
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 300), torch.randn(40, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ao = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
+        theirs = ao(x)
+    exact = layer(x)
+    off = lambda y: ((y - exact).norm() / exact.norm()).item()
+    ours = QLinear(*_parts(layer), activations="tensor")(x)
+    assert off(ours) < 0.02 and ((ours - theirs).norm() / exact.norm()).item() <= off(ours) + off(theirs)
+
+
+def _parts(layer, **options):
+    small = quantize_layer(layer, **options)
+    return small.layer, small.packed
+
+
+# ---------------------------------------------------------------- inputs of every sort
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return QLinear(*_parts(nn.Linear(200, 150)))
+
+
+@pytest.fixture
+def conv():
+    torch.manual_seed(0)
+    return QConv2d(*_parts(nn.Conv2d(16, 80, 3)))
+
+
+def test_shapes_and_precisions(linear, conv):
+    x = torch.randn(6, 4, 200)
+    full = linear(x)
+    assert full.shape == (6, 4, 150)
+    assert torch.allclose(linear(x[2, 1]), full[2, 1], rtol=0.05, atol=0.03) and linear(x[2, 1]).shape == (150,)
+    assert torch.allclose(linear(x[:, ::2]), full[:, ::2], atol=1e-5)                        # not contiguous
+    assert torch.allclose(linear(x.permute(1, 0, 2)), full.permute(1, 0, 2), atol=1e-5)
+    for dtype in (torch.half, torch.bfloat16, torch.double):
+        y = linear(x.to(dtype))
+        assert y.dtype == dtype and torch.allclose(y.float(), full, atol=0.05)
+    assert linear(torch.empty(0, 200)).shape == (0, 150) and linear(torch.empty(2, 0, 200)).shape == (2, 0, 150)
+    image = torch.randn(3, 16, 8, 9)
+    assert conv(image[:0]).shape == (0, 80, 6, 7) and conv(image[0]).shape == (80, 6, 7)
+    assert torch.allclose(conv(image.contiguous(memory_format=torch.channels_last)), conv(image), atol=1e-6)
+    assert torch.allclose(conv(image.transpose(2, 3)), F.conv2d(image.transpose(2, 3), conv.weight, conv.bias), atol=0.1)
+
+
+def test_low_precision_layers():
+    for dtype in (torch.bfloat16, torch.half):
+        layer = nn.Linear(200, 150).to(dtype)
+        quick, x = QLinear(*_parts(layer)), torch.randn(5, 200)
+        assert quick(x.to(dtype)).dtype == dtype
+        assert torch.allclose(quick(x.to(dtype)).float(), layer(x.to(dtype)).float(), atol=0.1)
+        moved = QLinear(*_parts(nn.Linear(200, 150))).to(dtype)
+        assert moved(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("activations", ["row", "tensor"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_activations_stay_in_their_row(activations, bad):
+    torch.manual_seed(0)
+    layer = quantize_layer(nn.Linear(200, 150))
+    quick, x = QLinear(layer.layer, layer.packed, activations=activations), torch.randn(5, 200)
+    x[2, 7] = bad
+    y, want = quick(x), layer(x)
+    assert torch.equal(y[2].isnan(), want[2].isnan()) and torch.equal(y[2].nan_to_num(), want[2].nan_to_num())
+    keep = [0, 1, 3, 4]
+    assert torch.equal(y[keep], quick(x[keep]))
+    assert torch.equal(quick(x[2]).isnan(), want[2].isnan())
+
+
+def test_nonfinite_images():
+    layer = quantize_layer(nn.Conv2d(16, 80, 3))
+    quick, x = QConv2d(layer.layer, layer.packed), torch.randn(3, 16, 6, 6)
+    x[1, 0, 0, 0] = float("nan")
+    y = quick(x)
+    assert torch.equal(y.isnan(), layer(x).isnan()) and torch.equal(y[[0, 2]], quick(x[[0, 2]]))
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-6, 1e-3, 1e6, 1e25])
+@pytest.mark.parametrize("activations", ["row", "tensor"])
+def test_activations_of_every_size(size, activations):
+    torch.manual_seed(0)
+    layer = quantize_layer(nn.Linear(200, 150, bias=False))
+    quick, x = QLinear(layer.layer, layer.packed, activations=activations), torch.randn(4, 200)
+    y, want = quick(x * size) / size, layer(x)
+    assert (y - want).norm() / want.norm() < 0.02
+    assert torch.equal(quick(x * 0), torch.zeros(4, 150))
+
+
+def test_rows_do_not_depend_on_their_batch(linear):
+    x = torch.randn(7, 200) * torch.logspace(-2, 2, 7)[:, None]
+    assert torch.allclose(linear(x)[2:4], linear(x[2:4]), rtol=0.05, atol=0.02 * x[3].abs().max().item())
+
+
+def test_gradients_are_refused_not_invented(linear):
+    x = torch.randn(3, 200, requires_grad=True)
+    y = linear(x)
+    with pytest.raises(RuntimeError, match="QLinear computes with integers"): y.sum().backward()
+    assert not linear(x.detach()).requires_grad
+
+
+def test_errors_name_what_is_wrong(linear, conv):
+    with pytest.raises(ValueError, match="last dimension must be 200"): linear(torch.randn(3, 7))
+    with pytest.raises(TypeError, match="dtype torch.int64"): linear(torch.zeros(3, 200, dtype=torch.long))
+    with pytest.raises(TypeError, match="is a list"): linear([1.])
+    with pytest.raises(ValueError, match="height and width"): conv(torch.randn(1, 16, 2, 2))
+    with pytest.raises(ValueError, match=r"\[batch, 16"): conv(torch.randn(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="activations is 'column'"): QLinear(*_parts(nn.Linear(3, 3)), activations="column")
+    with pytest.raises(ValueError, match="groups of 4"): QLinear(*_parts(nn.Linear(8, 8), group=4))
+    with pytest.raises(ValueError, match="padding is 'same'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding="same")))
+    with pytest.raises(ValueError, match="padding_mode is 'reflect'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")))
+    with pytest.raises(ValueError, match="max_norm"): QEmbedding(*_parts(nn.Embedding(8, 8, max_norm=1.)))
+    table = QEmbedding(*_parts(nn.Embedding(8, 8)))
+    for row in (8, -1):
+        with pytest.raises((IndexError, RuntimeError)): table(torch.tensor([row]))
+    with pytest.raises(TypeError, match="float32"): table(torch.randn(3))
+
+
+def test_embedding_is_exact():
+    torch.manual_seed(0)
+    for options in (dict(bits=8), dict(bits=4), dict(bits=3), dict(bits=8, symmetric=False), dict(bits=4, group=16)):
+        small = quantize_layer(nn.Embedding(40, 32, padding_idx=0), **options)
+        quick = QEmbedding(small.layer, small.packed)
+        for ids in (torch.randint(0, 40, (3, 5)), torch.tensor(7), torch.empty(0, 4, dtype=torch.long), torch.randint(0, 40, (6,), dtype=torch.int32)):
+            assert torch.equal(quick(ids), small(ids))
+
+
+# ---------------------------------------------------------------- modules
+
+def test_copies_states_and_threads(linear):
+    x = torch.randn(9, 200)
+    want = linear(x)
+    assert torch.equal(copy.deepcopy(linear)(x), want)
+    torch.manual_seed(1)
+    other = QLinear(*_parts(nn.Linear(200, 150)))
+    other(x)                                               # prepared for its first weight
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other(x), want)
+    fresh, results = copy.deepcopy(linear), [None] * 8
+    def work(i): results[i] = fresh(x)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(torch.equal(r, want) for r in results)
+    with torch.inference_mode(): assert torch.equal(copy.deepcopy(linear)(x), want)
+    assert linear.nbytes < 4 * 200 * 150 * 0.6 and "200→150" in repr(linear) and linear.options() == {"activations": "row"}
+
+
+def test_no_float_copy_is_kept(linear):
+    linear(torch.randn(2, 200))
+    assert all(t.dtype != torch.float32 or t.numel() <= 150 for t in (*linear.parameters(), *linear.buffers()))
+    assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.numel() <= 150 for t in linear.prepared.entry[2])
+
+
+def test_use_kernels_leaves_what_it_cannot_do():
+    model = nn.Sequential(nn.Linear(64, 64), nn.MultiheadAttention(64, 4), nn.TransformerEncoderLayer(64, 4, 64), nn.Conv1d(4, 4, 3),
+                          nn.Conv2d(4, 4, 3, padding_mode="circular"), nn.EmbeddingBag(10, 8), nn.Embedding(10, 8))
+    q = quantize_model(model)
+    before = str(what_runs(q))
+    quick = use_kernels(q)
+    kinds = {n: k for n, k, _ in what_runs(quick)}
+    assert kinds["0"] == "QLinear" and kinds["6"] == "QEmbedding"
+    assert all(k == "Dequantize" for n, k in kinds.items() if n not in "06")
+    reasons = {n: r for n, _, r in what_runs(quick)}
+    assert "MultiheadAttention" in reasons["1.out_proj"] and "TransformerEncoderLayer" in reasons["2.linear1"] and "circular" in reasons["4"]
+    assert str(what_runs(q)) == before and type(q[0]) is Dequantize and quick[0].packed is q[0].packed
+    x = torch.randn(2, 5, 64)
+    assert torch.allclose(quick[2].eval()(x), q[2].eval()(x), atol=1e-5)
+    with pytest.raises(ValueError, match="no compressed layer"): use_kernels(model)
+    with pytest.raises(TypeError, match="model is a str"): use_kernels("model")
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
+            self.head.weight = self.words.weight
+        def forward(self, ids): return self.head(self.words(ids))
+    quick = use_kernels(quantize_model(Tied()))
+    assert quick.words.packed is quick.head.packed and type(quick.head) is QLinear and type(quick.words) is QEmbedding
+    assert quick(torch.tensor([3])).shape == (1, 300)
+
+
+def test_without_kernels_the_same_numbers(monkeypatch):
+    "On a machine that has no int8 kernel a layer from a file computes the same integers."
+    torch.manual_seed(0)
+    model, x = quantize_model(nn.Sequential(nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 100))), torch.randn(4, 200)
+    with torch.no_grad(): here = use_kernels(model)(x)
+    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False))
+    assert all(type(m) is not QLinear for m in use_kernels(model).modules())
+    there = nn.Sequential(QLinear(model[0].layer, model[0].packed), nn.ReLU(), QLinear(model[2].layer, model[2].packed))
+    assert there[0].kernel == "plain"
+    with torch.no_grad(): assert (there(x) - here).norm() / here.norm() < 2e-3   # a last bit may tip a code of the second layer
+
+
+# ---------------------------------------------------------------- models
+
+@pytest.fixture(scope="module")
+def digits():
+    data = mnist5k()
+    return train(LeNet5(), data.train[:1500], epochs=2, progress=False), data.test[:500]
+
+
+def test_lenet(digits):
+    net, test = digits
+    expanding = quantize_model(net)
+    quick = use_kernels(expanding)
+    assert abs(accuracy(quick, test) - accuracy(expanding, test)) <= 0.006
+    with torch.no_grad(): a, b = quick(test.x[:100]), expanding(test.x[:100])
+    assert F.cosine_similarity(a, b).min() > 0.999
+
+
+def test_pack_round_trip(digits, tmp_path):
+    pack = pytest.importorskip("modelzip.pack")
+    net, test = digits
+    quick = use_kernels(quantize_model(net), activations="row")
+    pack.save(quick, tmp_path / "lenet.mz")
+    back = pack.load(tmp_path / "lenet.mz")
+    assert [type(m) for m in back.modules()] == [type(m) for m in quick.modules()] and back.conv2.activations == "row"
+    with torch.no_grad(): assert torch.equal(back(test.x[:50]), quick(test.x[:50]))
+
+
+def test_minilm():
+    model = minilm()
+    expanding = quantize_model(model)
+    texts = ["Return the sum of the elements.", "Open a file and read its lines one by one.", "A matrix is positive definite."]
+    exact, quick = model.encode(texts), use_kernels(expanding)
+    assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.994
+    assert F.cosine_similarity(use_kernels(expanding, activations="tensor").encode(texts), exact).min() > 0.98
