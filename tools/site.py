@@ -231,14 +231,13 @@ def by_quarto(folder, out):
 def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     "Render all chapters into a folder; what was there is replaced only when everything went well."
     out = Path(out).resolve()
+    if out.is_dir() and any(out.iterdir()) and not (out / "site_libs").is_dir(): raise SystemExit(f"{out} is not empty and not a site: give another folder")
     with tempfile.TemporaryDirectory() as tmp:
         source, made = Path(tmp) / "book", Path(tmp) / "made"
         source.mkdir()
         stage(nbs, source)
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
-        if out.exists():
-            if any(out.iterdir()) and not (out / "site_libs").is_dir(): raise SystemExit(f"{out} is not empty and not a site: give another folder")
-            shutil.rmtree(out)
+        if out.exists(): shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, out)
     return out
