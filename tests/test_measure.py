@@ -1,0 +1,285 @@
+"What crosses 01_measure: instruments against peers and by property, reports with awkward names, odd models."
+import copy, json, math, re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.stats import binomtest
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modelzip.data import LeNet300, LeNet5, Split
+from modelzip.measure import (Measurement, Report, compare, count_parameters, file_bytes, latency, load_plain, machine, macs, mcnemar, peak_memory,
+                              save_plain, sqnr, tensor_bytes, wilson)
+
+
+# ---- bytes and MACs
+
+def test_file_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"123"); (tmp_path / "d").mkdir(); (tmp_path / "d" / "b").write_bytes(b"45")
+    assert file_bytes(tmp_path / "a") == 3 and file_bytes(str(tmp_path)) == 5
+    with pytest.raises(FileNotFoundError): file_bytes(tmp_path / "none")
+
+
+def test_tied_tensors_count_once():
+    m = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)); m[1].weight = m[0].weight
+    assert count_parameters(m) == 16 + 8 and tensor_bytes(m) == 4 * 16 + 4 * 8 + 4 * 8 + 8
+    assert count_parameters(nn.Flatten()) == tensor_bytes(nn.Flatten()) == 0
+
+
+def test_lenet_by_hand():
+    found = macs(LeNet5(), torch.zeros(1, 1, 28, 28))
+    assert found == dict(conv1=288_000, conv2=1_600_000, fc1=400_000, fc2=5_000) and sum(found.values()) == 2_293_000
+    assert sum(macs(LeNet5(), torch.zeros(3, 1, 28, 28)).values()) == 3 * 2_293_000
+
+
+@given(st.sampled_from([1, 2, 3]), st.booleans(), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_convolutions_agree_with_pytorchs_counter(dims, transposed, groups, kernel, stride, padding):
+    cls = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+    m, x = cls(4, 6, kernel, stride, padding, groups=groups, bias=False), torch.zeros(2, 4, *[5] * dims)
+    with FlopCounterMode(display=False) as peer: m(x)
+    assert 2 * macs(m, x)[""] == peer.get_total_flops()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_agrees_with_pytorchs_counter(batch_first):
+    m = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=6, vdim=4).train()
+    q, k, v = torch.zeros(3, 5, 8), torch.zeros(3, 7, 6), torch.zeros(3, 7, 4)
+    args = (q, k, v) if batch_first else tuple(t.transpose(0, 1) for t in (q, k, v))
+    with FlopCounterMode(display=False) as peer: m(*args, need_weights=True)
+    assert 2 * macs(m, args)[""] == peer.get_total_flops()
+
+
+def test_encoder_layer_is_counted_inside():
+    m = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert macs(m, torch.zeros(1, 3, 8)) == {"self_attn": 4 * 3 * 64 + 2 * 9 * 8, "linear1": 3 * 8 * 16, "linear2": 3 * 16 * 8}
+
+
+class Wrapper(nn.Module):
+    "As later chapters wrap layers; it may or may not call the wrapped layer's own forward."
+    def __init__(self, layer, call): super().__init__(); self.layer, self.call = layer, call
+    def forward(self, x): return self.layer(x) if self.call else nn.functional.linear(x, self.layer.weight)
+
+
+@pytest.mark.parametrize("call", [True, False])
+def test_wrapped_layers_count_once(call):
+    m = nn.Sequential(Wrapper(nn.Linear(3, 5), call), nn.ReLU())
+    assert macs(m, torch.zeros(2, 3)) == {"0": 30}
+
+
+def test_macs_leaves_no_trace():
+    m = LeNet5().train(); m.fc1.eval()
+    macs(m, torch.zeros(1, 1, 28, 28))
+    with pytest.raises(RuntimeError): macs(m, torch.zeros(1, 9))
+    assert m.training and not m.fc1.training and not any(x._forward_hooks for x in m.modules())
+    assert macs(nn.Sequential(a := nn.Linear(2, 2), a), torch.zeros(1, 2)) == {"0": 8}
+    assert macs(nn.Flatten(), torch.zeros(1, 2)) == {}
+
+
+# ---- time and memory
+
+def test_latency_shape_and_order():
+    calls = []
+    found = latency({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=5, warmup=1, at_least=0)
+    assert list(found) == ["a", "b"] and found["a"].ratio == found["a"].ratio_low == 1
+    assert calls[:4] == ["a", "a", "b", "b"] and all(set(calls[i:i + 2]) == {"a", "b"} for i in range(4, 14, 2)) and len(calls) == 14
+    for t in found.values(): assert 0 <= t.low <= t.median <= t.high and len(t.times) == 5 and t.ratio_low <= t.ratio <= t.ratio_high and t.threads >= 1
+
+
+def test_latency_errors():
+    import gc
+    with pytest.raises(ValueError, match="empty"): latency({})
+    with pytest.raises(ValueError, match="repeats"): latency({"a": int}, repeats=1)
+    with pytest.raises(ZeroDivisionError): latency({"a": lambda: 1 / 0})
+    assert gc.isenabled()
+
+
+def test_peak_memory_sees_what_is_gone_afterwards():
+    assert 38e6 < peak_memory(lambda: torch.ones(10_000_000).sum()) < 60e6
+    assert peak_memory(lambda: None) < 5e6
+    with pytest.raises(ZeroDivisionError): peak_memory(lambda: 1 / 0)
+
+
+# ---- SQNR
+
+floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+
+@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_sqnr_is_its_formula(pairs):
+    x, e = torch.tensor(pairs, dtype=torch.float64).T
+    y = x + e; e = y - x
+    if not e.any(): assert sqnr(x, y) == math.inf
+    elif not x.any(): assert sqnr(x, y) == -math.inf
+    else:
+        assert sqnr(x, y) == pytest.approx(10 * (math.log10(math.fsum((x / x.abs().max()) ** 2)) - math.log10(math.fsum((e / e.abs().max()) ** 2)))
+                                           + 20 * (math.log10(x.abs().max()) - math.log10(e.abs().max())), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1., 1e30, 1e200])
+def test_sqnr_does_not_depend_on_the_scale(scale):
+    x = torch.tensor([3., 4.], dtype=torch.float64) * scale
+    assert sqnr(x, x * 1.1) == pytest.approx(20, abs=1e-9)
+
+
+def test_sqnr_edges():
+    x = torch.tensor([1., 2.])
+    assert sqnr(x.half(), x) == math.inf and sqnr(torch.tensor(2.), torch.tensor(2.2)) == pytest.approx(20, abs=1e-4)
+    assert sqnr(torch.tensor([3, 4]), torch.tensor([3.3, 4.4])) == pytest.approx(20, abs=1e-4)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"): sqnr(x, x * bad)
+        with pytest.raises(ValueError, match="finite"): sqnr(x * bad, x)
+    with pytest.raises(ValueError, match="same shape"): sqnr(x, x[:1])
+    with pytest.raises(ValueError, match="empty"): sqnr(x[:0], x[:0])
+
+
+# ---- intervals
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([.5, .9, .95, .999]))
+@settings(max_examples=100, deadline=None)
+def test_wilson_agrees_with_scipy(kn, confidence):
+    low, high = wilson(*kn, confidence)
+    peer = binomtest(*kn).proportion_ci(confidence, method="wilson")
+    assert (low, high) == pytest.approx((peer.low, peer.high), abs=1e-9) and 0 <= low <= kn[0] / kn[1] <= high <= 1
+
+
+@pytest.mark.parametrize("k, n, c", [(0, 0, .95), (2, 1, .95), (-1, 3, .95), (1, 2, 0), (1, 2, 1)])
+def test_wilson_refuses(k, n, c):
+    with pytest.raises(ValueError): wilson(k, n, c)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_mcnemar_is_a_fair_coin(b, c):
+    assert mcnemar(b, c) == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1., abs=1e-9) and mcnemar(b, c) == mcnemar(c, b)
+
+
+# ---- compare and reports
+
+NAME = '<script>alert("1")</script> & $x_1$ 90 %/../ü'
+
+@pytest.fixture(scope="module")
+def split():
+    g = torch.Generator().manual_seed(0)
+    return Split(torch.rand(40, 1, 28, 28, generator=g), torch.arange(40) % 10)
+
+
+@pytest.fixture(scope="module")
+def report(split):
+    return compare({"fp32": LeNet300(), NAME: LeNet300(seed=1)}, split, batches=(1, 64), repeats=3, progress=False)
+
+
+def test_compare_measures_what_was_loaded(split, tmp_path):
+    seen = []
+    def load(path, model):
+        seen.append(path.name)
+        back = load_plain(path, model); nn.init.zeros_(back.fc3.weight); nn.init.zeros_(back.fc3.bias); back.fc3.bias.data[3] = 1
+        return back
+    r = compare({"a": LeNet300(), "b/../b": LeNet300(seed=2)}, split, save=save_plain, load=load, folder=tmp_path / "new", batches=(), progress=False)
+    assert [m.accuracy for m in r.rows] == [.1, .1] and r.rows[1].p == 1
+    assert sorted(seen) == sorted(f.name for f in (tmp_path / "new").iterdir())
+    assert r["a"].bytes == (tmp_path / "new" / seen[0]).stat().st_size and r["a"].bits_per_weight == 8 * r["a"].bytes / 266_610
+    again = compare({"net": LeNet300(), "file": tmp_path / "new" / seen[1]}, split, batches=(), progress=False)
+    assert again["file"].bytes == r["b/../b"].bytes
+
+
+def test_compare_does_not_change_models(split):
+    m = LeNet300().train(); before = copy.deepcopy(m.state_dict())
+    compare({"m": m}, split, batches=(2,), repeats=2, progress=False)
+    assert m.training and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+def test_baseline_comes_first(split):
+    r = compare({"a": LeNet300(), "b": LeNet5()}, split, baseline="b", batches=(), progress=False)
+    assert [m.name for m in r.rows] == ["b", "a"] and r["a"].bits_per_weight == 8 * r["a"].bytes / 431_080
+
+
+def test_compare_refuses(split):
+    with pytest.raises(ValueError, match="empty"): compare({}, split)
+    with pytest.raises(ValueError, match="empty"): compare({"a": LeNet300()}, split[:0], progress=False)
+    with pytest.raises(TypeError, match="models"): compare({"a": 3}, split)
+    with pytest.raises(ValueError, match="baseline"): compare({"a": LeNet300()}, split, baseline="b")
+    with pytest.raises(ValueError, match="batches"): compare({"a": LeNet300()}, split, batches=(0,))
+    with pytest.raises(ValueError, match="pass the model"): compare({"a": __file__}, split, progress=False)
+    def broken(path, model): raise OSError("no")
+    with pytest.raises(OSError) as e: compare({"a": LeNet300()}, split, load=broken, progress=False)
+    assert "'a'" in "".join(getattr(e.value, "__notes__", ["'a'"]))
+
+
+class NoWeights(nn.Module):
+    def forward(self, x): return x.flatten(1)[:, :10]
+
+
+def test_model_without_parameters(split):
+    r = compare({"none": NoWeights()}, split, save=lambda m, p: p.write_bytes(b"0"), load=lambda p, m: m, batches=(1,), repeats=2, progress=False)
+    assert math.isnan(r["none"].bits_per_weight) and str(r) and r.pareto()
+
+
+def test_own_question(split):
+    r = compare({"a": LeNet300()}, split, right=lambda m, d: torch.tensor([True, True, False]), batches=(), progress=False)
+    assert r["a"].n == 3 and r["a"].accuracy == pytest.approx(2 / 3)
+
+
+def test_report_text_is_aligned(report):
+    lines = str(report).splitlines()
+    assert lines[0].startswith("technique") and len(lines[0]) == len(lines[1]) == len(lines[2]) == len(lines[3])
+    assert report.facts["threads"] >= 1 and set(report.facts) == set(machine())
+
+
+class Well(HTMLParser):
+    "Collects tags and text, and complains when tags do not nest."
+    def __init__(self): super().__init__(); self.open, self.tags, self.text = [], [], []
+    def handle_starttag(self, tag, attrs): self.tags.append(tag); (tag in ("meta", "br")) or self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+    def handle_data(self, data): self.text.append(data)
+
+
+def test_html_page_is_self_contained(report, tmp_path):
+    page = report.to_html(tmp_path / "r.html", title=NAME).read_text(encoding="utf8")
+    p = Well(); p.feed(page); p.close()
+    assert not p.open and "script" not in p.tags and "svg" in p.tags and NAME in p.text
+    assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href").replace('href="#', 'ref="#')) and "viewport" in page
+    import socket, getpass
+    assert socket.gethostname() not in page.replace("localhost", "") and str(tmp_path) not in page and list(tmp_path.iterdir()) == [tmp_path / "r.html"]
+    with pytest.raises(OSError): report.to_html(tmp_path / "no" / "r.html")
+
+
+def test_failed_write_leaves_the_old_page(report, tmp_path, monkeypatch):
+    path = report.to_html(tmp_path / "r.html"); old = path.read_text()
+    monkeypatch.setattr("modelzip.measure.os.replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"): report.to_html(path, title="new")
+    assert path.read_text() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_round_trip(report):
+    report = copy.deepcopy(report).add("note", {"fp32": "ü <b>"})
+    again = Report.from_json(report.to_json())
+    assert again == report and again.rows[0].milliseconds.keys() == {1, 64} and str(again) == str(report)
+    for bad in ("", "[]", "{}", '{"facts": {}, "rows": [{"name": "a"}]}', '{"facts": {}, "rows": []}', "3"):
+        with pytest.raises(ValueError): Report.from_json(bad)
+
+
+def test_more_columns(report):
+    r = copy.deepcopy(report).add("load ms", {"fp32": 1.25}).add("who", {NAME: "<i>me</i>"})
+    assert "load ms" in str(r) and "1.25" in str(r) and "&lt;i&gt;" in r._repr_html_()
+    with pytest.raises(KeyError, match="fp32"): r.add("x", {"absent": 1})
+    assert list(r.to_frame()["load ms"].dropna()) == [1.25]
+
+
+def test_frame_has_plain_numbers(report):
+    f = report.to_frame()
+    assert f.loc["fp32", "ratio_1"] == 1 and {"bytes", "accuracy", "low", "high", "ms_64_low", "p"} <= set(f) and f.index.name == "name"
+
+
+def test_pareto_labels_do_not_cover_each_other():
+    rows = [Measurement(f"technique number {i}", int(1e6 / 1.08 ** i), 32 / 1.08 ** i, .98 - .0004 * i, .97, .99, 1000) for i in range(14)]
+    fig = Report(rows).pareto(); fig.canvas.draw()
+    boxes = [t.get_window_extent() for t in fig.axes[0].texts]
+    assert len(boxes) == 14 and sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]) <= 2
+
+
+def test_empty_report():
+    with pytest.raises(ValueError, match="at least one"): Report([])
