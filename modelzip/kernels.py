@@ -38,8 +38,9 @@ def quantize_activations(
     low, high = min(low, 0.), max(high, 0.)
     scale = (high - low) / top or 0.1
     zero = round(-low / scale)
-    codes = (x * (1 / torch.tensor(scale, dtype=torch.float32))).round().add_(zero).clamp_(0, top)
-    return codes.to(torch.uint8), scale, zero
+    inverse = (1 / torch.tensor(scale, dtype=torch.float32)).double()
+    codes = (x.double() * inverse + zero).float().round()      # a fused multiply-add, rounded once: what decides near-ties
+    return codes.clamp_(0, top).to(torch.uint8), scale, zero
 
 # %% ../nbs/06_kernels.ipynb
 def integer_linear(
@@ -407,6 +408,7 @@ class QEmbedding(Dequantize):
         if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of QEmbedding is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
         packed, rows = self._modules["packed"], input.reshape(-1)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
+        elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
         else: y = gather_rows(self.q, rows).dequantize()
         return y.reshape(*input.shape, y.shape[1])
     runs = "fetches packed rows and expands these alone"
