@@ -100,6 +100,11 @@ def test_cells_and_directives(tmp_path):
     assert problems == []
 
 
+def test_printed_lines_are_one_output():
+    line = lambda t, kind="stream": dict(output_type=kind, name="stdout", text=[t])
+    assert [o["text"] for o in site.joined([line("a\n"), line("b\n"), line("x", "other"), line("c")])] == ["a\nb\n", ["x"], ["c"]]
+
+
 def test_linked():
     where = {"quantize": "03_quant.ipynb#def-quantize"}
     text = "# `quantize`\n`quantize` twice `quantize`\n```\n`quantize`\n```\n[`quantize`](x)"

@@ -134,12 +134,21 @@ def prepare_code(cell, source, where, page, labelled):
     if defined and where.get(defined[0]) == f"{page}#def-{defined[0]}" and defined[0] not in labelled:
         labelled.add(defined[0])
         keep.append(f"#| label: def-{defined[0]}")
-    outputs = [document_output(o) if shown else o for o in cell.get("outputs", []) if not is_noise(o)]
+    outputs = joined([document_output(o) if shown else o for o in cell.get("outputs", []) if not is_noise(o)])
     return {**cell, "source": "\n".join(keep + [code]), "outputs": outputs}
 
 
+def joined(outputs):
+    "Texts that were printed one after the other as one output."
+    out = []
+    for o in outputs:
+        if out and "stream" == o.get("output_type") == out[-1].get("output_type"): out[-1] = {**o, "text": "".join(out[-1]["text"]) + "".join(o["text"])}
+        else: out.append(o)
+    return out
+
+
 def is_noise(output):
-    "Whether an output is left out: the text of a figure, and what goes to standard error."
+    "Whether an output is left out: what goes to standard error."
     return output.get("name") == "stderr"
 
 
