@@ -3,11 +3,12 @@
     python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
 """
-import filecmp, os, shutil, subprocess, sys, tempfile, time
+import filecmp, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = {"MODELZIP_STATIC": "1",      # explorers as HTML alone: what is saved must outlive its kernel
@@ -20,7 +21,7 @@ def execute(path):
     nb = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     env = {**os.environ, **STATIC, "PYTHONPATH": str(ROOT)}
-    client = NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}})
+    client = NotebookClient(nb, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT / "nbs")}})
     client.execute(env=env)
     nbformat.write(nb, path)
     return time.perf_counter() - began
@@ -37,25 +38,41 @@ def export(paths):
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, cwd=ROOT)
 
 
+def readme(root=ROOT):
+    "README.md from nbs/index.ipynb (nbdev's own command needs Quarto): no hidden cells, no directives, links that work from here."
+    nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
+    nb.metadata["language_info"] = {"name": "python"}
+    nb.cells = [c for c in nb.cells if not re.search(r"^#\| ?hide$", c.source, re.M)]
+    for c in nb.cells:
+        if re.search(r"^#\| ?echo: false$", c.source, re.M): c.source = ""
+        c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"```python\s*```\n", "", text)
+    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)
+    (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+
+
 def run(paths):
     for p in paths:
         export([p])
-        print(f"{p.name:<22} {execute(p):6.1f} s")
+        print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
         nbdev("nbdev_clean", "--fname", str(p))
+    nbdev("nbdev_export")
+    readme()
 
 
 def check():
-    "Compare what nbdev would make of the notebooks with what is there; report every difference."
+    "Compare what the notebooks would make with what is there; report every difference."
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp) / "modelzip"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "tour", "bench", "__pycache__", "build"))
         shutil.rmtree(copy / "modelzip")
-        bin = Path(sys.executable).parent
-        for command in ["nbdev_export"], ["nbdev_clean"], ["nbdev_readme"]:
-            subprocess.run([str(bin / command[0]), *command[1:]], check=True, cwd=copy, stdout=subprocess.DEVNULL)
-        made = [p.relative_to(copy) for folder, glob in (("modelzip", "*.py"), ("nbs", "*.ipynb"), (".", "README.md")) for p in (copy / folder).glob(glob)]
-        there = [p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("*.py")]
-        wrong = [p for p in sorted({*made, *there}) if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))]
+        for command in "nbdev_export", "nbdev_clean":
+            subprocess.run([str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL)
+        readme(copy)
+        made = {p.relative_to(copy) for pattern in ("modelzip/*.py", "nbs/*.ipynb", "README.md") for p in copy.glob(pattern)}
+        made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("*.py")}
+        wrong = [p for p in sorted(made) if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))]
     for p in wrong: print(f"out of date: {p} (edit the notebook, then `make book`)")
     return not wrong
 
