@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmetric_zero_point', 'check_bits', 'as_tensor',
-           'as_blocks', 'from_blocks', 'number_of_blocks', 'MinMax', 'Percentile', 'MSE', 'kl_after_quantizing',
+           'number_of_blocks', 'as_blocks', 'from_blocks', 'MinMax', 'Percentile', 'MSE', 'kl_after_quantizing',
            'Entropy', 'kmeans', 'nf4', 'bit_planes', 'packed_bytes', 'pack_bits', 'unpack_bits', 'CompressedTensor',
            'QTensor', 'quantize', 'dequantize', 'Packed', 'Dequantize', 'quantize_layer', 'dequantize_layer',
            'quantize_model', 'dequantize_model']
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
 
 # %% ../nbs/03_quant.ipynb
 def scale_and_zero_point(
@@ -58,6 +59,7 @@ def as_tensor(
     name: str = "x",   # what errors call it
 ) -> Tensor:           # a detached floating-point tensor; shares memory where it can
     "Accept whatever holds an array of floating-point numbers; `TypeError` for anything else."
+    if isinstance(x, np.generic): x = np.array(x)
     if not isinstance(x, Tensor):
         if not hasattr(x, "__dlpack__"):
             raise TypeError(f"{name} is a {type(x).__name__}; it may be a torch tensor or an array with __dlpack__ (NumPy, CuPy, JAX)")
@@ -71,37 +73,11 @@ def as_tensor(
 # %% ../nbs/03_quant.ipynb
 def _from_dlpack(x, name):
     "Share memory where torch can, copy where it cannot (NumPy arrays that are read-only or run backwards)."
-    if isinstance(x, (np.ndarray, np.generic)) and not (getattr(x.flags, "writeable", False) and all(s >= 0 for s in x.strides)):
+    if isinstance(x, np.ndarray) and not (x.flags.writeable and all(s >= 0 for s in x.strides)):
         x = np.array(x)      # torch.from_dlpack aborts the whole process at a negative stride
     try: return torch.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as e:
         raise TypeError(f"{name} has dtype {getattr(x, 'dtype', '?')} and cannot be read as a tensor: {e}") from None
-
-# %% ../nbs/03_quant.ipynb
-def as_blocks(
-    x: Tensor,            # any shape
-    axis: int | None,     # one block for each slice along this axis
-    group: int | None,    # one block for each run of `group` elements in a row x[i]
-) -> Tensor:              # [number of blocks, elements in a block]
-    "Lay out `x` with one row for each scale; a last group that is short repeats its last value."
-    if group is not None:
-        rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
-        if pad := -rows.shape[1] % group: rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
-        return rows.reshape(-1, group)
-    if axis is not None: return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    return x.reshape(1, -1)
-
-# %% ../nbs/03_quant.ipynb
-def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> Tensor:
-    "The inverse of `as_blocks`: drop the padding, restore the shape."
-    shape = torch.Size(shape)
-    if group is not None:
-        rows = shape[0] if len(shape) > 1 else 1
-        return blocks.reshape(rows, -1)[:, :shape.numel() // max(rows, 1)].reshape(shape)
-    if axis is not None:
-        moved = [shape[axis], *shape[:axis], *shape[axis + 1:]]
-        return blocks.reshape(moved).movedim(0, axis)
-    return blocks.reshape(shape)
 
 # %% ../nbs/03_quant.ipynb
 def number_of_blocks(shape, axis: int | None, group: int | None) -> int:
@@ -113,8 +89,34 @@ def number_of_blocks(shape, axis: int | None, group: int | None) -> int:
     return 1 if axis is None else shape[axis]
 
 # %% ../nbs/03_quant.ipynb
-_BITE = 1 << 18      # elements: the working set of one step stays in the processor's cache
+def as_blocks(
+    x: Tensor,            # any shape
+    axis: int | None,     # one block for each slice along this axis
+    group: int | None,    # one block for each run of `group` elements in a row x[i]
+) -> Tensor:              # [number of blocks, elements in a block]
+    "Lay out `x` with one row for each scale; a last group that is short repeats its last value."
+    if not x.numel(): return x.reshape(number_of_blocks(x.shape, axis, group), 0)
+    if group is not None:
+        rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
+        if pad := -rows.shape[1] % group: rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
+        return rows.reshape(-1, group)
+    if axis is not None: return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    return x.reshape(1, -1)
 
+# %% ../nbs/03_quant.ipynb
+def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> Tensor:
+    "The inverse of `as_blocks`: drop the padding, restore the shape."
+    shape = torch.Size(shape)
+    if not shape.numel(): return blocks.reshape(shape)
+    if group is not None:
+        rows = shape[0] if len(shape) > 1 else 1
+        return blocks.reshape(rows, -1)[:, :shape.numel() // max(rows, 1)].reshape(shape)
+    if axis is not None:
+        moved = [shape[axis], *shape[:axis], *shape[axis + 1:]]
+        return blocks.reshape(moved).movedim(0, axis)
+    return blocks.reshape(shape)
+
+# %% ../nbs/03_quant.ipynb
 def _bites(blocks):
     "Slices of rows, at most about `_BITE` elements each; one long row is cut too."
     n, m = blocks.shape
@@ -157,7 +159,7 @@ class Percentile(MinMax):
 def _squared_error(blocks, scale, zero_point, levels):
     "Σ(x − x̂)² of each block, without storing codes."
     s, z = scale[:, None], zero_point[:, None]
-    if levels == 2: codes = (blocks / s + z).floor_()
+    if levels == 2: codes = (blocks / s + z + 0.5).floor_()
     else: codes = (blocks / s).round_().add_(z)
     return codes.clamp_(0, levels - 1).sub_(z).mul_(s).sub_(blocks).square_().sum(1)
 
@@ -228,11 +230,38 @@ OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": 
 
 # %% ../nbs/03_quant.ipynb
 def _spread(x, k, bins=2048):
-    "k starting points, the denser the more values there are: as many per unit of length as (density)^(1/3)."
+    "k points in the range of a sorted `x`, the denser the more values there are: as many per unit of length as (density)^(1/3)."
     if x[0] == x[-1]: return x[0] + torch.zeros(k, dtype=x.dtype, device=x.device)
     share = torch.histc(x, bins, x[0].item(), x[-1].item()).pow(1 / 3).cumsum(0)
     wanted = (torch.arange(k, dtype=x.dtype, device=x.device) + 0.5) / k * share[-1]
     return x[0] + (torch.searchsorted(share, wanted) + 0.5) / bins * (x[-1] - x[0])
+
+# %% ../nbs/03_quant.ipynb
+def _best_runs(n, total, squares, k):
+    "Cut cells 0 … m−1 into k runs of least squared error, by dynamic programming; cumulative counts, sums and squares [m + 1] are given."
+    i, j = n[None, :], n[:, None]                                     # a run from cell j up to cell i
+    size = (i - j).clamp(min=1)
+    cost = (squares[None] - squares[:, None]) - (total[None] - total[:, None]).square() / size
+    cost = torch.where(torch.ones_like(cost).tril(-1).bool(), math.inf, cost.clamp(min=0))
+    best, came = cost[0], []
+    for _ in range(k - 1):
+        best, last = (best[:, None] + cost).min(0)
+        came.append(last)
+    ends = [len(n) - 1]
+    for last in reversed(came): ends.append(last[ends[-1]].item())
+    return torch.tensor([0, *reversed(ends)], device=n.device)
+
+# %% ../nbs/03_quant.ipynb
+def _first_centroids(x, total, k, cells=512):
+    "Where k-means starts: the best solution that does not cut any of 512 small cells."
+    edges = _spread(x, cells)
+    cut = torch.searchsorted(x, (edges[1:] + edges[:-1]) / 2)
+    cut = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
+    squares = torch.cat([x.new_zeros(1), x.square().cumsum(0)])[cut]
+    ends = _best_runs(cut.double(), total[cut], squares, k)
+    size = cut[ends].diff()
+    means = total[cut[ends]].diff() / size.clamp(min=1)
+    return torch.where(size > 0, means, x[cut[ends[1:]].clamp(max=len(x) - 1)]).sort().values
 
 # %% ../nbs/03_quant.ipynb
 def kmeans(
@@ -245,7 +274,7 @@ def kmeans(
     x = _finite(as_tensor(x)).reshape(-1).double().sort().values
     if not len(x): raise ValueError("x is empty; k-means needs values")
     total = torch.cat([x.new_zeros(1), x.cumsum(0)])
-    centroids = _spread(x, 1 << bits)
+    centroids = _first_centroids(x, total, 1 << bits)
     for _ in range(iterations):
         cut = torch.searchsorted(x, (centroids[1:] + centroids[:-1]) / 2)
         cut = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
@@ -326,12 +355,14 @@ def pack_bits(
     return _pack(flat, bits)
 
 def _pack(flat, bits):
-    out, shift = [], 0
+    if bits == 8 and flat.dtype == torch.uint8: return flat.contiguous()
+    out, start, shift = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=flat.device), 0, 0
     for w in bit_planes(bits):
-        part = flat if bits == w and flat.dtype == torch.uint8 else ((flat >> shift) & ((1 << w) - 1)).to(torch.uint8)
-        out.append(_pack_plane(part, w))
-        shift += w
-    return out[0] if len(out) == 1 else torch.cat(out)
+        for i in range(0, flat.numel(), _BITE):
+            packed = _pack_plane(((flat[i:i + _BITE] >> shift) & ((1 << w) - 1)).to(torch.uint8), w)
+            out[start + i * w // 8:start + i * w // 8 + len(packed)] = packed
+        start, shift = start + -(-flat.numel() * w // 8), shift + w
+    return out
 
 # %% ../nbs/03_quant.ipynb
 def unpack_bits(
@@ -343,13 +374,15 @@ def unpack_bits(
     want = packed_bytes(n, bits)
     if packed.dtype != torch.uint8 or packed.shape != (want,):
         raise ValueError(f"packed is {packed.dtype} {tuple(packed.shape)}; {n} codes of {bits} bits are uint8 ({want},)")
-    out, start, shift = None, 0, 0
+    if bits == 8: return packed
+    out, start, shift = torch.empty(n, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device), 0, 0
     for w in bit_planes(bits):
-        size = -(-n * w // 8)
-        plane = _unpack_plane(packed[start:start + size], w)[:n]
-        if bits > 8: plane = plane.to(torch.int32)
-        out = plane if out is None else out | (plane << shift)
-        start, shift = start + size, shift + w
+        for i in range(0, n, _BITE):
+            first, part = start + i * w // 8, out[i:i + _BITE]
+            plane = _unpack_plane(packed[first:first + -(-len(part) * w // 8)], w)[:len(part)]
+            if shift: part |= plane.to(out.dtype) << shift
+            else: part.copy_(plane)
+        start, shift = start + -(-n * w // 8), shift + w
     return out
 
 # %% ../nbs/03_quant.ipynb
@@ -504,19 +537,19 @@ def dequantize(self) -> Tensor:
     out = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
     for b in _bites(codes):
         s, z = _for_bite(b, scale, zero)
-        t = codes[b].to(wide).sub_(z) if table is None else table[codes[b].int()]
-        out[b] = t.mul_(s)
+        t = out[b] if self.dtype == wide else torch.empty(codes[b].shape, dtype=wide, device=codes.device)
+        if table is None: t.copy_(codes[b]).sub_(z).mul_(s)
+        else: t.copy_(table[codes[b].int()]).mul_(s)
+        if self.dtype != wide: out[b] = t
     return from_blocks(out, self.shape, self.axis, self.group)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
 def _in_blocks(self):
     "Codes, scales and zero points laid out with one row for each scale."
-    codes, n = self.unpack(), self.scale.numel()
-    blocks = as_blocks(codes, self.axis, self.group) if codes.numel() else codes.reshape(n, 0)
-    zero = self.zero_point
+    blocks, zero = as_blocks(self.unpack(), self.axis, self.group), self.zero_point
     zero = torch.tensor([[zero]]) if isinstance(zero, float) else zero.reshape(-1, 1)
-    return blocks, self.scale.reshape(-1, 1), zero.to(codes.device)
+    return blocks, self.scale.reshape(-1, 1), zero.to(blocks.device)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
@@ -558,16 +591,16 @@ def _check_levels(bits, levels, codebook):
     return int(levels)
 
 # %% ../nbs/03_quant.ipynb
-def _only_finite(blocks, nonfinite):
+def _only_finite(blocks, x, nonfinite):
     "Blocks without NaN or infinity, and the least and greatest value of each; says what it replaced."
     if nonfinite not in ("raise", "zero", "clip"): raise ValueError(f"nonfinite is {nonfinite!r}; it may be 'raise', 'zero' or 'clip'")
     if not blocks.numel(): return blocks, (blocks.new_zeros(len(blocks)),) * 2
     low, high = blocks.amin(1), blocks.amax(1)
     if bool(torch.isfinite(low).all() & torch.isfinite(high).all()): return blocks, (low, high)
-    bad = ~torch.isfinite(blocks)
-    if nonfinite == "raise": raise ValueError(f"x holds {int(bad.sum())} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
-    warnings.warn(f"quantize replaced {int(bad.sum())} values that were NaN or infinite", stacklevel=3)
-    largest = 0. if nonfinite == "zero" else blocks.masked_fill(bad, 0).abs().max().item()
+    bad = int((~torch.isfinite(x)).sum())
+    if nonfinite == "raise": raise ValueError(f"x holds {bad} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
+    warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=3)
+    largest = 0. if nonfinite == "zero" else x.nan_to_num(nan=0., posinf=0., neginf=0.).abs().max().item()
     blocks = blocks.nan_to_num(nan=0., posinf=largest, neginf=-largest)
     return blocks, (blocks.amin(1), blocks.amax(1))
 
@@ -644,7 +677,8 @@ def _dice(stochastic, generator, x):
 def _warn_if_collapsed(codes, zero, levels, extremes):
     "Underflow in its plainest form: something went in and only zeros come out."
     if not codes.numel() or levels == 2: return
-    quiet = bool((codes == levels // 2).all()) if zero is None else bool((codes == zero.reshape(-1, 1)).all())
+    zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
+    quiet = all(bool((codes[b] == (zero if len(zero) == 1 else zero[b[0]])).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
 
@@ -656,9 +690,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
     for b in _bites(blocks):
         s, z = _for_bite(b, inverse, zero)
         t = blocks[b].to(scale.dtype) * s
-        if levels == 2: t = t.add_(z).floor_() if generator is None else t.add_(z)   # z = 1/2: the sign
-        elif generator is None: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
-        else: t = t.add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_().add_(z)
+        if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
+        elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
+        else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
         codes[b].copy_(t.clamp_(0, levels - 1))
     return codes
 
@@ -685,8 +719,9 @@ def quantize(
     x = as_tensor(x)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks = as_blocks(x, axis, group) if x.numel() else x.new_zeros(number_of_blocks(x.shape, axis, group), 0)
-    blocks, extremes = _only_finite(blocks, nonfinite)
+    blocks = as_blocks(x, axis, group)
+    blocks, extremes = _only_finite(blocks, x, nonfinite)
+    if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
     zero = None
     if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide)
     elif step is not None: scale, levels = _fixed_step(step, extremes, wide)
