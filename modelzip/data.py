@@ -280,7 +280,7 @@ def train(
     step = optimizer(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(step, lr, total_steps=steps)
     bar = tqdm(total=steps, desc="train", leave=False, **({} if progress else {"disable": True}))
-    with seeded(seed), bar:
+    with torch.enable_grad(), seeded(seed), bar:
         for epoch in range(epochs):
             model.train()
             mean = _epoch(model, data, batch_size, loss, step, schedule, bar)

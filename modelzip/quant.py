@@ -124,6 +124,11 @@ def _bites(blocks):
     step = max(1, _BITE // max(m, 1))
     return [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
 
+def _buffer(blocks, dtype):
+    "Room for one bite, used again for each: fresh memory costs more than the arithmetic."
+    b = (_bites(blocks) or [(slice(0), slice(0))])[0]
+    return torch.empty(blocks[b].shape, dtype=dtype, device=blocks.device)
+
 def _for_bite(b, scale, zero):
     "The rows of scale and zero point that belong to one bite."
     return (scale if len(scale) == 1 else scale[b[0]]), (zero if len(zero) == 1 else zero[b[0]])
@@ -534,13 +539,13 @@ def dequantize(self) -> Tensor:
     codes, scale, zero = self._in_blocks()
     wide = torch.promote_types(scale.dtype, torch.float64 if self.dtype == torch.float64 else torch.float32)
     table = None if self.codebook is None else self.codebook.to(wide)
-    out = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+    out, buffer = torch.empty(codes.shape, dtype=self.dtype, device=codes.device), _buffer(codes, wide)
     for b in _bites(codes):
         s, z = _for_bite(b, scale, zero)
-        t = out[b] if self.dtype == wide else torch.empty(codes[b].shape, dtype=wide, device=codes.device)
-        if table is None: t.copy_(codes[b]).sub_(z).mul_(s)
-        else: t.copy_(table[codes[b].int()]).mul_(s)
-        if self.dtype != wide: out[b] = t
+        t = buffer[:len(codes[b]), :codes[b].shape[1]]
+        if table is None: t.copy_(codes[b]).sub_(z)
+        else: t.copy_(table[codes[b].int()])
+        torch.mul(t, s, out=out[b])
     return from_blocks(out, self.shape, self.axis, self.group)
 
 # %% ../nbs/03_quant.ipynb
@@ -686,10 +691,10 @@ def _warn_if_collapsed(codes, zero, levels, extremes):
 def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None):
     "clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)), which differ at ties: uint8 up to 256 levels, else int32."
     codes = torch.empty(blocks.shape, dtype=torch.uint8 if levels <= 256 else torch.int32, device=blocks.device)
-    inverse, zero = 1 / scale, zero_point.to(scale.dtype)
+    inverse, zero, buffer = 1 / scale, zero_point.to(scale.dtype), _buffer(blocks, scale.dtype)
     for b in _bites(blocks):
         s, z = _for_bite(b, inverse, zero)
-        t = blocks[b].to(scale.dtype) * s
+        t = torch.mul(blocks[b], s, out=buffer[:len(blocks[b]), :blocks[b].shape[1]])
         if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
         elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
         else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
