@@ -100,8 +100,8 @@ def as_blocks(
         rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
         if pad := -rows.shape[1] % group: rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
         return rows.reshape(-1, group)
-    if axis is not None: return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    return x.reshape(1, -1)
+    if axis is None: return x.reshape(1, -1)
+    return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_quant.ipynb
 def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> Tensor:
@@ -111,7 +111,7 @@ def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> T
     if group is not None:
         rows = shape[0] if len(shape) > 1 else 1
         return blocks.reshape(rows, -1)[:, :shape.numel() // max(rows, 1)].reshape(shape)
-    if axis is not None:
+    if axis:
         moved = [shape[axis], *shape[:axis], *shape[axis + 1:]]
         return blocks.reshape(moved).movedim(0, axis)
     return blocks.reshape(shape)
@@ -130,8 +130,8 @@ def _buffer(blocks, dtype):
     return torch.empty(blocks[b].shape, dtype=dtype, device=blocks.device)
 
 def _for_bite(b, scale, zero):
-    "The rows of scale and zero point that belong to one bite."
-    return (scale if len(scale) == 1 else scale[b[0]]), (zero if len(zero) == 1 else zero[b[0]])
+    "The rows of scale and zero point that belong to one bite; a symmetric zero point is one number for all."
+    return (scale if len(scale) == 1 else scale[b[0]]), (zero if isinstance(zero, (int, float)) or len(zero) == 1 else zero[b[0]])
 
 # %% ../nbs/03_quant.ipynb
 class MinMax:
@@ -361,10 +361,12 @@ def pack_bits(
 
 def _pack(flat, bits):
     if bits == 8 and flat.dtype == torch.uint8: return flat.contiguous()
+    if bits <= 8: flat = flat.to(torch.uint8)
     out, start, shift = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=flat.device), 0, 0
     for w in bit_planes(bits):
         for i in range(0, flat.numel(), _BITE):
-            packed = _pack_plane(((flat[i:i + _BITE] >> shift) & ((1 << w) - 1)).to(torch.uint8), w)
+            part = flat[i:i + _BITE]
+            packed = _pack_plane(part if bits == w else ((part >> shift) & ((1 << w) - 1)).to(torch.uint8), w)
             out[start + i * w // 8:start + i * w // 8 + len(packed)] = packed
         start, shift = start + -(-flat.numel() * w // 8), shift + w
     return out
@@ -539,12 +541,16 @@ def dequantize(self) -> Tensor:
     codes, scale, zero = self._in_blocks()
     wide = torch.promote_types(scale.dtype, torch.float64 if self.dtype == torch.float64 else torch.float32)
     table = None if self.codebook is None else self.codebook.to(wide)
-    out, buffer = torch.empty(codes.shape, dtype=self.dtype, device=codes.device), _buffer(codes, wide)
+    in_bytes = 2 < self.levels <= (256 if isinstance(zero, float) else 128)    # code − zero_point fits a signed byte
+    if in_bytes: zero = int(zero) if isinstance(zero, float) else zero.to(torch.uint8)
+    out = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+    buffer = out if self.dtype == wide and len(_bites(codes)) == 1 else _buffer(codes, wide)
     for b in _bites(codes):
         s, z = _for_bite(b, scale, zero)
         t = buffer[:len(codes[b]), :codes[b].shape[1]]
-        if table is None: t.copy_(codes[b]).sub_(z)
-        else: t.copy_(table[codes[b].int()])
+        if table is not None: t.copy_(table[codes[b].int()])
+        elif in_bytes: t.copy_((codes[b] - z).view(torch.int8))     # wraps around to the right signed byte
+        else: t.copy_(codes[b]).sub_(z)
         torch.mul(t, s, out=out[b])
     return from_blocks(out, self.shape, self.axis, self.group)
 
@@ -553,8 +559,7 @@ def dequantize(self) -> Tensor:
 def _in_blocks(self):
     "Codes, scales and zero points laid out with one row for each scale."
     blocks, zero = as_blocks(self.unpack(), self.axis, self.group), self.zero_point
-    zero = torch.tensor([[zero]]) if isinstance(zero, float) else zero.reshape(-1, 1)
-    return blocks, self.scale.reshape(-1, 1), zero.to(blocks.device)
+    return blocks, self.scale.reshape(-1, 1), zero if isinstance(zero, float) else zero.reshape(-1, 1)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
@@ -645,7 +650,7 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide):
 # %% ../nbs/03_quant.ipynb
 def _narrow(scale, dtype, group):
     "Round scales up to `dtype`; by default float16 for groups when that costs no scale more than 2 %."
-    fits = not scale.numel() or bool((scale >= 50 * 2 ** -24).all() & (scale <= torch.finfo(torch.float16).max).all())
+    fits = not scale.numel() or bool((scale.min() >= 50 * 2 ** -24) & (scale.max() <= torch.finfo(torch.float16).max))
     if dtype is None: dtype = torch.float16 if group is not None and fits else scale.dtype if scale.dtype in (torch.float32, torch.float64) else torch.float32
     if dtype not in FLOATS: raise ValueError(f"scale_dtype is {dtype}; it may be float16, bfloat16, float32 or float64")
     stored = scale.to(dtype)
