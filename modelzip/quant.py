@@ -242,6 +242,12 @@ def _spread(x, k, bins=2048):
     return x[0] + (torch.searchsorted(share, wanted) + 0.5) / bins * (x[-1] - x[0])
 
 # %% ../nbs/03_quant.ipynb
+def _runs(x, points):
+    "Where the runs of a sorted `x` begin and end that lie nearest to each of some ascending points."
+    cut = torch.searchsorted(x, (points[1:] + points[:-1]) / 2)
+    return torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
+
+# %% ../nbs/03_quant.ipynb
 def _best_runs(n, total, squares, k):
     "Cut cells 0 … m−1 into k runs of least squared error, by dynamic programming; cumulative counts, sums and squares [m + 1] are given."
     i, j = n[None, :], n[:, None]                                     # a run from cell j up to cell i
@@ -259,9 +265,7 @@ def _best_runs(n, total, squares, k):
 # %% ../nbs/03_quant.ipynb
 def _first_centroids(x, total, k, cells=512):
     "Where k-means starts: the best solution that does not cut any of 512 small cells."
-    edges = _spread(x, cells)
-    cut = torch.searchsorted(x, (edges[1:] + edges[:-1]) / 2)
-    cut = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
+    cut = _runs(x, _spread(x, cells))
     squares = torch.cat([x.new_zeros(1), x.square().cumsum(0)])[cut]
     ends = _best_runs(cut.double(), total[cut], squares, k)
     size = cut[ends].diff()
@@ -281,8 +285,7 @@ def kmeans(
     total = torch.cat([x.new_zeros(1), x.cumsum(0)])
     centroids = _first_centroids(x, total, 1 << bits)
     for _ in range(iterations):
-        cut = torch.searchsorted(x, (centroids[1:] + centroids[:-1]) / 2)
-        cut = torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
+        cut = _runs(x, centroids)
         size = cut.diff()
         new = torch.where(size > 0, (total[cut[1:]] - total[cut[:-1]]) / size.clamp(min=1), centroids)
         if torch.equal(new, centroids): break
@@ -353,7 +356,8 @@ def pack_bits(
     bits: int,       # width of a code, 1..16
 ) -> Tensor:         # uint8, 1-D, `packed_bytes(n, bits)` long
     "Store codes in `bits` bits each: plane after plane, within a byte the first code lowest."
-    planes, flat = bit_planes(bits), codes.reshape(-1)
+    check_bits(bits)
+    flat = codes.reshape(-1)
     if codes.is_floating_point() or codes.is_complex(): raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
     if flat.numel() and (flat.min() < 0 or flat.max() >= 1 << bits):
         raise ValueError(f"codes run from {flat.min()} to {flat.max()}; {bits} bits hold 0 to {(1 << bits) - 1}")
@@ -670,7 +674,7 @@ def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype
         if symmetric: raise ValueError("zero_point is given but symmetric is True; a symmetric quantizer has its own")
         zero = torch.as_tensor(zero_point).to(torch.int32).to(x.device)
         if bool((zero < 0).any() | (zero >= levels).any()): raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
-    elif zero is None and not symmetric: zero = torch.zeros((), dtype=torch.int32, device=x.device)
+    elif zero is None and not symmetric: raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
     return _narrow(scale, dtype, group), zero if zero is None else zero.expand(scale.numel()).reshape(shape) if zero.numel() == 1 else zero.reshape(shape)
 
 # %% ../nbs/03_quant.ipynb
@@ -728,6 +732,7 @@ def quantize(
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
+    symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = as_blocks(x, axis, group)
     blocks, extremes = _only_finite(blocks, x, nonfinite)

@@ -158,6 +158,13 @@ def test_nf4_has_an_exact_zero_and_uses_its_whole_table():
     assert set(real.dequantize().unique().tolist()) == {-1, 0, 1}
 
 
+def test_a_step_or_a_codebook_needs_no_zero_point():
+    x = torch.randn(4, 64, generator=torch.manual_seed(4))
+    for how in dict(step=0.1), dict(codebook="nf4", group=32), dict(codebook="kmeans"):
+        q = quantize(x, symmetric=False, **how)
+        assert q == quantize(x, **how) and QTensor.from_parts(q.parts(), q.meta()) == q and (q.dequantize() < 0).any()
+
+
 def test_stochastic_rounding_is_unbiased_and_seeded():
     x = torch.full((200_000,), 0.3)
     roll = lambda seed: quantize(x, step=1., stochastic=True, generator=torch.manual_seed(seed)).dequantize()
@@ -184,7 +191,7 @@ BAD = [(dict(bits=0), "bits"), (dict(bits=17), "bits"), (dict(bits=2.5), "bits")
        (dict(step=0), "step"), (dict(step=float("nan")), "step"), (dict(step=1e-30), "step"), (dict(codebook="nf5"), "codebook"),
        (dict(codebook=torch.tensor([1., 0.])), "codebook"), (dict(codebook=torch.zeros(0)), "codebook"), (dict(observer="max"), "observer"),
        (dict(nonfinite="ignore"), "nonfinite"), (dict(scale=-1.), "scale"), (dict(scale=torch.ones(3)), "scale"), (dict(scale=1., zero_point=3), "zero_point"),
-       (dict(scale=1., zero_point=300, symmetric=False), "zero_point"), (dict(scale_dtype=torch.int8), "scale_dtype"), (dict(zero_point=3, symmetric=False), "zero_point")]
+       (dict(scale=1., zero_point=300, symmetric=False), "zero_point"), (dict(scale_dtype=torch.int8), "scale_dtype"), (dict(zero_point=3, symmetric=False), "zero_point"), (dict(scale=1., symmetric=False), "zero_point")]
 
 @pytest.mark.parametrize("options,name", BAD, ids=lambda v: str(v)[:40])
 def test_bad_options_name_the_argument(options, name):
