@@ -359,7 +359,7 @@ def pack_bits(
     check_bits(bits)
     flat = codes.reshape(-1)
     if codes.is_floating_point() or codes.is_complex(): raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
-    if flat.numel() and (flat.min() < 0 or flat.max() >= 1 << bits):
+    if flat.numel() and (flat.min() < 0 or int(flat.max()) >= 1 << bits):
         raise ValueError(f"codes run from {flat.min()} to {flat.max()}; {bits} bits hold 0 to {(1 << bits) - 1}")
     return _pack(flat, bits)
 
@@ -406,6 +406,7 @@ class CompressedTensor:
         if kind is not None: cls.kind, CompressedTensor.kinds[kind] = kind, cls
     def parts(self) -> dict[str, Tensor]: raise NotImplementedError
     def meta(self) -> dict: raise NotImplementedError
+    def packed_parts(self) -> dict[str, tuple[int, int, int]]: return {}      # parts that `pack_bits` made: bits, count, levels
     @classmethod
     def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor": raise NotImplementedError
     def dequantize(self) -> Tensor: raise NotImplementedError
@@ -486,6 +487,12 @@ def parts(self) -> dict[str, Tensor]:
     "The tensors that a file stores."
     parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.packed_zero_point, "codebook": self.codebook}
     return {k: p for k, p in parts.items() if p is not None}
+
+@patch_onto(QTensor)
+def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+    "Which parts are packed codes: their bits, their number, and below what they are."
+    packed = {"codes": (self.bits, self.shape.numel(), self.levels), "zero_point": (self.bits, self.scale.numel(), self.levels)}
+    return {k: p for k, p in packed.items() if k in self.parts()}
 
 @patch_onto(QTensor)
 def meta(self) -> dict:
