@@ -6,7 +6,7 @@
 __all__ = ['TECHNIQUES', 'technique', 'compressed', 'load_alone', 'tour', 'cli', 'run_command']
 
 # %% ../nbs/14_tour.ipynb
-import argparse, sys
+import argparse, copy, sys
 from pathlib import Path
 from typing import Callable
 
@@ -23,14 +23,19 @@ from .quant import quantize_model
 TECHNIQUES: dict[str, Callable[[nn.Module, Data], nn.Module]] = {}
 
 def technique(
-    name: str,      # what the table calls it
-) -> Callable:      # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
+    name: str,                 # what the table calls it
+    archive: bool = True,      # its file is entropy-coded; False: mapped, ready to run
+) -> Callable:                 # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
     "Add a technique to the tour. `ValueError` when the name is taken."
     def add(f):
         if name in TECHNIQUES: raise ValueError(f"name is {name!r}, and there is a technique of that name already")
-        TECHNIQUES[name] = f
+        TECHNIQUES[name], f.archive = f, archive
         return f
     return add
+
+# %% ../nbs/14_tour.ipynb
+@technique("float32, entropy-coded")
+def _coded(model, data): return copy.deepcopy(model)
 
 # %% ../nbs/14_tour.ipynb
 @technique("8-bit weights, per tensor")
@@ -48,6 +53,9 @@ def _channel6(model, data): return quantize_model(model, 6)
 
 @technique("4-bit weights, group 64")
 def _group4(model, data): return quantize_model(model, 4, group=64)
+
+@technique("4-bit weights, group 64, mapped", archive=False)
+def _mapped4(model, data): return quantize_model(model, 4, group=64)
 
 @technique("4-bit weights, asymmetric")
 def _asymmetric4(model, data): return quantize_model(model, 4, group=64, symmetric=False)
@@ -95,7 +103,9 @@ def tour(
     folder.mkdir(parents=True, exist_ok=True)
     model = train(LeNet5(), data.fit, seed=seed, progress=progress)
     models = compressed(model, data, progress)
-    report = compare(models, data.test, save=save, load=load_alone, folder=folder, repeats=repeats, progress=progress)
+    mapped = {id(m) for name, m in models.items() if name == "fp32" or not TECHNIQUES[name].archive}
+    def store(m, path): return save(m, path, archive=id(m) not in mapped)
+    report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress)
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report
 
