@@ -1,0 +1,175 @@
+"""encode and decode: exact for whatever goes in, near the entropy, and never surprised by what comes back."""
+import random, resource, zlib
+
+import numpy as np
+import pytest
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from hypothesis import given, settings, strategies as st
+
+from modelzip import coding
+from modelzip.coding import CodingError, coders, decode, encode, entropy
+from modelzip.quant import pack_bits, packed_bytes, quantize, unpack_bits
+
+torch.set_num_threads(1)
+
+
+def codes_of(rng, levels, n, kind):
+    "Streams of every character: flat, bell, one common value, nothing else, runs."
+    if kind == "flat": return rng.integers(0, levels, n)
+    if kind == "bell": return np.clip(np.round(rng.normal(levels/2, levels/8 + .3, n)), 0, levels - 1)
+    if kind == "sparse": return np.where(rng.random(n) < .05, rng.integers(0, levels, n), levels//2)
+    if kind == "rare": return np.where(rng.random(n) < .002, rng.integers(0, levels, n), levels//2)
+    if kind == "constant": return np.full(n, levels - 1)
+    return np.repeat(rng.integers(0, levels, n//50 + 1), 50)[:n]
+
+KINDS = ["flat", "bell", "sparse", "rare", "constant", "runs"]
+
+def packed(codes, bits): return pack_bits(torch.from_numpy(codes.astype(np.int32)), bits)
+
+
+# ---- exact --------------------------------------------------------------------------------------------------------
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=3000))
+def test_any_bytes(data):
+    coded = encode(data)
+    assert decode(coded).tobytes() == decode(coded, len(data)).tobytes() == data
+    assert len(coded) <= len(data) + 16
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 1 << 16), st.integers(0, 3000), st.sampled_from(KINDS), st.integers(0, 2**32))
+def test_any_codes(levels, n, kind, seed):
+    bits = (levels - 1).bit_length()
+    x = packed(codes_of(np.random.default_rng(seed), levels, n, kind), bits)
+    coded = encode(x, bits, n, levels)
+    assert np.array_equal(decode(coded, len(x)), x.numpy())
+    assert len(coded) <= len(x) + 24
+
+@pytest.mark.parametrize("levels", [2, 3, 5, 7, 16, 40, 100, 256, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_than_one_chunk(levels, kind, monkeypatch):
+    "Chunks begin in the middle of the planes; threads do not change a byte."
+    monkeypatch.setattr(coding, "CODES", 1200)
+    bits, n = (levels - 1).bit_length(), 4321
+    x = packed(codes_of(np.random.default_rng(levels), levels, n, kind), bits)
+    coded = encode(x, bits, n, levels)
+    with ThreadPoolExecutor(3) as pool:
+        assert encode(x, bits, n, levels, map=pool.map) == coded
+        assert np.array_equal(decode(coded, map=pool.map), x.numpy())
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int64, torch.int16, torch.uint8, torch.bool])
+def test_any_type(dtype):
+    x = torch.randn(777, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    assert decode(encode(x)).tobytes() == bytes(x.view(torch.uint8).numpy())
+    assert decode(encode(x[::2])).tobytes() == bytes(x[::2].contiguous().view(torch.uint8).numpy())
+
+def test_large_elements_and_many_chunks():
+    x = torch.arange(400_000, dtype=torch.float64)
+    assert decode(encode(x)).tobytes() == x.numpy().tobytes()
+
+def test_numpy_arrays_of_any_shape():
+    for x in np.zeros((3, 0)), np.arange(12, dtype=">i4").reshape(3, 4)[::-1], np.float32(1.5), np.asfortranarray(np.eye(3)):
+        assert decode(encode(np.asarray(x))).tobytes() == np.ascontiguousarray(x).tobytes()
+
+
+# ---- small --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["flat", "bell", "sparse", "rare"])
+@pytest.mark.parametrize("levels", [2, 3, 4, 6, 8, 16, 30, 64, 100, 256])
+def test_within_a_percent_of_the_entropy(levels, kind):
+    "…and what a table and a header cost."
+    n, bits = 300_000, (levels - 1).bit_length()
+    codes = codes_of(np.random.default_rng(0), levels, n, kind)
+    ideal = float(entropy(torch.from_numpy(codes.astype(np.int64))))*n/8
+    size = len(encode(packed(codes, bits), bits, n, levels))
+    assert size <= 1.01*ideal + 2*levels + 120, (size/ideal, coders(encode(packed(codes, bits), bits, n, levels)))
+
+def test_runs_go_below_the_entropy():
+    codes = codes_of(np.random.default_rng(0), 16, 100_000, "runs")
+    assert len(encode(packed(codes, 4), 4, len(codes))) < .1*float(entropy(torch.from_numpy(codes)))*len(codes)/8
+
+def test_floats_lose_their_exponents():
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    assert set(coders(encode(x))) == {"byte planes"} and len(encode(x)) < .87*x.nbytes
+
+def test_all_methods_occur():
+    rng, found = np.random.default_rng(0), set()
+    for levels in 3, 16, 64, 3000:
+        for kind in KINDS:
+            for n in 200, 3000, 100_000:
+                bits = (levels - 1).bit_length()
+                found |= set(coders(encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)))
+    found |= set(coders(encode(torch.randn(1000)))) | set(coders(encode(np.clip(rng.geometric(.45, 20_000), 0, 63).astype("u1"), 8, 20_000)))
+    assert found == set(coding.METHODS), found ^ set(coding.METHODS)
+
+
+# ---- damaged and hostile ------------------------------------------------------------------------------------------
+def samples():
+    rng = np.random.default_rng(0)
+    for levels in 3, 7, 16, 64, 256, 3000:
+        for kind in KINDS:
+            bits, n = (levels - 1).bit_length(), 2000
+            yield encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)
+    yield encode(torch.randn(300)); yield encode(b"to be or not to be "*50); yield encode(bytes(3000)); yield encode(b"")
+
+def test_every_truncation_and_every_flipped_bit():
+    for s in list(samples())[::7]:
+        for n in range(len(s)):
+            with pytest.raises(CodingError): decode(s[:n])
+            with pytest.raises(CodingError): decode(s[:n] + bytes([s[n] ^ 1 << n % 8]) + s[n + 1:])
+
+def test_nonsense_with_the_right_checksum():
+    "The decoder itself is safe: whatever the bytes, a CodingError or so many bytes as were asked for."
+    rng, before, fine = random.Random(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for s in samples():
+        size = len(decode(s))
+        for _ in range(120):
+            data = bytearray(s[:-4])
+            for _ in range(rng.choice([1, 1, 3])):
+                at = rng.randrange(min(len(data), rng.choice([12, 60, 10**9])))
+                if rng.random() < .7: data[at] = rng.choice([0, 1, 2, 127, 128, 254, 255, rng.randrange(256)])
+                elif rng.random() < .5: del data[at:at + rng.choice([1, 4, 50])]
+                else: data[at:at] = rng.randbytes(rng.choice([1, 4, 50]))
+                if not data: data = bytearray(b"\0")
+            data += zlib.crc32(data).to_bytes(4, "little")
+            try: assert len(decode(bytes(data), size)) == size; fine += 1
+            except CodingError: pass
+            try: decode(bytes(data))
+            except CodingError: pass
+    assert fine > 100 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+
+def test_a_stream_cannot_claim_the_moon():
+    for bits, kind in (0, 1), (4, 16), (8, 256):
+        body = bytes([bits]) + coding.write_varint(kind) + coding.write_varint(2**50)
+        with pytest.raises(CodingError): decode(body + zlib.crc32(body).to_bytes(4, "little"))
+
+def test_codes_beyond_the_levels_never_come_out():
+    "Ternary codes have two bits; a forged stream must not smuggle in a fourth value through joined, sparse or rans chunks."
+    rng = random.Random(1)
+    for kind in "flat", "sparse", "rare":
+        s = encode(packed(codes_of(np.random.default_rng(0), 3, 5000, kind), 2), 2, 5000, 3)
+        for _ in range(200):
+            data = bytearray(s[:-4]); data[rng.randrange(8, len(data))] = rng.randrange(256)
+            data += zlib.crc32(data).to_bytes(4, "little")
+            try: out = decode(bytes(data), packed_bytes(5000, 2))
+            except CodingError: continue
+            if set(coders(bytes(data))) <= {"zstd, joined", "sparse", "rans"}: assert int(unpack_bits(torch.from_numpy(out.copy()), 2, 5000).max()) <= 2
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("args, words", [
+    ((b"abc", 4, 7), "count is 7"), ((b"abc", 4), "count is None"), ((b"abc", 0, 6), "bits is 0"), ((b"abc", 17, 6), "bits is 17"), ((b"abc", 4, 6, 17), "levels is 17"),
+    ((b"abc", 4, 6, 8), "levels is 8"), ((b"\xff", 2, 4, 3), "holds the code 3"), (("text",), "x is a str"), (([1.5],), "x is a list"), ((np.array(["a"]),), "array of <U1"), ((b"abc", 4, True), "count is True")])
+def test_arguments(args, words):
+    with pytest.raises((TypeError, ValueError), match=words): encode(*args)
+
+def test_wrong_size_and_type():
+    with pytest.raises(CodingError, match="3 bytes instead of 4"): decode(encode(b"abc"), 4)
+    with pytest.raises(TypeError, match="data is a str"): decode("abc")
+
+def test_quantized_tensor_of_every_kind():
+    w = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for how in dict(bits=8, axis=0), dict(bits=1), dict(bits=5, group=25, symmetric=False), dict(levels=3), dict(bits=12), dict(codebook="nf4", group=50):
+        q = quantize(w, **how)
+        for name, (bits, count, levels) in q.packed_parts().items():
+            part = q.parts()[name]
+            assert np.array_equal(decode(encode(part, bits, count, levels)), part.numpy()), (how, name)
