@@ -148,7 +148,7 @@ def _as_bytes(data):
 @dataclass(frozen=True)
 class Coder:
     "An encoder and its exact inverse for any bytes; `CODERS` has one for each method of this chapter."
-    name: str
+    name: str                                                        # what errors call it
     encode_body: Callable[[bytes], bytes] = field(repr=False)        # bytes -> body
     decode_body: Callable[[bytes, int], bytes] = field(repr=False)   # body, number of bytes -> bytes
     at_most: int = 8                                                 # bytes that one byte of a body can stand for
@@ -1088,7 +1088,7 @@ def expand_codes(
     if method == SPLIT: return join_high(payload, bits, count)
     if bits > 8: raise CodingError(f"a chunk of {bits}-bit codes has the method {method}")
     if method == JOINED: return split_codes(expand_bytes(payload, -(-count//k)), levels, k, bits, count)
-    if method == RANS: return pack_bits(torch.from_numpy(rans_expand(payload, levels, count)), bits).numpy()
+    if method == RANS: return split_codes(rans_expand(payload, levels, count), 256, 1, bits, count)
     if method == SPARSE and sparse: return sparse_back(payload, bits, count, levels)
     raise CodingError(f"a chunk has the unknown method {method}")
 
@@ -1107,8 +1107,8 @@ def sparse_back(
     mask = where_back(where, ones, count)
     codes = np.full(count, payload[0], np.uint8)
     packed = torch.from_numpy(np.array(expand_codes(rare, bits, ones, levels, sparse=False)))
-    codes[mask] = unpack_bits(packed, bits, ones).numpy()
-    return pack_bits(torch.from_numpy(codes), bits).numpy()
+    codes[np.flatnonzero(mask)] = unpack_bits(packed, bits, ones).numpy()
+    return split_codes(codes, 256, 1, bits, count)
 
 def where_back(
     where: bytes,          # 0 and a bitmap, or 1, a length and gaps
