@@ -910,7 +910,8 @@ def read_tensor(
     check_machine()
     with naming(path), open_file(path) as f:
         _, rows, payload = read_manifest(f)
-        if name not in rows: raise ValueError(f"name is {name!r}; {os.fsdecode(path)} holds {', '.join(map(ascii_name, rows))}"[:2000])
+        if name not in rows:
+            raise ValueError(f"name is {name!r}; {os.fsdecode(path)} holds {', '.join(map(ascii_name, rows))}"[:2000])
         row = rows[rows[name].same or name]
         if any(p.crc is p.coded is None for p in row.parts.values()): verify_rest(f, rows, payload)
         return read_row(f, row, payload)
@@ -942,7 +943,9 @@ class Line:
     entropy: float | None      # bits a weight, order 0; None when it was not computed
 
     @property
-    def bits(self) -> float | None: return 8*self.bytes/n if (n := math.prod(self.shape)) and not self.kind.startswith("=") else None
+    def bits(self) -> float | None:
+        n = math.prod(self.shape)
+        return 8*self.bytes/n if n and not self.kind.startswith("=") else None
 
 # %% ../nbs/05_pack.ipynb
 def kind_text(row: Row) -> str:
@@ -998,9 +1001,10 @@ def cells_of(
     body = [[ascii_name(l.name), "×".join(map(str, l.shape)) or "scalar", ascii_name(l.kind), ascii_name(l.layer), l.coder,
              decimals(l.bits), decimals(l.entropy), f"{l.bytes:,}", f"{l.share:.1%}"] for l in lines]
     n = sum(math.prod(l.shape) for l in lines if not l.kind.startswith("="))
-    known = sum((l.entropy or 0)*math.prod(l.shape) for l in lines)/n if n and any(l.entropy is not None for l in lines) else None
+    known = [l.entropy*math.prod(l.shape) for l in lines if l.entropy is not None]
     return body + [["manifest, directory, gaps", "", "", "", "", "", "", f"{rest:,}", f"{rest/total:.1%}"],
-                   ["the file", f"{n:,}", "", "", "", decimals(8*total/n if n else None), decimals(known), f"{total:,}", "100.0%"]]
+                   ["the file", f"{n:,}", "", "", "", decimals(8*total/n if n else None), decimals(sum(known)/n if known and n else None),
+                    f"{total:,}", "100.0%"]]
 
 def decimals(x: float | None) -> str: return "" if x is None else f"{x:.2f}"
 
@@ -1165,7 +1169,7 @@ def diff(
     changes = []
     for name in lines[0] | lines[1]:
         sizes = tuple(x[name].bytes if name in x else 0 for x in lines)
-        if name not in lines[0] or name not in lines[1]: changes.append(Change(name, f"only in {ascii_name(os.path.basename(os.fsdecode(b if name in lines[1] else a)))}", sizes, None, None)); continue
-        what, largest, ratio = compared(read_tensor(a, name), read_tensor(b, name))
-        changes.append(Change(name, what, sizes, largest, ratio))
+        if name in lines[0] and name in lines[1]: what = compared(read_tensor(a, name), read_tensor(b, name))
+        else: what = f"only in {os.path.basename(os.fsdecode(a if name in lines[0] else b))}", None, None
+        changes.append(Change(name, what[0], sizes, *what[1:]))
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
