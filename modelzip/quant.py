@@ -449,6 +449,7 @@ class QTensor(_Sized, CompressedTensor, kind="quantized"):
     levels: int                        # number of codes
     axis: int | None = None            # one scale per slice along this axis
     group: int | None = None           # one scale per this many elements of a row
+    columns: Tensor | None = None      # [shape[1]]: what every index of dimension 1 is multiplied by, on top of its scale
     def __repr__(self):
         return (f"QTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
                 f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)")
@@ -485,7 +486,7 @@ def unpack(self) -> Tensor:   # uint8 up to 8 bits, else int32; of shape `self.s
 @patch_onto(QTensor)
 def parts(self) -> dict[str, Tensor]:
     "The tensors that a file stores."
-    parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.packed_zero_point, "codebook": self.codebook}
+    parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.packed_zero_point, "codebook": self.codebook, "columns": self.columns}
     return {k: p for k, p in parts.items() if p is not None}
 
 @patch_onto(QTensor)
@@ -506,8 +507,8 @@ def meta(self) -> dict:
 def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "QTensor":
     "Build from stored parts; whatever does not fit together raises `ValueError` (nothing in `meta` is trusted)."
     shape, dtype, levels, axis, group = _checked_meta(meta)
-    q = cls(parts.get("codes"), parts.get("scale"), parts.get("zero_point"), parts.get("codebook"), shape, dtype, levels, axis, group)
-    if extra := set(parts) - {"codes", "scale", "zero_point", "codebook"}: raise ValueError(f"unknown parts {sorted(extra)}")
+    q = cls(*(parts.get(k) for k in ("codes", "scale", "zero_point", "codebook")), shape, dtype, levels, axis, group, parts.get("columns"))
+    if extra := set(parts) - {"codes", "scale", "zero_point", "codebook", "columns"}: raise ValueError(f"unknown parts {sorted(extra)}")
     _check_part("codes", q.codes, (torch.uint8,), (packed_bytes(shape.numel(), q.bits),))
     _check_part("scale", q.scale, FLOATS, _scale_shape(shape, axis, group))
     if q.packed_zero_point is not None:
@@ -515,6 +516,7 @@ def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "QTensor":
     if q.codebook is not None:
         if q.packed_zero_point is not None: raise ValueError("a codebook has no zero_point")
         _check_part("codebook", q.codebook, FLOATS, (levels,))
+    if q.columns is not None: _check_columns(q.columns, shape, "part columns")
     return q
 
 # %% ../nbs/03_quant.ipynb
@@ -545,6 +547,18 @@ def _check_part(name, part, dtypes, shape):
     if part.dtype not in dtypes or tuple(part.shape) != tuple(shape):
         raise ValueError(f"part {name} is {_name(part.dtype)} {tuple(part.shape)}; it must be {' or '.join(map(_name, dtypes))} {tuple(shape)}")
 
+def _check_columns(columns, shape, name="columns"):
+    "One positive, finite float16 or float32 number for each index of dimension 1."
+    if len(shape) < 2: raise ValueError(f"{name} needs a tensor of two dimensions or more, not shape {tuple(shape)}")
+    if not isinstance(columns, Tensor): raise ValueError(f"{name} is a {type(columns).__name__}; it must be a tensor")
+    if columns.dtype not in (torch.float16, torch.float32) or tuple(columns.shape) != (shape[1],):
+        raise ValueError(f"{name} is {_name(columns.dtype)} {tuple(columns.shape)}; it must be float16 or float32 ({shape[1]},)")
+    if not columns.is_meta and not bool((torch.isfinite(columns) & (columns > 0)).all()): raise ValueError(f"{name} must be positive and finite")
+
+def _across(columns, dims):
+    "Column scales, shaped so that they multiply a tensor of that many dimensions."
+    return columns.reshape(1, -1, *[1] * (dims - 2))
+
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
 def dequantize(self) -> Tensor:
@@ -554,8 +568,9 @@ def dequantize(self) -> Tensor:
     table = None if self.codebook is None else self.codebook.to(wide)
     in_bytes = 2 < self.levels <= (256 if isinstance(zero, float) else 128)    # code − zero_point fits a signed byte
     if in_bytes: zero = int(zero) if isinstance(zero, float) else zero.to(torch.uint8)
-    out = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
-    buffer = out if self.dtype == wide and len(_bites(codes)) == 1 else _buffer(codes, wide)
+    dtype = self.dtype if self.columns is None else wide           # a value is rounded to its own dtype once, at the end
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    buffer = out if dtype == wide and len(_bites(codes)) == 1 else _buffer(codes, wide)
     for b in _bites(codes):
         s, z = _for_bite(b, scale, zero)
         t = buffer[:len(codes[b]), :codes[b].shape[1]]
@@ -563,7 +578,8 @@ def dequantize(self) -> Tensor:
         elif in_bytes: t.copy_((codes[b] - z).view(torch.int8))     # wraps around to the right signed byte
         else: t.copy_(codes[b]).sub_(z)
         torch.mul(t, s, out=out[b])
-    return from_blocks(out, self.shape, self.axis, self.group)
+    out = from_blocks(out, self.shape, self.axis, self.group)
+    return out if self.columns is None else out.mul_(_across(self.columns, out.dim())).to(self.dtype)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
@@ -579,7 +595,7 @@ def describe(self) -> str:
     what = f"{self.bits}-bit" if self.levels == 1 << self.bits else f"{self.levels}-level"
     how = "codebook" if self.codebook is not None else "symmetric" if self.packed_zero_point is None else "asymmetric"
     where = f"group {self.group}" if self.group else "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
-    return f"{what} {how}, {where}"
+    return f"{what} {how}, {where}" + ", column scales" * (self.columns is not None)
 
 @patch_onto(QTensor)
 def _repr_html_(self) -> str:
@@ -718,6 +734,15 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
     return codes
 
 # %% ../nbs/03_quant.ipynb
+def _divided(x, columns):
+    "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
+    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32)
+    columns = as_tensor(columns, "columns").to(x.device)
+    if columns.dtype != torch.float16: columns = columns.float()
+    _check_columns(columns, x.shape)
+    return x / _across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
+
+# %% ../nbs/03_quant.ipynb
 def quantize(
     x: Any,                        # values, any shape: a float tensor or any array with `__dlpack__`
     bits: int = 8,                 # width of a code, 1..16
@@ -733,6 +758,7 @@ def quantize(
     scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32
     scale: Any = None,             # use this scale (shape as in `QTensor.scale`) instead of observing
     zero_point: Any = None,        # use this zero point with `scale`; needs `symmetric=False`
+    columns: Any = None,           # [x.shape[1]] positive: quantize x / columns, and multiply by them again when it is expanded
     generator: torch.Generator | None = None, # of the random numbers of stochastic rounding
 ) -> QTensor:                      # packed codes with the scales that turn them back
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
@@ -741,8 +767,8 @@ def quantize(
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks = as_blocks(x, axis, group)
-    blocks, extremes = _only_finite(blocks, x, nonfinite)
+    flat, columns = (x, None) if columns is None else _divided(x, columns)
+    blocks, extremes = _only_finite(as_blocks(flat, axis, group), flat, nonfinite)
     if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
     zero = None
     if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide)
@@ -754,7 +780,8 @@ def quantize(
     if codebook is None: _warn_if_collapsed(codes, zero, levels, extremes)
     width = max(1, (levels - 1).bit_length())
     packed_zero = None if zero is None else _pack(zero.reshape(-1), width)
-    return QTensor(_pack(from_blocks(codes, x.shape, axis, group).reshape(-1), width), scale, packed_zero, codebook, x.shape, x.dtype, levels, axis, group)
+    codes = _pack(from_blocks(codes, x.shape, axis, group).reshape(-1), width)
+    return QTensor(codes, scale, packed_zero, codebook, x.shape, x.dtype, levels, axis, group, columns)
 
 # %% ../nbs/03_quant.ipynb
 def dequantize(q: CompressedTensor) -> Tensor:

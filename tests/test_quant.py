@@ -237,6 +237,54 @@ def test_damaged_parts_are_refused():
         with pytest.raises(ValueError): QTensor.from_parts(parts, meta | wrong)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=4), st.sampled_from(DTYPES), st.integers(1, 16), st.booleans(), st.sampled_from(["tensor", 0, 1, "group"]),
+       st.sampled_from([torch.float16, torch.float32, torch.float64]), st.integers(0, 99))
+def test_columns_are_divided_out_and_multiplied_back(shape, dtype, bits, symmetric, where, kept, seed):
+    generator = torch.manual_seed(seed)
+    x, c = torch.randn(shape, generator=generator).to(dtype), torch.exp(torch.randn(shape[1], generator=generator) * 2).to(kept)
+    how = dict(bits=bits, symmetric=symmetric) | ({} if where == "tensor" else {"group": 3} if where == "group" else {"axis": where})
+    wide = torch.promote_types(dtype, torch.float32)
+    across = c.to(torch.float16 if kept == torch.float16 else torch.float32).to(wide).reshape(1, -1, *[1] * (len(shape) - 2))
+    q, inner = quantize(x, columns=c, **how), quantize(x.to(wide) / across, **how)
+    assert q.columns.dtype == (kept if kept == torch.float16 else torch.float32) and q.shape == x.shape and q.dtype == dtype
+    assert torch.equal(q.codes, inner.codes) and torch.equal(q.scale, inner.scale)
+    assert torch.equal(q.dequantize(), (inner.dequantize() * across).to(dtype))
+    assert q.nbytes == inner.nbytes + q.columns.nbytes and q.meta() == inner.meta() | {"dtype": str(dtype).removeprefix("torch.")}
+    assert CompressedTensor.kinds["quantized"].from_parts(q.parts(), q.meta()) == q == copy.deepcopy(q) and "column scales" in repr(q)
+
+
+def test_without_columns_nothing_changed():
+    q = quantize(torch.randn(4, 6), 4)
+    assert q.columns is None and set(q.parts()) == {"codes", "scale"} and "column" not in repr(q)
+    assert quantize(torch.eye(2), columns=None) == quantize(torch.eye(2)) != quantize(torch.eye(2), columns=[1, 1])
+    assert torch.equal(quantize(torch.eye(2), columns=[1, 1]).dequantize(), quantize(torch.eye(2)).dequantize())
+
+
+def test_bad_columns_are_refused():
+    x, nan = torch.randn(4, 6), float("nan")
+    for c in (torch.ones(4), torch.zeros(6), -torch.ones(6), torch.full((6,), nan), torch.full((6,), math.inf), torch.full((6,), 1e-60, dtype=torch.float64), torch.ones(1, 6)):
+        with pytest.raises(ValueError, match="columns"): quantize(x, columns=c)
+    with pytest.raises(TypeError, match="columns"): quantize(x, columns=torch.ones(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="two dimensions"): quantize(x[0], columns=torch.ones(6))
+    q = quantize(x, columns=torch.ones(6))
+    for bad in (torch.ones(5), torch.zeros(6), torch.full((6,), nan), torch.ones(6, dtype=torch.bfloat16), torch.ones(6, dtype=torch.int8), None, 1.):
+        if bad is not None:
+            with pytest.raises(ValueError, match="columns"): QTensor.from_parts(q.parts() | {"columns": bad}, q.meta())
+
+
+def test_layers_with_columns():
+    torch.manual_seed(0)
+    for layer, x in ((nn.Linear(6, 5), torch.randn(3, 6)), (nn.Conv2d(6, 4, 3), torch.randn(2, 6, 5, 5)), (nn.Embedding(9, 6), torch.arange(9)), (nn.ConvTranspose1d(3, 6, 2), torch.randn(2, 3, 4))):
+        c = torch.rand(6) + 0.5
+        small = quantize_layer(layer, 8, columns=c)
+        assert torch.allclose(small(x), layer(x), atol=0.1) and torch.equal(small.packed.columns, c)
+        assert torch.equal(copy.deepcopy(small).half().packed.columns, c)
+        other = quantize_layer(layer, 8, columns=torch.ones(6))
+        other.load_state_dict(small.state_dict())
+        assert other.q == small.q
+
+
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()
