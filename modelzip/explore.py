@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from modelzip.measure import write_whole
+
 # %% ../nbs/02_explore.ipynb
 @dataclass(frozen=True)
 class Control:
@@ -430,18 +432,6 @@ def preview(
 NOTE = "<p><em>Run this cell to turn the controls, or with MODELZIP_STATIC=1 to save all frames.</em></p>"
 
 # %% ../nbs/02_explore.ipynb
-def write_whole(
-    path: str | os.PathLike,  # the file
-    text: str,                # what it is to hold
-) -> None:
-    "Write a file in one go: whoever looks sees the old file or the new one, never half of it."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 DOCUMENT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>:root{{color-scheme:light dark}}body{{margin:1.5em auto;padding:0 1em;max-width:60em}}</style></head>
 <body>{body}</body></html>

@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['mac_rules', 'file_bytes', 'count_parameters', 'tensor_bytes', 'macs', 'Latency', 'latency', 'peak_memory', 'sqnr',
-           'wilson', 'mcnemar', 'Measurement', 'Report', 'save_plain', 'load_plain', 'machine', 'is_right', 'compare']
+           'wilson', 'mcnemar', 'Measurement', 'Report', 'write_whole', 'save_plain', 'load_plain', 'machine',
+           'is_right', 'compare']
 
 # %% ../nbs/01_measure.ipynb
 import copy, ctypes, gc, json, math, os, platform, re, resource, statistics, tempfile, time
@@ -403,7 +404,7 @@ def _svg(fig: plt.Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
 
-def _write(path: str | os.PathLike, text: str) -> None:
+def write_whole(path: str | os.PathLike, text: str) -> None:
     "Write a text file in one step: a reader sees the old file or the new one, never a part."
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -420,7 +421,7 @@ def _to_html(
 ) -> Path:                                      # the same path
     "Write the table and the Pareto picture as one self-contained page without scripts."
     caption = "Up and to the left is better. Bars: 95 % interval of the accuracy (Wilson)."
-    _write(path, _page.format(title=escape(title), table=_html(self), picture=_svg(self.pareto()), caption=caption))
+    write_whole(path, _page.format(title=escape(title), table=_html(self), picture=_svg(self.pareto()), caption=caption))
     return Path(path)
 
 Report.to_html = _to_html
