@@ -16,8 +16,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from modelzip.measure import write_whole
-
 # %% ../nbs/02_explore.ipynb
 @dataclass(frozen=True)
 class Control:
@@ -460,6 +458,7 @@ class Explorer:
         limit: int = MAX_BYTES,   # bytes that the different frames may take
     ) -> Path:                    # the file
         "Write a page of its own: it opens in any browser, without a network."
+        from modelzip.measure import write_whole      # here, as it brings torch along, which a page of explorers does not need
         write_whole(path, DOCUMENT.format(title=html.escape(name_of(self.f)), body=self.html(limit)))
         return Path(path)
 
