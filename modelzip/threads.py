@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'POOL_SETTINGS', 'CallError', 'elsewhere', 'intra_op_threads'
            'WorkerDied', 'Spread', 'Way', 'Scaling', 'scaling', 'save_multi_threaded_model']
 
 # %% ../nbs/12_threads.ipynb
-import atexit, contextvars, copy, functools, io, math, os, pickle, queue, random, signal, statistics, subprocess, sys, threading, time, weakref
+import atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics, subprocess, sys, threading, time, weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -32,9 +32,9 @@ from .pack import inspect, load, save
 
 # %% ../nbs/12_threads.ipynb
 def _method(cls: type) -> Callable:
-    "Make a function the method of a class that grows over several cells; its name loses the underscore."
+    "Make a function a method of a class that grows over several cells; its name loses one underscore."
     def add(f):
-        f.__name__ = f.__name__ if f.__name__.startswith("__") else f.__name__.removeprefix("_")
+        if not f.__name__.endswith("__"): f.__name__ = f.__name__.removeprefix("_")
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, f)
         return f
@@ -206,12 +206,12 @@ def _run_team(job: _Job, n: int, intra_op: int, timeout: float | None, progress:
 def _wait_for(job: _Job, running: int, timeout: float | None, progress: bool) -> bool:
     "Count finished calls until all threads have ended; False when the time is up."
     until = None if timeout is None else time.monotonic() + timeout
-    with tqdm(total=len(job.calls), leave=False, **({} if progress else {"disable": True})) as bar:
+    with tqdm(total=len(job.calls), leave=False) if progress else contextlib.nullcontext() as bar:
         while running:
             try: done = job.finished.get(timeout=None if until is None else max(0, until - time.monotonic()))
             except queue.Empty: return False
             if done is None: running -= 1
-            else: bar.update()
+            elif bar is not None: bar.update()
     return True
 
 # %% ../nbs/12_threads.ipynb
@@ -326,32 +326,52 @@ class AsAlone(TorchFunctionMode):
         super().__init__()
         self.n = _count(n, "n")
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in WAYS or not _divides(self.n, args): return func(*args, **(kwargs or {}))
-        return _apply_way(self.n, functools.partial(func, **kwargs) if kwargs else func, *args)
+        if func not in WAYS or not _divides(self.n, func, args): return func(*args, **(kwargs or {}))
+        return _one_by_one(self.n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(self.n, func, *args)
 
 # %% ../nbs/12_threads.ipynb
-def _divides(n: int, args: tuple) -> bool:
+def _divides(n: int, f: Callable, args: tuple) -> bool:
     "Do these arguments begin with several samples?"
-    return n > 1 and len(args) > 1 and args[0].dim() > 0 and len(args[0]) > 0 and len(args[0]) % n == 0
+    if n == 1 or len(args) < 2: return False
+    batched = args[0].dim() > 1 if f is F.linear else args[0].dim() == args[1].dim()
+    return batched and len(args[0]) > 0 and len(args[0]) % n == 0
 
 def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
     "A product for n samples in the quickest way that is right here; what is laid out unusually goes one by one."
-    if f not in WAYS or not x.is_floating_point() or not (x.is_contiguous() and w.is_contiguous()): return _one_by_one(n, f, x, w, b, *options)
+    if not (x.is_floating_point() and x.is_contiguous() and w.is_contiguous()): return _one_by_one(n, f, x, w, b, *options)
     plain = tuple(tuple(o) if isinstance(o, list) else o for o in options)
     way = _way(f, n, tuple(x.shape), tuple(w.shape), b is not None, plain, x.dtype, torch.get_num_threads())
     return way(n, f, x, w, b, *options)
 
 # %% ../nbs/12_threads.ipynb
+def _integers_apart(layer: nn.Module, x: Tensor, n: int) -> Tensor | None:
+    "An integer layer of chapter 06 for n samples, a product for each; None if one of them is out of the ordinary."
+    rows = x.float().reshape(-1, layer.inputs) if isinstance(layer, QLinear) else x.float()
+    if layer.activations == "row" and len(rows) > n:                        # several rows a sample: each is divided by its peak
+        peak = rows.abs().amax(tuple(range(1, rows.dim())), keepdim=True)
+        if not math.isfinite(peak.max().item()): return None
+        peak.clamp_(min=torch.finfo(torch.float32).tiny)
+        y = torch.cat([layer._product(part) for part in (rows / peak).chunk(n)]).mul_(peak)
+    else:
+        low, high = torch.aminmax(rows.reshape(n, -1), dim=1)
+        if not ((high - low > 2 ** -5) & (high - low < 2. ** 60)).all(): return None
+        y = torch.cat([layer._product(part) for part in rows.chunk(n)])
+    y = layer._add_bias(y).to(x.dtype)
+    return y.view(*x.shape[:-1], -1) if isinstance(layer, QLinear) else y
+
+# %% ../nbs/12_threads.ipynb
+_samples = contextvars.ContextVar("samples", default=1)     # in the batch that this thread computes
+
 class _Apart(nn.Module):
-    "A layer that is called for each sample of a batch by itself."
+    "An integer layer that gives each sample of a batch what it would get alone."
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.held = (layer,)            # not a submodule: the layer itself stays as it is
     def forward(self, x: Tensor) -> Tensor:
-        n = _samples.get()
-        return self.held[0](x) if n == 1 or not len(x) or len(x) % n else torch.cat([self.held[0](part) for part in x.chunk(n)])
-
-_samples = contextvars.ContextVar("samples", default=1)     # in the batch that this thread computes
+        n, layer = _samples.get(), self.held[0]
+        if n == 1 or not len(x) or len(x) % n: return layer(x)
+        y = _integers_apart(layer, x, n)
+        return torch.cat([layer(part) for part in x.chunk(n)]) if y is None else y
 
 # %% ../nbs/12_threads.ipynb
 def _serving_copy(model: Any) -> Any:
@@ -422,7 +442,7 @@ class Runner:
         collate: Callable | None = None,        # makes a batch from a list of samples; None: stack them
     ):
         self.model, self.exact, self.collate = _serving_copy(model), exact, collate or _stack
-        self.seen, self.mixing = Counter(), set()
+        self.compared, self.batches, self.mixing = Counter(), Counter(), set()
     def batch(self, samples: list) -> list:
         "Answers from one call of the model."
         return _split(_call(self.model, self.collate(samples)), len(samples))
@@ -444,18 +464,19 @@ def _checked(self, samples: list, kind: tuple) -> list:
     try: same = _equal(self.as_alone(samples), answers)
     except Exception: same = False
     if not same: self.mixing.add(kind)
+    self.compared[kind] += len(samples)
     return answers
 
 # %% ../nbs/12_threads.ipynb
 @_method(Runner)
 def _answers(self, samples: list) -> list:
-    "Answers to several samples, and how they may be computed."
+    "Answers to several samples, however they may be computed."
     if not self.exact: return self.batch(samples)
     kind = tuple((k, len(shape), dtype) for k, shape, dtype, _ in _sample(samples[0])[1])
     if kind in self.mixing: return [self.alone(s) for s in samples]
-    self.seen[kind] += 1
-    power = self.seen[kind].bit_length() - 1
-    return self.checked(samples, kind) if self.seen[kind] == 1 << power and power % 2 == 0 else self.as_alone(samples)
+    self.batches[kind] += 1
+    power_of_4 = self.batches[kind] & (self.batches[kind] - 1) == 0 and self.batches[kind].bit_length() % 2
+    return self.checked(samples, kind) if self.compared[kind] < 64 or power_of_4 else self.as_alone(samples)
 
 # %% ../nbs/12_threads.ipynb
 @_method(Runner)
@@ -489,27 +510,34 @@ class _Request:
 class _Line:
     "Requests that wait: a queue for each shape."
     def __init__(self, size: int):
-        self.size, self.waiting, self.gathering, self.closed = size, 0, 0, False
+        self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
         self.queues: dict[tuple, deque] = {}
         lock = threading.RLock()                # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
-def _put(self, request: _Request, patience: float | None) -> None:
-    "Add a request, waiting at most `patience` seconds for room."
+def _put(self, requests: list[_Request], patience: float | None) -> None:
+    "Add requests in order, waiting at most `patience` seconds for room."
     until = None if patience is None else time.monotonic() + patience
     with self.work:
-        if self.waiting >= self.size: self.forget_cancelled()
-        while self.waiting >= self.size and not self.closed:
-            left = None if until is None else until - time.monotonic()
-            if left is not None and left <= 0: raise PoolFull(f"{self.waiting} requests wait already, as many as queue_size allows")
-            self.room.wait(left)
-        if self.closed: raise PoolClosed("the pool is closed and takes no more requests")
-        request.arrived = time.monotonic()
-        self.queues.setdefault(request.key, deque()).append(request)
-        self.waiting += 1
-        self.work.notify_all() if self.gathering else self.work.notify()
+        for r in requests:
+            if self.waiting >= self.size: self.make_room(until)
+            if self.closed: raise PoolClosed("the pool is closed and takes no more requests")
+            r.arrived = time.monotonic()
+            self.queues.setdefault(r.key, deque()).append(r)
+            self.waiting += 1
+        self.work.notify_all() if self.gathering else self.work.notify(len(requests))
+
+@_method(_Line)
+def _make_room(self, until: float | None) -> None:
+    "Wait until there is a place."
+    self.forget_cancelled()
+    while self.waiting >= self.size and not self.closed:
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0: raise PoolFull(f"{self.waiting} requests wait already, as many as queue_size allows")
+        self.work.notify_all()
+        self.room.wait(left)
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
@@ -519,7 +547,7 @@ def _forget_cancelled(self) -> None:
         for r in [r for r in line if r.future.cancelled()]:
             line.remove(r)
             r.future.set_running_or_notify_cancel()
-            self.waiting -= 1
+            self.waiting, self.forgotten = self.waiting - 1, self.forgotten + 1
         if not line: del self.queues[key]
 
 @_method(_Line)
@@ -534,16 +562,16 @@ def _pop(self, key: tuple, most: int) -> list[_Request]:
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
-def _take(self, most: int, max_wait: float) -> list[_Request] | None:
-    "A batch for one worker; waits until there is one. None when the line is closed and empty."
+def _take(self, most: int, hopes: int = 1, patience: float = 0.) -> list[_Request] | None:
+    "A batch for one worker; sleeps until there is one. None when the line is closed and empty."
     with self.work:
-        while not self.waiting:
-            if self.closed: return None
-            self.work.wait()
+        self.idle += 1
+        while not self.waiting and not self.closed: self.work.wait()
+        share, self.idle = min(most, -(-self.waiting // self.idle)), self.idle - 1
+        if not self.waiting: return None
         key = min(self.queues, key=lambda k: self.queues[k][0].arrived)
-        batch = self.pop(key, most)
-        until = batch[0].arrived + max_wait
-        while len(batch) < most and not self.closed and (left := until - time.monotonic()) > 0:
+        batch, until = self.pop(key, share), time.monotonic() + patience
+        while len(batch) < min(most, hopes) and not self.closed and (left := until - time.monotonic()) > 0:
             self.gathering += 1
             self.work.wait(left)
             self.gathering -= 1
@@ -589,16 +617,19 @@ def _answer(batch: list[_Request], run: Callable, counts: _Counts) -> None:
 
 def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: queue.SimpleQueue) -> None:
     "The life of a worker."
+    most, wait = settings["max_batch"], settings["max_wait"]
+    hopes, patience = (1, 0.) if wait is None else (most, wait)
     with torch.no_grad(), intra_op_threads(settings["intra_op"]):
         ready.put(None)
-        while (batch := line.take(settings["max_batch"], settings["max_wait"])) is not None:
-            batch = [r for r in batch if _begin(r, counts)]
+        while (batch := line.take(most, hopes, patience)) is not None:
+            start, batch = time.monotonic(), [r for r in batch if _begin(r, counts)]
             if batch: _answer(batch, run, counts)
+            if wait is None: hopes, patience = len(batch), (time.monotonic() - start) / 10
             batch = None                    # an idle worker holds nothing
     getattr(run, "close", lambda: None)()
 
 # %% ../nbs/12_threads.ipynb
-POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": 0., "queue_size": 1024, "intra_op": 1, "exact": True, "processes": False}
+POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": None, "queue_size": 1024, "intra_op": 1, "exact": True, "processes": False}
 
 def pool_settings(
     given: Mapping | None = None,   # any of `POOL_SETTINGS`
@@ -609,7 +640,7 @@ def pool_settings(
         if name not in POOL_SETTINGS: raise ValueError(f"a pool has no setting {name!r}; it has {', '.join(POOL_SETTINGS)}")
         if name in ("exact", "processes"):
             if not isinstance(value, bool): raise TypeError(f"{name} is {value!r}; it may be True or False")
-        elif name == "max_wait": _seconds(math.nan if value is None else value, name)
+        elif name == "max_wait": _seconds(value, name)
         elif value is not None or name != "workers": _count(value, name)
         if name in ("workers", "intra_op") and value is not None and value > 1024: raise ValueError(f"{name} is {value}; it may be at most 1024")
     return dict(given or {})
@@ -667,7 +698,7 @@ class Pool:
         workers: int | None = None,             # None: what the file says, else so many that workers × intra_op is the number of cores
         *,
         max_batch: int | None = None,           # most samples in a batch; None: what the file says, else 32. With 1 the model is called exactly as in serial
-        max_wait: float | None = None,          # seconds that a request may wait for others to fill its batch; None: the file's, else 0
+        max_wait: float | None = None,          # seconds that a worker waits for its batch to fill; None: the file's, else a tenth of what its last batch took, while fewer wait than were in it
         queue_size: int | None = None,          # requests that may wait; None: the file's, else 1024
         intra_op: int | None = None,            # threads in each operation; None: the file's, else 1
         exact: bool | None = None,              # answers have the bits of serial ones; False: a little quicker, only close. None: the file's, else True
@@ -700,12 +731,16 @@ def _submit(
     wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
 ) -> Future:                        # its result() is the answer; cancel() works until the model runs; await it with asyncio.wrap_future
     "Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room."
-    if os.getpid() != self._pid: raise RuntimeError("this pool's threads live in another process: make a pool in each process")
-    timeout, wait = _seconds(timeout, "timeout"), _seconds(wait, "wait")
-    sample, key = self._sample(x)
-    request = _Request(sample, key, None if timeout is None else time.monotonic() + timeout)
-    self._line.put(request, 0. if threading.current_thread() in self._team else timeout if wait is None else wait)
+    request = self._request(x, _seconds(timeout, "timeout"))
+    self._line.put([request], 0. if threading.current_thread() in self._team else _seconds(timeout if wait is None else wait, "wait"))
     return request.future
+
+@_method(Pool)
+def __request(self, x: Any, timeout: float | None) -> _Request:
+    "What is put in line for a sample."
+    if os.getpid() != self._pid: raise RuntimeError("this pool's threads live in another process: make a pool in each process")
+    sample, key = self._sample(x)
+    return _Request(sample, key, None if timeout is None else time.monotonic() + timeout)
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
@@ -733,9 +768,11 @@ def _map(
 ) -> list:                          # answers in the same order
     "Answers to many samples. The first error is raised; what has not begun by then is cancelled."
     if threading.current_thread() in self._team: raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
-    promises = []
+    promises, xs, timeout = [], iter(xs), _seconds(timeout, "timeout")
     try:
-        for x in xs: promises.append(self.submit(x, timeout=timeout))
+        while some := [self._request(x, timeout) for x in itertools.islice(xs, 64)]:
+            promises += [r.future for r in some]
+            self._line.put(some, None)
         return [f.result() for f in promises]
     finally:
         for f in promises: f.cancel()
@@ -773,7 +810,7 @@ class PoolStats:
 def _stats(self) -> PoolStats:
     with self._counts.lock: c = Counter(self._counts.values)
     mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.
-    return PoolStats(c["served"], c["failed"], c["cancelled"], c["expired"], c["batches"], mean, self._line.waiting)
+    return PoolStats(c["served"], c["failed"], c["cancelled"] + self._line.forgotten, c["expired"], c["batches"], mean, self._line.waiting)
 
 Pool.stats = property(_stats, doc="Counts, as a `PoolStats`.")
 Pool.__repr__ = lambda self: f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"
@@ -926,7 +963,7 @@ def _serial_fraction(self) -> dict[int, Spread]:
     found = {}
     for batch in {w.batch: None for w in self.ways}:
         rows = [w for w in self.ways if w.batch == batch and w.intra_op == self.ways[0].intra_op and 1 <= w.workers <= max(2, cores())]
-        if any(w.workers > 1 for w in rows):
+        if rows and rows[0].workers == 1 and any(w.workers > 1 for w in rows):
             fits = [fit_amdahl([w.workers for w in rows], [w.speedup[q] for w in rows]) for q in (2, 1, 0)]
             found[batch] = Spread(*fits)
     return found
@@ -998,7 +1035,7 @@ def _scaling_rounds(model, cut, ways, rounds, seconds, draw, progress) -> dict[t
         w, i, b = way
         once = _measure_way(model, cut[b], w, i, 2 * w)[0]
         calls[way] = w * max(1, math.ceil(seconds * once / w))
-    for _ in tqdm(range(rounds), desc="scaling", leave=False, **({} if progress else {"disable": True})):
+    for _ in tqdm(range(rounds), desc="scaling", leave=False) if progress else range(rounds):
         for w, i, b in draw.sample(ways, len(ways)): found[w, i, b].append(_measure_way(model, cut[b], w, i, calls[w, i, b]))
     return found
 
