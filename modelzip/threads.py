@@ -8,7 +8,8 @@ __all__ = ['WAYS', 'POOL_SETTINGS', 'CallError', 'elsewhere', 'intra_op_threads'
            'WorkerDied', 'Spread', 'Way', 'Scaling', 'scaling', 'save_multi_threaded_model']
 
 # %% ../nbs/12_threads.ipynb
-import atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics, subprocess, sys, threading, time, weakref
+import atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics
+import subprocess, sys, threading, time, weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -96,15 +97,21 @@ def elsewhere(
     return out[0]
 
 # %% ../nbs/12_threads.ipynb
+@functools.lru_cache(1)
+def _blas_libraries(modules: int) -> list:
+    "BLAS libraries of this process; searched for again when more modules have been imported."
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
 class _Blas:
     "Threads of NumPy's and SciPy's BLAS while blocks are open: one number for the process, the smallest that is asked for."
     lock, asked, before = threading.RLock(), [], []
     @classmethod
     def change(cls, step: Callable, n: int) -> None:
         with cls.lock:
-            if not cls.asked: cls.before = [(lib, lib.num_threads) for lib in ThreadpoolController().select(user_api="blas").lib_controllers]
+            if not cls.asked: cls.before = [(lib, lib.num_threads) for lib in _blas_libraries(len(sys.modules))]
             step(cls.asked, n)
-            for lib, old in cls.before: lib.set_num_threads(min([old, *cls.asked]))
+            for lib, old in cls.before:
+                if lib.num_threads != (now := min([old, *cls.asked])): lib.set_num_threads(now)
 
 # %% ../nbs/12_threads.ipynb
 def _count(n: Any, name: str, least: int = 1) -> int:
@@ -152,39 +159,40 @@ def cores() -> int:     # at least 1
 def _calls(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[tuple[tuple, Mapping]]:
     "One (args, kwargs) a call."
     if not callable(func): raise TypeError(f"func is a {type(func).__name__}; it may be a function")
-    if isinstance(args, (str, bytes, Mapping)): raise TypeError(f"args is a {type(args).__name__}; it may be a list with the arguments of each call")
+    if isinstance(args, (str, bytes, Mapping)):
+        raise TypeError(f"args is a {type(args).__name__}; it may be a list with the arguments of each call")
     several = kwargs is not None and not isinstance(kwargs, Mapping)
     if args is None: args = [()] * len(kwargs) if several else range(num_threads)
     args = [a if isinstance(a, tuple) else (a,) for a in args]
     kwargs = list(kwargs) if several else [kwargs or {}] * len(args)
-    if len(kwargs) != len(args): raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs one of each")
+    if len(kwargs) != len(args): raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs both")
     return list(zip(args, kwargs))
 
 # %% ../nbs/12_threads.ipynb
 def run_in_threads(
     func: Callable,                             # called in the threads
     num_threads: int | None = None,             # threads that run side by side; None: one a core
-    args: Iterable | None = None,               # arguments, an entry a call: a tuple is unpacked, anything else is the one argument. None: each thread calls func(its number)
+    args: Iterable | None = None,               # an entry a call; a tuple is unpacked. None: each thread calls func(its number)
     kwargs: Mapping | Sequence | None = None,   # keyword arguments: a dict for all calls, or a list with one for each
     *,
     intra_op: int = 1,                          # threads that an operation may use inside each of these threads
     progress: bool = False,                     # show a bar
     cancel: threading.Event | None = None,      # once it is set, no more calls begin
-    on_error: str = "raise",                    # 'raise' the `CallError` of the first call that failed, or 'return' one in the place of each
-    timeout: float | None = None,               # seconds for all calls together, then TimeoutError; what runs is left to end by itself
+    on_error: str = "raise",                    # 'raise' a `CallError`, or 'return' one in the place of each call that failed
+    timeout: float | None = None,               # seconds for all calls, then TimeoutError; what runs is left to end by itself
 ) -> list:                                      # results in the order of `args`
-    "Make calls in several threads. After an error no more begin and those that run are waited for, so that the error raised is the first in order."
+    "Make calls in several threads. After an error no more begin, those that run are waited for, the first in order is raised."
     if on_error not in ("raise", "return"): raise ValueError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
     num_threads = cores() if num_threads is None else _count(num_threads, "num_threads")
     job = _Job(func, _calls(func, num_threads, args, kwargs), cancel, on_error == "return")
-    in_time = _run_team(job, min(num_threads, len(job.calls)), _count(intra_op, "intra_op"), _seconds(timeout, "timeout"), progress)
-    return _collect(job, on_error, timeout, in_time)
+    intra_op, timeout = _count(intra_op, "intra_op"), _seconds(timeout, "timeout")
+    return _collect(job, on_error, timeout, _run_team(job, min(num_threads, len(job.calls)), intra_op, timeout, progress))
 
 # %% ../nbs/12_threads.ipynb
 def _seconds(t: Any, name: str) -> float | None:
     "A time, checked; None is for ever."
     if t is None: return None
-    if isinstance(t, bool) or not isinstance(t, (int, float)): raise TypeError(f"{name} is {t!r}; it may be a number of seconds or None")
+    if isinstance(t, bool) or not isinstance(t, (int, float)): raise TypeError(f"{name} is {t!r}; it may be seconds or None")
     if not t >= 0: raise ValueError(f"{name} is {t}; it may be 0 or more seconds, or None")
     return float(t)
 
@@ -218,8 +226,9 @@ def _wait_for(job: _Job, running: int, timeout: float | None, progress: bool) ->
 def _collect(job: _Job, on_error: str, timeout: float | None, in_time: bool) -> list:
     "Results in order, with errors where there is no result."
     missing = CancelledError("cancelled before it began") if in_time else TimeoutError(f"not finished after {timeout} s")
-    results = [CallError(i, missing) if i not in job.errors and r is _PENDING else job.errors.get(i, r) for i, r in enumerate(job.results)]
     unfinished = [i for i, r in enumerate(job.results) if r is _PENDING]
+    results = list(job.results)
+    for i in unfinished: results[i] = job.errors.get(i) or CallError(i, missing)
     if on_error == "return" or not unfinished: return results
     if not in_time: raise TimeoutError(f"{len(results) - len(unfinished)} of {len(results)} calls had ended after {timeout} s")
     results[unfinished[0]].results = results
@@ -232,14 +241,13 @@ def multi_threading(
     num_threads: int | None = None,     # threads that run side by side; None: one a core
     intra_op: int = 1,                  # threads that an operation may use inside each of them
     progress: bool = False,             # show a bar
-) -> Callable:                          # f(x) is a call; f([x, y]) and f.map([x, y]) give [f(x), f(y)], made in threads
-    "Let a function run in threads over lists, ranges and iterators. A tuple, tensor, dict or str is one argument; `f.map(*iterables)` walks them too, `f.__wrapped__` never. Errors as `run_in_threads`."
+) -> Callable:                          # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
+    "Let a function run in threads over lists, ranges and iterators; any other argument is one. Errors as `run_in_threads`."
     if func is None: return functools.partial(multi_threading, num_threads=num_threads, intra_op=intra_op, progress=progress)
-    if not callable(func): raise TypeError(f"func is a {type(func).__name__}; it may be a function. Options have names: multi_threading(num_threads=4)")
-    if num_threads is not None: _count(num_threads, "num_threads")
-    _count(intra_op, "intra_op")
-    def run(columns, kwargs): return run_in_threads(func, num_threads, list(zip(*columns)), kwargs, intra_op=intra_op, progress=progress)
-    return _two_ways(func, run)
+    if not callable(func): raise TypeError(f"func is a {type(func).__name__}; options have names: multi_threading(num_threads=4)")
+    num_threads = cores() if num_threads is None else _count(num_threads, "num_threads")
+    options = dict(intra_op=_count(intra_op, "intra_op"), progress=progress)
+    return _two_ways(func, lambda columns, kwargs: run_in_threads(func, num_threads, zip(*columns), kwargs, **options))
 
 # %% ../nbs/12_threads.ipynb
 def _two_ways(func: Callable, run: Callable) -> Callable:
@@ -279,7 +287,7 @@ def amdahl(
 def fit_amdahl(
     n: Sequence[float],         # numbers of processors, at least one of them above 1
     speedup: Sequence[float],   # what was measured with each: times as fast as with one
-) -> float:                     # serial share; below 0 when more processors did better than their number, above 1 when they did harm
+) -> float:                     # serial share: below 0 when they did better than their number, above 1 when they did harm
     "The serial share that fits measured speed-ups best, by least squares on 1/speed-up."
     if len(n) != len(speedup): raise ValueError(f"n has {len(n)} entries and speedup {len(speedup)}; each needs the other")
     if not all(k >= 1 for k in n) or not all(s > 0 for s in speedup): raise ValueError("n must be 1 or more and speedup above 0")
@@ -294,21 +302,21 @@ def _together(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
 
 def _side_by_side(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     "A linear layer as n products in one operation, each with the rows of one sample."
-    rows, w = x.reshape(n, -1, x.shape[-1]), w.t()
-    y = torch.bmm(rows, w.expand(n, *w.shape)) if b is None else torch.baddbmm(b.expand(n, rows.shape[1], -1), rows, w.expand(n, *w.shape))
+    rows, w = x.reshape(n, -1, x.shape[-1]), w.t().expand(n, *w.t().shape)
+    y = torch.bmm(rows, w) if b is None else torch.baddbmm(b.expand(n, rows.shape[1], -1), rows, w)
     return y.view(*x.shape[:-1], -1)
 
 def _one_by_one(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
     "A call for each sample: the truth."
-    return torch.cat([f(part, *rest) for part in x.chunk(n)])
+    return torch.cat([f(part.clone(), *rest) for part in x.chunk(n)])
 
 # %% ../nbs/12_threads.ipynb
-WAYS = {F.linear: (_together, _side_by_side, _one_by_one),          # function → ways to compute it for n samples, the quickest first, the truth last
+WAYS = {F.linear: (_together, _side_by_side, _one_by_one),      # function → ways to compute n samples, the truth last
         **{f: (_together, _one_by_one) for f in (F.conv1d, F.conv2d, F.conv3d)}}
 
 @functools.lru_cache(4096)
 def _way(f: Callable, n: int, x: tuple, w: tuple, bias: bool, options: tuple, dtype: torch.dtype, threads: int) -> Callable:
-    "The quickest way that gives n samples the bits that they have alone, found by trying it on random numbers of these shapes."
+    "The quickest way that gives n samples the bits that they have alone, tried on random numbers of these shapes."
     draw = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=draw).to(dtype) for shape in (x, w, w[:1])]
     if not bias: inputs[2] = None
@@ -327,7 +335,8 @@ class AsAlone(TorchFunctionMode):
         self.n = _count(n, "n")
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in WAYS or not _divides(self.n, func, args): return func(*args, **(kwargs or {}))
-        return _one_by_one(self.n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(self.n, func, *args)
+        if kwargs: return _one_by_one(self.n, functools.partial(func, **kwargs), *args)
+        return _apply_way(self.n, func, *args)
 
 # %% ../nbs/12_threads.ipynb
 def _divides(n: int, f: Callable, args: tuple) -> bool:
@@ -338,7 +347,8 @@ def _divides(n: int, f: Callable, args: tuple) -> bool:
 
 def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
     "A product for n samples in the quickest way that is right here; what is laid out unusually goes one by one."
-    if not (x.is_floating_point() and x.is_contiguous() and w.is_contiguous()): return _one_by_one(n, f, x, w, b, *options)
+    usual = x.is_floating_point() and x.is_contiguous() and w.is_contiguous()
+    if not usual: return _one_by_one(n, f, x, w, b, *options)
     plain = tuple(tuple(o) if isinstance(o, list) else o for o in options)
     way = _way(f, n, tuple(x.shape), tuple(w.shape), b is not None, plain, x.dtype, torch.get_num_threads())
     return way(n, f, x, w, b, *options)
@@ -388,7 +398,8 @@ def _serving_copy(model: Any) -> Any:
 # %% ../nbs/12_threads.ipynb
 def _tensor(x: Any) -> Tensor:
     try: return x.detach() if isinstance(x, Tensor) else torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"x holds a {type(x).__name__}, which is no tensor and cannot become one: {e}") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"x holds a {type(x).__name__}, which is no tensor and cannot become one: {e}") from None
 
 def _sample(x: Any) -> tuple[Any, tuple]:
     "A sample as tensors, and the key that is the same for all that it can be stacked with."
@@ -414,13 +425,15 @@ def _call(model: Callable, batch: Any) -> Any:
 def _split(y: Any, n: int) -> list:
     "The answers to n samples from a model's output for their batch."
     if isinstance(y, Tensor):
-        if y.dim() == 0 or len(y) != n: raise ValueError(f"the model gave a tensor of shape {tuple(y.shape)} for {n} samples; its first dimension must be {n}")
+        if y.dim() == 0 or len(y) != n:
+            raise ValueError(f"the model gave shape {tuple(y.shape)} for {n} samples; the first dimension must be {n}")
         return [y[0]] if n == 1 else [row.clone() for row in y.unbind()]
     if y is None: return [None] * n
     if isinstance(y, Mapping):
         parts = {k: _split(v, n) for k, v in y.items()}
         return [{k: v[i] for k, v in parts.items()} for i in range(n)]
-    if not isinstance(y, (tuple, list)): raise TypeError(f"the model gave a {type(y).__name__}; it may give tensors, or tuples, lists or dicts of them")
+    if not isinstance(y, (tuple, list)):
+        raise TypeError(f"the model gave a {type(y).__name__}; it may give tensors, or tuples, lists or dicts of them")
     make = type(y)._make if hasattr(type(y), "_make") else type(y)
     return [make(row) for row in zip(*(_split(v, n) for v in y))] if y else [make(()) for _ in range(n)]
 
@@ -512,7 +525,7 @@ class _Line:
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
         self.queues: dict[tuple, deque] = {}
-        lock = threading.RLock()                # one that its holder may take again: the garbage collector may close a pool anywhere
+        lock = threading.RLock()        # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
 
 # %% ../nbs/12_threads.ipynb
@@ -613,7 +626,8 @@ def _answer(batch: list[_Request], run: Callable, counts: _Counts) -> None:
     if not ok: outcomes = [(False, outcomes)] * len(batch)
     good = sum(fine for fine, _ in outcomes)
     counts.add(batches=1, served=good, failed=len(batch) - good)
-    for r, (fine, value) in zip(batch, outcomes): (r.future.set_result if fine else r.future.set_exception)(value)
+    for r, (fine, value) in zip(batch, outcomes):
+        with contextlib.suppress(futures.InvalidStateError): (r.future.set_result if fine else r.future.set_exception)(value)
 
 def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: queue.SimpleQueue) -> None:
     "The life of a worker."
@@ -629,21 +643,27 @@ def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: q
     getattr(run, "close", lambda: None)()
 
 # %% ../nbs/12_threads.ipynb
-POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": None, "queue_size": 1024, "intra_op": 1, "exact": True, "processes": False}
+POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": None, "queue_size": 1024, "intra_op": 1,
+                 "exact": True, "processes": False}
 
 def pool_settings(
     given: Mapping | None = None,   # any of `POOL_SETTINGS`
 ) -> dict:                          # the same, checked
     "Check settings of a pool. `ValueError` or `TypeError` names the one that is wrong."
-    if not isinstance(given, Mapping | None): raise TypeError(f"pool is a {type(given).__name__}; it may be a dict of {', '.join(POOL_SETTINGS)}")
+    known = ", ".join(POOL_SETTINGS)
+    if not isinstance(given, Mapping | None): raise TypeError(f"pool is a {type(given).__name__}; it may be a dict of {known}")
     for name, value in (given or {}).items():
-        if name not in POOL_SETTINGS: raise ValueError(f"a pool has no setting {name!r}; it has {', '.join(POOL_SETTINGS)}")
-        if name in ("exact", "processes"):
-            if not isinstance(value, bool): raise TypeError(f"{name} is {value!r}; it may be True or False")
-        elif name == "max_wait": _seconds(value, name)
-        elif value is not None or name != "workers": _count(value, name)
-        if name in ("workers", "intra_op") and value is not None and value > 1024: raise ValueError(f"{name} is {value}; it may be at most 1024")
+        if name not in POOL_SETTINGS: raise ValueError(f"a pool has no setting {name!r}; it has {known}")
+        _check_setting(name, value)
     return dict(given or {})
+
+def _check_setting(name: str, value: Any) -> None:
+    if name in ("exact", "processes"):
+        if not isinstance(value, bool): raise TypeError(f"{name} is {value!r}; it may be True or False")
+    elif name == "max_wait": _seconds(value, name)
+    elif value is not None or name != "workers":
+        most = math.inf if name == "queue_size" else 1024
+        if _count(value, name) > most: raise ValueError(f"{name} is {value}; it may be at most {most}")
 
 # %% ../nbs/12_threads.ipynb
 def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
@@ -652,8 +672,10 @@ def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
     if isinstance(model, (str, os.PathLike)):
         try: filed = pool_settings(inspect(model).info.get("pool"))
         except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
+    elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
     s = {**POOL_SETTINGS, **filed, **given}
-    if collate is not None and s["exact"]: raise ValueError("collate changes the shape of samples, so that answers are only close to serial ones: say exact=False with it")
+    if collate is not None and s["exact"]:
+        raise ValueError("collate changes samples' shapes, so answers are only close to serial ones: say exact=False with it")
     return {**s, "workers": s["workers"] or max(1, cores() // s["intra_op"])}
 
 def _mapped(path: str | os.PathLike) -> nn.Module:
@@ -668,7 +690,9 @@ if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_open.cle
 def _hire(line: _Line, runs: list, counts: _Counts, settings: dict) -> list[threading.Thread]:
     "Start a thread for each runner; they are at work when this returns."
     ready = queue.SimpleQueue()
-    team = [threading.Thread(target=_serve, args=(line, run, counts, settings, ready), name=f"pool-{i}", daemon=True) for i, run in enumerate(runs)]
+    def worker(i, run):
+        return threading.Thread(target=_serve, args=(line, run, counts, settings, ready), name=f"pool-{i}", daemon=True)
+    team = [worker(i, run) for i, run in enumerate(runs)]
     _open[line] = team
     for t in team: t.start()
     for _ in team: ready.get()
@@ -681,38 +705,41 @@ def _close_all() -> None:
 
 # %% ../nbs/12_threads.ipynb
 def _dismiss(rest: list[_Request], team: list[threading.Thread]) -> int:
-    "Cancel requests and wait for workers to end (but nobody can wait for himself); gives how many were cancelled."
+    "Cancel requests and wait for workers to end, unless this is one of them; gives how many were cancelled."
     for r in rest:
         r.future.cancel()
         r.future.set_running_or_notify_cancel()
-    for t in team:
-        if t is not threading.current_thread(): t.join()
+    for t in team if threading.current_thread() not in team else (): t.join()
     return len(rest)
+
+def _abandon(line: _Line, pid: int) -> None:
+    "Nobody holds the pool any more: serve what waits, then end."
+    if os.getpid() == pid: line.close()
 
 # %% ../nbs/12_threads.ipynb
 class Pool:
-    "Serves a model to many threads: answers in batches, back-pressure, time-outs. Use it in a `with` block, or `close()` it; it is safe to call from any thread."
+    "Serves a model to many threads: batches, back-pressure, time-outs. Use it in a `with` block, or `close` it."
     def __init__(
         self,
-        model: nn.Module | Callable | str | os.PathLike,    # an nn.Module (its tensors are shared, never changed), a `.mz` file, or any thread-safe function of a batch
-        workers: int | None = None,             # None: what the file says, else so many that workers × intra_op is the number of cores
+        model: nn.Module | Callable | str | os.PathLike,    # a module (tensors are shared), a `.mz` file, a function of a batch
+        workers: int | None = None,         # None: the file's, else as many as workers × intra_op = cores
         *,
-        max_batch: int | None = None,           # most samples in a batch; None: what the file says, else 32. With 1 the model is called exactly as in serial
-        max_wait: float | None = None,          # seconds that a worker waits for its batch to fill; None: the file's, else a tenth of what its last batch took, while fewer wait than were in it
-        queue_size: int | None = None,          # requests that may wait; None: the file's, else 1024
-        intra_op: int | None = None,            # threads in each operation; None: the file's, else 1
-        exact: bool | None = None,              # answers have the bits of serial ones; False: a little quicker, only close. None: the file's, else True
-        processes: bool | None = None,          # each worker is a process with an interpreter of its own; None: the file's, else False
-        collate: Callable | None = None,        # makes a batch of a list of samples of any kind, by padding for example; needs exact=False. None: samples of equal shapes are stacked
+        max_batch: int | None = None,       # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
+        max_wait: float | None = None,      # seconds to wait for a full batch; None: the file's, else a tenth of the last one's time
+        queue_size: int | None = None,      # requests that may wait; None: the file's, else 1024
+        intra_op: int | None = None,        # threads in each operation; None: the file's, else 1
+        exact: bool | None = None,          # answers have the bits of serial ones; False: only close. None: the file's, else True
+        processes: bool | None = None,      # each worker has an interpreter of its own; None: the file's, else False
+        collate: Callable | None = None,    # makes a batch of a list of samples, with exact=False; None: stacks those of one shape
     ):
-        given = dict(workers=workers, max_batch=max_batch, max_wait=max_wait, queue_size=queue_size, intra_op=intra_op, exact=exact, processes=processes)
-        if not callable(model) and not isinstance(model, (str, os.PathLike)): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module, a function, or the path of a file")
+        given = dict(workers=workers, max_batch=max_batch, max_wait=max_wait, queue_size=queue_size,
+                     intra_op=intra_op, exact=exact, processes=processes)
         self.settings, self._pid = _merged(model, given, collate), os.getpid()
         self._sample = _sample if collate is None else lambda x: (x, ())
         self._runs = _runners(model, self.settings, collate)
         self._line, self._counts = _Line(self.settings["queue_size"]), _Counts()
         self._team = _hire(self._line, self._runs, self._counts, self.settings)
-        weakref.finalize(self, _Line.close, self._line).atexit = False
+        weakref.finalize(self, _abandon, self._line, self._pid).atexit = False
 
 # %% ../nbs/12_threads.ipynb
 def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
@@ -725,14 +752,15 @@ def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
 @_method(Pool)
 def _submit(
     self,
-    x: Any,                         # a sample without batch dimension: a tensor, a tuple of tensors (several arguments), or a dict (arguments by name). Leave it unchanged until the answer is there
+    x: Any,                         # a sample without batch dimension: tensor, tuple (arguments) or dict (by name); do not change it
     *,
-    timeout: float | None = None,   # seconds after which the answer is not wanted: a request that has not begun by then gets TimeoutError and is not run
+    timeout: float | None = None,   # seconds; a request that has not begun by then gets TimeoutError and is not run
     wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
-) -> Future:                        # its result() is the answer; cancel() works until the model runs; await it with asyncio.wrap_future
+) -> Future:                        # result() is the answer, cancel() works until the model runs; asyncio.wrap_future awaits it
     "Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room."
     request = self._request(x, _seconds(timeout, "timeout"))
-    self._line.put([request], 0. if threading.current_thread() in self._team else _seconds(timeout if wait is None else wait, "wait"))
+    wait = 0. if self._inside() else _seconds(timeout if wait is None else wait, "wait")
+    self._line.put([request], wait)
     return request.future
 
 @_method(Pool)
@@ -742,6 +770,9 @@ def __request(self, x: Any, timeout: float | None) -> _Request:
     sample, key = self._sample(x)
     return _Request(sample, key, None if timeout is None else time.monotonic() + timeout)
 
+@_method(Pool)
+def __inside(self) -> bool: return threading.current_thread() in self._team     # is this one of the workers?
+
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
 def __call__(
@@ -750,7 +781,7 @@ def __call__(
     timeout: float | None = None,   # seconds to wait for the answer, then TimeoutError
 ) -> Any:                           # the model's answer to it
     "Hand in a request and wait for its answer."
-    if threading.current_thread() in self._team: raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
+    if self._inside(): raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
     until = None if timeout is None else time.monotonic() + _seconds(timeout, "timeout")
     future = self.submit(x, timeout=timeout)
     try: return future.result(None if until is None else max(0, until - time.monotonic()))
@@ -767,7 +798,7 @@ def _map(
     timeout: float | None = None,   # seconds for each of them
 ) -> list:                          # answers in the same order
     "Answers to many samples. The first error is raised; what has not begun by then is cancelled."
-    if threading.current_thread() in self._team: raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
+    if self._inside(): raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
     promises, xs, timeout = [], iter(xs), _seconds(timeout, "timeout")
     try:
         while some := [self._request(x, timeout) for x in itertools.islice(xs, 64)]:
@@ -810,14 +841,15 @@ class PoolStats:
 def _stats(self) -> PoolStats:
     with self._counts.lock: c = Counter(self._counts.values)
     mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.
-    return PoolStats(c["served"], c["failed"], c["cancelled"] + self._line.forgotten, c["expired"], c["batches"], mean, self._line.waiting)
+    cancelled = c["cancelled"] + self._line.forgotten
+    return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting)
 
 Pool.stats = property(_stats, doc="Counts, as a `PoolStats`.")
 Pool.__repr__ = lambda self: f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"
 
 # %% ../nbs/12_threads.ipynb
 class _Wire(pickle.Pickler):
-    "Pickles for a pipe between a pool and its own processes: tensors as NumPy arrays, or as integers of the same bits where NumPy lacks the type."
+    "Pickles for the pipe to a pool's process: tensors as NumPy arrays, or as integers of the same bits."
     def reducer_override(self, x: Any) -> Any:
         if type(x) is not Tensor: return NotImplemented
         x = x.detach().cpu().contiguous()
@@ -835,13 +867,17 @@ def _child(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's business; when it goes, the pipe closes
     pipe = Connection(descriptor)
     ok, run = _attempt(_set_up, pipe)
-    _send(pipe, None if ok else _portable(run))
-    with torch.no_grad(), intra_op_threads(run.threads if ok else 1):
-        while ok:
-            try: data = pipe.recv_bytes()
-            except EOFError: return
-            sent, error = _attempt(lambda d: _send(pipe, [(fine, y if fine else _portable(y)) for fine, y in run(pickle.loads(d))]), data)
-            if not sent: _send(pipe, _portable(error))
+    try:
+        _send(pipe, None if ok else _portable(run))
+        with intra_op_threads(run.threads if ok else 1), torch.no_grad():
+            while ok: _reply(pipe, run, pipe.recv_bytes())
+    except (EOFError, ConnectionError): pass
+
+def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
+    "Answer one batch, or say why not."
+    ok, reply = _attempt(lambda d: [(fine, y if fine else _portable(y)) for fine, y in run(pickle.loads(d))], data)
+    sent, error = _attempt(lambda r: _send(pipe, r), reply if ok else _portable(reply))
+    if not sent: _send(pipe, _portable(error))
 
 def _set_up(pipe: Connection) -> Runner:
     "A runner as the pool orders it."
@@ -862,14 +898,15 @@ class WorkerDied(RuntimeError):
 
 class _Remote:
     "A runner in a process of its own."
-    def __init__(self, model: Any, exact: bool, collate: Callable | None, threads: int):
-        self.threads, self.order = threads, pickle.dumps((model, exact, collate, threads))
+    def __init__(self, order: bytes, threads: int):
+        self.order, self.threads = order, threads
         self.start()
     def start(self) -> None:
         self.pipe, theirs = Pipe()
         code = f"import sys; sys.path[:] = {sys.path!r}; from modelzip.threads import _child; _child({theirs.fileno()})"
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
         theirs.close()
     def ready(self) -> None:
         try:
@@ -905,8 +942,10 @@ def _start_processes(model: Any, settings: dict, collate: Callable | None) -> li
     "The processes of a pool, all started before the first is waited for."
     if os.name != "posix": raise ValueError("processes is True, which needs Linux or macOS")
     model = os.path.abspath(os.fsdecode(model)) if isinstance(model, (str, os.PathLike)) else model
-    try: runs = [_Remote(model, settings["exact"], collate, settings["intra_op"]) for _ in range(settings["workers"])]
-    except (pickle.PicklingError, AttributeError, TypeError) as e: raise TypeError(f"processes is True, but the model or collate cannot be sent to a process: {e}") from e
+    try: order = pickle.dumps((model, settings["exact"], collate, settings["intra_op"]))
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise TypeError(f"processes is True, but the model or collate cannot be sent to a process: {e}") from e
+    runs = [_Remote(order, settings["intra_op"]) for _ in range(settings["workers"])]
     try:
         for run in runs: run.ready()
     except BaseException:
@@ -914,7 +953,9 @@ def _start_processes(model: Any, settings: dict, collate: Callable | None) -> li
         raise
     return runs
 
-Pool.pids = property(lambda self: [run.process.pid for run in self._runs if isinstance(run, _Remote)], doc="Process ids of the workers; none with threads.")
+def _pids(self) -> list[int]: return [run.process.pid for run in self._runs if isinstance(run, _Remote)]
+
+Pool.pids = property(_pids, doc="Process ids of the workers; none with threads.")
 
 # %% ../nbs/12_threads.ipynb
 class Spread(NamedTuple):
@@ -945,9 +986,10 @@ class Scaling:
     @property
     def best(self) -> Way: return max(self.ways, key=lambda w: w.gain.median)       # most samples a second
     def cells(self) -> list[list[str]]:
+        head = ["workers", "intra-op", "batch", "samples a second, × first", "× one worker", "a call takes, × first"]
         first = self.ways[0].milliseconds.median
-        return [["workers", "intra-op", "batch", "samples a second, × first", "× one worker", "a call takes, × first"]] + [
-            [str(w.workers), str(w.intra_op), str(w.batch), str(w.gain), str(w.speedup), f"{w.milliseconds.median / first:.2f}"] for w in self.ways]
+        return [head] + [[str(w.workers), str(w.intra_op), str(w.batch), str(w.gain), str(w.speedup),
+                          f"{w.milliseconds.median / first:.2f}"] for w in self.ways]
     def __repr__(self) -> str:
         rows = self.cells()
         width = [max(map(len, column)) for column in zip(*rows)]
@@ -959,13 +1001,12 @@ class Scaling:
 
 # %% ../nbs/12_threads.ipynb
 def _serial_fraction(self) -> dict[int, Spread]:
-    "For each batch size the serial share that Amdahl's law needs to explain what more workers gained; the spread comes from the quartiles."
-    found = {}
-    for batch in {w.batch: None for w in self.ways}:
-        rows = [w for w in self.ways if w.batch == batch and w.intra_op == self.ways[0].intra_op and 1 <= w.workers <= max(2, cores())]
-        if rows and rows[0].workers == 1 and any(w.workers > 1 for w in rows):
-            fits = [fit_amdahl([w.workers for w in rows], [w.speedup[q] for w in rows]) for q in (2, 1, 0)]
-            found[batch] = Spread(*fits)
+    "For each batch size the serial share that Amdahl's law needs to explain what workers gained; its spread is the quartiles'."
+    found, first = {}, self.ways[0]
+    for batch in {w.batch: None for w in self.ways} if first.workers == 1 else {}:
+        rows = [w for w in self.ways if (w.batch, w.intra_op) == (batch, first.intra_op) and w.workers <= max(2, cores())]
+        if not any(w.workers > 1 for w in rows): continue
+        found[batch] = Spread(*(fit_amdahl([w.workers for w in rows], [w.speedup[q] for w in rows]) for q in (2, 1, 0)))
     return found
 
 Scaling.serial_fraction = property(_serial_fraction)
@@ -984,7 +1025,8 @@ def _plot(self, axes: Any = None) -> Any:
         label = f"batch {batch}" + f", intra-op {intra}" * (len({w.intra_op for w in self.ways}) > 1)
         left.errorbar(x, middle, bars, marker="os^Dv"[i % 5], capsize=3, label=label)
         right.plot([w.milliseconds.median / first for w in rows], middle, marker="os^Dv"[i % 5])
-    left.set(xlabel="workers", ylabel="samples a second, × first", xticks=sorted({w.workers for w in self.ways}), ylim=0); left.legend()
+    left.set(xlabel="workers", ylabel="samples a second, × first", xticks=sorted({w.workers for w in self.ways}), ylim=0)
+    left.legend()
     right.set(xlabel="a call takes, × first", ylabel="samples a second, × first", xscale="log", ylim=0)
     return left, right
 
@@ -1016,7 +1058,7 @@ def scaling(
     seconds: float = .05,                       # that a measurement should take
     seed: int = 0,                              # of the order
     progress: bool = False,                     # show a bar
-) -> Scaling:                                   # a table; `plot()` draws it, `serial_fraction` fits Amdahl's law, `best` is the quickest way
+) -> Scaling:                                   # a table with `plot()`, `best` way and the `serial_fraction` of Amdahl's law
     "Measure how a model's throughput and latency depend on workers, intra-op threads and batch size."
     for name, values in (("threads", threads), ("batches", batches), ("intra_op", intra_op)):
         if not len(values): raise ValueError(f"{name} is empty; it may be a list of whole numbers")
@@ -1053,6 +1095,6 @@ def save_multi_threaded_model(
     pool: Mapping | None = None,    # settings for `Pool(path)`, any of `POOL_SETTINGS`
     **info: Any,                    # what else the file should say, as for `save`
 ) -> Path:                          # the path
-    "Save a model as an archive whose tensors are coded in parallel, with the settings of the pool that is to serve it. Errors as `save` and `pool_settings`."
+    "Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and `pool_settings`."
     settings = {} if pool is None else {"pool": pool_settings(pool)}
     return save(model, path, archive=True, threads=threads, **settings, **info)

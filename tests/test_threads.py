@@ -196,7 +196,7 @@ def test_decorated_method():
 
 
 def test_decorator_errors():
-    with pytest.raises(TypeError, match="Options have names"): multi_threading(4)
+    with pytest.raises(TypeError, match="options have names"): multi_threading(4)
     with pytest.raises(ValueError, match="num_threads is 0"): multi_threading(num_threads=0)(len)
     f = multi_threading(lambda x, y=0: 1 / x)
     with pytest.raises(ValueError, match="different lengths: 2, 3"): f([1, 2], [1, 2, 3])
@@ -620,6 +620,23 @@ def test_full_in_a_callback(gate):
     first.add_done_callback(more)
     gate.open.set()
     assert full.wait(LONG)
+    pool.close()
+
+
+def test_two_workers_that_close():
+    "Neither waits for the other."
+    barrier, pool = threading.Barrier(2), Pool(lambda x: x, workers=2, max_batch=1)
+    def both(f): barrier.wait(LONG); pool.close()
+    for v in range(2): pool.submit(one(v)).add_done_callback(both)
+    pool.close()
+    assert pool.stats.served == 2
+
+
+def test_a_future_set_by_its_holder_does_no_harm(gate):
+    pool, first = busy(gate)
+    first.set_result("mine")
+    gate.open.set()
+    assert pool(one(3)).item() == 6 and first.result() == "mine"
     pool.close()
 
 
