@@ -37,7 +37,7 @@ def build(name, kind):
     torch.set_grad_enabled(False)
     if name == "LeNet-5": return KINDS[kind](LeNet5().eval()), [(x,) for x in mnist5k().test.x[:512]]
     m = minilm()
-    ids = [torch.tensor(t.ids)[:sum(t.attention_mask)] for t in (m.tokenizer.encode(q) for q in docstrings(128).queries)]
+    ids = [torch.tensor(t.ids)[:sum(t.attention_mask)] for t in (m.tokenizer.encode(q) for q in docstrings(96).queries)]
     return KINDS[kind](m), [(i, torch.ones_like(i)) for i in ids]
 
 
@@ -113,7 +113,7 @@ def measure(name, kind, rounds):
 def quartiles(values): return [round(v, 3) for v in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def speed(rounds=9):
+def speed(rounds=7):
     found = {}
     for name in ("LeNet-5", "MiniLM"):
         for kind in KINDS:

@@ -325,6 +325,8 @@ def _way(f: Callable, n: int, x: tuple, w: tuple, bias: bool, options: tuple, dt
     return next((way for way in quick if torch.equal(way(n, f, *inputs, *options), y)), truth)
 
 # %% ../nbs/12_threads.ipynb
+_samples = contextvars.ContextVar("samples", default=1)     # in the batch that this thread computes
+
 class AsAlone(TorchFunctionMode):
     "A block for a batch of `n` samples, in which linear layers and convolutions give each the bits that it would get alone."
     def __init__(
@@ -333,10 +335,15 @@ class AsAlone(TorchFunctionMode):
     ):
         super().__init__()
         self.n = _count(n, "n")
+    def __enter__(self) -> "AsAlone":
+        self.token = _samples.set(self.n)
+        return super().__enter__()
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        _samples.reset(self.token)
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in WAYS or not _divides(self.n, func, args): return func(*args, **(kwargs or {}))
-        if kwargs: return _one_by_one(self.n, functools.partial(func, **kwargs), *args)
-        return _apply_way(self.n, func, *args)
+        if func not in WAYS or not _divides(n := _samples.get(), func, args): return func(*args, **(kwargs or {}))
+        return _one_by_one(n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(n, func, *args)
 
 # %% ../nbs/12_threads.ipynb
 def _divides(n: int, f: Callable, args: tuple) -> bool:
@@ -354,34 +361,25 @@ def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = Non
     return way(n, f, x, w, b, *options)
 
 # %% ../nbs/12_threads.ipynb
-def _integers_apart(layer: nn.Module, x: Tensor, n: int) -> Tensor | None:
-    "An integer layer of chapter 06 for n samples, a product for each; None if one of them is out of the ordinary."
-    rows = x.float().reshape(-1, layer.inputs) if isinstance(layer, QLinear) else x.float()
-    if layer.activations == "row" and len(rows) > n:                        # several rows a sample: each is divided by its peak
-        peak = rows.abs().amax(tuple(range(1, rows.dim())), keepdim=True)
-        if not math.isfinite(peak.max().item()): return None
-        peak.clamp_(min=torch.finfo(torch.float32).tiny)
-        y = torch.cat([layer._product(part) for part in (rows / peak).chunk(n)]).mul_(peak)
-    else:
-        low, high = torch.aminmax(rows.reshape(n, -1), dim=1)
-        if not ((high - low > 2 ** -5) & (high - low < 2. ** 60)).all(): return None
-        y = torch.cat([layer._product(part) for part in rows.chunk(n)])
-    y = layer._add_bias(y).to(x.dtype)
-    return y.view(*x.shape[:-1], -1) if isinstance(layer, QLinear) else y
-
-# %% ../nbs/12_threads.ipynb
-_samples = contextvars.ContextVar("samples", default=1)     # in the batch that this thread computes
+def _layer_way(layer: nn.Module, n: int, x: Tensor) -> Callable:
+    "Whether a layer may be called for n samples at once."
+    size = torch.logspace(-3, 3, n).view(n, *[1] * x.dim())
+    z = (torch.randn(n, len(x) // n, *x.shape[1:], generator=torch.Generator().manual_seed(0)) * size).flatten(0, 1).to(x.dtype)
+    return _together if torch.equal(layer(z), _one_by_one(n, layer, z)) else _one_by_one
 
 class _Apart(nn.Module):
-    "An integer layer that gives each sample of a batch what it would get alone."
+    "An integer layer that gives each sample of a batch the bits that it would get alone."
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.held = (layer,)            # not a submodule: the layer itself stays as it is
+        self.held, self.ways = (layer,), {}         # held, but no submodule: the layer itself stays as it is
     def forward(self, x: Tensor) -> Tensor:
         n, layer = _samples.get(), self.held[0]
         if n == 1 or not len(x) or len(x) % n: return layer(x)
-        y = _integers_apart(layer, x, n)
-        return torch.cat([layer(part) for part in x.chunk(n)]) if y is None else y
+        token = _samples.set(1)                     # in here, samples come one at a time
+        try:
+            way = self.ways.get(key := (n, x.shape, x.dtype)) or self.ways.setdefault(key, _layer_way(layer, n, x))
+            return way(n, layer, x)
+        finally: _samples.reset(token)
 
 # %% ../nbs/12_threads.ipynb
 def _serving_copy(model: Any) -> Any:
@@ -465,10 +463,7 @@ class Runner:
 @_method(Runner)
 def _as_alone(self, samples: list) -> list:
     "Answers from one call that leaves every sample its own products."
-    token = _samples.set(len(samples))
-    try:
-        with AsAlone(len(samples)): return self.batch(samples)
-    finally: _samples.reset(token)
+    with AsAlone(len(samples)): return self.batch(samples)
 
 @_method(Runner)
 def _checked(self, samples: list, kind: tuple) -> list:
@@ -725,12 +720,12 @@ class Pool:
         workers: int | None = None,         # None: the file's, else as many as workers × intra_op = cores
         *,
         max_batch: int | None = None,       # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
-        max_wait: float | None = None,      # seconds to wait for a full batch; None: the file's, else a tenth of the last one's time
+        max_wait: float | None = None,      # seconds to wait for a full batch; None: the file's, else a tenth of the last's time
         queue_size: int | None = None,      # requests that may wait; None: the file's, else 1024
         intra_op: int | None = None,        # threads in each operation; None: the file's, else 1
         exact: bool | None = None,          # answers have the bits of serial ones; False: only close. None: the file's, else True
         processes: bool | None = None,      # each worker has an interpreter of its own; None: the file's, else False
-        collate: Callable | None = None,    # makes a batch of a list of samples, with exact=False; None: stacks those of one shape
+        collate: Callable | None = None,    # makes a batch of a list of samples (with exact=False); None: stacks equal shapes
     ):
         given = dict(workers=workers, max_batch=max_batch, max_wait=max_wait, queue_size=queue_size,
                      intra_op=intra_op, exact=exact, processes=processes)
@@ -752,7 +747,7 @@ def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
 @_method(Pool)
 def _submit(
     self,
-    x: Any,                         # a sample without batch dimension: tensor, tuple (arguments) or dict (by name); do not change it
+    x: Any,                         # a sample without batch dimension: tensor, tuple (arguments) or dict (names); left unchanged
     *,
     timeout: float | None = None,   # seconds; a request that has not begun by then gets TimeoutError and is not run
     wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
