@@ -19,7 +19,7 @@ FAST = settings(max_examples=30, deadline=None, derandomize=True)
 def both(layer, cls, x, **options):
     "The outputs of the kernel chosen here, and of exact integers."
     fast = cls(layer.layer, layer.packed, **options)
-    if fast.kernel == "tiny": fast.kernel = {QLinear: "fbgemm" if capabilities().linear else "plain",
+    if fast.kernel == "tiny": fast.kernel = {QLinear: "int8" if capabilities().linear else "plain",
                                              QConv2d: "onednn" if capabilities().convolution else "plain"}[cls]
     plain = copy.deepcopy(fast)
     plain.kernel = "plain"
@@ -225,6 +225,8 @@ def test_errors_name_what_is_wrong(linear, conv):
     with pytest.raises(ValueError, match=r"\[batch, 16"): conv(torch.randn(1, 3, 9, 9))
     with pytest.raises(ValueError, match="activations is 'column'"): QLinear(*_parts(nn.Linear(3, 3)), activations="column")
     with pytest.raises(ValueError, match="groups of 4"): QLinear(*_parts(nn.Linear(8, 8), group=4))
+    with pytest.raises(ValueError, match="activations names 'up'"): use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"up": "row"})
+    with pytest.raises(ValueError, match="activations is 'rows'"): use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"*": "rows"})
     with pytest.raises(ValueError, match="padding is 'same'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding="same")))
     with pytest.raises(ValueError, match="padding_mode is 'reflect'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")))
     with pytest.raises(ValueError, match="max_norm"): QEmbedding(*_parts(nn.Embedding(8, 8, max_norm=1.)))
@@ -241,6 +243,130 @@ def test_embedding_is_exact():
         quick = QEmbedding(small.layer, small.packed)
         for ids in (torch.randint(0, 40, (3, 5)), torch.tensor(7), torch.empty(0, 4, dtype=torch.long), torch.randint(0, 40, (6,), dtype=torch.int32)):
             assert torch.equal(quick(ids), small(ids))
+
+
+# ---------------------------------------------------------------- rows, columns, many rows, groups
+
+@FAST
+@given(rows=st.integers(1, 40), n=st.integers(1, 60), scale=st.floats(-20, 20), shift=st.floats(-100, 100), seed=st.integers(0, 99))
+def test_centred_rows_reach_from_minus_one_to_one(rows, n, scale, shift, seed):
+    torch.manual_seed(seed)
+    x = (torch.randn(rows, n) + shift) * 2. ** scale
+    scaled, middle, half = kernels.centre_rows(x.clone())
+    assert scaled.abs().max() <= 1.01 and torch.allclose(scaled * half + middle, x, rtol=1e-5, atol=1e-5 * x.abs().max().item())
+
+
+@FAST
+@given(rows=st.integers(1, 300), inputs=st.sampled_from([16, 60]), outputs=st.integers(1, 80), symmetric=st.booleans(), kept=st.sampled_from([torch.float16, torch.float32]),
+       activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
+def test_columns_multiply_the_input(rows, inputs, outputs, symmetric, kept, activations, seed):
+    "A layer with column scales is the layer without them on a scaled input, in integers too."
+    torch.manual_seed(seed)
+    linear, c, x = nn.Linear(inputs, outputs), (torch.rand(inputs) * 3 + 0.1).to(kept), torch.randn(rows, inputs)
+    small = quantize_layer(linear, columns=c, symmetric=symmetric)
+    close(*both(small, QLinear, x, activations=activations))
+    bare = copy.deepcopy(linear)
+    bare.weight.data /= c
+    inner = quantize_layer(bare, symmetric=symmetric)
+    close(both(small, QLinear, x, activations=activations)[0], both(inner, QLinear, x * c, activations=activations)[0])
+
+
+def test_columns_of_convolutions_and_tables():
+    torch.manual_seed(0)
+    c = torch.rand(8) + 0.5
+    small, x = quantize_layer(nn.Conv2d(8, 200, 3, padding=1), columns=c), torch.randn(4, 8, 9, 9)
+    a, b = both(small, QConv2d, x)
+    close(a, b)
+    assert (a - small(x)).norm() / small(x).norm() < 0.02
+    for layer, x in ((nn.Linear(8, 6), torch.randn(3, 8)), (nn.Conv2d(8, 6, 3), torch.randn(2, 8, 5, 5))):      # so few weights that they are expanded
+        small = quantize_layer(layer, columns=c)
+        assert "too small" in repr(use_kernels(small)) and torch.allclose(use_kernels(small)(x), small(x), atol=1e-6)
+    table = quantize_layer(nn.Embedding(50, 8), columns=c)
+    assert torch.equal(QEmbedding(table.layer, table.packed)(torch.arange(50)), table(torch.arange(50)))
+    with pytest.raises(ValueError, match="between its groups"): QConv2d(*_parts(nn.Conv2d(8, 8, 3, groups=2), columns=torch.ones(4)))
+
+
+def test_smoothing_makes_outliers_harmless():
+    "SmoothQuant's case: a few channels are a hundred times the others; scales that move over to the weight save the rest."
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 196, bias=False), torch.randn(40, 64)
+    x[:, ::16] *= 100
+    c = (layer.weight.detach().abs().amax(0) / x.abs().amax(0)).sqrt()
+    def off(**how):
+        with torch.no_grad(): return ((QLinear(*_parts(layer, **how), activations="tensor")(x) - layer(x)).norm() / layer(x).norm()).item()
+    assert off(columns=c) < 0.5 * off()
+
+
+def test_many_rows_use_another_kernel_and_the_same_integers():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        quick, x = QLinear(*_parts(nn.Linear(100, 150, bias=bias)), activations="tensor"), torch.randn(2 * kernels.LARGE, 100)
+        few = copy.deepcopy(quick)
+        if capabilities().large: assert quick(x) is not None and set(quick.prepared.entry[2]) == {"large"}
+        steps = x.abs().max().item() * 2 / 255 * few.q.scale.max().item() * 127
+        x[0] = x[kernels.LARGE] = x.abs().max()                                    # both halves have the same range
+        x[1] = x[kernels.LARGE + 1] = -x.abs().max()
+        halves = torch.cat([few(x[:kernels.LARGE - 10]), few(x[kernels.LARGE:])[:5]])
+        assert (quick(x)[:kernels.LARGE - 10] - halves[:-5]).abs().max() <= 2 * steps      # a tie may be rounded either way
+
+
+@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.rand(128) + 0.5), dict(bits=3, group=32),
+                                     dict(bits=4, group=128, symmetric=False)], ids=str)
+def test_groups_of_four_bits(options):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        small = quantize_layer(nn.Linear(128, 64, bias=bias), **options)
+        quick = QLinear(small.layer, small.packed)
+        for x in (torch.randn(128), torch.randn(1, 128), torch.randn(2, 3, 128), torch.randn(30, 128), torch.randn(0, 128), torch.randn(3, 128).half()):
+            want = small.float()(x.float())
+            got = quick(x)
+            assert got.shape == want.shape and got.dtype == x.dtype
+            assert not x.numel() or (got.float() - want).norm() <= 0.005 * want.norm()      # bfloat16 has 8 significant bits
+        x = torch.randn(3, 128); x[1, 5] = float("nan")
+        assert torch.equal(quick(x).isnan(), small(x).isnan())
+    assert ("bfloat16" in repr(quick)) == capabilities().int4
+
+
+def test_requantized_layers_run_as_int8():
+    torch.manual_seed(0)
+    x = torch.randn(50, 96)
+    for options in (dict(bits=4, group=32), dict(codebook="nf4", group=32), dict(bits=12), dict(bits=4, group=32, columns=torch.rand(96) + 0.5), dict(bits=3, group=20)):
+        small = quantize_layer(nn.Linear(96, 130), **options)
+        quick = use_kernels(small, requantize=True)
+        assert type(quick) is QLinear and quick.options()["requantize"] and "requantized" in repr(quick) and quick.packed is small.packed
+        close(*both(small, QLinear, x, requantize=True))
+        assert (quick(x) - small(x)).norm() / small(x).norm() < 0.02
+    conv = quantize_layer(nn.Conv2d(8, 200, 3), 4, group=8)
+    quick, x = use_kernels(conv, requantize=True), torch.randn(2, 8, 9, 9)
+    assert type(quick) is QConv2d and (quick(x) - conv(x)).norm() / conv(x).norm() < 0.03
+
+
+def test_activations_by_pattern():
+    model = quantize_model(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)))
+    quick = use_kernels(model, activations={"2": "row", "*": "tensor"})
+    assert (quick[0].activations, quick[2].activations) == ("tensor", "row")
+    assert use_kernels(model, activations={"2": "tensor"})[0].activations == "row"
+
+
+# ---------------------------------------------------------------- compiled
+
+def test_compiled_layers_give_the_same_numbers():
+    "No C++ compiler is needed: the graph is captured as a whole and run as it is."
+    torch.manual_seed(0)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.conv, self.a, self.b = nn.Embedding(300, 64), nn.Conv2d(1, 8, 3, padding=1), nn.Linear(512, 128), nn.Linear(128, 48)
+        def forward(self, ids): return self.b(F.gelu(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2))))
+    ids = torch.randint(0, 300, (3, 7))
+    for options in (dict(bits=8), dict(bits=4, group=32, overrides={"conv": None})):
+        quick = use_kernels(quantize_model(Model().eval(), **options))
+        with torch.no_grad():
+            want = quick(ids)
+            compiled = torch.compile(quick, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(ids), want) and torch.equal(compiled(ids[:2]), quick(ids[:2]))
+            other = copy.deepcopy(quick)
+            assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(ids), want) and other.a.key != quick.a.key
 
 
 # ---------------------------------------------------------------- modules
@@ -261,13 +387,13 @@ def test_copies_states_and_threads(linear):
     for t in threads: t.join()
     assert all(torch.equal(r, want) for r in results)
     with torch.inference_mode(): assert torch.equal(copy.deepcopy(linear)(x), want)
-    assert linear.nbytes < 4 * 200 * 150 * 0.6 and "200→150" in repr(linear) and linear.options() == {"activations": "row"}
+    assert linear.nbytes < 4 * 200 * 150 * 0.9 and "200→150" in repr(linear) and linear.options() == {"activations": "row"}
 
 
 def test_no_float_copy_is_kept(linear):
     linear(torch.randn(2, 200))
     assert all(t.dtype != torch.float32 or t.numel() <= 150 for t in (*linear.parameters(), *linear.buffers()))
-    assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.numel() <= 150 for t in linear.prepared.entry[2])
+    assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.numel() <= 150 for made in linear.prepared.entry[2].values() for t in (made if isinstance(made, tuple) else (made,)))
 
 
 def test_use_kernels_leaves_what_it_cannot_do():
@@ -305,7 +431,7 @@ def test_without_kernels_the_same_numbers(monkeypatch):
     torch.manual_seed(0)
     model, x = quantize_model(nn.Sequential(nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 100))), torch.randn(4, 200)
     with torch.no_grad(): here = use_kernels(model)(x)
-    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False))
+    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False, False, False))
     assert all(type(m) is not QLinear for m in use_kernels(model).modules())
     there = nn.Sequential(QLinear(model[0].layer, model[0].packed), nn.ReLU(), QLinear(model[2].layer, model[2].packed))
     assert there[0].kernel == "plain"
@@ -344,5 +470,5 @@ def test_minilm():
     expanding = quantize_model(model)
     texts = ["Return the sum of the elements.", "Open a file and read its lines one by one.", "A matrix is positive definite."]
     exact, quick = model.encode(texts), use_kernels(expanding)
-    assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.994
+    assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.997
     assert F.cosine_similarity(use_kernels(expanding, activations="tensor").encode(texts), exact).min() > 0.98
