@@ -1170,14 +1170,14 @@ def check_codes(
     return levels
 
 # %% ../nbs/04_coding.ipynb
-def encode(
-    x: Any,                       # bytes-like, tensor or array of any type; or packed codes, when `bits` says so
-    bits: int | None = None,      # x is what `pack_bits` makes of codes of that many bits, 1..16
-    count: int | None = None,     # … and this is their number
-    levels: int | None = None,    # codes are below it; None: 2**bits
-    map: Callable = map,          # runs the chunks; that of a ThreadPoolExecutor runs them side by side
-) -> bytes:                       # a stream: header, chunks, CRC-32; `decode` needs nothing else
-    "Code losslessly, each chunk by the method that makes it smallest. `TypeError` or `ValueError` for what is no stream of numbers or codes."
+def stream_parts(
+    x: Any,
+    bits: int | None = None,
+    count: int | None = None,
+    levels: int | None = None,
+    map: Callable = map,
+) -> list[bytes]:                 # header, chunks, CRC-32
+    "A stream in pieces, for those who write it somewhere: joining them would double it in memory."
     data, width = as_uint8(x)
     if bits is None:
         jobs = [functools.partial(code_elements, data[i:i + BYTES//width*width], width) for i in range(0, len(data), BYTES//width*width)]
@@ -1187,8 +1187,20 @@ def encode(
         jobs = [functools.partial(code_chunk, data, bits, count, levels, i) for i in range(0, count, CODES)]
         head = bytes([bits]) + write_varint(levels) + write_varint(count)
     chunks = list(map(run, jobs))
-    body = head + b"".join(write_varint(len(c)) for c in chunks) + b"".join(chunks)
-    return body + struct.pack("<I", zlib.crc32(body))
+    parts, crc = [head + b"".join(write_varint(len(c)) for c in chunks), *chunks], 0
+    for p in parts: crc = zlib.crc32(p, crc)
+    return [*parts, struct.pack("<I", crc)]
+
+# %% ../nbs/04_coding.ipynb
+def encode(
+    x: Any,                       # bytes-like, tensor or array of any type; or packed codes, when `bits` says so
+    bits: int | None = None,      # x is what `pack_bits` makes of codes of that many bits, 1..16
+    count: int | None = None,     # … and this is their number
+    levels: int | None = None,    # codes are below it; None: 2**bits
+    map: Callable = map,          # runs the chunks; that of a ThreadPoolExecutor runs them side by side
+) -> bytes:                       # a stream: header, chunks, CRC-32; `decode` needs nothing else
+    "Code losslessly, each chunk by the method that makes it smallest. `TypeError` or `ValueError` for what is no stream of numbers or codes."
+    return b"".join(stream_parts(x, bits, count, levels, map))
 
 # %% ../nbs/04_coding.ipynb
 def run(job: Callable) -> Any: return job()

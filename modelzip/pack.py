@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .data import build_model
 from .measure import sqnr
 from .quant import CompressedTensor, Dequantize, unpack_bits
-from .coding import CodingError, coders, decoding, encode, entropy
+from .coding import CodingError, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, unseal
 
@@ -429,32 +429,38 @@ def check_readable(
         raise ValueError(f"this model, or what is said about it, cannot be saved: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
+WAITING = 2**24      # bytes of streams that may wait for each other
+
 def ahead(
     f: Callable,
     xs: Iterable,
     pool: Any,            # an executor
-    most: int,            # how many results may wait
+    weight: Callable,     # bytes that the result for an x may have
+    most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
 ) -> Iterator:            # f(x) for each x, in order
     "The executor's `map` for long lists: it does not run away from whoever takes the results."
-    pending, xs = collections.deque(), iter(xs)
+    pending, held = collections.deque(), 0
     for x in xs:
-        pending.append(pool.submit(f, x))
-        if len(pending) > most: yield pending.popleft().result()
-    while pending: yield pending.popleft().result()
+        while pending and held + weight(x) > most:
+            held -= pending[0][0]
+            yield pending.popleft()[1].result()
+        pending.append((weight(x), pool.submit(f, x)))
+        held += weight(x)
+    while pending: yield pending.popleft()[1].result()
 
 # %% ../nbs/05_pack.ipynb
 def coded_pieces(
     pieces: list[tuple[Piece, bool, int]],     # from `arranged`
     threads: int,
-) -> Iterator[tuple[Piece, Any, int]]:         # the piece, its bytes as they are stored, its alignment
+) -> Iterator[tuple[Piece, list, int]]:        # the piece, its bytes as they are stored (in several parts), its alignment
     "Turn pieces into bytes, in order; what is coded is coded by several threads."
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
         def stored(p):
             piece, coded, align = p
-            if not coded: return piece, as_bytes(piece.tensor), align
+            if not coded: return piece, [as_bytes(piece.tensor)], align
             bits, count, levels = piece.packed or (None, None, None)
-            return piece, encode(piece.tensor, bits, count, levels, map=inner.map), align
-        yield from ahead(stored, pieces, outer, threads)
+            return piece, stream_parts(piece.tensor, bits, count, levels, map=inner.map), align
+        yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
 # %% ../nbs/05_pack.ipynb
 def write_payload(
@@ -469,24 +475,26 @@ def write_payload(
         for piece, data, align in coded_pieces(arranged(pieces, archive), threads):
             gap = bytes(-end % align)
             f.write(gap); crc.add(gap)
-            write_piece(f, piece, data, crc)
-            end += len(gap) + len(data)
+            end += len(gap) + write_piece(f, piece, data, crc)
+            del data      # before the next is waited for
         return crc.finish()
 
 # %% ../nbs/05_pack.ipynb
 def write_piece(
     f: BinaryIO,
     piece: Piece,
-    data: Any,             # bytes
+    data: list,            # bytes, in several parts
     crc: Checksum,         # of the payload so far
-) -> None:
+) -> int:                  # their number
     "Write one piece where the file stands."
     piece.entry["offset"] = f.tell() - ALIGN
-    own = Checksum(crc.pool)
-    for i in range(0, len(data), BLOCK): f.write(data[i:i + BLOCK]); own.add(data[i:i + BLOCK])
-    crc.append(own.finish(), len(data))
-    if isinstance(data, bytes): piece.entry["coded"] = len(data)
-    elif len(data) >= LARGE: piece.entry["crc"] = own.finish()
+    own, n = Checksum(crc.pool), sum(map(len, data))
+    for d in data:
+        for i in range(0, len(d), BLOCK): f.write(d[i:i + BLOCK]); own.add(d[i:i + BLOCK])
+    crc.append(own.finish(), n)
+    if isinstance(data[0], bytes): piece.entry["coded"] = n
+    elif n >= LARGE: piece.entry["crc"] = own.finish()
+    return n
 
 # %% ../nbs/05_pack.ipynb
 def write_file(
@@ -606,16 +614,16 @@ def read_payload(
 ) -> dict[tuple[str, str], Tensor]:     # by name of the tensor and name of the part
     "Read all tensors and check them."
     f.seek(data_offset(payload))
-    tensors, end, waiting = {}, 0, collections.deque()
+    tensors, end, waiting, held = {}, 0, collections.deque(), 0
     with ThreadPoolExecutor(THREADS) as pool:
         crc = Checksum(pool)
         for name, key, part in in_order(rows):
             read_gap(f, part.offset - end, crc)
-            if part.coded is None: tensors[name, key] = read_raw(f, part, name, crc)
+            if part.coded is None: tensors[name, key] = read_checked(f, part, name, crc)
             else:
+                while waiting and held + part.coded > WAITING: held -= settle(*waiting.popleft())
                 tensors[name, key], jobs = read_stream(f, part, name, pool)
-                crc.append(RESIDUE, part.coded); waiting.append((name, jobs))
-            while len(waiting) > 2*THREADS: settle(*waiting.popleft())
+                crc.append(RESIDUE, part.coded); waiting.append((name, jobs, part.coded)); held += part.coded
             end = part.offset + part.stored
         while waiting: settle(*waiting.popleft())
         demand(crc.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
@@ -623,6 +631,18 @@ def read_payload(
     return tensors
 
 # %% ../nbs/05_pack.ipynb
+def read_checked(
+    f: BinaryIO,
+    part: Part,
+    name: str,
+    crc: Checksum,     # of the payload so far
+) -> Tensor:
+    "Read a raw part from where the file stands, and compare its own checksum if it has one."
+    t = read_raw(f, part, name, own := Checksum(crc.pool))
+    demand(part.crc in (None, own.finish()), f"{name!r} is damaged (wrong checksum)")
+    crc.append(own.finish(), part.nbytes)
+    return t
+
 def read_gap(
     f: BinaryIO,
     n: int,            # bytes
@@ -634,11 +654,14 @@ def read_gap(
 
 def settle(
     name: str,
-    waits: list[Callable],
-) -> None:
+    waits: list[Callable],      # is empty afterwards, and no longer holds the stream
+    coded: int = 0,             # length of the stream
+) -> int:                       # the same
     "Wait for the jobs of a stream."
     with naming_part(name):
         for wait in waits: wait()
+    waits.clear()
+    return coded
 
 def check_bool(
     t: Tensor,
@@ -891,9 +914,7 @@ def read_alone(
         if part.coded is not None:
             t, waits = read_stream(f, part, name, pool)
             settle(name, waits)
-        else:
-            t = read_raw(f, part, name, crc := Checksum(pool))
-            demand(part.crc in (None, crc.finish()), f"{name!r} is damaged (wrong checksum)")
+        else: t = read_checked(f, part, name, Checksum(pool))
     check_bool(t)
     return t
 

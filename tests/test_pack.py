@@ -699,7 +699,7 @@ def test_size_limit_leaves_the_old_file(tmp_path):
 
 def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = save(nn.Linear(2, 2), tmp_path/"x.mz"); old = path.read_bytes()
-    for module, name in (pack, "write_payload"), (pack, "encode"), (zips, "directory"), (zips, "deflate"):
+    for module, name in (pack, "write_payload"), (pack, "stream_parts"), (zips, "directory"), (zips, "deflate"):
         with monkeypatch.context() as patch:
             def fail(*a, **k): raise KeyboardInterrupt
             patch.setattr(module, name, fail)
