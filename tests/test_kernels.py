@@ -249,11 +249,11 @@ def test_embedding_is_exact():
 
 @FAST
 @given(rows=st.integers(1, 40), n=st.integers(1, 60), scale=st.floats(-20, 20), shift=st.floats(-100, 100), seed=st.integers(0, 99))
-def test_centred_rows_reach_from_minus_one_to_one(rows, n, scale, shift, seed):
+def test_stretched_rows_reach_from_zero_to_one(rows, n, scale, shift, seed):
     torch.manual_seed(seed)
     x = (torch.randn(rows, n) + shift) * 2. ** scale
-    scaled, middle, half = kernels.centre_rows(x.clone())
-    assert scaled.abs().max() <= 1.01 and torch.allclose(scaled * half + middle, x, rtol=1e-5, atol=1e-5 * x.abs().max().item())
+    stretched, low, width = kernels.stretch_rows(x.clone())
+    assert stretched.min() == 0 and stretched.max() <= 1 and torch.allclose(stretched * width + low, x, rtol=1e-5, atol=1e-5 * x.abs().max().item())
 
 
 @FAST
