@@ -361,24 +361,16 @@ def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = Non
     return way(n, f, x, w, b, *options)
 
 # %% ../nbs/12_threads.ipynb
-def _layer_way(layer: nn.Module, n: int, x: Tensor) -> Callable:
-    "Whether a layer may be called for n samples at once."
-    size = torch.logspace(-3, 3, n).view(n, *[1] * x.dim())
-    z = (torch.randn(n, len(x) // n, *x.shape[1:], generator=torch.Generator().manual_seed(0)) * size).flatten(0, 1).to(x.dtype)
-    return _together if torch.equal(layer(z), _one_by_one(n, layer, z)) else _one_by_one
-
 class _Apart(nn.Module):
-    "An integer layer that gives each sample of a batch the bits that it would get alone."
+    "An integer layer that is called for each sample of a batch by itself."
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.held, self.ways = (layer,), {}         # held, but no submodule: the layer itself stays as it is
+        self.held = (layer,)                # held, but no submodule: the layer itself stays as it is
     def forward(self, x: Tensor) -> Tensor:
         n, layer = _samples.get(), self.held[0]
         if n == 1 or not len(x) or len(x) % n: return layer(x)
-        token = _samples.set(1)                     # in here, samples come one at a time
-        try:
-            way = self.ways.get(key := (n, x.shape, x.dtype)) or self.ways.setdefault(key, _layer_way(layer, n, x))
-            return way(n, layer, x)
+        token = _samples.set(1)             # for what the layer calls, samples come one at a time
+        try: return _one_by_one(n, layer, x)
         finally: _samples.reset(token)
 
 # %% ../nbs/12_threads.ipynb
@@ -386,7 +378,8 @@ def _serving_copy(model: Any) -> Any:
     "A copy for a pool, with the same tensors; what cannot be copied is served itself."
     if not isinstance(model, nn.Module): return model
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(m): _Apart(m) for m in model.modules() if isinstance(m, (QLinear, QConv2d)) and m.kernel != "tiny"}
+    integers = [m for m in model.modules() if isinstance(m, (QLinear, QConv2d)) and m.kernel not in ("tiny", "expand")]
+    memo |= {id(m): _Apart(m) for m in integers}
     if id(model) in memo: return memo[id(model)].eval()
     try: return copy.deepcopy(model, memo).eval()
     except Exception:

@@ -623,12 +623,12 @@ def test_full_in_a_callback(gate):
     pool.close()
 
 
-def test_two_workers_that_close():
+def test_two_workers_that_close(gate):
     "Neither waits for the other."
-    barrier, pool = threading.Barrier(2), Pool(lambda x: x, workers=2, max_batch=1)
+    barrier, pool = threading.Barrier(2), Pool(gate, workers=2, max_batch=1)
     def both(f): barrier.wait(LONG); pool.close()
     for v in range(2): pool.submit(one(v)).add_done_callback(both)
-    pool.close()
+    gate.open.set(); pool.close()
     assert pool.stats.served == 2
 
 
