@@ -1,0 +1,190 @@
+"ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed weight is in them."
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+helper, TensorProto = onnx.helper, onnx.TensorProto
+
+from modelzip.data import LeNet5
+from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
+from modelzip.onnx_export import Graph, _embedding, _expanded, _fits_rows, _float_linear, _integer_conv, _integer_linear, onnx_bytes, onnx_model, to_onnx
+from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad(): yield
+
+
+def computed(g, out, inputs=(), exact=True):
+    "What ONNX Runtime makes of a graph."
+    kinds = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
+    g.nodes.append(helper.make_node("Identity", [out], ["result"]))
+    graph = helper.make_graph(g.nodes, "g", [helper.make_tensor_value_info(n, kinds[x.dtype], [None] * x.dim()) for n, x in inputs],
+                              [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)], list(g.stored.values()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return torch.from_numpy(runtime.InferenceSession(model.SerializeToString(), options).run(None, {n: x.numpy() for n, x in inputs})[0])
+
+
+def near(a, b, relative=1e-5): assert a.shape == b.shape and (a - b).norm() <= relative * b.norm() + 1e-12
+
+
+@FAST
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), bits=st.integers(1, 16), symmetric=st.booleans(), where=st.sampled_from(["tensor", "first", "last", "group"]),
+       group=st.integers(1, 20), table=st.sampled_from([None, None, "nf4", "kmeans"]), columns=st.booleans(), seed=st.integers(0, 99))
+def test_expanded_weights(shape, bits, symmetric, where, group, table, columns, seed):
+    torch.manual_seed(seed)
+    how = {"tensor": {}, "first": {"axis": 0}, "last": {"axis": -1}, "group": {"group": group}}[where]
+    if table: bits, how = min(bits, 4), how | {"codebook": table}
+    if columns and len(shape) > 1: how |= {"columns": torch.rand(shape[1]) + 0.5}
+    q, g = quantize(torch.randn(shape), bits, symmetric=symmetric, **how), Graph(onnx)
+    near(computed(g, _expanded(g, "w", q)), q.dequantize())
+
+
+@FAST
+@given(inputs=st.sampled_from([32, 64, 96]), outputs=st.integers(1, 40), bits=st.integers(1, 8), symmetric=st.booleans(), how=st.sampled_from([{}, {"axis": 0}, {"axis": 1}, {"group": 16}, {"group": 32}]),
+       microsoft=st.booleans(), columns=st.booleans(), seed=st.integers(0, 99))
+def test_products_with_expanded_weights(inputs, outputs, bits, symmetric, how, microsoft, columns, seed):
+    torch.manual_seed(seed)
+    q, g, x = quantize(torch.randn(outputs, inputs), bits, symmetric=symmetric, **how, **({"columns": torch.rand(inputs) + 0.5} if columns else {})), Graph(onnx), torch.randn(3, 2, inputs)
+    near(computed(g, _float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5)
+
+
+@FAST
+@given(inputs=st.integers(1, 90), outputs=st.integers(1, 60), bits=st.integers(2, 8), symmetric=st.booleans(), activations=st.sampled_from(["row", "tensor"]), columns=st.booleans(), seed=st.integers(0, 99))
+def test_integer_products(inputs, outputs, bits, symmetric, activations, columns, seed):
+    "Both sides round the input to 8 bits; each is within that of the exact product."
+    torch.manual_seed(seed)
+    small = quantize_layer(nn.Linear(inputs, outputs, bias=False), bits, symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
+    layer, g, x = QLinear(small.layer, small.packed, activations=activations), Graph(onnx), torch.randn(7, inputs) * 2 + 1
+    exact, got = small(x), computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)])
+    scaled = x if small.q.columns is None else x * small.q.columns
+    ranges = (scaled.amax(1).clamp(min=0) - scaled.amin(1).clamp(max=0)) if activations == "row" else (scaled.max().clamp(min=0) - scaled.min().clamp(max=0)).expand(7)
+    weight = small.weight if small.q.columns is None else small.weight / small.q.columns
+    assert ((got - exact).abs() <= (0.51 * ranges / 255 * 1.01)[:, None] * weight.abs().sum(1) + 1e-4 * exact.abs().max()).all()     # half a step for each input
+
+
+@pytest.mark.parametrize("activations", ["row", "tensor"])
+def test_integer_convolutions(activations):
+    torch.manual_seed(0)
+    for conv in (nn.Conv2d(8, 200, 3, 2, 1, bias=False), nn.Conv2d(8, 400, (3, 2), 1, (1, 0), 2, groups=2, bias=False), nn.Conv2d(900, 900, 3, padding=1, groups=900, bias=False)):
+        layer, g, x = use_kernels(quantize_layer(conv), activations=activations), Graph(onnx), torch.randn(3, conv.in_channels, 9, 10)
+        assert type(layer) is QConv2d
+        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.01)
+
+
+@FAST
+@given(rows=st.integers(1, 20), width=st.sampled_from([8, 16, 24]), bits=st.integers(1, 8), how=st.sampled_from([{"axis": 0}, {}, {"group": 8}]), symmetric=st.booleans(), columns=st.booleans(),
+       shape=st.sampled_from([(3,), (2, 3), (1, 2, 2)]), seed=st.integers(0, 99))
+def test_embeddings_fetch_rows_of_codes(rows, width, bits, how, symmetric, columns, shape, seed):
+    torch.manual_seed(seed)
+    q = quantize(torch.randn(rows, width), bits, symmetric=symmetric, **how, **({"columns": torch.rand(width) + 0.5} if columns else {}))
+    g, ids = Graph(onnx), torch.randint(0, rows, shape)
+    assert _fits_rows(q)
+    near(computed(g, _embedding(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
+
+
+class Everything(nn.Module):
+    "Layers of every sort, some of which share a weight."
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(120, 64), nn.Linear(64, 120, bias=False)
+        self.head.weight = self.words.weight
+        self.block, self.lstm = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, dropout=0.), nn.LSTM(64, 32, batch_first=True, bidirectional=True)
+        self.conv, self.up = nn.Conv1d(64, 48, 3, padding=1), nn.ConvTranspose1d(48, 64, 1)
+    def forward(self, ids):
+        x = self.lstm(self.block(self.words(ids)))[0]
+        return self.head(self.up(self.conv(x.transpose(1, 2)).relu()).transpose(1, 2))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    torch.manual_seed(0)
+    return Everything().eval()
+
+
+def test_whole_models(everything, tmp_path):
+    model = quantize_model(everything, 8)
+    path = to_onnx(model, tmp_path / "m.onnx", torch.randint(0, 120, (2, 5)), dynamic={0: "batch", 1: "length"})
+    run = onnx_model(path)
+    for shape in ((2, 5), (1, 9), (4, 3)):
+        ids = torch.randint(0, 120, shape)
+        near(run(ids), model(ids), 1e-4)
+    compressed = sum(m.q.numel() for m in {id(m.packed): m for m in model.modules() if isinstance(m, Dequantize)}.values())
+    plain = sum(p.numel() for n, p in everything.named_parameters()) - compressed
+    stored = onnx_bytes(path)
+    assert stored["float"] <= 4 * (plain + compressed // 8)                           # the rest of the model, scales and nothing else
+    assert all(not n.name.endswith("weight") or "lstm" in n.name or "norm" in n.name for n in onnx.load(path).graph.initializer)
+
+
+def test_integer_models(tmp_path):
+    torch.manual_seed(0)
+    net, x = LeNet5().eval(), torch.rand(5, 1, 28, 28)
+    for activations in ("row", "tensor"):
+        quick = use_kernels(quantize_model(net), activations=activations)
+        path = to_onnx(quick, tmp_path / "m.onnx", x[:1])                             # an example of one: the batch is free nevertheless
+        kinds = {n.op_type for n in onnx.load(path).graph.node}
+        assert {"MatMulInteger", "ConvInteger"} <= kinds and os.path.getsize(path) < 0.27 * 4 * 431_080
+        near(onnx_model(path)(x), quick(x), 0.01)
+
+
+def test_inputs_are_quantized_once_for_layers_that_share_them(tmp_path):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(128, 128) for _ in range(3))
+        def forward(self, x): return self.a(x) + self.b(x) * self.c(x)
+    model, c = Three(), torch.rand(128) + 0.5
+    for options, count in ((dict(columns=c), 1), (dict(columns=c, overrides={"b": {"columns": 2 * c}}), 2)):
+        path = to_onnx(use_kernels(quantize_model(model, **options), activations="tensor"), tmp_path / "m.onnx", torch.randn(3, 128))
+        assert sum(n.op_type == "DynamicQuantizeLinear" for n in onnx.load(path).graph.node) == count
+
+
+def test_a_bare_layer_and_requantized_groups(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 128)
+    small = quantize_layer(nn.Linear(128, 96), 4, group=32)
+    near(onnx_model(to_onnx(small, tmp_path / "a.onnx", x))(x), small(x))
+    assert onnx_bytes(tmp_path / "a.onnx")["uint4"] >= 128 * 96 // 2 and os.path.getsize(tmp_path / "a.onnx") < 128 * 96
+    quick = use_kernels(small, requantize=True)
+    near(onnx_model(to_onnx(quick, tmp_path / "b.onnx", x))(x), quick(x), 0.01)
+    near(onnx_model(to_onnx(small, tmp_path / "c.onnx", x, microsoft=True))(x), small(x))
+    assert {n.op_type for n in onnx.load(tmp_path / "c.onnx").graph.node} >= {"MatMulNBits"}
+
+
+def test_errors_and_atomic_writing(everything, tmp_path, monkeypatch):
+    small, x = quantize_layer(nn.Linear(32, 32)), torch.randn(2, 32)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"before")
+    for model, example, options, kind, text in ((nn.Linear(3, 3), x, {}, ValueError, "no compressed layer"), ("model", x, {}, TypeError, "model is a str"), (small, [1.], {}, TypeError, "example holds list"),
+                                                (small, x, dict(opset=12), ValueError, "opset is 12"), (small, x, dict(opset="21"), ValueError, "opset"), (small, x, dict(dynamic=({}, {})), ValueError, "describes 2 inputs"),
+                                                (quantize_layer(nn.Linear(32, 32).half()), x.half(), {}, ValueError, "float32")):
+        with pytest.raises(kind, match=text): to_onnx(model, path, example, **options)
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError): to_onnx(small, path, x)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["m.onnx"]
+    monkeypatch.undo()
+    with pytest.raises(OSError): to_onnx(small, tmp_path / "nowhere" / "m.onnx", x)
+    run = onnx_model(to_onnx(small, path, x))
+    with pytest.raises(TypeError, match="0 inputs are given"): run()
+
+
+def test_without_onnx_the_error_says_what_to_install(monkeypatch):
+    import importlib
+    real = importlib.import_module
+    def without(name, *a):
+        if name.startswith("onnx"): raise ImportError("no", name=name)
+        return real(name, *a)
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ImportError, match=r"modelzip\[onnx\]"): to_onnx(quantize_layer(nn.Linear(4, 4)), "m.onnx", torch.randn(1, 4))
