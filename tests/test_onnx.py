@@ -81,7 +81,7 @@ def test_integer_convolutions(activations):
     for conv in (nn.Conv2d(8, 200, 3, 2, 1, bias=False), nn.Conv2d(8, 400, (3, 2), 1, (1, 0), 2, groups=2, bias=False), nn.Conv2d(900, 900, 3, padding=1, groups=900, bias=False)):
         layer, g, x = use_kernels(quantize_layer(conv), activations=activations), Graph(onnx), torch.randn(3, conv.in_channels, 9, 10)
         assert type(layer) is QConv2d
-        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.01)
+        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03)      # two roundings of nine inputs each
 
 
 @FAST
