@@ -11,7 +11,7 @@ __all__ = ['CALIBRATED', 'SAMPLE', 'NEUTRAL', 'input_rows', 'as_matrices', 'Laye
 
 # %% ../nbs/10_ptq.ipynb
 import copy, inspect, itertools, math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .data import device_of, eval_mode
 from .kernels import QEmbedding
-from .quant import (OBSERVERS, QUANTIZABLE, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, number_of_blocks, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _choose, _copy_with, _layout_for)
+from .quant import (OBSERVERS, QUANTIZABLE, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, pack_bits, quantize,
+                            scale_and_zero_point, symmetric_zero_point, _choose, _copy_with)
 
 # %% ../nbs/10_ptq.ipynb
 CALIBRATED = (nn.Linear, nn.Conv1d, nn.Conv2d)     # layers whose output is a product of their weight and rows of their input
@@ -72,7 +72,8 @@ class LayerStatistics:
     def __repr__(self):
         if not self.count: return "LayerStatistics(nothing seen)"
         kept = "" if self.moment is None else ", H"
-        return f"LayerStatistics({self.count:,} rows of {self.low.shape[-1]}, {self.low.min():.3g} to {self.high.max():.3g}, mean |x| {self.magnitude.mean() / self.count:.3g}{kept})"
+        reach = f"{self.low.min():.3g} to {self.high.max():.3g}, mean |x| {self.magnitude.mean() / self.count:.3g}"
+        return f"LayerStatistics({self.count:,} rows of {self.low.shape[-1]}, {reach}{kept})"
 
 # %% ../nbs/10_ptq.ipynb
 def _add(self, rows: Tensor, moment: bool = True, original: Tensor | None = None) -> None:
@@ -122,7 +123,8 @@ def _range(
     check_bits(bits)
     if observer == "minmax": return self.low.min().item(), self.high.max().item()
     if isinstance(observer, str):
-        if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))} or an object like MSE()")
+        known = ", ".join(map(repr, OBSERVERS))
+        if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {known} or an object like MSE()")
         observer = OBSERVERS[observer]()
     low, high = observer(self.sample[None], 1 << bits, symmetric)
     return low.item(), high.item()
@@ -156,7 +158,8 @@ def _try(model, batch, i, forward=None):
     "Feed batch i; an error says which it was."
     device = device_of(model)
     for t in tree_leaves(batch):
-        if isinstance(t, Tensor) and t.device != device: raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
+        if isinstance(t, Tensor) and t.device != device:
+            raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
     try: return feed(model, batch, forward)
     except (RuntimeError, TypeError, IndexError, AttributeError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
@@ -165,14 +168,16 @@ def _try(model, batch, i, forward=None):
 def _rows_of(layer, x, name, i):
     "The rows that a layer is given in batch i, checked."
     rows, width = input_rows(layer, x), layer.weight[0].numel()
-    if rows.shape[2] != width: raise ValueError(f"the model cannot take batch {i}: layer {name or '(model)'} is given {rows.shape[2]} inputs and has weights for {width}")
-    if not bool(torch.isfinite(rows).all()): raise ValueError(f"the input of layer {name or '(model)'} holds NaN or infinite values in batch {i}")
+    name = name or "(model)"
+    if rows.shape[2] != width:
+        raise ValueError(f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}")
+    if not bool(torch.isfinite(rows).all()): raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
     return rows
 
 # %% ../nbs/10_ptq.ipynb
 @contextmanager
 def _watched(hooks):
-    "Hooks that are removed whatever happens. Attention's fast path reads weights without calling their layers, so it is off meanwhile."
+    "Hooks that are removed whatever happens. Attention's fast path reads weights and calls no layers, so it is off meanwhile."
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try: yield
@@ -194,7 +199,8 @@ def calibrate(
     second_moments: bool = True, # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
     layers: tuple = CALIBRATED,  # classes of the layers that are watched
 ) -> Statistics:                 # for every layer that was called
-    "Run a model on some data and sum up what each layer saw. `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer)."
+    """Run a model on some data and sum up what each layer saw.
+    `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer)."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and isinstance(m, CALIBRATED)}
     if not found: raise ValueError(f"model has no layer to calibrate; it may have {', '.join(c.__name__ for c in layers)}")
@@ -233,7 +239,8 @@ def correct_bias(
     for name, m in quantized.named_modules():
         if not isinstance(m, Dequantize) or name not in statistics or m.layer.bias is None: continue
         fixed[name] = type(m)(m.layer, m.packed, m.name, **m.options())
-        bias = m.layer.bias + mean_shift(model.get_submodule(name).weight, m.q.dequantize(), statistics[name]).to(m.layer.bias.dtype)
+        shift = mean_shift(model.get_submodule(name).weight, m.q.dequantize(), statistics[name])
+        bias = m.layer.bias + shift.to(m.layer.bias.dtype)
         fixed[name].layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
     if not fixed: raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
     return _copy_with(quantized, fixed)
@@ -261,7 +268,8 @@ def equalizing_scales(
 
 def _by_channel(weight, channels, groups):
     "A weight as [outputs / groups, channels, rest]: what multiplies each input channel."
-    if weight.shape[1] * groups % channels: raise ValueError(f"the second layer has {weight.shape[1] * groups} inputs; they must be a multiple of the first layer's {channels} outputs")
+    if (inputs := weight.shape[1] * groups) % channels:
+        raise ValueError(f"the second layer has {inputs} inputs; they must be a multiple of the first layer's {channels} outputs")
     w = weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
     return w.transpose(0, 1).reshape(weight.shape[0] // groups, channels, -1)
 
@@ -269,7 +277,7 @@ def _by_channel(weight, channels, groups):
 @torch.no_grad()
 def equalize(
     model: nn.Module,                             # float layers; it is left as it is
-    pairs: list[tuple[str, str]] | None = None,   # names of layers with only ReLU, max or average pooling or a Flatten between them; None: find those in `nn.Sequential`
+    pairs: list[tuple[str, str]] | None = None,   # layers with only ReLU, pooling or Flatten between them; None: those in `nn.Sequential`
     rounds: int = 10,                             # times that all pairs are visited: a layer in the middle belongs to two
 ) -> nn.Module:                                   # a copy that computes the same, to rounding, with fairer ranges
     "Cross-layer equalization (Nagel et al. 2019, arXiv:1906.04721). `ValueError` when there is no pair, or one does not fit."
@@ -278,7 +286,8 @@ def equalize(
     new = copy.deepcopy(model)
     layers = [[new.get_submodule(n) for n in pair] for pair in pairs]
     for pair, two in zip(pairs, layers):
-        if not all(isinstance(m, CALIBRATED) for m in two): raise ValueError(f"pair {pair} is {two[0]} and {two[1]}; both may be Linear, Conv1d or Conv2d")
+        if not all(isinstance(m, CALIBRATED) for m in two):
+            raise ValueError(f"pair {pair} is {two[0]} and {two[1]}; both may be Linear, Conv1d or Conv2d")
     for _ in range(rounds):
         for a, b in layers: _equalize_two(a, b)
     return new
@@ -292,7 +301,8 @@ def _equalize_two(a, b):
     b.weight.copy_(w.unflatten(1, (groups, -1)).transpose(0, 1).reshape(b.weight.shape))
 
 # %% ../nbs/10_ptq.ipynb
-NEUTRAL = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity, nn.Flatten)
+NEUTRAL = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+           nn.Dropout, nn.Identity, nn.Flatten)
 
 def find_pairs(model: nn.Module) -> list[tuple[str, str]]:
     "Neighbours within each `nn.Sequential` that have a ReLU or other layers between them which a positive factor passes through."
@@ -343,7 +353,8 @@ def fitted_scales(
     "Scale and zero point of least weighted squared error, over shrunken ranges; worked out in bites that stay in the cache."
     bite = max(1, (1 << 18) // max(blocks.shape[1], 1))
     if len(blocks) > bite:
-        parts = [fitted_scales(b, None if importance is None else importance[i * bite:(i + 1) * bite], levels, symmetric, steps) for i, b in enumerate(blocks.split(bite))]
+        counts = [None] * len(blocks) if importance is None else importance.split(bite)
+        parts = [fitted_scales(*both, levels, symmetric, steps) for both in zip(blocks.split(bite), counts)]
         return tuple(torch.cat(t) for t in zip(*parts))
     low, high = OBSERVERS["minmax"]()(blocks, levels, symmetric)
     best, error = torch.ones_like(low), torch.full_like(low, math.inf)
@@ -394,9 +405,10 @@ def nearest_weight(
     "Round to nearest, with the scales of least (weighted) squared error."
     check_bits(bits, 1, 8)
     weight, where = as_tensor(weight, "weight"), {"axis": axis} if group is None else {"group": group}
-    if axis or weight.dim() < 2 or not weight.numel(): return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
-    flat = weight if columns is None else weight / _across(columns, weight)
-    scale, zero = _scales_for(flat.to(torch.promote_types(flat.dtype, torch.float32)), _rescaled(statistics, columns, weight), 1 << bits, group, symmetric, steps)
+    if axis or weight.dim() < 2 or not weight.numel():
+        return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
+    flat = weight.to(torch.promote_types(weight.dtype, torch.float32)) if columns is None else weight / _across(columns, weight)
+    scale, zero = _scales_for(flat, _rescaled(statistics, columns, weight), 1 << bits, group, symmetric, steps)
     scale = scale if group is not None else scale[:, 0]
     zero = {} if symmetric else {"zero_point": zero.reshape(scale.shape)}
     return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=scale, scale_dtype=scale.dtype, **zero, **where)
@@ -422,7 +434,8 @@ def awq_columns(
     "AWQ: column scales of least output error on the calibration data (Lin et al. 2023, arXiv:2306.00978)."
     weight = as_tensor(weight, "weight")
     x = _input_power(statistics, weight, statistics.magnitude / statistics.count)
-    error = lambda c, steps: output_error(weight, nearest_weight(weight, statistics, columns=c, steps=steps, **how).dequantize(), statistics)
+    rounded = lambda c, steps: nearest_weight(weight, statistics, columns=c, steps=steps, **how).dequantize()
+    error = lambda c, steps: output_error(weight, rounded(c, steps), statistics)
     best = min((_columns(x ** (i / grid)) for i in range(1, grid + 1)), key=lambda c: error(c, 6))
     return min(None, best, key=lambda c: error(c, 36))
 
@@ -476,15 +489,18 @@ def gptq_weight(
     axis: int = 0,                         # for `nearest_weight`
 ) -> QTensor:
     "GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original groups."
-    if statistics is None or statistics.moment is None or not weight.numel(): return nearest_weight(weight, None, bits, group, symmetric, columns, axis)
+    if statistics is None or statistics.moment is None or not weight.numel():
+        return nearest_weight(weight, None, bits, group, symmetric, columns, axis)
     check_bits(bits, 1, 8)
     weight = as_tensor(weight, "weight")
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if columns is not None: w = w / _across(columns, weight)
     seen = _rescaled(statistics, columns, weight)
     scale, zero = _scales_for(w, seen, 1 << bits, group, symmetric)
-    every = lambda t: as_matrices(t.to(w.dtype).repeat_interleave(group or w[0].numel(), 1)[:, :w[0].numel()], len(seen.moment))
-    codes = [_in_order(*each, 1 << bits, act_order, damping) for each in zip(as_matrices(w, len(seen.moment)), seen.moment.to(w.dtype), every(scale), every(zero))]
+    matrices = lambda t: as_matrices(t, len(seen.moment))
+    every = lambda t: matrices(t.to(w.dtype).repeat_interleave(group or w[0].numel(), 1)[:, :w[0].numel()])
+    each_group = zip(matrices(w), seen.moment.to(w.dtype), every(scale), every(zero))
+    codes = [_in_order(*each, 1 << bits, act_order, damping) for each in each_group]
     return _as_qtensor(torch.cat(codes), scale, None if symmetric else zero, weight, bits, group, columns)
 
 # %% ../nbs/10_ptq.ipynb
@@ -498,8 +514,8 @@ def _in_order(w, moment, scale, zero, levels, act_order, damping):
 def _as_qtensor(codes, scale, zero, weight, bits, group, columns):
     "Pack what a method found."
     packed = lambda t: None if t is None else pack_bits(t.reshape(-1).to(torch.uint8), bits)
-    return QTensor(packed(codes), scale if group is not None else scale[:, 0].contiguous(), packed(zero), None, weight.shape, weight.dtype, 1 << bits,
-                   0 if group is None else None, group, columns)
+    axis, scale = (0, scale[:, 0].contiguous()) if group is None else (None, scale)
+    return QTensor(packed(codes), scale, packed(zero), None, weight.shape, weight.dtype, 1 << bits, axis, group, columns)
 
 # %% ../nbs/10_ptq.ipynb
 def shrink(
@@ -569,8 +585,8 @@ def hqq_weight(
     blocks = as_blocks(w if columns is None else w / _across(columns, weight), **{"axis": None, "group": None} | where)
     parts = [half_quadratic(b, 1 << bits, symmetric, p=p) for b in blocks.split(max(1, (1 << 18) // max(blocks.shape[1], 1)))]
     scale, zero = (torch.cat(t) for t in zip(*parts))
-    kept = _as_kept(scale, group)
-    return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=kept, scale_dtype=kept.dtype, **where, **({} if symmetric else {"zero_point": zero}))
+    kept, zero = _as_kept(scale, group), {} if symmetric else {"zero_point": zero}
+    return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=kept, scale_dtype=kept.dtype, **where, **zero)
 
 # %% ../nbs/10_ptq.ipynb
 class _Look(TorchFunctionMode):
@@ -609,7 +625,8 @@ class Replay:
         self.look = look or self._look()
     def _look(self):
         look = _Look(self.model)
-        hooks = [h for m in self.model.modules() for h in (m.register_forward_pre_hook(look.enter), m.register_forward_hook(look.leave))]
+        both = lambda m: (m.register_forward_pre_hook(look.enter), m.register_forward_hook(look.leave))
+        hooks = [h for m in self.model.modules() for h in both(m)]
         with _watched(hooks), look: _try(self.model, self.batches[0], 0, self.forward)
         return look
 
@@ -619,7 +636,8 @@ def _stages(self, names) -> list[list[str]]:
     stages = {}
     for name in (n for n in self.look.calls if n in names):
         m = self.model.get_submodule(name)
-        geometry = () if isinstance(m, nn.Linear) else tuple(str(getattr(m, a)) for a in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"))
+        of_a_convolution = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry = () if isinstance(m, nn.Linear) else tuple(str(getattr(m, a)) for a in of_a_convolution)
         same = (type(m), self.look.input[name], geometry) if self.look.calls[name] == 1 and name in self.look.input else name
         stages.setdefault(same, []).append(name)
     return list(stages.values())
@@ -634,7 +652,8 @@ def _rows(self, names, i) -> Tensor:
         if not left: raise _Stop
     first = self.model.get_submodule(names[0])
     try:
-        with _watched([self.model.get_submodule(n).register_forward_pre_hook(watch) for n in names]): _try(self.model, self.batches[i], i, self.forward)
+        hooks = [self.model.get_submodule(n).register_forward_pre_hook(watch) for n in names]
+        with _watched(hooks): _try(self.model, self.batches[i], i, self.forward)
     except _Stop: pass
     if not found: raise ValueError(f"layer {names[0]} was called for the first batch but not for batch {i}")
     return torch.cat(found, 1)
@@ -664,7 +683,8 @@ def _forget(self):
     for name in filled:
         uses = self.look.used_in[name]
         if not uses or not all(filled & set(inside) for inside in uses): continue
-        for i, output in self.memory[name].items(): self.memory[name][i] = tree_map(lambda t: t.new_empty(0) if isinstance(t, Tensor) else t, output)
+        empty = lambda t: t.new_empty(0) if isinstance(t, Tensor) else t
+        for i, output in self.memory[name].items(): self.memory[name][i] = tree_map(empty, output)
 
 def _from_memory(self, module) -> dict:
     "Make a module answer from a dict, which is filled as batches come by."
@@ -690,7 +710,8 @@ def caught_up(
     H.diagonal(dim1=1, dim2=2).add_(damping * H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30))
     L, failed = torch.linalg.cholesky_ex(H)
     if failed.any(): return weight
-    move = torch.cholesky_solve((as_matrices(weight, len(H)).to(H.dtype) @ (statistics.cross - statistics.moment)).transpose(1, 2), L).transpose(1, 2)
+    moved = as_matrices(weight, len(H)).to(H.dtype) @ (statistics.cross - statistics.moment)
+    move = torch.cholesky_solve(moved.transpose(1, 2), L).transpose(1, 2)
     return weight + share * move.reshape(weight.shape).to(weight.dtype)
 
 # %% ../nbs/10_ptq.ipynb
@@ -699,7 +720,8 @@ def _plan(model, overrides, layers, default):
     if not callable(overrides): return _choose(model, layers, overrides or {}, default)
     found = [(n, m, overrides(n, m)) for n, m, _ in _choose(model, layers, {}, {})]
     for n, _, how in found:
-        if how is not None and not isinstance(how, Mapping): raise TypeError(f"the rule gave {how!r} for {n}; it may give a dict of options, or None to leave the layer alone")
+        if how is not None and not isinstance(how, Mapping):
+            raise TypeError(f"the rule gave {how!r} for {n}; it may give a dict of options, or None to leave the layer alone")
     if all(how is None for *_, how in found): raise ValueError("the rule leaves every layer alone; there is nothing to quantize")
     return [(n, m, default | how) for n, m, how in found if how is not None]
 
@@ -724,7 +746,8 @@ def quantize_with(
 ) -> nn.Module:                            # a copy in which each of these layers is a `Dequantize`
     "Quantize a model with one method for a layer. `ValueError` as in `calibrate`; tied weights stay tied."
     if batches is not None and statistics is not None: raise ValueError("batches and statistics are both given; give one of them")
-    if not 0 <= catch_up <= 1 or catch_up and batches is None: raise ValueError(f"catch_up is {catch_up}; it may be 0 to 1, and needs batches when it is not 0")
+    if not 0 <= catch_up <= 1 or catch_up and batches is None:
+        raise ValueError(f"catch_up is {catch_up}; it may be 0 to 1, and needs batches when it is not 0")
     columns = _columns_by_name(columns)
     plan = _plan(model, overrides, layers, options)
     job = _Job(method, columns, catch_up, {n: (m, how) for n, m, how in plan}, _shared(plan))
@@ -750,7 +773,8 @@ class _Job:
     def __post_init__(self): self.done, self.packed, self.targets = {}, {}, {}
     def aim(self, names, statistics):
         "Where each weight should go; with that, the largest of the statistics has done its work."
-        if statistics.cross is not None: self.targets = {n: caught_up(self.plan[n][0].weight.detach(), statistics, self.catch_up) for n in names}
+        if statistics.cross is not None:
+            self.targets = {n: caught_up(self.plan[n][0].weight.detach(), statistics, self.catch_up) for n in names}
         statistics.cross = None
     def one(self, name, statistics):
         "Quantize one layer, unless the weight is shared with one that is done."
@@ -760,7 +784,8 @@ class _Job:
             if isinstance(layer, nn.modules.conv._ConvTransposeNd): how = how | ({} if how.get("group") else {"axis": 1})
             weight = layer.weight.detach()
             target = self.targets.pop(name, weight)
-            scales = {} if statistics is None or self.columns is None or weight.shape[1] == 1 else {"columns": self._columns(target, statistics, how)}
+            wanted = statistics is not None and self.columns is not None and weight.shape[1] > 1
+            scales = {"columns": self._columns(target, statistics, how)} if wanted else {}
             self.packed[key] = Packed(self.method(target, statistics, **how, **scales))
         self.done[name] = Dequantize(layer, self.packed[key])
         return self.done[name]
@@ -821,8 +846,8 @@ def gptq(
     **more,                               # of `quantize_with`: layers
 ) -> nn.Module:                           # a copy with `Dequantize` layers
     "GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025, arXiv:2504.02692)."
-    extra = dict(act_order=act_order, damping=damping)
-    return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, bits=bits, group=group, symmetric=symmetric, **extra, **more)
+    how = dict(bits=bits, group=group, symmetric=symmetric, act_order=act_order, damping=damping)
+    return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, **how, **more)
 
 # %% ../nbs/10_ptq.ipynb
 def awq(
@@ -835,7 +860,8 @@ def awq(
     **more,                               # of `quantize_with`: layers
 ) -> nn.Module:                           # a copy with `Dequantize` layers
     "Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978)."
-    return quantize_with(nearest_weight, model, None, statistics, "awq", 0., overrides, bits=bits, group=group, symmetric=symmetric, **more)
+    how = dict(bits=bits, group=group, symmetric=symmetric)
+    return quantize_with(nearest_weight, model, None, statistics, "awq", 0., overrides, **how, **more)
 
 # %% ../nbs/10_ptq.ipynb
 def smooth(
@@ -851,7 +877,8 @@ def smooth(
     "SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438)."
     if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     balance = lambda weight, seen: smooth_columns(weight, seen, alpha)
-    return quantize_with(nearest_weight, model, None, statistics, balance, 0., overrides, bits=bits, group=group, symmetric=symmetric, **more)
+    how = dict(bits=bits, group=group, symmetric=symmetric)
+    return quantize_with(nearest_weight, model, None, statistics, balance, 0., overrides, **how, **more)
 
 # %% ../nbs/10_ptq.ipynb
 def hqq(
