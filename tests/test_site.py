@@ -48,7 +48,7 @@ def test_every_chapter_has_a_page_and_a_place_in_the_sidebar(built):
 
 def test_parts_stand_in_order(built):
     bar = (built / f"{CHAPTERS[0].stem}.html").read_text().split('id="quarto-sidebar"')[1]
-    found = [int(n) for n in re.findall(r'sidebar-link[^>]*href="(\d\d)_|href="(\d\d)_\w+\.html"[^>]*sidebar-link', bar) for n in n if n]
+    found = [int(n) for n in re.findall(r'sidebar-link[^>]*href="(\d\d)[a-z]?_|href="(\d\d)[a-z]?_\w+\.html"[^>]*sidebar-link', bar) for n in n if n]
     assert found == sorted(found) and len(found) == sum(p.name[0].isdigit() for p in CHAPTERS)
 
 
