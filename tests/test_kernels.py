@@ -310,8 +310,8 @@ def test_many_rows_use_another_kernel_and_the_same_integers():
         assert (quick(x)[:kernels.LARGE - 10] - halves[:-5]).abs().max() <= 2 * steps      # a tie may be rounded either way
 
 
-@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.rand(128) + 0.5), dict(bits=3, group=32),
-                                     dict(bits=4, group=128, symmetric=False)], ids=str)
+@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32),
+                                     dict(bits=4, group=128, symmetric=False)], ids=lambda o: " ".join(f"{k}={v}" if k != "columns" else k for k, v in o.items()))
 def test_groups_of_four_bits(options):
     torch.manual_seed(0)
     for bias in (True, False):
