@@ -16,6 +16,7 @@ from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from html import escape
+from inspect import signature
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -162,17 +163,24 @@ def _calls(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[tup
     if isinstance(args, (str, bytes, Mapping)):
         raise TypeError(f"args is a {type(args).__name__}; it may be a list with the arguments of each call")
     several = kwargs is not None and not isinstance(kwargs, Mapping)
-    if args is None: args = [()] * len(kwargs) if several else range(num_threads)
+    if args is None: args = [()] * len(kwargs) if several else _numbers(func, num_threads, kwargs or {})
     args = [a if isinstance(a, tuple) else (a,) for a in args]
     kwargs = list(kwargs) if several else [kwargs or {}] * len(args)
     if len(kwargs) != len(args): raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs both")
     return list(zip(args, kwargs))
 
+def _numbers(func: Callable, n: int, kwargs: Mapping) -> list:
+    "The number of each thread, if that can be given to the function."
+    try: signature(func).bind(0, **kwargs)
+    except TypeError: return [()] * n
+    except ValueError: pass             # a function of C that does not say what it takes
+    return list(range(n))
+
 # %% ../nbs/12_threads.ipynb
 def run_in_threads(
     func: Callable,                             # called in the threads
     num_threads: int | None = None,             # threads that run side by side; None: one a core
-    args: Iterable | None = None,               # an entry a call; a tuple is unpacked. None: each thread calls func(its number)
+    args: Iterable | None = None,               # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
     kwargs: Mapping | Sequence | None = None,   # keyword arguments: a dict for all calls, or a list with one for each
     *,
     intra_op: int = 1,                          # threads that an operation may use inside each of these threads
@@ -825,12 +833,14 @@ class PoolStats:
     batches: int        # batches taken
     mean_batch: float   # samples in an average batch
     waiting: int        # requests in the queue now
+    apart: int          # kinds of samples computed one by one, since a batch would change their answers (threads only)
 
 def _stats(self) -> PoolStats:
     with self._counts.lock: c = Counter(self._counts.values)
     mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.
     cancelled = c["cancelled"] + self._line.forgotten
-    return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting)
+    apart = len(getattr(self._runs[0], "mixing", ()))
+    return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting, apart)
 
 Pool.stats = property(_stats, doc="Counts, as a `PoolStats`.")
 Pool.__repr__ = lambda self: f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"
