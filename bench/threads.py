@@ -4,7 +4,7 @@
 
 speed  LeNet-5 and MiniLM at single-sample requests, as ratios to one thread of the same round, rounds interleaved:
        one thread · operations of two threads · two processes that each own half of the requests beforehand (nothing is sent) ·
-       two processes that are sent one request at a time · Pool, all requests at once · Pool, 16 callers that wait for each answer · Pool with processes.
+       two processes that are sent one request at a time · Pool, all requests at once · Pool, 16 callers or one who wait for each answer · Pool with processes.
        "identical" says whether every answer has the bits of a serial one.
 save   save_multi_threaded_model of MiniLM, 1 and 2 threads.
 share  proportional memory of the file's pages in four processes that map it.
@@ -97,6 +97,7 @@ def measure(name, kind, rounds):
     ways = {"one thread": lambda: serial(model, requests), "intra-op 2": two_threads, "two processes, halves": owners,
             "two processes, sent": lambda: [torch.from_numpy(f.result()) for f in [executor.submit(one_remote, name, kind, a) for a in arrays]],
             "Pool": lambda: pool.map(samples), "Pool, 16 callers": lambda: run_in_threads(pool, 16, [(s,) for s in samples]),
+            "Pool, 1 caller": lambda: [pool(s) for s in samples],
             "Pool, processes": lambda: processes.map(samples)}
     times = {w: [] for w in ways}
     for r in range(-2, rounds):

@@ -16,6 +16,7 @@ from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from html import escape
+from inspect import signature
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from .kernels import QConv2d, QLinear
 from .pack import inspect, load, save
+from .quant import Dequantize
 
 # %% ../nbs/12_threads.ipynb
 def _method(cls: type) -> Callable:
@@ -162,17 +164,24 @@ def _calls(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[tup
     if isinstance(args, (str, bytes, Mapping)):
         raise TypeError(f"args is a {type(args).__name__}; it may be a list with the arguments of each call")
     several = kwargs is not None and not isinstance(kwargs, Mapping)
-    if args is None: args = [()] * len(kwargs) if several else range(num_threads)
+    if args is None: args = [()] * len(kwargs) if several else _numbers(func, num_threads, kwargs or {})
     args = [a if isinstance(a, tuple) else (a,) for a in args]
     kwargs = list(kwargs) if several else [kwargs or {}] * len(args)
     if len(kwargs) != len(args): raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs both")
     return list(zip(args, kwargs))
 
+def _numbers(func: Callable, n: int, kwargs: Mapping) -> list:
+    "The number of each thread, if that can be given to the function."
+    try: signature(func).bind(0, **kwargs)
+    except TypeError: return [()] * n
+    except ValueError: pass             # a function of C that does not say what it takes
+    return list(range(n))
+
 # %% ../nbs/12_threads.ipynb
 def run_in_threads(
     func: Callable,                             # called in the threads
     num_threads: int | None = None,             # threads that run side by side; None: one a core
-    args: Iterable | None = None,               # an entry a call; a tuple is unpacked. None: each thread calls func(its number)
+    args: Iterable | None = None,               # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
     kwargs: Mapping | Sequence | None = None,   # keyword arguments: a dict for all calls, or a list with one for each
     *,
     intra_op: int = 1,                          # threads that an operation may use inside each of these threads
@@ -361,30 +370,42 @@ def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = Non
     return way(n, f, x, w, b, *options)
 
 # %% ../nbs/12_threads.ipynb
-class _Apart(nn.Module):
-    "An integer layer that is called for each sample of a batch by itself."
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.held = (layer,)                # held, but no submodule: the layer itself stays as it is
-    def forward(self, x: Tensor) -> Tensor:
-        n, layer = _samples.get(), self.held[0]
-        if n == 1 or not len(x) or len(x) % n: return layer(x)
-        token = _samples.set(1)             # for what the layer calls, samples come one at a time
-        try: return _one_by_one(n, layer, x)
-        finally: _samples.reset(token)
+def _one_at_a_time(n: int, f: Callable, x: Tensor) -> Tensor:
+    "A layer for n samples, none of which sees another."
+    if not len(x) or len(x) % n: return f(x)
+    token = _samples.set(1)             # for what the layer calls, they come one at a time
+    try: return _one_by_one(n, f, x)
+    finally: _samples.reset(token)
+
+def _in_batch(forward: Callable, apart: bool) -> Callable:
+    "A layer's forward that gives each sample of a batch the bits that it would get alone."
+    @functools.wraps(forward)
+    def careful(*args, **kwargs):
+        n = _samples.get()
+        if n == 1: return forward(*args, **kwargs)
+        if apart: return _one_at_a_time(n, forward, *args, **kwargs)
+        with AsAlone(n): return forward(*args, **kwargs)
+    return careful
 
 # %% ../nbs/12_threads.ipynb
+def _apart(layer: nn.Module) -> bool | None:
+    "Must a layer be called for each sample (True), do its products need care (False), or neither (None)?"
+    if isinstance(layer, (QLinear, QConv2d)): return layer.kernel not in ("tiny", "expand")
+    if isinstance(layer, Dequantize): return False
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)): return None
+    return False if any(p is not None and p.dim() > 1 for p in layer._parameters.values()) else None
+
 def _serving_copy(model: Any) -> Any:
     "A copy for a pool, with the same tensors; what cannot be copied is served itself."
     if not isinstance(model, nn.Module): return model
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    integers = [m for m in model.modules() if isinstance(m, (QLinear, QConv2d)) and m.kernel not in ("tiny", "expand")]
-    memo |= {id(m): _Apart(m) for m in integers}
-    if id(model) in memo: return memo[id(model)].eval()
-    try: return copy.deepcopy(model, memo).eval()
+    shared = [*model.parameters(), *model.buffers(), *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d)))]
+    try: copied = copy.deepcopy(model, {id(t): t for t in shared}).eval()
     except Exception:
         if model.training: raise ValueError("model is in training mode and cannot be copied: call model.eval() first") from None
         return model
+    for m in copied.modules():
+        if (apart := _apart(m)) is not None: m.forward = _in_batch(m.forward, apart)
+    return copied
 
 # %% ../nbs/12_threads.ipynb
 def _tensor(x: Any) -> Tensor:
@@ -446,6 +467,7 @@ class Runner:
         collate: Callable | None = None,        # makes a batch from a list of samples; None: stack them
     ):
         self.model, self.exact, self.collate = _serving_copy(model), exact, collate or _stack
+        self.careful = self.model is not model          # its layers are
         self.compared, self.batches, self.mixing = Counter(), Counter(), set()
     def batch(self, samples: list) -> list:
         "Answers from one call of the model."
@@ -456,7 +478,11 @@ class Runner:
 @_method(Runner)
 def _as_alone(self, samples: list) -> list:
     "Answers from one call that leaves every sample its own products."
-    with AsAlone(len(samples)): return self.batch(samples)
+    if not self.careful:
+        with AsAlone(len(samples)): return self.batch(samples)
+    token = _samples.set(len(samples))
+    try: return self.batch(samples)
+    finally: _samples.reset(token)
 
 @_method(Runner)
 def _checked(self, samples: list, kind: tuple) -> list:
@@ -825,12 +851,14 @@ class PoolStats:
     batches: int        # batches taken
     mean_batch: float   # samples in an average batch
     waiting: int        # requests in the queue now
+    apart: int          # kinds of samples computed one by one, since a batch would change their answers (threads only)
 
 def _stats(self) -> PoolStats:
     with self._counts.lock: c = Counter(self._counts.values)
     mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.
     cancelled = c["cancelled"] + self._line.forgotten
-    return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting)
+    apart = len(getattr(self._runs[0], "mixing", ()))
+    return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting, apart)
 
 Pool.stats = property(_stats, doc="Counts, as a `PoolStats`.")
 Pool.__repr__ = lambda self: f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"

@@ -70,6 +70,8 @@ def test_forms_of_arguments():
     assert run_in_threads(f, 2, kwargs=[{"a": 3}]) == [((), {"a": 3})]
     assert run_in_threads(f, 2, (i for i in (1, 2))) == [((1,), {}), ((2,), {})]
     assert len(run_in_threads(f)) == cores()
+    assert run_in_threads(lambda: 3, 2) == [3, 3] and run_in_threads(lambda *, a: a, 2, kwargs={"a": 4}) == [4, 4]
+    assert run_in_threads(os.getpid, 2) == [os.getpid()] * 2
 
 
 @pytest.mark.parametrize("bad, error, words", [
@@ -340,7 +342,7 @@ def test_pool_gives_serial_bits(name):
     with Pool(model, workers=2, max_batch=16) as pool:
         assert all(map(torch.equal, pool.map(xs), truth))
         assert all(map(torch.equal, run_in_threads(pool, 16, xs), truth))
-        assert pool.stats.served == 140 and not pool._runs[0].mixing
+        assert pool.stats.served == 140 and not pool.stats.apart
 
 
 def test_pool_of_sentences():
@@ -351,7 +353,7 @@ def test_pool_of_sentences():
     with Pool(model, workers=2) as pool:
         assert all(map(torch.equal, pool.map([(i, torch.ones_like(i)) for i in ids]), truth))
         assert all(map(torch.equal, pool.map([{"attention_mask": torch.ones_like(i), "input_ids": i} for i in ids]), truth))
-        assert pool.stats.mean_batch > 1 and not pool._runs[0].mixing
+        assert pool.stats.mean_batch > 1 and not pool.stats.apart
 
 
 def test_any_model():
@@ -365,7 +367,7 @@ def test_any_model():
 @pytest.mark.parametrize("mix", [lambda x: x - x.mean(0), lambda x: x / x.max(), lambda x: x.flip(0), lambda x: x * len(x), lambda x: x.cumsum(0)])
 def test_samples_that_mix_are_served_apart(mix):
     xs = [torch.randn(3) for _ in range(40)]
-    with Pool(mix, workers=2, max_batch=8) as pool: assert all(map(torch.equal, pool.map(xs), alone(mix, xs)))
+    with Pool(mix, workers=2, max_batch=8) as pool: assert all(map(torch.equal, pool.map(xs), alone(mix, xs))) and pool.stats.apart == 1
 
 
 def test_close_is_close():
