@@ -423,9 +423,9 @@ def test_manifests_that_are_wrong(tmp_path, text, words): refused(archive(tmp_pa
 
 def test_newer_version(tmp_path):
     "…even if nearly everything about it is unknown."
-    words = "newer modelzip", "version 3"
-    refused(archive(tmp_path/"x.mz", {"modelzip": 3}), *words)
-    refused(archive(tmp_path/"x.mz", {"modelzip": 3, "tensors": []}, extra=[("index", 0, b"xyz"), ("codes", 8, b"abc")]), *words)
+    words = "newer modelzip", "version 4"
+    refused(archive(tmp_path/"x.mz", {"modelzip": 4}), *words)
+    refused(archive(tmp_path/"x.mz", {"modelzip": 4, "tensors": []}, extra=[("index", 0, b"xyz"), ("codes", 8, b"abc")]), *words)
 
 def test_pickle_inside(tmp_path):
     class Bad:
@@ -711,3 +711,89 @@ def test_faults():
     script = Path(__file__).with_name("faults_pack.py")
     r = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])})
     assert r.returncode == 0, r.stdout + r.stderr
+
+
+# ---- layers that differ from what the builder makes ----------------------------------------------------------------
+class Parts(nn.Module):
+    "One of every class in the table of layers, and a module with attributes and a tensor of its own."
+    def __init__(self, n=8):
+        super().__init__()
+        self.heads, self.scale, self.name = n, .5, "parts"
+        self.token = nn.Parameter(torch.zeros(1, n))
+        self.linear, self.norm, self.group = nn.Linear(n, n), nn.LayerNorm(n), nn.GroupNorm(2, n)
+        self.conv1, self.conv2, self.conv3 = nn.Conv1d(n, n, 3), nn.Conv2d(n, n, 3, padding=1), nn.Conv3d(n, n, 1)
+        self.up1, self.up2, self.up3 = nn.ConvTranspose1d(n, n, 2, 2), nn.ConvTranspose2d(n, n, 3), nn.ConvTranspose3d(n, n, 1)
+        self.bn1, self.bn2, self.bn3 = nn.BatchNorm1d(n), nn.BatchNorm2d(n), nn.BatchNorm3d(n)
+        self.in1, self.in2, self.in3 = nn.InstanceNorm1d(n), nn.InstanceNorm2d(n, affine=True), nn.InstanceNorm3d(n)
+        self.embed, self.prelu, self.lstm, self.gru = nn.Embedding(n, n), nn.PReLU(n), nn.LSTM(n, n), nn.GRU(n, n, bidirectional=True)
+        self.attention, self.same, self.body = nn.MultiheadAttention(n, 2), nn.Identity(), nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
+
+register_model("parts of test_pack", Parts)
+MADE = {"name": "parts of test_pack", "options": {}}
+
+def unreadable(path, *words):
+    with pytest.raises(PackError) as e: load(path)
+    assert all(w in str(e.value) for w in (str(path), *words))
+
+def said(path):
+    with zipfile.ZipFile(path) as z: return json.loads(z.read("manifest.json"))
+
+def of_modules(model): return [(n, type(m), pack.layer_entry(m), pack.plain_attributes(m)) for n, m in model.named_modules()]
+
+def test_layers_are_not_mentioned_when_nothing_differs(tmp_path):
+    for model in Parts(), quantize_model(Parts(), 4), LeNet5().half():
+        assert said(save(model, tmp_path/"x.mz")).keys() == {"modelzip", "architecture", "tensors"}
+        assert state(load(tmp_path/"x.mz")) == state(model)
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_every_class_of_layer_comes_back_smaller(tmp_path, bits):
+    "…also when it is compressed, and without a model being passed."
+    model = Parts(6)
+    model.architecture = MADE
+    model.conv2, model.linear = nn.Conv2d(6, 4, (3, 1), stride=2, groups=2, bias=False, padding_mode="circular"), nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 6))
+    model.lstm, model.bn2, model.same = nn.LSTM(6, 3, 2, batch_first=True, proj_size=2), nn.Identity(), nn.Embedding(5, 3, padding_idx=1)
+    if bits: model = quantize_model(model, bits)
+    rng = torch.get_rng_state()
+    back = load(save(model.eval(), tmp_path/"x.mz"))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert state(back) == state(model) and of_modules(back) == of_modules(model)
+    assert said(tmp_path/"x.mz")["modelzip"] == 3 and not any(m.training for m in back.modules())
+    assert state(load(tmp_path/"x.mz", model)) == state(model)
+
+def test_what_cannot_be_said_needs_the_model(tmp_path):
+    model = Parts()
+    model.linear = Holder(w=torch.zeros(3))
+    save(model, tmp_path/"x.mz")
+    unreadable(tmp_path/"x.mz", "another architecture")
+    assert state(load(tmp_path/"x.mz", model)) == state(model)
+
+def test_a_builder_that_is_gone_or_broken(tmp_path):
+    model = Parts(6)
+    for model.architecture in {"name": "nobody", "options": {}}, {"name": MADE["name"], "options": {"n": "many"}}:
+        assert "layers" not in said(save(model, tmp_path/"x.mz"))
+
+HOSTILE = [{"linear": {"class": "Linear", "in_features": n, "out_features": m}} for n, m in [(2**50, 8), (2**39, 2**39), (-1, 8), ("8", 8), (8., 8), ([8]*9, 8), ([[8]], 8), (None, 8), (True, [])]] + [
+    {"lstm": {"class": "LSTM", "input_size": 8, "hidden_size": 8, "num_layers": 2**39}}, {"lstm": {"class": "LSTM", "input_size": 8, "hidden_size": 8, "num_layers": "x"}},
+    {"linear": {"class": "os.system"}}, {"linear": {"class": "Linear", "device": "cpu"}}, {"linear": {"class": "Module"}}, {"linear": {}}, {"linear": 3}, [], {}, {"linear": {"class": ["Linear"]}},
+    {"nowhere": {"class": "Identity"}}, {"linear.x": {"class": "Identity"}}, {"body.forward": {"class": "Sequential"}}, {"body.a.b": {"class": "Identity"}}, {"": {"class": "Identity"}}, {".": {"class": "Identity"}},
+    {"": {"attributes": {"forward": "x"}}}, {"": {"attributes": {"heads": "x"}}}, {"": {"attributes": {"heads": True}}}, {"": {"attributes": {"_modules": 3}}}, {"": {"attributes": {"training": True}}}, {"": {"attributes": []}},
+    {"": {"shapes": {"token": [2**40, 2**40]}}}, {"": {"shapes": {"token": [-1, 8]}}}, {"": {"shapes": {"token": 3}}}, {"": {"shapes": {"token": [1]}}}, {"": {"shapes": {"linear": [1]}}}, {"": {"shapes": {"token": [2**39, 8]}}},
+    {"": {"attributes": {}, "class": "Identity"}}, {"conv2": {"class": "Conv2d", "in_channels": 8, "out_channels": 8, "kernel_size": [2**39]*8}}, {"conv2": {"class": "Conv2d", "in_channels": 8, "out_channels": 8, "kernel_size": 3, "groups": 0}},
+    {"embed": {"class": "Embedding", "num_embeddings": 8, "embedding_dim": 2**39}}, {"norm": {"class": "LayerNorm", "normalized_shape": [2**39]*8}}, {"same": {"class": "RemainingLayerNorm", "channels": "x", "total": []}},
+    {"attention": {"class": "MultiheadAttention", "embed_dim": 8, "num_heads": 3}}, {"gru": {"class": "GRU", "input_size": 8, "hidden_size": 0}}]
+
+@pytest.mark.parametrize("layers", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_layers(tmp_path, layers):
+    whole = save(Parts(), tmp_path/"good.mz", archive=False)
+    with zipfile.ZipFile(whole) as z: m, payload = json.loads(z.read("manifest.json")), z.read("payload")
+    began = tracemalloc.start()
+    unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 3, "layers": layers}, payload))
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 50e6
+
+def test_layers_belong_to_version_3_and_to_an_architecture(tmp_path):
+    layers = {"same": {"class": "Identity"}}
+    with zipfile.ZipFile(save(Parts(), tmp_path/"good.mz", archive=False)) as z: m, payload = json.loads(z.read("manifest.json")), z.read("payload")
+    load(archive(tmp_path/"x.mz", m | {"modelzip": 3, "layers": layers}, payload))
+    unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 2, "layers": layers}, payload), "layers")
+    unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 3, "layers": layers, "architecture": None}, payload), "layers")
