@@ -47,7 +47,7 @@ def file_of(model, folder):
 
 def validate():
     data = mnist5k()
-    for seed in SEEDS:
+    for seed in (10,):                      # none of SEEDS
         base = train(LeNet5(), data.train, seed=seed, progress=False)
         print(f"seed {seed}: float32 {accuracy(base, data.valid):.3f}", flush=True)
         for name, (how, _) in CASES.items():

@@ -175,12 +175,16 @@ class LeNet5(nn.Module):
     "Caffe's LeNet-5 for [n, 1, 28, 28] (after LeCun et al. 1998): 20 and 50 filters of 5×5, 500 hidden units, 431,080 parameters."
     def __init__(
         self,
-        seed: int | None = 0,   # of the first weights; None: torch's global generator
+        seed: int | None = 0,               # of the first weights; None: torch's global generator
+        channels: Sequence[int] = (20, 50), # filters of the two convolutions; fewer make a smaller relative
+        hidden: int = 500,                  # hidden units
     ):
+        if len(channels) != 2 or min(*channels, hidden) < 1: raise ValueError(f"channels is {channels} and hidden {hidden}; they may be two numbers and one, at least 1 each")
         super().__init__()
+        first, second = channels
         with seeded(seed):
-            self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
-            self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
+            self.conv1, self.conv2 = nn.Conv2d(1, first, 5), nn.Conv2d(first, second, 5)
+            self.fc1, self.fc2 = nn.Linear(16 * second, hidden), nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.conv1(x), 2)
