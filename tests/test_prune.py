@@ -487,6 +487,28 @@ def test_sparse_products_are_the_products(tmp_path):
     torch.testing.assert_close(torch.autograd.grad(quick(x).sum(), x), torch.autograd.grad(real(x).sum(), x))
 
 
+def test_zeros_can_be_filled_in_again_for_integer_kernels():
+    from modelzip.kernels import QLinear, use_kernels
+    model = prune_model(LeNet300(), 0.9)
+    for how in (dict(bits=4), dict(bits=8), dict(bits=8, symmetric=False), {}, dict(bits=3, codebook="kmeans")):
+        real = sparsify_model(model, **how)
+        full = prune.fill_zeros(real)
+        x = torch.rand(3, 1, 28, 28)
+        assert torch.equal(full(x), real(x)) and not any(isinstance(m.q, SparseTensor) for m in full.modules() if isinstance(m, Dequantize))
+        if how == dict(bits=8): assert type(use_kernels(full).fc1) is QLinear
+    with pytest.raises(ValueError, match="no sparse layer"): prune.fill_zeros(model)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.floats(0, 0.95), st.integers(0, 99))
+def test_whole_units_at_random_as_torch_throws_them(outputs, sparsity, seed):
+    layer = nn.Linear(5, outputs)
+    m = nn.Module(); m.weight = nn.Parameter(torch.ones(outputs, 5))
+    torch.manual_seed(seed); torch_prune.random_structured(m, "weight", sparsity, dim=0)
+    torch.manual_seed(seed); pruned = prune_model(layer, sparsity, "random", "row", allow_empty=True)
+    assert torch.equal(masks(pruned).get("weight", torch.ones(outputs, 5, dtype=torch.bool)), m.weight_mask.bool())
+
+
 # ---- cutting by hand ----
 
 def test_cutting_by_masks_heuristics_and_criteria():
