@@ -5,7 +5,7 @@
 
 Choices (how sparse, how many bits) are made on the validation part, by the mean of three seeds. Then the models are trained on training and validation part together, and the test part is looked at once.
 """
-import copy, json, math, os, statistics, sys, tempfile, time, warnings
+import copy, itertools, json, math, os, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from modelzip.data import LeNet5, LeNet300, accuracy, docstrings, minilm, mnist5k, recall, train
 from modelzip.measure import latency, wilson
 from modelzip.pack import load, save
-from modelzip.prune import Pruner, collect, output_change, prunable_layers, prune_model, sparsify_model, sparsity_table, use_sparse_products
+from modelzip.prune import collect, output_change, prunable_layers, prune_gradually, prune_model, sparsify_model, sparsity_table, use_sparse_products
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results" / "prune.json"
@@ -25,12 +25,8 @@ TOLERANCE = 0.002                                                     # one digi
 
 
 def gradually(model, data, sparsity, seed):
-    "Global magnitude; the masks tighten (cubic) over the first five eighths of the epochs, twice an epoch would be finer."
-    model = copy.deepcopy(model)
-    pruner, epochs = Pruner(model, sparsity, schedule="cubic"), PRUNED["epochs"]
-    pruner.step(0.1)
-    after = lambda done, loss: pruner.step(min(1., 0.1 + 0.9 * done / (0.625 * epochs)))
-    return train(model, data, seed=seed, progress=False, after_epoch=after, **PRUNED)
+    "Global magnitude; the masks tighten epoch by epoch (cubic), the last third of the epochs is for healing."
+    return prune_gradually(model, data, sparsity, seed=seed, progress=False, **PRUNED)
 
 
 def longer(model, data, seed):
@@ -38,20 +34,31 @@ def longer(model, data, seed):
     return train(copy.deepcopy(model), data, seed=seed, progress=False, **PRUNED)
 
 
+def validated(net, data, sparsities):
+    "Mean accuracy over the seeds on the validation part: of the dense model, and at each sparsity."
+    valid = {"dense": []} | {s: [] for s in sparsities}
+    for seed in SEEDS:
+        base = train(net(seed=seed), data.train, seed=seed, progress=False, **DENSE)
+        valid["dense"].append(accuracy(longer(base, data.train, seed), data.valid))
+        for s in sparsities: valid[s].append(accuracy(gradually(base, data.train, s, seed), data.valid))
+    return {k: round(statistics.mean(v), 4) for k, v in valid.items()}
+
+
+def choice(means):
+    "The largest sparsity at which, and at all below which, nothing is lost but for one digit of the validation part."
+    passed = list(itertools.takewhile(lambda s: means[s] >= means["dense"] - TOLERANCE, [s for s in means if s != "dense"]))
+    return passed[-1] if passed else min(s for s in means if s != "dense")
+
+
 def lenet():
     data, out = mnist5k(), {}
     for name, (net, sparsities) in NETS.items():
-        began, valid = time.perf_counter(), {"dense": []} | {s: [] for s in sparsities}
-        for seed in SEEDS:
-            base = train(net(seed=seed), data.train, seed=seed, progress=False, **DENSE)
-            valid["dense"].append(accuracy(longer(base, data.train, seed), data.valid))
-            for s in sparsities: valid[s].append(accuracy(gradually(base, data.train, s, seed), data.valid))
-        means = {k: statistics.mean(v) for k, v in valid.items()}
-        chosen = max([s for s in sparsities if means[s] >= means["dense"] - TOLERANCE], default=sparsities[0])
-        print(name, {k: round(v, 4) for k, v in means.items()}, "chosen", chosen, flush=True)
-        out[name] = {"validation": {str(k): v for k, v in valid.items()}, "chosen": chosen, "rows": [final(net, data, chosen, seed) for seed in SEEDS]}
-        out[name]["summary"] = summary(out[name]["rows"])
-        print(name, out[name]["summary"], f"{time.perf_counter() - began:.0f} s", flush=True)
+        means = validated(net, data, sparsities)
+        chosen = choice(means)
+        print(name, means, "chosen", chosen, flush=True)
+        rows = [final(net, data, chosen, seed) for seed in SEEDS]
+        out[name] = {"validation": {str(k): v for k, v in means.items()}, "chosen": chosen, "rows": rows, "summary": summary(rows)}
+        print(name, out[name]["summary"], flush=True)
     return out
 
 

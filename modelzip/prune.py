@@ -10,9 +10,9 @@ __all__ = ['CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', 'LAYOUTS', 'SPARSE
            'as_rows', 'from_rows', 'Units', 'parse_granularity', 'units', 'unit_scores', 'erk_sparsities', 'lowest',
            'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'prune_model',
            'SparsityTable', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight', 'SparseGPT',
-           'output_change', 'Sensitivity', 'sensitivity', 'rewind', 'lottery_ticket', 'l1_penalty', 'group_lasso',
-           'SparseTensor', 'sparsify', 'quantize_survivors', 'sparsify_layer', 'sparsify_model', 'fill_zeros',
-           'SparseLinear', 'use_sparse_products']
+           'output_change', 'Sensitivity', 'sensitivity', 'prune_gradually', 'rewind', 'lottery_ticket', 'l1_penalty',
+           'group_lasso', 'SparseTensor', 'sparsify', 'quantize_survivors', 'sparsify_layer', 'sparsify_model',
+           'fill_zeros', 'SparseLinear', 'use_sparse_products']
 
 # %% ../../../tmp/07_prune.ipynb
 import copy, fnmatch, itertools, math, re, warnings
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from .data import Split, device_of, eval_mode
+from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copied, _copy_with, _layout_for, _name, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 
@@ -898,11 +898,12 @@ def sparsegpt_weight(
     spans = _spans(len(order), inputs, size[1] if size else None, block)
     gone = as_matrices(torch.zeros_like(weight, dtype=torch.bool) if keep is None else ~keep, len(moment))
     new, kept = [], []
-    for w, h, g in zip(as_matrices(weight, len(moment)), moment, gone):
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
         U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
         stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None))
         new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
-    return torch.cat(new).reshape(weight.shape), torch.cat(kept).reshape(weight.shape)
+    return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 
 # %% ../../../tmp/07_prune.ipynb
 class SparseGPT(Criterion):
@@ -975,6 +976,28 @@ def sensitivity(
     alone = lambda n, s: prune_model(model, s, scope=how.get("scope", "layer"), skip=[m for m in found if m != n] + list(skip), **{k: v for k, v in how.items() if k != "scope"})
     scores = {n: [float(evaluate(alone(n, s))) for s in sparsities] for n in found}
     return Sensitivity(sparsities, scores, float(evaluate(model)))
+
+# %% ../../../tmp/07_prune.ipynb
+def prune_gradually(
+    model: nn.Module,              # trained; it is left as it is
+    data: Split,                   # inputs with their labels
+    sparsity: float | Mapping[str, float] | None = None,   # share of the weights that is gone at the end
+    epochs: int = 12,              # of training, during which masks tighten
+    lr: float = 2e-3,              # highest learning rate of the one-cycle schedule
+    until: float = 0.65,           # share of the epochs after which the sparsity is reached; the rest is for healing
+    schedule: str | Callable = "cubic",
+    seed: int = 0,                 # of the shuffling
+    progress: bool = True,         # show a bar
+    batches: Iterable | Split | None = None,   # for criteria that look at data; None: the training data
+    **how,                         # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
+) -> nn.Module:                    # a copy with masks, in eval mode
+    "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
+    if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
+    pruner = Pruner(copy.deepcopy(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
+    steps = max(1, round(until * epochs))
+    pruner.step(min(1., 0.5 / steps))
+    after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
+    return train(pruner.model, data, epochs=epochs, lr=lr, seed=seed, progress=progress, after_epoch=after)
 
 # %% ../../../tmp/07_prune.ipynb
 @torch.no_grad()

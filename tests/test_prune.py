@@ -84,6 +84,8 @@ def test_tied_layers_share_a_mask_and_a_sparse_tensor():
     pruned = prune_model(model, 0.9)
     assert find_mask(pruned["a"]) is find_mask(pruned["b"]) and torch.equal(pruned["a"].weight, pruned["b"].weight)
     assert sum((~m).sum() for m in {n: masks(pruned)[n] for n in ("a.weight", "c.weight")}.values()) == round(0.9 * 1800)
+    plain = remove_masks(pruned)
+    assert plain["a"].weight is plain["b"].weight and torch.equal(plain["b"].weight, pruned["b"].weight)
     real = sparsify_model(pruned)
     assert real["a"].packed is real["b"].packed is not real["c"].packed
 
@@ -276,6 +278,14 @@ def test_a_pruner_in_a_training_run():
     assert set(masks(model)) == {"fc1.weight", "fc2.weight"} and abs(sparsity_table(model).rows[0][3] / 235200 - 0.9) < 0.05
 
 
+def test_pruning_while_training():
+    data, model = Split(torch.rand(64, 1, 28, 28), torch.arange(64) % 10), LeNet300()
+    pruned = prune.prune_gradually(model, data, 0.9, epochs=3, progress=False)
+    assert abs(sparsity_table(pruned).sparsity - 0.9) < 1e-5 and not masks(model) and not pruned.training
+    assert masks(prune.prune_gradually(model, data, granularity="2:4", criterion="taylor", epochs=1, until=1, progress=False))
+    with pytest.raises(ValueError, match="until is 0"): prune.prune_gradually(model, data, 0.9, until=0)
+
+
 def test_tickets_and_rewinding():
     start = LeNet300(seed=3)
     data = Split(torch.rand(64, 1, 28, 28), torch.arange(64) % 10)
@@ -347,6 +357,17 @@ def test_sparsegpt_on_a_model_of_convolutions_groups_and_two_steps():
         assert (pruned(x) - model(x)).square().mean() < (plain(x) - model(x)).square().mean()
     keep = masks(pruned)["0.weight"]
     assert (keep.sum(1) == 2).all()                                      # of four input channels two, at each place of the kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 8)).to(dtype)
+    x = torch.randn(100, 32).to(dtype)
+    for c, how in (("l1", {}), ("wanda", dict(batches=[x])), ("sparsegpt", dict(batches=[x])), ("obs", dict(batches=[x]))):
+        pruned = prune_model(model, 0.5, c, **how)
+        assert pruned[0].weight.dtype == dtype and abs(sparsity_table(pruned).sparsity - 0.5) < 1e-2
+        real = sparsify_model(pruned)
+        assert torch.equal(real(x), pruned(x)) and real[0].q.dtype == dtype
 
 
 # ---- penalties ----
