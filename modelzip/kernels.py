@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['TINY', 'LARGE', 'FEW', 'KERNELS', 'READERS', 'accumulator_fits', 'quantize_activations', 'stretch_rows',
-           'integer_linear', 'Capabilities', 'capabilities', 'why_not_int8', 'as_int8', 'fits_int4', 'QLinear',
-           'integer_conv2d', 'QConv2d', 'gather_rows', 'QEmbedding', 'Choices', 'what_runs', 'use_kernels']
+           'quantize_rows', 'integer_linear', 'Capabilities', 'capabilities', 'why_not_int8', 'as_int8', 'fits_int4',
+           'QLinear', 'integer_conv2d', 'QConv2d', 'gather_rows', 'QEmbedding', 'Choices', 'what_runs', 'use_kernels']
 
 # %% ../nbs/06_kernels.ipynb
 import contextlib, copy, fnmatch, functools, itertools, math, threading, warnings, weakref
@@ -52,6 +52,25 @@ def stretch_rows(
     return (x - low).div_(width.clamp(min=torch.finfo(x.dtype).tiny)), low, width
 
 # %% ../nbs/06_kernels.ipynb
+def quantize_rows(
+    x: Tensor,                         # [rows, n] float32
+) -> tuple[Tensor, Tensor, Tensor]:    # codes [rows, n] uint8, step [rows, 1], the smallest value [rows, 1]: x ≈ codes·step + low
+    "Codes with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM, arXiv:2101.05615); ranges below 1e-5 get fewer of them."
+    low = x.amin(1, keepdim=True)
+    width = x.amax(1, keepdim=True).sub_(low)
+    inverse = (255 / (width.double() + 1e-8)).float()
+    return ((x - low) * inverse).round_().to(torch.uint8), width / 255, low
+
+# %% ../nbs/06_kernels.ipynb
+def _rows_in_one_pass(x):
+    "As `quantize_rows`, with 8 more bytes in each row of codes: its step and its smallest value."
+    packed, n = torch.ops.quantized.embedding_bag_byte_prepack.default(x), x.shape[1]
+    ends = packed if n % 4 == 0 else packed[:, n:].clone(memory_format=torch.contiguous_format)      # floats lie at multiples of 4 bytes
+    floats = ends.view(torch.float32)
+    last = floats.shape[1] - 1
+    return packed, floats.narrow(1, last - 1, 1), floats.narrow(1, last, 1)
+
+# %% ../nbs/06_kernels.ipynb
 def integer_linear(
     x: Tensor,                   # [rows, inputs] finite float32
     weight: Tensor,              # [outputs, inputs] int8 codes
@@ -71,7 +90,7 @@ class Capabilities:
     "What this processor and this build of PyTorch can do with int8."
     cpu: str              # vector instructions that PyTorch uses
     linear: bool          # an int8 matrix product that gives exact sums
-    large: bool           # oneDNN's product, the quicker one for many rows
+    large: bool           # rows quantized in one pass and oneDNN's product, the quicker one for many rows
     convolution: bool     # an int8 convolution that gives exact sums
     int4: bool            # a product with 4-bit weights in groups
     reduce_range: bool    # sums are exact only with 7-bit activations (no VNNI)
@@ -105,20 +124,22 @@ def _pack_linear(weight, scale, zero=None, bias=None):
 
 def _try_linear(x, reduced):
     packed = _pack_linear(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
-    return torch.ops.quantized.linear_dynamic(x[:, :, 0, 0], packed, reduced)
+    return torch.ops.quantized.linear_dynamic.default(x[:, :, 0, 0], packed, reduced)
 
 # %% ../nbs/06_kernels.ipynb
-def _pack_large(weight, scale): return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scale
+def _pack_large(weight): return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
-def _run_large(x, packed, bias, reduced):
-    "Quantize in one pass, then oneDNN's u8·s8→s32 product with float output."
-    weight, scale = packed
-    q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
-    return torch.ops.onednn.qlinear_pointwise(
-        q.int_repr(), q.q_scale(), q.q_zero_point(), weight, scale, _no_offset(len(scale)), bias, 1., 0, torch.float32, "none", [], "")
+def _run_large(codes, weight, scale, step=1., bias=None):
+    "oneDNN's u8·s8→s32 product, times step and scale, plus the bias, as floats."
+    return torch.ops.onednn.qlinear_pointwise.default(
+        codes, step, 0, weight, scale, _no_offset(len(scale)), bias, 1., 0, torch.float32, "none", [], "")
 
 def _try_large(x, reduced):
-    return _run_large(x[:, :, 0, 0], _pack_large(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16)), None, reduced)
+    "64 codes of 255, one of 0 that opens the range, and the 8 bytes behind them."
+    if reduced: raise NotImplementedError("rows are quantized to 8 bits")
+    weight = nn.functional.pad(torch.full((16, 65), 127, dtype=torch.int8), (0, 8))
+    packed, step, low = _rows_in_one_pass(nn.functional.pad(x[:, :, 0, 0], (1, 0)))
+    return _run_large(packed, _pack_large(weight), torch.ones(16)) * step
 
 # %% ../nbs/06_kernels.ipynb
 def _pack_convolution(weight, scale, stride, padding, dilation, groups):
@@ -127,7 +148,7 @@ def _pack_convolution(weight, scale, stride, padding, dilation, groups):
 def _run_convolution(x, packed, scale, stride, padding, dilation, groups, reduced):
     "Quantize in one pass, then oneDNN's u8·s8→s32 convolution with float output."
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
-    return torch.ops.onednn.qconv_pointwise(
+    return torch.ops.onednn.qconv_pointwise.default(
         q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, _no_offset(len(scale)), None,
         stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
 
@@ -199,16 +220,22 @@ def _ordinary(x):
 # %% ../nbs/06_kernels.ipynb
 class _Prepared:
     "Weights in a kernel's own order, made when first used and remembered for as long as what they were made from stays the same; a copy starts empty."
-    def __init__(self): self.entry, self.lock = None, threading.Lock()
+    def __init__(self): self.entry, self.lock = None, threading.RLock()
     def get(self, owner, which):
-        parts = [p for p in (*owner._modules["packed"]._buffers.values(), owner._modules["layer"]._parameters["bias"]) if p is not None]
-        entry, now = self.entry, (owner.kernel, *[p._version for p in parts if not p.is_inference()])
-        if entry is None or entry[0] != now or not all(a is b for a, b in zip(entry[1], parts)):
-            self.entry = entry = now, parts, {}
+        entry, modules = self.entry, owner._modules
+        now = (*modules["packed"]._buffers.values(), modules["layer"]._parameters["bias"])
+        if entry is None or entry[0] != owner.kernel or not _unchanged(entry[1], now):
+            self.entry = entry = owner.kernel, [(p, None if p is None or p.is_inference() else p._version) for p in now], {}
         if (made := entry[2].get(which)) is not None: return made
         with self.lock: return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
     def __deepcopy__(self, memo): return _Prepared()
     def __reduce__(self): return _Prepared, ()
+
+def _unchanged(before, now):
+    "The same tensors, none of them written to."
+    for (p, version), q in zip(before, now):
+        if p is not q or version is not None and p._version != version: return False
+    return len(before) == len(now)
 
 # %% ../nbs/06_kernels.ipynb
 class _NoGradient(torch.autograd.Function):
@@ -234,6 +261,7 @@ class _IntegerLayer(Dequantize):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling(): return _opaque(input, self.key)
         self._check(input)
+        if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
         if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
         with torch.no_grad(): y = self._integer(input.float()).to(input.dtype)
@@ -250,7 +278,7 @@ def _batch(self, x):
     y = self._by_rows(scaled) if self.activations == "row" and len(x) > 1 else self._together(scaled)
     if y is not None: return y
     y, finite = self._float(x), torch.isfinite(x).flatten(1).all(1)
-    if finite.any() and not finite.all(): y[finite] = self._batch(x[finite])
+    if finite.any() and not finite.all(): y[finite] = self._integer(x[finite])
     return y
 
 def _together(self, x):
@@ -300,11 +328,13 @@ def _not_the_weight_of(layer, cls, name):
     if type(layer) is not cls: return f"{type(layer).__name__} is a subclass of {cls.__name__} that may compute something else"
 
 # %% ../nbs/06_kernels.ipynb
-TINY = 1 << 13   # weights up to which expanding them is quicker than quantizing activations and starting an integer kernel
+TINY = 1 << 13   # weights up to which a product of floats is quicker than quantizing activations and starting an integer kernel
 
-def _small_weight(self):
-    "Few weights, expanded from bytes that are unpacked already."
-    weight, scale, zero = self.prepared.get(self, "bytes")
+def _small_weight(self): return self.prepared.get(self, "floats")
+
+def _prepare_floats(self):
+    "Few weights, expanded from the same bytes as the integers of a larger layer."
+    weight, scale, zero = self._prepare_bytes()
     per, columns = (-1,) + (1,) * (weight.dim() - 1), self._modules["packed"]._buffers.get("columns")
     weight = weight.float() if zero is None else weight.float().sub_(zero.view(per))
     return weight.mul_(scale.view(per)) if columns is None else weight.mul_(scale.view(per)).mul_(columns.view(per[:-1]))
@@ -321,7 +351,7 @@ def _one_scale_an_output(q):
 
 _IntegerLayer._prepare_bytes = _prepare_bytes
 
-_IntegerLayer._small_weight = _small_weight
+_IntegerLayer._small_weight, _IntegerLayer._prepare_floats = _small_weight, _prepare_floats
 
 class QLinear(_IntegerLayer):
     "A linear layer with int8 products, int32 sums and activations that are quantized as they come."
@@ -330,7 +360,7 @@ class QLinear(_IntegerLayer):
         layer: nn.Linear,            # gives the bias; its weight is dropped
         q: QTensor | Packed,         # the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in groups
         name: str = "weight",        # which parameter `q` is
-        activations: str = "row",    # a range for each 'row' (token) of the input, or one for the whole 'tensor': quicker, coarser
+        activations: str = "row",    # a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker
         requantize: bool = False,    # round groups or a codebook once more, to int8 with a scale for each output
     ):
         self.inputs, self.outputs = layer.in_features, layer.out_features   # looked up often: kept beside the layer's own
@@ -355,23 +385,91 @@ def _choose_linear(self):
 def _integer(self, x):
     if self.kernel == "tiny": return nn.functional.linear(x, self._small_weight(), self._bias())
     rows = x if x.dim() == 2 else x.reshape(-1, self.inputs)
-    y = self._batch(rows) if self.kernel in ("int8", "plain") else self._grouped(rows)
+    if self.kernel not in ("int8", "plain"): y = self._grouped(rows)
+    elif (y := self._ordinarily(x, rows)) is None: y = self._batch(rows)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], self.outputs)
 
 QLinear._choose, QLinear._integer = _choose_linear, _integer
 QLinear._like = lambda self, x: x.new_empty(*x.shape[:-1], self.outputs)
 
 # %% ../nbs/06_kernels.ipynb
-LARGE, FEW = 192, 8   # rows from which oneDNN's product is quicker than FBGEMM's; up to which a 4-bit product is quicker than expanding the weight
+LARGE, FEW = 192, 8   # rows from which oneDNN's product is quicker than FBGEMM's when there is one range; up to which a 4-bit product is quicker than expanding the weight
 
-def _product(self, x, bias):
+def _ordinarily(self, x, rows):
+    "The product for an input that is finite and of ordinary size; None for others."
+    many = len(rows) > 1 and self.activations == "row"
+    way = "rows" if many else "whole" if len(rows) >= LARGE else "few"
+    if not (made := self.prepared.get(self, way)): return None
+    columns, key, *product = made
+    if way == "few" and columns is None: ready = self._ready(rows, way)      # there is nothing to remember
+    else: ready = _LAST.get(self, x, (way, self.kernel, key), lambda: self._ready(rows if columns is None else rows * columns, way))
+    return None if ready is None else getattr(self, "_from_" + way)(*ready, *product)
+
+def _ready(self, x, way):
+    "An input as the product wants it."
+    if way == "few": return (x,) if _ordinary(x) else None
+    code = _rows_in_one_pass if self.kernel == "int8" else quantize_rows
+    if way == "rows":
+        codes, step, low = code(x)
+        return (codes, step, low) if _finite(x) and _ranges_fit(step) else None
+    if not _ordinary(x): return None
+    codes, step, low = code(x.reshape(1, -1))
+    return codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item()
+
+QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
+
+# %% ../nbs/06_kernels.ipynb
+def _finite(x):
+    "Whether all is finite, and no difference can overflow."
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat).item() < 2. ** 120
+
+def _ranges_fit(step):
+    "Whether the range of each row has its 255 codes: it is not small, or nothing at all."
+    return step.min().item() > 2. ** -18 or not bool(((step > 0) & (step <= 2. ** -18)).any())
+
+# %% ../nbs/06_kernels.ipynb
+class _Last(threading.local):
+    "What the last input became, for each thread."
+    entry = None
+    def get(self, layer, x, how, make):
+        "What `make` returned for this very tensor and `how`, or returns now."
+        own = not x.is_inference() and x.untyped_storage().resizable()
+        if (e := self.entry) is not None and own and e["x"]() is x and e["version"] == x._version and e["how"] == how and layer.key not in e["users"]:
+            e["users"].add(layer.key)
+            return e["made"]
+        self.entry, made = None, make()
+        if own and made is not None:
+            self.entry = e = {"version": x._version, "how": how, "users": {layer.key}, "made": made}
+            e["x"] = weakref.ref(x, lambda _: e.update(made=None))
+        return made
+
+_LAST = _Last()
+
+# %% ../nbs/06_kernels.ipynb
+def _from_rows(self, codes, step, low, weight, scale, sums, bias):
+    y = _run_large(codes, weight, scale) if self.kernel == "int8" else _exactly(codes, weight, scale)
+    y = y.mul_(step) if bias is None else torch.addcmul(bias, y, step, out=y)
+    return y.addcmul_(low, sums)
+
+def _from_whole(self, codes, step, low, weight, scale, sums, bias):
+    bias = sums * low if bias is None else torch.add(bias, sums, alpha=low)
+    return _run_large(codes, weight, scale, step, bias) if self.kernel == "int8" else _exactly(codes, weight, scale).mul_(step).add_(bias)
+
+def _from_few(self, x, weight): return self._product(x, True, weight)
+
+def _exactly(codes, weight, scale): return (codes.double() @ weight.double().t()).float() * scale
+
+QLinear._from_rows, QLinear._from_whole, QLinear._from_few = _from_rows, _from_whole, _from_few
+
+# %% ../nbs/06_kernels.ipynb
+def _product(self, x, bias, weight=None):
     "The integer product with one scale for the input, with or without the bias."
     if self.kernel == "plain":
         y = integer_linear(x, *self.prepared.get(self, "bytes"), capabilities().reduce_range)
         return self._add_bias(y) if bias else y
-    if len(x) >= LARGE and (large := self.prepared.get(self, "large")):
-        return _run_large(x, large, self._bias() if bias else None, capabilities().reduce_range)
-    return torch.ops.quantized.linear_dynamic(x, self.prepared.get(self, "biased" if bias else "bare"), capabilities().reduce_range)
+    if weight is None: weight = self.prepared.get(self, "biased" if bias else "bare")
+    return torch.ops.quantized.linear_dynamic.default(x, weight, capabilities().reduce_range)
 
 def _by_rows(self, x):
     "A range for each row; None when not all is finite."
@@ -379,21 +477,32 @@ def _by_rows(self, x):
     if not math.isfinite(width.max().item()): return None
     y, bias = self._product(stretched, False), self._bias()
     y = y.mul_(width) if bias is None else torch.addcmul(bias, y, width, out=y)
-    return y.addr_(low.view(-1), self.prepared.get(self, "sums"))
+    return y.addcmul_(low, self.prepared.get(self, "sums"))
 
 QLinear._product, QLinear._by_rows = _product, _by_rows
 
 # %% ../nbs/06_kernels.ipynb
-def _prepare_large(self):
+def _columns_and(self, *rest):
+    columns = self._modules["packed"]._buffers.get("columns")
+    return columns, None if columns is None else columns.float().numpy().tobytes(), *rest
+
+def _prepare_coded(self, more):
+    "For products of codes; nothing when the weight has zero points, or this machine lacks them."
     weight, scale, zero = self._prepare_bytes()
-    return _pack_large(weight, scale) if zero is None and capabilities().large else ()
+    if zero is not None or capabilities().linear and not capabilities().large: return ()
+    weight = weight if self.kernel == "plain" else _pack_large(nn.functional.pad(weight, (0, more)))
+    return self._columns_and(weight, scale, self._prepare_sums(), self._bias())
 
 def _prepare_sums(self):
     weight, scale, zero = self._prepare_bytes()
     sums = weight.sum(1, dtype=torch.float64) - (0 if zero is None else self.inputs * zero.double())
     return (sums * scale.double()).float()
 
-QLinear._prepare_large, QLinear._prepare_sums = _prepare_large, _prepare_sums
+# %% ../nbs/06_kernels.ipynb
+QLinear._columns_and, QLinear._prepare_coded, QLinear._prepare_sums = _columns_and, _prepare_coded, _prepare_sums
+QLinear._prepare_rows = lambda self: self._prepare_coded(8)
+QLinear._prepare_whole = lambda self: self._prepare_coded(0)
+QLinear._prepare_few = lambda self: self._columns_and(self.prepared.get(self, "biased") if self.kernel == "int8" else None)
 QLinear._prepare_bare = lambda self: _pack_linear(*self._prepare_bytes())
 QLinear._prepare_biased = lambda self: _pack_linear(*self._prepare_bytes(), self._bias())
 
@@ -401,13 +510,13 @@ QLinear._prepare_biased = lambda self: _pack_linear(*self._prepare_bytes(), self
 def _nbytes(self) -> int:
     "Bytes of the compressed weight and of its copies in the order of the kernels used so far."
     q, made = self.q, self.prepared.entry[2] if self.prepared.entry else {}
-    size = {"sums": 4 * q.shape[0], "int4": q.numel() // 2 + 4 * q.scale.numel()}
+    size = {"sums": 4 * q.shape[0], "floats": 4 * q.numel(), "int4": q.numel() // 2 + 4 * q.scale.numel()}
     return q.nbytes + sum(size.get(kind, q.numel() + 8 * q.shape[0]) for kind, copy in made.items() if not isinstance(copy, tuple) or copy)
 
 def _describe(self) -> str:
     "What runs, in words."
     what = {"int8": "int8×uint8→int32 by fbgemm and oneDNN", "onednn": "int8×uint8→int32 by oneDNN", "plain": "int8×uint8 emulated exactly in float64",
-            "tiny": "too small to gain: expands its weight", "expand": "expands its weight: no 4-bit kernel on this machine",
+            "tiny": "too small to gain: computes in floats", "expand": "expands its weight: no 4-bit kernel on this machine",
             "int4": f"4-bit weights×bfloat16 up to {FEW} rows, else expands its weight"}[self.kernel]
     how = {"row": ", activations scaled by row", "tensor": ", activations scaled together"}[self.activations]
     return "requantized to " * (self.requantize and self.kernel != "tiny") + what + how * (self.kernel in ("int8", "onednn", "plain"))

@@ -794,8 +794,13 @@ class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
     def __init__(self, q: CompressedTensor):
         super().__init__()
-        self.kind, self.meta = q.kind, q.meta()
+        self.kind = q.kind
+        self.meta = q.meta()
         for name, part in q.parts().items(): self.register_buffer(name, part)
+    @property
+    def meta(self) -> dict: return self._meta
+    @meta.setter
+    def meta(self, meta: dict) -> None: self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
     @property
     def q(self) -> CompressedTensor: return CompressedTensor.kinds[self.kind].from_parts(dict(self._buffers), self.meta)
     def extra_repr(self): return repr(self.q)
@@ -815,7 +820,7 @@ def _apply(self, fn, recurse=True):
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
-    return torch.tensor(list(json.dumps({"kind": self.kind} | self.meta).encode()), dtype=torch.uint8)
+    return torch.tensor(list(self.said.encode()), dtype=torch.uint8)
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:
@@ -854,7 +859,7 @@ class Dequantize(nn.Module):
         _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
         self.layer, self.packed, self.name = _without(layer, name), q if isinstance(q, Packed) else Packed(q), name
         self.training = layer.training
-    def forward(self, *args, **kwargs): return self.expanded()(*args, **kwargs)
+    def forward(self, *args, **kwargs): return self._compiled(*args, **kwargs) if torch.compiler.is_compiling() else self.expanded()(*args, **kwargs)
     def __getattr__(self, key):
         "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working."
         try: return super().__getattr__(key)
@@ -925,6 +930,25 @@ def dequantize_layer(
     plain = copy.deepcopy(layer.layer)
     plain._parameters[layer.name] = nn.Parameter(layer.q.dequantize())
     return plain.train(layer.training)
+
+# %% ../nbs/03_quant.ipynb
+@torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::expand", mutates_args=())
+def _expand(parts: list[Tensor], names: str, said: str) -> Tensor:
+    "The expanded tensor, as one opaque operation of a compiled graph."
+    meta = json.loads(said)
+    y = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta).dequantize()
+    return y.clone() if any(y.data_ptr() == p.data_ptr() for p in parts) else y
+
+@_expand.register_fake
+def _(parts, names, said):
+    meta = json.loads(said)
+    return parts[0].new_empty(meta["shape"], dtype=getattr(torch, meta["dtype"]))
+
+@patch_onto(Dequantize)
+def _compiled(self, *args, **kwargs):
+    "The forward pass as `torch.compile` can follow it."
+    weight = _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
+    return torch.func.functional_call(self.layer, {self.name: weight}, args, kwargs)
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(

@@ -128,6 +128,50 @@ def test_whole_models(everything, tmp_path):
     assert all(not n.name.endswith("weight") or "lstm" in n.name or "norm" in n.name for n in onnx.load(path).graph.initializer)
 
 
+class Recurrent(nn.Module):
+    "A recurrent layer that starts from given states."
+    def __init__(self, layer):
+        super().__init__()
+        self.words, self.layer, self.head = nn.Embedding(120, 64), layer, nn.Linear(32 * (1 + layer.bidirectional), 10)
+    def forward(self, ids, *starts):
+        x = self.words(ids if self.layer.batch_first else ids.t())
+        y, ends = self.layer(x, starts if len(starts) > 1 else starts[0] if starts else None)
+        return self.head(y), *(ends if isinstance(ends, tuple) else (ends,))
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [dict(batch_first=True), dict(num_layers=2, bidirectional=True, bias=False)], ids=["one", "two"])
+def test_recurrent_layers_of_any_length(cls, options, tmp_path):
+    torch.manual_seed(0)
+    model = quantize_model(Recurrent(cls(64, 32, **options)).eval(), 4, group=32)
+    start = torch.randn(options.get("num_layers", 1) * (1 + options.get("bidirectional", False)), 2, 32)
+    ids, starts = torch.randint(0, 120, (2, 5)), (start, -start)[:1 + (cls is nn.LSTM)]
+    for given, free in (((), ()), (starts, [{1: "batch"}] * len(starts))):
+        if given and options.get("bias", True): continue
+        run = onnx_model(to_onnx(model, tmp_path / "m.onnx", (ids, *given), dynamic=({0: "batch", 1: "length"}, *free) if given else {0: "batch", 1: "length"}))
+        for shape in ((2, 5), (2, 9)):
+            ids = torch.randint(0, 120, shape)
+            for got, want in zip(run(ids, *given), model(ids, *given)): near(got, want, 1e-4)
+
+
+def test_four_bits_with_every_sort_of_layer(tmp_path):
+    "Attention, an LSTM and convolutions around layers of 4 bits."
+    torch.manual_seed(0)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.conv = nn.Embedding(100, 64), nn.Conv1d(64, 64, 3, padding=1)
+            self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
+            self.lstm, self.head = nn.LSTM(64, 64, batch_first=True), nn.Linear(64, 10)
+        def forward(self, ids): return self.head(self.lstm(self.blocks(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)))[0])
+    model = quantize_model(Model().eval(), 4, group=32)
+    for m in (model, use_kernels(model)):
+        run = onnx_model(to_onnx(m, tmp_path / "m.onnx", torch.randint(0, 100, (2, 7)), dynamic={0: "batch", 1: "length"}))
+        for shape in ((2, 7), (1, 12)):
+            ids = torch.randint(0, 100, shape)
+            near(run(ids), model(ids), 1e-4)
+
+
 def test_integer_models(tmp_path):
     torch.manual_seed(0)
     net, x = LeNet5().eval(), torch.rand(5, 1, 28, 28)
