@@ -384,3 +384,19 @@ def test_errors_say_what_is_wrong(run, model, batches, error, says):
     (lambda: output_error(torch.ones(2, 4), torch.ones(2, 4), calibrate(NET(), [torch.ones(2, 4)], second_moments=False)["0"]), "second_moments")])
 def test_arguments_that_make_no_sense(call, says):
     with pytest.raises(ValueError, match=says): call()
+
+
+def test_layers_with_the_same_input_are_smoothed_alike():
+    "Query, key and value share their column scales, so that a kernel quantizes their input once; others have their own."
+    torch.manual_seed(0)
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 16), nn.Linear(32, 48), nn.Linear(16, 8)
+        def forward(self, x): return self.c(self.a(x)), self.b(x)
+    model, x = Three(), torch.randn(40, 32) * torch.logspace(-1, 1, 32)
+    seen = calibrate(model, [x])
+    small = smooth(model, seen, alpha=0.6)
+    assert torch.equal(small.a.q.columns, small.b.q.columns)
+    both = smooth_columns(torch.cat([model.a.weight, model.b.weight]).detach(), seen["a"], 0.6)
+    assert torch.equal(small.a.q.columns, both) and small.c.q.columns.shape == (16,)
