@@ -409,24 +409,17 @@ def _ready(self, x, way):
     "An input as the product wants it."
     if way == "few": return (x,) if _ordinary(x) else None
     code = _rows_in_one_pass if self.kernel == "int8" else quantize_rows
-    if way == "rows":
-        codes, step, low = code(x)
-        return (codes, step, low) if _finite(x) and _ranges_fit(step) else None
-    if not _ordinary(x): return None
-    codes, step, low = code(x.reshape(1, -1))
-    return codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item()
+    codes, step, low = code(x if way == "rows" else x.reshape(1, -1))
+    if not (math.isfinite(x.sum().item()) and _ranges_fit(step)): return None
+    return (codes, step, low) if way == "rows" else (codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item())
 
 QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
 
 # %% ../nbs/06_kernels.ipynb
-def _finite(x):
-    "Whether all is finite, and no difference can overflow."
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat).item() < 2. ** 120
-
 def _ranges_fit(step):
-    "Whether the range of each row has its 255 codes: it is not small, or nothing at all."
-    return step.min().item() > 2. ** -18 or not bool(((step > 0) & (step <= 2. ** -18)).any())
+    "Whether the range of each row has its 255 codes: it is not small, or nothing at all, and has not overflowed."
+    least, most = (v.item() for v in torch.aminmax(step))
+    return most < math.inf and (least > 2. ** -18 or not bool(((step > 0) & (step <= 2. ** -18)).any()))
 
 # %% ../nbs/06_kernels.ipynb
 class _Last(threading.local):
