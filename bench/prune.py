@@ -150,7 +150,7 @@ def network():
     "A pruned LeNet-300-100, loaded from its file, against the dense one."
     out = []
     for sparsity in (.9, .95, .97):
-        real = sparsify_model(prune_model(LeNet300(), sparsity))
+        real = sparsify_model(prune_model(LeNet300(), sparsity, scope="erk"))
         with tempfile.TemporaryDirectory() as folder: quick = load(save(use_sparse_products(real), Path(folder) / "m.mz"))
         for batch in (1, 64):
             x = torch.rand(batch, 1, 28, 28)
