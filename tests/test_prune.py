@@ -1,5 +1,5 @@
 """Pruning: what must hold for any layer, any shape, any criterion; second opinions; and what must be refused."""
-import copy, itertools, math
+import copy, itertools, math, subprocess, sys
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from modelzip import prune
+from modelzip import pack, prune
 from modelzip.data import LeNet5, LeNet300, Split, train
 from modelzip.pack import PackError, inspect, load, read_tensor, save
 from modelzip.prune import (CRITERIA, Criterion, Magnitude, Mask, Pruner, Seen, SparseGPT, SparseLinear, SparseTensor, Taylor, Wanda, as_criterion, as_matrices, as_rows, choose_masks,
@@ -466,6 +466,16 @@ def test_models_come_back_from_files(how, tmp_path):
     for i in range(100, len(data) - 100, max(1, len(data) // 15)):
         (tmp_path / "bad.mz").write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
         with pytest.raises(PackError): load(tmp_path / "bad.mz")
+
+
+@pytest.mark.skipif("sparse" not in pack.HOMES, reason="this build of pack does not list the kind yet")
+@pytest.mark.parametrize("products", [False, True])
+def test_files_load_where_pruning_was_never_imported(products, tmp_path):
+    real = sparsify_model(prune_model(LeNet300(), 0.8, scope="layer"), bits=4)
+    path = save(use_sparse_products(real) if products else real, tmp_path / "m.mz")
+    code = "import sys; from modelzip.pack import load; m = load(sys.argv[1]); print(type(m.fc1).__name__, m.fc1.q.kind)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout.split() == ["SparseLinear" if products else "Dequantize", "sparse"], done.stderr
 
 
 def test_pruned_after_quantizing_and_quantized_after_pruning():
