@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 from modelzip import qat
 from modelzip.data import LeNet5, accuracy, digits, mnist5k, train
 from modelzip.pack import PackError, load, save
-from modelzip.qat import (ActivationQuantizer, FakeQuantized, StaticConv2d, StaticLinear, WeightQuantizer, convert, fold, freeze, prepare,
+from modelzip.qat import (ActivationQuantizer, FakeQuantized, StaticConv2d, StaticLinear, WeightQuantizer, convert, freeze, prepare,
                           set_bits, static_codes, straight_through)
 from modelzip.quant import Dequantize, quantize_model
 
