@@ -117,6 +117,7 @@ def items(
 
 # %% ../nbs/05_pack.ipynb
 HOMES = {"quantized": "quant", "Dequantize": "quant", "QLinear": "kernels", "QConv2d": "kernels", "QEmbedding": "kernels",
+         "sparse": "prune", "SparseLinear": "prune",
          "StaticLinear": "qat", "StaticConv2d": "qat"}
 
 def find_kind(
