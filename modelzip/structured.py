@@ -1679,9 +1679,8 @@ FOLDS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.Bat
          nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
 
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    axis = output_axis(layer)
-    one_group = axis == 0 or layer.groups == 1
-    return type(layer) in FOLDS and type(norm) is FOLDS[type(layer)] and norm.running_mean is not None and one_group
+    if FOLDS.get(type(layer)) is not type(norm) or norm.running_mean is None: return False
+    return output_axis(layer) == 0 or layer.groups == 1
 
 # %% ../nbs/08_structured.ipynb
 def _sequences(model: nn.Module) -> Iterator[tuple[str, str]]:
