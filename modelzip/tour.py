@@ -137,6 +137,7 @@ def pruned(
 
 # %% ../nbs/14_tour.ipynb
 @technique("half the multiplications, retrained")
+@functools.lru_cache(1)
 def _shrunk(model, data): return train(shrink(model, data.train.x[:1], macs=0.5, round_to=2), data.fit, epochs=4, lr=1e-3, progress=False)
 
 @technique("half the multiplications, 4-bit weights")
@@ -147,6 +148,7 @@ def _low_rank(model, data): return train(factorize(model, bytes=0.25), data.fit,
 
 # %% ../nbs/14_tour.ipynb
 @technique("student of 19,454 parameters, distilled")
+@functools.lru_cache(1)
 def _student(model, data): return taught(LeNet5(channels=[8, 16], hidden=60), model, data)
 
 @technique("the student with 4-bit weights")
