@@ -38,9 +38,12 @@ def quantize_activations(
     low, high = min(low, 0.), max(high, 0.)
     scale = (high - low) / top or 0.1
     zero = round(-low / scale)
+    return _codes_of(x, scale, zero, top), scale, zero
+
+def _codes_of(x, scale, zero, top):
+    "A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties."
     inverse = (1 / torch.tensor(scale, dtype=torch.float32)).double()
-    codes = (x.double() * inverse + zero).float().round()      # a fused multiply-add, rounded once: what decides near-ties
-    return codes.clamp_(0, top).to(torch.uint8), scale, zero
+    return (x.double() * inverse + zero).float().round().clamp_(0, top).to(torch.uint8)
 
 # %% ../nbs/06_kernels.ipynb
 def stretch_rows(
@@ -676,11 +679,14 @@ def _byte_rows(parts, shape, rows):
 KERNELS = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)   # these read their layers' weights and do not call them
 
+def _reader_of(model, name):
+    "The class of the module that reads a layer's weight instead of calling the layer, if there is one."
+    owners = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)] if name else []
+    return next((type(o).__name__ for o in owners if isinstance(o, READERS)), None)
+
 def _choice(model, name, wrapper, requantize=False):
     "The class that a Dequantize may become, or None and the reason."
-    owners = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)] if name else []
-    reader = next((type(o).__name__ for o in owners if isinstance(o, READERS)), None)
-    if reader: return None, f"{reader} reads its weight directly"
+    if reader := _reader_of(model, name): return None, f"{reader} reads its weight directly"
     cls = next((new for old, new in KERNELS.items() if isinstance(wrapper.layer, old)), None)
     if cls is None: return None, f"{type(wrapper.layer).__name__} has no integer kernel"
     if (why := cls.refuses(wrapper.layer, wrapper.q, wrapper.name, *[requantize] * (cls is not QEmbedding))) is not None: return None, why

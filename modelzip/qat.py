@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _not_the_weight_of
+from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _reader_of
 from .ptq import calibrate
 from .quant import (OBSERVERS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
                             quantize, scale_and_zero_point, symmetric_zero_point, _copy_with)
@@ -135,13 +135,8 @@ def static_codes(
     reach = scale * 2.0**22                                           # beyond, the conversion to a whole number may wrap around
     if x.numel() and not _within(x, reach): x = x.clamp(-reach, reach)
     if x.device.type == "cpu" and _has_quantize(): codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr()
-    else: codes = _codes_in_float64(x, scale, zero_point)
+    else: codes = _codes_of(x, scale, zero_point, 255)
     return codes if levels == 256 else codes.clamp_(max=levels - 1)
-
-def _codes_in_float64(x, scale, zero_point):
-    "The same, step by step: a fused multiply-add, rounded once to float32, then to the nearest whole number."
-    inverse = (1 / torch.tensor(scale, dtype=torch.float32)).double().item()
-    return (x.double() * inverse + zero_point).float().round().clamp(0, 255).to(torch.uint8)
 
 @functools.cache
 def _has_quantize():
@@ -458,7 +453,7 @@ def _with_quantizers(model, chosen, ranges, norms):
     shared = {}
     for name, how in chosen.items():
         layer, norm = model.get_submodule(name), None
-        integer = how["activations"] is not None and _plain_type(layer) in (nn.Linear, nn.Conv2d) and not _read_by_owner(model, name)
+        integer = how["activations"] is not None and _plain_type(layer) in (nn.Linear, nn.Conv2d) and not _reader_of(model, name)
         if integer and name in norms: norm = model.get_submodule(norms[name])
         key = id(layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight)
         if key not in shared: shared[key] = _weight_quantizer(layer, norm, how)
@@ -475,11 +470,6 @@ def _weight_quantizer(layer, norm, how):
     return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"])
 
 # %% ../nbs/11_qat.ipynb
-def _read_by_owner(model, name):
-    "Attention reads its layers' weights and does not call them."
-    owners = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
-    return any(isinstance(o, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for o in owners)
-
 def _replace(model, name, new):
     "Put a module in the place of another; returns the model, which is the new one when the name is empty."
     if not name: return new
