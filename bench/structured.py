@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent/"tests"))
+from torchvision_models import torchvision_models
+
 from modelzip.data import LeNet5, accuracy, mnist5k, train
 from modelzip.measure import count_parameters, file_bytes, latency, machine
 from modelzip.pack import load, save
@@ -18,20 +21,6 @@ from modelzip.structured import answers, channel_groups, choose_channels, close,
 RESULTS = Path(__file__).parent/"results"/"structured.json"
 FIXED_SIZE = ("vit_", "swin", "maxvit")      # they want 224 × 224; maxvit besides has a size of window that divides it
 MOST = 150e6                                 # parameters: larger ones would say nothing new
-OPERATORS = """nms qnms roi_align _roi_align_backward ps_roi_align _ps_roi_align_backward roi_pool _roi_pool_backward ps_roi_pool _ps_roi_pool_backward qroi_align
-    deform_conv2d _deform_conv2d_backward""".split()
-
-def torchvision_models():
-    "torchvision.models; its classifiers are plain Python, so that names are enough where its compiled operators do not load."
-    try: import torchvision
-    except ImportError: return None
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.startswith("torchvision")]: del sys.modules[name]
-        global library
-        library = torch.library.Library("torchvision", "DEF")
-        for name in OPERATORS: library.define(f"{name}(Tensor x) -> Tensor")
-        import torchvision
-    return torchvision.models
 
 def lively(model):
     "Statistics of BatchNorms as after some training, so that activations have a size."

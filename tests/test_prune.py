@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
+from inputs import related
 from modelzip import pack, prune
 from modelzip.data import LeNet5, LeNet300, Split, train
 from modelzip.pack import PackError, inspect, load, read_tensor, save
@@ -21,12 +22,6 @@ from modelzip.quant import CompressedTensor, Dequantize, quantize, quantize_mode
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
-
-
-def related(rows, inputs, seed=0):
-    "Inputs that depend on each other, some much larger than others."
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
 
 
 def net():

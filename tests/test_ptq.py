@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from inputs import related
 from modelzip.data import LeNet5
 from modelzip.pack import load, save
 from modelzip.ptq import (CALIBRATED, LayerStatistics, Replay, as_matrices, awq, awq_columns, calibrate, caught_up, correct_bias, equalize, feed, find_pairs, fitted_scales,
@@ -17,12 +18,6 @@ from modelzip.quant import Dequantize, quantize, quantize_model
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
-
-
-def related(rows, inputs, seed=0):
-    "Inputs that depend on each other, some much larger than others."
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
 
 
 def seen_by(layer, x): return calibrate(layer, [x])[""]

@@ -1,5 +1,5 @@
 """Removing channels: the smaller model must give what the masked one gives, for every kind of layer and of wiring; and what is not safe is left alone."""
-import copy, math, sys, warnings
+import copy, math, warnings
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from modelzip.pack import load, save
 from modelzip.quant import quantize_model
 from modelzip.structured import (RemainingAttention, RemainingLayerNorm, channel_groups, channel_scores, choose_channels, factorize, fold, fold_batchnorm,
                                  foldable, shrink, total_macs)
+from torchvision_models import torchvision_models
 
 torch.set_num_threads(1)
 
@@ -353,7 +354,7 @@ def test_bytes_and_what_is_not_touched():
 TEN = "resnet18 resnext50_32x4d densenet121 googlenet mobilenet_v3_small shufflenet_v2_x0_5 regnet_y_400mf squeezenet1_1 mnasnet0_5 efficientnet_b0".split()
 
 def of_torchvision(name):
-    models = torchvision_models()
+    models = installed_models()
     torch.manual_seed(0)
     if name == "small ViT": return models.VisionTransformer(32, 8, 3, 4, 48, 96, num_classes=10)
     if name == "small Swin": return models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7], num_classes=10)
@@ -369,17 +370,7 @@ def test_torchvision(name):
     with torch.no_grad(): got, want = choice.shrunk()(example), choice.masked()(example)
     assert (got - want).abs().max() <= 1e-3*want.abs().max() and sum(a < b for a, b in choice.remaining.values()) >= 4
 
-OPERATORS = """nms qnms roi_align _roi_align_backward ps_roi_align _ps_roi_align_backward roi_pool _roi_pool_backward ps_roi_pool _ps_roi_pool_backward qroi_align
-    deform_conv2d _deform_conv2d_backward""".split()
-
-def torchvision_models():
-    "torchvision's models are plain Python; where its compiled operators do not load, names for them are enough."
-    try: import torchvision
-    except ImportError: pytest.skip("torchvision is not installed: pip install --no-deps torchvision")
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.startswith("torchvision")]: del sys.modules[name]
-        global library
-        library = torch.library.Library("torchvision", "DEF")
-        for name in OPERATORS: library.define(f"{name}(Tensor x) -> Tensor")
-        import torchvision
-    return torchvision.models
+def installed_models():
+    models = torchvision_models()
+    if models is None: pytest.skip("torchvision is not installed: pip install --no-deps torchvision")
+    return models

@@ -1,0 +1,8 @@
+"Inputs that several tests use."
+import torch
+
+
+def related(rows, inputs, seed=0):
+    "Inputs that depend on each other, some much larger than others."
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
