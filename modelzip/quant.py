@@ -809,12 +809,11 @@ class Packed(nn.Module):
 @patch_onto(Packed)
 def _apply(self, fn, recurse=True):
     "Move parts to another device; `.half()` changes what they expand to, never the codes and scales themselves."
+    expands_to = fn(torch.empty(0, dtype=getattr(torch, self.meta["dtype"]))).dtype
+    self.meta = self.meta | {"dtype": _name(expands_to)}
     for name, part in self._buffers.items():
         moved = fn(part)
-        if moved.dtype != part.dtype:
-            self.meta = self.meta | {"dtype": _name(moved.dtype)}
-            moved = part.to(moved.device)
-        self._buffers[name] = moved
+        self._buffers[name] = moved if moved.dtype == part.dtype else part.to(moved.device)
     return self
 
 @patch_onto(Packed)

@@ -319,6 +319,7 @@ def test_a_model_keeps_its_function_its_ties_and_its_original():
     assert torch.equal(copy.deepcopy(small)(tokens), small(tokens))
     half = copy.deepcopy(small).half()
     assert half.head.weight.dtype == torch.float16 and half.head.packed.scale.dtype == torch.float32
+    assert (half.float()(tokens) - small(tokens)).abs().max() < 0.01
     assert small.train().blocks[0][0].training and not small.eval().head.training
 
 
