@@ -1,0 +1,185 @@
+"The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from modelzip.cli import COMMANDS, as_model, cli, open_model, quantize_weights
+from modelzip.data import LeNet5
+from modelzip.exchange import to_safetensors
+from modelzip.pack import load, read_tensor, save
+from modelzip.quant import Dequantize, quantize_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "Files of one LeNet-5 in every format that can be read."
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = LeNet5().eval()
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    save(model, folder / "own.mz")
+    to_safetensors(model, folder / "own.safetensors")
+    save_file(state, folder / "foreign.safetensors")
+    torch.save(state, folder / "state.pt")
+    torch.save({"state_dict": state, "epoch": 3}, folder / "checkpoint.pth")
+    hub = folder / "hub"; hub.mkdir()
+    names = sorted(state)
+    save_file({n: state[n] for n in names[:3]}, hub / "model-00001-of-00002.safetensors")
+    save_file({n: state[n] for n in names[3:]}, hub / "model-00002-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {n: f"model-0000{1 + (i >= 3)}-of-00002.safetensors" for i, n in enumerate(names)}}
+    (hub / "model.safetensors.index.json").write_text(json.dumps(index))
+    single = folder / "single"; single.mkdir()
+    save_file(state, single / "model.safetensors")
+    (folder / "mine.py").write_text("import torch\nfrom torch import nn\ndef net():\n    torch.manual_seed(1)\n    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))\ndef number(): return 3\n")
+    return folder
+
+
+def run(place, line, **environment):
+    "A process of its own: status, standard output, standard error."
+    done = subprocess.run([sys.executable, "-c", "import sys; from modelzip.cli import cli; sys.exit(cli())", *line.split()], cwd=place, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("source", ["own.mz", "own.safetensors", "foreign.safetensors", "state.pt", "checkpoint.pth", "hub", "single"])
+def test_every_source_gives_the_same_numbers(place, source, monkeypatch):
+    monkeypatch.chdir(place)
+    want, found = LeNet5().state_dict().keys(), open_model(source)
+    own = load(place / "own.mz").state_dict()
+    assert dict(found.named_parameters()).keys() == want
+    assert all(torch.equal(p, own[n]) for n, p in found.named_parameters())
+
+
+def test_a_process_of_its_own(place):
+    status, out, err = run(place, "compress foreign.safetensors -o out.mz --bits 4 --group 32 --json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["bytes"] == os.path.getsize(place / "out.mz") < 431_080 * 0.6
+    status, out, err = run(place, "inspect out.mz")
+    assert status == 0 and "fc1.weight" in out and "\033" not in out and err == ""
+    status, out, err = run(place, "inspect absent.mz")
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "absent.mz" in err and "Traceback" not in err
+
+
+def test_a_builder_of_ones_own(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert cli(["compress", "mine:net", "-o", "net.mz", "--bits", "8"]) == 0
+    assert "times smaller" in capsys.readouterr().out
+    assert cli(["bench", "mine:net", "net.mz", "--input", "2x64", "--repeats", "3", "--json"]) == 2         # net.mz does not say how it runs
+    assert "without the code" in capsys.readouterr().err
+    for wrong in "mine:number", "mine:absent", "absent:net":
+        assert cli(["compress", wrong, "-o", "net.mz"]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def test_targets(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert cli(["compress", "own.mz", "-o", "target.mz", "--bytes", "200000", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] <= 200_000
+    load("target.mz")
+    assert cli(["compress", "foreign.safetensors", "-o", "tree.mz", "--bytes", "200000"]) == 0
+    assert os.path.getsize("tree.mz") <= 200_000
+    assert cli(["compress", "own.mz", "-o", "named.mz", "--recipe", "int8"]) == 0
+    capsys.readouterr()
+    for line in ("--cosine 0.9", "--accuracy-loss 1", "--recipe absent", "--bytes -3"):
+        before = Path("named.mz").read_bytes()
+        assert cli(["compress", "own.mz", "-o", "named.mz", *line.split()]) == 2
+        assert capsys.readouterr().err.startswith("modelzip: ") and Path("named.mz").read_bytes() == before
+
+
+@pytest.mark.parametrize("ending", [".mz", ".safetensors", ".h5", ".npz"])
+def test_there_and_back(place, ending, tmp_path):
+    small = quantize_model(load(place / "own.mz"), 4, group=32)
+    save(small, tmp_path / "small.mz")
+    assert cli(["convert", str(tmp_path / "small.mz"), str(tmp_path / f"there{ending}")]) == 0
+    assert cli(["convert", str(tmp_path / f"there{ending}"), str(tmp_path / "back.mz")]) == 0
+    assert cli(["diff", str(tmp_path / "small.mz"), str(tmp_path / "back.mz")]) == 0
+
+
+def test_weights_without_code_are_converted(place, tmp_path):
+    tensors = {"cls": torch.randn(1, 1, 64), "block.gain": torch.randn(16, 16), "block.fc.weight": torch.randn(32, 16), "block.fc.bias": torch.randn(32), "count": torch.tensor(3)}
+    save(quantize_weights(as_model(tensors), 8), tmp_path / "tree.mz")
+    found = open_model(str(tmp_path / "tree.mz"))
+    assert sum(isinstance(m, Dequantize) for m in found.modules()) == 3
+    assert cli(["convert", str(tmp_path / "tree.mz"), str(tmp_path / "tree.safetensors"), "--expand"]) == 0
+    from safetensors.torch import load_file
+    back = load_file(tmp_path / "tree.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, t in tensors.items():
+        kept = read_tensor(tmp_path / "tree.mz", name)
+        assert torch.equal(back[name], kept if isinstance(kept, torch.Tensor) else kept.dequantize())
+        assert (back[name] - t).abs().max() < 0.05
+
+
+def test_onnx(place, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = load(place / "own.mz")
+    save(quantize_model(model, 8), tmp_path / "small.mz")
+    assert cli(["convert", str(tmp_path / "small.mz"), str(tmp_path / "small.onnx"), "--input", "1x1x28x28"]) == 0
+    from modelzip.onnx_export import onnx_model
+    x = torch.rand(3, 1, 28, 28)
+    with torch.no_grad(): want = model(x)
+    assert (onnx_model(tmp_path / "small.onnx")(x) - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no model at all", b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03."])
+@pytest.mark.parametrize("ending", [".mz", ".safetensors", ".h5", ".npz", ".pt"])
+def test_files_that_are_none(place, tmp_path, capsys, content, ending):
+    path = tmp_path / f"bad{ending}"
+    path.write_bytes(content)
+    assert cli(["compress", str(path), "-o", str(tmp_path / "out.mz")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("modelzip: ") and err.count("\n") == 1 and not (tmp_path / "out.mz").exists()
+
+
+def test_hostile_index(place, tmp_path, capsys):
+    for text in ("{", '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": 3}', "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        assert cli(["compress", str(tmp_path), "-o", str(tmp_path / "out.mz")]) == 2
+        assert "model.safetensors.index.json" in capsys.readouterr().err
+
+
+def test_eval_sets_a_limit(place, capsys):
+    assert cli(["eval", str(place / "own.mz"), "--data", "digits"]) == 2      # LeNet-5 reads 28 × 28, these are 8 × 8
+    assert "size" in capsys.readouterr().err
+    assert cli(["eval", str(place / "own.mz"), "--data", "mnist5k", "--json", "--at-least", "0.9"]) == 1     # it is not trained
+    found = json.loads(capsys.readouterr().out)
+    assert 0.02 < found["accuracy"] < 0.3 and found["low"] < found["accuracy"] < found["high"] and found["n"] == 1000
+
+
+def test_help_of_every_command_has_its_example(capsys):
+    for name, f in COMMANDS.items():
+        assert cli([name, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f.example in text and f.help.split(";")[0].lower() in text.lower()
+
+
+def test_examples_are_commands_that_parse():
+    from modelzip.cli import parser
+    for f in COMMANDS.values(): parser().parse_args(f.example.split(">")[0].split()[1:])
+
+
+def test_colours_on_a_terminal_alone(place, monkeypatch, capsys):
+    monkeypatch.setattr("modelzip.cli._colours", lambda: True)
+    assert cli(["inspect", str(place / "own.mz")]) == 0
+    assert "\033[1m" in capsys.readouterr().out
+    status, out, _ = run(place, "inspect own.mz", NO_COLOR="1")
+    assert status == 0 and "\033" not in out
+
+
+def test_a_reader_that_has_seen_enough(place):
+    line = f'{sys.executable} -c "import sys; from modelzip.cli import cli; sys.exit(cli())" inspect own.mz | head -1'
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=place, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("own.mz")
+
+
+def test_completion(capsys):
+    pytest.importorskip("shtab")
+    for shell in "bash", "zsh", "tcsh":
+        assert cli(["completion", shell]) == 0
+        assert "compress" in capsys.readouterr().out
+    done = subprocess.run(["bash", "-n"], input="", text=True)
+    assert done.returncode == 0
