@@ -46,6 +46,16 @@ def test_every_chapter_has_a_page_and_a_place_in_the_sidebar(built):
         assert p.name == "index.ipynb" or f'href="{p.stem}.html"' in index
 
 
+def test_every_public_name_has_its_place_in_the_reference(built):
+    import importlib
+    missing = []
+    for name in site.api().modules(ROOT):
+        page = built / f"api_{name}.html"
+        names = [n for n in importlib.import_module(f"modelzip.{name}").__all__ if n in site.api().public(name, ROOT)]
+        if names: missing += [n for n in names if f'id="{n}"' not in page.read_text()]
+    assert missing == []
+
+
 def test_parts_stand_in_order(built):
     bar = (built / f"{CHAPTERS[0].stem}.html").read_text().split('id="quarto-sidebar"')[1]
     found = [int(n) for n in re.findall(r'sidebar-link[^>]*href="(\d\d)[a-z]?_|href="(\d\d)[a-z]?_\w+\.html"[^>]*sidebar-link', bar) for n in n if n]

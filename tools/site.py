@@ -8,8 +8,8 @@ directives dropped, the output of `show_doc` set as documentation, names in back
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
 """
-import ast, json, re, shutil, subprocess, sys, tempfile
-from functools import cached_property
+import ast, importlib.util, json, re, shutil, subprocess, sys, tempfile
+from functools import cache, cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -61,6 +61,21 @@ def symbols(folder):
                 names = definitions(text(cell))
                 if names: where.update({n: f"{path.name}#def-{names[0]}" for n in names})
     return where
+
+
+def titles(folder):
+    "The title of each chapter, by its file."
+    first = lambda p: next("".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    return {p.name: (front_matter(first(p))[0] or {"title": p.stem})["title"] for p in chapters(folder)}
+
+
+@cache
+def api():
+    "tools/api.py as a module."
+    spec = importlib.util.spec_from_file_location("modelzip_api", Path(__file__).resolve().parent / "api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def front_matter(source):
@@ -187,7 +202,9 @@ def stage(nbs, folder):
         (folder / path.name).write_text(json.dumps(prepare(path, where), ensure_ascii=False), encoding="utf-8")
     if "index.ipynb" not in present:
         (folder / "index.md").write_text("---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)), encoding="utf-8")
-    settings = config(present)
+    reference = api().pages(where, titles(nbs), documentation)
+    for name, page in reference.items(): (folder / name).write_text(page, encoding="utf-8")
+    settings = config(present | reference.keys())
     (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
     for name in ("book.css", "favicon.svg"): shutil.copy(ASSETS / name, folder / name)
 
