@@ -151,6 +151,32 @@ def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     assert any("shows hidden cell 1" in p for p in problems) and any("nothing to typeset it" in p for p in problems)
 
 
+@pytest.mark.parametrize("chapter", [p.stem for p in CHAPTERS if p.name[0].isdigit()])
+def test_each_chapter_says_how_long_it_takes_and_where_it_runs(built, chapter):
+    head = re.search(r'<div[^>]*class="[^"]*at-a-glance.*?</div>', (built / f"{chapter}.html").read_text(), re.S)[0]
+    minutes = int(re.search(r"(\d+) min to read", head)[1])
+    assert 5 <= minutes <= 120
+    for start in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/", "https://github.com/"): assert re.search(rf'href="{start}[^"]*{chapter}\.ipynb"', head)
+    times = json.loads((ROOT / "bench/results/chapter_times.json").read_text())
+    assert ("to run" in head) == (chapter in times)
+
+
+def test_minutes_to_read():
+    words = lambda n, kind="markdown", first="": dict(cell_type=kind, source=first + "word " * n)
+    assert site.minutes_to_read([words(230), words(460, "code"), words(2300, "code", "#| hide\n")]) == 3
+    assert site.minutes_to_read([words(3)]) == 1
+
+
+@pytest.mark.parametrize("seconds, says", [(1, "5 s"), (41, "45 s"), (90, "90 s"), (91, "2 min"), (200, "3 min")])
+def test_duration(seconds, says):
+    assert site.duration(seconds) == says
+
+
+def test_course_pages_are_pages(built):
+    index = (built / "index.html").read_text()
+    for name in ("course", "glossary", "references"): assert f'href="{name}.html"' in index and (built / f"{name}.html").is_file()
+
+
 # ---------------------------------------------------------------------------------- in a browser
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,9 +1,12 @@
 """Run the book's chapters as they are committed: executed, exported, cleaned.
 
     python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
+    python tools/book.py time [nbs/03_quant.ipynb …]    execute without saving, to note how long chapters take
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
+
+How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
 """
-import filecmp, os, re, shutil, subprocess, sys, tempfile, time
+import configparser, filecmp, json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -11,20 +14,54 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMES = ROOT / "bench/results/chapter_times.json"
 STATIC = {"MODELZIP_STATIC": "1",      # explorers as HTML alone: what is saved must outlive its kernel
           "TQDM_DISABLE": "1",         # no progress bars in saved outputs
           "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def execute(path):
+def execute(path, save=True):
     "Run one notebook from top to bottom in a fresh kernel, in place; an error stops with the cell that raised it."
     nb = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     env = {**os.environ, **STATIC, "PYTHONPATH": str(ROOT)}
     client = NotebookClient(nb, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT / "nbs")}})
     client.execute(env=env)
+    took = time.perf_counter() - began
+    if save: nbformat.write(nb, path)
+    note_time(path, took)
+    return took
+
+
+def note_time(path, seconds):
+    "Remember how long a chapter took."
+    if not path.name[0].isdigit(): return
+    times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
+    TIMES.write_text(json.dumps(dict(sorted((times | {path.stem: round(seconds)}).items())), indent=1) + "\n", encoding="utf-8")
+
+
+def setup_cell(root=ROOT):
+    "What a notebook needs in Colab, where nothing of the book is installed; everywhere else it does nothing."
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(root / "settings.ini", encoding="utf-8")
+    url, dev = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["dev_requirements"].split()
+    name, pins = url.rpartition("/")[2], " ".join(r for r in dev if "==" in r and not r.startswith("smalldocs"))
+    return f"""#| hide
+import sys
+if "google.colab" in sys.modules:      # in Colab: fetch the book and install it; anywhere else nothing happens
+    !git clone -q --depth 1 {url}
+    !pip install -q "./{name}[all]" {pins}
+    %cd -q {name}/nbs"""
+
+
+def add_setup(path):
+    "Give a notebook that has code its set-up cell, behind the title."
+    nb, cell = nbformat.read(path, as_version=4), setup_cell()
+    if not any(c.cell_type == "code" for c in nb.cells): return
+    others = [c for c in nb.cells if '"google.colab" in sys.modules' not in c.source]
+    if len(others) == len(nb.cells) - 1 and nb.cells[1].source == cell: return
+    nb.cells = [others[0], nbformat.v4.new_code_cell(cell, id="setup"), *others[1:]]
     nbformat.write(nb, path)
-    return time.perf_counter() - began
 
 
 def nbdev(*command):
@@ -54,6 +91,7 @@ def readme(root=ROOT):
 
 def run(paths):
     for p in paths:
+        add_setup(p)
         export([p])
         print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
         nbdev("nbdev_clean", "--fname", str(p))
@@ -73,6 +111,10 @@ def check():
         made = {p.relative_to(copy) for pattern in ("modelzip/*.py", "nbs/*.ipynb", "README.md") for p in copy.glob(pattern)}
         made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("*.py")}
         wrong = [p for p in sorted(made) if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))]
+    cell = setup_cell()
+    for p in sorted((ROOT / "nbs").glob("*.ipynb")):
+        cells = nbformat.read(p, as_version=4).cells
+        if any(c.cell_type == "code" for c in cells) and cells[1].source != cell: wrong.append(p.relative_to(ROOT))
     for p in wrong: print(f"out of date: {p} (edit the notebook, then `make book`)")
     return not wrong
 
@@ -80,5 +122,7 @@ def check():
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *paths]: run([Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("*.ipynb")))
+        case ["time", *paths]:
+            for p in [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")): print(f"{p.name:<22} {execute(p, save=False):6.1f} s", flush=True)
         case ["check"]: sys.exit(not check())
         case _: sys.exit(__doc__)

@@ -8,11 +8,11 @@ directives dropped, the output of `show_doc` set as documentation, names in back
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
 """
-import ast, importlib.util, json, re, shutil, subprocess, sys, tempfile
+import ast, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
 from functools import cache, cached_property
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import yaml
 
@@ -91,6 +91,37 @@ def front_matter(source):
     return head, rest
 
 
+def minutes_to_read(cells, words_a_minute=230):
+    "How long the prose and the code that are shown take to read; short words and symbols of code count like others."
+    shown = [text(c) for c in cells if c["cell_type"] in ("markdown", "code") and not is_hidden(c)]
+    return max(1, round(sum(len(t.split()) for t in shown) / words_a_minute))
+
+
+def duration(seconds):
+    "Seconds as a reader wants to know them: `15 s`, `3 min`."
+    return f"{max(5, -(-seconds // 5) * 5)} s" if seconds <= 90 else f"{round(seconds / 60)} min"
+
+
+def repository():
+    "Address and branch of the book's source."
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
+
+
+def at_a_glance(path, cells):
+    "The line under a chapter's title: how long it takes to read and to run, and where it can be run without installing anything."
+    url, branch = repository()
+    where, times = urlsplit(url).path.strip("/"), ROOT / "bench/results/chapter_times.json"
+    seconds = json.loads(times.read_text(encoding="utf-8")).get(path.stem) if times.exists() else None
+    facts = [f"{minutes_to_read(cells)} min to read"] + ([] if seconds is None else [f"{duration(seconds)} to run"])
+    places = {"Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/nbs/{path.name}",
+              "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/nbs/{path.name}', safe='')}",
+              "GitHub": f"{url}/blob/{branch}/nbs/{path.name}"}
+    links = " · ".join(f"[{name}]({address})" for name, address in places.items())
+    return "::: {.at-a-glance}\n\n" + " · ".join(facts) + f" · open in {links}\n\n:::\n"
+
+
 def linked(source, where, page):
     "Link the first mention of every exported name in backticks; headings, code blocks and links stay as they are."
     done, fenced, lines = set(), False, []
@@ -129,6 +160,7 @@ def prepare(path, where):
             if not cells:
                 head, source = front_matter(source)
                 if head: cells.append({"cell_type": "raw", "metadata": {}, "source": "---\n" + yaml.safe_dump(head, allow_unicode=True, sort_keys=False) + "---\n"})
+                if head and path.name[0].isdigit(): cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
                 if not source.strip(): continue
             source = linked(source.replace("](nbs/", "]("), where, path.name)
             cells.append({**cell, "source": source})

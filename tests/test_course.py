@@ -1,0 +1,175 @@
+"The course's pages: terms that lead to where they are derived, papers that are those of the chapters, numbers that agree."
+import configparser, json, re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = configparser.ConfigParser(delimiters=["="], interpolation=None)
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+SETTINGS = SETTINGS["DEFAULT"]
+
+
+@cache
+def cells(name):
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads((ROOT / f"nbs/{name}").read_text(encoding="utf-8"))["cells"]]
+
+
+def markdown(name):
+    return "\n\n".join(t for kind, t in cells(name) if kind == "markdown")
+
+
+def slug(heading):
+    "The name that pandoc and smalldocs give to a heading's place."
+    heading = re.sub(r"[`*$]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", heading.lower()).strip()))
+
+
+@cache
+def sections(name):
+    "Place → all that stands between its heading and the next of its rank."
+    found, within = {}, []
+    for kind, t in cells(name):
+        for line in t.split("\n"):
+            if kind == "markdown" and (m := re.match(r"(#+) (.*)", line)):
+                within = [(rank, s) for rank, s in within if rank < len(m[1])] + [(len(m[1]), slug(m[2]))]
+            for _, s in within: found[s] = found.get(s, "") + line + "\n"
+    return found
+
+
+def links(text):
+    return re.findall(r"\]\((\w+\.ipynb)(?:#([^)]+))?\)", text)
+
+
+@pytest.mark.parametrize("page", ["course.ipynb", "glossary.ipynb", "references.ipynb"])
+def test_links_lead_to_headings(page):
+    assert len(links(markdown(page))) > 40
+    for name, place in links(markdown(page)):
+        assert (ROOT / "nbs" / name).exists(), f"{page} links to {name}"
+        assert not place or place in sections(name), f"{page}: {name} has no heading for #{place}"
+
+
+TERMS = [(m[1], m[0]) for m in re.finditer(r"^- \*\*(.+?)\*\*.*$", markdown("glossary.ipynb"), re.M)]
+
+
+def test_terms_stand_in_order_and_once():
+    names = [t.strip("`").lower() for t, _ in TERMS]
+    assert len(names) >= 100 and len(set(names)) == len(names)
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize("term, entry", TERMS, ids=[t for t, _ in TERMS])
+def test_the_section_behind_a_term_speaks_of_it(term, entry):
+    if re.search(r": see \*", entry): return
+    places = [(n, p) for n, p in links(entry) if p]
+    assert places, f"{term} links to no section"
+    said = "".join(sections(n)[p] for n, p in places).lower()
+    assert any(w[:6] in said for w in re.findall(r"[a-z0-9:]{2,}", term.lower())), f"{places} say nothing of {term}"
+
+
+def test_italic_words_are_terms():
+    names = {t.strip("`").lower() for t, _ in TERMS}
+    for word in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", "\n".join(e for _, e in TERMS)):
+        if word in ("as before", "where"): continue       # quoted, stressed
+        assert {word.lower(), word.lower().removesuffix("s")} & names, f"{word} is set as a term, and is none"
+
+
+# ---------------------------------------------------------------------------------- papers
+
+CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+ENTRIES = re.findall(r"^- .*$", markdown("references.ipynb"), re.M)
+
+
+def plain(text):
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def papers(name):
+    "The part of a chapter that lists papers."
+    m = re.search(r"^(#+ Papers|\*\*(Papers|Read more)).*", markdown(name), re.M | re.S)
+    return m[0] if m else ""
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_paper_of_a_chapter_is_a_reference(name):
+    for n in set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", "\n".join(t for _, t in cells(name)))):
+        mine = [e for e in ENTRIES if f"arXiv:{n}]" in e]
+        assert len(mine) == 1, f"{name} cites arXiv:{n}: {len(mine)} references have it"
+        assert f"({name})" in mine[0], f"the reference arXiv:{n} does not lead to {name}"
+    for title in re.findall(r"(?<!\*)\*([A-Z0-9][^*]{8,})\*(?!\*)", papers(name)):
+        assert any(plain(title) in plain(e) and f"({name})" in e for e in ENTRIES), f"{name} lists *{title}*, and no reference does so for it"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[re.search(r"\*(.*?)\*", e)[1][:40] for e in ENTRIES])
+def test_every_reference_is_cited_where_it_says(entry):
+    title, where = re.search(r"\*(.*?)\*", entry)[1], [n for n, _ in links(entry)]
+    arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})\]\(https://arxiv\.org/abs/\1\)", entry)
+    assert where and re.search(r"\b(19|20)\d\d\b|onnx\.ai", entry)
+    for name in where:
+        all_text = "\n".join(t for _, t in cells(name))
+        assert arxiv and arxiv[1] in all_text or plain(title)[:30] in plain(all_text), f"{name} does not cite {title}"
+
+
+def test_references_stand_once():
+    titles = [plain(re.search(r"\*(.*?)\*", e)[1]) for e in ENTRIES]
+    assert len(titles) >= 100 and len(set(titles)) == len(titles)
+
+
+# ---------------------------------------------------------------------------------- around the book
+
+def test_citation_agrees_with_the_settings():
+    cite = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cite["version"] == SETTINGS["version"] and cite["repository-code"] == SETTINGS["git_url"]
+    assert cite["authors"] == [{"name": SETTINGS["author"]}] and cite["cff-version"] == "1.2.0"
+    bibtex = markdown("course.ipynb")
+    assert f"{{{SETTINGS['version']}}}" in bibtex and SETTINGS["git_url"] in bibtex and cite["title"] in bibtex
+
+
+def test_syllabus_has_six_sessions_of_ninety_minutes():
+    sessions = re.split(r"^## Session \d: ", markdown("course.ipynb"), flags=re.M)[1:]
+    assert len(sessions) == 6
+    for s in sessions:
+        s = re.split(r"^## ", s, flags=re.M)[0]
+        assert sum(map(int, re.findall(r"^\| (\d+) \|", s, re.M))) == 90, s[:40]
+        assert all(f"**{word}" in s for word in ("Question.", "Prepare", "Hand in")), s[:40]
+
+
+def test_ten_minutes_are_ten():
+    words = dict(zip("One Two Three Four Five".split(), range(1, 6)))
+    path = markdown("course.ipynb").split("## If you have ten minutes")[1].split("\n## ")[0]
+    assert sum(words[w] for w in re.findall(r"\*\*(\w+) minutes?\.\*\*", path)) == 10
+
+
+def test_every_chapter_with_exercises_is_in_the_syllabus():
+    named = {n for n, _ in links(markdown("course.ipynb"))}
+    assert {n for n in CHAPTERS if n not in ("05b_exchange.ipynb", "06b_onnx.ipynb", "13_auto.ipynb")} <= named | {"02_explore.ipynb"}
+
+
+def test_workflows_use_the_targets_of_make():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for name in "test", "deploy":
+        flow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+        runs = " ".join(s.get("run", "") for job in flow["jobs"].values() for s in job["steps"])
+        used = set(re.findall(r"\bmake ([a-z]+)", runs))
+        assert used and used <= targets, f"{name}.yml calls make {used - targets}"
+    assert "make test" in (ROOT / ".github/workflows/test.yml").read_text() and "make docs" in (ROOT / ".github/workflows/deploy.yml").read_text()
+
+
+def test_binder_installs_the_book_with_the_tested_versions():
+    lines = [l for l in (ROOT / ".binder/requirements.txt").read_text().splitlines() if l and not l.startswith("#")]
+    assert lines[:2] == ["-c ../constraints.txt", ".[all]"] and (ROOT / "constraints.txt").exists()
+    assert {l for l in lines if "==" in l} == {r for r in SETTINGS["dev_requirements"].split() if "==" in r and not r.startswith("smalldocs")}
+
+
+@pytest.mark.parametrize("name", [*CHAPTERS, "index.ipynb"])
+def test_set_up_for_colab(name):
+    "It stands behind the title, and does nothing here."
+    kind, code = cells(name)[1]
+    assert kind == "code" and code.startswith("#| hide\n") and f"git clone -q --depth 1 {SETTINGS['git_url']}\n" in code
+    lines = code.splitlines()
+    asks = next(i for i, l in enumerate(lines) if l.startswith('if "google.colab" in sys.modules:'))
+    assert all(l.startswith(("#", "import sys")) for l in lines[:asks]) and all(l.startswith("    ") for l in lines[asks + 1:])
+    for r in SETTINGS["dev_requirements"].split():
+        if "==" in r and not r.startswith("smalldocs"): assert r in code
