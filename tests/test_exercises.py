@@ -332,6 +332,15 @@ WRONG = {
             for t in threads: t.start()
             for t in threads: t.join()
             return results""", "an error in a thread was lost")],
+    "15_cli:check_zeros": [
+        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3}, '%'))(open_model(o.model))", "3 of the 6 numbers are zero"),   # counts, not a share
+        ("lambda o: (lambda m: Done({'share': (m.a.weight == 0).float().mean().item()}, 'half'))(open_model(o.model))", "no percent sign"),
+        ("lambda o: (lambda v: Done({'share': (v == 0).float().mean().item() if len(v) else 0.}, '%'))(torch.cat([p.flatten() for p in open_model(o.model).parameters()] or [torch.zeros(0)]))",
+         "expand them first")],                                                                                          # compressed tensors are no parameters
+    "15_cli:check_gate": [
+        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "not a percentage"),
+        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "nothing was measured"),
+        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0", "not eval and diff")],
 }
 
 
