@@ -143,7 +143,7 @@ class Trace(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.ties, self.steps, self.edges = Ties(), [], []
-        self.rectangles, self.tracks, self.norms, self.heads = [], [], {}, {}
+        self.rectangles, self.picked, self.left_out, self.tracks, self.norms, self.heads = [], [], [], [], {}, {}
         self.path, self.modules = [""], dict(model.named_modules())
         self.named = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self.owned, self.hopeless = {}, set()
@@ -388,10 +388,12 @@ def with_axis(
     x: Marks,                      # of what went in
     axis: int,                     # of the channels, in both
     labels: np.ndarray | None,     # of the output along this axis; None: its size is fixed
+    bias: Any = None,              # what the layer adds
 ) -> Marks:
     "What a layer puts out: new channels, which are zero if the parameters behind them are; all other axes as they came."
     blocks = {axes: l for axes, l in x.blocks.items() if axis not in axes}
-    return Marks(tuple(output.shape), blocks | ({} if labels is None else {(axis,): labels}), True)
+    zero = not blocks or x.zero and bias is None         # a bias lifts what came as zero along another axis
+    return Marks(tuple(output.shape), blocks | ({} if labels is None else {(axis,): labels}), zero)
 
 # %% ../nbs/07b_channels.ipynb
 @rule("linear")
@@ -402,7 +404,7 @@ def linear(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor,
     link(t.ties, inputs, isolate(t.ties, w, -1), INPUT)
     if bias is not None: link(t.ties, rows, isolate(t.ties, t.marks(bias), 0))
     track(t, "in_features", inputs); track(t, "out_features", rows)
-    return with_axis(output, x, output.dim() - 1, rows)
+    return with_axis(output, x, output.dim() - 1, rows, bias)
 
 # %% ../nbs/07b_channels.ipynb
 def isolate_or_fix(ties: Ties, m: Marks, axis: int) -> np.ndarray | None:
@@ -423,7 +425,7 @@ def convolution(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Te
     if groups == 1: link(ties, inputs, isolate(ties, w, 1), INPUT)
     else: grouped(t, inputs, rows, w, groups)
     if bias is not None: link(ties, rows, isolate(ties, t.marks(bias), 0))
-    return with_axis(output, x, c, rows)
+    return with_axis(output, x, c, rows, bias)
 
 # %% ../nbs/07b_channels.ipynb
 def x_channel(ties: Ties, x: Marks, w: Marks) -> int:
@@ -463,7 +465,7 @@ def transposed(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Ten
         track(t, "groups", inputs.reshape(groups, -1)[:, 0])
     if bias is not None: link(ties, columns, isolate(ties, t.marks(bias), 0))
     track(t, "in_channels", inputs); track(t, "out_channels", columns)
-    return with_axis(output, x, c, columns)
+    return with_axis(output, x, c, columns, bias)
 
 # %% ../nbs/07b_channels.ipynb
 @rule("embedding")
@@ -529,13 +531,14 @@ def norm_of_squares(t: Trace, f: Callable, output: Tensor, input: Tensor, normal
 
 # %% ../nbs/07b_channels.ipynb
 def over_channels(t: Trace, x: Marks, axes: int, kind: type, parameters: list[Tensor]) -> None:
-    "A normalization over the last axes. The module that does it is exchanged for one that goes on counting: it must be a module."
+    """A normalization over the last axes. The module that does it is exchanged for one that goes on counting: it must be a module.
+    It may move its channels to the end before, as the LayerNorms of ConvNeXt do."""
     why = f"{kind.__name__} takes the mean of all of them"
     if axes > 1 or not isinstance(t.modules.get(t.path[-1]), kind):
         for axis in range(axes): fix(t.ties, x, -1 - axis, why)
     channels = isolate_or_fix(t.ties, x, -1)
     if channels is not None:
-        t.norms[t.path[-1]] = channels
+        t.norms[t.path[-1]] = channels, bool(t.steps) and (t.steps[-1].path, t.steps[-1].name) == (t.path[-1], "permute")
         if not x.zero: t.ties.keep(channels, why + ", and they need not be zero")
     for p in map(t.marks, parameters):
         if axes == 1: link(t.ties, channels, isolate(t.ties, p, 0))
@@ -685,7 +688,7 @@ def moved(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) ->
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)
-    if name in CUT: cut(t.ties, m, g, name)
+    if name in CUT: cut(t, m, g, name)
     outs = [Marks(tuple(o.shape), {}, m.zero, m.free) for o in tensors_of(output)]
     for axes, labels in m.blocks.items():
         for out, y in zip(outs, tree_leaves(g(spread(labels, axes, m.shape)))):
@@ -719,7 +722,7 @@ def mark(t: Trace, m: Marks, axes: tuple, labels: np.ndarray) -> None:
 
 # %% ../nbs/07b_channels.ipynb
 def cut(
-    ties: Ties,
+    t: Trace,
     m: Marks,
     g: Callable,        # cuts pieces out of a tensor
     name: str,
@@ -730,11 +733,23 @@ def cut(
             if not any(axis in b for b in m.blocks): continue
             n = m.shape[axis]
             pieces = [np.unique(p.numpy()) for p in tree_leaves(g(spread(np.arange(n), (axis,), m.shape)))]
-            for p in pieces:
-                if len(p) == n or not any(axis in b for b in m.blocks): continue
-                if len(p) == 1: fix(ties, m, axis, f"`{name}` picks it by its number")
-                elif p[-1] - p[0] != len(p) - 1: fix(ties, m, axis, f"`{name}` picks them by their numbers")
-                elif n % len(p) == 0 and p[0] % len(p) == 0: same_pieces(ties, m, axis, n // len(p))
+            note_picked(t, m, axis, np.unique(np.concatenate(pieces)))
+            for p in pieces: cut_piece(t.ties, m, axis, p, name)
+
+def cut_piece(ties: Ties, m: Marks, axis: int, p: np.ndarray, name: str) -> None:
+    n = m.shape[axis]
+    if len(p) == n or not any(axis in b for b in m.blocks): return
+    if len(p) == 1: fix(ties, m, axis, f"`{name}` picks it by its number")
+    elif p[-1] - p[0] != len(p) - 1: fix(ties, m, axis, f"`{name}` picks them by their numbers")
+    elif n % len(p) == 0 and p[0] % len(p) == 0: same_pieces(ties, m, axis, n // len(p))
+
+# %% ../nbs/07b_channels.ipynb
+def note_picked(t: Trace, m: Marks, axis: int, places: np.ndarray) -> None:
+    "What nobody ever picks, such as places beyond the length of the example, may be picked from another input: it stays."
+    axes = next(b for b in m.blocks if axis in b)
+    lines = np.moveaxis(m.blocks[axes], axes.index(axis), 0)
+    t.picked.append(lines[places].ravel())
+    t.left_out.append(np.delete(lines, places, 0).ravel())
 
 # %% ../nbs/07b_channels.ipynb
 def same_pieces(ties: Ties, m: Marks, axis: int, k: int) -> None:
@@ -791,6 +806,7 @@ def written(t: Trace, f: Callable, output: Any, *args, **kwargs) -> None:
 def recurrent(t: Trace, f: Callable, output: Any, input: Tensor, hx: Any, params: Any, *args) -> list[Marks] | None:
     "A unit of the hidden state has a row in each gate, a column in the matrix of the state, and a place in what is read next."
     m, x, ties = t.modules.get(t.path[-1]), t.marks(input), t.ties
+    if isinstance(hx, Tensor) and not hx.is_floating_point(): hx, params = params, args[0]      # after the sizes of packed sequences
     if not isinstance(m, nn.RNNBase) or m.proj_size or m.hidden_size == 1 or not isinstance(params, (list, tuple)): return None
     units, inputs, ways = ties.new(m.hidden_size), isolate(ties, x, -1), 1 + m.bidirectional
     track(t, "input_size", inputs); track(t, "hidden_size", units)
@@ -799,8 +815,7 @@ def recurrent(t: Trace, f: Callable, output: Any, input: Tensor, hx: Any, params
     both, each = np.concatenate([units]*ways), 2 + 2*m.bias
     for i in range(0, len(params), each):
         gates(ties, *map(t.marks, params[i:i + each]), reads=inputs if i < each*ways else both, units=units)
-    outs = [Marks(tuple(o.shape), {(o.dim() - 1,): both if i == 0 else units}, True) for i, o in enumerate(tensors_of(output))]
-    return outs
+    return [Marks(tuple(o.shape), {(o.dim() - 1,): both if i == 0 else units}, True) for i, o in enumerate(tensors_of(output))]
 
 # %% ../nbs/07b_channels.ipynb
 def gates(ties: Ties, w: Marks, u: Marks, *biases: Marks, reads: np.ndarray | None, units: np.ndarray) -> None:
@@ -812,6 +827,16 @@ def first_state(ties: Ties, state: Marks, units: np.ndarray) -> None:
     "Zeros by default, which take any size; a state that is given belongs to its units."
     for axis in range(len(state.shape) - 1): fix(ties, state, axis, "it is a position, not a channel")
     if not state.free: link(ties, units, isolate(ties, state, -1), "its first state is given")
+
+# %% ../nbs/07b_channels.ipynb
+@rule("pack_padded_sequence", "pad_packed_sequence")
+def packed(t: Trace, f: Callable, output: Any, input: Tensor, lengths: Tensor, first: bool = False, padding: float = 0., *args) -> list[Marks]:
+    "Sequences of different lengths, one behind the other, and back."
+    x = t.marks(input)
+    for axis in range(len(x.shape) - 1): fix(t.ties, x, axis, "it is a position, not a channel")
+    y, numbers = tensors_of(output)
+    channels = {(y.dim() - 1,): l for l in x.blocks.values()}
+    return [Marks(tuple(y.shape), channels, x.zero and not padding), Marks(tuple(numbers.shape))]
 
 # %% ../nbs/07b_channels.ipynb
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -891,6 +916,7 @@ def trace(
     t.output = [o.detach().clone() for o in tensors_in(outputs)]
     for o in tensors_in(outputs): keep_all(t.ties, t.marks(o), "it is an output of the model")
     for labels in t.rectangles: settle(t.ties, labels)
+    if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
     return t
 
 # %% ../nbs/07b_channels.ipynb
@@ -904,6 +930,12 @@ def settle(
     if any((x == x[:, :1]).all() for x in rows): return
     x = max(rows, key=lambda x: ties.free(x).all(1).sum())
     ties.tie(x, x[:, :1])
+
+# %% ../nbs/07b_channels.ipynb
+def left_out_stay(ties: Ties, picked: np.ndarray, left_out: np.ndarray) -> None:
+    "Numbers that slices left out, and that no other slice picks."
+    lonely = np.setdiff1d(ties.find(left_out), np.append(ties.find(picked), 0))
+    if len(lonely): ties.keep(lonely, "the example does not use it, but another input may")
 
 # %% ../nbs/07b_channels.ipynb
 @dataclass(frozen=True)

@@ -286,25 +286,24 @@ def follow(
         m, n = model.get_submodule(path), int((~gone[labels]).sum())
         if i is None: setattr(m, attribute, n)
         else: setattr(m, attribute, type(old := getattr(m, attribute))([*old[:i], n, *old[i + 1:]]))
-    for path, labels in t.norms.items():
-        if (n := int((~gone[labels]).sum())) < len(labels): put(model, path, smaller_norm(model.get_submodule(path), n, exact))
+    for path, (labels, first) in t.norms.items():
+        if gone[labels].any(): put(model, path, smaller_norm(model.get_submodule(path), int((~gone[labels]).sum()), first, exact))
     for path, (heads, columns) in t.heads.items():
         if gone[heads].any() or gone[columns].any():
             put(model, path, remaining_attention(model.get_submodule(path), heads.shape[1]))
 
 # %% ../nbs/08_structured.ipynb
-def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, exact: bool) -> nn.Module:
-    "The same norm for n channels, with the parameters that remain already in it."
-    new = remaining_norm(m, n) if exact else ordinary_norm(m)
+def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, first: bool, exact: bool) -> nn.Module:
+    "The same norm for n channels (which come first or last), with the parameters that remain already in it."
+    new = remaining_norm(m, n, first) if exact else ordinary_norm(m)
     new.normalized_shape, new.weight = (n,), m.weight
     if isinstance(m, nn.LayerNorm): new.bias = m.bias
     return new.train(m.training)
 
-def remaining_norm(m: nn.Module, n: int) -> nn.Module:
-    "A LayerNorm with a `forward` of its own has its channels first; if not, the rehearsal will tell."
+def remaining_norm(m: nn.Module, n: int, first: bool) -> nn.Module:
+    "One that goes on counting."
     total, affine = getattr(m, "total", m.normalized_shape[0]), m.weight is not None
     if isinstance(m, nn.RMSNorm): return RemainingRMSNorm(n, total, m.eps, affine, "meta")
-    first = getattr(m, "channels_first", type(m).forward is not nn.LayerNorm.forward)
     return RemainingLayerNorm(n, total, m.eps, affine, m.bias is not None, first, "meta")
 
 def ordinary_norm(m: nn.Module) -> nn.Module:
