@@ -338,6 +338,22 @@ def test_the_lowest_go():
     assert choice.channels == {("0.weight", 0): [0, 1, 3, 5], ("0.bias", 0): [0, 1, 3, 5], ("2.weight", 1): [0, 1, 3, 5]}
     assert choice.remaining == {"0": (4, 8)}
 
+@pytest.mark.parametrize("ours, p", [("l1", 1), ("l2", 2)])
+def test_the_same_scores_as_torch_pruning(ours, p):
+    "Over a whole group: rows, columns, BatchNorm's factors. (It leaves biases out, we do not: here they are zero.)"
+    tp = pytest.importorskip("torch_pruning")
+    model = Net(lambda s, x: (lambda y: s.out(y + s.n2(s.b(s.n1(s.a(y)).relu()))))(s.stem(x)), stem=conv(3, 8), a=conv(8, 6), n1=nn.BatchNorm2d(6), b=conv(6, 8), n2=nn.BatchNorm2d(8), out=conv(8, 2))
+    messy(model)
+    for n, b in model.named_parameters():
+        if n.endswith("bias"): b.data.zero_()
+    groups = channel_groups(model, IMAGE)
+    scores = channel_scores(model, groups, ours)
+    graph = tp.DependencyGraph().build_dependency(model, IMAGE)
+    for g in groups:
+        whole = graph.get_pruning_group(model.get_submodule(g.name), tp.prune_conv_out_channels, list(range(len(g))))
+        theirs = tp.importance.GroupMagnitudeImportance(p, "sum", None)(whole)
+        torch.testing.assert_close(torch.tensor(scores[g.name]).float(), theirs.detach(), rtol=1e-4, atol=1e-6)
+
 @pytest.mark.parametrize("ratio, round_to, remain", [(0, 8, 64), (.5, 8, 32), (.1, 8, 56), (.99, 8, 8), (.5, 64, 32), (.99, 1, 1), (.3, 1, 45)])
 def test_rounding(ratio, round_to, remain):
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 2))
