@@ -26,9 +26,12 @@ RESULTS = Path(__file__).parent/"results"/"structured.json"
 FIXED_SIZE = ("vit_", "swin", "maxvit")      # they want 224 × 224; maxvit besides has a size of window that divides it
 MOST = 150e6                                 # parameters: larger ones would say nothing new
 
+@torch.no_grad()
 def lively(model):
-    "Statistics of BatchNorms as after some training, so that activations have a size."
+    "As after some training: BatchNorms have statistics, and nothing is constant (a fresh ViT's last layer is zero, so that it would pass any test)."
     generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.numel() > 1 and p.std() < 1e-3: p += .02*torch.randn(p.shape, generator=generator)
     for n, b in model.named_buffers():
         if n.endswith("running_mean"): b.copy_(.1*torch.randn(b.shape, generator=generator))
         if n.endswith("running_var"): b.copy_(torch.rand(b.shape, generator=generator) + .5)
