@@ -736,6 +736,7 @@ def cut(
             note_picked(t, m, axis, np.unique(np.concatenate(pieces)))
             for p in pieces: cut_piece(t.ties, m, axis, p, name)
 
+# %% ../nbs/07b_channels.ipynb
 def cut_piece(ties: Ties, m: Marks, axis: int, p: np.ndarray, name: str) -> None:
     n = m.shape[axis]
     if len(p) == n or not any(axis in b for b in m.blocks): return
@@ -823,6 +824,7 @@ def gates(ties: Ties, w: Marks, u: Marks, *biases: Marks, reads: np.ndarray | No
     for p in (w, u, *biases): ties.tie(isolate(ties, p, 0).reshape(-1, len(units)), units)
     link(ties, reads, isolate(ties, w, 1), INPUT); link(ties, units, isolate(ties, u, 1))
 
+# %% ../nbs/07b_channels.ipynb
 def first_state(ties: Ties, state: Marks, units: np.ndarray) -> None:
     "Zeros by default, which take any size; a state that is given belongs to its units."
     for axis in range(len(state.shape) - 1): fix(ties, state, axis, "it is a position, not a channel")
@@ -871,6 +873,7 @@ def multi_head(t: Trace, f: Callable, output: Any, query: Tensor, key: Tensor, v
     y, *weights = tensors_of(output)
     return [with_axis(y, Marks(()), y.dim() - 1, rows)] + [Marks(tuple(o.shape), taint=[heads]) for o in weights]
 
+# %% ../nbs/07b_channels.ipynb
 def reads_stream(ties: Ties, x: Marks, w: Marks) -> None:
     "What query, key or value is made from."
     for axis in range(len(x.shape) - 1): fix(ties, x, axis, "it is a position, not a channel")
@@ -1087,6 +1090,7 @@ def draw_arrow(ax: Any, start: tuple, end: tuple) -> None:
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.6", "shrinkA": 16, "shrinkB": 16,
                                             "connectionstyle": f"arc3,rad={bend}"})
 
+# %% ../nbs/07b_channels.ipynb
 def draw_layer(ax: Any, name: str, spot: tuple, ways: list[str]) -> None:
     "A box, orange if rows light up, blue if columns do, pink for both."
     color = {(): "0.93", ("rows",): "#E69F00", ("columns",): "#56B4E9"}.get(tuple(ways), "#CC79A7")
