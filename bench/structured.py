@@ -1,6 +1,6 @@
 """Structured pruning: the acid test on torchvision's classifiers, torch-pruning side by side, half the MACs on LeNet-5. Writes results/structured.json.
 
-    python bench/structured.py                          # everything, an hour on one core
+    python bench/structured.py                          # everything, on a quiet machine
     python bench/structured.py torchvision resnet18     # a part: torchvision, peer or lenet; of some architectures only
     pip install --no-deps torchvision torch-pruning     # what the first two parts need
 
