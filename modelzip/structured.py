@@ -300,12 +300,14 @@ def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, first: bool, exact: bool)
     if isinstance(m, nn.LayerNorm): new.bias = m.bias
     return new.train(m.training)
 
+# %% ../nbs/08_structured.ipynb
 def remaining_norm(m: nn.Module, n: int, first: bool) -> nn.Module:
     "One that goes on counting."
     total, affine = getattr(m, "total", m.normalized_shape[0]), m.weight is not None
     if isinstance(m, nn.RMSNorm): return RemainingRMSNorm(n, total, m.eps, affine, "meta")
     return RemainingLayerNorm(n, total, m.eps, affine, m.bias is not None, first, "meta")
 
+# %% ../nbs/08_structured.ipynb
 def ordinary_norm(m: nn.Module) -> nn.Module:
     "Of the class that it had, if we know it."
     if not hasattr(m, "total") or getattr(m, "channels_first", False): return copy.copy(m)
@@ -459,6 +461,7 @@ def adapt(
         path = path.rpartition(".")[0]
     return False
 
+# %% ../nbs/08_structured.ipynb
 def combinations(found: list[tuple]) -> list[list[tuple]]:
     "One alone, two together, all if no attribute comes twice."
     pairs = [[f, g] for i, f in enumerate(found) for g in found[i + 1:] if f[:3] != g[:3]]
@@ -572,6 +575,7 @@ def pick(
         gone += [g.roots[i] for i in sorted(order[:len(g) - left])]
     return gone
 
+# %% ../nbs/08_structured.ipynb
 def global_shares(scores: dict[str, np.ndarray], ratio: float) -> dict[str, float]:
     "How much of each group lies below one limit for all, 90 % at most."
     relative = {k: s/max(s.mean(), 1e-30) for k, s in scores.items()}
@@ -788,6 +792,7 @@ def two_layers(
         if layer.bias is not None: second.bias.copy_(layer.bias)
     return nn.Sequential(first, second).train(layer.training)
 
+# %% ../nbs/08_structured.ipynb
 def thin_pair(m: nn.Module, rank: int, like: dict) -> tuple[nn.Module, nn.Module]:
     "Two layers with `rank` channels between them; a convolution's second is 1×1."
     bias = m.bias is not None
