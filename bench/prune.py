@@ -1,7 +1,7 @@
 """Pruning, measured: how far LeNet-5 and LeNet-300-100 can be pruned at no loss, MiniLM by magnitude, Wanda and SparseGPT, and when sparsity pays in time.
 
     python bench/prune.py            everything (about half an hour on one core)
-    python bench/prune.py lenet      one of the parts: lenet, minilm, time; the others stay in the table that is there
+    python bench/prune.py lenet      one of the parts: lenet, minilm, time (on a quiet machine); the others stay in the table that is there
 
 Choices (how sparse, how many bits) are made on the validation part, by the mean of three seeds. Then the models are trained on training and validation part together, and the test part is looked at once.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modelzip.data import LeNet5, LeNet300, accuracy, docstrings, minilm, mnist5k, train
-from modelzip.measure import latency, wilson
+from modelzip.measure import latency, machine, wilson
 from modelzip.pack import load, save
 from modelzip.prune import collect, output_change, prunable_layers, prune_gradually, prune_model, sparsify_model, sparsity_table, use_sparse_products
 
@@ -167,4 +167,5 @@ if __name__ == "__main__":
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in wanted:
         with torch.no_grad(): result[part] = parts[part]()
+        result.setdefault("machines", {})[part] = machine()             # with its versions, for parts may run at different times
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")

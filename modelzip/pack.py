@@ -226,15 +226,16 @@ LAYERS = {
     **dict.fromkeys(["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"],
                     "in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode"),
     **dict.fromkeys([f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)], "num_features eps momentum affine track_running_stats"),
-    "LayerNorm": "normalized_shape eps elementwise_affine bias", "GroupNorm": "num_groups num_channels eps affine",
+    "LayerNorm": "normalized_shape eps elementwise_affine bias", "RMSNorm": "normalized_shape eps elementwise_affine", "GroupNorm": "num_groups num_channels eps affine",
     "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse", "PReLU": "num_parameters",
     "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size",
     "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional",
     "MultiheadAttention": "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first",
     "Sequential": "", "Identity": "",
-    "RemainingLayerNorm": "channels total eps elementwise_affine bias", "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
+    "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first", "RemainingRMSNorm": "channels total eps elementwise_affine",
+    "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
 }
-HOMES_OF_LAYERS = {"RemainingLayerNorm": "structured", "RemainingAttention": "structured"}      # all others: torch.nn
+HOMES_OF_LAYERS = dict.fromkeys(["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention"], "structured")      # all others: torch.nn
 
 def layer_class(
     name: str,       # in `LAYERS`

@@ -230,9 +230,15 @@ WRONG = {
         ("lambda bits: 1 / bits", "at 4 bits"),
         ("lambda bits: 1.", "at 2 bits"),
         ("lambda bits: 0.5", "at 4 bits")],
-    "08_structured:check_columns": [
+    "07b_channels:check_columns": [
         ("lambda c, h, w: range(c, 8 * h * w, 8)", "channel 0 of 4×4 positions has the columns [0, 1, 2"),      # channels last
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4")],
+    "07b_channels:check_families": [
+        ("lambda n, pairs: n - len(pairs)", "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1"),              # a ring counted thrice
+        ("""def families(n, pairs):                                                 # who was tied before is forgotten
+            label = list(range(n))
+            for a, b in pairs: label[b] = label[a]
+            return len(set(label))""", "make 2 sets, yours are 4")],
     "08_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),     # as many are not fewer
         ("lambda i, o: min(i, o)", "for 800 inputs")],

@@ -128,6 +128,19 @@ def test_the_same_scores_as_torch_pruning():
             torch.testing.assert_close(unit_scores(score, parts) * parts.size, theirs(group), rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_left_whole_is_named_and_can_be_masked_by_hand():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    pruned = prune_model(model, 0.5)
+    assert list(sparsity_table(pruned).whole) == ["self_attn.in_proj_weight"]
+    mask_layer(pruned.self_attn, torch.rand(24, 8) < 0.5, "in_proj_weight")
+    assert not sparsity_table(pruned).whole and "self_attn.in_proj_weight" in masks(pruned)
+    real = remove_masks(pruned)
+    assert not masks(real) and torch.equal(real.self_attn.in_proj_weight == 0, ~masks(pruned)["self_attn.in_proj_weight"])
+    with torch.no_grad(): torch.testing.assert_close(real(x), pruned(x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="LSTM.*could not be copied.*a cell"): mask_layer(nn.LSTM(4, 4), torch.ones(16, 4), "weight_hh_l0")
+
+
 # ---- criteria ----
 
 @pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"sparsegpt"}))

@@ -10,7 +10,8 @@ from modelzip.data import LeNet5, minilm, register_model
 from modelzip.measure import tensor_bytes
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
-from modelzip.structured import (RemainingAttention, RemainingLayerNorm, channel_groups, channel_scores, choose_channels, factorize, fold, fold_batchnorm,
+from modelzip.prune import mask_layer, prune_model
+from modelzip.structured import (RemainingAttention, RemainingLayerNorm, RemainingRMSNorm, channel_groups, channel_scores, choose_channels, factorize, fold, fold_batchnorm,
                                  foldable, shrink, total_macs)
 from torchvision_models import torchvision_models
 
@@ -169,6 +170,103 @@ def test_minilm_loses_heads_and_hidden_channels():
     torch.testing.assert_close(small(*example), choice.masked()(*example), rtol=1e-4, atol=1e-5)
 
 
+# ---- whole architectures ------------------------------------------------------------------------------------------
+class ChannelsFirst(nn.LayerNorm):
+    "As in ConvNeXt."
+    def forward(self, x): return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+class ConvBlock(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.depthwise, self.norm, self.up, self.down = conv(d, d, 5, groups=d), nn.LayerNorm(d), nn.Linear(d, 4*d), nn.Linear(4*d, d)
+        self.scale = nn.Parameter(torch.rand(d))
+    def forward(self, x): return x + (self.scale*self.down(F.gelu(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))).permute(0, 3, 1, 2)
+
+class Decoder(nn.Module):
+    "Llama's block: RMSNorm, keys that serve two heads each, rotated; a gated network."
+    def __init__(self, d=32, heads=4, keys=2):
+        super().__init__()
+        self.heads, self.keys, self.head_dim = heads, keys, d//heads
+        linear = lambda i, o: nn.Linear(i, o, bias=False)
+        self.norm1, self.norm2, self.q, self.k, self.v, self.o = nn.RMSNorm(d), nn.RMSNorm(d, 1e-5), linear(d, d), linear(d, d//2), linear(d, d//2), linear(d, d)
+        self.gate, self.up, self.down = linear(d, 48), linear(d, 48), linear(48, d)
+    def attention(self, x):
+        b, n, _ = x.shape
+        angle = torch.arange(n, dtype=x.dtype)[:, None]*torch.rand(self.head_dim, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+        turned = lambda t: t*angle.cos() + torch.cat([-t[..., t.shape[-1]//2:], t[..., :t.shape[-1]//2]], -1)*angle.sin()
+        q, k, v = (f(x).view(b, n, h, self.head_dim).transpose(1, 2) for f, h in ((self.q, self.heads), (self.k, self.keys), (self.v, self.keys)))
+        k, v = (t[:, :, None].expand(b, self.keys, self.heads//self.keys, n, self.head_dim).reshape(b, self.heads, n, self.head_dim) for t in (turned(k), v))
+        return self.o(F.scaled_dot_product_attention(turned(q), k, v, is_causal=True).transpose(1, 2).reshape(b, n, -1))
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y))*self.up(y))
+
+class Packed(nn.Module):
+    "Sequences of different lengths."
+    def __init__(self): super().__init__(); self.embed, self.rnn, self.out = nn.Embedding(20, 8), nn.LSTM(8, 10, 2, batch_first=True, bidirectional=True), nn.Linear(20, 3)
+    def forward(self, x, lengths):
+        y, _ = self.rnn(nn.utils.rnn.pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False))
+        return self.out(nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0])
+
+class Causal(nn.Module):
+    "Places and a mask for longer sequences than the example's; width and number of heads stand in one reshape."
+    def __init__(self, d=24, heads=4, longest=16):
+        super().__init__()
+        self.heads, self.place, self.embed = heads, nn.Parameter(torch.randn(1, longest, d)), nn.Embedding(20, d)
+        self.qkv, self.o, self.up, self.down = nn.Linear(d, 3*d), nn.Linear(d, d), nn.Linear(d, 64), nn.Linear(64, d)
+        self.register_buffer("mask", torch.ones(longest, longest).tril()[None, None])
+    def forward(self, x):
+        x = self.embed(x) + self.place[:, :x.shape[1]]
+        b, n, d = x.shape
+        q, k, v = (t.view(b, n, self.heads, d//self.heads).transpose(1, 2) for t in self.qkv(x).split(d, 2))
+        p = (q @ k.mT/math.sqrt(k.shape[-1])).masked_fill(self.mask[:, :, :n, :n] == 0, -math.inf).softmax(-1)
+        x = x + self.o((p @ v).transpose(1, 2).reshape(b, n, d))
+        return (x + self.down(self.up(x).relu())) @ self.embed.weight.T
+
+WORDS = torch.randint(0, 20, (2, 6))
+WHOLE = {
+    "ConvNeXt": (nn.Sequential(nn.Conv2d(3, 12, 2, 2), ChannelsFirst(12), ConvBlock(12), ChannelsFirst(12), nn.Conv2d(12, 16, 2, 2), ConvBlock(16), conv(16, 3)), IMAGE,
+                 {"0": 12, "2.up": 48, "4": 16, "5.up": 64}),
+    "Llama": (nn.Sequential(nn.Embedding(20, 32), Decoder(), Decoder(), nn.RMSNorm(32, elementwise_affine=False), nn.Linear(32, 20)), WORDS, {"0": 32, "1.q": 2, "1.gate": 48, "2.q": 2, "2.gate": 48}),
+    "packed": (Packed(), (WORDS, torch.tensor([6, 3])), {"embed": 8, "rnn": 10}),
+    "causal": (Causal(), WORDS, {"up": 64}),
+    "U-Net": (Net(lambda s, x: s.out(torch.cat([y := s.down1(x).relu(), F.pad(s.up(s.down2(F.max_pool2d(y, 2)).relu()), (0, 1, 0, 1))], 1)), down1=conv(3, 8), down2=conv(8, 16), up=nn.ConvTranspose2d(16, 8, 2, 2),
+        out=conv(16, 2)), torch.randn(1, 3, 13, 13), {"down1": 8, "down2": 16, "up": 8}),
+    "WaveNet": (Net(lambda s, x: (lambda y: s.skip(z := s.filter(F.pad(y, (2, 0))).tanh()*s.gate(F.pad(y, (2, 0))).sigmoid()) + s.last(y + s.res(z)))(s.i(x)), i=nn.Conv1d(7, 12, 1), filter=nn.Conv1d(12, 10, 2, dilation=2),
+        gate=nn.Conv1d(12, 10, 2, dilation=2), res=nn.Conv1d(10, 12, 1), skip=nn.Conv1d(10, 4, 1), last=nn.Conv1d(12, 4, 1)), SEQUENCE, {"i": 12, "filter": 10}),
+    "two towers": (Net(lambda s, x, y: (lambda a, b: a/a.norm(dim=-1, keepdim=True) @ (b/b.norm(dim=-1, keepdim=True)).T)(s.a(x), s.b(y)), a=nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 24)),
+        b=nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 24))), (ROWS, ROWS.flip(0)), {"a.0": 16, "a.2": 24, "b.0": 20}),
+}
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_architectures(name):
+    model, example, groups = WHOLE[name]
+    choice, small = acid(model, example, groups)
+    if name in ("Llama", "causal"):                  # longer sequences than the example's are as right as they were
+        longer = torch.randint(0, 20, (1, 16))
+        torch.testing.assert_close(outputs(small, longer), outputs(zeroed(choice.model, choice.channels), longer), rtol=1e-8, atol=1e-9)
+    if name == "Llama": assert sum(type(m) is RemainingRMSNorm for m in small.modules()) == 5
+
+def test_ordinary_norms_on_request():
+    for name in "ConvNeXt", "Llama":
+        model, example, _ = WHOLE[name]
+        small = shrink(model, example, .5, exact=False)
+        assert {type(m) for m in small.modules() if "Norm" in type(m).__name__ or isinstance(m, nn.LayerNorm)} <= {nn.LayerNorm, nn.RMSNorm, ChannelsFirst}
+        assert all(y.isfinite().all() for y in outputs(small, example))
+
+def test_a_bias_lifts_zeros_along_another_axis():
+    mixer = Net(lambda s, x: s.out(s.norm((y := s.stem(x)) + s.mix(y.mT).mT)), stem=nn.Linear(12, 16), mix=nn.Linear(7, 7), norm=nn.LayerNorm(16), out=nn.Linear(16, 2))
+    groups = channel_groups(mixer, SEQUENCE)
+    assert [g.name for g in groups] == [] and "need not be zero" in groups.left["stem"]
+    mixer.mix = nn.Linear(7, 7, bias=False)
+    acid(mixer, SEQUENCE, {"stem": 16})
+
+def test_masked_layers_are_named():
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert "its weight is parametrized, such as by a mask" in channel_groups(prune_model(model, .5), ROWS).left["0"]
+
+
 # ---- what is left alone -------------------------------------------------------------------------------------------
 class Flat(nn.Module):
     "Its size stands in the code."
@@ -240,6 +338,22 @@ def test_the_lowest_go():
     assert choice.channels == {("0.weight", 0): [0, 1, 3, 5], ("0.bias", 0): [0, 1, 3, 5], ("2.weight", 1): [0, 1, 3, 5]}
     assert choice.remaining == {"0": (4, 8)}
 
+@pytest.mark.parametrize("ours, p", [("l1", 1), ("l2", 2)])
+def test_the_same_scores_as_torch_pruning(ours, p):
+    "Over a whole group: rows, columns, BatchNorm's factors. (It leaves biases out, we do not: here they are zero.)"
+    tp = pytest.importorskip("torch_pruning")
+    model = Net(lambda s, x: (lambda y: s.out(y + s.n2(s.b(s.n1(s.a(y)).relu()))))(s.stem(x)), stem=conv(3, 8), a=conv(8, 6), n1=nn.BatchNorm2d(6), b=conv(6, 8), n2=nn.BatchNorm2d(8), out=conv(8, 2))
+    messy(model)
+    for n, b in model.named_parameters():
+        if n.endswith("bias"): b.data.zero_()
+    groups = channel_groups(model, IMAGE)
+    scores = channel_scores(model, groups, ours)
+    graph = tp.DependencyGraph().build_dependency(model, IMAGE)
+    for g in groups:
+        whole = graph.get_pruning_group(model.get_submodule(g.name), tp.prune_conv_out_channels, list(range(len(g))))
+        theirs = tp.importance.GroupMagnitudeImportance(p, "sum", None)(whole)
+        torch.testing.assert_close(torch.tensor(scores[g.name]).float(), theirs.detach(), rtol=1e-4, atol=1e-6)
+
 @pytest.mark.parametrize("ratio, round_to, remain", [(0, 8, 64), (.5, 8, 32), (.1, 8, 56), (.99, 8, 8), (.5, 64, 32), (.99, 1, 1), (.3, 1, 45)])
 def test_rounding(ratio, round_to, remain):
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -273,19 +387,19 @@ def test_wrong_types():
 class Registered(nn.Module):
     def __init__(self):
         super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.token, self.rms = nn.Parameter(torch.randn(1, 1, 16)), nn.RMSNorm(16)
         self.stem, self.norm, self.mha, self.mine = nn.Linear(12, 16), nn.LayerNorm(16), nn.MultiheadAttention(16, 4, batch_first=True), Heads(24, 6, 0)
         self.mine.qkv, self.fc = nn.Linear(16, 72), nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     def forward(self, x):
         x = torch.cat([self.token.expand(len(x), -1, -1), self.stem(x)], 1)
-        x = x + self.mha(y := self.norm(x), y, y, need_weights=False)[0]
+        x = self.rms(x + self.mha(y := self.norm(x), y, y, need_weights=False)[0])
         return self.fc(self.mine(x))
 register_model("Registered of test_structured", Registered)
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_shrunk_model_comes_back_from_its_file_alone(tmp_path, bits):
     small = factorize(shrink(messy(Registered()), SEQUENCE, .5, round_to=1), rank=2, layers=["fc.*"])
-    assert any(isinstance(m, RemainingLayerNorm) for m in small.modules()) and any(isinstance(m, RemainingAttention) for m in small.modules())
+    assert {RemainingLayerNorm, RemainingRMSNorm, RemainingAttention} <= {type(m) for m in small.modules()}
     if bits: small = quantize_model(small, bits)
     back = load(save(small, tmp_path/"x.mz"))
     assert torch.equal(small(SEQUENCE), back(SEQUENCE)) and type(back) is Registered and back.mine.heads == 3
@@ -308,6 +422,13 @@ def test_folding(layer, norm, example):
     folded = fold_batchnorm(net)
     torch.testing.assert_close(folded(example), net(example), rtol=1e-4, atol=1e-5)
     assert type(folded[1]) is nn.Identity and type(net[1]) is type(norm)
+
+def test_masks_become_real_before_folding():
+    net = messy(nn.Sequential(conv(3, 6), nn.BatchNorm2d(6)))
+    mask_layer(net[0], torch.rand(net[0].weight.shape) < .5)
+    folded = fold_batchnorm(net)
+    torch.testing.assert_close(folded(IMAGE), net(IMAGE), rtol=1e-4, atol=1e-5)
+    assert type(folded[0]) is nn.Conv2d and type(folded[1]) is nn.Identity and torch.equal(folded[0].weight == 0, net[0].weight == 0)
 
 def test_what_cannot_be_folded():
     two = Net(lambda s, x: s.bn(y := s.a(x)) + y, a=conv(3, 4), bn=nn.BatchNorm2d(4))
