@@ -2,11 +2,13 @@
 
     python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
     python tools/book.py time [nbs/03_quant.ipynb …]    execute without saving, to note how long chapters take
+    python tools/book.py test                           execute all without saving, as nbdev_test does, the longest first
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
 
 How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
 """
 import configparser, filecmp, json, os, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -79,7 +81,8 @@ def readme(root=ROOT):
     "README.md from nbs/index.ipynb (nbdev's own command needs Quarto): no hidden cells, no directives, links that work from here."
     nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
-    nb.cells = [c for c in nb.cells if not re.search(r"^#\| ?hide$", c.source, re.M)]
+    explorer = lambda c: any("mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for o in c.get("outputs", []))      # needs a script: for the site
+    nb.cells = [c for i, c in enumerate(nb.cells) if not (re.search(r"^#\| ?hide$", c.source, re.M) or explorer(c) or any(map(explorer, nb.cells[i + 1:i + 2])))]
     for c in nb.cells:
         if re.search(r"^#\| ?echo: false$", c.source, re.M): c.source = ""
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
@@ -97,6 +100,18 @@ def run(paths):
         nbdev("nbdev_clean", "--fname", str(p))
     nbdev("nbdev_export")
     readme()
+
+
+def test(workers=2):
+    "Run every notebook's cells in a few processes; the longest first, so that no processor waits for the other at the end."
+    from nbdev.test import test_nb
+    times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
+    paths = sorted((ROOT / "nbs").glob("*.ipynb"), key=lambda p: -times.get(p.stem, 30))
+    os.chdir(ROOT / "nbs")
+    with ProcessPoolExecutor(workers) as pool:
+        found = {p.name: pool.submit(test_nb, p, skip_flags=["notest"], basepath=ROOT) for p in paths}
+        for name, future in found.items(): print(f"{name:<22} {'passed' if future.result()[0] else 'FAILED'} {future.result()[1]:6.1f} s", flush=True)
+    return all(f.result()[0] for f in found.values())
 
 
 def check():
@@ -124,5 +139,6 @@ if __name__ == "__main__":
         case ["run", *paths]: run([Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("*.ipynb")))
         case ["time", *paths]:
             for p in [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")): print(f"{p.name:<22} {execute(p, save=False):6.1f} s", flush=True)
+        case ["test"]: sys.exit(not test())
         case ["check"]: sys.exit(not check())
         case _: sys.exit(__doc__)
