@@ -144,7 +144,7 @@ def test_ten_minutes_are_ten():
 
 def test_every_chapter_with_exercises_is_in_the_syllabus():
     named = {n for n, _ in links(markdown("course.ipynb"))}
-    assert {n for n in CHAPTERS if n not in ("05b_exchange.ipynb", "06b_onnx.ipynb", "13_auto.ipynb")} <= named | {"02_explore.ipynb"}
+    assert {n for n in CHAPTERS if n not in ("05b_exchange.ipynb", "06b_onnx.ipynb")} <= named | {"02_explore.ipynb"}
 
 
 def test_workflows_use_the_targets_of_make():
