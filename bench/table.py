@@ -28,15 +28,15 @@ def record(found):
     for name, net in found["nets"].items():
         first, last = net["table"][0], net["table"][-1]
         runs = [r["rows"][-1]["test"] for r in net["runs"]]
-        yield line(name, "distilled, trained through rounding with a price on bits", last["bytes"], net["weights"],
+        yield line(name, "distilled, bits at a price", last["bytes"], net["weights"],
                    f"{spread(runs)} %", f"{spread([r['rows'][0]['test'] for r in net['runs']])} %", "13b_record.ipynb")
 
 
 def qat(found):
     rows = {r["name"]: r for r in found["rows"]}
     for name in "2 bits, 8 bits", "binary, 8 bits":
-        weights, activations = name.split(", ")
-        yield line("LeNet-5", f"{weights.replace('binary', '1 bit')} a weight, {activations} an activation, trained", statistics.mean(rows[name]["bytes"]), LENET5,
+        weights = name.split(",")[0]
+        yield line("LeNet-5", f"{weights.replace('binary', '1 bit')}, trained through rounding", statistics.mean(rows[name]["bytes"]), LENET5,
                    f"{spread(rows[name]['accuracy'])} %", f"{spread(rows['float32']['accuracy'])} %", "11_qat.ipynb")
 
 
@@ -44,7 +44,7 @@ def prune(found):
     for name, before in ("LeNet-5", LENET5), ("LeNet-300-100", LENET300):
         runs = found["lenet"][name]["rows"]
         size = statistics.mean(r["pruned, 4 bits"]["bytes"] for r in runs)
-        yield line(name, f"{runs[0]['sparsity']:.0%} of the weights pruned, the others at 4 bits", size, before,
+        yield line(name, f"{100 * runs[0]['sparsity']:.0f} % pruned, then 4 bits", size, before,
                    f"{spread([r['pruned, 4 bits']['accuracy'] for r in runs])} %", f"{spread([r['dense']['accuracy'] for r in runs])} %", "07_prune.ipynb")
 
 
@@ -52,19 +52,19 @@ def ptq(found):
     full = next(r for r in found["rows"] if r["bits"] == 32)
     for bits, method in (8, "gptq, per channel"), (4, "gptq, group 32, symmetric"):
         r = next(r for r in found["rows"] if (r["bits"], r["method"]) == (bits, method))
-        yield line("MiniLM", f"{bits} bits, GPTQ", r["bytes"], full["bytes"], f"cosine {r['cosine']:.4f}, recall {r['recall']:.3f}", f"recall {full['recall']:.3f}", "10_ptq.ipynb")
+        yield line("MiniLM", f"{bits} bits, GPTQ", r["bytes"], full["bytes"], f"{r['cosine']:.4f}, {r['recall']:.3f}", f"1, {full['recall']:.3f}", "10_ptq.ipynb")
 
 
 def auto(found):
     for r in found["rows"]:
-        yield line("MiniLM", f"mixed precision for a cosine of {r['target']}, no training", r["bytes"], found["fp32_bytes"],
-                   f"cosine {r['cosine']:.4f}" + (f", recall {r['recall']:.3f}" if "recall" in r else ""), f"recall {found['fp32_recall']:.3f}", "13_auto.ipynb")
+        yield line("MiniLM", f"mixed bits for cosine {r['target']}", r["bytes"], found["fp32_bytes"],
+                   f"{r['cosine']:.4f}, {r['recall']:.3f}", f"1, {found['fp32_recall']:.3f}", "13_auto.ipynb")
 
 
 def table():
     "Markdown, one row a model and technique; what has not been measured is left out."
     rows = [row for part in (record, prune, qat, ptq, auto) if (found := read(part.__name__)) for row in part(found)]
-    head = "| model | how | bytes of the file | smaller than float32 | quality | float32's |\n|---|---|--:|--:|---|---|\n"
+    head = "| model | how | bytes of the file | smaller | accuracy, or cosine and recall | float32 |\n|---|---|--:|--:|---|---|\n"
     return head + "\n".join(text for *_, text in sorted(rows)) + "\n"
 
 
