@@ -831,8 +831,18 @@ def set_extra_state(self, state: Tensor) -> None:
 def _without(layer, name):
     "A copy of a layer that shares everything but has no parameter of that name."
     bare = _shallow(layer)
-    bare._parameters[name] = None
+    if isinstance(layer, Dequantize): bare._modules = layer._modules | {"layer": _without(layer.layer, name)}
+    else: _set(bare, name, None)
     return bare
+
+def _set(layer, name, value):
+    "Set a parameter of a shallow copy; recurrent layers keep a list of theirs besides."
+    layer._parameters[name] = value
+    if isinstance(layer, nn.RNNBase): layer.__dict__["_flat_weights"] = [layer._parameters.get(n) for n in layer._flat_weights_names]
+
+def _innermost(layer):
+    "The ordinary layer; one that has several parameters, such as an LSTM, may be wrapped several times."
+    return _innermost(layer.layer) if isinstance(layer, Dequantize) else layer
 
 def _shallow(layer):
     new = layer.__class__.__new__(layer.__class__)
@@ -872,6 +882,7 @@ Dequantize.kinds["Dequantize"] = Dequantize
 # %% ../nbs/03_quant.ipynb
 def _check_replaceable(layer, q, name):
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
+    layer = _innermost(layer)
     if nn.utils.parametrize.is_parametrized(layer, name): raise ValueError(f"{name} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first")
     if name not in layer._parameters: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
     old = layer._parameters[name]
@@ -892,8 +903,8 @@ def options(self) -> dict:
 @patch_onto(Dequantize)
 def expanded(self) -> nn.Module:
     "The ordinary layer, for this moment: a copy that shares all but the expanded parameter (safe across threads)."
-    layer = _shallow(self.layer)
-    layer._parameters[self.name] = nn.Parameter(self.q.dequantize(), requires_grad=False)
+    layer = self.layer.expanded() if isinstance(self.layer, Dequantize) else _shallow(self.layer)
+    _set(layer, self.name, nn.Parameter(self.q.dequantize(), requires_grad=False))
     return layer
 
 # %% ../nbs/03_quant.ipynb
@@ -908,9 +919,9 @@ def quantize_layer(
     **options,                  # of `quantize`: symmetric, observer, levels, codebook …
 ) -> Dequantize:                # computes the same function with a compressed weight
     "Keep a layer's weight quantized. The layer itself is left as it is."
-    if isinstance(layer, Dequantize): raise ValueError("layer is quantized already; dequantize_layer it first")
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
-    weight = layer._parameters.get(name)
+    weight = _innermost(layer)._parameters.get(name)
+    if weight is None and isinstance(layer, Dequantize): raise ValueError("layer is quantized already; dequantize_layer it first")
     if weight is None: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
     return Dequantize(layer, quantize(weight, bits, **_layout_for(layer, weight, group, per_channel), **options), name)
 
@@ -926,8 +937,8 @@ def dequantize_layer(
 ) -> nn.Module:          # the ordinary layer with the weight expanded for good
     "Back to an ordinary layer, with the quantized values as its parameter."
     if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
-    plain = copy.deepcopy(layer.layer)
-    plain._parameters[layer.name] = nn.Parameter(layer.q.dequantize())
+    plain = dequantize_layer(layer.layer) if isinstance(layer.layer, Dequantize) else copy.deepcopy(layer.layer)
+    _set(plain, layer.name, nn.Parameter(layer.q.dequantize()))
     return plain.train(layer.training)
 
 # %% ../nbs/03_quant.ipynb
