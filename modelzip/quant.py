@@ -937,7 +937,12 @@ def dequantize_layer(
 ) -> nn.Module:          # the ordinary layer with the weight expanded for good
     "Back to an ordinary layer, with the quantized values as its parameter."
     if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
-    plain = dequantize_layer(layer.layer) if isinstance(layer.layer, Dequantize) else copy.deepcopy(layer.layer)
+    return _plain(layer, {})
+
+def _plain(layer, memo):
+    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well."
+    inner = layer.layer
+    plain = memo.get(id(inner)) or (_plain(inner, memo) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
     _set(plain, layer.name, nn.Parameter(layer.q.dequantize()))
     return plain.train(layer.training)
 
@@ -1009,5 +1014,6 @@ def dequantize_model(
     "Back to an ordinary model with the quantized values."
     found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize)}
     if not found: raise ValueError("model has no quantized layer")
-    memo = {id(m): dequantize_layer(m) for m in found.values()}
+    memo = {}
+    for m in reversed(found.values()): memo[id(m)] = _plain(m, memo)      # those inside others first
     return memo.get(id(model)) or copy.deepcopy(model, memo)
