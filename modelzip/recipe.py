@@ -11,7 +11,7 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
 import copy, hashlib, inspect as _inspect, json, math, os, re, tempfile, traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .data import Data, Split, eval_mode, seeded, stratified, train
+from .data import Data, Split, eval_mode, model_builders, seeded, stratified, train
 from .measure import is_right, write_whole
 from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
 from .pack import inspect as _contents, load, save
@@ -145,10 +145,11 @@ class Samples:
     example: Any = None                   # one input
 
 def samples_of(
-    data: Any,              # `Data`: its train and valid parts, never test; a `Split`: a fifth is held out; batches: every fourth is; None
+    data: Any,              # `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`: a fifth is held out; batches: every fourth is; None
     example: Any = None,    # an input, as the model is called; None: the first of the data
 ) -> Samples:
     "Divide data into what may be learned from and what is judged by. `TypeError` for anything else, `ValueError` for no data."
+    if isinstance(data, Samples): return data if example is None else replace(data, example=example)
     if data is None: return Samples(example=example)
     if isinstance(data, Split):
         if len(data) < 10: raise ValueError(f"data has {len(data)} examples; a fifth is held out to judge by, so at least 10 are needed")
@@ -270,7 +271,7 @@ def _follow(
     progress: bool = False,    # bars of the steps that have one
 ) -> nn.Module:                # compressed, in eval mode
     "Follow the recipe. `ValueError` for a step that needs data which are not there; errors of a step say which it was."
-    samples, teacher, now = data if isinstance(data, Samples) else samples_of(data, example), model, model
+    samples, teacher, now = samples_of(data, example), model, model
     for i, (name, how) in enumerate(self.steps, 1):
         step, given = STEPS[name], {}
         for argument, what in step.given.items():
@@ -314,7 +315,8 @@ def file_of(
 ) -> tuple[int, nn.Module]:           # bytes of the file; the model that it holds
     "Save a model with its recipe, and load it again. What has a registered builder is loaded by the file alone."
     save(model, path, **({} if recipe is None else {"recipe": recipe.to_dict()}))
-    return os.path.getsize(path), load(path, None if getattr(model, "architecture", None) else model)
+    known = (getattr(model, "architecture", None) or {}).get("name") in model_builders      # another process may not know it
+    return os.path.getsize(path), load(path, None if known else model)
 
 def expanded(
     model: nn.Module,       # as it was loaded
@@ -410,7 +412,7 @@ def grid_points(
             if isinstance(v, str) or not isinstance(v, Iterable): raise TypeError(f"grid[{k!r}] is {v!r}; it may be a list of values")
         points = [dict(zip(grid, values)) for values in product(*grid.values())]
     else: points = [dict(p) for p in grid]
-    if not points: raise ValueError("grid has no point")
+    if not points or not grid: raise ValueError("grid has no point")
     return points
 
 # %% ../nbs/12b_recipe.ipynb
