@@ -319,6 +319,7 @@ class Target:
     bytes: float | None = None
     milliseconds: float | None = None
     quality: float | None = None          # at least so much of the judge's metric
+    metric: str = "quality"               # what that is called
     def met_by(self, t: Try) -> bool:
         return t.error is None and all(wish is None or (have >= wish if sign > 0 else have <= wish) for wish, have, sign in
                                        [(self.bytes, t.bytes, -1), (self.milliseconds, t.milliseconds, -1), (self.quality, t.quality, 1)])
@@ -336,7 +337,7 @@ class Target:
         if self.quality is not None: misses.append((self.quality - t.quality) / max(1 - self.quality, 0.01))
         return max(misses)
     def __repr__(self):
-        said = [text.format(v) for v, text in ((self.bytes, "at most {:,.0f} bytes"), (self.milliseconds, "at most {:g} ms"), (self.quality, "quality of at least {:.4f}")) if v is not None]
+        said = [text.format(v) for v, text in ((self.bytes, "at most {:,.0f} bytes"), (self.milliseconds, "at most {:g} ms"), (self.quality, self.metric + " of at least {:.4f}")) if v is not None]
         return ", ".join(said) or "int8, as nothing else was wished for"
 
 # %% ../nbs/13_auto.ipynb
@@ -560,7 +561,7 @@ def compress(
         whole = Path(folder) / "whole.mz"
         save(model, whole, archive=False)
         size, floor = whole.stat().st_size, cosine if accuracy_loss is None else judge.baseline - accuracy_loss / 100
-        target = Target(None if bytes is None else bytes * size if bytes < 1 else bytes, milliseconds, floor)
+        target = Target(None if bytes is None else bytes * size if bytes < 1 else bytes, milliseconds, floor, judge.metric or "quality")
         search = _Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress)
         _look(search, recipe)
         best = search.best
