@@ -136,7 +136,8 @@ def knapsack(
     budget: float,                        # bytes in all
     units: int = 2000,                    # in how many units the budget is counted, and 100 more for each layer
 ) -> list[int] | None:                    # the option of each layer; None: with bytes rounded up to units, nothing fits
-    "Least Σ errors within a budget by dynamic programming (Bellman 1957; Kellerer, Pferschy & Pisinger 2004): exact, but for the rounding of bytes up to units of at least one."
+    """Least Σ errors within a budget by dynamic programming (Bellman 1957; Kellerer, Pferschy & Pisinger 2004):
+    exact, but for the rounding of bytes up to units of at least one."""
     unit = max(1., budget / (units + 100 * len(bytes)))
     room, steps = int(budget / unit + 1e-9), []
     best = np.zeros(room + 1)
@@ -337,7 +338,8 @@ class Target:
         if self.quality is not None: misses.append((self.quality - t.quality) / max(1 - self.quality, 0.01))
         return max(misses)
     def __repr__(self):
-        said = [text.format(v) for v, text in ((self.bytes, "at most {:,.0f} bytes"), (self.milliseconds, "at most {:g} ms"), (self.quality, self.metric + " of at least {:.4f}")) if v is not None]
+        wishes = (self.bytes, "at most {:,.0f} bytes"), (self.milliseconds, "at most {:g} ms"), (self.quality, self.metric + " of at least {:.4f}")
+        said = [text.format(v) for v, text in wishes if v is not None]
         return ", ".join(said) or "int8, as nothing else was wished for"
 
 # %% ../nbs/13_auto.ipynb
@@ -371,22 +373,28 @@ def _tables(self) -> list[tuple[str, list[list[str]]]]:
     for t in self.tries: tried.append([t.why, number(t.bytes, ","), number(t.quality, ".4f"), number(t.milliseconds, ".3f"), "← taken" if t is self.best else t.error or ""])
     tried = [list(row) for row in zip(*(column for column in zip(*tried) if any(column[1:])))]
     rows = [["tensor", "numbers", "choice", "bytes", "bits each", "sensitivity", "of the error"]]
-    for r in self.layers: rows.append([r["name"], f"{r['weights']:,}", r["choice"], f"{r['bytes']:,}", f"{8 * r['bytes'] / r['weights']:.2f}" if r["weights"] else "", number(r["sensitivity"], ".1e"), number(r["share"], ".0%")])
-    wish = f"Wished for: {self.target}. " + ("Reached" if self.met else "Not reached; the nearest") + f": {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
+    for r in self.layers:
+        each = f"{8 * r['bytes'] / r['weights']:.2f}" if r["weights"] else ""
+        rows.append([r["name"], f"{r['weights']:,}", r["choice"], f"{r['bytes']:,}", each, number(r["sensitivity"], ".1e"), number(r["share"], ".0%")])
+    reached = "Reached" if self.met else "Not reached; the nearest"
+    wish = f"Wished for: {self.target}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
     return [(wish, tried), ("Where the bytes are:", rows)]
 
 def _text(self) -> str:
     parts = []
     for title, cells in _tables(self):
         wide = [max(map(len, column)) for column in zip(*cells)]
-        parts += [title, *("  ".join(c.ljust(w) if i in (0, len(wide) - 1) or c and not c[0].isdigit() else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in cells), ""]
+        place = lambda i, c: c.rjust(wide[i]) if 0 < i < len(wide) - 1 and c[:1].isdigit() else c.ljust(wide[i])
+        parts += [title, *("  ".join(place(i, c) for i, c in enumerate(row)).rstrip() for row in cells), ""]
     return "\n".join([*parts, repr(self.recipe), *self.notes])
 
 def _html(self) -> str:
     "The tables for a notebook."
     cell = lambda tag, c: f"<{tag} style='text-align:left;padding:.2em .6em'>{html.escape(c)}</{tag}>"
-    table = lambda cells: "<table>" + "".join("<tr>" + "".join(cell("th" if i == 0 else "td", c) for c in row) + "</tr>" for i, row in enumerate(cells)) + "</table>"
-    return "".join(f"<p>{html.escape(title)}</p>{table(cells)}" for title, cells in _tables(self)) + f"<pre>{html.escape(repr(self.recipe))}</pre>" + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+    line = lambda tag, row: "<tr>" + "".join(cell(tag, c) for c in row) + "</tr>"
+    table = lambda cells: f"<table>{line('th', cells[0])}{''.join(line('td', row) for row in cells[1:])}</table>"
+    tables = "".join(f"<p>{html.escape(title)}</p>{table(cells)}" for title, cells in _tables(self))
+    return tables + f"<pre style='white-space:pre-wrap'>{html.escape(repr(self.recipe))}</pre>" + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
 
 Report.__repr__, Report._repr_html_ = _text, _html
 
@@ -415,6 +423,8 @@ class _Search:
             if other is not self.best: other.model = None
         self.bar.update(); self.bar.set_postfix_str(f"{why}: {t.error or f'{t.bytes:,} bytes'}"[:60])
         return t
+    def from_menu(self, why, menu, picks, before):
+        return self.attempt(why, recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed), menu, picks)
     @property
     def good(self): return [t for t in self.tries if t.error is None]
     @property
@@ -429,7 +439,7 @@ def _within_bytes(self, menu, before=(), label=""):
         picks = menu.pick(max(budget, smallest))
         if tuple(picks) in seen: break
         seen.add(tuple(picks))
-        t = self.attempt(f"{label}budget {max(budget, smallest):,.0f}", recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed), menu, picks)
+        t = self.from_menu(f"{label}budget {max(budget, smallest):,.0f}", menu, picks, before)
         if t.error: break
         size = menu.size(picks)
         if t.bytes <= wish: low, best = max(low, size), max(best or t, t, key=self.target.worth)
@@ -450,7 +460,7 @@ def _with_quality(self, menu, before=(), label=""):
     for _ in range(self.most):
         picks = menu.pick(math.exp(guess) + 1)
         if tuple(picks) in seen and high - low < 0.02: break
-        t = None if tuple(picks) in seen else self.attempt(f"{label}budget {math.exp(guess):,.0f}", recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed), menu, picks)
+        t = None if tuple(picks) in seen else self.from_menu(f"{label}budget {math.exp(guess):,.0f}", menu, picks, before)
         if t is not None:
             if t.error: break
             seen.add(tuple(picks))
@@ -526,7 +536,8 @@ def _within_time(self, before):
     heal = ("learn", {"epochs": self.epochs, "lr": self.lr})
     for ratio in (.25, .5, .625, .75, .875):
         steps = [*before, ("shrink", {"ratio": ratio, "round_to": 2}), heal]
-        tries = [self.attempt(f"{ratio:.0%} of the channels less", Recipe(steps, self.seed)), self.attempt(f"{ratio:.0%} less, int8 kernels", Recipe(steps + kernels, self.seed))]
+        named = (f"{ratio:.0%} of the channels less", steps), (f"{ratio:.0%} less, int8 kernels", steps + kernels)
+        tries = [self.attempt(why, Recipe(how, self.seed)) for why, how in named]
         if any(map(self.target.met_by, tries)): return
 
 _Search.within_time = _within_time
@@ -596,8 +607,9 @@ def _samples_for(model, data, example, cosine):
 def _labelled(model, batches):
     "Pairs of inputs and whole numbers, one for each, of which the model takes the first alone."
     takes = [p for p in signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    pair = lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(t, Tensor) for t in b) and b[1].dim() == 1 and len(b[0]) == len(b[1]) and not b[1].is_floating_point()
-    return len(takes) < 2 and all(map(pair, batches))
+    two = lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(t, Tensor) for t in b)
+    labels = lambda x, y: y.dim() == 1 and x.dim() > 0 and len(x) == len(y) and not y.is_floating_point()
+    return len(takes) < 2 and all(two(b) and labels(*b) for b in batches)
 
 def _check_wishes(samples, evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, tries):
     "Errors that name the argument."
@@ -608,8 +620,10 @@ def _check_wishes(samples, evaluate, bytes, milliseconds, accuracy_loss, cosine,
     if accuracy_loss is not None and not 0 <= accuracy_loss < 100: raise ValueError(f"accuracy_loss is {accuracy_loss}; it may be 0 to below 100, in percentage points")
     if cosine is not None and not 0 < cosine < 1: raise ValueError(f"cosine is {cosine}; it may be above 0 and below 1")
     if accuracy_loss is not None and cosine is not None: raise ValueError("accuracy_loss and cosine are both given; give one of them")
-    if accuracy_loss is not None and evaluate is None and not isinstance(samples.held, Split): raise ValueError("accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate=")
-    if cosine is not None and (samples.held is None or evaluate): raise ValueError("cosine needs data: batches of inputs to compare outputs on" if samples.held is None else "cosine and evaluate are both given; accuracy_loss is counted in what evaluate says")
+    if accuracy_loss is not None and evaluate is None and not isinstance(samples.held, Split):
+        raise ValueError("accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate=")
+    if cosine is not None and samples.held is None: raise ValueError("cosine needs data: batches of inputs to compare outputs on")
+    if cosine is not None and evaluate: raise ValueError("cosine and evaluate are both given; accuracy_loss is counted in what evaluate says")
     if milliseconds is not None and samples.example is None: raise ValueError("milliseconds needs an example of an input, or data")
     if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f"recipe is {recipe!r}; it may be a Recipe, or {', '.join(RECIPES)}")
     if recipe is not None and not isinstance(recipe, (str, Recipe)): raise TypeError(f"recipe is a {type(recipe).__name__}; it may be a Recipe or the name of one")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .data import Data, Split, eval_mode, model_builders, seeded, stratified, train
 from .measure import is_right, write_whole
 from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
-from .pack import inspect as _contents, load, save
+from .pack import as_bytes, inspect as _contents, load, save
 from .kernels import use_kernels
 from .prune import Pruner, feed, prune_gradually, prune_model, sparsify_layer, sparsify_model, _checked
 from .structured import factorize, fold_batchnorm, shrink
@@ -334,7 +334,7 @@ def fingerprint(
     def add(*parts):
         for p in parts: h.update(len(p).to_bytes(8, "little") + p)
     def walk(x):
-        if isinstance(x, Tensor): add(b"tensor", str((x.dtype, tuple(x.shape))).encode(), x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        if isinstance(x, Tensor): add(b"tensor", str((x.dtype, tuple(x.shape))).encode(), bytes(as_bytes(x)) if x.numel() else b"")
         elif isinstance(x, nn.Module): add(b"module", repr(x).encode()); walk({k: v for k, v in x.state_dict().items()})
         elif isinstance(x, Split): add(b"split"); walk((x.x, x.y))
         elif isinstance(x, (Data, Samples)): walk({k: v for k, v in vars(x).items() if k != "test"})
