@@ -1,6 +1,6 @@
 """MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, by mixed precision that `compress` finds.
 
-    python bench/auto.py            both (tens of minutes on one thread)
+    python bench/auto.py            both (some twenty minutes of one processor)
     python bench/auto.py 0.99       one of them
 
 `compress` calibrates on pairs of `docstrings` from 1,200 on and chooses by 200 pairs from 600 on. The table's cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it.

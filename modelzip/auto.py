@@ -230,7 +230,7 @@ def menu_of(
     squared = lambda a, b: (a - b).double().square().sum().item()
     sizes, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for option in tqdm(options, desc="menu", leave=False, disable=None if progress else True):
+        for option in tqdm(options, desc="menu", leave=False, disable=not progress):
             new, path = _all_with(model, option), Path(folder) / "menu.mz"
             save(new, path)
             taken, values = {l.name: l.bytes for l in inspect(path, entropy=False).lines}, _values(new, layers)
@@ -445,7 +445,7 @@ def _within_bytes(self, menu, before=(), label=""):
         if t.bytes <= wish: low, best = max(low, size), max(best or t, t, key=self.target.worth)
         else: high = min(high, size)
         if t.bytes > wish and size <= smallest or 0.98 * wish < t.bytes <= wish: break
-        budget = min(max(size + wish - t.bytes, low + 1), high - 1)
+        budget = min(max(size + 0.995 * wish - t.bytes, low + 1), high - 1)      # a little less: sizes after training are not quite predictable
     return best
 
 def _overhead(self, before):
