@@ -1229,7 +1229,7 @@ def restored(
     f.sizes = {e["offset"]: min(b, len(numbers)) - min(a, len(numbers)) for (e, _), a, b in zip(parts, [5, *ends], ends)}
     return f
 
-def expanded(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is solid
+def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is solid
     "See a solid file as the mapped file for which it stands."
     data = unseal_solid(f)
     return f if data is None else restored(data)
@@ -1246,7 +1246,7 @@ def load(
     if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
     if not verify and not mmap: raise ValueError("verify is False, but without mmap everything is read and checked anyway")
     with naming(path), open_file(path) as f:
-        f = expanded(f)
+        f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if mmap: check_mappable(rows, path, isinstance(f, Restored))
         skeleton = apply_layers(build_from(manifest["architecture"]), manifest.get("layers", {})) if model is None else hollow(model)
@@ -1312,7 +1312,7 @@ def read_tensor(
     "Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown name, `PackError` as for `load`."
     check_machine()
     with naming(path), open_file(path) as f:
-        f = expanded(f)
+        f = as_mapped(f)
         _, rows, payload = read_manifest(f)
         if name not in rows:
             raise ValueError(f"name is {name!r}; {os.fsdecode(path)} holds {', '.join(map(ascii_name, rows))}"[:2000])
@@ -1510,7 +1510,7 @@ def inspect(
     "What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed."
     check_machine()
     with naming(path), open_file(path) as f:
-        total, f = os.fstat(f.fileno()).st_size, expanded(f)
+        total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if entropy: verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
