@@ -1,6 +1,6 @@
 """A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most half a percentage point.
 
-    python bench/record.py             three seeds in two processes, the test images used once; writes bench/results/record.json and record.mz
+    python bench/record.py             three seeds in two processes, measured on the test part; writes bench/results/record.json and record.mz
     python bench/record.py validate    one further seed, trained without the validation images and measured on them: as the numbers in NETS were judged before they were fixed
     python bench/record.py smoke       the whole path in a minute, with next to no training: does it run?
 
