@@ -129,6 +129,38 @@ def test_show_doc_is_set_as_documentation(tmp_path):
     assert re.search(r"hop</span>.*n:.*int", page) or "hop (n:int)" in re.sub("<[^>]+>", "", page)
 
 
+def bare(page):
+    return re.sub("<[^>]*>", "", page)
+
+
+def test_long_lines_hang():
+    code = lambda body, kind="sourceCode python": f'<pre class="{kind}"><code class="{kind}">{body}</code></pre>'
+    long = "    return <b>one</b> + " + " + ".join(["another"] * 8)
+    argument = "    bits: int = 8,     # width of a code, which may be anything from one to sixteen"
+    page = code(f"def f(\n\n{argument}\n):\n{long}\nx")
+    made = site.hang(page)
+    assert bare(made) == bare(page)                                                     # nothing is lost, nothing comes in
+    assert re.findall(r"--by:(\d+)ch", made) == ["25", "8"]                              # under the comment; four to the right of `return`
+    assert site.hang(code("short\nlines")).count("hang") == 1                           # the code alone is marked: its lines fit everywhere
+    text = code('a = <span class="st">"""' + "one " * 15 + "\n" + "two " * 15 + '"""</span>\nb')
+    assert bare(site.hang(text)) == bare(text)
+    for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S): assert line.count("<span") == line.count("</span")
+    table = code("a" + "  1" * 30 + "\nb" + "  2" * 30, "")
+    assert site.hang(table) == table and site.hang(code("word " * 30, "")) != code("word " * 30, "")     # columns stay columns
+
+
+def test_signatures_are_short():
+    broken = """>      f (model:torch.nn.modules.module.Module, layers:tuple=(<class
+>         'torch.nn.modules.linear.Linear'>, <class
+>         'torch.nn.modules.conv.Conv1d'>), batches:co
+>         llections.abc.Iterable|__main__.Split|None=None, how:str='a.B')"""
+    assert site.signature(broken) == "f(model: Module, layers: tuple=(Linear, Conv1d), batches: Iterable|Split|None=None, how: str='a.B')"
+
+
+def test_methods_are_no_places():
+    assert site.definitions("@patch_onto(Q)\ndef bits(self): 1\ndef free(): 2\nclass C: pass\ndef _own(): 3") == ["free", "C"]
+
+
 @pytest.mark.parametrize("cells, says", [
     (["# t", "[x](nowhere.html)"], "broken link nowhere.html"), (["# t", "[x](#nowhere)"], "has no such place"), (["# t", "![x](https://example.org/x.png)"], "loads https://example.org/x.png"),
     (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<script src="//example.org/x.js"></script>'}))], "loads //example.org/x.js"),

@@ -10,6 +10,7 @@ used for that, because it leaves out the code of every exported cell: here that 
 """
 import ast, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
 from functools import cache, cached_property
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -21,6 +22,7 @@ ASSETS = Path(__file__).resolve().parent / "site"
 KATEX = "site_libs/katex"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
+SHORT = 44                                                   # characters of code that fit on a telephone
 QUARTO = re.compile(r"^\s*#\|\s*(code-[\w-]+|fig-[\w-]+|tbl-[\w-]+|layout-[\w-]+|column|echo|output|include|label)\s*:")
 
 
@@ -41,10 +43,11 @@ def text(cell):
 
 
 def definitions(source):
-    "The public functions and classes that a cell defines; methods are left out."
+    "The public functions and classes that a cell defines; methods are left out, those too that are patched onto a class."
     try: tree = ast.parse(source)
     except SyntaxError: return []
-    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    def is_patch(d): return "patch" in ast.unparse(d)
+    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not any(map(is_patch, n.decorator_list))]
 
 
 def chapters(folder):
@@ -144,9 +147,22 @@ def documentation(markdown):
     name = re.search(r"^#+ +(\S+)", body, re.M)
     body = re.sub(r"^\[source\]\(.*?\).*$", "", body, flags=re.M)
     body = re.sub(r"^#+ +.*$", "", body, count=1, flags=re.M)
-    def signature(m): return "\n```python\n" + "\n".join(re.sub(r"^> {0,6}", "", l) for l in m[0].strip("\n").split("\n")) + "\n```\n"
-    body = re.sub(r"(?:^> {2,}.*\n?)+", signature, body, count=1, flags=re.M)
+    body = re.sub(r"(?:^> {2,}.*\n?)+", lambda m: f"\n```python\n{signature(m[0])}\n```\n", body, count=1, flags=re.M)
+    body = "\n".join(short_names(l).replace("| VAR_KEYWORD |", "| keywords |").replace("| VAR_POSITIONAL |", "| values |") if l.startswith("|") else l for l in body.split("\n"))
     return f"::: {{.api}}\n\n{body.strip()}\n\n:::\n" if name else body
+
+
+def signature(quoted):
+    "A signature as show_doc breaks it, even within a word, on one line again: the page breaks it where it has to."
+    parts = [re.sub(r"^> *", "", l).rstrip() for l in quoted.strip("\n").split("\n")]
+    whole = "".join(p + " " * p.endswith((",", "<class")) for p in parts).strip()
+    return re.sub(r"(\w):(?=\S)", r"\1: ", short_names(whole)).replace(" (", "(", 1)
+
+
+def short_names(text):
+    "Classes without the modules that they come from: `Module` for `torch.nn.modules.module.Module`."
+    text = re.sub(r"<class '([^']*)'>", r"\1", text)
+    return re.sub(r"(?<![\w'`/])(?:_*[a-z]\w*\.)+(?=[A-Z])", "", text)
 
 
 def prepare(path, where):
@@ -250,6 +266,7 @@ def by_smalldocs(folder, out):
     site.build()
     for warning in site.warnings: print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
+    for page in out.glob("*.html"): page.write_text(hang(page.read_text(encoding="utf-8")), encoding="utf-8")
     for page in out.glob("*.html"): replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
     for css in out.glob("site_libs/**/*.css"): replace(css, {r"@import\s+url\([^)]*\);?": ""})
     offline_search(out)
@@ -259,6 +276,36 @@ def replace(path, patterns):
     old = new = path.read_text(encoding="utf-8")
     for pattern, by in patterns.items(): new = re.sub(pattern, by, new)
     if new != old: path.write_text(new, encoding="utf-8")
+
+
+def hang(page):
+    "Long lines of code, and of outputs that are no table, in spans that wrap with a hanging indent: no line is cut off, no indent lost."
+    def block(m):
+        lines = m[2].split("\n")
+        bare = [unescape(re.sub(r"<[^>]*>", "", l)) for l in lines]
+        columns = sum(bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare)
+        if "sourceCode" not in m[1] and columns > 1: return m[0]
+        out, still = [], []                                  # `still`: tags that a line leaves open, as a text of several lines does
+        for line, text in zip(lines, bare):
+            line = "".join(still) + line
+            still = unclosed(line)
+            line += "</span>" * len(still) + "\n"
+            out.append(line if len(text) <= SHORT else f'<span class="hang" style="--by:{continued(text)}ch">{line}</span>')
+        return m[1].replace("<code", '<code data-hang', 1) + "".join(out).removesuffix("\n") + m[3]
+    return re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", block, page, flags=re.S)
+
+
+def unclosed(line):
+    "The tags `<span …>` of a line that it does not close."
+    still = []
+    for tag in re.findall(r"<span[^>]*>|</span>", line): still.pop() if tag == "</span>" else still.append(tag)
+    return still
+
+
+def continued(line):
+    "In which column a line goes on: under its comment where one stands to the right, else four to the right of its start."
+    comment = re.search(r"\S\s{2,}(?=# )", line)
+    return comment.end() + 2 if comment else len(line) - len(line.lstrip()) + 4
 
 
 def offline_search(out):
@@ -278,6 +325,7 @@ def by_quarto(folder, out):
     "Render with Quarto, with the same KaTeX beside the pages."
     settings = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
     settings["format"]["html"]["html-math-method"] = {"method": "katex", "url": f"{KATEX}/"}
+    settings["format"]["html"]["code-overflow"] = "wrap"
     settings["execute"] = {"enabled": False}
     (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
     subprocess.run(["quarto", "render", str(folder), "--no-execute"], check=True)
