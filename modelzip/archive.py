@@ -60,6 +60,7 @@ def padding(
 
 # %% ../nbs/04b_archive.ipynb
 LOCAL = struct.Struct("<4s5H3I2H")
+SOLID = "model"       # the only entry of a solid file, which is never mapped
 MIDNIGHT = 0, 33      # time and date: 1980-01-01 00:00:00
 
 def local_header(
@@ -68,7 +69,7 @@ def local_header(
     "What stands before the bytes of an entry (APPNOTE 4.3.7)."
     big, sizes, extra = max(e.size, e.packed) >= MARK, [e.packed, e.size], b""
     if big: sizes, extra = [MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)
-    if e.method == 0: extra += padding(e.offset + LOCAL.size + len(e.name) + len(extra))
+    if e.method == 0 and e.name != SOLID: extra += padding(e.offset + LOCAL.size + len(e.name) + len(extra))
     needed = 45 if big else 20 if e.method else 10
     header = LOCAL.pack(b"PK\3\4", needed, 0, e.method, *MIDNIGHT, e.crc, *sizes, len(e.name), len(extra))
     return header + e.name.encode() + extra
@@ -285,7 +286,7 @@ def read_entries(
     try:
         for _ in range(n): entry, length = read_record(rest); entries.append(entry); rest = rest[length:]
         names = [e.name for e in entries]
-        demand("manifest.json" in names,
+        demand("manifest.json" in names or names == [SOLID],
                f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
         demand(directory(entries, offset) == found and len(set(names)) == n, ODD)
     except (struct.error, UnicodeDecodeError): raise PackError(ODD) from None
@@ -334,7 +335,8 @@ def unseal(
     f: BinaryIO,                # an archive that `seal` has written
 ) -> tuple[bytes, Entry]:       # the manifest, checked; the payload's entry: its bytes are not read yet
     "Read everything of an archive but its payload. `PackError` for whatever is wrong."
-    entries = {e.name: e for e in read_entries(f, os.fstat(f.fileno()).st_size)}
+    entries = {e.name: e for e in read_entries(f, f.seek(0, os.SEEK_END))}
+    demand(SOLID not in entries, "it is solid where a file of two entries is expected")
     about, payload = entries["manifest.json"], entries.get("payload")
     demand(about.packed <= MAX_MANIFEST and about.method == 8, "its manifest is packed in an unknown way, or too large")
     f.seek(data_offset(about))
@@ -342,3 +344,28 @@ def unseal(
     demand(zlib.crc32(text) == about.crc, "its manifest is damaged (wrong checksum)")
     if entries.keys() != {"payload", "manifest.json"} or payload.method or payload.packed != payload.size: payload = None
     return text, payload
+
+# %% ../nbs/04b_archive.ipynb
+def seal_solid(
+    f: BinaryIO,     # empty
+    data: bytes,
+) -> None:
+    "Make a zip archive of one entry, in 108 bytes more than the data."
+    e = Entry(SOLID, 0, zlib.crc32(data), len(data), len(data))
+    f.write(local_header(e) + data)
+    f.write(directory([e], f.tell()))
+
+# %% ../nbs/04b_archive.ipynb
+MAX_SOLID = 2**20       # bytes
+
+def unseal_solid(
+    f: BinaryIO,
+) -> bytes | None:      # None: it is not solid
+    "The data of an archive that `seal_solid` has written, checked. `PackError` for whatever is wrong."
+    entries = read_entries(f, f.seek(0, os.SEEK_END))
+    if entries[0].name != SOLID: return None
+    e, = entries
+    demand(e.method == 0 and e.packed == e.size <= MAX_SOLID, "its model is packed in an unknown way, or too large")
+    f.seek(data_offset(e)); data = f.read(e.size)
+    demand(zlib.crc32(data) == e.crc, "it is damaged (wrong checksum)")
+    return data

@@ -7,7 +7,8 @@ __all__ = ['huffman', 'CODERS', 'run_length', 'gaps', 'golomb_rice', 'lz77', 'lz
            'entropy', 'divergence', 'bits_to_bytes', 'bytes_to_bits', 'fixed_bits', 'write_varint', 'read_varint',
            'Coder', 'huffman_lengths', 'canonical_codes', 'read_words', 'runs', 'find_gaps', 'rice_word', 'rice_bits',
            'lz77_replay', 'lz77_parse', 'lz78_parse', 'lzw_parse', 'borders', 'quantize_counts', 'range_encode',
-           'range_decode', 'rans_push', 'rans_pop', 'rans_encode', 'rans_decode', 'encode', 'decode', 'coders']
+           'range_decode', 'rans_push', 'rans_pop', 'rans_encode', 'rans_decode', 'encode', 'decode', 'coders', 'Bets',
+           'AdaptiveEncoder', 'AdaptiveDecoder', 'adaptive_codes', 'adaptive_bytes']
 
 # %% ../nbs/04_coding.ipynb
 import math, zlib
@@ -1295,3 +1296,120 @@ def coders(
         found[name] = found.get(name, 0) + n
         at += n
     return found
+
+# %% ../nbs/04_coding.ipynb
+class Bets:
+    "The probability of a one in each context, learned from the bits that came (Krichevsky & Trofimov 1981)."
+    def __init__(
+        self,
+        memory: int = 255,   # bits after which a bet no longer gets slower
+    ):
+        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1: raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
+        self.memory, self.table = memory, {}
+    def ones(self, context) -> int:      # 32..65504: the share of a one, of 65536
+        return min(max(self.table.get(context, (32768, 0))[0], 32), 65504)
+    def learn(self, context, bit):
+        q, n = self.table.get(context, (32768, 0))
+        self.table[context] = q + ((bit << 16) - q) // (n + 2), min(n + 1, self.memory)
+
+# %% ../nbs/04_coding.ipynb
+class AdaptiveEncoder:
+    "Binary arithmetic coding with bets that learn; the end of the message is not coded."
+    def __init__(self): self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
+    def bit(
+        self,
+        context: Any,    # hashable: what both sides know
+        bit: int,        # 0 or 1
+    ) -> int:            # the same
+        cut = (self.width >> 16) * (65536 - self.bets.ones(context))
+        if bit: self.low, self.width = self.low + cut, self.width - cut
+        else: self.width = cut
+        if self.low >> 40: self.low = _carried(self.out, self.low, 40)
+        while self.width < 1 << 32:
+            self.out.append(self.low >> 32)
+            self.low, self.width = (self.low & 0xFFFFFFFF) << 8, self.width << 8
+        self.bets.learn(context, bit)
+        return bit
+
+# %% ../nbs/04_coding.ipynb
+def _finish(self) -> bytes:      # a decoder takes what follows them for zeros
+    "The shortest number within the interval that is left, its final zeros left out."
+    out, low = bytearray(self.out), self.low
+    keep = next(k for k in range(40, -1, -1) if low + (-low % (1 << k)) < low + self.width)
+    low += -low % (1 << keep)
+    if low >> 40: low = _carried(out, low, 40)
+    return bytes(out[1:] + low.to_bytes(5, "big")).rstrip(b"\0")
+
+AdaptiveEncoder.finish = _finish
+
+# %% ../nbs/04_coding.ipynb
+class AdaptiveDecoder:
+    "Gives back the bits of an `AdaptiveEncoder`, in the same contexts."
+    def __init__(
+        self,
+        data: bytes,   # from `finish`
+    ): self.bets, self.data, self.offset, self.width, self.at = Bets(), data, int.from_bytes(data[:5].ljust(5, b"\0"), "big"), 1 << 40, 5
+    def bit(self, context: Any, bit: None = None) -> int:
+        cut = (self.width >> 16) * (65536 - self.bets.ones(context))
+        bit = int(self.offset >= cut)
+        if bit: self.offset, self.width = self.offset - cut, self.width - cut
+        else: self.width = cut
+        while self.width < 1 << 32:
+            self.offset = self.offset << 8 | (self.data[self.at] if self.at < len(self.data) else 0)
+            self.width, self.at = self.width << 8, self.at + 1
+        self.bets.learn(context, bit)
+        return bit
+    def finish(self) -> None:
+        "`CodingError` when bytes are left over, or the data does not belong to an encoder."
+        if self.at < len(self.data) or self.offset >= self.width: raise CodingError("adaptive: bytes are left over")
+
+# %% ../nbs/04_coding.ipynb
+def adaptive_codes(
+    coder: AdaptiveEncoder | AdaptiveDecoder,
+    count: int,                        # codes
+    levels: int,                       # codes are below it, 2..256
+    name: Any = "",                    # bets are shared by what has the same name
+    codes: Sequence[int] | None = None,# what is to be written; None: they are read
+) -> list[int]:                        # the codes
+    "Write or read codes by questions that learn: zero? above? further away? (after Wiedemann et al. 2019, arXiv:1907.11900)"
+    if levels > 32:                               # too many questions: bit by bit
+        out = [*adaptive_bytes(coder, count, 1, name, None if codes is None else bytes(map(int, codes)))]
+        if out and max(out) >= levels: raise CodingError("adaptive: a code is too large")
+        return out
+    middle, out, last = levels // 2, [], 0
+    for i in range(count):
+        v = None if codes is None else int(codes[i]) - middle
+        last = _adaptive_code(coder, levels, middle, (name, last != 0), name, v)
+        out.append(last + middle)
+    return out
+
+def _adaptive_code(coder, levels, middle, where, name, v):
+    "One code less the middle."
+    ask = lambda question, answer: coder.bit(question, None if v is None else int(answer))
+    if not ask((where, "other"), v is not None and v != 0): return 0
+    up = ask((name, "up"), v is not None and v > 0) if levels > 2 else 0
+    most, size = (levels - 1 - middle if up else middle), 1
+    while size < most and ask((name, size), v is not None and abs(v) > size): size += 1
+    return size if up else -size
+
+# %% ../nbs/04_coding.ipynb
+def adaptive_bytes(
+    coder: AdaptiveEncoder | AdaptiveDecoder,
+    count: int,                  # bytes, whole elements
+    width: int = 1,              # bytes of an element, lowest first
+    name: Any = "",              # bets are shared by what has the same name
+    data: bytes | None = None,   # what is to be written; None: it is read
+) -> bytes:                      # the bytes
+    "Write or read bytes by bits that learn."
+    out = bytearray([1])
+    for i in range(count):
+        plane, byte = i % width, None if data is None else data[i]
+        some = coder.bit((name, plane, out[-1] != 0, "some"), byte if byte is None else int(byte != 0))
+        out.append(_adaptive_byte(coder, (name, plane), plane == width - 1, byte) if some else 0)
+    return bytes(out[1:])
+
+def _adaptive_byte(coder, name, shaped, byte):
+    "Eight bits, the highest first."
+    seen = 1
+    for k in range(7, -1, -1): seen = seen << 1 | coder.bit((name, seen if shaped else k), None if byte is None else byte >> k & 1)
+    return seen & 255

@@ -197,10 +197,13 @@ class LeNet300(nn.Module):
     "LeNet-300-100 for [n, 1, 28, 28] (LeCun et al. 1998): three fully connected layers, 266,610 parameters."
     def __init__(
         self,
-        seed: int | None = 0,   # of the first weights; None: torch's global generator
+        seed: int | None = 0,                   # of the first weights; None: torch's global generator
+        hidden: Sequence[int] = (300, 100),     # hidden units; fewer make a smaller relative
     ):
+        if len(hidden) != 2 or min(hidden) < 1: raise ValueError(f"hidden is {hidden}; it may be two numbers, at least 1 each")
         super().__init__()
-        with seeded(seed): self.fc1, self.fc2, self.fc3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+        first, second = hidden
+        with seeded(seed): self.fc1, self.fc2, self.fc3 = nn.Linear(784, first), nn.Linear(first, second), nn.Linear(second, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))

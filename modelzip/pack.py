@@ -6,11 +6,11 @@
 __all__ = ['save', 'load', 'read_tensor', 'Contents', 'inspect', 'diff', 'PackError']
 
 # %% ../nbs/05_pack.ipynb
-import collections, copy, functools, html, importlib, json, math, mmap, os, sys, warnings, zlib
+import collections, copy, functools, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .measure import sqnr
-from .quant import CompressedTensor, Dequantize, unpack_bits
-from .coding import CodingError, coders, decoding, encode, entropy, stream_parts
+from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
+from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, unseal
+from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
 
 # %% ../nbs/05_pack.ipynb
 _all_ = ["PackError"]
@@ -700,21 +700,24 @@ def check_threads(
 def save(
     model: nn.Module,            # any model; layers that are compressed (`Dequantize` and its kin) stay compressed
     path: str | os.PathLike,     # the file to write or replace, usually *.mz
-    archive: bool = True,        # True: entropy-coded, the smallest; False: mapped, ready to run (see `load`, mmap)
+    archive: bool | str = True,  # True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at most 2**16 codes and bytes
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
     **info: Any,                 # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:                       # the path
     "Save a model as one file, atomically. `TypeError` or `ValueError` for what a file cannot hold; `OSError` when the system cannot write."
     check_machine()
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
-    if not isinstance(archive, bool): raise TypeError(f"archive is {archive!r}; it may be True or False")
+    if not isinstance(archive, bool) and archive != "solid": raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     if layers := layers_of(model, manifest["architecture"]): manifest["layers"] = layers
     if info: manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
-    with replacing(path) as f: write_file(f, manifest, pieces, archive, threads)
+    solid = solid_bytes(manifest, pieces) if archive == "solid" else None
+    with replacing(path) as f:
+        if solid is None: write_file(f, manifest, pieces, archive, threads)
+        else: seal_solid(f, solid)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
@@ -1037,6 +1040,201 @@ def check_result(
     demand(not ghosts, f"neither the file nor the model has values for {', '.join(map(ascii_name, ghosts))}")
 
 # %% ../nbs/05_pack.ipynb
+def expected(
+    manifest: dict,      # its architecture and layers
+) -> dict:               # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
+    "What a reader will know of the tensors before it has seen the table."
+    if manifest["architecture"] is None: return {}
+    skeleton = apply_layers(build_from(manifest["architecture"]), manifest.get("layers", {}))
+    return {i.name: {"dtype": NAMES[i.value.dtype], "shape": list(i.value.shape)} for i in items(skeleton)}
+
+# %% ../nbs/05_pack.ipynb
+def short_part(
+    piece: Piece,
+    count: int,      # elements of the tensor to which the part belongs
+) -> Any:            # levels; [levels, count]; a type; or {"dtype", "shape"}
+    "What a solid file says of a part."
+    if piece.packed is not None and piece.packed[2] <= 256: return piece.packed[2] if piece.packed[1] == count else [piece.packed[2], piece.packed[1]]
+    entry = {k: piece.entry[k] for k in ("dtype", "shape")}
+    return entry["dtype"] if entry["shape"] == [] else entry
+
+def long_part(
+    short: Any,
+    shape: list,     # of the tensor
+    name: str,
+) -> tuple[dict, tuple | None]:      # the entry, and (bits, count, levels) of packed codes
+    "The inverse of `short_part`."
+    if isinstance(short, int): short = [short, math.prod(shape)]
+    if isinstance(short, str): return {"dtype": short, "shape": [], "offset": 0}, None
+    if isinstance(short, dict): return short | {"offset": 0}, None
+    demand(isinstance(short, list) and len(short) == 2 and all(map(is_size, short)) and 2 <= short[0] <= 256, f"{name!r} is described in an unknown form")
+    levels, count = short
+    bits = max(1, (levels - 1).bit_length())
+    return {"dtype": "uint8", "shape": [packed_bytes(count, bits)], "offset": 0}, (bits, count, levels)
+
+# %% ../nbs/05_pack.ipynb
+USUAL = {"kind": "quantized", "layer": "Dequantize"}
+
+def short_entry(
+    entry: dict,
+    known: dict,                  # what is expected of it
+    pieces: dict[int, Piece],     # by the identity of their entries
+) -> dict:
+    "What a solid file says of a tensor."
+    out = {k: v for k, v in entry.items() if (known | (USUAL if "parts" in entry else {})).get(k) != v}
+    if "parts" not in entry: return {k: v for k, v in out.items() if k != "offset"}
+    out["parts"] = {k: short_part(pieces[id(p)], math.prod(entry["shape"])) for k, p in entry["parts"].items()}
+    meta = entry["meta"]
+    if all(meta.get(k) == entry[k] for k in ("shape", "dtype")): out["how"] = {k: v for k, v in out.pop("meta").items() if k not in ("shape", "dtype")}
+    return out
+
+# %% ../nbs/05_pack.ipynb
+def long_entry(
+    name: str,
+    short: Any,
+    known: dict,
+) -> tuple[dict, list]:      # the entry; its plain entries as (entry, packed)
+    "The inverse of `short_entry`."
+    demand(isinstance(short, dict) and "offset" not in short, f"{name!r} is described in an unknown form")
+    if "same" in short: return short, []
+    if "parts" not in short:
+        entry = known | short | {"offset": 0}
+        return entry, [(entry, None)]
+    entry = known | USUAL | {k: v for k, v in short.items() if k != "how"}
+    check_shape(entry, name)
+    if "how" in short:
+        demand(isinstance(short["how"], dict) and "meta" not in short, f"{name!r} is described in an unknown form")
+        entry["meta"] = {"shape": entry["shape"], "dtype": entry["dtype"]} | short["how"]
+    demand(isinstance(short["parts"], dict), f"{name!r} is described in an unknown form")
+    parts = {k: long_part(p, entry["shape"], f"{name}/{k}") for k, p in short["parts"].items()}
+    return entry | {"parts": {k: p for k, (p, _) in parts.items()}}, list(parts.values())
+
+# %% ../nbs/05_pack.ipynb
+def shorten(
+    manifest: dict,
+    pieces: list[Piece],
+    known: dict,          # from `expected`
+) -> dict:
+    "A manifest without what a reader can work out."
+    by_entry, table = {id(p.entry): p for p in pieces}, manifest["tensors"]
+    short = {n: e if "same" in e else short_entry(e, known.get(n, {}), by_entry) for n, e in table.items()}
+    return manifest | {"modelzip": SOLID_VERSION, "tensors": [*short.values()] if list(short) == list(known) else short}
+
+SOLID_VERSION = 4
+
+# %% ../nbs/05_pack.ipynb
+def lengthen(
+    short: dict,
+) -> tuple[dict, list]:      # the manifest of a mapped file; its plain entries in order, as (entry, packed)
+    "The inverse of `shorten`. `PackError` for what is none."
+    version = short.get("modelzip") if isinstance(short, dict) else None
+    demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
+    demand(version <= SOLID_VERSION, f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to {SOLID_VERSION} (update it)")
+    table, lists = short.get("tensors"), isinstance(short.get("tensors"), list)
+    manifest = check_manifest(short | {"modelzip": VERSION if "layers" in short else 1, "tensors": {} if lists else table})
+    known = expected(manifest)
+    demand(not lists or len(table) == len(known), "it is of another architecture: its table has another length")
+    found = {n: long_entry(n, e, known.get(n, {})) for n, e in (zip(known, table) if lists else table.items())}
+    return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place([p for _, parts in found.values() for p in parts])
+
+# %% ../nbs/05_pack.ipynb
+MOST = 2**16      # codes and bytes in a solid file: a second of Python
+
+def place(
+    parts: list,      # (entry, packed)
+) -> list:            # the same
+    "Give every part its offset."
+    end = total = 0
+    for entry, packed in parts:
+        dtype, shape = check_shape(entry, "a tensor")
+        entry["offset"] = end + -end % dtype.itemsize
+        end = entry["offset"] + math.prod(shape)*dtype.itemsize
+        total += packed[1] if packed else math.prod(shape)*dtype.itemsize
+        demand(total <= MOST, f"it claims more numbers than the {MOST:,} that a solid file may have")
+    return parts
+
+# %% ../nbs/05_pack.ipynb
+WORDS = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
+         '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+         '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+         '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
+         '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()
+
+def pack_text(text: bytes) -> bytes:
+    z = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
+    return z.compress(text) + z.flush()
+
+def unpack_text(data: bytes) -> tuple[bytes, bytes]:      # the text, and what follows it
+    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte."
+    z = zlib.decompressobj(-15, WORDS)
+    try: text = z.decompress(data, 2**20)
+    except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
+    demand(z.eof, "its manifest is cut off, or too large")
+    return text, z.unused_data
+
+# %% ../nbs/05_pack.ipynb
+def through(
+    coder: Any,                         # an adaptive encoder or decoder
+    parts: list,                        # (entry, packed)
+    data: list | None = None,           # bytes of each part; None: they are read
+) -> tuple[list[bytes], list[float]]:   # the same; how far the coder was after each part, in bytes
+    "Code the numbers of a solid file."
+    out, ends = [], []
+    for i, (entry, packed) in enumerate(parts):
+        dtype, shape = check_shape(entry, "a tensor")
+        here = None if data is None else data[i]
+        if packed is None: out.append(adaptive_bytes(coder, math.prod(shape)*dtype.itemsize, dtype.itemsize, entry["dtype"], here))
+        else:
+            codes = None if here is None else unpack_bits(torch.frombuffer(bytearray(here), dtype=torch.uint8), *packed[:2]).tolist() if packed[1] else []
+            codes = adaptive_codes(coder, packed[1], packed[2], i, codes)
+            out.append(pack_bits(torch.tensor(codes, dtype=torch.uint8), packed[0]).numpy().tobytes())
+        ends.append(coder.at if data is None else len(coder.out))
+    return out, ends
+
+# %% ../nbs/05_pack.ipynb
+def solid_bytes(
+    manifest: dict,
+    pieces: list[Piece],
+) -> bytes:
+    "A whole model in one piece. `ValueError` for one that is too large for it, or could not be read."
+    try: known = expected(manifest)
+    except PackError: known = {}
+    short = read_json(as_json(shorten(manifest, pieces, known), "the manifest").encode())
+    try: full, parts = lengthen(short)
+    except PackError as e: raise ValueError(f"archive is 'solid', but this model cannot be saved so: {e}") from None
+    data = [bytes(as_bytes(p.tensor)) for p in pieces]
+    assert [len(d) for d in data] == [math.prod(check_shape(e, "")[1])*DTYPES[e["dtype"]].itemsize for e, _ in parts]
+    through(encoder := AdaptiveEncoder(), parts, data)
+    return pack_text(as_json(short, "the manifest").encode()) + encoder.finish()
+
+# %% ../nbs/05_pack.ipynb
+class Restored(io.BytesIO):
+    "The mapped file for which a solid one stands."
+    sizes: dict = {}       # offset in the payload → bytes that the part takes in the solid file
+
+def restored(
+    data: bytes,           # from `unseal_solid`
+) -> Restored:
+    "Undo `solid_bytes`. `PackError` for whatever is wrong."
+    text, numbers = unpack_text(data)
+    manifest, parts = lengthen(read_json(text))
+    try:
+        values, ends = through(decoder := AdaptiveDecoder(numbers), parts)
+        decoder.finish()
+    except CodingError as e: raise PackError(f"its numbers: {e}") from None
+    payload, f = bytearray(), Restored(bytes(ALIGN))
+    for (entry, _), v in zip(parts, values): payload += bytes(entry["offset"] - len(payload)) + v
+    f.seek(ALIGN); f.write(payload)
+    seal(f, zlib.crc32(payload), as_json(manifest, "the manifest").encode())
+    f.sizes = {e["offset"]: min(b, len(numbers)) - min(a, len(numbers)) for (e, _), a, b in zip(parts, [5, *ends], ends)}
+    return f
+
+def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is solid
+    "See a solid file as the mapped file for which it stands."
+    data = unseal_solid(f)
+    return f if data is None else restored(data)
+
+# %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,             # a file that `save` has written
     model: nn.Module | None = None,      # one of the same architecture, compressed or not; left as it is. None: the registered builder makes one
@@ -1048,8 +1246,9 @@ def load(
     if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
     if not verify and not mmap: raise ValueError("verify is False, but without mmap everything is read and checked anyway")
     with naming(path), open_file(path) as f:
+        f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
-        if mmap: check_mappable(rows, path)
+        if mmap: check_mappable(rows, path, isinstance(f, Restored))
         skeleton = apply_layers(build_from(manifest["architecture"]), manifest.get("layers", {})) if model is None else hollow(model)
         check_match(skeleton, rows)
         tensors = map_payload(f, rows, payload, verify) if mmap else read_payload(f, rows, payload)
@@ -1063,9 +1262,10 @@ def load(
 def check_mappable(
     rows: dict[str, Row],
     path: str | os.PathLike,
+    solid: bool = False,
 ) -> None:
     "`ValueError` when parts are coded: they have to be expanded into memory."
-    if any(p.coded is not None for _, _, p in in_order(rows)):
+    if solid or any(p.coded is not None for _, _, p in in_order(rows)):
         raise ValueError(f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped")
 
 # %% ../nbs/05_pack.ipynb
@@ -1112,6 +1312,7 @@ def read_tensor(
     "Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown name, `PackError` as for `load`."
     check_machine()
     with naming(path), open_file(path) as f:
+        f = as_mapped(f)
         _, rows, payload = read_manifest(f)
         if name not in rows:
             raise ValueError(f"name is {name!r}; {os.fsdecode(path)} holds {', '.join(map(ascii_name, rows))}"[:2000])
@@ -1168,6 +1369,16 @@ def line_of(
     return Line(row.name, row.shape, kind, row.layer or "", coder, row.stored, row.stored/total, entropy)
 
 # %% ../nbs/05_pack.ipynb
+def in_solid(
+    line: Line,
+    row: Row,
+    sizes: dict[int, int],     # from a `Restored` file
+    total: int,
+) -> Line:
+    "What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written when it ended."
+    size = sum(sizes[p.offset] for p in row.parts.values())
+    return replace(line, coder="" if row.same else "adaptive", bytes=size, share=size/total)
+
 def coder_of(
     f: BinaryIO,
     row: Row,
@@ -1299,11 +1510,12 @@ def inspect(
     "What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed."
     check_machine()
     with naming(path), open_file(path) as f:
+        total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
         manifest, rows, payload = read_manifest(f)
-        total = os.fstat(f.fileno()).st_size
         if entropy: verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
-    return Contents(os.fsdecode(path), total, manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
+        if solid := isinstance(f, Restored): lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
+    return Contents(os.fsdecode(path), total, SOLID_VERSION if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)

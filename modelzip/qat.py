@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['straight_through', 'WeightQuantizer', 'static_codes', 'ActivationQuantizer', 'FakeQuantized', 'StaticLinear',
-           'StaticConv2d', 'prepare', 'freeze', 'set_bits', 'convert']
+           'StaticConv2d', 'prepare', 'freeze', 'set_bits', 'convert', 'soft_counts', 'entropy_bits', 'EntropyBits',
+           'StepAdam']
 
 # %% ../nbs/11_qat.ipynb
 import contextlib, copy, fnmatch, functools, math, warnings
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .distill import Loss
 from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _reader_of
 from .ptq import calibrate
 from .quant import (OBSERVERS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
@@ -576,3 +578,64 @@ def _without_quantizer(layer):
     plain = cls.__new__(cls)
     plain.__dict__ = {**layer.__dict__, "_parameters": results | dict(layer._parameters), "_modules": {k: m for k, m in layer._modules.items() if k != "parametrizations"}}
     return copy.deepcopy(plain)
+
+# %% ../nbs/11_qat.ipynb
+def soft_counts(
+    quantizer: WeightQuantizer,
+    weight: Tensor,       # what it rounds
+) -> Tensor:              # [levels]: how often each code occurs, with a gradient; the sum is the number of weights
+    "A histogram of codes in which each weight counts in part for the codes to its left and right (after Agustsson et al. 2017, arXiv:1704.00648)."
+    blocks = as_blocks(weight.float(), quantizer.axis, quantizer.group)
+    low, top = -quantizer.zero, quantizer.levels - 1
+    u = ((blocks / quantizer.steps(blocks.shape[1])).clamp(low, low + top) - low).flatten()
+    if (extra := u.numel() - weight.numel()): u = from_blocks(u.view_as(blocks), weight.shape, quantizer.axis, quantizer.group).flatten()
+    k = u.detach().floor().clamp(max=top - 1).long()
+    counts = torch.zeros(quantizer.levels, device=u.device)
+    return counts.index_add(0, k, 1 - (u - k)).index_add(0, k + 1, u - k)
+
+# %% ../nbs/11_qat.ipynb
+def entropy_bits(
+    model: nn.Module,   # prepared
+) -> Tensor:            # scalar with a gradient: bits that its codes will take, each weight tensor by its own soft counts; without tables
+    "Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648; Oktay et al. 2019, arXiv:1906.06624). `ValueError` for a model that is not prepared."
+    found = {id(q): soft_counts(q, w) for _, q, w in _quantizers(model)}
+    return -sum((n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum() for n in found.values())
+
+# %% ../nbs/11_qat.ipynb
+class EntropyBits(Loss):
+    "`entropy_bits` of a prepared student in thousands, as a part of a distillation's loss: `SoftTargets(2) + 0.02 * EntropyBits(student)`."
+    def __init__(
+        self,
+        model: nn.Module,   # prepared; the one that is trained
+    ):
+        super().__init__()
+        _quantizers(model)
+        self.model = (model,)                        # in a tuple, so that its parameters are not found twice
+    def forward(self, student, teacher, labels): return entropy_bits(self.model[0]) / 1000
+    def __repr__(self): return "EntropyBits()"
+
+# %% ../nbs/11_qat.ipynb
+class StepAdam(torch.optim.Adam):
+    "Adam that moves the quantizers' steps, and zero points of activations, at a share of the learning rate: for `train(…, optimizer=functools.partial(StepAdam, model=model))`."
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],   # to be trained
+        lr: float,                      # learning rate of all that is no step
+        model: nn.Module,               # prepared; tells which are steps
+        share: float = 0.02,            # of the learning rate for steps, above 0
+        **options: Any,                 # of `torch.optim.Adam`
+    ):
+        if not 0 < share < math.inf: raise ValueError(f"share is {share!r}; it may be a number above 0")
+        _quantizers(model)
+        own = {id(p) for m in model.modules() if isinstance(m, (WeightQuantizer, ActivationQuantizer)) for p in m.parameters(recurse=False)}
+        groups = [[], []]
+        for p in parameters: groups[id(p) in own].append(p)
+        super().__init__([dict(params=g, share=s) for g, s in zip(groups, (1., share)) if g], lr=lr, **options)
+    def step(self, closure=None):
+        "One step of Adam; schedules see and set the full rates."
+        rates = [g["lr"] for g in self.param_groups]
+        try:
+            for g in self.param_groups: g["lr"] = g["lr"] * g["share"]
+            return super().step(closure)
+        finally:
+            for g, lr in zip(self.param_groups, rates): g["lr"] = lr
