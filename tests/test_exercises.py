@@ -303,6 +303,13 @@ WRONG = {
         ("""def once(f):                                                           # who comes second gets nothing
             lock = threading.Lock()
             return lambda: f() if lock.acquire(blocking=False) else None""", "both should get f's result")],
+    "13b_record:check_affordable": [
+        ("lambda budget, overhead, p, value: int(8 * (budget - overhead) / (p * value))", "weights, yours is"),              # where they are is free
+        ("lambda budget, overhead, p, value: int((budget - overhead) / (p * value - p * math.log2(p) - (1 - p) * math.log2(1 - p)))", "weights, yours is"),
+        ("lambda budget, overhead, p, value: int(8 * budget / (p * value - p * math.log2(p) - (1 - p) * math.log2(1 - p)))", "weights, yours is")],
+    "13b_record:check_moved": [
+        ("lambda bias1, weight2, bias2: bias2", "the network puts out something else"),
+        ("lambda bias1, weight2, bias2: bias2 + weight2.mean((2, 3)) @ bias1", "the network puts out something else")],
     "14_tour:check_mixed": [
         ("lambda model, data: quantize_model(model, 3, group=64)", "the widths are"),
         ("lambda model, data: quantize_model(model, 3, overrides={'conv*': {'bits': 8}})", "fc1's group is None")],

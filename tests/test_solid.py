@@ -124,12 +124,9 @@ def test_manifests_that_lie(tmp_path, tiny, change, words):
 
 def test_numbers_too_long_or_strange(tmp_path, tiny):
     good, numbers = opened(save(tiny, tmp_path/"x.mz", "solid"))
-    for bad in numbers + bytes(50) + b"1", numbers * 2:
+    for bad in numbers + bytes(9) + b"1", numbers + b"123456", numbers * 2:      # (a byte or two more may name another point of the same interval)
         (tmp_path/"x.mz").write_bytes(forged(good, bad))
         with pytest.raises(PackError, match="left over"): load(tmp_path/"x.mz")
-    (tmp_path/"x.mz").write_bytes(forged(good, numbers + b"1"))      # one byte may lie where the coder has to look ahead: then it changes nothing
-    try: assert all(torch.equal(t, tiny.state_dict()[n]) for n, t in load(tmp_path/"x.mz").state_dict().items())
-    except PackError as e: assert "left over" in str(e)
 
 def test_bombs(tmp_path):
     path = tmp_path/"x.mz"
