@@ -146,6 +146,8 @@ def test_long_lines_hang():
     assert bare(site.hang(text)) == bare(text)
     for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S): assert line.count("<span") == line.count("</span")
     table = code("a" + "  1" * 30 + "\nb" + "  2" * 30, "")
+    note = code("a  1\nb  2\nEach of them was saved, loaded and measured, which takes a while to say", "")
+    assert "data-hang" not in site.hang(note) and re.findall(r'class="hang"[^>]*>(\w+)', site.hang(note)) == ["Each"]       # a note under a table wraps
     assert site.hang(table) == table and site.hang(code("word " * 30, "")) != code("word " * 30, "")     # columns stay columns
 
 
