@@ -304,9 +304,9 @@ def unclosed(line):
 
 
 def continued(line):
-    "In which column a line goes on: under its comment where one stands to the right, else four to the right of its start."
+    "In which column a line goes on: under its comment where one stands to the right with room to spare, else four to the right of its start."
     comment = re.search(r"\S\s{2,}(?=# )", line)
-    return comment.end() + 2 if comment else len(line) - len(line.lstrip()) + 4
+    return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
 
 def offline_search(out):
