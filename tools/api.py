@@ -54,7 +54,7 @@ def pages(where, titles, documentation, root=ROOT):
     made, index = {}, []
     for name, chapter in modules(root).items():
         lines = public(name, root)
-        if not lines: continue
+        if not lines or chapter not in titles: continue
         module = importlib.import_module(f"modelzip.{name}")
         about = (module.__doc__ or "").strip()
         parts = [f"---\ntitle: modelzip.{name}\n---\n", f"{about}. The chapter [{titles[chapter]}]({chapter}) derives what stands here.", f"`from modelzip.{name} import *`"]

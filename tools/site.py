@@ -148,6 +148,7 @@ def documentation(markdown):
     body = re.sub(r"^\[source\]\(.*?\).*$", "", body, flags=re.M)
     body = re.sub(r"^#+ +.*$", "", body, count=1, flags=re.M)
     body = re.sub(r"(?:^> {2,}.*\n?)+", lambda m: f"\n```python\n{signature(m[0])}\n```\n", body, count=1, flags=re.M)
+    body = re.sub(r"\| \*\*(.*?)\*\* (?=\|)", lambda m: "| " + m[1].replace("**", r"\*\*") + " ", body)      # no bold: it may hold a power such as 2**bits
     body = "\n".join(short_names(l).replace("| VAR_KEYWORD |", "| keywords |").replace("| VAR_POSITIONAL |", "| values |") if l.startswith("|") else l for l in body.split("\n"))
     return f"::: {{.api}}\n\n{body.strip()}\n\n:::\n" if name else body
 
@@ -283,15 +284,15 @@ def hang(page):
     def block(m):
         lines = m[2].split("\n")
         bare = [unescape(re.sub(r"<[^>]*>", "", l)) for l in lines]
-        columns = sum(bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare)
-        if "sourceCode" not in m[1] and columns > 1: return m[0]
+        columns = [bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare]
+        table = "sourceCode" not in m[1] and sum(columns) > 1
         out, still = [], []                                  # `still`: tags that a line leaves open, as a text of several lines does
-        for line, text in zip(lines, bare):
+        for line, text, column in zip(lines, bare, columns):
             line = "".join(still) + line
             still = unclosed(line)
             line += "</span>" * len(still) + "\n"
-            out.append(line if len(text) <= SHORT else f'<span class="hang" style="--by:{continued(text)}ch">{line}</span>')
-        return m[1].replace("<code", '<code data-hang', 1) + "".join(out).removesuffix("\n") + m[3]
+            out.append(line if len(text) <= SHORT or table and column else f'<span class="hang" style="--by:{continued(text)}ch">{line}</span>')
+        return (m[1] if table else m[1].replace("<code", "<code data-hang", 1)) + "".join(out).removesuffix("\n") + m[3]
     return re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", block, page, flags=re.S)
 
 
@@ -303,9 +304,9 @@ def unclosed(line):
 
 
 def continued(line):
-    "In which column a line goes on: under its comment where one stands to the right, else four to the right of its start."
+    "In which column a line goes on: under its comment where one stands to the right with room to spare, else four to the right of its start."
     comment = re.search(r"\S\s{2,}(?=# )", line)
-    return comment.end() + 2 if comment else len(line) - len(line.lstrip()) + 4
+    return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
 
 def offline_search(out):
