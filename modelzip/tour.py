@@ -19,7 +19,7 @@ from .measure import Report, compare
 from .pack import load, save
 from .distill import Labels, SoftTargets, affine, distill
 from .ptq import gptq, hqq
-from .qat import FakeQuantized, convert, prepare
+from .qat import EntropyBits, StepAdam, WeightQuantizer, convert, prepare
 from .prune import Pruner, sparsify_model
 from .quant import quantize_model
 from .structured import factorize, shrink
@@ -29,7 +29,7 @@ TECHNIQUES: dict[str, Callable[[nn.Module, Data], nn.Module]] = {}
 
 def technique(
     name: str,                 # what the table calls it
-    archive: bool = True,      # its file is entropy-coded; False: mapped, ready to run
+    archive: bool | str = True,  # its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
 ) -> Callable:                 # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
     "Add a technique to the tour. `ValueError` when the name is taken."
     def add(f):
@@ -150,17 +150,22 @@ def _student(model, data): return taught(LeNet5(channels=[8, 16], hidden=60), mo
 @technique("the student with 4-bit weights")
 def _student4(model, data): return taught(prepare(_student(model, data), bits=4, batches=calibration(data)), model, data, epochs=4, lr=1e-3)
 
+@technique("the student, every bit at a price", archive="solid")
+def _priced(model, data): return taught(prepare(_student(model, data), levels=15, activations=None, per_channel=False), model, data, epochs=8, price=0.02)
+
 def taught(
     student: nn.Module,
     teacher: nn.Module,
     data: Data,
-    epochs: int = 15,   # times that each digit is seen
-    lr: float = 5e-3,   # highest learning rate
-) -> nn.Module:         # in eval mode; of integers, if it was prepared for that
+    epochs: int = 15,    # times that each digit is seen
+    lr: float = 5e-3,    # highest learning rate
+    price: float = 0.,   # of a thousand bits of the codes' entropy, in the loss; for a student that was prepared
+) -> nn.Module:          # in eval mode; of integers or codes, if it was prepared for that
     "Distil into a student, with augmentation."
-    loss = 0.5 * SoftTargets(2) + 0.5 * Labels()
-    with seeded(0): distill(student, teacher, data.fit, loss, epochs=epochs, lr=lr, augment=affine, progress=False)
-    return convert(student) if any(isinstance(m, FakeQuantized) for m in student.modules()) else student
+    loss, options = 0.5 * SoftTargets(2) + 0.5 * Labels(), {}
+    if price: loss, options = loss + price * EntropyBits(student), {"optimizer": functools.partial(StepAdam, model=student)}
+    with seeded(0): distill(student, teacher, data.fit, loss, epochs=epochs, lr=lr, augment=affine, progress=False, **options)
+    return convert(student) if any(isinstance(m, WeightQuantizer) for m in student.modules()) else student
 
 # %% ../nbs/14_tour.ipynb
 def compressed(
@@ -188,8 +193,8 @@ def tour(
     folder.mkdir(parents=True, exist_ok=True)
     model = train(LeNet5(), data.fit, seed=seed, progress=progress)
     models = compressed(model, data, progress)
-    mapped = {id(m) for name, m in models.items() if name == "fp32" or not TECHNIQUES[name].archive}
-    def store(m, path): return save(m, path, archive=id(m) not in mapped)
+    how = {id(m): name != "fp32" and TECHNIQUES[name].archive for name, m in models.items()}
+    def store(m, path): return save(m, path, archive=how[id(m)])
     report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress)
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report
