@@ -513,7 +513,8 @@ class Verdict:
     __repr__ = __str__
     def _repr_html_(self) -> str:
         colour = {"done": "#009E73", "not yet": "#767676", "wrong": "#D55E00"}[self.state]
-        return f'<div style="border-left:4px solid {colour};padding:.3em .8em">{escape(str(self))}</div>'
+        said = re.sub("`([^`]+)`", r"<code>\1</code>", escape(str(self)))
+        return f'<div style="border-left:4px solid {colour};padding:.3em .8em">{said}</div>'
 
 # %% ../nbs/00_data.ipynb
 def exercise(

@@ -380,7 +380,8 @@ def _pareto(self) -> plt.Figure:
     ax.plot(kb, shares, "o", color="C0", ms=6, zorder=3, label="model, 95 % interval")
     ax.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %"); ax.margins(x=.12, y=.08)
     _size_ticks(ax); fig.legend(loc="outside upper right", ncols=2)
-    _label(ax, list(zip(kb, shares)), [r.name.replace("$", r"\$") for r in self.rows])
+    named = [r for r in self.rows if len(self.rows) <= 12 or r is self.rows[0] or any(r is f for f in front)]      # many names would hide each other
+    _label(ax, [(r.bytes / 1e3, 100 * r.accuracy) for r in named], [r.name.replace("$", r"\$") for r in named])
     plt.close(fig)
     return fig
 
