@@ -107,6 +107,10 @@ SETUP = {
         model = LeNet5()
         state = model.state_dict()
         to_safetensors(model, folder / "l.safetensors")""",
+    "12b_recipe": """
+        import copy, torch
+        from modelzip.data import LeNet5
+        net = LeNet5().eval()""",
     "10_ptq": """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
@@ -354,6 +358,38 @@ WRONG = {
         ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "not a percentage"),
         ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "nothing was measured"),
         ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0", "not eval and diff")],
+    "12b_recipe:check_front3": [
+        ("lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]", "equal in two, worse in one"),
+        ("lambda rows: [r for i, r in enumerate(rows) if not any(j != i and all(x <= y for x, y in zip(o, r)) for j, o in enumerate(rows))]", "both stay"),
+        ("lambda rows: rows", "is dominated by (2, 2, 2)")],
+    "12b_recipe:check_step": [
+        ("""
+        def zero_small(model, threshold=0.01): return model""", "work on copy.deepcopy(model)"),
+        ("""
+        def zero_small(model, threshold=0.01):
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in new.parameters(): p[p < threshold] = 0
+            return new""", "not as they should be"),                                                  # negative weights gone
+        ("""
+        def zero_small(model, threshold=0.01):
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in new.parameters(): p[p.abs() < threshold] = 0
+            return new""", "biases are no matrices")],
+    "13_auto:check_cheapest": [
+        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o]) for r, d in zip(R, D)][:3]", "one option for each layer"),
+        ("lambda R, D, price: [len(r) // 2 for r in R]", "as many bytes and less error"),
+        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] * r[o]) for r, d in zip(R, D)]", "as many bytes and less error")],
+    "13_auto:check_bit_by_bit": [
+        ("lambda c, n, bits: [bits // sum(n)] * len(c)", "3 and 1"),                                  # the same for all
+        ("""
+        def bit_by_bit(c, n, bits):
+            b, left = [0] * len(c), bits
+            while fits := [i for i in range(len(c)) if n[i] <= left]:
+                i = max(fits, key=lambda i: n[i] * c[i] * 4.0 ** -b[i])
+                b[i] += 1; left -= n[i]
+            return b""", "dearer and more useful in the same measure")],
 }
 
 
