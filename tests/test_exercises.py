@@ -110,7 +110,8 @@ SETUP = {
     "12b_recipe": """
         import copy, torch
         from modelzip.data import LeNet5
-        net = LeNet5().eval()""",
+        net = LeNet5().eval()
+        with torch.no_grad(): net.fc1.weight.mul_(4)""",
     "10_ptq": """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
