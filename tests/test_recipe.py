@@ -208,7 +208,7 @@ from pathlib import Path
 def judge(model):
     with open(os.environ["ASKED"], "a") as f: f.write("x")
     time.sleep(0.15)
-    return float(sum(p.abs().sum() for p in model.parameters()))
+    return float(sum(p.detach().abs().sum() for p in model.parameters()))
 def make(bits): return [("quantize_model", {"bits": bits})]
 def model():
     from modelzip.data import LeNet5
