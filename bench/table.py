@@ -21,6 +21,7 @@ def spread(values, scale=100.):
 
 
 def line(model, how, size, before, quality, reference, chapter):
+    quality, reference = (t.replace(" ", "\u00a0") for t in (quality, reference))      # numbers and their spread stay on one line
     return model, size, f"| {model} | [{how}]({chapter}) | {size:,.0f} | {before / size:,.1f}× | {quality} | {reference} |"
 
 
@@ -64,7 +65,7 @@ def auto(found):
 def table():
     "Markdown, one row a model and technique; what has not been measured is left out."
     rows = [row for part in (record, prune, qat, ptq, auto) if (found := read(part.__name__)) for row in part(found)]
-    head = "| model | how | bytes of the file | smaller | accuracy, or cosine and recall | float32 |\n|---|---|--:|--:|---|---|\n"
+    head = "| model | how | bytes of the file | smaller | accuracy (or cosine, recall) | float32 |\n|---|---|--:|--:|---|---|\n"
     return head + "\n".join(text for *_, text in sorted(rows)) + "\n"
 
 
