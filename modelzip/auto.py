@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .data import Data, Split, eval_mode, seeded
+from .archive import replacing
 from .measure import latency
-from .quant import QUANTIZABLE, dequantize_model
+from .quant import QUANTIZABLE
 from .pack import inspect, save
 from .prune import PRUNABLE, feed, prune_model, remove_masks, sparsify_model, _checked
 from .structured import foldable
 from .ptq import gptq, nearest_weight, quantize_with
-from .recipe import (RECIPES, Cache, Judge, Recipe, Result, Results, Samples, Step, expanded, file_of, fingerprint, other_matrices, pareto, quantize_others,
-                             register_step, samples_of, sweep, _rows, _write_bytes)
+from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, other_matrices, pareto, quantize_others,
+                             register_step, samples_of, sweep, _float_rows, _rows)
 
 # %% ../nbs/13_auto.ipynb
 _all_ = ["RECIPES", "Recipe", "Results", "pareto", "register_step", "sweep"]      # chapter 12b's, for whoever looks for them here
@@ -79,7 +79,6 @@ def second_order(
                 for n, g in zip(weights, found): sums[n] += 0. if g is None else (g * changes[n]).sum().double().item() ** 2 / probes
     return {n: s / max(count, 1) for n, s in sums.items()}
 
-def _float_rows(output): return [t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 # %% ../nbs/13_auto.ipynb
 def waterfill(
@@ -479,20 +478,20 @@ def _next_guess(self, menu, low, high):
     if self.judge.metric != "cosine" or not told: return middle
     nearest = min(told, key=lambda t: abs(math.log((1 - t.quality) / max(1 - self.target.quality, 1e-9))))
     wanted = menu.error(nearest.picks) * (1 - self.target.quality) / (1 - nearest.quality) * 0.98
-    a, b = low, high
-    for _ in range(30):
-        if menu.error(menu.pick(math.exp((a + b) / 2) + 1)) <= wanted: b = (a + b) / 2
-        else: a = (a + b) / 2
     edge = 0.1 * (high - low)
-    return min(max(b, low + edge), high - edge)
+    return min(max(_budget_for(menu, wanted, low, high), low + edge), high - edge)
 
 def _first_guess(self, menu, low, high):
     if self.judge.metric != "cosine": return (low + high) / 2
-    wanted, a, b = 2 * (1 - self.target.quality), low, high
+    return _budget_for(menu, 2 * (1 - self.target.quality), low, high)
+
+def _budget_for(menu, wanted, low, high):
+    "log of the least budget between these whose expected error is small enough."
     for _ in range(30):
-        if menu.error(menu.pick(math.exp((a + b) / 2) + 1)) <= wanted: b = (a + b) / 2
-        else: a = (a + b) / 2
-    return b
+        middle = (low + high) / 2
+        if menu.error(menu.pick(math.exp(middle) + 1)) <= wanted: high = middle
+        else: low = middle
+    return high
 
 _Search.within_bytes, _Search._overhead, _Search.with_quality = _within_bytes, _overhead, _with_quality
 _Search._next_guess, _Search._first_guess = _next_guess, _first_guess
@@ -580,7 +579,8 @@ def compress(
         report = Report(target, judge.metric, size, judge.baseline, best, search.tries, _about_layers(best), search.notes)
         if strict and not report.met: raise TargetError(f"not reached: {target}. The nearest was {_said_of(best, judge.metric)}; strict=False returns it", report)
         small = best.model
-        if path is not None: _write_bytes(Path(path), best.file.read_bytes())
+        if path is not None:
+            with replacing(path) as f: f.write(best.file.read_bytes())
     return small, report
 
 def _look(search, recipe):

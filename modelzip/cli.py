@@ -5,12 +5,11 @@
 # %% auto 0
 __all__ = ['READERS', 'COMMANDS', 'MODEL', 'JSON', 'QUIET', 'DATA', 'WRITERS', 'KERNELS', 'EXPECTED', 'Weights', 'as_model',
            'expanded_tensors', 'only_weights', 'quantize_weights', 'open_model', 'command', 'argument', 'Done', 'bars',
-           'replacing_file', 'weight_bytes', 'example_of', 'parser', 'cli']
+           'weight_bytes', 'example_of', 'parser', 'cli']
 
 # %% ../nbs/15_cli.ipynb
-import argparse, bisect, importlib, json, math, os, sys, tempfile
+import argparse, bisect, importlib, json, os, sys, tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from .archive import PackError
 from .coding import CodingError
 from . import __version__
 from .auto import compress
-from .data import digits, docstrings, mnist5k, need, predictions, recall
+from .data import digits, docstrings, mnist5k, need, recall
 from .exchange import from_hdf5, from_npz, from_safetensors, to_hdf5, to_npz, to_safetensors
 from .kernels import use_kernels
-from .measure import file_bytes, latency, wilson
+from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
 from .pack import Contents, as_text, diff, identity, inspect, items, load, read_tensor, save
 from .quant import OBSERVERS, Dequantize, dequantize_model, quantize_layer, quantize_model
@@ -214,25 +213,18 @@ def _quantized(model, o, bits):
 
 def _by_bits(model, o):
     "Quantize and save; with a limit of bytes, at the most bits with which the file fits."
-    def write(bits):
+    def write(bits, path):
         save(_quantized(model, o, bits), path, archive=not o.mapped, made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group))
         return file_bytes(path)
-    with replacing_file(o.output) as path:
-        bits = o.bits if o.bytes is None else bisect.bisect(range(1, o.bits + 1), False, key=lambda bits: write(bits) > o.bytes)
-        if not bits: path.unlink(); raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
-        write(bits)
+    bits = o.bits
+    if o.bytes is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            bits = bisect.bisect(range(1, o.bits + 1), False, key=lambda bits: write(bits, Path(folder) / "tried.mz") > o.bytes)
+        if not bits: raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
+    write(bits, o.output)
     return f"{bits} bits"
 
 # %% ../nbs/15_cli.ipynb
-@contextmanager
-def replacing_file(path):
-    "A path beside the one that is asked for; what is there at the end, if anything, takes its place."
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
-        new = Path(place) / path.name
-        yield new
-        if new.exists(): os.replace(new, path)
-
 def _by_target(model, o):
     "Search for a target, or follow a recipe."
     if only_weights(model): raise ValueError(f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with code, give package.module:function")
@@ -294,6 +286,8 @@ def _diff(o):
     return Done({"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]}, repr(found), status=0 if found.same else 1)
 
 # %% ../nbs/15_cli.ipynb
+def _with_kernels(model): return use_kernels(model) if any(isinstance(m, Dequantize) for m in model.modules()) else model
+
 WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
 
 def example_of(
@@ -317,7 +311,7 @@ def _convert(o):
     if o.expand: model = as_model(expanded_tensors(model)) if only_weights(model) else dequantize_model(model)
     if ending == ".onnx":
         if not o.input: raise ValueError("an .onnx file needs --input, the shape of an example: like 1x1x28x28")
-        to_onnx(use_kernels(model) if any(isinstance(m, Dequantize) for m in model.modules()) else model, o.output, tuple(map(example_of, o.input)))
+        to_onnx(_with_kernels(model), o.output, tuple(map(example_of, o.input)))
     elif ending in WRITERS: WRITERS[ending](model, o.output)
     else: raise ValueError(f"{o.output} ends in {ending!r}; it may end in {', '.join(WRITERS)} or .onnx")
     return Done({"file": o.output, "bytes": file_bytes(o.output)}, f"{o.output}: {file_bytes(o.output):,} bytes")
@@ -327,7 +321,7 @@ def _ready(path, o):
     "A model that runs, with integer kernels if asked for."
     model = open_model(path)
     if only_weights(model): raise ValueError(f"{path} holds weights without the code that runs them: register its architecture, or give package.module:function")
-    return use_kernels(model) if o.kernels and any(isinstance(m, Dequantize) for m in model.modules()) else model
+    return _with_kernels(model) if o.kernels else model
 
 KERNELS = argument("--kernels", action="store_true", help="compute with integers where there is a product for it")
 
@@ -345,12 +339,12 @@ def _bench(o):
 
 # %% ../nbs/15_cli.ipynb
 def _digits(model, data):
-    right = predictions(model, data.test) == data.test.y
+    right = is_right(model, data.test)
     share, n = right.float().mean().item(), len(right)
     low, high = wilson(int(right.sum()), n)
     return {"accuracy": share, "low": low, "high": high, "n": n}, f"{share:.2%} of {n:,} right (95 % interval {low:.2%} to {high:.2%})"
 
-def _retrieval(model, _):
+def _retrieval(model):
     found = recall(model, pairs := docstrings())
     return {"accuracy": found[1], "recall_at_10": found[10], "n": len(pairs)}, f"recall at 1: {found[1]:.3f}, at 10: {found[10]:.3f}, of {len(pairs)} queries"
 
@@ -360,7 +354,7 @@ def _retrieval(model, _):
 def _eval(o):
     model = _ready(o.model, o)
     if o.data == "docstrings" and not hasattr(model, "encode"): raise ValueError(f"{o.model} has no encode(texts): docstrings are for models of sentences")
-    found, said = _retrieval(model, None) if o.data == "docstrings" else _digits(model, DATA[o.data]())
+    found, said = _retrieval(model) if o.data == "docstrings" else _digits(model, DATA[o.data]())
     found["bytes"] = file_bytes(o.model) if Path(o.model).exists() else None
     return Done(found, said, status=1 if o.at_least is not None and found["accuracy"] < o.at_least else 0)
 

@@ -10,8 +10,8 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
 # %% ../nbs/12b_recipe.ipynb
 import copy, hashlib, inspect as _inspect, json, math, os, re, tempfile, traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from .data import Data, Split, eval_mode, model_builders, seeded, stratified, train
 from .measure import is_right, write_whole
-from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
+from .archive import replacing
+from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model, _innermost
 from .pack import as_bytes, inspect as _contents, load, save
 from .kernels import use_kernels
 from .prune import Pruner, feed, prune_gradually, prune_model, sparsify_layer, sparsify_model, _checked
 from .structured import factorize, fold_batchnorm, shrink
-from .distill import Labels, Logits, SoftTargets, affine, distill
-from .ptq import awq, calibrate, correct_bias, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
+from .distill import Labels, SoftTargets, affine, distill
+from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, smooth
 from .qat import convert, prepare
 
 # %% ../nbs/12b_recipe.ipynb
@@ -107,12 +108,10 @@ def quantize_others(
         if how is None: continue
         how = dict(bits=bits, group=group, symmetric=symmetric) | how
         layer = new.get_submodule(name)
-        wrapped = Dequantize(layer, nearest_weight(_parameter(layer, key), **how), key)
+        wrapped = Dequantize(layer, nearest_weight(_innermost(layer)._parameters[key].detach(), **how), key)
         if not name: new = wrapped
         else: setattr(new.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], wrapped)
     return new
-
-def _parameter(layer, key): return (_parameter(layer.layer, key) if isinstance(layer, Dequantize) else layer._parameters[key]).detach()
 
 # %% ../nbs/12b_recipe.ipynb
 OBJECTS = ("axis", "name", "layers", "columns", "scale", "scale_dtype", "zero_point", "stochastic", "generator")      # of `quantize`: no words for them
@@ -172,10 +171,14 @@ def _quarters(batch):
 
 # %% ../nbs/12b_recipe.ipynb
 def _rows(output: Any) -> list[Tensor]:
-    "Float outputs as [examples, numbers]."
+    "Float outputs as [examples, numbers], for comparing."
+    return [t.detach().float() for t in _float_rows(output)]
+
+def _float_rows(output: Any) -> list[Tensor]:
+    "The same with their gradients."
     found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     if not found: raise ValueError(f"the model puts out {type(output).__name__} without a float tensor: give evaluate=, a function of the model")
-    return [t.detach().float().reshape(len(t), -1) if t.dim() > 1 else t.detach().float().reshape(1, -1) for t in found]
+    return [t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1) for t in found]
 
 class Judge:
     "How good a model is: its accuracy on held-out labels, or its cosine to the original, or what `evaluate` says."
@@ -392,15 +395,10 @@ class Cache:
         whole = "error" in note or self.file(key).is_file() and self.file(key).stat().st_size == note.get("bytes")
         return note if whole else None
     def put(self, key: str, note: dict, content: bytes | None) -> None:
-        if content is not None: _write_bytes(self.file(key), content)
+        if content is not None:
+            with replacing(self.file(key)) as f: f.write(content)
         write_whole(self.folder / f"{key}.json", json.dumps(note))
 
-def _write_bytes(path, content):
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as f: f.write(content); f.flush(); os.fsync(f.fileno())
-        os.replace(name, path)
-    except BaseException: os.unlink(name); raise
 
 # %% ../nbs/12b_recipe.ipynb
 def grid_points(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from .channels import (ATTENTIONS, Group, Groups, Marks, Running, Ties, Trace, call, dependency_graph, group_up, name_of,
+from .channels import (Group, Groups, Marks, Running, Ties, Trace, call, dependency_graph, group_up, name_of,
                                numbers_in, output_axis, tensors_in, tensors_of)
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
