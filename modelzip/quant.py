@@ -895,7 +895,7 @@ def _read(self, key):
     "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working; the compressed one can only be read."
     try: return nn.Module.__getattr__(self, key)
     except AttributeError:
-        if "layer" not in self.__dict__.get("_modules", {}): raise
+        if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"): raise      # how a layer is copied is not how its wrapper is
         if key == self.__dict__.get("name"): return self._shown(sys._getframe(1))
         return _of_class(self, key) or getattr(self.layer, key)
 
@@ -1096,10 +1096,14 @@ def _copy_with(model, replaced):
     "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied."
     check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
-    memo = {id(p): p for new in old.values() for p in _all_packed(new)}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model)
     for m in reversed(list(model.modules())):                    # what lies inside another comes first
         if id(m) in old: memo[id(m)] = copy.deepcopy(old[id(m)], memo)
     return memo.get(id(model)) or copied(model, memo)
+
+def _recomputed(model):
+    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
+    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
 
 def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
 
@@ -1115,6 +1119,6 @@ def dequantize_model(
     found = [m for m in model.modules() if isinstance(m, Dequantize)]
     if not found: raise ValueError("model has no quantized layer")
     check_ordinary(model)
-    memo, expanded = {}, {}
+    memo, expanded = _recomputed(model), {}
     for m in reversed(found): memo[id(m)] = _plain(m, memo, expanded)      # those inside others first
     return memo.get(id(model)) or copied(model, memo)
