@@ -503,7 +503,8 @@ def is_right(
     data: Split,        # inputs with their labels
 ) -> Tensor:            # [n] bool
     "Which examples a model labels rightly: the default question of `compare`."
-    return predictions(model, data) == data.y
+    answers = predictions(model, data)
+    return (answers == data.y.cpu()) & (answers >= 0)
 
 # %% ../nbs/01_measure.ipynb
 def _batch(example: Tensor, size: int) -> Tensor:
