@@ -9,7 +9,7 @@ __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stra
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
-import functools, hashlib, importlib, importlib.metadata, inspect, json, platform, re, warnings
+import functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, sys, threading, types, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -71,14 +71,25 @@ def stratified(
     shares: Sequence[float] = (.7, .1, .2),        # share of each part; they add up to 1
     seed: int = 0,                                 # of the permutation
 ) -> list[Tensor]:                                 # for each part the indices that belong to it
-    "Split indices so that every class is spread over the parts in the same proportions."
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
-    y, rng, parts = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares]
+    "Split indices so that every class is spread over the parts in the same proportions. Classes too small for that are dealt out together, so that the parts get their shares."
+    if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
+    y, rng, parts, rare = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares], []
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
+        if len(members) * min(s for s in shares if s) < 1: rare.append(members); continue
         ends = np.rint(np.cumsum(shares) * len(members)).astype(int)
         for part, piece in zip(parts, np.split(members, ends[:-1])): part.append(piece)
-    return [torch.from_numpy(rng.permutation(np.concatenate(p or [np.empty(0, int)]))) for p in parts]
+    for part, piece in zip(parts, _dealt(rare, shares, rng)): part.append(piece)
+    return [torch.from_numpy(rng.permutation(np.concatenate(p))) for p in parts]
+
+def _dealt(classes: list, shares: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+    "Class after class, each example to the part that lacks most."
+    hands, shares = [[] for _ in shares], np.array(shares)
+    given = np.zeros(len(shares))
+    for n, i in enumerate((i for c in (rng.permutation(len(classes)) if classes else ()) for i in classes[c]), 1):
+        j = int(np.argmax(shares * n - given))
+        hands[j].append(i); given[j] += 1
+    return [np.array(h, int) for h in hands]
 
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(1)
@@ -101,19 +112,20 @@ def digits() -> Data:   # x [n, 1, 8, 8] float32 from 0 to 1, y [n]
 model_builders: dict[str, Callable[..., nn.Module]] = {}   # name → what builds that model
 
 def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
-    "What a builder was called with, as JSON; a ValueError when JSON cannot hold it."
+    "What a builder was called with, as JSON of its own, and defaults that can change; a ValueError when JSON cannot hold it."
     signature = inspect.signature(build)
     options, kinds = signature.bind(*args, **kwargs).arguments, {n: p.kind for n, p in signature.parameters.items()}
     for k in [k for k in options if kinds[k] is inspect.Parameter.VAR_KEYWORD]: options.update(options.pop(k))
-    try: same = json.loads(json.dumps(options, allow_nan=False)) == options
-    except (TypeError, ValueError): same = False
-    if not same: raise ValueError(f"options of {name!r} must survive JSON (numbers, text, booleans, None, lists, dicts with text keys), not {options}")
-    return options
+    options |= {n: p.default for n, p in signature.parameters.items() if n not in options and isinstance(p.default, (list, dict))}
+    try: own = json.loads(json.dumps(options, allow_nan=False))
+    except (TypeError, ValueError, RecursionError): own = None
+    if own is None or own != options: raise ValueError(f"options of {name!r} must survive JSON (numbers, text, booleans, None, lists, dicts with text keys), not {options}")
+    return own
 
 # %% ../nbs/00_data.ipynb
 def _stamped(name: str, build: Callable) -> Callable:
     "`build`, with the models that it makes marked by the name and the options that make them again."
-    @functools.wraps(build)
+    @functools.wraps(build, updated=() if isinstance(build, type) else functools.WRAPPER_UPDATES)
     def stamped(*args, **kwargs):
         options = _options(build, args, kwargs, name)
         model = build(*args, **kwargs)
@@ -134,18 +146,44 @@ def _stamp_class(name: str, cls: type) -> type:
     return cls
 
 # %% ../nbs/00_data.ipynb
+def _installed(cls: type) -> bool:
+    "Whether a class belongs to a library that others use too."
+    module = sys.modules.get(cls.__module__)
+    here = getattr(module, cls.__name__, None) is cls           # a decorator runs before the name is there
+    return here and not cls.__module__.startswith(__name__.split(".")[0] + ".") and bool(re.search(r"(site|dist)-packages", getattr(module, "__file__", None) or ""))
+
+def _same_definition(old: Any, new: Any) -> bool:
+    "Whether `new` is `old`, run again: the same place in a module or, for what a function or a lambda made, the same code over the same values."
+    place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
+    if old is new: return True
+    if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
+    if "<" not in place(old)[1]: return True
+    if not isinstance(old, type): return isinstance(old, types.FunctionType) and _meaning(old) == _meaning(new)
+    functions = lambda c: {k: _meaning(f, c) for k, f in vars(c).items() if isinstance(f, types.FunctionType)}
+    return old.__bases__ == new.__bases__ and functions(old) == functions(new)
+
+def _meaning(f: Callable, cls: type | None = None) -> list:
+    "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
+    f = inspect.unwrap(f)
+    cells = [c.cell_contents for c in f.__closure__ or ()]
+    return [f.__code__.co_code, f.__code__.co_names, [c for c in f.__code__.co_consts if not isinstance(c, types.CodeType)], f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+
+# %% ../nbs/00_data.ipynb
 def register_model(
     name: str,                      # what files call this architecture
     build: Callable | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
 ) -> Callable:                      # `build`, whose models carry `.architecture`
-    "Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises ValueError."
+    """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises ValueError.
+    A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or the returned function make are marked, others are not."""
     if build is None: return lambda b: register_model(name, b)
     if not isinstance(name, str) or not name: raise ValueError(f"name must be a text that is not empty, not {name!r}")
     if not callable(build): raise TypeError(f"build must be a function or a class, not {type(build).__name__}")
     old = model_builders.get(name)
-    if old is not None and (old.__module__, old.__qualname__) != (build.__module__, build.__qualname__):
-        raise ValueError(f"{name!r} already names {old.__module__}.{old.__qualname__}: choose another name")
-    model_builders[name] = _stamp_class(name, build) if isinstance(build, type) else _stamped(name, build)
+    if old is not None and old is build: return old
+    if old is not None and not _same_definition(inspect.unwrap(old), inspect.unwrap(build)):
+        raise ValueError(f"{name!r} already names {getattr(old, '__module__', '')}.{getattr(old, '__qualname__', old)}: choose another name")
+    own = isinstance(build, type) and issubclass(build, nn.Module) and not _installed(build)
+    model_builders[name] = _stamp_class(name, build) if own else _stamped(name, build)
     return model_builders[name]
 
 # %% ../nbs/00_data.ipynb
@@ -210,13 +248,25 @@ class LeNet300(nn.Module):
 
 # %% ../nbs/00_data.ipynb
 class eval_mode:
-    "A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back afterwards."
+    "A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back when the last such block around it ends, in any thread."
+    _open, _lock = {}, threading.RLock()        # id of a module → the blocks that hold it
     def __init__(self, model: nn.Module): self.model = model
     def __enter__(self) -> nn.Module:
-        self.modes = [(m, m.training) for m in self.model.modules()]
-        return self.model.eval()
+        self.thread = threading.get_ident()
+        with self._lock:
+            self.modes = {id(m): [m, m.training] for m in self.model.modules()}
+            for i in self.modes: self._open.setdefault(i, []).append(self)
+            if any(training for _, training in self.modes.values()): self.model.eval()
+        return self.model
     def __exit__(self, *error) -> None:
-        for m, mode in self.modes: m.training = mode
+        with self._lock:
+            for i, (m, mode) in self.modes.items():
+                others = self._open[i]
+                others.remove(self)
+                if not others: del self._open[i]
+                later = next((o for o in others if o.thread != self.thread), None)
+                if later is None: m.training = mode
+                else: later.modes[i][1] |= mode         # another thread is still at it, and puts it back
 
 def device_of(model: nn.Module) -> torch.device:
     "Where a model's tensors are; the CPU for a model that has none."
@@ -234,10 +284,10 @@ def predictions(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
-    "The label that a model gives to each example. The model's mode is left as it was."
+    "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
     _check(split, batch_size)
     with eval_mode(model), torch.inference_mode():
-        scores = torch.cat([model(x.to(device_of(model))).cpu() for x in split.x.split(batch_size)])
+        scores = torch.cat([model(x.to(device_of(model), copy=True)).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()
 
@@ -247,8 +297,9 @@ def accuracy(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> float:                     # share of right answers, 0 to 1
-    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong. An empty split raises ValueError."
-    return (predictions(model, split, batch_size) == split.y).float().mean().item()
+    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. An empty split raises ValueError."
+    answers = predictions(model, split, batch_size)
+    return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
 # %% ../nbs/00_data.ipynb
 def _prepare(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list, int]:
@@ -257,17 +308,38 @@ def _prepare(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: 
     if not 0 < lr < float("inf"): raise ValueError(f"lr must be above 0 and finite, not {lr}")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters: raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-    return parameters, epochs * -(-len(data) // batch_size)
+    return parameters, epochs * len(_cut(torch.arange(len(data)), batch_size))
+
+def _cut(order: Tensor, batch_size: int) -> list[Tensor]:
+    "Batches; a lone last example, from which BatchNorm cannot learn, goes with those before it."
+    cut = list(order.split(batch_size))
+    return cut if len(cut) < 2 or len(cut[-1]) > 1 or batch_size == 1 else [*cut[:-2], torch.cat(cut[-2:])]
 
 def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     "One pass over the data in a new order; gives the mean loss."
     device, total = device_of(model), 0.
-    for i in torch.randperm(len(data)).split(batch_size):
+    for i in _cut(torch.randperm(len(data)), batch_size):
         value = loss(model(data.x[i].to(device)), data.y[i].to(device))
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
         if not value.isfinite(): raise FloatingPointError(f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}: try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data")
         step.zero_grad(); value.backward(); step.step(); schedule.step(); bar.update()
         total += value.item() * len(i)
     return total / len(data)
+
+# %% ../nbs/00_data.ipynb
+def _one_cycle(step: torch.optim.Optimizer, lr: float, steps: int) -> Any:
+    "The schedule; a run of a few steps visits the middles of its parts, scaled so that one of them has the highest rate."
+    if steps >= 10: return torch.optim.lr_scheduler.OneCycleLR(step, lr, total_steps=steps, cycle_momentum=tuple(step.defaults.get("betas", ()))[:1] == (.9,))
+    ease = lambda a, b, t: b + (a - b) * (1 + math.cos(math.pi * t)) / 2
+    rate = lambda t: ease(1 / 25, 1, t / .3) if t < .3 else ease(1, 0, (t - .3) / .7)
+    rates = [rate((i + .5) / steps) for i in range(steps)]
+    return torch.optim.lr_scheduler.LambdaLR(step, lambda i: rates[min(i, steps - 1)] / max(rates))
+
+def _frozen(model: nn.Module) -> list[nn.Module]:
+    "Layers that do not train although the model does."
+    norms = (nn.modules.batchnorm._NormBase,)
+    still = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
+    return [m for m in model.modules() if (model.training and not m.training) or still(m)]
 
 # %% ../nbs/00_data.ipynb
 def train(
@@ -279,20 +351,25 @@ def train(
     seed: int = 0,                                  # of the shuffling and of dropout
     progress: bool = True,                          # show a bar
     loss: Callable = F.cross_entropy,               # of outputs and labels
-    optimizer: Callable = torch.optim.Adam,         # called with the parameters and `lr=`
+    optimizer: Callable = torch.optim.Adam,         # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:                                     # the same model, in eval mode
-    "Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError."
+    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError.
+    What is frozen stays so: normalization layers whose parameters are, and, in a model that comes in train mode, layers in eval mode. The model ends in eval mode, also after an error."""
     parameters, steps = _prepare(model, data, epochs, lr, batch_size)
     step = optimizer(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(step, lr, total_steps=steps)
+    schedule = _one_cycle(step, lr, steps)
+    frozen = _frozen(model)
     bar = tqdm(total=steps, desc="train", leave=False, **({} if progress else {"disable": True}))
-    with torch.enable_grad(), seeded(seed), bar:
-        for epoch in range(epochs):
-            model.train()
-            mean = _epoch(model, data, batch_size, loss, step, schedule, bar)
-            if after_epoch is not None: after_epoch(epoch + 1, mean)
-    return model.eval()
+    try:
+        with torch.enable_grad(), seeded(seed), bar:
+            for epoch in range(epochs):
+                model.train()
+                for m in frozen: m.training = False
+                mean = _epoch(model, data, batch_size, loss, step, schedule, bar)
+                if after_epoch is not None: after_epoch(epoch + 1, mean)
+    finally: model.eval()
+    return model
 
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(4)
@@ -490,15 +567,21 @@ def recall(
     at: Sequence[int] = (1, 10),        # how many answers one may look at
     progress: bool = False,             # show a bar
 ) -> dict[int, float]:                  # for each k in `at` the share of queries whose document is among the first k
-    "Recall at k by cosine similarity. Ties count against the model; an embedding that is not finite raises ValueError."
+    "Recall at k by scalar products, which for vectors of length 1 are cosine similarities. Ties count against the model; embeddings that are not finite, or not one row a text, raise ValueError."
     if not len(retrieval): raise ValueError("retrieval is empty: there is nothing to look for")
     if not at or min(at) < 1: raise ValueError(f"every k in `at` must be at least 1, not {tuple(at)}")
-    more = {"progress": True} if progress else {}
-    q, d = torch.as_tensor(model.encode(retrieval.queries, **more)), torch.as_tensor(model.encode(retrieval.documents, **more))
-    if not (q.isfinite().all() and d.isfinite().all()): raise ValueError("the model gave an embedding with NaN or infinity in it")
+    q, d = (_embeddings(model, texts, {"progress": True} if progress else {}) for texts in (retrieval.queries, retrieval.documents))
+    if q.shape != d.shape: raise ValueError(f"the model gave {list(q.shape)} for the queries and {list(d.shape)} for the documents")
     similar = q @ d.T
     rank = (similar >= similar.diagonal()[:, None]).sum(1)      # 1: nothing is as similar as the right one
-    return {int(k): (rank <= k).float().mean().item() for k in at}
+    return {int(k): (rank <= k).double().mean().item() for k in at}
+
+def _embeddings(model: Any, texts: list[str], more: dict) -> Tensor:
+    "One vector for each text, checked."
+    e = torch.as_tensor(model.encode(list(texts), **more)).detach().cpu()
+    if e.dim() != 2 or len(e) != len(texts): raise ValueError(f"encode gave {list(e.shape)} for {len(texts)} texts; it must give one row for each")
+    if not e.isfinite().all(): raise ValueError("the model gave an embedding with NaN or infinity in it")
+    return e if e.dtype == torch.float64 else e.float()
 
 # %% ../nbs/00_data.ipynb
 @dataclass
@@ -526,7 +609,7 @@ def exercise(
     def verdict(*attempt):
         try: check(*attempt)
         except NotImplementedError: return Verdict("not yet", f"Not done yet: {task}", task)
-        except AssertionError as e: return Verdict("wrong", f"Not right yet: {e or task}", task)
+        except AssertionError as e: return Verdict("wrong", f"Not right yet: {str(e) or task}", task)
         except Exception as e: return Verdict("wrong", f"It raised {type(e).__name__}: {e}", task)
         return Verdict("done", f"Right: {task}", task)
     return verdict

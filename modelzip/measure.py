@@ -8,7 +8,7 @@ __all__ = ['mac_rules', 'file_bytes', 'count_parameters', 'tensor_bytes', 'macs'
            'is_right', 'compare']
 
 # %% ../nbs/01_measure.ipynb
-import copy, ctypes, gc, json, math, os, platform, re, resource, statistics, tempfile, time
+import contextlib, copy, ctypes, gc, itertools, json, math, os, platform, re, resource, statistics, tempfile, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Split, eval_mode, need, predictions
+from .workshop.counting import Work, listening, own_tensors
+from .workshop.models import call, copied
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
@@ -42,11 +44,30 @@ def count_parameters(
     return sum(p.numel() for p in model.parameters())
 
 def tensor_bytes(
-    model: nn.Module,   # tied tensors count once
+    model: nn.Module,   # any, also on the device "meta"
 ) -> int:               # bytes in memory
-    "What the parameters and buffers of a model occupy, each storage once."
-    tensors = {(t.data_ptr(), t.shape): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    "What the parameters and buffers of a model occupy, each byte once: ties, views and expanded tensors lie on the same bytes."
+    shared = {}
+    for t in (*model.parameters(), *model.buffers()):
+        for part in _dense(t): shared.setdefault(part.untyped_storage()._cdata, []).append(part)
+    return sum(map(_covered, shared.values()))
+
+# %% ../nbs/01_measure.ipynb
+def _dense(t: Tensor) -> tuple[Tensor, ...]:
+    "The ordinary tensors that a tensor consists of."
+    if t.layout == torch.strided: return (t,)
+    if t.layout == torch.sparse_coo: return t._indices(), t._values()
+    rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+    return (t.crow_indices(), t.col_indices(), t.values()) if rows else (t.ccol_indices(), t.row_indices(), t.values())
+
+def _covered(views: list[Tensor]) -> int:
+    "How many bytes of their storage some views lie on."
+    places = {(t.storage_offset() * t.element_size(), t.element_size(), t.shape, t.stride()) for t in views}
+    if len(places) == 1 and views[0].is_contiguous(): return views[0].numel() * views[0].element_size()
+    used = torch.zeros(views[0].untyped_storage().nbytes(), dtype=torch.bool)
+    for start, size, shape, stride in places:
+        used.as_strided((*shape, size), (*(s * size for s in stride), 1), start).fill_(True)
+    return int(used.sum())
 
 # %% ../nbs/01_measure.ipynb
 def _linear_macs(m, x, y): return y.numel() * m.in_features
@@ -64,45 +85,60 @@ def _attention_macs(m, x, y):
     projections = 2 * rows * e * e + keys * e * (key.shape[-1] + value.shape[-1])
     return batch * (projections + 2 * rows * keys * e)
 
-mac_rules: dict[type, Callable] = {     # class of a layer → its MACs, from (layer, inputs, output); add your own
+_formulas: dict[type, Callable] = {
     nn.Linear: _linear_macs, nn.Bilinear: _bilinear_macs, nn.MultiheadAttention: _attention_macs, nn.Embedding: _no_macs, nn.EmbeddingBag: _no_macs,
     nn.Conv1d: _conv_macs, nn.Conv2d: _conv_macs, nn.Conv3d: _conv_macs,
     nn.ConvTranspose1d: _transposed_macs, nn.ConvTranspose2d: _transposed_macs, nn.ConvTranspose3d: _transposed_macs}
 
 # %% ../nbs/01_measure.ipynb
-def _rule(module: nn.Module) -> tuple[nn.Module, Callable] | None:
-    "The layer that says how large the work is, which is the module itself or what it wraps, and the rule for its class."
-    for m in (module, getattr(module, "layer", None)):
-        for cls in type(m).__mro__ if isinstance(m, nn.Module) else ():
-            if cls in mac_rules: return m, mac_rules[cls]
-    return None
+mac_rules: dict[type, Callable] = {}    # your own layers: class → MACs, from (layer, inputs in the order of `forward`, output)
 
-def _counted(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module, Callable]]:
-    "Name → module to listen to, layer and rule; nothing inside a counted module is counted again."
-    found, inside = {}, set()
-    for name, module in model.named_modules():
-        if id(module) in inside or (hit := _rule(module)) is None: continue
-        found[name] = (module, *hit)
-        inside |= {id(m) for m in module.modules() if m is not module}
-    return found
+def _own(module: nn.Module | None) -> Callable | None:
+    "The formula of `mac_rules`, for the layer itself."
+    rule = next((mac_rules[cls] for cls in type(module).__mro__ if cls in mac_rules), None)
+    return None if rule is None else lambda x, y: rule(module, x, y)
+
+def _formula(module: nn.Module | None) -> Callable | None:
+    "The formula of a layer of PyTorch's, which is the module itself or what it wraps."
+    layer = module
+    while isinstance(layer, nn.Module):
+        rule = next((_formulas[cls] for cls in type(layer).__mro__ if cls in _formulas), None)
+        if rule is not None: return lambda x, y: rule(layer, x, y)
+        layer = getattr(layer, "layer", None)
+
+def _owners(model: nn.Module) -> dict[nn.Module, str]:
+    "Module → whom its work is booked to: itself, or the layer that it is part of or wrapped by."
+    owners, names = {}, {}
+    for name, m in model.named_modules():
+        above, _, last = name.rpartition(".")
+        whole = bool(name) and (isinstance(names[above], tuple(_formulas)) or _own(names[above]) is not None)
+        part = whole or bool(name) and last == "layer" and _layer(names[above])
+        names[name], owners[m] = m, owners[names[above]] if part else name
+    return owners
+
+def _layer(m: nn.Module) -> bool: return _own(m) is not None or _formula(m) is not None
 
 # %% ../nbs/01_measure.ipynb
 def macs(
-    model: nn.Module,               # any model; its mode is left as it was
-    example: Tensor | tuple,        # what it is called with; a tuple holds several arguments
-) -> dict[str, int]:                # layer → multiply-accumulates for this example, in the order of the model
-    "Count multiply-accumulates with forward hooks. Products outside of layers (such as `F.scaled_dot_product_attention`) and additions of biases are not counted."
-    layers = _counted(model)
-    counts = dict.fromkeys(layers, 0)
-    def listen(name, layer, rule):
-        def hook(module, args, kwargs, output): counts[name] += int(rule(layer, args + tuple(kwargs.values()), output))
-        return hook
-    hooks = [m.register_forward_hook(listen(name, layer, rule), with_kwargs=True) for name, (m, layer, rule) in layers.items()]
-    try:
-        with eval_mode(model), torch.inference_mode(): model(*example) if isinstance(example, tuple) else model(example)
-    finally:
-        for h in hooks: h.remove()
-    return counts
+    model: nn.Module,       # any model; a copy of it runs, in eval mode
+    example: Any,           # what it is called with; a tuple holds several arguments, a dict named ones
+) -> dict[str, int]:        # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
+    """Count the multiply-accumulates of all products that run; additions are not counted, masks and causality save nothing, sparse matrices count what they store.
+    `ValueError` names an operation that cannot be looked into, or a model that cannot be copied."""
+    model = copied(model)
+    owners = _owners(model)
+    work = Work(owners, _own, _formula)
+    with eval_mode(model), listening(model, work): call(model, own_tensors(example))
+    layers = {n: 0 for m, n in owners.items() if _layer(m)}
+    return {n: work.counts.get(n, 0) for n in owners.values() if work.counts.get(n) or n in layers}
+
+# %% ../nbs/01_measure.ipynb
+def _median_interval(values: np.ndarray, confidence: float = .95) -> tuple[float, float, float]:
+    "Order statistics that enclose the true median, and the probability of that: `confidence` or more when there are enough values for it."
+    values, n = np.sort(values), len(values)
+    missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2 ** n for k in range(1, n // 2 + 1)]
+    k = max(1, sum(m <= 1 - confidence for m in missed))
+    return float(values[k - 1]), float(values[n - k]), 1 - missed[k - 1]
 
 # %% ../nbs/01_measure.ipynb
 @dataclass(frozen=True)
@@ -112,10 +148,11 @@ class Latency:
     low: float          # lower quartile, ms
     high: float         # upper quartile, ms
     ratio: float        # median over the rounds of time / the first candidate's time in the same round
-    ratio_low: float    # 95 % bootstrap interval of that ratio
+    ratio_low: float    # interval of that ratio
     ratio_high: float
     threads: int        # torch's intra-op threads
     times: list[float] = field(repr=False, default_factory=list)    # ms, one a round
+    confidence: float = math.nan    # probability that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
 
 # %% ../nbs/01_measure.ipynb
 def _calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
@@ -131,22 +168,21 @@ def _sample(f: Callable, calls: int) -> float:
     return (time.perf_counter() - began) * 1e3 / calls
 
 # %% ../nbs/01_measure.ipynb
-def _latency(times: np.ndarray, first: np.ndarray, rng: np.random.Generator, draws: int = 500) -> Latency:
-    ratios = times / first
-    medians = np.median(rng.choice(ratios, (draws, len(ratios))), axis=1)
-    return Latency(*map(float, (np.median(times), *np.quantile(times, [.25, .75]), np.median(ratios), *np.quantile(medians, [.025, .975]))),
-                   torch.get_num_threads(), times.tolist())
+def _latency(times: np.ndarray, first: np.ndarray) -> Latency:
+    low, high, confidence = _median_interval(times / first)
+    return Latency(*map(float, (np.median(times), *np.quantile(times, [.25, .75]), np.median(times / first))), low, high,
+                   torch.get_num_threads(), times.tolist(), confidence)
 
 # %% ../nbs/01_measure.ipynb
 def latency(
     candidates: dict[str, Callable[[], Any]],   # name → function without arguments; the first is the baseline
-    repeats: int = 30,                          # rounds; each times every candidate once
+    repeats: int = 30,                          # rounds, 2 or more; each times every candidate once
     warmup: int = 3,                            # calls of each before the clock starts
     at_least: float = .002,                     # seconds that a sample should last; quick functions are called several times
     seed: int = 0,                              # of the order within rounds
     progress: bool = False,                     # show a bar
 ) -> dict[str, Latency]:                        # name → medians, quartiles and the ratio to the first
-    "Time functions against each other: paired rounds in random order, medians, bootstrap interval of the ratio (Efron 1979)."
+    "Time functions against each other: paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
     if not candidates: raise ValueError("candidates is empty: there is nothing to time")
     if repeats < 2: raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
     if warmup < 0 or at_least < 0: raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
@@ -154,7 +190,7 @@ def latency(
     with torch.inference_mode(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
     times = {n: np.empty(repeats) for n in names}
     _rounds(candidates, calls, times, rng, progress)
-    return {n: _latency(times[n], times[names[0]], rng) for n in names}
+    return {n: _latency(times[n], times[names[0]]) for n in names}
 
 # %% ../nbs/01_measure.ipynb
 def _rounds(candidates, calls, times, rng, progress) -> None:
@@ -183,30 +219,39 @@ def _trim() -> None:
 def peak_memory(
     f: Callable[[], Any],   # called once
 ) -> int:                   # bytes of resident memory that the call added at its highest, above what was there before
-    "Peak extra memory of a call, from the kernel's high-water mark (Linux). Exact to some hundred KB; counts all threads of this process, files mapped and touched too, no child process, no GPU. Where the mark cannot be reset, RuntimeError."
+    "Peak extra memory of a call, from the kernel's high-water mark (Linux). Exact to some hundred KB; counts all threads of this process, files mapped and touched too, no child process, no GPU. Where the mark cannot be reset, RuntimeError; what `f` raises goes through."
     _trim()
     try:
         with open("/proc/self/clear_refs", "w") as mark: mark.write("5")
         before = _status("VmRSS")
-        f()
-        return max(0, _status("VmHWM") - before)
     except OSError as e: raise RuntimeError("peak_memory needs Linux with a writable /proc/self/clear_refs") from e
+    f()
+    return max(0, _status("VmHWM") - before)
 
 # %% ../nbs/01_measure.ipynb
 def sqnr(
     x: Tensor,          # the truth, any shape
     x_hat: Tensor,      # what replaces it, the same shape
 ) -> float:             # dB; inf when they are equal, −inf when x is zero and x_hat is not
-    "Signal-to-quantization-noise ratio. Different shapes, empty tensors, NaN or infinity raise ValueError."
+    "Signal-to-quantization-noise ratio. Different shapes, empty or complex tensors, NaN or infinity raise ValueError."
     if x.shape != x_hat.shape: raise ValueError(f"x and x_hat must have the same shape, not {list(x.shape)} and {list(x_hat.shape)}")
     if not x.numel(): raise ValueError("x is empty: there is no signal")
-    x, x_hat = x.detach().cpu().double(), x_hat.detach().cpu().double()
-    if not (x.isfinite().all() and x_hat.isfinite().all()): raise ValueError("x and x_hat must be finite, but hold NaN or infinity")
-    error = x_hat - x
+    if x.is_complex() or x_hat.is_complex(): raise ValueError("x and x_hat must be real; compare view_as_real of complex tensors")
+    x, error = _signal_and_error(x.detach().cpu(), x_hat.detach().cpu())
     big, wrong = x.abs().max().item(), error.abs().max().item()
     if wrong == 0: return math.inf
     if big == 0: return -math.inf
-    return 20 * math.log10(big / wrong) + 10 * math.log10(((x / big) ** 2).sum().item() / ((error / wrong) ** 2).sum().item())
+    return 20 * (math.log10(big) - math.log10(wrong)) + 10 * math.log10(((x / big) ** 2).sum().item() / ((error / wrong) ** 2).sum().item())
+
+def _signal_and_error(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    "Both in double precision, halved so that no difference overflows; the difference of integers is exact."
+    if not any(t.is_floating_point() for t in (x, x_hat)):
+        halves = [((t.long() >> 32).double(), (t.long() & 0xffffffff).double()) for t in (x, x_hat)]
+        return x.double() / 2, ((halves[1][0] - halves[0][0]) * 2. ** 32 + (halves[1][1] - halves[0][1])) / 2
+    x, x_hat = x.double(), x_hat.double()
+    if not (x.isfinite().all() and x_hat.isfinite().all()): raise ValueError("x and x_hat must be finite, but hold NaN or infinity")
+    large = max(x.abs().max().item(), x_hat.abs().max().item()) > 1e300
+    return (x / 2, x_hat / 2 - x / 2) if large else (x, x_hat - x)
 
 # %% ../nbs/01_measure.ipynb
 def wilson(
@@ -230,7 +275,8 @@ def mcnemar(
     "Exact test of two models on the same examples (McNemar 1947, doi:10.1007/BF02295996)."
     if lost < 0 or gained < 0: raise ValueError(f"lost and gained must not be negative, but are {lost} and {gained}")
     n = lost + gained
-    return min(1., 2 * sum(math.comb(n, i) for i in range(min(lost, gained) + 1)) / 2 ** n)
+    ways = itertools.accumulate(range(min(lost, gained)), lambda c, i: c * (n - i) // (i + 1), initial=1)      # C(n, i), each from the one before
+    return min(1., 2 * sum(ways) / 2 ** n)
 
 # %% ../nbs/01_measure.ipynb
 @dataclass
@@ -245,7 +291,7 @@ class Measurement:
     n: int                          # examples behind it
     p: float = 1.                   # McNemar's P against the baseline: small means that they truly differ
     milliseconds: dict[int, tuple[float, float, float]] = field(default_factory=dict)   # batch → median, quartiles
-    ratios: dict[int, tuple[float, float, float]] = field(default_factory=dict)         # batch → time / baseline's, 95 % interval
+    ratios: dict[int, tuple[float, float, float]] = field(default_factory=dict)         # batch → time / baseline's, its interval: 95 % from six rounds on
     extra: dict[str, Any] = field(default_factory=dict)                                 # columns that others add
 
 # %% ../nbs/01_measure.ipynb
@@ -321,8 +367,10 @@ def _from_json(
     try:
         data = json.loads(text)
         rows = [{**r, **{k: {int(b): tuple(v) for b, v in r[k].items()} for k in ("milliseconds", "ratios")}} for r in data["rows"]]
-        return Report([Measurement(**r) for r in rows], data["facts"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e: raise ValueError(f"this is no report of modelzip: {e}") from e
+        report = Report([Measurement(**r) for r in rows], dict(data["facts"]))
+        _table(report); [r.n + r.p for r in report.rows]                     # every number is one
+        return report
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as e: raise ValueError(f"this is no report of modelzip: {e}") from e
 
 Report.to_json, Report.from_json = _to_json, staticmethod(_from_json)
 
@@ -441,7 +489,7 @@ def load_plain(
 ) -> nn.Module:                 # in eval mode
     "Load a state dict from safetensors into a copy of `model`."
     if model is None: raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
-    model = copy.deepcopy(model)
+    model = copied(model)
     need("safetensors.torch", "hf").load_model(model, str(path))
     return model.eval()
 
@@ -455,7 +503,8 @@ def is_right(
     data: Split,        # inputs with their labels
 ) -> Tensor:            # [n] bool
     "Which examples a model labels rightly: the default question of `compare`."
-    return predictions(model, data) == data.y
+    answers = predictions(model, data)
+    return (answers == data.y.cpu()) & (answers >= 0)
 
 # %% ../nbs/01_measure.ipynb
 def _batch(example: Tensor, size: int) -> Tensor:
@@ -481,7 +530,7 @@ def _store(models, save, load, folder, suffix, progress) -> dict[str, tuple[Path
             given = not isinstance(m, nn.Module)
             path = Path(m) if given else folder / _file_name(i, name, suffix)
             if not given: save(m, path)
-            stored[name] = path, load(path, (some if load is load_plain else None) if given else m).eval()
+            stored[name] = path, load(path, (some if load is load_plain else None) if given else m)
         except Exception as e:
             if hasattr(e, "add_note"): e.add_note(f"while saving and loading {name!r}")
             raise
@@ -506,7 +555,7 @@ def compare(
     folder: str | os.PathLike | None = None,            # where the files stay; None: they are removed
     batches: Sequence[int] = (1, 64),                   # batch sizes to time; () for none
     baseline: str | None = None,                        # the row that ratios refer to; None: the first
-    repeats: int = 20,                                  # timing rounds
+    repeats: int = 20,                                  # timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
     right: Callable[[nn.Module, Any], Tensor] = is_right,   # (model, data) → which answers are right [n] bool
     suffix: str | None = None,                          # of the files; None: .safetensors, or .mz with another `save`
     progress: bool = True,                              # show bars
@@ -515,9 +564,10 @@ def compare(
     baseline = _check_models(models, batches, baseline)
     models = {baseline: models[baseline], **models}
     suffix = suffix or (".safetensors" if save is save_plain else ".mz")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as modes:
         if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
         stored = _store(models, save, load, Path(folder or temporary), suffix, progress)
+        for _, m in stored.values(): modes.enter_context(eval_mode(m))        # `load` may hand back the caller's own
         answers = {n: right(m, data).bool().cpu() for n, (_, m) in stored.items()}
         times = _time_models({n: m for n, (_, m) in stored.items()}, data.x if example is None and batches else example, batches, repeats, progress)
         first = models[baseline] if isinstance(models[baseline], nn.Module) else stored[baseline][1]

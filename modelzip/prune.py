@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['WHOLE', 'CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', 'LAYOUTS', 'SPARSE_PAYS', 'Mask', 'find_mask',
-           'mask_layer', 'masks', 'remove_masks', 'feed', 'label_loss', 'Seen', 'input_rows', 'as_matrices',
-           'prunable_layers', 'collect', 'Criterion', 'Random', 'Magnitude', 'Gradient', 'Taylor', 'Fisher', 'Movement',
-           'Wanda', 'inverse_factor', 'removal_cost', 'least_cost', 'Surgeon', 'cut_layer', 'cut_model', 'as_criterion',
+           'mask_layer', 'masks', 'remove_masks', 'label_loss', 'Seen', 'input_rows', 'as_matrices', 'prunable_layers',
+           'collect', 'Criterion', 'Random', 'Magnitude', 'Gradient', 'Taylor', 'Fisher', 'Movement', 'Wanda',
+           'inverse_factor', 'removal_cost', 'least_cost', 'Surgeon', 'cut_layer', 'cut_model', 'as_criterion',
            'as_rows', 'from_rows', 'Units', 'parse_granularity', 'units', 'unit_scores', 'erk_sparsities', 'lowest',
            'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'prune_model',
            'SparsityTable', 'left_whole', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
@@ -16,10 +16,11 @@ __all__ = ['WHOLE', 'CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', 'LAYOUTS'
 
 # %% ../nbs/07_prune.ipynb
 import copy, fnmatch, itertools, math, re, warnings
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from inspect import signature
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,17 +32,20 @@ from torch.utils._pytree import tree_leaves
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copied, _copy_with, _layout_for, _name, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+from .workshop.counting import SlowPath, own_tensors, same_dice
+from .workshop.models import FLAGS, HOOKS, as_batches, call, carry_hooks, check_ordinary, computed, copied, feed, labelled, logits_of
 
 # %% ../nbs/07_prune.ipynb
 class Mask(nn.Module):
-    "A parametrization that keeps some weights and makes the others zero; no gradient reaches those."
+    "A parametrization that keeps some weights and makes the others zero, whatever they were; no gradient reaches those."
+    undo = "modelzip.prune.remove_masks(model)"      # how to get an ordinary weight
     def __init__(
         self,
         keep: Tensor,     # bool, of the weight's shape: True stays
     ):
         super().__init__()
         self.register_buffer("keep", keep)
-    def forward(self, weight: Tensor) -> Tensor: return weight * self.keep.view(torch.uint8)     # bytes become floats faster than bools do
+    def forward(self, weight: Tensor) -> Tensor: return torch.where(self.keep, weight, 0)
     def right_inverse(self, weight: Tensor) -> Tensor: return weight
     def extra_repr(self): return f"{(~self.keep).float().mean().item():.1%} of {'×'.join(map(str, self.keep.shape))} are zero"
 
@@ -53,14 +57,22 @@ def find_mask(layer: nn.Module, name: str = "weight") -> Mask | None:
 
 WHOLE = {nn.RNNBase: "PyTorch keeps a recurrent layer's computed weights in a list, so that a masked one could not be copied"}      # why
 
+def _not_plain(layer: nn.Module, name: str = "weight") -> str | None:
+    "Why a weight cannot be masked or exchanged; None for a parameter, also behind parametrizations that begin with one."
+    chain = layer.parametrizations[name] if parametrize.is_parametrized(layer, name) else None
+    return None if hasattr(chain, "original") else computed(layer, name)
+
 def mask_layer(
     layer: nn.Module,             # gets the mask, in place
     keep: Tensor | Mask,          # bool, of the parameter's shape; or a `Mask` that is shared with a tied layer
     name: str = "weight",         # which parameter
 ) -> nn.Module:                   # the same layer
-    "Mask a parameter. What another mask has cut already stays cut. `ValueError` for a mask of another shape, and for recurrent layers (not cells)."
+    """Mask a parameter. What another mask has cut already stays cut. `ValueError` for a mask of another shape, for recurrent layers (not cells),
+    and for a weight that is no parameter but computed from others."""
     if isinstance(layer, nn.RNNBase): raise ValueError(f"layer is a {type(layer).__name__}; {WHOLE[nn.RNNBase]}; it may be a cell or any other layer")
-    mask, old, shape = keep if isinstance(keep, Mask) else Mask(keep.bool()), find_mask(layer, name), getattr(layer, name).shape
+    if (why := _not_plain(layer, name)) is not None: raise ValueError(f"{name} of {type(layer).__name__} {why}")
+    if not (parametrize.is_parametrized(layer, name) or isinstance(layer._parameters.get(name), Tensor)): raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
+    mask, old, shape = keep if isinstance(keep, Mask) else Mask(keep.bool().clone()), find_mask(layer, name), getattr(layer, name).shape
     if mask.keep.shape != shape: raise ValueError(f"the mask has shape {tuple(mask.keep.shape)}, {name} has {tuple(shape)}")
     if old is mask: return layer
     if old is not None: old.keep &= mask.keep
@@ -83,7 +95,7 @@ def remove_masks(
     model: nn.Module,     # with masked layers; it is left as it is
 ) -> nn.Module:           # a copy with ordinary weights, some of which are zero
     "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
-    new = copy.deepcopy(model)
+    new = copied(model)
     for _, m, key, _ in list(_masked(new)):
         m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))      # a copy shares the class, from which PyTorch would delete `weight`
         parametrize.remove_parametrizations(m, key, leave_parametrized=True)
@@ -91,47 +103,27 @@ def remove_masks(
     return new
 
 # %% ../nbs/07_prune.ipynb
-def feed(
-    model: nn.Module,                # called once
-    batch: Any,                      # a tensor; a tuple or list of arguments; a dict of named ones
-    forward: Callable | None = None, # whose arguments count; None: the model's own `forward`
-) -> Any:                            # what the model puts out
-    "Call a model with a batch. What its `forward` has no argument for, such as labels, is left out."
-    kinds = signature(forward or model.forward).parameters.values()
-    if isinstance(batch, Mapping):
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in kinds)
-        return model(**{k: v for k, v in batch.items() if takes_all or k in [p.name for p in kinds]})
-    if not isinstance(batch, (tuple, list)): return model(batch)
-    if not any(p.kind is p.VAR_POSITIONAL for p in kinds):
-        batch = batch[:sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in kinds)]
-    return model(*batch)
-
-# %% ../nbs/07_prune.ipynb
 def label_loss(
     model: nn.Module,   # gives [n, classes]
-    batch: Any,         # a pair: inputs, labels [n]
+    batch: Any,         # a pair: inputs, labels [n]; `Labelled`; a dict with 'labels'
 ) -> Tensor:            # scalar
-    "Cross-entropy of a batch that is a pair of inputs and labels. Other batches need a loss of their own."
-    labelled = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dtype == torch.int64
-    if not labelled: raise ValueError("a batch is no pair of inputs and int64 labels; give loss=, a function of model and batch")
-    return F.cross_entropy(model(batch[0]), batch[1])
+    "Cross-entropy of a batch that has inputs and int64 labels. Other batches need a loss of their own."
+    try: inputs, y = labelled(batch)
+    except ValueError: y = None
+    if not isinstance(y, Tensor) or y.dtype != torch.int64: raise ValueError("a batch is no pair of inputs and int64 labels; give loss=, a function of model and batch")
+    return F.cross_entropy(logits_of((feed if isinstance(inputs, Mapping) else call)(model, inputs)), y)
 
 # %% ../nbs/07_prune.ipynb
-def _checked(batches):
-    "Any iterable; a lone batch, which would be taken apart row by row, is a mistake."
-    if isinstance(batches, Split): return [(batches.x[i:i + 64], batches.y[i:i + 64]) for i in range(0, len(batches), 64)]
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
-    return batches
+_checked = as_batches
 
 def _try(model, batch, i, forward=None, call=feed):
-    "Feed batch i; an error says which it was."
-    device = device_of(model)
+    "Feed a copy of batch i, which a layer may write to; an error says which it was."
+    batch, device = own_tensors(batch), device_of(model)
     for t in tree_leaves(batch):
         if isinstance(t, Tensor) and t.device != device:
             raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
     try: return call(model, batch, forward) if call is feed else call(model, batch)
-    except (RuntimeError, TypeError, IndexError, AttributeError) as e:
+    except (RuntimeError, TypeError, IndexError, AttributeError, ValueError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
@@ -144,7 +136,7 @@ class Seen:
     movement: Tensor | None = None    # of the weight's shape: −Σ η·w·∂L/∂w while it is trained
     power: Tensor | None = None       # [groups, inputs]: Σ x²
     moment: Tensor | None = None      # [groups, inputs, inputs]: H = Σ x xᵀ
-    rows: int = 0                     # how many x
+    rows: int = 0                     # how many x, of all calls
     batches: int = 0                  # how many gradients
 
 def _sum(old, new): return new if old is None else old.add_(new)
@@ -165,19 +157,10 @@ def _original(layer):
     return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 # %% ../nbs/07_prune.ipynb
-@contextmanager
-def _differentiable(layers):
-    "A block in which every weight has a gradient."
-    weights = [_original(m) for m in layers.values()]
-    before = [w.requires_grad for w in weights]
-    for w in weights: w.requires_grad_(True)
-    try: yield
-    finally:
-        for w, b in zip(weights, before): w.requires_grad_(b)
-
 def _see_gradients(model, layers, batches, loss, seen):
-    "Sum up gradients and their squares."
-    with _differentiable(layers), eval_mode(model):
+    "Sum up gradients and their squares. The model is a copy."
+    for m in layers.values(): _original(m).requires_grad_(True)
+    with eval_mode(model):
         for i, batch in enumerate(batches):
             for n, g in _gradients(model, layers, loss, batch, i).items():
                 seen[n].gradient, seen[n].fisher = _sum(seen[n].gradient, g.detach().clone()), _sum(seen[n].fisher, g.detach() ** 2)
@@ -187,13 +170,12 @@ def _see_gradients(model, layers, batches, loss, seen):
 
 # %% ../nbs/07_prune.ipynb
 def _see_movement(model, layers, batches, loss, seen, lr):
-    "Train a copy by gradient descent; sum up how far each weight moved from zero, times itself."
-    new = copy.deepcopy(model)
-    twins = {n: new.get_submodule(n) if n else new for n in layers}
-    with _differentiable(twins), eval_mode(new):
+    "Train the model, which is a copy, by gradient descent; sum up how far each weight moved from zero, times itself."
+    for m in layers.values(): _original(m).requires_grad_(True)
+    with eval_mode(model):
         for i, batch in enumerate(batches):
-            for n, g in _gradients(new, twins, loss, batch, i).items():
-                w = _original(twins[n]).data
+            for n, g in _gradients(model, layers, loss, batch, i).items():
+                w = _original(layers[n]).data
                 seen[n].movement, seen[n].batches = _sum(seen[n].movement, -lr * g * w), seen[n].batches + 1
                 w.sub_(g, alpha=lr)
 
@@ -235,36 +217,38 @@ def _rows_of(layer, x, name, i):
 
 @contextmanager
 def _watched(hooks):
-    "Hooks that are removed whatever happens. Attention's fast path reads weights and calls no layers, so it is off meanwhile."
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
+    "Hooks that are removed whatever happens. Attention's fast path reads weights and calls no layers, so it is not taken meanwhile."
+    try:
+        with SlowPath(): yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks: h.remove()
 
 # %% ../nbs/07_prune.ipynb
 class _Enough(BaseException):
     "Raised by a hook when the last layer of interest has been seen; nobody's `except Exception` catches it."
 
-def _see_inputs(model, layers, batches, seen, whole, first=False):
-    "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ; `first`: only of its first call, and without running the rest of the model."
-    at, done = [0], set()
+def _given(args, kwargs): return args[0] if args else next(iter(kwargs.values()))       # a layer's input, however it was handed over
+
+def _see_inputs(model, layers, batches, seen, whole, calls=None):
+    "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ; `calls`: after so many of each layer, in each batch, the rest of the model need not run."
+    at, left = [0], Counter()
     def watch(name):
-        def hook(m, args):
-            rows, s = _rows_of(m, args[0], name, at[0]), seen[name]
+        def hook(m, args, kwargs):
+            rows, s = _rows_of(m, _given(args, kwargs), name, at[0]), seen[name]
             if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
             else: s.power = _sum(s.power, rows.square().sum(1))
             s.rows += rows.shape[1]
-            done.add(name)
-            if first and len(done) == len(layers): raise _Enough
+            left[name] -= 1
+            if calls is not None and all(v <= 0 for v in left.values()): raise _Enough
         return hook
-    with _watched([m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]), eval_mode(model), torch.no_grad():
+    with _watched([m.register_forward_pre_hook(watch(n), with_kwargs=True) for n, m in layers.items()]), eval_mode(model), torch.no_grad():
         for at[0], batch in enumerate(batches):
-            done.clear()
+            left = Counter({n: calls[at[0]][n] or math.inf for n in layers} if calls is not None else {})      # one that was not called before may be yet
             with suppress(_Enough): _try(model, batch, at[0])
-    if whole:
-        for s in seen.values(): s.power = None if s.moment is None else s.moment.diagonal(dim1=1, dim2=2).clone()
+    for n, s in seen.items():
+        total = s.moment if whole else s.power
+        if total is not None and not bool(total.isfinite().all()): raise ValueError(f"the inputs of layer {n or '(model)'} are so large that their squares overflow {total.dtype}; scale them")
+        if whole: s.power = None if s.moment is None else s.moment.diagonal(dim1=1, dim2=2).clone()
 
 # %% ../nbs/07_prune.ipynb
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -274,17 +258,35 @@ def prunable_layers(
     layers: tuple = PRUNABLE,         # classes
     skip: Iterable[str] = (),         # names or patterns of layers that are left alone: `('conv1', 'head.*')`
 ) -> dict[str, nn.Module]:            # name → layer; of tied layers the first
-    "The layers that have a weight to prune. `ValueError` when there are none, or when a pattern fits none."
+    """The layers that have a weight to prune. `ValueError` when there are none, when a pattern fits none, or when a weight is computed from others.
+    A pattern that fits one of several names or tied layers skips them all."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
-    has = lambda m: parametrize.is_parametrized(m, "weight") or isinstance(m._parameters.get("weight"), Tensor)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and has(m) and _original(m).numel()}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and _weighs(m)}
+    names = {}                                                   # what is pruned as one → all its names
+    for n, m in model.named_modules(remove_duplicate=False):
+        if id(m) in map(id, found.values()): names.setdefault(_key(m), []).append(n)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     for p in skip:
-        if not fnmatch.filter(found, p): raise ValueError(f"skip names {p!r}; the layers are {', '.join(found) or 'none'}")
-    kept = {n: m for n, m in found.items() if not any(fnmatch.fnmatchcase(n, p) for p in skip)}
+        if not fnmatch.filter(itertools.chain(*names.values()), p): raise ValueError(f"skip names {p!r}; the layers are {', '.join(found) or 'none'}")
+    kept = {n: m for n, m in found.items() if not any(fnmatch.fnmatchcase(a, p) for p in skip for a in names[_key(m)])}
     if not kept: raise ValueError(f"model has nothing to prune; it may have {', '.join(c.__name__ for c in layers)}" + f" besides {', '.join(skip)}" * bool(skip))
-    unique = {id(_original(m)): n for n, m in reversed(kept.items())}
-    return {n: m for n, m in kept.items() if unique[id(_original(m))] == n}
+    for n, m in kept.items():
+        if (why := _not_plain(m) or _not_ours(m)) is not None: raise ValueError(f"the weight of layer {n or '(model)'} {why}, or skip the layer")
+    unique = {_key(m): n for n, m in reversed(kept.items())}
+    return {n: m for n, m in kept.items() if unique[_key(m)] == n}
+
+def _weighs(m):
+    "Whether a layer has a weight, of any kind, with numbers in it."
+    of = next(m.parametrizations["weight"].parameters(recurse=False)) if parametrize.is_parametrized(m, "weight") else m._parameters.get("weight")
+    return of.numel() > 0 if isinstance(of, Tensor) else computed(m) is not None
+
+def _key(m): return id(m) if _not_plain(m) is not None else id(_original(m))
+
+def _not_ours(m):
+    "Why a parametrized weight has no zeros where its original has them; None for masks and for quantizers of this library."
+    if not parametrize.is_parametrized(m, "weight"): return None
+    home = __name__.split(".")[0]
+    return None if all(type(k).__module__.split(".")[0] == home for k in m.parametrizations["weight"]) else computed(m)
 
 # %% ../nbs/07_prune.ipynb
 def collect(
@@ -296,16 +298,18 @@ def collect(
     lr: float = 0.01,              # for 'movement'
     first: bool = False,           # for 'power' and 'moment': stop each run when all of the layers have been called once
 ) -> dict[str, Seen]:
-    "Run a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
+    "Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
     layers = prunable_layers(model) if layers is None else layers
-    seen, batches = {n: Seen() for n in layers}, _checked(batches)
+    seen, batches, new = {n: Seen() for n in layers}, as_batches(batches), copied(model)
     if needs in ("power", "moment"):
         odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-        _see_inputs(model, layers, batches, seen, needs == "moment", first)
-    elif needs == "gradient": _see_gradients(model, layers, batches, loss or label_loss, seen)
-    elif needs == "movement": _see_movement(model, layers, batches, loss or label_loss, seen, lr)
-    else: raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
+    elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
+    twins = {n: new.get_submodule(n) for n in layers}
+    with same_dice():
+        if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
+        elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
+        else: _see_movement(new, twins, batches, loss or label_loss, seen, lr)
     if not any(s.rows or s.batches for s in seen.values()): raise ValueError("there are no data: batches gave nothing to any layer")
     return seen
 
@@ -371,7 +375,8 @@ def inverse_factor(
     moment: Tensor,          # [inputs, inputs] H, symmetric, without negative eigenvalues
     damping: float = 0.01,   # share of the mean diagonal that is added to the diagonal
 ) -> Tensor:                 # [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
-    "Cholesky factor of the inverse; more damping is added while it does not exist."
+    "Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and infinite values."
+    if not bool(moment.isfinite().all()): raise ValueError("moment holds NaN or infinite values, so it has no inverse")
     H = moment.to(torch.float64 if len(moment) <= 1024 else moment.dtype, copy=True)
     extra = damping * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
@@ -428,7 +433,8 @@ def cut_model(
 ) -> nn.Module:                    # a copy with masks
     "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
     if not isinstance(bound, (int, float)) or math.isnan(bound): raise ValueError(f"bound is {bound!r}; it may be a number")
-    new = copy.deepcopy(model)
+    new = copied(model)
+    batches = batches if batches is None else as_batches(batches)
     found, ways = prunable_layers(new, layers), h if isinstance(h, Mapping) else {"*": h}
     _check_patterns("h", ways, found)
     for n, m in found.items():
@@ -442,6 +448,7 @@ def cut_model(
 def _kept(model, name, layer, h, bound, batches, loss):
     "What a mask or a heuristic keeps of one layer."
     if isinstance(h, Tensor): return h
+    _check_finite(name, layer)
     if isinstance(h, (str, Criterion)):
         h = as_criterion(h)
         seen = collect(model, _needed(h, batches), h.needs, loss, {name: layer}, getattr(h, "lr", 0.01))[name] if h.needs else None
@@ -459,6 +466,9 @@ def _needed(criterion, batches):
     if batches is None: raise ValueError(f"criterion {criterion!r} looks at data, but batches is None; give some, such as [(x, y)]")
     return batches
 
+def _check_finite(name, layer):
+    if not bool(torch.isfinite(layer.weight).all()): raise ValueError(f"layer {name or '(model)'} holds weights that are NaN or infinite")
+
 # %% ../nbs/07_prune.ipynb
 def _check_survivors(layers, allow_empty):
     "A layer without any weight passes nothing on: refuse, with its name."
@@ -471,7 +481,7 @@ def _share_masks(model, layers):
     "Give tied layers the mask of the first of them."
     first = {id(_original(m)): find_mask(m) for m in layers.values()}
     for m in model.modules():
-        tied = parametrize.is_parametrized(m, "weight") or isinstance(m._parameters.get("weight"), Tensor)
+        tied = isinstance(m._parameters.get("weight"), Tensor) or parametrize.is_parametrized(m, "weight") and _not_plain(m) is None
         if tied and (mask := first.get(id(_original(m)))) is not None: mask_layer(m, mask)
     return model
 
@@ -570,7 +580,7 @@ def unit_scores(
     at, values = parts.of[inside], torch.where(gone, 0, scores)[inside]
     total = torch.zeros(parts.count, dtype=scores.dtype, device=scores.device).index_add_(0, at, values)
     alive = torch.zeros_like(total).index_add_(0, at, (~gone)[inside].to(scores.dtype))
-    return torch.where(alive > 0, total / parts.size.to(total).expand(parts.count).clamp(min=1), -math.inf)
+    return torch.where(alive > 0, total / alive.clamp(min=1), -math.inf)
 
 # %% ../nbs/07_prune.ipynb
 def erk_sparsities(
@@ -594,6 +604,7 @@ def lowest(
     size: Tensor,       # [units] or [1]: weights in each
     sparsity: float,    # share of `total` that should go
     total: int,         # weights, protected ones included
+    gone: int = 0,      # of these, how many are gone already; `size` then counts what is left
 ) -> Tensor:            # bool [units]: True goes
     "The units of least score that make up a share of all weights."
     drop = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
@@ -603,7 +614,7 @@ def lowest(
         drop[scores.topk(k, largest=False, sorted=False).indices] = True
         return drop
     order = scores.argsort(stable=True)
-    drop[order] = size.to(scores.device)[order].cumsum(0) - size.to(scores.device)[order] / 2 <= sparsity * total      # the last one goes if most of it fits
+    drop[order] = size.to(scores.device)[order].cumsum(0) - size.to(scores.device)[order] / 2 <= sparsity * total - gone      # the last one goes if most of it fits
     return drop
 
 # %% ../nbs/07_prune.ipynb
@@ -618,13 +629,20 @@ def choose_masks(
     if scope == "output": return {n: _within_outputs(s, share, granularity) for (n, s), share in zip(scores.items(), _shares(scores, sparsity, "layer").values())}
     parts = {n: units(s, granularity) for n, s in scores.items()}
     worth = {n: unit_scores(s, parts[n]) for n, s in scores.items()}
+    left = {n: _left(s, parts[n]) for n, s in scores.items()}
     if scope == "global":
-        size = [p.size for p in parts.values()]
+        size = [s for s, _ in left.values()]
         size = size[0] if all(len(s) == 1 and s == size[0] for s in size) else torch.cat([s.expand(p.count) for s, p in zip(size, parts.values())])
-        drop = lowest(torch.cat(list(worth.values())), size, sparsity, sum(s.numel() for s in scores.values()))
+        drop = lowest(torch.cat(list(worth.values())), size, sparsity, sum(s.numel() for s in scores.values()), sum(g for _, g in left.values()))
         drop = dict(zip(scores, drop.split([p.count for p in parts.values()])))
-    else: drop = {n: lowest(worth[n], parts[n].size, share, scores[n].numel()) for n, share in _shares(scores, sparsity, scope).items()}
+    else: drop = {n: lowest(worth[n], left[n][0], share, scores[n].numel(), left[n][1]) for n, share in _shares(scores, sparsity, scope).items()}
     return {n: _kept_of(drop[n], parts[n], s) for n, s in scores.items()}
+
+def _left(scores, parts):
+    "How many weights each unit has left, and how many are gone; single weights that are gone simply come first."
+    gone = scores == -math.inf
+    if parts.of is None or not bool(gone.any()): return parts.size, 0
+    return torch.bincount(parts.of[(parts.of >= 0) & ~gone], minlength=parts.count), int(gone.sum())
 
 # %% ../nbs/07_prune.ipynb
 def _kept_of(drop, parts, scores):
@@ -672,7 +690,7 @@ SCHEDULES = {"one-shot": one_shot, "iterative": iterative, "cubic": cubic, "cosi
 def check_sparsity(sparsity: Any, name: str = "sparsity") -> None:
     "`ValueError` unless it is a number in [0, 1), or a dict of such."
     for s in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
-        if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s < 1:
+        if isinstance(s, bool) or not isinstance(s, Real) or not 0 <= s < 1:
             raise ValueError(f"{name} is {s!r}; it may be 0 or more, and below 1")
 
 def _check_request(sparsity, granularity, scope, schedule):
@@ -713,8 +731,9 @@ class Pruner:
         self.model, self.granularity, self.scope, self.loss, self.allow_empty = model, granularity, scope, loss, allow_empty
         self.layers = prunable_layers(model, layers, skip)
         if self.criterion.needs: batches = _needed(self.criterion, batches)
-        self.batches = list(batches) if isinstance(batches, Iterable) and iter(batches) is batches else batches
+        self.batches = batches if batches is None else as_batches(batches)
         self.initial = _gone(self.layers)
+        if isinstance(self.sparsity, Mapping): self.sparsity, self.began = _shares(self.layers, self.sparsity, "layer"), {n: _gone({n: m}) for n, m in self.layers.items()}
 
 # %% ../nbs/07_prune.ipynb
 def _gone(layers):
@@ -728,8 +747,8 @@ def _step(
 ) -> None:
     "Prune to where the schedule is at time t."
     if not 0 <= t <= 1: raise ValueError(f"t is {t}; it may be 0 to 1")
-    now = lambda s: self.schedule(t, s, min(self.initial, s))
-    share = {n: now(s) for n, s in self.sparsity.items()} if isinstance(self.sparsity, Mapping) else now(self.sparsity)
+    now = lambda s, began: self.schedule(t, s, min(began, s))
+    share = {n: now(s, self.began[n]) for n, s in self.sparsity.items()} if isinstance(self.sparsity, Mapping) else now(self.sparsity, self.initial)
     if not (max(share.values(), default=0) if isinstance(share, dict) else share): return
     with torch.no_grad(): self._cut(share)
     _check_survivors(self.layers, self.allow_empty)
@@ -744,7 +763,7 @@ def _scores(self) -> dict[str, Tensor]:
     seen = collect(self.model, self.batches, c.needs, self.loss, self.layers, getattr(c, "lr", 0.01)) if c.needs else {}
     for n, layer in self.layers.items():
         weight, mask = layer.weight.detach(), find_mask(layer)
-        if not bool(torch.isfinite(weight).all()): raise ValueError(f"layer {n or '(model)'} holds weights that are NaN or infinite")
+        _check_finite(n, layer)
         if c.needs in ("power", "moment") and not seen[n].rows: raise ValueError(f"layer {n or '(model)'} was never called, so there are no data for it; skip it")
         s = self._worth(as_rows(layer, weight if weight.dtype == torch.float64 else weight.float()), layer, seen.get(n))
         if not bool(torch.isfinite(s).all()): raise ValueError(f"criterion {c!r} gives scores for layer {n or '(model)'} that are NaN or infinite")
@@ -784,7 +803,7 @@ def prune_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(copy.deepcopy(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)
@@ -898,19 +917,27 @@ def _sparsegpt(
 
 # %% ../nbs/07_prune.ipynb
 class _Choice:
-    "Which weights of the columns a … b go: the cheapest, so that the share is right up to there; or all but n of each row."
-    def __init__(self, sparsity, rows, gone, n=None): self.sparsity, self.rows, self.gone, self.n, self.done = sparsity, rows, gone, n, 0
+    "Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in each row; for N:M, of the cheapest rows all but n."
+    def __init__(self, sparsity, rows, gone, n=None, each=False): self.sparsity, self.rows, self.gone, self.n, self.each, self.done = sparsity, rows, gone, n, each, 0
     def __call__(self, scores, a, b):
-        scores = scores.masked_fill(self.gone[a:b], -1)                  # what an earlier mask has cut goes first
-        drop = torch.zeros_like(scores, dtype=torch.bool)
-        if self.n is not None:
-            if b - a > self.n: drop.scatter_(0, scores.topk(b - a - self.n, 0, largest=False).indices, True)
-            return drop | self.gone[a:b]
-        k = min(max(0, round(self.sparsity * b * self.rows) - self.done), scores.numel())
-        drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
-        drop |= self.gone[a:b]
-        self.done += int(drop.sum())
+        gone = self.gone[a:b]
+        scores = scores.masked_fill(gone, -1)                            # what an earlier mask has cut goes first
+        drop = (self._of_groups if self.n is not None else self._of_rows if self.each else self._of_all)(scores, gone, b) | gone
+        self.done = self.done + drop.sum(0 if self.each else None)
         return drop
+    def _of_all(self, scores, gone, b):
+        k, drop = min(max(0, round(self.sparsity * b * self.rows) - int(self.done)), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
+        drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
+        return drop
+    def _of_rows(self, scores, gone, b):
+        return scores.argsort(0, stable=True).argsort(0) < round(self.sparsity * b) - self.done
+    def _of_groups(self, scores, gone, b):
+        losers = torch.zeros_like(gone).scatter_(0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True) | gone
+        new = (losers & ~gone).sum(0)
+        worth = (scores * (losers & ~gone)).sum(0) / new.clamp(min=1)
+        order = worth.argsort(stable=True)
+        fits = new[order].cumsum(0) - new[order] / 2 <= self.sparsity * b * self.rows - int(self.done) - int(gone.sum())
+        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, fits)
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
@@ -922,11 +949,15 @@ def sparsegpt_weight(
     keep: Tensor | None = None,     # bool: what an earlier mask has left
     damping: float = 0.01,          # share of H's mean diagonal that is added to its diagonal
     block: int = 128,               # columns that are chosen together
+    scope: str = "layer",           # 'layer': the share is that of the whole weight; 'output': that of each row
 ) -> tuple[Tensor, Tensor]:         # the new weight; bool, of its shape: what was kept
-    "SparseGPT: prune column by column, and let the rest of each row make up for it (Frantar & Alistarh 2023, arXiv:2301.00774)."
+    """SparseGPT: prune column by column, and let the rest of each row make up for it (Frantar & Alistarh 2023, arXiv:2301.00774).
+    `ValueError` for a weight or a moment that is not finite."""
+    if not bool(weight.isfinite().all()): raise ValueError("weight holds NaN or infinite values")
     kind, *size = parse_granularity(granularity)
     if kind not in ("weight", "n:m"): raise ValueError(f"granularity is {granularity!r}; SparseGPT knows 'weight' and N:M")
-    sparsity = _check_request(sparsity, granularity, "layer", "one-shot")[0]
+    sparsity = _check_request(sparsity, granularity, scope, "one-shot")[0]
+    if scope not in ("layer", "output"): raise ValueError(f"scope is {scope!r}; for one weight it may be 'layer' or 'output'")
     inputs, places = weight.shape[1], math.prod(weight.shape[2:])
     order = torch.arange(inputs * places, device=weight.device).view(inputs, places).t().flatten()          # neighbours along the inputs come together
     spans = _spans(len(order), inputs, size[1] if size else None, block)
@@ -935,7 +966,7 @@ def sparsegpt_weight(
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
         U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
-        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None))
+        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None, scope == "output"))
         new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
     return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 
@@ -945,34 +976,53 @@ class SparseGPT(Criterion):
     needs, scope, repairs = "moment", "layer", True
     def __init__(self, damping: float = 0.01, block: int = 128): self.damping, self.block = damping, block
     def score(self, weight, seen): return least_cost(weight, seen.moment, self.damping)
-    def cut(self, weight, keep, seen, sparsity, granularity): return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block)
+    def cut(self, weight, keep, seen, sparsity, granularity, scope="layer"):
+        return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block, scope)
 
 CRITERIA["sparsegpt"] = SparseGPT
 
-def _stages(model, layers, batch) -> list[list[str]]:
-    "Names of layers in the order of their calls; those that are given the very same tensor come together."
-    calls = {}
-    note = lambda n: lambda m, args: calls.update({n: args[0]}) if n not in calls else None
-    hooks = [m.register_forward_pre_hook(note(n)) for n, m in layers.items()]
-    with _watched(hooks), eval_mode(model), torch.no_grad(): _try(model, batch, 0)
-    if missing := [n for n in layers if n not in calls]: raise ValueError(f"layer {missing[0] or '(model)'} was never called, so there are no data for it; skip it")
-    return [[n for n, _ in same] for _, same in itertools.groupby(calls.items(), lambda c: id(c[1]))]
+def _stages(model, layers, batches) -> tuple[list[list[str]], list[Counter]]:
+    "Names of layers in the order of their calls, whichever batch calls them; those that are given the very same tensor come together. And how often each batch calls each."
+    order, source, counts = [], {}, []
+    for i, batch in enumerate(batches):
+        first, count = {}, Counter()
+        def note(n):
+            def hook(m, args, kwargs): first.setdefault(n, _given(args, kwargs)); count[n] += 1
+            return hook
+        with _watched([m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in layers.items()]), eval_mode(model), torch.no_grad(): _try(model, batch, i)
+        counts.append(count)
+        place = 0
+        for n, x in first.items():                              # a layer that earlier batches did not call comes behind the one before it
+            if n not in source: order.insert(place, n); source[n] = i, id(x)
+            place = order.index(n) + 1
+    if not counts: raise ValueError("there are no data: batches is empty")
+    if missing := [n for n in layers if n not in source]: raise ValueError(f"layer {missing[0] or '(model)'} was never called, so there are no data for it; skip it")
+    return [list(same) for _, same in itertools.groupby(order, source.get)], counts
 
 def _cut_and_repair(self, share):
-    if self.scope == "global": raise ValueError("scope is 'global'; SparseGPT prunes layer by layer: it may be 'layer', 'uniform' or 'erk'")
-    shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, self.scope)
-    first = next(iter(_checked(self.batches)), None)
-    if first is None: raise ValueError("there are no data: batches is empty")
-    for names in _stages(self.model, self.layers, first):
-        seen = collect(self.model, self.batches, "moment", layers={n: self.layers[n] for n in names}, first=True)
-        for n in names: self._repair(self.layers[n], seen[n], shares[n])
+    if self.scope == "global": raise ValueError("scope is 'global'; SparseGPT prunes layer by layer: it may be 'layer', 'uniform', 'output' or 'erk'")
+    for n, m in self.layers.items(): _check_finite(n, m)
+    shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer")
+    odd = next((f"{n} is a {type(m).__name__}" for n, m in self.layers.items() if not isinstance(m, CALIBRATED)), None)
+    if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
+    new = copied(self.model)                                    # runs, so that the model keeps its caches
+    twins = {n: new.get_submodule(n) for n in self.layers}
+    with same_dice():
+        stages, counts = _stages(new, twins, self.batches)
+        for names in stages:
+            seen = {n: Seen() for n in names}
+            _see_inputs(new, {n: twins[n] for n in names}, self.batches, seen, True, counts)
+            for n in names: self._repair(self.layers[n], twins[n], seen[n], shares[n])
 
-def _repair(self, layer, seen, share):
-    "Prune one layer, and move what stays."
+def _repair(self, layer, twin, seen, share):
+    "Prune one layer, and move what stays; its twin, too."
     mask, original = find_mask(layer), _original(layer)
-    weight, keep = self.criterion.cut(layer.weight.detach(), None if mask is None else mask.keep, seen, share, self.granularity)
+    how = {"scope": "output"} if self.scope == "output" else {}
+    weight, keep = self.criterion.cut(layer.weight.detach(), None if mask is None else mask.keep, seen, share, self.granularity, **how)
     original.data.copy_(torch.where(keep, weight, original))
     mask_layer(layer, keep)
+    _original(twin).data.copy_(original)
+    mask_layer(twin, keep)
 
 Pruner._cut_and_repair, Pruner._repair = _cut_and_repair, _repair
 
@@ -1020,7 +1070,7 @@ def sensitivity(
     "Prune each layer alone, at each share, and evaluate."
     sparsities, found = tuple(sparsities), prunable_layers(model, layers, skip)
     for s in sparsities: check_sparsity(s, "one of sparsities")
-    if batches is not None and iter(_checked(batches)) is batches: batches = list(batches)
+    batches = batches if batches is None else as_batches(batches)
     how = dict(criterion=criterion, granularity=granularity, batches=batches, layers=layers, allow_empty=True) | more
     alone = lambda n, s: prune_model(model, s, scope=how.get("scope", "layer"), skip=[m for m in found if m != n] + list(skip), **{k: v for k, v in how.items() if k != "scope"})
     scores = {n: [float(evaluate(alone(n, s))) for s in sparsities] for n in found}
@@ -1042,7 +1092,7 @@ def prune_gradually(
 ) -> nn.Module:                    # a copy with masks, in eval mode
     "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
     if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
-    pruner = Pruner(copy.deepcopy(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
+    pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
     steps = max(1, round(until * epochs))
     pruner.step(min(1., 0.5 / steps))
     after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
@@ -1054,14 +1104,29 @@ def rewind(
     model: nn.Module,        # masked, or not; changed in place
     state: Mapping[str, Tensor],   # `state_dict()` of the same model at an earlier time, with or without masks
 ) -> nn.Module:              # the same model
-    "Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635)."
-    plain = lambda name: name.replace("parametrizations.weight.original", "weight")
-    state = {plain(n): t for n, t in state.items() if not re.search(r"parametrizations\.weight\.\d+\.", n)}
-    for n, t in model.state_dict(keep_vars=True).items():
-        if re.search(r"parametrizations\.weight\.\d+\.", n): continue
-        if plain(n) not in state or state[plain(n)].shape != t.shape: raise ValueError(f"state has no {plain(n)!r} of shape {tuple(t.shape)}")
-        t.data.copy_(state[plain(n)])
+    "Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635). `ValueError` when one is missing or has another shape; then nothing is changed."
+    own = _without_masks({n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)})
+    state = _without_masks(state)
+    for n, t in own.items():
+        if not isinstance(state.get(n), Tensor) or state[n].shape != t.shape: raise ValueError(f"state has no {n!r} of shape {tuple(t.shape)}")
+    for n, t in own.items(): t.data.copy_(state[n])
     return model
+
+def _without_masks(state):
+    "Names as they would be without masks: those of what masks keep are left out, other parametrizations move up, a lone original is the weight."
+    at = re.compile(r"^((?:.*\.)?)parametrizations\.([^.]+)\.(\d+|original)(\..+|)$")
+    found, parts = {n: at.match(n) for n in state}, {}
+    for m in filter(None, found.values()):
+        if m[3] != "original": parts.setdefault((m[1], m[2]), {}).setdefault(int(m[3]), []).append(m[4])
+    masks = {key: [i for i, names in p.items() if names == [".keep"] and state[f"{key[0]}parametrizations.{key[1]}.{i}.keep"].dtype == torch.bool] for key, p in parts.items()}
+    new = {}
+    for n, t in state.items():
+        m = found[n]
+        if m is None: new[n] = t; continue
+        key, others = (m[1], m[2]), set(parts.get((m[1], m[2]), {})) - set(masks.get((m[1], m[2]), ()))
+        if m[3] == "original": new[n if others else m[1] + m[2]] = t
+        elif int(m[3]) in others: new[f"{m[1]}parametrizations.{m[2]}.{sum(i not in masks[key] for i in range(int(m[3])))}{m[4]}"] = t
+    return new
 
 # %% ../nbs/07_prune.ipynb
 def lottery_ticket(
@@ -1074,12 +1139,12 @@ def lottery_ticket(
 ) -> nn.Module:                 # the ticket: masks, and the weights that `model` began with
     "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
-    ticket = copy.deepcopy(model)
+    ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
         retrain(ticket, i)
         pruner.step(i / rounds)
-        rewind(ticket, model.state_dict())
+        rewind(ticket, start)
     return ticket
 
 # %% ../nbs/07_prune.ipynb
@@ -1350,6 +1415,7 @@ def sparsify(
     if layout not in (None, *LAYOUTS, "dense"): raise ValueError(f"layout is {layout!r}; it may be None, 'bitmap', 'gaps', 'n:m' or 'dense'")
     q = x if isinstance(x, QTensor) else None
     x = q.dequantize() if q is not None else as_tensor(x)
+    if bool(x.isnan().any()): raise ValueError(f"x holds {int(x.isnan().sum())} NaN")
     keep = x != 0 if keep is None else keep & (x != 0)
     weight_bits = 8 * x.element_size() if q is None else q.bits
     cut = ~keep & (x != 0)                                      # a code that stands for something, of a weight that was cut, cannot be stored
@@ -1412,21 +1478,28 @@ def sparsify_model(
     overrides, done, shared = overrides or {}, {}, {}
     found = _with_zeros(model, layers)
     _check_patterns("overrides", overrides, found)
+    ways = _ways(found, overrides)
     for n, layer in found.items():
-        how = next((o for p, o in overrides.items() if fnmatch.fnmatchcase(n, p)), {})
-        key = id(layer.packed) if isinstance(layer, Dequantize) else id(_original(layer))
-        new = _sparsified(layer, None if how is None else dict(bits=bits) | options | how)
-        if isinstance(new, Dequantize): new = Dequantize(_bare(new.layer, new.name, new.q), shared.setdefault(key, new.packed), new.name)
+        how, key = ways[n]
+        if how is None and _not_plain(layer) is not None: continue
+        if (why := None if isinstance(layer, Dequantize) else _not_plain(layer) or (None if find_mask(layer) is not None else computed(layer))) is not None:
+            raise ValueError(f"the weight of layer {n or '(model)'} {why}, or leave the layer out with overrides={{{n!r}: None}}")
+        try: new = _sparsified(layer, None if how is None else dict(bits=bits) | options | how)
+        except ValueError as e: raise ValueError(f"layer {n or '(model)'}: {e}") from e
+        if isinstance(new, Dequantize):
+            new = Dequantize(_bare(new.layer, new.name, new.q), shared.setdefault(key, new.packed), new.name)
+            if isinstance(layer, Dequantize): carry_hooks(layer, new)
         if new is not layer: done[n] = new
     if not done: raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
+    check_ordinary(model)
     memo = {id(model.get_submodule(n)): _copied(m) if isinstance(m, Dequantize) else m for n, m in done.items()}
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    return memo.get(id(model)) or copied(model, memo)
 
 # %% ../nbs/07_prune.ipynb
 def _with_zeros(model, layers):
     "Layers whose weight can be made sparse: ordinary, masked, or quantized."
     inside = {id(m.layer) for m in model.modules() if isinstance(m, Dequantize)}
-    has = lambda m: parametrize.is_parametrized(m, "weight") or isinstance(m._parameters.get("weight"), Tensor)
+    has = lambda m: isinstance(m._parameters.get("weight"), Tensor) or computed(m) is not None
     found = {n: m for n, m in model.named_modules() if id(m) not in inside and
              (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and has(m))}
     if not found: raise ValueError(f"model has nothing to make sparse; it may have {', '.join(c.__name__ for c in layers)}")
@@ -1441,6 +1514,16 @@ def _sparsified(layer, how):
     before = layer.q.nbytes if isinstance(layer, Dequantize) else plain.weight.nbytes
     return new if new.q.nbytes < before else plain
 
+def _ways(found, overrides):
+    "Options and identity of each layer's weight; tied layers must have the same options, or they would not be tied."
+    key = lambda m: id(m.packed) if isinstance(m, Dequantize) else _key(m)
+    ways = {n: (next((o for p, o in overrides.items() if fnmatch.fnmatchcase(n, p)), {}), key(m)) for n, m in found.items()}
+    first = {}
+    for n, (how, k) in ways.items():
+        one = first.setdefault(k, n)
+        if ways[one][0] != how: raise ValueError(f"overrides gives {n} {how} and {one} {ways[one][0]}, but they share a weight; give both the same")
+    return ways
+
 # %% ../nbs/07_prune.ipynb
 def fill_zeros(
     model: nn.Module,     # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
@@ -1449,13 +1532,17 @@ def fill_zeros(
     found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse layer; sparsify_model makes them")
     memo = {id(m): _filled(m) for m in found.values()}
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    return memo.get(id(model)) or copied(model, memo)
 
 def _filled(m):
-    q = m.q
-    if q.quantized is not None and (q.positions is None or q._hollow().codebook is None and q.quantized["levels"] > 2):
-        return _copied(Dequantize(_bare(m.layer, m.name, q), q.as_qtensor(), m.name))
-    return dequantize_layer(m)
+    codes = _with_codes(m.q)
+    return carry_hooks(m, dequantize_layer(m) if codes is None else _copied(Dequantize(_bare(m.layer, m.name, m.q), codes, m.name)))
+
+def _with_codes(q):
+    "The quantized tensor with codes for zeros; None when there are no codes, or none of them stands for zero."
+    if q.quantized is None: return None
+    try: return q.as_qtensor()
+    except ValueError: return q.as_qtensor(fill=False) if q.positions is None else None
 
 # %% ../nbs/07_prune.ipynb
 SPARSE_PAYS = 0.15     # density below which a CSR product is clearly quicker than a dense one, for 64 samples
@@ -1472,9 +1559,9 @@ class SparseLinear(Dequantize):
         super().__init__(layer, q, name)
         if not isinstance(layer, nn.Linear) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor")
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1: raise ValueError(f"density is {density!r}; it may be 0 to 1")
-        self.density, self._matrix = density, None
+        self.density, self._matrix, self._made = density, None, None
     def options(self) -> dict: return {} if self.density == SPARSE_PAYS else {"density": self.density}
-    def __getstate__(self): return self.__dict__ | {"_matrix": None}          # a copy works out its own
+    def __getstate__(self): return self.__dict__ | {"_matrix": None, "_made": None}          # a copy works out its own
     def _apply(self, fn, recurse=True):
         self._matrix = None
         return super()._apply(fn, recurse)
@@ -1488,10 +1575,12 @@ def _as_csr(weight):
         return torch.sparse_csr_tensor(csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape, check_invariants=False)
 
 def _matrix_of(self) -> Tensor:
-    "The matrix, worked out when it is first needed."
-    if self._matrix is None:
+    "The matrix, worked out when it is first needed, and again when its parts were exchanged or written to."
+    now = [(id(p), None if p.is_inference() else p._version) for p in self.packed._buffers.values()]
+    if self._matrix is None or self._made != now:
         q = self.q
         with torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
+        self._made = now
     return self._matrix
 
 def _sparse_forward(self, x: Tensor) -> Tensor:
@@ -1511,4 +1600,12 @@ def use_sparse_products(
     "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
     found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and isinstance(m.layer, nn.Linear) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
-    return _copy_with(model, {n: SparseLinear(_bare(m.layer, m.name, m.q), m.packed, m.name, density) for n, m in found.items()})
+    check_ordinary(model)
+    return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
+
+def _multiplied(m, density):
+    "A `SparseLinear` in the place of a `Dequantize`, with its hooks and those of the layer in it, which will not be called."
+    new = SparseLinear(_bare(m.layer, m.name, m.q), m.packed, m.name, density)
+    carry_hooks(m.layer, carry_hooks(m, new))
+    for key in (*HOOKS, *FLAGS): new.layer.__dict__[key] = OrderedDict()
+    return new

@@ -10,7 +10,7 @@ from torch import nn
 import modelzip.data as D
 from modelzip.data import (Data, LeNet5, LeNet300, Retrieval, Split, accuracy, build_model, digits, docstrings, exercise, minilm, mnist5k, need,
                            predictions, recall, register_model, stratified, train)
-from guards import examples
+from guards import examples, unchanged
 
 
 class Scores(nn.Module):
@@ -257,3 +257,184 @@ def test_verdicts():
     wrong = check_it(lambda x: x)
     assert wrong.state == "wrong" and "&lt;b&gt;" in wrong._repr_html_() and "<b>" not in wrong._repr_html_()
     assert "ZeroDivisionError" in str(check_it(lambda x: x / 0)) and "TypeError" in str(check_it(None))
+
+
+# ---- training runs of a few steps, frozen layers, and errors
+
+class Rates(torch.optim.SGD):
+    "Notes learning rate and momentum of each step."
+    seen: list = []
+    def step(self, *args): self.seen.append((self.param_groups[0]["lr"], self.param_groups[0]["momentum"])); return super().step(*args)
+
+
+def small(n=8): return Split(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3)
+
+def net(): return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9, 10, 11, 40])
+def test_the_highest_rate_is_reached_and_momentum_is_the_optimizers(steps):
+    for momentum in (0, .5):
+        Rates.seen = []
+        train(net(), small(4 * steps), 1, .1, 4, progress=False, optimizer=lambda p, lr: Rates(p, lr=lr, momentum=momentum))
+        rates = [r for r, _ in Rates.seen]
+        assert len(rates) == steps and max(rates) == pytest.approx(.1, rel=.05) and min(rates) >= 0 and {m for _, m in Rates.seen} == {momentum}
+
+
+def test_adams_own_betas_stay():
+    found = []
+    class Noted(torch.optim.Adam):
+        def step(self, *args): found.append(self.param_groups[0]["betas"]); return super().step(*args)
+    train(net(), small(48), 1, .01, 4, progress=False, optimizer=lambda p, lr: Noted(p, lr=lr, betas=(.5, .99)))
+    assert set(found) == {(.5, .99)}
+    found.clear(); train(net(), small(48), 1, .01, 4, progress=False, optimizer=Noted)
+    assert min(b for b, _ in found) == pytest.approx(.85, abs=.01)
+
+
+@pytest.mark.parametrize("how", ["frozen parameters", "eval in a model that trains"])
+def test_frozen_batchnorm_stays_frozen(how):
+    m = net().train()
+    if how == "frozen parameters": m.eval(); m[1].requires_grad_(False)
+    else: m[1].eval(); m[3].eval()
+    modes = []
+    m[1].register_forward_hook(lambda l, i, o: modes.append(l.training)); before = m[1].running_mean.clone()
+    train(m, small(), 2, .1, 4, progress=False)
+    assert torch.equal(m[1].running_mean, before) and not any(modes) and not m.training
+    other = net().eval(); train(other, small(), 1, .1, 4, progress=False)
+    assert not torch.equal(other[1].running_mean, torch.zeros(6))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, ValueError])
+def test_an_interrupted_training_leaves_eval_mode(error):
+    m, data = net(), small()
+    def loss(out, y):
+        if error is KeyboardInterrupt: raise KeyboardInterrupt
+        return out.sum() * float("nan") if error is FloatingPointError else out
+    state = torch.get_rng_state()
+    with pytest.raises(error): train(m, data, 1, progress=False, loss=loss)
+    assert not any(x.training for x in m.modules()) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_lone_last_example_does_not_stop_batchnorm():
+    m = train(net(), small(9), 2, .1, 4, progress=False)
+    assert all(p.isfinite().all() for p in m.parameters())
+
+
+def test_data_and_modes_are_left_also_by_layers_in_place():
+    m, split = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)).train(), small()
+    with unchanged(m, split.x, split.y): predictions(m, split, 3); accuracy(m, split)
+    with unchanged(split.x, split.y): train(m, split, 1, progress=False)
+
+
+def test_threads_that_evaluate_one_model_give_what_one_thread_gives():
+    import threading, time
+    class Slow(nn.Module):
+        def __init__(self): super().__init__(); self.drop = nn.Dropout(.9)
+        def forward(self, x): time.sleep(.002); return self.drop(x)
+    m, x = Slow().train(), torch.eye(5)
+    wrong, y = [], torch.arange(5)
+    def work(n):
+        time.sleep(.001 * n)
+        for _ in range(5 + n): wrong.append(accuracy(m, Split(x, y), 2) != 1)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    [t.start() for t in threads]; [t.join() for t in threads]
+    assert not any(wrong) and m.training and m.drop.training and not D.eval_mode._open
+
+
+def test_modes_come_back_in_order():
+    m = net().train()
+    with D.eval_mode(m):
+        m.train()
+        with D.eval_mode(m[0]): assert not m[0].training
+        assert m[0].training
+    assert all(x.training for x in m.modules())
+
+
+# ---- answers, embeddings
+
+def test_no_answer_is_never_right():
+    x = torch.full((3, 2), float("nan")); x[2] = 0
+    assert accuracy(Scores(), Split(x, torch.tensor([-1, 0, 0]))) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("encode, says", [(lambda t: torch.ones(1, 4), "one row for each"), (lambda t: torch.ones(len(t)), "one row for each"), (lambda t: torch.ones(len(t) + 1, 4), "one row for each"),
+                                          (lambda t: torch.ones(len(t), 4 + (t[0] == "q0")), "for the queries")])
+def test_embeddings_of_another_shape(encode, says):
+    class E: pass
+    e = E(); e.encode = encode
+    with pytest.raises(ValueError, match=says): recall(e, Retrieval(["q0", "q1"], ["d0", "d1"]))
+
+
+# ---- the registry
+
+@pytest.fixture
+def registry():
+    before = dict(D.model_builders)
+    yield D.model_builders
+    D.model_builders.clear(); D.model_builders.update(before)
+
+
+def made(n, kind):
+    if kind == "closure": return lambda: nn.Linear(n, 1)
+    if kind == "default": return lambda n=n: nn.Linear(n, 1)
+    if kind == "function":
+        def build(): return nn.Linear(n, 1)
+        return build
+    class Net(nn.Linear):
+        def __init__(self): super().__init__(n, 1)
+    return Net
+
+
+@pytest.mark.parametrize("kind", ["closure", "default", "function", "class"])
+def test_two_builders_of_one_place_are_two(registry, kind):
+    register_model("test", made(3, kind))
+    register_model("test", made(3, kind))                                # the cell was run again
+    with pytest.raises(ValueError, match="already"): register_model("test", made(4, kind))
+    assert build_model("test").in_features == 3
+    with pytest.raises(ValueError, match="already"): register_model("test", lambda: nn.Flatten())
+
+
+def test_what_a_model_was_built_with_is_its_own(registry):
+    @register_model("test")
+    def build(sizes, more={"a": [1]}): return nn.Linear(sizes[0] + len(more["a"]), 1)
+    sizes = [3]
+    m = build(sizes)
+    sizes.append(4); build.__wrapped__.__defaults__[0]["a"].append(2)
+    assert m.architecture["options"] == {"sizes": [3], "more": {"a": [1]}} and build_model("test", **m.architecture["options"]).in_features == 4
+    assert LeNet5().architecture == {"name": "LeNet5", "options": {}}
+
+
+def test_registering_a_librarys_class_leaves_it_alone(registry):
+    with_tuple = lambda: nn.Conv2d(1, 1, (3, 3))
+    init, known = nn.Conv2d.__init__, vars(nn.Conv2d).copy()
+    build = register_model("test", nn.Conv2d)
+    assert nn.Conv2d.__init__ is init and vars(nn.Conv2d).keys() - {'__annotations__'} == known.keys() - {'__annotations__'} and not hasattr(with_tuple(), "architecture")
+    assert build(1, 2, 3).architecture == {"name": "test", "options": {"in_channels": 1, "out_channels": 2, "kernel_size": 3}} == build_model("test", in_channels=1, out_channels=2, kernel_size=3).architecture
+    with pytest.raises(ValueError, match="JSON"): build(1, 1, (3, 3))
+    register_model("test", nn.Conv2d)
+    with pytest.raises(ValueError, match="already"): register_model("test", nn.Conv1d)
+
+
+# ---- splitting small classes
+
+def test_a_hundred_classes_of_one():
+    assert [len(p) for p in stratified(range(100))] == [70, 10, 20]
+
+
+@given(st.lists(st.integers(0, 30), max_size=120), st.sampled_from([(.7, .1, .2), (.5, .5), (.9, .05, .05), (1.,), (.4, 0., .6)]), st.integers(0, 5))
+@settings(max_examples=examples(60), deadline=None)
+def test_parts_get_their_shares(labels, shares, seed):
+    parts = stratified(labels, shares, seed)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    large = sum(labels.count(l) * min(s for s in shares if s) >= 1 for l in set(labels))
+    for part, share in zip(parts, shares):
+        assert abs(len(part) - share * len(labels)) <= 1.5 + large / 2 and (share or not len(part))
+        for l in set(labels): assert abs(sum(labels[i] == l for i in part.tolist()) - share * labels.count(l)) < 2
+
+
+def test_an_exercise_without_words_says_its_task():
+    @exercise
+    def check_it(attempt):
+        "add one"
+        if attempt(1) != 2: raise AssertionError
+    assert str(check_it(lambda x: x)).endswith("add one")

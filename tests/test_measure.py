@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modelzip import measure
 from modelzip.data import LeNet300, LeNet5, Split
-from modelzip.measure import (Measurement, Report, compare, count_parameters, file_bytes, latency, load_plain, machine, macs, mcnemar, peak_memory,
+from modelzip.measure import (Measurement, Report, compare, count_parameters, file_bytes, latency, load_plain, mac_rules, machine, macs, mcnemar, peak_memory,
                               save_plain, sqnr, tensor_bytes, wilson)
-from guards import examples
+from guards import examples, unchanged
 
 
 # ---- bytes and MACs
@@ -284,3 +285,173 @@ def test_pareto_labels_do_not_cover_each_other():
 
 def test_empty_report():
     with pytest.raises(ValueError, match="at least one"): Report([])
+
+
+# ---- what runs is counted, and nothing of the caller's changes
+
+class Program(nn.Module):
+    "A function of a module and its inputs; one layer, one bare parameter, one vector."
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.fc, self.w, self.v = f, nn.Linear(8, 8), nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8))
+    def forward(self, x, **more): return self.f(self, x, **more)
+
+
+X = torch.randn(2, 5, 8)
+F = nn.functional
+PROGRAMS = {        # program → MACs outside of `fc`, MACs of `fc`
+    "linear": (lambda m, x: F.linear(x, m.w.T), 480, 0), "at": (lambda m, x: x @ m.w, 480, 0), "layer too": (lambda m, x: m.fc(x) @ m.w, 480, 640),
+    "the layer's weight": (lambda m, x: F.linear(x, m.fc.weight), 640, 0), "vector": (lambda m, x: x @ m.v, 80, 0), "dot": (lambda m, x: m.v @ m.v, 8, 0),
+    "einsum": (lambda m, x: torch.einsum("bld,de->ble", x, m.w), 480, 0), "tensordot": (lambda m, x: torch.tensordot(x, m.w, 1), 480, 0), "inner": (lambda m, x: torch.inner(x, m.w.T), 480, 0),
+    "attention": (lambda m, x: F.scaled_dot_product_attention(x, x, x), 800, 0), "heads": (lambda m, x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None, :, :4]), 2 * 25 * 12, 0),
+    "causal": (lambda m, x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True), 800, 0),
+    "scores by hand": (lambda m, x: (x @ x.mT).softmax(-1) @ x, 800, 0), "conv": (lambda m, x: F.conv1d(x.mT, m.w.T[:, :, None]), 480, 0), "conv_tbc": (lambda m, x: torch.conv_tbc(x, m.w[None], torch.zeros(6)), 480, 0),
+    "addmm": (lambda m, x: torch.addmm(torch.zeros(6), x[0], m.w), 240, 0), "baddbmm": (lambda m, x: torch.baddbmm(torch.zeros(1), x, m.w.expand(2, 8, 6)), 480, 0), "addmv": (lambda m, x: torch.addmv(x[0, :, 0], x[0], m.v), 40, 0),
+    "addbmm": (lambda m, x: torch.addbmm(torch.zeros(5, 6), x, m.w.expand(2, 8, 6)), 480, 0), "vmap": (lambda m, x: torch.vmap(lambda r: r @ m.w)(x), 480, 0), "bilinear": (lambda m, x: F.bilinear(x, x, torch.ones(3, 8, 8)), 10 * 3 * 72, 0),
+    "sparse": (lambda m, x: torch.sparse.mm(torch.eye(5, 8).to_sparse(), m.w), 30, 0), "csr": (lambda m, x: m.w.T.to_sparse_csr() @ x[0].T, 240, 0), "int8": (lambda m, x: torch._int_mm(torch.ones(32, 8, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)), 32 * 8 * 16, 0),
+    "in place": (lambda m, x: x.mul_(2) @ m.w, 480, 0), "none": (lambda m, x: x + 1, 0, 0), "several": (lambda m, x: (m.fc(x), m.fc(x[:1]), x @ m.w), 480, 960)}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_runs_is_counted(name):
+    f, outside, inside = PROGRAMS[name]
+    m, x = Program(f), X.clone()
+    with unchanged(m, x): found = macs(m, x)
+    assert found.get("", 0) == outside and found["fc"] == inside
+    if name in ("linear", "at", "layer too", "einsum", "tensordot", "scores by hand", "conv", "addmm", "baddbmm", "vmap", "several"):
+        with torch.no_grad(), FlopCounterMode(display=False) as peer: m(x)
+        assert 2 * (outside + inside) == peer.get_total_flops()
+
+
+@pytest.mark.parametrize("layer, x, right", [(nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True), X, 10 * 2 * (16 * 12 + 16 * 12)), (nn.LSTM(8, 4, proj_size=2), X, 10 * (16 * 10 + 8)),
+                                             (nn.GRU(8, 4), X, 10 * 12 * 12), (nn.RNN(8, 4), X, 10 * 4 * 12), (nn.LSTMCell(8, 4), X[0], 5 * 16 * 12), (nn.GRUCell(8, 4), X[0], 5 * 12 * 12)])
+def test_recurrent_layers(layer, x, right): assert macs(layer, x) == {"": right}
+
+
+@given(st.permutations(["query", "key", "value"]), st.integers(0, 3), st.booleans())
+@settings(max_examples=examples(15), deadline=None)
+def test_attention_in_any_order_of_keywords(order, places, first):
+    m = nn.MultiheadAttention(8, 2, batch_first=first, kdim=6, vdim=4)
+    q, k, v = torch.zeros(4, 1, 8), torch.zeros(6, 1, 6), torch.zeros(6, 1, 4)
+    given = dict(zip(("query", "key", "value"), (t.transpose(0, 1) if first else t for t in (q, k, v))))
+    args = tuple(given[n] for n in ("query", "key", "value")[:places])
+    rest = {n: given[n] for n in order if n not in ("query", "key", "value")[:places]}
+    class Caller(nn.Module):
+        def __init__(self): super().__init__(); self.m = m
+        def forward(self): return self.m(*args, **rest)
+    assert macs(Caller(), ()) == {"m": 2 * 4 * 64 + 6 * 8 * 10 + 2 * 4 * 6 * 8}
+
+
+def test_gpt2_and_others_from_transformers():
+    t = pytest.importorskip("transformers")
+    net = t.GPT2Model(t.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0, attn_implementation="eager")).eval()
+    ids = torch.arange(6)[None]
+    found = macs(net, {"input_ids": ids})
+    assert found["h.0.attn.c_attn"] == 6 * 16 * 48 and found["h.0.attn"] == 2 * 36 * 16 and found["h.0.mlp.c_fc"] == 6 * 16 * 64
+    with torch.no_grad(), FlopCounterMode(display=False) as peer: net(ids)
+    assert 2 * sum(found.values()) == peer.get_total_flops()
+
+
+def test_compressed_layers_cost_what_they_stand_for():
+    from modelzip.kernels import use_kernels
+    from modelzip.prune import prune_model, sparsify_model, use_sparse_products
+    from modelzip.quant import quantize_model
+    x = torch.rand(3, 1, 28, 28)
+    whole = macs(LeNet5(), x)
+    for how in (dict(bits=8), dict(bits=4, group=32), dict(bits=2, symmetric=False)):
+        q = quantize_model(LeNet5(), **how)
+        assert macs(q, x) == whole
+        for n in 1, 3: assert macs(use_kernels(q), x[:n]) == macs(LeNet5(), x[:n])
+    sparse = sparsify_model(prune_model(LeNet300(), .9, scope="layer"))
+    assert macs(sparse, x) == macs(LeNet300(), x)                                           # expanded, then multiplied
+    assert macs(use_sparse_products(sparse), x)["fc1"] == 3 * 23_520                        # one in ten
+
+
+def test_hidden_work_is_refused_unless_a_rule_tells():
+    @torch.library.custom_op("modelzip_test_measure::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor: return x @ x
+    class Opaque(nn.Module):
+        def forward(self, x): return twice(x)
+    m = nn.Sequential(nn.Linear(4, 4), Opaque())
+    with pytest.raises(ValueError, match="1 .Opaque. runs modelzip_test_measure::twice.*mac_rules"): macs(m, torch.zeros(4, 4))
+    mac_rules[Opaque] = lambda m, x, y: 4 * x[0].numel()
+    try: assert macs(m, torch.zeros(4, 4)) == {"0": 64, "1": 64}
+    finally: del mac_rules[Opaque]
+
+
+def test_wrappers_with_more_than_a_layer_are_counted_whole():
+    class Lora(nn.Module):
+        def __init__(self): super().__init__(); self.layer, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 8)
+        def forward(self, x): return self.layer(x) + self.b(self.a(x))
+    assert macs(nn.Sequential(Lora()), X) == {"0": 640, "0.a": 160, "0.b": 160}
+
+
+def test_a_run_leaves_caches_buffers_and_random_numbers():
+    class Streaming(nn.Module):
+        def __init__(self): super().__init__(); self.fc, self.grid = nn.Linear(8, 8), None; self.register_buffer("seen", torch.zeros(())); self.e = nn.Embedding(3, 8, max_norm=.1)
+        def forward(self, x):
+            if self.grid is None: self.grid = torch.rand(8)
+            self.seen += 1
+            return self.fc(F.relu_(x)) + self.grid + self.e(torch.zeros(5, dtype=torch.long))
+    m, x = Streaming().train(), torch.randn(2, 5, 8)
+    with unchanged(m, x): assert macs(m, x) == {"fc": 640, "e": 0}
+
+
+# ---- bytes, memory, intervals, decibels
+
+def test_bytes_of_views_and_of_meta():
+    w = torch.zeros(10)
+    assert tensor_bytes(nn.ParameterList([w, w[:5], w.view(2, 5)])) == 40
+    assert tensor_bytes(nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, device="meta"))) == 160
+    m = nn.Module(); m.register_buffer("a", torch.zeros(1).expand(100)); m.register_buffer("b", torch.zeros(4, 4)[:, ::2]); m.register_buffer("c", torch.zeros(100)[3:10])
+    m.register_buffer("d", torch.zeros(0)); m.register_buffer("e", torch.ones(3, dtype=torch.int8)); m.register_buffer("f", torch.eye(3).to_sparse_csr())
+    assert tensor_bytes(m) == 4 + 32 + 28 + 0 + 3 + (4 * 8 + 3 * 8 + 3 * 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4))
+@settings(max_examples=examples(30), deadline=None)
+def test_bytes_of_any_views_of_one_storage(views):
+    base, m = torch.arange(60.), nn.Module()
+    touched = set()
+    for i, (start, step, rows, columns) in enumerate(views):
+        t = base.as_strided((rows, columns), (step, 2), start)
+        m.register_buffer(f"b{i}", t); touched |= {int(v) for v in t.flatten()}
+    assert tensor_bytes(m) == 4 * len(touched)
+
+
+def test_an_error_of_the_function_is_its_own():
+    def missing(): open("/nowhere/at/all")
+    with pytest.raises(FileNotFoundError): peak_memory(missing)
+
+
+@given(st.integers(2, 40), st.sampled_from([.5, .8, .95, .99]))
+@settings(max_examples=examples(20), deadline=None)
+def test_the_interval_covers_what_it_says(n, confidence):
+    low, high, said = measure._median_interval(np.arange(float(n)), confidence)
+    right = 1 - 2 * binom.cdf(low, n, .5)                           # low + 1 values, or fewer heads, lie outside on each side
+    assert said == pytest.approx(right) and (said >= confidence or low == 0)
+
+
+def test_two_rounds_do_not_claim_95_percent():
+    assert latency({"a": int}, repeats=2, warmup=0, at_least=0)["a"].confidence == .5
+    assert latency({"a": int}, repeats=6, warmup=0, at_least=0)["a"].confidence >= .95
+
+
+def test_decibels_at_the_ends_of_the_range():
+    d = lambda *v: torch.tensor(v, dtype=torch.float64)
+    assert sqnr(d(1e308), d(-1e308)) == pytest.approx(-20 * math.log10(2)) and sqnr(d(5e-324), d(1e-323)) == pytest.approx(0)
+    assert sqnr(d(1e308, 0), d(1e308, 1e-300)) == pytest.approx(20 * 608) and math.isfinite(sqnr(d(1e-300), d(1e308)))
+    assert math.isfinite(sqnr(torch.tensor([1 << 60]), torch.tensor([(1 << 60) + 1]))) and sqnr(torch.tensor([2**63 - 1]), torch.tensor([-2**63])) == pytest.approx(-6.0206, abs=1e-3)
+    with pytest.raises(ValueError, match="real"): sqnr(torch.ones(2) * 1j, torch.ones(2))
+
+
+@pytest.mark.parametrize("text", ['{"facts": {}, "rows": [5]}', '{"facts": 3, "rows": [{}]}', '{"facts": {}, "rows": []}', "[" * 100_000, '{"rows": {"a": 1}}', "", "null",
+    '{"facts": {}, "rows": [{"name": "a", "bytes": "many", "bits_per_weight": 1, "accuracy": 1, "low": 1, "high": 1, "n": 3, "milliseconds": {}, "ratios": {}}]}'])
+def test_no_report(text):
+    with pytest.raises(ValueError, match="no report"): Report.from_json(text)
+
+
+def test_comparing_leaves_models_that_load_hands_back():
+    m = LeNet300().train()
+    split = Split(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.long))
+    with unchanged(m, split.x): compare({"m": m}, split, load=lambda path, model: m, batches=(2,), repeats=2, progress=False)
