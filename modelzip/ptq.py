@@ -26,7 +26,7 @@ from .data import eval_mode
 from .kernels import QEmbedding
 from .prune import CALIBRATED, as_matrices, feed, input_rows, inverse_factor, _checked, _rows_of, _try, _watched
 from .quant import (OBSERVERS, QUANTIZABLE, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _choose, _copy_with)
+                            scale_and_zero_point, symmetric_zero_point, _check_layout, _choose, _copy_with, _finite)
 
 _all_ = ["CALIBRATED", "as_matrices", "feed", "input_rows", "inverse_factor"]      # chapter 07's, for whoever looks for them here
 
@@ -182,11 +182,13 @@ def equalizing_scales(
     first: Tensor,     # [channels, …]: the weight before the ReLU
     second: Tensor,    # [outputs, channels / groups · k, …]: the weight after it; k > 1 when a Flatten lies between
     groups: int = 1,   # of the second layer, when it is a convolution
-) -> Tensor:           # [channels], positive
-    "s = √(r₁ r₂) / r₂ from the ranges of rows and columns; 1 where either is zero."
-    r1 = first.abs().flatten(1).amax(1)
-    r2 = _by_channel(second, len(first), groups).abs().flatten(2).amax((0, 2))
-    return torch.where((r1 > 0) & (r2 > 0), (r1 * r2).sqrt() / r2, 1.)
+) -> Tensor:           # [channels], positive; float32, or float64 for weights that are
+    "s = √(r₁ / r₂) from the ranges of rows and columns; 1 where either is zero, or where the range that both would get is too small for the weights' dtype."
+    r1 = first.abs().flatten(1).amax(1).double()
+    r2 = _by_channel(second, len(first), groups).abs().flatten(2).amax((0, 2)).double()
+    s = (r1.sqrt() / r2.sqrt()).clamp(2. ** -100, 2. ** 100)          # roots first: neither quotient nor product leaves float64
+    fits = (r1 > 0) & (r2 > 0) & (r1.sqrt() * r2.sqrt() >= torch.finfo(first.dtype).tiny)
+    return torch.where(fits, s, 1.).to(torch.promote_types(first.dtype, torch.float32))
 
 def _by_channel(weight, channels, groups):
     "A weight as [outputs / groups, channels, rest]: what multiplies each input channel."
@@ -241,15 +243,19 @@ def find_pairs(model: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 # %% ../nbs/10_ptq.ipynb
-def _columns(s):
+def _columns(s, used):
     "c = 1/s in float16, around 1 so that it fits; inputs that are never used keep 1."
-    s = torch.where((s > 0) & torch.isfinite(s), s, 1.)
-    s = (s / s.log().mean().exp()).clamp(1e-3, 1e3)
-    return (1 / s).half()
+    used = used & (s > 0) & torch.isfinite(s)
+    if not used.any(): return torch.ones_like(s, dtype=torch.float16)
+    s = torch.where(used, s, 1.).log()
+    c = (s[used].mean() - s).exp().clamp(1e-3, 1e3)
+    return torch.where(used, c, 1.).half()
 
 def _input_power(statistics, weight, what):
     "One number for each index of dimension 1: the largest over groups and over a convolution's window."
-    return what.reshape(len(what), weight.shape[1], -1).amax((0, 2)).to(weight.dtype)
+    if what.shape[1] % max(weight.shape[1], 1) or what.shape[1] // max(weight.shape[1], 1) != math.prod(weight.shape[2:]):
+        raise ValueError(f"the statistics are of {what.shape[1]} inputs, the weight has shape {tuple(weight.shape)}; they belong to another layer")
+    return what.reshape(len(what), weight.shape[1], -1).amax((0, 2)).double()
 
 # %% ../nbs/10_ptq.ipynb
 def smooth_columns(
@@ -261,8 +267,8 @@ def smooth_columns(
     if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     weight = as_tensor(weight, "weight")
     x = _input_power(statistics, weight, statistics.peak)
-    w = weight.abs().transpose(0, 1).flatten(1).amax(1)
-    return _columns(x ** alpha / w ** (1 - alpha))
+    w = weight.abs().transpose(0, 1).flatten(1).amax(1).double()
+    return _columns(x ** alpha / w ** (1 - alpha), (x > 0) & (w > 0))
 
 # %% ../nbs/10_ptq.ipynb
 def fitted_scales(
@@ -301,7 +307,8 @@ def _scales_for(weight, statistics, levels, group, symmetric, steps=36):
     "Scale and zero point for each group of each row, [rows, groups]; scales rounded as they will be stored."
     importance = None
     if statistics is not None and statistics.moment is not None:
-        diagonal = statistics.moment.diagonal(dim1=1, dim2=2).to(weight.dtype)
+        diagonal = statistics.moment.diagonal(dim1=1, dim2=2)
+        diagonal = (diagonal / diagonal.amax().clamp(min=1e-300 if diagonal.dtype == torch.float64 else 1e-38)).to(weight.dtype)      # only ratios count
         importance = diagonal[:, None].expand(-1, weight.shape[0] // len(diagonal), -1).reshape(weight.shape[0], -1)
         importance = as_blocks(importance.contiguous(), 0, None) if group is None else as_blocks(importance.contiguous(), None, group)
     flat = weight.reshape(weight.shape[0], -1)
@@ -325,8 +332,7 @@ def nearest_weight(
     steps: int = 36,                              # ranges that are tried for each scale
 ) -> QTensor:
     "Round to nearest, with the scales of least (weighted) squared error."
-    check_bits(bits, 1, 8)
-    weight, where = as_tensor(weight, "weight"), {"axis": axis} if group is None else {"group": group}
+    weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
     if axis or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
     flat = weight.to(torch.promote_types(weight.dtype, torch.float32)) if columns is None else weight / _across(columns, weight)
@@ -336,6 +342,12 @@ def nearest_weight(
     return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=scale, scale_dtype=scale.dtype, **zero, **where)
 
 # %% ../nbs/10_ptq.ipynb
+def _checked_weight(weight, bits, group):
+    "A weight that holds finite numbers, and a width and a group that make sense."
+    check_bits(bits, 1, 8)
+    _check_layout(weight := as_tensor(weight, "weight"), None, group)
+    return _finite(weight, "weight")
+
 def _across(columns, weight):
     "Column scales, shaped to multiply a weight."
     return columns.to(torch.promote_types(weight.dtype, torch.float32)).view(1, -1, *[1] * (weight.dim() - 2))
@@ -353,13 +365,11 @@ def awq_columns(
     grid: int = 12,               # values of α that are tried, 0 … 1
     **how,                        # of `nearest_weight`: bits, group, symmetric
 ) -> Tensor | None:               # [inputs] float16; None when no scaling is best
-    "AWQ: column scales of least output error on the calibration data (Lin et al. 2023, arXiv:2306.00978)."
+    "AWQ: of `grid` column scales and none, those of least output error on the calibration data (Lin et al. 2023, arXiv:2306.00978)."
     weight = as_tensor(weight, "weight")
     x = _input_power(statistics, weight, statistics.magnitude / statistics.count)
-    rounded = lambda c, steps: nearest_weight(weight, statistics, columns=c, steps=steps, **how).dequantize()
-    error = lambda c, steps: output_error(weight, rounded(c, steps), statistics)
-    best = min((_columns(x ** (i / grid)) for i in range(1, grid + 1)), key=lambda c: error(c, 6))
-    return min(None, best, key=lambda c: error(c, 36))
+    tried = [None] + [_columns(x ** (i / grid), x > 0) for i in range(1, grid + 1)]
+    return min(tried, key=lambda c: output_error(weight, nearest_weight(weight, statistics, columns=c, **how).dequantize(), statistics))
 
 # %% ../nbs/10_ptq.ipynb
 def gptq_codes(
@@ -395,20 +405,25 @@ def gptq_weight(
     damping: float = 0.01,                 # share of H's mean diagonal added to its diagonal
     axis: int = 0,                         # for `nearest_weight`
 ) -> QTensor:
-    "GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original groups."
+    """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original groups.
+    A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that of `nearest_weight`."""
+    weight = _checked_weight(weight, bits, group)
     if statistics is None or statistics.moment is None or not weight.numel():
         return nearest_weight(weight, None, bits, group, symmetric, columns, axis)
-    check_bits(bits, 1, 8)
-    weight = as_tensor(weight, "weight")
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if columns is not None: w = w / _across(columns, weight)
     seen = _rescaled(statistics, columns, weight)
-    scale, zero = _scales_for(w, seen, 1 << bits, group, symmetric)
+    (scale, zero), moment = _scales_for(w, seen, 1 << bits, group, symmetric), _scaled_to_one(seen.moment)
     matrices = lambda t: as_matrices(t, len(seen.moment))
     every = lambda t: matrices(t.to(w.dtype).repeat_interleave(group or w[0].numel(), 1)[:, :w[0].numel()])
-    each_group = zip(matrices(w), seen.moment.to(w.dtype), every(scale), every(zero))
-    codes = [_in_order(*each, 1 << bits, act_order, damping) for each in each_group]
-    return _as_qtensor(torch.cat(codes), scale, None if symmetric else zero, weight, bits, group, columns)
+    each_group = zip(matrices(w), moment.to(w.dtype), every(scale), every(zero))
+    codes = torch.cat([_in_order(*each, 1 << bits, act_order, damping) for each in each_group])
+    ours = _as_qtensor(codes, scale, None if symmetric else zero, weight, bits, group, columns)
+    near = nearest_weight(weight, statistics, bits, group, symmetric, columns)
+    worse = _row_errors(weight, ours, statistics) > _row_errors(weight, near, statistics)
+    if not worse.any(): return ours
+    codes = torch.where(worse[:, None], near.unpack().reshape(codes.shape).to(codes.dtype), codes)
+    return _as_qtensor(codes, scale, None if symmetric else zero, weight, bits, group, columns)
 
 # %% ../nbs/10_ptq.ipynb
 def _in_order(w, moment, scale, zero, levels, act_order, damping):
@@ -417,6 +432,16 @@ def _in_order(w, moment, scale, zero, levels, act_order, damping):
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(moment[order[:, None], order], damping)
     return gptq_codes(w[:, order], factor, scale[:, order], zero[:, order], levels)[:, order.argsort()]
+
+def _scaled_to_one(moment):
+    "H over its largest diagonal entry: no choice depends on its size, and it fits any dtype."
+    return moment / moment.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(moment.dtype).tiny)
+
+def _row_errors(weight, q, statistics):
+    "δᵢᵀ H δᵢ of each row: greedy rounding, unlike its theory, may lose by chance, and more so with few inputs or bits."
+    moment = _scaled_to_one(statistics.moment)
+    d = as_matrices(weight.to(moment.dtype) - q.dequantize().to(moment.dtype), len(moment))
+    return ((d @ moment) * d).sum(2).flatten()
 
 def _as_qtensor(codes, scale, zero, weight, bits, group, columns):
     "Pack what a method found."
@@ -458,13 +483,18 @@ def half_quadratic(
     beta: float = 10.,        # grows by a twentieth each time
     p: float = 0.7,           # the norm's exponent
 ) -> tuple[Tensor, Tensor]:   # scale; zero point, whole: one of each for a block
-    "Scale and zero point of least Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023)."
+    "Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole range's, nor above that of `fitted_scales`."
     first, zero = (t[:, None] for t in fitted_scales(blocks, None, levels, symmetric, steps=12))
     starts = [zero]
     if not symmetric:
         for i in range(iterations): zero = _zero_step(blocks, first, zero, levels, beta * 1.05 ** i, p)
         starts += [zero.floor(), zero.ceil()]
     best, error = (first, starts[0]), torch.full_like(first, math.inf)
+    whole = _scale_of(*OBSERVERS["minmax"]()(blocks, levels, symmetric), levels, symmetric)
+    for candidate in (fitted_scales(blocks, None, levels, symmetric), whole):         # the best of what it has to beat
+        now = (_rounded(blocks, *candidate, levels) - blocks).abs().pow(p).sum(1, keepdim=True)
+        best = tuple(torch.where(now < error, a[:, None], b) for a, b in zip(candidate, best))
+        error = torch.minimum(now, error)
     for zero in starts:
         scale = first
         for i in range(iterations):
@@ -485,9 +515,9 @@ def hqq_weight(
     p: float = 0.7,                               # the norm's exponent, above 0 and up to 1
 ) -> QTensor:
     "Half-quadratic quantization, which needs no data (Badri & Shaji 2023)."
-    check_bits(bits, 1, 8)
     if not 0 < p <= 1: raise ValueError(f"p is {p}; it may be above 0 and up to 1")
-    weight, where = as_tensor(weight, "weight"), {"axis": axis} if group is None else {"group": group}
+    weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
+    if not weight.numel(): return quantize(weight, bits, symmetric=symmetric, columns=columns, **where)
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     blocks = as_blocks(w if columns is None else w / _across(columns, weight), **{"axis": None, "group": None} | where)
     parts = [half_quadratic(b, 1 << bits, symmetric, p=p) for b in blocks.split(max(1, (1 << 18) // max(blocks.shape[1], 1)))]
