@@ -13,10 +13,11 @@ from modelzip.coding import (
     CODERS, Coder, CodingError, bits_to_bytes, borders, bytes_to_bits, canonical_codes, divergence, entropy, find_gaps, huffman_lengths,
     lz77_parse, lz77_replay, lz78_parse, lzw_parse, quantize_counts, range_decode, range_encode, rans_decode, rans_encode, rans_pop,
     rans_push, read_varint, read_words, rice_bits, rice_word, runs, write_varint)
+from guards import examples
 
 TEXT = zlib.__doc__.encode() + b" ".join(str(f.__doc__).encode() for f in vars(math).values())
 each = pytest.mark.parametrize("coder", CODERS.values(), ids=CODERS)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=examples(60), deadline=None)
 
 
 def weights(n, seed=0, levels=16):

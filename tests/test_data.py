@@ -10,6 +10,7 @@ from torch import nn
 import modelzip.data as D
 from modelzip.data import (Data, LeNet5, LeNet300, Retrieval, Split, accuracy, build_model, digits, docstrings, exercise, minilm, mnist5k, need,
                            predictions, recall, register_model, stratified, train)
+from guards import examples
 
 
 class Scores(nn.Module):
@@ -39,7 +40,7 @@ def test_digits():
 
 
 @given(st.lists(st.integers(0, 4), max_size=80), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_stratified_is_a_partition_in_proportion(labels, seed):
     parts = stratified(labels, (.5, .3, .2), seed)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
@@ -109,7 +110,7 @@ def digits_as_mnist(n): return mnist5k().train[:n]
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_accuracy_is_the_mean_whatever_the_batch(n, batch, seed):
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(n, 5, generator=g), torch.randint(5, (n,), generator=g)
@@ -226,7 +227,7 @@ class Fixed:
 
 
 @given(st.integers(1, 12), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_recall_by_sorting(n, seed):
     g = torch.Generator().manual_seed(seed)
     v = {f"{s}{i}": torch.randn(4, generator=g) for s in "qd" for i in range(n)}

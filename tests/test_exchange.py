@@ -19,6 +19,7 @@ from modelzip.kernels import use_kernels
 from modelzip.pack import load, save
 from modelzip.quant import Dequantize, quantize_layer, quantize_model
 from mutations import DAMAGE, JUNK, Sample, other_value, places, state, stored
+from guards import examples
 
 h5py = pytest.importorskip("h5py")
 torch.set_num_threads(1)
@@ -60,7 +61,7 @@ def tensors(draw):
 names = st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k))
 
 @every
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(names, tensors(), max_size=5))
 def test_any_tensor_under_any_name(tmp_path, format, named):
     "Random bits (NaN with payload, signed zeros), all types, empty and scalar shapes, any name; or an error that names the tensor, and no file."

@@ -3,6 +3,7 @@ import html, json, os, re, subprocess, sys
 from html.parser import HTMLParser
 
 import matplotlib
+from guards import examples
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -151,7 +152,7 @@ def test_escaping(text):
     assert f"<label>{html.escape(text)} <input" in e.html()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.recursive(st.text() | st.integers(-10**6, 10**6) | st.none(), lambda inner: st.lists(inner, max_size=4), max_leaves=12))
 def test_in_script_is_json_that_cannot_end_the_script(value):
     text = in_script(value)
@@ -159,7 +160,7 @@ def test_in_script_is_json_that_cannot_end_the_script(value):
     assert "</" not in text and "<!" not in text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_page_starts_where_its_controls_stand(sizes, data):
     controls = [control(f"c{i}", list(range(n)), data.draw(st.integers(0, n - 1))) for i, n in enumerate(sizes)]
@@ -227,7 +228,7 @@ def test_rules(spec, kind, values):
     assert (c.kind, c.values) == (kind, values) and len(c.labels) == len(values)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.floats(-1e3, 1e3), st.floats(1e-2, 10), st.integers(0, 200))
 def test_both_ends_are_included(low, step, n):
     values = module.steps(low, low + n * step, step)

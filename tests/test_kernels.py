@@ -12,8 +12,9 @@ from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (QConv2d, QEmbedding, QLinear, accumulator_fits, as_int8, capabilities, gather_rows, integer_conv2d,
                               integer_linear, quantize_activations, use_kernels, what_runs)
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+from guards import examples
 
-FAST = settings(max_examples=30, deadline=None, derandomize=True)
+FAST = settings(max_examples=examples(30), deadline=None)
 
 
 def both(layer, cls, x, **options):

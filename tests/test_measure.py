@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modelzip.data import LeNet300, LeNet5, Split
 from modelzip.measure import (Measurement, Report, compare, count_parameters, file_bytes, latency, load_plain, machine, macs, mcnemar, peak_memory,
                               save_plain, sqnr, tensor_bytes, wilson)
+from guards import examples
 
 
 # ---- bytes and MACs
@@ -36,7 +37,7 @@ def test_lenet_by_hand():
 
 
 @given(st.sampled_from([1, 2, 3]), st.booleans(), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_convolutions_agree_with_pytorchs_counter(dims, transposed, groups, kernel, stride, padding):
     cls = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
     m, x = cls(4, 6, kernel, stride, padding, groups=groups, bias=False), torch.zeros(2, 4, *[5] * dims)
@@ -108,7 +109,7 @@ def test_peak_memory_sees_what_is_gone_afterwards():
 floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
 @given(st.lists(st.tuples(floats, floats), min_size=1, max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_sqnr_is_its_formula(pairs):
     x, e = torch.tensor(pairs, dtype=torch.float64).T
     y = x + e; e = y - x
@@ -139,7 +140,7 @@ def test_sqnr_edges():
 # ---- intervals
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([.5, .9, .95, .999]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_wilson_agrees_with_scipy(kn, confidence):
     low, high = wilson(*kn, confidence)
     peer = binomtest(*kn).proportion_ci(confidence, method="wilson")
@@ -152,7 +153,7 @@ def test_wilson_refuses(k, n, c):
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_mcnemar_is_a_fair_coin(b, c):
     assert mcnemar(b, c) == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1., abs=1e-9) and mcnemar(b, c) == mcnemar(c, b)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from guards import examples
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -16,7 +17,7 @@ from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, _embedding, _expanded, _fits_rows, _float_linear, _integer_conv, _integer_linear, onnx_bytes, onnx_model, to_onnx
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
 
-FAST = settings(max_examples=40, deadline=None, derandomize=True)
+FAST = settings(max_examples=examples(40), deadline=None)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from modelzip.coding import encode
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.data import LeNet5, register_model
 from modelzip.quant import CompressedTensor, Dequantize, quantize_layer, quantize_model
+from guards import examples
 
 torch.set_num_threads(1)
 DTYPES = list(pack.DTYPES.values())
@@ -116,7 +117,7 @@ def tensors(draw):
     if dtype == torch.bool: return (t & 1).bool().reshape(shape)
     return (t.view(dtype) if n else torch.empty(0, dtype=dtype)).reshape(shape)
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(80), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k)), tensors(), max_size=5))
 def test_any_tensor_under_any_name(tmp_path, named):
     "Random bits (NaN with payload, signed zeros, subnormals), all types, empty and scalar shapes, any Unicode name."

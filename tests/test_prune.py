@@ -18,6 +18,7 @@ from modelzip.prune import (CRITERIA, Criterion, Magnitude, Mask, Pruner, Seen, 
                             output_change, prunable_layers, prune_model, refit_weight, removal_cost, remove_masks, rewind, sensitivity, sparsegpt_weight, sparsify, sparsify_layer,
                             sparsify_model, sparsity_table, surgeon_weight, unit_scores, units, use_sparse_products)
 from modelzip.quant import CompressedTensor, Dequantize, quantize, quantize_model
+from guards import examples
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_tied_layers_share_a_mask_and_a_sparse_tensor():
 
 # ---- second opinions ----
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.floats(0, 0.99), st.integers(1, 12), st.integers(1, 9), st.sampled_from([(), (3, 3)]), st.integers(0, 99))
 def test_the_same_masks_as_torch(sparsity, outputs, inputs, kernel, seed):
     w = torch.randn(outputs, inputs, *kernel, generator=torch.Generator().manual_seed(seed))
@@ -188,7 +189,7 @@ def test_obd_finds_the_cheaper_weight_where_magnitude_does_not():
 
 # ---- bounds ----
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(2, 30), st.integers(1, 8), st.integers(1, 60), st.integers(0, 999))
 def test_the_chain_of_bounds(inputs, outputs, rows, seed):
     x, w = related(rows, inputs, seed).double(), torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).double()
@@ -199,7 +200,7 @@ def test_the_chain_of_bounds(inputs, outputs, rows, seed):
     for a, b in itertools.pairwise(chain): assert (a <= b * (1 + 1e-6) + 1e-9 * chain[2].max()).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(2, 20), st.floats(0.05, 0.9), st.integers(0, 999))
 def test_what_a_bounding_heuristic_cuts_is_cheap(inputs, quantile, seed):
     x = related(50, inputs, seed).double()
@@ -216,7 +217,7 @@ def test_what_a_bounding_heuristic_cuts_is_cheap(inputs, quantile, seed):
 
 # ---- shapes, scopes, schedules ----
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 9), st.integers(1, 21), st.sampled_from([(), (2, 3)]), st.sampled_from(["weight", "row", "column", "kernel", "2x3", "4x4", "1:2", "2:4", "3:8"]), st.floats(0, 0.95), st.integers(0, 99))
 def test_units_go_together(outputs, inputs, kernel, granularity, sparsity, seed):
     s = torch.rand(outputs, inputs, *kernel, generator=torch.Generator().manual_seed(seed))
@@ -258,7 +259,7 @@ def test_scopes_reach_the_sparsity(scope):
     if scope == "output": assert all((~m).flatten(1).sum(1).unique().numel() == 1 for m in masks(pruned).values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.lists(st.integers(1, 60), min_size=2, max_size=4), min_size=1, max_size=5), st.floats(0.01, 0.99))
 def test_erk_is_right_in_total(shapes, sparsity):
     shapes = {str(i): tuple(s) for i, s in enumerate(shapes)}
@@ -330,7 +331,7 @@ def naive_sparsegpt(w, H, keep):
     return w * keep
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(3, 24), st.integers(1, 6), st.sampled_from(["weight", "2:4", "1:3"]), st.integers(1, 9), st.integers(0, 999))
 def test_sparsegpt_is_the_surgeon_in_order(inputs, outputs, granularity, block, seed):
     x = torch.randn(3 * inputs, inputs, generator=torch.Generator().manual_seed(seed)).double()
@@ -393,7 +394,7 @@ def test_penalties_and_their_slopes():
 
 LAYOUT_CASES = st.tuples(st.lists(st.integers(0, 12), min_size=0, max_size=4), st.floats(0, 1), st.integers(0, 99))
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(LAYOUT_CASES, st.sampled_from([None, "bitmap", "gaps", "dense"]), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
 def test_sparse_tensors_give_everything_back(case, layout, dtype):
     shape, density, seed = case
@@ -407,7 +408,7 @@ def test_sparse_tensors_give_everything_back(case, layout, dtype):
     assert CompressedTensor.kinds["sparse"] is SparseTensor
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.floats(0, 1), st.sampled_from([dict(bits=4), dict(bits=4, axis=0), dict(bits=3, group=8, symmetric=False), dict(bits=2, axis=1),
        dict(levels=3), dict(bits=9), dict(bits=8, axis=0, symmetric=False), dict(codebook="nf4", group=16), dict(bits=2, codebook="kmeans")]), st.integers(0, 99))
 def test_sparse_codes_are_the_codes(outputs, inputs, density, how, seed):
@@ -537,7 +538,7 @@ def test_zeros_can_be_filled_in_again_for_integer_kernels():
     with pytest.raises(ValueError, match="no sparse layer"): prune.fill_zeros(model)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(2, 30), st.floats(0, 0.95), st.integers(0, 99))
 def test_whole_units_at_random_as_torch_throws_them(outputs, sparsity, seed):
     layer = nn.Linear(5, outputs)

@@ -14,6 +14,7 @@ from modelzip.ptq import (CALIBRATED, LayerStatistics, Replay, as_matrices, awq,
                           gptq, gptq_codes, gptq_weight, half_quadratic, hqq, hqq_weight, input_rows, inverse_factor, mean_shift, nearest_weight, output_error,
                           quantize_with, shrink, smooth, smooth_columns)
 from modelzip.quant import Dequantize, quantize, quantize_model
+from guards import examples
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def seen_by(layer, x): return calibrate(layer, [x])[""]
 
 # ---- one layer ----
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 6), st.integers(2, 40), st.integers(2, 12), st.booleans(), st.sampled_from([None, 5, 16]), st.booleans(), st.integers(0, 99))
 def test_gptq_is_no_worse_than_nearest_on_what_it_saw(bits, inputs, outputs, symmetric, group, act_order, seed):
     torch.manual_seed(seed)
@@ -98,7 +99,7 @@ def test_methods_keep_shape_and_dtype(method, shape, dtype, bits):
 
 
 @given(st.integers(2, 16), st.booleans(), st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_half_quadratic_does_not_raise_its_own_loss(levels, symmetric, seed):
     blocks = torch.randn(20, 24, generator=torch.manual_seed(seed)) ** 3
     loss = lambda s, z: ((blocks - s[:, None] * ((blocks / s[:, None] + z[:, None]).round().clamp(0, levels - 1) - z[:, None])).abs() ** 0.7).sum(1)

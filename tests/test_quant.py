@@ -9,6 +9,7 @@ from torch import nn
 
 from modelzip.quant import (MSE, OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, bit_planes, dequantize, dequantize_layer,
                             dequantize_model, kmeans, nf4, number_of_blocks, pack_bits, packed_bytes, quantize, quantize_layer, quantize_model, unpack_bits)
+from guards import examples
 
 warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -38,7 +39,7 @@ def layouts(draw, x):
     return {}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.data(), tensors(), st.integers(2, 16), st.booleans())
 def test_error_is_at_most_half_a_step(data, x, bits, symmetric):
     how = data.draw(layouts(x))
@@ -55,7 +56,7 @@ def test_error_is_at_most_half_a_step(data, x, bits, symmetric):
     assert (error <= step * (0.5 + 2 * arithmetic) + 2 * output).all(), (error / step).max()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data(), tensors(), st.integers(1, 16), st.booleans())
 def test_parts_and_meta_carry_everything(data, x, bits, symmetric):
     how = data.draw(layouts(x))
@@ -69,7 +70,7 @@ def test_parts_and_meta_carry_everything(data, x, bits, symmetric):
     assert copy.deepcopy(q) == q
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 16), st.lists(st.integers(0, (1 << 16) - 1), max_size=100))
 def test_packing_is_exact(bits, codes):
     codes = torch.tensor(codes, dtype=torch.int64) % (1 << bits)
@@ -78,7 +79,7 @@ def test_packing_is_exact(bits, codes):
     assert torch.equal(unpack_bits(packed, bits, len(codes)).long(), codes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255), st.floats(1e-4, 10))
 def test_codes_are_those_of_torch(seed, zero_point, scale):
     x = torch.randn(8, 16, generator=torch.manual_seed(seed)) * 20
@@ -237,7 +238,7 @@ def test_damaged_parts_are_refused():
         with pytest.raises(ValueError): QTensor.from_parts(parts, meta | wrong)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=2, max_size=4), st.sampled_from(DTYPES), st.integers(1, 16), st.booleans(), st.sampled_from(["tensor", 0, 1, "group"]),
        st.sampled_from([torch.float16, torch.float32, torch.float64]), st.integers(0, 99))
 def test_columns_are_divided_out_and_multiplied_back(shape, dtype, bits, symmetric, where, kept, seed):

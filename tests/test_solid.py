@@ -16,6 +16,7 @@ from modelzip.qat import entropy_bits, prepare
 from modelzip.quant import quantize_layer, quantize_model
 from mutations import DAMAGE, JUNK, places, sorts, state, stored
 from test_pack import Holder, tensors
+from guards import examples
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support")
@@ -37,7 +38,7 @@ def tiny():
 
 
 # ---- what comes back ----------------------------------------------------------------------------------------------
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k)), tensors(), max_size=5))
 def test_any_tensor_under_any_name(tmp_path, named):
     "Random bits, all types, empty and scalar shapes, any Unicode name."
@@ -138,7 +139,7 @@ def test_bombs(tmp_path):
 
 
 # ---- bets that learn ----------------------------------------------------------------------------------------------
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), max_size=400))
 def test_bits_in_contexts(pairs):
     encoder = AdaptiveEncoder()
@@ -158,7 +159,7 @@ def test_carries():
         assert [decoder.bit(i % 3) for i in range(3000)] == bits
         decoder.finish()
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(2, 256).flatmap(lambda levels: st.tuples(st.just(levels), st.lists(st.integers(0, levels - 1), max_size=60))), st.binary(max_size=60), st.integers(1, 8))
 def test_codes_and_bytes(case, data, width):
     levels, codes = case

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from modelzip import coding
 from modelzip.coding import CodingError, coders, decode, encode, entropy
 from modelzip.quant import pack_bits, packed_bytes, quantize, unpack_bits
+from guards import examples
 
 torch.set_num_threads(1)
 
@@ -29,14 +30,14 @@ def packed(codes, bits): return pack_bits(torch.from_numpy(codes.astype(np.int32
 
 
 # ---- exact --------------------------------------------------------------------------------------------------------
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.binary(max_size=3000))
 def test_any_bytes(data):
     coded = encode(data)
     assert decode(coded).tobytes() == decode(coded, len(data)).tobytes() == data
     assert len(coded) <= len(data) + 16
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(2, 1 << 16), st.integers(0, 3000), st.sampled_from(KINDS), st.integers(0, 2**32))
 def test_any_codes(levels, n, kind, seed):
     bits = (levels - 1).bit_length()

@@ -18,8 +18,9 @@ from modelzip.pack import inspect, save
 from modelzip.quant import quantize_model
 from modelzip.threads import (AsAlone, CallError, Pool, PoolClosed, PoolFull, Runner, WorkerDied, amdahl, cores, elsewhere, fit_amdahl,
                               intra_op_threads, multi_threading, pool_settings, run_in_threads, save_multi_threaded_model, scaling)
+from guards import examples
 
-FAST = settings(max_examples=25, deadline=None, derandomize=True)
+FAST = settings(max_examples=examples(25), deadline=None)
 LONG = 60       # seconds that nothing here should need
 
 

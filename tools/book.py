@@ -22,6 +22,11 @@ STATIC = {"MODELZIP_STATIC": "1",      # explorers as HTML alone: what is saved 
           "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def notebooks(root=ROOT):
+    "All of them: the workshop's, which chapters import, then the chapters."
+    return sorted((root / "nbs/workshop").glob("*.ipynb")) + sorted((root / "nbs").glob("*.ipynb"))
+
+
 def execute(path, save=True):
     "Run one notebook from top to bottom in a fresh kernel, in place; an error stops with the cell that raised it."
     nb = nbformat.read(path, as_version=4)
@@ -95,9 +100,9 @@ def readme(root=ROOT):
 
 
 def run(paths):
+    for p in paths: add_setup(p)
+    export(paths)
     for p in paths:
-        add_setup(p)
-        export([p])
         print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
         nbdev("nbdev_clean", "--fname", str(p))
     nbdev("nbdev_export")
@@ -108,10 +113,10 @@ def test(workers=2):
     "Run every notebook's cells in a few processes; the longest first, so that no processor waits for the other at the end."
     from nbdev.test import test_nb
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    paths = sorted((ROOT / "nbs").glob("*.ipynb"), key=lambda p: -times.get(p.stem, 30))
+    paths = sorted(notebooks(), key=lambda p: -times.get(p.stem, 30))
     os.chdir(ROOT / "nbs")
     with ProcessPoolExecutor(workers) as pool:
-        found = {p.name: pool.submit(test_nb, p, skip_flags=["notest"], basepath=ROOT) for p in paths}
+        found = {p.relative_to(ROOT / "nbs").as_posix(): pool.submit(test_nb, p, skip_flags=["notest"], basepath=ROOT) for p in paths}
         for name, future in found.items(): print(f"{name:<22} {'passed' if future.result()[0] else 'FAILED'} {future.result()[1]:6.1f} s", flush=True)
     return all(f.result()[0] for f in found.values())
 
@@ -125,11 +130,11 @@ def check():
         for command in "nbdev_export", "nbdev_clean":
             subprocess.run([str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL)
         readme(copy)
-        made = {p.relative_to(copy) for pattern in ("modelzip/*.py", "nbs/*.ipynb", "README.md") for p in copy.glob(pattern)}
-        made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("*.py")}
+        made = {p.relative_to(copy) for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "README.md") for p in copy.glob(pattern)}
+        made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("**/*.py")}
         wrong = [p for p in sorted(made) if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))]
     cell = setup_cell()
-    for p in sorted((ROOT / "nbs").glob("*.ipynb")):
+    for p in notebooks():
         cells = nbformat.read(p, as_version=4).cells
         if any(c.cell_type == "code" for c in cells) and cells[1].source != cell: wrong.append(p.relative_to(ROOT))
     for p in wrong: print(f"out of date: {p} (edit the notebook, then `make book`)")
@@ -138,7 +143,7 @@ def check():
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["run", *paths]: run([Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("*.ipynb")))
+        case ["run", *paths]: run([Path(p).resolve() for p in paths] or notebooks())
         case ["time", *paths]:
             for p in [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")): print(f"{p.name:<22} {execute(p, save=False):6.1f} s", flush=True)
         case ["test"]: sys.exit(not test())
