@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .data import eval_mode
 from .kernels import QEmbedding
 from .prune import CALIBRATED, as_matrices, feed, input_rows, inverse_factor, _checked, _rows_of, _try, _watched
-from .quant import (OBSERVERS, QUANTIZABLE, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _check_layout, _choose, _copy_with, _finite)
+from .quant import (OBSERVERS, QUANTIZABLE, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, from_blocks, pack_bits, quantize,
+                            scale_and_zero_point, symmetric_zero_point, _check_layout, _choose, _copy_with, _finite, _scale_shape)
 from .workshop.models import copied
 from .workshop.pairs import Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
 
@@ -144,12 +144,20 @@ def output_error(
     weight: Tensor,               # [outputs, …]
     other: Tensor,                # its approximation, of the same shape
     statistics: LayerStatistics,  # of the layer, with second moments
+    axis: int = 0,                # where the outputs lie: 1 in GPT-2's Conv1D
 ) -> float:                       # 0: the same outputs; 1: as wrong as no output at all
     "Relative squared error of a layer's output over the calibration data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
     if statistics.moment is None: raise ValueError("statistics have no second moments; calibrate with second_moments=True")
-    w, d = (as_matrices(t, len(statistics.moment)).to(statistics.moment.dtype) for t in (weight, weight - other))
+    w, d = (_matrices(t, statistics, axis).to(statistics.moment.dtype) for t in (weight, weight - other))
     power = lambda m: ((m @ statistics.moment) * m).sum().item()
     return power(d) / max(power(w), torch.finfo(w.dtype).tiny)
+
+def _matrices(weight, statistics, axis=0):
+    "A weight as what multiplies the rows that were seen; `ValueError` for statistics of another layer."
+    w, n = weight if axis == 0 else weight.transpose(0, 1), next(t for t in (statistics.moment, statistics.total) if t is not None)
+    if w.shape[0] % len(n) or w[:1].numel() != n.shape[-1] and w.numel():
+        raise ValueError(f"the statistics are of {n.shape[-1]} inputs in {len(n)} group{'s' * (len(n) > 1)}, the weight has shape {tuple(weight.shape)}; they belong to another layer")
+    return as_matrices(w, len(n))
 
 # %% ../nbs/10_ptq.ipynb
 @torch.no_grad()
@@ -176,7 +184,7 @@ def mean_shift(
     statistics: LayerStatistics,  # of the layer
 ) -> Tensor:                      # [outputs]: E[Wx] − E[Ŵx]
     "What an approximation takes from the mean of each output."
-    difference = as_matrices(weight - other, len(statistics.total)).to(statistics.total.dtype)
+    difference = _matrices(weight - other, statistics).to(statistics.total.dtype)
     return (difference @ statistics.mean[..., None]).reshape(-1)
 
 # %% ../nbs/10_ptq.ipynb
@@ -311,22 +319,31 @@ def _rounded(blocks, scale, zero, levels):
     return (blocks / scale[:, None]).add_(z).round_().clamp_(0, levels - 1).sub_(z).mul_(scale[:, None])
 
 # %% ../nbs/10_ptq.ipynb
-def _scales_for(weight, statistics, levels, group, symmetric, steps=36):
-    "Scale and zero point for each group of each row, [rows, groups]; scales rounded as they will be stored."
-    importance = None
-    if statistics is not None and statistics.moment is not None:
-        diagonal = statistics.moment.diagonal(dim1=1, dim2=2)
-        diagonal = (diagonal / diagonal.amax().clamp(min=1e-300 if diagonal.dtype == torch.float64 else 1e-38)).to(weight.dtype)      # only ratios count
-        importance = diagonal[:, None].expand(-1, weight.shape[0] // len(diagonal), -1).reshape(weight.shape[0], -1)
-        importance = as_blocks(importance.contiguous(), 0, None) if group is None else as_blocks(importance.contiguous(), None, group)
-    flat = weight.reshape(weight.shape[0], -1)
-    scale, zero = fitted_scales(as_blocks(flat, 0 if group is None else None, group), importance, levels, symmetric, steps)
-    return _as_kept(scale.reshape(weight.shape[0], -1), group), zero.reshape(weight.shape[0], -1)
+def _scales_for(weight, statistics, levels, axis, group, symmetric, steps=36):
+    "Scale and zero point of each block, in the shape in which they will be stored; scales rounded as they will be."
+    where = (None, group) if group is not None else (axis, None)
+    importance = None if statistics is None or statistics.moment is None else _as_counted(_importance(weight, statistics, axis), *where)
+    scale, zero = (t.reshape(_scale_shape(weight.shape, *where)) for t in fitted_scales(as_blocks(weight, *where), importance, levels, symmetric, steps))
+    return _as_kept(scale, group), zero
+
+def _importance(weight, statistics, axis):
+    "H_jj beside each weight, over the largest of them: only ratios count."
+    diagonal = statistics.moment.diagonal(dim1=1, dim2=2)
+    diagonal = (diagonal / diagonal.amax().clamp(min=torch.finfo(diagonal.dtype).tiny)).to(weight.dtype)
+    each = diagonal[:, None].expand(_matrices(weight, statistics, axis).shape)
+    return (each.reshape(weight.shape) if axis == 0 else each.reshape(weight.shape[1], -1).t()).contiguous()
+
+def _as_counted(importance, axis, group):
+    "In blocks; what fills up a short last group counts nothing."
+    blocks = as_blocks(importance, axis, group)
+    if group is not None and (pad := -importance[0].numel() % group): blocks.view(len(importance), -1)[:, -pad:] = 0
+    return blocks
 
 def _as_kept(scale, group):
     "float16 for groups when all fit it well, as in chapter 03, else float32."
     half = group is not None and scale.numel() and bool((scale.min() >= 50 * 2 ** -24) & (scale.max() <= 65504))
     return scale.half() if half else scale.float()
+
 
 # %% ../nbs/10_ptq.ipynb
 def nearest_weight(
@@ -336,17 +353,16 @@ def nearest_weight(
     group: int | None = 32,                       # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,                       # zero point fixed in the middle; else fitted and stored
     columns: Tensor | None = None,                # [weight.shape[1]] column scales, see `smooth_columns`
-    axis: int = 0,                                # which dimension holds the outputs, when there are no groups
+    axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     steps: int = 36,                              # ranges that are tried for each scale
 ) -> QTensor:
-    "Round to nearest, with the scales of least (weighted) squared error."
+    "Round to nearest, with the scales of least (weighted) squared error among those that are tried."
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
-    if axis or weight.dim() < 2 or not weight.numel():
+    if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
     flat = weight.to(torch.promote_types(weight.dtype, torch.float32)) if columns is None else weight / _across(columns, weight)
-    scale, zero = _scales_for(flat, _rescaled(statistics, columns, weight), 1 << bits, group, symmetric, steps)
-    scale = scale if group is not None else scale[:, 0]
-    zero = {} if symmetric else {"zero_point": zero.reshape(scale.shape)}
+    scale, zero = _scales_for(flat, _rescaled(statistics, columns, weight), 1 << bits, axis, group, symmetric, steps)
+    zero = {} if symmetric else {"zero_point": zero}
     return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=scale, scale_dtype=scale.dtype, **zero, **where)
 
 # %% ../nbs/10_ptq.ipynb
@@ -410,28 +426,29 @@ def gptq_weight(
     symmetric: bool = True,                # zero point fixed in the middle; else fitted and stored
     columns: Tensor | None = None,         # [weight.shape[1]] column scales
     act_order: bool = True,                # the inputs that matter most first
-    damping: float = 0.01,                 # share of H's mean diagonal added to its diagonal
-    axis: int = 0,                         # for `nearest_weight`
+    damping: float = 0.01,                 # share of H's mean diagonal added to its diagonal, 0 or more
+    axis: int = 0,                         # which dimension holds the outputs: 1 in GPT-2's Conv1D
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original groups.
     A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that of `nearest_weight`."""
     weight = _checked_weight(weight, bits, group)
     if statistics is None or statistics.moment is None or not weight.numel():
         return nearest_weight(weight, None, bits, group, symmetric, columns, axis)
-    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not damping >= 0: raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if axis and columns is not None: raise ValueError(f"columns scale dimension 1, which holds the outputs of this weight; it may have none")
+    w, where = weight.to(torch.promote_types(weight.dtype, torch.float32)), (None, group) if group is not None else (axis, None)
     if columns is not None: w = w / _across(columns, weight)
     seen = _rescaled(statistics, columns, weight)
-    (scale, zero), moment = _scales_for(w, seen, 1 << bits, group, symmetric), _scaled_to_one(seen.moment)
-    matrices = lambda t: as_matrices(t, len(seen.moment))
-    every = lambda t: matrices(t.to(w.dtype).repeat_interleave(group or w[0].numel(), 1)[:, :w[0].numel()])
+    (scale, zero), moment = _scales_for(w, seen, 1 << bits, axis, group, symmetric), _scaled_to_one(seen.moment)
+    matrices = lambda t: _matrices(t, seen, axis)
+    every = lambda t: matrices(from_blocks(t.reshape(-1, 1).to(w.dtype).expand(-1, group or w.numel() // w.shape[axis]), w.shape, *where))
     each_group = zip(matrices(w), moment.to(w.dtype), every(scale), every(zero))
     codes = torch.cat([_in_order(*each, 1 << bits, act_order, damping) for each in each_group])
-    ours = _as_qtensor(codes, scale, None if symmetric else zero, weight, bits, group, columns)
-    near = nearest_weight(weight, statistics, bits, group, symmetric, columns)
-    worse = _row_errors(weight, ours, statistics) > _row_errors(weight, near, statistics)
-    if not worse.any(): return ours
-    codes = torch.where(worse[:, None], near.unpack().reshape(codes.shape).to(codes.dtype), codes)
-    return _as_qtensor(codes, scale, None if symmetric else zero, weight, bits, group, columns)
+    as_weight = lambda t: t.reshape(weight.shape) if axis == 0 else t.t().contiguous()
+    packed = lambda codes: _as_qtensor(as_weight(codes), scale, None if symmetric else zero, weight, bits, *where, columns)
+    ours, near = packed(codes), nearest_weight(weight, statistics, bits, group, symmetric, columns, axis)
+    worse = _row_errors(weight, ours, statistics, axis) > _row_errors(weight, near, statistics, axis)
+    return packed(torch.where(worse[:, None], matrices(near.unpack()).reshape(codes.shape).to(codes.dtype), codes)) if worse.any() else ours
 
 # %% ../nbs/10_ptq.ipynb
 def _in_order(w, moment, scale, zero, levels, act_order, damping):
@@ -445,16 +462,15 @@ def _scaled_to_one(moment):
     "H over its largest diagonal entry: no choice depends on its size, and it fits any dtype."
     return moment / moment.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(moment.dtype).tiny)
 
-def _row_errors(weight, q, statistics):
+def _row_errors(weight, q, statistics, axis):
     "δᵢᵀ H δᵢ of each row: greedy rounding, unlike its theory, may lose by chance, and more so with few inputs or bits."
     moment = _scaled_to_one(statistics.moment)
-    d = as_matrices(weight.to(moment.dtype) - q.dequantize().to(moment.dtype), len(moment))
+    d = _matrices(weight.to(moment.dtype) - q.dequantize().to(moment.dtype), statistics, axis)
     return ((d @ moment) * d).sum(2).flatten()
 
-def _as_qtensor(codes, scale, zero, weight, bits, group, columns):
+def _as_qtensor(codes, scale, zero, weight, bits, axis, group, columns):
     "Pack what a method found."
     packed = lambda t: None if t is None else pack_bits(t.reshape(-1).to(torch.uint8), bits)
-    axis, scale = (0, scale[:, 0].contiguous()) if group is None else (None, scale)
     return QTensor(packed(codes), scale, packed(zero), None, weight.shape, weight.dtype, 1 << bits, axis, group, columns)
 
 # %% ../nbs/10_ptq.ipynb
@@ -519,7 +535,7 @@ def hqq_weight(
     group: int | None = 32,                       # weights of a row that share a scale; None: one scale a row
     symmetric: bool = False,                      # zero point fixed in the middle
     columns: Tensor | None = None,                # [weight.shape[1]] column scales
-    axis: int = 0,                                # which dimension holds the outputs, when there are no groups
+    axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     p: float = 0.7,                               # the norm's exponent, above 0 and up to 1
 ) -> QTensor:
     "Half-quadratic quantization, which needs no data (Badri & Shaji 2023)."
