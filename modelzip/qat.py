@@ -131,6 +131,7 @@ def _half(scale):
 def _expanded(self, weight: Tensor) -> Tensor:
     "The weight that the codes stand for."
     codes, scale = self.codes(weight)
+    if weight.dtype == torch.float64: codes, scale = codes.double(), scale.double()      # a value is rounded once, to the weight's own type
     if self.group is None: return (codes * scale.view(-1, *[1] * (codes.dim() - 1)) if self.axis == 0 or self.axis is None
                                    else (codes.movedim(self.axis, -1) * scale[:, 0]).movedim(-1, self.axis)).to(weight.dtype)
     return from_blocks(as_blocks(codes, None, self.group) * scale, weight.shape, None, self.group).to(weight.dtype)
@@ -157,7 +158,7 @@ def static_codes(
 ) -> Tensor:             # uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
     "Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale in float32, half to even after the zero point."
     if scale < 1e-37: return (x.double() / scale + zero_point).round().clamp(0, levels - 1).to(torch.uint8)      # 1 / scale has no float32
-    reach = scale * 2.0**22                                           # beyond, the conversion to a whole number may wrap around
+    reach = min(scale * 2.0**22, torch.finfo(torch.float32).max)      # beyond, the conversion to a whole number may wrap around
     if x.numel() and not _within(x, reach): x = x.clamp(-reach, reach)
     if x.device.type == "cpu" and _has_quantize(): codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr()
     else: codes = _codes_of(x, scale, zero_point, 255)
@@ -245,7 +246,7 @@ def _activation_codes(
     "`ValueError` for NaN and infinities, and for a quantizer that has seen nothing."
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): raise ValueError("the input holds NaN or infinite values")
     if self.training and not (self.frozen and self.ready) and x.numel(): self._watch(x)
-    if not self.ready: raise ValueError("the range of the input is not known; run the model on a batch in train mode, or give prepare some batches")
+    if x.numel() and not self.ready: raise ValueError("the range of the input is not known; run the model on a batch in train mode, or give prepare some batches")
     scale, top = _step(self.scale, x[:1].numel(), self.levels - 1), self.levels - 1
     whole = _Inward.apply(self.zero_point, top)
     zero = straight_through(whole.round(), whole)
@@ -296,7 +297,7 @@ def _folded(self, x=None):
     if x is not None:
         y = self.layer._conv_forward(x.to(wide), weight, bias)
         variance, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
-        self.norm(y.detach().to(mean.dtype if self.norm.weight is None else self.norm.weight.dtype))      # moves its running averages
+        self.norm(y.detach().to(self.norm.running_mean.dtype if self.norm.weight is None else self.norm.weight.dtype))      # moves its running averages
     return fold(weight, bias, self.norm, mean, variance)
 
 def _sums(layer, x, weight, exact):
@@ -507,10 +508,11 @@ def prepare(
     Train it as any other, then `convert` it. Rounded are the weights of linear layers, convolutions, embeddings, recurrent layers and attention; a warning names other matrices that stay floats.
     `ValueError` for bits out of range, a pattern without a layer, a model that has nothing to quantize, a weight that an old-style hook computes (`torch.nn.utils.prune`, `weight_norm`) or that is no parameter,
     tied weights of which different things are said, NaN, and a model whose copy would run the original (an instance's own `forward`)."""
-    check_ordinary(model)
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if any(isinstance(m, (FakeQuantized, WeightQuantizer, Dequantize)) for m in model.modules()): raise ValueError("model is quantized or prepared already")
     options = dict(bits=bits, levels=levels, group=group, per_channel=per_channel, activations=activations, learn=learn)
     places = choose_places(model, overrides, _options(model, options))
+    check_ordinary(model)
     warn_of_floats(model)
     ranges = _ranges(model, batches, places) if batches is not None else {}
     new = copied(model).eval()                                     # a weight that spectral norm computes does not move in eval mode
