@@ -10,13 +10,17 @@ __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmet
            'quantize_model', 'dequantize_model']
 
 # %% ../nbs/03_quant.ipynb
-import copy, fnmatch, json, math, warnings
+import copy, fnmatch, inspect, json, math, sys, warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
+from .workshop.models import check_ordinary, computed, copied
+from .workshop.readonly import read_only
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
@@ -792,6 +796,7 @@ def dequantize(q: CompressedTensor) -> Tensor:
 # %% ../nbs/03_quant.ipynb
 class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
+    trainable = True      # whether the parameter that it stands for was; `dequantize_model` makes it so again
     def __init__(self, q: CompressedTensor):
         super().__init__()
         self.kind = q.kind
@@ -845,9 +850,16 @@ def _innermost(layer):
     return _innermost(layer.layer) if isinstance(layer, Dequantize) else layer
 
 def _shallow(layer):
+    "A copy that shares all but the dict of parameters. A compiled call would be the original's."
     new = layer.__class__.__new__(layer.__class__)
     new.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    new.__dict__.pop("_compiled_call_impl", None)
     return new
+
+def _settle(used, layer):
+    "What a call of a throw-away copy left in its attributes (a cache, a counter) belongs to the layer."
+    for k, v in used.__dict__.items():
+        if k not in ("_parameters", "_flat_weights") and layer.__dict__.get(k, layer) is not v: layer.__dict__[k] = v
 
 # %% ../nbs/03_quant.ipynb
 class Dequantize(nn.Module):
@@ -865,28 +877,71 @@ class Dequantize(nn.Module):
     ):
         super().__init__()
         if options: raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
-        _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
-        self.layer, self.packed, self.name = _without(layer, name), q if isinstance(q, Packed) else Packed(q), name
+        old = _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
+        self.name, self._modules["layer"], self._modules["packed"] = name, _without(layer, name), q if isinstance(q, Packed) else Packed(q)
+        if old is not None and not old.is_meta: self.packed.trainable = old.requires_grad
         self.training = layer.training
-    def forward(self, *args, **kwargs): return self._compiled(*args, **kwargs) if torch.compiler.is_compiling() else self.expanded()(*args, **kwargs)
-    def __getattr__(self, key):
-        "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working."
-        try: return super().__getattr__(key)
-        except AttributeError:
-            if "layer" not in self.__dict__.get("_modules", {}): raise
-            return self.q.dequantize() if key == self.__dict__.get("name") else getattr(self.layer, key)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling(): return self._compiled(*args, **kwargs)
+        layer = self.expanded()
+        try: return layer(*args, **kwargs)
+        finally: _settle(layer, _innermost(self))
     def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
 
 Dequantize.kinds["Dequantize"] = Dequantize
 
 # %% ../nbs/03_quant.ipynb
+def _read(self, key):
+    "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working; the compressed one can only be read."
+    try: return nn.Module.__getattr__(self, key)
+    except AttributeError:
+        if "layer" not in self.__dict__.get("_modules", {}): raise
+        if key == self.__dict__.get("name"): return self._shown(sys._getframe(1))
+        return _of_class(self, key) or getattr(self.layer, key)
+
+@patch_onto(Dequantize)
+def _shown(self, reader):
+    "The expanded parameter. PyTorch's own modules only read, and take their quick paths for plain tensors alone."
+    value = self.q.dequantize()
+    if torch.compiler.is_compiling() or reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
+    return read_only(value, f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded value would be lost; "
+                            f"call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()")
+
+def _of_class(wrapper, key):
+    "A method or property that the layer's class adds works on the expanded layer."
+    inner = _innermost(wrapper)
+    found = inspect.getattr_static(type(inner), key, None)
+    if key in inner.__dict__ or not (inspect.isfunction(found) or isinstance(found, property)): return None
+    if key == "flatten_parameters": return lambda: None          # arranges the memory of weights that are not there yet
+    if isinstance(found, property): return getattr(wrapper.expanded(), key)
+    def method(*args, **kwargs):
+        layer = wrapper.expanded()
+        try: return getattr(layer, key)(*args, **kwargs)
+        finally: _settle(layer, inner)
+    return method
+
+def _write(self, key, value):
+    "What belongs to the layer is set there; its compressed parameter cannot be set."
+    layer = self.__dict__.get("_modules", {}).get("layer")
+    if layer is None or key in self.__dict__ or key in self._modules or hasattr(type(self), key): return nn.Module.__setattr__(self, key, value)
+    if key == self.name: raise AttributeError(f"{key} of this {type(_innermost(self)).__name__} is compressed and cannot be set; call dequantize_layer (or dequantize_model) first, or make a new layer")
+    here = layer.__dict__ if type(self) is Dequantize else {}
+    if isinstance(layer, Dequantize) or any(key in d for d in (layer._parameters, layer._buffers, layer._modules, here, getattr(layer, "__constants__", ()))): setattr(layer, key, value)
+    else: nn.Module.__setattr__(self, key, value)
+
+Dequantize.__getattr__, Dequantize.__setattr__ = _read, _write
+
+# %% ../nbs/03_quant.ipynb
 def _check_replaceable(layer, q, name):
+    "The parameter that is to be replaced (None: it is already), or an error that says why it cannot be."
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
     layer = _innermost(layer)
-    if nn.utils.parametrize.is_parametrized(layer, name): raise ValueError(f"{name} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first")
+    if "forward" in vars(layer): raise ValueError(f"this {type(layer).__name__} has a forward of its own instance, which would run the original; define it in a class, or delete it")
+    if (why := computed(layer, name)) is not None: raise ValueError(f"{name} {why}")
     if name not in layer._parameters: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
     old = layer._parameters[name]
     if old is not None and old.shape != q.shape: raise ValueError(f"{name} has shape {tuple(old.shape)}, its compressed value {tuple(q.shape)}")
+    return old
 
 @patch_onto(Dequantize)
 @property
@@ -908,43 +963,73 @@ def expanded(self) -> nn.Module:
     return layer
 
 # %% ../nbs/03_quant.ipynb
-QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)      # layers with one matrix, called weight
 
 def quantize_layer(
-    layer: nn.Module,           # Linear, Conv, ConvTranspose, Embedding, or any module with the parameter `name`
+    layer: nn.Module,           # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
     bits: int = 8,              # width of a code, 1..16
-    group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding)
+    group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's gate)
     per_channel: bool = True,   # False: one scale for the whole tensor
-    name: str = "weight",       # which parameter
+    name: str | None = None,    # which parameter; None: all matrices of the layer
     **options,                  # of `quantize`: symmetric, observer, levels, codebook …
-) -> Dequantize:                # computes the same function with a compressed weight
-    "Keep a layer's weight quantized. The layer itself is left as it is."
+) -> Dequantize:                # computes the same function with compressed weights
+    """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is.
+    `ValueError` for a layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the original."""
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
-    weight = _innermost(layer)._parameters.get(name)
-    if weight is None and isinstance(layer, Dequantize): raise ValueError("layer is quantized already; dequantize_layer it first")
-    if weight is None: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
-    return Dequantize(layer, quantize(weight, bits, **_layout_for(layer, weight, group, per_channel), **options), name)
+    check_ordinary(layer)
+    plain = _innermost(layer)
+    if isinstance(layer, Dequantize) and (not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None):
+        raise ValueError("layer is quantized already; dequantize_layer it first")
+    for key in [name] if name is not None else _wanted_of(plain):
+        if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
+        if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
+        q = _about(key, quantize, weight, bits, **_layout(weight, outputs_of(plain).get(key, 0), group, per_channel), **options)
+        layer = Dequantize(layer, q, key)
+    return _copied(layer)
+
+def _wanted_of(layer):
+    "All matrices of a layer, also those that are no plain parameters; `weight` for a class that nobody knows."
+    return [k for k in outputs_of(layer) if layer._parameters.get(k, layer) is not None and (k in layer._parameters or computed(layer, k))] or ["weight"]
+
+def _about(name, f, *args, **kwargs):
+    "Call a function; its errors begin with a name."
+    try: return f(*args, **kwargs)
+    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
-def _layout_for(layer, weight, group, per_channel):
-    "Output channels lie along axis 0, in transposed convolutions along axis 1."
+def _layout(weight, axis, group, per_channel):
+    "One scale for each output channel, or for each group."
     if group is not None: return {"group": group}
-    if not per_channel or weight.dim() < 2: return {}
-    return {"axis": 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0}
+    return {"axis": axis} if per_channel and weight.dim() > 1 else {}
+
+def _layout_for(layer, weight, group, per_channel):
+    "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
+    return _layout(weight, outputs_of(_innermost(layer)).get("weight", 0), group, per_channel)
 
 def dequantize_layer(
     layer: Dequantize,   # as `quantize_layer` made it
 ) -> nn.Module:          # the ordinary layer with the weight expanded for good
-    "Back to an ordinary layer, with the quantized values as its parameter."
+    "Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's were."
     if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
-    return _plain(layer, {})
+    check_ordinary(layer)
+    return _plain(layer, {}, {})
 
-def _plain(layer, memo):
-    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well."
+def _plain(layer, memo, expanded):
+    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well; tied weights stay tied."
     inner = layer.layer
-    plain = memo.get(id(inner)) or (_plain(inner, memo) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
-    _set(plain, layer.name, nn.Parameter(layer.q.dequantize()))
-    return plain.train(layer.training)
+    plain = memo.get(id(inner)) or (_plain(inner, memo, expanded) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
+    if id(layer.packed) not in expanded: expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
+    _set(plain, layer.name, expanded[id(layer.packed)])
+    return _with_hooks_of(layer, plain)
+
+def _with_hooks_of(wrapper, layer):
+    "Hooks that were hung on a wrapper go on being called, around those of the layer inside."
+    for key in ("_forward_pre_hooks", "_backward_pre_hooks", "_forward_hooks", "_backward_hooks"):
+        inner, outer = getattr(layer, key), copy.deepcopy(getattr(wrapper, key))
+        layer.__dict__[key] = type(inner)([*outer.items(), *inner.items()] if "pre" in key else [*inner.items(), *outer.items()])
+    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"): getattr(layer, key).update(getattr(wrapper, key))
+    if wrapper._is_full_backward_hook is not None: layer._is_full_backward_hook = wrapper._is_full_backward_hook
+    return layer
 
 # %% ../nbs/03_quant.ipynb
 @torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::expand", mutates_args=())
@@ -962,25 +1047,34 @@ def _(parts, names, said):
 @patch_onto(Dequantize)
 def _compiled(self, *args, **kwargs):
     "The forward pass as `torch.compile` can follow it."
-    weight = _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
-    return torch.func.functional_call(self.layer, {self.name: weight}, args, kwargs)
+    layer, weights = self, {}
+    while isinstance(layer, Dequantize):
+        packed = layer.packed
+        weights[layer.name] = _expand(list(packed._buffers.values()), ",".join(packed._buffers), packed.said)
+        layer = layer.layer
+    return torch.func.functional_call(layer, weights, args, kwargs)
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
     model: nn.Module,             # any model; it is left as it is
     bits: int = 8,                # width of a code, 1..16
     group: int | None = None,     # weights that share a scale; None: one scale for each output channel
-    layers: tuple = QUANTIZABLE,  # classes of the layers that are quantized
-    overrides: dict | None = None,# by name or pattern: `{'fc2': {'bits': 8}, 'conv*': None}`; None leaves a layer alone; the first match wins
-    **options,                    # of `quantize_layer`
-) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`
-    "Quantize the weights of every layer that holds many; tied weights stay tied. `ValueError` when there is nothing to quantize."
-    chosen = _choose(model, layers, overrides or {}, dict(bits=bits, group=group) | options)
-    shared, done = {}, {}
-    for name, layer, how in chosen:
-        weight = layer.weight
-        if id(weight) not in shared: shared[id(weight)] = quantize_layer(layer, **how).packed
-        done[name] = Dequantize(layer, shared[id(weight)])
+    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins
+    per_channel: bool = True,     # False: one scale for a whole tensor
+    **options,                    # of `quantize`: symmetric, observer, levels, codebook …
+) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
+    """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied. `ValueError` that names the layer
+    when there is nothing to quantize, when a pattern matches nothing, when two names of one tensor have different options, when a weight is computed
+    (weight_norm, prune, a parametrization …) or not finite, and when the model has functions that no copy can follow (see `copied`)."""
+    chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
+    check_ordinary(model)
+    packed, done = {}, {}
+    for m in chosen:
+        how = dict(m.options)
+        where = _layout(m.weight, m.axis, how.pop("group"), how.pop("per_channel"))
+        if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, quantize, m.weight, **where, **how))
+        done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
 
 # %% ../nbs/03_quant.ipynb
@@ -999,21 +1093,28 @@ def _choose(model, layers, overrides, default):
 
 # %% ../nbs/03_quant.ipynb
 def _copy_with(model, replaced):
-    "A deep copy in which some layers are replaced; their old weights are never copied."
-    old = {id(model.get_submodule(n)): new for n, new in replaced.items()}
-    memo = {i: _copied(new) for i, new in old.items()}
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied."
+    check_ordinary(model)
+    old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)}
+    for m in reversed(list(model.modules())):                    # what lies inside another comes first
+        if id(m) in old: memo[id(m)] = copy.deepcopy(old[id(m)], memo)
+    return memo.get(id(model)) or copied(model, memo)
+
+def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
 
 def _copied(wrapper):
     "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
-    return copy.deepcopy(wrapper, {id(wrapper.packed): wrapper.packed})
+    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
 def dequantize_model(
     model: nn.Module,   # with `Dequantize` layers anywhere
 ) -> nn.Module:         # a copy with ordinary layers
-    "Back to an ordinary model with the quantized values."
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize)}
+    "Back to an ordinary model with the quantized values; tied weights stay tied, and what was trainable is so again."
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    found = [m for m in model.modules() if isinstance(m, Dequantize)]
     if not found: raise ValueError("model has no quantized layer")
-    memo = {}
-    for m in reversed(found.values()): memo[id(m)] = _plain(m, memo)      # those inside others first
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    check_ordinary(model)
+    memo, expanded = {}, {}
+    for m in reversed(found): memo[id(m)] = _plain(m, memo, expanded)      # those inside others first
+    return memo.get(id(model)) or copied(model, memo)
