@@ -838,16 +838,21 @@ def _wanted(activations, names):
 
 def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
-    bare = m.layer.__class__.__new__(m.layer.__class__)
-    bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in m.layer.__dict__.items()}
-    new = cls(copy.deepcopy(bare), m.packed, m.name, **options)
+    new = cls(copy.deepcopy(_bare(m.layer)), m.packed, m.name, **options)
     new.where = name                                      # for errors
     return new.train(m.training)
 
+def _bare(layer):
+    "A layer without its hooks, sharing the rest."
+    bare = layer.__class__.__new__(layer.__class__)
+    bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in layer.__dict__.items()}
+    return bare
+
 def _carry(m, new, memo):
-    "Hang the hooks of a Dequantize and of the layer inside on the layer that replaces both: the inner ones are the nearest to what is computed."
-    inner, outer = (copy.deepcopy({k: v for k, v in l.__dict__.items() if "_hooks" in k}, memo) for l in (m.layer, m))
-    for key, hooks in inner.items():
-        if isinstance(hooks, dict): new.__dict__[key] = type(hooks)([*hooks.items(), *outer[key].items()] if key == "_forward_hooks" else [*outer[key].items(), *hooks.items()])
-    if not (new._backward_hooks or new._backward_pre_hooks): return
-    new._is_full_backward_hook = m._is_full_backward_hook if m._is_full_backward_hook is not None else m.layer._is_full_backward_hook
+    "Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest to what is computed. In the copy they belong to the copy."
+    chain = [m]
+    while isinstance(chain[-1], Dequantize): chain.append(chain[-1].layer)
+    for key in [k for k, v in m.__dict__.items() if "_hooks" in k and isinstance(v, dict)]:
+        for layer in chain if key != "_forward_hooks" else chain[::-1]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
+    for layer in chain:
+        if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook
