@@ -5,10 +5,11 @@
 # %% auto 0
 __all__ = ['TINY', 'LARGE', 'FEW', 'KERNELS', 'READERS', 'accumulator_fits', 'quantize_activations', 'stretch_rows',
            'quantize_rows', 'integer_linear', 'Capabilities', 'capabilities', 'why_not_int8', 'as_int8', 'fits_int4',
-           'QLinear', 'integer_conv2d', 'QConv2d', 'gather_rows', 'QEmbedding', 'Choices', 'what_runs', 'use_kernels']
+           'QLinear', 'integer_conv2d', 'QConv2d', 'quantize_images', 'gather_rows', 'QEmbedding', 'Choices',
+           'what_runs', 'use_kernels']
 
 # %% ../nbs/06_kernels.ipynb
-import contextlib, copy, fnmatch, functools, itertools, math, threading, warnings, weakref
+import contextlib, copy, ctypes, fnmatch, functools, json, math, sys, threading, warnings, weakref
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
                             quantize, quantize_layer, quantize_model)
+from .workshop.compiled import described, traced
+from .workshop.matrices import SMALL, floats_left, unwrapped
+from .workshop.models import check_ordinary, copied
 
 # %% ../nbs/06_kernels.ipynb
 def accumulator_fits(
@@ -32,17 +36,18 @@ def quantize_activations(
     x: Tensor,                    # finite float32 values, any shape
     reduce_range: bool = False,   # 7 bits instead of 8: for processors that saturate sums of two products
 ) -> tuple[Tensor, float, int]:   # codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
-    "Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM, arXiv:2101.05615)."
+    "Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM, arXiv:2101.05615) where the range is 0.0156 or more: smaller ones they widen, and we do not."
     top = 127 if reduce_range else 255
     low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0., 0.)
     low, high = min(low, 0.), max(high, 0.)
-    scale = (high - low) / top or 0.1
+    scale = (high - low) / top
+    if scale < 2. ** -127: scale = 0.1                   # nothing, or so little that 1 / scale would be infinite
     zero = round(-low / scale)
-    return _codes_of(x, scale, zero, top), scale, zero
+    return _codes_of(x, scale, zero, 255), scale, zero   # a tie at the end may take a code above `top`, as there: two products still fit into 16 bits
 
 def _codes_of(x, scale, zero, top):
     "A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties."
-    inverse = (1 / torch.tensor(scale, dtype=torch.float32)).double()
+    inverse = (1 / torch.tensor(scale, dtype=torch.float32, device=x.device)).clamp_(max=torch.finfo(torch.float32).max).double()
     return (x.double() * inverse + zero).float().round().clamp_(0, top).to(torch.uint8)
 
 # %% ../nbs/06_kernels.ipynb
@@ -101,8 +106,8 @@ class Capabilities:
 # %% ../nbs/06_kernels.ipynb
 @functools.cache
 def capabilities() -> Capabilities:   # found by trying, once in a process
-    "Try the int8 kernels on the largest codes there are: one that is missing, or saturates, is not used."
-    with warnings.catch_warnings():                     # PyTorch announces once that these will move to torchao
+    "Try the int8 kernels on the largest codes there are: one that is missing, or saturates, is not used. What the caller has set (default dtype and device, autocast) does not matter."
+    with warnings.catch_warnings(), torch.device("cpu"), torch.autocast("cpu", enabled=False):     # PyTorch announces once that these will move to torchao
         warnings.simplefilter("ignore")
         tries = _try_linear, _try_large, _try_convolution
         full, seven = ([_exact(f, reduced) for f in tries] for reduced in (False, True))
@@ -111,22 +116,24 @@ def capabilities() -> Capabilities:   # found by trying, once in a process
 
 def _exact(attempt, reduced):
     "Does a kernel exist and sum 64 of the largest products without saturating?"
-    with _missing: return bool(((attempt(torch.ones(1, 64, 4, 4), reduced) - 64 * 127).abs() < 1).all())
+    with _missing: return bool(((attempt(torch.ones(1, 64, 4, 4, dtype=torch.float32), reduced) - 64 * 127).abs() < 1).all())
     return False
 
 _missing = contextlib.suppress(RuntimeError, AttributeError, NotImplementedError, TypeError)
 
 # %% ../nbs/06_kernels.ipynb
-def _pack_linear(weight, scale, zero=None, bias=None):
-    "Weights in FBGEMM's own order, with the bias that it adds."
-    zero = torch.zeros(len(scale), dtype=torch.int64) if zero is None else zero.long()
+def _pack_linear(weight, scale, zero=None):
+    "Weights in FBGEMM's own order."
+    zero = torch.zeros(len(scale), dtype=torch.int64, device="cpu") if zero is None else zero.long()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         w = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack(w, bias)
+    return torch.ops.quantized.linear_prepack(w, None)
+
+def _ones(n): return torch.ones(n, dtype=torch.float32, device="cpu")
 
 def _try_linear(x, reduced):
-    packed = _pack_linear(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
+    packed = _pack_linear(torch.full((16, 64), 127, dtype=torch.int8), _ones(16))
     return torch.ops.quantized.linear_dynamic.default(x[:, :, 0, 0], packed, reduced)
 
 # %% ../nbs/06_kernels.ipynb
@@ -142,26 +149,30 @@ def _try_large(x, reduced):
     if reduced: raise NotImplementedError("rows are quantized to 8 bits")
     weight = nn.functional.pad(torch.full((16, 65), 127, dtype=torch.int8), (0, 8))
     packed, step, low = _rows_in_one_pass(nn.functional.pad(x[:, :, 0, 0], (1, 0)))
-    return _run_large(packed, _pack_large(weight), torch.ones(16)) * step
+    return _run_large(packed, _pack_large(weight), _ones(16)) * step
 
 # %% ../nbs/06_kernels.ipynb
 def _pack_convolution(weight, scale, stride, padding, dilation, groups):
     return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1., 0, stride, padding, dilation, groups, None)
 
-def _run_convolution(x, packed, scale, stride, padding, dilation, groups, reduced):
-    "Quantize in one pass, then oneDNN's u8·s8→s32 convolution with float output."
+def _run_convolution(x, packed, scale, *how):
+    "Quantize in one pass, then the product."
+    *geometry, reduced = how
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
+    return _convolved(q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, *geometry)
+
+def _convolved(codes, step, zero, packed, scale, stride, padding, dilation, groups):
+    "oneDNN's u8·s8→s32 convolution with float output."
     return torch.ops.onednn.qconv_pointwise.default(
-        q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, _no_offset(len(scale)), None,
-        stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
+        codes, step, zero, packed, scale, _no_offset(len(scale)), None, stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
 
 @functools.lru_cache(256)
-def _no_offset(n): return torch.zeros(n, dtype=torch.int32)
+def _no_offset(n): return torch.zeros(n, dtype=torch.int32, device="cpu")
 
 def _try_convolution(x, reduced):
     how = [1, 1], [0, 0], [1, 1], 1
-    packed = _pack_convolution(torch.full((16, 64, 1, 1), 127, dtype=torch.int8), torch.ones(16), *how)
-    return _run_convolution(x, packed, torch.ones(16), *how, reduced)
+    packed = _pack_convolution(torch.full((16, 64, 1, 1), 127, dtype=torch.int8), _ones(16), *how)
+    return _run_convolution(x, packed, _ones(16), *how, reduced)
 
 # %% ../nbs/06_kernels.ipynb
 def _pack_int4(codes, scale, zero, group):
@@ -175,9 +186,10 @@ def _run_int4(x, packed):
 
 def _try_int4():
     "Small whole numbers, exact in bfloat16: any difference is a mistake."
-    codes, x, s = torch.arange(16 * 64).reshape(16, 64) * 7 % 16, (torch.arange(64.) % 5 - 2)[None], torch.tensor([[1., 2.]]).repeat(16, 1)
+    codes, x = torch.arange(16 * 64).reshape(16, 64) * 7 % 16, (torch.arange(64) % 5 - 2)[None].float()
+    s, threes = torch.tensor([[1, 2]]).repeat(16, 1).float(), torch.full((16, 2), 3).float()
     want = x @ ((codes.view(16, 2, 32) - 3) * s[..., None]).reshape(16, 64).t()
-    with _missing: return bool(((_run_int4(x, _pack_int4(codes, s, torch.full((16, 2), 3.), 32)) - want).abs() <= want.abs() / 128).all())
+    with _missing: return bool(((_run_int4(x, _pack_int4(codes, s, threes, 32)) - want).abs() <= want.abs() / 128).all())
     return False
 
 # %% ../nbs/06_kernels.ipynb
@@ -223,21 +235,20 @@ def _ordinary(x):
 # %% ../nbs/06_kernels.ipynb
 class _Prepared:
     "Weights in a kernel's own order, made when first used and remembered for as long as what they were made from stays the same; a copy starts empty."
-    def __init__(self): self.entry, self.lock = None, threading.RLock()
+    def __init__(self): self.entry, self.lock, self.alone = None, threading.RLock(), False      # alone: the last time nobody else was given this layer's input
     def get(self, owner, which):
-        entry, modules = self.entry, owner._modules
-        now = (*modules["packed"]._buffers.values(), modules["layer"]._parameters["bias"])
+        entry, now = self.entry, owner._modules["packed"]._buffers.values()
         if entry is None or entry[0] != owner.kernel or not _unchanged(entry[1], now):
-            self.entry = entry = owner.kernel, [(p, None if p is None or p.is_inference() else p._version) for p in now], {}
+            self.entry = entry = owner.kernel, [(p, p.data_ptr(), None if p.is_inference() else p._version) for p in now], {}
         if (made := entry[2].get(which)) is not None: return made
         with self.lock: return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
     def __deepcopy__(self, memo): return _Prepared()
     def __reduce__(self): return _Prepared, ()
 
 def _unchanged(before, now):
-    "The same tensors, none of them written to."
-    for (p, version), q in zip(before, now):
-        if p is not q or version is not None and p._version != version: return False
+    "The same tensors in the same memory, none of them written to."
+    for (p, at, version), q in zip(before, now):
+        if p is not q or p.data_ptr() != at or version is not None and p._version != version: return False
     return len(before) == len(now)
 
 # %% ../nbs/06_kernels.ipynb
@@ -254,34 +265,68 @@ class _NoGradient(torch.autograd.Function):
 # %% ../nbs/06_kernels.ipynb
 class _IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
+    where = ""                                            # its name in a model, for errors
     def __init__(self, layer, q, name, activations, requantize):
         super().__init__(layer, q, name)
         if (why := self.refuses(self.layer, self.q, name, requantize)) is not None: raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
         if activations not in ("row", "tensor"): raise ValueError(f"activations is {activations!r}; it may be 'row' or 'tensor'")
         self.activations, self.requantize, self.prepared = activations, bool(requantize), _Prepared()
-        self.key, self.kernel = _known(self), self._choose()
+        self.kernel = self._choose()
+        self.said = described(self)                       # for a compiled graph
     def options(self) -> dict: return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling(): return _opaque(input, self.key)
+        if torch.compiler.is_compiling(): return traced(self, input)
         self._check(input)
+        if torch.is_autocast_enabled(input.device.type): return self._cast(input)
         if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
         if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
         with torch.no_grad(): y = self._integer(input.float()).to(input.dtype)
-        return _NoGradient.apply(input, y, type(self).__name__) if input.requires_grad else y
+        return _NoGradient.apply(input, y, self._who()) if input.requires_grad else y
     def _bias(self):
         bias = self._modules["layer"]._parameters["bias"]
         return bias if bias is None else bias.detach().float()
+    def _who(self): return type(self).__name__ + f" {self.where!r}" * bool(self.where)
+
+# %% ../nbs/06_kernels.ipynb
+def _cast(self, input):
+    "The forward pass where autocast is on."
+    kind = input.device.type
+    with torch.autocast(kind, enabled=False): y = self.forward(input)
+    return y if input.dtype is torch.float64 else y.to(torch.get_autocast_dtype(kind))
+
+def _set(self, key, value):
+    Dequantize.__setattr__(self, key, value)
+    if key not in ("said", "training") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
+
+def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8)
+
+def _adopt(self, state):
+    how = json.loads(bytes(state.tolist()))
+    if how.get("activations") not in ("row", "tensor") or not isinstance(how.get("requantize", False), bool) or how.keys() - {"activations", "requantize"}: raise ValueError(f"the state of {self._who()} says {how}")
+    self.activations, self.requantize = how["activations"], how.get("requantize", False)
+    if (why := self.refuses(self.layer, self.q, "weight", self.requantize)) is not None: raise ValueError(f"the state of {self._who()} does not suit it: {why}")
+    self.kernel = self._choose()
+
+def _load(self, *args):
+    Dequantize._load_from_state_dict(self, *args)
+    self.said = described(self)
+
+def _refuse_trace(layer): raise RuntimeError(f"{layer._who()} cannot be traced by torch.jit.trace, which would keep the ranges of one input; use torch.export, torch.compile or modelzip.onnx_export.to_onnx")
+
+_IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict = _cast, _set, _load
+_IntegerLayer.get_extra_state, _IntegerLayer.set_extra_state = _get, _adopt        # what a `state_dict` says beside the numbers
+_IntegerLayer.key = property(lambda self: id(self.prepared))       # tells layers apart
 
 # %% ../nbs/06_kernels.ipynb
 def _batch(self, x):
     "Rows that are finite in integers, the others as a float layer would."
     columns = self._modules["packed"]._buffers.get("columns")
     scaled = x if columns is None else x * columns.reshape(-1, *[1] * (x.dim() - 2))
-    y = self._by_rows(scaled) if self.activations == "row" and len(x) > 1 else self._together(scaled)
+    y = self._by_rows(scaled) if self.activations == "row" else self._together(scaled)
     if y is not None: return y
-    y, finite = self._float(x), torch.isfinite(x).flatten(1).all(1)
-    if finite.any() and not finite.all(): y[finite] = self._integer(x[finite])
+    y, finite = self._float(x), self._finite(scaled)
+    if finite.any() and not finite.all(): y[finite] = self._by_rows(scaled[finite]) if self.activations == "row" else self._integer(x[finite])
     return y
 
 def _together(self, x):
@@ -292,37 +337,15 @@ def _together(self, x):
     peak = peak.clamp_(min=torch.finfo(torch.float32).tiny)
     return self._add_bias(self._product(x / peak, False).mul_(peak))
 
-_IntegerLayer._batch, _IntegerLayer._together = _batch, _together
+def _finite(self, x): return torch.isfinite(x).flatten(1).all(1)
+
+_IntegerLayer._batch, _IntegerLayer._together, _IntegerLayer._finite = _batch, _together, _finite
 
 # %% ../nbs/06_kernels.ipynb
-_LAYERS, _NUMBERS = weakref.WeakValueDictionary(), itertools.count()
-
-def _known(layer):
-    "A new number under which the compiled graph finds this layer."
-    number = next(_NUMBERS)
-    _LAYERS[number] = layer
-    return number
-
-def _restored(self, state):
-    nn.Module.__setstate__(self, state)
-    self.key = _known(self)
-
-_IntegerLayer.__setstate__ = _restored
-
-# %% ../nbs/06_kernels.ipynb
-@torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::integer_layer", mutates_args=())
-def _opaque(x: Tensor, key: int) -> Tensor:
-    "The forward pass of a layer, for a compiled graph."
-    with torch.no_grad(): y = _LAYERS[key].forward(x)
-    return y.clone() if y is x else y
-
-@_opaque.register_fake
-def _(x, key): return _LAYERS[key]._like(x)
-
-# %% ../nbs/06_kernels.ipynb
-def _floating(input, who):
-    if not isinstance(input, Tensor): raise TypeError(f"input of {who} is a {type(input).__name__}; it may be a tensor")
-    if not input.is_floating_point(): raise TypeError(f"input of {who} has dtype {input.dtype}; it may be a floating-point tensor")
+def _floating(input, layer):
+    if torch.jit.is_tracing(): _refuse_trace(layer)
+    if not isinstance(input, Tensor): raise TypeError(f"input of {layer._who()} is a {type(input).__name__}; it may be a tensor")
+    if not input.is_floating_point(): raise TypeError(f"input of {layer._who()} has dtype {input.dtype}; it may be a floating-point tensor")
 
 def _not_the_weight_of(layer, cls, name):
     "What every kernel refuses: another parameter, another class, and a subclass, which may compute something else or be read by its owner instead of called."
@@ -373,8 +396,8 @@ class QLinear(_IntegerLayer):
         "Why a layer cannot be computed so; None when it can."
         return _not_the_weight_of(layer, nn.Linear, name) or (None if requantize or fits_int4(q) else why_not_int8(q))
     def _check(self, x):
-        _floating(x, "QLinear")
-        if x.dim() < 1 or x.shape[-1] != self.inputs: raise ValueError(f"input of QLinear has shape {tuple(x.shape)}; its last dimension must be {self.inputs}")
+        _floating(x, self)
+        if x.dim() < 1 or x.shape[-1] != self.inputs: raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; its last dimension must be {self.inputs}")
     def _float(self, x): return nn.functional.linear(x, self.q.dequantize().float(), self._bias())
     def _add_bias(self, y): return y if (bias := self._bias()) is None else y.add_(bias)
 
@@ -393,19 +416,18 @@ def _integer(self, x):
     return y if x.dim() == 2 else y.view(*x.shape[:-1], self.outputs)
 
 QLinear._choose, QLinear._integer = _choose_linear, _integer
-QLinear._like = lambda self, x: x.new_empty(*x.shape[:-1], self.outputs)
 
 # %% ../nbs/06_kernels.ipynb
 LARGE, FEW = 192, 8   # rows from which oneDNN's product is quicker than FBGEMM's when there is one range; up to which a 4-bit product is quicker than expanding the weight
 
 def _ordinarily(self, x, rows):
     "The product for an input that is finite and of ordinary size; None for others."
-    many = len(rows) > 1 and self.activations == "row"
-    way = "rows" if many else "whole" if len(rows) >= LARGE else "few"
+    if self.activations == "row": way = "few" if len(rows) == 1 and _holds_zero(rows) else "rows"
+    else: way = "whole" if len(rows) >= LARGE else "few"
     if not (made := self.prepared.get(self, way)): return None
     columns, key, *product = made
     if way == "few" and columns is None: ready = self._ready(rows, way)      # there is nothing to remember
-    else: ready = _LAST.get(self, x, (way, self.kernel, key), lambda: self._ready(rows if columns is None else rows * columns, way))
+    else: ready = _LAST.get(self.prepared, x, (way, self.kernel, key), lambda: self._ready(rows if columns is None else rows * columns, way))
     return None if ready is None else getattr(self, "_from_" + way)(*ready, *product)
 
 def _ready(self, x, way):
@@ -422,37 +444,51 @@ QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
 def _ranges_fit(step):
     "Whether the range of each row has its 255 codes: it is not small, or nothing at all, and has not overflowed."
     least, most = (v.item() for v in torch.aminmax(step))
-    return most < math.inf and (least > 2. ** -18 or not bool(((step > 0) & (step <= 2. ** -18)).any()))
+    return most < math.inf and (least > 2. ** -18 or bool(_fitting(step).all()))
+
+def _fitting(step): return (step == 0) | (step > 2. ** -18) & (step < math.inf)
+
+def _holds_zero(row):
+    low, high = torch.aminmax(row)
+    return low.item() <= 0 <= high.item()
 
 # %% ../nbs/06_kernels.ipynb
 class _Last(threading.local):
     "What the last input became, for each thread."
     entry = None
     def get(self, layer, x, how, make):
-        "What `make` returned for this very tensor and `how`, or returns now."
-        own = not x.is_inference() and x.untyped_storage().resizable()
-        if (e := self.entry) is not None and own and e["x"]() is x and e["version"] == x._version and e["how"] == how and layer.key not in e["users"]:
-            e["users"].add(layer.key)
-            return e["made"]
+        "What `make` returned for this very tensor and `how`, or returns now. `layer` tells layers apart."
+        e = self.entry
+        if e is not None and e["x"]() is x and e["how"] == how and id(layer) not in e["users"]:
+            e["users"].append(id(layer)); _alone(e, False)
+            if e["copy"] is not None and _same_bytes(x, e["copy"]): return e["made"]
+        elif e is not None and len(e["users"]) == 1: _alone(e, True)
         self.entry, made = None, make()
-        if own and made is not None:
-            self.entry = e = {"version": x._version, "how": how, "users": {layer.key}, "made": made}
-            e["x"] = weakref.ref(x, lambda _: e.update(made=None))
+        if made is not None:
+            self.entry = e = {"how": how, "users": [id(layer)], "made": made, "copy": None if layer.alone or not x.is_contiguous() else x.clone(), "first": weakref.ref(layer)}
+            e["x"] = weakref.ref(x, lambda _: e.update(made=None, copy=None))
         return made
 
-_LAST = _Last()
+def _alone(entry, alone):
+    if (first := entry["first"]()) is not None: first.alone = alone
+
+_LAST, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
+_memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+
+def _same_bytes(x, copy): return x.shape == copy.shape and x.is_contiguous() and _memcmp(x.data_ptr(), copy.data_ptr(), copy.nbytes) == 0
 
 # %% ../nbs/06_kernels.ipynb
-def _from_rows(self, codes, step, low, weight, scale, sums, bias):
-    y = _run_large(codes, weight, scale) if self.kernel == "int8" else _exactly(codes, weight, scale)
+def _from_rows(self, codes, step, low, weight, scale, sums):
+    y, bias = _run_large(codes, weight, scale) if self.kernel == "int8" else _exactly(codes, weight, scale), self._bias()
     y = y.mul_(step) if bias is None else torch.addcmul(bias, y, step, out=y)
     return y.addcmul_(low, sums)
 
-def _from_whole(self, codes, step, low, weight, scale, sums, bias):
+def _from_whole(self, codes, step, low, weight, scale, sums):
+    bias = self._bias()
     bias = sums * low if bias is None else torch.add(bias, sums, alpha=low)
     return _run_large(codes, weight, scale, step, bias) if self.kernel == "int8" else _exactly(codes, weight, scale).mul_(step).add_(bias)
 
-def _from_few(self, x, weight): return self._product(x, True, weight)
+def _from_few(self, x, weight): return self._add_bias(self._product(x, False, weight))
 
 def _exactly(codes, weight, scale): return (codes.double() @ weight.double().t()).float() * scale
 
@@ -461,21 +497,40 @@ QLinear._from_rows, QLinear._from_whole, QLinear._from_few = _from_rows, _from_w
 # %% ../nbs/06_kernels.ipynb
 def _product(self, x, bias, weight=None):
     "The integer product with one scale for the input, with or without the bias."
-    if self.kernel == "plain":
-        y = integer_linear(x, *self.prepared.get(self, "bytes"), capabilities().reduce_range)
-        return self._add_bias(y) if bias else y
-    if weight is None: weight = self.prepared.get(self, "biased" if bias else "bare")
-    return torch.ops.quantized.linear_dynamic.default(x, weight, capabilities().reduce_range)
+    if self.kernel == "plain": y = integer_linear(x, *self.prepared.get(self, "bytes"), capabilities().reduce_range)
+    else: y = torch.ops.quantized.linear_dynamic.default(x, self.prepared.get(self, "bare") if weight is None else weight, capabilities().reduce_range)
+    return self._add_bias(y) if bias else y
 
 def _by_rows(self, x):
     "A range for each row; None when not all is finite."
+    ready, done = self._coded_rows(x), None
+    if ready is not None:
+        fits = _fitting(ready[1]).flatten() & torch.isfinite(x.sum(1))
+        if fits.any(): done = fits, self._from_rows(*(part[fits] for part in ready), *self.prepared.get(self, "rows")[2:])
+    if done is None: return self._by_stretched_rows(x)
+    fits, some = done
+    if fits.all(): return some
+    if (rest := self._by_stretched_rows(x[~fits])) is None: return None
+    y = x.new_empty(len(x), self.outputs)
+    y[fits], y[~fits] = some, rest
+    return y
+
+def _by_stretched_rows(self, x):
     stretched, low, width = stretch_rows(x)
     if not math.isfinite(width.max().item()): return None
     y, bias = self._product(stretched, False), self._bias()
     y = y.mul_(width) if bias is None else torch.addcmul(bias, y, width, out=y)
     return y.addcmul_(low, self.prepared.get(self, "sums"))
 
-QLinear._product, QLinear._by_rows = _product, _by_rows
+def _finite_rows(self, x): return torch.isfinite(x.amax(1) - x.amin(1) if self.activations == "row" else x.abs().amax(1))
+
+def _coded_rows(self, x):
+    "Codes, steps and smallest values of rows; None when the weight needs another way."
+    if not self.prepared.get(self, "rows"): return None
+    return (_rows_in_one_pass if self.kernel == "int8" else quantize_rows)(x)
+
+QLinear._product, QLinear._by_rows, QLinear._by_stretched_rows = _product, _by_rows, _by_stretched_rows
+QLinear._coded_rows, QLinear._finite = _coded_rows, _finite_rows
 
 # %% ../nbs/06_kernels.ipynb
 def _columns_and(self, *rest):
@@ -487,7 +542,7 @@ def _prepare_coded(self, more):
     weight, scale, zero = self._prepare_bytes()
     if zero is not None or capabilities().linear and not capabilities().large: return ()
     weight = weight if self.kernel == "plain" else _pack_large(nn.functional.pad(weight, (0, more)))
-    return self._columns_and(weight, scale, self._prepare_sums(), self._bias())
+    return self._columns_and(weight, scale, self._prepare_sums())
 
 def _prepare_sums(self):
     weight, scale, zero = self._prepare_bytes()
@@ -498,20 +553,20 @@ def _prepare_sums(self):
 QLinear._columns_and, QLinear._prepare_coded, QLinear._prepare_sums = _columns_and, _prepare_coded, _prepare_sums
 QLinear._prepare_rows = lambda self: self._prepare_coded(8)
 QLinear._prepare_whole = lambda self: self._prepare_coded(0)
-QLinear._prepare_few = lambda self: self._columns_and(self.prepared.get(self, "biased") if self.kernel == "int8" else None)
+QLinear._prepare_few = lambda self: self._columns_and(self.prepared.get(self, "bare") if self.kernel == "int8" else None)
 QLinear._prepare_bare = lambda self: _pack_linear(*self._prepare_bytes())
-QLinear._prepare_biased = lambda self: _pack_linear(*self._prepare_bytes(), self._bias())
 
 # %% ../nbs/06_kernels.ipynb
 def _nbytes(self) -> int:
     "Bytes of the compressed weight and of its copies in the order of the kernels used so far."
     q, made = self.q, self.prepared.entry[2] if self.prepared.entry else {}
-    size = {"sums": 4 * q.shape[0], "floats": 4 * q.numel(), "int4": q.numel() // 2 + 4 * q.scale.numel()}
+    size = {"sums": 4 * q.shape[0], "floats": 4 * q.numel(), "int4": q.numel() // 2 + 4 * q.scale.numel(), "few": 0}     # few: what `bare` made
     return q.nbytes + sum(size.get(kind, q.numel() + 8 * q.shape[0]) for kind, copy in made.items() if not isinstance(copy, tuple) or copy)
 
 def _describe(self) -> str:
     "What runs, in words."
-    what = {"int8": "int8×uint8→int32 by fbgemm and oneDNN", "onednn": "int8×uint8→int32 by oneDNN", "plain": "int8×uint8 emulated exactly in float64",
+    both = capabilities().large and (self.q.packed_zero_point is None or self.requantize)
+    what = {"int8": "int8×uint8→int32 by fbgemm" + " and oneDNN" * both, "onednn": "int8×uint8→int32 by oneDNN", "plain": "int8×uint8 emulated exactly in float64",
             "tiny": "too small to gain: computes in floats", "expand": "expands its weight: no 4-bit kernel on this machine",
             "int4": f"4-bit weights×bfloat16 up to {FEW} rows, else expands its weight"}[self.kernel]
     how = {"row": ", activations scaled by row", "tensor": ", activations scaled together"}[self.activations]
@@ -561,7 +616,7 @@ class QConv2d(_IntegerLayer):
         layer: nn.Conv2d,              # gives bias, stride, padding, dilation and groups; its weight is dropped
         q: QTensor | Packed,           # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
         name: str = "weight",          # which parameter `q` is
-        activations: str = "tensor",   # one scale for the whole batch, or for each 'row' (image): the same answer in any batch, slower
+        activations: str = "tensor",   # one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any batch; slower
         requantize: bool = False,      # round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
     ):
         super().__init__(layer, q, name, activations, requantize)
@@ -583,11 +638,11 @@ class QConv2d(_IntegerLayer):
 
 # %% ../nbs/06_kernels.ipynb
 def _check_images(self, x):
-    _floating(x, "QConv2d")
+    _floating(x, self)
     if x.dim() not in (3, 4) or x.shape[-3] != self.inputs:
-        raise ValueError(f"input of QConv2d has shape {tuple(x.shape)}; it must be [batch, {self.inputs}, height, width] or [{self.inputs}, height, width]")
+        raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; it must be [batch, {self.inputs}, height, width] or [{self.inputs}, height, width]")
     if x.shape[-2] < self.smallest[0] or x.shape[-1] < self.smallest[1]:
-        raise ValueError(f"input of QConv2d has shape {tuple(x.shape)}; height and width must be at least {self.smallest}")
+        raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; height and width must be at least {self.smallest}")
 
 def _float_conv(self, x): return nn.functional.conv2d(x, self.q.dequantize().float(), self._bias(), *self.geometry)
 
@@ -599,12 +654,36 @@ def _product_conv(self, x, bias):
     else: y = integer_conv2d(x, weight, scale, *self.geometry, capabilities().reduce_range)
     return self._add_bias(y) if bias else y
 
+# %% ../nbs/06_kernels.ipynb
+def quantize_images(
+    x: Tensor,                                 # [batch, channels, height, width] finite float32
+    top: int = 255,                            # largest code
+) -> tuple[Tensor, Tensor, Tensor]:            # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
+    "Codes with a range for each image, which holds zero."
+    peak = x.abs().amax((1, 2, 3), keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    x = x / peak
+    low, high = x.amin((1, 2, 3), keepdim=True).clamp_(max=0), x.amax((1, 2, 3), keepdim=True).clamp_(min=0)
+    step = ((high - low) / top).clamp_(min=1 / 255)                # below only for an image of zeros
+    zero = (-low / step).round_()
+    return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8), step * peak, zero
+
 def _by_images(self, x):
-    "A scale for each image; padding adds zeros, so the range must keep its zero: no middle here."
-    peak = x.abs().amax((1, 2, 3), keepdim=True)
-    if not math.isfinite(peak.max().item()): return None
-    peak = peak.clamp_(min=torch.finfo(torch.float32).tiny)
-    return self._add_bias(self._product(x / peak, False).mul_(peak))
+    "A scale for each image; None when not all is finite."
+    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
+    codes, step, zero = quantize_images(x, 127 if capabilities().reduce_range else 255)
+    zeros, images = zero.flatten().unique().tolist(), zero.flatten()
+    if len(zeros) == 1: y = self._sums_of(codes, int(zeros[0]))
+    else:
+        parts = [(images == z, self._sums_of(codes[images == z], int(z))) for z in zeros]
+        y = x.new_empty(len(x), *parts[0][1].shape[1:])
+        for at, part in parts: y[at] = part
+    return self._add_bias(y.mul_(step))
+
+def _sums_of(self, codes, zero):
+    "The product of codes, times the weight's scale."
+    weight, scale, _ = self.prepared.get(self, "bytes")
+    if self.kernel == "onednn": return _convolved(codes, 1., zero, self.prepared.get(self, "onednn"), scale, *self.geometry)
+    return nn.functional.conv2d(codes.double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]
 
 # %% ../nbs/06_kernels.ipynb
 def _add_bias_conv(self, y): return y if (bias := self._bias()) is None else y.add_(bias[:, None, None])
@@ -615,7 +694,7 @@ def _geometry_conv(self): return f"{self.in_channels}→{self.out_channels}, {'�
 
 QConv2d._check, QConv2d._float, QConv2d._prepare_onednn, QConv2d._product = _check_images, _float_conv, _prepare_onednn, _product_conv
 QConv2d._by_rows, QConv2d._add_bias, QConv2d._integer, QConv2d._geometry = _by_images, _add_bias_conv, _integer_conv, _geometry_conv
-QConv2d._like = lambda self, x: torch.nn.functional.conv2d(x, x.new_empty(self.layer.out_channels, self.inputs // self.layer.groups, *self.layer.kernel_size), None, *self.geometry)
+QConv2d._sums_of = _sums_of
 
 # %% ../nbs/06_kernels.ipynb
 def gather_rows(
@@ -657,12 +736,14 @@ class QEmbedding(Dequantize):
         if (why := _not_the_weight_of(layer, nn.Embedding, name) or _why_not_rows(q)) is not None: return why
         if layer.max_norm is not None: return "max_norm rewrites its weight at each use"
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of QEmbedding is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
+        if torch.jit.is_tracing(): _refuse_trace(self)
+        if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
         packed, rows = self._modules["packed"], input.reshape(-1)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
         elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
         else: y = gather_rows(self.q, rows).dequantize()
         return y.reshape(*input.shape, y.shape[1])
+    where, _who = "", _IntegerLayer._who
     runs = "fetches packed rows and expands these alone"
     def __repr__(self): return f"QEmbedding({self.num_embeddings}×{self.embedding_dim}, {self.q.describe()}, {self.runs}, {self.q.nbytes:,} bytes)"
 
@@ -688,7 +769,7 @@ def _choice(model, name, wrapper, requantize=False):
     "The class that a Dequantize may become, or None and the reason."
     if reader := _reader_of(model, name): return None, f"{reader} reads its weight directly"
     cls = next((new for old, new in KERNELS.items() if isinstance(wrapper.layer, old)), None)
-    if cls is None: return None, f"{type(wrapper.layer).__name__} has no integer kernel"
+    if cls is None: return None, f"{type(unwrapped(wrapper)).__name__} has no integer kernel"
     if (why := cls.refuses(wrapper.layer, wrapper.q, wrapper.name, *[requantize] * (cls is not QEmbedding))) is not None: return None, why
     int8 = requantize or why_not_int8(wrapper.q) is None
     can = {QLinear: capabilities().linear if int8 else capabilities().int4, QConv2d: capabilities().convolution, QEmbedding: True}[cls]
@@ -704,14 +785,24 @@ class Choices(list):
 
 def what_runs(
     model: nn.Module,   # with compressed layers
-) -> Choices:           # a row for each of them
-    "For every compressed layer what its product is, and for those without one why."
+) -> Choices:           # a row for each of them, then one for each matrix that stays float
+    "For every compressed layer what its product is, and for those without one why; and why any other matrix is not compressed."
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     def runs(n, m):
         if type(m) is not Dequantize: return getattr(m, "runs", type(m).__name__)
         cls, why = _choice(model, n, m)
         return f"expands the weight: {why}" if cls is None else f"expands the weight; use_kernels makes it a {cls.__name__}"
-    return Choices((n or "(model)", type(m).__name__, runs(n, m)) for n, m in model.named_modules() if isinstance(m, Dequantize))
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
+    floats = ((n, "float", why) for n, why in floats_left(model).items() if why != SMALL)
+    return Choices([*((_name_of(model, n, m) or "(model)", type(m).__name__, runs(n, m)) for n, m in found), *floats])
+
+def _name_of(model, path, wrapper):
+    "A layer's name as it was before it was wrapped, once for each of its matrices; these are named unless it is the weight."
+    parts, module = [], model
+    for part in path.split(".") if path else []:
+        if not (part == "layer" and isinstance(module, Dequantize)): parts.append(part)
+        module = module.get_submodule(part)
+    return ".".join([*parts, *[wrapper.name] * (wrapper.name != "weight")])
 
 # %% ../nbs/06_kernels.ipynb
 def use_kernels(
@@ -719,16 +810,22 @@ def use_kernels(
     activations: str | dict | None = None,   # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear, the tensor for QConv2d
     requantize: bool = False,          # run groups and codebooks as int8, too: one more rounding, to a scale for each output
 ) -> nn.Module:                        # a copy that shares the compressed weights
-    "Exchange each `Dequantize` for the layer with the quickest correct product; `what_runs` tells which and why. `ValueError` when there is none."
+    """Exchange each `Dequantize` for the layer with the quickest correct product, which calls the hooks of the one it replaces; `what_runs` tells which and why.
+    `ValueError` when there is none, and when a copy of the model would run the original."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
     if not found: raise ValueError("model has no compressed layer; quantize_model(model) makes them")
+    check_ordinary(model)
     wanted = _wanted(activations, [n for n, _ in found])
-    memo = {id(m.packed): m.packed for _, m in found}
+    memo, pairs = {id(m.packed): m.packed for _, m in found}, []
     for name, m in found:
         cls = _choice(model, name, m, requantize)[0] if type(m) is Dequantize else None
-        if cls is not None: memo[id(m)] = _exchanged(m, cls, memo, {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}))
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+        if cls is None: continue
+        memo[id(m)] = new = _exchanged(_name_of(model, name, m), m, cls, {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}))
+        pairs.append((m, new))
+    quick = memo.get(id(model)) or copied(model, memo)
+    for m, new in pairs: _carry(m, new, memo)
+    return quick
 
 def _wanted(activations, names):
     "The option `activations` of each layer; the first pattern that matches decides."
@@ -739,8 +836,23 @@ def _wanted(activations, names):
     first = lambda n: next(({"activations": how} for pattern, how in patterns.items() if fnmatch.fnmatchcase(n, pattern)), {})
     return {n: first(n) for n in names}
 
-def _exchanged(m, cls, memo, options):
+def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
-    layer = copy.deepcopy(m.layer, memo)
-    new = cls(layer, m.packed, m.name, **options)
+    new = cls(copy.deepcopy(_bare(m.layer)), m.packed, m.name, **options)
+    new.where = name                                      # for errors
     return new.train(m.training)
+
+def _bare(layer):
+    "A layer without its hooks, sharing the rest."
+    bare = layer.__class__.__new__(layer.__class__)
+    bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in layer.__dict__.items()}
+    return bare
+
+def _carry(m, new, memo):
+    "Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest to what is computed. In the copy they belong to the copy."
+    chain = [m]
+    while isinstance(chain[-1], Dequantize): chain.append(chain[-1].layer)
+    for key in [k for k, v in m.__dict__.items() if "_hooks" in k and isinstance(v, dict)]:
+        for layer in chain if key != "_forward_hooks" else chain[::-1]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
+    for layer in chain:
+        if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook

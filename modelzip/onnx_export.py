@@ -6,23 +6,25 @@
 __all__ = ['GATES', 'Graph', 'to_onnx', 'onnx_model', 'onnx_bytes']
 
 # %% ../nbs/06b_onnx.ipynb
-import copy, inspect, logging, os, warnings
+import copy, importlib.util, inspect, logging, os, warnings
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
-from .archive import replacing
 from .data import need
-from .kernels import QConv2d, QEmbedding, QLinear, READERS
-from .quant import Dequantize, QTensor, pack_bits, symmetric_zero_point
+from .kernels import QConv2d, QLinear, READERS, _bare, _carry, _name_of
+from .quant import Dequantize, QTensor, pack_bits, _set, _shallow
+from .workshop.matrices import unwrapped
+from .workshop.models import check_ordinary, copied
+from .workshop.onnx_files import disagreement, stored_bytes, written
 
 # %% ../nbs/06b_onnx.ipynb
 class Graph:
-    "Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored again."
-    def __init__(self, onnx):
-        self.onnx, self.nodes, self.stored, self.domains, self.known = onnx, [], {}, set(), {}
+    "Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored again, and no two have one name."
+    def __init__(self, onnx, taken=()):
+        self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
     def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes) -> Any:
         "A node; returns the name of its output, or a list of names."
         names = [f"modelzip.{op}.{len(self.nodes)}" + (f".{i}" if outputs > 1 else "") for i in range(outputs)]
@@ -33,24 +35,28 @@ class Graph:
         "What `make` returned when this key was first seen."
         if key not in self.known: self.known[key] = make()
         return self.known[key]
+    def store(self, tensor: Any) -> str:
+        "Keep a TensorProto; returns its name, which is another where the name stands for something else already."
+        wanted, i = tensor.name, 1
+        while tensor.name in self.taken or tensor.name in self.stored and self.stored[tensor.name] != tensor: i += 1; tensor.name = f"{wanted}.{i}"
+        self.stored.setdefault(tensor.name, tensor)
+        return tensor.name
 
 # %% ../nbs/06b_onnx.ipynb
 def _store(g, name, value):
     "Keep a tensor as it is, under a name."
-    if name not in g.stored: g.stored[name] = g.onnx.numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name)
-    return name
+    return g.store(g.onnx.numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name))
 
 def _store_codes(g, name, codes, bits):
     "Codes as uint4, two to a byte, or uint8, or uint16: the narrowest that holds them."
     if bits > 4: return _store(g, name, codes.to(torch.uint8 if bits <= 8 else torch.uint16))
     raw = pack_bits(codes, 4).numpy().tobytes()               # ONNX keeps the first code in the low bits, as we do
-    if name not in g.stored: g.stored[name] = g.onnx.helper.make_tensor(name, g.onnx.TensorProto.UINT4, list(codes.shape), raw, raw=True)
-    return name
+    return g.store(g.onnx.helper.make_tensor(name, g.onnx.TensorProto.UINT4, list(codes.shape), raw, raw=True))
 
 def _store_float(g, name, value):
     "A stored float tensor as float32; what is stored in 16 bits stays so in the file."
     if value.dtype == torch.bfloat16: value = value.float()
-    _store(g, name, value)
+    name = _store(g, name, value)
     return name if value.dtype == torch.float32 else g.once(("float", name), lambda: g.add("Cast", name, to=g.onnx.TensorProto.FLOAT))
 
 # %% ../nbs/06b_onnx.ipynb
@@ -102,28 +108,26 @@ def _quantized_input(g, x, layer, name):
     columns = layer.q.columns
     key = (x, layer.activations, type(layer), None if columns is None else columns.float().numpy().tobytes())
     def make():
-        y = x if columns is None else g.add("Mul", x, _store_float(g, name + ".columns", columns.reshape(-1, *[1] * (len(layer.q.shape) - 2))))
+        y = _times_columns(g, x, layer, name)
         if layer.activations == "tensor": return *g.add("DynamicQuantizeLinear", y, outputs=3), None, None
-        y, width, low = (_stretched if isinstance(layer, QLinear) else _by_peak)(g, y)
-        steps, zero = (255, 0) if low else (127, 128)            # every row reaches from 0 to 1, every image to -1 or 1: no range to look for
-        scale = _store(g, f"modelzip.scale.{steps}", torch.tensor(1 / steps))
-        zero = _store(g, f"modelzip.zero.{steps}", torch.tensor(zero, dtype=torch.uint8))
+        y, width, low = _stretched(g, y)                        # every row reaches from 0 to 1: no range to look for
+        scale, zero = _store(g, "modelzip.scale", torch.tensor(1 / 255)), _store(g, "modelzip.zero", torch.tensor(0, dtype=torch.uint8))
         return g.add("QuantizeLinear", y, scale, zero), scale, zero, width, low
     return g.once(key, make)
+
+def _times_columns(g, x, layer, name):
+    columns = layer.q.columns
+    return x if columns is None else g.add("Mul", x, _store_float(g, name + ".columns", columns.reshape(-1, *[1] * (len(layer.q.shape) - 2))))
 
 def _stretched(g, x):
     "Each row moved and stretched to 0 … 1."
     axis = _store(g, "modelzip.last", torch.tensor([-1]))
     low, high = (g.add(op, x, axis, keepdims=1) for op in ("ReduceMin", "ReduceMax"))
     width = g.add("Sub", high, low)
-    safe = g.add("Max", width, _store(g, "modelzip.tiny", torch.tensor(torch.finfo(torch.float32).tiny)))
+    safe = g.add("Max", width, _number(g, torch.finfo(torch.float32).tiny))
     return g.add("Div", g.add("Sub", x, low), safe), width, low
 
-def _by_peak(g, x):
-    "Each image divided by its largest magnitude."
-    peak = g.add("ReduceMax", g.add("Abs", x), _store(g, "modelzip.image", torch.tensor([1, 2, 3])), keepdims=1)
-    peak = g.add("Max", peak, _store(g, "modelzip.tiny", torch.tensor(torch.finfo(torch.float32).tiny)))
-    return g.add("Div", x, peak), peak, None
+def _number(g, value, dtype=torch.float32): return _store(g, f"modelzip.{value:g}.{str(dtype)[6:]}", torch.tensor(value, dtype=dtype))
 
 # %% ../nbs/06b_onnx.ipynb
 def _integer_product(g, op, inputs, scale, x_scale, **attributes):
@@ -132,21 +136,71 @@ def _integer_product(g, op, inputs, scale, x_scale, **attributes):
     return g.add("Mul", total, g.add("Mul", x_scale, scale))
 
 def _integer_linear(g, x, layer, name):
-    u, x_scale, x_zero, width, low = _quantized_input(g, x, layer, name)
     weight, scale, zero = layer._prepare_bytes()
-    inputs = [u, _store(g, name + ".codes", weight.t()), x_zero]
-    if zero is not None: inputs.append(_store(g, name + ".zero_point", zero.to(torch.int8)))
+    codes = _store(g, name + ".int8", weight.t())
+    if _is_static(layer): return _static_product(g, "MatMulInteger", _static_codes(g, x, layer, name), codes, scale, layer, name)
+    u, x_scale, x_zero, width, low = _quantized_input(g, x, layer, name)
+    inputs = [u, codes, x_zero] if zero is None else [u, codes, x_zero, _store(g, name + ".zero_point", zero.to(torch.int8))]
     y = _integer_product(g, "MatMulInteger", inputs, _store(g, name + ".scale", scale), x_scale)
     if width is None: return y
     return g.add("Add", g.add("Mul", y, width), g.add("Mul", low, _store(g, name + ".sums", layer._prepare_sums())))
 
 def _integer_conv(g, x, layer, name):
-    u, x_scale, x_zero, peak, _ = _quantized_input(g, x, layer, name)
     weight, scale, _ = layer._prepare_bytes()
-    stride, padding, dilation, groups = layer.geometry
-    how = dict(strides=stride, pads=[*padding, *padding], dilations=dilation, group=groups)
-    y = _integer_product(g, "ConvInteger", [u, _store(g, name + ".codes", weight), x_zero], _store(g, name + ".scale", scale[:, None, None]), x_scale, **how)
-    return y if peak is None else g.add("Mul", y, peak)
+    codes, scales = _store(g, name + ".int8", weight), scale[:, None, None]
+    stride, _, dilation, groups = layer.geometry
+    how = dict(strides=stride, dilations=dilation, group=groups)
+    if _is_static(layer): return _static_product(g, "ConvInteger", _padded(g, _static_codes(g, x, layer, name), layer), codes, scales, layer, name, pads=_pads(layer) if _pads_zeros(layer) else [0] * 4, **how)
+    if layer.activations == "row": return _conv_by_images(g, _times_columns(g, x, layer, name), codes, _store(g, name + ".scale", scales), weight, _pads(layer), name, how)
+    u, x_scale, x_zero, *_ = _quantized_input(g, x, layer, name)
+    return _integer_product(g, "ConvInteger", [u, codes, x_zero], _store(g, name + ".scale", scales), x_scale, pads=_pads(layer), **how)
+
+# %% ../nbs/06b_onnx.ipynb
+def _conv_by_images(g, x, codes, scale, weight, pads, name, how):
+    "Codes as `quantize_images` makes them, and their product."
+    axes = _store(g, "modelzip.image", torch.tensor([1, 2, 3]))
+    peak = g.add("Max", g.add("ReduceMax", g.add("Abs", x), axes, keepdims=1), _number(g, torch.finfo(torch.float32).tiny))
+    x, none = g.add("Div", x, peak), _number(g, 0.)
+    low, high = g.add("Min", g.add("ReduceMin", x, axes, keepdims=1), none), g.add("Max", g.add("ReduceMax", x, axes, keepdims=1), none)
+    step = g.add("Max", g.add("Div", g.add("Sub", high, low), _number(g, 255.)), _number(g, 1 / 255))
+    zero = g.add("Round", g.add("Div", g.add("Neg", low), step))
+    if any(pads): x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
+    u = g.add("Cast", g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.)), to=g.onnx.TensorProto.UINT8)
+    whole, integer = g.add("ConvInteger", u, codes, pads=[0] * 4, **how), g.onnx.TensorProto.INT32
+    whole = g.add("Sub", whole, g.add("Mul", g.add("Cast", zero, to=integer), _store(g, name + ".sums", weight.sum((1, 2, 3), dtype=torch.int32)[:, None, None])))
+    return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), g.add("Mul", step, peak))
+
+# %% ../nbs/06b_onnx.ipynb
+def _is_static(layer): return {"scale", "zero_point"} <= layer.options().keys()
+
+def _static_codes(g, x, layer, name):
+    how = {"levels": 256} | layer.options()
+    key = (x, "static", *how.values(), None if layer.q.columns is None else layer.q.columns.float().numpy().tobytes())
+    def make():
+        y = g.add("Mul", _times_columns(g, x, layer, name), _store(g, name + ".inverse", 1 / torch.tensor(how["scale"], dtype=torch.float32)))
+        y = g.add("Round", g.add("Add", y, _number(g, float(how["zero_point"]))))
+        return g.add("Cast", g.add("Clip", y, _number(g, 0.), _number(g, how["levels"] - 1.)), to=g.onnx.TensorProto.UINT8)
+    return g.once(key, make)
+
+def _static_product(g, op, u, codes, scale, layer, name, **how):
+    "Whole numbers, times one number for each output."
+    how_quantized = layer.options()
+    total = g.add(op, u, codes, _number(g, how_quantized["zero_point"], torch.uint8), **how)
+    return g.add("Mul", g.add("Cast", total, to=g.onnx.TensorProto.FLOAT), _store(g, name + ".scale", scale * how_quantized["scale"]))
+
+def _pads(layer):
+    "Of a convolution: rows above, columns before, rows below, columns after."
+    left, right, top, bottom = layer.layer._reversed_padding_repeated_twice if layer.layer.padding == "same" or layer.layer.padding_mode != "zeros" else [p for p in layer.geometry[1][::-1] for _ in range(2)]
+    return [top, left, bottom, right]
+
+def _pads_zeros(layer): return layer.layer.padding_mode == "zeros"
+
+def _padded(g, u, layer):
+    "Padding with what lies in the image: `ConvInteger` pads with the code of zero alone."
+    if _pads_zeros(layer): return u
+    top, left, bottom, right = _pads(layer)
+    mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.layer.padding_mode]
+    return g.add("Pad", u, _store(g, f"modelzip.pads.{top}.{left}.{bottom}.{right}", torch.tensor([0, 0, top, left, 0, 0, bottom, right])), mode=mode)
 
 # %% ../nbs/06b_onnx.ipynb
 def _fits_nbits(q):
@@ -204,36 +258,35 @@ class _LayerHole(nn.Module):
     "Stands in for a whole layer."
     def __init__(self, number, layer):
         super().__init__()
-        self.number, self.like = number, _output_shape(layer)
-    def forward(self, x):
-        return torch.onnx.ops.symbolic("modelzip::Layer", (x,), {"number": self.number, "rank": x.dim()}, dtype=torch.float32, shape=self.like(x), version=1)
+        self.number, self.like, self.images = number, _output_shape(layer), isinstance(layer, QConv2d)
+    def forward(self, input):
+        return self._cut(input[None])[0] if self.images and input.dim() == 3 else self._cut(input)
+    def _cut(self, x): return torch.onnx.ops.symbolic("modelzip::Layer", (x,), {"number": self.number, "rank": x.dim()}, dtype=torch.float32, shape=self.like(x), version=1)
 
 def _output_shape(layer):
     "A function from an input to the shape of the output."
     if isinstance(layer.layer, nn.Linear): return lambda x, n=layer.layer.out_features: (*x.shape[:-1], n)
     if isinstance(layer.layer, nn.Embedding): return lambda x, n=layer.layer.embedding_dim: (*x.shape, n)
-    (stride, padding, dilation, _), size, n = layer.geometry, layer.layer.kernel_size, layer.layer.out_channels
-    side = lambda x, i: (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1
+    (stride, _, dilation, _), pads, size, n = layer.geometry, _pads(layer), layer.layer.kernel_size, layer.layer.out_channels
+    side = lambda x, i: (x.shape[2 + i] + pads[i] + pads[2 + i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1
     return lambda x: (x.shape[0], n, side(x, 0), side(x, 1))
 
 # %% ../nbs/06b_onnx.ipynb
 class _WeightHole(nn.Module):
-    "Stands in for a layer whose weight is expanded; the layer itself is exported."
-    def __init__(self, number, wrapper):
+    "Stands in for a layer some of whose matrices are expanded; the layer itself is exported."
+    def __init__(self, numbers, layer):
         super().__init__()
-        self.number, self.layer, self.name, self.size = number, wrapper.layer, wrapper.name, tuple(wrapper.q.shape)
+        self.numbers, self.layer = numbers, layer                   # parameter → its number and shape
     def forward(self, *args, **kwargs):
-        return _with(self.layer, self.name, self._value())(*args, **kwargs)
-    def _value(self): return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": self.number}, dtype=torch.float32, shape=self.size, version=1)
+        layer = _shallow(self.layer)
+        for name in self.numbers: _set(layer, name, self._value(name))
+        return layer(*args, **kwargs)
+    def _value(self, name):
+        number, size = self.numbers[name]
+        return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
     def __getattr__(self, key):
         try: return super().__getattr__(key)
-        except AttributeError: return self._value() if key == self.__dict__.get("name") else getattr(super().__getattr__("layer"), key)
-
-def _with(layer, name, value):
-    "The layer with that parameter, sharing the rest."
-    new = layer.__class__.__new__(layer.__class__)
-    new.__dict__ = {**layer.__dict__, "_parameters": {**layer._parameters, name: value}}
-    return new
+        except AttributeError: return self._value(key) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
 
 # %% ../nbs/06b_onnx.ipynb
 GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}      # ONNX's order of the gates, in places of PyTorch's
@@ -262,63 +315,85 @@ class _RecurrentHole(nn.Module):
 def _is_whole(model, name, m):
     "Whether a whole layer becomes a hole, or its weight alone."
     owners = [model.get_submodule(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)] + [model] if name else []
-    if any(isinstance(o, READERS) for o in owners) or m.name != "weight" or not isinstance(m.q, QTensor): return False
+    if any(isinstance(o, READERS) for o in owners) or m.name != "weight": return False
     if type(m.layer) is nn.Linear: return True
     if type(m.layer) is nn.Embedding: return _fits_rows(m.q) and m.layer.max_norm is None
-    return isinstance(m, QConv2d) and m.kernel in ("onednn", "plain")
+    return isinstance(m, QConv2d) and (_is_static(m) or m.kernel in ("onednn", "plain"))
 
 def _with_holes(model):
-    "A copy of the model with a hole for each compressed layer, and the layers by number."
+    "A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of weights and their layers."
+    check_ordinary(model)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
-    if not found: raise ValueError("model has no compressed layer; quantize_model(model) makes them, torch.onnx.export writes the others")
-    for n, m in found:
-        if not isinstance(m.q, QTensor): raise ValueError(f"{n or 'model'} holds a {type(m.q).__name__}, which ONNX cannot say; dequantize that layer first")
-        if m.q.dtype != torch.float32: raise ValueError(f"{n or 'model'} stands for {m.q.dtype}; ONNX files are written in float32, call model.float() first")
-    memo = {id(m): (_LayerHole if _is_whole(model, n, m) else _WeightHole)(i, m) for i, (n, m) in enumerate(found)}
-    inner = {id(m.layer) for _, m in found}
-    recurrent = [(n, m) for n, m in model.named_modules() if type(m) in GATES and not m.proj_size and id(m) not in inner]
-    memo |= {id(m): _RecurrentHole(i, m) for i, (_, m) in enumerate(recurrent, len(found))}
-    return memo.get(id(model)) or copy.deepcopy(model, memo), found + recurrent
+    names = [_name_of(model, n, m) if m.name != "weight" else f"{_name_of(model, n, m)}.weight".lstrip(".") for n, m in found]
+    _check_sayable(model, zip(names, (m for _, m in found)))
+    number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
+    recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and not unwrapped(m).proj_size and id(m) not in within]
+    for i, (_, m) in enumerate(recurrent, len(found)): memo[id(m)] = _RecurrentHole(i, unwrapped(m))
+    outer = [(n, m) for n, m in reversed(found) if id(m) not in within and id(m) not in memo]      # those inside others first
+    for n, m in outer: memo[id(m)] = _LayerHole(number[id(m)], m) if _is_whole(model, n, m) else _WeightHole(_matrices(m, number), copy.deepcopy(_bare(unwrapped(m)), memo))
+    holes = memo.get(id(model)) or copied(model, memo)
+    for m in (*(m for _, m in outer), *(m for _, m in recurrent)): _carry(m, memo[id(m)], memo)
+    return holes, [*((n, m) for n, (_, m) in zip(names, found)), *recurrent]
+
+def _matrices(m, number):
+    "The compressed parameters of a layer: name → number and shape."
+    return {} if not isinstance(m, Dequantize) else _matrices(m.layer, number) | {m.name: (number[id(m)], tuple(m.q.shape))}
+
+def _check_sayable(model, found):
+    for n, m in model.named_modules():
+        if type(m).__module__.rpartition(".")[2] == "qat" and not isinstance(m, Dequantize): raise ValueError(f"{n or 'model'} is a {type(m).__name__} and prepared for training; modelzip.qat.convert(model) makes its integers")
+    count = 0
+    for count, (n, m) in enumerate(found, 1):
+        if not isinstance(m.q, QTensor): raise ValueError(f"{n} holds a {type(m.q).__name__}, which ONNX cannot say; dequantize that layer first")
+        if m.q.dtype != torch.float32: raise ValueError(f"{n} stands for {m.q.dtype}; ONNX files are written in float32, call model.float() first")
+    if not count: raise ValueError("model has no compressed layer; quantize_model(model) makes them, torch.onnx.export writes the others")
 
 # %% ../nbs/06b_onnx.ipynb
 def _fill(g, node, found, microsoft, shared):
     "The name of the output that takes a hole's place, or a list of names."
     at = {a.name: a.i for a in node.attribute}
-    name, m = found[at["number"]]
-    if node.op_type == "Recurrent": return _recurrent(g, node.input, m, name)
-    name = shared.setdefault((id(m.packed), type(m.layer)), (name + "." if name else "") + m.name)
-    if node.op_type == "Weight": return g.once(("weight", name), lambda: _expanded(g, name, m.q))
+    own, m = found[at["number"]]
+    if node.op_type == "Recurrent": return _recurrent(g, node.input, m, own)
+    name = shared.setdefault((id(m.packed), type(m.layer)), own)
+    if node.op_type == "Weight": return g.once(("weight", id(m.packed)), lambda: _expanded(g, name, m.q))
     x = node.input[0]
     if isinstance(m.layer, nn.Embedding): return _embedding(g, x, m.q, name, at["rank"])
     if isinstance(m, QConv2d): y, across = _integer_conv(g, x, m, name), (-1, 1, 1)
     else: y, across = _linear(g, x, m, name, microsoft), (-1,)
     bias = m.layer.bias
-    return y if bias is None else g.add("Add", y, _store(g, _bias_name(found, at["number"]), bias.float().reshape(across)))
+    return y if bias is None else g.add("Add", y, _store(g, own.removesuffix("weight") + "bias", bias.float().reshape(across)))
 
 def _linear(g, x, m, name, microsoft):
-    if isinstance(m, QLinear) and m.kernel in ("int8", "plain"): return _integer_linear(g, x, m, name)
+    if isinstance(m, QLinear) and (_is_static(m) or m.kernel in ("int8", "plain")): return _integer_linear(g, x, m, name)
     return _float_linear(g, x, m.q, name, microsoft)
-
-def _bias_name(found, number): return (found[number][0] + "." if found[number][0] else "") + "bias"
 
 # %% ../nbs/06b_onnx.ipynb
 def _recurrent(g, inputs, m, name):
     "A recurrent layer as ONNX's operation, layer upon layer: the output and the last states."
-    (x, *starts), ends, across = inputs, [], 1 + m.bidirectional
-    for i in range(m.num_layers):
-        mine = starts if m.num_layers == 1 else [g.add("Slice", s, *(_store(g, f"{name}.{v}", torch.tensor([v])) for v in (i * across, (i + 1) * across, 0))) for s in starts]
-        weights = [_store(g, f"{name}.{part}{i}", value) for part, value in zip("WRB", _gates(m, i))]
-        y, *end = g.add(type(m).__name__, x, *weights, *[""] * (3 - len(weights)), "", *mine, outputs=2 + isinstance(m, nn.LSTM), **_how_recurrent(m))
+    (x, *starts), ends, layer = inputs, [], unwrapped(m)
+    across = 1 + layer.bidirectional
+    for i in range(layer.num_layers):
+        mine = starts if layer.num_layers == 1 else [g.add("Slice", s, *(_store(g, f"{name}.{v}", torch.tensor([v])) for v in (i * across, (i + 1) * across, 0))) for s in starts]
+        weights = g.once(("gates", id(m), i), lambda: _gates(g, m, i, name))
+        y, *end = g.add(type(layer).__name__, x, *weights, *[""] * (3 - len(weights)), "", *mine, outputs=2 + isinstance(layer, nn.LSTM), **_how_recurrent(layer))
         x = _shaped(g, "modelzip.joined", g.add("Transpose", y, perm=[0, 2, 1, 3]), [0, 0, -1])
         ends.append(end)
     return [x, *(g.add("Concat", *states, axis=0) for states in zip(*ends))]
 
-def _gates(m, i):
-    "Weights of inputs, of states and biases [directions, gates·hidden, …], gates in ONNX's order."
-    order = lambda p: torch.cat([p.detach().float().chunk(len(GATES[type(m)]))[k] for k in GATES[type(m)]])
-    part = lambda what: [order(getattr(m, f"{what}_l{i}{d}")) for d in ("", "_reverse")[:1 + m.bidirectional]]
-    biases = [torch.stack([torch.cat(pair) for pair in zip(part("bias_ih"), part("bias_hh"))])] if m.bias else []
-    return [torch.stack(part("weight_ih")), torch.stack(part("weight_hh")), *biases]
+def _gates(g, m, i, name):
+    "Weights of inputs, of states and biases [directions, gates·hidden, …], gates in ONNX's order; compressed ones are expanded from their codes."
+    layer, packed, w = unwrapped(m), {}, m
+    while isinstance(w, Dequantize): packed[w.name], w = w.q, w.layer
+    order = torch.cat([torch.arange(layer.hidden_size) + k * layer.hidden_size for k in GATES[type(layer)]])
+    first, ends = _store(g, "modelzip.first", torch.tensor([0])), ("", "_reverse")[:1 + layer.bidirectional]
+    def one(key):
+        if key in packed: return g.add("Gather", _expanded(g, f"{name}.{key}".lstrip("."), packed[key]), _store(g, f"modelzip.{type(layer).__name__}.{layer.hidden_size}", order), axis=0)
+        return _store(g, f"{name}.{key}".lstrip("."), getattr(layer, key).detach().float()[order])
+    def stacked(what):
+        parts = [g.add("Unsqueeze", one(f"{what}_l{i}{d}"), first) for d in ends]
+        return g.add("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+    bias = lambda d: torch.cat([getattr(layer, f"bias_{k}h_l{i}{d}").detach().float()[order] for k in "ih"])
+    return [stacked("weight_ih"), stacked("weight_hh"), *([_store(g, f"{name}.bias_l{i}".lstrip("."), torch.stack([bias(d) for d in ends]))] if layer.bias else [])]
 
 def _how_recurrent(m):
     how = {"hidden_size": m.hidden_size, "direction": "bidirectional" if m.bidirectional else "forward"}
@@ -329,25 +404,42 @@ def _how_recurrent(m):
 # %% ../nbs/06b_onnx.ipynb
 def _filled(onnx, model, found, microsoft):
     "Put the graphs of compressed layers into the holes, and drop what is not needed any more."
-    g, shared, renamed = Graph(onnx), {}, {}
-    taken = {i.name for i in model.graph.initializer}
+    if model.functions: model = onnx.inliner.inline_local_functions(model)
+    taken = {n for graph in _graphs(model.graph) for n in (*(i.name for i in (*graph.initializer, *graph.input)), *(o for node in graph.node for o in node.output))}
+    g, shared, renamed = Graph(onnx, taken), {}, {}
     for node in model.graph.node:
-        for i, n in enumerate(node.input): node.input[i] = renamed.get(n, n)
-        if node.domain != "modelzip": g.nodes.append(node)
+        _rename(node, renamed)
+        if node.domain != "modelzip":
+            g.nodes.append(node)
+            if inner := next((x for graph in _inner(node) for part in _graphs(graph) for x in part.node if x.domain == "modelzip"), None):
+                raise ValueError(f"{found[next(a.i for a in inner.attribute if a.name == 'number')][0]} is used inside a {node.op_type} (a branch or loop), which is not supported; dequantize that layer first")
         else:
             made = _fill(g, node, found, microsoft, shared)
             renamed |= dict(zip(node.output, made if isinstance(made, list) else [made]))
     for out in model.graph.output:
         if out.name in renamed: g.nodes.append(onnx.helper.make_node("Identity", [renamed[out.name]], [out.name]))
-    used = {n for node in g.nodes for n in node.input}
-    kept = [i for i in model.graph.initializer if i.name in used and i.name not in g.stored]
-    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:], model.functions[:]
+    used = {n for node in g.nodes for n in (*node.input, *(n for graph in _inner(node) for part in _graphs(graph) for x in part.node for n in x.input), *(o.name for graph in _inner(node) for part in _graphs(graph) for o in part.output))}
+    used |= {o.name for o in model.graph.output}
+    kept = [i for i in model.graph.initializer if i.name in used]
+    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
     model.graph.node.extend(g.nodes); model.graph.initializer.extend([*kept, *g.stored.values()])
     versions = [o for o in model.opset_import if o.domain != "modelzip"]
     del model.opset_import[:]
     model.opset_import.extend([*versions, *(onnx.helper.make_opsetid(d, 1) for d in g.domains if d not in {v.domain for v in versions})])
     model.producer_name = "modelzip"
     return model
+
+def _inner(node): return [x for a in node.attribute for x in ([a.g] if a.HasField("g") else a.graphs)]
+
+def _graphs(graph):
+    "A graph and all that lie in its branches and loops."
+    return [graph, *(g for node in graph.node for inner in _inner(node) for g in _graphs(inner))]
+
+def _rename(node, renamed):
+    for i, n in enumerate(node.input): node.input[i] = renamed.get(n, n)
+    for graph in _inner(node):
+        for x in graph.node: _rename(x, renamed)
+        for out in graph.output: out.name = renamed.get(out.name, out.name)
 
 # %% ../nbs/06b_onnx.ipynb
 def _shapes(example, dynamic):
@@ -381,9 +473,10 @@ def to_onnx(
     opset: int = 21,                      # version of the standard: 21 or newer (4-bit codes, blocks)
     dynamic: dict | tuple = {0: "batch"}, # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
     microsoft: bool = False,              # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
-) -> Path:                                # the file
-    """Write a model as ONNX that computes as it does: `QLinear` and `QConv2d` as products of integers, all others with weights that are expanded from their codes.
-    `ImportError` says what to install, `ValueError` what cannot be written, `OSError` why the file cannot be."""
+    check: bool = True,                   # where ONNX Runtime is installed, compare what it computes with the model's own output before the file appears
+) -> Path:                                # the file; a model of 2 GiB or more has its tensors beside it, in a file with `.data` behind its name
+    """Write a model, as it is in eval mode, as ONNX that computes as it does: `QLinear` and `QConv2d` as products of integers, all others with weights that are expanded from their codes.
+    Hooks are written down as they act on the example. `ImportError` says what to install, `ValueError` what cannot be written, `OSError` why the file cannot be."""
     onnx = need("onnx", "onnx"); need("onnxscript", "onnx")
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if isinstance(opset, bool) or not isinstance(opset, int) or not 21 <= opset <= onnx.defs.onnx_opset_version():
@@ -392,10 +485,16 @@ def to_onnx(
     if bad := [type(x).__name__ for x in example if not isinstance(x, Tensor)]: raise TypeError(f"example holds {', '.join(bad)}; it may be a tensor or a tuple of tensors")
     holes, found = _with_holes(model)
     proto = _filled(onnx, _exported(holes.eval(), example, dynamic, opset), found, microsoft)
-    if proto.ByteSize() >= 2 ** 31: raise ValueError(f"model takes {proto.ByteSize():,} bytes; an ONNX file holds less than 2 GiB")
-    onnx.checker.check_model(proto)
-    with replacing(path) as f: f.write(proto.SerializeToString())
+    with written(onnx, proto, path) as draft:
+        onnx.checker.check_model(draft if isinstance(draft, bytes) else os.fspath(draft))
+        if check and importlib.util.find_spec("onnxruntime"): _compare(model, draft, example, dynamic)
     return Path(path)
+
+def _compare(model, path, example, dynamic):
+    "`ValueError` when ONNX Runtime computes something else than the model."
+    integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())          # which round activations, at ties to either side
+    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.2 if integers else 0.01)
+    if off is not None: raise ValueError(f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX")
 
 # %% ../nbs/06b_onnx.ipynb
 def onnx_model(
@@ -424,5 +523,5 @@ def onnx_bytes(
     onnx, total = need("onnx", "onnx"), {}
     for i in onnx.load(os.fspath(path), load_external_data=False).graph.initializer:
         kind = onnx.TensorProto.DataType.Name(i.data_type).lower()
-        total[kind] = total.get(kind, 0) + (len(i.raw_data) or i.ByteSize())
+        total[kind] = total.get(kind, 0) + stored_bytes(i)
     return dict(sorted(total.items(), key=lambda kv: -kv[1]))
