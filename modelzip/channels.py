@@ -140,7 +140,12 @@ class Step:
     made: Any = None       # the tensor, when it was made of numbers alone
 
 # %% ../nbs/07b_channels.ipynb
-class Trace(TorchFunctionMode):
+class Walks:
+    "What a mode does when modules begin and end."
+    def enters(self, name: str, arguments: Any) -> None: self.path.append(name)
+    def leaves(self, name: str, output: Any) -> None: self.path.pop()
+
+class Trace(Walks, TorchFunctionMode):
     "Watches a model run, and follows the channels through every operation."
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -149,7 +154,7 @@ class Trace(TorchFunctionMode):
         self.path, self.modules = [""], dict(model.named_modules())
         self.held = dict([*model.named_parameters(), *model.named_buffers()])      # as long as we hold them, nothing else has their ids
         self.named = {id(t): n for n, t in self.held.items()}
-        self.owned, self.hopeless, self.table, self.runs = {}, set(), {}, []
+        self.owned, self.hopeless, self.table, self.runs, self.visible = {}, set(), {}, [], collections.defaultdict(list)
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -942,8 +947,8 @@ class Running:
     def __enter__(self) -> Any:
         self.hooks = []
         for name, m in self.model.named_modules():
-            self.hooks += [m.register_forward_pre_hook(lambda *_, name=name: self.mode.path.append(name)),
-                           m.register_forward_hook(lambda *_: (self.mode.path.pop(), None)[1], always_call=True)]
+            self.hooks += [m.register_forward_pre_hook(lambda m, args, named, name=name: self.mode.enters(name, (args, named)), with_kwargs=True),
+                           m.register_forward_hook(lambda m, args, out, name=name: self.mode.leaves(name, out), always_call=True)]
         return self.mode
     def __exit__(self, *error) -> None:
         for h in self.hooks: h.remove()
@@ -1007,6 +1012,21 @@ def warm(
     return base
 
 # %% ../nbs/07b_channels.ipynb
+def enters(self: Trace, name: str, arguments: Any) -> None:
+    "A module begins: it sees its arguments, and so does the module that calls it."
+    self.shows(name, arguments); self.path.append(name)
+
+def leaves(self: Trace, name: str, output: Any) -> None:
+    self.path.pop(); self.shows(name, output)
+
+def shows(self: Trace, name: str, x: Any) -> None:
+    for m in map(self.marks, tensors_of(x)):
+        if m.blocks: self.visible[name].append(m); self.visible[self.path[-1]].append(m)
+    self.visible[name]      # that there is one says that it was called
+
+Trace.enters, Trace.leaves, Trace.shows = enters, leaves, shows
+
+# %% ../nbs/07b_channels.ipynb
 def settle(
     ties: Ties,
     labels: np.ndarray,      # over several axes of a tensor
@@ -1029,15 +1049,25 @@ def keep_what_uncalled_layers_need(
     t: Trace,
     model: nn.Module,          # that ran
 ) -> dict[str, str]:           # layer → that it was not called
-    "Another input may call what no example calls, such as another expert. It stays as it is, and so does all that it could read or meet, by its size."
+    """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its size, all that it could read
+    or meet: what passes through the module that owns it."""
     idle = {n: p for n, p in model.named_parameters() if n not in t.owned and p.numel() and p.is_floating_point()}
-    names = list(dict.fromkeys(n.rpartition(".")[0] or n for n in idle))
-    sizes = {n for p in idle.values() for n in p.shape if n > 1}
-    for m in (m for s in t.steps for m in [*s.inputs, *s.outputs] if sizes):
-        for axes, labels in m.blocks.items():
-            spans = {int(np.prod(m.shape[i:j])) for a in axes for i in range(a + 1) for j in range(a + 1, len(m.shape) + 1)}
-            if spans & sizes: t.ties.keep(labels, f"{names[0]} may read it, which no example calls")
-    return dict.fromkeys(names, "no example calls it")
+    sizes, uncalled = collections.defaultdict(set), {}
+    for n, p in idle.items():
+        owner = n.rpartition(".")[0]
+        uncalled[owner or n] = "no example calls it"
+        while owner and owner not in t.visible: owner = owner.rpartition(".")[0]
+        sizes[owner] |= {k for k in p.shape if k > 1}
+    for owner, several in sizes.items():
+        why = f"{next(n for n in uncalled if n.startswith(owner))} may read it, which no example calls"
+        for m in [*t.visible[owner], *(m for s in t.steps if s.path == owner for m in [*s.inputs, *s.outputs])]:
+            for axes, labels in m.blocks.items():
+                if any(span(m, a) & several for a in axes): t.ties.keep(labels, why)
+    return uncalled
+
+def span(m: Marks, axis: int) -> set[int]:
+    "The sizes that an axis has, alone and flattened together with its neighbours."
+    return {int(np.prod(m.shape[i:j])) for i in range(axis + 1) for j in range(axis + 1, len(m.shape) + 1)}
 
 # %% ../nbs/07b_channels.ipynb
 def keep_computed(t: Trace) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from .channels import (SIZED, Group, Groups, Marks, Running, Ties, Trace, dependency_graph, group_up, name_of,
-                               numbers_in, output_axis, tensors_of, watched)
+from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_graph, group_up, name_of, numbers_in, output_axis,
+                               tensors_of, watched)
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
@@ -237,13 +237,19 @@ def masked(
     model: nn.Module,
     groups: Groups,
     roots: Iterable[int],
+    share: bool = False,  # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:           # a copy of the same size
     "Set the parameters of channels to zero."
-    new = copied(model)
+    gone = places(groups, roots)
+    new = copied(model, whole(model, {name for name, _ in gone}) if share else None)
     tensors = dict(new.named_parameters())
-    for (name, axis), gone in places(groups, roots).items():
-        if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(gone)] = 0
+    for (name, axis), here in gone.items():
+        if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
     return new
+
+def whole(model: nn.Module, but: Iterable[str] = ()) -> dict:
+    "Parameters that a copy need not copy, for `copied`."
+    return {id(p): p for n, p in model.named_parameters() if n not in but}
 
 # %% ../nbs/08_structured.ipynb
 def removed(
@@ -251,9 +257,10 @@ def removed(
     groups: Groups,
     roots: Iterable[int],
     exact: bool = True,       # normalizations go on counting the channels that are gone
+    share: bool = False,      # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:               # a copy with fewer channels
     "Take the parameters of channels away, and let the sizes that modules keep follow."
-    new, roots, left = copied(model), list(roots), collections.defaultdict(dict)
+    new, roots, left = copied(model, whole(model) if share else None), list(roots), collections.defaultdict(dict)
     for (name, axis), gone in places(groups, roots).items(): left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
     made = {one: sliced(tensor_at(new, one), axes) for one, axes in left.items()}
     for name, one in first_names(model).items():
@@ -336,7 +343,7 @@ class Mismatch(Exception):
     def __init__(self, at: int, what: str): self.at, self.what = at, what; super().__init__(what)
 
 # %% ../nbs/08_structured.ipynb
-class Replay(TorchFunctionMode):
+class Replay(Walks, TorchFunctionMode):
     "Watches the smaller model run, and compares every step with the trace."
     def __init__(self, t: Trace, model: nn.Module, gone: np.ndarray):
         super().__init__()
@@ -396,7 +403,7 @@ def replayed(
 ) -> Mismatch | None:        # where it goes wrong first
     "Remove channels and see whether each step of each run has the sizes, the constants and the order that it should have."
     t = groups.trace
-    try: small = removed(t.base, groups, roots, exact)
+    try: small = removed(t.base, groups, roots, exact, True)
     except Exception as e: return Mismatch(-1, f"{type(e).__name__}: {e}")
     replay = Replay(t, small, gone_among(t, roots))
     for (training, x, first), (_, _, end) in zip(t.runs, [*t.runs[1:], (None, None, len(t.steps))]):
@@ -416,7 +423,7 @@ def rehearse(
 ) -> Mismatch | None:        # where it goes wrong first
     "The same, and whether the outputs are those of the masked model, on other inputs and with other weights too."
     if (wrong := replayed(groups, roots)) is not None: return wrong
-    what = disagreement(model, examples, lambda m: masked(m, groups, roots), lambda m: removed(m, groups, roots))
+    what = disagreement(model, examples, lambda m: masked(m, groups, roots, True), lambda m: removed(m, groups, roots, share=True))
     return None if what is None else Mismatch(-1, f"its outputs are not those of the masked model: {what}")
 
 # %% ../nbs/08_structured.ipynb
@@ -526,7 +533,7 @@ def rehearsed(
     for _ in range(len(groups) + 100):
         wrong = first_wrong(groups) if len(groups) else None
         while wrong is not None and wrong.at >= 0 and (now := adapt(groups, wrong)) is not False: wrong = now
-        if wrong is None: wrong = next((w for c in rehearsals(groups)[:2] if len(groups) and (w := rehearse(model, examples, groups, all_of(c))) is not None), None)
+        if wrong is None: wrong = next((w for c in rehearsals(groups)[:1] if len(groups) and (w := rehearse(model, examples, groups, all_of(c))) is not None), None)
         if wrong is None: return groups
         labels = involved(t, wrong.at) if wrong.at >= 0 else []
         for l in labels: t.ties.keep(l, f"in {t.steps[wrong.at].path or 'the model'}, {wrong.what}")
@@ -538,7 +545,7 @@ def rehearsed(
 # %% ../nbs/08_structured.ipynb
 def one_by_one(model: nn.Module, examples: list, groups: Groups) -> None:
     "Where a step does not tell who is to blame: add one group after the other, and leave alone those with which it goes wrong."
-    both, good = rehearsals(groups)[:2], []
+    both, good = rehearsals(groups)[:1], []
     for g in groups:
         wrong = next((w for c in both if (w := rehearse(model, examples, groups, [r for n in [*good, g.name] for r in c[n]])) is not None), None)
         if wrong is None: good.append(g.name)

@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['STAGES', 'LARGE', 'examples_of', 'own_copy', 'same_draws', 'shaken', 'shaken_tensor', 'larger', 'reweigh', 'Coarsest',
-           'tolerance', 'unlike', 'floor_of', 'Stage', 'disagreement', 'ready', 'compared', 'answers_of', 'repeats']
+           'tolerance', 'unlike', 'floor_of', 'Stage', 'disagreement', 'ready', 'Twins', 'in_double', 'answers_of',
+           'repeats']
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 import copy, random
@@ -86,7 +87,7 @@ def reweigh(
     with torch.no_grad():
         for p in model.parameters():
             if not p.is_floating_point() or not p.numel() or p.device.type == "meta": continue
-            noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.device)
+            noise = torch.randn(p.shape, generator=g, dtype=torch.float32).to(p.device)
             p.copy_(noise*p[0].numel()**-.5 if p.dim() > 1 else p.double().nan_to_num().clamp(-2, 2) + .3*noise)
         for m in model.modules():
             if not isinstance(m, nn.modules.batchnorm._NormBase) or m.running_mean is None: continue
@@ -143,27 +144,32 @@ class Stage:
     axis: int | None = None     # along which there is more
     training: bool = False
 
-STAGES = [Stage("on the example"), Stage("on other inputs", True), Stage("with other weights", False, True), Stage("with other weights and inputs", True, True),
+STAGES = [Stage("on the example"), Stage("on other inputs", True),
+          Stage("with other weights", False, True), Stage("with other weights and inputs", True, True),
           Stage("with more rows", True, True, 0), Stage("with longer sequences", True, True, 1), Stage("in training", True, True, 0, True)]
 
 # %% ../../nbs/workshop/rehearsal.ipynb
+LARGE = 5e7      # parameters; what has more is not made larger still by double precision
+
 def disagreement(
     model: nn.Module,           # left as it is
     examples: list,             # from `examples_of`
-    right: Callable,            # model → the model that is right
-    judged: Callable,           # model → the model that must do the same
+    right: Callable,            # model → the model that is right, a copy
+    judged: Callable,           # model → the model that must do the same, a copy
     training: bool = True,      # also in training mode
 ) -> str | None:
     "In words where two versions of a model differ; None if they agree in every stage. An error of the right one on the example itself is raised."
-    for number, stage in enumerate(STAGES if training else STAGES[:-1]):
-        for i, example in enumerate(examples):
-            g = torch.Generator().manual_seed(1000*number + i)
-            if stage.axis is not None: example = larger(example, stage.axis)
-            if example is None: continue
-            base = ready(copy.deepcopy(model), stage.training)
-            if stage.weights: reweigh(base, g)
-            wrong = compared(base, shaken(example, g) if stage.inputs else example, stage, right, judged, number == 0)
-            if wrong: return f"{stage.name}{f' {i}' if len(examples) > 1 else ''}, {wrong}"
+    for weights in (False, True):
+        base = ready(copy.deepcopy(model), False)
+        if weights: reweigh(base, torch.Generator().manual_seed(0))
+        twins = Twins(base, examples[0], right, judged)
+        for stage in STAGES if training else STAGES[:-1]:
+            if stage.weights is not weights: continue
+            for i, example in enumerate(examples):
+                x = example if stage.axis is None else larger(example, stage.axis)
+                if x is None: continue
+                if stage.inputs: x = shaken(x, torch.Generator().manual_seed(i))
+                if wrong := twins.differ(x, stage, stage is STAGES[0]): return f"{stage.name}{f' {i}' if len(examples) > 1 else ''}, {wrong}"
     return None
 
 def ready(model: nn.Module, training: bool) -> nn.Module:
@@ -175,25 +181,35 @@ def ready(model: nn.Module, training: bool) -> nn.Module:
     return model
 
 # %% ../../nbs/workshop/rehearsal.ipynb
-LARGE = 5e7      # parameters; what has more is not made larger still by double precision
-
-def compared(base: nn.Module, example: Any, stage: Stage, right: Callable, judged: Callable, first: bool) -> str | None:
-    "One stage with one example, in double precision if that is possible."
-    precise = sum(p.numel() for p in base.parameters()) < LARGE
-    for double in (True, False) if precise else (False,):
-        if double: model, x = copy.deepcopy(base).double(), tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example)
-        else: model, x = base, example
+class Twins:
+    "Two versions of one model, in double precision if it runs in that."
+    def __init__(self, base: nn.Module, example: Any, right: Callable, judged: Callable):
+        self.base, self.right, self.judged, self.both, self.double = base, right, judged, None, False
+        if sum(p.numel() for p in base.parameters()) > LARGE: return
         try:
-            want, eps = answers_of(right(model), x)
-            if stage.training and not repeats(right(model), x, want): return None
-            break
+            double = copy.deepcopy(base).double()
+            answers_of(copy.deepcopy(double), in_double(example))
+            self.base, self.double = double, True
+        except Exception: pass
+
+    def differ(self, x: Any, stage: Stage, first: bool) -> str | None:
+        "In words how they do."
+        if self.double: x = in_double(x)
+        if self.both is None: self.both = [self.right(self.base), None]
+        try: want, eps = answers_of(ready(self.both[0], stage.training), x)
         except Exception:
-            if first and not double: raise
-    else: return None
-    if first and any(t.isnan().any() for t in want.values()): return "the model puts out NaN"
-    try: got, finer = answers_of(judged(model), x)
-    except Exception as e: return f"it raises {type(e).__name__}: {e}".split("\n")[0]
-    return unlike(got, want, tolerance(max(eps, finer)))
+            self.both = None
+            if first: raise
+            return None
+        if stage.training and not repeats(ready(self.right(self.base), True), x, want): return None
+        if first and any(t.isnan().any() for t in want.values()): return "the model puts out NaN"
+        try:
+            if self.both[1] is None: self.both[1] = self.judged(self.base)
+            got, finer = answers_of(ready(self.both[1], stage.training), x)
+        except Exception as e: return f"it raises {type(e).__name__}: {e}".split("\n")[0]
+        return unlike(got, want, tolerance(max(eps, finer)))
+
+def in_double(x: Any) -> Any: return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
 def answers_of(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], float]:
     "What a model puts out, and the precision of what it computes with."
