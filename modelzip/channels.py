@@ -6,8 +6,8 @@
 __all__ = ['Group', 'Groups', 'dependency_graph']
 
 # %% ../nbs/07b_channels.ipynb
-import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import collections, copy, inspect, weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .data import eval_mode
+from .workshop.models import call, computed, copied, output_tensors
+from .workshop.rehearsal import examples_of, larger, own_copy, ready, same_draws
 
 # %% ../nbs/07b_channels.ipynb
 class Ties:
@@ -135,18 +136,25 @@ class Step:
     path: str              # of the module in which it was called
     inputs: list           # `Marks` of the tensors that went in
     outputs: list          # … and of those that came out
-    numbers: tuple         # its arguments that are floating-point numbers
+    numbers: tuple         # its arguments that are numbers, other than sizes
+    made: Any = None       # the tensor, when it was made of numbers alone
 
 # %% ../nbs/07b_channels.ipynb
-class Trace(TorchFunctionMode):
+class Walks:
+    "What a mode does when modules begin and end."
+    def enters(self, name: str, arguments: Any) -> None: self.path.append(name)
+    def leaves(self, name: str, output: Any) -> None: self.path.pop()
+
+class Trace(Walks, TorchFunctionMode):
     "Watches a model run, and follows the channels through every operation."
     def __init__(self, model: nn.Module):
         super().__init__()
         self.ties, self.steps, self.edges = Ties(), [], []
         self.rectangles, self.picked, self.left_out, self.tracks, self.norms, self.heads = [], [], [], [], {}, {}
         self.path, self.modules = [""], dict(model.named_modules())
-        self.named = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        self.owned, self.hopeless = {}, set()
+        self.held = dict([*model.named_parameters(), *model.named_buffers()])      # as long as we hold them, nothing else has their ids
+        self.named = {id(t): n for n, t in self.held.items()}
+        self.owned, self.hopeless, self.table, self.runs, self.visible = {}, set(), {}, [], collections.defaultdict(list)
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -176,7 +184,9 @@ def marks_of(
 ) -> Marks:
     "What is known of a tensor. Each axis of a parameter begins with numbers of its own; a tensor from elsewhere has fixed sizes."
     name = self.named.get(id(t))
-    if name is None: return getattr(t, "_marks", None) or Marks(tuple(t.shape))
+    if name is None:
+        known, m = self.table.get(id(t), (lambda: None, None))
+        return m if known() is t else Marks(tuple(t.shape))
     if name not in self.owned:
         new = t.is_floating_point()
         self.owned[name] = Marks(tuple(t.shape), {(a,): self.ties.new(n) for a, n in enumerate(t.shape) if n > 1 and new},
@@ -184,7 +194,15 @@ def marks_of(
     m = self.owned[name]
     return Marks(m.shape, dict(m.blocks), m.zero, sources=frozenset([name.rpartition(".")[0]]))
 
-Trace.marks = marks_of
+def note(
+    self: Trace,
+    t: Tensor,
+    m: Marks,
+) -> None:
+    "Remember what a tensor carries; on the tensor itself nothing is left."
+    if id(t) not in self.named: self.table[id(t)] = weakref.ref(t), m
+
+Trace.marks, Trace.note = marks_of, note
 
 # %% ../nbs/07b_channels.ipynb
 RULES: dict[str, Callable] = {}      # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
@@ -201,7 +219,20 @@ def tensors_of(x: Any) -> list[Tensor]:
     "All tensors among arguments, or in a result."
     return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
 
-def numbers_in(args: tuple, kwargs: dict) -> tuple: return tuple(x for x in tree_leaves((args, kwargs)) if type(x) is float)
+SIZED = """arange linspace logspace tensor as_tensor eye rand randn randint empty_strided zeros ones empty full zeros_like ones_like empty_like full_like
+    new_zeros new_ones new_empty new_full new_tensor tril triu tril_indices triu_indices layer_norm rms_norm group_norm conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d multi_head_attention_forward lstm gru rnn_tanh rnn_relu pad channel_shuffle native_channel_shuffle
+    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence""".split()      # beside those that move elements
+
+def numbers_in(
+    name: str,         # of a function
+    args: tuple,
+    kwargs: dict,
+) -> tuple:
+    "The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a constant as q/8.0."
+    sized = name in SIZED or name in RESHAPE + MOVE + CUT
+    kinds = (float, complex, np.floating) if sized else (int, float, complex, np.number)
+    return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))
 
 # %% ../nbs/07b_channels.ipynb
 def saw(
@@ -214,15 +245,36 @@ def saw(
 ) -> None:
     "Note an operation, and let its rule mark what came out."
     tensors, outputs = tensors_of((args, kwargs)), tensors_of(output)
-    if not outputs or name in ("detach_set", "requires_grad"): return
+    if name in ("detach_set", "requires_grad"): return
     inputs = [self.marks(t) for t in tensors]
+    if not outputs: return self.escaped(name, tensors, inputs)
     for labels in (l for m in inputs for l in m.taint): self.ties.keep(labels, "the weights of an attention are used")
     marks, sources = self.ruled(name, f, args, kwargs, output, inputs, outputs), self.came_from(tensors, inputs)
     for t, m in zip(outputs, marks):
         m.sources = sources
-        if id(t) not in self.named: t._marks = m
+        self.note(t, m)
     if not self.inside_attention():
-        self.steps.append(Step(name, self.path[-1], inputs, marks, numbers_in(args, kwargs)))
+        made = outputs[0].detach().clone() if not tensors and name not in RANDOM and outputs[0].numel() < 1e6 else None
+        self.steps.append(Step(name, self.path[-1], inputs, marks, numbers_in(name, args, kwargs), made))
+
+# %% ../nbs/07b_channels.ipynb
+RANDOM = "rand randn randint randperm normal multinomial empty empty_like empty_strided new_empty".split()
+ABOUT = """shape size dim ndim numel nelement len stride dtype device layout names itemsize element_size storage_offset is_floating_point is_complex
+    is_contiguous is_cuda is_leaf is_sparse is_quantized is_nested is_meta is_mkldnn is_conj is_neg is_signed is_inference is_same_size is_tensor is_xla is_mps is_cpu is_xpu
+    is_sparse_csr is_vulkan is_ipu is_hpu is_mtia is_maia is_shared requires_grad grad_fn grad version backward_hooks get_device has_names result_type can_cast hash repr format assert""".split()      # what these tell is no number of a channel
+
+def escaped(
+    self: Trace,
+    name: str,
+    tensors: list[Tensor],
+    inputs: list[Marks],
+) -> None:
+    "What leaves PyTorch, such as by `numpy` or `tolist`, or is written into a tensor, nobody can follow: it stays as it is."
+    if name in ABOUT: return
+    for m in inputs: keep_all(self.ties, m, f"`{name}` writes into it" if name == "set" else f"it leaves PyTorch by `{name}`")
+    if name == "set" and tensors: self.note(tensors[0], Marks(tuple(tensors[0].shape)))
+
+Trace.escaped = escaped
 
 # %% ../nbs/07b_channels.ipynb
 def came_from(self: Trace, tensors: list[Tensor], inputs: list[Marks]) -> frozenset:
@@ -236,29 +288,37 @@ def came_from(self: Trace, tensors: list[Tensor], inputs: list[Marks]) -> frozen
 def ruled(self, name, f, args, kwargs, output, inputs, outputs) -> list[Marks]:
     "What the rule says; without one, everything that goes in must stay as it is."
     marks = None
-    if name in RULES:
+    if name in RULES and takes(RULES[name], self, f, output, *args, **kwargs):
         try: marks = RULES[name](self, f, output, *args, **kwargs)
-        except (TypeError, NotImplementedError): pass
+        except NotImplementedError: pass
     if marks is None:
         for m in inputs: keep_all(self.ties, m, f"`{name}` is not known well enough")
         marks = [Marks(tuple(o.shape)) for o in outputs]
     return [marks]*len(outputs) if isinstance(marks, Marks) else marks
 
+def takes(rule: Callable, *args, **kwargs) -> bool:
+    "Whether a rule has a place for these arguments. If so, an error that it raises is its own, and is not swallowed."
+    try: inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError: return False
+    return True
+
 def keep_all(ties: Ties, m: Marks, why: str) -> None:
     for labels in m.blocks.values(): ties.keep(labels, why)
 
-ATTENTIONS = ("MultiheadAttention", "RemainingAttention")      # the second is the next chapter's
+def is_attention(m: nn.Module | None) -> bool:
+    "PyTorch's own, or what remains of one (see the next chapter)."
+    return type(m) is nn.MultiheadAttention or type(m).__name__ == "RemainingAttention"
 
 Trace.saw, Trace.came_from, Trace.ruled = saw, came_from, ruled
-Trace.inside_attention = lambda self: any(type(self.modules.get(p)).__name__ in ATTENTIONS for p in self.path)
+Trace.inside_attention = lambda self: any(is_attention(self.modules.get(p)) for p in self.path)
 
 # %% ../nbs/07b_channels.ipynb
 PASS = """relu relu6 leaky_relu elu selu celu rrelu gelu silu mish hardswish tanh tanhshrink softshrink hardshrink softsign
     abs neg negative positive sign sqrt square sin sinh asinh atan arctan erf erfinv expm1 log1p round floor ceil trunc nan_to_num zero real
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
+    dropout dropout1d dropout2d dropout3d feature_dropout
     clone contiguous to float half double bfloat16 type type_as detach cpu cuda data alias""".split()
 CHANGE = """sigmoid hardsigmoid logsigmoid softplus exp cos rsqrt reciprocal log isnan isinf isfinite logical_not bool int long
-    hardtanh clamp clip threshold""".split()
+    hardtanh clamp clip threshold alpha_dropout feature_alpha_dropout""".split()
 
 # %% ../nbs/07b_channels.ipynb
 @rule(*PASS, *CHANGE)
@@ -340,8 +400,9 @@ def constant(t: Trace, f: Callable, output: Tensor, *args, **kwargs) -> Marks:
 # %% ../nbs/07b_channels.ipynb
 @rule(*"""arange linspace logspace tensor as_tensor eye rand randn randint rand_like randn_like bernoulli normal uniform
     from_numpy scalar_tensor empty_strided manual_seed tril_indices triu_indices meshgrid""".split())
-def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks]:
-    "Numbers from elsewhere."
+def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks] | None:
+    "Numbers from elsewhere. (Such as may be the very tensor that went in are left to what has no rule.)"
+    if any(t.marks(x).blocks for x in tensors_of((args, kwargs))): return None
     return [Marks(tuple(o.shape)) for o in tensors_of(output)]
 
 # %% ../nbs/07b_channels.ipynb
@@ -739,7 +800,7 @@ def cut(
 # %% ../nbs/07b_channels.ipynb
 def cut_piece(ties: Ties, m: Marks, axis: int, p: np.ndarray, name: str) -> None:
     n = m.shape[axis]
-    if len(p) == n or not any(axis in b for b in m.blocks): return
+    if len(p) in (0, n) or not any(axis in b for b in m.blocks): return
     if len(p) == 1: fix(ties, m, axis, f"`{name}` picks it by its number")
     elif p[-1] - p[0] != len(p) - 1: fix(ties, m, axis, f"`{name}` picks them by their numbers")
     elif n % len(p) == 0 and p[0] % len(p) == 0: same_pieces(ties, m, axis, n // len(p))
@@ -858,7 +919,7 @@ def multi_head(t: Trace, f: Callable, output: Any, query: Tensor, key: Tensor, v
                out_proj_bias, *args, **kwargs) -> list[Marks] | None:
     "PyTorch's own attention: a head is its rows in three matrices and its columns in the fourth."
     ties = t.ties
-    if bias_k is not None or add_zero_attn or type(t.modules.get(t.path[-1])).__name__ not in ATTENTIONS: return None
+    if bias_k is not None or add_zero_attn or not is_attention(t.modules.get(t.path[-1])): return None
     separate = [kwargs.get(f"{k}_proj_weight") for k in "qkv"]
     three = [t.marks(p) for p in (separate if in_proj_weight is None else [in_proj_weight]*3)]
     for x, w in zip(map(t.marks, (query, key, value)), three): reads_stream(ties, x, w)
@@ -882,45 +943,88 @@ def reads_stream(ties: Ties, x: Marks, w: Marks) -> None:
 # %% ../nbs/07b_channels.ipynb
 class Running:
     "A block in which a mode knows which module is running."
-    def __init__(self, model: nn.Module, mode: Any): self.model, self.mode = model, mode
+    def __init__(self, model: nn.Module, mode: Any): self.model, self.mode, mode.path[:] = model, mode, [""]
     def __enter__(self) -> Any:
         self.hooks = []
         for name, m in self.model.named_modules():
-            self.hooks += [m.register_forward_pre_hook(lambda *_, name=name: self.mode.path.append(name)),
-                           m.register_forward_hook(lambda *_: (self.mode.path.pop(), None)[1], always_call=True)]
+            self.hooks += [m.register_forward_pre_hook(lambda m, args, named, name=name: self.mode.enters(name, (args, named)), with_kwargs=True),
+                           m.register_forward_hook(lambda m, args, out, name=name: self.mode.leaves(name, out), always_call=True)]
         return self.mode
     def __exit__(self, *error) -> None:
         for h in self.hooks: h.remove()
 
 # %% ../nbs/07b_channels.ipynb
-def call(
-    model: nn.Module,
-    example: Any,      # a tensor, a tuple of arguments, or a dict of named ones
-) -> Any:
-    "Call a model."
-    if isinstance(example, dict): return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
-
-# %% ../nbs/07b_channels.ipynb
-def tensors_in(x: Any) -> list[Tensor]:
-    "All tensors in whatever a model returns."
-    if isinstance(x, Mapping): x = list(x.values())
-    elif hasattr(x, "__dict__") and not isinstance(x, Tensor): x = list(vars(x).values())
-    return [t for y in x for t in tensors_in(y)] if isinstance(x, (list, tuple)) else [x] if isinstance(x, Tensor) else []
-
-# %% ../nbs/07b_channels.ipynb
 def trace(
     model: nn.Module,
-    example: Any,
+    examples: list,      # see `examples_of`
 ) -> Trace:
-    "Run a model once, in evaluation mode, and follow its channels."
-    t = Trace(model)
-    with eval_mode(model), torch.no_grad(), Running(model, t), t: outputs = call(model, example)
-    t.output = [o.detach().clone() for o in tensors_in(outputs)]
-    for o in tensors_in(outputs): keep_all(t.ties, t.marks(o), "it is an output of the model")
+    "Run a copy of a model, with each example, in evaluation mode and in training, and follow its channels."
+    base = warm(model, examples)
+    running = copy.deepcopy(base)
+    t = Trace(running)
+    for training in (False, True):
+        for x in examples: run(t, ready(running, training), x, training)
+    t.base, t.modules, t.held, t.named = base, dict(base.named_modules()), {}, {}
+    keep_computed(t)
     for labels in t.rectangles: settle(t.ties, labels)
     if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
+    t.uncalled = keep_what_uncalled_layers_need(t, running)
     return t
+
+# %% ../nbs/07b_channels.ipynb
+def run(
+    t: Trace,
+    model: nn.Module,
+    example: Any,
+    training: bool,
+) -> None:
+    """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried with two of it;
+    if this does not help either, nothing is said of its training."""
+    first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]
+    for x in tries:
+        try: outputs = watched(t, model, x)
+        except Exception:
+            if not training: raise
+            del t.steps[first:]
+            continue
+        for k, o in output_tensors(outputs).items():
+            if o.is_floating_point() and not training and o.isnan().any(): raise ValueError(f"the model puts out NaN for the example, in {k}")
+            keep_all(t.ties, t.marks(o), "it is an output of the model")
+        t.runs.append((training, x, first))
+        return
+
+def watched(t: Any, model: nn.Module, example: Any) -> Any:
+    "Call a model under a mode, always with the same random numbers."
+    if example is None: raise ValueError("there is no larger example")
+    with same_draws(), torch.no_grad(), Running(model, t), t: return call(model, own_copy(example))
+
+# %% ../nbs/07b_channels.ipynb
+def warm(
+    model: nn.Module,
+    examples: list,
+) -> nn.Module:       # a copy, in evaluation mode
+    "What is made in the first call, such as a grid of positions, belongs to the model from then on."
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy: raise ValueError(f"{lazy} has no size yet; call the model once first")
+    base = ready(copied(model), False)
+    with same_draws(), torch.no_grad():
+        for x in examples: call(base, own_copy(x))
+    return base
+
+# %% ../nbs/07b_channels.ipynb
+def enters(self: Trace, name: str, arguments: Any) -> None:
+    "A module begins: it sees its arguments, and so does the module that calls it."
+    self.shows(name, arguments); self.path.append(name)
+
+def leaves(self: Trace, name: str, output: Any) -> None:
+    self.path.pop(); self.shows(name, output)
+
+def shows(self: Trace, name: str, x: Any) -> None:
+    for m in map(self.marks, tensors_of(x)):
+        if m.blocks: self.visible[name].append(m); self.visible[self.path[-1]].append(m)
+    self.visible[name]      # that there is one says that it was called
+
+Trace.enters, Trace.leaves, Trace.shows = enters, leaves, shows
 
 # %% ../nbs/07b_channels.ipynb
 def settle(
@@ -939,6 +1043,41 @@ def left_out_stay(ties: Ties, picked: np.ndarray, left_out: np.ndarray) -> None:
     "Numbers that slices left out, and that no other slice picks."
     lonely = np.setdiff1d(ties.find(left_out), np.append(ties.find(picked), 0))
     if len(lonely): ties.keep(lonely, "the example does not use it, but another input may")
+
+# %% ../nbs/07b_channels.ipynb
+def keep_what_uncalled_layers_need(
+    t: Trace,
+    model: nn.Module,          # that ran
+) -> dict[str, str]:           # layer → that it was not called
+    """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its size, all that it could read
+    or meet: what passes through the module that owns it."""
+    idle = {n: p for n, p in model.named_parameters() if n not in t.owned and p.numel() and p.is_floating_point()}
+    sizes, uncalled = collections.defaultdict(set), {}
+    for n, p in idle.items():
+        owner = n.rpartition(".")[0]
+        uncalled[owner or n] = "no example calls it"
+        while owner and owner not in t.visible: owner = owner.rpartition(".")[0]
+        sizes[owner] |= {k for k in p.shape if k > 1}
+    for owner, several in sizes.items():
+        why = f"{next(n for n in uncalled if n.startswith(owner))} may read it, which no example calls"
+        for m in [*t.visible[owner], *(m for s in t.steps if s.path == owner for m in [*s.inputs, *s.outputs])]:
+            for axes, labels in m.blocks.items():
+                if any(span(m, a) & several for a in axes): t.ties.keep(labels, why)
+    return uncalled
+
+def span(m: Marks, axis: int) -> set[int]:
+    "The sizes that an axis has, alone and flattened together with its neighbours."
+    return {int(np.prod(m.shape[i:j])) for i in range(axis + 1) for j in range(axis + 1, len(m.shape) + 1)}
+
+# %% ../nbs/07b_channels.ipynb
+def keep_computed(t: Trace) -> None:
+    "What is no plain parameter, but computed from others by a hook or a parametrization, stays as it is."
+    for path, m in t.modules.items():
+        hooked = [getattr(h, "_tensor_name", getattr(h, "name", None)) for h in m._forward_pre_hooks.values()]
+        for name in [*getattr(m, "parametrizations", {}), *filter(lambda n: isinstance(n, str), hooked)]:
+            if (why := computed(m, name)) is None: continue
+            sources = [n for n in t.owned if n.rpartition(".")[0] == path or n.startswith(f"{path}.parametrizations.{name}.".lstrip("."))]
+            for n in sources: keep_all(t.ties, t.owned[n], f"its {name} {why}")
 
 # %% ../nbs/07b_channels.ipynb
 @dataclass(frozen=True)
@@ -1001,7 +1140,7 @@ def group_up(
     alike, names = collections.defaultdict(list), collections.Counter()
     for r, members in where.items(): alike[tuple(members)].append(r)
     groups = [Group(maker(t, m, names), tuple(r), m, int((axes[m[0]] == r[0]).sum())) for m, r in alike.items() if len(r) > 1]
-    return Groups(groups, left_alone(t, axes, {r for g in groups for r in g.roots}), t, axes)
+    return Groups(groups, left_alone(t, axes, {r for g in groups for r in g.roots}) | t.uncalled, t, axes)
 
 # %% ../nbs/07b_channels.ipynb
 def output_axis(m: nn.Module) -> int: return 1 if isinstance(m, (nn.Embedding, nn.modules.conv._ConvTransposeNd)) else 0
@@ -1028,23 +1167,30 @@ def left_alone(t: Trace, axes: dict, free: set) -> dict[str, str]:
 # %% ../nbs/07b_channels.ipynb
 def dependency_graph(
     model: nn.Module,          # any model; left as it is
-    example: Any,              # what it is called with: a tensor, a tuple of arguments, or a dict of named ones
-    keep: Iterable[str] = (),  # layers whose outputs must stay
+    example: Any,              # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    keep: Iterable[str] = (),  # layers whose outputs must stay; a block: all that is made within it
 ) -> Groups:                   # which channels belong together, and what must stay and why
-    """What a run of the model tells of its channels (after Fang et al. 2023, arXiv:2301.12900). `TypeError` for what is no module,
-    `ValueError` for a name in keep that is no layer. What stands in the model's code alone is for `channel_groups` to find."""
+    """What runs of the model, in evaluation mode and in training, tell of its channels (after Fang et al. 2023, arXiv:2301.12900).
+    What no example calls is left whole, and named. `TypeError` for what is no module and for outputs that hide their numbers,
+    `ValueError` for a name in keep that is no layer, NaN, and a model that cannot be copied. What stands in the model's code alone
+    is for `channel_groups` to find."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
-    t = trace(model, example)
-    for layer in keep: keep_layer(t, layer)
+    t = trace(model, examples_of(example))
+    for layer in [keep] if isinstance(keep, str) else keep: keep_layer(t, layer)
     return group_up(t)
 
 # %% ../nbs/07b_channels.ipynb
 def keep_layer(t: Trace, layer: str) -> None:
-    "Nothing that this layer puts out may go."
+    "Nothing that this layer puts out may go, nor anything that is made within it."
     if layer not in t.modules: raise ValueError(f"keep names {layer!r}, which is no layer of the model")
-    axis = output_axis(t.modules[layer])
+    inside = lambda path: not layer or path == layer or path.startswith(layer + ".")
+    for m in (m for s in t.steps if inside(s.path) for m in s.outputs): keep_all(t.ties, m, "it was to be kept")
     for name, m in t.owned.items():
-        if name.rpartition(".")[0] == layer and len(m.shape) > 1 and (axis,) in m.blocks: t.ties.keep(m.blocks[axis,], "it was to be kept")
+        if not inside(owner := name.rpartition(".")[0]): continue
+        layer_like = isinstance(t.modules[owner], (nn.RNNBase, nn.RNNCellBase)) or hasattr(t.modules[owner], "weight")      # whose outputs we know
+        axis = output_axis(t.modules[owner]) if len(m.shape) > 1 else 0
+        for axes, labels in m.blocks.items():
+            if axis in axes or not layer_like: t.ties.keep(labels, "it was to be kept")
 
 # %% ../nbs/07b_channels.ipynb
 def layout(

@@ -4,27 +4,29 @@
 
 # %% auto 0
 __all__ = ['CRITERIA', 'RemainingLayerNorm', 'RemainingRMSNorm', 'RemainingAttention', 'channel_groups', 'energy',
-           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'factorize',
-           'Group', 'Groups']
+           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'ThinLinear',
+           'ThinConv2d', 'factorize', 'Group', 'Groups']
 
 # %% ../nbs/08_structured.ipynb
 import collections, copy, fnmatch, math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from .channels import (Group, Groups, Marks, Running, Ties, Trace, call, dependency_graph, group_up, name_of,
-                               numbers_in, output_axis, tensors_in, tensors_of)
+from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_graph, group_up, name_of, numbers_in, output_axis,
+                               tensors_of, watched)
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
+from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
+from .workshop.readers import Unproved, pairs_in_code, pairs_in_runs, shape_of_code
+from .workshop.rehearsal import disagreement, examples_of, ready
 
 _all_ = ["Group", "Groups"]
 
@@ -203,13 +205,16 @@ def remaining_attention(
 ) -> RemainingAttention:
     "Put the parameters of an attention into a module that does not insist on how many they are."
     whole = m.in_proj_weight
-    weights = [getattr(m, f"{k}_proj_weight") for k in "qkv"] if whole is None else [nn.Parameter(w.clone()) for w in whole.data.chunk(3)]
+    weights = [getattr(m, f"{k}_proj_weight") for k in "qkv"] if whole is None else [nn.Parameter(w.clone(), whole.requires_grad) for w in whole.data.chunk(3)]
     outputs, inner = m.out_proj.weight.shape
     new = RemainingAttention(outputs, inner//head_dim, head_dim, m.dropout, m.in_proj_bias is not None, weights[1].shape[1],
                              weights[2].shape[1], m.batch_first, "meta")
     for k, w in zip("qkv", weights): setattr(new, f"{k}_proj_weight", w)
     new.in_proj_bias, new.out_proj.weight, new.out_proj.bias = m.in_proj_bias, m.out_proj.weight, m.out_proj.bias
-    return new.train(m.training)
+    for part in "", "out_proj": carry_hooks(m.get_submodule(part), new.get_submodule(part))
+    new.out_proj.training = m.out_proj.training
+    new.training = m.training
+    return new
 
 # %% ../nbs/08_structured.ipynb
 def gone_among(
@@ -232,13 +237,19 @@ def masked(
     model: nn.Module,
     groups: Groups,
     roots: Iterable[int],
+    share: bool = False,  # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:           # a copy of the same size
     "Set the parameters of channels to zero."
-    new = copy.deepcopy(model)
+    gone = places(groups, roots)
+    new = copied(model, whole(model, {name for name, _ in gone}) if share else None)
     tensors = dict(new.named_parameters())
-    for (name, axis), gone in places(groups, roots).items():
-        if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(gone)] = 0
+    for (name, axis), here in gone.items():
+        if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
     return new
+
+def whole(model: nn.Module, but: Iterable[str] = ()) -> dict:
+    "Parameters that a copy need not copy, for `copied`."
+    return {id(p): p for n, p in model.named_parameters() if n not in but}
 
 # %% ../nbs/08_structured.ipynb
 def removed(
@@ -246,9 +257,10 @@ def removed(
     groups: Groups,
     roots: Iterable[int],
     exact: bool = True,       # normalizations go on counting the channels that are gone
+    share: bool = False,      # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:               # a copy with fewer channels
     "Take the parameters of channels away, and let the sizes that modules keep follow."
-    new, roots, left = copy.deepcopy(model), list(roots), collections.defaultdict(dict)
+    new, roots, left = copied(model, whole(model) if share else None), list(roots), collections.defaultdict(dict)
     for (name, axis), gone in places(groups, roots).items(): left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
     made = {one: sliced(tensor_at(new, one), axes) for one, axes in left.items()}
     for name, one in first_names(model).items():
@@ -284,6 +296,7 @@ def follow(
     "Sizes in attributes, and the layers that have to become others."
     for path, attribute, i, labels in t.tracks:
         m, n = model.get_submodule(path), int((~gone[labels]).sum())
+        if not hasattr(m, attribute): continue                     # it is made in the first call
         if i is None: setattr(m, attribute, n)
         else: setattr(m, attribute, type(old := getattr(m, attribute))([*old[:i], n, *old[i + 1:]]))
     for path, (labels, first) in t.norms.items():
@@ -298,6 +311,7 @@ def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, first: bool, exact: bool)
     new = remaining_norm(m, n, first) if exact else ordinary_norm(m)
     new.normalized_shape, new.weight = (n,), m.weight
     if isinstance(m, nn.LayerNorm): new.bias = m.bias
+    if exact: carry_hooks(m, new)
     return new.train(m.training)
 
 # %% ../nbs/08_structured.ipynb
@@ -317,8 +331,11 @@ def ordinary_norm(m: nn.Module) -> nn.Module:
 
 # %% ../nbs/08_structured.ipynb
 def put(model: nn.Module, path: str, new: nn.Module) -> None:
-    owner, _, child = path.rpartition(".")
-    model.get_submodule(owner)._modules[child] = new
+    "Put a module in the place of another, under all names that it has."
+    old = model.get_submodule(path)
+    for owner in list(model.modules()):
+        for name, m in owner._modules.items():
+            if m is old: owner._modules[name] = new
 
 # %% ../nbs/08_structured.ipynb
 class Mismatch(Exception):
@@ -326,18 +343,18 @@ class Mismatch(Exception):
     def __init__(self, at: int, what: str): self.at, self.what = at, what; super().__init__(what)
 
 # %% ../nbs/08_structured.ipynb
-class Replay(TorchFunctionMode):
+class Replay(Walks, TorchFunctionMode):
     "Watches the smaller model run, and compares every step with the trace."
     def __init__(self, t: Trace, model: nn.Module, gone: np.ndarray):
         super().__init__()
-        self.t, self.gone, self.at, self.path, self.modules = t, gone, 0, [""], dict(model.named_modules())
+        self.t, self.gone, self.at, self.path, self.modules, self.end = t, gone, 0, [""], dict(model.named_modules()), 0
     inside_attention = Trace.inside_attention
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = name_of(f)
         try: output = f(*args, **kwargs)
-        except Exception as e: raise Mismatch(self.at, f"`{name}` raised {type(e).__name__}: {e}".split("\n")[0]) from None
+        except Exception as e: raise Mismatch(min(self.at, self.end - 1), f"`{name}` raised {type(e).__name__}: {e}".split("\n")[0]) from None
         outputs = tensors_of(output)
         if outputs and name not in ("detach_set", "requires_grad") and not self.inside_attention():
             self.compare(name, args, kwargs, outputs)
@@ -352,17 +369,23 @@ def compare_step(
     outputs: list[Tensor],
 ) -> None:
     "`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same constants."
-    if self.at >= len(self.t.steps): raise Mismatch(self.at - 1, "it goes on longer")
+    if self.at >= self.end: raise Mismatch(self.at - 1, "it goes on longer")
     step = self.t.steps[self.at]
     if name != step.name: raise Mismatch(self.at, f"`{name}` came instead of `{step.name}`")
     for o, m in zip(outputs, step.outputs):
         if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)):
             raise Mismatch(self.at, f"`{name}` gave {list(o.shape)} instead of {list(want)}")
-    if numbers_in(args, kwargs) != step.numbers: raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
+    if not same_numbers(numbers_in(name, args, kwargs), step.numbers): raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
+    if step.made is not None and (o := outputs[0]).shape == step.made.shape and not torch.equal(o.nan_to_num(), step.made.nan_to_num()):
+        raise Mismatch(self.at, f"`{name}` makes numbers that depend on the size")
     self.at += 1
 
 # %% ../nbs/08_structured.ipynb
 Replay.compare = compare_step
+
+def same_numbers(a: tuple, b: tuple) -> bool:
+    "Equal, and NaN like NaN."
+    return len(a) == len(b) and all(x == y or x != x and y != y for x, y in zip(a, b))
 
 def size_after(m: Marks, gone: np.ndarray) -> tuple:
     "The shape that a tensor should have when channels are gone."
@@ -373,43 +396,60 @@ def size_after(m: Marks, gone: np.ndarray) -> tuple:
     return tuple(shape)
 
 # %% ../nbs/08_structured.ipynb
+def replayed(
+    groups: Groups,
+    roots: Iterable[int],
+    exact: bool = True,
+) -> Mismatch | None:        # where it goes wrong first
+    "Remove channels and see whether each step of each run has the sizes, the constants and the order that it should have."
+    t = groups.trace
+    try: small = removed(t.base, groups, roots, exact, True)
+    except Exception as e: return Mismatch(-1, f"{type(e).__name__}: {e}")
+    replay = Replay(t, small, gone_among(t, roots))
+    for (training, x, first), (_, _, end) in zip(t.runs, [*t.runs[1:], (None, None, len(t.steps))]):
+        replay.at, replay.end = first, end
+        try: watched(replay, ready(small, training), x)
+        except Mismatch as e: return e
+        except Exception as e: return Mismatch(min(replay.at, end - 1), f"{type(e).__name__}: {e}".split("\n")[0])
+        if replay.at < end: return Mismatch(replay.at, f"`{t.steps[replay.at].name}` is missing")
+    return None
+
+# %% ../nbs/08_structured.ipynb
 def rehearse(
     model: nn.Module,
-    example: Any,
+    examples: list,
     groups: Groups,
     roots: Iterable[int],
 ) -> Mismatch | None:        # where it goes wrong first
-    "Remove channels and see whether each step has the sizes that it should have, and the outputs are those of the masked model."
-    t, small = groups.trace, None
-    try: small = removed(model, groups, roots)
-    except Exception as e: return Mismatch(-1, f"{type(e).__name__}: {e}")
-    replay = Replay(t, small, gone_among(t, roots))
-    try:
-        with eval_mode(small), torch.no_grad(), Running(small, replay), replay: got = tensors_in(call(small, example))
-    except Mismatch as e: return e
-    except Exception as e: return Mismatch(replay.at, f"{type(e).__name__}: {e}".split("\n")[0])
-    want = answers(masked(model, groups, roots), example)
-    return None if all(map(close, got, want)) else Mismatch(-1, "its outputs are not those of the masked model")
+    "The same, and whether the outputs are those of the masked model, on other inputs and with other weights too."
+    if (wrong := replayed(groups, roots)) is not None: return wrong
+    what = disagreement(model, examples, lambda m: masked(m, groups, roots, True), lambda m: removed(m, groups, roots, share=True))
+    return None if what is None else Mismatch(-1, f"its outputs are not those of the masked model: {what}")
 
 # %% ../nbs/08_structured.ipynb
-def answers(model: nn.Module, example: Any) -> list[Tensor]:
-    with eval_mode(model), torch.no_grad(): return tensors_in(call(model, example))
-
-def close(a: Tensor, b: Tensor) -> bool:
-    "Equal up to rounding errors, measured on the largest number."
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(b.dtype, .05)
-    if a.shape != b.shape or not a.is_floating_point(): return a.shape == b.shape and torch.equal(a, b)
-    finite = b[b.isfinite()].abs()
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance*float(finite.max()) if finite.numel() else 0., equal_nan=True)
-
-# %% ../nbs/08_structured.ipynb
-EMPTY = Group("", (), (), 1)
 SHARES = (1/2, 1/3, 1/4, 2/5, 3/5)      # of a group that goes in a rehearsal
 
-def some(groups: Iterable[Group]) -> list[int]:
-    "Channels of each group, in different shares, so that no two sizes agree by chance."
-    number = lambda i, n: min(n - 1, max(1, round(n*SHARES[i % 5])))
-    return [r for i, g in enumerate(groups) if len(g) for r in g.roots[::-1][:number(i, len(g))]]
+def some(groups: Iterable[Group], number: int = 0) -> dict[str, list[int]]:
+    "Channels of each group, in numbers such that what remains differs from group to group, as far as there are enough of them."
+    taken, chosen = set(), {}
+    for i, g in sorted(enumerate(groups), key=lambda p: len(p[1])):
+        aim, n = len(g)*(1 - SHARES[(i + 2*number) % 5]), len(g)
+        counts = sorted(range(1, n + (number > 1)), key=lambda k: (abs(k - aim), (k + number) % 2))      # in later ones, some may lose nothing
+        left = next((k for k in counts if not {k, k*g.width} & taken), counts[(i*3**number//2**number) % len(counts)])
+        taken |= {left, left*g.width}
+        chosen[g.name] = list(g.roots[::-1][:n - left])
+    return chosen
+
+def rehearsals(groups: Iterable[Group]) -> list[dict[str, list[int]]]:
+    "Two at least, and more until any two groups of one size have been told apart; six at most."
+    groups, found = list(groups), []
+    for number in range(6):
+        found.append(some(groups, number))
+        seen = [(len(g), g.width, *(len(chosen[g.name]) for chosen in found)) for g in groups]
+        if number and len(set(seen)) == len(seen): break
+    return found
+
+def all_of(chosen: dict[str, list[int]]) -> list[int]: return [r for roots in chosen.values() for r in roots]
 
 # %% ../nbs/08_structured.ipynb
 def candidates(
@@ -442,24 +482,27 @@ def line(ties: Ties, labels: np.ndarray, axis: int) -> np.ndarray:
 
 # %% ../nbs/08_structured.ipynb
 def adapt(
-    model: nn.Module,
-    example: Any,
     groups: Groups,
     wrong: Mismatch,
 ) -> Mismatch | None | bool:      # what is wrong afterwards; False: nothing helped
-    "Let attributes follow until the step comes out right."
+    "Let attributes follow until the step comes out right, in all rehearsals."
     t = groups.trace
-    step = t.steps[min(wrong.at, len(t.steps) - 1)]
-    path, kind = step.path, (type(t.modules[step.path]), step.name)
+    path = t.steps[wrong.at].path
+    kind = type(t.modules[path]), t.steps[wrong.at].name
     while kind not in t.hopeless:
-        for new in combinations(candidates(t, path, wrong.at)[:4]):
+        for new in combinations(candidates(t, path, wrong.at)[:6]):
             t.tracks += new
-            now = rehearse(model, example, groups, some(groups))
+            now = first_wrong(groups)
             if now is None or now.at > wrong.at or now.at < 0: return now
             del t.tracks[-len(new):]
         if not path: t.hopeless.add(kind)
         path = path.rpartition(".")[0]
     return False
+
+def first_wrong(groups: Groups) -> Mismatch | None:
+    "The first step that comes out wrong in any rehearsal."
+    found = [w for chosen in rehearsals(groups) if (w := replayed(groups, all_of(chosen))) is not None]
+    return min(found, key=lambda w: w.at, default=None)
 
 # %% ../nbs/08_structured.ipynb
 def combinations(found: list[tuple]) -> list[list[tuple]]:
@@ -470,38 +513,42 @@ def combinations(found: list[tuple]) -> list[list[tuple]]:
 # %% ../nbs/08_structured.ipynb
 def channel_groups(
     model: nn.Module,          # any model; left as it is
-    example: Any,              # what it is called with: a tensor, a tuple of arguments, or a dict of named ones
-    keep: Iterable[str] = (),  # layers whose outputs must stay
+    example: Any,              # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    keep: Iterable[str] = (),  # layers whose outputs must stay; a block: all that is made within it
 ) -> Groups:                   # what can be removed, and what was left alone and why
     """Find the channels that can be removed, each with all that depends on it (after Fang et al. 2023, arXiv:2301.12900).
-    `TypeError` for what is no module, `ValueError` for a name in keep that is no layer."""
-    return rehearsed(model, example, dependency_graph(model, example, keep))
+    They are found, and rehearsed, in the code that the examples run through, in evaluation mode and (where it runs) in training; what they
+    never call stays whole. `TypeError` for what is no module and for outputs that hide their numbers, `ValueError` for a name in keep
+    that is no layer, NaN, and a model that cannot be copied."""
+    return rehearsed(model, examples_of(example), dependency_graph(model, example, keep))
 
 # %% ../nbs/08_structured.ipynb
 def rehearsed(
     model: nn.Module,
-    example: Any,
+    examples: list,
     groups: Groups,
 ) -> Groups:
     "Remove some of everything, and leave alone what goes wrong."
     t = groups.trace
     for _ in range(len(groups) + 100):
-        wrong = rehearse(model, example, groups, some(groups)) if len(groups) else None
-        while wrong is not None and wrong.at >= 0 and (now := adapt(model, example, groups, wrong)) is not False: wrong = now
+        wrong = first_wrong(groups) if len(groups) else None
+        while wrong is not None and wrong.at >= 0 and (now := adapt(groups, wrong)) is not False: wrong = now
+        if wrong is None: wrong = next((w for c in rehearsals(groups)[:1] if len(groups) and (w := rehearse(model, examples, groups, all_of(c))) is not None), None)
         if wrong is None: return groups
         labels = involved(t, wrong.at) if wrong.at >= 0 else []
         for l in labels: t.ties.keep(l, f"in {t.steps[wrong.at].path or 'the model'}, {wrong.what}")
-        if not labels: one_by_one(model, example, groups)
+        if not labels: one_by_one(model, examples, groups)
         groups = group_up(t)
-    return groups
+    for g in groups: t.ties.keep(np.array(g.roots), "no rehearsal came to an end")
+    return group_up(t)
 
 # %% ../nbs/08_structured.ipynb
-def one_by_one(model: nn.Module, example: Any, groups: Groups) -> None:
+def one_by_one(model: nn.Module, examples: list, groups: Groups) -> None:
     "Where a step does not tell who is to blame: add one group after the other, and leave alone those with which it goes wrong."
-    shares, good = {g.name: some([x if x is g else EMPTY for x in groups]) for g in groups}, []
+    both, good = rehearsals(groups)[:1], []
     for g in groups:
-        one = shares[g.name]
-        if (wrong := rehearse(model, example, groups, good + one)) is None: good += one
+        wrong = next((w for c in both if (w := rehearse(model, examples, groups, [r for n in [*good, g.name] for r in c[n]])) is not None), None)
+        if wrong is None: good.append(g.name)
         else: groups.trace.ties.keep(np.array(g.roots), wrong.what)
 
 # %% ../nbs/08_structured.ipynb
@@ -543,6 +590,7 @@ def channel_scores(
             s = np.asarray(torch.as_tensor(score(name, parameters[name].detach(), axis)).double().cpu())
             n = parameters[name].shape[axis]
             if s.shape != (n,): raise ValueError(f"criterion gave {s.shape} scores for axis {axis} of {name!r}; there are {n}")
+            if np.isnan(s).any(): raise ValueError(f"criterion gave NaN for {name!r}" + (", which has NaN in it" if parameters[name].isnan().any() else ""))
             np.add.at(totals, groups.axes[name, axis], s)
     return {g.name: totals[list(g.roots)] for g in groups}
 
@@ -553,8 +601,8 @@ def how_many(
     ratio: float,       # share that should go
     round_to: int,
 ) -> int:               # … that remain
-    "At least one remains. Where there are enough of them, the number of slices that remain is a multiple of `round_to`."
-    step = max(1, round_to//width)
+    "At least one remains. Where there are enough of them, the number of slices that remain is a multiple of `round_to` (or none goes)."
+    step = round_to//math.gcd(round_to, width)
     left = n*(1 - ratio)
     if n >= 2*step: return min(n, max(step, round(left/step + 1e-9)*step)) if ratio else n
     return max(1, min(n, math.ceil(left - 1e-9)))
@@ -603,25 +651,33 @@ class Choice:
 # %% ../nbs/08_structured.ipynb
 def choose_channels(
     model: nn.Module,
-    example: Any,                             # what it is called with: a tensor, a tuple of arguments, or a dict of named ones
+    example: Any,                             # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
     ratio: float | None = None,               # share of the channels of each group that goes, 0 to below 1
-    macs: float | None = None,                # or: the smallest ratio with at most so many MACs for the example; below 1: a share
+    macs: float | None = None,                # or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a share
     bytes: float | None = None,               # or: with parameters and buffers of at most so many bytes; below 1: a share
-    milliseconds: float | None = None,        # or: with a median time of at most so much for the example, on this machine
+    milliseconds: float | None = None,        # or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
     criterion: str | Callable = "l2",         # which go first: see `channel_scores`
-    round_to: int = 8,                        # what remains is a multiple of this where there are at least twice as many
+    round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
-    keep: Iterable[str] = (),                 # layers whose outputs stay
+    keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
     groups: Groups | None = None,             # from `channel_groups`, if they are known already
 ) -> Choice:
     "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
     kind, value = the_wish({"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope)
-    groups = channel_groups(model, example, keep) if groups is None else groups
+    groups = channel_groups(model, example, keep) if groups is None else checked_groups(groups, model)
     if not len(groups):
         raise ValueError("model has no channels that can be removed: " + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]))
     scores = channel_scores(model, groups, criterion)
     at = lambda r: Choice(model, groups, pick(groups, scores, r, round_to, scope))
-    return at(value) if kind == "ratio" else within(at, kind, value, example)
+    return at(value) if kind == "ratio" else within(at, kind, value, examples_of(example)[0])
+
+# %% ../nbs/08_structured.ipynb
+def checked_groups(groups: Groups, model: nn.Module) -> Groups:
+    "Groups that were found earlier; `ValueError` if they are those of another model."
+    have = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    other = next((n for n, m in groups.trace.owned.items() if have.get(n) != m.shape), None)
+    if other is not None: raise ValueError(f"groups are of another model: there, {other} is {list(groups.trace.owned[other].shape)}, here {list(have.get(other, ()))}")
+    return groups
 
 # %% ../nbs/08_structured.ipynb
 def the_wish(wishes: dict, round_to: int, scope: str) -> tuple[str, float]:
@@ -644,10 +700,11 @@ def within(
     budget: float,
     example: Any,
 ) -> Choice:
-    "The smallest of 32 ratios whose model keeps to a budget; `ValueError` if none does."
+    "The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none does."
     cost = lambda m: COSTS[kind](m, example)
+    if kind == "macs" and not cost(at(0).model): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
     if kind != "milliseconds" and budget < 1: budget *= cost(at(0).model)
-    ratios = np.linspace(0, 1, 33)[:-1]
+    ratios = np.linspace(0, 1, 33 if kind == "milliseconds" else 1025)[:-1]
     if (least := cost(at(ratios[-1]).shrunk())) > budget:
         raise ValueError(f"{kind} is {budget:,.4g}, but with the fewest channels there are still {least:,.4g}")
     low, high = 0, len(ratios) - 1
@@ -680,24 +737,25 @@ class ByName(nn.Module):
 # %% ../nbs/08_structured.ipynb
 def shrink(
     model: nn.Module,                         # left as it is
-    example: Any,                             # what it is called with: a tensor, a tuple of arguments, or a dict of named ones
+    example: Any,                             # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
     ratio: float | None = None,               # share of the channels of each group that goes, 0 to below 1
     macs: float | None = None,                # or: at most so many MACs for the example; below 1: a share
     bytes: float | None = None,               # or: parameters and buffers of at most so many bytes; below 1: a share
     milliseconds: float | None = None,        # or: a median time of at most so much for the example, on this machine
     criterion: str | Callable = "l2",         # which go first: see `channel_scores`
-    round_to: int = 8,                        # what remains is a multiple of this where there are at least twice as many
+    round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
-    keep: Iterable[str] = (),                 # layers whose outputs stay
+    keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
     groups: Groups | None = None,             # from `channel_groups`, if they are known already
     exact: bool = True,                       # LayerNorms go on counting the channels that are gone; False: ordinary ones
 ) -> nn.Module:                               # a smaller ordinary model
-    "Remove channels and all that depends on them. The outputs are those of the masked model; `RuntimeError` if they are not."
+    """Remove channels and all that depends on them. On inputs that run through the same code as the examples, the outputs are those of the
+    masked model, which is tried before it is handed out: on the examples, on other inputs and with other weights, and in training mode where
+    that is deterministic. `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
     choice = choose_channels(model, example, ratio, macs, bytes, milliseconds, criterion, round_to, scope, keep, groups)
-    small = choice.shrunk(exact)
-    if exact and not all(map(close, answers(small, example), answers(choice.masked(), example))):
-        raise RuntimeError("the smaller model does not give the outputs of the masked one: please report it, with the model")
-    return small
+    wrong = replayed(choice.groups, choice.roots, exact) if not exact else rehearse(model, examples_of(example), choice.groups, choice.roots)
+    if wrong is not None: raise RuntimeError(f"the smaller model would not do what the masked one does: {wrong.what}; keep= or another ratio may help")
+    return choice.shrunk(exact)
 
 # %% ../nbs/08_structured.ipynb
 def fold(
@@ -720,46 +778,92 @@ FOLDS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.Bat
          nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
 
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    "A layer and the BatchNorm for its outputs, which are one axis of its weight."
-    return FOLDS.get(type(layer)) is type(norm) and norm.running_mean is not None and (output_axis(layer) == 0 or layer.groups == 1)
+    "A layer and the BatchNorm for its outputs, which are one axis of its weight; both with plain parameters, in evaluation mode, without hooks."
+    if FOLDS.get(type(layer)) is not type(norm) or norm.running_mean is None or norm.training or hooks_of(layer) or hooks_of(norm): return False
+    if output_axis(layer) == 1 and layer.groups > 1 or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias")): return False
+    outputs = layer.weight.shape[output_axis(layer)]*getattr(layer, "groups", 1)**output_axis(layer)
+    exact = norm.running_var.dtype == layer.weight.dtype or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
+    return outputs == norm.num_features and exact and all(t.isfinite().all() for t in _folded(layer, norm))
+
+def _right_axes(layer: nn.Module, norm: nn.Module, axes: int | None) -> bool:
+    "With another number of axes, a BatchNorm1d normalizes another axis than that of the layer's outputs."
+    if type(norm) is nn.BatchNorm1d: return axes == (2 if isinstance(layer, nn.Linear) else 3)
+    return True                              # the others refuse what has not as many axes as they expect
 
 # %% ../nbs/08_structured.ipynb
-def _sequences(model: nn.Module) -> Iterator[tuple[str, str]]:
-    "Neighbours in a Sequential."
-    for n, m in model.named_modules():
-        if type(m) is not nn.Sequential: continue
-        names = [f"{n}.{k}".lstrip(".") for k in m._modules]
-        yield from zip(names, names[1:])
+def _folded(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    "Weight and bias that do both, computed in double precision and rounded once, to the layer's precision."
+    double = copy.deepcopy(norm).double()
+    bias = None if layer.bias is None else layer.bias.double()
+    with torch.no_grad(): both = fold(layer.weight.double(), bias, double, double.running_mean, double.running_var, output_axis(layer))
+    return tuple(t.to(layer.weight.dtype) for t in both)
+
+def _fold_pairs(model: nn.Module, pairs: dict[str, str]) -> nn.Module:
+    "Change a model in place. What was frozen remains so."
+    for name, norm in pairs.items():
+        layer = model.get_submodule(name)
+        frozen = [not layer.weight.requires_grad, not (layer.weight if layer.bias is None else layer.bias).requires_grad]
+        for key, t, still in zip(("weight", "bias"), _folded(layer, model.get_submodule(norm)), frozen): setattr(layer, key, nn.Parameter(t, not still))
+        put(model, norm, nn.Identity().train(layer.training))
+    return model
 
 # %% ../nbs/08_structured.ipynb
 def foldable(
     model: nn.Module,
+    example: Any = None,  # what it is called with, or several examples in a list: what its code alone does not tell, runs may
 ) -> dict[str, str]:      # name of a layer → name of the BatchNorm that alone receives its output
-    "Pairs that can become one layer, found with torch.fx; in a model that it cannot trace, neighbours in `nn.Sequential`."
-    modules = dict(model.named_modules())
-    try: nodes = [n for n in torch.fx.symbolic_trace(model).graph.nodes]
-    except Exception: pairs = list(_sequences(model))
-    else:
-        calls = collections.Counter(n.target for n in nodes if n.op == "call_module")
-        pairs = [(n.target, b.target) for n in nodes if n.op == "call_module" and len(n.users) == 1 for b in n.users
-                 if b.op == "call_module" and calls[n.target] == calls[b.target] == 1]
-    uses = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    return {a: b for a, b in pairs if _fits(modules[a], modules[b]) and uses[id(modules[a])] == uses[id(modules[b])] == 1}
+    """Pairs that can become one layer: nobody else reads the output or the tensors of either, and the BatchNorm runs over the outputs of the layer.
+    Without an example it must follow from the code for every input. (How many axes an input has does not: then, a Linear or Conv1d with a
+    BatchNorm1d is no pair.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
+    inputs and with other weights confirms it."""
+    base = ready(copied(model), False)
+    examples = None if example is None else examples_of(example)
+    modules = dict(base.named_modules())
+    uses = collections.Counter(id(m) for _, m in base.named_modules(remove_duplicate=False))
+    alone = lambda n: uses[id(modules[n])] == 1
+    maybe = {a: bs for a, m in modules.items() if alone(a) and type(m) in FOLDS and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])}
+    if not maybe: return {}
+    pairs = _shown(base, maybe, examples)
+    if examples is None: return pairs if not pairs or _same_code(base, pairs) else {}
+    return _tried(base, pairs, examples)
+
+# %% ../nbs/08_structured.ipynb
+def _shown(base: nn.Module, maybe: dict[str, list], examples: list | None) -> dict[str, str]:
+    "By the code, or by runs, or by both where both can tell."
+    modules = dict(base.named_modules())
+    above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
+    seen = None if examples is None else pairs_in_runs(base, examples, list(maybe))
+    try: said = pairs_in_code(base)
+    except Unproved: said = None
+    if said is None: found = seen or {}
+    elif seen is None: found = {a: v for a, v in said.items() if not any(hooks_of(modules[n]) for n in [*above(a), *above(v[0])])}
+    else: found = {a: v for a, v in seen.items() if a in said and said[a][0] == v[0]}
+    return {a: b for a, (b, axes) in found.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
+
+def _same_code(base: nn.Module, pairs: dict[str, str]) -> bool:
+    "Whether the code does the same with the folded model: it may ask for a bias, or for the class of the BatchNorm."
+    try: return shape_of_code(base) == shape_of_code(_fold_pairs(copy.deepcopy(base), pairs))
+    except Unproved: return False
+
+def _tried(base: nn.Module, pairs: dict[str, str], examples: list) -> dict[str, str]:
+    "Those with which outputs stay, all together or one after the other."
+    agree = lambda some: disagreement(base, examples, copy.deepcopy, lambda m: _fold_pairs(copy.deepcopy(m), some), training=False) is None
+    if not pairs or agree(pairs): return pairs
+    good = {}
+    for a, b in pairs.items():
+        if agree({**good, a: b}): good[a] = b
+    return good
 
 # %% ../nbs/08_structured.ipynb
 def fold_batchnorm(
     model: nn.Module,      # left as it is
+    example: Any = None,   # what it is called with, or several examples in a list; see `foldable`
 ) -> nn.Module:            # a copy in evaluation mode, with `nn.Identity` where the BatchNorms were; without any, a copy
-    "Let layers do what the BatchNorms behind them do; masks become real. The outputs in evaluation mode stay, up to rounding."
+    """Let layers do what the BatchNorms behind them do, where `foldable` shows that this is the same; masks become real. The outputs in
+    evaluation mode stay, up to rounding. What cannot be shown stays as it is, and so does a layer with hooks or with a computed weight."""
+    check_ordinary(model)
     new = remove_masks(model).eval()
-    with torch.no_grad():
-        for name, norm in foldable(new).items():
-            layer, bn = new.get_submodule(name), new.get_submodule(norm)
-            trained = layer.weight.requires_grad
-            for key, t in zip(("weight", "bias"), fold(layer.weight, layer.bias, bn, bn.running_mean, bn.running_var, output_axis(layer))):
-                setattr(layer, key, nn.Parameter(t, trained))
-            put(new, norm, nn.Identity())
-    return new
+    return _fold_pairs(new, foldable(new, example))
 
 # %% ../nbs/08_structured.ipynb
 def split_ranks(
@@ -778,42 +882,77 @@ def rank_for(
     return max(1, int((tail.sqrt() > error).sum()))
 
 # %% ../nbs/08_structured.ipynb
+class ThinLinear(nn.Sequential):
+    "Two thin Linears in the place of one. They answer as it did: `weight` is their product, `bias` that of the second."
+    def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        like = {"device": device, "dtype": dtype}
+        super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
+        self.in_features, self.rank, self.out_features = in_features, rank, out_features
+    @property
+    def weight(self) -> Tensor: return self[1].weight @ self[0].weight
+    @property
+    def bias(self) -> Tensor | None: return self[1].bias
+
+class ThinConv2d(nn.Sequential):
+    "The same for a convolution: one with few filters, then a 1×1."
+    groups, transposed, output_padding = 1, False, (0, 0)
+    def __init__(self, in_channels: int, rank: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, bias: bool = True,
+                 padding_mode: str = "zeros", device=None, dtype=None):
+        like = {"device": device, "dtype": dtype}
+        first = nn.Conv2d(in_channels, rank, kernel_size, stride, padding, dilation, 1, False, padding_mode, **like)
+        super().__init__(first, nn.Conv2d(rank, out_channels, 1, bias=bias, **like))
+        self.in_channels, self.rank, self.out_channels, self.padding_mode = in_channels, rank, out_channels, padding_mode
+        self.kernel_size, self.stride, self.padding, self.dilation = first.kernel_size, first.stride, first.padding, first.dilation
+    @property
+    def weight(self) -> Tensor: return (self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:])
+    @property
+    def bias(self) -> Tensor | None: return self[1].bias
+
+# %% ../nbs/08_structured.ipynb
 def two_layers(
     layer: nn.Module,     # `nn.Linear` or `nn.Conv2d`
     rank: int,
     svd: tuple,           # of its weight
 ) -> nn.Sequential:
-    "Into the `rank` most important directions, and out of them again."
+    "Into the `rank` most important directions, and out of them again. What was frozen remains so, and hooks are called as before."
     u, s, v = svd[0][:, :rank], svd[1][:rank].sqrt(), svd[2][:rank]
-    first, second = thin_pair(layer, rank, {"device": layer.weight.device, "dtype": layer.weight.dtype})
+    new = thin_pair(layer, rank, {"device": layer.weight.device, "dtype": layer.weight.dtype})
     with torch.no_grad():
-        first.weight.copy_((s[:, None]*v).reshape(first.weight.shape))
-        second.weight.copy_((u*s).reshape(second.weight.shape))
-        if layer.bias is not None: second.bias.copy_(layer.bias)
-    return nn.Sequential(first, second).train(layer.training)
+        new[0].weight.copy_((s[:, None]*v).reshape(new[0].weight.shape))
+        new[1].weight.copy_((u*s).reshape(new[1].weight.shape))
+        if layer.bias is not None: new[1].bias.copy_(layer.bias).requires_grad_(layer.bias.requires_grad)
+    for m in new: m.weight.requires_grad_(layer.weight.requires_grad)
+    return carry_hooks(layer, new.train(layer.training))
 
 # %% ../nbs/08_structured.ipynb
-def thin_pair(m: nn.Module, rank: int, like: dict) -> tuple[nn.Module, nn.Module]:
+def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
     "Two layers with `rank` channels between them; a convolution's second is 1×1."
     bias = m.bias is not None
-    if isinstance(m, nn.Linear): return nn.Linear(m.in_features, rank, False, **like), nn.Linear(rank, m.out_features, bias, **like)
-    first = nn.Conv2d(m.in_channels, rank, m.kernel_size, m.stride, m.padding, m.dilation, 1, False, m.padding_mode, **like)
-    return first, nn.Conv2d(rank, m.out_channels, 1, bias=bias, **like)
+    if isinstance(m, nn.Linear): return ThinLinear(m.in_features, rank, m.out_features, bias, **like)
+    return ThinConv2d(m.in_channels, rank, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, bias, m.padding_mode, **like)
 
 # %% ../nbs/08_structured.ipynb
 def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    "Layers that two can replace: of PyTorch's own two classes, with a weight of their own, and called as layers."
+    "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
     uses = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     good = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1
-            and id(m) not in inside and uses[id(m.weight)] == 1}
+            and id(m) not in inside and plain(m) and uses[id(m.weight)] == 1}
     for pattern in layers or ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in good):
             raise ValueError(f"layers names {pattern!r}, which can't be factorized; it may be {', '.join(good)}")
     found = {n: m for n, m in good.items() if layers is None or any(fnmatch.fnmatchcase(n, p) for p in layers)}
     if not found: raise ValueError("model has no Linear or Conv2d that could be factorized")
+    bad = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
+    if bad: raise ValueError(f"{bad}.weight has NaN or infinite values")
     return found
+
+def plain(m: nn.Linear | nn.Conv2d) -> bool:
+    "With numbers, and with nothing that a pair of layers would not have: a computed weight, buffers, attributes of its own."
+    usual = vars(type(m)(1, 1, 1) if isinstance(m, nn.Conv2d) else type(m)(1, 1))
+    return bool(m.weight is not None and m.weight.numel()) and not computed(m, "weight") and not computed(m, "bias") and not m._buffers and not m._modules \
+        and {*m._parameters} == {"weight", "bias"} and {*vars(m)} <= {*usual}
 
 # %% ../nbs/08_structured.ipynb
 def factorize(
@@ -821,13 +960,18 @@ def factorize(
     error: float | None = None,           # relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
     bytes: float | None = None,           # or: the smallest such error with tensors of at most so many bytes; below 1: a share
     rank: int | dict | None = None,       # or: the rank of every layer, or of each by its name
-    layers: Iterable[str] | None = None,  # names or patterns such as "fc*"; None: every Linear and Conv2d
+    layers: Iterable[str] | None = None,  # names or patterns such as "fc*" (not beside a dict); None: every Linear and Conv2d
 ) -> nn.Module:                           # a copy, with two thin layers in place of each that becomes smaller by it
     """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014, arXiv:1404.0736).
-    `ValueError` unless exactly one of error, bytes and rank says how much, and for layers that there are not."""
+    A layer whose weight others hold too, or is computed, stays as it is. The error is that before rounding to the type of the weights.
+    `ValueError` unless exactly one of error, bytes and rank says how much, for layers that there are not, and for NaN."""
     check_thinness(error, bytes, rank)
-    new = copy.deepcopy(model)
-    found = factors_of(new, list(rank) if isinstance(rank, dict) else layers)
+    if isinstance(rank, dict) and layers is not None: raise ValueError("rank names its layers, so layers may not be given too")
+    new = copied(model)
+    found = factors_of(new, [layers] if isinstance(layers, str) else layers)
+    if isinstance(rank, dict):
+        if other := [n for n in rank if n not in found]: raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
+        found = {n: found[n] for n in rank}
     svds = {n: split_ranks(m.weight) for n, m in found.items()}
     if bytes is not None: error = error_within(new, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
     for n, m in found.items():
@@ -840,6 +984,7 @@ def check_thinness(error: float | None, bytes: float | None, rank: int | dict | 
     said = [v for v in (error, bytes, rank) if v is not None]
     if len(said) != 1: raise ValueError(f"exactly one of error, bytes and rank says how much goes, not {len(said)} of them")
     if error is not None and not 0 <= error < 1: raise ValueError(f"error is {error!r}; it may be from 0 to below 1")
+    if bytes is not None and not 0 < bytes < math.inf: raise ValueError(f"bytes is {bytes!r}; it may be a number above 0")
     for r in rank.values() if isinstance(rank, dict) else [rank]:
         if r is not None and (type(r) is not int or r < 1): raise ValueError(f"rank is {r!r}; it may be a whole number from 1")
 
