@@ -370,7 +370,7 @@ def check_manifest(
            "its manifest describes the architecture in an unknown form")
     demand("layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
            "its manifest describes layers in an unknown form")
-    demand("kind" not in m or version > 4 and m["architecture"] and type(m["kind"]) is int and 0 <= m["kind"] <= MARK,
+    demand("kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
            "its manifest describes the model in an unknown form")
     return m
 
@@ -636,9 +636,9 @@ def save(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     if not isinstance(archive, bool) and archive != "solid": raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
+    table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
-    table, pieces = table_of(model)
     if info: manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
@@ -816,6 +816,7 @@ def verify_payload(
 def skeleton_of(
     manifest: dict,
     model: nn.Module | None,     # what the caller passes
+    rows: dict | None = None,    # the table, so that an error can list everything that does not match
 ) -> nn.Module:                  # hollow, and what the file says that it is
     "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
     layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
@@ -828,7 +829,10 @@ def skeleton_of(
         return skeleton
     skeleton = hollow(model)
     if computes_nothing(model) or not said or not (layers or kind) or kind == seal_of(skeleton): return skeleton
-    return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
+    try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
+    except PackError:
+        if rows: check_match(hollow(model), rows)
+        raise
 
 def whole_of(
     manifest: dict,
@@ -1053,17 +1057,32 @@ WORDS = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Co
          '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
          '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()
 
+WORDS_4 = WORDS      # of files of version 4
+WORDS = (b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
+         b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+         b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+         b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},'
+         b'{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,'
+         b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},')
+
 def pack_text(text: bytes) -> bytes:
     z = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
     return z.compress(text) + z.flush()
 
 def unpack_text(data: bytes) -> tuple[bytes, bytes]:      # the text, and what follows it
-    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte."
-    z = zlib.decompressobj(-15, WORDS)
-    try: text = z.decompress(data, 2**20)
-    except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
-    demand(z.eof, "its manifest is cut off, or too large")
-    return text, z.unused_data
+    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte. With the wrong dictionary it is no JSON."
+    found = [t for words in (WORDS, WORDS_4) for t in unpacked(data, words)]
+    demand(found, "its manifest cannot be unpacked, is cut off, or too large")
+    for text, rest in found:
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads(text), dict): return text, rest
+    return found[0]
+
+def unpacked(data: bytes, words: bytes) -> Iterator[tuple[bytes, bytes]]:
+    z = zlib.decompressobj(-15, words)
+    with suppress(zlib.error):
+        text = z.decompress(data, 2**20)
+        if z.eof: yield text, z.unused_data
 
 # %% ../nbs/05_pack.ipynb
 def through(
@@ -1103,6 +1122,7 @@ def solid_bytes(
 # %% ../nbs/05_pack.ipynb
 class Restored(io.BytesIO):
     "The mapped file for which a solid one stands."
+    version: int = 0       # of the solid file
     sizes: dict = {}       # offset in the payload → bytes that the part takes in the solid file
 
 def restored(
@@ -1110,7 +1130,7 @@ def restored(
 ) -> Restored:
     "Undo `solid_bytes`. `PackError` for whatever is wrong."
     text, numbers = unpack_text(data)
-    manifest, parts = lengthen(read_json(text))
+    manifest, parts = lengthen(short := read_json(text))
     try:
         values, ends = through(decoder := AdaptiveDecoder(numbers), parts)
         decoder.finish()
@@ -1119,6 +1139,7 @@ def restored(
     for (entry, _), v in zip(parts, values): payload += bytes(entry["offset"] - len(payload)) + v
     f.seek(ALIGN); f.write(payload)
     seal(f, zlib.crc32(payload), as_json(manifest, "the manifest").encode())
+    f.version = short["modelzip"]
     f.sizes = {e["offset"]: min(b, len(numbers)) - min(a, len(numbers)) for (e, _), a, b in zip(parts, [5, *ends], ends)}
     return f
 
@@ -1142,7 +1163,7 @@ def load(
         f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if mmap: check_mappable(rows, path, isinstance(f, Restored))
-        skeleton = skeleton_of(manifest, model)
+        skeleton = skeleton_of(manifest, model, rows)
         check_match(skeleton, rows)
         tensors = map_payload(f, rows, payload, verify) if mmap else read_payload(f, rows, payload)
         values = {n: rebuild(r, tensors) for n, r in rows.items() if r.same is None}
@@ -1408,7 +1429,7 @@ def inspect(
         if entropy: verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
         if solid := isinstance(f, Restored): lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
-    return Contents(os.fsdecode(path), total, SOLID_VERSION if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
+    return Contents(os.fsdecode(path), total, f.version if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
