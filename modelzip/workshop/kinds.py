@@ -67,7 +67,7 @@ def meant(
 
 # %% ../../nbs/workshop/kinds.ipynb
 def _table():
-    norm, loss = "num_features eps momentum affine track_running_stats", ""
+    norm = "num_features eps momentum affine track_running_stats bias"
     conv = "in_channels out_channels kernel_size stride padding {}groups bias {}padding_mode"
     table = {"Linear": "in_features out_features bias", "Bilinear": "in1_features in2_features out_features bias"}
     for n in (1, 2, 3):
@@ -79,7 +79,7 @@ def _table():
                   **{f"{kind}Pad{n}d": "padding" for kind in ("Reflection", "Replication", "Circular")}}
     recurrent = "input_size hidden_size num_layers {}bias batch_first dropout bidirectional"
     return table | {
-        "LayerNorm": "normalized_shape eps elementwise_affine bias", "RMSNorm": "normalized_shape eps elementwise_affine", "GroupNorm": "num_groups num_channels eps affine",
+        "LayerNorm": "normalized_shape eps elementwise_affine bias", "RMSNorm": "normalized_shape eps elementwise_affine", "GroupNorm": "num_groups num_channels eps affine bias",
         "LocalResponseNorm": "size alpha beta k", "CrossMapLRN2d": "size alpha beta k", "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
         "EmbeddingBag": "num_embeddings embedding_dim max_norm norm_type scale_grad_by_freq mode sparse include_last_offset padding_idx",
         "LSTM": recurrent.format("") + " proj_size", "GRU": recurrent.format(""), "RNN": recurrent.format("nonlinearity "),
@@ -87,7 +87,7 @@ def _table():
         "MultiheadAttention": "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first",
         "PReLU": "num_parameters", "ELU": "alpha", "CELU": "alpha", "GELU": "approximate", "GLU": "dim", "Hardtanh": "min_val max_val", "LeakyReLU": "negative_slope",
         "Hardshrink": "lambd", "Softshrink": "lambd", "RReLU": "lower upper", "Softplus": "beta threshold", "Threshold": "threshold value",
-        "Softmax": "dim", "Softmin": "dim", "LogSoftmax": "dim", "CosineSimilarity": "dim eps", "PairwiseDistance": "norm eps keepdim",
+        "Softmax": "dim", "Softmin": "dim", "LogSoftmax": "dim", "CosineSimilarity": "dim eps", "PairwiseDistance": "p eps keepdim",
         **dict.fromkeys(["ReLU", "ReLU6", "SELU", "SiLU", "Mish", "Sigmoid", "Hardsigmoid", "Hardswish", "LogSigmoid", "Tanh", "Tanhshrink", "Softsign", "Softmax2d", "Identity", "Sequential"], ""),
         **dict.fromkeys(["Dropout", "AlphaDropout", "FeatureAlphaDropout"], "p"),
         "Flatten": "start_dim end_dim", "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
@@ -118,6 +118,7 @@ def argument(
 ) -> Any:        # as JSON has it
     "With what a layer was made."
     if key == "bias": value = getattr(layer, next((k for k in ("in_proj_bias", "bias_ih") if hasattr(layer, k)), "bias"), True)
+    elif key == "p" and isinstance(layer, nn.PairwiseDistance): value = layer.norm
     else: value = layer.bias_k is not None if key == "add_bias_kv" else getattr(layer, key)
     if key == "bias" and not isinstance(value, bool): value = value is not None
     return said(value)
@@ -125,7 +126,7 @@ def argument(
 @functools.lru_cache(None)
 def _defaults(cls):
     base = nn.RNNBase if issubclass(cls, nn.RNNBase) else cls
-    return {k: said(p.default) for k, p in signature(base).parameters.items() if p.default is not p.empty}
+    return {k: said(p.default) if p.default is not p.empty else MISSING for k, p in signature(base).parameters.items()} | ({"nonlinearity": "tanh"} if cls is nn.RNN else {})
 
 def _is_default(v, default):
     simple = v[0] if isinstance(v, list) and v and all(x == v[0] for x in v) else v
@@ -137,11 +138,11 @@ def layer_entry(
     "What a file says of a layer that it can make."
     name = type(layer).__name__
     if name not in LAYERS or type(layer) is not layer_class(name): return None
-    if name == "RNN" and layer.nonlinearity == "tanh": values = {k: argument(layer, k) for k in LAYERS[name].split() if k != "nonlinearity"}
-    else: values = {k: argument(layer, k) for k in LAYERS[name].split()}
-    if MISSING in values.values(): return None
     default = _defaults(type(layer))
-    return {"class": name} | {k: v for k, v in values.items() if k not in default or not _is_default(v, default[k])}
+    values = {k: argument(layer, k) for k in LAYERS[name].split() if k in default}
+    if not values.get("affine", values.get("elementwise_affine", True)): values.pop("bias", None)      # goes with the factor
+    if any(v is MISSING for v in values.values()): return None
+    return {"class": name} | {k: v for k, v in values.items() if default[k] is MISSING or not _is_default(v, default[k])}
 
 # %% ../../nbs/workshop/kinds.ipynb
 LIBRARIES = ("torch", "torchvision", "torchaudio", "transformers", "timm", "diffusers")      # what their modules keep beside their arguments changes from version to version
