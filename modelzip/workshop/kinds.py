@@ -304,8 +304,8 @@ def change_module(
 
 def _alike(a, b, numbers):
     "Whether one fact may take the place of another; `numbers`: whole and broken ones are alike, and nothing is like everything."
-    if numbers and (a is None or b is None or {type(a), type(b)} == {int, float}): return True
-    return type(a) is type(b)
+    kind = lambda v: float if isinstance(v, dict) and "float" in v else type(v)
+    return kind(a) is kind(b) or numbers and (a is None or b is None or {kind(a), kind(b)} == {int, float})
 
 def text_of(value: Any) -> str:
     "An entry, or a value in one, for an error."
