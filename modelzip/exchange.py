@@ -21,9 +21,10 @@ from tqdm import tqdm
 from .data import need
 from .archive import BLOCK, MAX_MANIFEST, PackError, demand, naming, open_file, replacing
 from .pack import DTYPES, NAMES, Part, Row, load, save
-from .pack import architecture_of, as_bytes, as_json, build_from, fill, hollow, identical, identity, is_architecture
+from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
 from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
+from .workshop.kinds import are_kinds
 
 # %% ../nbs/05b_exchange.ipynb
 def check_model(model: Any) -> None:
@@ -36,7 +37,7 @@ def told_of(entry: dict) -> dict:
     return entry | {"parts": list(entry["parts"])} if "parts" in entry else entry
 
 # %% ../nbs/05b_exchange.ipynb
-EDITION = 1      # of the text
+EDITION = 2      # of the text; the first did not say of which layers a model consists
 
 def take_apart(
     model: nn.Module,
@@ -51,7 +52,8 @@ def take_apart(
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
         if "same" not in entry: add_parts(tensors, item, joint)
-    about = {"modelzip": EDITION, "architecture": architecture_of(model), "tensors": told}
+    architecture = architecture_of(model)
+    about = {"modelzip": EDITION, "architecture": architecture} | meaning_of(model, architecture) | {"tensors": told}
     if info: about["info"] = json.loads(as_json(info, "what is given besides model and path"))
     return tensors, about
 
@@ -100,15 +102,17 @@ def read_note(
     edition = about.get("modelzip") if isinstance(about, dict) else None
     demand(type(edition) is int and edition > 0, UNKNOWN)
     demand(edition <= EDITION, f"it was made by a newer modelzip (edition {edition}, this modelzip reads up to {EDITION})")
-    return check_about({"info": {}, "types": {}} | about)
+    return check_about({"info": {}, "types": {}, "layers": {}, "kind": None} | about)
 
 UNKNOWN = "what it says about the model has an unknown form"
 
 def check_about(about: dict) -> dict:
     "Every field must be there and be of its type."
-    types = {"modelzip": int, "architecture": dict | None, "tensors": dict, "crc": list, "info": dict, "types": dict}
+    types = {"modelzip": int, "architecture": dict | None, "tensors": dict, "crc": list, "info": dict, "types": dict, "layers": dict, "kind": str | None}
     demand(about.keys() == types.keys() and all(isinstance(about[k], t) for k, t in types.items()), UNKNOWN)
     demand(about["architecture"] is None or is_architecture(about["architecture"]), UNKNOWN)
+    demand(not about["layers"] or are_kinds(about["layers"]), UNKNOWN)
+    demand(about["kind"] is None or about["architecture"] and len(about["kind"]) == 4, UNKNOWN)
     return about
 
 # %% ../nbs/05b_exchange.ipynb
@@ -203,15 +207,6 @@ def merge_copies(
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
-def skeleton_for(
-    model: nn.Module | None,
-    architecture: dict | None,
-) -> nn.Module:
-    "The model, without its numbers, that the file's tensors go into."
-    if model is not None: return hollow(model)
-    demand(architecture, "it does not say which architecture it has: pass a model")
-    return build_from(architecture)
-
 def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict) -> nn.Module:
     "The last steps of `load`."
     fill(skeleton, rows, values)
@@ -249,7 +244,7 @@ def put_together(
     index = with_types(opened.index, about["types"])
     demand(len(about["crc"]) == len(index), f"it holds {len(index)} tensors, and should hold {len(about['crc'])}")
     rows, crc = rows_of(about["tensors"], index, joint), dict(zip(sorted(index), about["crc"]))
-    skeleton = skeleton_for(model, about["architecture"])
+    skeleton = skeleton_of(about | {"modelzip": VERSION if about["modelzip"] > 1 else 1}, model, rows)
     check_match(skeleton, rows)
     whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, opened, index, crc)
     values = {n: rebuild(r, {(n, k): whole(r, k) for k in r.parts}) for n, r in rows.items() if r.same is None}

@@ -24,6 +24,9 @@ from .measure import sqnr
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
+from .workshop.kinds import LAYERS, are_kinds, ascii_name, check_kinds, computes_nothing, differing, kinds_of, made_so, remade, text_of
+from .workshop.kinds import seal as seal_of
+from .workshop.models import carry_hooks, check_ordinary
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
 
 # %% ../nbs/05_pack.ipynb
@@ -220,96 +223,6 @@ def architecture_of(
     return json.loads(as_json(a, "model.architecture")) if is_architecture(a) else None
 
 # %% ../nbs/05_pack.ipynb
-LAYERS = {
-    "Linear": "in_features out_features bias",
-    **dict.fromkeys(["Conv1d", "Conv2d", "Conv3d"], "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"),
-    **dict.fromkeys(["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"],
-                    "in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode"),
-    **dict.fromkeys([f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)], "num_features eps momentum affine track_running_stats"),
-    "LayerNorm": "normalized_shape eps elementwise_affine bias", "RMSNorm": "normalized_shape eps elementwise_affine", "GroupNorm": "num_groups num_channels eps affine",
-    "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse", "PReLU": "num_parameters",
-    "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size",
-    "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional",
-    "MultiheadAttention": "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first",
-    "Sequential": "", "Identity": "",
-    "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first", "RemainingRMSNorm": "channels total eps elementwise_affine",
-    "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
-}
-HOMES_OF_LAYERS = dict.fromkeys(["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention"], "structured")      # all others: torch.nn
-
-def layer_class(
-    name: str,       # in `LAYERS`
-) -> type:
-    "A class of the table; modelzip's own are imported when they are needed."
-    return getattr(importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name)
-
-# %% ../nbs/05_pack.ipynb
-def plain_layer(
-    layer: nn.Module,
-) -> nn.Module:      # the layer inside, if it is compressed
-    "What a layer was before it was compressed."
-    return plain_layer(layer.layer) if isinstance(layer, Dequantize) else layer
-
-def argument(
-    layer: nn.Module,
-    key: str,
-) -> Any:        # as JSON has it
-    "With what a layer was made."
-    if key == "bias": value = getattr(layer, "in_proj_bias" if hasattr(layer, "in_proj_weight") else "bias", True)
-    else: value = layer.bias_k is not None if key == "add_bias_kv" else getattr(layer, key)
-    if key == "bias" and not isinstance(value, bool): value = value is not None
-    return list(value) if isinstance(value, tuple) else value
-
-# %% ../nbs/05_pack.ipynb
-def layer_entry(
-    layer: nn.Module,      # not compressed
-) -> dict | None:          # {"class": …, arguments that are not the default}; None: it is of no class of the table
-    "What the manifest says of a layer that differs."
-    name = type(layer).__name__
-    if name not in LAYERS or type(layer) is not layer_class(name): return None
-    default = {k: p.default for k, p in signature(nn.RNNBase if isinstance(layer, nn.RNNBase) else type(layer)).parameters.items()}
-    values = {k: argument(layer, k) for k in LAYERS[name].split()}
-    simple = lambda v: v[0] if isinstance(v, list) and len(set(v)) == 1 else v
-    return {"class": name} | {k: v for k, v in values.items() if default.get(k, ...) not in (v, simple(v)) or isinstance(v, bool) != isinstance(default[k], bool)}
-
-# %% ../nbs/05_pack.ipynb
-def plain_attributes(module: nn.Module) -> dict:
-    return {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training" and not k.startswith("_")}
-
-def own_shapes(module: nn.Module) -> dict:
-    return {k: list(t.shape) for k, t in own_tensors(module).items() if not nn.parameter.is_lazy(t)}
-
-def module_entry(
-    module: nn.Module,
-    made: nn.Module,       # by the builder
-) -> dict:                 # {} if nothing differs that can be said
-    "What the manifest says of any other module: attributes and shapes that differ."
-    entry = {}
-    for key, of in ("attributes", plain_attributes), ("shapes", own_shapes):
-        have, had = of(module), of(made)
-        if new := {k: v for k, v in have.items() if k in had and (v != had[k] or type(v) is not type(had[k])) and v == v}: entry[key] = new
-    return entry
-
-# %% ../nbs/05_pack.ipynb
-def differing_layers(
-    model: nn.Module,
-    made: nn.Module | None,       # by the builder; None: nothing stands there
-    name: str = "",
-) -> Iterator[tuple[str, dict]]:
-    "Each layer that is not what the builder makes, with what the manifest says of it. What cannot be said is left out."
-    model = plain_layer(model)
-    entry, same_class = layer_entry(model), type(model) is type(made)
-    if entry is None and made is not None and same_class and (other := module_entry(model, made)): yield name, other
-    inner, same = type(model) is nn.Sequential, False
-    if entry is not None:
-        same = same_class and entry == layer_entry(made) and (not inner or [*model._modules] == [*made._modules])
-        if not same: yield name, entry
-        if not same and not inner: return
-    for key, child in model._modules.items():
-        twin = made._modules.get(key) if made is not None and same_class and (same or not inner) else None
-        if child is not None and (twin is not None or inner): yield from differing_layers(child, twin, f"{name}.{key}" if name else key)
-
-# %% ../nbs/05_pack.ipynb
 def ghost(
     t: Tensor,
 ) -> Tensor:      # same kind, type and shape, no memory
@@ -335,21 +248,26 @@ def hollow(
     model: nn.Module,
 ) -> nn.Module:        # a copy with plain layers, whose parameters and persistent buffers are ghosts
     "Copy what a model does, but none of its numbers."
+    check_ordinary(model)
     memo = {id(t): ghost(t) for m in model.modules() for t in own_tensors(m).values()}
+    memo |= {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}      # what a hook computes anew
     for wrapped in reversed([m for m in model.modules() if isinstance(m, Dequantize)]):
         q, layer = wrapped.q, deepcopy(wrapped.layer, memo)
         g = nn.Parameter(torch.empty(q.shape, dtype=q.dtype, device="meta"), requires_grad=q.dtype.is_floating_point)
         layer._parameters = {wrapped.name: g} | {k: p for k, p in layer._parameters.items() if k != wrapped.name}
+        carry_hooks(wrapped, layer)
         memo[id(wrapped)] = layer
     return deepcopy(model, memo)
 
 # %% ../nbs/05_pack.ipynb
 def build_from(
     architecture: dict | None,       # of a manifest
+    root: dict | None = None,        # what the file says of the model itself, for an error
 ) -> nn.Module:                      # hollow
     "Let the registered builder that a file names make its model."
     demand(architecture,
-           "it does not say which architecture it has: pass a model that has it, load(path, model)")
+           "it does not say which architecture it has: pass a model that has it, load(path, model)" if not root else
+           f"it holds a {text_of(root)}, which no registered builder makes: pass a model of that class, load(path, model)")
     name, options = architecture["name"], architecture["options"]
     try:
         with torch.random.fork_rng(devices=[]): return hollow(build_model(name, **options))
@@ -360,20 +278,36 @@ def build_from(
                         "register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
 
 # %% ../nbs/05_pack.ipynb
-def layers_of(
+def meaning_of(
     model: nn.Module,
     architecture: dict | None,     # {"name", "options"}
-) -> dict:                         # of the manifest; empty: the model is what its builder makes
-    "The layers of a model that its registered builder would make otherwise."
-    if architecture is None or architecture["name"] not in model_builders: return {}
+) -> dict:                         # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
+    "What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original."
+    check_ordinary(model)
+    if computes_nothing(model): return {}
+    kinds = kinds_of(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for device in "meta", None:
+        for device in ("meta", None) if architecture and architecture["name"] in model_builders else ():
             try:
                 with torch.device(device) if device else nullcontext(): made = build_model(architecture["name"], **architecture["options"])
-                return json.loads(as_json(dict(differing_layers(model, made)), "what differs in the layers"))
+                layers = {n: shorter(e, there.get(n, {})) for there in [kinds_of(made)] for n, e in differing(kinds, there).items()}
+                if layers: check_kinds(made := remade(hollow(made), layers), kinds)
+                if seal_of(made) == seal_of(model): return ({"layers": layers} if layers else {}) | {"kind": seal_of(model)}
             except Exception: continue
-    return {}
+    return {"layers": kinds}
+
+def shorter(
+    entry: dict,
+    there: dict,      # what the builder has at this place
+) -> dict:
+    "An entry without what the builder makes the same."
+    if "module" not in entry or entry["module"] != there.get("module"): return entry
+    out = dict(entry)
+    for key in "attributes", "shapes":
+        known = there.get(key, {})
+        if new := {k: v for k, v in out.pop(key, {}).items() if k not in known or as_json(v, k) != as_json(known[k], k)}: out[key] = new
+    return out
 
 # %% ../nbs/05_pack.ipynb
 def unique(
@@ -419,17 +353,8 @@ def read_json(
     raise PackError("its manifest is nested too deeply")
 
 # %% ../nbs/05_pack.ipynb
-def are_layers(value: Any) -> bool:
-    "The outer form of what a manifest says of layers that differ."
-    def right(e):
-        if not isinstance(e, dict): return False
-        if "class" in e: return isinstance(e["class"], str) and e["class"] in LAYERS and e.keys() - {"class"} <= set(LAYERS[e["class"]].split())
-        return bool(e) and e.keys() <= {"attributes", "shapes"} and all(isinstance(v, dict) for v in e.values())
-    return isinstance(value, dict) and bool(value) and all(map(right, value.values()))
-
-# %% ../nbs/05_pack.ipynb
-VERSION = 3      # of the format; a file carries the lowest version that can read it
-KEYS = {"modelzip", "architecture", "layers", "info", "tensors"}
+VERSION = 5      # of the format; a file carries the lowest version that can read it
+KEYS = {"modelzip", "architecture", "layers", "kind", "info", "tensors"}
 
 def check_manifest(
     m: Any,
@@ -439,12 +364,14 @@ def check_manifest(
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(version <= VERSION, f"it was made by a newer modelzip: it has version {version} of the format, "
                                f"this modelzip reads up to {VERSION} (update it)")
-    demand(KEYS - {"info", "layers"} <= m.keys() <= KEYS and isinstance(m["tensors"], dict) and isinstance(m.get("info", {}), dict),
+    demand(KEYS - {"info", "layers", "kind"} <= m.keys() <= KEYS and isinstance(m["tensors"], dict) and isinstance(m.get("info", {}), dict),
            "its manifest has unknown or missing fields")
     demand(m["architecture"] is None or is_architecture(m["architecture"]),
            "its manifest describes the architecture in an unknown form")
-    demand("layers" not in m or version > 2 and m["architecture"] and are_layers(m["layers"]),
+    demand("layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
            "its manifest describes layers in an unknown form")
+    demand("kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
+           "its manifest describes the model in an unknown form")
     return m
 
 # %% ../nbs/05_pack.ipynb
@@ -677,7 +604,7 @@ def write_file(
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, pieces, archive, threads)
-    manifest["modelzip"] = 3 if "layers" in manifest else 2 if any("crc" in p.entry or "coded" in p.entry for p in pieces) else 1
+    manifest["modelzip"] = VERSION if "layers" in manifest or "kind" in manifest else 2 if any("crc" in p.entry or "coded" in p.entry for p in pieces) else 1
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -711,7 +638,7 @@ def save(
     threads = check_threads(threads)
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
-    if layers := layers_of(model, manifest["architecture"]): manifest["layers"] = layers
+    manifest |= meaning_of(model, manifest["architecture"])
     if info: manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
@@ -886,65 +813,37 @@ def verify_payload(
         end = part.offset + part.stored
 
 # %% ../nbs/05_pack.ipynb
-MAX_LAYERS = 1000      # of a recurrent layer
+def skeleton_of(
+    manifest: dict,
+    model: nn.Module | None,     # what the caller passes
+    rows: dict | None = None,    # the table, so that an error can list everything that does not match
+) -> nn.Module:                  # hollow, and what the file says that it is
+    "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
+    layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
+    if model is None:
+        skeleton = remade(build_from(manifest["architecture"], layers.get("")), layers)
+        if kind is not None:
+            demand(kind == seal_of(skeleton), f"the builder that is registered as {manifest['architecture']['name']!r} makes other layers here than it did when the file was saved: "
+                   "register the one that it was, or pass a model that has them, load(path, model)")
+        elif said: check_kinds(skeleton, layers)
+        return skeleton
+    skeleton = hollow(model)
+    if computes_nothing(model) or not said or not (layers or kind) or kind == seal_of(skeleton): return skeleton
+    try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
+    except PackError:
+        if rows: check_match(hollow(model), rows)
+        raise
 
-def check_argument(
-    value: Any,
-) -> Any:        # lists as tuples
-    "`PackError` unless it is a value that the constructor of a layer can have."
-    if isinstance(value, list):
-        demand(len(value) <= 8 and not any(isinstance(v, list) for v in value), "it has a layer with an impossible argument")
-        return tuple(map(check_argument, value))
-    demand(value is None or type(value) in (bool, float) or type(value) is int and 0 <= value < 2**40 or isinstance(value, str) and len(value) < 20,
-           f"it has a layer with the impossible argument {ascii(value)[:40]}")
-    return value
-
-# %% ../nbs/05_pack.ipynb
-def make_plain(
-    name: str,
-    entry: dict,         # {"class", arguments}
-) -> nn.Module:          # hollow
-    "Make a layer of the table; `PackError` if its constructor does not want to."
-    arguments = {k: check_argument(v) for k, v in entry.items() if k != "class"}
-    demand(arguments.get("num_layers", 1) in range(1, MAX_LAYERS + 1), f"the layer {name!r} has too many layers")
-    device = {} if entry["class"] in ("Sequential", "Identity") else {"device": "meta"}
-    try: return layer_class(entry["class"])(**arguments, **device)
-    except Exception as e: raise PackError(f"the layer {name!r} cannot be made ({entry['class']}: {e})") from None
-
-# %% ../nbs/05_pack.ipynb
-def change_module(
-    name: str,
-    module: nn.Module,
-    entry: dict,           # {"attributes", "shapes"}
-) -> None:
-    "Give a module other values of plain attributes that it has, and hollow tensors of other shapes."
-    have, tensors = plain_attributes(module), own_tensors(module)
-    for k, v in entry.get("attributes", {}).items():
-        demand(k in have and type(v) is type(have[k]), f"the module {ascii(name)[:80]} has no attribute {ascii(k)[:40]} of this type")
-        setattr(module, k, v)
-    for k, shape in entry.get("shapes", {}).items():
-        demand(k in tensors and isinstance(shape, list) and len(shape) == tensors[k].dim(), f"the module {ascii(name)[:80]} has no such tensor {ascii(k)[:40]}")
-        check_shape({"dtype": "uint8", "shape": shape}, f"{name}.{k}")
-        g = torch.empty(shape, dtype=tensors[k].dtype, device="meta")
-        setattr(module, k, nn.Parameter(g, requires_grad=tensors[k].requires_grad) if isinstance(tensors[k], nn.Parameter) else g)
-
-# %% ../nbs/05_pack.ipynb
-def apply_layers(
-    skeleton: nn.Module,     # what the builder has made, hollow
-    layers: dict,            # of a manifest
-) -> nn.Module:              # changed in place, or what has replaced it
-    "Put the layers that differ into their places."
-    for name, entry in layers.items():
-        parent, _, child = name.rpartition(".")
-        try: owner = skeleton.get_submodule(parent)
-        except AttributeError: owner = None
-        here = skeleton if name == "" else owner._modules.get(child) if owner is not None else None
-        new = name != "" and type(owner) is nn.Sequential and (child.isidentifier() or child.isdecimal()) and not hasattr(nn.Sequential, child)
-        demand(here is not None or "class" in entry and new, f"it describes a layer {ascii(name)[:80]} that the architecture does not have")
-        if "class" not in entry: change_module(name, here, entry)
-        elif name == "": skeleton = make_plain(name, entry)
-        else: owner._modules[child] = make_plain(name, entry)
-    return skeleton
+def whole_of(
+    manifest: dict,
+    skeleton: nn.Module,      # what the caller passes
+) -> dict:                    # as from `kinds_of`
+    "All that a file says of a model, where it relies on a builder."
+    try: built = remade(build_from(manifest["architecture"]), manifest.get("layers", {}))
+    except PackError: built = remade(hollow(skeleton), manifest.get("layers", {}))      # without the builder: perhaps the caller's is the same
+    demand(seal_of(built) == manifest["kind"], f"the model has other layers than the one that was saved, and the builder that could tell which ({manifest['architecture']['name']!r}) "
+           "is not registered here, or is another one: register it, or pass a model like the one that was saved")
+    return kinds_of(built)
 
 # %% ../nbs/05_pack.ipynb
 def check_match(
@@ -958,8 +857,6 @@ def check_match(
               ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape])]
     differences = [f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
-
-def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
 
 # %% ../nbs/05_pack.ipynb
 def rebuild(
@@ -1044,8 +941,8 @@ def expected(
     manifest: dict,      # its architecture and layers
 ) -> dict:               # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     "What a reader will know of the tensors before it has seen the table."
-    if manifest["architecture"] is None: return {}
-    skeleton = apply_layers(build_from(manifest["architecture"]), manifest.get("layers", {}))
+    if manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION: return {}
+    skeleton = remade(build_from(manifest["architecture"]), manifest.get("layers", {}))
     return {i.name: {"dtype": NAMES[i.value.dtype], "shape": list(i.value.shape)} for i in items(skeleton)}
 
 # %% ../nbs/05_pack.ipynb
@@ -1120,7 +1017,7 @@ def shorten(
     short = {n: e if "same" in e else short_entry(e, known.get(n, {}), by_entry) for n, e in table.items()}
     return manifest | {"modelzip": SOLID_VERSION, "tensors": [*short.values()] if list(short) == list(known) else short}
 
-SOLID_VERSION = 4
+SOLID_VERSION = 5
 
 # %% ../nbs/05_pack.ipynb
 def lengthen(
@@ -1131,7 +1028,7 @@ def lengthen(
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(version <= SOLID_VERSION, f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to {SOLID_VERSION} (update it)")
     table, lists = short.get("tensors"), isinstance(short.get("tensors"), list)
-    manifest = check_manifest(short | {"modelzip": VERSION if "layers" in short else 1, "tensors": {} if lists else table})
+    manifest = check_manifest(short | {"modelzip": (VERSION if version > 4 else 3) if "layers" in short or "kind" in short else 1, "tensors": {} if lists else table})
     known = expected(manifest)
     demand(not lists or len(table) == len(known), "it is of another architecture: its table has another length")
     found = {n: long_entry(n, e, known.get(n, {})) for n, e in (zip(known, table) if lists else table.items())}
@@ -1160,17 +1057,32 @@ WORDS = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Co
          '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
          '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()
 
+WORDS_4 = WORDS      # of files of version 4
+WORDS = (b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
+         b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+         b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+         b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},'
+         b'{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,'
+         b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},')
+
 def pack_text(text: bytes) -> bytes:
     z = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
     return z.compress(text) + z.flush()
 
 def unpack_text(data: bytes) -> tuple[bytes, bytes]:      # the text, and what follows it
-    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte."
-    z = zlib.decompressobj(-15, WORDS)
-    try: text = z.decompress(data, 2**20)
-    except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
-    demand(z.eof, "its manifest is cut off, or too large")
-    return text, z.unused_data
+    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte. With the wrong dictionary it is no JSON."
+    found = [t for words in (WORDS, WORDS_4) for t in unpacked(data, words)]
+    demand(found, "its manifest cannot be unpacked, is cut off, or too large")
+    for text, rest in found:
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads(text), dict): return text, rest
+    return found[0]
+
+def unpacked(data: bytes, words: bytes) -> Iterator[tuple[bytes, bytes]]:
+    z = zlib.decompressobj(-15, words)
+    with suppress(zlib.error):
+        text = z.decompress(data, 2**20)
+        if z.eof: yield text, z.unused_data
 
 # %% ../nbs/05_pack.ipynb
 def through(
@@ -1210,6 +1122,7 @@ def solid_bytes(
 # %% ../nbs/05_pack.ipynb
 class Restored(io.BytesIO):
     "The mapped file for which a solid one stands."
+    version: int = 0       # of the solid file
     sizes: dict = {}       # offset in the payload → bytes that the part takes in the solid file
 
 def restored(
@@ -1217,7 +1130,7 @@ def restored(
 ) -> Restored:
     "Undo `solid_bytes`. `PackError` for whatever is wrong."
     text, numbers = unpack_text(data)
-    manifest, parts = lengthen(read_json(text))
+    manifest, parts = lengthen(short := read_json(text))
     try:
         values, ends = through(decoder := AdaptiveDecoder(numbers), parts)
         decoder.finish()
@@ -1226,6 +1139,7 @@ def restored(
     for (entry, _), v in zip(parts, values): payload += bytes(entry["offset"] - len(payload)) + v
     f.seek(ALIGN); f.write(payload)
     seal(f, zlib.crc32(payload), as_json(manifest, "the manifest").encode())
+    f.version = short["modelzip"]
     f.sizes = {e["offset"]: min(b, len(numbers)) - min(a, len(numbers)) for (e, _), a, b in zip(parts, [5, *ends], ends)}
     return f
 
@@ -1249,7 +1163,7 @@ def load(
         f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if mmap: check_mappable(rows, path, isinstance(f, Restored))
-        skeleton = apply_layers(build_from(manifest["architecture"]), manifest.get("layers", {})) if model is None else hollow(model)
+        skeleton = skeleton_of(manifest, model, rows)
         check_match(skeleton, rows)
         tensors = map_payload(f, rows, payload, verify) if mmap else read_payload(f, rows, payload)
         values = {n: rebuild(r, tensors) for n, r in rows.items() if r.same is None}
@@ -1515,7 +1429,7 @@ def inspect(
         if entropy: verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
         if solid := isinstance(f, Restored): lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
-    return Contents(os.fsdecode(path), total, SOLID_VERSION if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
+    return Contents(os.fsdecode(path), total, f.version if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from modelzip import archive as zips, pack
 from modelzip.archive import PackError
+from modelzip.workshop import kinds
 from modelzip.coding import encode
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.data import LeNet5, register_model
@@ -424,9 +425,9 @@ def test_manifests_that_are_wrong(tmp_path, text, words): refused(archive(tmp_pa
 
 def test_newer_version(tmp_path):
     "…even if nearly everything about it is unknown."
-    words = "newer modelzip", "version 4"
-    refused(archive(tmp_path/"x.mz", {"modelzip": 4}), *words)
-    refused(archive(tmp_path/"x.mz", {"modelzip": 4, "tensors": []}, extra=[("index", 0, b"xyz"), ("codes", 8, b"abc")]), *words)
+    words = "newer modelzip", "version 6"
+    refused(archive(tmp_path/"x.mz", {"modelzip": 6}), *words)
+    refused(archive(tmp_path/"x.mz", {"modelzip": 6, "tensors": []}, extra=[("index", 0, b"xyz"), ("codes", 8, b"abc")]), *words)
 
 def test_pickle_inside(tmp_path):
     class Bad:
@@ -524,6 +525,21 @@ def test_first_version_is_still_read():
     for got in load(path, model), load(path, model, mmap=True): assert state(got) == state(want) and got[0].packed is got[4].packed
     assert inspect(path).version == 1 and read_tensor(path, "4.weight") == want[4].q
 
+def patterned(m):
+    with torch.no_grad():
+        for p in m.parameters(): p.copy_((torch.arange(p.numel()) % 13 - 6).reshape(p.shape)/8)
+    return m.eval()
+
+def test_later_versions_are_still_read():
+    "Coded streams (2), layers that differ from the builder's (3), and a solid file (4), as they were written then."
+    files = Path(__file__).with_name("files")
+    two = quantize_model(patterned(LeNet5(channels=[2, 3], hidden=40)), levels=7, per_channel=False)
+    three, four = LeNet5(channels=[2, 3], hidden=4), LeNet5(channels=[2, 3], hidden=4)
+    three.fc1, four.conv2 = nn.Sequential(nn.Linear(48, 3, bias=False), nn.Linear(3, 4)), nn.Conv2d(2, 3, 5, bias=False)
+    for version, want in (2, two), (3, patterned(three)), (4, quantize_model(patterned(four), levels=7, per_channel=False)):
+        path = files/f"version{version}.mz"
+        assert inspect(path).version == version and state(load(path)) == state(load(path, want)) == state(want)
+
 
 # ---- mapped -------------------------------------------------------------------------------------------------------
 def test_writing_into_a_mapped_model_stays_private(tmp_path, wide):
@@ -614,7 +630,7 @@ def test_readable_from_the_description_alone(tmp_path, one):
     with zipfile.ZipFile(save(m, tmp_path/"x.mz", archive=False)) as z:
         assert z.testzip() is None and z.namelist() == ["payload", "manifest.json"]
         payload, about = z.read("payload"), json.loads(z.read("manifest.json"))
-    assert about["modelzip"] == 2 and about["architecture"]["name"] == "LeNet5"
+    assert about["modelzip"] == 5 and len(about["kind"]) == 4 and about["architecture"]["name"] == "LeNet5"
     for name, t in m.state_dict().items():
         e = about["tensors"][name]
         assert (np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"]) == t.numpy()).all()
@@ -739,11 +755,11 @@ def unreadable(path, *words):
 def said(path):
     with zipfile.ZipFile(path) as z: return json.loads(z.read("manifest.json"))
 
-def of_modules(model): return [(n, type(m), pack.layer_entry(m), pack.plain_attributes(m)) for n, m in model.named_modules()]
+def of_modules(model): return [(n, type(m)) for n, m in model.named_modules()], kinds.kinds_of(model)
 
 def test_layers_are_not_mentioned_when_nothing_differs(tmp_path):
     for model in Parts(), quantize_model(Parts(), 4), LeNet5().half():
-        assert said(save(model, tmp_path/"x.mz")).keys() == {"modelzip", "architecture", "tensors"}
+        assert said(save(model, tmp_path/"x.mz")).keys() == {"modelzip", "architecture", "kind", "tensors"}
         assert state(load(tmp_path/"x.mz")) == state(model)
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -758,20 +774,22 @@ def test_every_class_of_layer_comes_back_smaller(tmp_path, bits):
     back = load(save(model.eval(), tmp_path/"x.mz"))
     assert torch.equal(rng, torch.get_rng_state())
     assert state(back) == state(model) and of_modules(back) == of_modules(model)
-    assert said(tmp_path/"x.mz")["modelzip"] == 3 and not any(m.training for m in back.modules())
+    assert said(tmp_path/"x.mz")["modelzip"] == 5 and not any(m.training for m in back.modules())
     assert state(load(tmp_path/"x.mz", model)) == state(model)
 
 def test_what_cannot_be_said_needs_the_model(tmp_path):
     model = Parts()
     model.linear = Holder(w=torch.zeros(3))
     save(model, tmp_path/"x.mz")
-    unreadable(tmp_path/"x.mz", "another architecture")
+    unreadable(tmp_path/"x.mz", "the layer linear was saved as Holder", "here it is Linear(in_features=8, out_features=8)", "load(path, model)")
     assert state(load(tmp_path/"x.mz", model)) == state(model)
 
 def test_a_builder_that_is_gone_or_broken(tmp_path):
     model = Parts(6)
     for model.architecture in {"name": "nobody", "options": {}}, {"name": MADE["name"], "options": {"n": "many"}}:
-        assert "layers" not in said(save(model, tmp_path/"x.mz"))
+        assert list(said(save(model, tmp_path/"x.mz"))["layers"]) == [n for n, _ in kinds.walk(model)]
+        unreadable(tmp_path/"x.mz", "load(path, model)")
+        assert state(load(tmp_path/"x.mz", model)) == state(load(tmp_path/"x.mz", Parts())) == state(model)
 
 HOSTILE = [{"linear": {"class": "Linear", "in_features": n, "out_features": m}} for n, m in [(2**50, 8), (2**39, 2**39), (-1, 8), ("8", 8), (8., 8), ([8]*9, 8), ([[8]], 8), (None, 8), (True, [])]] + [
     {"lstm": {"class": "LSTM", "input_size": 8, "hidden_size": 8, "num_layers": 2**39}}, {"lstm": {"class": "LSTM", "input_size": 8, "hidden_size": 8, "num_layers": "x"}},
@@ -795,6 +813,8 @@ def test_hostile_layers(tmp_path, layers):
 def test_layers_belong_to_version_3_and_to_an_architecture(tmp_path):
     layers = {"same": {"class": "Identity"}}
     with zipfile.ZipFile(save(Parts(), tmp_path/"good.mz", archive=False)) as z: m, payload = json.loads(z.read("manifest.json")), z.read("payload")
+    del m["kind"]
     load(archive(tmp_path/"x.mz", m | {"modelzip": 3, "layers": layers}, payload))
     unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 2, "layers": layers}, payload), "layers")
     unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 3, "layers": layers, "architecture": None}, payload), "layers")
+    unreadable(archive(tmp_path/"x.mz", m | {"modelzip": 4, "kind": "abcd"}, payload), "the model in an unknown form")

@@ -52,13 +52,13 @@ def test_every_sort_of_model(tmp_path, name, model):
     i = random.Random(name).choice([*pack.items(model)])
     assert stored(read_tensor(solid, i.name)) == stored(i.value)
     contents = inspect(solid)
-    assert sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == solid.stat().st_size and contents.version == 4
+    assert sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == solid.stat().st_size and contents.version == 5
     assert solid.read_bytes() == save(copy.deepcopy(model), tmp_path/"again.mz", "solid").read_bytes()
 
 def test_lean(tmp_path, tiny):
     "Beside its numbers a file that a builder knows has about 150 bytes, and its numbers take their entropy and little more."
     contents = inspect(save(tiny, tmp_path/"x.mz", "solid"))
-    assert contents.rest <= 165
+    assert contents.rest <= 150
     codes = [m.q.unpack().flatten() for m in tiny.children()]
     ideal = sum(float(entropy(c)) * c.numel() for c in codes) / 8
     assert sum(l.bytes for l in contents.lines if "weight" in l.name) <= ideal + 4 * (4 + 8)      # a scale and a learned histogram each
@@ -111,12 +111,12 @@ def test_forged_manifests_and_numbers(tmp_path, tiny):
         except PackError as e: assert str(path) in str(e)
         try: inspect(path)
         except PackError: pass
-    assert 10 < loaded < 500
+    assert 3 < loaded < 500
 
 @pytest.mark.parametrize("change, words", [
-    (lambda m: m | {"modelzip": 5}, "newer modelzip"), (lambda m: m | {"modelzip": "4"}, "which version"), (lambda m: m | {"x": 1}, "fields"),
+    (lambda m: m | {"modelzip": 6}, "newer modelzip"), (lambda m: m | {"modelzip": "4"}, "which version"), (lambda m: m | {"x": 1}, "fields"),
     (lambda m: m | {"tensors": m["tensors"][:-1]}, "another length"), (lambda m: m | {"tensors": [*m["tensors"][:-1], {"dtype": "uint8", "shape": [2**40]}]}, "more numbers"),
-    (lambda m: m | {"architecture": {"name": "Unheard", "options": {}}}, "cannot be built"), (lambda m: m | {"architecture": None}, "another length"),
+    (lambda m: m | {"architecture": {"name": "Unheard", "options": {}}}, "cannot be built"), (lambda m: {k: v for k, v in m.items() if k != "kind"} | {"architecture": None}, "another length"),
     (lambda m: m | {"tensors": [*m["tensors"][:-1], {"offset": 3}]}, "unknown form")])
 def test_manifests_that_lie(tmp_path, tiny, change, words):
     good, numbers = opened(save(tiny, tmp_path/"x.mz", "solid"))

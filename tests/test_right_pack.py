@@ -1,0 +1,313 @@
+"""A file gives back the function that was saved, or nothing: every transformation, every sort of owner, in a process that knows only the classes."""
+import copy, json, math, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modelzip.archive import PackError
+from modelzip.data import LeNet5, register_model
+from modelzip.exchange import from_npz, from_safetensors, to_npz, to_safetensors
+from modelzip.pack import load, save
+from modelzip.quant import quantize_model
+from modelzip.workshop import kinds
+
+torch.set_num_threads(1)
+
+CLASSES = '''
+import torch
+from torch import nn
+from modelzip.data import register_model
+
+class Images(nn.Module):
+    "BatchNorm, strides, slopes."
+    def __init__(self, width=16):
+        super().__init__()
+        self.conv1, self.bn1, self.act = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.LeakyReLU(.3)
+        self.conv2, self.bn2, self.head = nn.Conv2d(width, width, 3, stride=2), nn.BatchNorm2d(width, eps=.1), nn.Linear(width, 5)
+    def forward(self, x): return self.head(torch.relu(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))).mean((2, 3)))
+
+class Words(nn.Module):
+    "LayerNorm and attention."
+    def __init__(self, width=16):
+        super().__init__()
+        self.inp, self.norm = nn.Linear(7, width), nn.LayerNorm(width, eps=1e-3)
+        self.attention, self.norm2, self.fc1, self.fc2, self.out = nn.MultiheadAttention(width, 2, batch_first=True), nn.LayerNorm(width), nn.Linear(width, 2*width), nn.Linear(2*width, width), nn.Linear(width, 3)
+    def forward(self, x):
+        x = self.norm(self.inp(x))
+        x = self.norm2(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.out(x + self.fc2(torch.nn.functional.gelu(self.fc1(x))))
+
+@register_model("b8 images")
+class KnownImages(Images): pass
+
+@register_model("b8 words")
+class KnownWords(Words): pass
+
+def example(name):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, 9, 9, generator=g) if "Images" in name else torch.randn(4, 6, 7, generator=g)
+'''
+
+CHILD = '''
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+import b8_classes as here
+from modelzip.pack import PackError, load
+out = {}
+for case, (name, path, widths, want) in torch.load(sys.argv[1]).items():
+    cls, x = getattr(here, name), here.example(name)
+    for how, model in ({"alone": None} | {f"width {w}": cls(w).eval() for w in widths}).items():
+        try: got = load(path, model)
+        except PackError as e: out[f"{case}, {how}"] = str(e); continue
+        with torch.no_grad(): y = got(x)
+        out[f"{case}, {how}"] = (y - want).abs().max().item()
+print(json.dumps(out))
+'''
+
+
+def transformations(x):
+    "Name → what turns a model into what is saved."
+    from modelzip import auto, kernels, prune, ptq, qat, structured
+    def shrunk(m): return structured.shrink(m, (x,), ratio=.5)
+    def quick(m): return kernels.use_kernels(quantize_model(m, 8))
+    def trained(m): return qat.convert(qat.prepare(m, 8, batches=[x]))
+    def thin(m): return structured.factorize(m, rank=2, layers=[n for n, l in m.named_modules() if isinstance(l, (nn.Linear, nn.Conv2d)) and "attention" not in n])
+    def sparse(m): return prune.sparsify_model(prune.prune_model(m, .6))
+    found = {"nothing": lambda m: m, "quantize_model": lambda m: quantize_model(m, 4), "use_kernels": quick, "prune and sparsify": sparse, "shrink": shrunk,
+             "shrink, then quantize": lambda m: quantize_model(shrunk(m), 4), "fold_batchnorm": structured.fold_batchnorm, "factorize": thin,
+             "convert": trained, "gptq": lambda m: ptq.gptq(m, [x]), "awq": lambda m: ptq.awq(m, ptq.calibrate(m, [x])), "smooth": lambda m: ptq.smooth(m, ptq.calibrate(m, [x])), "half": lambda m: copy.deepcopy(m).bfloat16().float(),
+             "everything": lambda m: quantize_model(thin(shrunk(structured.fold_batchnorm(m))), 4)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    "Everything is saved here and loaded elsewhere, in one process that has nothing but the classes."
+    folder = tmp_path_factory.mktemp("b8")
+    (folder/"b8_classes.py").write_text(CLASSES); (folder/"child.py").write_text(CHILD)
+    sys.path.insert(0, str(folder))
+    try: import b8_classes as here
+    finally: sys.path.remove(str(folder))
+    cases = {}
+    for name in "Images", "Words", "KnownImages", "KnownWords":
+        x = here.example(name)
+        for how, change in transformations(x).items():
+            torch.manual_seed(0)
+            m = getattr(here, name)().eval()
+            for norm in m.modules():      # statistics that are not those of a new layer
+                if isinstance(norm, nn.BatchNorm2d): norm.running_mean.normal_(); norm.running_var.uniform_(.5, 2); nn.init.normal_(norm.weight); nn.init.normal_(norm.bias)
+            m = change(m).eval()
+            if not how.startswith("nothing"): assert m is not None
+            with torch.no_grad(): y = m(x)
+            path = save(m, folder/f"{name} {how}.mz".replace(",", ""), archive="solid" if how in ("factorize", "shrink") else how != "quantize_model")
+            cases[f"{name}, {how}"] = (name, str(path), [16, 8, 12], y)
+    torch.save(cases, folder/"cases.pt")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])}
+    r = subprocess.run([sys.executable, "child.py", "cases.pt"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr
+    return json.loads(r.stdout)
+
+def test_no_file_gives_another_function(outcomes):
+    wrong = {k: v for k, v in outcomes.items() if not isinstance(v, str) and not v <= 1e-5}
+    assert not wrong
+
+def test_what_is_known_opens_alone_and_what_is_not_says_what_to_pass(outcomes):
+    refused = {k: v for k, v in outcomes.items() if isinstance(v, str)}
+    for k, v in refused.items():
+        if k.startswith("Known"): raise AssertionError(f"{k}: {v}")
+        assert k.endswith("alone") and "load(path, model)" in v and k.split(",")[0] in v, (k, v)
+    assert len(refused) == sum(k.endswith("alone") and not k.startswith("Known") for k in outcomes)
+
+
+# ---- what a state dict does not say -------------------------------------------------------------------------------
+@register_model("sequence of test_right_pack")
+def sequence(width=6): return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+def lenet(change):
+    m = LeNet5(channels=[3, 4], hidden=8)
+    change(m)
+    return m.eval()
+
+def appended(m, *more): return nn.Sequential(*m, *more)
+
+def known(m, name="sequence of test_right_pack", **options):
+    m.architecture = {"name": name, "options": options}
+    return m.eval()
+
+X, IMAGE = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+PAIRS = {
+    "a ReLU between two matrices": (lenet(lambda m: setattr(m, "fc1", nn.Sequential(nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 8)))), IMAGE),
+    "a stride": (lenet(lambda m: (setattr(m.conv1, "stride", (2, 2)), setattr(m.conv1, "padding", (12, 12)), setattr(m.conv2, "padding_mode", "circular"))), IMAGE),
+    "a Softmax behind": (known(appended(sequence(), nn.Softmax(-1))), X), "a Linear behind": (known(appended(sequence(), nn.Linear(3, 2))), X),
+    "GELU for ReLU": (known(nn.Sequential(nn.Linear(4, 6), nn.GELU("tanh"), nn.Linear(6, 3))), X),
+    "a slope": (known(nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(.7), nn.Linear(6, 3))), X),
+    "another order": (known(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3), nn.ReLU())), X),
+    "nothing between": (known(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))), X),
+    "an infinite bound": (known(nn.Sequential(nn.Linear(4, 6), nn.Hardtanh(-.5, math.inf), nn.BatchNorm1d(6, eps=1.), nn.Linear(6, 3))), X),
+    "a pooling": (known(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (1, 6)), nn.AvgPool1d(3, 2, 1, count_include_pad=False), nn.Flatten(), nn.Linear(3, 3))), X)}
+WAYS = {"archived": (save, load), "mapped": (lambda m, p: save(m, p, False), lambda p, *m: load(p, *m, mmap=True)), "solid": (lambda m, p: save(m, p, "solid"), load),
+        "safetensors": (to_safetensors, from_safetensors), "npz": (to_npz, from_npz)}
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_the_function_comes_back(tmp_path, what):
+    "Alone, into what the builder makes, and into itself: the same outputs, or an error; never others."
+    model, x = PAIRS[what]
+    want = model(x)
+    for way, (write, read) in WAYS.items():
+        if way == "solid" and what in ("a ReLU between two matrices", "a stride"): model = quantize_model(model, 4); want = model(x)
+        path = write(model, tmp_path/way)
+        others = [(), (model,), (lenet(lambda m: m),) if x is IMAGE else (sequence().eval(),)]
+        exact = 0
+        for given in others:
+            try: got = read(path, *given)
+            except PackError as e: assert "was saved" in str(e) or "cannot be made" in str(e) or "another architecture" in str(e) or "Unflatten" in str(e) or "does not have" in str(e), e
+            else: assert torch.equal(got(x), want), (way, given); exact += 1
+        assert exact >= 1 and torch.equal(read(path, model)(x), want)
+        if what != "a pooling": assert torch.equal(read(path)(x), want)
+
+class Norms(nn.Module):
+    def __init__(self, width=16, heads=2, act=F.relu):
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 3)
+        self.heads, self.act, self.limit, self._scale = heads, act, math.inf, 1.
+    def forward(self, x): return self.out(self._scale*self.act(self.norm(self.fc(x))).unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2).clamp(max=self.limit))
+
+def test_shrunk_norm_into_the_smaller_class(tmp_path):
+    from modelzip.structured import shrink
+    torch.manual_seed(0)
+    class Thin(Norms):
+        def forward(self, x): return self.out(self.act(self.norm(self.fc(x))))
+    m = shrink(Thin().eval(), (X,), ratio=.5)
+    width, want = m.fc.out_features, m(X)
+    assert width < 16
+    for model in Thin(width), Thin():
+        assert torch.equal(load(save(m, tmp_path/"x.mz"), model)(X), want) and torch.equal(from_npz(to_npz(m, tmp_path/"x.npz"), model)(X), want)
+
+def test_own_attributes_come_back_and_functions_are_named(tmp_path):
+    m = Norms(heads=4).eval()
+    m._scale, m.limit, m.norm.eps = 3., .2, .5
+    back = load(save(m, tmp_path/"x.mz"), Norms())
+    assert torch.equal(back(X), m(X)) and (back.heads, back._scale, back.limit, back.norm.eps) == (4, 3., .2, .5)
+    m = Norms(act=F.gelu).eval()
+    with pytest.raises(PackError, match="another 'act' than gelu"): load(save(m, tmp_path/"x.mz"), Norms())
+    assert torch.equal(load(tmp_path/"x.mz", Norms(act=F.gelu))(X), m(X))
+    relu, gelu = (nn.TransformerEncoderLayer(8, 2, 16, activation=a, batch_first=True).eval() for a in ("relu", "gelu"))
+    with pytest.raises(PackError, match="gelu"): load(save(gelu, tmp_path/"x.mz"), relu)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(load(tmp_path/"x.mz", gelu)(x), gelu(x))
+
+def test_a_tensor_less_module_is_missed(tmp_path):
+    class Acts(nn.Module):
+        def __init__(self, *acts): super().__init__(); self.fc, self.acts = nn.Linear(4, 4), nn.ModuleList(acts)
+        def forward(self, x):
+            x = self.fc(x)
+            for a in self.acts: x = a(x)
+            return x
+    m = Acts(nn.ReLU(), nn.Tanh())
+    save(m, tmp_path/"x.mz")
+    for other in Acts(nn.ReLU()), Acts(nn.ReLU(), nn.Tanh(), nn.Softmax(-1)), Acts(nn.ReLU(), nn.Sigmoid()), Acts():
+        with pytest.raises(PackError): load(tmp_path/"x.mz", other)
+    assert torch.equal(load(tmp_path/"x.mz", Acts(nn.ReLU(), nn.Tanh()))(X), m.eval()(X))
+
+def test_a_builder_that_was_changed(tmp_path, monkeypatch):
+    from modelzip import data
+    m = sequence().eval()
+    for way, (write, read) in WAYS.items():
+        with monkeypatch.context() as patch:
+            path = write(m, tmp_path/way)
+            patch.setitem(data.model_builders, "sequence of test_right_pack", lambda width=6: known(nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, 3)), width=width))
+            with pytest.raises(PackError, match="makes other layers here"): read(path)
+            assert torch.equal(read(path, m)(X), m(X))
+            with pytest.raises(PackError): read(path, nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)))
+            del data.model_builders["sequence of test_right_pack"]
+            if way != "solid": assert torch.equal(read(path, m)(X), m(X))
+            with pytest.raises(PackError): read(path, nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)))
+
+def test_hooks_and_forwards_of_an_instance(tmp_path):
+    plain, hooked = (nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval() for _ in range(2))
+    hooked[0].register_forward_hook(lambda layer, args, out: 2*out)
+    for m in hooked, quantize_model(hooked, 8):
+        with pytest.raises(PackError, match="forward hook .*lambda"): load(save(m, tmp_path/"x.mz"), plain)
+        assert torch.equal(load(tmp_path/"x.mz", m)(X), m(X)) and torch.equal(load(tmp_path/"x.mz", hooked)(X), m(X))
+        with pytest.raises(PackError, match="0 "): load(save(plain, tmp_path/"x.mz"), m)      # nor is one added
+    plain.forward = lambda x: x
+    with pytest.raises(ValueError, match="a forward of its own instance"): save(plain, tmp_path/"y.mz")
+    with pytest.raises(ValueError, match="a forward of its own instance"): to_npz(plain, tmp_path/"y.npz")
+    assert not (tmp_path/"y.mz").exists() and not (tmp_path/"y.npz").exists()
+    with pytest.raises(ValueError, match="a forward of its own instance"): load(tmp_path/"x.mz", plain)
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_computed(tmp_path):
+    norm = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm, lambda l: nn.utils.prune.l1_unstructured(l, "weight", .5)
+    for make in norm:
+        torch.manual_seed(0)
+        m, other = (nn.Sequential(make(nn.Linear(4, 3)), nn.ReLU()).eval() for _ in range(2))
+        want = m(X)
+        assert torch.allclose(load(save(m, tmp_path/"x.mz"), other)(X), want, atol=1e-6) and torch.allclose(load(tmp_path/"x.mz", m)(X), want, atol=1e-6)
+        with pytest.raises(PackError): load(tmp_path/"x.mz", nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+
+
+# ---- the table of layers ------------------------------------------------------------------------------------------
+def made(name, **how):
+    need = dict(in_features=3, out_features=2, in1_features=2, in2_features=3, in_channels=4, out_channels=4, kernel_size=2, num_features=4, normalized_shape=4, num_groups=2, num_channels=4, size=3, num_embeddings=5, embedding_dim=4,
+                input_size=3, hidden_size=4, embed_dim=4, num_heads=2, threshold=.1, value=.2, upscale_factor=2, downscale_factor=2, groups=2, padding=1, output_size=2, channels=4, total=6, head_dim=2, norm_type=2., lambd=.5)
+    cls = kinds.layer_class(name)
+    from inspect import signature
+    takes = signature(nn.RNNBase if issubclass(cls, nn.RNNBase) else cls).parameters
+    arguments = {k: need[k] for k in kinds.LAYERS[name].split() if k in need and k in takes and takes[k].default is takes[k].empty} | how
+    return cls(**arguments)
+
+OTHER = dict(bias=False, stride=3, padding=1, dilation=2, padding_mode="circular", output_padding=1, eps=.1, momentum=.3, affine=False, track_running_stats=False, elementwise_affine=False, alpha=.3, beta=.2, k=2., padding_idx=1, max_norm=1., norm_type=1.,
+             scale_grad_by_freq=True, sparse=True, mode="sum", include_last_offset=True, num_layers=2, batch_first=True, dropout=.3, bidirectional=True, proj_size=2, nonlinearity="relu", add_bias_kv=True, add_zero_attn=True, kdim=3, vdim=3, num_parameters=4,
+             approximate="tanh", dim=0, min_val=-.5, max_val=math.inf, negative_slope=.4, lambd=.2, lower=.2, upper=.3, keepdim=True, p=.25, start_dim=0, end_dim=1, size=5, scale_factor=2., align_corners=True, recompute_scale_factor=True, return_indices=True,
+             ceil_mode=True, count_include_pad=False, divisor_override=3, value=.5, threshold=3., channels_first=True, groups=2)
+
+def variants():
+    for name, keys in kinds.LAYERS.items():
+        yield name, {}
+        for k in keys.split():
+            if k not in OTHER: continue
+            more = {"stride": 3} if k == "output_padding" else {"scale_factor": 2.} if k in ("recompute_scale_factor", "mode") and name == "Upsample" else {"mode": "bilinear", "scale_factor": 2.} if k == "align_corners" else {"num_layers": 2} if k == "dropout" and name in ("LSTM", "GRU", "RNN") else {}
+            if name.startswith("InstanceNorm") and k in ("affine", "track_running_stats"): yield name, {k: True}; continue
+            if name.startswith("InstanceNorm") and k in ("bias", "momentum"): continue
+            if k == "padding" and "Pad" in name or k == "groups" and name == "ChannelShuffle": yield name, {k: 3}; continue
+            how = {k: "nearest-exact" if k == "mode" and name == "Upsample" else OTHER[k]} | more
+            try: yield name, made(name, **how) and how
+            except (TypeError, ValueError): continue
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_argument_of_every_class_is_kept(tmp_path):
+    "Made anew from its entry, a layer is the same; with one argument changed, its entry is another, and the file tells."
+    seen = 0
+    for name, how in variants():
+        layer, plain = made(name, **how), made(name)
+        entry = kinds.layer_entry(layer)
+        assert kinds.are_kinds({"": entry}) and kinds.layer_entry(kinds.make_plain("x", json.loads(json.dumps(entry)))) == entry, (name, how)
+        assert kinds.layer_entry(kinds.make_plain("x", entry)) == entry and repr(kinds.make_plain("x", entry)) == repr(layer), (name, how)
+        if how: assert entry != kinds.layer_entry(plain), (name, how); seen += 1
+    assert seen > 180
+
+def test_the_table_leaves_out_no_argument():
+    from inspect import signature
+    for name, keys in kinds.LAYERS.items():
+        cls = kinds.layer_class(name)
+        takes = signature(nn.RNNBase if issubclass(cls, nn.RNNBase) else cls).parameters
+        assert set(takes) - {"device", "dtype", "inplace", "args", "kwargs", "_weight", "_freeze", "mode" if issubclass(cls, nn.RNNBase) else "", "init" if name == "PReLU" else "", "min_value", "max_value", "proj_size"} <= set(keys.split()), name
+
+def test_files_stay_small(tmp_path):
+    "A LeNet-5 that is what its builder makes pays eight bytes; a model that nobody registered says it all."
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.body = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(50)))
+    about = json.dumps(kinds.kinds_of(Own()), separators=(",", ":"))
+    import zlib
+    assert len(zlib.compress(about.encode(), 9)) < 1500
+    assert len(json.dumps(pack_meaning(LeNet5()))) <= 20
+
+def pack_meaning(m):
+    from modelzip.pack import meaning_of
+    return meaning_of(m, m.architecture)
