@@ -1069,17 +1069,18 @@ def quantize_layer(
     for key in [name] if name is not None else _wanted_of(plain):
         if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
         if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
-        q = _about(key, quantize, weight, bits, **_layout(weight, outputs_of(plain).get(key, 0), group, per_channel), **options)
-        layer = Dequantize(layer, q, key)
+        layer = Dequantize(layer, _about(key, weight, outputs_of(plain).get(key, 0), dict(bits=bits, group=group, per_channel=per_channel) | options), key)
     return _copied(layer)
 
 def _wanted_of(layer):
     "All matrices of a layer, also those that are no plain parameters; `weight` for a class that nobody knows."
     return [k for k in outputs_of(layer) if layer._parameters.get(k, layer) is not None and (k in layer._parameters or computed(layer, k))] or ["weight"]
 
-def _about(name, f, *args, **kwargs):
-    "Call a function; its errors begin with a name."
-    try: return f(*args, **kwargs)
+def _about(name, weight, axis, options):
+    "Quantize one matrix; errors begin with its name."
+    how = dict(options)
+    if "axis" in how: raise TypeError(f"{name}: axis follows from the layer; per_channel=False makes one scale for the tensor")
+    try: return quantize(weight, **_layout(weight, axis, how.pop("group"), how.pop("per_channel")), **how)
     except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
@@ -1157,9 +1158,7 @@ def quantize_model(
     check_ordinary(model)
     packed, done = {}, {}
     for m in chosen:
-        how = dict(m.options)
-        where = _layout(m.weight, m.axis, how.pop("group"), how.pop("per_channel"))
-        if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, quantize, m.weight, **where, **how))
+        if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
 
