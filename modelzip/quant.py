@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
 from .workshop.models import check_ordinary, computed, copied
-from .workshop.readonly import read_only
+from .workshop.readonly import ReadOnly, read_only
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
@@ -33,7 +33,8 @@ def scale_and_zero_point(
     levels: int,              # number of codes
     symmetric: bool = True,   # zero point fixed at `levels // 2`
 ) -> tuple[Tensor, Tensor | None]:   # scale > 0; zero point (int32), None when symmetric
-    "Step and offset of the affine map x ≈ scale·(code − zero_point) that covers [low, high] and represents 0 exactly."
+    """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
+    (to within half a step when there is a zero point, for that is rounded)."""
     tiny = torch.finfo(low.dtype).tiny
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric: scale = torch.maximum(-low, high) / max((levels - 1) // 2, 0.5)
@@ -77,7 +78,7 @@ def as_tensor(
         raise TypeError(f"{name} has dtype {x.dtype}; it may be float16, bfloat16, float32 or float64 (try {name}.float())")
     if x.layout != torch.strided: raise TypeError(f"{name} has layout {x.layout}; it must be dense (try {name}.to_dense())")
     if x.is_meta: raise TypeError(f"{name} is on the meta device and holds no numbers")
-    return x.detach()
+    return x.as_subclass(Tensor).detach() if isinstance(x, ReadOnly) else x.detach()
 
 # %% ../nbs/03_quant.ipynb
 def _from_dlpack(x, name):
@@ -144,7 +145,7 @@ def _for_bite(b, scale, zero):
 
 # %% ../nbs/03_quant.ipynb
 class MinMax:
-    "The whole range: nothing is clipped."
+    "The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, with every observer here but MSE, which may shrink it.)"
     def __call__(
         self,
         blocks: Tensor,     # [number of blocks, elements in a block], finite
@@ -227,7 +228,7 @@ def kl_after_quantizing(
 
 # %% ../nbs/03_quant.ipynb
 class Entropy(MinMax):
-    "TensorRT's choice (Migacz 2017): the threshold whose quantized histogram loses the least information (KL divergence)."
+    "TensorRT's choice (Migacz 2017): of some 240 thresholds the one whose quantized histogram loses the least information (KL divergence)."
     def __init__(self, bins: int = 2048):
         if bins < 256: raise ValueError(f"bins is {bins}; it may be 256 or more")
         self.bins = bins
@@ -242,7 +243,7 @@ class Entropy(MinMax):
         top = x.max().item()
         if top == 0: return 0.
         counts = torch.histc(x, self.bins, 0, top)
-        tries = range(min(max(levels, 128), self.bins), self.bins + 1, max(1, self.bins // 256))
+        tries = [*range(min(max(levels, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins]
         best = min(tries, key=lambda i: kl_after_quantizing(counts, i, levels))
         return top * best / self.bins
 
@@ -306,7 +307,7 @@ def kmeans(
     x: Any,                 # values, any shape
     bits: int = 4,          # 2**bits centroids, 1..8
     iterations: int = 50,   # at most; stops when no centroid moves
-) -> Tensor:                # [2**bits] float32, ascending
+) -> Tensor:                # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
     "Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016, arXiv:1510.00149)."
     check_bits(bits, 1, 8)
     x = _finite(as_tensor(x)).reshape(-1).double().sort().values
@@ -691,10 +692,20 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
+def _check_together(levels, step, codebook, stochastic, scale):
+    "Options of which one would be ignored are refused."
+    given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
+    for a, others in ("step", ("codebook", "levels", "scale")), ("codebook", ("stochastic",)):
+        for b in others:
+            if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
+
 def _check_levels(bits, levels, codebook):
     "The number of codes that `bits` or `levels` ask for."
-    if isinstance(codebook, str) and codebook == "nf4": return 16
-    if codebook is not None and not isinstance(codebook, str): return len(codebook)
+    if codebook is not None and not isinstance(codebook, str) or codebook == "nf4":
+        n = 16 if isinstance(codebook, str) else len(as_tensor(codebook, "codebook").reshape(-1))
+        if levels not in (None, n): raise ValueError(f"levels is {levels!r}; the codebook has {n}")
+        return n
+    if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256): raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
     if levels is None:
         check_bits(bits, 1, 8 if codebook is not None else 16)
         return 1 << int(bits)
@@ -717,15 +728,30 @@ def _only_finite(blocks, x, nonfinite):
     return blocks, (blocks.amin(1), blocks.amax(1))
 
 # %% ../nbs/03_quant.ipynb
-def _observe(blocks, extremes, observer, levels, symmetric, wide):
-    "Scale and zero point of each block by the observer's range."
+def _observe(blocks, extremes, observer, levels, symmetric, wide, short):
+    "Scale and zero point of each block by the observer's range; `short`: (groups in a row, values in the last one), see `_short`."
     if isinstance(observer, str):
         if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))} or an object like MSE()")
         observer = OBSERVERS[observer]()
     if not callable(observer): raise TypeError(f"observer is a {type(observer).__name__}; it may be a name or a callable (blocks, levels, symmetric) -> (low, high)")
     if not blocks.numel() or type(observer) is MinMax and not (symmetric and levels == 2): low, high = extremes
-    else: low, high = observer(blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric)
+    else: low, high = _seen(observer, blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric, short)
     return scale_and_zero_point(low.to(wide), high.to(wide), levels, symmetric)
+
+def _short(shape, group):
+    "How many groups a row has, and how many values are in its last one when that is not full; else None."
+    row = shape.numel() // max(shape[0] if len(shape) > 1 else 1, 1)
+    return (-(-row // group), row % group) if group is not None and row % group else None
+
+def _seen(observer, blocks, levels, symmetric, short):
+    "What an observer says of the values alone, not of what fills up the last group of each row."
+    if short is None: return observer(blocks, levels, symmetric)
+    groups, rest = short
+    last = torch.arange(len(blocks), device=blocks.device) % groups == groups - 1
+    low, high = blocks.new_empty(len(blocks)), blocks.new_empty(len(blocks))
+    for which, part in (~last, blocks[~last]), (last, blocks[last][:, :rest]):
+        if len(part): low[which], high[which] = observer(part, levels, symmetric)
+    return low, high
 
 # %% ../nbs/03_quant.ipynb
 def _fixed_step(step, extremes, wide, scale_dtype):
@@ -739,7 +765,7 @@ def _fixed_step(step, extremes, wide, scale_dtype):
     return scale, levels
 
 # %% ../nbs/03_quant.ipynb
-def _relative_codebook(codebook, levels, blocks, extremes, scale, wide):
+def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, group):
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
     if scale is None:
         scale = torch.maximum(-extremes[0], extremes[1]).to(wide)
@@ -747,7 +773,9 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide):
     if isinstance(codebook, str):
         if codebook == "nf4": return nf4().to(blocks.device), scale
         if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
-        return kmeans(blocks / as_tensor(scale).reshape(-1, 1), (levels - 1).bit_length()), scale
+        relative = blocks / as_tensor(scale, "scale").reshape(-1, 1)
+        if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
+        return kmeans(relative, (levels - 1).bit_length()), scale
     table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device)
     if table.dim() != 1 or not 2 <= len(table) <= 256: raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
     if bool((table.diff() <= 0).any()): raise ValueError("codebook must ascend strictly")
@@ -765,16 +793,25 @@ def _narrow(scale, dtype, group):
     return stored
 
 # %% ../nbs/03_quant.ipynb
+def _numbers(x, name, dtype):
+    "A tensor of a number, a list or an array; `TypeError` names the argument."
+    if isinstance(x, Tensor): return x
+    try: return torch.as_tensor(x, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
+
 def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype, wide):
     "Scales in the shape and dtype that are kept (rounded up, so that nothing is clipped), zero points that fit them."
     shape = _scale_shape(x.shape, axis, group)
-    if not isinstance(scale, Tensor): scale = torch.as_tensor(scale, dtype=wide)
-    if scale.numel() != math.prod(shape): raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
+    scale, flat = _numbers(scale, "scale", wide), (math.prod(shape),)
+    if tuple(scale.shape) not in (shape, flat, (*shape, 1)) and not scale.numel() == 1 == flat[0]: raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
     scale = _finite(scale.detach(), "scale").to(x.device).reshape(shape)
     if bool((scale <= 0).any()): raise ValueError("scale must be positive")
     if zero_point is not None:
         if symmetric: raise ValueError("zero_point is given but symmetric is True; a symmetric quantizer has its own")
-        zero = torch.as_tensor(zero_point).to(torch.int32).to(x.device)
+        zero = _numbers(zero_point, "zero_point", wide)
+        if bool((zero != zero.round()).any()): raise ValueError("zero_point must be whole numbers")
+        if zero.numel() != 1 and tuple(zero.shape) not in (shape, flat, (*shape, 1)): raise ValueError(f"zero_point has shape {tuple(zero.shape)}; it must be {tuple(shape)}")
+        zero = zero.to(torch.int32).to(x.device)
         if bool((zero < 0).any() | (zero >= levels).any()): raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
     elif zero is None and not symmetric: raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
     return _narrow(scale, dtype, group), zero if zero is None else zero.expand(scale.numel()).reshape(shape) if zero.numel() == 1 else zero.reshape(shape)
@@ -790,10 +827,11 @@ def _dice(stochastic, generator, x):
     if not stochastic: return None
     return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, ()).item())
 
-def _warn_if_collapsed(codes, zero, levels, extremes):
+def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
-    if not codes.numel() or levels == 2: return
-    zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
+    if not codes.numel() or not _says_zero(levels, zero is None, codebook): return
+    if codebook is not None: zero = (codebook == 0).nonzero()
+    else: zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
     quiet = all(bool((codes[b] == (zero if len(zero) == 1 else zero[b[0]])).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
@@ -847,6 +885,7 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
+    _check_together(levels, step, codebook, stochastic, scale)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -855,14 +894,14 @@ def quantize(
     if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
     zero = None
     observed = scale is None
-    if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide)
+    if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide, x.shape, group)
     elif step is not None: (scale, levels), scale_dtype = _fixed_step(step, extremes, wide, scale_dtype), scale_dtype or wide
-    elif observed: scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide)
+    elif observed: scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide, _short(x.shape, group))
     scale, zero = _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, scale_dtype, wide)
     if observed and not _says_zero(levels, zero is None, codebook): scale = torch.where((torch.maximum(-extremes[0], extremes[1]) == 0).reshape(scale.shape), 0, scale)
     if codebook is None: codes = _round_to_codes(blocks, *_column(scale, zero, levels, wide), levels, zero is None, _dice(stochastic, generator, x), axis is None and group is None)
     else: codes, levels = _nearest(blocks, scale.reshape(-1, 1).to(wide), codebook), len(codebook)
-    if codebook is None: _warn_if_collapsed(codes, zero, levels, extremes)
+    _warn_if_collapsed(codes, zero, levels, extremes, codebook)
     width = max(1, (levels - 1).bit_length())
     packed_zero = None if zero is None else _pack(zero.reshape(-1), width)
     codes = _pack(from_blocks(codes, x.shape, axis, group).reshape(-1), width)
