@@ -408,7 +408,8 @@ def test_errors_name_the_layer():
         with pytest.raises(ValueError, match=says): quantize_model(model, **how)
     with pytest.raises(ValueError, match="weight_hh_l0: x holds"): quantize_layer(model["lstm"])
     with pytest.raises(TypeError, match="0.weight: x is on the meta device"): quantize_model(nn.Sequential(nn.Linear(3, 3, device="meta")))
-    with pytest.raises(TypeError): quantize_model(model, bitz=3)
+    with pytest.raises(TypeError, match="bitz"): quantize_model(nn.Linear(3, 3), bitz=3)
+    with pytest.raises(TypeError, match="weight: axis follows"): quantize_model(nn.Linear(3, 3), axis=1)
 
 
 def test_layers_without_numbers():
@@ -418,3 +419,158 @@ def test_layers_without_numbers():
             small = quantize_model(nn.Sequential(layer, nn.Flatten()), **how)
             assert isinstance(small[0], Dequantize) and dequantize_model(small)[0].weight.shape == layer.weight.shape
             if x is not None: assert torch.equal(small(x), nn.Sequential(layer, nn.Flatten())(x))
+
+
+# rounding
+
+def sqnr(x, y): return 10 * math.log10(x.double().square().mean() / (x.double() - y.double()).square().mean())
+
+
+WITHOUT_ZERO = [dict(bits=1), dict(bits=1, observer="percentile"), dict(bits=1, observer="entropy"), dict(bits=1, observer="mse"), dict(levels=2), dict(bits=1, stochastic=True), dict(codebook=torch.tensor([-1., -.3, .2, 1.])), dict(bits=2, codebook="kmeans")]
+
+@pytest.mark.parametrize("how", WITHOUT_ZERO + [dict(bits=b, symmetric=s) for b in (1, 2, 4, 16) for s in (True, False)] + [dict(codebook="nf4"), dict(step=.3), dict(levels=3), dict(bits=4, stochastic=True)])
+def test_blocks_of_zeros_are_exact_zeros(how):
+    x = torch.zeros(6, 64)
+    x[1:3], x[4, :32] = r(2, 64), r(32)
+    for where in dict(axis=0), dict(group=32), dict(axis=0, scale_dtype=torch.float16), dict(axis=0, scale_dtype=torch.bfloat16):
+        if "step" in how and len(where) > 1: continue
+        q = quantize(x, **how, **where)
+        assert not q.dequantize()[[0, 3, 5]].any() and q.dequantize()[1:3].abs().amax(1).min() > .1 and torch.isfinite(q.dequantize()).all()
+        if "group" in where: assert not q.dequantize()[4, 32:].any() and q.scale.dtype == (torch.float32 if "step" in how else torch.float16)
+        assert QTensor.from_parts(q.parts(), q.meta()) == q
+    assert not quantize(torch.zeros(5), **how).dequantize().any()
+    for dtype in torch.float16, torch.bfloat16, torch.float64: assert not quantize(torch.zeros(2, 8, dtype=dtype), axis=0, **how).dequantize().any()
+
+
+def test_padding_rows_of_embeddings_stay_zero():
+    for how in dict(bits=1), dict(bits=1, group=4), dict(bits=2, codebook="kmeans"):
+        small = quantize_layer(nn.Embedding(9, 8, padding_idx=0), **how)
+        assert not small(torch.tensor([0])).any() and small(torch.tensor([1])).any()
+
+
+def test_two_levels_are_the_best_two_for_every_observer():
+    x = torch.randn(20_000, generator=torch.manual_seed(0))
+    for observer in "minmax", "percentile", "entropy", "mse": assert sqnr(x, quantize(x, 1, observer=observer).dequantize()) > 4.3
+
+
+def test_a_group_of_zeros_costs_no_bytes():
+    x = r(4, 64); x[2, :32] = 0
+    for how in dict(codebook="nf4"), dict(bits=4), dict(bits=1), dict(bits=4, symmetric=False), dict(bits=4, codebook="kmeans"):
+        q = quantize(x, group=32, **how)
+        assert q.scale.dtype == torch.float16 and not q.dequantize()[2, :32].any()
+    assert quantize(x, codebook="nf4", group=32).bits_per_weight == 4 + 16 / 32 + 16 * 32 / 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_do_not_overflow(dtype):
+    top = torch.finfo(dtype).max
+    for bits in 2, 3, 4, 8, 12, 16:
+        for symmetric in True, False:
+            for where in {}, dict(group=32), dict(axis=0), dict(group=7):
+                for values in [1., 1.], [1., -1.], [-1., .3], [.999, -.2]:
+                    x = torch.tensor(values, dtype=torch.float64).mul(top).to(dtype).repeat(2, 16)
+                    q = quantize(x, bits, symmetric=symmetric, **where)
+                    error = (q.dequantize().double() / 2 - x.double() / 2).abs()
+                    assert torch.isfinite(q.dequantize()).all() and (error.reshape(-1) <= (.5001 * q.scale.max().double() / 2 + top * torch.finfo(dtype).eps)).all()
+    assert torch.equal(quantize(torch.full((32,), 65504., dtype=torch.float16), 4, group=32).dequantize(), torch.full((32,), 65504., dtype=torch.float16))
+    assert torch.isfinite(quantize(torch.full((2, 4), top, dtype=dtype), 8, columns=[2., 3., 4., 5.]).dequantize()).all()
+    for how in dict(codebook="nf4"), dict(bits=3, codebook="kmeans"):
+        x = torch.tensor([top, -top, top / 3, 0.], dtype=dtype)
+        assert torch.isfinite(quantize(x, **how).dequantize()).all() and quantize(x, **how).dequantize()[0] == top
+    try: assert torch.isfinite(quantize(torch.full((8,), top, dtype=dtype), 1).dequantize()).all()      # twice the largest number is a scale that float32 does not have: refused
+    except ValueError as e: assert "scale" in str(e) and dtype in (torch.bfloat16, torch.float32, torch.float64)
+    assert torch.isinf(quantize(torch.tensor([1e6])).to(torch.float16).dequantize())                    # too large for the dtype that was asked for, and not by rounding
+
+
+@pytest.mark.parametrize("m", [1, 2, 10, 999, 1000, 1001, 2000])
+@pytest.mark.parametrize("percent", [99.9, 99.8, 99, 50, 33.3, 0.1, 100])
+def test_percentile_keeps_what_it_says(m, percent):
+    from fractions import Fraction
+    from modelzip.quant import Percentile
+    x = torch.randn(1, m, generator=torch.manual_seed(m))
+    share = Fraction(str(percent)) / 100
+    keep = lambda low, high: ((x >= low) & (x <= high)).sum().item()
+    low, high = Percentile(percent)(x, 256, True)
+    assert low == -high and keep(low, high) == math.ceil(m * share)
+    low, high = Percentile(percent)(x, 256, False)
+    assert (x < low).sum() == (x > high).sum() == (m - math.ceil(m * (1 + share) / 2)) and keep(low, high) >= m * share
+    assert percent != 99.9 or m != 1000 or keep(*Percentile()(x, 256, True)) == 999
+
+
+def best_error(x, k):
+    "Least squared error of k centroids, by dynamic programming over all cuts."
+    x = sorted(x.double().tolist()); n = len(x)
+    total, squares = [0.], [0.]
+    for v in x: total.append(total[-1] + v); squares.append(squares[-1] + v * v)
+    cost = lambda i, j: squares[j] - squares[i] - (total[j] - total[i]) ** 2 / (j - i)
+    best = [0.] + [cost(0, j) for j in range(1, n + 1)]
+    for _ in range(k - 1): best = [0.] + [min([best[j]] + [best[i] + cost(i, j) for i in range(1, j)]) for j in range(1, n + 1)]
+    return max(best[n], 0.)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(st.integers(1, 24), st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([0., 1e2, 1e4, -1e6]), st.sampled_from([0., 1e3]), st.booleans(), st.integers(0, 999))
+def test_kmeans_is_the_best_there_is_on_few_values(n, bits, power, outlier, offset, rounded, seed):
+    from modelzip.quant import kmeans
+    x = torch.randn(n, generator=torch.manual_seed(seed), dtype=torch.float64).pow(power) + offset
+    if rounded: x = x.round()
+    if outlier: x[0] = outlier
+    centroids = kmeans(x, bits)
+    error = (x[:, None] - centroids.double()).abs().amin(1)
+    assert error.square().sum() <= best_error(x, 1 << bits) * 1.0001 + 1e-9 * n * x.abs().max() ** 2 * 1e-3
+    assert centroids.shape == (1 << bits,) and (centroids.diff() >= 0).all()
+    if x.unique().numel() <= 1 << bits: assert set(x.float().tolist()) <= set(centroids.tolist())
+
+
+def test_kmeans_with_one_far_outlier():
+    from modelzip.quant import kmeans
+    x = torch.cat([torch.randn(10_000, generator=torch.manual_seed(0)), torch.tensor([1e4])])
+    assert (x.double()[:, None] - kmeans(x, 4).double()).abs().amin(1).square().sum() < 114
+    assert kmeans(torch.arange(8.), 3).tolist() == [*range(8)]
+
+
+@pytest.mark.parametrize("where", [{}, dict(group=32), dict(axis=0), dict(group=5)])
+def test_a_step_is_kept_exactly(where):
+    for dtype, step in (torch.float32, .01), (torch.float16, .01), (torch.float64, .01), (torch.float32, 1 / 3):
+        q = quantize(r(4, 64).to(dtype), step=step, **where)
+        assert (q.scale.double() == torch.tensor(step, dtype=torch.float64 if dtype == torch.float64 else torch.float32).double()).all()
+    with pytest.raises(ValueError, match="step=0.01 exactly"): quantize(r(4, 64), step=.01, scale_dtype=torch.float16)
+    assert quantize(r(4, 64), step=.25, scale_dtype=torch.float16, **where).scale.dtype == torch.float16
+
+
+def test_parts_from_files_are_held_against_what_they_claim():
+    x = r(6, 64)
+    nan, inf = math.nan, math.inf
+    for how in dict(levels=3, axis=0), dict(levels=5, group=32, symmetric=False), dict(bits=4, axis=0), dict(levels=200), dict(codebook=torch.tensor([-1., 0., 1.])), dict(bits=12), dict(levels=300), dict(codebook="nf4", group=32):
+        q = quantize(x, **how)
+        for wrong in nan, -1., 0., inf, -inf:
+            bad = q.scale.clone(); bad.view(-1)[-1] = wrong
+            with pytest.raises(ValueError, match="scale must be positive and finite"): QTensor.from_parts(q.parts() | {"scale": bad}, q.meta())
+        for name, (bits, count, levels) in q.packed_parts().items():
+            if levels == 1 << bits: continue
+            codes = torch.zeros(count, dtype=torch.int32); codes[-1] = levels
+            from modelzip.quant import pack_bits
+            with pytest.raises(ValueError, match=f"{name} has code {levels}; {levels} levels have 0 to {levels - 1}"): QTensor.from_parts(q.parts() | {name: pack_bits(codes, bits)}, q.meta())
+            codes[-1] = levels - 1
+            QTensor.from_parts(q.parts() | {name: pack_bits(codes, bits)}, q.meta())
+        if q.codebook is not None:
+            with pytest.raises(ValueError, match="codebook must be finite"): QTensor.from_parts(q.parts() | {"codebook": q.codebook * nan}, q.meta())
+        small = quantize_layer(nn.Linear(64, 6), **{k: v for k, v in how.items() if k != 'axis'})
+        state = small.state_dict()
+        state["packed.scale"] = state["packed.scale"] * nan
+        with pytest.raises(ValueError, match="scale"): small.load_state_dict(state)
+    q = quantize(torch.zeros(2, 8), 1, axis=0)                    # two levels have no zero; a scale of 0 says it
+    assert (q.scale == 0).all() and QTensor.from_parts(q.parts(), q.meta()) == q
+    assert not quantize(torch.zeros(4), symmetric=False, scale=1e-40, zero_point=3).dequantize().any() and quantize(torch.zeros(4), symmetric=False, scale=1e-40, zero_point=3).unpack().tolist() == [3] * 4
+
+
+def test_codes_are_those_of_torch_where_rounding_twice_differs():
+    seed, zero_point, scale = 14, 137, 3.007945463426312
+    x = torch.randn(8, 16, generator=torch.manual_seed(seed)) * 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for s in range(200):
+            if s: x, zero_point, scale = (torch.randn(8, 16, generator=torch.manual_seed(s)) * 160).round() / 8, s, torch.tensor(1 + s / 16).item()
+            theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+            ours = quantize(x, 8, symmetric=False, scale=scale, zero_point=zero_point)
+            assert torch.equal(ours.unpack(), theirs.int_repr()) and torch.equal(ours.dequantize(), theirs.dequantize())
