@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Split, eval_mode, need, predictions
-from .workshop.counting import Work, listening, own_tensors
-from .workshop.models import call, copied
+from .workshop.counting import Work, duplicate, listening, own_tensors
+from .workshop.models import call
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
@@ -125,7 +125,7 @@ def macs(
 ) -> dict[str, int]:        # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
     """Count the multiply-accumulates of all products that run; additions are not counted, masks and causality save nothing, sparse matrices count what they store.
     `ValueError` names an operation that cannot be looked into, or a model that cannot be copied."""
-    model = copied(model)
+    model = duplicate(model)
     owners = _owners(model)
     work = Work(owners, _own, _formula)
     with eval_mode(model), listening(model, work): call(model, own_tensors(example))
@@ -489,7 +489,7 @@ def load_plain(
 ) -> nn.Module:                 # in eval mode
     "Load a state dict from safetensors into a copy of `model`."
     if model is None: raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
-    model = copied(model)
+    model = duplicate(model)
     need("safetensors.torch", "hf").load_model(model, str(path))
     return model.eval()
 

@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copied, _copy_with, _layout_for, _name, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
-from .workshop.counting import SlowPath, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, as_batches, call, carry_hooks, check_ordinary, computed, copied, feed, labelled, logits_of
+from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
+from .workshop.models import FLAGS, HOOKS, as_batches, call, carry_hooks, check_ordinary, computed, feed, labelled, logits_of
 
 # %% ../nbs/07_prune.ipynb
 class Mask(nn.Module):
@@ -45,9 +45,16 @@ class Mask(nn.Module):
     ):
         super().__init__()
         self.register_buffer("keep", keep)
-    def forward(self, weight: Tensor) -> Tensor: return torch.where(self.keep, weight, 0)
+    def forward(self, weight: Tensor) -> Tensor:
+        if _looked_at(weight) and (y := weight * self.keep.view(torch.uint8)).detach().sum().isfinite(): return y      # a product is quicker than a choice, but 0·∞ is no zero
+        return torch.where(self.keep, weight, 0)
     def right_inverse(self, weight: Tensor) -> Tensor: return weight
     def extra_repr(self): return f"{(~self.keep).float().mean().item():.1%} of {'×'.join(map(str, self.keep.shape))} are zero"
+
+def _looked_at(t: Tensor) -> bool:
+    "Whether the values of a tensor are there to be read: on the CPU, and not while a program is being recorded."
+    plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 # %% ../nbs/07_prune.ipynb
 def find_mask(layer: nn.Module, name: str = "weight") -> Mask | None:
@@ -95,7 +102,7 @@ def remove_masks(
     model: nn.Module,     # with masked layers; it is left as it is
 ) -> nn.Module:           # a copy with ordinary weights, some of which are zero
     "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
-    new = copied(model)
+    new = duplicate(model)
     for _, m, key, _ in list(_masked(new)):
         m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))      # a copy shares the class, from which PyTorch would delete `weight`
         parametrize.remove_parametrizations(m, key, leave_parametrized=True)
@@ -300,7 +307,7 @@ def collect(
 ) -> dict[str, Seen]:
     "Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
     layers = prunable_layers(model) if layers is None else layers
-    seen, batches, new = {n: Seen() for n in layers}, as_batches(batches), copied(model)
+    seen, batches, new = {n: Seen() for n in layers}, as_batches(batches), duplicate(model)
     if needs in ("power", "moment"):
         odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
@@ -433,7 +440,7 @@ def cut_model(
 ) -> nn.Module:                    # a copy with masks
     "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
     if not isinstance(bound, (int, float)) or math.isnan(bound): raise ValueError(f"bound is {bound!r}; it may be a number")
-    new = copied(model)
+    new = duplicate(model)
     batches = batches if batches is None else as_batches(batches)
     found, ways = prunable_layers(new, layers), h if isinstance(h, Mapping) else {"*": h}
     _check_patterns("h", ways, found)
@@ -760,10 +767,10 @@ Pruner.step = _step
 def _scores(self) -> dict[str, Tensor]:
     "What each weight is worth now, [outputs, …]; −inf where it is gone."
     c, scores = self.criterion, {}
+    for n, layer in self.layers.items(): _check_finite(n, layer)
     seen = collect(self.model, self.batches, c.needs, self.loss, self.layers, getattr(c, "lr", 0.01)) if c.needs else {}
     for n, layer in self.layers.items():
         weight, mask = layer.weight.detach(), find_mask(layer)
-        _check_finite(n, layer)
         if c.needs in ("power", "moment") and not seen[n].rows: raise ValueError(f"layer {n or '(model)'} was never called, so there are no data for it; skip it")
         s = self._worth(as_rows(layer, weight if weight.dtype == torch.float64 else weight.float()), layer, seen.get(n))
         if not bool(torch.isfinite(s).all()): raise ValueError(f"criterion {c!r} gives scores for layer {n or '(model)'} that are NaN or infinite")
@@ -803,7 +810,7 @@ def prune_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    pruner = Pruner(duplicate(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)
@@ -918,7 +925,9 @@ def _sparsegpt(
 # %% ../nbs/07_prune.ipynb
 class _Choice:
     "Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in each row; for N:M, of the cheapest rows all but n."
-    def __init__(self, sparsity, rows, gone, n=None, each=False): self.sparsity, self.rows, self.gone, self.n, self.each, self.done = sparsity, rows, gone, n, each, 0
+    def __init__(self, sparsity, rows, gone, n=None, each=False, most=0):
+        self.sparsity, self.rows, self.gone, self.n, self.each, self.done = sparsity, rows, gone, n, each, 0
+        self.most, self.could = most, 0          # for N:M: what each row can lose in all, and could so far
     def __call__(self, scores, a, b):
         gone = self.gone[a:b]
         scores = scores.masked_fill(gone, -1)                            # what an earlier mask has cut goes first
@@ -930,13 +939,15 @@ class _Choice:
         drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
         return drop
     def _of_rows(self, scores, gone, b):
-        return scores.argsort(0, stable=True).argsort(0) < round(self.sparsity * b) - self.done
+        return scores.argsort(dim=0, stable=True).argsort(0) < round(self.sparsity * b) - self.done
     def _of_groups(self, scores, gone, b):
         losers = torch.zeros_like(gone).scatter_(0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True) | gone
         new = (losers & ~gone).sum(0)
         worth = (scores * (losers & ~gone)).sum(0) / new.clamp(min=1)
         order = worth.argsort(stable=True)
-        fits = new[order].cumsum(0) - new[order] / 2 <= self.sparsity * b * self.rows - int(self.done) - int(gone.sum())
+        self.could += max(0, len(scores) - self.n)
+        goal = min(self.sparsity * len(self.gone), self.most) * self.rows * self.could / max(1, self.most)
+        fits = new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done) - int(gone.sum())
         return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, fits)
 
 # %% ../nbs/07_prune.ipynb
@@ -961,12 +972,13 @@ def sparsegpt_weight(
     inputs, places = weight.shape[1], math.prod(weight.shape[2:])
     order = torch.arange(inputs * places, device=weight.device).view(inputs, places).t().flatten()          # neighbours along the inputs come together
     spans = _spans(len(order), inputs, size[1] if size else None, block)
+    most = sum(max(0, b - a - size[0]) for groups in spans for a, b in groups) if size else 0
     gone = as_matrices(torch.zeros_like(weight, dtype=torch.bool) if keep is None else ~keep, len(moment))
     new, kept = [], []
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
         U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
-        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None, scope == "output"))
+        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None, scope == "output", most))
         new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
     return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 
@@ -1005,7 +1017,7 @@ def _cut_and_repair(self, share):
     shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer")
     odd = next((f"{n} is a {type(m).__name__}" for n, m in self.layers.items() if not isinstance(m, CALIBRATED)), None)
     if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-    new = copied(self.model)                                    # runs, so that the model keeps its caches
+    new = duplicate(self.model)                                    # runs, so that the model keeps its caches
     twins = {n: new.get_submodule(n) for n in self.layers}
     with same_dice():
         stages, counts = _stages(new, twins, self.batches)
@@ -1092,7 +1104,7 @@ def prune_gradually(
 ) -> nn.Module:                    # a copy with masks, in eval mode
     "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
     if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
-    pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
+    pruner = Pruner(duplicate(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
     steps = max(1, round(until * epochs))
     pruner.step(min(1., 0.5 / steps))
     after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
@@ -1139,7 +1151,7 @@ def lottery_ticket(
 ) -> nn.Module:                 # the ticket: masks, and the weights that `model` began with
     "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
-    ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    ticket, start = duplicate(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
         retrain(ticket, i)
@@ -1417,11 +1429,11 @@ def sparsify(
     x = q.dequantize() if q is not None else as_tensor(x)
     if bool(x.isnan().any()): raise ValueError(f"x holds {int(x.isnan().sum())} NaN")
     keep = x != 0 if keep is None else keep & (x != 0)
-    weight_bits = 8 * x.element_size() if q is None else q.bits
+    stored_bytes = lambda count: count * x.element_size() if q is None else packed_bytes(count, q.bits)
     cut = ~keep & (x != 0)                                      # a code that stands for something, of a weight that was cut, cannot be stored
     found = [c for c in _candidates(keep, layout) if q is None or not bool((c[3] & cut).any())]
     if not found: raise ValueError(f"layout is {layout!r}, which does not fit: no N:M pattern does, or it would store codes of weights that keep cuts")
-    name, positions, how, stored = min(found, key=lambda c: 8 * (0 if c[1] is None else c[1].nbytes) + int(c[3].sum()) * weight_bits)
+    name, positions, how, stored = min(found, key=lambda c: (0 if c[1] is None else c[1].nbytes) + stored_bytes(int(c[3].sum())))
     if q is None: values, quantized = {"values": x.masked_fill(~keep, 0)[stored]}, None
     else:
         values = {k: p for k, p in q.parts().items() if k != "codes"} | {"codes": pack_bits(q.unpack()[stored], q.bits)}
@@ -1481,7 +1493,7 @@ def sparsify_model(
     ways = _ways(found, overrides)
     for n, layer in found.items():
         how, key = ways[n]
-        if how is None and _not_plain(layer) is not None: continue
+        if how is None and not isinstance(layer, Dequantize) and find_mask(layer) is None and computed(layer) is not None: continue
         if (why := None if isinstance(layer, Dequantize) else _not_plain(layer) or (None if find_mask(layer) is not None else computed(layer))) is not None:
             raise ValueError(f"the weight of layer {n or '(model)'} {why}, or leave the layer out with overrides={{{n!r}: None}}")
         try: new = _sparsified(layer, None if how is None else dict(bits=bits) | options | how)
@@ -1493,7 +1505,7 @@ def sparsify_model(
     if not done: raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
     check_ordinary(model)
     memo = {id(model.get_submodule(n)): _copied(m) if isinstance(m, Dequantize) else m for n, m in done.items()}
-    return memo.get(id(model)) or copied(model, memo)
+    return memo.get(id(model)) or duplicate(model, memo)
 
 # %% ../nbs/07_prune.ipynb
 def _with_zeros(model, layers):
@@ -1532,7 +1544,7 @@ def fill_zeros(
     found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse layer; sparsify_model makes them")
     memo = {id(m): _filled(m) for m in found.values()}
-    return memo.get(id(model)) or copied(model, memo)
+    return memo.get(id(model)) or duplicate(model, memo)
 
 def _filled(m):
     codes = _with_codes(m.q)
@@ -1584,6 +1596,7 @@ def _matrix_of(self) -> Tensor:
     return self._matrix
 
 def _sparse_forward(self, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type): return Dequantize.forward(self, x)
     matrix = self.matrix()
     if matrix.layout == torch.strided: return F.linear(x, matrix, self.layer.bias)
     if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32: return self.expanded()(x)
