@@ -27,7 +27,7 @@ from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor
 from .quant import (OBSERVERS, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, from_blocks, pack_bits, quantize,
                             scale_and_zero_point, symmetric_zero_point, _about, _check_layout, _copy_with, _finite, _scale_shape)
 from .workshop.matrices import choose_matrices, layers_of, matrices_of, unwrapped
-from .workshop.models import as_batches, computed, copied, feed
+from .workshop.models import as_batches, carry_hooks, computed, copied, feed
 from .workshop.pairs import Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
 from .workshop.watching import Twin, name_of, points_of, unseen, watch
 
@@ -178,16 +178,23 @@ def correct_bias(
     model: nn.Module,         # what it was made from
     statistics: Statistics,   # of the model's layers, as `calibrate` returns them
 ) -> nn.Module:               # a copy with other biases; layers without a bias or without statistics stay
-    "Give every quantized layer its original mean output back (Nagel et al. 2019, arXiv:1906.04721)."
-    fixed = {}
-    for name, m in quantized.named_modules():
-        if not isinstance(m, Dequantize) or name not in statistics or m.layer.bias is None: continue
-        fixed[name] = type(m)(m.layer, m.packed, m.name, **m.options())
-        shift = mean_shift(model.get_submodule(name).weight, m.q.dequantize(), statistics[name])
-        bias = m.layer.bias + shift.to(m.layer.bias.dtype)
-        fixed[name].layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
+    """Give every quantized layer the mean output that the original's layer has, on the original's inputs (Nagel et al. 2019, arXiv:1906.04721).
+    In a chain the inputs of a layer are no longer the original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias that is computed (names the layer)."""
+    new, fixed = copied(quantized), {}
+    for name, m in new.named_modules():
+        if not isinstance(m, Dequantize) or m.name != "weight" or name not in statistics: continue
+        if not isinstance(m.layer, CALIBRATED) or unseen(m.layer) or getattr(m.layer, "bias", None) is None: continue
+        if (why := computed(m.layer, "bias")) is not None: raise ValueError(f"the bias of layer {name} {why}")
+        original = dict(model.named_modules()).get(name)
+        if not isinstance(original, CALIBRATED): raise ValueError(f"{name} is a {type(original).__name__} in model; it may be what quantized was made from")
+        shift = _about(name, mean_shift, original.weight.detach(), m.q.dequantize(), statistics[name])
+        bias = _finite(m.layer.bias + shift.to(m.layer.bias.dtype), f"the corrected bias of layer {name}")
+        m.layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
+        fixed[id(m)] = carry_hooks(m, type(m)(m.layer, m.packed, m.name, **m.options()))          # anew, for those that keep what they computed from a bias
     if not fixed: raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
-    return _copy_with(quantized, fixed)
+    for m in list(new.modules()): m._modules.update({k: fixed.get(id(child), child) for k, child in m._modules.items()})
+    return fixed.get(id(new), new)
+
 
 # %% ../nbs/10_ptq.ipynb
 def mean_shift(
@@ -601,6 +608,7 @@ class Replay:
         self.batches, self.memory, self.now, self.asked, self.twin = batches, {}, 0, set(), Twin(model)
         self.points, self.reasons = points_of(self.model)
         self.aliases = {names[0]: names for _, names in layers_of(self.model).values()}
+        if look is not None: self.twin.draws = look.draws
         self.look = look or self._look()
     @property
     def model(self) -> nn.Module: return self.twin.model
@@ -615,6 +623,7 @@ class Replay:
                 self.twin.run(batch, i)
                 look.writers |= {look.names[id(m)] for m in self.twin.written()}
         for h in hooks: h.remove()
+        look.draws = self.twin.draws
         return look
 
 

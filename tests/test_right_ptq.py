@@ -470,3 +470,72 @@ def test_nothing_of_the_callers_is_changed(run, training):
     model, batches = State().train(training), [torch.randn(6, 4) for _ in range(2)]
     model.a.register_forward_hook(lambda m, i, o: o * 1)
     with unchanged(model, batches): run(model, batches)
+
+
+def test_bias_correction_refuses_what_it_cannot_correct():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.rand(9, 4)
+    seen, q = calibrate(model, [x]), quantize_model(model, 2)
+    with pytest.raises(ValueError, match="another layer"): correct_bias(q, model, calibrate(nn.Sequential(nn.Linear(5, 4)), [torch.rand(9, 5)]))
+    with pytest.raises(ValueError, match="0 is a NoneType"): correct_bias(q, nn.Linear(4, 4), seen)
+    torch_prune.l1_unstructured(q[0].layer, "bias", .5)
+    with pytest.raises(ValueError, match="bias"): correct_bias(q, model, seen)
+    q = quantize_model(model, 2)
+    q[0].register_forward_hook(lambda m, i, o: 2 * o)
+    fixed = correct_bias(q, model, seen)
+    assert torch.allclose(fixed[0](x), 2 * (F.linear(x, q[0].q.dequantize(), fixed[0].bias)), atol=1e-6)
+    codes_alone(q, fixed, x); codes_alone(model, fixed, x)
+
+
+class Busy(nn.Module):
+    "Blocks that work on their input in place, hand out a cache, keep what others read, and are called in another order for other batches."
+    def __init__(self):
+        super().__init__()
+        block = lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        class InPlace(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = block()
+            def forward(self, x):
+                x.add_(self.net(x))
+                return x
+        class Caches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = block()
+            def forward(self, x, cache):
+                cache.append(self.net(x))
+                self.kept = cache[-1].mean()
+                return x + cache[-1]
+        self.a, self.b, self.c, self.d = InPlace(), Caches(), block(), block()
+    def forward(self, x):
+        h, cache = x.clone(), []
+        y = self.a(h) + h
+        y = self.b(y, cache) + cache[0] + self.b.kept
+        return self.c(self.d(y)) if len(x) > 5 else self.d(self.c(y))
+
+def test_memory_is_right_for_blocks_that_do_odd_things(monkeypatch):
+    from modelzip.ptq import Replay
+    model, batches = Busy().eval(), [torch.randn(n, 6) for n in (4, 9, 5)]
+    quick = gptq(model, batches, 3, group=6)
+    monkeypatch.setattr(Replay, "remember", lambda *args: None)
+    slow = gptq(model, batches, 3, group=6)
+    for (n, a), (_, b) in zip(quick.named_modules(), slow.named_modules()):
+        if isinstance(a, Dequantize): assert a.q == b.q, n
+
+
+def test_overrides_name_single_matrices_and_layers_by_class():
+    model, batches = Small("lstm").eval(), [torch.randn(4, 5, 8)]
+    q = gptq(model, batches, overrides={"core.weight_hh_l0": {"bits": 8}, "core.weight_ih_*": None})
+    assert q.core.weight_hh_l0.shape == (12, 3) and torch.equal(q.core.weight_ih_l1, model.core.weight_ih_l1)
+    assert (q.core.weight_hh_l0 - model.core.weight_hh_l0).abs().max() < .01
+    q = gptq(model, batches, layers=(nn.LSTM,))
+    assert type(q.out) is nn.Linear and isinstance(q.core, Dequantize)
+    with pytest.raises(ValueError, match="'core.weight_zz'"): gptq(model, batches, overrides={"core.weight_zz": None})
+
+
+def test_threads_do_not_disturb_each_other():
+    from concurrent.futures import ThreadPoolExecutor
+    model, batches = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1, enable_nested_tensor=False).train(), [torch.randn(3, 4, 8) for _ in range(2)]
+    alone = gptq(model, batches, 4)
+    with unchanged(model, batches), ThreadPoolExecutor(3) as pool: several = list(pool.map(lambda _: gptq(model, batches, 4), range(6)))
+    for q in several: assert all(a.q == b.q for a, b in zip(alone.modules(), q.modules()) if isinstance(a, Dequantize))

@@ -8,6 +8,7 @@ __all__ = ['WIDEST', 'Twin', 'attended', 'unseen', 'rows_given', 'Point', 'name_
 # %% ../../nbs/workshop/watching.ipynb
 import inspect
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Twin:
             for key, value in vars(m).items():
                 if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)): raise ValueError(f"{name}.{key} ".lstrip(".") + why)
         self.forward, self.model = model.forward, copied(model, {id(p): p for p in model.parameters()}).eval()
-        self.kept = []
+        self.kept, self.draws = [], None
         self.adopt(self.model)
     def adopt(self, module: nn.Module) -> None:
         "Look after what a new part writes, too."
@@ -69,14 +70,24 @@ def _run(self, batch: Any, i: int) -> Any:
     self.put_back()
     batch = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)      # a model may work on its input in place
     try:
-        with torch.random.fork_rng(), torch.no_grad(), _Slowly():
-            torch.manual_seed(i)
+        with self._dice(i), torch.no_grad(), _Slowly():
             return feed(self.model, batch, self.forward)
     except (RuntimeError, TypeError, IndexError, AttributeError, KeyError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
-Twin.run = _run
+@contextmanager
+def _dice(self, i):
+    "Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's generators alone, which other threads use too."
+    states = lambda: [torch.get_rng_state(), *([torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else [])]
+    before = states() if self.draws is not False else []
+    if self.draws: torch.manual_seed(i)
+    try: yield
+    finally:
+        if self.draws is None: self.draws = not all(map(torch.equal, before, states()))
+        for d, s in enumerate(before if self.draws else []): torch.cuda.set_rng_state(s, d - 1) if d else torch.set_rng_state(s)
+
+Twin.run, Twin._dice = _run, _dice
 
 # %% ../../nbs/workshop/watching.ipynb
 def _flat(x):
