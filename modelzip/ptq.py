@@ -181,8 +181,9 @@ def correct_bias(
     """Give every quantized layer the mean output that the original's layer has, on the original's inputs (Nagel et al. 2019, arXiv:1906.04721).
     In a chain the inputs of a layer are no longer the original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias that is computed (names the layer)."""
     new, fixed = copied(quantized), {}
-    for name, m in new.named_modules():
-        if not isinstance(m, Dequantize) or m.name != "weight" or name not in statistics: continue
+    names = {i: found[0] for i, (_, found) in layers_of(new).items()}
+    for m in new.modules():
+        if not isinstance(m, Dequantize) or m.name != "weight" or (name := names[id(unwrapped(m))]) not in statistics: continue
         if not isinstance(m.layer, CALIBRATED) or unseen(m.layer) or getattr(m.layer, "bias", None) is None: continue
         if (why := computed(m.layer, "bias")) is not None: raise ValueError(f"the bias of layer {name} {why}")
         original = dict(model.named_modules()).get(name)
