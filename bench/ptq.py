@@ -16,6 +16,7 @@ from modelzip.measure import peak_memory
 from modelzip.pack import load, save
 from modelzip.ptq import awq, calibrate, gptq, hqq, output_error
 from modelzip.quant import dequantize_model, quantize_model
+from modelzip.workshop.models import Inputs
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +36,7 @@ def calibration(model, pairs=128, size=16):
     for i in range(0, len(tokens), size):
         some = tokens[i:i + size]
         longest = max(sum(t.attention_mask) for t in some)
-        out.append(tuple(torch.tensor([getattr(t, part)[:longest] for t in some]) for part in ("ids", "attention_mask")))
+        out.append(Inputs(*(torch.tensor([getattr(t, part)[:longest] for t in some]) for part in ("ids", "attention_mask"))))
     return out
 
 
@@ -46,7 +47,7 @@ class Judge:
         self.pairs = type(found)(found.queries[part], found.documents[part])
         self.model, self.exact = model, model.encode(self.pairs.queries + self.pairs.documents)
         ids = [model.tokenizer.encode_batch(t) for t in (found.queries[600:664], found.documents[600:616])] if part.start else None
-        self.seen = calibrate(model, [tuple(torch.tensor([getattr(t, p) for t in some]) for p in ("ids", "attention_mask")) for some in ids]) if ids else None
+        self.seen = calibrate(model, [Inputs(*(torch.tensor([getattr(t, p) for t in some]) for p in ("ids", "attention_mask"))) for some in ids]) if ids else None
     def recall(self, vectors):
         n = len(self.pairs)
         similar = vectors[:n] @ vectors[n:].T
@@ -107,7 +108,7 @@ def cost_of_gptq(model, batches):
     "Time and memory of the 4-bit recipe; memory with small batches too, whose activations weigh less."
     began, busy = time.perf_counter(), time.process_time()
     gptq(model, batches, **RECIPES[4])
-    cost = dict(gptq_seconds=time.perf_counter() - began, gptq_processor_seconds=time.process_time() - busy, threads=torch.get_num_threads(), tokens=sum(int(b[1].sum()) for b in batches),
+    cost = dict(gptq_seconds=time.perf_counter() - began, gptq_processor_seconds=time.process_time() - busy, threads=torch.get_num_threads(), tokens=sum(int(b.args[1].sum()) for b in batches),
                 resident_bytes=peak_memory(lambda: gptq(model, batches, **RECIPES[4])), tensor_bytes=held(lambda: gptq(model, calibration(model, 16, 4), **RECIPES[4])),
                 model_bytes=sum(p.nbytes for p in model.parameters()), largest_layer_bytes=max(p.nbytes for p in model.parameters()))
     print(f"GPTQ of the whole model: {cost['gptq_seconds']:.0f} s on {cost['threads']} threads ({cost['gptq_processor_seconds']:.0f} s of a processor), {cost['tokens']:,} tokens; beyond the model "

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .kernels import QConv2d, QLinear
 from .pack import inspect, load, save
 from .quant import Dequantize
+from .workshop.models import copied
 
 # %% ../nbs/12_threads.ipynb
 def _method(cls: type) -> Callable:
@@ -396,16 +397,16 @@ def _apart(layer: nn.Module) -> bool | None:
     return False if any(p is not None and p.dim() > 1 for p in layer._parameters.values()) else None
 
 def _serving_copy(model: Any) -> Any:
-    "A copy for a pool, with the same tensors; what cannot be copied is served itself."
+    "A copy for a pool, with the same tensors; what cannot be copied, or would run the original's layers in their own mode, is served itself."
     if not isinstance(model, nn.Module): return model
     shared = [*model.parameters(), *model.buffers(), *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d)))]
-    try: copied = copy.deepcopy(model, {id(t): t for t in shared}).eval()
-    except Exception:
-        if model.training: raise ValueError("model is in training mode and cannot be copied: call model.eval() first") from None
+    try: twin = copied(model, {id(t): t for t in shared}).eval()
+    except Exception as e:
+        if any(m.training for m in model.modules()): raise ValueError(f"model is in training mode, wholly or in part, and cannot be copied ({e}): call model.eval() first") from e
         return model
-    for m in copied.modules():
+    for m in twin.modules():
         if (apart := _apart(m)) is not None: m.forward = _in_batch(m.forward, apart)
-    return copied
+    return twin
 
 # %% ../nbs/12_threads.ipynb
 def _tensor(x: Any) -> Tensor:

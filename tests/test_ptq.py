@@ -267,7 +267,8 @@ def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
 
 def test_what_is_left_alone_and_what_stays_tied():
     q = gptq(Recurrent(), [torch.randn(2, 5, 12)])
-    assert type(q.lstm) is nn.LSTM and type(q.out) is Dequantize
+    assert isinstance(q.lstm, Dequantize) and type(q.out) is Dequantize
+    assert type(gptq(Recurrent(), [torch.randn(2, 5, 12)], overrides={"lstm": None}).lstm) is nn.LSTM
     q = gptq(Tied(), [torch.randint(0, 20, (3, 4))])
     assert q.words.packed is q.out.packed and isinstance(q.mix, Dequantize)
     q = gptq(Shared(), [torch.randn(9, 12)])

@@ -879,3 +879,28 @@ def test_scaling_of_other_data():
 @pytest.mark.parametrize("bad, error, words", [(dict(threads=()), ValueError, "threads is empty"), (dict(batches=[0]), ValueError, "batches is 0"), (dict(rounds=1), ValueError, "rounds is 1"), (dict(intra_op=["1"]), TypeError, "intra_op is '1'")])
 def test_scaling_errors(bad, error, words):
     with pytest.raises(error, match=words): scaling(nn.Linear(2, 2), torch.rand(3, 2), **bad)
+
+
+# ---------------------------------------------------------------- models that hide something
+
+def own_forward(m): m.forward = (lambda f: lambda x: f(x))(m.forward)
+def own_forward_inside(m): m[0].forward = (lambda f: lambda x: f(x))(m[0].forward)
+def compiled(m): m.forward = torch.compile(m.forward, backend="eager")
+def hook(m): m[0].register_forward_hook(lambda l, i, o: 2 * o)
+def pre_hook(m): m[2].register_forward_pre_hook(lambda l, i: (i[0] @ torch.eye(6),))
+def closure(m): m[2].register_forward_hook(lambda l, i, o, first=m[0]: o + first(i[0]))
+
+@pytest.mark.parametrize("hide", [own_forward, own_forward_inside, compiled, hook, pre_hook, closure])
+def test_what_hides_is_served_as_it_is_or_refused(hide):
+    "Dropout is off in what is served, whichever way a model leads back to itself."
+    model, xs = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(.5), torch.nn.Linear(6, 6)), torch.randn(40, 6)
+    hide(model)
+    copies = hide in (hook, pre_hook)
+    if not copies:
+        with pytest.raises(ValueError, match="in training mode, wholly or in part, and cannot be copied.*(forward of its own|reaches the model)"): Pool(model)
+        model.eval()[1].train()
+        with pytest.raises(ValueError, match="wholly or in part"): Pool(model)
+        model.eval()
+    with torch.no_grad(): truth = alone(copy.deepcopy(model).eval() if copies else model, xs)
+    with Pool(model, workers=2, max_batch=8) as pool: assert all(map(torch.equal, pool.map(xs), truth))
+    assert model.training == copies

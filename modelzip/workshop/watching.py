@@ -8,6 +8,7 @@ __all__ = ['WIDEST', 'Twin', 'attended', 'unseen', 'rows_given', 'Point', 'name_
 # %% ../../nbs/workshop/watching.ipynb
 import inspect
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..data import device_of
 from ..prune import input_rows
 from ..quant import Dequantize
 from .matrices import layers_of, outputs_of, unwrapped
-from .models import copied, feed
+from .models import computed, copied, feed
 
 # %% ../../nbs/workshop/watching.ipynb
 class _Slowly(TorchFunctionMode):
@@ -35,8 +36,21 @@ class Twin:
         self,
         model: nn.Module,      # left as it is, and never run
     ):
+        for name, m in model.named_modules():
+            for key, value in vars(m).items():
+                if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)): raise ValueError(f"{name}.{key} ".lstrip(".") + why)
         self.forward, self.model = model.forward, copied(model, {id(p): p for p in model.parameters()}).eval()
-        self.kept = [(m, {k: v for k, v in vars(m).items() if k not in _OURS}, {k: (b, None if b is None else b._version, None if b is None else b.clone()) for k, b in m._buffers.items()}) for m in self.model.modules()]
+        self.kept, self.draws = [], None
+        self.adopt(self.model)
+    def adopt(self, module: nn.Module) -> None:
+        "Look after what a new part writes, too."
+        state = lambda b: (b, None if b is None else b._version, None if b is None else b.clone())
+        self.kept += [(m, {k: v for k, v in vars(m).items() if k not in _OURS}, {k: state(b) for k, b in m._buffers.items()}) for m in module.modules() if all(x is not m for x, *_ in self.kept)]
+    def written(self) -> list[nn.Module]:
+        "Modules that have written into their attributes or buffers since they were put back."
+        changed = lambda m, attributes, buffers: (any(attributes.get(k, self) is not v for k, v in vars(m).items() if k not in _OURS) or m._buffers.keys() != buffers.keys()
+                                                  or any(b is not buffers[k][0] or b is not None and b._version != buffers[k][1] for k, b in m._buffers.items()))
+        return [m for m, *kept in self.kept if changed(m, *kept)]
     def put_back(self) -> None:
         "Undo what a run has written into attributes and buffers."
         for m, attributes, buffers in self.kept:
@@ -56,17 +70,29 @@ def _run(self, batch: Any, i: int) -> Any:
     self.put_back()
     batch = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)      # a model may work on its input in place
     try:
-        with torch.random.fork_rng(), torch.no_grad(), _Slowly():
-            torch.manual_seed(i)
+        with self._dice(i), torch.no_grad(), _Slowly():
             return feed(self.model, batch, self.forward)
     except (RuntimeError, TypeError, IndexError, AttributeError, KeyError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
-Twin.run = _run
+@contextmanager
+def _dice(self, i):
+    "Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's generators alone, which other threads use too."
+    states = lambda: [torch.get_rng_state(), *([torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else [])]
+    before = states() if self.draws is not False else []
+    if self.draws: torch.manual_seed(i)
+    try: yield
+    finally:
+        if self.draws is None: self.draws = not all(map(torch.equal, before, states()))
+        for d, s in enumerate(before if self.draws else []): torch.cuda.set_rng_state(s, d - 1) if d else torch.set_rng_state(s)
+
+Twin.run, Twin._dice = _run, _dice
 
 # %% ../../nbs/workshop/watching.ipynb
-def _flat(x): return (x if x.dtype == torch.float64 else x.float()).reshape(1, -1, x.shape[-1])
+def _flat(x):
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.flatten(0, -2)[None] if x.dim() > 1 else x[None, None]
 
 def _of_bilinear(layer, input1, input2):
     a, b = _flat(input1)[0], _flat(input2)[0]
@@ -151,7 +177,7 @@ def _unprojected(one, x, before, state):
     return torch.stack(out)
 
 # %% ../../nbs/workshop/watching.ipynb
-_ROWS = {nn.Linear: lambda layer, input: {"weight": input_rows(layer, input)}, nn.Conv1d: lambda layer, input: {"weight": input_rows(layer, input)},
+_ROWS = {nn.Linear: lambda layer, input: {"weight": _flat(input)}, nn.Conv1d: lambda layer, input: {"weight": input_rows(layer, input)},
          nn.Conv2d: lambda layer, input: {"weight": input_rows(layer, input)}, nn.Bilinear: _of_bilinear, nn.RNN: _of_recurrent, nn.LSTM: _of_recurrent, nn.GRU: _of_recurrent,
          nn.RNNCell: _of_cell, nn.LSTMCell: _of_cell, nn.GRUCell: _of_cell, nn.MultiheadAttention: _of_attention, "modelzip.structured.RemainingAttention": _of_attention,
          "transformers.pytorch_utils.Conv1D": lambda layer, x: {"weight": _flat(x)}}      # class, or its full name → (layer, arguments) → parameter → rows
