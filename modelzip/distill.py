@@ -7,7 +7,7 @@ __all__ = ['Seen', 'Loss', 'Sum', 'divergence', 'classes_last', 'Labels', 'SoftT
            'same_size', 'Hints', 'AttentionTransfer', 'Relations', 'distances', 'cosines', 'affine']
 
 # %% ../nbs/09_distill.ipynb
-import contextlib, copy, itertools, math
+import contextlib, copy, itertools, json, math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,10 @@ class Loss(nn.Module):
     student_layers: tuple[str, ...] = ()     # whose outputs it needs
     teacher_layers: tuple[str, ...] = ()
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor: raise NotImplementedError
+    def _says(self) -> bytes: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__).encode()
+    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8)
+    def set_extra_state(self, state: Tensor) -> None:
+        if bytes(state.tolist()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {bytes(state.tolist()).decode()}; this one has {self._says().decode()}")
     def __add__(self, other): return Sum([1., 1.], [self, other])
     def __mul__(self, factor): return Sum([factor], [self])
     __rmul__ = __mul__

@@ -7,6 +7,7 @@ __all__ = ['MAX_FRAMES', 'MAX_BYTES', 'Control', 'frame', 'Explorer', 'explore',
 
 # %% ../nbs/02_explore.ipynb
 import base64, hashlib, html, inspect, io, itertools, json, math, os, re, sys, time, traceback
+from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -207,7 +208,7 @@ def figures_of(
     if "matplotlib" not in sys.modules: return []
     from matplotlib.figure import Figure
     theirs = type(result).__module__.startswith("matplotlib.container") and not isinstance(result, tuple)      # such as what plt.pie returns
-    if theirs or isinstance(result, (tuple, list, dict)) or isinstance(result, np.ndarray) and result.dtype == object:
+    if theirs or isinstance(result, dict) or isinstance(result, Sequence) and not isinstance(result, (str, bytes, range)) or isinstance(result, np.ndarray) and result.dtype == object:
         inner = vars(result).values() if theirs else result.values() if isinstance(result, dict) else result.flat if isinstance(result, np.ndarray) else result
         return [*{id(f): f for x in inner for f in figures_of(x)}.values()]
     owner = None if isinstance(result, type) else getattr(result, "figure", None)

@@ -671,3 +671,11 @@ def test_nothing_of_the_callers_is_changed(act):
             with unchanged(prepared.train(mode)): act(prepared)
     else:
         with unchanged(model, x): act(prepared) if act is freeze else act(prepared, 3, 5)
+
+
+def test_a_state_of_a_loss_belongs_to_its_settings():
+    a = [SoftTargets(2), SoftTargets(4, -1), Labels(-1), 0.5 * SoftTargets(2) + Labels(), Hints({"a": "b"}), Relations("a", "b"), AttentionTransfer({"a": "b"}), Logits()]
+    b = [SoftTargets(4), SoftTargets(4), Labels(), 0.25 * SoftTargets(2) + Labels(), Hints({"a": "c"}), Relations("a", "b", angles=0.), AttentionTransfer({"c": "b"})]
+    for one in a: copy.deepcopy(one).load_state_dict(one.state_dict())
+    for one, other in zip(a, b):
+        with pytest.raises((ValueError, RuntimeError), match="other settings"): other.load_state_dict(one.state_dict())
