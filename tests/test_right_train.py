@@ -181,7 +181,12 @@ def test_autocast_changes_no_whole_number():
     x = torch.randn(5, 900)
     prepared(x)
     integers, want = convert(prepared), prepared.eval()(x).detach()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): assert torch.equal(prepared(x), want) and torch.equal(integers(x), want)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(prepared[0](x), integers[0](x)) and torch.equal(prepared(x), integers(x))
+        assert torch.equal(prepared[0](x).float(), prepared[0](x).float().bfloat16().float())
+    assert torch.equal(integers(x), want)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False), torch.no_grad(): exact = prepared[0](x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): assert torch.equal(prepared[0](x).to(torch.bfloat16), exact.bfloat16())
 
 
 def test_the_sign_of_two_levels():
