@@ -312,7 +312,10 @@ def _across_outputs(layer, v):
 
 # %% ../nbs/11_qat.ipynb
 def _forward(self, input: Tensor) -> Tensor:
-    with torch.autocast(input.device.type, enabled=False): return self._whole(input)      # whole numbers do not fit into 16 bits
+    kind = input.device.type
+    if not torch.is_autocast_enabled(kind): return self._whole(input)
+    with torch.autocast(kind, enabled=False): y = self._whole(input)                      # whole numbers do not fit into 16 bits
+    return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(kind))
 
 def _whole(self, input):
     try: codes, step = self.activations.codes(input.float())
@@ -342,6 +345,7 @@ class _Static:
     def get_extra_state(self) -> Tensor: return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8)
     def set_extra_state(self, state: Tensor) -> None:
         said = json.loads(bytes(state.tolist()))
+        if not {"scale", "zero_point"} <= said.keys() <= {"scale", "zero_point", "levels"}: raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")
         self._remember(said["scale"], said["zero_point"], said.get("levels", 256))
         self.kernel, self.prepared.entry = self._choose(), None
     def _exact_in_floats(self): return accumulator_fits(math.prod(self.q.shape[1:]), 128, self.input_levels - 1, bits=25)

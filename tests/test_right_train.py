@@ -181,7 +181,12 @@ def test_autocast_changes_no_whole_number():
     x = torch.randn(5, 900)
     prepared(x)
     integers, want = convert(prepared), prepared.eval()(x).detach()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): assert torch.equal(prepared(x), want) and torch.equal(integers(x), want)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(prepared[0](x), integers[0](x)) and torch.equal(prepared(x), integers(x))
+        assert torch.equal(prepared[0](x).float(), prepared[0](x).float().bfloat16().float())
+    assert torch.equal(integers(x), want)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False), torch.no_grad(): exact = prepared[0](x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): assert torch.equal(prepared[0](x).to(torch.bfloat16), exact.bfloat16())
 
 
 def test_the_sign_of_two_levels():
@@ -473,3 +478,209 @@ def test_step_adam_takes_groups():
     prepared(torch.randn(9, 4)).square().sum().backward()
     optimizer.step()
     assert all(not torch.equal(before[n], p) for n, p in prepared.named_parameters())
+
+
+# ---------------------------------------------------------------- distillation
+
+from dataclasses import dataclass                                                                                # noqa: E402
+
+from modelzip.data import Split, train                                                                           # noqa: E402
+from modelzip.distill import AttentionTransfer, Hints, Labels, Logits, Relations, Seen, SoftTargets, affine, classes_last, distill, divergence, watched   # noqa: E402
+
+
+def examples_of(*shape, n=24, classes=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Split(torch.randn(n, *shape, generator=g), torch.randint(0, classes, (n,), generator=g))
+
+def net(hidden=6, outputs=5, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+def taught(student, teacher, data=None, loss=None, **how): return distill(student, teacher, examples_of(8) if data is None else data, loss, epochs=1, batch_size=8, progress=False, **how)
+
+
+@pytest.mark.parametrize("shape,axis", [((6, 5), 1), ((6, 5), -1), ((2, 5, 3, 4), 1), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), 3), ((2, 5, 7), 1), ((2, 7, 5), 2), ((4, 1), 1), ((4,), 1), ((3, 1, 2, 2), 1), ((3, 4, 1), -1)])
+def test_soft_targets_over_the_axis_of_the_classes(shape, axis):
+    torch.manual_seed(0)
+    z, v, T = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64), 3.
+    rows = lambda t: (t.view(-1, 1) if t.dim() == 1 else t.movedim(axis, -1)).reshape(-1, shape[axis] if len(shape) > 1 else 1)
+    a, b = rows(z), rows(v)
+    if a.shape[1] == 1: q, p = (torch.cat([(t / T).sigmoid(), (-t / T).sigmoid()], 1) for t in (a, b))
+    else: q, p = (a / T).softmax(1), (b / T).softmax(1)
+    want = T * T * (p * (p / q).log()).sum(1).mean()
+    assert SoftTargets(T, axis)(Seen(z), Seen(v), None).item() == pytest.approx(want.item(), rel=1e-9) and want > 0
+    labels = torch.randint(0, max(2, a.shape[1]), (len(a),))
+    cross = F.cross_entropy(a, labels) if a.shape[1] > 1 else F.binary_cross_entropy_with_logits(a[:, 0], labels.double())
+    assert Labels(axis)(Seen(z), None, labels.view(classes_last(z, axis).shape[:-1])).item() == pytest.approx(cross.item())
+
+
+def test_a_wrong_axis_is_an_error_where_it_shows():
+    z = Seen(torch.randn(2, 7, 5))
+    for loss in (SoftTargets(), Labels()):
+        with pytest.raises(ValueError, match="axis=-1"): loss(z, z, torch.zeros(2, 7).long())
+    for axis in (0, 3, -3, -4):
+        with pytest.raises(ValueError, match="axis is"): SoftTargets(axis=axis)(z, z, None)
+    with pytest.raises(ValueError, match="0 or 1"): Labels()(Seen(torch.randn(3, 1)), None, torch.tensor([0, 1, 2]))
+    for loss in (SoftTargets(), Logits()):
+        with pytest.raises(ValueError, match="must be the same"): loss(Seen(torch.randn(3, 5)), Seen(torch.randn(3, 1)), None)
+    assert repr(SoftTargets(2, -1)) == "SoftTargets(2, axis=-1)" and repr(Labels(axis=-1)) == "Labels(axis=-1)" and repr(0.9 * SoftTargets(4) + 0.1 * Labels()) == "0.9 * SoftTargets(4) + 0.1 * Labels()"
+
+
+@pytest.mark.parametrize("temperature", [.02, .5, 4., 100., 1e4, 1e5, 1e8])
+@pytest.mark.parametrize("far", [1., 30.])
+def test_soft_targets_in_float32(temperature, far):
+    torch.manual_seed(0)
+    z, v = torch.randn(9, 10) * far, torch.randn(9, 10) * far
+    a, b = z.double().requires_grad_(), v.double()
+    if temperature < 1e6: right = temperature**2 * F.kl_div((a / temperature).log_softmax(1), (b / temperature).log_softmax(1), log_target=True, reduction="batchmean")
+    else: right = ((a - a.mean(1, keepdim=True) - b + b.mean(1, keepdim=True)).square().sum(1) / 20).mean()       # the limit
+    z.requires_grad_()
+    got = SoftTargets(temperature)(Seen(z), Seen(v), None)
+    assert got.item() == pytest.approx(right.item(), rel=3e-3)
+    slope, want = torch.autograd.grad(got, z)[0], torch.autograd.grad(right, a)[0]
+    torch.testing.assert_close(slope.double(), want, rtol=1e-2, atol=2e-4 * want.abs().max().item())
+
+
+def test_matching_logits_is_the_limit_for_equal_means_only():
+    z = torch.randn(4, 10, dtype=torch.float64)
+    assert Logits()(Seen(z), Seen(z + 5), None).item() == pytest.approx(25) and SoftTargets(1e6)(Seen(z), Seen(z + 5), None).item() == pytest.approx(0, abs=1e-9)
+    v = torch.randn(4, 10, dtype=torch.float64)
+    v += (z - v).mean(1, keepdim=True)
+    assert 2 * SoftTargets(1e6)(Seen(z), Seen(v), None).item() == pytest.approx(Logits()(Seen(z), Seen(v), None).item(), rel=1e-4)
+
+
+@dataclass
+class Answer:
+    loss: torch.Tensor
+    logits: torch.Tensor
+    hidden: tuple = ()
+
+class Puts(nn.Module):
+    "Puts out what it computes in one of many shapes."
+    def __init__(self, shape, hidden=6):
+        super().__init__()
+        self.body, self.shape = net(hidden), shape
+    def forward(self, x):
+        y = self.body(x)
+        return {"tensor": y, "tuple": (y, x), "dict": {"loss": y.mean(), "logits": y}, "dataclass": Answer(y.mean(), y), "list": [y.sum(), y]}[self.shape]
+
+@pytest.mark.parametrize("mine,yours", [(a, b) for a in ("tensor", "tuple", "dict", "dataclass", "list") for b in ("tensor", "dataclass")])
+def test_outputs_of_all_shapes_teach_the_same(mine, yours):
+    data, teacher = examples_of(8), net(16, seed=3)
+    plain = taught(net(), copy.deepcopy(teacher), data)
+    other, wrapped = Puts(mine), Puts(yours, 16)
+    wrapped.body.load_state_dict(teacher.state_dict())
+    with unchanged(wrapped, data.x, data.y): taught(other, wrapped, data)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.body.parameters()))
+
+
+def test_layers_that_put_out_tuples_or_are_overwritten_are_tapped():
+    class Rnn(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.keys, self.act, self.head = nn.LSTM(8, width, batch_first=True), nn.ReLU(), nn.Linear(width, 5)
+        def forward(self, x): return self.head(self.act(self.keys(x[:, None])[0])[:, -1])
+    torch.manual_seed(0)
+    hints = Hints({"keys": "keys"})
+    taught(Rnn(4), Rnn(6), loss=hints + SoftTargets())
+    assert [tuple(m.weight.shape) for m in hints.maps.values()] == [(6, 4)]
+    with pytest.raises(ValueError, match="learned a map from 4 to 6"): taught(Rnn(3), Rnn(6), loss=hints)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True))
+    with watched(model, ("0",)) as seen: model(torch.randn(50, 8))
+    assert seen["0"].min() < 0, "as it was before the ReLU wrote into it"
+    class Skips(nn.Sequential):
+        def __init__(self): super().__init__(*net().children(), nn.Linear(8, 8))
+        def forward(self, x): return self[2](self[1](self[0](x)))
+    with pytest.raises(ValueError, match="student's layer '3' was not called"): taught(Skips(), net(), loss=Hints({"3": "0"}))
+    with pytest.raises(ValueError, match="teacher's layer '3' was not called"): taught(net(), Skips(), loss=Hints({"0": "3"}))
+    with pytest.raises(ValueError, match="as many dimensions"): Hints({"a": "b"})(Seen(None, {"a": torch.randn(2, 3, 4)}), Seen(None, {"b": torch.randn(2, 4)}), None)
+    with pytest.raises(ValueError, match="all but the channels"): Hints({"a": "b"})(Seen(None, {"a": torch.randn(2, 3, 4)}), Seen(None, {"b": torch.randn(2, 1, 4)}), None)
+
+
+def test_a_student_that_waits_for_its_first_batch():
+    data, teacher = examples_of(8), net(16, seed=3)
+    student = prepare(net())
+    watch = []
+    student[0].activations.register_forward_hook(lambda *a: None)
+    original = ActivationQuantizer._watch
+    try:
+        ActivationQuantizer._watch = lambda self, x: (watch.append(len(x)), original(self, x))[1]
+        with unchanged(teacher, data.x, data.y): taught(student, teacher, data)
+    finally: ActivationQuantizer._watch = original
+    assert watch[:4] == [2, 2, 8, 8], "rehearsed with two examples, then set by the first batch"
+    x = torch.randn(4, 8)
+    assert torch.equal(convert(student)(x), student(x)) and not student.training
+
+
+@pytest.mark.parametrize("share", ["layer", "parameter", "view", "buffer", "whole", "dropout", "loss"])
+def test_what_a_student_shares_with_its_teacher_is_refused(share):
+    teacher, student, loss = nn.Sequential(*net(8, seed=3), nn.BatchNorm1d(5), nn.Dropout(.5)), nn.Sequential(*net(8), nn.BatchNorm1d(5), nn.Dropout(.5)), SoftTargets()
+    if share == "layer": student[0] = teacher[0]
+    if share == "parameter": student[0].weight = teacher[0].weight
+    if share == "view": student[0].weight = nn.Parameter(teacher[0].weight.data)
+    if share == "buffer": student[3].running_mean = teacher[3].running_mean
+    if share == "whole": student = nn.Sequential(teacher, nn.Linear(5, 5))
+    if share == "dropout": student[4] = teacher[4]
+    if share == "loss":
+        loss = SoftTargets()
+        loss.peek = teacher
+    with unchanged(teacher, student), pytest.raises(ValueError, match="is the teacher's"): taught(student, teacher, loss=loss)
+    if share in ("layer", "parameter", "whole", "dropout"): taught(copy.deepcopy(student), teacher)
+    frozen = nn.Sequential(*net(8))
+    frozen[0].weight = teacher[0].weight
+    teacher[0].weight.requires_grad_(False)
+    with unchanged(teacher): taught(frozen, teacher)
+
+
+def test_networks_that_write_into_their_input_and_examples_stay():
+    class Writes(nn.Module):
+        def __init__(self, hidden):
+            super().__init__()
+            self.net = net(hidden)
+        def forward(self, x): return self.net(x.relu_())
+    data = examples_of(8)
+    def darker(x): return x.mul_(.5)
+    student, teacher = net(), Writes(16)
+    with unchanged(data.x, data.y, teacher): taught(student, teacher, data, augment=darker)
+    a, b = taught(net(), Writes(16), data), taught(net(), nn.Sequential(nn.ReLU(), *net(16)), data)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())), "the student saw the same inputs"
+
+
+def test_a_turn_is_a_turn_in_images_that_are_no_squares():
+    image = torch.zeros(1, 1, 41, 81)
+    image[..., 18:23, 28:53] = 1.                                  # a bar of 5 by 25
+    turned = affine(image.expand(200, -1, -1, -1), degrees=90, shift=0, scale=0, shear=0)
+    mass = turned.sum((1, 2, 3))
+    y, x = (torch.arange(n).float() - n // 2 for n in (41, 81))
+    moment = (turned.sum((1, 3)) * y**2).sum(1) / mass + (turned.sum((1, 2)) * x**2).sum(1) / mass
+    assert (mass / image.sum() - 1).abs().max() < .05 and (moment / moment.max()).min() > .9
+
+
+@pytest.mark.parametrize("act", [prepare, freeze, set_bits, convert, entropy_bits, EntropyBits, distill], ids=lambda f: f.__name__)
+def test_nothing_of_the_callers_is_changed(act):
+    model, data = made("normed")
+    model[1].extra, model[2].train = torch.randn(3), model[2].train
+    del model[2].train
+    x, prepared = data(), trained(prepare(model), data)
+    x.requires_grad_(False)
+    if act is prepare:
+        with unchanged(model, x): prepare(model, batches=[x], overrides={"0": {"bits": 2}})
+        batches = [(x, torch.zeros(4).long())]
+        with unchanged(model.eval(), x): prepare(model, batches=iter(batches))
+    elif act is distill:
+        teacher, pairs = made("normed", 1)[0], Split(torch.randn(12, 2, 6, 6), torch.zeros(12).long())
+        with unchanged(teacher, pairs.x, pairs.y): taught(prepared.train(), teacher, pairs, SoftTargets() + Hints({"0": "0"}) + AttentionTransfer({"2": "2"}) + Relations("5", "5"), augment=affine)
+        assert not any(m._forward_hooks for m in (*prepared.modules(), *teacher.modules())) and not prepared.training
+    elif act in (convert, entropy_bits, EntropyBits):
+        for mode in (True, False):
+            with unchanged(prepared.train(mode)): act(prepared)
+    else:
+        with unchanged(model, x): act(prepared) if act is freeze else act(prepared, 3, 5)
+
+
+def test_a_state_of_a_loss_belongs_to_its_settings():
+    a = [SoftTargets(2), SoftTargets(4, -1), Labels(-1), 0.5 * SoftTargets(2) + Labels(), Hints({"a": "b"}), Relations("a", "b"), AttentionTransfer({"a": "b"}), Logits()]
+    b = [SoftTargets(4), SoftTargets(4), Labels(), 0.25 * SoftTargets(2) + Labels(), Hints({"a": "c"}), Relations("a", "b", angles=0.), AttentionTransfer({"c": "b"})]
+    for one in a: copy.deepcopy(one).load_state_dict(one.state_dict())
+    for one, other in zip(a, b):
+        with pytest.raises((ValueError, RuntimeError), match="other settings"): other.load_state_dict(one.state_dict())
