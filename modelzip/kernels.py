@@ -312,10 +312,11 @@ def _load(self, *args):
     Dequantize._load_from_state_dict(self, *args)
     self.said = described(self)
 
-def _refuse_trace(layer): raise RuntimeError(f"{layer._who()} cannot be traced by torch.jit.trace, which would keep the ranges of one input; use torch.export, torch.compile or modelzip.onnx_export.to_onnx")
+def _refuse_trace(layer): raise RuntimeError(f"{layer._who()} cannot be traced or scripted by torch.jit, which would keep the ranges of one input; use torch.export, torch.compile or modelzip.onnx_export.to_onnx")
 
 _IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict = _cast, _set, _load
 _IntegerLayer.get_extra_state, _IntegerLayer.set_extra_state = _get, _adopt        # what a `state_dict` says beside the numbers
+_IntegerLayer.__prepare_scriptable__ = _refuse_trace                                # torch.jit.script asks for it
 _IntegerLayer.key = property(lambda self: id(self.prepared))       # tells layers apart
 
 # %% ../nbs/06_kernels.ipynb
@@ -739,11 +740,12 @@ class QEmbedding(Dequantize):
         if torch.jit.is_tracing(): _refuse_trace(self)
         if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
         packed, rows = self._modules["packed"], input.reshape(-1)
+        if torch.compiler.is_compiling(): return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(*input.shape, self.embedding_dim)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
         elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
         else: y = gather_rows(self.q, rows).dequantize()
         return y.reshape(*input.shape, y.shape[1])
-    where, _who = "", _IntegerLayer._who
+    where, _who, __prepare_scriptable__ = "", _IntegerLayer._who, _refuse_trace
     runs = "fetches packed rows and expands these alone"
     def __repr__(self): return f"QEmbedding({self.num_embeddings}×{self.embedding_dim}, {self.q.describe()}, {self.runs}, {self.q.nbytes:,} bytes)"
 
@@ -755,6 +757,18 @@ def _plain_bytes(meta, parts):
 def _byte_rows(parts, shape, rows):
     codes = parts["codes"].view(*shape).index_select(0, rows)
     return codes.float().sub_(128).mul_(parts["scale"].index_select(0, rows).float()[:, None])
+
+@torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::fetched", mutates_args=())
+def _fetched(rows: Tensor, parts: list[Tensor], names: str, said: str) -> Tensor:
+    "Rows of a packed table, as one operation of a compiled or exported graph, to which the table belongs."
+    meta = json.loads(said)
+    q = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta)
+    return gather_rows(q, rows).dequantize() if len(rows) else parts[0].new_empty(0, q.shape[1], dtype=q.dtype)
+
+@_fetched.register_fake
+def _(rows, parts, names, said):
+    meta = json.loads(said)
+    return parts[0].new_empty(rows.shape[0], meta["shape"][1], dtype=getattr(torch, meta["dtype"]))
 
 # %% ../nbs/06_kernels.ipynb
 KERNELS = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
