@@ -125,6 +125,7 @@ def condensed(
     a: np.ndarray,      # a number for each element of a tensor
 ) -> tuple[tuple, np.ndarray]:      # the axes along which they vary, and the numbers along these
     "Leave out the axes along which nothing changes."
+    if not a.size: return (), np.zeros((), np.int64)
     axes = tuple(i for i in range(a.ndim) if a.shape[i] > 1 and not (a == a.take([0], i)).all())
     return axes, a[tuple(slice(None) if i in axes else 0 for i in range(a.ndim))]
 
