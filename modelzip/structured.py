@@ -199,6 +199,16 @@ def _attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
 mac_rules[RemainingAttention] = _attention_macs
 
 # %% ../nbs/08_structured.ipynb
+FRESH = {nn.Linear: lambda: nn.Linear(1, 1, device="meta"), nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"), nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
+         nn.RMSNorm: lambda: nn.RMSNorm(1, device="meta"), nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1, device="meta")}
+
+def takes_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    "A layer takes the place of another: it calls its hooks, has the attributes that somebody gave it, and is in its mode."
+    fresh = next((f() for kind, f in FRESH.items() if isinstance(old, kind)), old)
+    new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(fresh) and k not in vars(new) and not hasattr(type(new), k)})
+    return carry_hooks(old, new.train(old.training))
+
+# %% ../nbs/08_structured.ipynb
 def remaining_attention(
     m: nn.Module,             # `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
     head_dim: int,            # the width of a head
@@ -327,15 +337,6 @@ def ordinary_norm(m: nn.Module) -> nn.Module:
     return nn.LayerNorm(1, m.eps, affine, m.bias is not None, "meta")
 
 # %% ../nbs/08_structured.ipynb
-FRESH = {nn.Linear: lambda: nn.Linear(1, 1, device="meta"), nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"), nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
-         nn.RMSNorm: lambda: nn.RMSNorm(1, device="meta"), nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1, device="meta")}
-
-def takes_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    "A layer takes the place of another: it calls its hooks, has the attributes that somebody gave it, and is in its mode."
-    fresh = next((f() for kind, f in FRESH.items() if isinstance(old, kind)), old)
-    new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(fresh) and k not in vars(new) and not hasattr(type(new), k)})
-    return carry_hooks(old, new.train(old.training))
-
 def put(model: nn.Module, path: str, new: nn.Module) -> None:
     "Put a module in the place of another, under all names that it has."
     old = model.get_submodule(path)
