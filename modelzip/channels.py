@@ -125,6 +125,7 @@ def condensed(
     a: np.ndarray,      # a number for each element of a tensor
 ) -> tuple[tuple, np.ndarray]:      # the axes along which they vary, and the numbers along these
     "Leave out the axes along which nothing changes."
+    if not a.size: return (), np.zeros((), np.int64)
     axes = tuple(i for i in range(a.ndim) if a.shape[i] > 1 and not (a == a.take([0], i)).all())
     return axes, a[tuple(slice(None) if i in axes else 0 for i in range(a.ndim))]
 
@@ -222,7 +223,7 @@ def tensors_of(x: Any) -> list[Tensor]:
 SIZED = """arange linspace logspace tensor as_tensor eye rand randn randint empty_strided zeros ones empty full zeros_like ones_like empty_like full_like
     new_zeros new_ones new_empty new_full new_tensor tril triu tril_indices triu_indices layer_norm rms_norm group_norm conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d multi_head_attention_forward lstm gru rnn_tanh rnn_relu pad channel_shuffle native_channel_shuffle
-    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence""".split()      # beside those that move elements
+    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence""".split()      # … and what moves elements, see below
 
 def numbers_in(
     name: str,         # of a function
@@ -230,8 +231,7 @@ def numbers_in(
     kwargs: dict,
 ) -> tuple:
     "The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a constant as q/8.0."
-    sized = name in SIZED or name in RESHAPE + MOVE + CUT
-    kinds = (float, complex, np.floating) if sized else (int, float, complex, np.number)
+    kinds = (float, complex, np.floating) if name in SIZED else (int, float, complex, np.number)
     return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))
 
 # %% ../nbs/07b_channels.ipynb
@@ -742,6 +742,7 @@ MOVE = """ravel squeeze unsqueeze permute transpose t T mT H movedim moveaxis sw
     repeat_interleave broadcast_to pixel_unshuffle pixel_shuffle atleast_2d unfold diagonal""".split()
 CUT = """getitem chunk split split_with_sizes tensor_split narrow select unbind index_select hsplit vsplit roll gather
     take_along_dim""".split()
+SIZED += RESHAPE + MOVE + CUT      # they take sizes and places
 
 # %% ../nbs/07b_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)

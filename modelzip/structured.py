@@ -199,6 +199,16 @@ def _attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
 mac_rules[RemainingAttention] = _attention_macs
 
 # %% ../nbs/08_structured.ipynb
+FRESH = {nn.Linear: lambda: nn.Linear(1, 1, device="meta"), nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"), nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
+         nn.RMSNorm: lambda: nn.RMSNorm(1, device="meta"), nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1, device="meta")}
+
+def takes_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    "A layer takes the place of another: it calls its hooks, has the attributes that somebody gave it, and is in its mode."
+    fresh = next((f() for kind, f in FRESH.items() if isinstance(old, kind)), old)
+    new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(fresh) and k not in vars(new) and not hasattr(type(new), k)})
+    return carry_hooks(old, new.train(old.training))
+
+# %% ../nbs/08_structured.ipynb
 def remaining_attention(
     m: nn.Module,             # `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
     head_dim: int,            # the width of a head
@@ -211,9 +221,7 @@ def remaining_attention(
                              weights[2].shape[1], m.batch_first, "meta")
     for k, w in zip("qkv", weights): setattr(new, f"{k}_proj_weight", w)
     new.in_proj_bias, new.out_proj.weight, new.out_proj.bias = m.in_proj_bias, m.out_proj.weight, m.out_proj.bias
-    for part in "", "out_proj": carry_hooks(m.get_submodule(part), new.get_submodule(part))
-    new.out_proj.training = m.out_proj.training
-    new.training = m.training
+    takes_over(m, new); takes_over(m.out_proj, new.out_proj)
     return new
 
 # %% ../nbs/08_structured.ipynb
@@ -311,8 +319,7 @@ def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, first: bool, exact: bool)
     new = remaining_norm(m, n, first) if exact else ordinary_norm(m)
     new.normalized_shape, new.weight = (n,), m.weight
     if isinstance(m, nn.LayerNorm): new.bias = m.bias
-    if exact: carry_hooks(m, new)
-    return new.train(m.training)
+    return takes_over(m, new) if exact else new.train(m.training)
 
 # %% ../nbs/08_structured.ipynb
 def remaining_norm(m: nn.Module, n: int, first: bool) -> nn.Module:
@@ -916,13 +923,13 @@ def two_layers(
 ) -> nn.Sequential:
     "Into the `rank` most important directions, and out of them again. What was frozen remains so, and hooks are called as before."
     u, s, v = svd[0][:, :rank], svd[1][:rank].sqrt(), svd[2][:rank]
-    new = thin_pair(layer, rank, {"device": layer.weight.device, "dtype": layer.weight.dtype})
+    new = thin_pair(layer, rank, {"device": "meta", "dtype": layer.weight.dtype}).to_empty(device=layer.weight.device)      # no random numbers are used up
     with torch.no_grad():
         new[0].weight.copy_((s[:, None]*v).reshape(new[0].weight.shape))
         new[1].weight.copy_((u*s).reshape(new[1].weight.shape))
         if layer.bias is not None: new[1].bias.copy_(layer.bias).requires_grad_(layer.bias.requires_grad)
     for m in new: m.weight.requires_grad_(layer.weight.requires_grad)
-    return carry_hooks(layer, new.train(layer.training))
+    return takes_over(layer, new)
 
 # %% ../nbs/08_structured.ipynb
 def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
@@ -949,10 +956,9 @@ def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
     return found
 
 def plain(m: nn.Linear | nn.Conv2d) -> bool:
-    "With numbers, and with nothing that a pair of layers would not have: a computed weight, buffers, attributes of its own."
-    usual = vars(type(m)(1, 1, 1) if isinstance(m, nn.Conv2d) else type(m)(1, 1))
+    "With numbers, and with nothing that a pair of layers would not have: a computed weight, buffers, other parameters."
     return bool(m.weight is not None and m.weight.numel()) and not computed(m, "weight") and not computed(m, "bias") and not m._buffers and not m._modules \
-        and {*m._parameters} == {"weight", "bias"} and {*vars(m)} <= {*usual}
+        and {*m._parameters} == {"weight", "bias"}
 
 # %% ../nbs/08_structured.ipynb
 def factorize(
