@@ -523,7 +523,7 @@ def quantize_counts(
     if n.ndim != 1 or not n.sum() > 0 or n.min() < 0: raise ValueError("counts holds a negative number, or nothing above 0")
     if (n > 0).sum() > 1 << bits: raise ValueError(f"counts has {(n > 0).sum()} symbols; 2**{bits} shares are not enough")
     used = n[n > 0] / n.max()
-    given = lambda saving: 1 + np.floor(1 / np.expm1(saving / used))      # while n log(1 + 1/f) is not below it
+    given = lambda saving: 1 + np.floor(1 / np.expm1(np.minimum(saving / used, 700)))      # while n log(1 + 1/f) is not below it
     few, many = 1., used.sum() / 2**(bits + 2)                            # a threshold that gives too few, one that gives too many
     for _ in range(80):
         middle = math.sqrt(few * many)

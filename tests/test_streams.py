@@ -95,7 +95,7 @@ def array_of(rng, dtype, shape, n):
     elif shape == "few": x = rng.integers(0, rng.integers(1, 12) + 1, n)
     elif shape == "few and far": x = rng.choice([low, top, 0, top//3, low//2 + 7, 5], n, p=[.4, .3, .1, .1, .05, .05])
     elif shape == "skewed": x = rng.geometric(rng.choice([.01, .1, .5, .9]), n)
-    elif shape == "bell": x = np.round(rng.normal(0 if low else top//2, min(top/8, rng.choice([2, 30, 900])), n))
+    elif shape == "bell": x = np.round(rng.normal(0 if low else min(top//2, 2**62), min(top/8, rng.choice([2, 30, 900])), n))
     elif shape == "range": x = rng.integers(0, min(top, rng.choice([3, 100, 1000])), n)
     elif shape == "two clusters": x = np.where(rng.random(n) < .5, rng.integers(0, 20, n), top - 50 + rng.integers(0, 20, n).astype(info.dtype))
     elif shape == "signs": x = rng.choice([-1, 0, 1] if low else [0, 1, top], n)
