@@ -518,17 +518,22 @@ def quantize_counts(
     counts: Sequence[int],   # how often each symbol occurs
     bits: int = 12,          # the sum of the shares is 2**bits
 ) -> np.ndarray:             # int64 shares: 1 or more where counts are above 0, else 0
-    "Whole shares that add up to a power of two and cost few bits; `ValueError` for more symbols than shares."
+    "Whole shares that add up to a power of two and cost the fewest bits; `ValueError` for more symbols than shares."
     n = np.asarray(counts, dtype=np.float64)
     if n.ndim != 1 or not n.sum() > 0 or n.min() < 0: raise ValueError("counts holds a negative number, or nothing above 0")
     if (n > 0).sum() > 1 << bits: raise ValueError(f"counts has {(n > 0).sum()} symbols; 2**{bits} shares are not enough")
-    f = np.where(n > 0, np.maximum(1, np.round(n * (2**bits / n.sum()))), 0)
-    while excess := f.sum() - 2**bits:
-        step = -np.sign(excess)
-        may = (n > 0) & (f + step >= 1)
-        cost = np.where(may, n * np.log2(np.divide(f, f + step, where=may, out=np.ones_like(f))), np.inf)
-        f[cost.argmin()] += step
-    return f.astype(np.int64)
+    used = n[n > 0] / n.max()
+    given = lambda saving: 1 + np.floor(1 / np.expm1(np.minimum(saving / used, 700)))      # while n log(1 + 1/f) is not below it
+    few, many = 1., used.sum() / 2**(bits + 2)                            # a threshold that gives too few, one that gives too many
+    for _ in range(80):
+        middle = math.sqrt(few * many)
+        if given(middle).sum() > 2**bits: many = middle
+        else: few = middle
+    f = given(few)
+    while f.sum() < 2**bits: f[(used * np.log1p(1 / f)).argmax()] += 1
+    out = np.zeros(len(n), np.int64)
+    out[n > 0] = f
+    return out
 
 # %% ../nbs/04_coding.ipynb
 def range_encode(
@@ -767,8 +772,10 @@ def zstd_expand(
     size: int,               # bytes that must come out
 ) -> bytes:
     "The inverse of `zstd_compress`; `CodingError` unless the data is one whole frame of that size."
-    try: out = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23).decompress(
-        data, max_output_size=max(size, 1), allow_extra_data=False)
+    try:
+        claim = zstandard.get_frame_parameters(data, format=MAGICLESS).content_size
+        if claim not in (size, zstandard.CONTENTSIZE_UNKNOWN): raise CodingError(f"it says that it expands to {claim:,} bytes instead of {size:,}")
+        out = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23).decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
     except zstandard.ZstdError as e: raise CodingError(f"zstandard cannot expand it: {e}") from None
     if len(out) != size: raise CodingError(f"it expands to {len(out):,} bytes instead of {size:,}")
     return out
@@ -868,7 +875,7 @@ RANS_TOTAL = 1 << 12
 
 def scaled_counts(
     counts: np.ndarray,     # of each code, at least one of them above zero
-) -> np.ndarray:            # int64, sum RANS_TOTAL or a little more, zero only where counts are
+) -> np.ndarray:            # int64, with a sum about RANS_TOTAL, zero only where counts are
     "Counts that a short table can hold."
     return np.where(counts > 0, np.maximum(1, np.round(counts*(RANS_TOTAL/counts.sum()))), 0).astype(np.int64)
 
@@ -932,8 +939,8 @@ def byte_planes(
     return list(np.ascontiguousarray(data.reshape(-1, width).T))
 
 # %% ../nbs/04_coding.ipynb
-RAW, ZSTD, JOINED, SPARSE, RANS, PLANES, SPLIT = range(7)      # a chunk's first byte
-METHODS = ["raw", "zstd", "zstd, joined", "sparse", "rans", "byte planes", "split"]
+RAW, ZSTD, JOINED, SPARSE, RANS, PLANES, SPLIT, VALUES = range(8)      # a chunk's first byte
+METHODS = ["raw", "zstd", "zstd, joined", "sparse", "rans", "byte planes", "split", "values"]
 
 def code_bytes(
     data: np.ndarray,      # uint8
@@ -981,15 +988,114 @@ def take_pieces(
     return out
 
 # %% ../nbs/04_coding.ipynb
+MOST_VALUES = 1 << 15      # in a table
+
+def counted(
+    d: np.ndarray,      # uint64
+) -> tuple[np.ndarray, np.ndarray]:      # the values that occur, ascending; how often each does
+    "The histogram of values, whatever their range."
+    if not len(d) or int(d.max()) >= 1 << 17: return np.unique(d, return_counts=True)
+    counts = np.bincount(d.astype(np.int64))
+    return np.flatnonzero(counts).astype(np.uint64), counts[counts > 0]
+
+def low_bits(
+    u: np.ndarray,        # values, ascending
+    counts: np.ndarray,
+) -> tuple[int, np.ndarray, np.ndarray, float]:      # bits that stay as they are; what is left of the values; how often; bytes, roughly
+    "The split that costs least."
+    n, best = counts.sum(), None
+    for s in range(64):
+        if s:
+            u = u >> np.uint64(1)
+            first = np.flatnonzero(np.diff(u, prepend=u[:1] + np.uint64(1)))      # the first of each run of equal ones
+            u, counts = u[first], np.add.reduceat(counts, first)
+        information = float((counts*np.log2(n/counts)).sum())
+        bytes = (information + n*s)/8 + 2.2*len(u) + 12
+        if len(u) <= MOST_VALUES and (best is None or bytes < best[3]): best = s, u, counts, bytes
+        if len(u) == 1: break
+    return best
+
+# %% ../nbs/04_coding.ipynb
+def code_values(
+    data: np.ndarray,      # uint8, whole elements
+    width: int,            # bytes of an element: 1, 2, 4 or 8
+    best: int,             # bytes that other methods need
+) -> bytes | None:         # None: it would not help
+    "Code whole numbers as symbols: bits that stay, the smallest value, a table, the bits, words of ANS."
+    v = np.frombuffer(data, f"<i{width}")
+    base = v.min()
+    d = v.astype(np.int64).view(np.uint64) - np.int64(base).view(np.uint64)
+    u, counts = counted(d)
+    information = float((counts*np.log2(len(v)/counts)).sum())/8
+    s, u, counts, bytes = low_bits(u, counts)
+    if best <= max(1.01*information, bytes - 2*len(u)): return None
+    rest = d >> np.uint64(s)
+    w = -(-int(np.diff(u).max(initial=0)).bit_length()//8)      # bytes of a gap between two values
+    table = b"%c" % w + pack_low(np.diff(u), 8*w) + b"".join(map(write_varint, counts.tolist()))
+    coder = constriction.stream.stack.AnsCoder()
+    if len(u) > 1: coder.encode_reverse(np.searchsorted(u, rest).astype(np.int32), rans_model(counts))
+    return (b"%c" % s + base.tobytes() + write_varint(len(u)) + write_varint(len(table))
+            + pieces(code_bytes(np.frombuffer(table, np.uint8)), pack_low(d, s), coder.get_compressed().astype("<u4").tobytes()))
+
+def pack_low(
+    d: np.ndarray,      # uint64
+    s: int,             # bits
+) -> bytes:             # of each value: whole bytes in planes, the lowest first, then what is left, packed
+    whole = d.view(np.uint8).reshape(-1, 8)[:, :s//8].T.tobytes()
+    if not s % 8: return whole
+    return whole + pack_bits(torch.from_numpy((d >> np.uint64(s//8*8) & np.uint64((1 << s % 8) - 1)).astype(np.uint8)), s % 8).numpy().tobytes()
+
+def unpack_low(data: bytes, s: int, n: int) -> np.ndarray:
+    "The inverse of `pack_low`."
+    whole, d = s//8*n, np.zeros((n, 8), np.uint8)
+    if len(data) != whole + (packed_bytes(n, s % 8) if s % 8 else 0): raise CodingError("the low bits have a wrong size")
+    d[:, :s//8] = np.frombuffer(data[:whole], np.uint8).reshape(s//8, n).T
+    if s % 8: d[:, s//8] = unpack_bits(torch.frombuffer(bytearray(data[whole:]), dtype=torch.uint8), s % 8, n).numpy()
+    return d.view("<u8").reshape(-1)
+
+def expand_values(
+    payload: bytes,
+    size: int,             # bytes
+    width: int,
+) -> np.ndarray:           # uint8 [size]
+    "The inverse of `code_values`."
+    n = size // width
+    if width not in (1, 2, 4, 8) or len(payload) < 1 + width or payload[0] >= 64 or not n: raise CodingError("a chunk of values has a wrong form")
+    s, base = payload[0], np.frombuffer(payload[1:1 + width], f"<i{width}")
+    k, at = read_varint(payload, 1 + width)
+    length, at = read_varint(payload, at)
+    if not 1 <= k <= min(MOST_VALUES, n) or length > 20*k + 1: raise CodingError("a table of values has an impossible size")
+    table, low, words = take_pieces(payload, 3, at)
+    table, counts = expand_bytes(table, length).tobytes(), []
+    w = table[0] if table else 9
+    if w > 8 or len(table) < (at := 1 + w*(k - 1)): raise CodingError("a table of values is damaged")
+    gaps = unpack_low(table[1:at], 8*w, k - 1)
+    for _ in range(k): x, at = read_varint(table, at); counts.append(x)
+    if at != length or 0 in counts or sum(counts) != n or not gaps.all() or sum(gaps.tolist()) >= 1 << 64 - s or len(words) % 4: raise CodingError("a table of values is damaged")
+    u, counts = np.cumsum(np.concatenate([np.zeros(1, np.uint64), gaps]), dtype=np.uint64), np.array(counts, dtype=np.int64)
+    if k == 1 and words: raise CodingError("a single value needs no words")
+    rank = ans_decode(np.frombuffer(words, "<u4").astype(np.uint32), counts, n) if k > 1 else np.zeros(n, np.int64)
+    d = (u[rank] << np.uint64(s) | unpack_low(low, s, n)) + base.astype(np.int64).view(np.uint64)
+    return np.ascontiguousarray(d.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
+
+# %% ../nbs/04_coding.ipynb
 def code_elements(
     data: np.ndarray,      # uint8
     width: int,            # bytes of an element
+    whole: bool = True,    # they are whole numbers, or bytes of which nobody knows; False: floats
 ) -> bytes:
     "Code a chunk of numbers."
-    whole = code_bytes(data)
-    if width == 1: return whole
-    planes = pieces(*(code_bytes(p) for p in byte_planes(data, width)))
-    return smallest(data.nbytes, (whole[0], whole[1:]), (PLANES, planes))
+    plain = code_bytes(data)
+    tries = [(plain[0], plain[1:])]
+    if width > 1: tries.append((PLANES, pieces(*(code_bytes(p) for p in byte_planes(data, width)))))
+    if len(data) and width in (1, 2, 4, 8) and (whole or few_values(data, width)):
+        if values := code_values(data, width, min(len(t) for _, t in tries)): tries.append((VALUES, values))
+    return smallest(data.nbytes, *tries)
+
+def few_values(data: np.ndarray, width: int) -> bool:
+    "Whether numbers repeat, as pruned and clustered weights do; from a sample."
+    some = data.view(f"<u{width}")[::max(1, len(data)//width >> 12)]
+    return 2*len(np.unique(some)) < len(some)
 
 def expand_elements(
     chunk: bytes,
@@ -997,6 +1103,7 @@ def expand_elements(
     width: int,
 ) -> np.ndarray:
     "The inverse of `code_elements`."
+    if chunk and chunk[0] == VALUES: return expand_values(chunk[1:], size, width)
     if not chunk or chunk[0] != PLANES: return expand_bytes(chunk, size)
     if width < 2: raise CodingError("bytes have no planes")
     out = np.empty((size // width, width), np.uint8)
@@ -1014,12 +1121,16 @@ def code_codes(
     "Code a chunk of packed codes."
     plain = code_bytes(packed)
     tries = [(RAW, packed.tobytes()), (plain[0], plain[1:])]
-    if bits > 8: return smallest(packed.nbytes, *tries, (SPLIT, split_high(packed, bits, count)))
+    if bits > 8:
+        tries.append((SPLIT, split_high(packed, bits, count)))
+        values = code_values(unpack_bits(torch.from_numpy(packed), bits, count).numpy().astype("<i4").view(np.uint8), 4, min(len(p) for _, p in tries)) if count else None
+        return smallest(packed.nbytes, *tries, *[(VALUES, values)]*(values is not None))
     codes = unpack_bits(torch.from_numpy(packed), bits, count).numpy()
     counts = np.bincount(codes, minlength=levels)
     if bits not in (8, 4, 2, 1) or levels == 3: tries.append((JOINED, code_bytes(join_codes(codes, levels, codes_per_byte(levels)))))
     if sparse and count and counts.max() > count/2: tries.append((SPARSE, sparse_of(codes, counts, bits, levels)))
     if ans_could_help(counts, min(len(p) for _, p in tries)): tries.append((RANS, rans_compress(codes, levels)))
+    if ans_could_help(counts[counts > 0], best := min(len(p) for _, p in tries)) and (values := code_values(codes, 1, best)): tries.append((VALUES, values))
     return smallest(packed.nbytes, *tries)
 
 # %% ../nbs/04_coding.ipynb
@@ -1087,11 +1198,27 @@ def expand_codes(
     method, payload, k = chunk[0], chunk[1:], codes_per_byte(levels) if levels <= 256 else 1
     if method in (RAW, ZSTD): return expand_bytes(chunk, packed_bytes(count, bits))
     if method == SPLIT: return join_high(payload, bits, count)
+    if method == VALUES: return codes_back(payload, bits, count, levels)
     if bits > 8: raise CodingError(f"a chunk of {bits}-bit codes has the method {method}")
     if method == JOINED: return split_codes(expand_bytes(payload, -(-count//k)), levels, k, bits, count)
     if method == RANS: return split_codes(rans_expand(payload, levels, count), 256, 1, bits, count)
     if method == SPARSE and sparse: return sparse_back(payload, bits, count, levels)
     raise CodingError(f"a chunk has the unknown method {method}")
+
+# %% ../nbs/04_coding.ipynb
+def codes_back(
+    payload: bytes,
+    bits: int,
+    count: int,
+    levels: int,
+) -> np.ndarray:
+    "Codes that were coded as values."
+    width = 1 if bits <= 8 else 4
+    codes = expand_values(payload, count*width, width)
+    if width == 1: high = int(codes.max())
+    else: codes = codes.view("<i4"); high = max(int(codes.max()), -int(codes.min()) << 40)
+    if high >= levels: raise CodingError("a code is too large")
+    return split_codes(codes, 256, 1, bits, count) if width == 1 else pack_bits(torch.from_numpy(codes.astype(np.int32)), bits).numpy()
 
 # %% ../nbs/04_coding.ipynb
 def sparse_back(
@@ -1171,6 +1298,11 @@ def check_codes(
     return levels
 
 # %% ../nbs/04_coding.ipynb
+def holds_whole(x: Any) -> bool:
+    "Whether something holds whole numbers; bytes may be anything."
+    if isinstance(x, torch.Tensor): return not x.is_floating_point() and not x.is_complex()
+    return not isinstance(x, np.ndarray) or x.dtype.kind in "biu"
+
 def stream_parts(
     x: Any,
     bits: int | None = None,
@@ -1181,7 +1313,7 @@ def stream_parts(
     "A stream in pieces, for those who write it somewhere: joining them would double it in memory."
     data, width = as_uint8(x)
     if bits is None:
-        jobs = [functools.partial(code_elements, data[i:i + BYTES//width*width], width) for i in range(0, len(data), BYTES//width*width)]
+        jobs = [functools.partial(code_elements, data[i:i + BYTES//width*width], width, holds_whole(x)) for i in range(0, len(data), BYTES//width*width)]
         head = b"\0" + write_varint(width) + write_varint(len(data))
     else:
         levels = check_codes(data, bits, count, levels)
@@ -1200,7 +1332,8 @@ def encode(
     levels: int | None = None,    # codes are below it; None: 2**bits
     map: Callable = map,          # runs the chunks; that of a ThreadPoolExecutor runs them side by side
 ) -> bytes:                       # a stream: header, chunks, CRC-32; `decode` needs nothing else
-    "Code losslessly, each chunk by the method that makes it smallest. `TypeError` or `ValueError` for what is no stream of numbers or codes."
+    """Code losslessly, each chunk by the method that makes it smallest; ANS, which is slower to read, only where it saves more than a percent.
+    Whole numbers and codes take at most a percent more than their order-0 entropy, and a table of the values that occur. `TypeError` or `ValueError` for what is no stream of numbers or codes."""
     return b"".join(stream_parts(x, bits, count, levels, map))
 
 # %% ../nbs/04_coding.ipynb
@@ -1360,8 +1493,11 @@ class AdaptiveDecoder:
         self.bets.learn(context, bit)
         return bit
     def finish(self) -> None:
-        "`CodingError` when bytes are left over, or the data does not belong to an encoder."
-        if self.at < len(self.data) or self.offset >= self.width: raise CodingError("adaptive: bytes are left over")
+        "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."
+        window = int.from_bytes(self.data[max(0, self.at - 5):self.at].ljust(5, b"\0"), "big")
+        low = window - self.offset      # where the interval begins, but for what is written and done with
+        keep = next(k for k in range(40, -1, -1) if -low % (1 << k) < self.width)
+        if self.at < len(self.data) or self.data[-1:] == b"\0" or self.offset != -low % (1 << keep): raise CodingError("adaptive: bytes are left over, or missing")
 
 # %% ../nbs/04_coding.ipynb
 def adaptive_codes(

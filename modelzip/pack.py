@@ -24,7 +24,7 @@ from .measure import sqnr
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import LAYERS, are_kinds, ascii_name, check_kinds, computes_nothing, differing, kinds_of, made_so, remade, text_of
+from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, kinds_of, made_so, remade, text_of
 from .workshop.kinds import seal as seal_of
 from .workshop.models import carry_hooks, check_ordinary
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
@@ -283,7 +283,7 @@ def meaning_of(
     architecture: dict | None,     # {"name", "options"}
 ) -> dict:                         # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
     "What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original."
-    check_ordinary(model)
+    check_ordinary(model); check_nothing_hidden(model)
     if computes_nothing(model): return {}
     kinds = kinds_of(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -460,6 +460,22 @@ def test_quantized_counts_are_the_best(counts, bits):
     assert cost([int(a) for a in f if a]) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("counts, bits, want", [([22, 5], 3, [6, 2]), ([39, 66], 2, [2, 2]), ([44, 45, 381], 4, [2, 2, 12])])
+def test_quantized_counts_where_rounding_misleads(counts, bits, want):
+    "The nearest whole shares are not the cheapest."
+    assert quantize_counts(counts, bits).tolist() == want
+
+@quick
+@given(counts=st.lists(st.integers(0, 10**6), min_size=2, max_size=80).filter(any), bits=st.integers(7, 16))
+def test_no_share_is_better_somewhere_else(counts, bits):
+    "The last share of each symbol saves at least what one more would save elsewhere: so the greedy choice, which is the best, ends."
+    f = quantize_counts(counts, bits)
+    n = np.array(counts, dtype=np.float64)
+    used = n > 0
+    assert f.sum() == 1 << bits and ((f > 0) == used).all()
+    more, last = n[used]*np.log1p(1/f[used]), np.where(f[used] > 1, n[used]*np.log1p(1/np.maximum(f[used] - 1, 1)), np.inf)
+    assert more.max() <= last.min()*(1 + 1e-9)
+
 def test_quantized_counts_of_many_rare_symbols():
     f = quantize_counts([10**9] + [1] * 255, 12)
     assert f.sum() == 4096 and f.min() == 1 and f[0] == 4096 - 255

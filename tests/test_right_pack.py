@@ -311,3 +311,40 @@ def test_files_stay_small(tmp_path):
 def pack_meaning(m):
     from modelzip.pack import meaning_of
     return meaning_of(m, m.architecture)
+
+class Configured(nn.Module):
+    "What people keep beside parameters."
+    def __init__(self, cfg=None, act=torch.tanh, table=1., small=1.):
+        super().__init__()
+        self.fc, self.cfg, self.act = nn.Linear(4, 6), cfg or Config(), act
+        self.table, self.small, self.cache = table*torch.ones(6, 20), torch.tensor([small]), None
+    def forward(self, x):
+        self.cache = self.act(self.fc(x)) @ self.table*self.small*self.cfg.scale
+        return self.cache
+
+import dataclasses, functools
+@dataclasses.dataclass
+class Config:
+    scale: float = 1.
+    sizes: tuple = (1, 2)
+
+def test_configurations_tensors_and_partials(tmp_path):
+    "A small tensor and a dataclass come back; a large tensor and another function are refused by name; a cache is nobody's business."
+    m = Configured(Config(3., (4, 5)), small=2.).eval()
+    m.fc.weight.data.normal_()
+    want = m(X); m.cache = None
+    save(m, tmp_path/"x.mz")
+    back = load(tmp_path/"x.mz", Configured())
+    assert torch.equal(back(X), want) and back.cfg == Config(3., (4, 5)) and back.small == 2
+    with torch.no_grad(): m(X)
+    assert torch.equal(load(save(m, tmp_path/"y.mz"), Configured())(X), want)      # with a full cache of 100 numbers
+    for odd, word in (Configured(table=2.), "table"), (Configured(act=F.relu), "act"), (Configured(act=functools.partial(F.elu, alpha=2.)), "act"):
+        with pytest.raises(PackError, match=f"another '{word}'"): load(save(odd.eval(), tmp_path/"z.mz"), Configured())
+        assert torch.equal(load(tmp_path/"z.mz", odd)(X), odd(X))
+
+def test_modules_in_a_plain_list(tmp_path):
+    m = Configured()
+    m.more = [nn.Linear(2, 2)]
+    with pytest.raises(ValueError, match="more holds a Linear in a plain list"): save(m, tmp_path/"x.mz")
+    m.more = [m.fc, nn.ReLU()]      # a second way to what is there anyway
+    assert isinstance(load(save(m, tmp_path/"x.mz"), Configured()), Configured)

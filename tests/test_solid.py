@@ -9,7 +9,7 @@ from torch import nn
 
 from modelzip import archive as zips, pack
 from modelzip.archive import PackError
-from modelzip.coding import AdaptiveDecoder, AdaptiveEncoder, adaptive_bytes, adaptive_codes, entropy
+from modelzip.coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, entropy
 from modelzip.data import LeNet5
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.qat import entropy_bits, prepare
@@ -147,6 +147,23 @@ def test_bits_in_contexts(pairs):
     decoder = AdaptiveDecoder(encoder.finish())
     assert [decoder.bit(context) for context, _ in pairs] == [bit for _, bit in pairs]
     decoder.finish()
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.lists(st.integers(0, 1), max_size=60), st.binary(max_size=12), st.integers(0, 2**32))
+def test_only_the_encoders_own_data_is_accepted(bits, noise, seed):
+    "Whatever else gives bits as well: longer, shorter, another point of the same interval."
+    encoder = AdaptiveEncoder()
+    for b in bits: encoder.bit("c", b)
+    true = encoder.finish()
+    rng = random.Random(seed)
+    near = bytearray(true or b"\0"); near[rng.randrange(len(near))] ^= 1 << rng.randrange(8)
+    for data in true, true + noise, true[:-1], bytes(near), noise, b"abcd":
+        decoder = AdaptiveDecoder(data)
+        got, again = [decoder.bit("c") for _ in bits], AdaptiveEncoder()
+        for b in got: again.bit("c", b)
+        if again.finish() == data: decoder.finish()
+        else:
+            with pytest.raises(CodingError): decoder.finish()
 
 def test_carries():
     "Long runs of the likelier bit, then the unlikely one: the low end runs into the next byte again and again."

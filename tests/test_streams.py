@@ -84,6 +84,46 @@ def test_within_a_percent_of_the_entropy(levels, kind):
     size = len(encode(packed(codes, bits), bits, n, levels))
     assert size <= 1.01*ideal + 2*levels + 120, (size/ideal, coders(encode(packed(codes, bits), bits, n, levels)))
 
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
+SHAPES = ["ones among zeros", "few", "few and far", "skewed", "bell", "range", "two clusters", "signs", "sorted"]
+
+def array_of(rng, dtype, shape, n):
+    "An array of integers with this character, whatever range its type has."
+    info = np.iinfo("u1" if dtype == "bool" else dtype)
+    top, low = int(info.max), int(info.min)
+    if shape == "ones among zeros": x = rng.random(n) < rng.choice([.0005, .01, .03, .2, .5])
+    elif shape == "few": x = rng.integers(0, rng.integers(1, 12) + 1, n)
+    elif shape == "few and far": x = rng.choice([low, top, 0, top//3, low//2 + 7, 5], n, p=[.4, .3, .1, .1, .05, .05])
+    elif shape == "skewed": x = rng.geometric(rng.choice([.01, .1, .5, .9]), n)
+    elif shape == "bell": x = np.round(rng.normal(0 if low else min(top//2, 2**62), min(top/8, rng.choice([2, 30, 900])), n))
+    elif shape == "range": x = rng.integers(0, min(top, rng.choice([3, 100, 1000])), n)
+    elif shape == "two clusters": x = np.where(rng.random(n) < .5, rng.integers(0, 20, n), top - 50 + rng.integers(0, 20, n).astype(info.dtype))
+    elif shape == "signs": x = rng.choice([-1, 0, 1] if low else [0, 1, top], n)
+    else: x = np.sort(rng.integers(0, min(top, 200), n))
+    if dtype == "bool": return (x.astype("i8") & 1).astype(bool)
+    return x.astype(np.int64).astype(dtype) if x.dtype.kind == "f" else x.astype(dtype)
+
+@settings(max_examples=examples(120), deadline=None)
+@given(st.sampled_from(INTEGERS), st.sampled_from(SHAPES), st.sampled_from([0, 1, 7, 300, 5000, 60_000]), st.integers(0, 2**32))
+def test_integers_are_within_a_percent_of_their_entropy(dtype, shape, n, seed):
+    "…and a table of the values that occur; exact, and never above what zstandard makes of the bytes or of their planes."
+    x = array_of(np.random.default_rng(seed), dtype, shape, n)
+    coded, used, width = encode(x), len(np.unique(x)), x.itemsize
+    assert decode(coded).tobytes() == x.tobytes()
+    ideal = float(entropy(x.view("u1") if x.dtype == bool else x.astype("i8")))*n/8
+    assert len(coded) <= 1.01*ideal + min(used, n)*(width + 2) + 40, (len(coded), ideal, used, coders(coded))
+    raw = np.frombuffer(x.tobytes(), "u1")
+    if 0 < len(raw) <= coding.BYTES: assert len(coded) <= min(len(coding.code_bytes(raw)), 1 + len(coding.pieces(*(coding.code_bytes(p) for p in coding.byte_planes(raw, width))))) + 16
+
+def test_three_percent_of_ones():
+    "The example that was 58 % above."
+    x = (np.random.default_rng(0).random(100_000) < .03).astype(np.int64)
+    for y in x, x.astype("i1"), x.astype("u2"), torch.from_numpy(x), torch.from_numpy(x).bool(), x.astype("i4")*70_000 - 5:
+        assert 8*len(encode(y)) <= 1.01*float(entropy(x))*len(x) + 8*40
+    q = packed(np.where(x == 1, 3000, 17), 12)      # the same as codes of twelve bits
+    coded = encode(q, 12, len(x))
+    assert np.array_equal(decode(coded), q.numpy()) and 8*len(coded) <= 1.01*float(entropy(x))*len(x) + 8*40
+
 def test_runs_go_below_the_entropy():
     codes = codes_of(np.random.default_rng(0), 16, 100_000, "runs")
     assert len(encode(packed(codes, 4), 4, len(codes))) < .1*float(entropy(torch.from_numpy(codes)))*len(codes)/8
@@ -111,6 +151,9 @@ def samples():
             bits, n = (levels - 1).bit_length(), 2000
             yield encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)
     yield encode(torch.randn(300)); yield encode(b"to be or not to be "*50); yield encode(bytes(3000)); yield encode(b"")
+    yield encode((rng.random(3000) < .03).astype("i8")); yield encode(rng.normal(0, 900, 3000).astype("i4")); yield encode(rng.choice([1, 2**60, -5], 3000)); yield encode((rng.random(3000) < .03))
+    x = packed(np.where(rng.random(3000) < .03, 3000, 17), 12); yield encode(x, 12, 3000)
+    x = packed(rng.geometric(.3, 3000).clip(0, 99), 7); yield encode(x, 7, 3000, 100)
 
 def test_every_truncation_and_every_flipped_bit():
     for s in list(samples())[::7]:
@@ -137,6 +180,17 @@ def test_nonsense_with_the_right_checksum():
             try: decode(bytes(data))
             except CodingError: pass
     assert fine > 100 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+
+def test_a_frame_that_says_how_large_it_is():
+    "Memory is taken for what is expected, not for what a frame claims; one that tells the truth is read."
+    import zstandard
+    make = lambda data: zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(1, format=zstandard.FORMAT_ZSTD1_MAGICLESS)).compress(data)
+    boast, before = make(bytes(2**28)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in boast, bytes([0xE0]) + (2**40).to_bytes(8, "little") + boast[9:], bytes([0xE0]) + b"\xff"*8 + bytes(29), b"", b"\0":
+        for size in 0, 100, 100_000:
+            with pytest.raises(CodingError): coding.zstd_expand(data, size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15      # KiB
+    assert coding.zstd_expand(make(b"honest"*50), 300) == b"honest"*50
 
 def test_a_stream_cannot_claim_the_moon():
     for bits, kind in (0, 1), (4, 16), (8, 256):
