@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'fingerprint']
 
 # %% ../../nbs/workshop/content.ipynb
-import dis, enum, functools, hashlib, os, sys, sysconfig, types, weakref
+import dis, enum, functools, hashlib, os, pathlib, sys, sysconfig, types, weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -175,6 +175,7 @@ KINDS = [      # the first that fits
     (functools.partial, _partial), (types.CodeType, _code), (types.CellType, lambda walk, x: [b"cell", walk(x.cell_contents)]),
     (types.ModuleType, lambda walk, x: [b"python module", x.__name__.encode(), str(_library(x.__name__)).encode()]),
     ((staticmethod, classmethod), lambda walk, x: [type(x).__name__.encode(), walk(x.__func__)]), (property, lambda walk, x: [b"property", *walk.all(x.fget, x.fset, x.fdel)]),
+    (pathlib.PurePath, lambda walk, x: [b"path", type(x).__name__.encode(), os.fsencode(x)]), (types.UnionType, lambda walk, x: [b"union", *walk.all(*x.__args__)]),
     (weakref.ReferenceType, lambda walk, x: [b"weak", walk(x())]), (bytearray, lambda walk, x: [b"bytearray", bytes(x)]), (np.generic, lambda walk, x: [b"number", str(x.dtype).encode(), x.tobytes()]),
     (Mapping, _mapping), ((set, frozenset), _set), ((list, tuple), _items)]
 
