@@ -267,7 +267,8 @@ def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
 
 def test_what_is_left_alone_and_what_stays_tied():
     q = gptq(Recurrent(), [torch.randn(2, 5, 12)])
-    assert type(q.lstm) is nn.LSTM and type(q.out) is Dequantize
+    assert isinstance(q.lstm, Dequantize) and type(q.out) is Dequantize
+    assert type(gptq(Recurrent(), [torch.randn(2, 5, 12)], overrides={"lstm": None}).lstm) is nn.LSTM
     q = gptq(Tied(), [torch.randint(0, 20, (3, 4))])
     assert q.words.packed is q.out.packed and isinstance(q.mix, Dequantize)
     q = gptq(Shared(), [torch.randn(9, 12)])
@@ -376,7 +377,7 @@ def test_errors_say_what_is_wrong(run, model, batches, error, says):
     (lambda: gptq(NET(), [torch.ones(2, 4)], columns="best"), "columns is 'best'"), (lambda: gptq(NET(), [torch.ones(2, 4)], catch_up=2), "catch_up is 2"),
     (lambda: gptq(NET(), [torch.ones(2, 4)], overrides=lambda n, m: None), "nothing to quantize"), (lambda: smooth(NET(), {}, alpha=2), "alpha is 2"),
     (lambda: quantize_with(nearest_weight, NET(), [torch.ones(2, 4)], statistics={}), "both given"), (lambda: equalize(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))), "no pair"),
-    (lambda: equalize(NET(), [("0", "1")]), "both may be"), (lambda: correct_bias(NET(), NET(), {}), "nothing to correct"), (lambda: hqq(NET(), p=0), "p is 0"),
+    (lambda: equalize(NET(), [("0", "1")]), "1 is ReLU, and may be Linear"), (lambda: correct_bias(NET(), NET(), {}), "nothing to correct"), (lambda: hqq(NET(), p=0), "p is 0"),
     (lambda: output_error(torch.ones(2, 4), torch.ones(2, 4), calibrate(NET(), [torch.ones(2, 4)], second_moments=False)["0"]), "second_moments")])
 def test_arguments_that_make_no_sense(call, says):
     with pytest.raises(ValueError, match=says): call()
