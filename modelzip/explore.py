@@ -46,12 +46,15 @@ def steps(
     step: float = 1,     # the distance between two values, above 0
 ) -> list:               # low, low + step, … up to high; integers stay integers
     "Evenly spaced values from `low` to `high`, as `(low, high, step)` asks for them."
-    if not all(math.isfinite(v) for v in (low, high, step)) or step <= 0 or high < low:
+    if not all(math.isfinite(v) for v in (low, high, step)) or step <= 0 or high < low or not math.isfinite((high - low) / step):
         raise ValueError(f"(low, high, step) is ({low}, {high}, {step}): it needs finite numbers, low <= high and step > 0")
     n = math.floor((high - low) / step + 1e-9) + 1
     if n > 10_000: raise ValueError(f"({low}, {high}, {step}) has {n:,} values, which nobody can tell apart: take a larger step")
     values = [low + i * step for i in range(n)]
-    return values if all(isinstance(v, Integral) for v in values) else [float(f"{v:.12g}") for v in values]
+    if all(isinstance(v, Integral) for v in values): return values
+    def tidy(v): return t if abs((t := float(f"{v:.12g}")) - v) <= 1e-9 * step else float(v)
+    values = [float(low), *map(tidy, values[1:])]
+    return [*values[:-1], float(high)] if abs(values[-1] - high) <= 1e-9 * step else values
 
 # %% ../nbs/02_explore.ipynb
 def values_of(
@@ -69,10 +72,16 @@ def values_of(
     return values, [label(v) for v in values]
 
 # %% ../nbs/02_explore.ipynb
+def is_same(a: Any, b: Any) -> bool:
+    "Whether two values are one to a reader: equal numbers, up to the twelfth digit, or equal things of one type."
+    if is_number(a) and is_number(b): return a == b or math.isclose(a, b, rel_tol=1e-12)
+    try: return type(a) is type(b) and bool(np.all(a == b))
+    except Exception: return a is b
+
 def control(
     name: str,           # the argument that it sets
     spec: Any,           # range, list, tuple, dict, bool, or an array of one dimension
-    first: Any = None,   # the value to start from, when it is among the values; else the first of them
+    first: Any = inspect.Parameter.empty,   # the value to start from, when it is among the values (2 is 2.0); else the first of them
 ) -> Control:            # the control
     "Make a control; ValueError or TypeError says what is wrong with a specification that makes no sense."
     if isinstance(spec, (bool, np.bool_)): return Control(name, "checkbox", (False, True), ("off", "on"), int(spec))
@@ -80,7 +89,7 @@ def control(
     if not values: raise ValueError(f"{name} has no values: give it at least one")
     if len(set(labels)) < len(labels): raise ValueError(f"{name} shows two values by the same label: {labels}")
     ascending = not isinstance(spec, dict) and all(map(is_number, values)) and all(a < b for a, b in zip(values, values[1:]))
-    same = [type(v) is type(first) and bool(np.all(v == first)) for v in values]
+    same = [is_same(v, first) for v in values]
     return Control(name, "slider" if ascending else "menu", tuple(values), tuple(labels), same.index(True) if True in same else 0)
 
 # %% ../nbs/02_explore.ipynb
@@ -115,15 +124,44 @@ def drawn(
     return out.getvalue()
 
 # %% ../nbs/02_explore.ipynb
+FAR = 24      # of 255: differences in one channel that nobody takes for another colour
+
+def distance(a: Any, b: Any) -> np.ndarray:
+    "The largest difference of any channel, for each pixel of two pictures."
+    a, b = (np.asarray(p.convert("RGB"), dtype=np.int16) for p in (a, b))
+    return np.abs(a - b).max(-1)
+
+def with_rare_colors(
+    picture: Any,        # a Pillow image in RGB
+    few: Any,            # the same with a palette
+    colors: int,         # as many as the new palette may have
+) -> Any:                # a Pillow image of one pixel, with the palette
+    "Half of the palette for what is frequent, the rest for what lies farthest from it."
+    from PIL import Image
+    half = np.asarray(picture.quantize(colors - colors // 2, dither=Image.Dither.NONE).convert("RGB")).reshape(-1, 3)
+    chosen = list(np.unique(half, axis=0).astype(np.int16))
+    there = np.unique(np.asarray(picture).reshape(-1, 3), axis=0).astype(np.int16)
+    away = np.min([np.abs(there - c).max(-1) for c in chosen], axis=0)
+    while len(chosen) < colors and away.max() > FAR // 2:
+        chosen.append(there[away.argmax()])
+        away = np.minimum(away, np.abs(there - chosen[-1]).max(-1))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.array([*chosen, *[chosen[0]] * (256 - len(chosen))], dtype=np.uint8).tobytes())
+    return palette
+
+# %% ../nbs/02_explore.ipynb
 def palette_png(
     png: bytes,          # a PNG file of any kind
     colors: int = 64,    # at most so many different colours remain, 2..256
 ) -> bytes:              # a PNG file with a palette: one byte or less a pixel before it is compressed
-    "Make a PNG small by giving it a palette; the file comes back as it was where that is no smaller."
+    "Make a PNG small by giving it a palette, on white where it is transparent; the file comes back as it was where that is no smaller."
     from PIL import Image
-    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    few = picture.quantize(colors, dither=Image.Dither.NONE)
+    if distance(picture, few).max() > FAR: few = picture.quantize(palette=with_rare_colors(picture, few, colors), dither=Image.Dither.NONE)
     out = io.BytesIO()
-    picture.save(out, format="png", optimize=True)
+    few.save(out, format="png", optimize=True)
     return min(out.getvalue(), png, key=len)
 
 # %% ../nbs/02_explore.ipynb
@@ -131,17 +169,26 @@ def short_number(found: re.Match) -> str:
     "A decimal with two digits after the point."
     return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
+TAG = re.compile(r"""(<(?:[^<>"']|"[^"]*"|'[^']*')*>)""")
+
 def compact_svg(
     svg: bytes,          # an SVG file as matplotlib writes it
 ) -> bytes:              # the same picture in fewer bytes
-    "Leave out what draws nothing, and give coordinates two decimals."
+    "Leave out what draws nothing, and give coordinates two decimals. Only tags are rewritten: what a text says stays."
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg.decode(), flags=re.S)
-    text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
-    text = re.sub(r"(font[^;\"]*?'[^',]*'), [^;\"]*?([\w-]+)(?=[;\"])", r"\1, \2", text)    # one font and its family
-    text = re.sub(r'(?<= [dxy]=")[^"]*', lambda d: re.sub(r"\d+\.\d{3,}", short_number, d[0]), text)
-    used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    return re.sub(r"\s+", " ", text).replace("> <", "><").strip().encode()
+    parts = TAG.split(text)                                       # between, before, behind tags: what is no tag
+    used = {name for tag in parts[1::2] for name in re.findall(r"#([\w.-]+)", tag)}
+    def short(tag):
+        tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", re.sub(r"\s+", " ", tag))
+        tag = re.sub(r"(font[^;\"]*?'[^',]*'), [^;\"]*?([\w-]+)(?=[;\"])", r"\1, \2", tag)    # one font and its family
+        tag = re.sub(r'(?<= [dxy]=")[^"]*', lambda d: re.sub(r"\d+\.\d{3,}", short_number, d[0]), tag)
+        return re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", tag).replace(" />", "/>")
+    said = iter(parts)
+    out, inside = [next(said).strip()], 0                         # inside a text spaces are letters
+    for tag, between in zip(said, said):
+        if re.match(r"</?(text|title|desc)\b", tag) and not tag.endswith("/>"): inside += -1 if tag.startswith("</") else 1
+        out += [short(tag), between if inside else re.sub(r"\s+", " ", between).strip()]
+    return "".join(out).encode()
 
 # %% ../nbs/02_explore.ipynb
 def data_uri(
@@ -153,15 +200,25 @@ def data_uri(
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 # %% ../nbs/02_explore.ipynb
-def figure_of(
+def figures_of(
     result: Any,         # what a function returned
-) -> Any:                # a matplotlib Figure, or None
-    "The figure that `result` is, or is drawn on."
-    if "matplotlib" not in sys.modules: return None
+) -> list:               # of matplotlib Figures, each once; empty when it is something else
+    "The figures that `result` is, holds, or is drawn on."
+    if "matplotlib" not in sys.modules: return []
     from matplotlib.figure import Figure
-    if isinstance(result, np.ndarray) and result.dtype == object and result.size: result = result.flat[0]
-    owner = getattr(result, "figure", None)
-    return next((f for f in (result, owner) if isinstance(f, Figure)), None)
+    theirs = type(result).__module__.startswith("matplotlib.container") and not isinstance(result, tuple)      # such as what plt.pie returns
+    if theirs or isinstance(result, (tuple, list, dict)) or isinstance(result, np.ndarray) and result.dtype == object:
+        inner = vars(result).values() if theirs else result.values() if isinstance(result, dict) else result.flat if isinstance(result, np.ndarray) else result
+        return [*{id(f): f for x in inner for f in figures_of(x)}.values()]
+    owner = None if isinstance(result, type) else getattr(result, "figure", None)
+    while owner is not None and not isinstance(owner, Figure) and owner is not getattr(owner, "figure", owner): owner = owner.figure      # a part of a figure
+    return [f for f in (result, owner) if isinstance(f, Figure)][:1]
+
+def beside_figures(result: Any) -> list:
+    "What a tuple or list with figures in it holds besides: texts, numbers, tables; no arrays, which `plt.hist` returns by the way."
+    if not isinstance(result, (tuple, list)): return []
+    keeps = lambda x: not (x is None or figures_of(x) or isinstance(x, (np.ndarray, tuple, list, dict)))
+    return [x for x in result if keeps(x)]
 
 # %% ../nbs/02_explore.ipynb
 def img(
@@ -179,17 +236,34 @@ def img_of(fig: Any, form: str, alt: str) -> str:
     return img(uri, alt, f"{fig.get_figwidth() * fig.dpi:.0f}px")
 
 # %% ../nbs/02_explore.ipynb
+FORMS = {"image/svg+xml": "_repr_svg_", "text/html": "_repr_html_", "image/png": "_repr_png_", "image/jpeg": "_repr_jpeg_", "text/markdown": "_repr_markdown_", "text/latex": "_repr_latex_"}
+
+def forms_of(
+    result: Any,         # any object
+) -> Iterator[tuple]:    # (media type, data) of what it says of itself, the best first
+    "Ask an object how it wants to be shown, as Jupyter does."
+    def says(method, *args):
+        said = getattr(result, method, None)
+        said = said(*args) if callable(said) and not isinstance(result, type) else None
+        return said[0] if isinstance(said, tuple) else said                      # the second are metadata
+    bundle = says("_repr_mimebundle_", None, None) or {}
+    for kind, method in FORMS.items():
+        if data := bundle.get(kind) or says(method): yield kind, "".join(data) if isinstance(data, list) else data
+
 def rendered(
-    result: Any,         # a figure, axes, an object with a picture or HTML of itself, or anything with a str
+    result: Any,         # a figure, axes, several of them, an object with a picture or HTML of itself, or anything with a str
     form: str = "png",   # how figures are drawn, 'png' or 'svg'
     alt: str = "",       # the text that stands for a picture
 ) -> str:                # a piece of HTML
-    "Show anything as HTML, like a notebook does: the picture when there is one, then HTML, then text."
-    if (fig := figure_of(result)) is not None: return img_of(fig, form, alt)
-    def says(method): return getattr(result, method, lambda: None)()
-    if svg := says("_repr_svg_"): return img(data_uri(svg.encode(), "image/svg+xml"), alt)
-    if table := says("_repr_html_"): return table
-    if png := says("_repr_png_"): return img(data_uri(png, "image/png"), alt)
+    "Show anything as HTML, like a notebook does: the pictures when there are any, then HTML, then text. ValueError for an explorer."
+    inner = getattr(result, "controls", None)
+    if isinstance(inner, list) and inner and isinstance(inner[0], Control): raise ValueError("a frame cannot hold an explorer: give its controls to the outer one")
+    if figures := figures_of(result): return "".join([*(img_of(f, form, alt) for f in figures), *(rendered(x, form, alt) for x in beside_figures(result))])
+    for kind, data in forms_of(result):
+        if kind == "text/html": return data
+        if kind.startswith("text/"): return f"<pre>{html.escape(data)}</pre>"
+        if kind == "image/svg+xml": return img(data_uri(data.encode(), kind), alt)
+        return img(data_uri(base64.b64decode(data) if isinstance(data, str) else data, kind), alt)
     return f"<pre>{html.escape(str(result))}</pre>"
 
 # %% ../nbs/02_explore.ipynb
@@ -215,7 +289,9 @@ def frame_in(
     printed = io.StringIO()
     with fresh_figures() as opened, redirect_stdout(printed):
         result = f(**values)
-        results = [result] if result is not None else opened()
+        mine = {id(fig) for fig in figures_of(result)}
+        empty = result is None or isinstance(result, (str, tuple, list, dict)) and not (result.strip() if isinstance(result, str) else result)
+        results = [fig for fig in opened() if id(fig) not in mine] + ([] if empty else [result])
         text = f"<pre>{html.escape(printed.getvalue())}</pre>" if printed.getvalue() else ""
         if not results and not text: raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
         return {form: text + "".join(rendered(r, form, about(f)) for r in results) for form in forms}
@@ -442,7 +518,7 @@ class Explorer:
         f: Callable,              # given one value of each control, returns a figure, a table or a text
         controls: list[Control],  # what turns it
     ):
-        self.f, self.controls, self._html, self._widget = f, controls, None, None
+        self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
 
     def __repr__(self) -> str: return f"explore({name_of(self.f)}, " + ", ".join(f"{c.name}={c.labels[c.start]}" for c in self.controls) + ")"
 
@@ -450,7 +526,9 @@ class Explorer:
         limit: int = MAX_BYTES,   # bytes that the different frames may take
     ) -> str:                     # one piece of HTML, the same whenever the function returns the same
         "All frames at once; ValueError says what to reduce when they take over `limit` bytes."
-        if self._html is None: self._html = publish(self.f, self.controls, limit)
+        if self._html is None or self._size > limit:
+            frames, order = table(self.f, self.controls, form_for(self.f, self.controls), limit)
+            self._html, self._size = page(self.controls, frames, order, name_of(self.f)), sum(len(shown.encode()) for shown in frames)
         return self._html
 
     def save(self,
@@ -484,6 +562,8 @@ def defaults_of(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
     if not takes_any and (unknown := names - by_name.keys()):
         raise TypeError(f"{name_of(f)} has no argument {', '.join(sorted(unknown))}; it has {', '.join(by_name) or 'none'}")
+    if placed := [n for n, p in arguments.items() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
+        raise TypeError(f"{name_of(f)} takes {', '.join(placed)} by position alone; an explorer sets arguments by name")
     if missing := [n for n, p in by_name.items() if p.default is p.empty and n not in names]:
         raise TypeError(f"{name_of(f)} needs {', '.join(missing)}: give a control for it, or a default")
     return {n: p.default for n, p in by_name.items() if p.default is not p.empty}
@@ -493,13 +573,13 @@ def explore(
     f: Callable,         # returns a figure, axes, a table, a text …; has one argument for each control
     **controls: Any,     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
 ) -> Explorer:           # shows itself: widgets in a live kernel, else HTML with all frames inside
-    """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a checkbox;
-    the first frame has `f`'s own default where that is among the values, else the first value.
+    """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a checkbox that is set or not at first;
+    of sliders and menus the first frame has `f`'s own default where that is among the values, else the first value.
     ValueError or TypeError names a control that makes no sense, and says how many frames or bytes are too many."""
     if not callable(f): raise TypeError(f"explore needs a function, not {f!r}")
     if not controls: raise ValueError(f"explore({name_of(f)}) has no control: name an argument and its values, as in bits=range(1, 9)")
     defaults = defaults_of(f, controls.keys())
-    made = Explorer(f, [control(name, spec, defaults.get(name)) for name, spec in controls.items()])
+    made = Explorer(f, [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()])
     if not is_live(): made.html()          # an error belongs to the cell that made the explorer, not to its display
     return made
 

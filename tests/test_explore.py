@@ -1,5 +1,5 @@
 "What explorers promise wherever they are shown: one piece of HTML, the same every time, safe, small, and live in a kernel."
-import html, json, os, re, subprocess, sys
+import html, io, json, math, os, re, subprocess, sys
 from html.parser import HTMLParser
 
 import matplotlib
@@ -336,3 +336,125 @@ def test_in_a_real_kernel(static):
     assert set(shown.data) == ({"text/html", "text/plain"} if static else {WIDGET, "text/html", "text/plain"}), "one output, and no second figure"
     assert '<img src="data:image/' in shown.data["text/html"] and (not static or shown.data["text/html"].count("<fieldset") == 1)
     assert (error.output_type == "error") == bool(static), "a published notebook stops at an error; a live explorer shows it inside"
+
+
+# ---------------------------------------------------------------------------------- what a function returns
+
+RETURNS = {
+    "plot": lambda: plt.plot([1, 2]), "hist": lambda: plt.hist([1, 2, 2]), "two hists": lambda: plt.hist([[1, 2], [2, 3]]), "bar": lambda: plt.bar([1], [2]), "pie": lambda: plt.pie([1, 2]), "box": lambda: plt.boxplot([1, 2, 3]),
+    "errorbar": lambda: plt.errorbar([1], [2], 1), "title": lambda: plt.title("t"), "image": lambda: plt.imshow(np.eye(3)), "contour": lambda: plt.contour(np.eye(3)), "scatter": lambda: plt.scatter([1], [2]),
+    "pair": lambda: plt.subplots(), "grid": lambda: plt.subplots(2, 2), "mosaic": lambda: plt.figure().subplot_mosaic("AB"), "axes": lambda: list(plt.subplots(1, 2)[1]), "set": lambda: plt.subplots()[1].set(title="t", xlabel="x"),
+    "nothing": lambda: (plt.plot([1]), None)[1], "part": lambda: plt.figure().subfigures(1, 2)[0].add_subplot(), "parts": lambda: plt.figure().subfigures(1, 2), "text too": lambda: (plt.plot([1]), "text")[1], "with a text": lambda: (plt.figure(), "text"),
+    "own": lambda: __import__("matplotlib.figure").figure.Figure(), "tuple": lambda: (plt.gcf().add_subplot(), 3),
+}
+
+@pytest.mark.parametrize("kind", RETURNS)
+def test_every_way_to_return_a_figure_shows_it_once(kind):
+    plt.close("all")
+    shown = frame(lambda: RETURNS[kind](), {})
+    assert shown.count("<img") == 1 and plt.get_fignums() == []
+    assert ("<pre>text</pre>" in shown) == ("text" in kind) and ("<pre>3</pre>" in shown) == (kind == "tuple") and shown.count("<pre>") == ("text" in kind) + (kind == "tuple")
+
+
+def test_several_figures_and_what_is_drawn_beside_them():
+    assert frame(lambda: [plt.figure(), plt.figure()], {}).count("<img") == 2
+    assert frame(lambda: {"a": plt.subplots()[1], "b": plt.figure()}, {}).count("<img") == 2
+    def drawn_and_returned(): plt.plot([1]); return plt.figure()
+    assert frame(drawn_and_returned, {}).count("<img") == 2
+
+
+def test_what_says_how_it_is_shown():
+    from IPython.display import HTML, Latex, Markdown, Math
+    class Bundle:
+        def __init__(self, **data): self.data = {k.replace("_", "/").replace("svg", "svg+xml"): v for k, v in data.items()}
+        def _repr_mimebundle_(self, include=None, exclude=None): return self.data
+    class Tupled:
+        def _repr_png_(self): return b"\x89PNG", {"width": 3}
+    class Anything:
+        def __getattr__(self, name): return "surprise"
+    show = lambda x: frame(lambda: x, {})
+    assert show(Markdown("**a** < b")) == "<pre>**a** &lt; b</pre>" and show(Latex("$x^2$")) == "<pre>$x^2$</pre>" and "x^2" in show(Math("x^2")) and show(HTML("<b>4</b>")) == "<b>4</b>"
+    assert show(Bundle(text_plain="p", text_html="<i>h</i>")) == "<i>h</i>" and show(Bundle(text_markdown=["*a*", "\nb"])) == "<pre>*a*\nb</pre>"
+    assert show(Bundle(image_svg="<svg/>", text_html="h")).startswith('<img src="data:image/svg+xml,') and show(Bundle(image_png="iVBORw==")).startswith('<img src="data:image/png;base64,iVBORw==')
+    assert show(Tupled()).startswith('<img src="data:image/png;base64,iVBORw==')
+    assert show(dict) == "<pre>&lt;class &#x27;dict&#x27;&gt;</pre>" and show(Bundle).startswith("<pre>") and "Anything object" in show(Anything())
+    with pytest.raises(ValueError, match="cannot hold an explorer"): show(explore(words, n=[1, 2]))
+    with pytest.raises(ValueError, match="cannot hold an explorer"): show((plt.figure(), explore(words, n=[1, 2])))
+    plt.close("all")
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", [], (), {}, None], ids=repr)
+def test_an_empty_page_is_an_error(nothing):
+    with pytest.raises(ValueError, match="showed nothing"): explore(lambda n: nothing, n=[1])
+    assert frame(lambda: (print("said"), nothing)[1], {}) == "<pre>said\n</pre>"
+
+
+def test_the_first_frame_has_the_default():
+    start = lambda spec, **default: (c := module.control("x", spec, **default)).values[c.start]
+    assert [start((0., 4.), first=2), start((0, 4), first=2.), start((0, .3, .1), first=.1 + .2), start([1, True], first=True), start([True, 1], first=1), start((1/3, 1, 1/3), first=2/3)] == [2., 2, .3, True, 1, pytest.approx(2/3)]
+    assert [start(["x", None]), start(["x", None], first=None), start([3, 4], first=9), start([np.eye(2).tolist(), "b"], first="b")] == ["x", None, 3, "b"]
+    assert explore(lambda x: str(x), x=["x", None]).html().count("<pre>x</pre>") == 1
+    def f(x=None): return str(x)
+    assert '<div class="mz-frame"><pre>None</pre>' in explore(f, x=["x", None]).html()
+    with pytest.raises(TypeError, match="takes x by position alone"): explore(lambda x, /, n: n, n=[1])
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.floats(-1e14, 1e14), st.floats(1e-9, 1e6), st.integers(0, 50))
+def test_steps_are_where_they_should_be(low, step, n):
+    high = low + n * step
+    if (high - low) / step > 9_000: return
+    values = module.steps(low, high, step)
+    count = math.floor((high - low) / step + 1e-9) + 1
+    assert len(values) == count and values[0] == low and values[-1] <= high + 1e-9 * step
+    assert all(abs(v - (low + i * step)) <= 1e-9 * step for i, v in enumerate(values))
+
+
+def test_a_limit_counts_each_time():
+    e = explore(words, n=[1, 2], loud=False)
+    with pytest.raises(ValueError, match="5 are allowed"): e.html(limit=5)
+    with pytest.raises(ValueError, match="5 are allowed"): e.save("/nonexistent/never.html", limit=5)
+    assert e.html() == e.html(limit=10**9)
+
+
+# ---------------------------------------------------------------------------------- pictures stay what they are
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.text(st.sampled_from(' idxyf="\'<>#&;:.0123456789/-!?'), min_size=1, max_size=40))
+def test_svg_says_what_its_texts_say(said):
+    import xml.etree.ElementTree as ET
+    from xml.sax.saxutils import escape
+    svg = f'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><g id="text_1"><text x="1.23456" style="font: 10px \'DejaVu\', \'Arial\', sans-serif">{escape(said)}</text></g></svg>'
+    texts = [e.text for e in ET.fromstring(module.compact_svg(svg.encode())).iter() if e.tag.endswith("text")]
+    assert texts == [said]
+
+
+def test_a_title_with_quotes_keeps_its_letters():
+    ax = plt.figure().subplots()
+    ax.set_title('a title id="fc1" x="0.123456"')
+    text = module.compact_svg(module.drawn(ax.figure, "svg")).decode()
+    plt.close("all")
+    assert 'a title id="fc1" x="0.123456"' in html.unescape(text)
+
+
+@pytest.mark.parametrize("color", ["magenta", "cyan", "yellow", "lime", "red", "blue", "black", "white"])
+def test_rare_colours_stay(color):
+    from PIL import Image
+    from matplotlib.colors import to_rgb
+    rng = np.random.default_rng(0)
+    picture = np.concatenate([rng.integers(60, 200, (60, 80, 3)), np.tile(rng.integers(0, 255, (60, 1, 1)), (1, 80, 3))]).astype(np.uint8)
+    picture[30:34, 40:44] = want = np.array([round(255 * v) for v in to_rgb(color)])
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "png")
+    after = np.asarray(Image.open(io.BytesIO(module.palette_png(out.getvalue()))).convert("RGB")).astype(int)
+    assert np.abs(after[30:34, 40:44] - want).max() <= 24
+
+
+def test_transparent_pictures_lie_on_white():
+    from PIL import Image
+    picture = Image.new("RGBA", (400, 300), (0, 0, 0, 0))
+    picture.putpixel((5, 5), (255, 0, 0, 255))
+    out = io.BytesIO()
+    picture.save(out, "png", compress_level=0)
+    after = np.asarray(Image.open(io.BytesIO(module.palette_png(out.getvalue()))).convert("RGB"))
+    assert (after[0, 0] == 255).all() and (after[5, 5] == (255, 0, 0)).all()
