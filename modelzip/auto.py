@@ -30,9 +30,10 @@ from .pack import inspect, save
 from .prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from .structured import foldable
 from .ptq import gptq, nearest_weight, quantize_with
-from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, other_matrices, pareto, quantize_others,
+from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, pareto,
                              register_step, samples_of, sweep, example_for)
 from .workshop.judging import as_called, energies, fresh, rows_of
+from .workshop.matrices import identity_of, layers_of, matrices_of
 from .workshop.models import Labelled, as_batches, call, copied
 
 # %% ../nbs/13_auto.ipynb
@@ -223,7 +224,7 @@ REFERENCES = (2, 4)     # bits at which the output's change is measured; for oth
 @dataclass
 class Menu:
     "For each tensor what may be done, what it costs, and what it does to the output."
-    layers: dict[str, list[str]]      # name of a tensor → the layers that have it (tied: several); none: a matrix of `other_matrices`
+    layers: dict[str, list[str]]      # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
     weights: dict[str, int]           # how many numbers it has
     options: list[dict]               # {"bits", "group", "sparsity"}
     bytes: list[list[float]]          # [tensors][options], in a file
@@ -236,26 +237,32 @@ class Menu:
 # %% ../nbs/13_auto.ipynb
 def tensors_of(
     model: nn.Module,
-) -> dict[str, list[str]]:     # name of a tensor → layers that have it; [] for a matrix of a recurrent or attention layer
+) -> dict[str, list[str]]:     # name of a tensor → by which names steps know it: its layers (tied: several); where a layer has several matrices, the tensor's own
     "What can be quantized. `ValueError` for a model with nothing to compress, or with numbers that are NaN or infinite."
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     for n, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not bool(t.isfinite().all()): raise ValueError(f"model has NaN or infinite values in {n}")
-    first, found = {}, {}
-    for n, m in model.named_modules():
-        weight = m._parameters.get("weight") if isinstance(m, QUANTIZABLE) else None
-        if weight is not None and weight.numel(): found.setdefault(first.setdefault(id(weight), f"{n}.weight".lstrip(".")), []).append(n)
-    found |= {n: [] for n in other_matrices(model)}
+    found = {n: [m[0] for m in places] for n, places in _places(model).items()}
     if not found: raise ValueError("model has nothing to compress: no Linear, convolution, embedding, recurrent or attention layer that holds floats")
     return found
+
+def _places(model):
+    "Name of a tensor → for each place that it has: the name that steps know, the layer, the parameter."
+    first, found = {}, {}
+    for m, names in layers_of(model).values():
+        for k in matrices_of(m):
+            name, w = f"{names[0]}.{k}".lstrip("."), m._parameters[k]
+            if w.numel() and w.is_floating_point(): found.setdefault(first.setdefault(identity_of(w), name), []).append((names[0] if isinstance(m, QUANTIZABLE) else name, m, k))
+    return found
+
+def _numbers(model): return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
 
 # %% ../nbs/13_auto.ipynb
 def _all_with(model, option):
     "Everything at one option: what a menu is measured on."
     how = {"bits": option["bits"], "group": option.get("group")}
     if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", allow_empty=True))
-    new = quantize_with(nearest_weight, model, **how) if any(isinstance(m, QUANTIZABLE) for m in model.modules()) else model
-    if other_matrices(model): new = quantize_others(new, **how)
+    new = quantize_with(nearest_weight, model, **how)
     if option.get("sparsity"):
         with suppress(ValueError): new = sparsify_model(new)
     return new
@@ -272,8 +279,8 @@ def menu_of(
     progress: bool = False,     # show a bar
 ) -> Menu:
     "Measure what each option takes in a file, and estimate what it does to the output."
-    layers, originals = tensors_of(model), dict(model.named_parameters(remove_duplicate=False))
-    prunable = {n for n, owners in layers.items() if owners and all(isinstance(model.get_submodule(o), PRUNABLE) for o in owners)}
+    layers, originals = tensors_of(model), _numbers(model)
+    prunable = {n for n, places in _places(model).items() if all(isinstance(m, PRUNABLE) for _, m, _ in places)}
     squared = lambda a, b: (a - b).double().square().sum().item()
     sizes, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -296,12 +303,11 @@ def _some(batches, most=8): return batches[::math.ceil(len(batches) / most)]
 # %% ../nbs/13_auto.ipynb
 def _reference(model, samples, names, bits):
     "For each tensor: the squared error that plain rounding makes at so many bits, and what the output makes of it when it is done well."
-    values, originals = _values(_all_with(model, {"bits": bits}), names), dict(model.named_parameters(remove_duplicate=False))
+    values, originals = _values(_all_with(model, {"bits": bits}), names), _numbers(model)
     wrong = {n: (values[n] - originals[n]).double().square().sum().item() for n in names}
     seen = _inputs(samples.held) or samples.batches      # a sensitivity is no judgement: with nothing held out, what there is will do
     if not seen: return wrong, {n: w / max(originals[n].double().square().sum().item(), 1e-30) for n, w in wrong.items()}
-    if samples.train is None and any(isinstance(m, QUANTIZABLE) for m in model.modules()):
-        values |= _values(gptq(model, samples.batches, bits, group=None, catch_up=0.), [n for n in names if n not in other_matrices(model)])
+    if samples.train is None and samples.batches: values |= _values(gptq(model, samples.batches, bits, group=None, catch_up=0.), names)
     return wrong, output_change(model, values, _some(seen))
 
 def _expected(error, known, energy=1.):
@@ -320,17 +326,13 @@ def describe_option(option: dict) -> str:
     return f"{option['bits']} bits" + (f", group {option['group']}" if option.get("group") else "") + (f", {option['sparsity']:.0%} zero" if option.get("sparsity") else "")
 
 # %% ../nbs/13_auto.ipynb
-def _said(menu: Menu, picks: list[int]) -> tuple[dict, dict]:
-    "What most layers have, and by layer what the others have: arguments of `gptq`, `hqq` or `prepare`; the same of `quantize_others`."
+def _said(menu: Menu, picks: list[int]) -> dict:
+    "What most tensors have, and by name what the others have: arguments of `gptq`, `hqq` or `prepare`."
     how = lambda o: {"bits": o["bits"], "group": o.get("group")}
     chosen = {n: how(menu.options[p]) for n, p in zip(menu.layers, picks)}
-    def arguments(names, by):
-        if not names: return {}
-        usual = json.loads(collections.Counter(json.dumps(chosen[n]) for n in names).most_common(1)[0][0])
-        others = {o: {k: v for k, v in chosen[n].items() if v != usual[k]} for n in names if chosen[n] != usual for o in by(n)}
-        return usual | ({"overrides": others} if others else {})
-    layers, rest = [n for n, owners in menu.layers.items() if owners], [n for n, owners in menu.layers.items() if not owners]
-    return arguments(layers, lambda n: menu.layers[n]), arguments(rest, lambda n: [n])
+    usual = json.loads(collections.Counter(map(json.dumps, chosen.values())).most_common(1)[0][0])
+    others = {o: {k: v for k, v in chosen[n].items() if v != usual[k]} for n, names in menu.layers.items() if chosen[n] != usual for o in names}
+    return usual | ({"overrides": others} if others else {})
 
 def recipe_of(
     menu: Menu,
@@ -342,13 +344,12 @@ def recipe_of(
     seed: int = 0,
 ) -> Recipe:
     "An allocation as steps."
-    (layers, others), steps = _said(menu, picks), list(before)
-    if samples.train is not None and layers:
-        zeros = {o: s for (n, owners), p in zip(menu.layers.items(), picks) if (s := menu.options[p].get("sparsity")) for o in owners[:1]}
+    how, steps = _said(menu, picks), list(before)
+    if samples.train is not None:
+        zeros = {names[0]: s for names, p in zip(menu.layers.values(), picks) if (s := menu.options[p].get("sparsity"))}
         if zeros: steps.append(("prune_gradually", {"sparsity": zeros, "epochs": epochs, "lr": lr}))
-        steps += [("prepare", layers | {"activations": None}), ("learn", {"epochs": epochs, "lr": lr}), "convert"] + ["sparsify_model"] * bool(zeros)
-    elif layers: steps.append(("gptq" if samples.batches else "hqq", layers | ({} if samples.batches else {"symmetric": True})))
-    if others: steps.append(("quantize_others", others))
+        steps += [("prepare", how | {"activations": None}), ("learn", {"epochs": epochs, "lr": lr}), "convert"] + ["sparsify_model"] * bool(zeros)
+    else: steps.append(("gptq" if samples.batches else "hqq", how | ({} if samples.batches else {"symmetric": True})))
     return Recipe(steps, seed)
 
 # %% ../nbs/13_auto.ipynb
@@ -660,12 +661,11 @@ def compress(
 def _look(search, recipe):
     "Where to search."
     if recipe is not None: search.attempt("the given recipe", RECIPES[recipe] if isinstance(recipe, str) else recipe); return
-    layers, target = tensors_of(search.model), search.target
+    target, int8 = search.target, ("quantize_model", {"bits": 8})
     try: before = ["fold_batchnorm"] if foldable(copied(search.model)) and Recipe(["fold_batchnorm"])(search.model) is not None else []
     except Exception as e: before, _ = [], search.failed("fold_batchnorm", e)
-    int8 = [("quantize_model", {"bits": 8})] * any(layers.values()) + ["quantize_others"] * (not all(layers.values()))
     if target.milliseconds is not None: search.within_time(before)
-    else: search.attempt("int8", Recipe([*before, *int8], search.seed))
+    else: search.attempt("int8", Recipe([*before, int8], search.seed))
     if target.bytes is None and target.quality is None or target.milliseconds is not None: return
     search.allocate_and_try(before)
 

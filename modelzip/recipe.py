@@ -24,15 +24,16 @@ from tqdm import tqdm
 from .data import Data, Split, model_builders, predictions, seeded, train
 from .measure import write_whole
 from .archive import replacing
-from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model, _innermost
+from .quant import QUANTIZABLE, Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
 from .pack import inspect as _contents, load, save
 from .kernels import use_kernels
 from .prune import Pruner, prune_gradually, prune_model, sparsify_layer, sparsify_model
 from .structured import factorize, fold_batchnorm, shrink
 from .distill import Labels, SoftTargets, affine, distill
-from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, smooth
+from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
 from .qat import convert, prepare
 from .workshop.content import fingerprint
+from .workshop.matrices import layers_of, matrices_of, outputs_of
 from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
 from .workshop.models import Inputs, Labelled, as_batches, check_ordinary, copied, feed, logits_of
 
@@ -97,35 +98,26 @@ def learn(
     with seeded(seed): return distill(student, teacher, data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress).eval()
 
 # %% ../nbs/12b_recipe.ipynb
-OTHERS = (nn.RNNBase, nn.MultiheadAttention)      # layers with several matrices, which no chapter so far has quantized
+OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)      # layers with several matrices
 
 def other_matrices(
     model: nn.Module,
 ) -> dict[str, tuple[str, str]]:     # name of the tensor → names of its module and of the parameter
-    "The matrices of recurrent and attention layers."
-    found = {n: m for n, m in model.named_modules() if isinstance(m, OTHERS)}
-    return {f"{n}.{k}".lstrip("."): (n, k) for n, m in found.items() for k, p in m._parameters.items() if p is not None and p.dim() > 1 and p.shape[0] > 1}
+    "Matrices that are floats, in layers whose matrix is not just `weight` of a linear layer, convolution or embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`."
+    return {f"{names[0]}.{k}".lstrip("."): (names[0], k) for m, names in layers_of(model).values() if not isinstance(m, QUANTIZABLE) for k in matrices_of(m)}
 
 def quantize_others(
     model: nn.Module,                # it is left as it is
     bits: int = 8,                   # width of a code, 1..8
     group: int | None = None,        # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,          # zero point in the middle
-    overrides: dict | None = None,   # by name of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
-) -> nn.Module:                      # a copy
-    "Round the matrices of recurrent layers and of `nn.MultiheadAttention` to nearest. `ValueError` when there are none."
-    found, new = other_matrices(model), copy.deepcopy(model)
-    if not found: raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
-    if unknown := set(overrides or {}) - set(found): raise ValueError(f"overrides names {sorted(unknown)[0]!r}; the tensors are {', '.join(found)}")
-    for tensor, (name, key) in found.items():
-        how = (overrides or {}).get(tensor, {})
-        if how is None: continue
-        how = dict(bits=bits, group=group, symmetric=symmetric) | how
-        layer = new.get_submodule(name)
-        wrapped = Dequantize(layer, nearest_weight(_innermost(layer)._parameters[key].detach(), **how), key)
-        if not name: new = wrapped
-        else: setattr(new.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], wrapped)
-    return new
+    overrides: dict | None = None,   # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
+) -> nn.Module:                      # a copy; of a model in which they are all compressed already, the same model
+    "Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that match none."
+    others = {type(m) for m, _ in layers_of(model).values() if outputs_of(m) and not isinstance(m, QUANTIZABLE)}
+    if not others: raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
+    if not other_matrices(model) and not overrides: return copied(model)
+    return quantize_with(nearest_weight, model, overrides=overrides, layers=tuple(others), bits=bits, group=group, symmetric=symmetric)
 
 # %% ../nbs/12b_recipe.ipynb
 OBJECTS = ("axis", "name", "layers", "columns", "scale", "scale_dtype", "zero_point", "stochastic", "generator")      # of `quantize`: no words for them
