@@ -4,11 +4,11 @@
 
 # %% auto 0
 __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'learn', 'other_matrices', 'quantize_others',
-           'Samples', 'samples_of', 'Judge', 'Recipe', 'file_of', 'expanded', 'fingerprint', 'Result', 'Cache',
-           'grid_points', 'pareto', 'Results', 'sweep']
+           'Samples', 'samples_of', 'Judge', 'Recipe', 'example_for', 'file_of', 'expanded', 'Result', 'Cache',
+           'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
 
 # %% ../nbs/12b_recipe.ipynb
-import copy, hashlib, inspect as _inspect, json, math, os, re, tempfile, traceback
+import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, threading, traceback, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, replace
@@ -17,22 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .data import Data, Split, eval_mode, model_builders, seeded, stratified, train
-from .measure import is_right, write_whole
+from .data import Data, Split, model_builders, predictions, seeded, train
+from .measure import write_whole
 from .archive import replacing
-from .quant import Dequantize, dequantize_model, quantize, quantize_layer, quantize_model, _innermost
-from .pack import as_bytes, inspect as _contents, load, save
+from .quant import QUANTIZABLE, Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
+from .pack import inspect as _contents, load, save
 from .kernels import use_kernels
-from .prune import Pruner, feed, prune_gradually, prune_model, sparsify_layer, sparsify_model, _checked
+from .prune import Pruner, prune_gradually, prune_model, sparsify_layer, sparsify_model
 from .structured import factorize, fold_batchnorm, shrink
 from .distill import Labels, SoftTargets, affine, distill
-from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, smooth
+from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
 from .qat import convert, prepare
+from .workshop.content import fingerprint
+from .workshop.matrices import layers_of, matrices_of, outputs_of
+from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
+from .workshop.models import Inputs, Labelled, as_batches, check_ordinary, copied, feed, logits_of
+
+# %% ../nbs/12b_recipe.ipynb
+_all_ = ["fingerprint"]      # the workshop's, for whoever looks for it here
 
 # %% ../nbs/12b_recipe.ipynb
 STEPS: dict[str, "Step"] = {}
@@ -52,14 +58,23 @@ def register_step(
     hidden: Iterable[str] = (),     # arguments that no recipe can say: objects
     **given: str,                   # argument='batches', 'train', 'example', 'teacher' or 'statistics'
 ) -> Callable:                      # the function
-    "Let recipes name a function. `ValueError` when the name is taken by another."
-    name = function.__name__
-    if name in STEPS and STEPS[name].function.__qualname__ != function.__qualname__: raise ValueError(f"there is a step {name!r} already")
+    """Let recipes name a function. `ValueError` when it has no name of its own, or when the name is taken by another function.
+    The same function of the same module, executed anew as a notebook's cell is, takes its own place."""
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str) or not name.isidentifier(): raise ValueError(f"function is {function!r}; a recipe can only name what was defined by def, with a name")
+    if name in STEPS and not _same_function(STEPS[name].function, function): raise ValueError(f"there is a step {name!r} already, {STEPS[name].function.__module__}.{STEPS[name].function.__qualname__}; choose another name")
     parameters = {k: p for f in reversed((function, *more)) for k, p in _inspect.signature(f).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     first = {next(iter(_inspect.signature(f).parameters)) for f in (function, *more)}
     options = {k: p.default for k, p in parameters.items() if k not in {*first, *given, *hidden, "progress"}}
     STEPS[name] = Step(function, given, frozenset(given) - set(optional), options)
     return function
+
+def _same_function(a, b):
+    "Whether b is a again: the function itself, or what its module now has in its place. Functions made in a function are others unless they are equal."
+    if a is b or a.__module__ != b.__module__ or a.__qualname__ != b.__qualname__: return a is b
+    if "<locals>" not in a.__qualname__: return True
+    try: return fingerprint(a) == fingerprint(b)
+    except TypeError: return False
 
 # %% ../nbs/12b_recipe.ipynb
 def learn(
@@ -77,41 +92,32 @@ def learn(
 ) -> nn.Module:                  # a copy, in eval mode
     "Train a copy on labels and on what the original says (chapter 09)."
     if not 0 <= labels <= 1: raise ValueError(f"labels is {labels!r}; it may be 0 to 1")
-    student = copy.deepcopy(model)
+    student = copied(model)
     if labels == 1 and not augment: return train(student, data, epochs, lr, batch_size, seed, progress)
     loss = labels * Labels() + (1 - labels) * SoftTargets(temperature) if labels else SoftTargets(temperature)
     with seeded(seed): return distill(student, teacher, data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress).eval()
 
 # %% ../nbs/12b_recipe.ipynb
-OTHERS = (nn.RNNBase, nn.MultiheadAttention)      # layers with several matrices, which no chapter so far has quantized
+OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)      # layers with several matrices
 
 def other_matrices(
     model: nn.Module,
 ) -> dict[str, tuple[str, str]]:     # name of the tensor → names of its module and of the parameter
-    "The matrices of recurrent and attention layers."
-    found = {n: m for n, m in model.named_modules() if isinstance(m, OTHERS)}
-    return {f"{n}.{k}".lstrip("."): (n, k) for n, m in found.items() for k, p in m._parameters.items() if p is not None and p.dim() > 1 and p.shape[0] > 1}
+    "Matrices that are floats, in layers whose matrix is not just `weight` of a linear layer, convolution or embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`."
+    return {f"{names[0]}.{k}".lstrip("."): (names[0], k) for m, names in layers_of(model).values() if not isinstance(m, QUANTIZABLE) for k in matrices_of(m)}
 
 def quantize_others(
     model: nn.Module,                # it is left as it is
     bits: int = 8,                   # width of a code, 1..8
     group: int | None = None,        # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,          # zero point in the middle
-    overrides: dict | None = None,   # by name of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
-) -> nn.Module:                      # a copy
-    "Round the matrices of recurrent layers and of `nn.MultiheadAttention` to nearest. `ValueError` when there are none."
-    found, new = other_matrices(model), copy.deepcopy(model)
-    if not found: raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
-    if unknown := set(overrides or {}) - set(found): raise ValueError(f"overrides names {sorted(unknown)[0]!r}; the tensors are {', '.join(found)}")
-    for tensor, (name, key) in found.items():
-        how = (overrides or {}).get(tensor, {})
-        if how is None: continue
-        how = dict(bits=bits, group=group, symmetric=symmetric) | how
-        layer = new.get_submodule(name)
-        wrapped = Dequantize(layer, nearest_weight(_innermost(layer)._parameters[key].detach(), **how), key)
-        if not name: new = wrapped
-        else: setattr(new.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], wrapped)
-    return new
+    overrides: dict | None = None,   # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
+) -> nn.Module:                      # a copy; of a model in which they are all compressed already, the same model
+    "Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that match none."
+    others = {type(m) for m, _ in layers_of(model).values() if outputs_of(m) and not isinstance(m, QUANTIZABLE)}
+    if not others: raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
+    if not other_matrices(model) and not overrides: return copied(model)
+    return quantize_with(nearest_weight, model, overrides=overrides, layers=tuple(others), bits=bits, group=group, symmetric=symmetric)
 
 # %% ../nbs/12b_recipe.ipynb
 OBJECTS = ("axis", "name", "layers", "columns", "scale", "scale_dtype", "zero_point", "stochastic", "generator")      # of `quantize`: no words for them
@@ -140,48 +146,61 @@ class Samples:
     "What steps are given, and what their result is judged by."
     batches: list | None = None           # to calibrate with, see `feed`
     train: Split | None = None            # labelled, to train on
-    held: Split | list | None = None      # to judge by: labelled, or batches
-    example: Any = None                   # one input
+    held: Split | list | None = None      # to judge by: labelled, or batches; none of them is in `batches` or `train`
+    example: Any = None                   # one input, as the model is called; or a batch
 
 def samples_of(
-    data: Any,              # `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`: a fifth is held out; batches: every fourth is; None
+    data: Any,              # `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`, or batches `Labelled` by classes: a fifth is held out; other batches: a quarter is; None
     example: Any = None,    # an input, as the model is called; None: the first of the data
 ) -> Samples:
-    "Divide data into what may be learned from and what is judged by. `TypeError` for anything else, `ValueError` for no data."
+    """Divide data into what may be learned from and what is judged by. Where there is one example alone, nothing is held out.
+    `TypeError` for anything else, `ValueError` for no data."""
     if isinstance(data, Samples): return data if example is None else replace(data, example=example)
     if data is None: return Samples(example=example)
+    if not isinstance(data, (Data, Split)): data = _split_of(batches := _different(as_batches(data))) or batches
     if isinstance(data, Split):
         if len(data) < 10: raise ValueError(f"data has {len(data)} examples; a fifth is held out to judge by, so at least 10 are needed")
-        data = Data(*(data[i] for i in stratified(data.y, (.8, .2, 0.))))
+        data = Data(*_fifth(data), None)
     if isinstance(data, Data):
         some = data.train.x[:1000]
         return Samples(list(some.split(100)), data.train, data.valid, some[:1] if example is None else example)
-    batches = list(_checked(data))
-    if not batches: raise ValueError("data is empty: there is no batch in it")
-    if len(batches) < 4: batches = [piece for b in batches for piece in _quarters(b)]
-    held = batches[3::4] or batches[-1:]
-    rest = [b for i, b in enumerate(batches) if i % 4 != 3] if len(batches) > 3 else batches[:-1] or batches
-    return Samples(rest, None, held, batches[0] if example is None else example)
+    if not data: raise ValueError("data is empty: there is no batch in it")
+    if len(data) < 4: data = [piece for b in data for piece in _pieces(b)]
+    held = [b for i, b in enumerate(data) if i % 4 == 3] if len(data) > 3 else data[1:][-1:]
+    rest = [b for i, b in enumerate(data) if i % 4 != 3] if len(data) > 3 else data[:-1] or data
+    return Samples(rest, None, held or None, data[0] if example is None else example)
 
-def _quarters(batch):
-    "Few large batches as more small ones, where all tensors have the same number of rows."
-    lengths = {len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()}
-    if len(lengths) != 1 or (n := lengths.pop()) < 8: return [batch]
-    return [tree_map(lambda t: t[i * n // 4:(i + 1) * n // 4] if isinstance(t, Tensor) and t.dim() else t, batch) for i in range(4)]
+def _different(batches):
+    "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself."
+    batches = list(batches)
+    return batches if not any(isinstance(t, Tensor) for t in tree_leaves(batches)) else list({id(b): b for b in batches}.values())
+
+def _split_of(batches):
+    "Batches that are `Labelled` with one whole number for each example, as a `Split`; None for others."
+    fits = lambda x, y: isinstance(x, Tensor) and isinstance(y, Tensor) and y.dim() == 1 and x.dim() > 0 and len(x) == len(y) and not y.is_floating_point()
+    if not batches or not all(isinstance(b, Labelled) and fits(*b) for b in batches) or len({b.inputs.shape[1:] for b in batches}) > 1: return None
+    return Split(torch.cat([b.inputs for b in batches]), torch.cat([b.labels for b in batches]))
+
+def _fifth(data):
+    "Every fifth example, when they are ordered by class and shuffled within each: four fifths to learn from, and the rest."
+    shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    place = shuffled[data.y[shuffled].argsort(stable=True)]
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[place[2::5]] = True
+    return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
+
+def _pieces(batch):
+    "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
+    plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
+    n = length_of(batch) if plain else None
+    if n is None or n < 2: return [batch]
+    k = min(4, n)
+    return [tree_map(lambda t: t[i * n // k:(i + 1) * n // k], batch) for i in range(k)]
 
 # %% ../nbs/12b_recipe.ipynb
-def _rows(output: Any) -> list[Tensor]:
-    "Float outputs as [examples, numbers], for comparing."
-    return [t.detach().float() for t in _float_rows(output)]
-
-def _float_rows(output: Any) -> list[Tensor]:
-    "The same with their gradients."
-    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    if not found: raise ValueError(f"the model puts out {type(output).__name__} without a float tensor: give evaluate=, a function of the model")
-    return [t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1) for t in found]
-
 class Judge:
-    "How good a model is: its accuracy on held-out labels, or its cosine to the original, or what `evaluate` says."
+    """How good a model is: its accuracy on held-out labels, or its likeness to the original's outputs, or what `evaluate` says.
+    Models are judged in eval mode, as copies. `ValueError` where there is nothing to judge by: NaN, no float tensor."""
     def __init__(
         self,
         model: nn.Module,                    # the original
@@ -191,17 +210,28 @@ class Judge:
         self.samples, self.evaluate, held = samples, evaluate, samples.held
         self.metric = "score" if evaluate else "accuracy" if isinstance(held, Split) else "cosine" if held is not None else None
         self.exact = self.outputs(model) if self.metric == "cosine" else None
-        if self.exact is not None and not all(bool(t.isfinite().all()) for t in self.exact): raise ValueError("the model puts out NaN or infinite values")
+        if self.exact is not None and not all(bool(t.isfinite().all()) for rows in self.exact.values() for t in rows): raise ValueError("the model puts out NaN or infinite values; give evaluate=, a function of the model")
         self.baseline = self(model)
     def __call__(self, model: nn.Module) -> float | None:
         if self.metric is None: return None
-        if self.metric == "score": return float(self.evaluate(model))
-        if self.metric == "accuracy": return is_right(model, self.samples.held).double().mean().item()
-        cosines = torch.cat([F.cosine_similarity(a, b, dim=1) for a, b in zip(self.outputs(model), self.exact)])
-        return cosines.double().nan_to_num(-1.).clamp(-1, 1).mean().item()
+        if self.metric == "cosine": return likeness(self.outputs(model), self.exact)
+        model = copied(model).eval()
+        if self.metric == "accuracy": return _right(model, self.samples.held).double().mean().item()
+        score = float(self.evaluate(model))
+        if math.isnan(score): raise ValueError("evaluate returned NaN; it may return a number, more for better")
+        return score
     @torch.no_grad()
-    def outputs(self, model):
-        with eval_mode(model): return [t for b in self.samples.held for t in _rows(feed(model, b))]
+    def outputs(self, model): return rows_of(copied(model).eval(), self.samples.held)
+
+class _Answer(nn.Module):
+    "A model that puts out its answer alone."
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x):
+        y = logits_of(feed(self.model, Labelled(x.clone(), None)))
+        if y.dim() != 2 or y.shape[1] < 2: raise ValueError(f"the model's answer has the shape {list(y.shape)}; labels can be judged by [n, classes], anything else by evaluate=")
+        return y
+
+def _right(model, data): return (predictions(_Answer(model), data) == data.y) & (data.y >= 0)
 
 # %% ../nbs/12b_recipe.ipynb
 class Recipe:
@@ -215,7 +245,7 @@ class Recipe:
         if isinstance(steps, str) or not isinstance(steps, Sequence): raise TypeError(f"steps is a {type(steps).__name__}; it may be a list of names and of pairs (name, arguments)")
         self.steps, self.seed = [_checked_step(i, s) for i, s in enumerate(steps, 1)], seed
         if not self.steps: raise ValueError("steps is empty: a recipe has at least one")
-    def __eq__(self, other): return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+    def __eq__(self, other): return isinstance(other, Recipe) and self.to_json() == other.to_json()
     def __hash__(self): return hash(self.to_json())
     def __repr__(self):
         lines = [f"{i:>2}. {n}({', '.join(f'{k}={v!r}' for k, v in how.items())})" for i, (n, how) in enumerate(self.steps, 1)]
@@ -230,8 +260,14 @@ def _checked_step(i, step):
     for k in how:
         if k not in known: raise ValueError(f"step {i}, {name}, has no argument {k!r} that a recipe can say; it has {', '.join(known) or 'none'}")
     if missing := [k for k, v in known.items() if v is _inspect.Parameter.empty and k not in how]: raise ValueError(f"step {i}, {name}, needs {', '.join(missing)}")
-    try: return name, json.loads(json.dumps(dict(how), allow_nan=False))
+    try: return name, dict(sorted(_numbers(json.loads(json.dumps(dict(how), allow_nan=False))).items()))
     except (TypeError, ValueError) as e: raise ValueError(f"step {i}, {name}, has an argument that JSON cannot hold: {e}") from None
+
+def _numbers(x):
+    "4.0 is 4: equal recipes are written in the same way."
+    if isinstance(x, dict): return {k: _numbers(v) for k, v in x.items()}
+    if isinstance(x, list): return [_numbers(v) for v in x]
+    return int(x) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else x
 
 # %% ../nbs/12b_recipe.ipynb
 def _to_dict(self) -> dict:
@@ -273,25 +309,52 @@ def _follow(
     example: Any = None,       # an input, for steps that need one; None: the first of the data
     progress: bool = False,    # bars of the steps that have one
 ) -> nn.Module:                # compressed, in eval mode
-    "Follow the recipe. `ValueError` for a step that needs data which are not there; errors of a step say which it was."
-    samples, teacher, now = samples_of(data, example), model, model
+    "Follow the recipe. `ValueError` for a step that needs data which are not there, and for a model that cannot be copied (`check_ordinary`); errors of a step say which it was."
+    samples, now = samples_of(data, example), copied(model)
     for i, (name, how) in enumerate(self.steps, 1):
-        step, given = STEPS[name], {}
-        for argument, what in step.given.items():
-            value = teacher if what == "teacher" else _statistics(now, samples) if what == "statistics" else getattr(samples, what)
-            if value is not None and argument not in how: given[argument] = value
+        step = STEPS.get(name)
+        if step is None: raise ValueError(f"step {i} is {name!r}, and no step of this name is registered any more")
+        where = f"step {i} of the recipe, {name}"
+        try: given = _given(step, how, model, now, samples)
+        except Exception as e: raise _located(e, where)
         if missing := step.needed - set(given) - set(how):
             raise ValueError(f"step {i}, {name}, needs {', '.join(sorted(missing))}, and data holds none" + (" with labels" if "data" in missing else ""))
         own = {"seed": self.seed} if "seed" in step.options and "seed" not in how else {}
         bars = {"progress": progress} if "progress" in _inspect.signature(step.function).parameters else {}
         try:
-            with seeded(self.seed), torch.enable_grad(): now = step.function(now, **given, **own, **how, **bars)
-        except Exception as e:
-            if hasattr(e, "add_note"): e.add_note(f"in step {i} of the recipe, {name}")
-            raise
+            with seeded(self.seed), torch.enable_grad(): now = step.function(now, **given, **own, **copy.deepcopy(how), **bars)
+        except Exception as e: raise _located(e, where)
+        if not isinstance(now, nn.Module): raise TypeError(f"{where}: returned a {type(now).__name__}; a step may return a model")
     return now.eval()
 
-def _statistics(model, samples): return None if samples.batches is None else calibrate(model, samples.batches)
+def _given(step, how, model, now, samples):
+    "A step's arguments that no recipe says. Steps get copies, which they may spoil."
+    found = {}
+    for argument, what in step.given.items():
+        if argument in how: continue
+        if what == "teacher": value = copied(model)
+        elif what == "statistics": value = None if samples.batches is None else calibrate(now, fresh(samples.batches))
+        elif what == "example": value = fresh(example_for(model, samples))
+        else: value = getattr(samples, what) if what == "train" else fresh(getattr(samples, what))
+        if value is not None: found[argument] = value
+    return found
+
+def example_for(
+    model: nn.Module,
+    samples: Samples,
+) -> Any:                # as the model is called: of a batch without its labels
+    "The example of samples. `ValueError` for a batch of which nobody can tell labels from arguments."
+    return as_called(model, samples.example) if any(samples.example is b for b in samples.batches or ()) else samples.example
+
+def _located(e, where):
+    "The same exception with the step in its message."
+    try: new = type(e)(f"{where}: {e}")
+    except Exception: new = None
+    if new is None or not str(new).startswith(where):      # exceptions that are made in their own way
+        if hasattr(e, "add_note"): e.add_note(f"in {where}")
+        return e
+    new.__cause__ = e
+    return new
 
 Recipe.__call__ = _follow
 
@@ -329,27 +392,6 @@ def expanded(
     return dequantize_model(model) if wrapped and all(type(m) is Dequantize for m in wrapped) else model
 
 # %% ../nbs/12b_recipe.ipynb
-def fingerprint(
-    *things: Any,     # tensors, modules, data, functions, and what JSON knows, nested as you like
-) -> str:             # 32 hexadecimal digits: equal for equal content
-    "A hash (SHA-256) of what things are made of, wherever they lie in memory."
-    h = hashlib.sha256()
-    def add(*parts):
-        for p in parts: h.update(len(p).to_bytes(8, "little") + p)
-    def walk(x):
-        if isinstance(x, Tensor): add(b"tensor", str((x.dtype, tuple(x.shape))).encode(), bytes(as_bytes(x)) if x.numel() else b"")
-        elif isinstance(x, nn.Module): add(b"module", repr(x).encode()); walk({k: v for k, v in x.state_dict().items()})
-        elif isinstance(x, Split): add(b"split"); walk((x.x, x.y))
-        elif isinstance(x, (Data, Samples)): walk({k: v for k, v in vars(x).items() if k != "test"})
-        elif isinstance(x, Recipe): walk(x.to_dict())
-        elif isinstance(x, Mapping): add(b"dict", str(len(x)).encode()); [walk(e) for k, v in x.items() for e in (k, v)]
-        elif isinstance(x, (list, tuple)): add(b"list", str(len(x)).encode()); [walk(v) for v in x]
-        elif callable(x): add(b"function", getattr(x, "__qualname__", type(x).__qualname__).encode(), getattr(getattr(x, "__code__", None), "co_code", b""))
-        else: add(type(x).__name__.encode(), repr(x).encode())
-    walk(things)
-    return h.hexdigest()[:32]
-
-# %% ../nbs/12b_recipe.ipynb
 @dataclass
 class Result:
     "One point of a sweep."
@@ -368,9 +410,13 @@ def _what_happened(trace):
     "The line of a traceback that names the exception."
     return next((l for l in reversed(trace.splitlines()) if re.match(r"[A-Za-z_.]+(Error|Exception|Exit|Interrupt|Pool|Worker)\b", l)), trace.strip().splitlines()[-1])
 
+_ALONE = threading.RLock()      # PyTorch has one state of random numbers for all threads of a process: its jobs wait for each other
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: globals().update(_ALONE=threading.RLock()))
+
 def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
-    "What a worker does: follow, save, load, judge. It needs nothing but its arguments, and leaves nothing behind."
-    with tempfile.TemporaryDirectory() as folder:
+    """What a worker does: follow, save, load, judge. It needs nothing but its arguments, works on copies, draws random numbers from the recipe's seed,
+    and leaves nothing behind."""
+    with _ALONE, tempfile.TemporaryDirectory() as folder, seeded(recipe["seed"]), torch.enable_grad():
         path, judge = Path(folder) / "model.mz", Judge(model, samples, evaluate)
         recipe = Recipe.from_dict(recipe)
         size, back = file_of(recipe(model, samples), path, recipe)
@@ -378,6 +424,7 @@ def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
 
 def _safely(recipe, model, samples, evaluate) -> tuple[dict, bytes | None]:
     try: return _one(recipe, model, samples, evaluate)
+    except (OSError, MemoryError, torch.OutOfMemoryError): return {"error": traceback.format_exc(), "lost": True}, None      # of this machine and hour, not of the point
     except Exception: return {"error": traceback.format_exc()}, None
 
 # %% ../nbs/12b_recipe.ipynb
@@ -432,26 +479,32 @@ def pareto(
 
 # %% ../nbs/12b_recipe.ipynb
 class Results(list):
-    "Results of a sweep. Shows itself as a table; `front`, `failed`, `best(bytes=…)` and `plot()` look at it."
+    """Results of a sweep. Shows itself as a table; `front`, `failed`, `best(bytes=…)` and `plot()` look at it.
+    Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the one that uses it."""
     def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike | None = None):
         super().__init__(results)
         self.folder = None if folder is None else Path(folder)
     @property
-    def front(self) -> "Results": return Results(pareto(self), self.folder)
+    def front(self) -> "Results": return Results(_front(self), self.folder)
     @property
     def failed(self) -> "Results": return Results([r for r in self if r.error], self.folder)
     def file(self, result: Result) -> Path: return self.folder / f"{result.key}.mz"      # where its model lies
     def __repr__(self):
-        front = {id(r) for r in pareto(self)}
+        front = {id(r) for r in _front(self)}
         rows = sorted(self, key=lambda r: (r.bytes is None, r.bytes))
         return "\n".join(f"{'*' if id(r) in front else ' '} {r!r}" for r in rows)
+
+def _front(results):
+    "The Pareto front; without any judge, all files by size."
+    made = [r for r in results if r.error is None and r.bytes is not None]
+    return pareto(made) if any(r.metric for r in made) else sorted(made, key=lambda r: r.bytes)
 
 def _best(
     self,
     bytes: float = math.inf,    # at most so many
 ) -> Result | None:             # the best of those that keep to it; None: none does
     "What one would take with such a budget."
-    fits = [r for r in pareto(self) if r.bytes <= bytes]
+    fits = [r for r in _front(self) if r.bytes <= bytes]
     return fits[-1] if fits else None
 
 def _plot(
@@ -462,7 +515,8 @@ def _plot(
     "Size against quality, and the front."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    good, front = [r for r in self if not r.error], pareto(self)
+    good, front = [r for r in self if not r.error and r.quality is not None], _front(self)
+    if not good: raise ValueError("results have no quality: there was no judge, or every point failed")
     ax.plot([r.bytes / 1e3 for r in good], [r.quality for r in good], "o", c="0.7", ms=4, label="tried")
     ax.step([r.bytes / 1e3 for r in front], [r.quality for r in front], "o-", where="post", ms=5, label="front")
     if budget is not None:
@@ -481,15 +535,19 @@ def sweep(
     data: Any = None,                     # see `samples_of`
     executor: Executor | None = None,     # who does the work; None: this process, one after the other
     folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
-    evaluate: Callable | None = None,     # model → number, more is better; None: see `Judge`. A module's function, for other processes to find it
+    evaluate: Callable | None = None,     # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other processes to find it
     retry: bool = False,                  # try again what failed before
     progress: bool = True,                # a bar that shows the front so far
 ) -> Results:                             # in the grid's order
-    """Try recipes, each once and for all: results are kept by the content of recipe, model and data, so that a sweep which was killed goes on where it was.
+    """Try recipes, each once and for all: results are kept by the content of recipe, steps, model, data and judge (see `fingerprint`), so that a sweep which was killed
+    goes on where it was. What has no fingerprint is computed each time, and a warning says so. A point's random numbers begin with its recipe's seed, whoever
+    computes it; threads of one process wait for each other, as they share PyTorch's random numbers.
     A point that fails has its traceback as result; the others go on. `TypeError` and `ValueError` for arguments that make no sense."""
     if executor is not None and not isinstance(executor, Executor): raise TypeError(f"executor is a {type(executor).__name__}; it may be None or a concurrent.futures.Executor")
-    points, samples, cache = grid_points(grid), samples_of(data), Cache(folder)
-    about = fingerprint(model, samples, evaluate)
+    if evaluate is not None and not callable(evaluate): raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
+    points, samples = grid_points(grid), samples_of(data)
+    check_ordinary(model)
+    cache, about = Cache(folder), _key("the model, the data or evaluate", model, samples, evaluate)
     results = [_planned(make, p, about) for p in points]
     notes = {r.key: note for r in results if r.recipe and (note := cache.get(r.key)) and not (retry and "error" in note)}
     waiting = {r.key: r.recipe for r in results if r.recipe and r.key not in notes}
@@ -507,8 +565,16 @@ def _planned(make, options, about):
     try:
         made = make(**options)
         recipe = (made if isinstance(made, Recipe) else Recipe(made)).to_dict()
-        return Result(options, recipe, key=fingerprint(about, recipe))
     except Exception: return Result(options, None, error=traceback.format_exc())
+    steps = [STEPS[s if isinstance(s, str) else s[0]] for s in recipe["steps"]]
+    return Result(options, recipe, key=_key("a step of the recipe", about, recipe, [(s.function, s.given) for s in steps]))
+
+def _key(what, *things):
+    "A fingerprint; for what has none, a key that nobody will ever ask for again."
+    try: return fingerprint(*things)
+    except TypeError as e:
+        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=3)
+        return secrets.token_hex(16)
 
 def _so_far(notes): return "  ".join(f"{n['bytes'] / 1e3:,.1f} kB {n['quality']:.4f}" for n in pareto(n for n in notes if n.get("quality") is not None)[-4:])
 

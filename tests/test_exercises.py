@@ -362,8 +362,45 @@ WRONG = {
     "12b_recipe:check_front3": [
         ("lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]", "equal in two, worse in one"),
         ("lambda rows: [r for i, r in enumerate(rows) if not any(j != i and all(x <= y for x, y in zip(o, r)) for j, o in enumerate(rows))]", "both stay"),
-        ("lambda rows: rows", "is dominated by (2, 2, 2)")],
+        ("lambda rows: rows", "is dominated by (2, 2, 2)"),
+        ("lambda rows: [(1, 9, 5), (2, 2, 2), (9, 1, 5), (2, 2, 2)]", "of the rows"),             # a constant
+        ("lambda rows: [r for r in rows if r not in ((3, 3, 3), (1, 10, 5))]", "of the rows"),     # a filter
+        ("lambda rows: [r for r in rows if sum(r) < 9 or 1 in r and max(r) < 10]", "of the rows"), # a sum
+        ("lambda rows: list(dict.fromkeys(rows))", "is dominated by"),
+        ("lambda rows: sorted(r for r in rows if not any(o != r and all(x <= y for x, y in zip(o, r)) for o in rows))", "yours is")],     # in another order
     "12b_recipe:check_step": [
+        ("""
+        def zero_small(model, threshold=0.01):                                                        # whatever the threshold
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in new.parameters():
+                    if p.dim() > 1: p[p.abs() < 0.05] = 0
+            return new""", "with a threshold of 0.02"),
+        ("""
+        def zero_small(model, threshold=0.01):                                                        # one layer alone
+            new = copy.deepcopy(model)
+            with torch.no_grad(): new.fc1.weight[new.fc1.weight.abs() < threshold] = 0
+            return new""", "conv1.weight's weights are not as they should be"),
+        ("""
+        def zero_small(model, threshold=0.01):                                                        # <=
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in new.parameters():
+                    if p.dim() > 1: p[p.abs() <= threshold] = 0
+            return new""", "not as they should be"),
+        ("""
+        def zero_small(model, threshold=0.01):                                                        # in place, and a copy handed out
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.dim() > 1: p[p.abs() < threshold] = 0
+            return copy.deepcopy(model)""", "work on copy.deepcopy(model)"),
+        ("""
+        def hqq(model, threshold=0.01):                                                               # another step's name
+            new = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in new.parameters():
+                    if p.dim() > 1: p[p.abs() < threshold] = 0
+            return new""", "there is a step 'hqq' already"),
         ("""
         def zero_small(model, threshold=0.01): return model""", "work on copy.deepcopy(model)"),
         ("""
@@ -379,10 +416,14 @@ WRONG = {
                 for p in new.parameters(): p[p.abs() < threshold] = 0
             return new""", "biases are no matrices")],
     "13_auto:check_cheapest": [
+        ("lambda R, D, price: [0] * len(R)", "has less D + λR"),                                      # the smallest, whatever the price
+        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] + 0.003 * r[o]) for r, d in zip(R, D)]", "has less D + λR"),
         ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o]) for r, d in zip(R, D)][:3]", "one option for each layer"),
         ("lambda R, D, price: [len(r) // 2 for r in R]", "as many bytes and less error"),
         ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] * r[o]) for r, d in zip(R, D)]", "as many bytes and less error")],
     "13_auto:check_bit_by_bit": [
+        ("lambda c, n, bits: {4: [3, 1], 20: [2, 1], 240: [5, 2, 4, 3]}.get(bits, [0] * len(c))", "it should be"),     # those that were asked for
+        ("lambda c, n, bits: [3, 1] if bits == 4 else [2, 1] if bits == 20 else [int(b) for b in waterfill(c, n, bits)]", "it should be"),   # the level, rounded down
         ("lambda c, n, bits: [bits // sum(n)] * len(c)", "3 and 1"),                                  # the same for all
         ("""
         def bit_by_bit(c, n, bits):

@@ -172,17 +172,17 @@ def test_a_broken_cache_is_computed_again(trained, data, tmp_path):
 
 
 def test_failures_are_remembered_until_retried(trained, tmp_path):
-    calls = []
+    calls, bad = tmp_path / "calls", tmp_path / "bad"                                   # what changes while a judge works must not be part of it
     def judge(m):
-        calls.append(1)
-        if (tmp_path / "bad").exists() and len(calls) > 1: raise RuntimeError("no luck")
+        with open(calls, "a") as f: f.write(".")
+        if bad.exists() and len(calls.read_text()) > 1: raise RuntimeError("no luck")
         return 1.
-    (tmp_path / "bad").touch()
+    bad.touch()
     for retry, failed in (False, 1), (False, 1), (True, 0):
-        if retry: (tmp_path / "bad").unlink()
+        if retry: bad.unlink()
         got = sweep(make, {"bits": [4]}, trained, folder=tmp_path / "s", evaluate=judge, retry=retry, progress=False)
         assert len(got.failed) == failed
-    assert len(calls) == 4                                                              # two for each time that it was really tried
+    assert len(calls.read_text()) == 4                                                  # two for each time that it was really tried
 
 
 def test_a_make_that_fails_is_a_result(trained, tmp_path):
