@@ -70,7 +70,7 @@ CLOSE = {       # the result stays near the original: name → function of the m
     "correct_bias": lambda m: correct_bias(quantize_model(m, 8), m, calibrate(m, BATCHES)),
     "equalize": equalize,
     "fold_batchnorm": fold_batchnorm,
-    "factorize": lambda m: factorize(m, rank=8, layers=["last"]),
+    "factorize": lambda m: factorize(m, rank=9, layers=["last"]),
     "prepare": lambda m: prepare(m, 8, batches=BATCHES),
     "convert": lambda m: convert(prepare(m, 8, batches=BATCHES)),
     "prune_model": lambda m: prune_model(m, .05),
@@ -79,11 +79,11 @@ CLOSE = {       # the result stays near the original: name → function of the m
     "sparsify_model": lambda m: sparsify_model(prune_model(m, .05)),
     "use_sparse_products": lambda m: use_sparse_products(sparsify_model(prune_model(m, .05))),
     "recipe": lambda m: Recipe([("quantize_model", {"bits": 8}), "use_kernels"])(m),
-    "compress": lambda m: compress(m, BATCHES, cosine=.9)[0],
+    "compress": lambda m: compress(m, BATCHES, cosine=.99)[0],
 }
 FAR = {         # the result is another model
     "shrink": lambda m: shrink(m, X[:2], .25),
-    "prune_gradually": lambda m: prune_gradually(m, DATA, sparsity=.2, epochs=1, loss=lambda m, b: F.cross_entropy(logits(m(b[0])), b[1])),
+    "prune_gradually": lambda m: prune_gradually(m, DATA, sparsity=.2, epochs=1),
     "learn": lambda m: learn(m, m, DATA, epochs=1),
     "distill": lambda m: distill(made(type(m)), m, DATA, SoftTargets(2.), epochs=1),
 }
@@ -92,7 +92,7 @@ MODELS = [Convolutional, Layered]
 logits = lambda output: output["logits"] if isinstance(output, dict) else output
 
 # where there is nothing to do, the function says so
-NOTHING = {("fold_batchnorm", Layered)}
+NOTHING = {("equalize", Layered)}
 
 
 def result(name, model):
