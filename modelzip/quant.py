@@ -642,7 +642,7 @@ def dequantize(self) -> Tensor:
 @patch_onto(QTensor)
 def _may_overflow(self) -> bool:
     "Whether some code could stand for more than the dtype can say."
-    if not self.scale.numel() or self.scale.is_meta: return False
+    if not self.scale.numel() or self.scale.is_meta or torch.compiler.is_compiling(): return False
     most = self.levels if self.codebook is None else self.codebook.abs().max().item()
     return most * self.scale.max().item() * (1. if self.columns is None else self.columns.max().item()) > torch.finfo(self.dtype).max
 
@@ -981,6 +981,9 @@ def _shallow(layer):
     new.__dict__.pop("_compiled_call_impl", None)
     return new
 
+def _refuse_tracing():
+    if torch.jit.is_tracing(): raise RuntimeError("torch.jit.trace cannot follow packed codes; use torch.export.export, or call dequantize_model first")
+
 def _settle(used, layer):
     "What a call of a throw-away copy left in its attributes (a cache, a counter) belongs to the layer."
     for k, v in used.__dict__.items():
@@ -1008,6 +1011,7 @@ class Dequantize(nn.Module):
         self.training = layer.training
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling(): return self._compiled(*args, **kwargs)
+        _refuse_tracing()
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
@@ -1021,22 +1025,26 @@ def _read(self, key):
     try: return nn.Module.__getattr__(self, key)
     except AttributeError:
         if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"): raise      # how a layer is copied is not how its wrapper is
-        if key == self.__dict__.get("name"): return self._shown(sys._getframe(1))
-        return _of_class(self, key) or getattr(self.layer, key)
+    layer = self
+    while isinstance(layer, Dequantize):
+        if key == layer.name: return layer._as_operation() if torch.compiler.is_compiling() else layer._shown(sys._getframe(1))
+        layer = layer._modules["layer"]
+    if any(key in d for d in (layer.__dict__, layer._parameters, layer._buffers, layer._modules)): return getattr(layer, key)
+    return _of_class(self, layer, key)
 
 @patch_onto(Dequantize)
 def _shown(self, reader):
     "The expanded parameter. PyTorch's own modules only read, and take their quick paths for plain tensors alone."
+    _refuse_tracing()
     value = self.q.dequantize()
-    if torch.compiler.is_compiling() or reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
+    if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
     return read_only(value, f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded value would be lost; "
                             f"call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()")
 
-def _of_class(wrapper, key):
+def _of_class(wrapper, inner, key):
     "A method or property that the layer's class adds works on the expanded layer."
-    inner = _innermost(wrapper)
     found = inspect.getattr_static(type(inner), key, None)
-    if key in inner.__dict__ or not (inspect.isfunction(found) or isinstance(found, property)): return None
+    if not (inspect.isfunction(found) or isinstance(found, property)): return getattr(inner, key)
     if key == "flatten_parameters": return lambda: None          # arranges the memory of weights that are not there yet
     if isinstance(found, property): return getattr(wrapper.expanded(), key)
     def method(*args, **kwargs):
@@ -1128,6 +1136,12 @@ def _layout(weight, axis, group, per_channel):
     if group is not None: return {"group": group}
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
 
+def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
+
+def _copied(wrapper):
+    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
+    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
+
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
     return _layout(weight, outputs_of(_innermost(layer)).get("weight", 0), group, per_channel)
@@ -1175,10 +1189,14 @@ def _compiled(self, *args, **kwargs):
     "The forward pass as `torch.compile` can follow it."
     layer, weights = self, {}
     while isinstance(layer, Dequantize):
-        packed = layer.packed
-        weights[layer.name] = _expand(list(packed._buffers.values()), ",".join(packed._buffers), packed.said)
+        weights[layer.name] = layer._as_operation()
         layer = layer.layer
     return torch.func.functional_call(layer, weights, args, kwargs)
+
+@patch_onto(Dequantize)
+def _as_operation(self):
+    "The expanded parameter as a compiled graph has it."
+    return _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
@@ -1228,12 +1246,6 @@ def _copy_with(model, replaced):
 def _recomputed(model):
     "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
     return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
-
-def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
-
-def _copied(wrapper):
-    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
-    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
 def dequantize_model(
     model: nn.Module,   # with `Dequantize` layers anywhere

@@ -101,7 +101,11 @@ def test_torch_compile_follows_layers_with_several_matrices():
     for name in "Conv1D", "Bilinear", "LSTMCell", "MultiheadAttention", "TransformerEncoderLayer":
         model, args = make(name)
         small = quantize_model(model)
-        with torch.no_grad(): assert_same(torch.compile(small, backend="eager")(*args), small(*args), rtol=1e-5, atol=1e-6)
+        with torch.no_grad(): assert_same(torch.compile(small, backend="eager", fullgraph=True)(*args), small(*args), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        exported = torch.export.export(small, args).module()
+        assert_same(exported(*args), small(*args), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="torch.export"): torch.jit.trace(small, args)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -574,3 +578,30 @@ def test_codes_are_those_of_torch_where_rounding_twice_differs():
             theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
             ours = quantize(x, 8, symmetric=False, scale=scale, zero_point=zero_point)
             assert torch.equal(ours.unpack(), theirs.int_repr()) and torch.equal(ours.dequantize(), theirs.dequantize())
+
+
+def test_short_groups_are_observed_without_what_fills_them_up():
+    x = r(3, 35)
+    x[:, -1] = 40.
+    q = quantize(x, 1, group=32)
+    tail = x[:, 32:].abs().mean(1)
+    assert torch.allclose(q.dequantize()[:, 32:].abs(), tail[:, None].expand(3, 3), rtol=1e-3)
+    for observer in "percentile", "mse", "entropy":
+        for symmetric in True, False:
+            whole, alone = quantize(x, 3, group=32, observer=observer, symmetric=symmetric, scale_dtype=torch.float32), quantize(x[:, 32:], 3, axis=0, observer=observer, symmetric=symmetric)
+            assert torch.equal(whole.scale[:, 1], alone.scale)
+    y = torch.cat([torch.linspace(-1, 1, 32), torch.tensor([.11])])[None]
+    assert torch.equal(quantize(y, 2, codebook="kmeans", group=32).codebook, quantize(torch.cat([y[:, :32], torch.tensor([[1.]])], 1), 2, codebook="kmeans").codebook)
+
+
+@pytest.mark.parametrize("how,says", [(dict(step=.1, scale=.2), "step and scale"), (dict(step=.1, levels=3), "step and levels"), (dict(step=.1, codebook="nf4"), "step and codebook"), (dict(codebook="nf4", stochastic=True), "codebook and stochastic"),
+    (dict(codebook="nf4", levels=8), "levels is 8"), (dict(codebook="kmeans", levels=5), "levels is 5"), (dict(codebook=torch.ones(3).cumsum(0), levels=4), "levels is 4"),
+    (dict(axis=0, scale=torch.ones(2, 2)), "scale has shape"), (dict(group=4, scale=torch.ones(2, 4)), "scale has shape"), (dict(scale="a"), "scale is 'a'"), (dict(symmetric=False, scale=1., zero_point=3.5), "zero_point must be whole"),
+    (dict(symmetric=False, scale=1., zero_point="a"), "zero_point is 'a'"), (dict(axis=0, symmetric=False, scale=torch.ones(4), zero_point=torch.ones(3)), "zero_point has shape"), (dict(codebook=3), "codebook is")])
+def test_what_would_be_ignored_or_guessed_is_refused(how, says):
+    with pytest.raises((ValueError, TypeError), match=says): quantize(r(4, 8), **how)
+
+
+def test_a_codebook_that_lets_everything_become_zero_warns():
+    with pytest.warns(UserWarning, match="every code is zero"): quantize(torch.full((8,), .01), codebook=torch.tensor([-1., 0., 1.]), scale=1.)
+    assert quantize(quantize_layer(nn.Linear(4, 4)).weight, 4).shape == (4, 4)      # a weight that can only be read
