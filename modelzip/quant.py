@@ -192,7 +192,7 @@ class MSE(MinMax):
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-        for shrink in torch.linspace(1, self.smallest, self.steps).tolist():
+        for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
             scale, zero = scale_and_zero_point(low * shrink, high * shrink, levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             now = _blockwise(_squared_error, blocks, scale, zero, levels)
@@ -269,7 +269,7 @@ def _cells(x, total, squares, most=512):
         cut = a + int(np.searchsorted(x[a:b], min(max(mean, x[a]), np.nextafter(x[b - 1], x[a])), side="right"))
         heapq.heapreplace(heap, cell(a, cut))
         heapq.heappush(heap, cell(cut, b))
-    return torch.tensor(sorted([0, *(b for _, _, b in heap)]))
+    return torch.tensor(sorted([0, *(b for _, _, b in heap)]), device="cpu")
 
 # %% ../nbs/03_quant.ipynb
 def _runs(x, points):
@@ -329,11 +329,11 @@ def kmeans(
 # %% ../nbs/03_quant.ipynb
 def nf4() -> Tensor:   # [16] float32, ascending, from -1 to 1
     "The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023, arXiv:2305.14314)."
-    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    normal = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
-    upper = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
-    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
+    offset, how = (1 - 1 / 32 + 1 - 1 / 30) / 2, dict(dtype=torch.float64, device="cpu")
+    normal = torch.distributions.Normal(torch.tensor(0., **how), torch.tensor(1., **how))
+    upper = normal.icdf(torch.linspace(offset, 0.5, 9, **how))[:-1]
+    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, **how))[:-1]
+    levels = torch.cat([lower, torch.zeros(1, **how), upper]).sort().values
     return (levels / levels.max()).float()
 
 # %% ../nbs/03_quant.ipynb
@@ -776,7 +776,7 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
         relative = blocks / as_tensor(scale, "scale").reshape(-1, 1)
         if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
         return kmeans(relative, (levels - 1).bit_length()), scale
-    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device)
+    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device).clone()
     if table.dim() != 1 or not 2 <= len(table) <= 256: raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
     if bool((table.diff() <= 0).any()): raise ValueError("codebook must ascend strictly")
     return table, scale
@@ -796,7 +796,7 @@ def _narrow(scale, dtype, group):
 def _numbers(x, name, dtype):
     "A tensor of a number, a list or an array; `TypeError` names the argument."
     if isinstance(x, Tensor): return x
-    try: return torch.as_tensor(x, dtype=dtype)
+    try: return torch.as_tensor(x, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
 
 def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype, wide):
@@ -825,7 +825,7 @@ def _column(scale, zero, levels, wide):
 def _dice(stochastic, generator, x):
     "The generator of stochastic rounding, None for rounding to nearest."
     if not stochastic: return None
-    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, ()).item())
+    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, (), device="cpu").item())
 
 def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
@@ -857,9 +857,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
     "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
-    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32)
+    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
     columns = as_tensor(columns, "columns").to(x.device)
-    if columns.dtype != torch.float16: columns = columns.float()
+    columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
     _check_columns(columns, x.shape)
     return x / _across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
 
@@ -949,7 +949,7 @@ def _apply(self, fn, recurse=True):
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
-    return torch.tensor(list(self.said.encode()), dtype=torch.uint8)
+    return torch.tensor(list(self.said.encode()), dtype=torch.uint8, device="cpu")
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:

@@ -605,3 +605,22 @@ def test_what_would_be_ignored_or_guessed_is_refused(how, says):
 def test_a_codebook_that_lets_everything_become_zero_warns():
     with pytest.warns(UserWarning, match="every code is zero"): quantize(torch.full((8,), .01), codebook=torch.tensor([-1., 0., 1.]), scale=1.)
     assert quantize(quantize_layer(nn.Linear(4, 4)).weight, 4).shape == (4, 4)      # a weight that can only be read
+
+
+def test_ambient_state_and_the_callers_tensors_do_not_matter():
+    x, columns, table = r(4, 8), torch.rand(8) + .5, torch.tensor([-1., 0., .5, 1.])
+    cases = [dict(bits=4, axis=0), dict(bits=1, group=4), dict(codebook="nf4", group=4), dict(codebook="kmeans", bits=2), dict(bits=4, symmetric=False, observer="mse"), dict(observer="entropy"), dict(step=.1), dict(codebook=table), dict(columns=columns)]
+    for how in cases:
+        with unchanged(x, columns, table): plain = quantize(x, **how)
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.autocast("cpu", torch.bfloat16): assert quantize(x, **how) == plain
+        finally: torch.set_default_dtype(torch.float32)
+        with torch.device("meta"): assert quantize(x, **how) == plain
+    before = [quantize(x, codebook=table), quantize(x, columns=columns)]
+    values = [q.dequantize() for q in before]
+    table.mul_(2); columns.mul_(2)
+    for q, v in zip(before, values): assert torch.equal(q.dequantize(), v)
+    layer = quantize_layer(nn.Linear(4, 4))
+    with torch.device("meta"): state = layer.state_dict()
+    assert not any(t.is_meta for t in state.values())
