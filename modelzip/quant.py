@@ -917,6 +917,7 @@ def dequantize(q: CompressedTensor) -> Tensor:
 class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
     trainable = True      # whether the parameter that it stands for was; `dequantize_model` makes it so again
+    stands_for = None     # the name of that parameter, where it is not `weight`: of several matrices none may take another's place
     def __init__(self, q: CompressedTensor):
         super().__init__()
         self.kind = q.kind
@@ -949,11 +950,13 @@ def _apply(self, fn, recurse=True):
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
-    return torch.tensor(list(self.said.encode()), dtype=torch.uint8, device="cpu")
+    said = self.said if self.stands_for is None else json.dumps(json.loads(self.said) | {"name": self.stands_for})
+    return torch.tensor(list(said.encode()), dtype=torch.uint8, device="cpu")
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:
     meta = json.loads(bytes(state.tolist()))
+    if self.stands_for != meta.pop("name", self.stands_for): raise ValueError(f"{self.stands_for} is to be loaded from the codes of another parameter; the layers in these models are compressed in another order")
     CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(self._buffers), meta)
     self.meta = meta
 
@@ -1007,6 +1010,7 @@ class Dequantize(nn.Module):
         if options: raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
         old = _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
         self.name, self._modules["layer"], self._modules["packed"] = name, _without(layer, name), q if isinstance(q, Packed) else Packed(q)
+        if name != "weight" and self.packed.stands_for is None: self.packed.stands_for = name
         if old is not None and not old.is_meta and old.requires_grad != self.packed.trainable: self.packed.trainable = old.requires_grad
         self.training = layer.training
     def forward(self, *args, **kwargs):
@@ -1113,7 +1117,7 @@ def quantize_layer(
     plain = _innermost(layer)
     if isinstance(layer, Dequantize) and (not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None):
         raise ValueError("layer is quantized already; dequantize_layer it first")
-    for key in [name] if name is not None else _wanted_of(plain):
+    for key in [name] if name is not None else reversed(_wanted_of(plain)):      # the first matrix comes outermost, here and in what is loaded
         if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
         if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
         layer = Dequantize(layer, _about(key, weight, outputs_of(plain).get(key, 0), dict(bits=bits, group=group, per_channel=per_channel) | options), key)
@@ -1216,6 +1220,7 @@ def quantize_model(
     packed, done = {}, {}
     for m in chosen:
         if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
+    for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
 

@@ -97,6 +97,19 @@ def test_state_dicts_copies_and_half_of_several_matrices():
         assert_same(copy.deepcopy(small).double().float()(*args), small(*args))
 
 
+def test_of_several_matrices_none_takes_anothers_place():
+    torch.manual_seed(0)
+    a, b, x = nn.LSTM(4, 4), nn.LSTM(4, 4), r(3, 2, 4)
+    first, then = quantize_model(nn.Sequential(a)), quantize_model(nn.Sequential(b), overrides={"0.weight_hh_l0": None})
+    then = quantize_model(then)
+    assert first[0].name == "weight_ih_l0" and quantize_layer(a).name == "weight_ih_l0"
+    if then[0].name != first[0].name:
+        with pytest.raises(ValueError, match="weight_"): then.load_state_dict(first.state_dict())
+    other = quantize_model(nn.Sequential(b))
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(other[0].weight_hh_l0, first[0].weight_hh_l0)
+
+
 def test_torch_compile_follows_layers_with_several_matrices():
     for name in "Conv1D", "Bilinear", "LSTMCell", "MultiheadAttention", "TransformerEncoderLayer":
         model, args = make(name)
