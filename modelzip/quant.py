@@ -830,9 +830,9 @@ def _dice(stochastic, generator, x):
 def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
     if not codes.numel() or not _says_zero(levels, zero is None, codebook): return
-    if codebook is not None: zero = (codebook == 0).nonzero()
-    else: zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
-    quiet = all(bool((codes[b] == (zero if len(zero) == 1 else zero[b[0]])).all()) for b in _bites(codes))   # stops at the first that is not
+    zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
+    is_zero = lambda b: codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
+    quiet = all(bool(is_zero(b).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
 
