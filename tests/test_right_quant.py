@@ -637,3 +637,16 @@ def test_ambient_state_and_the_callers_tensors_do_not_matter():
     layer = quantize_layer(nn.Linear(4, 4))
     with torch.device("meta"): state = layer.state_dict()
     assert not any(t.is_meta for t in state.values())
+
+
+def test_gpt2_is_compressed_whole_and_stays_itself():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, bos_token_id=0, eos_token_id=0)).eval()
+    small, tokens = quantize_model(model, 4), torch.arange(6)[None]
+    assert set(floats_left(small).values()) == {"small: a bias, a norm or another vector"} and small.lm_head.packed is small.transformer.wte.packed
+    assert small.transformer.h[0].attn.c_attn.q.axis == 1 and small.transformer.h[0].attn.c_attn.q.scale.shape == (48,)
+    with torch.no_grad():
+        assert_same(small(tokens).logits, with_numbers_of(model, small)(tokens).logits)
+        assert_same(dequantize_model(small)(tokens).logits, small(tokens).logits)
+        codes_alone(model, small, tokens)
