@@ -773,7 +773,9 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
     if isinstance(codebook, str):
         if codebook == "nf4": return nf4().to(blocks.device), scale
         if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
-        relative = blocks / as_tensor(scale, "scale").reshape(-1, 1)
+        scale = _numbers(scale, "scale", wide).detach()
+        if scale.numel() != len(blocks): raise ValueError(f"scale has shape {tuple(scale.shape)}; there are {len(blocks)} blocks, with one scale each")
+        relative = blocks / scale.to(blocks.device).reshape(-1, 1)
         if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
         return kmeans(relative, (levels - 1).bit_length()), scale
     table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device).clone()
