@@ -49,7 +49,7 @@ class Split(torch.utils.data.Dataset):
     def __iter__(self) -> Iterator[Tensor]: return iter((self.x, self.y))
     def __repr__(self) -> str: return f"Split(x {list(self.x.shape)} {self.x.dtype}, y {list(self.y.shape)})"
     def __getitem__(self, i) -> "Split | tuple[Tensor, Tensor]":
-        if isinstance(i, (int, np.integer)): return self.x[i], self.y[i]
+        if isinstance(i, (int, np.integer)) and not isinstance(i, bool) or isinstance(i, Tensor) and not i.dim(): return self.x[i], self.y[i]
         return Split(self.x[i], self.y[i])
 
 # %% ../nbs/00_data.ipynb
@@ -156,6 +156,7 @@ def _same_definition(old: Any, new: Any) -> bool:
     "Whether `new` is `old`, run again: the same place in a module or, for what a function or a lambda made, the same code over the same values."
     place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
     if old is new: return True
+    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return _same_definition(old.func, new.func) and (old.args, old.keywords) == (new.args, new.keywords)
     if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
     if "<" not in place(old)[1]: return True
     if not isinstance(old, type): return isinstance(old, types.FunctionType) and _meaning(old) == _meaning(new)
@@ -286,7 +287,7 @@ def predictions(
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
     "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
     _check(split, batch_size)
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
         scores = torch.cat([model(x.to(device_of(model), copy=True)).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()

@@ -156,7 +156,7 @@ class Latency:
 
 # %% ../nbs/01_measure.ipynb
 def _calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
-    "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds."
+    "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds. (What it caches now, it can train with later: this is not in inference mode.)"
     for _ in range(warmup): f()
     began = time.perf_counter(); f()
     return max(1, min(10_000, math.ceil(at_least / max(time.perf_counter() - began, 1e-9))))
@@ -187,7 +187,7 @@ def latency(
     if repeats < 2: raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
     if warmup < 0 or at_least < 0: raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
     rng, names = np.random.default_rng(seed), list(candidates)
-    with torch.inference_mode(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
+    with torch.no_grad(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
     times = {n: np.empty(repeats) for n in names}
     _rounds(candidates, calls, times, rng, progress)
     return {n: _latency(times[n], times[names[0]]) for n in names}

@@ -285,6 +285,7 @@ def prunable_layers(
 def _weighs(m):
     "Whether a layer has a weight, of any kind, with numbers in it."
     of = next(m.parametrizations["weight"].parameters(recurse=False)) if parametrize.is_parametrized(m, "weight") else m._parameters.get("weight")
+    if nn.parameter.is_lazy(of): raise ValueError(f"a {type(m).__name__} has no weights yet; call the model once first")
     return of.numel() > 0 if isinstance(of, Tensor) else computed(m) is not None
 
 def _key(m): return id(m) if _not_plain(m) is not None else id(_original(m))
@@ -511,14 +512,18 @@ def as_rows(
     layer: nn.Module,
     weight: Tensor,    # or anything of its shape
 ) -> Tensor:           # [outputs, inputs of a group, *kernel]
-    "A weight with its outputs first, as all layers but transposed convolutions have it anyway."
+    "A weight with its outputs first, as all layers but transposed convolutions and GPT-2's Conv1D have it anyway."
+    if _is_conv1d(layer): return weight.transpose(0, 1)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return weight
     return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     "The inverse of `as_rows`."
+    if _is_conv1d(layer): return rows.transpose(0, 1)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return rows
     return rows.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+def _is_conv1d(layer): return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)      # [inputs, outputs]
 
 # %% ../nbs/07_prune.ipynb
 @dataclass
@@ -1505,7 +1510,8 @@ def sparsify_model(
     if not done: raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
     check_ordinary(model)
     memo = {id(model.get_submodule(n)): _copied(m) if isinstance(m, Dequantize) else m for n, m in done.items()}
-    return memo.get(id(model)) or duplicate(model, memo)
+    new = memo.get(id(model)) or duplicate(model, memo)
+    return remove_masks(new) if masks(new) else new              # those of parameters that are no `weight`
 
 # %% ../nbs/07_prune.ipynb
 def _with_zeros(model, layers):
@@ -1569,7 +1575,7 @@ class SparseLinear(Dequantize):
         density: float = SPARSE_PAYS,  # up to this share of weights it is CSR, 8 bytes for each weight that is left
     ):
         super().__init__(layer, q, name)
-        if not isinstance(layer, nn.Linear) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor")
+        if not _is_linear(layer) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor, and no subclass that computes something else")
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1: raise ValueError(f"density is {density!r}; it may be 0 to 1")
         self.density, self._matrix, self._made = density, None, None
     def options(self) -> dict: return {} if self.density == SPARSE_PAYS else {"density": self.density}
@@ -1577,6 +1583,8 @@ class SparseLinear(Dequantize):
     def _apply(self, fn, recurse=True):
         self._matrix = None
         return super()._apply(fn, recurse)
+
+def _is_linear(layer): return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 # %% ../nbs/07_prune.ipynb
 def _as_csr(weight):
@@ -1591,7 +1599,7 @@ def _matrix_of(self) -> Tensor:
     now = [(id(p), None if p.is_inference() else p._version) for p in self.packed._buffers.values()]
     if self._matrix is None or self._made != now:
         q = self.q
-        with torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
+        with torch.inference_mode(False), torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
         self._made = now
     return self._matrix
 
@@ -1611,7 +1619,7 @@ def use_sparse_products(
     density: float = SPARSE_PAYS,    # layers with at most this share of their weights are multiplied sparsely, others densely
 ) -> nn.Module:                      # a copy that shares the compressed weights
     "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
-    found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and isinstance(m.layer, nn.Linear) and isinstance(m.q, SparseTensor)}
+    found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
     check_ordinary(model)
     return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})

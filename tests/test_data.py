@@ -438,3 +438,28 @@ def test_an_exercise_without_words_says_its_task():
         "add one"
         if attempt(1) != 2: raise AssertionError
     assert str(check_it(lambda x: x)).endswith("add one")
+
+
+def test_a_model_that_was_evaluated_can_be_trained():
+    class Grid(nn.Module):
+        def __init__(self): super().__init__(); self.fc, self.grid = nn.Linear(4, 3), None
+        def forward(self, x):
+            if self.grid is None: self.grid = torch.ones(4)
+            return self.fc(x * self.grid)
+    m = Grid()
+    accuracy(m, small()); train(m, small(), 1, progress=False)
+    from modelzip.measure import latency
+    m = Grid(); latency({"": lambda: m(small().x)}, repeats=2, warmup=0, at_least=0); train(m, small(), 1, progress=False)
+
+
+def test_a_partial_is_a_builder(registry):
+    import functools
+    build = lambda n: functools.partial(nn.Linear, n, out_features=2)
+    register_model("test", build(3)); register_model("test", build(3))
+    assert build_model("test").in_features == 3
+    with pytest.raises(ValueError, match="already"): register_model("test", build(4))
+
+
+def test_an_index_may_be_a_tensor():
+    s = small()
+    assert s[torch.tensor(2)][1] == 2 and len(s[torch.tensor([1, 2])]) == 2 and len(s[s.y == 0]) == 3
