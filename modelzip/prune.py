@@ -648,6 +648,8 @@ def choose_masks(
         drop = lowest(torch.cat(list(worth.values())), size, sparsity, sum(s.numel() for s in scores.values()), sum(g for _, g in left.values()))
         drop = dict(zip(scores, drop.split([p.count for p in parts.values()])))
     else: drop = {n: lowest(worth[n], left[n][0], share, scores[n].numel(), left[n][1]) for n, share in _shares(scores, sparsity, scope).items()}
+    shares = _shares(scores, sparsity, "layer" if scope == "global" else scope)
+    drop = {n: torch.ones_like(d) if _all_groups(granularity, shares[n]) else d for n, d in drop.items()}
     return {n: _kept_of(drop[n], parts[n], s) for n, s in scores.items()}
 
 def _left(scores, parts):
@@ -655,6 +657,11 @@ def _left(scores, parts):
     gone = scores == -math.inf
     if parts.of is None or not bool(gone.any()): return parts.size, 0
     return torch.bincount(parts.of[(parts.of >= 0) & ~gone], minlength=parts.count), int(gone.sum())
+
+def _all_groups(granularity, sparsity):
+    "Whether N:M is asked for in every group, also where much is gone already."
+    kind, *size = parse_granularity(granularity)
+    return kind == "n:m" and sparsity >= 1 - size[0] / size[1] - 1e-9
 
 # %% ../nbs/07_prune.ipynb
 def _kept_of(drop, parts, scores):
@@ -930,30 +937,35 @@ def _sparsegpt(
 # %% ../nbs/07_prune.ipynb
 class _Choice:
     "Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in each row; for N:M, of the cheapest rows all but n."
-    def __init__(self, sparsity, rows, gone, n=None, each=False, most=0):
-        self.sparsity, self.rows, self.gone, self.n, self.each, self.done = sparsity, rows, gone, n, each, 0
-        self.most, self.could = most, 0          # for N:M: what each row can lose in all, and could so far
+    def __init__(self, sparsity, gone, n=None, each=False, most=0, every=False):
+        self.sparsity, self.gone, self.n, self.each, self.done = sparsity, gone, n, each, 0
+        self.most, self.could, self.every = most, 0, every          # for N:M: what each row can lose in all, and could so far; whether every group loses it
+        self.left = (~gone).sum(1).cumsum(0).tolist() if bool(gone.any()) else None      # up to each column, where earlier masks have cut
     def __call__(self, scores, a, b):
         gone = self.gone[a:b]
         scores = scores.masked_fill(gone, -1)                            # what an earlier mask has cut goes first
         drop = (self._of_groups if self.n is not None else self._of_rows if self.each else self._of_all)(scores, gone, b) | gone
-        self.done = self.done + drop.sum(0 if self.each else None)
+        self.done = self.done + (drop & ~gone).sum(0 if self.each else None)
         return drop
     def _of_all(self, scores, gone, b):
-        k, drop = min(max(0, round(self.sparsity * b * self.rows) - int(self.done)), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
+        columns, rows = self.gone.shape
+        goal = self.sparsity * b * rows if self.left is None else max(0, self.sparsity * columns * rows - int(self.gone.sum())) * self.left[b - 1] / max(1, self.left[-1])
+        k, drop = min(max(0, round(goal) - int(self.done) + int(gone.sum())), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
         drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
         return drop
     def _of_rows(self, scores, gone, b):
-        return scores.argsort(dim=0, stable=True).argsort(0) < round(self.sparsity * b) - self.done
+        columns, left, whole = len(self.gone), (~self.gone[:b]).sum(0), (~self.gone).sum(0).clamp(min=1)
+        goal = ((round(self.sparsity * columns) - self.gone.sum(0)).clamp(min=0) * left.double() / whole).round().long()
+        return scores.argsort(dim=0, stable=True).argsort(0) < goal - self.done + gone.sum(0)
     def _of_groups(self, scores, gone, b):
         losers = torch.zeros_like(gone).scatter_(0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True) | gone
-        new = (losers & ~gone).sum(0)
+        if self.every: return losers
+        new, (columns, rows) = (losers & ~gone).sum(0), self.gone.shape
         worth = (scores * (losers & ~gone)).sum(0) / new.clamp(min=1)
         order = worth.argsort(stable=True)
         self.could += max(0, len(scores) - self.n)
-        goal = min(self.sparsity * len(self.gone), self.most) * self.rows * self.could / max(1, self.most)
-        fits = new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done) - int(gone.sum())
-        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, fits)
+        goal = max(0, min(self.sparsity * columns, self.most) * rows - int(self.gone.sum())) * self.could / max(1, self.most)
+        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done))
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
@@ -983,7 +995,7 @@ def sparsegpt_weight(
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
         U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
-        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None, scope == "output", most))
+        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, g[:, order].t(), size[0] if size else None, scope == "output", most, _all_groups(granularity, sparsity)))
         new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
     return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 

@@ -500,3 +500,28 @@ def test_any_precision(dtype):
         p = prune_model(m, .5, c, scope="layer", batches=[(x, Y)] if c == "taylor" else [x])
         assert all(v == pytest.approx(.5, abs=.03) for v in gone(p).values()) and p[0].weight.dtype == dtype
         torch.testing.assert_close(sparsify_model(p)(x), p(x)); torch.testing.assert_close(use_sparse_products(sparsify_model(p))(x), p(x), rtol=.02, atol=.02)
+
+
+@given(st.integers(2, 60), st.integers(1, 16), st.sampled_from([0., .2, .5, .8]), st.sampled_from(["weight", "row", "column"]), st.floats(0, .95), st.sampled_from(["layer", "output"]), st.integers(0, 99))
+@settings(max_examples=examples(25), deadline=None)
+def test_sparsegpt_on_what_is_pruned_already(inputs, outputs, first, before, share, scope, seed):
+    torch.manual_seed(seed)
+    layer = prune_model(Linear(inputs, outputs), first, granularity=before, allow_empty=True)
+    was = ~masks(layer).get("weight", torch.ones(outputs, inputs, dtype=torch.bool))
+    now = ~masks(prune_model(layer, share, "sparsegpt", scope=scope, batches=[torch.randn(60, inputs)], allow_empty=True)).get("weight", ~was)
+    assert not (was & ~now).any()
+    if scope == "layer": assert abs(int(now.sum()) - max(int(was.sum()), round(share * was.numel()))) <= 1
+    else: assert torch.equal(now.sum(1), was.sum(1).clamp(min=round(share * inputs)))
+
+
+@given(st.integers(4, 40), st.integers(1, 12), st.sampled_from([(1, 2), (2, 4), (4, 8), (3, 4)]), st.sampled_from(["weight", "row", "1:4", "2:4"]), st.floats(0, 1), st.sampled_from(["magnitude", "wanda", "sparsegpt"]), st.integers(0, 99))
+@settings(max_examples=examples(25), deadline=None)
+def test_n_of_m_on_what_is_pruned_already(inputs, outputs, nm, before, part, criterion, seed):
+    torch.manual_seed(seed)
+    (n, m), share = nm, part * (1 - nm[0] / nm[1])
+    layer = prune_model(Linear(inputs, outputs), .4, granularity=before, allow_empty=True)
+    was = masks(layer)["weight"]
+    keep = masks(prune_model(layer, share, criterion, f"{n}:{m}", "layer", batches=[torch.randn(60, inputs)], allow_empty=True)).get("weight", was)
+    assert not (keep & ~was).any()
+    if part == 1: assert (F.pad(keep, (0, -inputs % m)).unflatten(1, (-1, m)).sum(-1) <= n).all()              # the whole pattern
+    elif share < 1 - n / m - 1e-6: assert int((~keep).sum()) <= max(int((~was).sum()), share * keep.numel()) + m - n
