@@ -337,10 +337,12 @@ def _one_cycle(step: torch.optim.Optimizer, lr: float, steps: int) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(step, lambda i: rates[min(i, steps - 1)] / max(rates))
 
 def _frozen(model: nn.Module) -> list[nn.Module]:
-    "Layers that do not train although the model does."
-    norms = (nn.modules.batchnorm._NormBase,)
-    still = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
-    return [m for m in model.modules() if (model.training and not m.training) or still(m)]
+    "Layers that do not train although the model does: normalization with frozen parameters, and what was switched off alone, within a module that trains."
+    norms, off = nn.modules.batchnorm._NormBase, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    mixed = any(m.training for m in model.modules() if not any(m.children()))
+    alone = {id(c) for m in model.modules() if m.training and mixed for c in m.children() if isinstance(c, off) and not c.training}
+    fixed = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
+    return [m for m in model.modules() if id(m) in alone or fixed(m)]
 
 # %% ../nbs/00_data.ipynb
 def train(
@@ -356,7 +358,7 @@ def train(
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:                                     # the same model, in eval mode
     """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError.
-    What is frozen stays so: normalization layers whose parameters are, and, in a model that comes in train mode, layers in eval mode. The model ends in eval mode, also after an error."""
+    What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode, also after an error."""
     parameters, steps = _prepare(model, data, epochs, lr, batch_size)
     step = optimizer(parameters, lr=lr)
     schedule = _one_cycle(step, lr, steps)

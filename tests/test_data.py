@@ -300,8 +300,13 @@ def test_frozen_batchnorm_stays_frozen(how):
     m[1].register_forward_hook(lambda l, i, o: modes.append(l.training)); before = m[1].running_mean.clone()
     train(m, small(), 2, .1, 4, progress=False)
     assert torch.equal(m[1].running_mean, before) and not any(modes) and not m.training
-    other = net().eval(); train(other, small(), 1, .1, 4, progress=False)
-    assert not torch.equal(other[1].running_mean, torch.zeros(6))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m.eval(), lambda m: nn.Sequential(m.eval()), lambda m: nn.Sequential(m.eval(), nn.Linear(3, 3)), lambda m: nn.Sequential(*m.eval().children()), lambda m: m.train()])
+def test_what_is_not_frozen_trains(wrap):
+    m = net(); bn = m[1]
+    train(wrap(m), small(), 1, .1, 4, progress=False)
+    assert not torch.equal(bn.running_mean, torch.zeros(6))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, ValueError])
