@@ -242,8 +242,9 @@ def _see_inputs(model, layers, batches, seen, whole, calls=None):
     def watch(name):
         def hook(m, args, kwargs):
             rows, s = _rows_of(m, _given(args, kwargs), name, at[0]), seen[name]
-            if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
-            else: s.power = _sum(s.power, rows.square().sum(1))
+            with torch.autocast(rows.device.type, enabled=False):               # whatever the model runs in: sums are exact
+                if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
+                else: s.power = _sum(s.power, rows.square().sum(1))
             s.rows += rows.shape[1]
             left[name] -= 1
             if calls is not None and all(v <= 0 for v in left.values()): raise _Enough
@@ -308,13 +309,14 @@ def collect(
 ) -> dict[str, Seen]:
     "Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
     layers = prunable_layers(model) if layers is None else layers
-    seen, batches, new = {n: Seen() for n in layers}, as_batches(batches), duplicate(model)
+    seen, batches = {n: Seen() for n in layers}, as_batches(batches)
     if needs in ("power", "moment"):
         odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
     elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
-    twins = {n: new.get_submodule(n) for n in layers}
-    with same_dice():
+    with same_dice(), torch.inference_mode(False):               # gradients may be asked for
+        new = duplicate(model)
+        twins = {n: new.get_submodule(n) for n in layers}
         if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
         elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
         else: _see_movement(new, twins, batches, loss or label_loss, seen, lr)
@@ -1064,7 +1066,7 @@ def output_change(
     "Relative squared error of a layer's output over the data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
     w, d = (as_matrices(t, len(moment)).to(moment.dtype) for t in (weight, weight - other))
     power = lambda m: ((m @ moment) * m).sum().item()
-    return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
+    with torch.autocast(moment.device.type, enabled=False): return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
 
 # %% ../nbs/07_prune.ipynb
 @dataclass(repr=False)

@@ -525,3 +525,19 @@ def test_n_of_m_on_what_is_pruned_already(inputs, outputs, nm, before, part, cri
     assert not (keep & ~was).any()
     if part == 1: assert (F.pad(keep, (0, -inputs % m)).unflatten(1, (-1, m)).sum(-1) <= n).all()              # the whole pattern
     elif share < 1 - n / m - 1e-6: assert int((~keep).sum()) <= max(int((~was).sum()), share * keep.numel()) + m - n
+
+
+@pytest.mark.parametrize("ambient", [lambda: torch.inference_mode(), lambda: torch.no_grad(), lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("cpu")])
+def test_where_it_is_called_does_not_matter(ambient):
+    m, batches = net(), [Labelled(X[:10], Y[:10]), Labelled(X[10:], Y[10:])]
+    exact = lambda: {c: prune_model(m, .5, c, scope="layer", batches=batches) for c in ("magnitude", "wanda", "obs", "taylor", "movement")} | {"sparsegpt": prune_model(m[0], .5, "sparsegpt", batches=[X, X])}
+    right, one = exact(), collect(m[0], [X, X], "moment")[""].moment
+    with ambient(): found, again = exact(), collect(m[0], [X, X], "moment")[""].moment
+    assert torch.equal(one, again)
+    for c in right:
+        same = [torch.equal(a, b) for a, b in zip(masks(right[c]).values(), masks(found[c]).values())]
+        assert all(same) or c in ("wanda", "obs", "taylor", "movement") and same[0]             # what deeper layers are given differs under autocast
+    torch.set_default_dtype(torch.float64)
+    try: other = exact()
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for c in right for a, b in zip(masks(right[c]).values(), masks(other[c]).values()))
