@@ -281,16 +281,22 @@ def _check(split: Split, batch_size: int) -> None:
 
 # %% ../nbs/00_data.ipynb
 def predictions(
-    model: nn.Module,           # gives [n, classes] for [n, …]
+    model: nn.Module,           # gives [n, classes] for [n, …], alone or as `logits` among other outputs
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
     "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
     _check(split, batch_size)
     with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
-        scores = torch.cat([model(x.to(device_of(model), copy=True)).cpu() for x in split.x.split(batch_size)])
+        scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()
+
+def _answer(output: Any) -> Tensor:
+    "The one among a model's outputs that says the class."
+    if isinstance(output, Tensor): return output
+    from modelzip.workshop.models import logits_of          # which needs this module
+    return logits_of(output)
 
 # %% ../nbs/00_data.ipynb
 def accuracy(
@@ -320,7 +326,8 @@ def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     "One pass over the data in a new order; gives the mean loss."
     device, total = device_of(model), 0.
     for i in _cut(torch.randperm(len(data)), batch_size):
-        value = loss(model(data.x[i].to(device)), data.y[i].to(device))
+        out = model(data.x[i].to(device))
+        value = loss(_answer(out) if loss is F.cross_entropy else out, data.y[i].to(device))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
         if not value.isfinite(): raise FloatingPointError(f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}: try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data")
         step.zero_grad(); value.backward(); step.step(); schedule.step(); bar.update()
@@ -365,7 +372,7 @@ def train(
     frozen = _frozen(model)
     bar = tqdm(total=steps, desc="train", leave=False, **({} if progress else {"disable": True}))
     try:
-        with torch.enable_grad(), seeded(seed), bar:
+        with torch.inference_mode(False), torch.enable_grad(), seeded(seed), bar:
             for epoch in range(epochs):
                 model.train()
                 for m in frozen: m.training = False

@@ -468,3 +468,15 @@ def test_a_partial_is_a_builder(registry):
 def test_an_index_may_be_a_tensor():
     s = small()
     assert s[torch.tensor(2)][1] == 2 and len(s[torch.tensor([1, 2])]) == 2 and len(s[s.y == 0]) == 3
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: (y, y[:, :1]), lambda y: {"loss": y.sum(), "logits": y}, lambda y: [y.sum(), y]])
+def test_answers_among_other_outputs(wrap):
+    class Wrapped(nn.Module):
+        def __init__(self): super().__init__(); self.m = nn.Sequential(nn.Linear(4, 3)); torch.manual_seed(0); self.m[0].reset_parameters()
+        def forward(self, x): return wrap(self.m(x))
+    m, plain = Wrapped(), Wrapped().m
+    assert torch.equal(predictions(m, small()), predictions(plain, small()))
+    with torch.inference_mode(): train(m, small(), 2, progress=False)
+    train(plain, small(), 2, progress=False)
+    assert torch.equal(m.m[0].weight, plain[0].weight)
