@@ -15,6 +15,7 @@ from modelzip.data import LeNet5, LeNet300, accuracy, docstrings, minilm, mnist5
 from modelzip.measure import latency, machine, wilson
 from modelzip.pack import load, save
 from modelzip.prune import collect, output_change, prunable_layers, prune_gradually, prune_model, sparsify_model, sparsity_table, use_sparse_products
+from modelzip.workshop.models import Inputs
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results" / "prune.json"
@@ -95,7 +96,7 @@ def texts(model, pairs, size=16):
     out = []
     for i in range(0, len(tokens), size):
         longest = max(sum(t.attention_mask) for t in tokens[i:i + size])
-        out.append(tuple(torch.tensor([getattr(t, part)[:longest] for t in tokens[i:i + size]]) for part in ("ids", "attention_mask")))
+        out.append(Inputs(*(torch.tensor([getattr(t, part)[:longest] for t in tokens[i:i + size]]) for part in ("ids", "attention_mask"))))
     return out
 
 
@@ -124,7 +125,7 @@ def encoder():
             vectors = new.encode(judged)
             rows.append(dict(granularity=granularity, method=method, error=error, cosine=(vectors * exact).sum(1).mean().item(), recall=found_first(vectors), seconds=seconds))
             print(rows[-1], flush=True)
-    return {"rows": rows, "calibration tokens": sum(int(b[1].sum()) for b in calibration)}
+    return {"rows": rows, "calibration tokens": sum(int(b.args[1].sum()) for b in calibration)}
 
 
 def clock():

@@ -49,7 +49,7 @@ class Split(torch.utils.data.Dataset):
     def __iter__(self) -> Iterator[Tensor]: return iter((self.x, self.y))
     def __repr__(self) -> str: return f"Split(x {list(self.x.shape)} {self.x.dtype}, y {list(self.y.shape)})"
     def __getitem__(self, i) -> "Split | tuple[Tensor, Tensor]":
-        if isinstance(i, (int, np.integer)): return self.x[i], self.y[i]
+        if isinstance(i, (int, np.integer)) and not isinstance(i, bool) or isinstance(i, Tensor) and not i.dim(): return self.x[i], self.y[i]
         return Split(self.x[i], self.y[i])
 
 # %% ../nbs/00_data.ipynb
@@ -156,6 +156,7 @@ def _same_definition(old: Any, new: Any) -> bool:
     "Whether `new` is `old`, run again: the same place in a module or, for what a function or a lambda made, the same code over the same values."
     place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
     if old is new: return True
+    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return _same_definition(old.func, new.func) and (old.args, old.keywords) == (new.args, new.keywords)
     if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
     if "<" not in place(old)[1]: return True
     if not isinstance(old, type): return isinstance(old, types.FunctionType) and _meaning(old) == _meaning(new)
@@ -280,16 +281,22 @@ def _check(split: Split, batch_size: int) -> None:
 
 # %% ../nbs/00_data.ipynb
 def predictions(
-    model: nn.Module,           # gives [n, classes] for [n, …]
+    model: nn.Module,           # gives [n, classes] for [n, …], alone or as `logits` among other outputs
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
     "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
     _check(split, batch_size)
-    with eval_mode(model), torch.inference_mode():
-        scores = torch.cat([model(x.to(device_of(model), copy=True)).cpu() for x in split.x.split(batch_size)])
+    with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
+        scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()
+
+def _answer(output: Any) -> Tensor:
+    "The one among a model's outputs that says the class."
+    if isinstance(output, Tensor): return output
+    from modelzip.workshop.models import logits_of          # which needs this module
+    return logits_of(output)
 
 # %% ../nbs/00_data.ipynb
 def accuracy(
@@ -319,7 +326,8 @@ def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     "One pass over the data in a new order; gives the mean loss."
     device, total = device_of(model), 0.
     for i in _cut(torch.randperm(len(data)), batch_size):
-        value = loss(model(data.x[i].to(device)), data.y[i].to(device))
+        out = model(data.x[i].to(device))
+        value = loss(_answer(out) if loss is F.cross_entropy else out, data.y[i].to(device))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
         if not value.isfinite(): raise FloatingPointError(f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}: try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data")
         step.zero_grad(); value.backward(); step.step(); schedule.step(); bar.update()
@@ -336,10 +344,12 @@ def _one_cycle(step: torch.optim.Optimizer, lr: float, steps: int) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(step, lambda i: rates[min(i, steps - 1)] / max(rates))
 
 def _frozen(model: nn.Module) -> list[nn.Module]:
-    "Layers that do not train although the model does."
-    norms = (nn.modules.batchnorm._NormBase,)
-    still = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
-    return [m for m in model.modules() if (model.training and not m.training) or still(m)]
+    "Layers that do not train although the model does: normalization with frozen parameters, and what was switched off alone, within a module that trains."
+    norms, off = nn.modules.batchnorm._NormBase, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    mixed = any(m.training for m in model.modules() if not any(m.children()))
+    alone = {id(c) for m in model.modules() if m.training and mixed for c in m.children() if isinstance(c, off) and not c.training}
+    fixed = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
+    return [m for m in model.modules() if id(m) in alone or fixed(m)]
 
 # %% ../nbs/00_data.ipynb
 def train(
@@ -355,14 +365,14 @@ def train(
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:                                     # the same model, in eval mode
     """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError.
-    What is frozen stays so: normalization layers whose parameters are, and, in a model that comes in train mode, layers in eval mode. The model ends in eval mode, also after an error."""
+    What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode, also after an error."""
     parameters, steps = _prepare(model, data, epochs, lr, batch_size)
     step = optimizer(parameters, lr=lr)
     schedule = _one_cycle(step, lr, steps)
     frozen = _frozen(model)
     bar = tqdm(total=steps, desc="train", leave=False, **({} if progress else {"disable": True}))
     try:
-        with torch.enable_grad(), seeded(seed), bar:
+        with torch.inference_mode(False), torch.enable_grad(), seeded(seed), bar:
             for epoch in range(epochs):
                 model.train()
                 for m in frozen: m.training = False

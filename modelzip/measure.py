@@ -8,7 +8,7 @@ __all__ = ['mac_rules', 'file_bytes', 'count_parameters', 'tensor_bytes', 'macs'
            'is_right', 'compare']
 
 # %% ../nbs/01_measure.ipynb
-import contextlib, copy, ctypes, gc, itertools, json, math, os, platform, re, resource, statistics, tempfile, time
+import contextlib, copy, ctypes, gc, itertools, json, math, operator, os, platform, re, resource, statistics, tempfile, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -156,7 +156,7 @@ class Latency:
 
 # %% ../nbs/01_measure.ipynb
 def _calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
-    "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds."
+    "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds. (What it caches now, it can train with later: this is not in inference mode.)"
     for _ in range(warmup): f()
     began = time.perf_counter(); f()
     return max(1, min(10_000, math.ceil(at_least / max(time.perf_counter() - began, 1e-9))))
@@ -182,12 +182,12 @@ def latency(
     seed: int = 0,                              # of the order within rounds
     progress: bool = False,                     # show a bar
 ) -> dict[str, Latency]:                        # name → medians, quartiles and the ratio to the first
-    "Time functions against each other: paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
+    "Time functions against each other, in inference mode: paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
     if not candidates: raise ValueError("candidates is empty: there is nothing to time")
     if repeats < 2: raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
     if warmup < 0 or at_least < 0: raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
     rng, names = np.random.default_rng(seed), list(candidates)
-    with torch.inference_mode(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
+    with torch.no_grad(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
     times = {n: np.empty(repeats) for n in names}
     _rounds(candidates, calls, times, rng, progress)
     return {n: _latency(times[n], times[names[0]]) for n in names}
@@ -274,6 +274,7 @@ def mcnemar(
 ) -> float:         # probability of so lopsided a result, were the models equally good
     "Exact test of two models on the same examples (McNemar 1947, doi:10.1007/BF02295996)."
     if lost < 0 or gained < 0: raise ValueError(f"lost and gained must not be negative, but are {lost} and {gained}")
+    lost, gained = operator.index(lost), operator.index(gained)         # Python's own, which do not overflow
     n = lost + gained
     ways = itertools.accumulate(range(min(lost, gained)), lambda c, i: c * (n - i) // (i + 1), initial=1)      # C(n, i), each from the one before
     return min(1., 2 * sum(ways) / 2 ** n)

@@ -242,8 +242,9 @@ def _see_inputs(model, layers, batches, seen, whole, calls=None):
     def watch(name):
         def hook(m, args, kwargs):
             rows, s = _rows_of(m, _given(args, kwargs), name, at[0]), seen[name]
-            if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
-            else: s.power = _sum(s.power, rows.square().sum(1))
+            with torch.autocast(rows.device.type, enabled=False):               # whatever the model runs in: sums are exact
+                if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
+                else: s.power = _sum(s.power, rows.square().sum(1))
             s.rows += rows.shape[1]
             left[name] -= 1
             if calls is not None and all(v <= 0 for v in left.values()): raise _Enough
@@ -285,6 +286,7 @@ def prunable_layers(
 def _weighs(m):
     "Whether a layer has a weight, of any kind, with numbers in it."
     of = next(m.parametrizations["weight"].parameters(recurse=False)) if parametrize.is_parametrized(m, "weight") else m._parameters.get("weight")
+    if nn.parameter.is_lazy(of): raise ValueError(f"a {type(m).__name__} has no weights yet; call the model once first")
     return of.numel() > 0 if isinstance(of, Tensor) else computed(m) is not None
 
 def _key(m): return id(m) if _not_plain(m) is not None else id(_original(m))
@@ -307,13 +309,14 @@ def collect(
 ) -> dict[str, Seen]:
     "Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
     layers = prunable_layers(model) if layers is None else layers
-    seen, batches, new = {n: Seen() for n in layers}, as_batches(batches), duplicate(model)
+    seen, batches = {n: Seen() for n in layers}, as_batches(batches)
     if needs in ("power", "moment"):
         odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
     elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
-    twins = {n: new.get_submodule(n) for n in layers}
-    with same_dice():
+    with same_dice(), torch.inference_mode(False):               # gradients may be asked for
+        new = duplicate(model)
+        twins = {n: new.get_submodule(n) for n in layers}
         if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
         elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
         else: _see_movement(new, twins, batches, loss or label_loss, seen, lr)
@@ -511,14 +514,18 @@ def as_rows(
     layer: nn.Module,
     weight: Tensor,    # or anything of its shape
 ) -> Tensor:           # [outputs, inputs of a group, *kernel]
-    "A weight with its outputs first, as all layers but transposed convolutions have it anyway."
+    "A weight with its outputs first, as all layers but transposed convolutions and GPT-2's Conv1D have it anyway."
+    if _is_conv1d(layer): return weight.transpose(0, 1)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return weight
     return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     "The inverse of `as_rows`."
+    if _is_conv1d(layer): return rows.transpose(0, 1)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return rows
     return rows.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+def _is_conv1d(layer): return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)      # [inputs, outputs]
 
 # %% ../nbs/07_prune.ipynb
 @dataclass
@@ -643,6 +650,8 @@ def choose_masks(
         drop = lowest(torch.cat(list(worth.values())), size, sparsity, sum(s.numel() for s in scores.values()), sum(g for _, g in left.values()))
         drop = dict(zip(scores, drop.split([p.count for p in parts.values()])))
     else: drop = {n: lowest(worth[n], left[n][0], share, scores[n].numel(), left[n][1]) for n, share in _shares(scores, sparsity, scope).items()}
+    shares = _shares(scores, sparsity, "layer" if scope == "global" else scope)
+    drop = {n: torch.ones_like(d) if _all_groups(granularity, shares[n]) else d for n, d in drop.items()}
     return {n: _kept_of(drop[n], parts[n], s) for n, s in scores.items()}
 
 def _left(scores, parts):
@@ -650,6 +659,11 @@ def _left(scores, parts):
     gone = scores == -math.inf
     if parts.of is None or not bool(gone.any()): return parts.size, 0
     return torch.bincount(parts.of[(parts.of >= 0) & ~gone], minlength=parts.count), int(gone.sum())
+
+def _all_groups(granularity, sparsity):
+    "Whether N:M is asked for in every group, also where much is gone already."
+    kind, *size = parse_granularity(granularity)
+    return kind == "n:m" and sparsity >= 1 - size[0] / size[1] - 1e-9
 
 # %% ../nbs/07_prune.ipynb
 def _kept_of(drop, parts, scores):
@@ -925,30 +939,35 @@ def _sparsegpt(
 # %% ../nbs/07_prune.ipynb
 class _Choice:
     "Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in each row; for N:M, of the cheapest rows all but n."
-    def __init__(self, sparsity, rows, gone, n=None, each=False, most=0):
-        self.sparsity, self.rows, self.gone, self.n, self.each, self.done = sparsity, rows, gone, n, each, 0
-        self.most, self.could = most, 0          # for N:M: what each row can lose in all, and could so far
+    def __init__(self, sparsity, gone, n=None, each=False, most=0, every=False):
+        self.sparsity, self.gone, self.n, self.each, self.done = sparsity, gone, n, each, 0
+        self.most, self.could, self.every = most, 0, every          # for N:M: what each row can lose in all, and could so far; whether every group loses it
+        self.left = (~gone).sum(1).cumsum(0).tolist() if bool(gone.any()) else None      # up to each column, where earlier masks have cut
     def __call__(self, scores, a, b):
         gone = self.gone[a:b]
         scores = scores.masked_fill(gone, -1)                            # what an earlier mask has cut goes first
         drop = (self._of_groups if self.n is not None else self._of_rows if self.each else self._of_all)(scores, gone, b) | gone
-        self.done = self.done + drop.sum(0 if self.each else None)
+        self.done = self.done + (drop & ~gone).sum(0 if self.each else None)
         return drop
     def _of_all(self, scores, gone, b):
-        k, drop = min(max(0, round(self.sparsity * b * self.rows) - int(self.done)), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
+        columns, rows = self.gone.shape
+        goal = self.sparsity * b * rows if self.left is None else max(0, self.sparsity * columns * rows - int(self.gone.sum())) * self.left[b - 1] / max(1, self.left[-1])
+        k, drop = min(max(0, round(goal) - int(self.done) + int(gone.sum())), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
         drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
         return drop
     def _of_rows(self, scores, gone, b):
-        return scores.argsort(dim=0, stable=True).argsort(0) < round(self.sparsity * b) - self.done
+        columns, left, whole = len(self.gone), (~self.gone[:b]).sum(0), (~self.gone).sum(0).clamp(min=1)
+        goal = ((round(self.sparsity * columns) - self.gone.sum(0)).clamp(min=0) * left.double() / whole).round().long()
+        return scores.argsort(dim=0, stable=True).argsort(0) < goal - self.done + gone.sum(0)
     def _of_groups(self, scores, gone, b):
         losers = torch.zeros_like(gone).scatter_(0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True) | gone
-        new = (losers & ~gone).sum(0)
+        if self.every: return losers
+        new, (columns, rows) = (losers & ~gone).sum(0), self.gone.shape
         worth = (scores * (losers & ~gone)).sum(0) / new.clamp(min=1)
         order = worth.argsort(stable=True)
         self.could += max(0, len(scores) - self.n)
-        goal = min(self.sparsity * len(self.gone), self.most) * self.rows * self.could / max(1, self.most)
-        fits = new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done) - int(gone.sum())
-        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, fits)
+        goal = max(0, min(self.sparsity * columns, self.most) * rows - int(self.gone.sum())) * self.could / max(1, self.most)
+        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done))
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
@@ -978,7 +997,7 @@ def sparsegpt_weight(
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
         U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
-        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, w.shape[1], g[:, order].t(), size[0] if size else None, scope == "output", most))
+        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, g[:, order].t(), size[0] if size else None, scope == "output", most, _all_groups(granularity, sparsity)))
         new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
     return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 
@@ -1047,7 +1066,7 @@ def output_change(
     "Relative squared error of a layer's output over the data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
     w, d = (as_matrices(t, len(moment)).to(moment.dtype) for t in (weight, weight - other))
     power = lambda m: ((m @ moment) * m).sum().item()
-    return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
+    with torch.autocast(moment.device.type, enabled=False): return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
 
 # %% ../nbs/07_prune.ipynb
 @dataclass(repr=False)
@@ -1505,7 +1524,8 @@ def sparsify_model(
     if not done: raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
     check_ordinary(model)
     memo = {id(model.get_submodule(n)): _copied(m) if isinstance(m, Dequantize) else m for n, m in done.items()}
-    return memo.get(id(model)) or duplicate(model, memo)
+    new = memo.get(id(model)) or duplicate(model, memo)
+    return remove_masks(new) if masks(new) else new              # those of parameters that are no `weight`
 
 # %% ../nbs/07_prune.ipynb
 def _with_zeros(model, layers):
@@ -1569,7 +1589,7 @@ class SparseLinear(Dequantize):
         density: float = SPARSE_PAYS,  # up to this share of weights it is CSR, 8 bytes for each weight that is left
     ):
         super().__init__(layer, q, name)
-        if not isinstance(layer, nn.Linear) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor")
+        if not _is_linear(layer) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor, and no subclass that computes something else")
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1: raise ValueError(f"density is {density!r}; it may be 0 to 1")
         self.density, self._matrix, self._made = density, None, None
     def options(self) -> dict: return {} if self.density == SPARSE_PAYS else {"density": self.density}
@@ -1577,6 +1597,8 @@ class SparseLinear(Dequantize):
     def _apply(self, fn, recurse=True):
         self._matrix = None
         return super()._apply(fn, recurse)
+
+def _is_linear(layer): return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 # %% ../nbs/07_prune.ipynb
 def _as_csr(weight):
@@ -1591,7 +1613,7 @@ def _matrix_of(self) -> Tensor:
     now = [(id(p), None if p.is_inference() else p._version) for p in self.packed._buffers.values()]
     if self._matrix is None or self._made != now:
         q = self.q
-        with torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
+        with torch.inference_mode(False), torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
         self._made = now
     return self._matrix
 
@@ -1611,7 +1633,7 @@ def use_sparse_products(
     density: float = SPARSE_PAYS,    # layers with at most this share of their weights are multiplied sparsely, others densely
 ) -> nn.Module:                      # a copy that shares the compressed weights
     "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
-    found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and isinstance(m.layer, nn.Linear) and isinstance(m.q, SparseTensor)}
+    found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
     check_ordinary(model)
     return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})

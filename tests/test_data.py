@@ -300,8 +300,13 @@ def test_frozen_batchnorm_stays_frozen(how):
     m[1].register_forward_hook(lambda l, i, o: modes.append(l.training)); before = m[1].running_mean.clone()
     train(m, small(), 2, .1, 4, progress=False)
     assert torch.equal(m[1].running_mean, before) and not any(modes) and not m.training
-    other = net().eval(); train(other, small(), 1, .1, 4, progress=False)
-    assert not torch.equal(other[1].running_mean, torch.zeros(6))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m.eval(), lambda m: nn.Sequential(m.eval()), lambda m: nn.Sequential(m.eval(), nn.Linear(3, 3)), lambda m: nn.Sequential(*m.eval().children()), lambda m: m.train()])
+def test_what_is_not_frozen_trains(wrap):
+    m = net(); bn = m[1]
+    train(wrap(m), small(), 1, .1, 4, progress=False)
+    assert not torch.equal(bn.running_mean, torch.zeros(6))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, ValueError])
@@ -438,3 +443,40 @@ def test_an_exercise_without_words_says_its_task():
         "add one"
         if attempt(1) != 2: raise AssertionError
     assert str(check_it(lambda x: x)).endswith("add one")
+
+
+def test_a_model_that_was_evaluated_can_be_trained():
+    class Grid(nn.Module):
+        def __init__(self): super().__init__(); self.fc, self.grid = nn.Linear(4, 3), None
+        def forward(self, x):
+            if self.grid is None: self.grid = torch.ones(4)
+            return self.fc(x * self.grid)
+    m = Grid()
+    accuracy(m, small()); train(m, small(), 1, progress=False)
+    from modelzip.measure import latency
+    m = Grid(); latency({"": lambda: m(small().x)}, repeats=2, warmup=0, at_least=0); train(m, small(), 1, progress=False)
+
+
+def test_a_partial_is_a_builder(registry):
+    import functools
+    build = lambda n: functools.partial(nn.Linear, n, out_features=2)
+    register_model("test", build(3)); register_model("test", build(3))
+    assert build_model("test").in_features == 3
+    with pytest.raises(ValueError, match="already"): register_model("test", build(4))
+
+
+def test_an_index_may_be_a_tensor():
+    s = small()
+    assert s[torch.tensor(2)][1] == 2 and len(s[torch.tensor([1, 2])]) == 2 and len(s[s.y == 0]) == 3
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: (y, y[:, :1]), lambda y: {"loss": y.sum(), "logits": y}, lambda y: [y.sum(), y]])
+def test_answers_among_other_outputs(wrap):
+    class Wrapped(nn.Module):
+        def __init__(self): super().__init__(); self.m = nn.Sequential(nn.Linear(4, 3)); torch.manual_seed(0); self.m[0].reset_parameters()
+        def forward(self, x): return wrap(self.m(x))
+    m, plain = Wrapped(), Wrapped().m
+    assert torch.equal(predictions(m, small()), predictions(plain, small()))
+    with torch.inference_mode(): train(m, small(), 2, progress=False)
+    train(plain, small(), 2, progress=False)
+    assert torch.equal(m.m[0].weight, plain[0].weight)

@@ -455,3 +455,26 @@ def test_comparing_leaves_models_that_load_hands_back():
     m = LeNet300().train()
     split = Split(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.long))
     with unchanged(m, split.x): compare({"m": m}, split, load=lambda path, model: m, batches=(2,), repeats=2, progress=False)
+
+
+def test_mcnemar_with_large_and_numpys_numbers():
+    assert mcnemar(np.int64(200), np.int64(300)) == pytest.approx(binomtest(200, 500).pvalue)
+    assert mcnemar(20_000, 20_400) == pytest.approx(binomtest(20_000, 40_400).pvalue, rel=1e-6)
+
+
+def test_packed_sequences():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(5, 8), torch.randn(3, 8)])
+    assert macs(nn.LSTM(8, 4), packed) == {"": 8 * 16 * 12}
+
+
+def test_instruments_leave_what_they_look_at(tmp_path):
+    m, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3), nn.BatchNorm1d(3)).train(), torch.randn(4, 8)
+    m[2].eval()
+    split = Split(x, torch.arange(4) % 3)
+    with unchanged(m, x, split.y):
+        macs(m, x), tensor_bytes(m), count_parameters(m), save_plain(m, tmp_path / "m.safetensors"), load_plain(tmp_path / "m.safetensors", m), sqnr(x, x + 1), measure.is_right(m, split)
+        compare({"m": m, "n": m}, split, batches=(1, 3), repeats=2, progress=False); peak_memory(lambda: None); machine()
+
+
+def test_a_compiled_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="compiled"): macs(torch.compile(nn.Linear(8, 3), backend="eager"), X)

@@ -13,7 +13,7 @@ from guards import answers, codes_alone, examples, unchanged
 from inputs import related
 from modelzip import prune
 from modelzip.data import Split
-from modelzip.prune import (CRITERIA, Mask, Pruner, SparseTensor, choose_masks, collect, cut_layer, cut_model, feed, fill_zeros, find_mask, group_lasso, inverse_factor, l1_penalty, left_whole, lottery_ticket,
+from modelzip.prune import (CRITERIA, Mask, Pruner, SparseLinear, SparseTensor, choose_masks, collect, cut_layer, cut_model, feed, fill_zeros, find_mask, group_lasso, inverse_factor, l1_penalty, left_whole, lottery_ticket,
                             mask_layer, masks, prunable_layers, prune_gradually, prune_model, remove_masks, rewind, sensitivity, sparsegpt_weight, sparsify, sparsify_layer, sparsify_model,
                             sparsity_table, unit_scores, units, use_sparse_products)
 from modelzip.quant import Dequantize, quantize, quantize_model
@@ -446,3 +446,98 @@ def test_masks_in_recorded_programs():
     close(torch.compile(m, backend="eager")); close(torch.export.export(m, (X,)).module()); close(torch.jit.trace(m, X)); close(torch.fx.symbolic_trace(m))
     close(torch.vmap(m)); close(lambda x: torch.func.functional_call(m, dict(m.named_parameters()), (x,)))
     assert copy.deepcopy(m).to("meta")(X.to("meta")).shape == (24, 3)
+
+
+def test_rows_of_gpt2s_layers_are_outputs():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    m = nn.Sequential(Conv1D(6, 8)).eval()
+    pruned = prune_model(m, .5, granularity="row", layers=(Conv1D,))
+    assert ((pruned(X) - pruned[0].bias) == 0).all(0).sum() == 3                                # silent outputs
+    each = prune_model(m, .5, scope="output", layers=(Conv1D,))
+    assert (~masks(each)["0.weight"]).sum(0).tolist() == [4] * 6
+    pairs = prune_model(m, granularity="2:4", layers=(Conv1D,))
+    assert (masks(pairs)["0.weight"].view(2, 4, 6).sum(1) == 2).all()
+    with pytest.raises(ValueError, match="0 is a Conv1D"): prune_model(m, .5, "wanda", batches=[X], layers=(Conv1D,))
+
+
+def test_a_matrix_made_in_inference_mode_can_be_differentiated():
+    quick = use_sparse_products(sparsify_model(prune_model(net(), .5, scope="layer")))         # dense products
+    with torch.inference_mode(): quick(X)
+    quick(X.clone().requires_grad_()).sum().backward()
+
+
+def test_masks_of_other_parameters_are_made_final_too():
+    m = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    pruned = prune_model(m, .8, scope="layer")
+    mask_layer(pruned.self_attn, torch.rand(24, 8) < .5, "in_proj_weight")
+    real = sparsify_model(pruned)
+    assert not masks(real) and isinstance(real.linear1, Dequantize)
+    torch.testing.assert_close(real(X[None]), pruned(X[None]), rtol=1e-4, atol=1e-5)
+
+
+def test_subclasses_that_compute_something_else_stay_as_they_are():
+    class Twice(Linear):
+        def forward(self, x): return 2 * super().forward(x)
+    m = nn.Sequential(Twice(8, 8), Linear(8, 3)).eval()
+    m = prune_model(m, .8, scope="layer")
+    quick = use_sparse_products(sparsify_model(m), 1.)
+    torch.testing.assert_close(quick(X), m(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no sparse Linear"): use_sparse_products(sparsify_model(m[0]))
+    with pytest.raises(ValueError, match="no subclass"): SparseLinear(Twice(8, 8), sparsify(torch.eye(8)))
+
+
+def test_layers_without_weights_yet():
+    with pytest.raises(ValueError, match="LazyLinear has no weights yet"), warnings.catch_warnings():
+        warnings.simplefilter("ignore"); prunable_layers(nn.Sequential(nn.LazyLinear(3)))
+    called = nn.Sequential(nn.LazyLinear(3)); called(X)
+    assert gone(prune_model(called, .5)) == {"0.weight": .5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_precision(dtype):
+    m, x = net().to(dtype), X.to(dtype)
+    for c in ("magnitude", "wanda", "sparsegpt", "obs", "taylor", "random"):
+        p = prune_model(m, .5, c, scope="layer", batches=[(x, Y)] if c == "taylor" else [x])
+        assert all(v == pytest.approx(.5, abs=.03) for v in gone(p).values()) and p[0].weight.dtype == dtype
+        torch.testing.assert_close(sparsify_model(p)(x), p(x)); torch.testing.assert_close(use_sparse_products(sparsify_model(p))(x), p(x), rtol=.02, atol=.02)
+
+
+@given(st.integers(2, 60), st.integers(1, 16), st.sampled_from([0., .2, .5, .8]), st.sampled_from(["weight", "row", "column"]), st.floats(0, .95), st.sampled_from(["layer", "output"]), st.integers(0, 99))
+@settings(max_examples=examples(25), deadline=None)
+def test_sparsegpt_on_what_is_pruned_already(inputs, outputs, first, before, share, scope, seed):
+    torch.manual_seed(seed)
+    layer = prune_model(Linear(inputs, outputs), first, granularity=before, allow_empty=True)
+    was = ~masks(layer).get("weight", torch.ones(outputs, inputs, dtype=torch.bool))
+    now = ~masks(prune_model(layer, share, "sparsegpt", scope=scope, batches=[torch.randn(60, inputs)], allow_empty=True)).get("weight", ~was)
+    assert not (was & ~now).any()
+    if scope == "layer": assert abs(int(now.sum()) - max(int(was.sum()), round(share * was.numel()))) <= 1
+    else: assert torch.equal(now.sum(1), was.sum(1).clamp(min=round(share * inputs)))
+
+
+@given(st.integers(4, 40), st.integers(1, 12), st.sampled_from([(1, 2), (2, 4), (4, 8), (3, 4)]), st.sampled_from(["weight", "row", "1:4", "2:4"]), st.floats(0, 1), st.sampled_from(["magnitude", "wanda", "sparsegpt"]), st.integers(0, 99))
+@settings(max_examples=examples(25), deadline=None)
+def test_n_of_m_on_what_is_pruned_already(inputs, outputs, nm, before, part, criterion, seed):
+    torch.manual_seed(seed)
+    (n, m), share = nm, part * (1 - nm[0] / nm[1])
+    layer = prune_model(Linear(inputs, outputs), .4, granularity=before, allow_empty=True)
+    was = masks(layer)["weight"]
+    keep = masks(prune_model(layer, share, criterion, f"{n}:{m}", "layer", batches=[torch.randn(60, inputs)], allow_empty=True)).get("weight", was)
+    assert not (keep & ~was).any()
+    if part == 1: assert (F.pad(keep, (0, -inputs % m)).unflatten(1, (-1, m)).sum(-1) <= n).all()              # the whole pattern
+    elif share < 1 - n / m - 1e-6: assert int((~keep).sum()) <= max(int((~was).sum()), share * keep.numel()) + m - n
+
+
+@pytest.mark.parametrize("ambient", [lambda: torch.inference_mode(), lambda: torch.no_grad(), lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("cpu")])
+def test_where_it_is_called_does_not_matter(ambient):
+    m, batches = net(), [Labelled(X[:10], Y[:10]), Labelled(X[10:], Y[10:])]
+    exact = lambda: {c: prune_model(m, .5, c, scope="layer", batches=batches) for c in ("magnitude", "wanda", "obs", "taylor", "movement")} | {"sparsegpt": prune_model(m[0], .5, "sparsegpt", batches=[X, X])}
+    right, one = exact(), collect(m[0], [X, X], "moment")[""].moment
+    with ambient(): found, again = exact(), collect(m[0], [X, X], "moment")[""].moment
+    assert torch.equal(one, again)
+    for c in right:
+        same = [torch.equal(a, b) for a, b in zip(masks(right[c]).values(), masks(found[c]).values())]
+        assert all(same) or c in ("wanda", "obs", "taylor", "movement") and same[0]             # what deeper layers are given differs under autocast
+    torch.set_default_dtype(torch.float64)
+    try: other = exact()
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for c in right for a, b in zip(masks(right[c]).values(), masks(other[c]).values()))

@@ -54,6 +54,11 @@ def _trilinear(args: tuple, y: Tensor) -> int:
 
 def _rows(args: tuple, y: Tensor) -> int: return y.numel() * args[0].shape[-1]
 
+def _grouped(args: tuple, y: Tensor) -> int:
+    "Each group of rows, or of columns, with its own matrix."
+    a, b = args[:2]
+    return _product(a, b) if a.dim() == b.dim() == 2 else _rows(args, y)
+
 # %% ../../nbs/workshop/counting.ipynb
 _at = lambda i: lambda args, y: _product(args[i], args[i + 1])
 _flash = "_scaled_dot_product_{}attention{}"
@@ -63,7 +68,7 @@ PRODUCTS: dict[str, Callable] = {      # operation → MACs, from its arguments 
     **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::convolution_overrideable", "aten::cudnn_convolution", "aten::mkldnn_convolution"), _convolved),
     "aten::conv_tbc": lambda args, y: y.numel() * math.prod(args[1].shape[:2]),
     **dict.fromkeys(("aten::" + _flash.format(*n) for n in (("flash_", ""), ("flash_", "_for_cpu"), ("efficient_", ""), ("cudnn_", ""), ("fused_", "_overrideable"))), _attended),
-    "aten::mkldnn_rnn_layer": _recurrent, "aten::_trilinear": _trilinear,
+    "aten::_grouped_mm": _grouped, "aten::_scaled_grouped_mm": _grouped, "aten::mkldnn_rnn_layer": _recurrent, "aten::_trilinear": _trilinear,
     **dict.fromkeys(("aten::linear", "aten::mkldnn_linear", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm", "aten::_weight_int4pack_mm_for_cpu", "aten::_dyn_quant_matmul_4bit",
                      "quantized::linear", "quantized::linear_relu", "quantized::linear_dynamic", "quantized::linear_relu_dynamic", "quantized::linear_dynamic_fp16"), _rows)}
 
