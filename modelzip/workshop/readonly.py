@@ -56,7 +56,10 @@ def read_only(
     t.reason = reason
     return t
 
-def _memory(t): return t.untyped_storage().data_ptr() if t.layout == torch.strided and not t.is_meta else None
+def _memory(t):
+    "Where a tensor's numbers lie; None for one that has no memory of its own to tell of."
+    try: return t.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError): return None
 
 def _guarded(out, args):
     "A result, read-only where it shares memory with an argument that is."
@@ -64,4 +67,5 @@ def _guarded(out, args):
     if type(out) in (list, tuple) and out and isinstance(out[0], Tensor): return type(out)([_guarded(o, args) for o in out])
     if not isinstance(out, Tensor): return out
     where = {_memory(a): a.reason for a in _each(args) if isinstance(a, ReadOnly)}
-    return read_only(out, where[_memory(out)]) if _memory(out) in where and _memory(out) else out
+    place = _memory(out)
+    return read_only(out, where[place]) if place is not None and place in where else out
