@@ -12,7 +12,7 @@ from guards import codes_alone, examples, unchanged
 from inputs import related
 from modelzip.data import LeNet5
 from modelzip.prune import prune_model
-from modelzip.ptq import (LayerStatistics, awq, awq_columns, calibrate, correct_bias, equalize, equalizing_scales, find_pairs, fitted_scales, gptq, gptq_weight, half_quadratic, hqq,
+from modelzip.ptq import (LayerStatistics, awq, awq_columns, calibrate, correct_bias, equalize, equalizing_scales, find_pairs, fitted_scales, gptq, gptq_weight, half_quadratic, hqq, hqq_weight,
                           nearest_weight, output_error, smooth, smooth_columns, _columns, _rounded, _scale_of)
 from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
 
@@ -539,3 +539,17 @@ def test_threads_do_not_disturb_each_other():
     alone = gptq(model, batches, 4)
     with unchanged(model, batches), ThreadPoolExecutor(3) as pool: several = list(pool.map(lambda _: gptq(model, batches, 4), range(6)))
     for q in several: assert all(a.q == b.q for a, b in zip(alone.modules(), q.modules()) if isinstance(a, Dequantize))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("method", [nearest_weight, gptq_weight, hqq_weight])
+def test_zeros_stay_zeros(method, bits, symmetric, group):
+    w, s = torch.randn(5, 8), LayerStatistics()
+    w[1], w[3, :4] = 0, 0
+    s.add(related(40, 8)[None])
+    q = method(w, s, bits=bits, group=group, symmetric=symmetric)
+    y = q.dequantize()
+    assert (y[1] == 0).all() and (group is None or (y[3, :4] == 0).all() or method is gptq_weight) and y.isfinite().all()
+    assert type(q).from_parts(q.parts(), q.meta()) == q
