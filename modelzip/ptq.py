@@ -395,7 +395,7 @@ def nearest_weight(
 # %% ../nbs/10_ptq.ipynb
 def _with_scales(weight, bits, scale, zero, columns, **where):
     "Nearest codes for scales that are known; where a scale is 0 so is the block."
-    none, given = scale == 0, {} if zero is None else {"zero_point": zero}
+    none, given = scale == 0, {} if zero is None else {"zero_point": zero.reshape(-1)}
     q = quantize(weight, bits, symmetric=zero is None, columns=columns, scale=torch.where(none, 1, scale), scale_dtype=scale.dtype, **given, **where)
     return replace(q, scale=torch.where(none.reshape(q.scale.shape), 0, q.scale)) if none.any() else q
 
