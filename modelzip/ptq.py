@@ -898,8 +898,10 @@ def _put_packed(self, now, ties, statistics, why):
 
 def _result(self, model):
     "The copy; a warning names what no data were there for."
-    odd = {n: why for n, why in self.untold.items() if "looked up" not in why}
-    if odd: warnings.warn("rounded to nearest: " + "; ".join(f"{n} ({why})" for n, why in odd.items()), stacklevel=3)
+    odd = {}
+    for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
+    said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
+    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=4)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)
