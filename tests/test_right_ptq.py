@@ -554,3 +554,34 @@ def test_zeros_stay_zeros(method, bits, symmetric, group):
     y = q.dequantize()
     assert (y[1] == 0).all() and (group is None or (y[3, :4] == 0).all() or method is gptq_weight) and y.isfinite().all()
     assert type(q).from_parts(q.parts(), q.meta()) == q
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq", "awq", "smooth"])
+def test_lazy_layers_are_refused_and_tables_with_a_largest_norm_stay(method):
+    model, x = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="0.weight has no shape"): methods(model, x)[method]()
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+    model, ids = nn.Sequential(nn.Embedding(9, 4, max_norm=.5), nn.Linear(4, 4)).eval(), torch.randint(9, (3, 5))
+    with unchanged(model): methods(model, ids)[method]()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("how", ["given state", "no batch", "packed"])
+def test_rows_inside_recurrent_layers(kind, how):
+    "What is told of hidden states gives the layer's own outputs, step by step."
+    from modelzip.workshop.watching import rows_given
+    layer = kind(4, 3, bidirectional=True)
+    x, n = (torch.randn(6, 4), 1) if how == "no batch" else (torch.randn(6, 2, 4), 2)
+    h = torch.randn(2, 3) if how == "no batch" else torch.randn(2, 2, 3)
+    state = (h, h.tanh()) if kind is nn.LSTM else h
+    if how == "packed": x = nn.utils.rnn.pack_padded_sequence(x, [4, 6], enforce_sorted=False)
+    with torch.no_grad():
+        y, rows = layer(x, state)[0], rows_given(layer, (x, state), {})
+    if how == "packed": y = nn.utils.rnn.pad_packed_sequence(y)[0]
+    y, lengths = y.reshape(6, n, 6), [4, 6] if how == "packed" else [6] * n
+    assert rows["weight_ih_l0"].shape == rows["weight_hh_l0"].shape[:2] + (4,) == (1, sum(lengths), 4)
+    told = {w: torch.zeros(6, n, 3) for w in ("", "_reverse")}
+    for w, t in told.items(): t[torch.arange(6)[:, None] < torch.tensor(lengths)] = rows[f"weight_hh_l0{w}"][0]
+    for b, end in enumerate(lengths):
+        assert torch.allclose(told[""][0, b], h.reshape(2, n, 3)[0, b]) and torch.allclose(told["_reverse"][0, b], h.reshape(2, n, 3)[1, b])
+        assert torch.allclose(told[""][1:end, b], y[:end - 1, b, :3], atol=1e-6) and torch.allclose(told["_reverse"][1:end, b].flip(0), y[1:end, b, 3:], atol=1e-6)
