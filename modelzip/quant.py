@@ -192,7 +192,7 @@ class MSE(MinMax):
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-        for shrink in torch.linspace(1, self.smallest, self.steps).tolist():
+        for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
             scale, zero = scale_and_zero_point(low * shrink, high * shrink, levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             now = _blockwise(_squared_error, blocks, scale, zero, levels)
@@ -269,7 +269,7 @@ def _cells(x, total, squares, most=512):
         cut = a + int(np.searchsorted(x[a:b], min(max(mean, x[a]), np.nextafter(x[b - 1], x[a])), side="right"))
         heapq.heapreplace(heap, cell(a, cut))
         heapq.heappush(heap, cell(cut, b))
-    return torch.tensor(sorted([0, *(b for _, _, b in heap)]))
+    return torch.tensor(sorted([0, *(b for _, _, b in heap)]), device="cpu")
 
 # %% ../nbs/03_quant.ipynb
 def _runs(x, points):
@@ -329,11 +329,11 @@ def kmeans(
 # %% ../nbs/03_quant.ipynb
 def nf4() -> Tensor:   # [16] float32, ascending, from -1 to 1
     "The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023, arXiv:2305.14314)."
-    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    normal = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
-    upper = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
-    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
+    offset, how = (1 - 1 / 32 + 1 - 1 / 30) / 2, dict(dtype=torch.float64, device="cpu")
+    normal = torch.distributions.Normal(torch.tensor(0., **how), torch.tensor(1., **how))
+    upper = normal.icdf(torch.linspace(offset, 0.5, 9, **how))[:-1]
+    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, **how))[:-1]
+    levels = torch.cat([lower, torch.zeros(1, **how), upper]).sort().values
     return (levels / levels.max()).float()
 
 # %% ../nbs/03_quant.ipynb
@@ -642,7 +642,7 @@ def dequantize(self) -> Tensor:
 @patch_onto(QTensor)
 def _may_overflow(self) -> bool:
     "Whether some code could stand for more than the dtype can say."
-    if not self.scale.numel() or self.scale.is_meta: return False
+    if not self.scale.numel() or self.scale.is_meta or torch.compiler.is_compiling(): return False
     most = self.levels if self.codebook is None else self.codebook.abs().max().item()
     return most * self.scale.max().item() * (1. if self.columns is None else self.columns.max().item()) > torch.finfo(self.dtype).max
 
@@ -776,7 +776,7 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
         relative = blocks / as_tensor(scale, "scale").reshape(-1, 1)
         if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
         return kmeans(relative, (levels - 1).bit_length()), scale
-    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device)
+    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device).clone()
     if table.dim() != 1 or not 2 <= len(table) <= 256: raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
     if bool((table.diff() <= 0).any()): raise ValueError("codebook must ascend strictly")
     return table, scale
@@ -796,7 +796,7 @@ def _narrow(scale, dtype, group):
 def _numbers(x, name, dtype):
     "A tensor of a number, a list or an array; `TypeError` names the argument."
     if isinstance(x, Tensor): return x
-    try: return torch.as_tensor(x, dtype=dtype)
+    try: return torch.as_tensor(x, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
 
 def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype, wide):
@@ -825,14 +825,14 @@ def _column(scale, zero, levels, wide):
 def _dice(stochastic, generator, x):
     "The generator of stochastic rounding, None for rounding to nearest."
     if not stochastic: return None
-    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, ()).item())
+    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, (), device="cpu").item())
 
 def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
     if not codes.numel() or not _says_zero(levels, zero is None, codebook): return
-    if codebook is not None: zero = (codebook == 0).nonzero()
-    else: zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
-    quiet = all(bool((codes[b] == (zero if len(zero) == 1 else zero[b[0]])).all()) for b in _bites(codes))   # stops at the first that is not
+    zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
+    is_zero = lambda b: codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
+    quiet = all(bool(is_zero(b).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
 
@@ -857,9 +857,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
     "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
-    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32)
+    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
     columns = as_tensor(columns, "columns").to(x.device)
-    if columns.dtype != torch.float16: columns = columns.float()
+    columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
     _check_columns(columns, x.shape)
     return x / _across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
 
@@ -917,6 +917,7 @@ def dequantize(q: CompressedTensor) -> Tensor:
 class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
     trainable = True      # whether the parameter that it stands for was; `dequantize_model` makes it so again
+    stands_for = None     # the name of that parameter, where it is not `weight`: of several matrices none may take another's place
     def __init__(self, q: CompressedTensor):
         super().__init__()
         self.kind = q.kind
@@ -949,11 +950,13 @@ def _apply(self, fn, recurse=True):
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
-    return torch.tensor(list(self.said.encode()), dtype=torch.uint8)
+    said = self.said if self.stands_for is None else json.dumps(json.loads(self.said) | {"name": self.stands_for})
+    return torch.tensor(list(said.encode()), dtype=torch.uint8, device="cpu")
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:
     meta = json.loads(bytes(state.tolist()))
+    if self.stands_for != meta.pop("name", self.stands_for): raise ValueError(f"{self.stands_for} is to be loaded from the codes of another parameter; the layers in these models are compressed in another order")
     CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(self._buffers), meta)
     self.meta = meta
 
@@ -981,6 +984,9 @@ def _shallow(layer):
     new.__dict__.pop("_compiled_call_impl", None)
     return new
 
+def _refuse_tracing():
+    if torch.jit.is_tracing(): raise RuntimeError("torch.jit.trace cannot follow packed codes; use torch.export.export, or call dequantize_model first")
+
 def _settle(used, layer):
     "What a call of a throw-away copy left in its attributes (a cache, a counter) belongs to the layer."
     for k, v in used.__dict__.items():
@@ -1004,10 +1010,12 @@ class Dequantize(nn.Module):
         if options: raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
         old = _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
         self.name, self._modules["layer"], self._modules["packed"] = name, _without(layer, name), q if isinstance(q, Packed) else Packed(q)
+        if name != "weight" and self.packed.stands_for is None: self.packed.stands_for = name
         if old is not None and not old.is_meta and old.requires_grad != self.packed.trainable: self.packed.trainable = old.requires_grad
         self.training = layer.training
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling(): return self._compiled(*args, **kwargs)
+        _refuse_tracing()
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
@@ -1021,22 +1029,26 @@ def _read(self, key):
     try: return nn.Module.__getattr__(self, key)
     except AttributeError:
         if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"): raise      # how a layer is copied is not how its wrapper is
-        if key == self.__dict__.get("name"): return self._shown(sys._getframe(1))
-        return _of_class(self, key) or getattr(self.layer, key)
+    layer = self
+    while isinstance(layer, Dequantize):
+        if key == layer.name: return layer._as_operation() if torch.compiler.is_compiling() else layer._shown(sys._getframe(1))
+        layer = layer._modules["layer"]
+    if any(key in d for d in (layer.__dict__, layer._parameters, layer._buffers, layer._modules)): return getattr(layer, key)
+    return _of_class(self, layer, key)
 
 @patch_onto(Dequantize)
 def _shown(self, reader):
     "The expanded parameter. PyTorch's own modules only read, and take their quick paths for plain tensors alone."
+    _refuse_tracing()
     value = self.q.dequantize()
-    if torch.compiler.is_compiling() or reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
+    if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
     return read_only(value, f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded value would be lost; "
                             f"call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()")
 
-def _of_class(wrapper, key):
+def _of_class(wrapper, inner, key):
     "A method or property that the layer's class adds works on the expanded layer."
-    inner = _innermost(wrapper)
     found = inspect.getattr_static(type(inner), key, None)
-    if key in inner.__dict__ or not (inspect.isfunction(found) or isinstance(found, property)): return None
+    if not (inspect.isfunction(found) or isinstance(found, property)): return getattr(inner, key)
     if key == "flatten_parameters": return lambda: None          # arranges the memory of weights that are not there yet
     if isinstance(found, property): return getattr(wrapper.expanded(), key)
     def method(*args, **kwargs):
@@ -1105,7 +1117,7 @@ def quantize_layer(
     plain = _innermost(layer)
     if isinstance(layer, Dequantize) and (not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None):
         raise ValueError("layer is quantized already; dequantize_layer it first")
-    for key in [name] if name is not None else _wanted_of(plain):
+    for key in [name] if name is not None else reversed(_wanted_of(plain)):      # the first matrix comes outermost, here and in what is loaded
         if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
         if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
         layer = Dequantize(layer, _about(key, weight, outputs_of(plain).get(key, 0), dict(bits=bits, group=group, per_channel=per_channel) | options), key)
@@ -1127,6 +1139,12 @@ def _layout(weight, axis, group, per_channel):
     "One scale for each output channel, or for each group."
     if group is not None: return {"group": group}
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
+
+def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
+
+def _copied(wrapper):
+    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
+    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
@@ -1175,10 +1193,14 @@ def _compiled(self, *args, **kwargs):
     "The forward pass as `torch.compile` can follow it."
     layer, weights = self, {}
     while isinstance(layer, Dequantize):
-        packed = layer.packed
-        weights[layer.name] = _expand(list(packed._buffers.values()), ",".join(packed._buffers), packed.said)
+        weights[layer.name] = layer._as_operation()
         layer = layer.layer
     return torch.func.functional_call(layer, weights, args, kwargs)
+
+@patch_onto(Dequantize)
+def _as_operation(self):
+    "The expanded parameter as a compiled graph has it."
+    return _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
@@ -1198,6 +1220,7 @@ def quantize_model(
     packed, done = {}, {}
     for m in chosen:
         if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
+    for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
 
@@ -1228,12 +1251,6 @@ def _copy_with(model, replaced):
 def _recomputed(model):
     "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
     return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
-
-def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
-
-def _copied(wrapper):
-    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
-    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
 def dequantize_model(
     model: nn.Module,   # with `Dequantize` layers anywhere

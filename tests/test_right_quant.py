@@ -49,7 +49,7 @@ def with_numbers_of(model, small):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_is_compressed_and_runs_on_its_codes_alone(name):
-    for how in OPTIONS if FUZZ else [OPTIONS[(list(LAYERS).index(name) + i) % len(OPTIONS)] for i in (0, 3, 7)]:
+    for how in OPTIONS if FUZZ else [OPTIONS[(list(LAYERS).index(name) + i) % len(OPTIONS)] for i in (0, 4)]:
         model, args = make(name)
         with unchanged(model, args): small = quantize_model(model, **how)
         assert not [n for n, why in floats_left(small).items() if "small" not in why], floats_left(small)
@@ -57,12 +57,12 @@ def test_every_layer_is_compressed_and_runs_on_its_codes_alone(name):
             torch.manual_seed(3); got = small.train(mode)(*args)
             torch.manual_seed(3); assert_same(got, with_numbers_of(model, small).train(mode)(*args))
             codes_alone(model, small, *args)
-        back = dequantize_model(small)
+        with unchanged(small, args): back = dequantize_model(small)
         assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert_same(back(*args), small(*args))
         codes_alone(small, back, *args)
         if matrices_of(model):
-            lone = quantize_layer(model, **how)
+            with unchanged(model): lone = quantize_layer(model, **how)
             codes_alone(model, lone, *args)
             assert_same(dequantize_layer(lone)(*args), lone(*args))
 
@@ -97,11 +97,28 @@ def test_state_dicts_copies_and_half_of_several_matrices():
         assert_same(copy.deepcopy(small).double().float()(*args), small(*args))
 
 
+def test_of_several_matrices_none_takes_anothers_place():
+    torch.manual_seed(0)
+    a, b, x = nn.LSTM(4, 4), nn.LSTM(4, 4), r(3, 2, 4)
+    first, then = quantize_model(nn.Sequential(a)), quantize_model(nn.Sequential(b), overrides={"0.weight_hh_l0": None})
+    then = quantize_model(then)
+    assert first[0].name == "weight_ih_l0" and quantize_layer(a).name == "weight_ih_l0"
+    if then[0].name != first[0].name:
+        with pytest.raises(ValueError, match="weight_"): then.load_state_dict(first.state_dict())
+    other = quantize_model(nn.Sequential(b))
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(other[0].weight_hh_l0, first[0].weight_hh_l0)
+
+
 def test_torch_compile_follows_layers_with_several_matrices():
-    for name in "Conv1D", "Bilinear", "LSTMCell", "MultiheadAttention", "TransformerEncoderLayer":
+    for name in "Conv1D", "MultiheadAttention":
         model, args = make(name)
         small = quantize_model(model)
-        with torch.no_grad(): assert_same(torch.compile(small, backend="eager")(*args), small(*args), rtol=1e-5, atol=1e-6)
+        with torch.no_grad(): assert_same(torch.compile(small, backend="eager", fullgraph=True)(*args), small(*args), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        exported = torch.export.export(small, args).module()
+        assert_same(exported(*args), small(*args), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="torch.export"): torch.jit.trace(small, args)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -464,10 +481,10 @@ def test_a_group_of_zeros_costs_no_bytes():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_largest_numbers_do_not_overflow(dtype):
     top = torch.finfo(dtype).max
-    for bits in 2, 3, 4, 8, 12, 16:
+    for bits in (2, 3, 4, 8, 12, 16) if FUZZ else (2, 4, 8, 16):
         for symmetric in True, False:
             for where in {}, dict(group=32), dict(axis=0), dict(group=7):
-                for values in [1., 1.], [1., -1.], [-1., .3], [.999, -.2]:
+                for values in ([1., 1.], [1., -1.], [-1., .3], [.999, -.2])[:4 if FUZZ else 2]:
                     x = torch.tensor(values, dtype=torch.float64).mul(top).to(dtype).repeat(2, 16)
                     q = quantize(x, bits, symmetric=symmetric, **where)
                     error = (q.dequantize().double() / 2 - x.double() / 2).abs()
@@ -508,7 +525,7 @@ def best_error(x, k):
     return max(best[n], 0.)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(1, 24), st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([0., 1e2, 1e4, -1e6]), st.sampled_from([0., 1e3]), st.booleans(), st.integers(0, 999))
 def test_kmeans_is_the_best_there_is_on_few_values(n, bits, power, outlier, offset, rounded, seed):
     from modelzip.quant import kmeans
@@ -569,8 +586,54 @@ def test_codes_are_those_of_torch_where_rounding_twice_differs():
     x = torch.randn(8, 16, generator=torch.manual_seed(seed)) * 20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for s in range(200):
+        for s in range(40):
             if s: x, zero_point, scale = (torch.randn(8, 16, generator=torch.manual_seed(s)) * 160).round() / 8, s, torch.tensor(1 + s / 16).item()
             theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
             ours = quantize(x, 8, symmetric=False, scale=scale, zero_point=zero_point)
             assert torch.equal(ours.unpack(), theirs.int_repr()) and torch.equal(ours.dequantize(), theirs.dequantize())
+
+
+def test_short_groups_are_observed_without_what_fills_them_up():
+    x = r(3, 35)
+    x[:, -1] = 40.
+    q = quantize(x, 1, group=32)
+    tail = x[:, 32:].abs().mean(1)
+    assert torch.allclose(q.dequantize()[:, 32:].abs(), tail[:, None].expand(3, 3), rtol=1e-3)
+    for observer in "percentile", "mse":
+        for symmetric in True, False:
+            whole, alone = quantize(x, 3, group=32, observer=observer, symmetric=symmetric, scale_dtype=torch.float32), quantize(x[:, 32:], 3, axis=0, observer=observer, symmetric=symmetric)
+            assert torch.equal(whole.scale[:, 1], alone.scale)
+    y = torch.cat([torch.linspace(-1, 1, 32), torch.tensor([.11])])[None]
+    assert torch.equal(quantize(y, 2, codebook="kmeans", group=32).codebook, quantize(torch.cat([y[:, :32], torch.tensor([[1.]])], 1), 2, codebook="kmeans").codebook)
+
+
+@pytest.mark.parametrize("how,says", [(dict(step=.1, scale=.2), "step and scale"), (dict(step=.1, levels=3), "step and levels"), (dict(step=.1, codebook="nf4"), "step and codebook"), (dict(codebook="nf4", stochastic=True), "codebook and stochastic"),
+    (dict(codebook="nf4", levels=8), "levels is 8"), (dict(codebook="kmeans", levels=5), "levels is 5"), (dict(codebook=torch.ones(3).cumsum(0), levels=4), "levels is 4"),
+    (dict(axis=0, scale=torch.ones(2, 2)), "scale has shape"), (dict(group=4, scale=torch.ones(2, 4)), "scale has shape"), (dict(scale="a"), "scale is 'a'"), (dict(symmetric=False, scale=1., zero_point=3.5), "zero_point must be whole"),
+    (dict(symmetric=False, scale=1., zero_point="a"), "zero_point is 'a'"), (dict(axis=0, symmetric=False, scale=torch.ones(4), zero_point=torch.ones(3)), "zero_point has shape"), (dict(codebook=3), "codebook is")])
+def test_what_would_be_ignored_or_guessed_is_refused(how, says):
+    with pytest.raises((ValueError, TypeError), match=says): quantize(r(4, 8), **how)
+
+
+def test_a_codebook_that_lets_everything_become_zero_warns():
+    with pytest.warns(UserWarning, match="every code is zero"): quantize(torch.full((8,), .01), codebook=torch.tensor([-1., 0., 1.]), scale=1.)
+    assert quantize(quantize_layer(nn.Linear(4, 4)).weight, 4).shape == (4, 4)      # a weight that can only be read
+
+
+def test_ambient_state_and_the_callers_tensors_do_not_matter():
+    x, columns, table = r(4, 8), torch.rand(8) + .5, torch.tensor([-1., 0., .5, 1.])
+    cases = [dict(bits=4, axis=0), dict(bits=1, group=4), dict(codebook="nf4", group=4), dict(codebook="kmeans", bits=2), dict(bits=4, symmetric=False, observer="mse"), dict(observer="entropy"), dict(step=.1), dict(codebook=table), dict(columns=columns)]
+    for how in cases:
+        with unchanged(x, columns, table): plain = quantize(x, **how)
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.autocast("cpu", torch.bfloat16): assert quantize(x, **how) == plain
+        finally: torch.set_default_dtype(torch.float32)
+        with torch.device("meta"): assert quantize(x, **how) == plain
+    before = [quantize(x, codebook=table), quantize(x, columns=columns)]
+    values = [q.dequantize() for q in before]
+    table.mul_(2); columns.mul_(2)
+    for q, v in zip(before, values): assert torch.equal(q.dequantize(), v)
+    layer = quantize_layer(nn.Linear(4, 4))
+    with torch.device("meta"): state = layer.state_dict()
+    assert not any(t.is_meta for t in state.values())

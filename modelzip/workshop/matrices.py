@@ -99,6 +99,7 @@ def choose_matrices(
     """What is to be compressed. `ValueError` for a pattern that matches nothing, for tied tensors with different options,
     for a matrix that is no plain parameter (see `computed`) unless it is left alone, and when nothing is left to do."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if layers is not None and not all(isinstance(c, type) for c in (layers if isinstance(layers, tuple) else (layers,))): raise TypeError(f"layers is {layers!r}; it may be a tuple of classes")
     known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m) and (layers is None or isinstance(m, layers))]
     rule = _rule(model, overrides, [(m, names, k) for m, names in known for k in outputs_of(m)])
     chosen = []
