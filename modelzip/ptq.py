@@ -12,7 +12,7 @@ __all__ = ['SAMPLE', 'LayerStatistics', 'Statistics', 'calibrate', 'unwatched', 
 # %% ../nbs/10_ptq.ipynb
 import inspect, itertools, math, warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .kernels import QEmbedding
 from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor
 from .quant import (OBSERVERS, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, from_blocks, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _about, _check_layout, _copy_with, _finite, _scale_shape)
+                            scale_and_zero_point, symmetric_zero_point, _check_layout, _copy_with, _finite, _scale_shape)
 from .workshop.matrices import choose_matrices, layers_of, matrices_of, unwrapped
 from .workshop.models import as_batches, carry_hooks, computed, copied, feed
 from .workshop.pairs import Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
@@ -116,6 +116,11 @@ def _range(
 LayerStatistics.mean, LayerStatistics.peak, LayerStatistics.range = property(_mean), property(_peak), _range
 
 # %% ../nbs/10_ptq.ipynb
+def _named(name, f, *args, **kwargs):
+    "Call a function; its errors begin with the name of a layer."
+    try: return f(*args, **kwargs)
+    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
+
 class Statistics(dict):
     "Name of a layer → `LayerStatistics`; prints as a table."
     def __repr__(self):
@@ -188,7 +193,7 @@ def correct_bias(
         if (why := computed(m.layer, "bias")) is not None: raise ValueError(f"the bias of layer {name} {why}")
         original = dict(model.named_modules()).get(name)
         if not isinstance(original, CALIBRATED): raise ValueError(f"{name} is a {type(original).__name__} in model; it may be what quantized was made from")
-        shift = _about(name, mean_shift, original.weight.detach(), m.q.dequantize(), statistics[name])
+        shift = _named(name, mean_shift, original.weight.detach(), m.q.dequantize(), statistics[name])
         bias = _finite(m.layer.bias + shift.to(m.layer.bias.dtype), f"the corrected bias of layer {name}")
         m.layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
         fixed[id(m)] = carry_hooks(m, type(m)(m.layer, m.packed, m.name, **m.options()))          # anew, for those that keep what they computed from a bias
@@ -340,11 +345,14 @@ def _rounded(blocks, scale, zero, levels):
 
 # %% ../nbs/10_ptq.ipynb
 def _scales_for(weight, statistics, levels, axis, group, symmetric, steps=36):
-    "Scale and zero point of each block, in the shape in which they will be stored; scales rounded as they will be."
-    where = (None, group) if group is not None else (axis, None)
-    importance = None if statistics is None or statistics.moment is None else _as_counted(_importance(weight, statistics, axis), *where)
-    scale, zero = (t.reshape(_scale_shape(weight.shape, *where)) for t in fitted_scales(as_blocks(weight, *where), importance, levels, symmetric, steps))
-    return _as_kept(scale, group), zero
+    "Scale and zero point of each block, in the shape in which they will be stored; scales rounded as they will be, 0 where no code says zero and nothing else is there."
+    where, blocks = (None, group) if group is not None else (axis, None), None
+    known, short = statistics is not None and statistics.moment is not None, group is not None and weight[0].numel() % group
+    importance = _as_counted(_importance(weight, statistics, axis) if known else torch.ones_like(weight), *where) if known or short else None
+    scale, zero = fitted_scales(blocks := as_blocks(weight, *where), importance, levels, symmetric, steps)
+    kept = _as_kept(scale, group)
+    if symmetric and levels == 2: kept = torch.where((blocks == 0).all(1), 0, kept)
+    return tuple(t.reshape(_scale_shape(weight.shape, *where)) for t in (kept, zero))
 
 def _importance(weight, statistics, axis):
     "H_jj beside each weight, over the largest of them: only ratios count."
@@ -382,10 +390,15 @@ def nearest_weight(
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
     flat = weight.to(torch.promote_types(weight.dtype, torch.float32)) if columns is None else weight / _across(columns, weight)
     scale, zero = _scales_for(flat, _rescaled(statistics, columns, weight), 1 << bits, axis, group, symmetric, steps)
-    zero = {} if symmetric else {"zero_point": zero}
-    return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=scale, scale_dtype=scale.dtype, **zero, **where)
+    return _with_scales(weight, bits, scale, None if symmetric else zero, columns, **where)
 
 # %% ../nbs/10_ptq.ipynb
+def _with_scales(weight, bits, scale, zero, columns, **where):
+    "Nearest codes for scales that are known; where a scale is 0 so is the block."
+    none, given = scale == 0, {} if zero is None else {"zero_point": zero.reshape(-1)}
+    q = quantize(weight, bits, symmetric=zero is None, columns=columns, scale=torch.where(none, 1, scale), scale_dtype=scale.dtype, **given, **where)
+    return replace(q, scale=torch.where(none.reshape(q.scale.shape), 0, q.scale)) if none.any() else q
+
 def _checked_weight(weight, bits, group):
     "A weight that holds finite numbers, and a width and a group that make sense."
     check_bits(bits, 1, 8)
@@ -461,13 +474,13 @@ def gptq_weight(
     seen = _rescaled(statistics, columns, weight)
     (scale, zero), moment = _scales_for(w, seen, 1 << bits, axis, group, symmetric), _scaled_to_one(seen.moment)
     matrices = lambda t: _matrices(t, seen, axis)
+    steps = torch.where(scale == 0, 1e-30, scale.to(w.dtype))         # whatever is left of a block of zeros, the others make up for
     every = lambda t: matrices(from_blocks(t.reshape(-1, 1).to(w.dtype).expand(-1, group or w.numel() // w.shape[axis]), w.shape, *where))
-    each_group = zip(matrices(w), moment.to(w.dtype), every(scale), every(zero))
+    each_group = zip(matrices(w), moment.to(w.dtype), every(steps), every(zero))
     codes = torch.cat([_in_order(*each, 1 << bits, act_order, damping) for each in each_group])
     as_weight = lambda t: t.reshape(weight.shape) if axis == 0 else t.t().contiguous()
     packed = lambda codes: _as_qtensor(as_weight(codes), scale, None if symmetric else zero, weight, bits, *where, columns)
-    how = dict(scale=scale, scale_dtype=scale.dtype, columns=columns) | ({} if symmetric else {"zero_point": zero})
-    ours, near = packed(codes), quantize(weight, bits, *where, symmetric=symmetric, **how)        # as `nearest_weight` does it
+    ours, near = packed(codes), _with_scales(weight, bits, scale, None if symmetric else zero, columns, axis=where[0], group=where[1])        # as `nearest_weight` does it
     worse = _row_errors(weight, ours, statistics, axis) > _row_errors(weight, near, statistics, axis)
     return packed(torch.where(worse[:, None], matrices(near.unpack()).reshape(codes.shape).to(codes.dtype), codes)) if worse.any() else ours
 
@@ -567,8 +580,9 @@ def hqq_weight(
     blocks = as_blocks(w if columns is None else w / _across(columns, weight), **{"axis": None, "group": None} | where)
     parts = [half_quadratic(b, 1 << bits, symmetric, p=p) for b in blocks.split(max(1, (1 << 18) // max(blocks.shape[1], 1)))]
     scale, zero = (torch.cat(t) for t in zip(*parts))
-    kept, zero = _as_kept(scale, group), {} if symmetric else {"zero_point": zero}
-    return quantize(weight, bits, symmetric=symmetric, columns=columns, scale=kept, scale_dtype=kept.dtype, **where, **zero)
+    kept = _as_kept(scale, group)
+    if symmetric and bits == 1: kept = torch.where((blocks == 0).all(1), 0, kept)
+    return _with_scales(weight, bits, kept, None if symmetric else zero, columns, **where)
 
 # %% ../nbs/10_ptq.ipynb
 class _Look(TorchFunctionMode):
@@ -816,8 +830,8 @@ class _Job:
         target = self.targets.pop(tie, m.weight.detach())
         wanted = statistics is not None and self.columns is not None and target.dim() > 1 and target.shape[1] > 1 and target.numel()
         if wanted and m.axis: self.untold[name_of(m.layer, m.owner, m.key)] = f"column scales belong to inputs, and those of a {type(m.owner).__name__} lie in rows"
-        scales = {"columns": _about(m.name, self._columns, target, statistics, how)} if wanted and not m.axis else {}
-        self.packed[tie] = Packed(_about(m.name, self.method, target, statistics, **how, **scales))
+        scales = {"columns": _named(m.name, self._columns, target, statistics, how)} if wanted and not m.axis else {}
+        self.packed[tie] = Packed(_named(m.name, self.method, target, statistics, **how, **scales))
 
 
 # %% ../nbs/10_ptq.ipynb
@@ -884,8 +898,10 @@ def _put_packed(self, now, ties, statistics, why):
 
 def _result(self, model):
     "The copy; a warning names what no data were there for."
-    odd = {n: why for n, why in self.untold.items() if "looked up" not in why}
-    if odd: warnings.warn("rounded to nearest: " + "; ".join(f"{n} ({why})" for n, why in odd.items()), stacklevel=3)
+    odd = {}
+    for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
+    said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
+    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=4)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)

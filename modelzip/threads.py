@@ -474,6 +474,11 @@ class Runner:
         "Answers from one call of the model."
         return _split(_call(self.model, self.collate(samples)), len(samples))
     def alone(self, sample: Any) -> Any: return self.batch([sample])[0]
+    def for_another(self, model: Callable) -> "Runner":
+        "For another thread: what it knows is shared, and the tensors; what a model keeps in attributes while it runs is not."
+        other = copy.copy(self)
+        if self.careful: other.model = _serving_copy(model)
+        return other
 
 # %% ../nbs/12_threads.ipynb
 @_method(Runner)
@@ -758,10 +763,11 @@ class Pool:
 
 # %% ../nbs/12_threads.ipynb
 def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
-    "What the workers call: one runner for all threads, or one in each process."
+    "What the workers call: a runner for each thread, with the same tensors, or one in each process."
     if settings["processes"]: return _start_processes(model, settings, collate)
     model = _mapped(model) if isinstance(model, (str, os.PathLike)) else model
-    return [Runner(model, settings["exact"], collate)] * settings["workers"]
+    first = Runner(model, settings["exact"], collate)
+    return [first, *(first.for_another(model) for _ in range(settings["workers"] - 1))]
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)

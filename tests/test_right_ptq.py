@@ -12,7 +12,7 @@ from guards import codes_alone, examples, unchanged
 from inputs import related
 from modelzip.data import LeNet5
 from modelzip.prune import prune_model
-from modelzip.ptq import (LayerStatistics, awq, awq_columns, calibrate, correct_bias, equalize, equalizing_scales, find_pairs, fitted_scales, gptq, gptq_weight, half_quadratic, hqq,
+from modelzip.ptq import (LayerStatistics, awq, awq_columns, calibrate, correct_bias, equalize, equalizing_scales, find_pairs, fitted_scales, gptq, gptq_weight, half_quadratic, hqq, hqq_weight,
                           nearest_weight, output_error, smooth, smooth_columns, _columns, _rounded, _scale_of)
 from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
 
@@ -45,7 +45,7 @@ def test_equalize_never_changes_the_function(names, shape, seed):
     torch.manual_seed(seed)
     model, x = uneven(nn.Sequential(*[(LAYERS | BETWEEN)[n](*([8] if n in LAYERS else [])) for n in names])).eval(), torch.randn(shape)
     try: y = model(x)
-    except (RuntimeError, TypeError, ValueError, IndexError): return
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return
     if not torch.is_tensor(y): return
     try: even = equalize(model)
     except ValueError as e:
@@ -316,7 +316,7 @@ def test_all_rows_that_ran_are_used(sizes):
         seen[weight.data_ptr()] = None if statistics is None else statistics.count
         return nearest_weight(weight, statistics, **how)
     from modelzip.ptq import quantize_with
-    with pytest.warns(UserWarning, match="never .no batch reached it"): q = quantize_with(method, model, batches, bits=4)
+    with pytest.warns(UserWarning, match="never, aux .no batch reached it"): q = quantize_with(method, model, batches, bits=4)
     s = calibrate(model, batches)
     count = lambda layer: seen[layer.weight.data_ptr()]
     assert count(model.a) == s["a"].count == sum(sizes) and count(model.large) == s["large"].count == sum(n for n in sizes if n > 8)
@@ -380,7 +380,8 @@ def methods(model, x):
 def test_what_hides_is_refused_by_name(name, method):
     change, says = HIDDEN[name]
     model, x = change(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))), torch.randn(9, 4)
-    with unchanged(model), pytest.raises(ValueError, match=says + "|holds NaN or infinite"): methods(model, x)[method]()
+    with unchanged(model), pytest.raises(ValueError, match=says + "|holds NaN or infinite") as e: methods(model, x)[method]()
+    assert "nonfinite" not in str(e.value)            # which these functions do not take
 
 
 @pytest.mark.parametrize("method", ["gptq", "hqq", "awq", "smooth"])
@@ -539,3 +540,48 @@ def test_threads_do_not_disturb_each_other():
     alone = gptq(model, batches, 4)
     with unchanged(model, batches), ThreadPoolExecutor(3) as pool: several = list(pool.map(lambda _: gptq(model, batches, 4), range(6)))
     for q in several: assert all(a.q == b.q for a, b in zip(alone.modules(), q.modules()) if isinstance(a, Dequantize))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("method", [nearest_weight, gptq_weight, hqq_weight])
+def test_zeros_stay_zeros(method, bits, symmetric, group):
+    w, s = torch.randn(5, 8), LayerStatistics()
+    w[1], w[3, :4] = 0, 0
+    s.add(related(40, 8)[None])
+    q = method(w, s, bits=bits, group=group, symmetric=symmetric)
+    y = q.dequantize()
+    assert (y[1] == 0).all() and (group is None or (y[3, :4] == 0).all() or method is gptq_weight) and y.isfinite().all()
+    assert type(q).from_parts(q.parts(), q.meta()) == q
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq", "awq", "smooth"])
+def test_lazy_layers_are_refused_and_tables_with_a_largest_norm_stay(method):
+    model, x = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="0.weight has no shape"): methods(model, x)[method]()
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+    model, ids = nn.Sequential(nn.Embedding(9, 4, max_norm=.5), nn.Linear(4, 4)).eval(), torch.randint(9, (3, 5))
+    with unchanged(model): methods(model, ids)[method]()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("how", ["given state", "no batch", "packed"])
+def test_rows_inside_recurrent_layers(kind, how):
+    "What is told of hidden states gives the layer's own outputs, step by step."
+    from modelzip.workshop.watching import rows_given
+    layer = kind(4, 3, bidirectional=True)
+    x, n = (torch.randn(6, 4), 1) if how == "no batch" else (torch.randn(6, 2, 4), 2)
+    h = torch.randn(2, 3) if how == "no batch" else torch.randn(2, 2, 3)
+    state = (h, h.tanh()) if kind is nn.LSTM else h
+    if how == "packed": x = nn.utils.rnn.pack_padded_sequence(x, [4, 6], enforce_sorted=False)
+    with torch.no_grad():
+        y, rows = layer(x, state)[0], rows_given(layer, (x, state), {})
+    if how == "packed": y = nn.utils.rnn.pad_packed_sequence(y)[0]
+    y, lengths = y.reshape(6, n, 6), [4, 6] if how == "packed" else [6] * n
+    assert rows["weight_ih_l0"].shape == rows["weight_hh_l0"].shape[:2] + (4,) == (1, sum(lengths), 4)
+    told = {w: torch.zeros(6, n, 3) for w in ("", "_reverse")}
+    for w, t in told.items(): t[torch.arange(6)[:, None] < torch.tensor(lengths)] = rows[f"weight_hh_l0{w}"][0]
+    for b, end in enumerate(lengths):
+        assert torch.allclose(told[""][0, b], h.reshape(2, n, 3)[0, b]) and torch.allclose(told["_reverse"][0, b], h.reshape(2, n, 3)[1, b])
+        assert torch.allclose(told[""][1:end, b], y[:end - 1, b, :3], atol=1e-6) and torch.allclose(told["_reverse"][1:end, b].flip(0), y[1:end, b, 3:], atol=1e-6)

@@ -904,3 +904,18 @@ def test_what_hides_is_served_as_it_is_or_refused(hide):
     with torch.no_grad(): truth = alone(copy.deepcopy(model).eval() if copies else model, xs)
     with Pool(model, workers=2, max_batch=8) as pool: assert all(map(torch.equal, pool.map(xs), truth))
     assert model.training == copies
+
+
+def test_what_a_model_keeps_while_it_runs_belongs_to_one_thread():
+    class Keeps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 3)
+        def forward(self, x):
+            self.kept = x * 2
+            time.sleep(.002)
+            return self.fc(self.kept)
+    model, xs = Keeps().eval(), torch.randn(60, 3)
+    with torch.no_grad(): truth = [model.fc(2 * x[None])[0] for x in xs]
+    with Pool(model, workers=4, max_batch=1) as pool: assert all(map(torch.equal, pool.map(xs), truth))
+    assert not hasattr(model, "kept")

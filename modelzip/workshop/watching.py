@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -39,7 +40,10 @@ class Twin:
         for name, m in model.named_modules():
             for key, value in vars(m).items():
                 if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)): raise ValueError(f"{name}.{key} ".lstrip(".") + why)
-        self.forward, self.model = model.forward, copied(model, {id(p): p for p in model.parameters()}).eval()
+        lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+        if lazy: raise ValueError(f"{lazy} has no shape before the first call; run the model once first")
+        writes = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))}      # into its table
+        self.forward, self.model = model.forward, copied(model, {id(p): p for p in model.parameters() if id(p) not in writes}).eval()
         self.kept, self.draws = [], None
         self.adopt(self.model)
     def adopt(self, module: nn.Module) -> None:
@@ -65,10 +69,12 @@ class Twin:
 def _run(self, batch: Any, i: int) -> Any:
     "Run on batch i; an error says which it was."
     device = device_of(self.model)
-    for t in tree_leaves(batch):
+    whole = lambda x: isinstance(x, PackedSequence)
+    for t in tree_leaves(batch, is_leaf=whole):
+        t = t.data if whole(t) else t
         if isinstance(t, Tensor) and t.device != device: raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
     self.put_back()
-    batch = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)      # a model may work on its input in place
+    batch = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch, is_leaf=whole)      # a model may work on its input in place
     try:
         with self._dice(i), torch.no_grad(), _Slowly():
             return feed(self.model, batch, self.forward)
