@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .distill import Loss
-from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _reader_of
+from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _NoGradient, _reader_of
 from .ptq import calibrate
 from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
@@ -73,7 +73,7 @@ class WeightQuantizer(Settings):
     levels, axis, group = setting(0), setting(1), setting(2)      # in its state, beside the steps
     def __init__(
         self,
-        weight: Tensor,              # sets the steps: those of least squared error
+        weight: Tensor,              # sets the steps, as the observer 'mse' finds them: least squared error among 60 of them
         levels: int,                 # number of codes, 2 (binary), 3 (ternary) … 256
         axis: int | None = None,     # a step for each slice along this axis
         group: int | None = None,    # or for each run of `group` weights in a row; these are kept as float16
@@ -97,7 +97,7 @@ def _fit(
     self,
     weight: Tensor,   # what is to be quantized
 ) -> None:
-    "Set the steps to those of least squared error."
+    "Set the steps as the observer 'mse' finds them."
     blocks = as_blocks(weight.detach().float(), self.axis, self.group)
     if not bool(torch.isfinite(blocks).all()): raise ValueError("the weight holds NaN or infinite values")
     if not blocks.numel(): return
@@ -217,7 +217,7 @@ def _set_range(
 
 @torch.no_grad()
 def _watch(self, x):
-    "The first batch that is not all zeros sets the range with the least squared error; without learning, later ones move it."
+    "The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones move it."
     if not self.ready or self.low == self.high == 0:
         sample = x.flatten()[::max(1, x.numel() >> 16)][None]
         self.set_range(*(v.item() for v in OBSERVERS["mse"]()(sample, self.levels, False)))
@@ -367,7 +367,24 @@ def _emulated(self, codes, weight):
 def _product_of_floats(self, x, weight):
     with torch.autocast(x.device.type, enabled=False): return F.linear(x, weight) if isinstance(self, QLinear) else F.conv2d(x, weight, None, *self.geometry)
 
-_Static._together, _Static._emulated = _together, _emulated
+@torch.no_grad()
+def _anywhere(self, x):
+    weight, scale, _ = self._prepare_bytes()
+    codes = self._padded(static_codes(x, self.input_scale, self.input_zero_point, self.input_levels), self.input_zero_point)
+    return self._add_bias(self._emulated(codes, weight).mul_(_across_outputs(self.layer, scale * self.input_scale)))
+
+def _elsewhere(self, x, plain):
+    "On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float layer computes them."
+    if x.device.type in ("cpu", "meta") or not x.numel(): return plain(x)
+    finite = torch.isfinite(x).flatten(1).all(1)
+    if not bool(finite.all()):
+        y = plain(x)
+        if bool(finite.any()): y[finite] = self._elsewhere(x[finite], plain)
+        return y
+    y = self._anywhere(x)
+    return _NoGradient.apply(x, y, type(self).__name__) if torch.is_grad_enabled() and x.requires_grad else y
+
+_Static._together, _Static._emulated, _Static._anywhere, _Static._elsewhere = _together, _emulated, _anywhere, _elsewhere
 
 # %% ../nbs/11_qat.ipynb
 class StaticLinear(_Static, QLinear):
@@ -384,6 +401,8 @@ class StaticLinear(_Static, QLinear):
         self._remember(scale, zero_point, levels)
         super().__init__(layer, q, name, "tensor")
         if self.q.packed_zero_point is not None: raise ValueError("layer cannot be a StaticLinear: its weight has a zero point")
+    def _padded(self, x, zero): return x
+    def _float(self, x): return self._elsewhere(x.reshape(-1, self.inputs), lambda rows: QLinear._float(self, rows)).view(*x.shape[:-1], self.outputs)
     def _choose(self): return "tiny" if self.q.numel() <= TINY else "int8" if self._kernel_is_exact(capabilities().large) else "plain"
     def _integer(self, x):
         y = self._batch(x.reshape(-1, self.inputs))
@@ -436,7 +455,9 @@ def _padded(self, x, zero):
 
 def _choose_conv(self): return "tiny" if self.q.numel() <= TINY else "onednn" if self._kernel_is_exact(capabilities().convolution) else "plain"
 def _integer_conv(self, x): return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
-def _float_conv(self, x): return F.conv2d(self._padded(x, 0.), self.q.dequantize().float(), self._bias(), *self.geometry)
+def _float_conv(self, x):
+    plain = lambda x: F.conv2d(self._padded(x, 0.), self.q.dequantize().float(), self._bias(), *self.geometry)
+    return self._elsewhere(x, plain) if x.dim() == 4 else self._elsewhere(x[None], plain)[0]
 
 StaticConv2d._padded, StaticConv2d._choose, StaticConv2d._integer, StaticConv2d._float = _padded, _choose_conv, _integer_conv, _float_conv
 StaticConv2d._like = lambda self, x: QConv2d._like(self, self._padded(x, 0.))
@@ -577,7 +598,7 @@ def _activation_quantizer(p, ranges):
 
 # %% ../nbs/11_qat.ipynb
 def _ranges(model, batches, places):
-    "From where to where the inputs of each layer reach, with the least squared error."
+    "From where to where the inputs of each layer reach, by the observer 'mse'."
     bits = {p.names[0]: p.how["activations"] for p in places if p.how["activations"] is not None}
     return {n: s.range("mse", bits[n]) for n, s in calibrate(model, batches, second_moments=False).items() if n in bits} if bits else {}
 
@@ -623,7 +644,7 @@ def set_bits(
     levels: int | None = None,         # number of the weights' codes instead of bits
     layers: str = "*",                 # pattern of the names of the layers that change
 ) -> nn.Module:                        # the same
-    "Change widths in the middle of training: weights get the steps of least squared error, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
+    "Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
     if activations is not None: check_bits(activations, 4, 8)

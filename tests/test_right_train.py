@@ -684,3 +684,30 @@ def test_a_state_of_a_loss_belongs_to_its_settings():
     for one in a: copy.deepcopy(one).load_state_dict(one.state_dict())
     for one, other in zip(a, b):
         with pytest.raises((ValueError, RuntimeError), match="other settings"): other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-7, 1., 1e9, 1e25])
+def test_relations_and_attention_have_no_scale(size):
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 4), torch.randn(6, 9)
+    want = Relations()(Seen(a), Seen(b), None)
+    x = (a * size).requires_grad_()
+    got = Relations()(Seen(x), Seen(b * size), None)
+    assert got.item() == pytest.approx(want.item(), rel=1e-4) and torch.autograd.grad(got, x)[0].isfinite().all()
+    f, g = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    loss = lambda s: AttentionTransfer({"x": "y"})(Seen(None, {"x": f * s}), Seen(None, {"y": g * s}), None).item()
+    assert loss(size) == pytest.approx(loss(1.), rel=1e-4)
+
+
+def test_every_loss_has_its_factor():
+    with pytest.raises(ValueError, match="2 factors and 1 losses"): (Labels() + Logits()).__class__([1., 2.], [Labels()])
+
+
+def test_without_kernels_the_whole_numbers_are_the_same():
+    "What runs on a device for which there are no integer kernels."
+    for model, shape in ((nn.Linear(900, 40), (5, 900)), (nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect"), (2, 3, 7, 7)), (nn.Conv2d(40, 40, 3, padding=1, stride=2), (2, 40, 9, 9))):
+        for bits, activations in ((8, 8), (2, 4)):
+            prepared = prepare(model, bits, activations)
+            prepared(torch.randn(shape) + 1)
+            integers, x = convert(prepared), torch.randn(shape) + 1
+            with torch.no_grad(): assert torch.equal(integers._anywhere(x), integers(x))
