@@ -500,7 +500,8 @@ def _options(model, default):
     "A function that checks the options of one matrix."
     def check(name, layer, key, said):
         if unknown := said.keys() - default.keys(): raise ValueError(f"overrides gives {name} {sorted(unknown)}; it may give {', '.join(default)}")
-        return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **said})
+        stronger = {"levels": None} if "bits" in said else {}, {"group": None} if "per_channel" in said else {}      # of the default, which said otherwise
+        return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said})
     return check
 
 def _rounds_inputs(model, name, layer, key): return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not _reader_of(model, name)

@@ -711,3 +711,12 @@ def test_without_kernels_the_whole_numbers_are_the_same():
             prepared(torch.randn(shape) + 1)
             integers, x = convert(prepared), torch.randn(shape) + 1
             with torch.no_grad(): assert torch.equal(integers._anywhere(x), integers(x))
+
+
+def test_an_override_is_stronger_than_the_default():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prepared = prepare(model, levels=3, overrides={"1": {"bits": 8}})
+    assert [m.weights.levels for m in prepared] == [3, 256]
+    prepared = prepare(model, group=4, activations=None, overrides={"1": {"per_channel": False}})
+    assert [m.parametrizations.weight[0].scale.numel() for m in prepared] == [16, 1]
+    assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 8}})[1].weights.levels == 3
