@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .data import device_of
 from .distill import Loss
 from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _NoGradient, _reader_of
 from .ptq import calibrate
@@ -24,7 +25,8 @@ from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
 from .structured import fold, foldable
 from .workshop.models import carry_hooks, check_ordinary, computed, copied, hooks_of
-from .workshop.prepared import WEIGHT_OPTIONS, Settings, choose_places, exchange, setting, warn_of_floats
+from .workshop.prepared import Settings, choose_places, exchange, setting, warn_of_floats
+from .workshop.readonly import read_only
 
 # %% ../nbs/11_qat.ipynb
 class _StraightThrough(torch.autograd.Function):
@@ -285,7 +287,11 @@ class FakeQuantized(Settings):
             if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
         if key in ("weight", "bias") and self.norm is not None:
             raise AttributeError(f"{self.name}.{key} is read by the model, and the normalization behind the layer is folded into it: leave the layer alone, overrides={{{self.name!r}: None}}")
-        return self.weights(self.layer.weight) if key == "weight" else getattr(self.layer, key)
+        return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip(".")) if key == "weight" else getattr(self.layer, key)
+
+def _shown(quantizer, weight, name):
+    "A rounded weight to read."
+    return read_only(quantizer(weight), f"{name} is rounded, and what is written into the result would be lost: write into layer.{name.rpartition('.')[2]} of its layer, which is what is rounded")
 
 # %% ../nbs/11_qat.ipynb
 def _folded(self, x=None):
@@ -567,7 +573,7 @@ class FakeRecurrent(nn.Module):
         try: return super().__getattr__(key)
         except AttributeError:
             if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
-        return self.weights[key](self.layer._parameters[key]) if key in self.weights else getattr(self.layer, key)
+        return _shown(self.weights[key], self.layer._parameters[key], key) if key in self.weights else getattr(self.layer, key)
 
 # %% ../nbs/11_qat.ipynb
 def _with_quantizers(model, places, ranges):
@@ -583,17 +589,19 @@ def _with_quantizers(model, places, ranges):
     new |= {layer: functools.partial(FakeRecurrent, weights=w) for layer, w in recurrent.items()}
     return exchange(model, new, (*shared.values(), *norms.values()))
 
-def _fake(layer, **parts): return carry_hooks(layer, FakeQuantized(layer, **parts))
+def _fake(layer, weights, **parts):
+    with weights.scale.device: return carry_hooks(layer, FakeQuantized(layer, weights, **parts))
 
 def _weight_quantizer(p, norm):
     layer, how = p.owner, p.how
     weight = getattr(layer, p.key) if norm is None else fold(layer.weight.float(), layer.bias, norm, norm.running_mean, norm.running_var)[0]
     axis = None if how["group"] or not how["per_channel"] else p.axis
-    try: return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources))
+    try:
+        with weight.device: return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources))
     except ValueError as e: raise ValueError(f"layer {p.name or '(model)'}: {e}") from None
 
 def _activation_quantizer(p, ranges):
-    quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"]).to(p.owner.weight.device)
+    with p.owner.weight.device: quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"])
     if p.names[0] in ranges: quantizer.set_range(*ranges[p.names[0]])
     return quantizer
 
@@ -675,7 +683,10 @@ def convert(
     model: nn.Module,   # prepared and trained; it is left as it is
 ) -> nn.Module:         # a copy in eval mode, with layers of integers
     "From a trained model to one of integers that puts out the same in evaluation mode, to the last bit. `ValueError` for a model that is not prepared, or whose activations were never seen."
-    new, shared, packed = copied(model).eval(), {}, {}
+    with device_of(model): return _integers(copied(model).eval())      # wherever the caller makes new tensors
+
+def _integers(new):
+    shared, packed = {}, {}
     for name, m, key, quantizer, weight in _parts(new):
         same = next((p for w, p in shared.get(quantizer, []) if torch.equal(w, weight)), None)      # tied weights stay tied
         if same is None: shared.setdefault(quantizer, []).append((weight, same := Packed(quantizer.as_qtensor(weight))))

@@ -10,13 +10,18 @@ __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmet
            'quantize_model', 'dequantize_model']
 
 # %% ../nbs/03_quant.ipynb
-import copy, fnmatch, json, math, warnings
+import copy, fnmatch, heapq, inspect, json, math, sys, warnings
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
+from .workshop.models import check_ordinary, computed, copied
+from .workshop.readonly import ReadOnly, read_only
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
@@ -28,7 +33,8 @@ def scale_and_zero_point(
     levels: int,              # number of codes
     symmetric: bool = True,   # zero point fixed at `levels // 2`
 ) -> tuple[Tensor, Tensor | None]:   # scale > 0; zero point (int32), None when symmetric
-    "Step and offset of the affine map x ≈ scale·(code − zero_point) that covers [low, high] and represents 0 exactly."
+    """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
+    (to within half a step when there is a zero point, for that is rounded)."""
     tiny = torch.finfo(low.dtype).tiny
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric: scale = torch.maximum(-low, high) / max((levels - 1) // 2, 0.5)
@@ -41,6 +47,10 @@ def scale_and_zero_point(
 def symmetric_zero_point(levels: int) -> float:
     "Where 0 lies among `levels` codes of a symmetric quantizer: the middle one; between the two when there are only two."
     return 0.5 if levels == 2 else float(levels // 2)
+
+def _says_zero(levels, symmetric, codebook=None):
+    "Whether some code stands for 0. Where none does, a scale of 0 says that a block holds nothing else."
+    return not (symmetric and levels == 2) if codebook is None else bool((codebook == 0).any())
 
 # %% ../nbs/03_quant.ipynb
 def _finite(x, name="x"):
@@ -68,7 +78,7 @@ def as_tensor(
         raise TypeError(f"{name} has dtype {x.dtype}; it may be float16, bfloat16, float32 or float64 (try {name}.float())")
     if x.layout != torch.strided: raise TypeError(f"{name} has layout {x.layout}; it must be dense (try {name}.to_dense())")
     if x.is_meta: raise TypeError(f"{name} is on the meta device and holds no numbers")
-    return x.detach()
+    return x.as_subclass(Tensor).detach() if isinstance(x, ReadOnly) else x.detach()
 
 # %% ../nbs/03_quant.ipynb
 def _from_dlpack(x, name):
@@ -135,29 +145,35 @@ def _for_bite(b, scale, zero):
 
 # %% ../nbs/03_quant.ipynb
 class MinMax:
-    "The whole range: nothing is clipped."
+    "The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, with every observer here but MSE, which may shrink it.)"
     def __call__(
         self,
         blocks: Tensor,     # [number of blocks, elements in a block], finite
         levels: int,        # number of codes
         symmetric: bool,    # zero point in the middle
     ) -> tuple[Tensor, Tensor]:   # low, high: one of each per block
-        if symmetric and levels == 2: return -blocks.abs().mean(1), blocks.abs().mean(1)   # nothing to cover: ±mean|x| errs least
+        if symmetric and levels == 2: return _mean_magnitude(blocks)
         return blocks.amin(1), blocks.amax(1)
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
+def _mean_magnitude(blocks):
+    "Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no sum of large numbers overflows)."
+    mean = (blocks.abs() / blocks.shape[1]).sum(1)
+    return -mean, mean
+
 # %% ../nbs/03_quant.ipynb
 class Percentile(MinMax):
-    "Clip the rarest values: keep the central `percent` of each block (both tails lose the same share)."
+    "Clip the rarest values: keep at least `percent` of each block, if symmetric the smallest magnitudes, else the central values (both tails lose as many)."
     def __init__(self, percent: float = 99.9):
         if not 0 < percent <= 100: raise ValueError(f"percent is {percent}; it may be above 0 and up to 100")
         self.percent = percent
     def __call__(self, blocks, levels, symmetric):
-        m, outside = blocks.shape[1], 1 - self.percent / 100
+        if symmetric and levels == 2: return _mean_magnitude(blocks)
+        m, share = blocks.shape[1], Fraction(str(self.percent)) / 100               # exact: 99.9 % of 1,000 are 999
         if symmetric:
-            high = blocks.abs().kthvalue(max(1, math.ceil(m * (1 - outside))), dim=1).values
+            high = blocks.abs().kthvalue(math.ceil(m * share), dim=1).values
             return -high, high
-        k = max(1, math.ceil(m * (1 - outside / 2)))
+        k = math.ceil(m * (1 + share) / 2)
         return blocks.kthvalue(m + 1 - k, dim=1).values, blocks.kthvalue(k, dim=1).values
 
 # %% ../nbs/03_quant.ipynb
@@ -176,7 +192,7 @@ class MSE(MinMax):
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-        for shrink in torch.linspace(1, self.smallest, self.steps).tolist():
+        for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
             scale, zero = scale_and_zero_point(low * shrink, high * shrink, levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             now = _blockwise(_squared_error, blocks, scale, zero, levels)
@@ -212,11 +228,12 @@ def kl_after_quantizing(
 
 # %% ../nbs/03_quant.ipynb
 class Entropy(MinMax):
-    "TensorRT's choice (Migacz 2017): the threshold whose quantized histogram loses the least information (KL divergence)."
+    "TensorRT's choice (Migacz 2017): of some 240 thresholds the one whose quantized histogram loses the least information (KL divergence)."
     def __init__(self, bins: int = 2048):
         if bins < 256: raise ValueError(f"bins is {bins}; it may be 256 or more")
         self.bins = bins
     def __call__(self, blocks, levels, symmetric):
+        if symmetric and levels == 2: return _mean_magnitude(blocks)
         high = torch.tensor([self._threshold(b.abs().double(), max(2, (levels - 1) // 2 + 1)) for b in blocks], dtype=blocks.dtype, device=blocks.device)
         if symmetric: return -high, high
         low, top = super().__call__(blocks, levels, symmetric)
@@ -226,7 +243,7 @@ class Entropy(MinMax):
         top = x.max().item()
         if top == 0: return 0.
         counts = torch.histc(x, self.bins, 0, top)
-        tries = range(min(max(levels, 128), self.bins), self.bins + 1, max(1, self.bins // 256))
+        tries = [*range(min(max(levels, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins]
         best = min(tries, key=lambda i: kl_after_quantizing(counts, i, levels))
         return top * best / self.bins
 
@@ -234,12 +251,25 @@ class Entropy(MinMax):
 OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": Entropy}
 
 # %% ../nbs/03_quant.ipynb
-def _spread(x, k, bins=2048):
-    "k points in the range of a sorted `x`, the denser the more values there are: as many per unit of length as (density)^(1/3)."
-    if x[0] == x[-1]: return x[0] + torch.zeros(k, dtype=x.dtype, device=x.device)
-    share = torch.histc(x, bins, x[0].item(), x[-1].item()).pow(1 / 3).cumsum(0)
-    wanted = (torch.arange(k, dtype=x.dtype, device=x.device) + 0.5) / k * share[-1]
-    return x[0] + (torch.searchsorted(share, wanted) + 0.5) / bins * (x[-1] - x[0])
+def _sums(x):
+    "What lies before each place of a sorted `x`, summed from the middle outwards: a far outlier does not swallow the digits of the rest."
+    m = len(x) // 2
+    return torch.cat([-x[:m].flip(0).cumsum(0).flip(0), x.new_zeros(1), x[m:].cumsum(0)])
+
+def _cells(x, total, squares, most=512):
+    "Where to cut a sorted `x` into at most so many cells: the worst is cut at its mean, until there are enough or all are of one value."
+    x, total, squares = (t.cpu().numpy() for t in (x, total, squares))
+    def cell(a, b):
+        error = 0. if x[a] == x[b - 1] else max(squares[b] - squares[a] - (total[b] - total[a]) ** 2 / (b - a), np.finfo(x.dtype).tiny)
+        return -error, a, b
+    heap = [cell(0, len(x))]
+    while len(heap) < most and heap[0][0] < 0:
+        _, a, b = heap[0]
+        mean = (total[b] - total[a]) / (b - a)
+        cut = a + int(np.searchsorted(x[a:b], min(max(mean, x[a]), np.nextafter(x[b - 1], x[a])), side="right"))
+        heapq.heapreplace(heap, cell(a, cut))
+        heapq.heappush(heap, cell(cut, b))
+    return torch.tensor(sorted([0, *(b for _, _, b in heap)]), device="cpu")
 
 # %% ../nbs/03_quant.ipynb
 def _runs(x, points):
@@ -263,26 +293,28 @@ def _best_runs(n, total, squares, k):
     return torch.tensor([0, *reversed(ends)], device=n.device)
 
 # %% ../nbs/03_quant.ipynb
-def _first_centroids(x, total, k, cells=512):
+def _first_centroids(x, total, k):
     "Where k-means starts: the best solution that does not cut any of 512 small cells."
-    cut = _runs(x, _spread(x, cells))
-    squares = torch.cat([x.new_zeros(1), x.square().cumsum(0)])[cut]
-    ends = _best_runs(cut.double(), total[cut], squares, k)
-    size = cut[ends].diff()
-    means = total[cut[ends]].diff() / size.clamp(min=1)
-    return torch.where(size > 0, means, x[cut[ends[1:]].clamp(max=len(x) - 1)]).sort().values
+    squares = _sums(x.square())
+    cut = _cells(x, total, squares).to(x.device)
+    ends = cut[_best_runs(cut.to(x.dtype), total[cut], squares[cut], k)]
+    size = ends.diff()
+    means = total[ends].diff() / size.clamp(min=1)
+    return torch.where(size > 0, means, x[ends[1:].clamp(max=len(x) - 1)]).sort().values
 
 # %% ../nbs/03_quant.ipynb
 def kmeans(
     x: Any,                 # values, any shape
     bits: int = 4,          # 2**bits centroids, 1..8
     iterations: int = 50,   # at most; stops when no centroid moves
-) -> Tensor:                # [2**bits] float32, ascending
+) -> Tensor:                # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
     "Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016, arXiv:1510.00149)."
     check_bits(bits, 1, 8)
     x = _finite(as_tensor(x)).reshape(-1).double().sort().values
     if not len(x): raise ValueError("x is empty; k-means needs values")
-    total = torch.cat([x.new_zeros(1), x.cumsum(0)])
+    middle, unit = x[len(x) // 2].clone(), max(x[-1].abs().item(), x[0].abs().item(), torch.finfo(x.dtype).tiny)
+    values, x = x, (x - middle) / unit                           # no square overflows, and none loses its digits to a common offset
+    total = _sums(x)
     centroids = _first_centroids(x, total, 1 << bits)
     for _ in range(iterations):
         cut = _runs(x, centroids)
@@ -290,16 +322,18 @@ def kmeans(
         new = torch.where(size > 0, (total[cut[1:]] - total[cut[:-1]]) / size.clamp(min=1), centroids)
         if torch.equal(new, centroids): break
         centroids = new
-    return centroids.float()
+    cut = _runs(x, centroids)
+    first, last = values[cut[:-1].clamp(max=len(x) - 1)], values[(cut[1:] - 1).clamp(min=0)]
+    return torch.where((cut.diff() > 0) & (first == last), first, centroids * unit + middle).sort().values.float()      # one value is its own mean, to the last bit
 
 # %% ../nbs/03_quant.ipynb
 def nf4() -> Tensor:   # [16] float32, ascending, from -1 to 1
     "The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023, arXiv:2305.14314)."
-    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    normal = torch.distributions.Normal(torch.tensor(0., dtype=torch.float64), torch.tensor(1., dtype=torch.float64))
-    upper = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
-    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
+    offset, how = (1 - 1 / 32 + 1 - 1 / 30) / 2, dict(dtype=torch.float64, device="cpu")
+    normal = torch.distributions.Normal(torch.tensor(0., **how), torch.tensor(1., **how))
+    upper = normal.icdf(torch.linspace(offset, 0.5, 9, **how))[:-1]
+    lower = -normal.icdf(torch.linspace(offset, 0.5, 8, **how))[:-1]
+    levels = torch.cat([lower, torch.zeros(1, **how), upper]).sort().values
     return (levels / levels.max()).float()
 
 # %% ../nbs/03_quant.ipynb
@@ -309,7 +343,7 @@ def _nearest(blocks, scale, codebook):
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
     for b in _bites(blocks):
         s = scale if len(scale) == 1 else scale[b[0]]
-        codes[b].copy_(torch.bucketize((blocks[b].to(s.dtype) / s).contiguous(), middle.to(s.dtype)))
+        codes[b].copy_(torch.bucketize((blocks[b].to(s.dtype) / torch.where(s == 0, 1, s)).contiguous(), middle.to(s.dtype)))
     return codes
 
 # %% ../nbs/03_quant.ipynb
@@ -505,7 +539,15 @@ def meta(self) -> dict:
 @patch_onto(QTensor)
 @classmethod
 def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "QTensor":
-    "Build from stored parts; whatever does not fit together raises `ValueError` (nothing in `meta` is trusted)."
+    "Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no scales raise `ValueError` (nothing is trusted)."
+    q = cls._of_parts(parts, meta)
+    q._check_numbers()
+    return q
+
+@patch_onto(QTensor)
+@classmethod
+def _of_parts(cls, parts, meta):
+    "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
     shape, dtype, levels, axis, group = _checked_meta(meta)
     q = cls(*(parts.get(k) for k in ("codes", "scale", "zero_point", "codebook")), shape, dtype, levels, axis, group, parts.get("columns"))
     if extra := set(parts) - {"codes", "scale", "zero_point", "codebook", "columns"}: raise ValueError(f"unknown parts {sorted(extra)}")
@@ -518,6 +560,20 @@ def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "QTensor":
         _check_part("codebook", q.codebook, FLOATS, (levels,))
     if q.columns is not None: _check_columns(q.columns, shape, "part columns")
     return q
+
+# %% ../nbs/03_quant.ipynb
+@patch_onto(QTensor)
+def _check_numbers(self) -> None:
+    "`ValueError` for codes that no level belongs to, and for scales and tables that are not finite, or not positive."
+    if self.codes.is_meta: return
+    least = 0. if not _says_zero(self.levels, self.packed_zero_point is None, self.codebook) else 5e-324
+    if self.scale.numel() and not bool((torch.isfinite(self.scale) & (self.scale.double() >= least)).all()): raise ValueError(f"part scale must be positive and finite; it runs from {self.scale.min()} to {self.scale.max()}")
+    if self.codebook is not None and not bool(torch.isfinite(self.codebook).all()): raise ValueError("part codebook must be finite")
+    if self.levels == 1 << self.bits: return                       # every code that the width can say has a level
+    for name, part, n in ("codes", self.codes, self.shape.numel()), ("zero_point", self.packed_zero_point, self.scale.numel()):
+        if part is None or not n: continue
+        top = unpack_bits(part, self.bits, n).max().item()
+        if top >= self.levels: raise ValueError(f"part {name} has code {top}; {self.levels} levels have 0 to {self.levels - 1}")
 
 # %% ../nbs/03_quant.ipynb
 def _checked_meta(meta):
@@ -579,7 +635,27 @@ def dequantize(self) -> Tensor:
         else: t.copy_(codes[b]).sub_(z)
         torch.mul(t, s, out=out[b])
     out = from_blocks(out, self.shape, self.axis, self.group)
-    return out if self.columns is None else out.mul_(_across(self.columns, out.dim())).to(self.dtype)
+    if self.columns is not None: out = out.mul_(_across(self.columns, out.dim())).to(self.dtype)
+    return self._in_range(out) if self._may_overflow() else out
+
+# %% ../nbs/03_quant.ipynb
+@patch_onto(QTensor)
+def _may_overflow(self) -> bool:
+    "Whether some code could stand for more than the dtype can say."
+    if not self.scale.numel() or self.scale.is_meta or torch.compiler.is_compiling(): return False
+    most = self.levels if self.codebook is None else self.codebook.abs().max().item()
+    return most * self.scale.max().item() * (1. if self.columns is None else self.columns.max().item()) > torch.finfo(self.dtype).max
+
+@patch_onto(QTensor)
+def _in_range(self, out) -> Tensor:
+    "Infinities that lie less than a step beyond the largest number become that number; the arithmetic is in halves, which do not overflow."
+    codes, scale, zero = self._in_blocks()
+    half = scale.double() / 2
+    levels = self.codebook.double()[codes.int()] if self.codebook is not None else codes.double() - zero
+    halves = [from_blocks(t, self.shape, self.axis, self.group) for t in (levels * half, half.expand(codes.shape).contiguous())]
+    if self.columns is not None: halves = [h * _across(self.columns.double(), h.dim()) for h in halves]
+    top = torch.finfo(self.dtype).max
+    return torch.where(torch.isinf(out) & (halves[0].abs() - halves[1] <= top / 2), halves[0].sign().to(out.dtype) * top, out)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
@@ -616,10 +692,20 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
+def _check_together(levels, step, codebook, stochastic, scale):
+    "Options of which one would be ignored are refused."
+    given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
+    for a, others in ("step", ("codebook", "levels", "scale")), ("codebook", ("stochastic",)):
+        for b in others:
+            if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
+
 def _check_levels(bits, levels, codebook):
     "The number of codes that `bits` or `levels` ask for."
-    if isinstance(codebook, str) and codebook == "nf4": return 16
-    if codebook is not None and not isinstance(codebook, str): return len(codebook)
+    if codebook is not None and not isinstance(codebook, str) or codebook == "nf4":
+        n = 16 if isinstance(codebook, str) else len(as_tensor(codebook, "codebook").reshape(-1))
+        if levels not in (None, n): raise ValueError(f"levels is {levels!r}; the codebook has {n}")
+        return n
+    if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256): raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
     if levels is None:
         check_bits(bits, 1, 8 if codebook is not None else 16)
         return 1 << int(bits)
@@ -642,34 +728,55 @@ def _only_finite(blocks, x, nonfinite):
     return blocks, (blocks.amin(1), blocks.amax(1))
 
 # %% ../nbs/03_quant.ipynb
-def _observe(blocks, extremes, observer, levels, symmetric, wide):
-    "Scale and zero point of each block by the observer's range."
+def _observe(blocks, extremes, observer, levels, symmetric, wide, short):
+    "Scale and zero point of each block by the observer's range; `short`: (groups in a row, values in the last one), see `_short`."
     if isinstance(observer, str):
         if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))} or an object like MSE()")
         observer = OBSERVERS[observer]()
     if not callable(observer): raise TypeError(f"observer is a {type(observer).__name__}; it may be a name or a callable (blocks, levels, symmetric) -> (low, high)")
     if not blocks.numel() or type(observer) is MinMax and not (symmetric and levels == 2): low, high = extremes
-    else: low, high = observer(blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric)
+    else: low, high = _seen(observer, blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric, short)
     return scale_and_zero_point(low.to(wide), high.to(wide), levels, symmetric)
 
+def _short(shape, group):
+    "How many groups a row has, and how many values are in its last one when that is not full; else None."
+    row = shape.numel() // max(shape[0] if len(shape) > 1 else 1, 1)
+    return (-(-row // group), row % group) if group is not None and row % group else None
+
+def _seen(observer, blocks, levels, symmetric, short):
+    "What an observer says of the values alone, not of what fills up the last group of each row."
+    if short is None: return observer(blocks, levels, symmetric)
+    groups, rest = short
+    last = torch.arange(len(blocks), device=blocks.device) % groups == groups - 1
+    low, high = blocks.new_empty(len(blocks)), blocks.new_empty(len(blocks))
+    for which, part in (~last, blocks[~last]), (last, blocks[last][:, :rest]):
+        if len(part): low[which], high[which] = observer(part, levels, symmetric)
+    return low, high
+
 # %% ../nbs/03_quant.ipynb
-def _fixed_step(step, extremes, wide):
-    "A scale given once for all, and the odd number of levels that the largest value needs."
+def _fixed_step(step, extremes, wide, scale_dtype):
+    "A scale given once for all (as it is, in the dtype of the arithmetic), and the odd number of levels that the largest value needs."
     if not isinstance(step, (int, float)) or not 0 < step < math.inf: raise ValueError(f"step is {step!r}; it may be a positive number")
     top = max((max(abs(e.min().item()), abs(e.max().item())) for e in extremes if e.numel()), default=0.)
     levels = 2 * max(1, round(top / step)) + 1
     if levels > 1 << 16: raise ValueError(f"step is {step}: values up to {top:g} would need {levels} levels; 65536 are the most")
-    return torch.full((len(extremes[0]),), float(step), dtype=wide, device=extremes[0].device), levels
+    scale = torch.full((len(extremes[0]),), float(step), dtype=wide, device=extremes[0].device)
+    if scale_dtype is not None and bool((scale.to(scale_dtype).to(wide) != scale).any()): raise ValueError(f"scale_dtype is {scale_dtype}, which does not hold step={step} exactly; leave it out, or take a step that it holds")
+    return scale, levels
 
 # %% ../nbs/03_quant.ipynb
-def _relative_codebook(codebook, levels, blocks, extremes, scale, wide):
+def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, group):
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
-    if scale is None: scale = torch.maximum(-extremes[0], extremes[1]).to(wide).clamp(min=torch.finfo(wide).tiny)
+    if scale is None:
+        scale = torch.maximum(-extremes[0], extremes[1]).to(wide)
+        scale = torch.where(scale == 0, 1, scale.clamp(min=torch.finfo(wide).tiny))      # nothing but zeros: any scale says so
     if isinstance(codebook, str):
         if codebook == "nf4": return nf4().to(blocks.device), scale
         if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
-        return kmeans(blocks / as_tensor(scale).reshape(-1, 1), (levels - 1).bit_length()), scale
-    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device)
+        relative = blocks / as_tensor(scale, "scale").reshape(-1, 1)
+        if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
+        return kmeans(relative, (levels - 1).bit_length()), scale
+    table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device).clone()
     if table.dim() != 1 or not 2 <= len(table) <= 256: raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
     if bool((table.diff() <= 0).any()): raise ValueError("codebook must ascend strictly")
     return table, scale
@@ -686,16 +793,25 @@ def _narrow(scale, dtype, group):
     return stored
 
 # %% ../nbs/03_quant.ipynb
+def _numbers(x, name, dtype):
+    "A tensor of a number, a list or an array; `TypeError` names the argument."
+    if isinstance(x, Tensor): return x
+    try: return torch.as_tensor(x, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
+
 def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype, wide):
     "Scales in the shape and dtype that are kept (rounded up, so that nothing is clipped), zero points that fit them."
     shape = _scale_shape(x.shape, axis, group)
-    if not isinstance(scale, Tensor): scale = torch.as_tensor(scale, dtype=wide)
-    if scale.numel() != math.prod(shape): raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
+    scale, flat = _numbers(scale, "scale", wide), (math.prod(shape),)
+    if tuple(scale.shape) not in (shape, flat, (*shape, 1)) and not scale.numel() == 1 == flat[0]: raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
     scale = _finite(scale.detach(), "scale").to(x.device).reshape(shape)
     if bool((scale <= 0).any()): raise ValueError("scale must be positive")
     if zero_point is not None:
         if symmetric: raise ValueError("zero_point is given but symmetric is True; a symmetric quantizer has its own")
-        zero = torch.as_tensor(zero_point).to(torch.int32).to(x.device)
+        zero = _numbers(zero_point, "zero_point", wide)
+        if bool((zero != zero.round()).any()): raise ValueError("zero_point must be whole numbers")
+        if zero.numel() != 1 and tuple(zero.shape) not in (shape, flat, (*shape, 1)): raise ValueError(f"zero_point has shape {tuple(zero.shape)}; it must be {tuple(shape)}")
+        zero = zero.to(torch.int32).to(x.device)
         if bool((zero < 0).any() | (zero >= levels).any()): raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
     elif zero is None and not symmetric: raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
     return _narrow(scale, dtype, group), zero if zero is None else zero.expand(scale.numel()).reshape(shape) if zero.numel() == 1 else zero.reshape(shape)
@@ -709,26 +825,31 @@ def _column(scale, zero, levels, wide):
 def _dice(stochastic, generator, x):
     "The generator of stochastic rounding, None for rounding to nearest."
     if not stochastic: return None
-    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, ()).item())
+    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, (), device="cpu").item())
 
-def _warn_if_collapsed(codes, zero, levels, extremes):
+def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
-    if not codes.numel() or levels == 2: return
-    zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
+    if not codes.numel() or not _says_zero(levels, zero is None, codebook): return
+    if codebook is not None: zero = (codebook == 0).nonzero()
+    else: zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
     quiet = all(bool((codes[b] == (zero if len(zero) == 1 else zero[b[0]])).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
 
 # %% ../nbs/03_quant.ipynb
-def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None):
-    "clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)), which differ at ties: uint8 up to 256 levels, else int32."
+def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None, fused=False):
+    """clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)), which differ at ties: uint8 up to 256 levels, else int32.
+    `fused` rounds x / scale + zero_point once and not twice, as PyTorch does with one scale for a tensor."""
     codes = torch.empty(blocks.shape, dtype=torch.uint8 if levels <= 256 else torch.int32, device=blocks.device)
-    inverse, zero, buffer = 1 / scale, zero_point.to(scale.dtype), _buffer(blocks, scale.dtype)
+    inverse, zero, buffer = torch.where(scale == 0, 0, 1 / scale), zero_point.to(scale.dtype), _buffer(blocks, scale.dtype)
+    divide = bool(torch.isinf(inverse).any())             # scales so small that their inverse is no number
     for b in _bites(blocks):
-        s, z = _for_bite(b, inverse, zero)
-        t = torch.mul(blocks[b], s, out=buffer[:len(blocks[b]), :blocks[b].shape[1]])
+        s, z = _for_bite(b, scale if divide else inverse, zero)
+        t = (torch.div if divide else torch.mul)(blocks[b], s, out=buffer[:len(blocks[b]), :blocks[b].shape[1]])
+        if divide: t.nan_to_num_(0.)                      # 0 / 0: a block of zeros
         if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
         elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
+        elif fused and not symmetric: t.copy_(torch.mul(blocks[b].double(), s.double()).add_(z)).round_()
         else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
         codes[b].copy_(t.clamp_(0, levels - 1))
     return codes
@@ -736,9 +857,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
     "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
-    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32)
+    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
     columns = as_tensor(columns, "columns").to(x.device)
-    if columns.dtype != torch.float16: columns = columns.float()
+    columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
     _check_columns(columns, x.shape)
     return x / _across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
 
@@ -764,6 +885,7 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
+    _check_together(levels, step, codebook, stochastic, scale)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -771,13 +893,15 @@ def quantize(
     blocks, extremes = _only_finite(as_blocks(flat, axis, group), flat, nonfinite)
     if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
     zero = None
-    if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide)
-    elif step is not None: scale, levels = _fixed_step(step, extremes, wide)
-    elif scale is None: scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide)
+    observed = scale is None
+    if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide, x.shape, group)
+    elif step is not None: (scale, levels), scale_dtype = _fixed_step(step, extremes, wide, scale_dtype), scale_dtype or wide
+    elif observed: scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide, _short(x.shape, group))
     scale, zero = _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, scale_dtype, wide)
-    if codebook is None: codes = _round_to_codes(blocks, *_column(scale, zero, levels, wide), levels, zero is None, _dice(stochastic, generator, x))
+    if observed and not _says_zero(levels, zero is None, codebook): scale = torch.where((torch.maximum(-extremes[0], extremes[1]) == 0).reshape(scale.shape), 0, scale)
+    if codebook is None: codes = _round_to_codes(blocks, *_column(scale, zero, levels, wide), levels, zero is None, _dice(stochastic, generator, x), axis is None and group is None)
     else: codes, levels = _nearest(blocks, scale.reshape(-1, 1).to(wide), codebook), len(codebook)
-    if codebook is None: _warn_if_collapsed(codes, zero, levels, extremes)
+    _warn_if_collapsed(codes, zero, levels, extremes, codebook)
     width = max(1, (levels - 1).bit_length())
     packed_zero = None if zero is None else _pack(zero.reshape(-1), width)
     codes = _pack(from_blocks(codes, x.shape, axis, group).reshape(-1), width)
@@ -792,6 +916,8 @@ def dequantize(q: CompressedTensor) -> Tensor:
 # %% ../nbs/03_quant.ipynb
 class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
+    trainable = True      # whether the parameter that it stands for was; `dequantize_model` makes it so again
+    stands_for = None     # the name of that parameter, where it is not `weight`: of several matrices none may take another's place
     def __init__(self, q: CompressedTensor):
         super().__init__()
         self.kind = q.kind
@@ -802,8 +928,13 @@ class Packed(nn.Module):
     @meta.setter
     def meta(self, meta: dict) -> None: self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
     @property
-    def q(self) -> CompressedTensor: return CompressedTensor.kinds[self.kind].from_parts(dict(self._buffers), self.meta)
+    def q(self) -> CompressedTensor: return _trusted(self.kind)(dict(self._buffers), self.meta)
     def extra_repr(self): return repr(self.q)
+
+def _trusted(kind):
+    "How to build a tensor whose numbers were checked when they came: codes are not looked through again on every use."
+    cls = CompressedTensor.kinds[kind]
+    return getattr(cls, "_of_parts", cls.from_parts)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(Packed)
@@ -819,11 +950,13 @@ def _apply(self, fn, recurse=True):
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
-    return torch.tensor(list(self.said.encode()), dtype=torch.uint8)
+    said = self.said if self.stands_for is None else json.dumps(json.loads(self.said) | {"name": self.stands_for})
+    return torch.tensor(list(said.encode()), dtype=torch.uint8, device="cpu")
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:
     meta = json.loads(bytes(state.tolist()))
+    if self.stands_for != meta.pop("name", self.stands_for): raise ValueError(f"{self.stands_for} is to be loaded from the codes of another parameter; the layers in these models are compressed in another order")
     CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(self._buffers), meta)
     self.meta = meta
 
@@ -845,9 +978,19 @@ def _innermost(layer):
     return _innermost(layer.layer) if isinstance(layer, Dequantize) else layer
 
 def _shallow(layer):
+    "A copy that shares all but the dict of parameters. A compiled call would be the original's."
     new = layer.__class__.__new__(layer.__class__)
     new.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    new.__dict__.pop("_compiled_call_impl", None)
     return new
+
+def _refuse_tracing():
+    if torch.jit.is_tracing(): raise RuntimeError("torch.jit.trace cannot follow packed codes; use torch.export.export, or call dequantize_model first")
+
+def _settle(used, layer):
+    "What a call of a throw-away copy left in its attributes (a cache, a counter) belongs to the layer."
+    for k, v in used.__dict__.items():
+        if k not in ("_parameters", "_flat_weights") and layer.__dict__.get(k, layer) is not v: layer.__dict__[k] = v
 
 # %% ../nbs/03_quant.ipynb
 class Dequantize(nn.Module):
@@ -865,28 +1008,77 @@ class Dequantize(nn.Module):
     ):
         super().__init__()
         if options: raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
-        _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
-        self.layer, self.packed, self.name = _without(layer, name), q if isinstance(q, Packed) else Packed(q), name
+        old = _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
+        self.name, self._modules["layer"], self._modules["packed"] = name, _without(layer, name), q if isinstance(q, Packed) else Packed(q)
+        if name != "weight" and self.packed.stands_for is None: self.packed.stands_for = name
+        if old is not None and not old.is_meta and old.requires_grad != self.packed.trainable: self.packed.trainable = old.requires_grad
         self.training = layer.training
-    def forward(self, *args, **kwargs): return self._compiled(*args, **kwargs) if torch.compiler.is_compiling() else self.expanded()(*args, **kwargs)
-    def __getattr__(self, key):
-        "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working."
-        try: return super().__getattr__(key)
-        except AttributeError:
-            if "layer" not in self.__dict__.get("_modules", {}): raise
-            return self.q.dequantize() if key == self.__dict__.get("name") else getattr(self.layer, key)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling(): return self._compiled(*args, **kwargs)
+        _refuse_tracing()
+        layer = self.expanded()
+        try: return layer(*args, **kwargs)
+        finally: _settle(layer, _innermost(self))
     def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
 
 Dequantize.kinds["Dequantize"] = Dequantize
 
 # %% ../nbs/03_quant.ipynb
+def _read(self, key):
+    "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working; the compressed one can only be read."
+    try: return nn.Module.__getattr__(self, key)
+    except AttributeError:
+        if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"): raise      # how a layer is copied is not how its wrapper is
+    layer = self
+    while isinstance(layer, Dequantize):
+        if key == layer.name: return layer._as_operation() if torch.compiler.is_compiling() else layer._shown(sys._getframe(1))
+        layer = layer._modules["layer"]
+    if any(key in d for d in (layer.__dict__, layer._parameters, layer._buffers, layer._modules)): return getattr(layer, key)
+    return _of_class(self, layer, key)
+
+@patch_onto(Dequantize)
+def _shown(self, reader):
+    "The expanded parameter. PyTorch's own modules only read, and take their quick paths for plain tensors alone."
+    _refuse_tracing()
+    value = self.q.dequantize()
+    if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
+    return read_only(value, f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded value would be lost; "
+                            f"call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()")
+
+def _of_class(wrapper, inner, key):
+    "A method or property that the layer's class adds works on the expanded layer."
+    found = inspect.getattr_static(type(inner), key, None)
+    if not (inspect.isfunction(found) or isinstance(found, property)): return getattr(inner, key)
+    if key == "flatten_parameters": return lambda: None          # arranges the memory of weights that are not there yet
+    if isinstance(found, property): return getattr(wrapper.expanded(), key)
+    def method(*args, **kwargs):
+        layer = wrapper.expanded()
+        try: return getattr(layer, key)(*args, **kwargs)
+        finally: _settle(layer, inner)
+    return method
+
+def _write(self, key, value):
+    "What belongs to the layer is set there; its compressed parameter cannot be set."
+    layer = self.__dict__.get("_modules", {}).get("layer")
+    if layer is None or key in self.__dict__ or key in self._modules or hasattr(type(self), key): return nn.Module.__setattr__(self, key, value)
+    if key == self.name: raise AttributeError(f"{key} of this {type(_innermost(self)).__name__} is compressed and cannot be set; call dequantize_layer (or dequantize_model) first, or make a new layer")
+    here = layer.__dict__ if type(self) is Dequantize else {}
+    if isinstance(layer, Dequantize) or any(key in d for d in (layer._parameters, layer._buffers, layer._modules, here, getattr(layer, "__constants__", ()))): setattr(layer, key, value)
+    else: nn.Module.__setattr__(self, key, value)
+
+Dequantize.__getattr__, Dequantize.__setattr__ = _read, _write
+
+# %% ../nbs/03_quant.ipynb
 def _check_replaceable(layer, q, name):
+    "The parameter that is to be replaced (None: it is already), or an error that says why it cannot be."
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
     layer = _innermost(layer)
-    if nn.utils.parametrize.is_parametrized(layer, name): raise ValueError(f"{name} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first")
+    if "forward" in vars(layer): raise ValueError(f"this {type(layer).__name__} has a forward of its own instance, which would run the original; define it in a class, or delete it")
+    if (why := computed(layer, name)) is not None: raise ValueError(f"{name} {why}")
     if name not in layer._parameters: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
     old = layer._parameters[name]
     if old is not None and old.shape != q.shape: raise ValueError(f"{name} has shape {tuple(old.shape)}, its compressed value {tuple(q.shape)}")
+    return old
 
 @patch_onto(Dequantize)
 @property
@@ -908,50 +1100,87 @@ def expanded(self) -> nn.Module:
     return layer
 
 # %% ../nbs/03_quant.ipynb
-QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)      # layers with one matrix, called weight
 
 def quantize_layer(
-    layer: nn.Module,           # Linear, Conv, ConvTranspose, Embedding, or any module with the parameter `name`
+    layer: nn.Module,           # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
     bits: int = 8,              # width of a code, 1..16
-    group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding)
+    group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's gate)
     per_channel: bool = True,   # False: one scale for the whole tensor
-    name: str = "weight",       # which parameter
+    name: str | None = None,    # which parameter; None: all matrices of the layer
     **options,                  # of `quantize`: symmetric, observer, levels, codebook …
-) -> Dequantize:                # computes the same function with a compressed weight
-    "Keep a layer's weight quantized. The layer itself is left as it is."
+) -> Dequantize:                # computes the same function with compressed weights
+    """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is.
+    `ValueError` for a layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the original."""
     if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
-    weight = _innermost(layer)._parameters.get(name)
-    if weight is None and isinstance(layer, Dequantize): raise ValueError("layer is quantized already; dequantize_layer it first")
-    if weight is None: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
-    return Dequantize(layer, quantize(weight, bits, **_layout_for(layer, weight, group, per_channel), **options), name)
+    check_ordinary(layer)
+    plain = _innermost(layer)
+    if isinstance(layer, Dequantize) and (not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None):
+        raise ValueError("layer is quantized already; dequantize_layer it first")
+    for key in [name] if name is not None else reversed(_wanted_of(plain)):      # the first matrix comes outermost, here and in what is loaded
+        if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
+        if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
+        layer = Dequantize(layer, _about(key, weight, outputs_of(plain).get(key, 0), dict(bits=bits, group=group, per_channel=per_channel) | options), key)
+    return _copied(layer)
+
+def _wanted_of(layer):
+    "All matrices of a layer, also those that are no plain parameters; `weight` for a class that nobody knows."
+    return [k for k in outputs_of(layer) if layer._parameters.get(k, layer) is not None and (k in layer._parameters or computed(layer, k))] or ["weight"]
+
+def _about(name, weight, axis, options):
+    "Quantize one matrix; errors begin with its name."
+    how = dict(options)
+    if "axis" in how: raise TypeError(f"{name}: axis follows from the layer; per_channel=False makes one scale for the tensor")
+    try: return quantize(weight, **_layout(weight, axis, how.pop("group"), how.pop("per_channel")), **how)
+    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
-def _layout_for(layer, weight, group, per_channel):
-    "Output channels lie along axis 0, in transposed convolutions along axis 1."
+def _layout(weight, axis, group, per_channel):
+    "One scale for each output channel, or for each group."
     if group is not None: return {"group": group}
-    if not per_channel or weight.dim() < 2: return {}
-    return {"axis": 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0}
+    return {"axis": axis} if per_channel and weight.dim() > 1 else {}
+
+def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
+
+def _copied(wrapper):
+    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
+    return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
+
+def _layout_for(layer, weight, group, per_channel):
+    "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
+    return _layout(weight, outputs_of(_innermost(layer)).get("weight", 0), group, per_channel)
 
 def dequantize_layer(
     layer: Dequantize,   # as `quantize_layer` made it
 ) -> nn.Module:          # the ordinary layer with the weight expanded for good
-    "Back to an ordinary layer, with the quantized values as its parameter."
+    "Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's were."
     if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
-    return _plain(layer, {})
+    check_ordinary(layer)
+    return _plain(layer, {}, {})
 
-def _plain(layer, memo):
-    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well."
+def _plain(layer, memo, expanded):
+    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well; tied weights stay tied."
     inner = layer.layer
-    plain = memo.get(id(inner)) or (_plain(inner, memo) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
-    _set(plain, layer.name, nn.Parameter(layer.q.dequantize()))
-    return plain.train(layer.training)
+    plain = memo.get(id(inner)) or (_plain(inner, memo, expanded) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
+    if id(layer.packed) not in expanded: expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
+    _set(plain, layer.name, expanded[id(layer.packed)])
+    return _with_hooks_of(layer, plain)
+
+def _with_hooks_of(wrapper, layer):
+    "Hooks that were hung on a wrapper go on being called, around those of the layer inside."
+    for key in ("_forward_pre_hooks", "_backward_pre_hooks", "_forward_hooks", "_backward_hooks"):
+        inner, outer = getattr(layer, key), copy.deepcopy(getattr(wrapper, key))
+        layer.__dict__[key] = type(inner)([*outer.items(), *inner.items()] if "pre" in key else [*inner.items(), *outer.items()])
+    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"): getattr(layer, key).update(getattr(wrapper, key))
+    if wrapper._is_full_backward_hook is not None: layer._is_full_backward_hook = wrapper._is_full_backward_hook
+    return layer
 
 # %% ../nbs/03_quant.ipynb
 @torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::expand", mutates_args=())
 def _expand(parts: list[Tensor], names: str, said: str) -> Tensor:
     "The expanded tensor, as one opaque operation of a compiled graph."
     meta = json.loads(said)
-    y = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta).dequantize()
+    y = _trusted(meta.pop("kind"))(dict(zip(names.split(","), parts)), meta).dequantize()
     return y.clone() if any(y.data_ptr() == p.data_ptr() for p in parts) else y
 
 @_expand.register_fake
@@ -962,25 +1191,37 @@ def _(parts, names, said):
 @patch_onto(Dequantize)
 def _compiled(self, *args, **kwargs):
     "The forward pass as `torch.compile` can follow it."
-    weight = _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
-    return torch.func.functional_call(self.layer, {self.name: weight}, args, kwargs)
+    layer, weights = self, {}
+    while isinstance(layer, Dequantize):
+        weights[layer.name] = layer._as_operation()
+        layer = layer.layer
+    return torch.func.functional_call(layer, weights, args, kwargs)
+
+@patch_onto(Dequantize)
+def _as_operation(self):
+    "The expanded parameter as a compiled graph has it."
+    return _expand(list(self.packed._buffers.values()), ",".join(self.packed._buffers), self.packed.said)
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
     model: nn.Module,             # any model; it is left as it is
     bits: int = 8,                # width of a code, 1..16
     group: int | None = None,     # weights that share a scale; None: one scale for each output channel
-    layers: tuple = QUANTIZABLE,  # classes of the layers that are quantized
-    overrides: dict | None = None,# by name or pattern: `{'fc2': {'bits': 8}, 'conv*': None}`; None leaves a layer alone; the first match wins
-    **options,                    # of `quantize_layer`
-) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`
-    "Quantize the weights of every layer that holds many; tied weights stay tied. `ValueError` when there is nothing to quantize."
-    chosen = _choose(model, layers, overrides or {}, dict(bits=bits, group=group) | options)
-    shared, done = {}, {}
-    for name, layer, how in chosen:
-        weight = layer.weight
-        if id(weight) not in shared: shared[id(weight)] = quantize_layer(layer, **how).packed
-        done[name] = Dequantize(layer, shared[id(weight)])
+    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins
+    per_channel: bool = True,     # False: one scale for a whole tensor
+    **options,                    # of `quantize`: symmetric, observer, levels, codebook …
+) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
+    """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied. `ValueError` that names the layer
+    when there is nothing to quantize, when a pattern matches nothing, when two names of one tensor have different options, when a weight is computed
+    (weight_norm, prune, a parametrization …) or not finite, and when the model has functions that no copy can follow (see `copied`)."""
+    chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
+    check_ordinary(model)
+    packed, done = {}, {}
+    for m in chosen:
+        if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
+    for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
+        done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
 
 # %% ../nbs/03_quant.ipynb
@@ -999,21 +1240,26 @@ def _choose(model, layers, overrides, default):
 
 # %% ../nbs/03_quant.ipynb
 def _copy_with(model, replaced):
-    "A deep copy in which some layers are replaced; their old weights are never copied."
-    old = {id(model.get_submodule(n)): new for n, new in replaced.items()}
-    memo = {i: _copied(new) for i, new in old.items()}
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied."
+    check_ordinary(model)
+    old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model)
+    for m in reversed(list(model.modules())):                    # what lies inside another comes first
+        if id(m) in old: memo[id(m)] = copy.deepcopy(old[id(m)], memo)
+    return memo.get(id(model)) or copied(model, memo)
 
-def _copied(wrapper):
-    "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
-    return copy.deepcopy(wrapper, {id(wrapper.packed): wrapper.packed})
+def _recomputed(model):
+    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
+    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
 
 def dequantize_model(
     model: nn.Module,   # with `Dequantize` layers anywhere
 ) -> nn.Module:         # a copy with ordinary layers
-    "Back to an ordinary model with the quantized values."
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize)}
+    "Back to an ordinary model with the quantized values; tied weights stay tied, and what was trainable is so again."
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    found = [m for m in model.modules() if isinstance(m, Dequantize)]
     if not found: raise ValueError("model has no quantized layer")
-    memo = {}
-    for m in reversed(found.values()): memo[id(m)] = _plain(m, memo)      # those inside others first
-    return memo.get(id(model)) or copy.deepcopy(model, memo)
+    check_ordinary(model)
+    memo, expanded = _recomputed(model), {}
+    for m in reversed(found): memo[id(m)] = _plain(m, memo, expanded)      # those inside others first
+    return memo.get(id(model)) or copied(model, memo)

@@ -24,7 +24,7 @@ class Settings(nn.Module):
     def _keep(self, *values: int | bool | float | None) -> None:
         "Set them for the first time; a float keeps all its bits."
         self._known = tuple(map(_as_whole, values))
-        self.register_buffer("settings", torch.tensor(self._known, dtype=torch.int64, device="cpu"))
+        self.register_buffer("settings", torch.tensor(self._known, dtype=torch.int64))
     def _read(self, i: int) -> int:
         if not torch.compiler.is_compiling() and not self.settings.is_meta: self.__dict__["_known"] = tuple(self.settings.tolist())
         return self._known[i]
