@@ -720,3 +720,54 @@ def test_an_override_is_stronger_than_the_default():
     prepared = prepare(model, group=4, activations=None, overrides={"1": {"per_channel": False}})
     assert [m.parametrizations.weight[0].scale.numel() for m in prepared] == [16, 1]
     assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 8}})[1].weights.levels == 3
+
+
+def test_a_rounded_weight_can_be_read_and_not_written():
+    for name, which, key in (("lone", "", "weight"), ("LSTM", "layer", "weight_hh_l0")):
+        model, data = made(name)
+        prepared = trained(prepare(model), data)
+        for built in (prepared, convert(prepared)):
+            w = getattr(built.get_submodule(which), key)
+            assert (w @ w.T).shape and torch.equal(w.clone(), w) and built.get_submodule(which).bias is not None if key == "weight" else True
+            with pytest.raises(RuntimeError, match="would be lost"): w.mul_(2)
+            with pytest.raises(RuntimeError, match="would be lost"): w.data[0] = 1.
+
+
+def test_the_callers_default_device_and_type_do_not_matter():
+    model, data = made("normed")
+    x, want = data(), None
+    for context in (lambda: torch.device("cpu"), lambda: torch.device("meta"), lambda: functools.partial(torch.set_default_dtype, torch.float64)):
+        c = context()
+        try:
+            if isinstance(c, functools.partial): c()
+            with c if isinstance(c, torch.device) else torch.device("cpu"):
+                prepared = prepare(model, batches=[x])
+                integers = convert(prepared)
+        finally: torch.set_default_dtype(torch.float32)
+        assert {t.device.type for t in (*prepared.state_dict().values(), *integers.state_dict().values())} == {"cpu"}
+        assert {t.dtype for t in prepared.state_dict().values() if t.is_floating_point()} == {torch.float32}
+        y = integers(x)
+        assert torch.equal(y, prepared.eval()(x)) and (want is None or torch.equal(y, want))
+        want = y
+
+
+def test_layers_used_again_ties_of_recurrent_layers_and_packed_sequences():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True)
+            self.layers, self.a, self.b = nn.ModuleList([layer] * 3), nn.LSTM(8, 8, batch_first=True), nn.LSTM(8, 8, batch_first=True)
+            self.b.weight_hh_l0 = self.a.weight_hh_l0
+        def forward(self, x):
+            for layer in self.layers: x = layer(x)
+            return self.b(self.a(x)[0])[0]
+    model, x = Again(), torch.randn(2, 5, 8)
+    prepared = trained(prepare(model), lambda: torch.randn(2, 5, 8), 2)
+    integers = convert(prepared)
+    assert all(torch.equal(a, b) for a, b in zip(answers(prepared, x).values(), answers(integers, x).values()))
+    packed = [m.packed for m in integers.modules() if isinstance(m, Dequantize)]
+    assert integers.layers[0] is integers.layers[2] and len(packed) - len({id(p) for p in packed}) == 1
+    x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4), [5, 3, 2])
+    prepared = prepare(nn.GRU(4, 4))
+    prepared(x)[0].data.sum().backward()
+    assert torch.equal(convert(prepared)(x)[0].data, prepared.eval()(x)[0].data) and prepared.weights["weight_ih_l0"].scale.grad is not None
