@@ -243,11 +243,11 @@ def forms_of(
     result: Any,         # any object
 ) -> Iterator[tuple]:    # (media type, data) of what it says of itself, the best first
     "Ask an object how it wants to be shown, as Jupyter does."
-    def says(method, *args):
+    def says(method, **args):
         said = getattr(result, method, None)
-        said = said(*args) if callable(said) and not isinstance(result, type) else None
+        said = said(**args) if callable(said) and not isinstance(result, type) else None
         return said[0] if isinstance(said, tuple) else said                      # the second are metadata
-    bundle = says("_repr_mimebundle_", None, None) or {}
+    bundle = says("_repr_mimebundle_", include=None, exclude=None) or {}
     for kind, method in FORMS.items():
         if data := bundle.get(kind) or says(method): yield kind, "".join(data) if isinstance(data, list) else data
 
