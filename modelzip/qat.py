@@ -578,10 +578,12 @@ class FakeRecurrent(nn.Module):
 # %% ../nbs/11_qat.ipynb
 def _with_quantizers(model, places, ranges):
     "Wrap or parametrize the layers of a copy; weights that are tied share a quantizer."
-    norms, shared, recurrent, new = _norms_after(model, places), {}, {}, {}
+    norms, shared, recurrent, new, leads = _norms_after(model, places), {}, {}, {}, {}
+    for p in places:                                # of tied layers, whose outputs may lie along different axes, the one with integer products decides
+        if p.tie not in leads or p.how["activations"] is not None: leads[p.tie] = p
     for p in places:
         norm = norms.get(p.owner) if p.how["activations"] is not None else None
-        if p.tie not in shared: shared[p.tie] = _weight_quantizer(p, norm)
+        if p.tie not in shared: shared[p.tie] = _weight_quantizer(leads[p.tie], norm)
         if isinstance(p.owner, nn.RNNBase): recurrent.setdefault(p.owner, {})[p.key] = shared[p.tie]
         elif p.how["activations"] is None: parametrize.register_parametrization(p.owner, p.key, shared[p.tie], unsafe=True)
         else: new[p.owner] = functools.partial(_fake, weights=shared[p.tie], activations=_activation_quantizer(p, ranges), norm=norm, name=p.name)

@@ -771,3 +771,17 @@ def test_layers_used_again_ties_of_recurrent_layers_and_packed_sequences():
     prepared = prepare(nn.GRU(4, 4))
     prepared(x)[0].data.sum().backward()
     assert torch.equal(convert(prepared)(x)[0].data, prepared.eval()(x)[0].data) and prepared.weights["weight_ih_l0"].scale.grad is not None
+
+
+def test_tied_layers_whose_outputs_lie_along_different_axes():
+    for first, second, shape in ((nn.ConvTranspose2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), (2, 4, 6, 6)), (nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 3, padding=1), (2, 4, 6, 6)),
+                                 (nn.Embedding(8, 8), nn.Linear(8, 8), None)):
+        second.weight = first.weight
+        with torch.no_grad(): first.weight.mul_(torch.tensor([1., 10, 100, .1] * (first.weight.shape[0] // 4)).view(-1, *[1] * (first.weight.dim() - 1)))
+        model = nn.Sequential(first, second)
+        x = torch.randn(shape) if shape else torch.arange(8)
+        prepared = prepare(model, 8)
+        prepared(x)
+        integers = convert(prepared.eval())
+        with torch.no_grad(): assert torch.equal(integers(x), prepared(x)) and integers[0].packed is integers[1].packed and ((prepared(x) - model(x)).norm() / model(x).norm()) < .05
+    refuse(nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)), "0.weight has sparse gradients")

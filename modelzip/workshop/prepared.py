@@ -103,6 +103,7 @@ def _no_parameter(m, key, raw, why):
     "Why a matrix cannot be trained through rounding; None when it can."
     if parametrize.is_parametrized(m, key): return why if isinstance(m, nn.RNNBase) else None
     if why is not None: return why
+    if getattr(m, "sparse", False): return "has sparse gradients, which do not pass through rounding; set its layer's sparse = False"
     if is_lazy(raw): return "has no shape before the first call; run the model once first"
     if raw.is_meta: return "is on the meta device, without values; load them first"
     return None
