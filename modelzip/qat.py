@@ -24,6 +24,7 @@ from .ptq import calibrate
 from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
 from .structured import fold, foldable
+from .workshop.matrices import outputs_of
 from .workshop.models import carry_hooks, check_ordinary, computed, copied, hooks_of
 from .workshop.prepared import Settings, choose_places, exchange, setting, warn_of_floats
 from .workshop.readonly import read_only
@@ -510,7 +511,11 @@ def _options(model, default):
         return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said})
     return check
 
-def _rounds_inputs(model, name, layer, key): return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not _reader_of(model, name)
+def _rounds_inputs(model, name, layer, key):
+    "Whether a matrix belongs to a layer with a kernel that is called: attention reads the weight of its `out_proj`."
+    above, _, last = name.rpartition(".")
+    read = last == "out_proj" and name != "" and "q_proj_weight" in outputs_of(model.get_submodule(above)) or _reader_of(model, name)
+    return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not read
 
 def _checked_options(name, layer, can, bits, levels, group, per_channel, activations, learn):
     "Checked options of one matrix; inputs are rounded only where a kernel can."

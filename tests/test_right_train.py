@@ -12,7 +12,8 @@ from modelzip.data import LeNet5
 from modelzip.pack import load, save
 from modelzip.qat import (ActivationQuantizer, EntropyBits, FakeQuantized, FakeRecurrent, StaticConv2d, StaticLinear, StepAdam, WeightQuantizer, convert,
                           entropy_bits, freeze, prepare, set_bits, soft_counts, static_codes)
-from modelzip.quant import Dequantize, Packed
+from modelzip.quant import Dequantize
+from modelzip.structured import RemainingAttention, RemainingLayerNorm
 from modelzip.workshop.matrices import floats_left
 from modelzip.workshop.models import call, logits_of
 
@@ -51,6 +52,13 @@ class Low(nn.Linear):
         self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 6, bias=False)
     def forward(self, x): return super().forward(x) + self.up(self.down(x))
 
+class Remaining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = RemainingAttention(12, 2, 4, batch_first=True), RemainingLayerNorm(12, 16), nn.Linear(12, 3)
+        for p in self.parameters(): nn.init.normal_(p)
+    def forward(self, x): return self.head(self.norm(self.a(x, x, x)[0]))
+
 class Twice(nn.Module):
     "One layer at two places and in a plain list."
     def __init__(self):
@@ -80,6 +88,7 @@ MODELS = {
     "three dimensions": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.ConvTranspose3d(4, 4, 2, groups=2)), (2, 2, 4, 4, 4)),
     "normed": (normed, (4, 2, 6, 6)), "subclass": (lambda: nn.Sequential(Low(), nn.ReLU(), nn.Linear(6, 3)), (3, 8)),
     "two names": (Twice, (2, 3, 8)), "read": (Reads, (3, 8)), "lone": (lambda: nn.Linear(8, 3), (3, 8)), "no rows": (lambda: nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2)), (3, 0)),
+    "remaining attention": (lambda: Remaining(), (2, 5, 12)),
     "weight norm": (lambda: with_(parametrizations.weight_norm, nn.Linear(8, 8), [nn.Linear(8, 3)]), (3, 8)),
     "spectral norm": (lambda: with_(parametrizations.spectral_norm, nn.Conv2d(2, 4, 3)), (3, 2, 6, 6)),
     "orthogonal": (lambda: with_(parametrizations.orthogonal, nn.Linear(8, 8)), (3, 8)),
