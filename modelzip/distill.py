@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Seen', 'Loss', 'Sum', 'divergence', 'classes_last', 'Labels', 'SoftTargets', 'Logits', 'watched', 'distill',
-           'same_size', 'Hints', 'AttentionTransfer', 'Relations', 'distances', 'cosines', 'affine']
+           'same_size', 'Hints', 'at_one', 'AttentionTransfer', 'Relations', 'distances', 'cosines', 'affine']
 
 # %% ../nbs/09_distill.ipynb
 import contextlib, copy, itertools, json, math
@@ -49,6 +49,7 @@ class Sum(Loss):
         parts: list[Loss],      # a sum among them is taken apart
     ):
         super().__init__()
+        if len(factors) != len(parts): raise ValueError(f"there are {len(factors)} factors and {len(parts)} losses; each loss needs one")
         for f in factors:
             if isinstance(f, bool) or not isinstance(f, (int, float)) or not math.isfinite(f): raise TypeError(f"a loss is multiplied by {f!r}; it may be a finite number")
         for p in parts:
@@ -278,7 +279,7 @@ class Hints(Loss):
         ours, theirs = same_size(ours, theirs)
         y = self._map(name, ours, theirs)(ours)
         if y.shape != theirs.shape: raise ValueError(f"the student's {name} puts out {tuple(ours.shape)} and the teacher's {self.pairs[name]} {tuple(theirs.shape)}; all but the channels must be the same")
-        return (y - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
+        return (y - theirs).square().mean() / theirs.square().mean().clamp(min=torch.finfo(theirs.dtype).tiny)
     def __repr__(self): return f"Hints({self.pairs})"
 
 def _map(self, name, ours, theirs):
@@ -295,6 +296,10 @@ def _map(self, name, ours, theirs):
 Hints._map = _map
 
 # %% ../nbs/09_distill.ipynb
+def at_one(x: Tensor) -> Tensor:
+    "The same up to a factor, the largest magnitude being one: squares of it neither vanish nor overflow."
+    return x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny) if x.numel() else x
+
 class AttentionTransfer(Loss):
     "Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928)."
     def __init__(
@@ -308,7 +313,7 @@ class AttentionTransfer(Loss):
         return sum(self._distance(student.features[s], teacher.features[t]) for s, t in self.pairs.items()) / len(self.pairs)
     def _distance(self, ours, theirs):
         if ours.dim() != 4 or theirs.dim() != 4: raise ValueError(f"attention is a picture: layers must put out [n, channels, height, width], not {tuple(ours.shape)} and {tuple(theirs.shape)}")
-        a, b = (F.normalize(f.square().sum(1).flatten(1), dim=1) for f in same_size(ours, theirs))
+        a, b = (F.normalize(at_one(f).square().sum(1).flatten(1), dim=1) for f in same_size(ours, theirs))
         return (a - b).square().sum(1).mean()
     def __repr__(self): return f"AttentionTransfer({self.pairs})"
 
@@ -335,17 +340,19 @@ class Relations(Loss):
 # %% ../nbs/09_distill.ipynb
 def distances(
     x: Tensor,      # [n, d]
-) -> Tensor:        # [n, n], in units of their mean
+) -> Tensor:        # [n, n], in units of the mean of those above zero
     "Distance of each pair."
-    squared = (x[:, None] - x[None]).square().sum(2)
-    d = torch.where(squared > 0, squared.clamp(min=1e-12).sqrt(), 0.)
-    return d / d[d > 0].mean().clamp(min=1e-12) if bool((d > 0).any()) else d
+    squared = _differences(x).square().sum(2)
+    d = torch.where(squared > 0, squared.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.)
+    return d / d[d > 0].mean() if bool((d > 0).any()) else d
+
+def _differences(x): return at_one(x[None] - x[:, None])
 
 def cosines(
     x: Tensor,      # [n, d]
 ) -> Tensor:        # [n, n, n]: cosine of the angle at the first of three
     "Angle of each triple."
-    e = F.normalize(x[None] - x[:, None], dim=2)
+    e = F.normalize(_differences(x), dim=2)
     return e @ e.transpose(1, 2)
 
 # %% ../nbs/09_distill.ipynb

@@ -153,7 +153,7 @@ def with_rare_colors(
 # %% ../nbs/02_explore.ipynb
 def palette_png(
     png: bytes,          # a PNG file of any kind
-    colors: int = 64,    # at most so many different colours remain, 2..256
+    colors: int = 64,    # at most so many different colours remain in a palette, 2..256
 ) -> bytes:              # a PNG file with a palette: one byte or less a pixel before it is compressed
     "Make a PNG small by giving it a palette, on white where it is transparent; the file comes back as it was where that is no smaller."
     from PIL import Image
@@ -243,11 +243,11 @@ def forms_of(
     result: Any,         # any object
 ) -> Iterator[tuple]:    # (media type, data) of what it says of itself, the best first
     "Ask an object how it wants to be shown, as Jupyter does."
-    def says(method, *args):
+    def says(method, **args):
         said = getattr(result, method, None)
-        said = said(*args) if callable(said) and not isinstance(result, type) else None
+        said = said(**args) if callable(said) and not isinstance(result, type) else None
         return said[0] if isinstance(said, tuple) else said                      # the second are metadata
-    bundle = says("_repr_mimebundle_", None, None) or {}
+    bundle = says("_repr_mimebundle_", include=None, exclude=None) or {}
     for kind, method in FORMS.items():
         if data := bundle.get(kind) or says(method): yield kind, "".join(data) if isinstance(data, list) else data
 
@@ -618,8 +618,9 @@ def plot_matrix(
     from matplotlib import pyplot as plt
     x = as_array(x)
     if x.ndim != 2: raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")
+    if limit is not None and not limit > 0: raise ValueError(f"limit is {limit!r}; it may be a number above 0, or None")
     ax = ax if ax is not None else plt.subplots()[1]
-    limit = limit or np.abs(x).max(initial=0) or 1
+    limit = limit or np.abs(x[np.isfinite(x)]).max(initial=0) or 1
     ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)

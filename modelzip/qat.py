@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .data import device_of
 from .distill import Loss
-from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _reader_of
+from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _NoGradient, _reader_of
 from .ptq import calibrate
 from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
 from .structured import fold, foldable
+from .workshop.matrices import outputs_of
 from .workshop.models import carry_hooks, check_ordinary, computed, copied, hooks_of
-from .workshop.prepared import WEIGHT_OPTIONS, Settings, choose_places, exchange, setting, warn_of_floats
+from .workshop.prepared import Settings, choose_places, exchange, setting, warn_of_floats
+from .workshop.readonly import read_only
 
 # %% ../nbs/11_qat.ipynb
 class _StraightThrough(torch.autograd.Function):
@@ -73,7 +76,7 @@ class WeightQuantizer(Settings):
     levels, axis, group = setting(0), setting(1), setting(2)      # in its state, beside the steps
     def __init__(
         self,
-        weight: Tensor,              # sets the steps: those of least squared error
+        weight: Tensor,              # sets the steps, as the observer 'mse' finds them: least squared error among 60 of them
         levels: int,                 # number of codes, 2 (binary), 3 (ternary) … 256
         axis: int | None = None,     # a step for each slice along this axis
         group: int | None = None,    # or for each run of `group` weights in a row; these are kept as float16
@@ -97,7 +100,7 @@ def _fit(
     self,
     weight: Tensor,   # what is to be quantized
 ) -> None:
-    "Set the steps to those of least squared error."
+    "Set the steps as the observer 'mse' finds them."
     blocks = as_blocks(weight.detach().float(), self.axis, self.group)
     if not bool(torch.isfinite(blocks).all()): raise ValueError("the weight holds NaN or infinite values")
     if not blocks.numel(): return
@@ -217,7 +220,7 @@ def _set_range(
 
 @torch.no_grad()
 def _watch(self, x):
-    "The first batch that is not all zeros sets the range with the least squared error; without learning, later ones move it."
+    "The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones move it."
     if not self.ready or self.low == self.high == 0:
         sample = x.flatten()[::max(1, x.numel() >> 16)][None]
         self.set_range(*(v.item() for v in OBSERVERS["mse"]()(sample, self.levels, False)))
@@ -285,7 +288,11 @@ class FakeQuantized(Settings):
             if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
         if key in ("weight", "bias") and self.norm is not None:
             raise AttributeError(f"{self.name}.{key} is read by the model, and the normalization behind the layer is folded into it: leave the layer alone, overrides={{{self.name!r}: None}}")
-        return self.weights(self.layer.weight) if key == "weight" else getattr(self.layer, key)
+        return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip(".")) if key == "weight" else getattr(self.layer, key)
+
+def _shown(quantizer, weight, name):
+    "A rounded weight to read."
+    return read_only(quantizer(weight), f"{name} is rounded, and what is written into the result would be lost: write into layer.{name.rpartition('.')[2]} of its layer, which is what is rounded")
 
 # %% ../nbs/11_qat.ipynb
 def _folded(self, x=None):
@@ -367,7 +374,24 @@ def _emulated(self, codes, weight):
 def _product_of_floats(self, x, weight):
     with torch.autocast(x.device.type, enabled=False): return F.linear(x, weight) if isinstance(self, QLinear) else F.conv2d(x, weight, None, *self.geometry)
 
-_Static._together, _Static._emulated = _together, _emulated
+@torch.no_grad()
+def _anywhere(self, x):
+    weight, scale, _ = self._prepare_bytes()
+    codes = self._padded(static_codes(x, self.input_scale, self.input_zero_point, self.input_levels), self.input_zero_point)
+    return self._add_bias(self._emulated(codes, weight).mul_(_across_outputs(self.layer, scale * self.input_scale)))
+
+def _elsewhere(self, x, plain):
+    "On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float layer computes them."
+    if x.device.type in ("cpu", "meta") or not x.numel(): return plain(x)
+    finite = torch.isfinite(x).flatten(1).all(1)
+    if not bool(finite.all()):
+        y = plain(x)
+        if bool(finite.any()): y[finite] = self._elsewhere(x[finite], plain)
+        return y
+    y = self._anywhere(x)
+    return _NoGradient.apply(x, y, type(self).__name__) if torch.is_grad_enabled() and x.requires_grad else y
+
+_Static._together, _Static._emulated, _Static._anywhere, _Static._elsewhere = _together, _emulated, _anywhere, _elsewhere
 
 # %% ../nbs/11_qat.ipynb
 class StaticLinear(_Static, QLinear):
@@ -384,6 +408,8 @@ class StaticLinear(_Static, QLinear):
         self._remember(scale, zero_point, levels)
         super().__init__(layer, q, name, "tensor")
         if self.q.packed_zero_point is not None: raise ValueError("layer cannot be a StaticLinear: its weight has a zero point")
+    def _padded(self, x, zero): return x
+    def _float(self, x): return self._elsewhere(x.reshape(-1, self.inputs), lambda rows: QLinear._float(self, rows)).view(*x.shape[:-1], self.outputs)
     def _choose(self): return "tiny" if self.q.numel() <= TINY else "int8" if self._kernel_is_exact(capabilities().large) else "plain"
     def _integer(self, x):
         y = self._batch(x.reshape(-1, self.inputs))
@@ -436,7 +462,9 @@ def _padded(self, x, zero):
 
 def _choose_conv(self): return "tiny" if self.q.numel() <= TINY else "onednn" if self._kernel_is_exact(capabilities().convolution) else "plain"
 def _integer_conv(self, x): return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
-def _float_conv(self, x): return F.conv2d(self._padded(x, 0.), self.q.dequantize().float(), self._bias(), *self.geometry)
+def _float_conv(self, x):
+    plain = lambda x: F.conv2d(self._padded(x, 0.), self.q.dequantize().float(), self._bias(), *self.geometry)
+    return self._elsewhere(x, plain) if x.dim() == 4 else self._elsewhere(x[None], plain)[0]
 
 StaticConv2d._padded, StaticConv2d._choose, StaticConv2d._integer, StaticConv2d._float = _padded, _choose_conv, _integer_conv, _float_conv
 StaticConv2d._like = lambda self, x: QConv2d._like(self, self._padded(x, 0.))
@@ -479,10 +507,15 @@ def _options(model, default):
     "A function that checks the options of one matrix."
     def check(name, layer, key, said):
         if unknown := said.keys() - default.keys(): raise ValueError(f"overrides gives {name} {sorted(unknown)}; it may give {', '.join(default)}")
-        return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **said})
+        stronger = {"levels": None} if "bits" in said else {}, {"group": None} if "per_channel" in said else {}      # of the default, which said otherwise
+        return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said})
     return check
 
-def _rounds_inputs(model, name, layer, key): return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not _reader_of(model, name)
+def _rounds_inputs(model, name, layer, key):
+    "Whether a matrix belongs to a layer with a kernel that is called: attention reads the weight of its `out_proj`."
+    above, _, last = name.rpartition(".")
+    read = last == "out_proj" and name != "" and "q_proj_weight" in outputs_of(model.get_submodule(above)) or _reader_of(model, name)
+    return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not read
 
 def _checked_options(name, layer, can, bits, levels, group, per_channel, activations, learn):
     "Checked options of one matrix; inputs are rounded only where a kernel can."
@@ -545,15 +578,17 @@ class FakeRecurrent(nn.Module):
         try: return super().__getattr__(key)
         except AttributeError:
             if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
-        return self.weights[key](self.layer._parameters[key]) if key in self.weights else getattr(self.layer, key)
+        return _shown(self.weights[key], self.layer._parameters[key], key) if key in self.weights else getattr(self.layer, key)
 
 # %% ../nbs/11_qat.ipynb
 def _with_quantizers(model, places, ranges):
     "Wrap or parametrize the layers of a copy; weights that are tied share a quantizer."
-    norms, shared, recurrent, new = _norms_after(model, places), {}, {}, {}
+    norms, shared, recurrent, new, leads = _norms_after(model, places), {}, {}, {}, {}
+    for p in places:                                # of tied layers, whose outputs may lie along different axes, the one with integer products decides
+        if p.tie not in leads or p.how["activations"] is not None: leads[p.tie] = p
     for p in places:
         norm = norms.get(p.owner) if p.how["activations"] is not None else None
-        if p.tie not in shared: shared[p.tie] = _weight_quantizer(p, norm)
+        if p.tie not in shared: shared[p.tie] = _weight_quantizer(leads[p.tie], norm)
         if isinstance(p.owner, nn.RNNBase): recurrent.setdefault(p.owner, {})[p.key] = shared[p.tie]
         elif p.how["activations"] is None: parametrize.register_parametrization(p.owner, p.key, shared[p.tie], unsafe=True)
         else: new[p.owner] = functools.partial(_fake, weights=shared[p.tie], activations=_activation_quantizer(p, ranges), norm=norm, name=p.name)
@@ -561,23 +596,25 @@ def _with_quantizers(model, places, ranges):
     new |= {layer: functools.partial(FakeRecurrent, weights=w) for layer, w in recurrent.items()}
     return exchange(model, new, (*shared.values(), *norms.values()))
 
-def _fake(layer, **parts): return carry_hooks(layer, FakeQuantized(layer, **parts))
+def _fake(layer, weights, **parts):
+    with weights.scale.device: return carry_hooks(layer, FakeQuantized(layer, weights, **parts))
 
 def _weight_quantizer(p, norm):
     layer, how = p.owner, p.how
     weight = getattr(layer, p.key) if norm is None else fold(layer.weight.float(), layer.bias, norm, norm.running_mean, norm.running_var)[0]
     axis = None if how["group"] or not how["per_channel"] else p.axis
-    try: return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources))
+    try:
+        with weight.device: return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources))
     except ValueError as e: raise ValueError(f"layer {p.name or '(model)'}: {e}") from None
 
 def _activation_quantizer(p, ranges):
-    quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"]).to(p.owner.weight.device)
+    with p.owner.weight.device: quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"])
     if p.names[0] in ranges: quantizer.set_range(*ranges[p.names[0]])
     return quantizer
 
 # %% ../nbs/11_qat.ipynb
 def _ranges(model, batches, places):
-    "From where to where the inputs of each layer reach, with the least squared error."
+    "From where to where the inputs of each layer reach, by the observer 'mse'."
     bits = {p.names[0]: p.how["activations"] for p in places if p.how["activations"] is not None}
     return {n: s.range("mse", bits[n]) for n, s in calibrate(model, batches, second_moments=False).items() if n in bits} if bits else {}
 
@@ -623,7 +660,7 @@ def set_bits(
     levels: int | None = None,         # number of the weights' codes instead of bits
     layers: str = "*",                 # pattern of the names of the layers that change
 ) -> nn.Module:                        # the same
-    "Change widths in the middle of training: weights get the steps of least squared error, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
+    "Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
     if activations is not None: check_bits(activations, 4, 8)
@@ -653,7 +690,10 @@ def convert(
     model: nn.Module,   # prepared and trained; it is left as it is
 ) -> nn.Module:         # a copy in eval mode, with layers of integers
     "From a trained model to one of integers that puts out the same in evaluation mode, to the last bit. `ValueError` for a model that is not prepared, or whose activations were never seen."
-    new, shared, packed = copied(model).eval(), {}, {}
+    with device_of(model): return _integers(copied(model).eval())      # wherever the caller makes new tensors
+
+def _integers(new):
+    shared, packed = {}, {}
     for name, m, key, quantizer, weight in _parts(new):
         same = next((p for w, p in shared.get(quantizer, []) if torch.equal(w, weight)), None)      # tied weights stay tied
         if same is None: shared.setdefault(quantizer, []).append((weight, same := Packed(quantizer.as_qtensor(weight))))

@@ -376,6 +376,9 @@ def test_what_says_how_it_is_shown():
     assert show(Markdown("**a** < b")) == "<pre>**a** &lt; b</pre>" and show(Latex("$x^2$")) == "<pre>$x^2$</pre>" and "x^2" in show(Math("x^2")) and show(HTML("<b>4</b>")) == "<b>4</b>"
     assert show(Bundle(text_plain="p", text_html="<i>h</i>")) == "<i>h</i>" and show(Bundle(text_markdown=["*a*", "\nb"])) == "<pre>*a*\nb</pre>"
     assert show(Bundle(image_svg="<svg/>", text_html="h")).startswith('<img src="data:image/svg+xml,') and show(Bundle(image_png="iVBORw==")).startswith('<img src="data:image/png;base64,iVBORw==')
+    class ByName:
+        def _repr_mimebundle_(self, **how): return {"text/html": f"<b>{sorted(how)}</b>"}
+    assert show(ByName()) == "<b>['exclude', 'include']</b>"
     assert show(Tupled()).startswith('<img src="data:image/png;base64,iVBORw==')
     assert show(dict) == "<pre>&lt;class &#x27;dict&#x27;&gt;</pre>" and show(Bundle).startswith("<pre>") and "Anything object" in show(Anything())
     with pytest.raises(ValueError, match="cannot hold an explorer"): show(explore(words, n=[1, 2]))

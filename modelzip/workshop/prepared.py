@@ -24,7 +24,7 @@ class Settings(nn.Module):
     def _keep(self, *values: int | bool | float | None) -> None:
         "Set them for the first time; a float keeps all its bits."
         self._known = tuple(map(_as_whole, values))
-        self.register_buffer("settings", torch.tensor(self._known, dtype=torch.int64, device="cpu"))
+        self.register_buffer("settings", torch.tensor(self._known, dtype=torch.int64))
     def _read(self, i: int) -> int:
         if not torch.compiler.is_compiling() and not self.settings.is_meta: self.__dict__["_known"] = tuple(self.settings.tolist())
         return self._known[i]
@@ -103,6 +103,7 @@ def _no_parameter(m, key, raw, why):
     "Why a matrix cannot be trained through rounding; None when it can."
     if parametrize.is_parametrized(m, key): return why if isinstance(m, nn.RNNBase) else None
     if why is not None: return why
+    if getattr(m, "sparse", False): return "has sparse gradients, which do not pass through rounding; set its layer's sparse = False"
     if is_lazy(raw): return "has no shape before the first call; run the model once first"
     if raw.is_meta: return "is on the meta device, without values; load them first"
     return None
@@ -111,7 +112,8 @@ def warn_of_floats(
     model: nn.Module,     # not quantized yet
 ) -> None:
     "Say what no table knows: parameters with two or more dimensions that will stay floats."
-    left = {n: why for n, why in floats_left(model).items() if "bare parameter" in why and not _inside_parametrization(n) or "plain attribute" in why or "no child" in why}
+    found = floats_left(model)
+    left = {n: why for n, why in found.items() if "bare parameter" in why and not _inside_parametrization(n) or "plain attribute" in why and found.bytes[n] >= 1024 or "no child" in why}
     if left: warnings.warn("prepare leaves these as floats: " + "; ".join(f"{n} is {why}" for n, why in left.items()), stacklevel=3)
 
 def _inside_parametrization(name): return ".parametrizations." in f".{name}"
