@@ -159,16 +159,15 @@ def _integer_conv(g, x, layer, name):
 def _conv_by_images(g, x, codes, scale, weight, pads, name, how):
     "Codes as `quantize_images` makes them, and their product."
     axes = _store(g, "modelzip.image", torch.tensor([1, 2, 3]))
-    peak = g.add("Max", g.add("ReduceMax", g.add("Abs", x), axes, keepdims=1), _number(g, torch.finfo(torch.float32).tiny))
-    x, none = g.add("Div", x, peak), _number(g, 0.)
-    low, high = g.add("Min", g.add("ReduceMin", x, axes, keepdims=1), none), g.add("Max", g.add("ReduceMax", x, axes, keepdims=1), none)
-    step = g.add("Max", g.add("Div", g.add("Sub", high, low), _number(g, 255.)), _number(g, 1 / 255))
-    zero = g.add("Round", g.add("Div", g.add("Neg", low), step))
+    none, top = _number(g, 0.), _number(g, 255.)
+    low, high = (g.add("Div", g.add(end, g.add("Reduce" + end, x, axes, keepdims=1), none), top) for end in ("Min", "Max"))
+    step = g.add("Max", g.add("Sub", high, low), _number(g, torch.finfo(torch.float32).tiny))
+    zero = g.add("Round", g.add("Mul", g.add("Div", g.add("Neg", low), step), top))
     if any(pads): x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
     u = g.add("Cast", g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.)), to=g.onnx.TensorProto.UINT8)
     whole, integer = g.add("ConvInteger", u, codes, pads=[0] * 4, **how), g.onnx.TensorProto.INT32
     whole = g.add("Sub", whole, g.add("Mul", g.add("Cast", zero, to=integer), _store(g, name + ".sums", weight.sum((1, 2, 3), dtype=torch.int32)[:, None, None])))
-    return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), g.add("Mul", step, peak))
+    return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), step)
 
 # %% ../nbs/06b_onnx.ipynb
 def _is_static(layer): return {"scale", "zero_point"} <= layer.options().keys()
@@ -483,6 +482,7 @@ def to_onnx(
         raise ValueError(f"opset is {opset!r}; it may be 21 to {onnx.defs.onnx_opset_version()}")
     example = example if isinstance(example, tuple) else (example,)
     if bad := [type(x).__name__ for x in example if not isinstance(x, Tensor)]: raise TypeError(f"example holds {', '.join(bad)}; it may be a tensor or a tuple of tensors")
+    example = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in example)      # the exporter marks the tensors that it is given
     holes, found = _with_holes(model)
     proto = _filled(onnx, _exported(holes.eval(), example, dynamic, opset), found, microsoft)
     with written(onnx, proto, path) as draft:
