@@ -254,13 +254,19 @@ def _fits_rows(q):
 
 # %% ../nbs/06b_onnx.ipynb
 class _LayerHole(nn.Module):
-    "Stands in for a whole layer."
+    "Stands in for a whole layer; whoever reads its weight gets the expanded one."
     def __init__(self, number, layer):
         super().__init__()
         self.number, self.like, self.images = number, _output_shape(layer), isinstance(layer, QConv2d)
+        self.__dict__["plain"], self.size = layer.layer, tuple(layer.q.shape)
     def forward(self, input):
         return self._cut(input[None])[0] if self.images and input.dim() == 3 else self._cut(input)
     def _cut(self, x): return torch.onnx.ops.symbolic("modelzip::Layer", (x,), {"number": self.number, "rank": x.dim()}, dtype=torch.float32, shape=self.like(x), version=1)
+    def __getattr__(self, key):
+        try: return super().__getattr__(key)
+        except AttributeError: return _weight(self.number, self.size) if key == "weight" else getattr(self.__dict__["plain"], key)
+
+def _weight(number, size): return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
 
 def _output_shape(layer):
     "A function from an input to the shape of the output."
@@ -278,14 +284,11 @@ class _WeightHole(nn.Module):
         self.numbers, self.layer = numbers, layer                   # parameter → its number and shape
     def forward(self, *args, **kwargs):
         layer = _shallow(self.layer)
-        for name in self.numbers: _set(layer, name, self._value(name))
+        for name, (number, size) in self.numbers.items(): _set(layer, name, _weight(number, size))
         return layer(*args, **kwargs)
-    def _value(self, name):
-        number, size = self.numbers[name]
-        return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
     def __getattr__(self, key):
         try: return super().__getattr__(key)
-        except AttributeError: return self._value(key) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
+        except AttributeError: return _weight(*self.numbers[key]) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
 
 # %% ../nbs/06b_onnx.ipynb
 GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}      # ONNX's order of the gates, in places of PyTorch's

@@ -604,6 +604,8 @@ def test_autocast_changes_no_integer(dtype):
         for layer, x in layers:
             want = layer(x)
             with torch.autocast("cpu", dtype=dtype): got, wide = layer(x), layer(x.double())
+            hole = x.clone(); hole[1].view(-1)[0] = float("nan")
+            with torch.autocast("cpu", dtype=dtype): assert layer(hole)[1].isnan().any() and not layer(hole)[0].isnan().any()
             assert got.dtype == dtype and wide.dtype == torch.float64 and torch.equal(got, want.to(dtype))
 
 
