@@ -265,7 +265,7 @@ class _NoGradient(torch.autograd.Function):
 # %% ../nbs/06_kernels.ipynb
 class _IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
-    where = ""                                            # its name in a model, for errors
+    where, loaded = "", False                             # its name in a model, for errors; whether a state was loaded since it was used
     def __init__(self, layer, q, name, activations, requantize):
         super().__init__(layer, q, name)
         if (why := self.refuses(self.layer, self.q, name, requantize)) is not None: raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
@@ -277,6 +277,7 @@ class _IntegerLayer(Dequantize):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling(): return traced(self, input)
         self._check(input)
+        if self.loaded: self._renew()
         if torch.is_autocast_enabled(input.device.type): return self._cast(input)
         if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
@@ -297,7 +298,7 @@ def _cast(self, input):
 
 def _set(self, key, value):
     Dequantize.__setattr__(self, key, value)
-    if key not in ("said", "training") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
+    if key not in ("said", "training", "kernel", "loaded") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
 
 def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8)
 
@@ -305,16 +306,20 @@ def _adopt(self, state):
     how = json.loads(bytes(state.tolist()))
     if how.get("activations") not in ("row", "tensor") or not isinstance(how.get("requantize", False), bool) or how.keys() - {"activations", "requantize"}: raise ValueError(f"the state of {self._who()} says {how}")
     self.activations, self.requantize = how["activations"], how.get("requantize", False)
-    if (why := self.refuses(self.layer, self.q, "weight", self.requantize)) is not None: raise ValueError(f"the state of {self._who()} does not suit it: {why}")
-    self.kernel = self._choose()
 
 def _load(self, *args):
     Dequantize._load_from_state_dict(self, *args)
-    self.said = described(self)
+    self.said, self.loaded = described(self), True        # the weight comes after this
+
+def _renew(self):
+    "Look at a weight that was loaded."
+    self.loaded = False
+    if (why := self.refuses(self.layer, self.q, self.name, self.requantize)) is not None: raise ValueError(f"what was loaded into {self._who()} does not suit it: {why}")
+    self.kernel = self._choose()
 
 def _refuse_trace(layer): raise RuntimeError(f"{layer._who()} cannot be traced or scripted by torch.jit, which would keep the ranges of one input; use torch.export, torch.compile or modelzip.onnx_export.to_onnx")
 
-_IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict = _cast, _set, _load
+_IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict, _IntegerLayer._renew = _cast, _set, _load, _renew
 _IntegerLayer.get_extra_state, _IntegerLayer.set_extra_state = _get, _adopt        # what a `state_dict` says beside the numbers
 _IntegerLayer.__prepare_scriptable__ = _refuse_trace                                # torch.jit.script asks for it
 _IntegerLayer.key = property(lambda self: id(self.prepared))       # tells layers apart
@@ -590,9 +595,12 @@ def _grouped(self, x):
     return self._add_bias(_run_int4(x if columns is None else x * columns, self.prepared.get(self, "int4")))
 
 def _prepare_int4(self):
-    q = self.q
-    zero = torch.full(q.scale.shape, float(q.levels // 2)) if q.packed_zero_point is None else q.zero_point.float()
-    return _pack_int4(q.unpack(), q.scale.float(), zero, q.group)
+    q, codes = self.q, self.q.unpack().int()
+    zero = torch.full_like(q.scale, q.levels // 2, dtype=torch.int32) if q.packed_zero_point is None else q.zero_point.int()
+    if q.levels <= 8:                                     # codes around 8 fit into 4 bits, and need no offset that bfloat16 would round
+        codes = codes + (8 - zero).repeat_interleave(q.group, 1)
+        zero = torch.full_like(zero, 8)
+    return _pack_int4(codes, q.scale.float(), zero.float(), q.group)
 
 QLinear._grouped, QLinear._prepare_int4 = _grouped, _prepare_int4
 

@@ -383,7 +383,7 @@ def test_rows_of_extreme_sizes():
             assert ((y - want).norm(dim=1) <= 0.01 * want.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32),
+@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32), dict(bits=2, group=32, symmetric=False),
                                      dict(bits=4, group=128, symmetric=False)], ids=lambda o: " ".join(f"{k}={v}" if k != "columns" else k for k, v in o.items()))
 def test_groups_of_four_bits(options):
     torch.manual_seed(0)
