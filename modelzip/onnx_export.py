@@ -159,16 +159,15 @@ def _integer_conv(g, x, layer, name):
 def _conv_by_images(g, x, codes, scale, weight, pads, name, how):
     "Codes as `quantize_images` makes them, and their product."
     axes = _store(g, "modelzip.image", torch.tensor([1, 2, 3]))
-    peak = g.add("Max", g.add("ReduceMax", g.add("Abs", x), axes, keepdims=1), _number(g, torch.finfo(torch.float32).tiny))
-    x, none = g.add("Div", x, peak), _number(g, 0.)
-    low, high = g.add("Min", g.add("ReduceMin", x, axes, keepdims=1), none), g.add("Max", g.add("ReduceMax", x, axes, keepdims=1), none)
-    step = g.add("Max", g.add("Div", g.add("Sub", high, low), _number(g, 255.)), _number(g, 1 / 255))
-    zero = g.add("Round", g.add("Div", g.add("Neg", low), step))
+    none, top = _number(g, 0.), _number(g, 255.)
+    low, high = (g.add("Div", g.add(end, g.add("Reduce" + end, x, axes, keepdims=1), none), top) for end in ("Min", "Max"))
+    step = g.add("Max", g.add("Sub", high, low), _number(g, torch.finfo(torch.float32).tiny))
+    zero = g.add("Round", g.add("Mul", g.add("Div", g.add("Neg", low), step), top))
     if any(pads): x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
     u = g.add("Cast", g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.)), to=g.onnx.TensorProto.UINT8)
     whole, integer = g.add("ConvInteger", u, codes, pads=[0] * 4, **how), g.onnx.TensorProto.INT32
     whole = g.add("Sub", whole, g.add("Mul", g.add("Cast", zero, to=integer), _store(g, name + ".sums", weight.sum((1, 2, 3), dtype=torch.int32)[:, None, None])))
-    return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), g.add("Mul", step, peak))
+    return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), step)
 
 # %% ../nbs/06b_onnx.ipynb
 def _is_static(layer): return {"scale", "zero_point"} <= layer.options().keys()
@@ -255,13 +254,19 @@ def _fits_rows(q):
 
 # %% ../nbs/06b_onnx.ipynb
 class _LayerHole(nn.Module):
-    "Stands in for a whole layer."
+    "Stands in for a whole layer; whoever reads its weight gets the expanded one."
     def __init__(self, number, layer):
         super().__init__()
         self.number, self.like, self.images = number, _output_shape(layer), isinstance(layer, QConv2d)
+        self.__dict__["plain"], self.size = layer.layer, tuple(layer.q.shape)
     def forward(self, input):
         return self._cut(input[None])[0] if self.images and input.dim() == 3 else self._cut(input)
     def _cut(self, x): return torch.onnx.ops.symbolic("modelzip::Layer", (x,), {"number": self.number, "rank": x.dim()}, dtype=torch.float32, shape=self.like(x), version=1)
+    def __getattr__(self, key):
+        try: return super().__getattr__(key)
+        except AttributeError: return _weight(self.number, self.size) if key == "weight" else getattr(self.__dict__["plain"], key)
+
+def _weight(number, size): return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
 
 def _output_shape(layer):
     "A function from an input to the shape of the output."
@@ -279,14 +284,11 @@ class _WeightHole(nn.Module):
         self.numbers, self.layer = numbers, layer                   # parameter → its number and shape
     def forward(self, *args, **kwargs):
         layer = _shallow(self.layer)
-        for name in self.numbers: _set(layer, name, self._value(name))
+        for name, (number, size) in self.numbers.items(): _set(layer, name, _weight(number, size))
         return layer(*args, **kwargs)
-    def _value(self, name):
-        number, size = self.numbers[name]
-        return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
     def __getattr__(self, key):
         try: return super().__getattr__(key)
-        except AttributeError: return self._value(key) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
+        except AttributeError: return _weight(*self.numbers[key]) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
 
 # %% ../nbs/06b_onnx.ipynb
 GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}      # ONNX's order of the gates, in places of PyTorch's
@@ -483,6 +485,7 @@ def to_onnx(
         raise ValueError(f"opset is {opset!r}; it may be 21 to {onnx.defs.onnx_opset_version()}")
     example = example if isinstance(example, tuple) else (example,)
     if bad := [type(x).__name__ for x in example if not isinstance(x, Tensor)]: raise TypeError(f"example holds {', '.join(bad)}; it may be a tensor or a tuple of tensors")
+    example = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in example)      # the exporter marks the tensors that it is given
     holes, found = _with_holes(model)
     proto = _filled(onnx, _exported(holes.eval(), example, dynamic, opset), found, microsoft)
     with written(onnx, proto, path) as draft:

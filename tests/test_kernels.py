@@ -1,5 +1,5 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
-import copy, threading, warnings
+import copy, subprocess, sys, threading, warnings
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from modelzip import kernels
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (QConv2d, QEmbedding, QLinear, accumulator_fits, as_int8, capabilities, gather_rows, integer_conv2d,
                               integer_linear, quantize_activations, use_kernels, what_runs)
+from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
-from guards import examples
+from guards import codes_alone, examples, unchanged
 
 FAST = settings(max_examples=examples(30), deadline=None)
 
@@ -382,7 +383,7 @@ def test_rows_of_extreme_sizes():
             assert ((y - want).norm(dim=1) <= 0.01 * want.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32),
+@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32), dict(bits=2, group=32, symmetric=False),
                                      dict(bits=4, group=128, symmetric=False)], ids=lambda o: " ".join(f"{k}={v}" if k != "columns" else k for k, v in o.items()))
 def test_groups_of_four_bits(options):
     torch.manual_seed(0)
@@ -508,6 +509,249 @@ def test_without_kernels_the_same_numbers(monkeypatch):
     there = nn.Sequential(QLinear(model[0].layer, model[0].packed), nn.ReLU(), QLinear(model[2].layer, model[2].packed))
     assert there[0].kernel == "plain"
     with torch.no_grad(): assert (there(x) - here).norm() / here.norm() < 2e-3   # a last bit may tip a code of the second layer
+
+
+# ---------------------------------------------------------------- right, or refused
+
+HOOKS = {"forward": lambda l: l.register_forward_hook(lambda m, i, o: 2 * o), "pre": lambda l: l.register_forward_pre_hook(lambda m, i: (3 * i[0],)),
+         "keywords": lambda l: l.register_forward_pre_hook(lambda m, i, k: ((3 * i[0],), k), with_kwargs=True),
+         "always": lambda l: l.register_forward_hook(lambda m, i, o: o + 1, always_call=True),
+         "reads the weight": lambda l: l.register_forward_hook(lambda m, i, o: o + m.weight.sum())}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("where", ["layer", "wrapper", "both"])
+def test_hooks_go_on(kind, where):
+    torch.manual_seed(0)
+    for layer, x in ((nn.Linear(64, 200), torch.randn(5, 64)), (nn.Conv2d(16, 96, 3), torch.randn(2, 16, 6, 6))):
+        if where != "wrapper": HOOKS[kind](layer)
+        q = quantize_model(nn.Sequential(layer))
+        if where != "layer": HOOKS["pre" if kind == "pre" else "forward"](q[0])
+        with torch.no_grad(), unchanged(q, x):
+            quick, want = use_kernels(q), q(x)
+            assert type(quick[0]) in (QLinear, QConv2d) and (quick(x) - want).norm() < 0.02 * want.norm()
+        codes_alone(layer, quick, x)
+
+
+def test_a_hook_that_is_a_method_belongs_to_the_copy():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.factor = quantize_layer(nn.Linear(64, 200)), nn.Parameter(torch.tensor(2.))
+            self.layer.register_forward_hook(self.scale)
+        def scale(self, layer, args, y): return y * self.factor
+        def forward(self, x): return self.layer(x)
+    model, x = Scaled(), torch.randn(3, 64)
+    quick = use_kernels(model)
+    with torch.no_grad():
+        want = quick(x)
+        model.factor.mul_(7)
+        assert torch.equal(quick(x), want)
+        quick.factor.mul_(2)
+        assert torch.equal(quick(x), 2 * want)
+
+
+def test_an_own_forward_is_refused():
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64)))
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="forward of its own instance"): use_kernels(model)
+
+
+def test_programs_hold_their_weights(tmp_path):
+    "Exported, saved, and run in a process that has never seen the models; compiled, and changed afterwards."
+    torch.manual_seed(0)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.conv, self.a, self.up = nn.Embedding(60, 32), nn.Conv2d(1, 96, (3, 4), padding=(1, 0)), nn.Linear(96 * 29, 48), nn.ConvTranspose1d(48, 8, 3)
+        def forward(self, ids): return self.up(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2).relu()).transpose(1, 2))
+    ids, images = torch.randint(0, 60, (3, 7)), torch.randn(3, 2, 6, 6)
+    static = nn.Sequential(nn.Conv2d(2, 96, 3, padding="same", padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 36, 10)).eval()
+    models = [(quantize_model(Model().eval(), 4, group=32), ids), (use_kernels(quantize_model(Model().eval())), ids), (use_kernels(quantize_model(Model().eval(), symmetric=False)), ids),
+              (use_kernels(quantize_model(Model().eval(), 4, group=16), activations="row", requantize=True), ids), (convert(prepare(static, 4, batches=[images], activations=6)), images)]
+    with torch.no_grad():
+        for i, (model, x) in enumerate(models):
+            torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)), tmp_path / f"{i}.pt2")
+            x = x[[0, 1, 2, 0]]
+            torch.save((x, model(x)), tmp_path / f"{i}.pt")
+        torch._dynamo.reset()
+        quick = models[1][0]
+        compiled = torch.compile(quick, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(ids), quick(ids))
+        quick.a.activations = "tensor"; assert torch.equal(compiled(ids), quick(ids))
+        quick.a.layer.bias.add_(1); assert torch.equal(compiled(ids), quick(ids))
+        quick.load_state_dict(use_kernels(quantize_model(Model().eval())).state_dict()); assert torch.equal(compiled(ids), quick(ids))
+    code = ("import sys, torch, modelzip.kernels\nfor i in range(int(sys.argv[2])):\n    x, y = torch.load(f'{sys.argv[1]}/{i}.pt')\n"
+            "    assert torch.equal(torch.export.load(f'{sys.argv[1]}/{i}.pt2').module()(x), y), i")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(len(models))], check=True)
+
+
+def test_states_carry_options():
+    small, x = quantize_layer(nn.Linear(200, 150)), torch.randn(5, 200) + 2
+    a, b = (QLinear(small.layer, small.packed, activations=how) for how in ("row", "tensor"))
+    b.load_state_dict(a.state_dict())
+    with torch.no_grad(): assert b.activations == "row" and torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_integer(dtype):
+    torch.manual_seed(0)
+    layers = [(use_kernels(quantize_layer(nn.Linear(n, 150), **how), activations=a), torch.randn(5, n) * 300) for n, how in ((200, {}), (200, {"symmetric": False}), (8, {}), (64, {"bits": 4, "group": 32})) for a in ("row", "tensor")
+              if not (how.get("group") and 150 % 16)]
+    layers += [(use_kernels(quantize_layer(nn.Linear(64, 160), 4, group=32)), torch.randn(3, 64) * 300)]
+    layers += [(use_kernels(quantize_layer(nn.Conv2d(8, n, 3)), activations=a), torch.randn(2, 8, 6, 6) * 300) for n in (4, 200) for a in ("row", "tensor")]
+    with torch.no_grad():
+        for layer, x in layers:
+            want = layer(x)
+            with torch.autocast("cpu", dtype=dtype): got, wide = layer(x), layer(x.double())
+            hole = x.clone(); hole[1].view(-1)[0] = float("nan")
+            with torch.autocast("cpu", dtype=dtype): assert layer(hole)[1].isnan().any() and not layer(hole)[0].isnan().any()
+            assert got.dtype == dtype and wide.dtype == torch.float64 and torch.equal(got, want.to(dtype))
+
+
+def test_what_the_caller_has_set_does_not_matter():
+    found = capabilities.__wrapped__()
+    assert found == capabilities()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try: assert capabilities.__wrapped__() == found
+        finally: torch.set_default_dtype(torch.float32)
+    with torch.device("meta"): assert capabilities.__wrapped__() == found
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(): assert capabilities.__wrapped__() == found
+    small, conv = quantize_layer(nn.Linear(33, 270)), quantize_layer(nn.Conv2d(7, 231, 3))
+    x, image = torch.randn(3, 33), torch.randn(2, 7, 5, 5)
+    with torch.no_grad():
+        want = QLinear(small.layer, small.packed)(x), QConv2d(conv.layer, conv.packed)(image), QConv2d(conv.layer, conv.packed, activations="row")(image)
+        for state in (lambda: torch.device("meta"), lambda: torch.autocast("cpu", enabled=False)):
+            linear, convolution, images = QLinear(small.layer, small.packed), QConv2d(conv.layer, conv.packed), QConv2d(conv.layer, conv.packed, activations="row")
+            with state(): got = linear(x), convolution(image), images(image)
+            assert all(map(torch.equal, got, want))
+
+
+def test_writes_that_nobody_counts_are_seen():
+    torch.manual_seed(0)
+    for rows, how in ((5, {}), (1, {}), (30, {"columns": torch.rand(100) + 0.5}), (400, {}), (2000, {})):
+        a, b = (QLinear(*_parts(nn.Linear(100, 150), **how)) for _ in range(2))
+        alone = copy.deepcopy(b)
+        with torch.no_grad():
+            for write in (lambda x: x.data.mul_(3), lambda x: x.data[0].neg_(), lambda x: x.numpy().__imul__(3), lambda x: torch.from_dlpack(x)[-1].zero_(), lambda x: x.data.copy_(x.flip(0).clone()), lambda x: x.untyped_storage().fill_(0)):
+                x = torch.randn(rows, 100)
+                a(x); write(x)
+                assert torch.equal(b(x), alone(x.clone()))
+        with torch.inference_mode():
+            x = torch.randn(rows, 100)
+            a(x); x.mul_(3)
+            assert torch.equal(b(x), alone(x.clone()))
+    with torch.no_grad():
+        x = torch.randn(5, 100)
+        for layer in (a, QConv2d(*_parts(nn.Conv2d(8, 200, 3)))):
+            x = torch.randn(5, 100) if layer is a else torch.randn(1, 8, 5, 5)
+            y = layer(x)
+            layer.layer.bias.data.add_(1)
+            assert torch.allclose(layer(x), y + 1, atol=1e-5)
+
+
+@settings(max_examples=examples(25))
+@given(rows=st.integers(3, 30), inputs=st.integers(1, 120), outputs=st.integers(1, 90), symmetric=st.booleans(), bias=st.booleans(), columns=st.booleans(), odd=st.sampled_from(["", "nan", "tiny", "huge", "zero"]), seed=st.integers(0, 9999))
+def test_what_becomes_of_a_row_does_not_depend_on_the_others(rows, inputs, outputs, symmetric, bias, columns, odd, seed):
+    "To the last bit, for batches of two rows and more."
+    torch.manual_seed(seed)
+    small = quantize_layer(nn.Linear(inputs, outputs, bias=bias), symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
+    layer, x = QLinear(small.layer, small.packed), torch.randn(rows, inputs) * torch.logspace(-3, 2, rows)[:, None]
+    if capabilities().linear: layer.kernel = "int8"
+    if odd: x[0] = {"nan": float("nan"), "tiny": x[0] * 1e-12, "huge": 3e38, "zero": 0.}[odd]
+    if odd == "huge": x[0, 0] = -3e38
+    some = torch.randperm(rows)[:max(2, rows // 2)]
+    with torch.no_grad(): y, part = layer(x)[some], layer(x[some])
+    assert torch.equal(y.isnan(), part.isnan()) and torch.equal(y.nan_to_num(), part.nan_to_num())
+
+
+@settings(max_examples=examples(20))
+@given(channels=st.sampled_from([4, 8, 12]), out=st.integers(1, 12), kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 2), groups=st.sampled_from([1, 2, 4]), relu=st.sampled_from(["none", "all", "some"]), seed=st.integers(0, 9999))
+def test_an_image_is_answered_the_same_in_any_batch(channels, out, kernel, stride, padding, groups, relu, seed):
+    "To the last bit, alone too; and with 255 steps for its own range."
+    torch.manual_seed(seed)
+    small = quantize_layer(nn.Conv2d(channels, out * groups, kernel, stride, padding, groups=groups))
+    layer, x = QConv2d(small.layer, small.packed, activations="row"), torch.randn(5, channels, 7, 8) * torch.logspace(-3, 2, 5).view(-1, 1, 1, 1)
+    if capabilities().convolution: layer.kernel = "onednn"
+    if relu != "none": x[:5 if relu == "all" else 3].relu_()
+    with torch.no_grad():
+        y, exact = layer(x), small(x)
+        for some in ([0], [4, 1], [2, 0, 3]): assert torch.equal(y[some], layer(x[some]))
+    step = (x.amax((1, 2, 3)).clamp(min=0) - x.amin((1, 2, 3)).clamp(max=0)) / 255
+    assert ((y - exact).abs().amax((2, 3)) <= 0.505 * step[:, None] * small.weight.abs().sum((1, 2, 3)) + 1e-5 * exact.abs().amax((1, 2, 3))[:, None]).all()
+
+
+@settings(max_examples=examples(60))
+@given(rows=st.integers(1, 30), inputs=st.integers(1, 100), outputs=st.integers(1, 60), bits=st.integers(1, 8), symmetric=st.booleans(), activations=st.sampled_from(["row", "tensor"]), shift=st.sampled_from([0., 3., -20.]),
+       columns=st.booleans(), requantize=st.booleans(), kernel=st.sampled_from(["int8", "plain", "own"]), seed=st.integers(0, 9999))
+def test_the_answer_is_within_the_promised_rounding(rows, inputs, outputs, bits, symmetric, activations, shift, columns, requantize, kernel, seed):
+    "Half a step of its row's range for each input; of the range of all, extended to hold zero, with one scale."
+    torch.manual_seed(seed)
+    small = quantize_layer(nn.Linear(inputs, outputs), bits, symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
+    layer, x = QLinear(small.layer, small.packed, activations=activations, requantize=requantize), (torch.randn(rows, inputs) + shift) * torch.logspace(-2, 2, rows)[:, None]
+    if kernel != "own" and (kernel == "plain" or capabilities().linear): layer.kernel = kernel
+    scaled = x if not columns else x * small.q.columns
+    weight, y = (kernels._one_scale_an_output(small.q) if requantize else small.q).dequantize(), layer(x)
+    exact = F.linear(x.double(), weight.double(), layer.bias.double())
+    if activations == "row": step = (scaled.amax(1) - scaled.amin(1)) / 255
+    else: step = ((scaled.max().clamp(min=0) - scaled.min().clamp(max=0)) / 255).expand(rows)
+    bare = weight / small.q.columns if columns else weight
+    assert ((y - exact).abs() <= 0.505 * step[:, None] * bare.abs().sum(1) + 1e-5 * (scaled.abs() @ bare.abs().t()) + 1e-6).all()
+    codes_alone(small.layer, copy.deepcopy(layer), x)
+
+
+def test_activation_codes_at_ties_and_at_the_ends_of_floats():
+    for reduced in (False, True):
+        for x in (torch.arange(-255, 256) / 2., torch.randint(-20, 20, (50,)) / 4., torch.tensor([0., 127.5, 255.])):
+            scale, zero = torch._choose_qparams_per_tensor(x, reduced)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert torch.equal(quantize_activations(x, reduced)[0], torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr())
+    for size in (0., 1e-45, 1e-39, 1e-37, 1e30):
+        codes, scale, zero = quantize_activations(torch.tensor([0., -size, size]))
+        assert codes[0] == zero and (scale * (codes.double() - zero) - torch.tensor([0., -size, size]).double()).abs().max() <= 0.51 * max(scale, 1e-36)
+
+
+def test_bytes_and_words_say_what_is(monkeypatch):
+    small, x = quantize_layer(nn.Linear(800, 500)), torch.randn(1, 800)
+    layer = QLinear(small.layer, small.packed, activations="tensor")
+    if layer.kernel != "int8": pytest.skip("no int8 kernel here")
+    layer(x)
+    assert layer.nbytes == small.q.nbytes + 800 * 500 + 8 * 500                 # one copy, however it was come by
+    assert "oneDNN" in layer.runs and "oneDNN" not in QLinear(*_parts(nn.Linear(800, 500), symmetric=False)).runs
+    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", True, False, False, False, False))
+    assert "oneDNN" not in layer.runs
+
+
+@pytest.mark.parametrize("layer, x", [(nn.Linear(100, 100), torch.randn(2, 100)), (nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5)), (nn.Embedding(9, 8), torch.zeros(2, dtype=torch.long))])
+def test_torch_jit_is_refused_by_name(layer, x):
+    quick = use_kernels(quantize_model(nn.Sequential(layer)))
+    for f in (lambda: torch.jit.trace(quick, (x,)), lambda: torch.jit.script(quick)):
+        with pytest.raises(RuntimeError, match=f"{type(quick[0]).__name__} '0' cannot be traced or scripted"): f()
+
+
+def test_empty_inputs_and_layers():
+    for layer, x in ((nn.Linear(0, 5), torch.randn(3, 0)), (nn.Linear(5, 0), torch.randn(3, 5)), (nn.Linear(64, 200), torch.randn(2, 0, 64)), (nn.Conv2d(4, 96, 3, padding=1), torch.randn(0, 4, 5, 5)),
+                     (nn.Embedding(8, 0), torch.zeros(3, dtype=torch.long)), (nn.Embedding(8, 8), torch.zeros(0, 4, dtype=torch.long)), (nn.Conv2d(4, 2, 1), torch.randn(0, 4, 3, 3))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small = quantize_layer(layer)
+        for activations in ("row", "tensor"): assert use_kernels(small, activations=activations)(x).shape == layer(x).shape
+
+
+def test_what_runs_lists_what_stays_float():
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 32), nn.Linear(32, 8)), overrides={"2": None})
+    rows = {n: (kind, why) for n, kind, why in what_runs(use_kernels(model))}
+    assert rows["0"][0] == "QLinear" and rows["1.weight_ih_l0"][0] == "Dequantize" and "LSTM" in rows["1.weight_ih_l0"][1]
+    assert rows["2.weight"][0] == "float" and "Linear" in rows["2.weight"][1] and not any("bias" in n for n in rows)
+
+
+def test_errors_name_the_layer():
+    quick = use_kernels(quantize_model(nn.ModuleDict({"head": nn.Linear(64, 64), "stem": nn.Conv2d(3, 8, 3), "words": nn.Embedding(9, 8)})))
+    for name, x, kind in (("head", torch.randn(2, 3), ValueError), ("stem", torch.randn(2, 2, 5, 5), ValueError), ("words", torch.randn(3), TypeError)):
+        with pytest.raises(kind, match=f"'{name}'"): quick[name](x)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="QLinear 'head' computes with integers"): quick["head"](torch.randn(2, 64, requires_grad=True)).sum().backward()
 
 
 # ---------------------------------------------------------------- models

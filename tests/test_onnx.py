@@ -5,17 +5,20 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from guards import examples
+from guards import examples, unchanged
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 helper, TensorProto = onnx.helper, onnx.TensorProto
 
+from modelzip import onnx_export
 from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, _embedding, _expanded, _fits_rows, _float_linear, _integer_conv, _integer_linear, onnx_bytes, onnx_model, to_onnx
+from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+from modelzip.workshop import onnx_files
 
 FAST = settings(max_examples=examples(40), deadline=None)
 
@@ -233,3 +236,94 @@ def test_without_onnx_the_error_says_what_to_install(monkeypatch):
         return real(name, *a)
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(ImportError, match=r"modelzip\[onnx\]"): to_onnx(quantize_layer(nn.Linear(4, 4)), "m.onnx", torch.randn(1, 4))
+
+
+# ---------------------------------------------------------------- right, or refused
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_trained_convolutions_with_every_option(mode):
+    "Ranges that were trained, and padding of every kind, to the last bit but for the order of one multiplication."
+    torch.manual_seed(0)
+    for stride, padding, dilation, groups, kernel in ((1, "same", 1, 1, 3), (1, "same", 2, 1, (2, 4)), (2, (2, 1), 1, 1, 3), (1, "valid", 1, 2, (3, 2)), (1, (0, 2), 2, 4, 2), (2, 0, 1, 1, 1)):
+        for out, levels, columns in ((8, 256, None), (200, 16, None), (200, 200, None)):
+            small = quantize_layer(nn.Conv2d(8, out, kernel, stride, padding, dilation, groups, padding_mode=mode, bias=False), 8)
+            layer, g, x = StaticConv2d(small.layer, small.packed, scale=0.03, zero_point=7, levels=levels), Graph(onnx), torch.randn(3, 8, 9, 10) + 0.3
+            near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+
+
+def test_convolutions_with_a_range_for_each_image():
+    "Behind a ReLU each image has 255 steps, here as in our own layer."
+    torch.manual_seed(0)
+    for stride, padding, dilation, groups in ((1, 0, 1, 1), (2, (2, 1), 1, 1), (1, 1, 2, 2)):
+        small = quantize_layer(nn.Conv2d(8, 400, 3, stride, padding, dilation, groups, bias=False))
+        layer, x = QConv2d(small.layer, small.packed, activations="row"), torch.randn(4, 8, 9, 10) * torch.tensor([1., 1e-3, 50., 0.]).view(-1, 1, 1, 1)
+        x[1:].relu_()
+        g = Graph(onnx)
+        got, want = computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
+        for a, b in zip(got, want): near(a, b, 2e-3)
+        g = Graph(onnx)
+        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
+
+
+def test_trained_linear_layers():
+    torch.manual_seed(0)
+    for inputs, outputs, levels, columns in ((5, 7, 256, None), (130, 90, 32, None), (64, 1, 256, torch.rand(64) + 0.5)):
+        small = quantize_layer(nn.Linear(inputs, outputs, bias=False), **({} if columns is None else {"columns": columns}))
+        layer, g, x = StaticLinear(small.layer, small.packed, scale=0.04, zero_point=3, levels=levels), Graph(onnx), torch.randn(2, 5, inputs)
+        near(computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+
+
+class Branches(nn.Module):
+    "One compressed weight in two layers; bags of embeddings, whose graph has a loop; an LSTM."
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second, self.bags, self.lstm = first, second, quantize_layer(nn.EmbeddingBag(50, 64)), quantize_layer(nn.LSTM(64, 32, 2, batch_first=True, bidirectional=True), 4)
+    def forward(self, ids):
+        x = self.bags(ids)
+        return self.first(x), self.second(x), self.lstm(x[:, None])[0]
+
+
+def test_one_weight_in_layers_of_two_kinds(tmp_path):
+    torch.manual_seed(0)
+    small, ids = quantize_layer(nn.Linear(64, 200)), torch.randint(0, 50, (3, 5))
+    quick = QLinear(small.layer, small.packed)
+    for pair in ((small, quick), (quick, small)):
+        model = Branches(*pair).eval()
+        path = to_onnx(model, tmp_path / "m.onnx", ids, check=False)
+        for got, want, off in zip(onnx_model(path)(ids), model(ids), (0.01, 0.01, 1e-4)): near(got, want, off)
+
+
+def test_trained_models_hooks_and_callers(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding="same"), nn.ReLU(), nn.Conv2d(8, 96, (2, 3), padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 7 * 6, 10)).eval()
+    x = torch.randn(3, 2, 6, 6)
+    model = convert(prepare(net, 4, batches=[x], activations=5))
+    model[0].register_forward_hook(lambda l, i, o: 2 * o)
+    model[5].register_forward_pre_hook(lambda l, i, k: ((i[0] + 1,), k), with_kwargs=True)
+    with unchanged(model, x): path = to_onnx(model, tmp_path / "m.onnx", x)
+    near(onnx_model(path)(x), model(x), 1e-3)
+    with pytest.raises(ValueError, match="prepared for training; modelzip.qat.convert"): to_onnx(nn.Sequential(prepare(net, 4, batches=[x]), quantize_layer(nn.Linear(10, 10))), path, x)
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="forward of its own"): to_onnx(model, path, x)
+
+
+def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, x = quantize_model(nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 64))), torch.randn(2, 64)
+    whole = onnx_bytes(to_onnx(model, tmp_path / "m.onnx", x))
+    monkeypatch.setattr(onnx_files, "LIMIT", 20_000)
+    path = to_onnx(model, tmp_path / "n.onnx", x)
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "n.onnx", "n.onnx.data"] and path.stat().st_size < 6_000 < 2 * 64 * 200 <= (tmp_path / "n.onnx.data").stat().st_size
+    near(onnx_model(path)(x), model(x))
+    assert onnx_bytes(path) == whole
+    monkeypatch.setattr(onnx_export, "_compare", lambda *a: (_ for _ in ()).throw(ValueError("no")))
+    with pytest.raises(ValueError): to_onnx(model, tmp_path / "o.onnx", x)
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    right = onnx_export._float_linear
+    monkeypatch.setattr(onnx_export, "_float_linear", lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), onnx_export._number(g, 1.1)))
+    model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)          # zeros would not tell
+    with pytest.raises(ValueError, match="off the model's own output"): to_onnx(model, tmp_path / "m.onnx", x)
+    assert not os.listdir(tmp_path)

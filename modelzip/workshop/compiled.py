@@ -6,7 +6,7 @@
 __all__ = ['ARGUMENTS', 'described', 'rebuilt', 'integer_layer', 'traced']
 
 # %% ../../nbs/workshop/compiled.ipynb
-import importlib, json, threading, weakref
+import importlib, json, weakref
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def _plain_layer(how):
     return getattr(nn, how["layer"])(**how["arguments"], bias=False, device="meta")
 
 # %% ../../nbs/workshop/compiled.ipynb
-_MADE, _LOCK = {}, threading.Lock()
+_MADE = {}
 
 def rebuilt(
     parts: list[Tensor],    # of the compressed weight
@@ -41,11 +41,11 @@ def rebuilt(
 ) -> Dequantize:
     "The layer that an operation's arguments describe; the same object for the same tensors."
     tensors = parts if bias is None else [*parts, bias]
-    key = *map(id, tensors), bias is None, names, said, how
+    key, state = (*map(id, tensors), bias is None, names, said, how), [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
     made = _MADE.get(key)
-    if made is None or any(r() is not t for r, t in zip(made[1], tensors)):
+    if made is None or made[2] != state or any(r() is not t for r, t in zip(made[1], tensors)):
         layer, drop = _built([p.detach() for p in parts], names, said, None if bias is None else bias.detach(), json.loads(how)), lambda _: _MADE.pop(key, None)
-        made = _MADE[key] = layer, [weakref.ref(t, drop) for t in tensors]
+        made = _MADE[key] = layer, [weakref.ref(t, drop) for t in tensors], state
     return made[0]
 
 def _built(parts, names, said, bias, how):

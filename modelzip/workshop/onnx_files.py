@@ -87,7 +87,7 @@ def _tries(example, free):
     noisy = tuple(x + torch.randn_like(x) * (x.std(unbiased=False).item() or 1.) if x.is_floating_point() and bool(torch.isfinite(x).all()) else x for x in example)
     longer = noisy
     for i, dimensions in enumerate(free):
-        for d in dimensions: longer = (*longer[:i], longer[i].index_select(d, torch.arange(longer[i].shape[d] + 1) % max(1, longer[i].shape[d])) if longer[i].shape[d] else longer[i], *longer[i + 1:])
+        for d in dimensions: longer = (*longer[:i], longer[i].index_select(d, torch.arange(longer[i].shape[d] + 1).clamp(max=longer[i].shape[d] - 1)) if longer[i].shape[d] else longer[i], *longer[i + 1:])
     return [example, noisy, longer]
 
 def _off(want, got):
