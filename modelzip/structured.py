@@ -249,7 +249,7 @@ def masked(
 ) -> nn.Module:           # a copy of the same size
     "Set the parameters of channels to zero."
     gone = places(groups, roots)
-    new = copied(model, whole(model, {name for name, _ in gone}) if share else None)
+    new = copy.deepcopy(model, whole(model, {name for name, _ in gone})) if share else copied(model)
     tensors = dict(new.named_parameters())
     for (name, axis), here in gone.items():
         if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
@@ -268,7 +268,7 @@ def removed(
     share: bool = False,      # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:               # a copy with fewer channels
     "Take the parameters of channels away, and let the sizes that modules keep follow."
-    new, roots, left = copied(model, whole(model) if share else None), list(roots), collections.defaultdict(dict)
+    new, roots, left = copy.deepcopy(model, whole(model)) if share else copied(model), list(roots), collections.defaultdict(dict)
     for (name, axis), gone in places(groups, roots).items(): left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
     made = {one: sliced(tensor_at(new, one), axes) for one, axes in left.items()}
     for name, one in first_names(model).items():
@@ -380,7 +380,7 @@ def compare_step(
     step = self.t.steps[self.at]
     if name != step.name: raise Mismatch(self.at, f"`{name}` came instead of `{step.name}`")
     for o, m in zip(outputs, step.outputs):
-        if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)):
+        if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)) and not (0 in o.shape and 0 in want):      # what is empty carries nothing
             raise Mismatch(self.at, f"`{name}` gave {list(o.shape)} instead of {list(want)}")
     if not same_numbers(numbers_in(name, args, kwargs), step.numbers): raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
     if step.made is not None and (o := outputs[0]).shape == step.made.shape and not torch.equal(o.nan_to_num(), step.made.nan_to_num()):
@@ -499,16 +499,21 @@ def adapt(
     while kind not in t.hopeless:
         for new in combinations(candidates(t, path, wrong.at)[:6]):
             t.tracks += new
-            now = first_wrong(groups)
+            now = first_wrong(groups, wrong)
             if now is None or now.at > wrong.at or now.at < 0: return now
             del t.tracks[-len(new):]
         if not path: t.hopeless.add(kind)
         path = path.rpartition(".")[0]
     return False
 
-def first_wrong(groups: Groups) -> Mismatch | None:
-    "The first step that comes out wrong in any rehearsal."
-    found = [w for chosen in rehearsals(groups) if (w := replayed(groups, all_of(chosen))) is not None]
+def first_wrong(groups: Groups, before: Mismatch | None = None) -> Mismatch | None:
+    "The first step that comes out wrong in any rehearsal. (One that is no better than before is enough, and probably the same one.)"
+    found, number = [], getattr(before, "rehearsal", 0)
+    for i, chosen in sorted(enumerate(rehearsals(groups)), key=lambda p: p[0] != number):
+        if (w := replayed(groups, all_of(chosen))) is None: continue
+        w.rehearsal = i
+        found.append(w)
+        if before is not None and 0 <= w.at <= before.at: break
     return min(found, key=lambda w: w.at, default=None)
 
 # %% ../nbs/08_structured.ipynb
