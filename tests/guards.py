@@ -37,6 +37,7 @@ def _picture(x, name, found, depth=0):
                     for key, t in v.items():
                         if t is not None: found[f"{where}.{key}"] = _tensor(t)
                 elif k == "_modules": found[f"{where} modules"] = {n: id(v) for n, v in v.items()}
+                elif isinstance(v, Tensor): found[f"{where}.{k}"] = (0, *_tensor(v)[1:])      # what a hook computes before each call is a new tensor
                 else: _picture(v, f"{where}.{k}", found, depth + 1)
     elif isinstance(x, (list, tuple, collections.deque)) and depth < 6:
         found[f"{name} ids"] = [id(v) for v in x]

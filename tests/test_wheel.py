@@ -27,34 +27,44 @@ print("wheel works")
 """
 
 
-def closure(name, seen):
-    "A distribution and all that it requires here, without extras."
+def closure(name, seen, extras=()):
+    "A distribution and all that it requires here, with some of its extras."
     key = re.sub(r"[-_.]+", "-", name).lower()
     if key in seen: return seen
     try: dist = metadata.distribution(name)
     except metadata.PackageNotFoundError: return seen          # a requirement of another platform
     seen[key] = dist
     for r in dist.requires or []:
-        if "extra ==" not in r: closure(re.match(r"[\w.-]+", r)[0], seen)
+        if "extra ==" not in r or re.search(r'extra == [\'"](\w+)', r)[1] in extras: closure(re.match(r"[\w.-]+", r)[0], seen)
     return seen
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(ROOT)], check=True)
-    wheel, = tmp.glob("modelzip-*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp / "env")], check=True)
-    python = tmp / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--quiet", "install", "--no-deps", "--no-index", str(wheel)], check=True)
-    site, = (tmp / "env" / "lib").glob("python*/site-packages")
-    required = closure("modelzip", {})
+def install(wheel, place, extras=()):
+    "An empty environment with the wheel and what it requires: its Python, and the distributions."
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    python = place / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--quiet", "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    site, = (place / "lib").glob("python*/site-packages")
+    required = closure("modelzip", {}, extras)
     required.pop("modelzip")
     for dist in required.values():
         for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
             target = site / top
             if not target.exists(): target.symlink_to(dist.locate_file(top))
+    return python, required
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(ROOT)], check=True)
+    return next(tmp.glob("modelzip-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    python, required = install(wheel, tmp_path_factory.mktemp("env") / "env")
     return python, wheel, required
 
 
@@ -76,3 +86,30 @@ def test_wheel_holds_the_library_alone(environment):
     names = zipfile.ZipFile(environment[1]).namelist()
     assert all(n.startswith(("modelzip/", "modelzip-")) for n in names), names
     assert "modelzip/quant.py" in names and not any(n.endswith(".ipynb") for n in names)
+
+
+# ---------------------------------------------------------------------------------- the readme, pasted
+
+def blocks():
+    "Each block of Python in the README, with the extras that its shell blocks have installed up to there."
+    extras, found = (), []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        if language == "python": found.append((text, extras))
+        for more in re.findall(r"pip install '?\.\[([\w,]+)\]", text) if language == "sh" else (): extras = (*extras, *more.split(","))
+    return found
+
+
+def test_the_readme_says_how_to_install_before_it_shows_code():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 0 < readme.index("pip install .") < readme.index("```python")
+    assert len(blocks()) >= 2 and blocks()[0][1] == ()
+
+
+@pytest.mark.parametrize("i", range(len(blocks())))
+def test_each_block_of_the_readme_runs_by_itself(i, wheel, tmp_path):
+    text, extras = blocks()[i]
+    python, _ = install(wheel, tmp_path / "env", extras)
+    (tmp_path / "pasted.py").write_text(text, encoding="utf-8")
+    done = subprocess.run([str(python), "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and not done.stderr.strip(), done.stderr
