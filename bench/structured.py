@@ -19,7 +19,8 @@ from torchvision_models import torchvision_models
 from modelzip.data import LeNet5, accuracy, mnist5k, train
 from modelzip.measure import count_parameters, file_bytes, latency, machine
 from modelzip.pack import load, save
-from modelzip.structured import answers, channel_groups, choose_channels, close, factorize, fold_batchnorm, foldable, shrink, total_macs
+from modelzip.structured import channel_groups, choose_channels, factorize, fold_batchnorm, foldable, shrink, total_macs
+from modelzip.workshop.rehearsal import answers_of, tolerance, unlike
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent/"results"/"structured.json"
@@ -27,6 +28,14 @@ FIXED_SIZE = ("vit_", "swin", "maxvit")      # they want 224 × 224; maxvit besi
 MOST = 150e6                                 # parameters: larger ones would say nothing new
 
 @torch.no_grad()
+def answers(model, x):
+    "What a model puts out, one tensor after the other."
+    return [*answers_of(model, x)[0].values()]
+
+def close(a, b):
+    "Equal up to rounding errors."
+    return unlike({"output": a}, {"output": b}, tolerance(torch.finfo(a.dtype).eps)) is None
+
 def lively(model):
     "As after some training: BatchNorms have statistics, and nothing is constant (a fresh ViT's last layer is zero, so that it would pass any test)."
     generator = torch.Generator().manual_seed(0)
