@@ -27,7 +27,6 @@ RESULTS = Path(__file__).parent/"results"/"structured.json"
 FIXED_SIZE = ("vit_", "swin", "maxvit")      # they want 224 × 224; maxvit besides has a size of window that divides it
 MOST = 150e6                                 # parameters: larger ones would say nothing new
 
-@torch.no_grad()
 def answers(model, x):
     "What a model puts out, one tensor after the other."
     return [*answers_of(model, x)[0].values()]
@@ -36,6 +35,7 @@ def close(a, b):
     "Equal up to rounding errors."
     return unlike({"output": a}, {"output": b}, tolerance(torch.finfo(a.dtype).eps)) is None
 
+@torch.no_grad()
 def lively(model):
     "As after some training: BatchNorms have statistics, and nothing is constant (a fresh ViT's last layer is zero, so that it would pass any test)."
     generator = torch.Generator().manual_seed(0)

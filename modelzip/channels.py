@@ -966,11 +966,12 @@ def trace(
     t = Trace(running)
     for training in (False, True):
         for x in examples: run(t, ready(running, training), x, training)
-    t.base, t.modules, t.held, t.named = base, dict(base.named_modules()), {}, {}
+    t.base, t.modules = base, dict(base.named_modules())
     keep_computed(t)
     for labels in t.rectangles: settle(t.ties, labels)
     if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
     t.uncalled = keep_what_uncalled_layers_need(t, running)
+    t.held, t.named, t.table, t.visible = {}, {}, {}, {}      # nothing of the runs is kept
     return t
 
 # %% ../nbs/07b_channels.ipynb

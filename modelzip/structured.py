@@ -42,13 +42,12 @@ def layer_norm(
     "LayerNorm that goes on counting the zeros."
     if has_torch_function((input,)):
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, total)
-    share = input.shape[-1]/total
-    variance, mean = torch.var_mean(input, -1, correction=0, keepdim=True)
-    everything = share*mean
-    variance = share*(variance + mean*mean) - everything*everything
-    y = (input - everything)*torch.rsqrt(variance + eps)
+    share, x = input.shape[-1]/total, input.to(torch.promote_types(input.dtype, torch.float32))      # PyTorch, too, rounds but once
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    variance = share*(variance + (1 - share)*mean*mean)
+    y = (x - share*mean)*torch.rsqrt(variance + eps)
     if weight is not None: y = y*weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingLayerNorm(nn.LayerNorm):
@@ -88,9 +87,10 @@ def rms_norm(
 ) -> Tensor:
     "RMSNorm that goes on counting the zeros."
     if has_torch_function((input,)): return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, total)
-    square = input.square().mean(-1, keepdim=True)*(input.shape[-1]/total)
-    y = input*torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
-    return y if weight is None else y*weight
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    square = x.square().mean(-1, keepdim=True)*(input.shape[-1]/total)
+    y = x*torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
+    return (y if weight is None else y*weight).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingRMSNorm(nn.RMSNorm):
