@@ -204,6 +204,9 @@ def pairs_in_runs(
         with same_draws(), torch.no_grad(), r: output = call(running, own_copy(x))
         for t in output_tensors(output).values(): r.got(t)
         r.path[:] = [""]
+    for m in running.modules():                          # what is kept for the next call has another reader
+        for t in tree_leaves([v for k, v in vars(m).items() if k not in ("_parameters", "_modules")]):
+            if isinstance(t, Tensor) and id(t) in r.made: r.readers[r.made[id(t)][1]].add("the next call")
     alone = lambda n: r.calls[n] == len(examples) and n not in r.strangers | r.training
     return {a: (b, next(iter(r.axes[a]))) for a in layers for b in r.readers[a]
             if len(r.readers[a]) == 1 and alone(a) and alone(b) and r.sources[b] == {a} and len(r.axes[a]) == 1}

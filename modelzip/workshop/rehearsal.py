@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['ALONE', 'STAGES', 'LARGE', 'examples_of', 'own_copy', 'same_draws', 'shaken', 'shaken_tensor', 'larger', 'reweigh',
-           'Coarsest', 'tolerance', 'unlike', 'floor_of', 'Stage', 'disagreement', 'ready', 'Twins', 'in_double',
+           'Coarsest', 'tolerance', 'unlike', 'sizes_of', 'Stage', 'disagreement', 'ready', 'Twins', 'in_double',
            'answers_of', 'repeats']
 
 # %% ../../nbs/workshop/rehearsal.ipynb
@@ -114,7 +114,7 @@ def tolerance(eps: float) -> float:
 def unlike(
     got: dict[str, Tensor],      # see `output_tensors`
     want: dict[str, Tensor],
-    share: float,                # see `tolerance`
+    eps: float,                  # of the coarsest numbers that they are computed with
 ) -> str | None:
     "In words how outputs differ; None if they are equal up to rounding errors."
     if got.keys() != want.keys(): return f"it puts out {', '.join(got)} instead of {', '.join(want)}"
@@ -126,16 +126,20 @@ def unlike(
         else:
             if b.is_complex(): a, b = torch.view_as_real(a), torch.view_as_real(b)
             a, b = a.double(), b.double()
-            far = ~((a - b).abs() <= share*(b.abs() + floor_of(b))) & (a != b) & ~(a.isnan() & b.isnan())
+            small, typical = sizes_of(b)
+            far = ~((a - b).abs() <= tolerance(eps)*(b.abs() + small) + 4*eps*typical) & (a != b) & ~(a.isnan() & b.isnan())
         if far.any():
             at = tuple(far.nonzero()[0].tolist())
             return f"its {k} is {a[at].item():.4g} instead of {b[at].item():.4g} at {list(at)}"
     return None
 
-def floor_of(b: Tensor) -> float:
-    "How small the numbers of a tensor are that are small without being zero."
+def sizes_of(b: Tensor) -> tuple[float, float]:
+    "The median of a tensor's absolute values; and before it, if some are a millionth of that, the median of these."
     sizes = b[b.isfinite() & (b != 0)].abs().flatten()
-    return float(sizes.kthvalue(1 + len(sizes)//50).values) if len(sizes) else 0.
+    if not len(sizes): return 0., 0.
+    small = typical = float(sizes.median())
+    while len(sizes := sizes[sizes < 1e-6*small]): small = float(sizes.median())
+    return small, typical
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 @dataclass
@@ -209,7 +213,7 @@ class Twins:
             if self.both[1] is None: self.both[1] = self.judged(self.base)
             got, finer = answers_of(ready(self.both[1], stage.training), x)
         except Exception as e: return f"it raises {type(e).__name__}: {e}".split("\n")[0]
-        return unlike(got, want, tolerance(max(eps, finer)))
+        return unlike(got, want, max(eps, finer))
 
 def in_double(x: Any) -> Any: return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
@@ -221,4 +225,4 @@ def answers_of(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], float
 def repeats(model: nn.Module, example: Any, want: dict[str, Tensor]) -> bool:
     "Whether other random numbers change nothing."
     with same_draws(1), torch.no_grad(): found = output_tensors(call(model, own_copy(example)))
-    return unlike(found, want, 1e-6) is None
+    return unlike(found, want, torch.finfo(torch.float32).eps) is None
