@@ -25,7 +25,7 @@ from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
 from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
-from .workshop.readers import Unproved, pairs_in_code, pairs_in_runs, shape_of_code
+from .workshop.readers import pairs_shown, same_code
 from .workshop.rehearsal import disagreement, examples_of, ready
 
 _all_ = ["Group", "Groups"]
@@ -835,28 +835,12 @@ def foldable(
     alone = lambda n: uses[id(modules[n])] == 1
     maybe = {a: bs for a, m in modules.items() if alone(a) and type(m) in FOLDS and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])}
     if not maybe: return {}
-    pairs = _shown(base, maybe, examples)
-    if examples is None: return pairs if not pairs or _same_code(base, pairs) else {}
-    return _tried(base, pairs, examples)
+    shown = pairs_shown(base, list(maybe), examples)
+    pairs = {a: b for a, (b, axes) in shown.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
+    if examples is not None: return _tried(base, pairs, examples)
+    return pairs if not pairs or same_code(base, _fold_pairs(copy.deepcopy(base), pairs)) else {}
 
 # %% ../nbs/08_structured.ipynb
-def _shown(base: nn.Module, maybe: dict[str, list], examples: list | None) -> dict[str, str]:
-    "By the code, or by runs, or by both where both can tell."
-    modules = dict(base.named_modules())
-    above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
-    seen = None if examples is None else pairs_in_runs(base, examples, list(maybe))
-    try: said = pairs_in_code(base)
-    except Unproved: said = None
-    if said is None: found = seen or {}
-    elif seen is None: found = {a: v for a, v in said.items() if not any(hooks_of(modules[n]) for n in [*above(a), *above(v[0])])}
-    else: found = {a: v for a, v in seen.items() if a in said and said[a][0] == v[0]}
-    return {a: b for a, (b, axes) in found.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
-
-def _same_code(base: nn.Module, pairs: dict[str, str]) -> bool:
-    "Whether the code does the same with the folded model: it may ask for a bias, or for the class of the BatchNorm."
-    try: return shape_of_code(base) == shape_of_code(_fold_pairs(copy.deepcopy(base), pairs))
-    except Unproved: return False
-
 def _tried(base: nn.Module, pairs: dict[str, str], examples: list) -> dict[str, str]:
     "Those with which outputs stay, all together or one after the other."
     agree = lambda some: disagreement(base, examples, copy.deepcopy, lambda m: _fold_pairs(copy.deepcopy(m), some), training=False) is None
