@@ -825,8 +825,9 @@ def same_pieces(ties: Ties, m: Marks, axis: int, k: int) -> None:
 @rule("cat", "stack")
 def joined(t: Trace, f: Callable, output: Tensor, tensors: Any, dim: int = 0, **kwargs) -> Marks:
     "Along the axis of the joint the channels lie one behind the other; along the others they go together."
-    marks = [replace(m, blocks=dict(m.blocks)) for x in tensors if len((m := t.marks(x)).shape) != 1 or m.shape[0]]
     dim %= output.dim()
+    empty = lambda m: name_of(f) != "stack" and (m.shape == (0,) or m.shape[dim] == 0)
+    marks = [replace(m, blocks=dict(m.blocks)) for m in map(t.marks, tensors) if not empty(m)]
     if name_of(f) == "stack": marks = [raised(m, dim) for m in marks]
     for m in marks:
         if any(dim in b and len(b) > 1 for b in m.blocks): fix(t.ties, m, dim, "")
@@ -965,11 +966,12 @@ def trace(
     t = Trace(running)
     for training in (False, True):
         for x in examples: run(t, ready(running, training), x, training)
-    t.base, t.modules, t.held, t.named = base, dict(base.named_modules()), {}, {}
+    t.base, t.modules = base, dict(base.named_modules())
     keep_computed(t)
     for labels in t.rectangles: settle(t.ties, labels)
     if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
     t.uncalled = keep_what_uncalled_layers_need(t, running)
+    t.held, t.named, t.table, t.visible = {}, {}, {}, {}      # nothing of the runs is kept
     return t
 
 # %% ../nbs/07b_channels.ipynb
@@ -991,8 +993,15 @@ def run(
         for k, o in output_tensors(outputs).items():
             if o.is_floating_point() and not training and o.isnan().any(): raise ValueError(f"the model puts out NaN for the example, in {k}")
             keep_all(t.ties, t.marks(o), "it is an output of the model")
-        t.runs.append((training, x, first))
+        if training and x is example and same_steps(t, first): del t.steps[first:]
+        else: t.runs.append((training, x, first))
         return
+
+def same_steps(t: Trace, first: int) -> bool:
+    "Whether steps from a number on repeat some earlier run, so that a rehearsal of that one is enough."
+    said = lambda steps: [(s.name, s.path, [m.shape for m in s.outputs]) for s in steps]
+    ends = [*(f for *_, f in t.runs[1:]), first]
+    return any(said(t.steps[begin:end]) == said(t.steps[first:]) for (*_, begin), end in zip(t.runs, ends))
 
 def watched(t: Any, model: nn.Module, example: Any) -> Any:
     "Call a model under a mode, always with the same random numbers."
@@ -1078,7 +1087,8 @@ def keep_computed(t: Trace) -> None:
         for name in [*getattr(m, "parametrizations", {}), *filter(lambda n: isinstance(n, str), hooked)]:
             if (why := computed(m, name)) is None: continue
             sources = [n for n in t.owned if n.rpartition(".")[0] == path or n.startswith(f"{path}.parametrizations.{name}.".lstrip("."))]
-            for n in sources: keep_all(t.ties, t.owned[n], f"its {name} {why}")
+            for n in sources:
+                for l in t.owned[n].blocks.values(): t.ties.keep(l, ""); t.ties.kept.update(dict.fromkeys(t.ties.find(l).tolist(), f"its {name} {why}"))
 
 # %% ../nbs/07b_channels.ipynb
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
 from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
-from .workshop.readers import Unproved, pairs_in_code, pairs_in_runs, shape_of_code
+from .workshop.readers import pairs_shown, same_code
 from .workshop.rehearsal import disagreement, examples_of, ready
 
 _all_ = ["Group", "Groups"]
@@ -42,13 +42,12 @@ def layer_norm(
     "LayerNorm that goes on counting the zeros."
     if has_torch_function((input,)):
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, total)
-    share = input.shape[-1]/total
-    variance, mean = torch.var_mean(input, -1, correction=0, keepdim=True)
-    everything = share*mean
-    variance = share*(variance + mean*mean) - everything*everything
-    y = (input - everything)*torch.rsqrt(variance + eps)
+    share, x = input.shape[-1]/total, input.to(torch.promote_types(input.dtype, torch.float32))      # PyTorch, too, rounds but once
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    variance = share*(variance + (1 - share)*mean*mean)
+    y = (x - share*mean)*torch.rsqrt(variance + eps)
     if weight is not None: y = y*weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingLayerNorm(nn.LayerNorm):
@@ -88,9 +87,10 @@ def rms_norm(
 ) -> Tensor:
     "RMSNorm that goes on counting the zeros."
     if has_torch_function((input,)): return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, total)
-    square = input.square().mean(-1, keepdim=True)*(input.shape[-1]/total)
-    y = input*torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
-    return y if weight is None else y*weight
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    square = x.square().mean(-1, keepdim=True)*(input.shape[-1]/total)
+    y = x*torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
+    return (y if weight is None else y*weight).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingRMSNorm(nn.RMSNorm):
@@ -249,7 +249,7 @@ def masked(
 ) -> nn.Module:           # a copy of the same size
     "Set the parameters of channels to zero."
     gone = places(groups, roots)
-    new = copied(model, whole(model, {name for name, _ in gone}) if share else None)
+    new = copy.deepcopy(model, whole(model, {name for name, _ in gone})) if share else copied(model)
     tensors = dict(new.named_parameters())
     for (name, axis), here in gone.items():
         if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
@@ -268,7 +268,7 @@ def removed(
     share: bool = False,      # parameters that stay whole are the model's own: for a trial
 ) -> nn.Module:               # a copy with fewer channels
     "Take the parameters of channels away, and let the sizes that modules keep follow."
-    new, roots, left = copied(model, whole(model) if share else None), list(roots), collections.defaultdict(dict)
+    new, roots, left = copy.deepcopy(model, whole(model)) if share else copied(model), list(roots), collections.defaultdict(dict)
     for (name, axis), gone in places(groups, roots).items(): left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
     made = {one: sliced(tensor_at(new, one), axes) for one, axes in left.items()}
     for name, one in first_names(model).items():
@@ -380,7 +380,7 @@ def compare_step(
     step = self.t.steps[self.at]
     if name != step.name: raise Mismatch(self.at, f"`{name}` came instead of `{step.name}`")
     for o, m in zip(outputs, step.outputs):
-        if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)):
+        if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)) and not (0 in o.shape and 0 in want):      # what is empty carries nothing
             raise Mismatch(self.at, f"`{name}` gave {list(o.shape)} instead of {list(want)}")
     if not same_numbers(numbers_in(name, args, kwargs), step.numbers): raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
     if step.made is not None and (o := outputs[0]).shape == step.made.shape and not torch.equal(o.nan_to_num(), step.made.nan_to_num()):
@@ -499,16 +499,21 @@ def adapt(
     while kind not in t.hopeless:
         for new in combinations(candidates(t, path, wrong.at)[:6]):
             t.tracks += new
-            now = first_wrong(groups)
+            now = first_wrong(groups, wrong)
             if now is None or now.at > wrong.at or now.at < 0: return now
             del t.tracks[-len(new):]
         if not path: t.hopeless.add(kind)
         path = path.rpartition(".")[0]
     return False
 
-def first_wrong(groups: Groups) -> Mismatch | None:
-    "The first step that comes out wrong in any rehearsal."
-    found = [w for chosen in rehearsals(groups) if (w := replayed(groups, all_of(chosen))) is not None]
+def first_wrong(groups: Groups, before: Mismatch | None = None) -> Mismatch | None:
+    "The first step that comes out wrong in any rehearsal. (One that is no better than before is enough, and probably the same one.)"
+    found, number = [], getattr(before, "rehearsal", 0)
+    for i, chosen in sorted(enumerate(rehearsals(groups)), key=lambda p: p[0] != number):
+        if (w := replayed(groups, all_of(chosen))) is None: continue
+        w.rehearsal = i
+        found.append(w)
+        if before is not None and 0 <= w.at <= before.at: break
     return min(found, key=lambda w: w.at, default=None)
 
 # %% ../nbs/08_structured.ipynb
@@ -830,28 +835,12 @@ def foldable(
     alone = lambda n: uses[id(modules[n])] == 1
     maybe = {a: bs for a, m in modules.items() if alone(a) and type(m) in FOLDS and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])}
     if not maybe: return {}
-    pairs = _shown(base, maybe, examples)
-    if examples is None: return pairs if not pairs or _same_code(base, pairs) else {}
-    return _tried(base, pairs, examples)
+    shown = pairs_shown(base, list(maybe), examples)
+    pairs = {a: b for a, (b, axes) in shown.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
+    if examples is not None: return _tried(base, pairs, examples)
+    return pairs if not pairs or same_code(base, _fold_pairs(copy.deepcopy(base), pairs)) else {}
 
 # %% ../nbs/08_structured.ipynb
-def _shown(base: nn.Module, maybe: dict[str, list], examples: list | None) -> dict[str, str]:
-    "By the code, or by runs, or by both where both can tell."
-    modules = dict(base.named_modules())
-    above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
-    seen = None if examples is None else pairs_in_runs(base, examples, list(maybe))
-    try: said = pairs_in_code(base)
-    except Unproved: said = None
-    if said is None: found = seen or {}
-    elif seen is None: found = {a: v for a, v in said.items() if not any(hooks_of(modules[n]) for n in [*above(a), *above(v[0])])}
-    else: found = {a: v for a, v in seen.items() if a in said and said[a][0] == v[0]}
-    return {a: b for a, (b, axes) in found.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
-
-def _same_code(base: nn.Module, pairs: dict[str, str]) -> bool:
-    "Whether the code does the same with the folded model: it may ask for a bias, or for the class of the BatchNorm."
-    try: return shape_of_code(base) == shape_of_code(_fold_pairs(copy.deepcopy(base), pairs))
-    except Unproved: return False
-
 def _tried(base: nn.Module, pairs: dict[str, str], examples: list) -> dict[str, str]:
     "Those with which outputs stay, all together or one after the other."
     agree = lambda some: disagreement(base, examples, copy.deepcopy, lambda m: _fold_pairs(copy.deepcopy(m), some), training=False) is None

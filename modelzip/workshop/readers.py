@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['SAME_AXES', 'AXES', 'Unproved', 'Symbol', 'Symbols', 'Touching', 'is_leaf', 'prepared', 'answering', 'ways_to_call',
            'graphs_of', 'graph_of', 'check_nothing_is_kept', 'pairs_in_code', 'shape_of_code', 'axes_of', 'Readers',
-           'pairs_in_runs', 'entered', 'left']
+           'pairs_in_runs', 'entered', 'left', 'pairs_shown', 'same_code']
 
 # %% ../../nbs/workshop/readers.ipynb
 import collections, copy, inspect, itertools
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..channels import ABOUT, name_of
-from .models import HOOKS, call, output_tensors
+from .models import HOOKS, call, hooks_of, output_tensors
 from .rehearsal import own_copy, same_draws
 
 # %% ../../nbs/workshop/readers.ipynb
@@ -204,6 +204,9 @@ def pairs_in_runs(
         with same_draws(), torch.no_grad(), r: output = call(running, own_copy(x))
         for t in output_tensors(output).values(): r.got(t)
         r.path[:] = [""]
+    for m in running.modules():                          # what is kept for the next call has another reader
+        for t in tree_leaves([v for k, v in vars(m).items() if k not in ("_parameters", "_modules")]):
+            if isinstance(t, Tensor) and id(t) in r.made: r.readers[r.made[id(t)][1]].add("the next call")
     alone = lambda n: r.calls[n] == len(examples) and n not in r.strangers | r.training
     return {a: (b, next(iter(r.axes[a]))) for a in layers for b in r.readers[a]
             if len(r.readers[a]) == 1 and alone(a) and alone(b) and r.sources[b] == {a} and len(r.axes[a]) == 1}
@@ -218,3 +221,22 @@ def left(r: Readers, name: str, out: Any) -> None:
     if isinstance(out, Tensor) and type(r.model.get_submodule(name)).__module__.startswith("torch.nn") and not isinstance(r.model.get_submodule(name), nn.Sequential):
         r.made[id(out)] = out, name
         r.axes.setdefault(name, set()).add(out.dim())
+
+# %% ../../nbs/workshop/readers.ipynb
+def pairs_shown(
+    model: nn.Module,           # in evaluation mode; left as it is
+    layers: list[str],
+    examples: list | None,      # None: by the code alone
+) -> dict[str, tuple[str, int | None]]:      # layer → the one that alone reads it; the number of axes of what goes between them
+    "What the code says, or runs show, or both where both can tell. A hook on a module around a layer may read it: only a run sees that."
+    above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
+    seen = None if examples is None else pairs_in_runs(model, examples, layers)
+    try: said = pairs_in_code(model)
+    except Unproved: return seen or {}
+    if seen is not None: return {a: v for a, v in seen.items() if said.get(a, ("",))[0] == v[0]}
+    return {a: v for a, v in said.items() if a in layers and not any(hooks_of(model.get_submodule(n)) for n in [*above(a), *above(v[0])])}
+
+def same_code(a: nn.Module, b: nn.Module) -> bool:
+    "Whether the code does the same with both: it may ask for a bias, or for the class of a layer."
+    try: return shape_of_code(a) == shape_of_code(b)
+    except Unproved: return False
