@@ -427,3 +427,28 @@ def test_three_tied_and_two_of_them_equal(tmp_path):
     np.savez(tmp_path/"x.npz", **{"0.weight": np.ones((2, 2), "f4"), "1.weight": 2*np.ones((2, 2), "f4"), "2.weight": 2*np.ones((2, 2), "f4")})
     got = from_npz(tmp_path/"x.npz", m)
     assert got[1].weight is got[2].weight is not got[0].weight and got[0].weight[0, 0] == 1 and got[1].weight[0, 0] == 2
+
+class Mixed(nn.Module):
+    "Layers that have several matrices."
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed, self.lstm, self.gru, self.cell = nn.Embedding(9, width), nn.LSTM(width, width, 2, batch_first=True, bidirectional=True), nn.GRU(2*width, width, batch_first=True), nn.GRUCell(width, width)
+        self.attention, self.block = nn.MultiheadAttention(width, 2, batch_first=True), nn.TransformerEncoderLayer(width, 2, 12, batch_first=True, activation="gelu", norm_first=True)
+        self.up = nn.ConvTranspose1d(width, 3, 2, 2)
+    def forward(self, x):
+        x = self.gru(self.lstm(self.embed(x))[0])[0]
+        x = self.block(x + self.attention(x, x, x)[0])
+        x = x + self.cell(x.flatten(0, 1)).view_as(x)
+        return self.up(x.mT)
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_with_several_matrices(tmp_path, bits):
+    from modelzip.kernels import use_kernels
+    x = torch.arange(12).reshape(2, 6) % 9
+    m = Mixed().eval()
+    for q in quantize_model(m, bits), use_kernels(quantize_model(m, bits)):
+        with torch.no_grad(): want = q(x)
+        for way, (write, read) in WAYS.items():
+            path = write(q, tmp_path/way)
+            for given in Mixed(), q:
+                with torch.no_grad(): assert torch.equal(read(path, given)(x), want), way
