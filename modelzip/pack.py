@@ -23,9 +23,9 @@ from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, kinds_of, made_so, remade, text_of
+from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, remade, text_of
 from .workshop.kinds import seal as seal_of
-from .workshop.models import carry_hooks, check_ordinary
+from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
 
 # %% ../nbs/05_pack.ipynb
@@ -920,9 +920,13 @@ def make_layer(
 ) -> nn.Module:
     "Wrap one layer."
     cls = find_kind(Dequantize.kinds, row.layer)
-    try: return cls(layer, q, key, **(row.options or {}))
+    try: new = cls(layer, q, key, **(row.options or {}))
     except Exception as e:
         raise PackError(f"the layer of {row.name!r} ({row.layer}) cannot be made: {e}") from e
+    if cls is not Dequantize and hooks_named(layer):      # it computes by itself and never calls the layer inside
+        carry_hooks(layer, new)
+        for key in HOOKS: new.layer.__dict__[key] = type(new.layer.__dict__[key])()
+    return new
 
 # %% ../nbs/05_pack.ipynb
 def check_result(
