@@ -89,7 +89,10 @@ def note_of(
     about = about | {"crc": [checksum(n, tensors[n]) for n in sorted(tensors)]} | ({"types": types} if types else {})
     text = as_json(about, "the description of the model")
     if len(text) > MAX_MANIFEST: raise ValueError(f"the model needs {len(text):,} bytes of text; {MAX_MANIFEST:,} are the most")
-    return {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
+    note = {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
+    try: read_note(note)
+    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
+    return note
 
 # %% ../nbs/05b_exchange.ipynb
 def read_note(
@@ -200,10 +203,11 @@ def merge_copies(
     "Names that the model ties, and under which the file has equal tensors, become one."
     first = {}
     for i in items(skeleton):
-        other = first.setdefault(identity(i), i.name)
-        if other != i.name and {i.name, other} <= values.keys() and identical(values[i.name], values[other]):
-            del values[i.name]
-            rows = {n: tied_row(n, r, other) if i.name in (n, r.same) else r for n, r in rows.items()}
+        group = first.setdefault(identity(i), [])
+        other = next((n for n in group if i.name != n and i.name in values and identical(values[i.name], values[n])), None)
+        if other is None: group += [i.name]*(i.name in values and i.name not in group); continue
+        del values[i.name]
+        rows = {n: tied_row(n, r, other) if i.name in (n, r.same) else r for n, r in rows.items()}
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
@@ -736,7 +740,7 @@ def save_next(
     if pair is None: return False
     name, model = check_pair(pair)
     path = target(folder, name)
-    if path in paths: raise ValueError(f"models gives {name!r} twice; {path} is written already")
+    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {name!r} twice; {path} is written already")
     paths.append(save(model, path, **options))
     return True
 

@@ -9,7 +9,7 @@ __all__ = ['save', 'load', 'read_tensor', 'Contents', 'inspect', 'diff', 'PackEr
 import collections, copy, functools, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from .data import build_model, model_builders
-from .measure import sqnr
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, kinds_of, made_so, remade, text_of
+from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, remade, text_of
 from .workshop.kinds import seal as seal_of
-from .workshop.models import carry_hooks, check_ordinary
+from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
 
 # %% ../nbs/05_pack.ipynb
@@ -147,12 +146,23 @@ def identity(
     return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_conj(), t.is_neg())
 
 # %% ../nbs/05_pack.ipynb
+def unique(
+    pairs: list[tuple[str, Any]],
+) -> dict:
+    "A JSON object whose keys differ."
+    d = dict(pairs)
+    if len(d) != len(pairs): raise ValueError("a name occurs twice in one object")
+    return d
+
 def as_json(
     value: Any,
     what: str,       # what errors call it
 ) -> str:            # compact, ASCII
     "JSON without surprises: `TypeError` for what JSON cannot say, `ValueError` for NaN, infinity and endless nesting."
-    try: return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+        if isinstance(value, dict): json.loads(text, object_pairs_hook=unique)      # 1 and "1" would be one name
+        return text
     except TypeError as e:
         raise TypeError(f"{what} must consist of what JSON knows (dict, list, str, number, bool, None): {e}") from None
     except (ValueError, RecursionError) as e: raise ValueError(f"{what} has no place in JSON: {e}") from None
@@ -310,14 +320,6 @@ def shorter(
     return out
 
 # %% ../nbs/05_pack.ipynb
-def unique(
-    pairs: list[tuple[str, Any]],
-) -> dict:
-    "A JSON object whose keys differ."
-    d = dict(pairs)
-    if len(d) != len(pairs): raise ValueError("a name occurs twice in one object")
-    return d
-
 def finite(
     number: str,
 ) -> float:
@@ -663,7 +665,7 @@ def room(
     name: str,       # for errors
 ) -> Tensor:         # uninitialized
     "Memory for a part."
-    try: return torch.empty(part.shape, dtype=part.dtype)
+    try: return torch.empty(part.shape, dtype=part.dtype, device="cpu")
     except (RuntimeError, MemoryError): raise PackError(f"there is no memory for the {part.nbytes:,} bytes of {name!r}") from None
 
 def read_raw(
@@ -781,7 +783,7 @@ def map_payload(
     if verify: verify_payload(f, rows, payload)
     view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     def tensor(part):
-        if not part.nbytes: return torch.empty(part.shape, dtype=part.dtype)
+        if not part.nbytes: return torch.empty(part.shape, dtype=part.dtype, device="cpu")
         raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=data_offset(payload) + part.offset)
         return raw.view(part.dtype).reshape(part.shape)
     tensors = {(name, key): tensor(part) for name, key, part in in_order(rows)}
@@ -918,9 +920,13 @@ def make_layer(
 ) -> nn.Module:
     "Wrap one layer."
     cls = find_kind(Dequantize.kinds, row.layer)
-    try: return cls(layer, q, key, **(row.options or {}))
+    try: new = cls(layer, q, key, **(row.options or {}))
     except Exception as e:
         raise PackError(f"the layer of {row.name!r} ({row.layer}) cannot be made: {e}") from e
+    if cls is not Dequantize and hooks_named(layer):      # it computes by itself and never calls the layer inside
+        carry_hooks(layer, new)
+        for key in HOOKS: new.layer.__dict__[key] = type(new.layer.__dict__[key])()
+    return new
 
 # %% ../nbs/05_pack.ipynb
 def check_result(
@@ -1123,7 +1129,7 @@ def solid_bytes(
 class Restored(io.BytesIO):
     "The mapped file for which a solid one stands."
     version: int = 0       # of the solid file
-    sizes: dict = {}       # offset in the payload → bytes that the part takes in the solid file
+    sizes: dict = {}       # offset in the payload, and bytes there → bytes that the part takes in the solid file
 
 def restored(
     data: bytes,           # from `unseal_solid`
@@ -1140,7 +1146,7 @@ def restored(
     f.seek(ALIGN); f.write(payload)
     seal(f, zlib.crc32(payload), as_json(manifest, "the manifest").encode())
     f.version = short["modelzip"]
-    f.sizes = {e["offset"]: min(b, len(numbers)) - min(a, len(numbers)) for (e, _), a, b in zip(parts, [5, *ends], ends)}
+    f.sizes = {(e["offset"], len(v)): min(b, len(numbers)) - min(a, len(numbers)) for (e, _), v, a, b in zip(parts, values, [5, *ends], ends)}
     return f
 
 def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is solid
@@ -1286,11 +1292,11 @@ def line_of(
 def in_solid(
     line: Line,
     row: Row,
-    sizes: dict[int, int],     # from a `Restored` file
+    sizes: dict[tuple, int],   # from a `Restored` file
     total: int,
 ) -> Line:
     "What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written when it ended."
-    size = sum(sizes[p.offset] for p in row.parts.values())
+    size = sum(sizes[p.offset, p.nbytes] for p in row.parts.values())
     return replace(line, coder="" if row.same else "adaptive", bytes=size, share=size/total)
 
 def coder_of(
@@ -1447,12 +1453,30 @@ def compared(
 ) -> tuple[str, float | None, float | None]:      # what, largest difference, SQNR in dB
     "Compare what is stored, then what it stands for."
     if tuple(a.shape) != tuple(b.shape): return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
-    if type(a) is type(b) and (a == b if isinstance(a, CompressedTensor) else identical(a, b)): return "same", 0., None
+    if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)): return "same", 0., None
     x, y = (t.dequantize() if isinstance(t, CompressedTensor) else t for t in (a, b))
     if identical(x, y): return "same numbers, stored differently", 0., None
     if x.is_complex() or y.is_complex(): return "other numbers", None, None
-    x, y = x.double(), y.double()
-    return "other numbers", (x - y).abs().max().item() if x.numel() else 0., sqnr(x, y) if x.any() else None
+    return "other numbers", *distance(x, y)
+
+def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
+    "Everything that a file holds of two compressed tensors, to the bit."
+    p, q = a.parts(), b.parts()
+    return a.kind == b.kind and as_json(a.meta(), "meta") == as_json(b.meta(), "meta") and p.keys() == q.keys() and all(identical(p[k], q[k]) for k in p)
+
+def distance(
+    x: Tensor,
+    y: Tensor,       # of the same shape
+) -> tuple[float, float | None]:      # the largest difference, SQNR in dB
+    "How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not differ."
+    largest, signal, noise = 0., 0., 0.
+    for p, q in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK)):
+        p, q = (t.to(torch.float64).numpy() if t.is_floating_point() or t.dtype == torch.bool else t.numpy().astype(np.longdouble) for t in (p, q))
+        with np.errstate(over="ignore", invalid="ignore"):
+            d = np.where((p == q) | np.isnan(p) & np.isnan(q), 0, p - q)
+            largest, signal, noise = max(largest, float(np.abs(d).max(initial=0)), key=lambda v: (math.isnan(v), v)), signal + float((p*p).sum()), noise + float((d*d).sum())
+    if not (math.isfinite(signal) and math.isfinite(noise) and signal): return largest, None
+    return largest, 10*math.log10(signal/noise) if noise else math.inf
 
 # %% ../nbs/05_pack.ipynb
 def identical(
@@ -1486,19 +1510,62 @@ def heading_of(d: Difference) -> str:
     return ascii_name("; ".join([" and ".join(map(os.path.basename, d.paths)), f"{same} of {len(d.changes)} tensors are the same", *d.about]))
 
 # %% ../nbs/05_pack.ipynb
+@dataclass
+class File:
+    "A file that is open for looking into it."
+    path: str
+    f: BinaryIO
+    manifest: dict
+    rows: dict[str, Row]
+    payload: Entry
+    def read(self, name: str) -> Tensor | CompressedTensor:
+        with naming(self.path): return read_row(self.f, self.rows[self.rows[name].same or name], self.payload)
+    def says(self, name: str) -> tuple:      # of a tensor, besides its numbers
+        r = self.rows[name]
+        return r.layer, as_json(r.options or {}, "options"), r.same
+    def bytes(self, name: str) -> int:
+        if name not in self.rows: return 0
+        return sum(self.f.sizes[p.offset, p.nbytes] for p in self.rows[name].parts.values()) if isinstance(self.f, Restored) else self.rows[name].stored
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[File]:
+    "Open and check a file once, for many tensors."
+    check_machine()
+    with ExitStack() as stack:
+        with naming(path):
+            f = as_mapped(stack.enter_context(open_file(path)))
+            manifest, rows, payload = read_manifest(f)
+            verify_rest(f, rows, payload)
+        yield File(os.fsdecode(path), f, manifest, rows, payload)
+
+def differences(a: File, b: File) -> list[str]:
+    "What two files say otherwise about the whole model."
+    out = []
+    for key in "architecture", "info":
+        x, y = (m.manifest.get(key, {} if key == "info" else None) for m in (a, b))
+        if as_json(x, key) != as_json(y, key): out.append(f"{key} {as_json(x, key)} and {as_json(y, key)}")
+    x, y = (m.manifest.get("layers", {}) for m in (a, b))
+    names = [ascii_name(n or "(the model)") for n in x | y if as_json(x.get(n), "layers") != as_json(y.get(n), "layers")]
+    if names: out.append(f"other layers: {', '.join(names)}"[:400])
+    elif list(x) != list(y): out.append("the same layers in another order")
+    elif a.manifest.get("kind") != b.manifest.get("kind"): out.append("other layers, by builders of the same name" if a.manifest.get("kind") and b.manifest.get("kind") else "only one of them says all about its layers")
+    return out
+
+def change_of(name: str, a: File, b: File) -> Change:
+    "One tensor in two files."
+    here = [f for f in (a, b) if name in f.rows]
+    if len(here) == 1: what = f"only in {os.path.basename(here[0].path)}", None, None
+    else:
+        what = compared(a.read(name), b.read(name))
+        x, y = a.says(name), b.says(name)
+        if what[0] == "same" and x != y: what = f"same numbers, {'tied otherwise' if x[2] != y[2] else 'in another layer' if x[0] != y[0] else 'with other options'}", *what[1:]
+    return Change(name, what[0], (a.bytes(name), b.bytes(name)), *what[1:])
+
+# %% ../nbs/05_pack.ipynb
 def diff(
     a: str | os.PathLike,      # a `.mz` file
     b: str | os.PathLike,      # another one
 ) -> Difference:               # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
-    "Compare two files tensor by tensor, one in memory at a time. Errors as for `load`."
-    first, second = inspect(a, entropy=False), inspect(b, entropy=False)
-    about = [f"{k} {as_json(x, k)} and {as_json(y, k)}" for k, x, y in (("architecture", first.architecture, second.architecture),
-                                                                      ("info", first.info, second.info)) if x != y]
-    lines = [{l.name: l for l in c.lines} for c in (first, second)]
-    changes = []
-    for name in lines[0] | lines[1]:
-        sizes = tuple(x[name].bytes if name in x else 0 for x in lines)
-        if name in lines[0] and name in lines[1]: what = compared(read_tensor(a, name), read_tensor(b, name))
-        else: what = f"only in {os.path.basename(os.fsdecode(a if name in lines[0] else b))}", None, None
-        changes.append(Change(name, what[0], sizes, *what[1:]))
+    "Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for `load`."
+    with opened(a) as one, opened(b) as two: about, changes = differences(one, two), [change_of(name, one, two) for name in one.rows | two.rows]
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)

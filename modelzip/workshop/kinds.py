@@ -132,16 +132,19 @@ def _table():
         "Upsample": "size scale_factor mode align_corners recompute_scale_factor", "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
         "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first", "RemainingRMSNorm": "channels total eps elementwise_affine",
         "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
+        "ThinLinear": "in_features rank out_features bias", "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
 
 LAYERS = _table()
-HOMES_OF_LAYERS = dict.fromkeys(["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention"], "structured")      # all others: torch.nn
+HOMES_OF_LAYERS = dict.fromkeys(["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured")      # all others: torch.nn
 
 def layer_class(
     name: str,       # in `LAYERS`
 ) -> type:
-    "A class of the table; modelzip's own are imported when they are needed."
-    return getattr(importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name)
+    "A class of the table; modelzip's own are imported when they are needed. `PackError` for one that this PyTorch or modelzip does not have."
+    found = getattr(importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name, None)
+    demand(found is not None, f"it has a layer {name}, which is not known here: update torch or modelzip")
+    return found
 
 # %% ../../nbs/workshop/kinds.ipynb
 def plain_layer(
@@ -175,7 +178,7 @@ def layer_entry(
 ) -> dict | None:          # {"class": …, arguments that are not the default}; None: it is of no class of the table
     "What a file says of a layer that it can make."
     name = type(layer).__name__
-    if name not in LAYERS or type(layer) is not layer_class(name): return None
+    if name not in LAYERS or type(layer).__module__.partition(".")[0] not in ("torch", "modelzip") or type(layer) is not layer_class(name): return None
     default = _defaults(type(layer))
     values = {k: argument(layer, k) for k in LAYERS[name].split() if k in default}
     if not values.get("affine", values.get("elementwise_affine", True)): values.pop("bias", None)      # goes with the factor
