@@ -619,10 +619,10 @@ def compress(
     bytes: float | None = None,              # the file may have so many; below 1: a share of the model's own
     milliseconds: float | None = None,       # the loaded model may take so many for the example (median, on this machine)
     accuracy_loss: float | None = None,      # so many percentage points may be lost, on the held-out part
-    cosine: float | None = None,             # mean cosine of the outputs to the model's own, at least
+    cosine: float | None = None,             # mean cosine of the outputs to the model's own, at least; for one number an example Lin's concordance, see `Judge`
     recipe: Recipe | str | None = None,      # follow this one (or one of `RECIPES`, by its name) instead of searching
-    example: Any = None,                     # an input, for the time and for finding channels; None: the first of the data
-    evaluate: Callable | None = None,        # model → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted in it
+    example: Any = None,                     # an input as the model is called (a tuple: all its arguments), for the time and for finding channels; None: the first of the data
+    evaluate: Callable | None = None,        # model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted in it
     epochs: int = 4,                         # of each training, where there are labels
     lr: float = 1e-3,                        # its highest learning rate
     tries: int = 8,                          # at most, for each kind of network

@@ -253,8 +253,9 @@ def test_labels_judge_answers_of_every_shape(how):
     x = noise(80, 8)
     model = Wrapped(how).eval()
     with torch.no_grad(): y = model.body(x).argmax(1)
-    small, report = compress(model, Split(x, y), accuracy_loss=50, epochs=1, tries=1, progress=False)
-    assert report.metric == "accuracy" and report.baseline == 1 and report.quality >= .5
+    trained = Recipe([("prepare", {"bits": 8, "activations": None}), ("learn", {"epochs": 1, "lr": 1e-5}), "convert"])
+    small, report = compress(model, Split(x, y), recipe=trained, accuracy_loss=50, progress=False)
+    assert report.metric == "accuracy" and report.baseline == 1 and report.quality >= .9
 
 @pytest.mark.parametrize("last", [(), (nn.Flatten(0),)], ids=["column", "flat"])
 @pytest.mark.parametrize("offset", [0., 5.])
@@ -346,6 +347,40 @@ def test_allocation_with_large_budgets_and_many_layers():
 @pytest.mark.parametrize("bits", [-1., math.nan, math.inf])
 def test_waterfill_refuses_such_bits(bits):
     with pytest.raises(ValueError, match="bits is"): waterfill([1., 2.], [1, 1], bits)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=9), st.floats(0, 5))
+def test_the_hull_is_what_some_price_takes(points, price):
+    R, D = map(list, zip(*points))
+    hull = lower_hull(R, D)
+    best = min(d + price * r for r, d in points)
+    assert min(D[i] + price * R[i] for i in hull) == pytest.approx(best)                                     # whatever the price
+    slopes = [(D[i] - D[j]) / (R[j] - R[i]) for i, j in zip(hull, hull[1:])]
+    assert slopes == sorted(slopes, reverse=True) and len(set(slopes)) == len(slopes) and all(s > 0 for s in slopes)
+
+@settings(max_examples=examples(100), deadline=None)
+@given(menus, st.floats(0, 1.2))
+def test_greed_is_at_most_one_step_from_the_best(menu, share):
+    R, D = [[float(b) for b, _ in row] for row in menu], [[e for _, e in row] for row in menu]
+    cost = lambda t, picks: sum(row[o] for row, o in zip(t, picks))
+    every = [p for p in itertools.product(*map(lambda r: range(len(r)), R)) if math.isfinite(cost(R, p))]
+    if not every: return
+    budget = min(cost(R, p) for p in every) + share * (max(cost(R, p) for p in every) - min(cost(R, p) for p in every))
+    step = max((r[a] - r[b] for row, r in zip(R, D) for h in [lower_hull(row, r)] for a, b in zip(h, h[1:])), default=0)
+    assert cost(R, greedy(R, D, budget)) <= budget and cost(D, greedy(R, D, budget)) <= min(cost(D, p) for p in every if cost(R, p) <= budget) + step + 1e-9
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.integers(1, 50)), min_size=1, max_size=6), st.floats(0, 400), st.randoms())
+def test_no_other_bits_have_less_error_than_the_level(layers, bits, dice):
+    c, n = map(list, zip(*layers))
+    best = waterfill(c, n, bits).tolist()
+    total = lambda b: sum(k * x * 4 ** -v for k, x, v in zip(n, c, b))
+    assert all(b >= 0 for b in best) and sum(k * b for k, b in zip(n, best)) == pytest.approx(bits, abs=1e-6)
+    for _ in range(20):
+        other = [dice.random() ** 3 for _ in c]
+        scale = bits / max(sum(k * v for k, v in zip(n, other)), 1e-12)
+        assert total([v * scale for v in other]) >= total(best) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("known, error, right", [
