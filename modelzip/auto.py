@@ -31,10 +31,10 @@ from .prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from .structured import foldable
 from .ptq import gptq, nearest_weight, quantize_with
 from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, pareto,
-                             register_step, samples_of, sweep, example_for)
+                             register_step, samples_of, sweep, example_for, _pieces)
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.matrices import identity_of, layers_of, matrices_of
-from .workshop.models import Labelled, as_batches, call, copied
+from .workshop.models import Labelled, as_batches, call, copied, feed
 
 # %% ../nbs/13_auto.ipynb
 _all_ = ["RECIPES", "Recipe", "Results", "pareto", "register_step", "sweep"]      # chapter 12b's, for whoever looks for them here
@@ -676,10 +676,17 @@ def _samples_for(model, data, example, cosine):
         data = list(as_batches(data))
         called = [as_called(model, b) for b in data]      # a tuple that may be arguments or labels is refused
         if data and all(map(_labelled, data, called)): data = [Labelled(*b) for b in data]
+        elif 0 < len(data) < 4 and not _can(model, _pieces(data[0])[0]): data = Samples(data[:-1] or data, None, data[1:][-1:] or None, data[0])      # its rows are no examples
     samples = samples_of(data, example)
     samples = replace(samples, example=None if samples.example is None else example_for(model, samples))
     if cosine is not None and isinstance(samples.held, Split): samples = replace(samples, held=list(samples.held.x.split(100)))
     return samples
+
+def _can(model, batch):
+    "Whether the model takes a batch."
+    try:
+        with torch.no_grad(): return feed(copied(model).eval(), fresh(batch)) is not None
+    except Exception: return False
 
 def _labelled(batch, called):
     "A pair of inputs and whole numbers, one for each, of which the model takes the first alone."
@@ -710,6 +717,10 @@ def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):
         raise ValueError("accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate=")
     if cosine is not None and samples.held is None:
         raise ValueError("cosine needs data: batches of inputs to compare outputs on" + ("; there is one example alone, and what is learned from is no judge" if samples.batches else ""))
+    if samples.batches:
+        try:
+            with torch.no_grad(): feed(copied(model).eval(), fresh(samples.batches[0]))
+        except Exception as e: raise ValueError(f"the model cannot take the data: {type(e).__name__}: {e}") from e
     if milliseconds is None: return
     if samples.example is None: raise ValueError("milliseconds needs an example of an input, or data")
     try:
