@@ -430,7 +430,8 @@ def _tables(self) -> list[tuple[str, list[list[str]]]]:
         each = f"{8 * r['bytes'] / r['weights']:.2f}" if r["weights"] else ""
         rows.append([r["name"], f"{r['weights']:,}", r["choice"], f"{r['bytes']:,}", each, number(r["sensitivity"], ".1e"), number(r["share"], ".0%")])
     reached = "Reached" if self.met else "Not reached; the nearest"
-    wish = f"Wished for: {self.target}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
+    wished = "the given recipe" if repr(self.target) == repr(Target()) and self.tries[0].why == "the given recipe" else self.target
+    wish = f"Wished for: {wished}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
     return [(wish, tried), ("Where the bytes are:", rows)]
 
 def _text(self) -> str:
