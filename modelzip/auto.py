@@ -601,7 +601,8 @@ _Search.allocate_and_try, _Search.from_menus, _Search._goes = _allocate_and_try,
 # %% ../nbs/13_auto.ipynb
 def _within_time(self, before):
     kernels = [("quantize_model", {"bits": 8}), "use_kernels"]
-    for why, steps in ("as it is", ["fold_batchnorm"]), ("int8 kernels", [*before, *kernels]): self.attempt(why, Recipe(steps, self.seed))
+    if not self.tries: self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))      # which did not fail, or had nothing to do
+    self.attempt("int8 kernels", Recipe([*before, *kernels], self.seed))
     if self.samples.train is None or any(map(self.target.met_by, self.good)): return
     heal = ("learn", {"epochs": self.epochs, "lr": self.lr})
     for ratio in (.25, .5, .625, .75, .875):
@@ -663,12 +664,23 @@ def _look(search, recipe):
     "Where to search."
     if recipe is not None: search.attempt("the given recipe", RECIPES[recipe] if isinstance(recipe, str) else recipe); return
     target, int8 = search.target, ("quantize_model", {"bits": 8})
-    try: before = ["fold_batchnorm"] if foldable(copied(search.model)) and Recipe(["fold_batchnorm"])(search.model) is not None else []
-    except Exception as e: before, _ = [], search.failed("fold_batchnorm", e)
+    before = _folding(search)
     if target.milliseconds is not None: search.within_time(before)
     else: search.attempt("int8", Recipe([*before, int8], search.seed))
     if target.bytes is None and target.quality is None or target.milliseconds is not None: return
     search.allocate_and_try(before)
+
+def _folding(search):
+    "`fold_batchnorm`, if there is something to fold and no answer changes by it."
+    try:
+        if not foldable(copied(search.model)): return []
+        folded, shown = Recipe(["fold_batchnorm"])(search.model), search.samples.batches or [Labelled(search.samples.example, None)]
+        if search.samples.example is not None:
+            with torch.no_grad(), seeded(search.seed): was = rows_of(copied(search.model).eval(), shown[:1])
+            with torch.no_grad(), seeded(search.seed): now = rows_of(folded, shown[:1])
+            if (off := _relative(now, was, {k: energies(rows) for k, rows in was.items()})) > 1e-4: raise ValueError(f"left out, as it changes the answers by {off ** .5:.1%}")
+        return ["fold_batchnorm"]
+    except Exception as e: search.failed("fold_batchnorm", e); return []
 
 # %% ../nbs/13_auto.ipynb
 def _samples_for(model, data, example, cosine):

@@ -455,6 +455,19 @@ def test_an_allocation_that_fails_is_noted(monkeypatch):
     small, report = compress(net(), bytes=.1, strict=False, progress=False)
     assert report.tries[-1].error.startswith("ZeroDivisionError") and report.bytes
 
+@pytest.mark.parametrize("data", [True, False])
+def test_a_fold_that_changes_answers_is_left_out(data, monkeypatch):
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))).eval()
+    def fold_batchnorm(model):
+        new = copy.deepcopy(model)
+        new[0].weight.data *= -1
+        return new
+    monkeypatch.setitem(STEPS, "fold_batchnorm", dataclasses.replace(STEPS["fold_batchnorm"], function=fold_batchnorm))
+    small, report = compress(model, [noise(8, 8, seed=s) for s in range(4)] if data else None, example=noise(2, 8), progress=False)
+    assert report.tries[0].error and "changes the answers" in report.tries[0].error and report.best.why == "int8"
+    with torch.no_grad(): assert F.cosine_similarity(small(noise(9, 8)), model(noise(9, 8))).mean() > .99
+
+
 def never(*a, **k): raise AssertionError("the search had begun")
 
 @pytest.mark.parametrize("path, kind", [("missing/m.mz", FileNotFoundError), ("", OSError), (".", OSError), ("m.pt", ValueError), ("m.safetensors", ValueError), ("m.ONNX", ValueError), (3.5, TypeError), ("a\0b", ValueError)])
