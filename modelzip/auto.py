@@ -31,10 +31,10 @@ from .prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from .structured import foldable
 from .ptq import gptq, nearest_weight, quantize_with
 from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, pareto,
-                             register_step, samples_of, sweep, example_for)
+                             register_step, samples_of, sweep, example_for, _pieces)
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.matrices import identity_of, layers_of, matrices_of
-from .workshop.models import Labelled, as_batches, call, copied
+from .workshop.models import Labelled, as_batches, call, copied, feed
 
 # %% ../nbs/13_auto.ipynb
 _all_ = ["RECIPES", "Recipe", "Results", "pareto", "register_step", "sweep"]      # chapter 12b's, for whoever looks for them here
@@ -430,7 +430,8 @@ def _tables(self) -> list[tuple[str, list[list[str]]]]:
         each = f"{8 * r['bytes'] / r['weights']:.2f}" if r["weights"] else ""
         rows.append([r["name"], f"{r['weights']:,}", r["choice"], f"{r['bytes']:,}", each, number(r["sensitivity"], ".1e"), number(r["share"], ".0%")])
     reached = "Reached" if self.met else "Not reached; the nearest"
-    wish = f"Wished for: {self.target}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
+    wished = "the given recipe" if repr(self.target) == repr(Target()) and self.tries[0].why == "the given recipe" else self.target
+    wish = f"Wished for: {wished}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
     return [(wish, tried), ("Where the bytes are:", rows)]
 
 def _text(self) -> str:
@@ -600,7 +601,8 @@ _Search.allocate_and_try, _Search.from_menus, _Search._goes = _allocate_and_try,
 # %% ../nbs/13_auto.ipynb
 def _within_time(self, before):
     kernels = [("quantize_model", {"bits": 8}), "use_kernels"]
-    for why, steps in ("as it is", ["fold_batchnorm"]), ("int8 kernels", [*before, *kernels]): self.attempt(why, Recipe(steps, self.seed))
+    if not self.tries: self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))      # which did not fail, or had nothing to do
+    self.attempt("int8 kernels", Recipe([*before, *kernels], self.seed))
     if self.samples.train is None or any(map(self.target.met_by, self.good)): return
     heal = ("learn", {"epochs": self.epochs, "lr": self.lr})
     for ratio in (.25, .5, .625, .75, .875):
@@ -619,10 +621,10 @@ def compress(
     bytes: float | None = None,              # the file may have so many; below 1: a share of the model's own
     milliseconds: float | None = None,       # the loaded model may take so many for the example (median, on this machine)
     accuracy_loss: float | None = None,      # so many percentage points may be lost, on the held-out part
-    cosine: float | None = None,             # mean cosine of the outputs to the model's own, at least
+    cosine: float | None = None,             # mean cosine of the outputs to the model's own, at least; for one number an example Lin's concordance, see `Judge`
     recipe: Recipe | str | None = None,      # follow this one (or one of `RECIPES`, by its name) instead of searching
-    example: Any = None,                     # an input, for the time and for finding channels; None: the first of the data
-    evaluate: Callable | None = None,        # model → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted in it
+    example: Any = None,                     # an input as the model is called (a tuple: all its arguments), for the time and for finding channels; None: the first of the data
+    evaluate: Callable | None = None,        # model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted in it
     epochs: int = 4,                         # of each training, where there are labels
     lr: float = 1e-3,                        # its highest learning rate
     tries: int = 8,                          # at most, for each kind of network
@@ -662,12 +664,23 @@ def _look(search, recipe):
     "Where to search."
     if recipe is not None: search.attempt("the given recipe", RECIPES[recipe] if isinstance(recipe, str) else recipe); return
     target, int8 = search.target, ("quantize_model", {"bits": 8})
-    try: before = ["fold_batchnorm"] if foldable(copied(search.model)) and Recipe(["fold_batchnorm"])(search.model) is not None else []
-    except Exception as e: before, _ = [], search.failed("fold_batchnorm", e)
+    before = _folding(search)
     if target.milliseconds is not None: search.within_time(before)
     else: search.attempt("int8", Recipe([*before, int8], search.seed))
     if target.bytes is None and target.quality is None or target.milliseconds is not None: return
     search.allocate_and_try(before)
+
+def _folding(search):
+    "`fold_batchnorm`, if there is something to fold and no answer changes by it."
+    try:
+        if not foldable(copied(search.model)): return []
+        folded, shown = Recipe(["fold_batchnorm"])(search.model), search.samples.batches or [Labelled(search.samples.example, None)]
+        if search.samples.example is not None:
+            with torch.no_grad(), seeded(search.seed): was = rows_of(copied(search.model).eval(), shown[:1])
+            with torch.no_grad(), seeded(search.seed): now = rows_of(folded, shown[:1])
+            if (off := _relative(now, was, {k: energies(rows) for k, rows in was.items()})) > 1e-4: raise ValueError(f"left out, as it changes the answers by {off ** .5:.1%}")
+        return ["fold_batchnorm"]
+    except Exception as e: search.failed("fold_batchnorm", e); return []
 
 # %% ../nbs/13_auto.ipynb
 def _samples_for(model, data, example, cosine):
@@ -676,10 +689,17 @@ def _samples_for(model, data, example, cosine):
         data = list(as_batches(data))
         called = [as_called(model, b) for b in data]      # a tuple that may be arguments or labels is refused
         if data and all(map(_labelled, data, called)): data = [Labelled(*b) for b in data]
+        elif 0 < len(data) < 4 and not _can(model, _pieces(data[0])[0]): data = Samples(data[:-1] or data, None, data[1:][-1:] or None, data[0])      # its rows are no examples
     samples = samples_of(data, example)
     samples = replace(samples, example=None if samples.example is None else example_for(model, samples))
     if cosine is not None and isinstance(samples.held, Split): samples = replace(samples, held=list(samples.held.x.split(100)))
     return samples
+
+def _can(model, batch):
+    "Whether the model takes a batch."
+    try:
+        with torch.no_grad(): return feed(copied(model).eval(), fresh(batch)) is not None
+    except Exception: return False
 
 def _labelled(batch, called):
     "A pair of inputs and whole numbers, one for each, of which the model takes the first alone."
@@ -710,6 +730,10 @@ def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):
         raise ValueError("accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate=")
     if cosine is not None and samples.held is None:
         raise ValueError("cosine needs data: batches of inputs to compare outputs on" + ("; there is one example alone, and what is learned from is no judge" if samples.batches else ""))
+    if samples.batches:
+        try:
+            with torch.no_grad(): feed(copied(model).eval(), fresh(samples.batches[0]))
+        except Exception as e: raise ValueError(f"the model cannot take the data: {type(e).__name__}: {e}") from e
     if milliseconds is None: return
     if samples.example is None: raise ValueError("milliseconds needs an example of an input, or data")
     try:

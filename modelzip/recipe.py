@@ -95,7 +95,7 @@ def learn(
     student = copied(model)
     if labels == 1 and not augment: return train(student, data, epochs, lr, batch_size, seed, progress)
     loss = labels * Labels() + (1 - labels) * SoftTargets(temperature) if labels else SoftTargets(temperature)
-    with seeded(seed): return distill(student, teacher, data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress).eval()
+    with seeded(seed): return distill(student, copied(teacher), data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress).eval()
 
 # %% ../nbs/12b_recipe.ipynb
 OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)      # layers with several matrices

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modelzip.cli import COMMANDS, as_model, cli, open_model, quantize_weights
+from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, quantize_weights
 from modelzip.data import LeNet5
 from modelzip.exchange import to_safetensors
 from modelzip.pack import load, read_tensor, save
@@ -183,3 +183,102 @@ def test_completion(capsys):
         assert "compress" in capsys.readouterr().out
     done = subprocess.run(["bash", "-n"], input="", text=True)
     assert done.returncode == 0
+
+
+# --- right, or refused
+
+class Mine(nn.Module):
+    "Whose architecture nobody has registered."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 32), nn.Linear(32, 8)
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    "A compressed model of unknown code, in every format."
+    from modelzip.exchange import to_hdf5, to_npz
+    folder = tmp_path_factory.mktemp("coded")
+    torch.manual_seed(0)
+    small = quantize_model(Mine().eval(), 4, group=16)
+    for name, write in ("mz", save), ("safetensors", to_safetensors), ("npz", to_npz), ("h5", to_hdf5): write(small, folder / f"coded.{name}")
+    plain = Mine().eval()
+    for name, write in ("npz", to_npz), ("h5", to_hdf5), ("safetensors", to_safetensors): write(plain, folder / f"plain.{name}")
+    return folder, small, plain
+
+
+@pytest.mark.parametrize("ending", ["mz", "safetensors", "npz", "h5"])
+def test_codes_are_no_weights(coded, ending, monkeypatch, capsys, tmp_path):
+    folder, small, plain = coded
+    monkeypatch.chdir(tmp_path)
+    found, want = open_model(str(folder / f"coded.{ending}")), Mine().state_dict().keys()
+    values = expanded_tensors(found)
+    assert values.keys() == want
+    assert all(torch.equal(values[n], expanded_tensors(small)[n]) for n in want)
+    assert cli(["compress", str(folder / f"coded.{ending}"), "-o", "twice.mz"]) == 2 and "compressed already" in capsys.readouterr().err and not Path("twice.mz").exists()
+    assert cli(["convert", str(folder / f"coded.{ending}"), "floats.safetensors", "--expand"]) == 0
+    from safetensors.torch import load_file
+    floats = load_file("floats.safetensors")
+    assert floats.keys() == want and all(torch.equal(floats[n], values[n]) for n in want)
+    assert cli(["convert", str(folder / f"coded.{ending}"), "same.npz"]) == 0
+    again = expanded_tensors(open_model("same.npz"))
+    assert all(torch.equal(again[n], values[n]) for n in want)
+
+
+@pytest.mark.parametrize("ending", ["npz", "h5", "safetensors"])
+def test_what_convert_wrote_without_code_is_read(coded, ending):
+    folder, _, plain = coded
+    found = dict(open_model(str(folder / f"plain.{ending}")).named_parameters())
+    assert all(torch.equal(found[n], p) for n, p in plain.named_parameters())
+
+
+@pytest.mark.parametrize("line, says", [
+    ("compress own.mz -o x.mz --bytes 200000 --bits 3", "--bits does not act"), ("compress own.mz -o x.mz --bytes 200000 --group 16", "--group does not act"), ("compress own.mz -o x.mz --recipe 4-bit --mapped", "--mapped does not act"),
+    ("compress own.mz -o x.mz --bytes 200000 --codebook nf4", "--codebook does not act"), ("compress own.mz -o x.mz --recipe 4-bit --asymmetric", "--asymmetric does not act"), ("compress own.mz -o x.mz --recipe 4-bit --observer minmax", "--observer does not act"),
+    ("compress foreign.safetensors -o x.mz --codebook kmeans --asymmetric", "--asymmetric does not act"), ("compress foreign.safetensors -o x.mz --codebook kmeans --observer minmax", "--observer does not act"),
+    ("compress foreign.safetensors -o x.mz --codebook nf4 --bits 3", "nf4 has 4 bits"), ("compress foreign.safetensors -o x.mz --codebook nf4 --bytes 300000", "nf4 always has 4"),
+    ("compress foreign.safetensors -o x.mz --seed 3", "--seed does not act"), ("compress foreign.safetensors -o x.mz --data digits", "--data does not act"),
+    ("compress own.mz -o own.mz", "is the input"), ("compress state.pt -o ./state.pt", "is the input"), ("compress own.mz -o x.pt", "ends in '.pt'"), ("compress own.mz -o x.safetensors", "ends in '.safetensors'"),
+    ("convert own.mz own.mz", "is the input"), ("convert own.mz x.safetensors --input 1x1x28x28", "--input does not act"), ("compress sys:exit -o x.mz", "ends the program"), ("compress os:getcwd -o x.mz", "returns a str"),
+    ("eval own.mz --data digits --at-least nan", "may be a share"), ("eval own.mz --data digits --at-least 94", "may be a share"), ("eval own.mz --data digits --at-least -1", "may be a share"),
+    ("bench own.mz own.mz --input 1x1x28x28", "there twice"), ("bench own.mz --input 1x1x28x28 --threads 0", "--threads is 0")])
+def test_what_would_not_act_is_refused(place, line, says, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
+    assert cli(line.split()) == 2
+    assert says in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()} == before
+
+
+def test_an_empty_name_is_no_folder(place, monkeypatch, capsys):
+    monkeypatch.chdir(place / "single")
+    assert cli(["compress", "", "-o", "x.mz"]) == 2 and not Path("x.mz").exists()
+
+
+def test_the_codebook_says_its_bits(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert cli(["compress", "foreign.safetensors", "-o", "nf4.mz", "--codebook", "nf4"]) == 0
+    assert capsys.readouterr().out.startswith("4 bits")
+    assert cli(["compress", "own.mz", "-o", "four.mz", "--recipe", "4-bit", "--quiet"]) == 0
+    assert "int8" not in (out := capsys.readouterr().out).splitlines()[0] and "the given recipe" in out.splitlines()[0]
+
+
+def test_force_writes_over_the_input(place, tmp_path, capsys):
+    state = {n: t.contiguous() for n, t in LeNet5().state_dict().items()}
+    torch.save(state, tmp_path / "m.mz.pt")
+    save(LeNet5(), tmp_path / "m.mz")
+    assert cli(["compress", str(tmp_path / "m.mz"), "-o", str(tmp_path / "m.mz"), "--force"]) == 0
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda hub, w: save_file({"more": torch.ones(2), "fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "does not list"), (lambda hub, w: w.update({"fc9.weight": "b.safetensors"}), "lacks 'fc9.weight'"), (lambda hub, w: w.update({"fc9.weight": "c.safetensors"}), "c.safetensors"),
+    (lambda hub, w: save_file({"fc1.weight": torch.zeros(2)} | {"fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "says is in a.safetensors"), (lambda hub, w: w.update({"x": "../a.safetensors"}), "no file beside it")])
+def test_the_index_decides(tmp_path, change, says):
+    save_file({"fc1.weight": torch.ones(2)}, tmp_path / "a.safetensors"); save_file({"fc2.weight": torch.ones(3)}, tmp_path / "b.safetensors")
+    where = {"fc1.weight": "a.safetensors", "fc2.weight": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert dict(open_model(str(tmp_path)).named_parameters()).keys() == where.keys()
+    change(tmp_path, where)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises((ValueError, OSError), match=says): open_model(str(tmp_path))

@@ -27,12 +27,13 @@ def _library(
     "Python's own modules, this library's, and installed ones."
     top = (name or "").partition(".")[0]
     if top == "modelzip": return __version__
-    if top in sys.stdlib_module_names or top == "builtins": return "" if top != "__main__" else None
+    if top == "__main__": return None      # whatever program it is that runs there
+    if top in sys.stdlib_module_names or top == "builtins": return ""
     where = getattr(sys.modules.get(top), "__file__", None)
     return str(getattr(sys.modules[top], "__version__", "")) if where and os.path.realpath(where).startswith(_INSTALLED) else None
 
 # %% ../../nbs/workshop/content.ipynb
-_SKIPPED = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__", "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__",
+_SKIPPED = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__", "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__slotnames__",
             "__parameters__", "__orig_bases__", "__annotate__", "__annotate_func__"}      # of a class: where it is from, and what Python notes for itself
 
 class _Walk:
