@@ -1043,6 +1043,7 @@ def _cut_and_repair(self, share):
         for names in stages:
             seen = {n: Seen() for n in names}
             _see_inputs(new, {n: twins[n] for n in names}, self.batches, seen, True, counts)
+            if empty := [n for n in names if not seen[n].rows]: raise ValueError(f"layer {empty[0] or '(model)'} was given no rows, so there are no data for it; skip it")
             for n in names: self._repair(self.layers[n], twins[n], seen[n], shares[n])
 
 def _repair(self, layer, twin, seen, share):
@@ -1470,7 +1471,8 @@ def quantize_survivors(
     if options.get("codebook") != "kmeans" or not bool(keep.any()): return quantize(weight, bits, **options)
     if options.get("group") or options.get("axis") is not None: raise ValueError("codebook is 'kmeans', one table for the whole tensor; leave group and axis out")
     q = quantize(weight[keep], bits, **options)
-    return quantize(weight, bits, codebook=q.codebook, scale=q.scale)
+    table = q.codebook.unique()                                # of few survivors, some entries may be the same
+    return quantize(weight, bits, codebook=table if len(table) > 1 else torch.cat([table, table.new_tensor([0., 1.])]).unique(), scale=q.scale)
 
 # %% ../nbs/07_prune.ipynb
 def sparsify_layer(
@@ -1531,9 +1533,8 @@ def sparsify_model(
 def _with_zeros(model, layers):
     "Layers whose weight can be made sparse: ordinary, masked, or quantized."
     inside = {id(m.layer) for m in model.modules() if isinstance(m, Dequantize)}
-    has = lambda m: isinstance(m._parameters.get("weight"), Tensor) or computed(m) is not None
     found = {n: m for n, m in model.named_modules() if id(m) not in inside and
-             (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and has(m))}
+             (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and _weighs(m))}
     if not found: raise ValueError(f"model has nothing to make sparse; it may have {', '.join(c.__name__ for c in layers)}")
     return found
 

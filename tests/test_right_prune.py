@@ -336,6 +336,7 @@ def test_layers_without_numbers():
         for c in ("magnitude", "wanda", "sparsegpt", "obs", "random"): assert set(masks(prune_model(m, .5, c, batches=[X]))) == {"2.weight"}
         assert set(masks(prune_model(m, .5, "taylor", batches=[(X, Y)]))) == {"2.weight"}
         real = sparsify_model(prune_model(m, .8))
+        for how in (dict(bits=4), dict(bits=3, codebook="kmeans"), dict(layout="gaps"), dict(bits=4, group=4)): assert [type(l) for l in sparsify_model(prune_model(m, .8), **how)] == [Linear, Linear, Dequantize]
     torch.testing.assert_close(real(X), prune_model(m, .8)(X))
     with pytest.raises(ValueError, match="nothing to prune"): prune_model(Linear(0, 3), .5)
     for shape in ((0,), (0, 3), (3, 0), ()): t = sparsify(torch.zeros(shape)); assert t.dequantize().shape == shape
@@ -541,3 +542,22 @@ def test_where_it_is_called_does_not_matter(ambient):
     try: other = exact()
     finally: torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for c in right for a, b in zip(masks(right[c]).values(), masks(other[c]).values()))
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "obs", "sparsegpt"])
+def test_batches_without_rows_are_no_data(criterion):
+    for empty in (X[:0], X[None, :0]):
+        with pytest.raises(ValueError, match="no data"): prune_model(Linear(8, 3), .5, criterion, batches=[empty])
+    layer = Linear(8, 3)
+    a, b = (prune_model(layer, .5, criterion, batches=x) for x in ([X], [X[:0], X]))
+    assert torch.equal(a.weight, b.weight)
+
+
+@given(st.integers(1, 12), st.integers(1, 8), st.lists(st.sampled_from([-1., .5, .5, 2.]), min_size=1, max_size=4))
+@settings(max_examples=examples(25), deadline=None)
+def test_a_table_of_few_survivors(count, bits, values):
+    w = torch.zeros(5, 6)
+    w.view(-1)[torch.randperm(30)[:count]] = torch.tensor(values)[torch.randint(len(values), (count,))]
+    q = prune.quantize_survivors(w, w != 0, bits, codebook="kmeans")
+    got = sparsify(q, w != 0).dequantize()
+    assert (got[w == 0] == 0).all() and (len(set(values)) > 1 << bits or len(set(values)) > 2 or torch.allclose(got, w))
