@@ -196,8 +196,8 @@ def _parts(x, copies):
     if isinstance(x, functools.partial): return [x.func, *x.args, *x.keywords.values()], copies
     if isinstance(x, Mapping): return list(x.values()), copies
     if isinstance(x, (list, tuple, Set)): return list(x), copies
-    if hasattr(x, "__wrapped__"): return [x.__wrapped__], False
-    return [*getattr(x, "__dict__", {}).values()], copies
+    held = getattr(x, "__dict__", {})                            # not hasattr: a traced model is full of proxies that have everything
+    return list(held.values()), copies and "__wrapped__" not in held      # a cached function is not copied, nor what it wraps
 
 def _closed_over(f):
     "The values that a function can reach beside its arguments: closure, defaults, and the globals that it names."
