@@ -329,7 +329,7 @@ def _with_holes(model):
     names = [_name_of(model, n, m) if m.name != "weight" else f"{_name_of(model, n, m)}.weight".lstrip(".") for n, m in found]
     _check_sayable(model, zip(names, (m for _, m in found)))
     number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
-    recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and not unwrapped(m).proj_size and id(m) not in within]
+    recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and id(m) not in within]
     for i, (_, m) in enumerate(recurrent, len(found)): memo[id(m)] = _RecurrentHole(i, unwrapped(m))
     outer = [(n, m) for n, m in reversed(found) if id(m) not in within and id(m) not in memo]      # those inside others first
     for n, m in outer: memo[id(m)] = _LayerHole(number[id(m)], m) if _is_whole(model, n, m) else _WeightHole(_matrices(m, number), copy.deepcopy(_bare(unwrapped(m)), memo))
@@ -343,6 +343,8 @@ def _matrices(m, number):
 
 def _check_sayable(model, found):
     for n, m in model.named_modules():
+        if getattr(unwrapped(m), "proj_size", 0): raise ValueError(f"{n or 'model'} is an LSTM with proj_size {unwrapped(m).proj_size}, which ONNX cannot say")
+        if isinstance(unwrapped(m), (nn.Embedding, nn.EmbeddingBag)) and unwrapped(m).max_norm is not None: raise ValueError(f"{n or 'model'} has max_norm, which rewrites its weight at each use; ONNX cannot say that")
         if type(m).__module__.rpartition(".")[2] == "qat" and not isinstance(m, Dequantize): raise ValueError(f"{n or 'model'} is a {type(m).__name__} and prepared for training; modelzip.qat.convert(model) makes its integers")
     count = 0
     for count, (n, m) in enumerate(found, 1):
@@ -459,8 +461,12 @@ def _exported(model, example, dynamic, opset):
     arguments = shapes if named is None or named >= len(shapes) else (*shapes[:named], shapes[named:])
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, example, dynamo=True, opset_version=opset, dynamic_shapes=arguments, verbose=False, optimize=True)
-    return program.model_proto
+        try: return torch.onnx.export(model, example, dynamo=True, opset_version=opset, dynamic_shapes=arguments, verbose=False, optimize=True).model_proto
+        except torch.onnx.errors.OnnxExporterError as e: raise ValueError(f"PyTorch's exporter cannot write the model: {_first_cause(e)}") from e
+
+def _first_cause(e):
+    while e.__cause__ is not None: e = e.__cause__
+    return str(e).strip().partition("\n")[0]
 
 class _quiet:
     "Nothing from the exporter below an error."

@@ -327,3 +327,14 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)          # zeros would not tell
     with pytest.raises(ValueError, match="off the model's own output"): to_onnx(model, tmp_path / "m.onnx", x)
     assert not os.listdir(tmp_path)
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path):
+    class Model(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.odd = layer
+        def forward(self, x): return self.odd(x)
+    for layer, x, text in ((nn.LSTM(6, 8, proj_size=4), torch.randn(4, 3, 6), "odd is an LSTM with proj_size"), (nn.Embedding(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm"),
+                           (nn.EmbeddingBag(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm")):
+        with pytest.raises(ValueError, match=text): to_onnx(quantize_model(Model(layer)), tmp_path / "m.onnx", x)
