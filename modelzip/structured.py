@@ -714,8 +714,8 @@ def within(
 ) -> Choice:
     "The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none does."
     cost = lambda m: COSTS[kind](m, example)
-    if kind == "macs" and not cost(at(0).model): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
-    if kind != "milliseconds" and budget < 1: budget *= cost(at(0).model)
+    if kind == "macs" and not cost(at(0).shrunk()): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
+    if kind != "milliseconds" and budget < 1: budget *= cost(at(0).shrunk())
     ratios = np.linspace(0, 1, 33 if kind == "milliseconds" else 1025)[:-1]
     if (least := cost(at(ratios[-1]).shrunk())) > budget:
         raise ValueError(f"{kind} is {budget:,.4g}, but with the fewest channels there are still {least:,.4g}")
