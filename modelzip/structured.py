@@ -714,8 +714,8 @@ def within(
 ) -> Choice:
     "The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none does."
     cost = lambda m: COSTS[kind](m, example)
-    if kind == "macs" and not cost(at(0).model): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
-    if kind != "milliseconds" and budget < 1: budget *= cost(at(0).model)
+    if kind == "macs" and not cost(at(0).shrunk()): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
+    if kind != "milliseconds" and budget < 1: budget *= cost(at(0).shrunk())
     ratios = np.linspace(0, 1, 33 if kind == "milliseconds" else 1025)[:-1]
     if (least := cost(at(ratios[-1]).shrunk())) > budget:
         raise ValueError(f"{kind} is {budget:,.4g}, but with the fewest channels there are still {least:,.4g}")
@@ -795,7 +795,7 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
     if output_axis(layer) == 1 and layer.groups > 1 or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias")): return False
     outputs = layer.weight.shape[output_axis(layer)]*getattr(layer, "groups", 1)**output_axis(layer)
     exact = norm.running_var.dtype == layer.weight.dtype or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
-    return outputs == norm.num_features and exact and all(t.isfinite().all() for t in _folded(layer, norm))
+    return outputs == norm.num_features and exact
 
 def _right_axes(layer: nn.Module, norm: nn.Module, axes: int | None) -> bool:
     "With another number of axes, a BatchNorm1d normalizes another axis than that of the layer's outputs."
@@ -836,7 +836,8 @@ def foldable(
     maybe = {a: bs for a, m in modules.items() if alone(a) and type(m) in FOLDS and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])}
     if not maybe: return {}
     shown = pairs_shown(base, list(maybe), examples)
-    pairs = {a: b for a, (b, axes) in shown.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)}
+    pairs = {a: b for a, (b, axes) in shown.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)
+             and all(t.isfinite().all() for t in _folded(modules[a], modules[b]))}
     if examples is not None: return _tried(base, pairs, examples)
     return pairs if not pairs or same_code(base, _fold_pairs(copy.deepcopy(base), pairs)) else {}
 

@@ -1,5 +1,5 @@
 """Smaller, folded and thin models are right, or refused: random programs, models that mislead, and models that were written by others."""
-import copy, dataclasses, math, types, warnings
+import copy, dataclasses, math, types
 
 import numpy as np
 import pytest
@@ -318,6 +318,10 @@ class Stream(nn.Module):
         if not self.inner: y = self.a(x + self.last).relu(); self.last = x.mean(0)
         else: y = self.a(x).relu() + self.last; self.last = y.mean(0)
         return self.out(y)
+
+def test_a_budget_changes_nothing():
+    model, x = nn.Sequential(Stream(True), nn.BatchNorm1d(3)), torch.randn(4, 12)
+    with unchanged(model, x): shrink(model, x, macs=.7); shrink(model, x, bytes=.7); shrink(model, x, milliseconds=1e3)
 
 @pytest.mark.parametrize("model", [Grid(), Stream(False), Stream(True)], ids=["grid", "stream", "inner stream"])
 def test_what_is_made_or_remembered(model):
