@@ -89,10 +89,9 @@ def note_of(
     about = about | {"crc": [checksum(n, tensors[n]) for n in sorted(tensors)]} | ({"types": types} if types else {})
     text = as_json(about, "the description of the model")
     if len(text) > MAX_MANIFEST: raise ValueError(f"the model needs {len(text):,} bytes of text; {MAX_MANIFEST:,} are the most")
-    note = {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
-    try: read_note(note)
+    try: read_json(text.encode())
     except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
-    return note
+    return {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
 
 # %% ../nbs/05b_exchange.ipynb
 def read_note(

@@ -233,7 +233,7 @@ def test_hooks_and_forwards_of_an_instance(tmp_path):
     hooked[0].register_forward_hook(lambda layer, args, out: 2*out)
     from modelzip.kernels import use_kernels
     for m in hooked, quantize_model(hooked, 8), use_kernels(quantize_model(hooked, 8)):
-        if not kinds.hooks_named(m[0]): continue
+        if not m[0]._forward_hooks and hasattr(m[0], "runs"): continue      # an integer layer that dropped it
         with pytest.raises(PackError, match="forward hook .*lambda"): load(save(m, tmp_path/"x.mz"), plain)
         assert torch.equal(load(tmp_path/"x.mz", m)(X), m(X)) and torch.equal(load(tmp_path/"x.mz", hooked)(X), m(X))
         with pytest.raises(PackError, match="0 "): load(save(plain, tmp_path/"x.mz"), m)      # nor is one added

@@ -7,7 +7,8 @@ __all__ = ['MISSING', 'LIBRARIES', 'SMALL', 'MOST', 'DEVICE', 'LAYERS', 'HOMES_O
            'said', 'meant', 'layer_class', 'plain_layer', 'argument', 'layer_entry', 'of_torch', 'attributes_of',
            'shapes_of', 'hooks_named', 'module_entry', 'check_nothing_hidden', 'text', 'computes_nothing', 'walk',
            'entry_of', 'kinds_of', 'seal', 'fits', 'parent_of', 'children_in', 'differing', 'check_argument',
-           'make_plain', 'ascii_name', 'change_module', 'text_of', 'remade', 'check_kinds', 'made_so', 'are_kinds']
+           'make_plain', 'ascii_name', 'change_module', 'text_of', 'remade', 'otherwise', 'check_kinds', 'made_so',
+           'are_kinds']
 
 # %% ../../nbs/workshop/kinds.ipynb
 import base64, copy, dataclasses, enum, functools, importlib, json, math, re, types, zlib
@@ -387,21 +388,20 @@ def remade(
         try: owner = skeleton.get_submodule(parent)
         except AttributeError: owner = None
         here = skeleton if name == "" else owner._modules.get(child) if owner is not None else None
-        demand(here is not None, f"it describes a layer {ascii_name(name)[:80]} ({text_of(entry)}) that the model does not have: pass a model that has it, load(path, model)")
+        if here is None: raise PackError(f"it describes a layer {ascii_name(name)[:80]} ({text_of(entry)}) that the model does not have: pass a model that has it, load(path, model)")
         if here is not None and fits(entry, entry_of(here)):
             if type(here) is nn.Sequential and not strict: _rearranged(here, inside.get(name, []))
             continue
-        demand(not entry.get("hooks") or here is not None and hooks_named(here) == entry["hooks"],
-               f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, which no file can hold: pass a model that has it, load(path, model)")
+        if entry.get("hooks") and hooks_named(here) != entry["hooks"]: raise PackError(f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, which no file can hold: pass a model that has it, load(path, model)")
         if "class" in entry:
             a, b = type(here).__name__, entry["class"]
-            demand(not strict or a == b or {a, b} & PUT_THERE, f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, and here it is {text_of(entry_of(here))}: pass a model that has it, load(path, model)")
+            if strict and a != b and not {a, b} & PUT_THERE: raise otherwise(name, entry, entry_of(here))
             key = (id(here), text(entry)) if here is not None else name      # what stood at two places stands there again
             if key not in done: done[key] = here, make_plain(name, entry)
             skeleton = _placed(skeleton, owner, child, here, done[key][1])
             if entry["class"] == "Sequential": _rearranged(done[key][1], inside.get(name, []))
         elif "module" in entry:
-            demand(type(here).__name__ == entry["module"], f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, and here it is {text_of(entry_of(here))}: pass a model that has it, load(path, model)")
+            if type(here).__name__ != entry["module"]: raise otherwise(name, entry, entry_of(here))
             change_module(name, here, entry, add=True)
         else: change_module(name, here, entry)
     return skeleton
@@ -424,6 +424,10 @@ def _placed(skeleton, owner, child, here, made):
     return skeleton
 
 # %% ../../nbs/workshop/kinds.ipynb
+def otherwise(name: str, entry: dict, here: dict | None) -> PackError:
+    "The error for a layer that is not what a file says."
+    return PackError(f"the layer {ascii_name(name)[:80] or '(the model itself)'} was saved as {text_of(entry)}, and here it is {text_of(here) if here else 'missing'}: pass a model that has it, load(path, model)")
+
 def check_kinds(
     model: nn.Module,
     kinds: dict,         # of the whole model
@@ -431,10 +435,9 @@ def check_kinds(
     "`PackError` that names the first module which is not what a file says."
     have = kinds_of(model)
     for name, entry in kinds.items():
-        demand(name in have and fits(entry, have[name]), f"the layer {ascii_name(name)[:80] or '(the model itself)'} was saved as {text_of(entry)}, "
-               f"and here it is {text_of(have[name]) if name in have else 'missing'}: pass a model that has it, load(path, model)")
+        if name not in have or not fits(entry, have[name]): raise otherwise(name, entry, have.get(name))
     for name in have:
-        demand(name in kinds, f"the model has a layer {ascii_name(name)[:80]} ({text_of(have[name])}) that was not there when it was saved")
+        if name not in kinds: raise PackError(f"the model has a layer {ascii_name(name)[:80]} ({text_of(have[name])}) that was not there when it was saved")
     ours, theirs = children_in(kinds), children_in(have)
     for name, e in kinds.items():
         demand(e.get("class") != "Sequential" or ours.get(name) == theirs.get(name), f"the layers of {ascii_name(name)[:80] or 'the model'} were saved in another order")
