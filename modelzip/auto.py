@@ -9,7 +9,7 @@ __all__ = ['DENSE', 'SPARSE', 'REFERENCES', 'FOREIGN', 'output_change', 'second_
            'register_step', 'sweep']
 
 # %% ../nbs/13_auto.ipynb
-import collections, copy, html, json, math, os, tempfile
+import collections, html, json, math, os, tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from .data import Data, Split, seeded
@@ -61,7 +62,7 @@ def output_change(
     return changes
 
 def _relative(changed, exact, usual):
-    each = lambda k: torch.cat([(a.double() - b.double()).square().sum(1) / e for a, b, e in zip(changed[k], exact[k], usual[k])]).nan_to_num(math.inf).mean().item()
+    each = lambda k: torch.cat([(a.double() - b.double()).where(a != b, 0.).square().sum(1) / e for a, b, e in zip(changed[k], exact[k], usual[k])]).nan_to_num(math.inf).mean().item()
     return sum(map(each, exact)) / len(exact)
 
 # %% ../nbs/13_auto.ipynb
@@ -241,6 +242,8 @@ def tensors_of(
     "What can be quantized. `ValueError` for a model with nothing to compress, or with numbers that are NaN or infinite."
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     for n, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(t): raise ValueError(f"{n} has no shape before the first call; run the model once first")
+        if t.is_meta: raise ValueError(f"{n} is on the meta device, without values; load them first")
         if t.is_floating_point() and not bool(t.isfinite().all()): raise ValueError(f"model has NaN or infinite values in {n}")
     found = {n: [m[0] for m in places] for n, places in _places(model).items()}
     if not found: raise ValueError("model has nothing to compress: no Linear, convolution, embedding, recurrent or attention layer that holds floats")

@@ -35,7 +35,7 @@ from .qat import convert, prepare
 from .workshop.content import fingerprint
 from .workshop.matrices import layers_of, matrices_of, outputs_of
 from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
-from .workshop.models import Inputs, Labelled, as_batches, check_ordinary, copied, feed, logits_of
+from .workshop.models import Labelled, as_batches, check_ordinary, copied, feed, logits_of
 
 # %% ../nbs/12b_recipe.ipynb
 _all_ = ["fingerprint"]      # the workshop's, for whoever looks for it here

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelzip.data import LeNet5, Split, digits, mnist5k, train
+from modelzip.data import LeNet5, digits, mnist5k, train
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
 from modelzip.recipe import RECIPES, STEPS, Cache, Judge, Recipe, Results, file_of, fingerprint, pareto, quantize_others, register_step, samples_of, sweep

@@ -96,7 +96,7 @@ def energies(
     was: list[Tensor],     # rows of an output, for each batch
 ) -> list[Tensor]:         # [n] for each batch, above 0
     "What squared errors of rows are divided by: ‖y‖², but at least a thousandth of its mean; for single numbers their variance."
-    rows = [b.detach().double() for b in was]
+    rows = [b.detach().double().nan_to_num(0., 0., 0.) for b in was]      # −inf is a mask, as of classes that cannot be
     if all(b.shape[1] == 1 for b in rows):
         y = torch.cat(rows)
         usual = y.var(correction=0) if len(y) > 1 and bool(y.var() > 0) else y.square().mean()
