@@ -816,7 +816,7 @@ def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype
         zero = zero.to(torch.int32).to(x.device)
         if bool((zero < 0).any() | (zero >= levels).any()): raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
     elif zero is None and not symmetric: raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
-    return _narrow(scale, dtype, group), zero if zero is None else zero.expand(scale.numel()).reshape(shape) if zero.numel() == 1 else zero.reshape(shape)
+    return _narrow(scale, dtype, group), zero if zero is None else zero.reshape(-1).expand(scale.numel()).reshape(shape)
 
 # %% ../nbs/03_quant.ipynb
 def _column(scale, zero, levels, wide):

@@ -158,7 +158,8 @@ def logits_of(
     return answer
 
 # %% ../../nbs/workshop/models.ipynb
-COPIED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs")      # what deepcopy and PyTorch's layers look after themselves
+COPIED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs",      # what deepcopy and PyTorch's layers look after themselves
+          "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")      # no part of what a model computes
 
 def check_ordinary(
     model: nn.Module,
@@ -168,6 +169,7 @@ def check_ordinary(
     own, seen = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}, set()
     for name, m in model.named_modules():
         where = f"layer {name}" if name else "the model"
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin): raise ValueError(f"{where} is a {type(m).__name__} without a size yet; call the model once first")
         if hasattr(m, "_orig_mod"): raise ValueError(f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile the result")
         if "forward" in vars(m): raise ValueError(f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}), and a copy of it would run the original; define it in a class, or delete it")
         for key, value in vars(m).items():
@@ -217,7 +219,8 @@ def copied(
     for name, m in model.named_modules():
         for key, value in vars(m).items():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                raise ValueError(f"{name or 'the model'}.{key} is a result of a computation with gradients, which PyTorch does not copy; detach it, or remove what computes it (such as weight_norm)")
+                why = (computed(m, key) or "").replace("is a plain attribute; make it a parameter first", "is a result with gradients, which PyTorch does not copy; detach it first")
+                raise ValueError(f"{name or 'the model'}.{key} {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}")
     return copy.deepcopy(model, memo)
 
 # %% ../../nbs/workshop/models.ipynb
