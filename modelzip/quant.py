@@ -1158,12 +1158,12 @@ def dequantize_layer(
     "Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's were."
     if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
     check_ordinary(layer)
-    return _plain(layer, {}, {})
+    expanded = {}
+    return _copy_with(layer, {layer: _plain(layer, expanded)}, expanded.values())
 
-def _plain(layer, memo, expanded):
-    "What is wrapped in it, or lies inside that and is in the memo, comes out plain as well; tied weights stay tied."
-    inner = layer.layer
-    plain = memo.get(id(inner)) or (_plain(inner, memo, expanded) if isinstance(inner, Dequantize) else copy.deepcopy(inner, memo))
+def _plain(layer, expanded):
+    "The ordinary layer with expanded weights, which shares all else with the one inside; tied weights stay tied."
+    plain = _plain(layer.layer, expanded) if isinstance(layer.layer, Dequantize) else _shallow(layer.layer)
     if id(layer.packed) not in expanded: expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
     _set(plain, layer.name, expanded[id(layer.packed)])
     return _with_hooks_of(layer, plain)
@@ -1171,9 +1171,9 @@ def _plain(layer, memo, expanded):
 def _with_hooks_of(wrapper, layer):
     "Hooks that were hung on a wrapper go on being called, around those of the layer inside."
     for key in ("_forward_pre_hooks", "_backward_pre_hooks", "_forward_hooks", "_backward_hooks"):
-        inner, outer = getattr(layer, key), copy.deepcopy(getattr(wrapper, key))
+        inner, outer = getattr(layer, key), getattr(wrapper, key)
         layer.__dict__[key] = type(inner)([*outer.items(), *inner.items()] if "pre" in key else [*inner.items(), *outer.items()])
-    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"): getattr(layer, key).update(getattr(wrapper, key))
+    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"): layer.__dict__[key] = type(getattr(layer, key))({**getattr(layer, key), **getattr(wrapper, key)})
     if wrapper._is_full_backward_hook is not None: layer._is_full_backward_hook = wrapper._is_full_backward_hook
     return layer
 
@@ -1241,13 +1241,14 @@ def _choose(model, layers, overrides, default):
     return chosen
 
 # %% ../nbs/03_quant.ipynb
-def _copy_with(model, replaced):
-    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied."
+def _copy_with(model, replaced, kept=()):
+    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
     check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
-    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model)
-    for m in reversed(list(model.modules())):                    # what lies inside another comes first
-        if id(m) in old: memo[id(m)] = copy.deepcopy(old[id(m)], memo)
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
+    shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
+    memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
+    for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
     return memo.get(id(model)) or copied(model, memo)
 
 def _recomputed(model):
@@ -1261,7 +1262,5 @@ def dequantize_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [m for m in model.modules() if isinstance(m, Dequantize)]
     if not found: raise ValueError("model has no quantized layer")
-    check_ordinary(model)
-    memo, expanded = _recomputed(model), {}
-    for m in reversed(found): memo[id(m)] = _plain(m, memo, expanded)      # those inside others first
-    return memo.get(id(model)) or copied(model, memo)
+    expanded = {}
+    return _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())

@@ -650,3 +650,24 @@ def test_gpt2_is_compressed_whole_and_stays_itself():
         assert_same(small(tokens).logits, with_numbers_of(model, small)(tokens).logits)
         assert_same(dequantize_model(small)(tokens).logits, small(tokens).logits)
         codes_alone(model, small, tokens)
+
+
+class HookOfItsOwn(nn.Module):
+    "A hook that is a method of the model leads back to the model while it is copied."
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.factor = nn.Linear(6, 6), nn.Linear(6, 6), 2.
+        self.first.register_forward_hook(self.scaled)
+    def scaled(self, layer, inputs, output): return output * self.factor
+    def forward(self, x): return self.second(self.first(x))
+
+def test_a_hook_that_is_a_method_of_the_model_belongs_to_the_copy():
+    model, x = HookOfItsOwn(), torch.randn(4, 6)
+    small = quantize_model(model, 8)
+    assert isinstance(small.first, Dequantize) and isinstance(small.second, Dequantize)
+    plain = dequantize_model(small)
+    assert not any(isinstance(m, Dequantize) for m in plain.modules())
+    codes_alone(model, small, x)
+    assert torch.equal(small(x), plain(x))
+    small.factor = 0.
+    assert torch.equal(small(x), small.second(torch.zeros(4, 6))) and not torch.equal(plain(x), small(x)) and model.factor == 2.
