@@ -623,12 +623,13 @@ def lowest(
     "The units of least score that make up a share of all weights."
     drop = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     if not len(scores) or not bool(size.any()): return drop          # all are protected
-    if len(size) == 1:
+    if len(size) == 1 and not gone:
         k = min(round(sparsity * (total / size.item())), len(scores))
         drop[scores.topk(k, largest=False, sorted=False).indices] = True
         return drop
     order = scores.argsort(stable=True)
-    drop[order] = size.to(scores.device)[order].cumsum(0) - size.to(scores.device)[order] / 2 <= sparsity * total - gone      # the last one goes if most of it fits
+    size = size.to(scores.device).expand(len(scores))[order]
+    drop[order] = size.cumsum(0) - size / 2 <= sparsity * total - gone      # the last one goes if most of it fits
     return drop
 
 # %% ../nbs/07_prune.ipynb

@@ -478,3 +478,19 @@ def test_instruments_leave_what_they_look_at(tmp_path):
 
 def test_a_compiled_model_is_refused_by_name():
     with pytest.raises(ValueError, match="compiled"): macs(torch.compile(nn.Linear(8, 3), backend="eager"), X)
+
+
+class Calls(nn.Module):
+    "One function of its input."
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+
+@pytest.mark.parametrize("f", [lambda x: torch.cdist(x, x), torch.linalg.inv, torch.linalg.qr, torch.linalg.eigh, torch.matrix_exp, torch.linalg.cholesky, torch.linalg.pinv,
+                               lambda x: torch.linalg.solve(x, x), lambda x: torch.linalg.solve_triangular(x, x, upper=True), lambda x: torch.linalg.lstsq(x, x)[0], torch.linalg.svdvals])
+def test_products_inside_an_operation_are_named(f):
+    with pytest.raises(ValueError, match=r"\(Calls\) runs aten::\w+, whose products cannot be seen"): macs(Calls(f), torch.eye(40))
+
+
+@pytest.mark.parametrize("f, right", [(lambda x: torch.nn.functional.normalize(x), 0), (lambda x: torch.linalg.cross(x[:, :3], x[:, :3]), 0), (torch.cov, 40 ** 3), (lambda x: torch.linalg.norm(x), 0)])
+def test_what_looks_like_linear_algebra_and_is_not(f, right): assert sum(macs(Calls(f), torch.eye(40)).values()) == right

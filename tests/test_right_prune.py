@@ -561,3 +561,14 @@ def test_a_table_of_few_survivors(count, bits, values):
     q = prune.quantize_survivors(w, w != 0, bits, codebook="kmeans")
     got = sparsify(q, w != 0).dequantize()
     assert (got[w == 0] == 0).all() and (len(set(values)) > 1 << bits or len(set(values)) > 2 or torch.allclose(got, w))
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "8x8"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_lone_unit_that_is_pruned_enough_stays(granularity, scope):
+    "One unit in a layer, half of which is gone already: the share is reached."
+    for shape in ((8, 1), (1, 8)):
+        once = prune_model(nn.Sequential(nn.Linear(*shape)), .5)
+        twice = prune_model(once, .5, "magnitude", granularity, scope)
+        if granularity == "8x8" or granularity == ("row" if shape == (8, 1) else "column"): assert torch.equal(masks(twice)["0.weight"], masks(once)["0.weight"])
+        assert int((~masks(twice)["0.weight"]).sum()) == 4

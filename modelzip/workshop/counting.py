@@ -73,7 +73,8 @@ PRODUCTS: dict[str, Callable] = {      # operation → MACs, from its arguments 
                      "quantized::linear", "quantized::linear_relu", "quantized::linear_dynamic", "quantized::linear_relu_dynamic", "quantized::linear_dynamic_fp16"), _rows)}
 
 # %% ../../nbs/workshop/counting.ipynb
-_SUSPECT = re.compile(r"(_|^)(mm|linear|conv\w*|\w*attention\w*|\w*rnn\w*|\w*lstm\w*|\w*gru\w*|\w*matmul\w*)(_|$|\d)|mm$")
+_SOLVED = r"linalg_\w*(exp|solve|inv|lu|qr|svd|eig|cholesky|ldl|lstsq|householder)\w*|cholesky\w*|triangular_solve\w*|lu_solve|geqrf|ormqr|\w*(cdist|euclidean_dist)\w*"      # products inside
+_SUSPECT = re.compile(rf"(_|^)(mm|linear|conv\w*|\w*attention\w*|\w*rnn\w*|\w*lstm\w*|\w*gru\w*|\w*matmul\w*|{_SOLVED})(_|$|\d)|mm$")
 _QUIET = re.compile(r"prepack|unpack|pack$|_pack_|packed$|quantize_per|backward|upsample")     # they prepare, and multiply nothing
 KERNELS = ("aten::_weight_int", "aten::_dyn_quant", "quantized::", "onednn::")                 # of layers that know better what they do: padded widths, corrections
 
