@@ -1485,7 +1485,7 @@ def sparsify_layer(
     "Make the zeros of one layer real."
     if isinstance(layer, Dequantize):
         if not isinstance(layer.q, QTensor) or bits is not None: raise ValueError("layer is compressed already; only quantized layers can be made sparse, with the bits that they have")
-        return Dequantize(_bare(layer.layer, layer.name, layer.q), sparsify(layer.q, layout=layout), layer.name)
+        return carry_hooks(layer, Dequantize(_bare(layer.layer, layer.name, layer.q), sparsify(layer.q, layout=layout), layer.name))
     mask = find_mask(layer)
     plain = remove_masks(layer) if mask is not None else layer
     weight = plain.weight.detach()

@@ -464,7 +464,7 @@ def _split(y: Any, n: int) -> list:
 
 # %% ../nbs/12_threads.ipynb
 def _equal(a: Any, b: Any) -> bool:
-    "Equal to the last bit, NaN included."
+    "The same numbers, NaN included (0 and −0 are one)."
     if isinstance(a, Tensor): return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, Mapping): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(_equal, a, b))

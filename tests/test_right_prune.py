@@ -572,3 +572,10 @@ def test_a_lone_unit_that_is_pruned_enough_stays(granularity, scope):
         twice = prune_model(once, .5, "magnitude", granularity, scope)
         if granularity == "8x8" or granularity == ("row" if shape == (8, 1) else "column"): assert torch.equal(masks(twice)["0.weight"], masks(once)["0.weight"])
         assert int((~masks(twice)["0.weight"]).sum()) == 4
+
+
+def test_hooks_of_one_layer_are_carried_when_its_codes_become_sparse():
+    torch.manual_seed(0)
+    layer, x = quantize_model(nn.Sequential(prune.remove_masks(prune_model(nn.Linear(64, 32), .9))), 4)[0], torch.randn(3, 64)
+    layer.register_forward_hook(lambda m, args, y: 2 * y)
+    assert torch.equal(sparsify_layer(layer)(x), layer(x))
