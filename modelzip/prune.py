@@ -12,7 +12,7 @@ __all__ = ['WHOLE', 'CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', 'LAYOUTS'
            'SparsityTable', 'left_whole', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
            'SparseGPT', 'output_change', 'Sensitivity', 'sensitivity', 'prune_gradually', 'rewind', 'lottery_ticket',
            'l1_penalty', 'group_lasso', 'SparseTensor', 'sparsify', 'quantize_survivors', 'sparsify_layer',
-           'sparsify_model', 'fill_zeros', 'SparseLinear', 'use_sparse_products']
+           'sparsify_model', 'fill_zeros', 'SparseLinear', 'use_sparse_products', 'Inputs', 'Labelled', 'feed']
 
 # %% ../nbs/07_prune.ipynb
 import copy, fnmatch, itertools, math, re, warnings
@@ -33,7 +33,9 @@ from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copied, _copy_with, _layout_for, _name, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, as_batches, call, carry_hooks, check_ordinary, computed, feed, labelled, logits_of
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_ordinary, computed, feed, labelled, logits_of
+
+_all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 
 # %% ../nbs/07_prune.ipynb
 class Mask(nn.Module):

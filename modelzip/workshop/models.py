@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'call', 'feed', 'labelled', 'as_batches',
-           'output_tensors', 'logits_of', 'check_ordinary', 'copied', 'computed', 'hooks_of', 'carry_hooks']
+           'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'copied', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
 import copy, dataclasses, functools, inspect, types, weakref
@@ -158,6 +158,26 @@ def logits_of(
     return answer
 
 # %% ../../nbs/workshop/models.ipynb
+def computed(
+    layer: nn.Module,
+    name: str = "weight",    # of a parameter
+) -> str | None:             # what stands there instead, and what to do; None for a plain parameter, and for nothing at all
+    "Why a tensor of a layer is no plain parameter."
+    if parametrize.is_parametrized(layer, name):
+        kinds = list(layer.parametrizations[name])
+        undo = next((k.undo for k in kinds if isinstance(getattr(k, "undo", None), str)), f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})")
+        return f"is parametrized by {', '.join(type(k).__name__ for k in kinds)}; call {undo} first"
+    for hook in layer._forward_pre_hooks.values():
+        tool = type(hook).__name__
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name: return f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {name!r}) first"
+        if tool in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", None) == name:
+            undo = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[tool]
+            return f"is computed by {tool}; call torch.nn.utils.{undo}(layer) first"
+    if name in layer._buffers: return "is a buffer; make it a parameter first"
+    if name in vars(layer): return f"is a plain attribute; make it a parameter first"
+    return None
+
+# %% ../../nbs/workshop/models.ipynb
 COPIED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs",      # what deepcopy and PyTorch's layers look after themselves
           "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")      # no part of what a model computes
 
@@ -222,26 +242,6 @@ def copied(
                 why = (computed(m, key) or "").replace("is a plain attribute; make it a parameter first", "is a result with gradients, which PyTorch does not copy; detach it first")
                 raise ValueError(f"{name or 'the model'}.{key} {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}")
     return copy.deepcopy(model, memo)
-
-# %% ../../nbs/workshop/models.ipynb
-def computed(
-    layer: nn.Module,
-    name: str = "weight",    # of a parameter
-) -> str | None:             # what stands there instead, and what to do; None for a plain parameter, and for nothing at all
-    "Why a tensor of a layer is no plain parameter."
-    if parametrize.is_parametrized(layer, name):
-        kinds = list(layer.parametrizations[name])
-        undo = next((k.undo for k in kinds if isinstance(getattr(k, "undo", None), str)), f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})")
-        return f"is parametrized by {', '.join(type(k).__name__ for k in kinds)}; call {undo} first"
-    for hook in layer._forward_pre_hooks.values():
-        tool = type(hook).__name__
-        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name: return f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {name!r}) first"
-        if tool in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", None) == name:
-            undo = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[tool]
-            return f"is computed by {tool}; call torch.nn.utils.{undo}(layer) first"
-    if name in layer._buffers: return "is a buffer; make it a parameter first"
-    if name in vars(layer): return f"is a plain attribute; make it a parameter first"
-    return None
 
 # %% ../../nbs/workshop/models.ipynb
 HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook", "_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
