@@ -89,7 +89,7 @@ def _needed(batch, parameters):
     more = places[needs].name if len(places) > needs else "*arguments" if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters) else None
     if len(batch) <= needs or more is None: return batch[:needs]
     raise ValueError(f"a batch has {len(batch)} items, and forward needs {needs}: item {needs} may be labels, or its optional {more}; "
-                     f"say which: Labelled(inputs, labels), Inputs(…) or a dict of named arguments")
+                     f"say which: Labelled(inputs, labels) or Inputs(…), both in modelzip.prune, or a dict of named arguments")
 
 # %% ../../nbs/workshop/models.ipynb
 def labelled(
