@@ -126,26 +126,31 @@ WRONG = {
     "00_data:check_pool": [
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),                      # padding included
         ("lambda x, mask: (x * mask[..., None]).mean(1)", "the mean of the first two is [2, 3]"),  # divided by the length
-        ("lambda x, mask: (x * mask[..., None]).sum((1, 2)) / mask.sum(1)", "the shape must be [n, width]")],
+        ("lambda x, mask: (x * mask[..., None]).sum((1, 2)) / mask.sum(1)", "the shape must be [n, width]"),
+        ("lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum()", "each text has a mask of its own")],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120")],        # the root forgotten
+        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),         # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models")],
     "01_measure:check_per_example": [
         ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
         ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each")],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
-        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits")],
+        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
+        ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits")],
     "01_measure:check_smallest": [
         ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),     # one-sided
         ("lambda limit: 6", "for 0.001 it is 11")],
     "02_explore:check_weight": [
         ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
         ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
-        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4")],
+        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
+        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own")],
     "02_explore:check_positions": [
         ("lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]", "your positions"),     # first turns fastest
-        ("lambda p, sizes: [p % n for n in sizes]", "your positions")],
+        ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
+        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's")],
     "02_explore:check_two_pages": [
         ("lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'", "does the text say more than above or below?"),
         ("lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'", "draw the numbers with np.random.default_rng"),
@@ -293,7 +298,8 @@ WRONG = {
     "12_threads:check_processors": [
         ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),                       # nothing serial
         ("lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)", "5 is never reached"),
-        ("lambda goal, serial: None", "once as fast needs one processor")],
+        ("lambda goal, serial: None", "once as fast needs one processor"),
+        ("lambda goal, serial: 1 if goal == 1 else round((1 - serial) / (1 / goal - serial)) if 1 / goal - serial > 1e-9 else None", "twice as fast needs 3")],
     "12_threads:check_closed": [
         ("lambda callers, fixed, each: (1 / (fixed + each * callers), fixed + each * callers)", "a batch of 16 takes 1.9 s"),
         ("lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)", "λW must be the 16 callers")],
