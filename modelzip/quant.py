@@ -692,12 +692,12 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
-def _check_together(levels, step, codebook, stochastic, scale, observer, symmetric, generator):
-    "Options of which one would be ignored are refused (`bits` has a value always, and gives way in silence)."
+def _check_together(levels, step, codebook, stochastic, scale, observer, generator):
+    "Options of which one would be ignored are refused. (`bits` always has a value, and gives way in silence; a step and a codebook need no zero point, whatever `symmetric` says.)"
     given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
-    given |= {"observer": observer != "minmax", "symmetric=False": not symmetric, "generator": generator is not None}
-    if given["generator"] and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
-    for a, others in ("step", ("codebook", "levels", "scale", "observer", "symmetric=False")), ("codebook", ("stochastic", "observer", "symmetric=False")), ("scale", ("observer",)):
+    given |= {"observer": observer != "minmax"}
+    if generator is not None and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
+    for a, others in ("step", ("codebook", "levels", "scale", "observer")), ("codebook", ("stochastic", "observer")), ("scale", ("observer",)):
         for b in others:
             if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
 
@@ -873,7 +873,7 @@ def quantize(
     bits: int = 8,                 # width of a code, 1..16
     axis: int | None = None,       # None: one scale for the tensor; else one scale for each slice along `axis`
     group: int | None = None,      # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
-    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored
+    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (a step or a codebook needs none)
     observer: Any = "minmax",      # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
     levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary); overrides `bits`
     step: float | None = None,     # a fixed scale; `levels` are then as many as the values need; overrides `bits`
@@ -889,7 +889,7 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
-    _check_together(levels, step, codebook, stochastic, scale, observer, symmetric, generator)
+    _check_together(levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
