@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['CRITERIA', 'RemainingLayerNorm', 'RemainingRMSNorm', 'RemainingAttention', 'channel_groups', 'energy',
            'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'ThinLinear',
-           'ThinConv2d', 'factorize', 'Group', 'Groups']
+           'ThinConv2d', 'product', 'factorize', 'Group', 'Groups']
 
 # %% ../nbs/08_structured.ipynb
 import collections, copy, fnmatch, math
@@ -26,7 +26,9 @@ from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
 from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
 from .workshop.readers import pairs_shown, same_code
+from .workshop.readonly import read_only
 from .workshop.rehearsal import disagreement, examples_of, ready
+from .workshop.settings import SettingsInState, is_count
 
 _all_ = ["Group", "Groups"]
 
@@ -50,8 +52,9 @@ def layer_norm(
     return (y if bias is None else y + bias).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingLayerNorm(nn.LayerNorm):
+class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     "What remains of a LayerNorm when channels were removed: it gives what the whole would give if those were zeros."
+    in_state = ("total", "channels_first", "eps")
     def __init__(
         self,
         channels: int,                      # that are there
@@ -65,6 +68,7 @@ class RemainingLayerNorm(nn.LayerNorm):
     ):
         super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
         self.channels, self.total, self.channels_first = channels, total, channels_first
+    def check_settings(self, total, channels_first, eps) -> None: check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
     def extra_repr(self) -> str: return f"{self.channels} of {self.total}, eps={self.eps}"
 
 # %% ../nbs/08_structured.ipynb
@@ -76,6 +80,12 @@ def _norm_forward(self, input: Tensor) -> Tensor:
     return y.permute(0, n - 1, *range(1, n - 1)) if self.channels_first else y
 
 RemainingLayerNorm.forward = _norm_forward
+
+def check_counting(m: nn.Module, total: Any, eps: Any, more: bool = True) -> None:
+    "`ValueError` unless a norm can have these settings, which come from a state."
+    number = eps is None or isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not (more and number and is_count(total) and total >= m.normalized_shape[0]):
+        raise ValueError(f"this state is not one of a {type(m).__name__} with {m.normalized_shape[0]} channels")
 
 # %% ../nbs/08_structured.ipynb
 def rms_norm(
@@ -93,8 +103,10 @@ def rms_norm(
     return (y if weight is None else y*weight).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingRMSNorm(nn.RMSNorm):
+class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
     "What remains of an RMSNorm when channels were removed: it gives what the whole would give if those were zeros."
+    in_state = ("total", "eps")
+    def check_settings(self, total, eps) -> None: check_counting(self, total, eps)
     def __init__(
         self,
         channels: int,                      # that are there
@@ -137,8 +149,9 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor
     return scores.softmax(-1)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingAttention(nn.Module):
+class RemainingAttention(SettingsInState, nn.Module):
     "What remains of an `nn.MultiheadAttention` when heads, or channels of the model, were removed. It is called in the same way."
+    in_state = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False                        # so that a TransformerEncoderLayer calls it
     in_proj_weight = bias_k = bias_v = None
     add_zero_attn = False
@@ -159,6 +172,10 @@ class RemainingAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = embed_dim, num_heads, head_dim, dropout, batch_first
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self._make_parameters(num_heads*head_dim, bias, {"device": device, "dtype": dtype})
+    def check_settings(self, num_heads, head_dim, batch_first) -> None:
+        inner = self.out_proj.in_features
+        if not (is_count(num_heads) and is_count(head_dim) and num_heads*head_dim == inner and isinstance(batch_first, bool)):
+            raise ValueError(f"this state says {num_heads!r} heads of {head_dim!r}; all heads of this {type(self).__name__} have {inner} together")
 
 # %% ../nbs/08_structured.ipynb
 def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
@@ -880,13 +897,13 @@ def rank_for(
 
 # %% ../nbs/08_structured.ipynb
 class ThinLinear(nn.Sequential):
-    "Two thin Linears in the place of one. They answer as it did: `weight` is their product, `bias` that of the second."
+    "Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only), `bias` that of the second."
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
         like = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
     @property
-    def weight(self) -> Tensor: return self[1].weight @ self[0].weight
+    def weight(self) -> Tensor: return product(self, self[1].weight @ self[0].weight)
     @property
     def bias(self) -> Tensor | None: return self[1].bias
 
@@ -901,9 +918,12 @@ class ThinConv2d(nn.Sequential):
         self.in_channels, self.rank, self.out_channels, self.padding_mode = in_channels, rank, out_channels, padding_mode
         self.kernel_size, self.stride, self.padding, self.dilation = first.kernel_size, first.stride, first.padding, first.dilation
     @property
-    def weight(self) -> Tensor: return (self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:])
+    def weight(self) -> Tensor: return product(self, (self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
     @property
     def bias(self) -> Tensor | None: return self[1].bias
+
+def product(m: nn.Module, weight: Tensor) -> Tensor:
+    return read_only(weight, f"weight of this {type(m).__name__} is a product, and what is written into it would be lost; write to the weights of its two layers, or take a copy: weight.clone()")
 
 # %% ../nbs/08_structured.ipynb
 def two_layers(
