@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .workshop.settings import SettingsInState, is_count
-
 # %% ../nbs/00_data.ipynb
 def need(
     module: str,    # name of the optional module, such as `"sklearn.datasets"`
@@ -395,11 +393,8 @@ def minilm_tokenizer(
     return t
 
 # %% ../nbs/00_data.ipynb
-class Attention(SettingsInState, nn.Module):
+class Attention(nn.Module):
     "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]."
-    in_state = ("heads",)                           # matrices of one size may hold many heads or few, so the state says how many
-    def check_settings(self, heads: int) -> None:
-        if not is_count(heads): raise ValueError(f"this state says {heads!r} heads")
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads

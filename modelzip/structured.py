@@ -689,10 +689,11 @@ def choose_channels(
     round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already
+    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
 ) -> Choice:
     "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
     kind, value = the_wish({"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope)
+    if groups is not None and keep != (): raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
     groups = channel_groups(model, example, keep) if groups is None else checked_groups(groups, model)
     if not len(groups):
         raise ValueError("model has no channels that can be removed: " + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]))
@@ -753,7 +754,7 @@ COSTS = {"macs": lambda m, example: total_macs(m, example), "bytes": lambda m, e
 
 # %% ../nbs/08_structured.ipynb
 def total_macs(model: nn.Module, example: Any) -> int:
-    "Multiply-accumulates of the layers of a model."
+    "Multiply-accumulates of all products that run, attention's too."
     return sum(count_macs(model if not isinstance(example, dict) else ByName(model, list(example)),
                           tuple(example.values()) if isinstance(example, dict) else example).values())
 
@@ -775,12 +776,13 @@ def shrink(
     round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already
-    exact: bool = True,                       # LayerNorms go on counting the channels that are gone; False: ordinary ones
+    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
+    exact: bool = True,                       # LayerNorms and RMSNorms go on counting the channels that are gone; False: ordinary ones
 ) -> nn.Module:                               # a smaller ordinary model
     """Remove channels and all that depends on them. On inputs that run through the same code as the examples, the outputs are those of the
     masked model, which is tried before it is handed out: on the examples, on other inputs and with other weights, and in training mode where
-    that is deterministic. `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
+    that is deterministic. (With `exact=False` normalizations over channels change them, and only sizes and constants are tried.)
+    `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
     choice = choose_channels(model, example, ratio, macs, bytes, milliseconds, criterion, round_to, scope, keep, groups)
     wrong = replayed(choice.groups, choice.roots, exact) if not exact else rehearse(model, examples_of(example), choice.groups, choice.roots)
     if wrong is not None: raise RuntimeError(f"the smaller model would not do what the masked one does: {wrong.what}; keep= or another ratio may help")
@@ -842,8 +844,8 @@ def foldable(
     example: Any = None,  # what it is called with, or several examples in a list: what its code alone does not tell, runs may
 ) -> dict[str, str]:      # name of a layer → name of the BatchNorm that alone receives its output
     """Pairs that can become one layer: nobody else reads the output or the tensors of either, and the BatchNorm runs over the outputs of the layer.
-    Without an example it must follow from the code for every input. (How many axes an input has does not: then, a Linear or Conv1d with a
-    BatchNorm1d is no pair.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
+    Without an example it must follow from the code for every input. (How many axes an input has mostly does not: then, a Linear or Conv1d with
+    a BatchNorm1d is a pair only where the code says it, such as behind a flatten.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
     inputs and with other weights confirms it."""
     base = ready(copied(model), False)
     examples = None if example is None else examples_of(example)
@@ -980,7 +982,7 @@ def factorize(
 ) -> nn.Module:                           # a copy, with two thin layers in place of each that becomes smaller by it
     """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014, arXiv:1404.0736).
     A layer whose weight others hold too, or is computed, stays as it is. The error is that before rounding to the type of the weights.
-    `ValueError` unless exactly one of error, bytes and rank says how much, for layers that there are not, and for NaN."""
+    `ValueError` unless exactly one of error, bytes and rank says how much, for bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN."""
     check_thinness(error, bytes, rank)
     if isinstance(rank, dict) and layers is not None: raise ValueError("rank names its layers, so layers may not be given too")
     new = copied(model)

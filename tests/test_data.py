@@ -480,8 +480,3 @@ def test_answers_among_other_outputs(wrap):
     with torch.inference_mode(): train(m, small(), 2, progress=False)
     train(plain, small(), 2, progress=False)
     assert torch.equal(m.m[0].weight, plain[0].weight)
-
-def test_the_state_of_an_attention_says_how_many_heads():
-    a, b, x, mask = D.Attention(12, 3), D.Attention(12, 4), torch.randn(2, 5, 12), torch.ones(2, 5).bool()
-    b.load_state_dict(a.state_dict())
-    assert torch.equal(a(x, mask), b(x, mask))
