@@ -26,6 +26,7 @@ from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, P
 from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, remade, text_of
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
+from .workshop.settings import SettingsInState
 from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
 
 # %% ../nbs/05_pack.ipynb
@@ -112,7 +113,7 @@ def items(
         yield Item(prefix + module.name, module.name, module.q, module, parent, child)
         yield from items(module.layer, prefix, parent, child)
         return
-    if type(module).get_extra_state is not nn.Module.get_extra_state:
+    if type(module).get_extra_state not in (nn.Module.get_extra_state, SettingsInState.get_extra_state):      # settings are attributes, which a file keeps with the kind of a layer
         raise TypeError(f"{prefix[:-1] or 'the model'!r} keeps extra state that is no tensor (get_extra_state); a file can hold tensors only")
     for key, value in own_tensors(module).items(): yield Item(prefix + key, key, value, module, parent, child)
     for key, m in module._modules.items():

@@ -1162,7 +1162,7 @@ def rewind(
     state: Mapping[str, Tensor],   # `state_dict()` of the same model at an earlier time, with or without masks
 ) -> nn.Module:              # the same model
     "Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635). `ValueError` when one is missing or has another shape; then nothing is changed."
-    own = _without_masks({n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)})
+    own = _without_masks({n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and n.rpartition(".")[2] != "_extra_state"})
     state = _without_masks(state)
     for n, t in own.items():
         if not isinstance(state.get(n), Tensor) or state[n].shape != t.shape: raise ValueError(f"state has no {n!r} of shape {tuple(t.shape)}")
