@@ -23,7 +23,7 @@ from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, remade, text_of
+from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState
@@ -300,7 +300,8 @@ def meaning_of(
     kinds = kinds_of(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for device in ("meta", None) if architecture and architecture["name"] in model_builders else ():
+        real = any(small_buffers(plain_layer(m)) for _, m in walk(model))      # nothing of the kind is to be seen on meta
+        for device in ("meta", None)[real:] if architecture and architecture["name"] in model_builders else ():
             try:
                 with torch.device(device) if device else nullcontext(): made = build_model(architecture["name"], **architecture["options"])
                 layers = {n: shorter(e, there.get(n, {})) for there in [kinds_of(made)] for n, e in differing(kinds, there).items()}
@@ -832,7 +833,8 @@ def skeleton_of(
         elif said and layers: check_kinds(skeleton, layers)
         return skeleton
     skeleton = hollow(model)
-    if computes_nothing(model) or not said or not (layers or kind) or kind == seal_of(skeleton): return skeleton
+    if computes_nothing(model) or not said or not (layers or kind): return skeleton
+    if kind == seal_of(skeleton): return remade(skeleton, layers, strict=True)
     try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
     except PackError:
         if rows: check_match(hollow(model), rows)
