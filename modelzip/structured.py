@@ -28,7 +28,6 @@ from .workshop.matrices import also_held
 from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.readonly import read_only
 from .workshop.readers import pairs_shown, same_code
-from .workshop.readonly import read_only
 from .workshop.rehearsal import disagreement, examples_of, ready
 from .workshop.settings import SettingsInState, is_count
 
