@@ -101,6 +101,7 @@ SETUP = {
         from modelzip.quant import quantize_model
         model = LeNet5()
         save(model, folder / "mapped.mz", archive=False)
+        save(model, folder / "archived.mz")
         save(quantize_model(model, 4), folder / "archived4.mz")""",
     "05b_exchange": """
         from modelzip.data import LeNet5
@@ -189,11 +190,15 @@ WRONG = {
             return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=e["offset"]).reshape(e["shape"])""", "is the offset right?"),
         ("""def read(path, name):                                                  # flat
             with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
-            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""", "has the shape (20, 1, 5, 5), yours has (500,)")],
+            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""", "has the shape (20, 1, 5, 5), yours has (500,)"),
+        ("""def read(path, name):                                                  # all of the payload
+            with zipfile.ZipFile(path) as z: e, payload = json.loads(z.read("manifest.json"))["tensors"][name], z.read("payload")
+            return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])""", "leave the rest of the payload in the file")],
     "05_pack:check_estimate": [
         ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)", "entropy is in bits a weight"),
         ("lambda path: sum(l.entropy for l in inspect(path).lines if l.entropy is not None) / 8", "need"),
-        ("lambda path: os.path.getsize(path)", "need")],
+        ("lambda path: os.path.getsize(path)", "need"),
+        ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(folder / 'archived4.mz').lines if l.entropy is not None) / 8", "the streams of archived.mz need")],
     "05b_exchange:check_floats": [
         ("lambda bits: bits.view(np.float16)", "should be float32, yours is float16"),
         ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),                   # not moved to the upper half
@@ -270,13 +275,16 @@ WRONG = {
     "10_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
-        ("lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])", "leave the given row as it is")],
+        ("lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])", "leave the given row as it is"),
+        ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] / H.diagonal())", "there Hδ should be 0")],       # each of the others as if it were alone
     "10_ptq:check_rescale": [
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),                              # nearest weights, not outputs
-        ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives")],
+        ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
+        ("lambda w, d, H, X=torch.randn(50, 6, generator=torch.Generator().manual_seed(1)): d @ X.T @ X @ w / (d @ X.T @ X @ d)", "least squares gives")],      # other inputs than those that were given
     "10_ptq:check_rule": [
         ("lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}", "words has no statistics and gets 5 bits"),
-        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}", "should get")],
+        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}", "should get"),
+        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8} if output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > 1e-3 else {}", "with the limit")],
     "11_qat:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
