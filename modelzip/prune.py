@@ -410,15 +410,17 @@ def inverse_factor(
     moment: Tensor,          # [inputs, inputs] H, symmetric, without negative eigenvalues
     damping: float = 0.01,   # share of the mean diagonal that is added to the diagonal
 ) -> Tensor:                 # [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
-    "Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and infinite values."
+    "Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and infinite values, and for values that leave no room in their dtype."
+    if not 0 <= damping < math.inf: raise ValueError(f"damping is {damping}; it may be 0 or more")
     if not bool(moment.isfinite().all()): raise ValueError("moment holds NaN or infinite values, so it has no inverse")
     H = moment.to(torch.float64 if len(moment) <= 1024 else moment.dtype, copy=True)
     extra = damping * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
         H.diagonal().add_(extra)
+        if not bool(H.diagonal().isfinite().all()): raise ValueError(f"moment is too large for {H.dtype}; scale it down first")
         L, failed = torch.linalg.cholesky_ex(H)
-        if not failed: break
-        extra = 10 * extra.clamp(min=1e-6 * H.diagonal().mean())
+        if not failed and bool((1 / L.diagonal().square()).isfinite().all()): break
+        extra = 10 * extra.clamp(min=max(1e-6 * H.diagonal().mean().item(), torch.finfo(torch.float32).tiny))
     return torch.linalg.cholesky(torch.cholesky_inverse(L, out=H), upper=True, out=L)      # two matrices at a time, no more
 
 # %% ../nbs/07_prune.ipynb

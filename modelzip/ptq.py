@@ -182,8 +182,8 @@ def correct_bias(
     quantized: nn.Module,     # with `Dequantize` layers
     model: nn.Module,         # what it was made from
     statistics: Statistics,   # of the model's layers, as `calibrate` returns them
-) -> nn.Module:               # a copy with other biases; layers without a bias or without statistics stay
-    """Give every quantized layer the mean output that the original's layer has, on the original's inputs (Nagel et al. 2019, arXiv:1906.04721).
+) -> nn.Module:               # a copy with other biases; layers of other kinds, without a bias or without statistics stay
+    """Give every quantized Linear, Conv1d and Conv2d the mean output that the original's layer has, on the original's inputs (Nagel et al. 2019, arXiv:1906.04721).
     In a chain the inputs of a layer are no longer the original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias that is computed (names the layer)."""
     new, fixed = copied(quantized), {}
     names = {i: found[0] for i, (_, found) in layers_of(new).items()}
@@ -218,7 +218,7 @@ def equalizing_scales(
     second: Tensor,    # [outputs, channels / groups · k, …]: the weight after it; k > 1 when a Flatten lies between
     groups: int = 1,   # of the second layer, when it is a convolution
 ) -> Tensor:           # [channels], positive; float32, or float64 for weights that are
-    "s = √(r₁ / r₂) from the ranges of rows and columns; 1 where either is zero, or where the range that both would get is too small for the weights' dtype."
+    "s = √(r₁ / r₂) from the ranges of rows and columns, within 2⁻¹⁰⁰ and 2¹⁰⁰; 1 where either range is zero, or where the one that both would get is too small for the weights' dtype."
     r1 = first.abs().flatten(1).amax(1).double()
     r2 = _by_channel(second, len(first), groups).abs().flatten(2).amax((0, 2)).double()
     s = (r1.sqrt() / r2.sqrt()).clamp(2. ** -100, 2. ** 100)          # roots first: neither quotient nor product leaves float64
@@ -788,7 +788,7 @@ def quantize_with(
     **options,                             # of the method: bits, group, symmetric …
 ) -> nn.Module:                            # a copy in which each of these layers is a `Dequantize`
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied weights stay tied.
-    A matrix that is used, and of which there are no statistics though data were given, is rounded to nearest, with a warning that says which and why (see `unwatched`)."""
+    A matrix of which there are no statistics though data were given is rounded as well as the method can without, with a warning that says which and why (tables, which multiply nothing, need none; see `unwatched`)."""
     if batches is not None and statistics is not None: raise ValueError("batches and statistics are both given; give one of them")
     if not 0 <= catch_up <= 1 or catch_up and batches is None:
         raise ValueError(f"catch_up is {catch_up}; it may be 0 to 1, and needs batches when it is not 0")

@@ -76,6 +76,20 @@ def test_unrelated_inputs_leave_rounding_to_nearest(act_order):
     assert gptq_weight(w, s, act_order=act_order, damping=0.) == nearest_weight(w, s)
 
 
+def test_inverse_factor_of_nothing():
+    "Inputs that are always zero: with damping 0 there is no share of anything to add, and float32 (more than 1,024 inputs) has less room."
+    for n, damping in (1, 0), (3, 0), (1025, 0), (1025, 0.01), (1025, 1e-9), (3, 1e-30):
+        for H in torch.zeros(n, n), 1e-39 * torch.eye(n): assert inverse_factor(H, damping).isfinite().all(), (n, damping)
+    layer, zeros = nn.Linear(1100, 3, bias=False), LayerStatistics()
+    zeros.add(torch.zeros(1, 4, 1100))
+    for damping in 0, 0.01: assert gptq_weight(layer.weight.detach(), zeros, damping=damping) == nearest_weight(layer.weight.detach(), zeros)
+
+def test_inverse_factor_ends():
+    for damping in -1, math.nan, math.inf:
+        with pytest.raises(ValueError, match="damping is"): inverse_factor(torch.eye(3), damping)
+    with pytest.raises(ValueError, match="too large for torch.float32"): inverse_factor(torch.full((1025, 1025), 3e38))
+
+
 def test_inverse_factor_of_singular_matrices():
     for H in torch.zeros(4, 4), torch.ones(4, 4), torch.diag(torch.tensor([0., 1., 1e-20, 1e20])):
         U = inverse_factor(H)
