@@ -88,13 +88,14 @@ def divergence(
 def classes_last(
     outputs: Tensor,               # [n, classes, …], or [n]: one logit each
     axis: int = 1,                 # of the classes
-    labels: Tensor | None = None,  # whole numbers, which may tell that it is another axis
+    labels: Tensor | None = None,  # whole numbers, which tell that it is another axis where they fit to that one alone
 ) -> Tensor:                       # [n, …, classes]
     "Outputs with the classes in the last place. `ValueError` for an axis that is not there, or that the labels contradict."
     if outputs.dim() == 1: outputs = outputs[:, None]
     if not -outputs.dim() < axis < outputs.dim() or axis == 0: raise ValueError(f"axis is {axis}, and the outputs have shape {tuple(outputs.shape)}; it may be 1 to {outputs.dim() - 1}, or −1 for the last")
     z = outputs.movedim(axis, -1)
-    if labels is not None and labels.dim() > 1 and labels.dim() == z.dim() - 1 and labels.shape != z.shape[:-1]:
+    fits = [labels is not None and outputs.movedim(a, -1).shape[:-1] == labels.shape for a in range(1, outputs.dim())]
+    if labels is not None and labels.dim() > 1 and any(fits) and labels.shape != z.shape[:-1]:
         raise ValueError(f"the outputs have shape {tuple(outputs.shape)}, with the classes along axis {axis} that leaves {tuple(z.shape[:-1])}, and the labels have {tuple(labels.shape)}: give the loss the right axis, such as axis=-1")
     return z
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['CRITERIA', 'RemainingLayerNorm', 'RemainingRMSNorm', 'RemainingAttention', 'channel_groups', 'energy',
-           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'ThinLinear',
-           'ThinConv2d', 'factorize', 'Group', 'Groups']
+           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'shown',
+           'ThinLinear', 'ThinConv2d', 'factorize', 'Group', 'Groups']
 
 # %% ../nbs/08_structured.ipynb
 import collections, copy, fnmatch, math
@@ -24,9 +24,12 @@ from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_grap
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
-from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
+from .workshop.matrices import also_held
+from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
+from .workshop.readonly import read_only
 from .workshop.readers import pairs_shown, same_code
 from .workshop.rehearsal import disagreement, examples_of, ready
+from .workshop.settings import SettingsInState, is_count
 
 _all_ = ["Group", "Groups"]
 
@@ -50,8 +53,9 @@ def layer_norm(
     return (y if bias is None else y + bias).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingLayerNorm(nn.LayerNorm):
+class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     "What remains of a LayerNorm when channels were removed: it gives what the whole would give if those were zeros."
+    in_state = ("total", "channels_first", "eps")
     def __init__(
         self,
         channels: int,                      # that are there
@@ -65,6 +69,7 @@ class RemainingLayerNorm(nn.LayerNorm):
     ):
         super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
         self.channels, self.total, self.channels_first = channels, total, channels_first
+    def check_settings(self, total, channels_first, eps) -> None: check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
     def extra_repr(self) -> str: return f"{self.channels} of {self.total}, eps={self.eps}"
 
 # %% ../nbs/08_structured.ipynb
@@ -76,6 +81,12 @@ def _norm_forward(self, input: Tensor) -> Tensor:
     return y.permute(0, n - 1, *range(1, n - 1)) if self.channels_first else y
 
 RemainingLayerNorm.forward = _norm_forward
+
+def check_counting(m: nn.Module, total: Any, eps: Any, more: bool = True) -> None:
+    "`ValueError` unless a norm can have these settings, which come from a state."
+    number = eps is None or isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not (more and number and is_count(total) and total >= m.normalized_shape[0]):
+        raise ValueError(f"this state is not one of a {type(m).__name__} with {m.normalized_shape[0]} channels")
 
 # %% ../nbs/08_structured.ipynb
 def rms_norm(
@@ -93,8 +104,10 @@ def rms_norm(
     return (y if weight is None else y*weight).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingRMSNorm(nn.RMSNorm):
+class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
     "What remains of an RMSNorm when channels were removed: it gives what the whole would give if those were zeros."
+    in_state = ("total", "eps")
+    def check_settings(self, total, eps) -> None: check_counting(self, total, eps)
     def __init__(
         self,
         channels: int,                      # that are there
@@ -137,8 +150,9 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor
     return scores.softmax(-1)
 
 # %% ../nbs/08_structured.ipynb
-class RemainingAttention(nn.Module):
+class RemainingAttention(SettingsInState, nn.Module):
     "What remains of an `nn.MultiheadAttention` when heads, or channels of the model, were removed. It is called in the same way."
+    in_state = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False                        # so that a TransformerEncoderLayer calls it
     in_proj_weight = bias_k = bias_v = None
     add_zero_attn = False
@@ -159,6 +173,10 @@ class RemainingAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = embed_dim, num_heads, head_dim, dropout, batch_first
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self._make_parameters(num_heads*head_dim, bias, {"device": device, "dtype": dtype})
+    def check_settings(self, num_heads, head_dim, batch_first) -> None:
+        inner = self.out_proj.in_features
+        if not (is_count(num_heads) and is_count(head_dim) and num_heads*head_dim == inner and isinstance(batch_first, bool)):
+            raise ValueError(f"this state says {num_heads!r} heads of {head_dim!r}; all heads of this {type(self).__name__} have {inner} together")
 
 # %% ../nbs/08_structured.ipynb
 def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
@@ -343,6 +361,18 @@ def put(model: nn.Module, path: str, new: nn.Module) -> None:
     for owner in list(model.modules()):
         for name, m in owner._modules.items():
             if m is old: owner._modules[name] = new
+        for key, x in [*vars(owner).items()]:
+            if key not in COPIED and not key.endswith("_hooks") and (y := swapped(x, old, new)) is not x: owner.__dict__[key] = y
+
+def swapped(x: Any, old: nn.Module, new: nn.Module) -> Any:
+    "A plain attribute with one module in the place of another: lists and dicts change in place."
+    if x is old: return new
+    if type(x) is list: x[:] = [swapped(y, old, new) for y in x]
+    elif type(x) in (dict, collections.OrderedDict, collections.defaultdict): x.update({k: z for k, y in x.items() if (z := swapped(y, old, new)) is not y})
+    elif type(x) is tuple:
+        y = tuple(swapped(z, old, new) for z in x)
+        if any(a is not b for a, b in zip(x, y)): return y
+    return x
 
 # %% ../nbs/08_structured.ipynb
 class Mismatch(Exception):
@@ -672,10 +702,11 @@ def choose_channels(
     round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already
+    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
 ) -> Choice:
     "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
     kind, value = the_wish({"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope)
+    if groups is not None and keep != (): raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
     groups = channel_groups(model, example, keep) if groups is None else checked_groups(groups, model)
     if not len(groups):
         raise ValueError("model has no channels that can be removed: " + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]))
@@ -736,7 +767,7 @@ COSTS = {"macs": lambda m, example: total_macs(m, example), "bytes": lambda m, e
 
 # %% ../nbs/08_structured.ipynb
 def total_macs(model: nn.Module, example: Any) -> int:
-    "Multiply-accumulates of the layers of a model."
+    "Multiply-accumulates of all products that run, attention's too."
     return sum(count_macs(model if not isinstance(example, dict) else ByName(model, list(example)),
                           tuple(example.values()) if isinstance(example, dict) else example).values())
 
@@ -758,12 +789,13 @@ def shrink(
     round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already
-    exact: bool = True,                       # LayerNorms go on counting the channels that are gone; False: ordinary ones
+    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
+    exact: bool = True,                       # LayerNorms and RMSNorms go on counting the channels that are gone; False: ordinary ones
 ) -> nn.Module:                               # a smaller ordinary model
     """Remove channels and all that depends on them. On inputs that run through the same code as the examples, the outputs are those of the
     masked model, which is tried before it is handed out: on the examples, on other inputs and with other weights, and in training mode where
-    that is deterministic. `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
+    that is deterministic. (With `exact=False` normalizations over channels change them, and only sizes and constants are tried.)
+    `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
     choice = choose_channels(model, example, ratio, macs, bytes, milliseconds, criterion, round_to, scope, keep, groups)
     wrong = replayed(choice.groups, choice.roots, exact) if not exact else rehearse(model, examples_of(example), choice.groups, choice.roots)
     if wrong is not None: raise RuntimeError(f"the smaller model would not do what the masked one does: {wrong.what}; keep= or another ratio may help")
@@ -793,6 +825,7 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
     "A layer and the BatchNorm for its outputs, which are one axis of its weight; both with plain parameters, in evaluation mode, without hooks."
     if FOLDS.get(type(layer)) is not type(norm) or norm.running_mean is None or norm.training or hooks_of(layer) or hooks_of(norm): return False
     if output_axis(layer) == 1 and layer.groups > 1 or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias")): return False
+    if layer.weight is None: return False                    # it is compressed
     outputs = layer.weight.shape[output_axis(layer)]*getattr(layer, "groups", 1)**output_axis(layer)
     exact = norm.running_var.dtype == layer.weight.dtype or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
     return outputs == norm.num_features and exact
@@ -825,8 +858,8 @@ def foldable(
     example: Any = None,  # what it is called with, or several examples in a list: what its code alone does not tell, runs may
 ) -> dict[str, str]:      # name of a layer → name of the BatchNorm that alone receives its output
     """Pairs that can become one layer: nobody else reads the output or the tensors of either, and the BatchNorm runs over the outputs of the layer.
-    Without an example it must follow from the code for every input. (How many axes an input has does not: then, a Linear or Conv1d with a
-    BatchNorm1d is no pair.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
+    Without an example it must follow from the code for every input. (How many axes an input has mostly does not: then, a Linear or Conv1d with
+    a BatchNorm1d is a pair only where the code says it, such as behind a flatten.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
     inputs and with other weights confirms it."""
     base = ready(copied(model), False)
     examples = None if example is None else examples_of(example)
@@ -879,14 +912,19 @@ def rank_for(
     return max(1, int((tail.sqrt() > error).sum()))
 
 # %% ../nbs/08_structured.ipynb
+def shown(weight: Tensor) -> Tensor:
+    "A product of two weights: what is written into it would be lost."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(weight): return weight
+    return read_only(weight, "this weight is a product of two thin ones, and what is written into it would be lost; write into those, or take a copy: weight.clone()")
+
 class ThinLinear(nn.Sequential):
-    "Two thin Linears in the place of one. They answer as it did: `weight` is their product, `bias` that of the second."
+    "Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only), `bias` that of the second."
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
         like = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
     @property
-    def weight(self) -> Tensor: return self[1].weight @ self[0].weight
+    def weight(self) -> Tensor: return shown(self[1].weight @ self[0].weight)
     @property
     def bias(self) -> Tensor | None: return self[1].bias
 
@@ -901,7 +939,7 @@ class ThinConv2d(nn.Sequential):
         self.in_channels, self.rank, self.out_channels, self.padding_mode = in_channels, rank, out_channels, padding_mode
         self.kernel_size, self.stride, self.padding, self.dilation = first.kernel_size, first.stride, first.padding, first.dilation
     @property
-    def weight(self) -> Tensor: return (self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:])
+    def weight(self) -> Tensor: return shown((self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
     @property
     def bias(self) -> Tensor | None: return self[1].bias
 
@@ -933,7 +971,7 @@ def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
-    uses = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    uses = collections.Counter([id(p) for m in model.modules() for p in m._parameters.values() if p is not None] + [id(t) for _, t in also_held(model)])
     good = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1
             and id(m) not in inside and plain(m) and uses[id(m.weight)] == 1}
     for pattern in layers or ():
@@ -960,7 +998,7 @@ def factorize(
 ) -> nn.Module:                           # a copy, with two thin layers in place of each that becomes smaller by it
     """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014, arXiv:1404.0736).
     A layer whose weight others hold too, or is computed, stays as it is. The error is that before rounding to the type of the weights.
-    `ValueError` unless exactly one of error, bytes and rank says how much, for layers that there are not, and for NaN."""
+    `ValueError` unless exactly one of error, bytes and rank says how much, for bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN."""
     check_thinness(error, bytes, rank)
     if isinstance(rank, dict) and layers is not None: raise ValueError("rank names its layers, so layers may not be given too")
     new = copied(model)
@@ -968,6 +1006,7 @@ def factorize(
     if isinstance(rank, dict):
         if other := [n for n in rank if n not in found]: raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
         found = {n: found[n] for n in rank}
+    check_code(new, found.values())
     svds = {n: split_ranks(m.weight) for n, m in found.items()}
     if bytes is not None: error = error_within(new, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
     for n, m in found.items():

@@ -498,3 +498,37 @@ def installed_models():
     models = torchvision_models()
     if models is None: pytest.skip("torchvision is not installed: pip install --no-deps torchvision")
     return models
+
+# ---- settings in the state, and products that are read only
+
+def twins():
+    norm = lambda *a, **k: RemainingLayerNorm(4, *a, **k)
+    yield norm(6), norm(9), torch.randn(2, 4, 4)
+    yield norm(6, channels_first=True, eps=.5), norm(6), torch.randn(2, 4, 4)
+    yield RemainingRMSNorm(4, 6), RemainingRMSNorm(4, 9, .1), torch.randn(2, 4)
+    yield RemainingAttention(8, 2, 3), RemainingAttention(8, 3, 2, batch_first=True), torch.randn(5, 2, 8)
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_state_brings_its_settings(i, tmp_path):
+    a, b, x = [*twins()][i]
+    out = lambda m: m(x, x, x)[0] if isinstance(m, RemainingAttention) else m(x)
+    wrapped = [nn.Sequential(m).eval() for m in (a, b)]
+    wrapped[1].load_state_dict(wrapped[0].state_dict())
+    assert torch.equal(out(a), out(b))
+    got = load(save(wrapped[0], tmp_path/"x.mz"), copy.deepcopy(wrapped[0]))
+    assert torch.equal(out(got[0]), out(a))
+    _, b, _ = [*twins()][i]
+    before = [getattr(b, k) for k in b.in_state]
+    b.load_state_dict({k: v for k, v in a.state_dict().items() if k != "_extra_state"})      # written before there were any
+    assert before == [getattr(b, k) for k in b.in_state]
+    others = [m.state_dict()["_extra_state"] for j, (m, _, _) in enumerate(twins()) if type(m) is not type(a)]
+    for state in others + [torch.tensor([*said.encode()], dtype=torch.uint8) for said in ("1", '{"total": 3, "eps": 1, "channels_first": false}', '{"num_heads": 4, "head_dim": 2, "batch_first": false}')]:
+        with pytest.raises(ValueError, match="this state"): b.load_state_dict(a.state_dict() | {"_extra_state": state})
+    assert before == [getattr(b, k) for k in b.in_state]
+
+def test_writes_into_the_weight_of_a_thin_layer_raise():
+    for layer in factorize(nn.Sequential(nn.Linear(30, 30), nn.Conv2d(8, 8, 3)), rank=2):
+        for write in (lambda w: w.data.add_(1), lambda w: w.__setitem__(0, 0), nn.init.zeros_, lambda w: w[:1].mul_(2)):
+            with pytest.raises(RuntimeError, match="is a product"): write(layer.weight)
+        layer.weight.square().sum().backward()
+        assert type(layer.weight.clone()) is torch.Tensor and all(m.weight.grad is not None for m in layer)

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'Matrix', 'choose_matrices', 'combined', 'Left', 'floats_left']
+           'Matrix', 'choose_matrices', 'combined', 'Left', 'floats_left', 'also_held']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .models import computed
+from .models import check_code, computed
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _recurrent(layer): return {n: 0 for n in layer._flat_weights_names if n.startswith("weight")}
@@ -114,6 +114,7 @@ def choose_matrices(
             chosen.append(matrix)
     if not chosen: raise ValueError(_nothing(known, layers, overrides))
     _check_ties(model, chosen)
+    check_code(model, [m.owner for m in chosen])
     return chosen
 
 RIVALS = {"bits": ("levels", "step", "codebook"), "levels": ("step", "codebook"), "step": ("levels", "codebook"), "codebook": ("levels", "step"), "per_channel": ("group",)}      # each says the same as those behind it
@@ -180,6 +181,8 @@ def _check_ties(model, chosen):
                                  f"{'' if key in outputs_of(module) else f' (it is no matrix that {type(module).__name__} is known to have)'}: leave both alone in overrides, or compress both")
             if other.options != first.options:
                 raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
+    for where, t in also_held(model):
+        if (first := ties.get(identity_of(t))) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb
 class Left(dict):
@@ -226,6 +229,17 @@ def _why(module, key, t):
     if key in module._buffers: return f"a buffer of a {kind}"
     if outputs_of(module): return f"belongs to a {kind}, but is not one of its matrices {', '.join(outputs_of(module))}"
     return f"a bare parameter of a {kind}, which is not in MATRICES (if it is a matrix with outputs along axis 0: MATRICES[{kind}] = {{{key!r}: 0}})"
+
+def also_held(
+    model: nn.Module,
+) -> list[tuple[str, Tensor]]:      # where, and what
+    "Tensors in plain attributes: in lists and dicts, alone, or in modules that PyTorch does not know of."
+    known, found = layers_of(model), []
+    for module, names in known.values():
+        for path, x in _hidden(module, known):
+            where = f"{names[0]}.{path}".lstrip(".")
+            found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
+    return found
 
 def _hidden(module, known):
     "Tensors and modules in a module's attributes that are not registered."
