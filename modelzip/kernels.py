@@ -278,7 +278,7 @@ class _IntegerLayer(Dequantize):
         if torch.compiler.is_compiling(): return traced(self, input)
         self._check(input)
         if self.loaded: self._renew()
-        if torch.is_autocast_enabled(input.device.type): return self._cast(input)
+        if torch.is_autocast_enabled("cpu" if input.is_cpu else input.device.type): return self._cast(input)
         if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
         if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
@@ -286,7 +286,7 @@ class _IntegerLayer(Dequantize):
         return _NoGradient.apply(input, y, self._who()) if input.requires_grad else y
     def _bias(self):
         bias = self._modules["layer"]._parameters["bias"]
-        return bias if bias is None else bias.detach().float()
+        return bias if bias is None or bias.dtype is torch.float32 and not torch.is_grad_enabled() else bias.detach().float()
     def _who(self): return type(self).__name__ + f" {self.where!r}" * bool(self.where)
 
 # %% ../nbs/06_kernels.ipynb
@@ -428,11 +428,12 @@ LARGE, FEW = 192, 8   # rows from which oneDNN's product is quicker than FBGEMM'
 
 def _ordinarily(self, x, rows):
     "The product for an input that is finite and of ordinary size; None for others."
-    if self.activations == "row": way = "few" if len(rows) == 1 and _holds_zero(rows) else "rows"
+    lone = self.activations == "row" and len(rows) == 1 and _holds_zero(rows)
+    if self.activations == "row": way = "few" if lone else "rows"
     else: way = "whole" if len(rows) >= LARGE else "few"
     if not (made := self.prepared.get(self, way)): return None
     columns, key, *product = made
-    if way == "few" and columns is None: ready = self._ready(rows, way)      # there is nothing to remember
+    if way == "few" and columns is None: ready = (rows,) if lone else self._ready(rows, way)      # there is nothing to remember
     else: ready = _LAST.get(self.prepared, x, (way, self.kernel, key), lambda: self._ready(rows if columns is None else rows * columns, way))
     return None if ready is None else getattr(self, "_from_" + way)(*ready, *product)
 
@@ -455,8 +456,9 @@ def _ranges_fit(step):
 def _fitting(step): return (step == 0) | (step > 2. ** -18) & (step < math.inf)
 
 def _holds_zero(row):
-    low, high = torch.aminmax(row)
-    return low.item() <= 0 <= high.item()
+    "Whether a row is finite, of a range that is neither tiny nor huge, and zero lies in it."
+    low, high = (v.item() for v in torch.aminmax(row))
+    return low <= 0 <= high and 2. ** -5 < high - low < 2. ** 60
 
 # %% ../nbs/06_kernels.ipynb
 SHORT = 1 << 17   # numbers of an input up to which comparing it with a copy is quicker than quantizing it again
@@ -682,19 +684,35 @@ def _by_images(self, x):
     "A scale for each image; None when not all is finite."
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
     codes, step, zero = quantize_images(x, 127 if capabilities().reduce_range else 255)
-    zeros, images = zero.flatten().unique().tolist(), zero.flatten()
-    if len(zeros) == 1: y = self._sums_of(codes, int(zeros[0]))
-    else:
-        parts = [(images == z, self._sums_of(codes[images == z], int(z))) for z in zeros]
-        y = x.new_empty(len(x), *parts[0][1].shape[1:])
-        for at, part in parts: y[at] = part
-    return self._add_bias(y.mul_(step))
+    (weight, scale, _), lifted = self.prepared.get(self, "bytes"), zero.flatten() > 0
+    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(codes.double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
+    if not lifted.any(): return self._from_zero(codes, step, scale)
+    if lifted.all(): return self._from_lifted(codes, step, zero, scale)
+    some, rest = self._from_lifted(codes[lifted], step[lifted], zero[lifted], scale), self._from_zero(codes[~lifted], step[~lifted], scale)
+    y = x.new_empty(len(x), *some.shape[1:])
+    y[lifted], y[~lifted] = some, rest
+    return y
 
-def _sums_of(self, codes, zero):
-    "The product of codes, times the weight's scale."
-    weight, scale, _ = self.prepared.get(self, "bytes")
-    if self.kernel == "onednn": return _convolved(codes, 1., zero, self.prepared.get(self, "onednn"), scale, *self.geometry)
-    return nn.functional.conv2d(codes.double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]
+def _from_zero(self, codes, step, scale):
+    "Of images whose code of zero is 0."
+    return self._add_bias(_convolved(codes, 1., 0, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
+
+def _from_lifted(self, codes, step, zero, scale):
+    "Of images with a code of zero of their own."
+    (stride, (a, b), *rest), bias, (h, w) = self.geometry, self._bias(), codes.shape[2:]
+    if a or b:
+        padded = zero.to(torch.uint8).expand(*codes.shape[:2], h + 2 * a, w + 2 * b).contiguous()
+        padded[:, :, a:a + h, b:b + w] = codes
+        codes = padded
+    y = _convolved(codes, 1., 0, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
+    y = y.addcmul_(zero, self.prepared.get(self, "sums"), value=-1)            # whole numbers, exact below 2²⁴
+    both = scale[:, None, None] * step
+    return y.mul_(both) if bias is None else torch.addcmul(bias[:, None, None], y, both, out=y)
+
+def _prepare_conv_sums(self): return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
+
+@functools.lru_cache(256)
+def _unscaled(n): return _ones(n)
 
 # %% ../nbs/06_kernels.ipynb
 def _add_bias_conv(self, y): return y if (bias := self._bias()) is None else y.add_(bias[:, None, None])
@@ -705,7 +723,7 @@ def _geometry_conv(self): return f"{self.in_channels}→{self.out_channels}, {'�
 
 QConv2d._check, QConv2d._float, QConv2d._prepare_onednn, QConv2d._product = _check_images, _float_conv, _prepare_onednn, _product_conv
 QConv2d._by_rows, QConv2d._add_bias, QConv2d._integer, QConv2d._geometry = _by_images, _add_bias_conv, _integer_conv, _geometry_conv
-QConv2d._sums_of = _sums_of
+QConv2d._from_zero, QConv2d._from_lifted, QConv2d._prepare_sums = _from_zero, _from_lifted, _prepare_conv_sums
 
 # %% ../nbs/06_kernels.ipynb
 def gather_rows(

@@ -1151,6 +1151,20 @@ def _copied(wrapper):
     "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
     return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
+def _copy_with(model, replaced, kept=()):
+    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
+    check_ordinary(model)
+    old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
+    shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
+    memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
+    for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
+    return memo.get(id(model)) or copied(model, memo)
+
+def _recomputed(model):
+    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
+    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
+
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
     return _layout(weight, outputs_of(_innermost(layer)).get("weight", 0), group, per_channel)
@@ -1230,20 +1244,6 @@ def quantize_model(
     return _copy_with(model, done)
 
 # %% ../nbs/03_quant.ipynb
-def _copy_with(model, replaced, kept=()):
-    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
-    check_ordinary(model)
-    old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
-    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
-    shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
-    memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
-    for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
-    return memo.get(id(model)) or copied(model, memo)
-
-def _recomputed(model):
-    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
-    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
-
 def dequantize_model(
     model: nn.Module,   # with `Dequantize` layers anywhere
 ) -> nn.Module:         # a copy with ordinary layers

@@ -159,14 +159,16 @@ WRONG = {
     "03_quant:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
         ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "up to 127 at 8 bits the step is 1"),
-        ("lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2", "the codes above zero are just one")],
+        ("lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2", "the codes above zero are just one"),
+        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits")],                                      # a constant
     "03_quant:check_group": [
         ("lambda budget: 16 / (budget - 4)", "for 4.1 bits the group is 256"),                     # no power of two
         ("lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))", "for 4.1 bits the group is 256; yours is 128")],
     "03_quant:check_observer": [
         ("lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())", "one low and one high for each block"),
         ("lambda k: lambda blocks, levels, symmetric: (-blocks.std(1), blocks.std(1))", "±k standard deviations"),
-        ("lambda k: lambda blocks, levels, symmetric: (0 * blocks.std(1), k * blocks.std(1))", "±k standard deviations")],
+        ("lambda k: lambda blocks, levels, symmetric: (0 * blocks.std(1), k * blocks.std(1))", "±k standard deviations"),
+        ("lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))", "for every k, not for 3 alone")],
     "04_coding:check_wrong_table": [
         ("lambda counts, model: sum(n * math.log2(sum(counts) / n) for n in counts) / sum(counts)", "take 1.2075 bits"),     # the entropy
         ("lambda counts, model: sum(n * math.log(sum(model) / q) for n, q in zip(counts, model)) / sum(counts)", "take 1 bit each"),
@@ -217,18 +219,23 @@ WRONG = {
     "06_kernels:check_longest": [
         ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "66,311 terms"),
         ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "66,311 terms"),         # the accumulator has a sign
-        ("lambda w, a, c: 66_311 if c == 32 else 1", "4-bit weights in int16: 18 terms")],
+        ("lambda w, a, c: 66_311 if c == 32 else 1", "4-bit weights in int16: 18 terms"),
+        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "312 terms")],         # activations of 8 bits always
     "06_kernels:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
-        ("lambda q, u, t, z: q @ u - z * q.sum(1) + len(u) * t * z", "with zero points 3 of the weight and 0")],
+        ("lambda q, u, t, z: q @ u - z * q.sum(1) + len(u) * t * z", "with zero points 3 of the weight and 0"),
+        ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum() + 30 * t * z", "with zero points 3 of the weight and 7"),
+        ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix")],
     "06_kernels:check_ridge": [
         ("lambda n, width, r: math.ceil(r * width / 2)", "batch 21, yours is 20"),                 # inputs and outputs forgotten
-        ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None")],
+        ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
+        ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21")],
     "06b_onnx:check_block_bytes": [
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),                                # no zero points
         ("lambda o, i, b: o * i // 2 + 3 * (o * i // b)", "takes"),                                # a byte for each zero point
-        ("lambda o, i, b: o * i // 2 + 2 * (o * i // b) + o * i // b // 2", "3×32 in blocks of 32 takes")],     # rounded down
+        ("lambda o, i, b: o * i // 2 + 2 * (o * i // b) + o * i // b // 2", "3×32 in blocks of 32 takes"),
+        ("lambda o, i, b: -(-o * i // 2) + 2 * (o * i // 32) + -(-(o * i // 32) // 2)", "in blocks of 16 takes")],     # rounded down
     "06b_onnx:check_dynamic": [
         ("lambda x: (((x - x.min()) / (s := (x.max() - x.min()) / 255)).round(), s, (-x.min() / s).round())", "the codes are [0, 43, 85"),
         ("lambda x: (x, (x.max().clamp(min=0) - x.min().clamp(max=0)) / 256, torch.tensor(0.))", "the scale is"),

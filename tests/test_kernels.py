@@ -788,3 +788,16 @@ def test_minilm():
     exact, quick = model.encode(texts), use_kernels(expanding)
     assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.997
     assert F.cosine_similarity(use_kernels(expanding, activations="tensor").encode(texts), exact).min() > 0.98
+
+
+@pytest.mark.parametrize("geometry", [dict(padding=2), dict(padding=(0, 1), stride=2, dilation=2), dict(padding=1, groups=2, bias=False)])
+def test_images_of_any_range_have_the_integers_that_they_have_alone(geometry):
+    small = quantize_layer(nn.Conv2d(16, 64, 5, **geometry))
+    quick, plain = (QConv2d(small.layer, small.packed, activations="row") for _ in range(2))
+    plain.kernel = "plain"
+    x = torch.randn(6, 16, 14, 13) * torch.logspace(-3, 3, 6)[:, None, None, None]
+    x[1], x[2], x[5] = x[1].relu(), -x[2].abs(), 0
+    with torch.no_grad():
+        y, exact = quick(x), plain(x)
+        for i in range(6): assert torch.equal(quick(x[i:i + 1])[0], y[i])
+    assert ((y - exact).flatten(1).norm(dim=1) <= 1e-6 * exact.flatten(1).norm(dim=1)).all()

@@ -338,3 +338,13 @@ def test_what_onnx_cannot_say_is_named(tmp_path):
     for layer, x, text in ((nn.LSTM(6, 8, proj_size=4), torch.randn(4, 3, 6), "odd is an LSTM with proj_size"), (nn.Embedding(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm"),
                            (nn.EmbeddingBag(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm")):
         with pytest.raises(ValueError, match=text): to_onnx(quantize_model(Model(layer)), tmp_path / "m.onnx", x)
+
+
+def test_where_two_files_cannot_be_written_the_error_names_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("modelzip.workshop.onnx_files.LIMIT", 0)
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8)).eval())
+    (tmp_path / "folder.onnx").mkdir()
+    for path in tmp_path / "nowhere" / "m.onnx", tmp_path / "folder.onnx":
+        with pytest.raises(OSError) as e: to_onnx(model, path, torch.randn(2, 8))
+        assert e.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]

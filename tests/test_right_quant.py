@@ -671,3 +671,26 @@ def test_a_hook_that_is_a_method_of_the_model_belongs_to_the_copy():
     assert torch.equal(small(x), plain(x))
     small.factor = 0.
     assert torch.equal(small(x), small.second(torch.zeros(4, 6))) and not torch.equal(plain(x), small(x)) and model.factor == 2.
+
+
+@pytest.mark.parametrize("usual, said, wanted", [
+    (dict(levels=3), dict(bits=8), "8-bit symmetric"), (dict(step=.1), dict(bits=8), "8-bit symmetric"), (dict(codebook="nf4"), dict(bits=8), "8-bit symmetric"),
+    (dict(codebook="nf4"), dict(levels=3), "3-level symmetric"), (dict(levels=3), dict(codebook="nf4"), "4-bit codebook"), (dict(codebook="kmeans", levels=8), dict(bits=2), "2-bit codebook"),
+    (dict(group=4), dict(per_channel=False), "8-bit symmetric, per tensor"), (dict(levels=3), dict(group=4), "3-level symmetric, group 4")])
+def test_what_is_said_of_one_layer_wins_over_what_is_said_of_all(usual, said, wanted):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    whole, alone = quantize_model(model, **usual, overrides={"a": said}), quantize_model(model, **usual)
+    assert whole["a"].q.describe().startswith(wanted)
+    assert whole["b"].q == alone["b"].q
+
+
+def test_an_option_that_would_not_act_is_refused():
+    x = torch.randn(4, 8)
+    for how, says in (dict(codebook="nf4", observer="mse"), "codebook and observer"), (dict(step=.1, observer="mse"), "step and observer"), (dict(scale=1., observer="nonsense"), "scale and observer"), (dict(generator=torch.Generator()), "stochastic=True"):
+        with pytest.raises(ValueError, match=says): quantize(x, **how)
+
+
+@pytest.mark.filterwarnings("ignore:quantize replaced")
+def test_an_infinity_becomes_the_largest_value_with_column_scales_too():
+    x = torch.tensor([[1., math.inf], [2., 3.]])
+    assert (quantize(x, 8, nonfinite="clip", columns=torch.tensor([1., 100.])).dequantize()[:, 1] - 3).abs().max() < .2

@@ -194,8 +194,10 @@ def check_ordinary(
         if hasattr(m, "_orig_mod"): raise ValueError(f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile the result")
         if "forward" in vars(m): raise ValueError(f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}), and a copy of it would run the original; define it in a class, or delete it")
         for key, value in vars(m).items():
-            if key not in COPIED and _reaches(value, own, seen, True):
+            if key not in COPIED and not _empty(value) and _reaches(value, own, seen, True):
                 raise ValueError(f"{where} keeps in {key} a function or reference that reaches the model itself, and a copy of it would run the original; make it a method, or remove it")
+
+def _empty(value): return value is None or isinstance(value, (bool, int, str)) or isinstance(value, dict) and not value      # most of a module's attributes
 
 def _reaches(value, own, seen, copies):
     "Whether a path that deepcopy does not follow leads from a value to the model; `copies` says whether deepcopy has followed so far."
