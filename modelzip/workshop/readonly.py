@@ -51,7 +51,8 @@ def read_only(
     t: Tensor,     # not read-only itself
     reason: str,   # what the error says
 ) -> ReadOnly:     # the same memory
-    "Show a tensor that must not be written to."
+    "Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`, `torch.jit.trace`) it is shown as it is."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter): return t
     t = t.as_subclass(ReadOnly)
     t.reason = reason
     return t
