@@ -548,3 +548,12 @@ def test_keep_beside_groups_is_refused():
     for keep in (["0"], "0", ""):
         with pytest.raises(ValueError, match="give keep to channel_groups"): shrink(m, x, ratio=.5, round_to=1, keep=keep, groups=groups)
     assert shrink(m, x, ratio=.5, round_to=1, groups=groups)[0].out_features == 4
+
+def test_channels_pass_through_the_weight_of_a_thin_layer():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.l, self.b = nn.Linear(6, 40), nn.Linear(40, 40), nn.Linear(40, 3)
+        def forward(self, x): return self.b(F.linear(self.a(x).relu(), self.l.weight, self.l.bias).relu())
+    m, x = factorize(Reads(), rank=4, layers=["l"]), torch.randn(2, 6)
+    groups = channel_groups(m, x)
+    assert {g.name: len(g) for g in groups} == {"a": 40, "l.1": 40, "l.0": 4}
+    assert shrink(m, x, ratio=.5, groups=groups).l.weight.shape == (24, 24)

@@ -53,9 +53,9 @@ def read_only(
 ) -> ReadOnly:     # the same memory
     "Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`, `torch.jit.trace`) it is shown as it is."
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter): return t
-    t = t.as_subclass(ReadOnly)
-    t.reason = reason
-    return t
+    new = t.as_subclass(ReadOnly)
+    new.reason, new.shown = reason, t      # what watches functions has not seen `as_subclass`: it asks
+    return new
 
 def _memory(t):
     "Where a tensor's numbers lie; None for one that has no memory of its own to tell of."
