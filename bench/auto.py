@@ -16,6 +16,7 @@ from modelzip.data import docstrings, minilm
 from modelzip.pack import load, save
 from modelzip.quant import dequantize_model
 from modelzip.recipe import Samples
+from modelzip.workshop.models import Inputs
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results"
@@ -27,7 +28,7 @@ def samples(model, size=16):
     found = docstrings(800)
     texts = sorted(found.queries[600:] + found.documents[600:], key=len)
     tokens = [model.tokenizer.encode_batch(texts[i:i + size]) for i in range(0, len(texts), size)]
-    held = [tuple(torch.tensor([getattr(t, part) for t in some]) for part in ("ids", "attention_mask")) for some in tokens]
+    held = [Inputs(*(torch.tensor([getattr(t, part) for t in some]) for part in ("ids", "attention_mask"))) for some in tokens]
     return Samples(batches=calibration(model), held=held, example=held[0])
 
 

@@ -676,8 +676,8 @@ def _look(search, recipe):
 def _folding(search):
     "`fold_batchnorm`, if there is something to fold and no answer changes by it."
     try:
-        if not foldable(copied(search.model)): return []
-        folded, shown = Recipe(["fold_batchnorm"])(search.model), search.samples.batches or [Labelled(search.samples.example, None)]
+        if not foldable(copied(search.model), search.samples.example): return []
+        folded, shown = Recipe(["fold_batchnorm"])(search.model, search.samples), search.samples.batches or [Labelled(search.samples.example, None)]
         if search.samples.example is not None:
             with torch.no_grad(), seeded(search.seed): was = rows_of(copied(search.model).eval(), shown[:1])
             with torch.no_grad(), seeded(search.seed): now = rows_of(folded, shown[:1])

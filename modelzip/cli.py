@@ -394,7 +394,7 @@ def _bench(o):
     times = latency({p: lambda m=m: m(*example) for p, m in models.items()}, o.repeats, progress=bars(o))
     rows = [[p, f"{t.median:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.ratio:.2f}×", f"{t.ratio_low:.2f}–{t.ratio_high:.2f}"] for p, t in times.items()]
     found = {p: {k: v for k, v in asdict(t).items() if k != "times"} for p, t in times.items()}
-    return Done(found, as_text(rows, ["model", "ms", "quartiles", "time", "95 % interval"], 1))
+    return Done(found, as_text(rows, ["model", "ms", "quartiles", "time", f"{100 * min([.95] + [t.confidence for t in times.values()]):.0f} % interval"], 1))
 
 # %% ../nbs/15_cli.ipynb
 def _digits(model, data):

@@ -1206,6 +1206,12 @@ def expand_codes(
     raise CodingError(f"a chunk has the unknown method {method}")
 
 # %% ../nbs/04_coding.ipynb
+def has_values(chunk: bytes) -> bool:
+    "Whether a chunk, or one inside it, has the method `VALUES`, which came last: files that hold one need a later version (next chapters)."
+    if chunk[0] == SPARSE: return has_values(take_pieces(chunk, 2, read_varint(chunk, 2)[1])[1])
+    if chunk[0] == SPLIT: return has_values(take_pieces(chunk, 2, 1)[1])
+    return chunk[0] == VALUES
+
 def codes_back(
     payload: bytes,
     bits: int,
@@ -1333,7 +1339,7 @@ def encode(
     map: Callable = map,          # runs the chunks; that of a ThreadPoolExecutor runs them side by side
 ) -> bytes:                       # a stream: header, chunks, CRC-32; `decode` needs nothing else
     """Code losslessly, each chunk by the method that makes it smallest; ANS, which is slower to read, only where it saves more than a percent.
-    Whole numbers and codes take at most a percent more than their order-0 entropy, and a table of the values that occur. `TypeError` or `ValueError` for what is no stream of numbers or codes."""
+    Whole numbers and codes take at most a percent more than their order-0 entropy, a table of the values that occur, and some 30 bytes for each chunk. `TypeError` or `ValueError` for what is no stream of numbers or codes."""
     return b"".join(stream_parts(x, bits, count, levels, map))
 
 # %% ../nbs/04_coding.ipynb

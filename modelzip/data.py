@@ -9,7 +9,7 @@ __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stra
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
-import functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, sys, threading, types, warnings
+import functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, sys, threading, types, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -71,24 +71,27 @@ def stratified(
     shares: Sequence[float] = (.7, .1, .2),        # share of each part; they add up to 1
     seed: int = 0,                                 # of the permutation
 ) -> list[Tensor]:                                 # for each part the indices that belong to it
-    "Split indices so that every class is spread over the parts in the same proportions. Classes too small for that are dealt out together, so that the parts get their shares."
+    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples. Small classes are rounded together, so that the parts get their shares."
     if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
     y, rng, parts, rare = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares], []
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
-        if len(members) * min(s for s in shares if s) < 1: rare.append(members); continue
+        if len(members) * min(s for s in shares if s) < 5: rare.append(members); continue
         ends = np.rint(np.cumsum(shares) * len(members)).astype(int)
         for part, piece in zip(parts, np.split(members, ends[:-1])): part.append(piece)
     for part, piece in zip(parts, _dealt(rare, shares, rng)): part.append(piece)
     return [torch.from_numpy(rng.permutation(np.concatenate(p))) for p in parts]
 
 def _dealt(classes: list, shares: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
-    "Class after class, each example to the part that lacks most."
-    hands, shares = [[] for _ in shares], np.array(shares)
-    given = np.zeros(len(shares))
-    for n, i in enumerate((i for c in (rng.permutation(len(classes)) if classes else ()) for i in classes[c]), 1):
-        j = int(np.argmax(shares * n - given))
-        hands[j].append(i); given[j] += 1
+    "Of each class every part gets its share, rounded down or, where it lacks most so far, up."
+    hands, shares, due = [[] for _ in shares], np.array(shares), np.zeros(len(shares))
+    for c in rng.permutation(len(classes)) if classes else ():
+        exact = shares * len(classes[c])
+        counts, due = np.floor(exact + 1e-9).astype(int), due + exact
+        lack = np.where(exact - counts > 1e-9, due - counts, -np.inf)
+        counts[np.argsort(-lack, kind="stable")[:len(classes[c]) - counts.sum()]] += 1
+        due = due - counts
+        for hand, piece in zip(hands, np.split(classes[c], counts.cumsum()[:-1])): hand.extend(piece)
     return [np.array(h, int) for h in hands]
 
 # %% ../nbs/00_data.ipynb
@@ -123,6 +126,8 @@ def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
     return own
 
 # %% ../nbs/00_data.ipynb
+_marks = weakref.WeakKeyDictionary()        # function → what it wraps
+
 def _stamped(name: str, build: Callable) -> Callable:
     "`build`, with the models that it makes marked by the name and the options that make them again."
     @functools.wraps(build, updated=() if isinstance(build, type) else functools.WRAPPER_UPDATES)
@@ -132,6 +137,7 @@ def _stamped(name: str, build: Callable) -> Callable:
         if not isinstance(model, nn.Module): raise TypeError(f"the builder of {name!r} must return an nn.Module, not {type(model).__name__}")
         model.architecture = {"name": name, "options": options}
         return model
+    _marks[stamped] = build
     return stamped
 
 def _stamp_class(name: str, cls: type) -> type:
@@ -142,7 +148,7 @@ def _stamp_class(name: str, cls: type) -> type:
         options = _options(functools.partial(init, self), args, kwargs, name) if type(self) is cls else None
         init(self, *args, **kwargs)
         if options is not None: self.architecture = {"name": name, "options": options}
-    cls.__init__ = marked
+    _marks[marked], cls.__init__ = init, marked
     return cls
 
 # %% ../nbs/00_data.ipynb
@@ -153,21 +159,45 @@ def _installed(cls: type) -> bool:
     return here and not cls.__module__.startswith(__name__.split(".")[0] + ".") and bool(re.search(r"(site|dist)-packages", getattr(module, "__file__", None) or ""))
 
 def _same_definition(old: Any, new: Any) -> bool:
-    "Whether `new` is `old`, run again: the same place in a module or, for what a function or a lambda made, the same code over the same values."
+    "Whether `new` is `old`, run again: the same place in a module or, for what a function, a decorator or a lambda made, the same code over the same values."
     place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
     if old is new: return True
-    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return _same_definition(old.func, new.func) and (old.args, old.keywords) == (new.args, new.keywords)
+    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return _same_definition(old.func, new.func) and _equal((old.args, old.keywords), (new.args, new.keywords))
+    if isinstance(old, types.MethodType) and isinstance(new, types.MethodType): return old.__self__ is new.__self__ and _same_definition(old.__func__, new.__func__)
     if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
-    if "<" not in place(old)[1]: return True
-    if not isinstance(old, type): return isinstance(old, types.FunctionType) and _meaning(old) == _meaning(new)
-    functions = lambda c: {k: _meaning(f, c) for k, f in vars(c).items() if isinstance(f, types.FunctionType)}
-    return old.__bases__ == new.__bases__ and functions(old) == functions(new)
+    if isinstance(old, type): return "<" not in place(old)[1] or old.__bases__ == new.__bases__ and _equal(_contents(old), _contents(new))
+    if not isinstance(old, types.FunctionType): return False
+    return not (old.__closure__ or new.__closure__ or "<" in place(old)[1]) or _equal(_meaning(old), _meaning(new))      # who has no closure was written where it says
+
+def _equal(a: Any, b: Any) -> bool:
+    "Whether two values are one; what cannot say so is not."
+    if a is b: return True
+    if type(a) is not type(b): return False
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    try: return bool(a == b) or isinstance(a, types.FunctionType) and _same_definition(a, b)
+    except Exception: return False
 
 def _meaning(f: Callable, cls: type | None = None) -> list:
     "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
-    f = inspect.unwrap(f)
+    f = _unmarked(f)
     cells = [c.cell_contents for c in f.__closure__ or ()]
-    return [f.__code__.co_code, f.__code__.co_names, [c for c in f.__code__.co_consts if not isinstance(c, types.CodeType)], f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+    return [_code(f.__code__), f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+
+def _code(c: types.CodeType) -> list:
+    "What a function does, and what the functions in it do."
+    return [c.co_code, c.co_names, c.co_varnames, [_code(k) if isinstance(k, types.CodeType) else k for k in c.co_consts]]
+
+def _contents(cls: type) -> dict:
+    "Methods and attributes of a class."
+    parts = lambda v: (v.fget, v.fset, v.fdel) if isinstance(v, property) else (v.__func__,) if isinstance(v, (staticmethod, classmethod)) else (v,)
+    said = {k: v for k, v in vars(cls).items() if k not in ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__")} | {"__init__": cls.__init__}
+    return {k: [type(v), *(_meaning(p, cls) if isinstance(p, types.FunctionType) else p for p in parts(v))] for k, v in said.items()}
+
+def _unmarked(f: Callable) -> Callable:
+    "A function without the wrappers of this chapter."
+    while isinstance(f, types.FunctionType) and f in _marks: f = _marks[f]
+    return f
 
 # %% ../nbs/00_data.ipynb
 def register_model(
@@ -181,7 +211,7 @@ def register_model(
     if not callable(build): raise TypeError(f"build must be a function or a class, not {type(build).__name__}")
     old = model_builders.get(name)
     if old is not None and old is build: return old
-    if old is not None and not _same_definition(inspect.unwrap(old), inspect.unwrap(build)):
+    if old is not None and not _same_definition(_unmarked(old), _unmarked(build)):
         raise ValueError(f"{name!r} already names {getattr(old, '__module__', '')}.{getattr(old, '__qualname__', old)}: choose another name")
     own = isinstance(build, type) and issubclass(build, nn.Module) and not _installed(build)
     model_builders[name] = _stamp_class(name, build) if own else _stamped(name, build)
@@ -361,7 +391,7 @@ def train(
     seed: int = 0,                                  # of the shuffling and of dropout
     progress: bool = True,                          # show a bar
     loss: Callable = F.cross_entropy,               # of outputs and labels
-    optimizer: Callable = torch.optim.Adam,         # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle
+    optimizer: Callable = torch.optim.Adam,         # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from ten steps on
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:                                     # the same model, in eval mode
     """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError.

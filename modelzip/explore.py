@@ -216,10 +216,12 @@ def figures_of(
     return [f for f in (result, owner) if isinstance(f, Figure)][:1]
 
 def beside_figures(result: Any) -> list:
-    "What a tuple or list with figures in it holds besides: texts, numbers, tables; no arrays, which `plt.hist` returns by the way."
-    if not isinstance(result, (tuple, list)): return []
-    keeps = lambda x: not (x is None or figures_of(x) or isinstance(x, (np.ndarray, tuple, list, dict)))
-    return [x for x in result if keeps(x)]
+    "What a tuple, list or dict with figures in it holds besides: texts, numbers, tables; no arrays, which `plt.hist` returns by the way."
+    rest = []
+    for x in result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ():
+        found = beside_figures(x) if isinstance(x, (tuple, list, dict)) else [] if x is None or isinstance(x, np.ndarray) else [x]
+        rest += [y for y in found if not figures_of(y)] if figures_of(x) or not isinstance(x, (tuple, list, dict)) else [x] * bool(found)
+    return rest
 
 # %% ../nbs/02_explore.ipynb
 def img(

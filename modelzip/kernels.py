@@ -36,7 +36,7 @@ def quantize_activations(
     x: Tensor,                    # finite float32 values, any shape
     reduce_range: bool = False,   # 7 bits instead of 8: for processors that saturate sums of two products
 ) -> tuple[Tensor, float, int]:   # codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
-    "Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM, arXiv:2101.05615) where the range is 0.0156 or more: smaller ones they widen, and we do not."
+    "Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM, arXiv:2101.05615) where the range is 0.0156 or more (with `reduce_range` 0.0078): smaller ones they widen, and we do not."
     top = 127 if reduce_range else 255
     low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0., 0.)
     low, high = min(low, 0.), max(high, 0.)
@@ -628,7 +628,7 @@ class QConv2d(_IntegerLayer):
         layer: nn.Conv2d,              # gives bias, stride, padding, dilation and groups; its weight is dropped
         q: QTensor | Packed,           # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
         name: str = "weight",          # which parameter `q` is
-        activations: str = "tensor",   # one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any batch; slower
+        activations: str = "tensor",   # one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any batch (of few weights, which compute in floats, but for rounding); slower
         requantize: bool = False,      # round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
     ):
         super().__init__(layer, q, name, activations, requantize)

@@ -123,7 +123,7 @@ def macs(
     model: nn.Module,       # any model; a copy of it runs, in eval mode
     example: Any,           # what it is called with; a tuple holds several arguments, a dict named ones
 ) -> dict[str, int]:        # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
-    """Count the multiply-accumulates of all products that run; additions are not counted, masks and causality save nothing, sparse matrices count what they store.
+    """Count the multiply-accumulates of all matrix products, convolutions and attentions that run; element by element nothing is counted, masks and causality save nothing, sparse matrices count what they store.
     `ValueError` names an operation that cannot be looked into, or a model that cannot be copied."""
     model = duplicate(model)
     owners = _owners(model)
@@ -182,7 +182,7 @@ def latency(
     seed: int = 0,                              # of the order within rounds
     progress: bool = False,                     # show a bar
 ) -> dict[str, Latency]:                        # name → medians, quartiles and the ratio to the first
-    "Time functions against each other, in inference mode: paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
+    "Time functions against each other, in inference mode (but for the warm-up): paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
     if not candidates: raise ValueError("candidates is empty: there is nothing to time")
     if repeats < 2: raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
     if warmup < 0 or at_least < 0: raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")

@@ -477,7 +477,7 @@ class _quiet:
 def to_onnx(
     model: nn.Module,                     # with compressed layers, from `quantize_model`, `use_kernels` or `load`
     path: str | os.PathLike,              # where to write; the file appears whole or not at all
-    example: Tensor | tuple,              # an input of the model, or a tuple of them: only shapes and dtypes matter
+    example: Tensor | tuple,              # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at them
     opset: int = 21,                      # version of the standard: 21 or newer (4-bit codes, blocks)
     dynamic: dict | tuple = {0: "batch"}, # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
     microsoft: bool = False,              # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
-from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, stream_parts
+from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, remade, text_of
+from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState
@@ -70,6 +70,7 @@ class Piece:
     tensor: Tensor
     entry: dict                                    # of the manifest; gets offset, crc, coded when it is written
     packed: tuple[int, int, int] | None = None     # bits, count, levels: it holds packed codes
+    version: int = 1                               # of the format that it needs; known when it is written
 
 def arranged(
     pieces: list[Piece],
@@ -299,7 +300,8 @@ def meaning_of(
     kinds = kinds_of(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for device in ("meta", None) if architecture and architecture["name"] in model_builders else ():
+        real = any(small_buffers(plain_layer(m)) for _, m in walk(model))      # nothing of the kind is to be seen on meta
+        for device in ("meta", None)[real:] if architecture and architecture["name"] in model_builders else ():
             try:
                 with torch.device(device) if device else nullcontext(): made = build_model(architecture["name"], **architecture["options"])
                 layers = {n: shorter(e, there.get(n, {})) for there in [kinds_of(made)] for n, e in differing(kinds, there).items()}
@@ -592,8 +594,8 @@ def write_piece(
     for d in data:
         for i in range(0, len(d), BLOCK): f.write(d[i:i + BLOCK]); own.add(d[i:i + BLOCK])
     crc.append(own.finish(), n)
-    if isinstance(data[0], bytes): piece.entry["coded"] = n
-    elif n >= LARGE: piece.entry["crc"] = own.finish()
+    if isinstance(data[0], bytes): piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
+    elif n >= LARGE: piece.entry["crc"], piece.version = own.finish(), 2
     return n
 
 # %% ../nbs/05_pack.ipynb
@@ -607,7 +609,7 @@ def write_file(
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, pieces, archive, threads)
-    manifest["modelzip"] = VERSION if "layers" in manifest or "kind" in manifest else 2 if any("crc" in p.entry or "coded" in p.entry for p in pieces) else 1
+    manifest["modelzip"] = VERSION if "layers" in manifest or "kind" in manifest else max((p.version for p in pieces), default=1)
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -828,10 +830,11 @@ def skeleton_of(
         if kind is not None:
             demand(kind == seal_of(skeleton), f"the builder that is registered as {manifest['architecture']['name']!r} makes other layers here than it did when the file was saved: "
                    "register the one that it was, or pass a model that has them, load(path, model)")
-        elif said: check_kinds(skeleton, layers)
+        elif said and layers: check_kinds(skeleton, layers)
         return skeleton
     skeleton = hollow(model)
-    if computes_nothing(model) or not said or not (layers or kind) or kind == seal_of(skeleton): return skeleton
+    if computes_nothing(model) or not said or not (layers or kind): return skeleton
+    if kind == seal_of(skeleton): return remade(skeleton, layers, strict=True)
     try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
     except PackError:
         if rows: check_match(hollow(model), rows)
@@ -1058,13 +1061,12 @@ def place(
     return parts
 
 # %% ../nbs/05_pack.ipynb
-WORDS = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
+WORDS_4 = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
          '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
          '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
          '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
-         '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()
+         '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()      # of files of version 4
 
-WORDS_4 = WORDS      # of files of version 4
 WORDS = (b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
          b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
          b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'

@@ -6,8 +6,8 @@
 __all__ = ['SAMPLE', 'LayerStatistics', 'Statistics', 'calibrate', 'unwatched', 'output_error', 'correct_bias', 'mean_shift',
            'equalizing_scales', 'equalize', 'find_pairs', 'smooth_columns', 'fitted_scales', 'nearest_weight',
            'awq_columns', 'gptq_codes', 'gptq_weight', 'shrink', 'half_quadratic', 'hqq_weight', 'Replay', 'caught_up',
-           'quantize_with', 'gptq', 'awq', 'smooth', 'hqq', 'CALIBRATED', 'as_matrices', 'feed', 'input_rows',
-           'inverse_factor']
+           'quantize_with', 'gptq', 'awq', 'smooth', 'hqq', 'CALIBRATED', 'NEUTRAL', 'as_matrices', 'feed',
+           'input_rows', 'inverse_factor']
 
 # %% ../nbs/10_ptq.ipynb
 import inspect, itertools, math, warnings
@@ -28,10 +28,10 @@ from .quant import (OBSERVERS, Dequantize, Packed, QTensor, as_blocks, as_tensor
                             scale_and_zero_point, symmetric_zero_point, _check_layout, _copy_with, _finite, _scale_shape)
 from .workshop.matrices import choose_matrices, layers_of, matrices_of, unwrapped
 from .workshop.models import as_batches, carry_hooks, computed, copied, feed
-from .workshop.pairs import Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
+from .workshop.pairs import NEUTRAL, Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
 from .workshop.watching import Twin, name_of, points_of, unseen, watch
 
-_all_ = ["CALIBRATED", "as_matrices", "feed", "input_rows", "inverse_factor"]      # chapter 07's, for whoever looks for them here
+_all_ = ["CALIBRATED", "NEUTRAL", "as_matrices", "feed", "input_rows", "inverse_factor"]      # chapter 07's, for whoever looks for them here
 
 # %% ../nbs/10_ptq.ipynb
 SAMPLE = 1 << 17    # values that are kept of a layer's input, at most

@@ -10,7 +10,7 @@ __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmet
            'quantize_model', 'dequantize_model']
 
 # %% ../nbs/03_quant.ipynb
-import copy, fnmatch, heapq, inspect, json, math, sys, warnings
+import copy, heapq, inspect, json, math, sys, warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable
@@ -145,7 +145,7 @@ def _for_bite(b, scale, zero):
 
 # %% ../nbs/03_quant.ipynb
 class MinMax:
-    "The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, with every observer here but MSE, which may shrink it.)"
+    "The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, and every observer here says so.)"
     def __call__(
         self,
         blocks: Tensor,     # [number of blocks, elements in a block], finite
@@ -692,10 +692,12 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
-def _check_together(levels, step, codebook, stochastic, scale):
-    "Options of which one would be ignored are refused."
+def _check_together(levels, step, codebook, stochastic, scale, observer, generator):
+    "Options of which one would be ignored are refused. (`bits` always has a value, and gives way in silence; a step and a codebook need no zero point, whatever `symmetric` says.)"
     given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
-    for a, others in ("step", ("codebook", "levels", "scale")), ("codebook", ("stochastic",)):
+    given |= {"observer": observer != "minmax"}
+    if generator is not None and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
+    for a, others in ("step", ("codebook", "levels", "scale", "observer")), ("codebook", ("stochastic", "observer")), ("scale", ("observer",)):
         for b in others:
             if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
 
@@ -871,14 +873,14 @@ def quantize(
     bits: int = 8,                 # width of a code, 1..16
     axis: int | None = None,       # None: one scale for the tensor; else one scale for each slice along `axis`
     group: int | None = None,      # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
-    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored
+    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (a step or a codebook needs none)
     observer: Any = "minmax",      # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
     levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary); overrides `bits`
     step: float | None = None,     # a fixed scale; `levels` are then as many as the values need; overrides `bits`
-    codebook: Any = None,          # 'nf4', 'kmeans', or ascending values [levels]: a table instead of evenly spaced levels
+    codebook: Any = None,          # 'nf4' (16 values, whatever `bits`), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
     stochastic: bool = False,      # round up with probability equal to the fraction, instead of half to even
     nonfinite: str = "raise",      # NaN and infinities: 'raise'; 'zero' makes them 0; 'clip' makes infinities the largest finite magnitude, NaN 0
-    scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32
+    scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32 (float64 for float64 values)
     scale: Any = None,             # use this scale (shape as in `QTensor.scale`) instead of observing
     zero_point: Any = None,        # use this zero point with `scale`; needs `symmetric=False`
     columns: Any = None,           # [x.shape[1]] positive: quantize x / columns, and multiply by them again when it is expanded
@@ -887,10 +889,11 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
-    _check_together(levels, step, codebook, stochastic, scale)
+    _check_together(levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if columns is not None and nonfinite != "raise": x = _only_finite(x.reshape(1, -1), x, nonfinite)[0].reshape(x.shape)      # the largest of x, not of x / columns
     flat, columns = (x, None) if columns is None else _divided(x, columns)
     blocks, extremes = _only_finite(as_blocks(flat, axis, group), flat, nonfinite)
     if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
@@ -1210,7 +1213,7 @@ def quantize_model(
     bits: int = 8,                # width of a code, 1..16
     group: int | None = None,     # weights that share a scale; None: one scale for each output channel
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
-    overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins
+    overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
     per_channel: bool = True,     # False: one scale for a whole tensor
     **options,                    # of `quantize`: symmetric, observer, levels, codebook …
 ) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
@@ -1225,20 +1228,6 @@ def quantize_model(
     for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done)
-
-# %% ../nbs/03_quant.ipynb
-def _choose(model, layers, overrides, default):
-    "Names, layers and options of what will be quantized; a pattern that matches nothing is an error."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
-    names = [n for n, m in model.named_modules() if isinstance(m, layers) and isinstance(m._parameters.get("weight"), Tensor)]
-    for pattern in overrides:
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names): raise ValueError(f"overrides names {pattern!r}; the layers are {', '.join(names) or 'none'}")
-    chosen = []
-    for n in names:
-        how = next((o for p, o in overrides.items() if fnmatch.fnmatchcase(n, p)), {})
-        if how is not None: chosen.append((n, model.get_submodule(n), default | how))
-    if not chosen: raise ValueError(f"model has no layer to quantize; it may have {', '.join(c.__name__ for c in layers)}")
-    return chosen
 
 # %% ../nbs/03_quant.ipynb
 def _copy_with(model, replaced, kept=()):

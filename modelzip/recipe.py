@@ -122,8 +122,8 @@ def quantize_others(
 # %% ../nbs/12b_recipe.ipynb
 OBJECTS = ("axis", "name", "layers", "columns", "scale", "scale_dtype", "zero_point", "stochastic", "generator")      # of `quantize`: no words for them
 
-register_step(fold_batchnorm)
-register_step(equalize)
+register_step(fold_batchnorm, example="example", optional=["example"])
+register_step(equalize, example="example", optional=["example"])
 register_step(quantize_model, quantize_layer, quantize, hidden=OBJECTS)
 register_step(quantize_others)
 register_step(hqq, hidden=["layers"])

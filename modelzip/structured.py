@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['CRITERIA', 'RemainingLayerNorm', 'RemainingRMSNorm', 'RemainingAttention', 'channel_groups', 'energy',
-           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'ThinLinear',
-           'ThinConv2d', 'product', 'factorize', 'Group', 'Groups']
+           'channel_scores', 'Choice', 'choose_channels', 'shrink', 'fold', 'foldable', 'fold_batchnorm', 'shown',
+           'ThinLinear', 'ThinConv2d', 'factorize', 'Group', 'Groups']
 
 # %% ../nbs/08_structured.ipynb
 import collections, copy, fnmatch, math
@@ -24,9 +24,10 @@ from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_grap
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
-from .workshop.models import call, carry_hooks, check_ordinary, computed, copied, hooks_of
-from .workshop.readers import pairs_shown, same_code
+from .workshop.matrices import also_held
+from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.readonly import read_only
+from .workshop.readers import pairs_shown, same_code
 from .workshop.rehearsal import disagreement, examples_of, ready
 from .workshop.settings import SettingsInState, is_count
 
@@ -360,6 +361,18 @@ def put(model: nn.Module, path: str, new: nn.Module) -> None:
     for owner in list(model.modules()):
         for name, m in owner._modules.items():
             if m is old: owner._modules[name] = new
+        for key, x in [*vars(owner).items()]:
+            if key not in COPIED and not key.endswith("_hooks") and (y := swapped(x, old, new)) is not x: owner.__dict__[key] = y
+
+def swapped(x: Any, old: nn.Module, new: nn.Module) -> Any:
+    "A plain attribute with one module in the place of another: lists and dicts change in place."
+    if x is old: return new
+    if type(x) is list: x[:] = [swapped(y, old, new) for y in x]
+    elif type(x) in (dict, collections.OrderedDict, collections.defaultdict): x.update({k: z for k, y in x.items() if (z := swapped(y, old, new)) is not y})
+    elif type(x) is tuple:
+        y = tuple(swapped(z, old, new) for z in x)
+        if any(a is not b for a, b in zip(x, y)): return y
+    return x
 
 # %% ../nbs/08_structured.ipynb
 class Mismatch(Exception):
@@ -812,6 +825,7 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
     "A layer and the BatchNorm for its outputs, which are one axis of its weight; both with plain parameters, in evaluation mode, without hooks."
     if FOLDS.get(type(layer)) is not type(norm) or norm.running_mean is None or norm.training or hooks_of(layer) or hooks_of(norm): return False
     if output_axis(layer) == 1 and layer.groups > 1 or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias")): return False
+    if layer.weight is None: return False                    # it is compressed
     outputs = layer.weight.shape[output_axis(layer)]*getattr(layer, "groups", 1)**output_axis(layer)
     exact = norm.running_var.dtype == layer.weight.dtype or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
     return outputs == norm.num_features and exact
@@ -898,6 +912,11 @@ def rank_for(
     return max(1, int((tail.sqrt() > error).sum()))
 
 # %% ../nbs/08_structured.ipynb
+def shown(weight: Tensor) -> Tensor:
+    "A product of two weights: what is written into it would be lost."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(weight): return weight
+    return read_only(weight, "this weight is a product of two thin ones, and what is written into it would be lost; write into those, or take a copy: weight.clone()")
+
 class ThinLinear(nn.Sequential):
     "Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only), `bias` that of the second."
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
@@ -905,7 +924,7 @@ class ThinLinear(nn.Sequential):
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
     @property
-    def weight(self) -> Tensor: return product(self, self[1].weight @ self[0].weight)
+    def weight(self) -> Tensor: return shown(self[1].weight @ self[0].weight)
     @property
     def bias(self) -> Tensor | None: return self[1].bias
 
@@ -920,12 +939,9 @@ class ThinConv2d(nn.Sequential):
         self.in_channels, self.rank, self.out_channels, self.padding_mode = in_channels, rank, out_channels, padding_mode
         self.kernel_size, self.stride, self.padding, self.dilation = first.kernel_size, first.stride, first.padding, first.dilation
     @property
-    def weight(self) -> Tensor: return product(self, (self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
+    def weight(self) -> Tensor: return shown((self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
     @property
     def bias(self) -> Tensor | None: return self[1].bias
-
-def product(m: nn.Module, weight: Tensor) -> Tensor:
-    return read_only(weight, f"weight of this {type(m).__name__} is a product, and what is written into it would be lost; write to the weights of its two layers, or take a copy: weight.clone()")
 
 # %% ../nbs/08_structured.ipynb
 def two_layers(
@@ -955,7 +971,7 @@ def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
-    uses = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    uses = collections.Counter([id(p) for m in model.modules() for p in m._parameters.values() if p is not None] + [id(t) for _, t in also_held(model)])
     good = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1
             and id(m) not in inside and plain(m) and uses[id(m.weight)] == 1}
     for pattern in layers or ():
@@ -990,6 +1006,7 @@ def factorize(
     if isinstance(rank, dict):
         if other := [n for n in rank if n not in found]: raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
         found = {n: found[n] for n in rank}
+    check_code(new, found.values())
     svds = {n: split_ranks(m.weight) for n, m in found.items()}
     if bytes is not None: error = error_within(new, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
     for n, m in found.items():

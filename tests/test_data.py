@@ -1,5 +1,5 @@
 "What crosses 00_data: the real data, the registry, training, MiniLM against its peer, retrieval."
-import copy, json, subprocess, sys
+import copy, functools, json, subprocess, sys
 
 import numpy as np
 import pytest
@@ -420,10 +420,60 @@ def test_registering_a_librarys_class_leaves_it_alone(registry):
     with pytest.raises(ValueError, match="already"): register_model("test", nn.Conv1d)
 
 
+def of_list(k): return lambda: nn.Sequential(*[nn.Linear(3, k) for _ in range(2)])
+def of_self(k):
+    class Maker:
+        def build(self): return nn.Linear(k, 1)
+    return Maker().build
+def of_attribute(k):
+    class M(nn.Module): width = k
+    return M
+def of_property(k):
+    class M(nn.Module): width = property(lambda self: k)
+    return M
+def of_static(k):
+    class M(nn.Module): width = staticmethod(lambda: k)
+    return M
+def of_tensor(k):
+    w = torch.tensor([k, k])
+    return lambda: nn.Linear(int(w[0]), 1)
+def plain_builder(k): return nn.Linear(k, 1)
+def of_decorator(k, f=plain_builder):
+    @functools.wraps(f)
+    def build(): return f(k)
+    return build
+def of_default(k): return lambda n=k: nn.Linear(n, 1)
+def of_code(k): return eval(f"lambda: nn.Sequential(*[nn.Linear({k}, 1) for _ in range(2)])")
+
+@pytest.mark.parametrize("make", [of_list, of_self, of_attribute, of_property, of_static, of_tensor, of_decorator, of_default, of_code])
+def test_a_name_stays_with_what_has_it(registry, make):
+    "What one place in a program makes is the same only where all that it closes over is."
+    register_model("test", make(3))
+    with pytest.raises(ValueError, match="already names"): register_model("test", make(4))
+    with pytest.raises(ValueError, match="already names"): register_model("test", make(True))
+    if make not in (of_self, of_tensor): register_model("test", make(3))
+
+
+def test_a_decorated_builder_may_be_run_again(registry):
+    for _ in range(2):
+        def build(k): return nn.Linear(k, 1)
+        build.__qualname__ = "build"            # as in a module
+        register_model("test", of_decorator(3, build))
+    with pytest.raises(ValueError, match="already names"): register_model("test", of_decorator(4, build))
+
+
 # ---- splitting small classes
 
 def test_a_hundred_classes_of_one():
     assert [len(p) for p in stratified(range(100))] == [70, 10, 20]
+
+
+@pytest.mark.parametrize("each, shares, sizes", [(3, (.5, .5), [150, 150]), (7, (.8, .2), [560, 140]), (15, (.7, .1, .2), [1050, 150, 300]), (12, (.7, .1, .2), [840, 120, 240])])
+def test_roundings_of_small_classes_do_not_add_up(each, shares, sizes):
+    y = np.repeat(np.arange(100), each)
+    parts = stratified(y, shares)
+    assert [len(p) for p in parts] == sizes
+    for part, share in zip(parts, shares): assert (abs(np.bincount(y[part], minlength=100) - share * each) < 1).all()
 
 
 @given(st.lists(st.integers(0, 30), max_size=120), st.sampled_from([(.7, .1, .2), (.5, .5), (.9, .05, .05), (1.,), (.4, 0., .6)]), st.integers(0, 5))
@@ -431,7 +481,7 @@ def test_a_hundred_classes_of_one():
 def test_parts_get_their_shares(labels, shares, seed):
     parts = stratified(labels, shares, seed)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
-    large = sum(labels.count(l) * min(s for s in shares if s) >= 1 for l in set(labels))
+    large = sum(labels.count(l) * min(s for s in shares if s) >= 5 for l in set(labels))
     for part, share in zip(parts, shares):
         assert abs(len(part) - share * len(labels)) <= 1.5 + large / 2 and (share or not len(part))
         for l in set(labels): assert abs(sum(labels[i] == l for i in part.tolist()) - share * labels.count(l)) < 2

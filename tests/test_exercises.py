@@ -101,6 +101,7 @@ SETUP = {
         from modelzip.quant import quantize_model
         model = LeNet5()
         save(model, folder / "mapped.mz", archive=False)
+        save(model, folder / "archived.mz")
         save(quantize_model(model, 4), folder / "archived4.mz")""",
     "05b_exchange": """
         from modelzip.data import LeNet5
@@ -126,26 +127,31 @@ WRONG = {
     "00_data:check_pool": [
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),                      # padding included
         ("lambda x, mask: (x * mask[..., None]).mean(1)", "the mean of the first two is [2, 3]"),  # divided by the length
-        ("lambda x, mask: (x * mask[..., None]).sum((1, 2)) / mask.sum(1)", "the shape must be [n, width]")],
+        ("lambda x, mask: (x * mask[..., None]).sum((1, 2)) / mask.sum(1)", "the shape must be [n, width]"),
+        ("lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum()", "each text has a mask of its own")],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120")],        # the root forgotten
+        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),         # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models")],
     "01_measure:check_per_example": [
         ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
         ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each")],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
-        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits")],
+        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
+        ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits")],
     "01_measure:check_smallest": [
         ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),     # one-sided
         ("lambda limit: 6", "for 0.001 it is 11")],
     "02_explore:check_weight": [
         ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
         ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
-        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4")],
+        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
+        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own")],
     "02_explore:check_positions": [
         ("lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]", "your positions"),     # first turns fastest
-        ("lambda p, sizes: [p % n for n in sizes]", "your positions")],
+        ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
+        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's")],
     "02_explore:check_two_pages": [
         ("lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'", "does the text say more than above or below?"),
         ("lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'", "draw the numbers with np.random.default_rng"),
@@ -184,11 +190,15 @@ WRONG = {
             return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=e["offset"]).reshape(e["shape"])""", "is the offset right?"),
         ("""def read(path, name):                                                  # flat
             with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
-            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""", "has the shape (20, 1, 5, 5), yours has (500,)")],
+            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""", "has the shape (20, 1, 5, 5), yours has (500,)"),
+        ("""def read(path, name):                                                  # all of the payload
+            with zipfile.ZipFile(path) as z: e, payload = json.loads(z.read("manifest.json"))["tensors"][name], z.read("payload")
+            return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])""", "leave the rest of the payload in the file")],
     "05_pack:check_estimate": [
         ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)", "entropy is in bits a weight"),
         ("lambda path: sum(l.entropy for l in inspect(path).lines if l.entropy is not None) / 8", "need"),
-        ("lambda path: os.path.getsize(path)", "need")],
+        ("lambda path: os.path.getsize(path)", "need"),
+        ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(folder / 'archived4.mz').lines if l.entropy is not None) / 8", "the streams of archived.mz need")],
     "05b_exchange:check_floats": [
         ("lambda bits: bits.view(np.float16)", "should be float32, yours is float16"),
         ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),                   # not moved to the upper half
@@ -265,13 +275,16 @@ WRONG = {
     "10_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
-        ("lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])", "leave the given row as it is")],
+        ("lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])", "leave the given row as it is"),
+        ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] / H.diagonal())", "there Hδ should be 0")],       # each of the others as if it were alone
     "10_ptq:check_rescale": [
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),                              # nearest weights, not outputs
-        ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives")],
+        ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
+        ("lambda w, d, H, X=torch.randn(50, 6, generator=torch.Generator().manual_seed(1)): d @ X.T @ X @ w / (d @ X.T @ X @ d)", "least squares gives")],      # other inputs than those that were given
     "10_ptq:check_rule": [
         ("lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}", "words has no statistics and gets 5 bits"),
-        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}", "should get")],
+        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}", "should get"),
+        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8} if output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > 1e-3 else {}", "with the limit")],
     "11_qat:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
@@ -293,7 +306,8 @@ WRONG = {
     "12_threads:check_processors": [
         ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),                       # nothing serial
         ("lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)", "5 is never reached"),
-        ("lambda goal, serial: None", "once as fast needs one processor")],
+        ("lambda goal, serial: None", "once as fast needs one processor"),
+        ("lambda goal, serial: 1 if goal == 1 else round((1 - serial) / (1 / goal - serial)) if 1 / goal - serial > 1e-9 else None", "twice as fast needs 3")],
     "12_threads:check_closed": [
         ("lambda callers, fixed, each: (1 / (fixed + each * callers), fixed + each * callers)", "a batch of 16 takes 1.9 s"),
         ("lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)", "λW must be the 16 callers")],

@@ -540,6 +540,40 @@ def test_later_versions_are_still_read():
         path = files/f"version{version}.mz"
         assert inspect(path).version == version and state(load(path)) == state(load(path, want)) == state(want)
 
+def test_the_version_is_the_lowest_that_can_read_the_file(tmp_path):
+    "Floats in streams need version 2; whole numbers as values (method 7), also inside of other methods, are read from version 5 on."
+    g = torch.Generator().manual_seed(0)
+    labels, few = torch.randint(-9, 9, (9000,), generator=g, dtype=torch.int32)*70_001, torch.randn(9000, generator=g)
+    for t, archive, version in (few[:50], True, 1), (few[:50], False, 1), (few, True, 2), (few.repeat(3), False, 2), (labels, True, 5), (labels[:9000], False, 1), (labels.repeat(3), False, 2):
+        m = nn.Module(); m.register_buffer("w", t)
+        path = save(m, tmp_path/"x.mz", archive)
+        assert inspect(path).version == version and torch.equal(load(path, m).w, t), (archive, version)
+
+def test_values_inside_other_methods_are_found(monkeypatch):
+    "`has_values` says of a chunk whether reading it will need the method."
+    from modelzip import coding
+    from modelzip.quant import pack_bits
+    called, expand = [], coding.expand_values
+    monkeypatch.setattr(coding, "expand_values", lambda *a: called.append(1) or expand(*a))
+    g, found = torch.Generator().manual_seed(0), set()
+    for n, bits, zeros, k in (9000, 8, .97, 30), (9000, 8, .9, 200), (9000, 6, .995, 3), (90_000, 8, .95, 20), (9000, 4, .5, 9), (5000, 11, .5, 1500), (5000, 16, 0., 5000), (60_000, 12, 0., 4000), (3000, 3, .99, 5):
+        codes = torch.where(torch.rand(n, generator=g) < zeros, 0, torch.randint(0, min(k, 2**bits), (n,), generator=g)).int()
+        chunk = coding.code_codes(pack_bits(codes, bits).numpy(), bits, n, 2**bits)
+        called.clear(); coding.expand_codes(chunk, bits, n, 2**bits)
+        assert coding.has_values(chunk) == bool(called), (n, bits)
+        found.add((chunk[0], bool(called)))
+    for rare in coding.code_elements(np.arange(9, dtype="u1"), 1), coding.code_codes(np.arange(200, dtype="u1") % 7, 8, 200, 256): assert coding.has_values(b"\3\0" + coding.write_varint(200) + coding.pieces(b"\0\0", rare)) == (rare[0] == 7)
+    assert {f for _, f in found} == {True, False}
+
+def test_the_page_names_every_form_of_a_value():
+    "What `said` can say of an attribute stands in the chapter's description of the format."
+    page = (Path(__file__).parent.parent/"nbs/05_pack.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
+    page = page[page.index("## The format on one page"):]
+    import types
+    from modelzip.workshop.kinds import LIBRARIES, said
+    values = math.inf, torch.float16, {"a": 1}, types.SimpleNamespace(a=1), torch.ones(2), torch.ones(99), torch.relu
+    assert all(f'{{"{next(iter(said(v)))}": ' in page for v in values) and all(f"`{l}`" in page for l in LIBRARIES)
+
 
 # ---- mapped -------------------------------------------------------------------------------------------------------
 def test_writing_into_a_mapped_model_stays_private(tmp_path, wide):

@@ -1,7 +1,9 @@
 """A file gives back the function that was saved, or nothing: every transformation, every sort of owner, in a process that knows only the classes."""
-import copy, json, math, os, subprocess, sys
+import collections, copy, json, math, os, subprocess, sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,6 +202,51 @@ def test_own_attributes_come_back_and_functions_are_named(tmp_path):
     with pytest.raises(PackError, match="gelu"): load(save(gelu, tmp_path/"x.mz"), relu)
     x = torch.randn(2, 3, 8)
     assert torch.equal(load(tmp_path/"x.mz", gelu)(x), gelu(x))
+
+class Told:
+    def __init__(self, by=1.): self.by = by
+    def of(self, x): return x*self.by
+
+class Odd(nn.Module):
+    "Facts that JSON has no word for."
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.some, self.by, self.frozen, self.rows, self.part = {1}, {0: 1.5}, frozenset({2}), range(3), slice(0, 2)
+        self.turn, self.key, self.told, self.wave, self.third, self.named = 1 + 2j, b"a", Told(), np.arange(3.), Fraction(1, 2), collections.OrderedDict(a=1.)
+        self.number, self.long = np.float32(1.5), [1.]*300
+        self.register_buffer("table", torch.ones(4), persistent=False)
+    def forward(self, x):
+        y = self.fc(x)*self.by[0]*self.table + len(self.rows) + sum(self.some) + sum(self.frozen) + self.turn.imag + len(self.key) + float(self.wave.sum()) + float(self.third)
+        y[:, self.part] += self.named["a"] + float(self.number) + sum(self.long)
+        return self.told.of(y)
+
+ODD = dict(some={5}, by={0: 9.}, frozen=frozenset({7, 8}), rows=range(7), part=slice(1, 4), turn=9j, key=b"abc", told=Told(5.), wave=np.ones(5), third=Fraction(7),
+           named=collections.OrderedDict(a=3.), number=np.float32(9.), table=torch.full((4,), 3.))
+
+@pytest.mark.parametrize("key", ODD)
+def test_every_sort_of_attribute_comes_back(tmp_path, key):
+    m = Odd().eval()
+    setattr(m, key, ODD[key])
+    x, same = torch.randn(2, 4), Odd().eval()
+    assert torch.equal(load(save(m, tmp_path/"x.mz"), same)(x), m(x))
+    back = from_safetensors(to_safetensors(m, tmp_path/"x.safetensors"), same)
+    assert torch.equal(back(x), m(x)) and type(getattr(back, key)) is type(getattr(m, key)) and same.told.by == 1.
+
+def test_what_cannot_come_back_is_refused(tmp_path):
+    class Local(nn.Module):
+        def __init__(self, by): super().__init__(); self.fc, self.f = nn.Linear(4, 4), lambda x: x*by
+        def forward(self, x): return self.f(self.fc(x))
+    m, x = Local(2), torch.randn(2, 4)
+    save(m, tmp_path/"x.mz")
+    assert torch.equal(load(tmp_path/"x.mz", Local(2))(x), m(x))
+    with pytest.raises(PackError, match="another 'f'"): load(tmp_path/"x.mz", Local(3))
+    m = Odd()
+    m.long = [2.]*300
+    with pytest.raises(PackError, match="another 'long'"): load(save(m, tmp_path/"x.mz"), Odd())
+    m = Odd()
+    m.told = Told().of
+    with pytest.raises(PackError, match="'told'"): load(save(m, tmp_path/"x.mz"), Odd())
 
 def test_a_tensor_less_module_is_missed(tmp_path):
     class Acts(nn.Module):

@@ -1,5 +1,5 @@
 """Threads that lose nothing, answers with serial bits, a pool under everything that can go wrong. Nothing here depends on how fast the machine is."""
-import _thread, asyncio, contextvars, copy, gc, importlib.util, os, pickle, signal, subprocess, sys, threading, time
+import _thread, asyncio, contextvars, copy, gc, importlib.util, itertools, os, pickle, signal, subprocess, sys, threading, time
 from collections import Counter, namedtuple
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -294,6 +294,30 @@ def test_modes_of_calling():
     state = torch.random.get_rng_state()
     with AsAlone(7): F.linear(torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), torch.ones(3, 11))
     assert torch.equal(state, torch.random.get_rng_state())      # trying the ways draws from no generator but its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_small_and_coarse_products_have_serial_bits(dtype):
+    "One trial of few numbers, or of 8 bits, does not show in which order a library adds."
+    for seed, n, rows, inputs, outputs, bias in itertools.product(range(2), (2, 8), (1, 5), (1, 3, 300), (1, 100), (True, False)):
+        torch.manual_seed(seed)
+        layer, xs = nn.Linear(inputs, outputs, bias=bias).to(dtype), torch.randn(n, rows, inputs).to(dtype)
+        for x in (xs, xs.transpose(1, 2).contiguous().transpose(1, 2)):
+            with torch.no_grad(), AsAlone(n): together = layer(x)
+            assert torch.equal(together, torch.stack(alone(layer, x))), (seed, n, rows, inputs, outputs, bias)
+    for seed, n, channels, kernel, size, groups in itertools.product(range(3), (2,), (4,), (1, 3), (3,), (1, 2)):
+        torch.manual_seed(seed)
+        layer, x = nn.Conv2d(channels, groups, kernel, groups=groups).to(dtype), torch.randn(n, channels, size, size).to(dtype)
+        with torch.no_grad(), AsAlone(n): together = layer(x)
+        assert torch.equal(together, torch.stack(alone(layer, x))), (seed, n, channels, kernel, size, groups)
+
+
+def test_serial_bits_under_autocast():
+    layer, x = nn.Linear(300, 100), torch.randn(8, 300)
+    with torch.no_grad(), AsAlone(8): layer(x)                  # the way for float32 is known
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with AsAlone(8): together = layer(x)
+        assert together.dtype == torch.bfloat16 and torch.equal(together, torch.cat([layer(i[None]) for i in x]))
 
 
 def test_half_precision():

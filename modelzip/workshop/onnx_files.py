@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'stored_bytes', 'written', 'disagreement']
 
 # %% ../../nbs/workshop/onnx_files.ipynb
-import os, secrets, shutil
+import errno, os, secrets, shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,10 @@ def written(
         with replacing(path) as f: f.write(content)
         return
     folder = path.parent / f".modelzip-{secrets.token_hex(8)}.tmp"
-    folder.mkdir()
+    try:
+        if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder.mkdir()
+    except OSError as e: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     try:
         _move_out(onnx, proto, folder / (path.name + ".data"))
         (folder / path.name).write_bytes(proto.SerializeToString())

@@ -43,9 +43,14 @@ class ReadOnly(Tensor):
         for t in _each(_written(func, args, kwargs)):
             if isinstance(t, cls): raise RuntimeError(t.reason)
         with torch._C.DisableTorchFunctionSubclass():
-            if func in (Tensor.__deepcopy__, Tensor.__reduce_ex__): return func(args[0].as_subclass(Tensor), *args[1:], **kwargs)
+            if func in (Tensor.__deepcopy__, Tensor.__reduce_ex__): return func(args[0].as_subclass(Tensor).clone(), *args[1:], **kwargs)      # copy.copy would share the memory
             if func is Tensor.__iter__: return iter(_guarded(args[0].unbind(0), args))
-            return _guarded(func(*args, **kwargs), args)
+            mine = [t for t in _each((args, *kwargs.values())) if isinstance(t, cls)]
+            before = [_writes(t) for t in mine]
+            out = func(*args, **kwargs)
+            for t, n in zip(mine, before):
+                if _writes(t) != n: raise RuntimeError(t.reason)
+            return _guarded(out, args)
 
 def read_only(
     t: Tensor,     # not read-only itself
@@ -56,6 +61,8 @@ def read_only(
     new = t.as_subclass(ReadOnly)
     new.reason, new.shown = reason, t      # what watches functions has not seen `as_subclass`: it asks
     return new
+
+def _writes(t): return None if t.is_inference() else t._version      # inference mode does not count them
 
 def _memory(t):
     "Where a tensor's numbers lie; None for one that has no memory of its own to tell of."
