@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .workshop.models import call, computed, copied, output_tensors
+from .workshop.readonly import ReadOnly
 from .workshop.rehearsal import examples_of, larger, own_copy, ready, same_draws
 
 # %% ../nbs/07b_channels.ipynb
@@ -187,7 +188,8 @@ def marks_of(
     name = self.named.get(id(t))
     if name is None:
         known, m = self.table.get(id(t), (lambda: None, None))
-        return m if known() is t else Marks(tuple(t.shape))
+        if known() is t: return m
+        return self.marks(t.shown) if isinstance(t, ReadOnly) and hasattr(t, "shown") else Marks(tuple(t.shape))
     if name not in self.owned:
         new = t.is_floating_point()
         self.owned[name] = Marks(tuple(t.shape), {(a,): self.ties.new(n) for a, n in enumerate(t.shape) if n > 1 and new},

@@ -34,6 +34,7 @@ from .tour import tour
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
     "Parameters by name, and nothing that they compute: a model whose code is not at hand."
+    weights_alone = True      # any model may take them
     def forward(self, *args, **kwargs):
         raise NotImplementedError("only the weights of this model are known; load the file into a model that has its code: load(path, model)")
 

@@ -706,7 +706,7 @@ def choose_channels(
 ) -> Choice:
     "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
     kind, value = the_wish({"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope)
-    if groups is not None and keep != (): raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
+    if groups is not None and (keep or keep == ""): raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
     groups = channel_groups(model, example, keep) if groups is None else checked_groups(groups, model)
     if not len(groups):
         raise ValueError("model has no channels that can be removed: " + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]))

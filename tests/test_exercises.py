@@ -263,10 +263,13 @@ WRONG = {
             return len(set(label))""", "make 2 sets, yours are 4")],
     "08_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),     # as many are not fewer
+        ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
         ("lambda i, o: min(i, o)", "for 800 inputs")],
     "08_structured:check_slimming": [
         ("lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
         ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),  # biases too
+        ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn1.w' in name else torch.zeros(weight.shape[axis])", "the scores of stem should be"),
+        ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn' in name else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
         ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be")],
     "09_distill:check_gradient": [
         ("lambda z, v, T: (z / T).softmax(0) - (v / T).softmax(0)", "nearly: there is a factor of T²"),
@@ -277,6 +280,8 @@ WRONG = {
             def __call__(self, a, b, y): return torch.tensor(5.)""", "derive it from Loss"),
         ("""class Margin(Loss):
             def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum")""", "(1 + 9) / 2 = 5"),
+        ("""class Margin(Loss):
+            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum") / 2""", "a batch of one"),
         ("""class Margin(Loss):                                                    # the first two, whichever are largest
             def forward(self, a, b, y): return F.mse_loss(*(s.outputs[:, 0] - s.outputs[:, 1] for s in (a, b)))""", "gaps are 2 and 4 against 1 and 7")],
     "10_ptq:check_compensate": [
@@ -295,21 +300,31 @@ WRONG = {
     "11_qat:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
+        ("lambda w, s, low, high: low if w / s < low else high if w / s > high else round(w / s) - w / s", "w=1.0, s=1.0"),      # on the last code
+        ("lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s", "codes from -8 to 7"),
         ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded")],               # straight through nothing
     "11_qat:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8")],
+        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
+        ("lambda step, zero, bits: (-1., 2., 5)", "three bits")],
     "11_qat:check_progressive": [
         ("""def progressive(model, widths, train_some):
             for _ in widths: train_some(model)
-            return model""", "yours were [256, 256, 256] levels"),
+            return model""", "yours were [{256}, {256}, {256}] levels"),
         ("""def progressive(model, widths, train_some):
             for bits in widths: train_some(model := prepare(small(), bits))
             return model""", "preparing anew forgets"),
         ("""def progressive(model, widths, train_some):
             for bits in sorted(widths): set_bits(model, bits); train_some(model)
-            return model""", "yours were [4, 16, 256] levels")],
+            return model""", "yours were [{4}, {16}, {256}] levels"),
+        ("""def progressive(model, widths, train_some):                              # one layer alone
+            for bits in widths: set_bits(model, bits, layers="0"); train_some(model)
+            return model""", "in all layers"),
+        ("""def progressive(model, widths, train_some):
+            import copy
+            for bits in widths: set_bits(model, bits); train_some(copy.deepcopy(model))
+            return model""", "and so does a copy")],
     "12_threads:check_processors": [
         ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),                       # nothing serial
         ("lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)", "5 is never reached"),
@@ -372,14 +387,16 @@ WRONG = {
             for t in threads: t.join()
             return results""", "an error in a thread was lost")],
     "15_cli:check_zeros": [
-        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3}, '%'))(open_model(o.model))", "3 of the 6 numbers are zero"),   # counts, not a share
-        ("lambda o: (lambda m: Done({'share': (m.a.weight == 0).float().mean().item()}, 'half'))(open_model(o.model))", "no percent sign"),
+        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3}, '%'))(open_model(o.model))", "3 of the 7 numbers are zero"),   # counts, not a share
+        ("lambda o: (lambda m: Done({'share': sum((p == 0).float().mean().item() for p in m.parameters()) / 2}, '%'))(open_model(o.model))", "3 of the 7 numbers are zero"),   # by tensor
+        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 7}, 'half'))(open_model(o.model))", "no percent sign"),
         ("lambda o: (lambda v: Done({'share': (v == 0).float().mean().item() if len(v) else 0.}, '%'))(torch.cat([p.flatten() for p in open_model(o.model).parameters()] or [torch.zeros(0)]))",
          "expand them first")],                                                                                          # compressed tensors are no parameters
     "15_cli:check_gate": [
         ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "not a percentage"),
         ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "nothing was measured"),
-        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0", "not eval and diff")],
+        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0", "not eval and diff"),
+        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, model]) == 0", "compares the model with blessed.mz")],
     "12b_recipe:check_front3": [
         ("lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]", "equal in two, worse in one"),
         ("lambda rows: [r for i, r in enumerate(rows) if not any(j != i and all(x <= y for x, y in zip(o, r)) for j, o in enumerate(rows))]", "both stay"),

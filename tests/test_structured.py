@@ -532,3 +532,28 @@ def test_writes_into_the_weight_of_a_thin_layer_raise():
             with pytest.raises(RuntimeError, match="is a product"): write(layer.weight)
         layer.weight.square().sum().backward()
         assert type(layer.weight.clone()) is torch.Tensor and all(m.weight.grad is not None for m in layer)
+
+def test_code_that_reads_a_thin_weight_can_be_recorded():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.l = factorize(nn.Sequential(nn.Linear(30, 30)), rank=2)[0]
+        def forward(self, x): return F.linear(x, self.l.weight, self.l.bias) + self.l(x).to(self.l.weight.dtype)
+    m, x = Reads(), torch.randn(2, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for again in (torch.export.export(m, (x,)).module(), torch.compile(m, backend="eager"), torch.jit.trace(m, (x,))): assert torch.allclose(again(x), m(x), atol=1e-6)
+
+def test_keep_beside_groups_is_refused():
+    m, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)
+    groups = channel_groups(m, x)
+    for keep in (["0"], "0", ""):
+        with pytest.raises(ValueError, match="give keep to channel_groups"): shrink(m, x, ratio=.5, round_to=1, keep=keep, groups=groups)
+    assert shrink(m, x, ratio=.5, round_to=1, groups=groups)[0].out_features == 4
+
+def test_channels_pass_through_the_weight_of_a_thin_layer():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.l, self.b = nn.Linear(6, 40), nn.Linear(40, 40), nn.Linear(40, 3)
+        def forward(self, x): return self.b(F.linear(self.a(x).relu(), self.l.weight, self.l.bias).relu())
+    m, x = factorize(Reads(), rank=4, layers=["l"]), torch.randn(2, 6)
+    groups = channel_groups(m, x)
+    assert {g.name: len(g) for g in groups} == {"a": 40, "l.1": 40, "l.0": 4}
+    assert shrink(m, x, ratio=.5, groups=groups).l.weight.shape == (24, 24)

@@ -334,7 +334,7 @@ def text(value: Any) -> str: return json.dumps(value, sort_keys=True)      # 1, 
 
 def computes_nothing(model: nn.Module) -> bool:
     model = plain_layer(model)
-    return type(model) is nn.Module or (type(model).__module__, type(model).__name__) == ("modelzip.cli", "Weights")
+    return type(model) is nn.Module or getattr(type(model), "weights_alone", False) is True      # such as the command line's `Weights`
 
 def walk(
     model: nn.Module,

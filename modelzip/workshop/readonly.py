@@ -56,10 +56,11 @@ def read_only(
     t: Tensor,     # not read-only itself
     reason: str,   # what the error says
 ) -> ReadOnly:     # the same memory
-    "Show a tensor that must not be written to."
-    t = t.as_subclass(ReadOnly)
-    t.reason = reason
-    return t
+    "Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`, `torch.jit.trace`) it is shown as it is."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter): return t
+    new = t.as_subclass(ReadOnly)
+    new.reason, new.shown = reason, t      # what watches functions has not seen `as_subclass`: it asks
+    return new
 
 def _writes(t): return None if t.is_inference() else t._version      # inference mode does not count them
 
