@@ -198,6 +198,21 @@ def _beside(cls):
                 for k in code.co_names if c is not cls else [n]:
                     if held(y := inspect.getattr_static(c, k, None)): yield f"{c.__name__}.{k}", y
 
+def _codes(cls, start="forward"):
+    "The code of a method, and of the methods and properties of its class that it reaches, each with a function that gives what is global in it."
+    todo, seen, found = [start], {start}, []
+    while todo:
+        f = inspect.getattr_static(cls, todo.pop(), None)
+        f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
+        if not isinstance(f, types.FunctionType) or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
+        known = lambda f=f: f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
+        codes = [f.__code__]
+        for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
+        found += [(c, known) for c in codes]
+        new = {n for c in codes for n in c.co_names if hasattr(cls, n)} - seen
+        seen |= new; todo += sorted(new)
+    return found
+
 def _reaches(value, own, seen, copies):
     "Whether a path that deepcopy does not follow leads from a value to the model; `copies` says whether deepcopy has followed so far."
     todo = [(value, copies)]                       # a list and no recursion: a traced graph is a chain of thousands
@@ -291,22 +306,7 @@ def check_code(
         for x in inside:
             if x is not m and (kind := _asked_for(type(m), type(x), classes)): raise ValueError(f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else, such as its name")
 
-def _of_a_library(cls): return cls.__module__.partition(".")[0] in ("torch", "torchvision", "transformers", __name__.partition(".")[0])
-
-def _codes(cls, start="forward"):
-    "The code of a method, and of the methods and properties of its class that it reaches, each with a function that gives what is global in it."
-    todo, seen, found = [start], {start}, []
-    while todo:
-        f = inspect.getattr_static(cls, todo.pop(), None)
-        f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
-        if not isinstance(f, types.FunctionType) or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
-        known = lambda f=f: f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
-        codes = [f.__code__]
-        for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
-        found += [(c, known) for c in codes]
-        new = {n for c in codes for n in c.co_names if hasattr(cls, n)} - seen
-        seen |= new; todo += sorted(new)
-    return found
+def _of_a_library(cls): return cls.__module__.partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
 
 def _lists_of(cls):
     "The list of parameters that a class's code goes through, but for its first item."
