@@ -1234,8 +1234,8 @@ def quantize_model(
     """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied. `ValueError` that names the layer
     when there is nothing to quantize, when a pattern matches nothing, when two names of one tensor have different options, when a weight is computed
     (weight_norm, prune, a parametrization …) or not finite, and when the model has functions that no copy can follow (see `copied`)."""
-    chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
     check_ordinary(model)
+    chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
     packed, done = {}, {}
     for m in chosen:
         if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))

@@ -24,6 +24,7 @@ from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_grap
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
+from .quant import _copy_with
 from .workshop.matrices import also_held
 from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.readonly import read_only
@@ -1001,18 +1002,18 @@ def factorize(
     `ValueError` unless exactly one of error, bytes and rank says how much, for bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN."""
     check_thinness(error, bytes, rank)
     if isinstance(rank, dict) and layers is not None: raise ValueError("rank names its layers, so layers may not be given too")
-    new = copied(model)
-    found = factors_of(new, [layers] if isinstance(layers, str) else layers)
+    check_ordinary(model)
+    found, done = factors_of(model, [layers] if isinstance(layers, str) else layers), {}
     if isinstance(rank, dict):
         if other := [n for n in rank if n not in found]: raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
         found = {n: found[n] for n in rank}
-    check_code(new, found.values())
+    check_code(model, found.values())
     svds = {n: split_ranks(m.weight) for n, m in found.items()}
-    if bytes is not None: error = error_within(new, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
+    if bytes is not None: error = error_within(model, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
     for n, m in found.items():
         r = rank_for(svds[n][1], error) if rank is None else rank[n] if isinstance(rank, dict) else rank
-        if cost_at(m, r) < m.weight.numel(): put(new, n, two_layers(m, r, svds[n]))
-    return new
+        if cost_at(m, r) < m.weight.numel(): done[n] = two_layers(m, r, svds[n])
+    return _copy_with(model, done)
 
 # %% ../nbs/08_structured.ipynb
 def check_thinness(error: float | None, bytes: float | None, rank: int | dict | None) -> None:

@@ -14,7 +14,7 @@ from modelzip.data import Split
 from modelzip.distill import SoftTargets, distill
 from modelzip.kernels import use_kernels
 from modelzip.ptq import awq, calibrate, correct_bias, equalize, gptq, hqq, smooth
-from modelzip.prune import prune_gradually, prune_model, sparsify_model, use_sparse_products
+from modelzip.prune import fill_zeros, prune_gradually, prune_model, sparsify_model, use_sparse_products
 from modelzip.qat import convert, prepare
 from modelzip.quant import dequantize_model, quantize_model
 from modelzip.recipe import Recipe, learn
@@ -194,3 +194,127 @@ def test_weights_that_are_computed_are_refused_by_name_or_right(name, how):
         if name in CLOSE:
             exact, found = answers_of(model, X[:20] * 1.1), answers_of(small, X[:20] * 1.1)
             assert (exact - found).norm() < .2 * exact.norm(), f"{(exact - found).norm() / exact.norm():.3f} off"
+
+
+class Asks(nn.Module):
+    "Its code asks what its layers are."
+    def __init__(self): super().__init__(); self.layers = nn.ModuleList([nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)])
+    def forward(self, x):
+        for layer in self.layers: x = layer(x) if type(layer) in (nn.Linear, nn.ReLU) else 0 * x
+        return x
+
+class Penalized(nn.Module):
+    "It goes through its parameters, in a method."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+    def penalty(self): return sum(p.square().sum() for p in self.parameters())
+    def forward(self, x): return self.b(self.a(x).to(next(self.parameters()).dtype)) + self.penalty()
+
+class Borrowed(nn.Module):
+    "A layer runs with another's parameters."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+    def forward(self, x): return torch.func.functional_call(self.a, dict(self.b.named_parameters()), (torch.relu(self.a(x)),))
+
+class InAList(nn.Module):
+    "A weight is also in a plain list."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); self.weights = [self.a.weight]
+    def forward(self, x): return self.b(torch.relu(x @ self.weights[0].T))
+
+class AlsoAParameter(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); self.more = nn.ParameterList([self.a.weight])
+    def forward(self, x): return self.b(torch.relu(self.a(x)) @ self.more[0])
+
+SHARED = nn.Linear(6, 6)
+class ByGlobal(nn.Module):
+    "The code reads a layer of the model by a global name."
+    def __init__(self): super().__init__(); self.a, self.b = SHARED, nn.Linear(6, 4)
+    def forward(self, x): return self.b(torch.relu(SHARED(x)))
+
+class ByClass(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); ByClass.last = self.a
+    def forward(self, x): return self.b(torch.relu(type(self).last(x)))
+
+class Itself(nn.Linear):
+    def __deepcopy__(self, memo): return self
+
+CODES = {Asks: "the model.*asks whether a layer is a Linear", Penalized: "the model.*goes through parameters", Borrowed: "goes through named_parameters",
+         InAList: r"a\b.*weights\[0\]", AlsoAParameter: r"a\b.*more\.0", ByGlobal: "reads SHARED", ByClass: "reads ByClass.last", lambda: nn.Sequential(Itself(6, 6), nn.ReLU(), nn.Linear(6, 4)): "0.* __deepcopy__"}
+BY = {"quantize_model": lambda m: quantize_model(m, 4), "hqq": lambda m: hqq(m), "gptq": lambda m: gptq(m, [torch.ones(3, 6)]), "prune_model": lambda m: prune_model(m, .3),
+      "sparsify_model": lambda m: sparsify_model(prune_model(m, .9)), "factorize": lambda m: factorize(m, rank=1)}
+
+@pytest.mark.parametrize("cls", CODES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", BY)
+def test_code_that_would_see_the_difference_is_refused(name, cls):
+    model = cls().eval()
+    with unchanged(model):
+        if (name, cls) in {("factorize", InAList), ("factorize", AlsoAParameter)}: assert BY[name](model).a.weight.shape == (6, 6)      # a weight that others hold stays
+        else:
+            with pytest.raises(ValueError, match=CODES[cls]): BY[name](model)
+
+
+def test_layers_in_plain_containers_follow():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)
+            self.norm.running_var.fill_(3.)
+            self.pair, self.by, self.held = (self.a, self.norm), {"b": [self.b]}, types.SimpleNamespace(b=self.b)
+        def forward(self, x): return self.by["b"][0](torch.relu(self.pair[1](self.pair[0](x)))) + self.held.b(x)
+    model, x = Kept().eval(), torch.randn(5, 16)
+    thin = factorize(model, rank=2)
+    assert thin.by["b"][0] is thin.held.b is thin.b and type(thin.b).__name__ == "ThinLinear" and thin.pair[0] is thin.a
+    codes_alone(model, thin, x)
+    assert torch.allclose(fold_batchnorm(model, (x,))(x), model(x), atol=1e-5)
+    assert torch.allclose(fold_batchnorm(quantize_model(model, 8), (x,))(x), quantize_model(model, 8)(x), atol=1e-5)
+
+
+def test_what_is_written_into_a_computed_weight_is_not_lost():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    for small, says in (prune_model(model, .5), "masked"), (factorize(model, rank=1), "product"):
+        for write in (lambda w: w.add_(1), lambda w: w.data.mul_(2), lambda w: w[0].zero_(), lambda w: setattr(w, "data", w * 2)):
+            with torch.no_grad(), pytest.raises(RuntimeError, match=says): write(small[0].weight)
+        small[0].weight.sum().backward(), small(torch.randn(2, 16)).sum().backward(), torch.func.vmap(small)(torch.randn(2, 16))
+
+
+class Bounded(nn.Linear):
+    "It keeps its rows short, in its own forward; and it merges what it has learned when it is to be evaluated."
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, .5)
+        return super().forward(x)
+    def train(self, mode=True):
+        if not mode and self.weight is not None: self.weight.data.clamp_(-.2, .2)
+        return super().train(mode)
+
+@pytest.mark.parametrize("name", ["calibrate", "gptq", "equalize", "wanda", "shrink"])
+def test_models_that_write_into_their_weights_are_left_alone(name):
+    model, x = nn.Sequential(Bounded(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(40, 16)
+    hooked = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    hooked[0].register_forward_pre_hook(lambda m, i: (m.weight.data.clamp_(-.1, .1), None)[1])
+    run = {"calibrate": lambda m: calibrate(m, [x]), "gptq": lambda m: gptq(m, [x]), "equalize": equalize, "wanda": lambda m: prune_model(m, .3, "wanda", batches=[x]), "shrink": lambda m: shrink(m, x, .5)}
+    for m in model, hooked:
+        with unchanged(m, x):
+            try: run[name](m)
+            except (ValueError, RuntimeError): pass
+
+
+def test_a_hook_that_is_a_method_of_the_model_belongs_to_every_copy():
+    class Notes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.seen = nn.Linear(16, 16), nn.Linear(16, 4), {}
+            self.a.register_forward_hook(self.note)
+        def note(self, layer, i, o): self.seen["a"] = o
+        def forward(self, x): h = self.a(x); return self.b(torch.relu(self.seen["a"]))
+    model, x = Notes().eval(), torch.randn(5, 16)
+    pruned = prune_model(model, .8)
+    with torch.no_grad():
+        right = pruned(x)
+        for small in sparsify_model(pruned), use_sparse_products(sparsify_model(pruned)), fill_zeros(sparsify_model(pruned)), fill_zeros(sparsify_model(pruned, bits=8)):
+            assert torch.allclose(small(x), right, atol=.02 * right.abs().max()) and not torch.equal(small(2 * x), right)
+            codes_alone(pruned, small, x)
+        assert torch.equal(factorize(model, rank=16)(x), model(x))
+
+
+def test_scripted_parts_are_refused_by_name():
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    for f in (lambda: quantize_model(model), lambda: hqq(model), lambda: prune_model(model, .5), lambda: factorize(model, rank=1), lambda: fold_batchnorm(model), lambda: equalize(model)):
+        with pytest.raises(ValueError, match="layer 0 is a ScriptModule"): f()

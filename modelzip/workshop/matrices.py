@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'Matrix', 'choose_matrices', 'combined', 'Left', 'floats_left', 'also_held']
+           'Matrix', 'choose_matrices', 'combined', 'also_held', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -42,7 +42,7 @@ def unwrapped(
     layer: nn.Module,
 ) -> nn.Module:       # the ordinary layer
     "What is inside any number of compressing wrappers."
-    while {"layer", "packed"} <= layer._modules.keys(): layer = layer._modules["layer"]
+    while {"layer", "packed"} <= {*layer._modules.keys()}: layer = layer._modules["layer"]
     return layer
 
 def matrices_of(
@@ -167,6 +167,32 @@ def _options(how, what):
     return how
 
 # %% ../../nbs/workshop/matrices.ipynb
+def also_held(
+    model: nn.Module,
+) -> list[tuple[str, Tensor]]:      # where, and what
+    "Tensors in plain attributes: in lists and dicts, alone, or in modules that PyTorch does not know of."
+    known, found = layers_of(model), []
+    for module, names in known.values():
+        for path, x in _hidden(module, known):
+            where = f"{names[0]}.{path}".lstrip(".")
+            found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
+    return found
+
+def _hidden(module, known):
+    "Tensors and modules in a module's attributes that are not registered."
+    for key, value in vars(module).items():
+        if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"): continue
+        yield from _inside(value, key, known, 0)
+
+def _inside(x, path, known, depth):
+    if isinstance(x, (Tensor, nn.Module)):
+        if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
+    elif depth < 4 and isinstance(x, (list, tuple)):
+        for i, v in enumerate(x): yield from _inside(v, f"{path}[{i}]", known, depth + 1)
+    elif depth < 4 and isinstance(x, dict) and not path.endswith("_hooks"):
+        for k, v in x.items(): yield from _inside(v, f"{path}[{k!r}]", known, depth + 1)
+
+# %% ../../nbs/workshop/matrices.ipynb
 def _check_ties(model, chosen):
     "`ValueError` that names both places of a tensor that is to be compressed in one and not, or otherwise, in the other."
     done, ties = {(id(m.owner), m.key): m for m in chosen}, {}
@@ -229,28 +255,3 @@ def _why(module, key, t):
     if key in module._buffers: return f"a buffer of a {kind}"
     if outputs_of(module): return f"belongs to a {kind}, but is not one of its matrices {', '.join(outputs_of(module))}"
     return f"a bare parameter of a {kind}, which is not in MATRICES (if it is a matrix with outputs along axis 0: MATRICES[{kind}] = {{{key!r}: 0}})"
-
-def also_held(
-    model: nn.Module,
-) -> list[tuple[str, Tensor]]:      # where, and what
-    "Tensors in plain attributes: in lists and dicts, alone, or in modules that PyTorch does not know of."
-    known, found = layers_of(model), []
-    for module, names in known.values():
-        for path, x in _hidden(module, known):
-            where = f"{names[0]}.{path}".lstrip(".")
-            found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
-    return found
-
-def _hidden(module, known):
-    "Tensors and modules in a module's attributes that are not registered."
-    for key, value in vars(module).items():
-        if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"): continue
-        yield from _inside(value, key, known, 0)
-
-def _inside(x, path, known, depth):
-    if isinstance(x, (Tensor, nn.Module)):
-        if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
-    elif depth < 4 and isinstance(x, (list, tuple)):
-        for i, v in enumerate(x): yield from _inside(v, f"{path}[{i}]", known, depth + 1)
-    elif depth < 4 and isinstance(x, dict) and not path.endswith("_hooks"):
-        for k, v in x.items(): yield from _inside(v, f"{path}[{k!r}]", known, depth + 1)

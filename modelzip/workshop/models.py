@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'call', 'feed', 'labelled', 'as_batches',
-           'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'copied', 'check_code', 'hooks_of',
+           'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'copied', 'check_code', 'may_write', 'hooks_of',
            'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
@@ -187,15 +187,51 @@ def check_ordinary(
 ) -> None:
     "`ValueError` that names a module of which a copy would run the original: its instance has a `forward`, or a function that reaches the model by a closure."
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
-    own, seen = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}, set()
+    own, seen, known = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}, set(), {}
     for name, m in model.named_modules():
         where = f"layer {name}" if name else "the model"
         if isinstance(m, nn.modules.lazy.LazyModuleMixin): raise ValueError(f"{where} is a {type(m).__name__} without a size yet; call the model once first")
+        if isinstance(m, torch.jit.ScriptModule): raise ValueError(f"{where} is a ScriptModule, whose layers cannot be exchanged; hand over the model that it was made from")
         if hasattr(m, "_orig_mod"): raise ValueError(f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile the result")
         if "forward" in vars(m): raise ValueError(f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}), and a copy of it would run the original; define it in a class, or delete it")
         for key, value in vars(m).items():
             if key not in COPIED and not _empty(value) and _reaches(value, own, seen, True):
                 raise ValueError(f"{where} keeps in {key} a function or reference that reaches the model itself, and a copy of it would run the original; make it a method, or remove it")
+        if type(m) not in known: known[type(m)] = _read_by_class(type(m), own, seen)
+        if (read := known[type(m)]) is not None:
+            raise ValueError(f"the code of {where} ({type(m).__name__}) reads {read}, which is a part of the model, and a copy of it would read the original's; read it from self")
+
+def _read_by_class(cls, own, seen):
+    "The global, or the attribute of a class, by which the code of a class reaches a part of the model."
+    for name, value in _beside(cls):
+        if _reaches(value() if isinstance(value, weakref.ReferenceType) else value, own, seen, False): return name
+    return None
+
+def _beside(cls):
+    "Modules and tensors, also in containers, that the code of a class names and that are not its instance's."
+    held = lambda x: isinstance(x, (nn.Module, Tensor, list, tuple, dict, weakref.ReferenceType))
+    for code, known in _codes(cls):
+        known = known()
+        for n in (*code.co_names, *code.co_freevars):
+            if held(x := known.get(n)): yield n, x
+            for c in [x, cls] if isinstance(x, type) else [cls]:
+                for k in code.co_names if c is not cls else [n]:
+                    if held(y := inspect.getattr_static(c, k, None)): yield f"{c.__name__}.{k}", y
+
+def _codes(cls, start="forward"):
+    "The code of a method, and of the methods and properties of its class that it reaches, each with a function that gives what is global in it."
+    todo, seen, found = [start], {start}, []
+    while todo:
+        f = inspect.getattr_static(cls, todo.pop(), None)
+        f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
+        if not isinstance(f, types.FunctionType) or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
+        known = lambda f=f: f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
+        codes = [f.__code__]
+        for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
+        found += [(c, known) for c in codes]
+        new = {n for c in codes for n in c.co_names if hasattr(cls, n)} - seen
+        seen |= new; todo += sorted(new)
+    return found
 
 def _empty(value): return value is None or isinstance(value, (bool, int, str)) or isinstance(value, dict) and not value      # most of a module's attributes
 
@@ -239,15 +275,19 @@ def copied(
     "A deep copy. `ValueError` that names the module which cannot be copied, or whose copy would run the original."
     check_ordinary(model)
     memo = {} if memo is None else memo
+    shared, own = {id(v) for v in memo.values()}, {id(x): n for n, x in (*model.named_modules(), *model.named_parameters())}
     for name, m in model.named_modules():
         for key, value in vars(m).items():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 why = (computed(m, key) or "").replace("is a plain attribute; make it a parameter first", "is a result with gradients, which PyTorch does not copy; detach it first")
                 raise ValueError(f"{name or 'the model'}.{key} {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}")
-    return copy.deepcopy(model, memo)
+    with torch.random.fork_rng(devices=[], enabled=any(hasattr(type(m), "__deepcopy__") for m in model.modules())): new = copy.deepcopy(model, memo)
+    for x in (*new.modules(), *new.parameters()):
+        if id(x) in own and id(x) not in shared: raise ValueError(f"{own[id(x)] or 'the model'} is not copied by copy.deepcopy, as a class has a __deepcopy__ of its own, and a copy of the model would run the original's; remove that method")
+    return new
 
 # %% ../../nbs/workshop/models.ipynb
-LISTS = ("parameters", "named_parameters", "state_dict", "_parameters")      # from which a parameter vanishes when it is compressed
+LISTS = ("parameters", "named_parameters", "state_dict", "_parameters", "stack_module_state")      # from which a parameter vanishes when it is compressed
 
 def check_code(
     model: nn.Module,
@@ -255,9 +295,12 @@ def check_code(
     classes: bool = True,          # False: they will still be instances of their class, though not of exactly this one
 ) -> None:
     "`ValueError` that names a module whose code asks for the class of one of these layers, or goes through lists of parameters."
-    layers = {id(m): m for m in layers}
+    layers, looked = {id(m): m for m in layers}, {}
     for name, m in model.named_modules():
-        if type(m).__module__.partition(".")[0] in ("torch", "torchvision", "transformers", __name__.partition(".")[0]) or not (lists := _lists_of(type(m))) and not _asks_of(type(m)): continue
+        if _of_a_library(type(m)): continue
+        if type(m) not in looked: looked[type(m)] = _lists_of(type(m)), _asks_of(type(m))
+        lists, asks = looked[type(m)]
+        if not lists and not asks: continue
         inside = [x for x in m.modules() if id(x) in layers and (x is not m or not classes)]
         if not inside: continue
         where = f"the code of {f'layer {name}' if name else 'the model'} ({type(m).__name__})"
@@ -265,23 +308,8 @@ def check_code(
         for x in inside:
             if x is not m and (kind := _asked_for(type(m), type(x), classes)): raise ValueError(f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else, such as its name")
 
-@functools.cache
-def _codes(cls):
-    "The code of `forward`, and of the methods and properties of its class that it reaches, with what is global in each."
-    todo, seen, found = ["forward"], {"forward"}, []
-    while todo:
-        f = inspect.getattr_static(cls, todo.pop(), None)
-        f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
-        if not isinstance(f, types.FunctionType) or f.__module__.partition(".")[0] == "torch": continue
-        known = f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
-        codes = [f.__code__]
-        for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
-        found += [(c, known) for c in codes]
-        new = {n for c in codes for n in c.co_names if hasattr(cls, n)} - seen
-        seen |= new; todo += sorted(new)
-    return found
+def _of_a_library(cls): return cls.__module__.partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
 
-@functools.cache
 def _lists_of(cls):
     "The list of parameters that a class's code goes through, but for its first item."
     for code, _ in _codes(cls):
@@ -290,7 +318,17 @@ def _lists_of(cls):
             if word in LISTS and "next" not in said[max(0, at - 8):at]: return word
     return None
 
-@functools.cache
+def may_write(
+    model: nn.Module,
+) -> bool:
+    "Whether the code of a model, or a hook, may write into its parameters while it runs or changes its mode: it writes in place, or reaches behind the gradients."
+    return any(hooks_of(m) for m in model.modules()) or any(_writes_of(c) for c in {type(m) for m in model.modules()})
+
+def _writes_of(cls):
+    if _of_a_library(cls): return False
+    words = {n for start in ("forward", "train") for code, _ in _codes(cls, start) for n in code.co_names}
+    return bool(words & {"data", "no_grad", "__setitem__", "setattr"}) or any(n.endswith("_") and not n.startswith("_") and hasattr(Tensor, n) for n in words)
+
 def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} for c, _ in _codes(cls))
 
 def _asked_for(cls, kind, instances):
@@ -299,7 +337,7 @@ def _asked_for(cls, kind, instances):
     for code, known in _codes(cls):
         names, exactly = {*code.co_names, *code.co_freevars}, bool({"type", "__class__"} & {*code.co_names})
         if not exactly and not (instances and "isinstance" in names): continue
-        said = [y for n in names for y in (known.get(n) if isinstance(known.get(n), (tuple, list, set, dict)) else [known.get(n)])]
+        said = [y for x in map(known().get, names) for y in (x if isinstance(x, (tuple, list, set, dict)) else [x])]
         for c in kinds:
             if c.__name__ in names or any(c is y for y in said) or exactly and "__name__" in names and c.__name__ in code.co_consts: return c.__name__
     return None

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..prune import CALIBRATED, Mask
-from .models import call, computed, copied, hooks_of, output_tensors
+from .models import call, computed, copied, hooks_of, may_write, output_tensors
 
 # %% ../../nbs/workshop/pairs.ipynb
 class Unproven(Exception):
@@ -63,10 +63,12 @@ def _ways_to_call(model):
     for n, d in optional.items(): ways.append({k: v for k, v in optional.items() if k != n} | ({n: not d} if isinstance(d, bool) else {}))
     return ways
 
+def _shared(model): return {} if may_write(model) else {id(p): p for p in model.parameters()}
+
 def _graph(model, training, arguments):
-    "One look at a private copy, which has the original's parameters and its own of everything else."
-    twin = copied(model, {id(p): p for p in model.parameters()}).train(training)
-    tracer, reads = _Tracer(), _Reads(model.parameters())
+    "One look at a private copy, which has the original's parameters (unless its code may write to them) and its own of everything else."
+    twin = copied(model, _shared(model)).train(training)
+    tracer, reads = _Tracer(), _Reads(twin.parameters())
     try:
         with torch.random.fork_rng(devices=[]), reads: graph = tracer.trace(twin, arguments)
     except Exception as e: raise Unproven(f"its code cannot be followed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"[:200]) from e
@@ -254,7 +256,7 @@ def check_same(
     example: Any,        # of `call`
 ) -> None:
     "`ValueError` unless two models put out the same numbers, to rounding, for an example and two like it. Whole numbers (such as a class that was chosen) are not compared. Both are left as they are."
-    twins = [copied(m, {id(p): p for p in m.parameters()}).eval() for m in (new, model)]
+    twins = [copied(m, _shared(m)).eval() for m in (new, model)]
     for i, x in enumerate((example, others_like(example, 1), others_like(example, 2))):
         found = []
         for m in twins:

@@ -22,7 +22,7 @@ from ..data import device_of
 from ..prune import input_rows
 from ..quant import Dequantize
 from .matrices import layers_of, outputs_of, unwrapped
-from .models import computed, copied, feed
+from .models import computed, copied, feed, may_write
 
 # %% ../../nbs/workshop/watching.ipynb
 class _Slowly(TorchFunctionMode):
@@ -32,7 +32,7 @@ class _Slowly(TorchFunctionMode):
 _OURS = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 class Twin:
-    "A private copy of a model in eval mode, with the model's parameters and its own of everything else."
+    "A private copy of a model in eval mode, with the model's parameters (its own where its code may write to them) and its own of everything else."
     def __init__(
         self,
         model: nn.Module,      # left as it is, and never run
@@ -43,7 +43,7 @@ class Twin:
         lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
         if lazy: raise ValueError(f"{lazy} has no shape before the first call; run the model once first")
         writes = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))}      # into its table
-        self.forward, self.model = model.forward, copied(model, {id(p): p for p in model.parameters() if id(p) not in writes}).eval()
+        self.forward, self.model = model.forward, copied(model, {} if may_write(model) else {id(p): p for p in model.parameters() if id(p) not in writes}).eval()
         self.kept, self.draws = [], None
         self.adopt(self.model)
     def adopt(self, module: nn.Module) -> None:
