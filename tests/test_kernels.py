@@ -788,3 +788,10 @@ def test_minilm():
     exact, quick = model.encode(texts), use_kernels(expanding)
     assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.997
     assert F.cosine_similarity(use_kernels(expanding, activations="tensor").encode(texts), exact).min() > 0.98
+
+@pytest.mark.parametrize("rows", (1, 7, 9))
+def test_4_bit_products_of_any_strides(rows):
+    small = quantize_model(nn.Sequential(nn.Linear(64, 16)), 4, group=32)
+    fast = use_kernels(small)
+    for x in torch.randn(64, rows).t(), torch.randn(rows, 128)[:, ::2], torch.randn(1, 64).expand(rows, 64):
+        with torch.no_grad(): assert torch.equal(fast(x), fast(x.clone(memory_format=torch.contiguous_format))) and (fast(x) - small(x)).abs().max() < .05
