@@ -182,7 +182,7 @@ def _pack_int4(codes, scale, zero, group):
 
 def _run_int4(x, packed):
     weight, scales, group = packed
-    return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), weight, group, scales).float()
+    return torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), weight, group, scales).float()
 
 def _try_int4():
     "Small whole numbers, exact in bfloat16: any difference is a mistake."

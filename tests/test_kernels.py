@@ -801,3 +801,11 @@ def test_images_of_any_range_have_the_integers_that_they_have_alone(geometry):
         y, exact = quick(x), plain(x)
         for i in range(6): assert torch.equal(quick(x[i:i + 1])[0], y[i])
     assert ((y - exact).flatten(1).norm(dim=1) <= 1e-6 * exact.flatten(1).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("rows", (1, 7, 9))
+def test_4_bit_products_of_any_strides(rows):
+    small = quantize_model(nn.Sequential(nn.Linear(64, 16)), 4, group=32)
+    fast = use_kernels(small)
+    for x in torch.randn(64, rows).t(), torch.randn(rows, 128)[:, ::2], torch.randn(1, 64).expand(rows, 64):
+        with torch.no_grad(): assert torch.equal(fast(x), fast(x.clone(memory_format=torch.contiguous_format))) and (fast(x) - small(x)).abs().max() < .05

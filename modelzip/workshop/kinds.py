@@ -49,7 +49,7 @@ def said(
     if isinstance(value, (complex, bytes, range, slice, set, frozenset, fractions.Fraction)): return _said_plain(value, depth)
     if depth < 4 and type(value).__module__.partition(".")[0] not in LIBRARIES and (dataclasses.is_dataclass(value) or type(value) is types.SimpleNamespace):
         fields = [[k, x] for k, v in vars(value).items() if (x := said(v, depth + 1)) is not MISSING] if hasattr(value, "__dict__") else []
-        return {"fields": fields} if fields else MISSING
+        return {"fields": sorted(fields, key=lambda f: f[0])} if fields else MISSING
     if isinstance(value, functools.partial) and depth < 4:
         inside = [said(v, depth + 1) for v in (value.func, value.args, value.keywords)]
         return MISSING if any(v is MISSING for v in inside) else {"function": f"partial({json.dumps(inside, sort_keys=True)})"}
@@ -84,7 +84,7 @@ def _said_object(value, depth):
     if depth >= 4 or isinstance(value, nn.Module) or home in (*LIBRARIES, "numpy", "modelzip", "builtins") or home in sys.stdlib_module_names - {"__main__"}: return MISSING
     held = {k: getattr(value, k) for c in type(value).__mro__ for s in [c.__dict__.get("__slots__", ())] for k in ([s] if isinstance(s, str) else s) if k not in ("__dict__", "__weakref__") and hasattr(value, k)} | getattr(value, "__dict__", {})
     fields = [[k, x] for k, v in held.items() if (x := said(v, depth + 1)) is not MISSING] if len(held) <= MOST else []
-    return {"object": [type(value).__qualname__, fields]}
+    return {"object": [type(value).__qualname__, sorted(fields, key=lambda f: f[0])]}
 
 def name_of(f: Any) -> str:
     "The name of a function; of one that was made inside another, also what it is made of, since there may be several of this name."
@@ -135,7 +135,7 @@ def _meant_fields(x, like):
     for k, v in x:
         here = getattr(like, k, MISSING) if hasattr(type(like), "__slots__") else getattr(like, "__dict__", {}).get(k, MISSING)
         if here is MISSING: return MISSING
-        if text(v) == text(said(here)): continue
+        if (now := said(here)) is not MISSING and json.dumps(v, sort_keys=True) == json.dumps(now, sort_keys=True): continue
         value = meant(v, here)
         if value is MISSING: return MISSING
         object.__setattr__(new, k, value)
@@ -149,14 +149,19 @@ def meant(
     if isinstance(value, list):
         found = [meant(v, like[i] if isinstance(like, (list, tuple)) and i < len(like) else None) for i, v in enumerate(value)]
         return MISSING if any(v is MISSING for v in found) else found if isinstance(like, list) or like is None else tuple(found)
-    if not isinstance(value, dict): return type(like)(value) if isinstance(like, np.generic) and type(value) in (bool, int, float) else value
+    if isinstance(like, np.generic) and type(value) in (bool, int, float):
+        try: return type(like)(value)
+        except (OverflowError, ValueError, TypeError): return MISSING
+    if not isinstance(value, dict): return value
     demand(len(value) == 1, "it describes an attribute in an unknown form")
     (form, x), = value.items()
     if form == "float" and x in ("inf", "-inf", "nan"): return float(x)
     if form == "dtype" and isinstance(x, str) and isinstance(t := getattr(torch, x, None), torch.dtype): return t
     if form in ("function", "digest") and isinstance(x, str): return MISSING
     if form == "tensor": return _meant_tensor(x)
-    if form == "array": return _meant_tensor(x).numpy()
+    if form == "array":
+        demand(isinstance(x, list) and x[:1] != ["bfloat16"], "it describes an attribute in an unknown form")
+        return _meant_tensor(x).numpy()
     if form in ("complex", "bytes", "range", "slice", "set", "fraction"): return _meant_plain(form, x, like)
     if form == "object":
         demand(isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and isinstance(x[1], list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in x[1]),
@@ -445,6 +450,8 @@ def change_module(
         demand(k in have and _alike(v, have[k], add) or new, f"{where} has no attribute {ascii(k)[:40]} of this type")
         old = vars(module).get(k)
         value = meant(v, old)
+        unsaved = k in module._non_persistent_buffers_set and isinstance(value, Tensor | None)
+        demand(unsaved or not any(k in there for there in (module._parameters, module._buffers, module._modules)) or value is MISSING, f"{where} has no attribute {ascii(k)[:40]} of this type")
         demand(value is not MISSING and not of_torch(module), f"{where} has another {ascii(k)[:40]} than {text_of(v)}: pass a model that has this one, load(path, model)")
         setattr(module, k, value)
     tensors = {k: t for k, t in {**module._parameters, **module._buffers}.items() if t is not None}
