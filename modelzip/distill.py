@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .data import Split, device_of, eval_mode, seeded, train
-from .workshop.models import feed, logits_of
+from .workshop.models import copied, feed, logits_of
 
 # %% ../nbs/09_distill.ipynb
 @dataclass
@@ -205,6 +205,7 @@ def distill(
     loss = 0.9 * SoftTargets(4) + 0.1 * Labels() if loss is None else loss
     if not isinstance(loss, Loss): raise TypeError(f"loss is a {type(loss).__name__}; it may be a Loss such as 0.9 * SoftTargets(4) + 0.1 * Labels()")
     _check_apart(student, teacher, loss)
+    teacher = _untouched(teacher)
     with watched(student, loss.student_layers) as ours, watched(teacher, loss.teacher_layers) as theirs, eval_mode(teacher):
         lesson = _Lesson(student, teacher, loss, augment, (ours, theirs))
         _rehearse(lesson, data, seed)
@@ -212,6 +213,11 @@ def distill(
     return student
 
 # %% ../nbs/09_distill.ipynb
+def _untouched(teacher):
+    "The same weights with a state of their own, such as a buffer that counts calls; of what cannot be copied, itself."
+    try: return copied(teacher, {id(p): p for p in teacher.parameters()})
+    except Exception: return teacher
+
 def _check_apart(student, teacher, loss):
     "Nothing that is trained, or has a state or a mode of its own, may be the teacher's."
     stateful = lambda m: isinstance(m, nn.modules.dropout._DropoutNd) or next(itertools.chain(m.parameters(), m.buffers()), None) is not None

@@ -42,7 +42,7 @@ def unwrapped(
     layer: nn.Module,
 ) -> nn.Module:       # the ordinary layer
     "What is inside any number of compressing wrappers."
-    while {"layer", "packed"} <= layer._modules.keys(): layer = layer._modules["layer"]
+    while {"layer", "packed"} <= set(layer._modules.keys()): layer = layer._modules["layer"]
     return layer
 
 def matrices_of(
