@@ -123,11 +123,11 @@ class SoftTargets(Loss):
     "T²·KL of the softened outputs (Hinton, Vinyals & Dean 2015, arXiv:1503.02531), the mean over all but the classes; a single logit is that of a sigmoid."
     def __init__(
         self,
-        temperature: float = 4.,   # above 0
+        temperature: float = 4.,   # 1e-9 to 1e9
         axis: int = 1,             # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
     ):
         super().__init__()
-        if not 0 < temperature < math.inf: raise ValueError(f"temperature is {temperature!r}; it may be any number above 0")
+        if not 1e-9 <= temperature <= 1e9: raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
         self.temperature, self.axis = float(temperature), axis
     def forward(self, student, teacher, labels):
         _same_shape(student, teacher)
@@ -337,8 +337,8 @@ class Relations(Loss):
         self.teacher_layers = () if teacher_layer is None else (teacher_layer,)
         self.angles = angles
     def forward(self, student, teacher, labels):
-        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).flatten(1)
-        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).flatten(1)
+        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).reshape(len(student.outputs), -1)
+        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(len(student.outputs), -1)
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
     def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r})"
