@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from .data import Data, Split, seeded
+from .data import Data, Split, alone, seeded
 from .archive import replacing, target_of
 from .measure import latency
 from .quant import QUANTIZABLE
@@ -479,7 +480,8 @@ class _Search:
         return self.note(t)
     def time(self, model):
         model, example = copied(model).eval(), fresh(self.samples.example)
-        return latency({"": lambda: call(model, example)}, repeats=10)[""].median
+        plain = all(isinstance(t, (Tensor, Real, str, type(None))) for t in tree_leaves(example))      # objects, such as caches, may grow
+        return latency({"": lambda: call(model, example if plain else fresh(example))}, repeats=10)[""].median
     def failed(self, why, error): return self.note(Try(why, None, error=_in_words(error)))
     def note(self, t):
         self.tries.append(t)
@@ -644,14 +646,15 @@ def compress(
     model = copied(model)
     _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed)
     if path is not None: _check_path(path)
-    samples = _samples_for(model, data, example, cosine)
-    _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine)
-    judge = Judge(model, samples, evaluate)
-    with tempfile.TemporaryDirectory() as folder:
+    with alone(), seeded(seed), tempfile.TemporaryDirectory() as folder:
+        samples = _samples_for(model, data, example, cosine)
+        _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine)
+        judge = Judge(model, samples, evaluate)
+        if evaluate and accuracy_loss is not None and not 0 <= judge.baseline <= 1: raise ValueError(f"evaluate returned {judge.baseline:g} for the model itself; percentage points are lost of a share, 0 to 1")
         whole = Path(folder) / "whole.mz"
         save(model, whole, archive=False)
         size, floor = whole.stat().st_size, cosine if accuracy_loss is None else judge.baseline - accuracy_loss / 100 - 1e-9      # a tie is none of rounding's business
-        target = Target(None if bytes is None else bytes * size if bytes < 1 else bytes, milliseconds, floor, judge.metric or "quality")
+        target = Target(None if bytes is None else float(bytes * size if bytes < 1 else bytes), None if milliseconds is None else float(milliseconds), None if floor is None else float(floor), judge.metric or "quality")
         search = _Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress)
         _look(search, recipe)
         best = search.best
@@ -670,7 +673,7 @@ def _look(search, recipe):
     before = _folding(search)
     if target.milliseconds is not None: search.within_time(before)
     else: search.attempt("int8", Recipe([*before, int8], search.seed))
-    if target.bytes is None and target.quality is None or target.milliseconds is not None: return
+    if target.bytes is None and target.quality is None or target.milliseconds is not None and any(map(target.met_by, search.good)): return
     search.allocate_and_try(before)
 
 def _folding(search):

@@ -4,12 +4,12 @@
 
 # %% auto 0
 __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stratified', 'mnist5k', 'digits', 'register_model',
-           'build_model', 'seeded', 'LeNet5', 'LeNet300', 'eval_mode', 'device_of', 'predictions', 'accuracy', 'train',
-           'minilm_tokenizer', 'Attention', 'TransformerBlock', 'MiniLM', 'zero_init', 'minilm', 'Retrieval',
+           'build_model', 'alone', 'seeded', 'LeNet5', 'LeNet300', 'eval_mode', 'device_of', 'predictions', 'accuracy',
+           'train', 'minilm_tokenizer', 'Attention', 'TransformerBlock', 'MiniLM', 'zero_init', 'minilm', 'Retrieval',
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
-import functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, sys, threading, types, warnings, weakref
+import contextlib, functools, hashlib, importlib, importlib.metadata, inspect, json, math, os, platform, re, sys, threading, types, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -229,6 +229,14 @@ def build_model(
     return model_builders[name](**options)
 
 # %% ../nbs/00_data.ipynb
+_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.RLock()))
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    "A block for one thread at a time: PyTorch has one state of random numbers for all threads of a process."
+    with _LOCK: yield
+
 class seeded:
     "A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been drawn; None leaves them alone."
     def __init__(self, seed: int | None): self.seed = seed
@@ -320,6 +328,7 @@ def predictions(
     with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
         scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
+    if scores.shape[1] < 2: raise ValueError(f"the model gave {list(scores.shape)}: one number an example chooses no class; a sigmoid's answer is `torch.cat([0 * z, z], 1)`")
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()
 
 def _answer(output: Any) -> Tensor:
@@ -357,7 +366,7 @@ def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     device, total = device_of(model), 0.
     for i in _cut(torch.randperm(len(data)), batch_size):
         out = model(data.x[i].to(device))
-        value = loss(_answer(out) if loss is F.cross_entropy else out, data.y[i].to(device))
+        value = loss(_several(_answer(out)) if loss is F.cross_entropy else out, data.y[i].to(device))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
         if not value.isfinite(): raise FloatingPointError(f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}: try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data")
         step.zero_grad(); value.backward(); step.step(); schedule.step(); bar.update()
@@ -365,6 +374,11 @@ def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     return total / len(data)
 
 # %% ../nbs/00_data.ipynb
+def _several(scores: Tensor) -> Tensor:
+    "Scores, of which cross-entropy has something to compare."
+    if scores.dim() > 1 and scores.shape[1] == 1: raise ValueError(f"the model gave {list(scores.shape)}: the cross-entropy of one class is always 0; give loss=, such as that of a sigmoid")
+    return scores
+
 def _one_cycle(step: torch.optim.Optimizer, lr: float, steps: int) -> Any:
     "The schedule; a run of a few steps visits the middles of its parts, scaled so that one of them has the highest rate."
     if steps >= 10: return torch.optim.lr_scheduler.OneCycleLR(step, lr, total_steps=steps, cycle_momentum=tuple(step.defaults.get("betas", ()))[:1] == (.9,))
@@ -402,7 +416,7 @@ def train(
     frozen = _frozen(model)
     bar = tqdm(total=steps, desc="train", leave=False, **({} if progress else {"disable": True}))
     try:
-        with torch.inference_mode(False), torch.enable_grad(), seeded(seed), bar:
+        with alone(), torch.inference_mode(False), torch.enable_grad(), seeded(seed), bar:
             for epoch in range(epochs):
                 model.train()
                 for m in frozen: m.training = False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .data import Split, device_of, eval_mode, seeded, train
-from .workshop.models import feed, logits_of
+from .workshop.models import copied, feed, logits_of
 
 # %% ../nbs/09_distill.ipynb
 @dataclass
@@ -124,11 +124,11 @@ class SoftTargets(Loss):
     "T²·KL of the softened outputs (Hinton, Vinyals & Dean 2015, arXiv:1503.02531), the mean over all but the classes; a single logit is that of a sigmoid."
     def __init__(
         self,
-        temperature: float = 4.,   # above 0
+        temperature: float = 4.,   # 1e-9 to 1e9
         axis: int = 1,             # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
     ):
         super().__init__()
-        if not 0 < temperature < math.inf: raise ValueError(f"temperature is {temperature!r}; it may be any number above 0")
+        if not 1e-9 <= temperature <= 1e9: raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
         self.temperature, self.axis = float(temperature), axis
     def forward(self, student, teacher, labels):
         _same_shape(student, teacher)
@@ -206,6 +206,7 @@ def distill(
     loss = 0.9 * SoftTargets(4) + 0.1 * Labels() if loss is None else loss
     if not isinstance(loss, Loss): raise TypeError(f"loss is a {type(loss).__name__}; it may be a Loss such as 0.9 * SoftTargets(4) + 0.1 * Labels()")
     _check_apart(student, teacher, loss)
+    teacher = _untouched(teacher)
     with watched(student, loss.student_layers) as ours, watched(teacher, loss.teacher_layers) as theirs, eval_mode(teacher):
         lesson = _Lesson(student, teacher, loss, augment, (ours, theirs))
         _rehearse(lesson, data, seed)
@@ -213,6 +214,11 @@ def distill(
     return student
 
 # %% ../nbs/09_distill.ipynb
+def _untouched(teacher):
+    "The same weights with a state of their own, such as a buffer that counts calls; of what cannot be copied, itself."
+    try: return copied(teacher, {id(p): p for p in teacher.parameters()})
+    except Exception: return teacher
+
 def _check_apart(student, teacher, loss):
     "Nothing that is trained, or has a state or a mode of its own, may be the teacher's."
     stateful = lambda m: isinstance(m, nn.modules.dropout._DropoutNd) or next(itertools.chain(m.parameters(), m.buffers()), None) is not None
@@ -332,8 +338,8 @@ class Relations(Loss):
         self.teacher_layers = () if teacher_layer is None else (teacher_layer,)
         self.angles = angles
     def forward(self, student, teacher, labels):
-        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).flatten(1)
-        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).flatten(1)
+        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).reshape(len(student.outputs), -1)
+        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(len(student.outputs), -1)
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
     def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r})"

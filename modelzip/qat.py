@@ -663,6 +663,7 @@ def set_bits(
     "Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
+    if bits is not None and levels is not None: raise ValueError(f"bits is {bits} and levels is {levels}; give one of them")
     if activations is not None: check_bits(activations, 4, 8)
     parts = _parts(model)
     found = [p for p in parts if fnmatch.fnmatchcase(p[0], layers)]

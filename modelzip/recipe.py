@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .data import Data, Split, model_builders, predictions, seeded, train
+from .data import Data, Split, alone, model_builders, predictions, seeded, train
 from .measure import write_whole
 from .archive import replacing
 from .quant import QUANTIZABLE, Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
@@ -157,7 +157,7 @@ def samples_of(
     `TypeError` for anything else, `ValueError` for no data."""
     if isinstance(data, Samples): return data if example is None else replace(data, example=example)
     if data is None: return Samples(example=example)
-    if not isinstance(data, (Data, Split)): data = _split_of(batches := _different(as_batches(data))) or batches
+    if not isinstance(data, (Data, Split)): data = _split_of(batches := _listed(data)) or batches
     if isinstance(data, Split):
         if len(data) < 10: raise ValueError(f"data has {len(data)} examples; a fifth is held out to judge by, so at least 10 are needed")
         data = Data(*_fifth(data), None)
@@ -170,10 +170,18 @@ def samples_of(
     rest = [b for i, b in enumerate(data) if i % 4 != 3] if len(data) > 3 else data[:-1] or data
     return Samples(rest, None, held or None, data[0] if example is None else example)
 
+def _listed(data):
+    "Batches in a list: a loader that draws random numbers gives the same ones each time."
+    with alone(), seeded(0): return _different(as_batches(data))
+
 def _different(batches):
-    "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself."
-    batches = list(batches)
-    return batches if not any(isinstance(t, Tensor) for t in tree_leaves(batches)) else list({id(b): b for b in batches}.values())
+    "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself; nor is an empty one a batch."
+    batches = [b for b in batches if length_of(b) != 0]
+    return batches if not any(isinstance(t, Tensor) for t in tree_leaves(batches)) else list({_content(b): b for b in reversed(batches)}.values())[::-1]
+
+def _content(x):
+    try: return fingerprint(x)
+    except TypeError: return id(x)
 
 def _split_of(batches):
     "Batches that are `Labelled` with one whole number for each example, as a `Split`; None for others."
@@ -181,12 +189,21 @@ def _split_of(batches):
     if not batches or not all(isinstance(b, Labelled) and fits(*b) for b in batches) or len({b.inputs.shape[1:] for b in batches}) > 1: return None
     return Split(torch.cat([b.inputs for b in batches]), torch.cat([b.labels for b in batches]))
 
+def _first_of_equals(x):
+    "For each row the index of the first that is equal to it."
+    seen, rows = {}, x.detach().cpu().contiguous().flatten(1) if x.dim() > 1 else x.detach().cpu()[:, None]
+    return torch.tensor([seen.setdefault(hash(r.tobytes()), i) for i, r in enumerate(rows.view(torch.uint8).numpy())])
+
 def _fifth(data):
-    "Every fifth example, when they are ordered by class and shuffled within each: four fifths to learn from, and the rest."
+    "Every fifth example, when they are ordered by class and shuffled within each: four fifths to learn from, and the rest. Equal inputs stay together."
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    first = _first_of_equals(data.x)
     place = shuffled[data.y[shuffled].argsort(stable=True)]
+    place = place[first[place] == place]
+    if len(place) < 5: raise ValueError(f"data has {len(data)} examples, of which {len(place)} are different; a fifth of those is held out to judge by, so at least 5 are needed")
     held = torch.zeros(len(data), dtype=torch.bool)
     held[place[2::5]] = True
+    held = held[first]
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
 def _pieces(batch):
@@ -213,15 +230,18 @@ class Judge:
         if self.exact is not None and not all(bool(t.isfinite().all()) for rows in self.exact.values() for t in rows): raise ValueError("the model puts out NaN or infinite values; give evaluate=, a function of the model")
         self.baseline = self(model)
     def __call__(self, model: nn.Module) -> float | None:
-        if self.metric is None: return None
+        with alone(), seeded(0): return None if self.metric is None else self._quality(model)      # what is random is the same for all
+    def _quality(self, model):
         if self.metric == "cosine": return likeness(self.outputs(model), self.exact)
         model = copied(model).eval()
         if self.metric == "accuracy": return _right(model, self.samples.held).double().mean().item()
-        score = float(self.evaluate(model))
-        if math.isnan(score): raise ValueError("evaluate returned NaN; it may return a number, more for better")
-        return score
-    @torch.no_grad()
-    def outputs(self, model): return rows_of(copied(model).eval(), self.samples.held)
+        score = self.evaluate(model)
+        try: number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError, RuntimeError): number = math.nan
+        if not math.isfinite(number): raise ValueError(f"evaluate returned {score!r:.60}; it may return a finite number, more for better")
+        return number
+    def outputs(self, model):
+        with alone(), seeded(0), torch.no_grad(): return rows_of(copied(model).eval(), self.samples.held)
 
 class _Answer(nn.Module):
     "A model that puts out its answer alone."
@@ -310,7 +330,10 @@ def _follow(
     progress: bool = False,    # bars of the steps that have one
 ) -> nn.Module:                # compressed, in eval mode
     "Follow the recipe. `ValueError` for a step that needs data which are not there, and for a model that cannot be copied (`check_ordinary`); errors of a step say which it was."
-    samples, now = samples_of(data, example), copied(model)
+    with alone(), seeded(self.seed): return _followed(self, model, samples_of(data, example), progress)
+
+def _followed(self, model, samples, progress):
+    now = copied(model)
     for i, (name, how) in enumerate(self.steps, 1):
         step = STEPS.get(name)
         if step is None: raise ValueError(f"step {i} is {name!r}, and no step of this name is registered any more")
@@ -410,13 +433,10 @@ def _what_happened(trace):
     "The line of a traceback that names the exception."
     return next((l for l in reversed(trace.splitlines()) if re.match(r"[A-Za-z_.]+(Error|Exception|Exit|Interrupt|Pool|Worker)\b", l)), trace.strip().splitlines()[-1])
 
-_ALONE = threading.RLock()      # PyTorch has one state of random numbers for all threads of a process: its jobs wait for each other
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: globals().update(_ALONE=threading.RLock()))
-
 def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
     """What a worker does: follow, save, load, judge. It needs nothing but its arguments, works on copies, draws random numbers from the recipe's seed,
     and leaves nothing behind."""
-    with _ALONE, tempfile.TemporaryDirectory() as folder, seeded(recipe["seed"]), torch.enable_grad():
+    with alone(), tempfile.TemporaryDirectory() as folder, seeded(recipe["seed"]), torch.enable_grad():
         path, judge = Path(folder) / "model.mz", Judge(model, samples, evaluate)
         recipe = Recipe.from_dict(recipe)
         size, back = file_of(recipe(model, samples), path, recipe)

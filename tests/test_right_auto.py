@@ -645,3 +645,89 @@ def test_outputs_that_are_minus_infinity_for_all():
 def test_output_change_and_second_order_name_what_is_unknown():
     for f in (output_change, second_order):
         with pytest.raises(ValueError, match="'9.weight'"): f(net(), {"9.weight": torch.zeros(1)}, [noise(4, 8)])
+
+
+# --- what is random, what is there twice, what grows
+
+class Dice(nn.Module):
+    def __init__(self): super().__init__(); self.l = net(8, 16, 3)
+    def forward(self, x): return self.l(x) + .1 * torch.randn(len(x), 3)
+
+def twice(f, *objects):
+    with unchanged(*objects): one = f()
+    torch.rand(3)
+    with unchanged(*objects): two = f()
+    assert one == two
+    return one
+
+def tried(model, data, **how):
+    _, r = compress(model, data, progress=False, strict=False, tries=2, epochs=1, **how)
+    return [(t.why, t.bytes, t.quality, t.error) for t in r.tries]
+
+@pytest.mark.parametrize("case", ["model", "judge", "loader", "labels"])
+def test_random_numbers_of_models_judges_and_loaders_begin_anew(case):
+    x, y = noise(80, 8), torch.arange(80) % 3
+    model = Dice().eval() if case == "model" else net(8, 16, 3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 10, shuffle=True)      # draws from torch's own generator
+    how = dict(evaluate=lambda m: torch.rand(())) if case == "judge" else {}
+    data = [x[:40], x[40:]] if case in ("model", "judge") else loader
+    if case == "loader": how = dict(cosine=.5)
+    twice(lambda: tried(model, data, recipe="int8", **how), model, x, y)
+
+def test_recipes_in_threads():
+    data, model = Split(noise(40, 8), torch.arange(40) % 3), nn.Sequential(net(8, 16, 3), nn.Dropout(.5))
+    recipe = Recipe([("learn", {"epochs": 1}), ("quantize_model", {"bits": 4})])
+    want = fingerprint(recipe(model, data))
+    with unchanged(model, data.x), ThreadPoolExecutor(4) as pool: assert {*pool.map(lambda i: fingerprint(recipe(model, data)), range(6))} == {want}
+
+def test_equal_batches_and_equal_examples_are_on_one_side():
+    same = noise(4, 8)
+    with pytest.raises(ValueError, match="no judge"): tried(net(), [same[:1].clone() for _ in range(8)], cosine=.9)
+    s = samples_of([same, same.clone(), noise(4, 8, seed=2), same.clone(), noise(4, 8, seed=3), noise(4, 8, seed=4)])
+    assert len(s.batches) == 3 and len(s.held) == 1
+    x, y = noise(20, 8).repeat(3, 1), (torch.arange(20) % 2).repeat(3)
+    s = samples_of(Split(x, y))
+    rows = lambda split: {tuple(r.tolist()) for r in split.x}
+    assert not rows(s.train) & rows(s.held) and len(rows(s.train)) == 16 and len(s.held) == 12
+    with pytest.raises(ValueError, match="1 are different"): samples_of(Split(torch.zeros(20, 8), y[:20]))
+
+@pytest.mark.parametrize("place", range(4))
+def test_an_empty_batch_is_none(place):
+    batches = [noise(6, 8, seed=s) for s in range(4)]
+    assert fingerprint(samples_of([*batches[:place], noise(0, 8), *batches[place:]]).held) == fingerprint(samples_of(batches).held)
+    with pytest.raises(ValueError, match="empty"): tried(net(), [noise(0, 8)], bytes=900)
+
+class Past:
+    def __init__(self): self.rows = []
+class Remembers(nn.Module):
+    def __init__(self): super().__init__(); self.l = net(8, 16, 3)
+    def forward(self, x, past):
+        past.rows.append(x)
+        return {"logits": self.l(torch.cat(past.rows).mean(0, keepdim=True) + x), "past": past}
+
+def test_objects_in_examples_are_not_written_to():
+    from modelzip.measure import macs
+    from modelzip.ptq import calibrate, gptq
+    from modelzip.prune import prune_model
+    model, batches = Remembers().eval(), [{"x": noise(4, 8, seed=s), "past": Past()} for s in range(4)]
+    for f in (lambda: macs(model, batches[0]), lambda: calibrate(model, batches), lambda: gptq(model, batches, bits=4), lambda: prune_model(model, .5, "wanda", batches=batches), lambda: tried(model, batches, milliseconds=100, recipe="int8")):
+        f()
+        assert all(b["past"].rows == [] for b in batches)
+    assert not [t for t in tried(model, batches, recipe="int8") if t[3]]
+
+@pytest.mark.parametrize("score", [None, "0.5", math.inf, -math.inf, torch.rand(2), [1]])
+def test_a_judge_says_a_finite_number(score):
+    with pytest.raises(ValueError, match="evaluate returned"): tried(net(), None, evaluate=lambda m: score, bytes=900)
+
+@pytest.mark.parametrize("score", [93., -5.])
+def test_points_are_lost_of_a_share(score):
+    with pytest.raises(ValueError, match="share"): tried(net(), None, evaluate=lambda m: score, accuracy_loss=1)
+    assert tried(net(), None, evaluate=lambda m: score, recipe="int8")
+
+def test_a_time_and_bytes_together_are_searched():
+    _, report = compress(net(8, 64, 3), [noise(8, 8, seed=s) for s in range(4)], bytes=.4, milliseconds=1000, progress=False)
+    assert report.met and report.bytes <= .4 * report.baseline_bytes and report.milliseconds
+
+def test_any_real_number_is_a_budget():
+    from fractions import Fraction
+    assert tried(net(), None, bytes=Fraction(1, 2)) == tried(net(), None, bytes=.5)

@@ -494,7 +494,7 @@ def test_step_adam_takes_groups():
 
 from dataclasses import dataclass                                                                                # noqa: E402
 
-from modelzip.data import Split, train                                                                           # noqa: E402
+from modelzip.data import Split, accuracy, train                                                                 # noqa: E402
 from modelzip.distill import AttentionTransfer, Hints, Labels, Logits, Relations, Seen, SoftTargets, affine, classes_last, distill, divergence, watched   # noqa: E402
 
 
@@ -795,3 +795,47 @@ def test_tied_layers_whose_outputs_lie_along_different_axes():
         integers = convert(prepared.eval())
         with torch.no_grad(): assert torch.equal(integers(x), prepared(x)) and integers[0].packed is integers[1].packed and ((prepared(x) - model(x)).norm() / model(x).norm()) < .05
     refuse(nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)), "0.weight has sparse gradients")
+
+
+def test_one_number_an_example_chooses_no_class():
+    data, model = Split(torch.ones(8, 4), torch.arange(8) % 2), nn.Linear(4, 1)
+    with pytest.raises(ValueError, match="chooses no class"): accuracy(model, data)
+    with pytest.raises(ValueError, match="always 0"): train(model, Split(data.x, data.y * 0), 1, progress=False)
+
+@pytest.mark.parametrize("temperature", [1e30, 1e-30, math.inf, 0, -1, math.nan])
+def test_temperatures_that_overflow(temperature):
+    with pytest.raises(ValueError, match="temperature is"): SoftTargets(temperature)
+
+def test_hot_targets_are_half_the_variance():
+    z, v = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    d = z - v
+    assert SoftTargets(1e9)(Seen(z), Seen(v), None).item() == pytest.approx(float((d - d.mean(1, keepdim=True)).square().mean() / 2), rel=1e-4)
+
+def test_a_teacher_keeps_its_own_state():
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(4, 2); self.register_buffer("n", torch.zeros(()))
+        def forward(self, x):
+            self.n += 1; self.last = x
+            return self.l(x)
+    student, teacher, data = nn.Linear(4, 2), Counts(), Split(torch.ones(8, 4), torch.arange(8) % 2)
+    with unchanged(teacher, data.x, data.y): distill(student, teacher, data, epochs=1, progress=False)
+
+def test_fields_in_another_order_than_arguments_are_refused():
+    import collections
+    from modelzip.workshop.models import feed, labelled
+    class Two(nn.Module):
+        def forward(self, a, b): return a - b
+    class Masks(nn.Module):
+        def forward(self, x, *, mask=None): return x if mask is None else x * mask
+    pair = lambda names: collections.namedtuple("Pair", names)(torch.ones(2), torch.zeros(2))
+    assert torch.equal(feed(Two(), pair("a b")), torch.ones(2)) and torch.equal(feed(Two(), pair("left right")), torch.ones(2))
+    for model, names in (Two(), "b a"), (Masks(), "x mask"), (Masks(), "mask x"):
+        with pytest.raises(ValueError, match="by its name or by its place"): feed(model, pair(names))
+    assert torch.equal(feed(Masks(), pair("x y")), torch.ones(2)) and torch.equal(labelled(pair("labels x")).labels, torch.ones(2))
+
+def test_scripted_layers_are_refused_by_name():
+    from modelzip.measure import macs
+    with pytest.raises(ValueError, match="layer 0 is a torch.jit.ScriptModule"): macs(nn.Sequential(torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))), torch.ones(1, 4))
+
+def test_bits_and_levels_are_one_wish():
+    with pytest.raises(ValueError, match="give one"): set_bits(prepare(nn.Linear(4, 2), 4, activations=None), 4, levels=5)

@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from .models import Inputs, feed, output_tensors
+from .models import Inputs, feed, output_tensors, own_copy
 
 # %% ../../nbs/workshop/judging.ipynb
-def fresh(
-    batch: Any,     # tensors, nested as you like
-) -> Any:           # the same with copies of the tensors
-    "A batch that a model may spoil."
-    if isinstance(batch, Mapping) and type(batch) is not dict: return {k: fresh(v) for k, v in batch.items()}
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+fresh = own_copy      # a batch that a model may spoil
 
 def as_called(
     model: nn.Module,
@@ -59,7 +54,7 @@ def _answers(output):
 
 def _as_rows(t, n):
     "A tensor of one dimension is a number for each example if it is as long as the batch, and else one row."
-    if t.dim() > 1: return t.reshape(len(t), -1)
+    if t.dim() > 1: return t.flatten(1)
     return t.reshape(-1, 1) if t.dim() == 0 or len(t) == n else t.reshape(1, -1)
 
 # %% ../../nbs/workshop/judging.ipynb
@@ -74,6 +69,7 @@ def likeness(
 def _alike(now, was, name):
     for a, b in zip(now, was, strict=True):
         if a.shape != b.shape: raise ValueError(f"{name} has the shape {list(a.shape)} (rows, numbers), the original's {list(b.shape)}")
+    if not sum(map(len, was)): raise ValueError(f"{name} has no row to be compared: the data are empty")
     single = all(b.shape[1] == 1 for b in was)
     rows = [(_cosines(a.detach().double(), b.detach().double()) if not single else None) for a, b in zip(now, was)]
     if single: return _concordance(torch.cat(list(now)).detach().double().flatten(), torch.cat(list(was)).detach().double().flatten())

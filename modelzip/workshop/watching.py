@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..data import device_of
 from ..prune import input_rows
 from ..quant import Dequantize
 from .matrices import layers_of, outputs_of, unwrapped
-from .models import computed, copied, feed, may_write
+from .models import computed, copied, feed, may_write, own_copy
 
 # %% ../../nbs/workshop/watching.ipynb
 class _Slowly(TorchFunctionMode):
@@ -74,7 +74,7 @@ def _run(self, batch: Any, i: int) -> Any:
         t = t.data if whole(t) else t
         if isinstance(t, Tensor) and t.device != device: raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
     self.put_back()
-    batch = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch, is_leaf=whole)      # a model may work on its input in place
+    batch = own_copy(batch)      # a model may work on its input in place
     try:
         with self._dice(i), torch.no_grad(), _Slowly():
             return feed(self.model, batch, self.forward)
