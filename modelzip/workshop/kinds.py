@@ -4,11 +4,11 @@
 
 # %% auto 0
 __all__ = ['MISSING', 'LIBRARIES', 'SMALL', 'MOST', 'DEVICE', 'OPERATORS', 'LAYERS', 'HOMES_OF_LAYERS', 'OURS', 'MAX_LAYERS',
-           'PUT_THERE', 'said', 'name_of', 'meant', 'layer_class', 'plain_layer', 'argument', 'layer_entry', 'of_torch',
-           'attributes_of', 'small_buffers', 'shapes_of', 'hooks_named', 'module_entry', 'check_nothing_hidden', 'text',
-           'computes_nothing', 'walk', 'entry_of', 'kinds_of', 'seal', 'fits', 'parent_of', 'children_in', 'differing',
-           'check_argument', 'make_plain', 'ascii_name', 'change_module', 'text_of', 'remade', 'otherwise',
-           'check_kinds', 'made_so', 'are_kinds']
+           'PUT_THERE', 'said', 'name_of', 'meant', 'text', 'layer_class', 'plain_layer', 'argument', 'layer_entry',
+           'of_torch', 'attributes_of', 'small_buffers', 'shapes_of', 'hooks_named', 'module_entry',
+           'check_nothing_hidden', 'computes_nothing', 'walk', 'entry_of', 'kinds_of', 'seal', 'fits', 'parent_of',
+           'children_in', 'differing', 'check_argument', 'make_plain', 'ascii_name', 'change_module', 'text_of',
+           'remade', 'otherwise', 'check_kinds', 'made_so', 'are_kinds']
 
 # %% ../../nbs/workshop/kinds.ipynb
 import base64, copy, dataclasses, dis, enum, fractions, functools, importlib, json, math, re, sys, types, zlib
@@ -198,6 +198,8 @@ def _meant_plain(form, x, like):
         return {"complex": complex, "range": range, "slice": slice}[form](*found)
     except (TypeError, ValueError, ZeroDivisionError): raise PackError("it describes an attribute in an unknown form") from None
 
+def text(value: Any) -> str: return json.dumps(value, sort_keys=True)      # 1, 1.0 and True are three things
+
 # %% ../../nbs/workshop/kinds.ipynb
 def _table():
     norm = "num_features eps momentum affine track_running_stats bias"
@@ -334,8 +336,6 @@ def check_nothing_hidden(model: nn.Module) -> None:
             for x in inside:
                 if isinstance(x, nn.Module) and id(x) not in seen and (any(True for _ in x.parameters()) or any(True for _ in x.buffers())):
                     raise ValueError(f"{name or 'the model'}.{key} holds a {type(x).__name__} in a plain {type(value).__name__}, where its numbers are not part of the model: use nn.ModuleList or nn.ModuleDict")
-
-def text(value: Any) -> str: return json.dumps(value, sort_keys=True)      # 1, 1.0 and True are three things
 
 def computes_nothing(model: nn.Module) -> bool:
     model = plain_layer(model)
