@@ -16,6 +16,7 @@ from modelzip.data import Split
 from modelzip.prune import (CRITERIA, Mask, Pruner, SparseLinear, SparseTensor, choose_masks, collect, cut_layer, cut_model, feed, fill_zeros, find_mask, group_lasso, inverse_factor, l1_penalty, left_whole, lottery_ticket,
                             mask_layer, masks, prunable_layers, prune_gradually, prune_model, remove_masks, rewind, sensitivity, sparsegpt_weight, sparsify, sparsify_layer, sparsify_model,
                             sparsity_table, unit_scores, units, use_sparse_products)
+from modelzip.quant import floats_left
 from modelzip.quant import Dequantize, quantize, quantize_model
 from modelzip.workshop.models import Inputs, Labelled
 
@@ -579,3 +580,13 @@ def test_hooks_of_one_layer_are_carried_when_its_codes_become_sparse():
     layer, x = quantize_model(nn.Sequential(prune.remove_masks(prune_model(nn.Linear(64, 32), .9))), 4)[0], torch.randn(3, 64)
     layer.register_forward_hook(lambda m, args, y: 2 * y)
     assert torch.equal(sparsify_layer(layer)(x), layer(x))
+
+
+def test_floats_that_are_left_in_a_sparse_layer_are_not_passed_over():
+    "Quantizing after `sparsify_model` would leave them float without a word, in a larger file than without pruning."
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    sparse = sparsify_model(prune_model(model, .9))
+    with pytest.raises(ValueError, match=r"^0.weight is sparse, .*bits="): quantize_model(sparse, 4)
+    assert quantize_model(sparsify_model(prune_model(model, .9, skip=["2"])), 4, overrides={"0": None})
+    small = sparsify_model(prune_model(model, .9), bits=4)
+    assert floats_left(small).keys() == {"0.bias", "2.bias"}

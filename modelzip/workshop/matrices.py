@@ -102,9 +102,11 @@ def choose_matrices(
     if layers is not None and not all(isinstance(c, type) for c in (layers if isinstance(layers, tuple) else (layers,))): raise TypeError(f"layers is {layers!r}; it may be a tuple of classes")
     known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m) and (layers is None or isinstance(m, layers))]
     rule = _rule(model, overrides, [(m, names, k) for m, names in known for k in outputs_of(m)])
-    chosen = []
+    chosen, sparse = [], {(id(unwrapped(w)), w.name) for w in model.modules() if _is_sparse(w)}
     for m, names in known:
         for key, axis in outputs_of(m).items():
+            if (id(m), key) in sparse and rule(m, names, key) is not None:
+                raise ValueError(f"{names[0]}.{key} is sparse, and what is left in it are floats: sparsify_model(…, bits=) quantizes them, and keeps codes that are there before; or leave it alone: overrides={{{names[0]!r}: None}}")
             if key in m._parameters and m._parameters[key] is None or not _there(m, key): continue
             how = rule(m, names, key)
             if how is None: continue
@@ -125,6 +127,11 @@ def combined(default: Mapping, how: Mapping) -> dict:
     if isinstance(table := default.get("codebook"), str) and table == "kmeans" and how.get("step") is None: gone.discard("codebook")      # of as many values as bits or levels say
     if isinstance(table := how.get("codebook"), str) and table == "kmeans": gone.discard("levels")
     return {**default, **dict.fromkeys(gone), **how}
+
+def _is_sparse(wrapper):
+    "Whether a compressed layer keeps the floats that are left of it."
+    packed = getattr(wrapper, "packed", None)
+    return getattr(packed, "kind", None) == "sparse" and "values" in packed._buffers
 
 def _there(m, key): return key in m._parameters or computed(m, key) is not None
 
