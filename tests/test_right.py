@@ -317,4 +317,4 @@ def test_a_hook_that_is_a_method_of_the_model_belongs_to_every_copy():
 def test_scripted_parts_are_refused_by_name():
     model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
     for f in (lambda: quantize_model(model), lambda: hqq(model), lambda: prune_model(model, .5), lambda: factorize(model, rank=1), lambda: fold_batchnorm(model), lambda: equalize(model)):
-        with pytest.raises(ValueError, match="layer 0 is a ScriptModule"): f()
+        with pytest.raises(ValueError, match=r"layer 0 is a (torch\.jit\.)?ScriptModule"): f()

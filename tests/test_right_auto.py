@@ -454,7 +454,7 @@ def test_an_allocation_that_fails_is_noted(monkeypatch):
 @pytest.mark.parametrize("data", [True, False])
 def test_a_fold_that_changes_answers_is_left_out(data, monkeypatch):
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))).eval()
-    def fold_batchnorm(model):
+    def fold_batchnorm(model, example=None):
         new = copy.deepcopy(model)
         new[0].weight.data *= -1
         return new

@@ -878,7 +878,7 @@ def test_processes_and_errors():
 @posix
 def test_processes_that_cannot_start(tmp_path):
     path = save(nn.Linear(2, 2), tmp_path / "anonymous.mz", archive=False)
-    with pytest.raises(Exception, match="does not say which architecture"): Pool(path, workers=1, processes=True)
+    with pytest.raises(Exception, match="no registered builder makes: pass a model"): Pool(path, workers=1, processes=True)
 
 
 # ---------------------------------------------------------------- scaling

@@ -1,6 +1,6 @@
 "The wheel, in an environment that holds the declared requirements and nothing else."
 import importlib.metadata as metadata
-import re, subprocess, sys
+import re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,11 @@ def install(wheel, place, extras=()):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("wheel")
+    source = tmp / "source"                       # a copy: building leaves files, and several workers build at the same time
+    shutil.copytree(ROOT / "modelzip", source / "modelzip", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE": shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(ROOT)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(source)], check=True)
     return next(tmp.glob("modelzip-*.whl"))
 
 
