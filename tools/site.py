@@ -180,6 +180,7 @@ def prepare(path, where):
                 if head and path.name[0].isdigit(): cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
                 if not source.strip(): continue
             source = linked(source.replace("](nbs/", "]("), where, path.name)
+            source = source.replace("](workshop/", "]({}/blob/{}/nbs/workshop/".format(*repository()))      # the workshop is read where it is worked on
             cells.append({**cell, "source": source})
         elif cell["cell_type"] == "code": cells.append(prepare_code(cell, source, where, path.name, labelled))
         else: cells.append(cell)
