@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
            'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
 
 # %% ../nbs/12b_recipe.ipynb
-import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, threading, traceback, warnings
+import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, replace

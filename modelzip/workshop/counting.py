@@ -7,7 +7,7 @@ __all__ = ['PRODUCTS', 'KERNELS', 'own_tensors', 'hidden', 'SlowPath', 'Work', '
 
 # %% ../../nbs/workshop/counting.ipynb
 import inspect, math, re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..data import alone
-from .models import Inputs, Labelled, call, output_tensors, own_copy
+from .models import Labelled, call, output_tensors, own_copy
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def examples_of(
