@@ -132,16 +132,18 @@ def distance(a: Any, b: Any) -> np.ndarray:
     a, b = (np.asarray(p.convert("RGB"), dtype=np.int16) for p in (a, b))
     return np.abs(a - b).max(-1)
 
+def colors_of(picture: Any) -> np.ndarray:
+    "The different colours of a picture, one a row, in order."
+    picture = picture.convert("RGB")
+    return np.array(sorted(color for count, color in picture.getcolors(picture.width * picture.height)), dtype=np.int16)
+
 def with_rare_colors(
     picture: Any,        # a Pillow image in RGB
-    few: Any,            # the same with a palette
     colors: int,         # as many as the new palette may have
 ) -> Any:                # a Pillow image of one pixel, with the palette
     "Half of the palette for what is frequent, the rest for what lies farthest from it."
     from PIL import Image
-    half = np.asarray(picture.quantize(colors - colors // 2, dither=Image.Dither.NONE).convert("RGB")).reshape(-1, 3)
-    chosen = list(np.unique(half, axis=0).astype(np.int16))
-    there = np.unique(np.asarray(picture).reshape(-1, 3), axis=0).astype(np.int16)
+    chosen, there = list(colors_of(picture.quantize(colors - colors // 2, dither=Image.Dither.NONE))), colors_of(picture)
     away = np.min([np.abs(there - c).max(-1) for c in chosen], axis=0)
     while len(chosen) < colors and away.max() > FAR // 2:
         chosen.append(there[away.argmax()])
@@ -160,7 +162,7 @@ def palette_png(
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     few = picture.quantize(colors, dither=Image.Dither.NONE)
-    if distance(picture, few).max() > FAR: few = picture.quantize(palette=with_rare_colors(picture, few, colors), dither=Image.Dither.NONE)
+    if distance(picture, few).max() > FAR: few = picture.quantize(palette=with_rare_colors(picture, colors), dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, format="png", optimize=True)
     return min(out.getvalue(), png, key=len)
@@ -345,6 +347,7 @@ def table(
     controls: list[Control],           # what turns it
     form: str = "png",                 # how figures are drawn
     limit: int = MAX_BYTES,            # bytes that the different frames may take together
+    ready: dict = {},                  # frames that are there already, by the controls' positions
 ) -> tuple[list[str], list[int]]:      # the different frames, and for every combination which of them it shows
     "Call `f` once for every combination; frames that look the same are kept once."
     count = math.prod(map(len, controls))
@@ -352,7 +355,7 @@ def table(
     seen, order, size = {}, [], 0
     for positions in combinations(controls):
         values = choice(controls, positions)
-        with naming(f, values): shown = frame(f, values, form)
+        with naming(f, values): shown = ready[positions] if positions in ready else frame(f, values, form)
         if shown not in seen: size += len(shown.encode())
         order.append(seen.setdefault(shown, len(seen)))
         if size > limit: raise too_much(controls, f"the first {len(order):,} take {size:,} bytes, and {limit:,} are allowed")
@@ -434,18 +437,18 @@ def page(
 
 # %% ../nbs/02_explore.ipynb
 def form_for(
-    f: Callable,              # the function of an explorer
-    controls: list[Control],  # what turns it
-) -> str:                     # 'png' or 'svg'
+    f: Callable,                         # the function of an explorer
+    controls: list[Control],             # what turns it
+) -> tuple[str, dict[tuple, str]]:       # 'png' or 'svg', and the sample's frames in it, by the controls' positions
     "The format that makes a sample of frames smaller; all frames take the same, so that they look alike."
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
-    sample = [initial(controls)] + [choice(controls, places[i]) for i in sorted({0, len(places) // 2, len(places) - 1})]
-    size = {"png": 0, "svg": 0}
-    for values in sample:
-        with naming(f, values): both = frame_in(f, values, *size)
-        if both["png"] == both["svg"]: break                     # no figure in it
-        size = {form: size[form] + len(both[form]) for form in size}
-    return min(size, key=size.get)
+    sample, drawn = [tuple(c.start for c in controls), places[0], places[len(places) // 2], places[-1]], {}
+    for positions in dict.fromkeys(sample):
+        values = choice(controls, positions)
+        with naming(f, values): drawn[positions] = frame_in(f, values, "png", "svg")
+        if drawn[positions]["png"] == drawn[positions]["svg"]: break                     # no figure in it
+    form = min(("png", "svg"), key=lambda form: sum(len(drawn[p][form]) for p in sample if p in drawn))
+    return form, {p: both[form] for p, both in drawn.items()}
 
 def publish(
     f: Callable,              # the function of an explorer
@@ -453,7 +456,8 @@ def publish(
     limit: int = MAX_BYTES,   # bytes that its different frames may take
 ) -> str:                     # one piece of HTML, the same whenever `f` returns the same
     "Everything that an explorer can show, computed now."
-    return page(controls, *table(f, controls, form_for(f, controls), limit), name_of(f))
+    form, ready = form_for(f, controls)
+    return page(controls, *table(f, controls, form, limit, ready), name_of(f))
 
 # %% ../nbs/02_explore.ipynb
 def is_live() -> bool:
@@ -530,7 +534,8 @@ class Explorer:
     ) -> str:                     # one piece of HTML, the same whenever the function returns the same
         "All frames at once; ValueError says what to reduce when they take over `limit` bytes."
         if self._html is None or self._size > limit:
-            frames, order = table(self.f, self.controls, form_for(self.f, self.controls), limit)
+            form, ready = form_for(self.f, self.controls)
+            frames, order = table(self.f, self.controls, form, limit, ready)
             self._html, self._size = page(self.controls, frames, order, name_of(self.f)), sum(len(shown.encode()) for shown in frames)
         return self._html
 

@@ -259,10 +259,19 @@ def stage(nbs, folder):
     for name in ("book.css", "favicon.svg"): shutil.copy(ASSETS / name, folder / name)
 
 
+@cache
+def quick_colors():
+    "Let smalldocs remember what it has coloured, and the class of a token: both are asked for over and over."
+    from smalldocs import highlight, markdown
+    highlight.css_class = cache(highlight.css_class)
+    markdown.highlight = cache(highlight.highlight)
+
+
 def by_smalldocs(folder, out):
     "Render with smalldocs, then take its pages off the network."
     from smalldocs.config import load
     from smalldocs.site import Site
+    quick_colors()
     site = Site(load(folder), quiet=True)
     site.out = out.resolve()
     site.build()
