@@ -1,4 +1,5 @@
 "The wheel, in an environment that holds the declared requirements and nothing else."
+import functools
 import importlib.metadata as metadata
 import re, shutil, subprocess, sys
 from pathlib import Path
@@ -66,8 +67,16 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def environment(wheel, tmp_path_factory):
-    python, required = install(wheel, tmp_path_factory.mktemp("env") / "env")
+def installed(wheel, tmp_path_factory):
+    "An environment for some extras; the tests that need the same share it."
+    @functools.cache
+    def made(extras=()): return install(wheel, tmp_path_factory.mktemp("env") / "env", extras)
+    return made
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, installed):
+    python, required = installed()
     return python, wheel, required
 
 
@@ -109,9 +118,9 @@ def test_the_readme_says_how_to_install_before_it_shows_code():
 
 
 @pytest.mark.parametrize("i", range(len(blocks())))
-def test_each_block_of_the_readme_runs_by_itself(i, wheel, tmp_path):
+def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
     text, extras = blocks()[i]
-    python, _ = install(wheel, tmp_path / "env", extras)
+    python, _ = installed(extras)
     (tmp_path / "pasted.py").write_text(text, encoding="utf-8")
     done = subprocess.run([str(python), "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
