@@ -350,8 +350,8 @@ def mutate(data, rng):
 
 def test_random_mutations(tmp_path, one, one_bytes):
     want, rng = state(one), random.Random(1)
-    loaded = sum(exact_or_refused(tmp_path/"x.mz", mutate(one_bytes, rng), one, want) for _ in range(600))
-    assert loaded < 100      # (mutations that change nothing)
+    loaded = sum(exact_or_refused(tmp_path/"x.mz", mutate(one_bytes, rng), one, want) for _ in range(300))
+    assert loaded < 50      # (mutations that change nothing)
 
 JUNK = [-1, 0, 1, 2, 3, 7, 64, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 1.5, True, None, "", "float32", "int4", "w", "coded", "crc", [], {}, [0], [-1], [2**40, 2**40], {"w": 1}, "\0", "quantized", "Dequantize", "os.system"]
 
@@ -363,7 +363,7 @@ def test_forged_manifests(tmp_path, one, one_bytes):
     "Checksums are right, the manifest is nonsense: a PackError or some model, never another exception."
     with zipfile.ZipFile(io.BytesIO(one_bytes)) as z: good, payload = json.loads(z.read("manifest.json")), z.read("payload")
     every, rng, path, same = list(places(good)), random.Random(2), tmp_path/"x.mz", 0
-    for n in range(900):
+    for n in range(500):                       # each place once, then places by chance
         m = copy.deepcopy(good)
         at = every[n % len(every)] if n < len(every) else rng.choice(every)
         if not at: m = rng.choice(JUNK)
@@ -375,14 +375,14 @@ def test_forged_manifests(tmp_path, one, one_bytes):
             elif how == 1 and isinstance(owner, dict): owner[rng.choice(["x", "same", "layer", "kind", "offset", "coded", "crc"])] = rng.choice(JUNK)
             else: owner[at[-1]] = rng.choice(JUNK)
         archive(path, m, payload)
-        try: inspect(path); inspect(path)._repr_html_()
+        try: inspect(path)._repr_html_()
         except PackError: pass
         try: load(path, one); same += 1
         except PackError as e: assert str(path) in str(e)
         try: read_tensor(path, "halves")
         except PackError as e: assert str(path) in str(e)
         except ValueError as e: assert "name is 'halves'" in str(e)
-    assert same < 120
+    assert same < 70
 
 def test_memory_stays_small_whatever_a_file_claims(tmp_path):
     bombs = [archive(tmp_path/"deflate.mz", None, text=bytes(2**25)), archive(tmp_path/"values.mz", None, text=b"[" + b"[],"*2**21 + b"0]"),
