@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
                             quantize, quantize_layer, quantize_model)
-from .workshop.compiled import described, traced
+from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied
 
@@ -276,16 +276,21 @@ class _IntegerLayer(Dequantize):
     def options(self) -> dict: return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling(): return traced(self, input)
+        if derived_or_mapped() or getattr(input, "is_nested", False):
+            if (y := unusually(self, input)) is not None: return y
+            with torch._C._DisableFuncTorch(): return self._usually(input)      # what is prepared here outlives it
+        return self._usually(input)
+    def _usually(self, input):
         self._check(input)
         if self.loaded: self._renew()
-        if torch.is_autocast_enabled("cpu" if input.is_cpu else input.device.type): return self._cast(input)
+        if autocasting(input): return self._cast(input)
         if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
         if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
         with torch.no_grad(): y = self._integer(input.float()).to(input.dtype)
         return _NoGradient.apply(input, y, self._who()) if input.requires_grad else y
     def _bias(self):
-        bias = self._modules["layer"]._parameters["bias"]
+        bias = bias_of(self._modules["layer"])
         return bias if bias is None or bias.dtype is torch.float32 and not torch.is_grad_enabled() else bias.detach().float()
     def _who(self): return type(self).__name__ + f" {self.where!r}" * bool(self.where)
 
@@ -767,7 +772,9 @@ class QEmbedding(Dequantize):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_tracing(): _refuse_trace(self)
         if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
-        packed, rows = self._modules["packed"], input.reshape(-1)
+        packed = self._modules["packed"]
+        if (derived_or_mapped() or input.is_nested) and not torch.compiler.is_compiling() and (y := looked_up(self, input)) is not None: return y
+        rows = input.reshape(-1)
         if torch.compiler.is_compiling(): return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(*input.shape, self.embedding_dim)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
         elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
@@ -1646,7 +1647,7 @@ def _matrix_of(self) -> Tensor:
     return self._matrix
 
 def _sparse_forward(self, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type): return Dequantize.forward(self, x)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_nested or autocasting(x) or derived_or_mapped(): return Dequantize.forward(self, x)
     matrix = self.matrix()
     if matrix.layout == torch.strided: return F.linear(x, matrix, self.layer.bias)
     if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32: return self.expanded()(x)

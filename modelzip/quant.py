@@ -1024,6 +1024,7 @@ class Dequantize(nn.Module):
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
+    def __prepare_scriptable__(self): raise RuntimeError(f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model first")
     def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
 
 Dequantize.kinds["Dequantize"] = Dequantize
