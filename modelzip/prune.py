@@ -1410,13 +1410,14 @@ def _frame(meta, quantized):
 
 def _mask(self) -> Tensor:     # bool, of `self.shape`
     "Where the values belong; worked out once."
-    if "_keep" not in self.__dict__:
-        if self.positions is None: self._keep = torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        else: self._keep = LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
-    return self._keep
+    if "_keep" in self.__dict__: return self._keep
+    keep = torch.ones(self.shape, dtype=torch.bool, device=self.device) if self.positions is None else LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
+    if not torch._C._functorch.is_functorch_wrapped_tensor(keep): self._keep = keep      # which would not outlive what is derived
+    return keep
 
 def _expanded(self) -> Tensor:
     "The numbers that it stands for, in the original shape and dtype."
+    if self.device.type == "meta": return torch.empty(self.shape, dtype=self.dtype, device="meta")
     keep = self.mask()
     if self.quantized is None: return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_scatter_(keep, self.values["values"].to(self.dtype))
     return torch.where(keep, self.as_qtensor(fill=False).dequantize(), 0)

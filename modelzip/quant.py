@@ -1024,6 +1024,10 @@ class Dequantize(nn.Module):
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
+    def train(self, mode: bool = True):
+        try: return super().train(mode)
+        except (AttributeError, TypeError) as e:      # a class of the user's, such as an adapter that is merged in eval mode
+            raise RuntimeError(f"{type(_innermost(self)).__name__}.{'train' if mode else 'eval'}() works on a {self.name} that is compressed ({e}); merge what is to be merged before, or call dequantize_model first") from e
     def __prepare_scriptable__(self): raise RuntimeError(f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model first")
     def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
 
