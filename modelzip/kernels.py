@@ -679,21 +679,27 @@ def quantize_images(
     top: int = 255,                            # largest code
 ) -> tuple[Tensor, Tensor, Tensor]:            # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
     "Codes with a range for each image, which holds zero; ranges below 3e-36 get fewer of them."
-    low, high = torch.aminmax(x.flatten(1), dim=1)
-    low, high = (v[:, None, None, None] / top for v in (low.clamp_(max=0), high.clamp_(min=0)))
-    step = (high - low).clamp_(min=torch.finfo(torch.float32).tiny)
-    zero = (-low / step * top).round_()
-    return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8), step, zero
+    step, zero = _image_ranges(x, top)
+    return _image_codes(x, step, zero, top), step, zero
+
+def _image_ranges(x, top):
+    flat = x.flatten(1)                                  # two reductions are quicker than `aminmax` along an axis
+    low, high = flat.amin(1).clamp_(max=0).div_(top), flat.amax(1).clamp_(min=0).div_(top)
+    step = high.sub_(low).clamp_(min=torch.finfo(torch.float32).tiny)
+    return step.view(-1, 1, 1, 1), low.neg_().div_(step).mul_(top).round_().view(-1, 1, 1, 1)
+
+def _image_codes(x, step, zero, top): return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
 
 def _by_images(self, x):
     "A scale for each image; None when not all is finite."
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
-    codes, step, zero = quantize_images(x, 127 if capabilities().reduce_range else 255)
-    (weight, scale, _), lifted = self.prepared.get(self, "bytes"), zero.flatten() > 0
-    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(codes.double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
-    if not lifted.any(): return self._from_zero(codes, step, scale)
-    if lifted.all(): return self._from_lifted(codes, step, zero, scale)
-    some, rest = self._from_lifted(codes[lifted], step[lifted], zero[lifted], scale), self._from_zero(codes[~lifted], step[~lifted], scale)
+    step, zero = _image_ranges(x, top := 127 if capabilities().reduce_range else 255)
+    weight, scale, _ = self.prepared.get(self, "bytes")
+    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(_image_codes(x, step, zero, top).double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
+    if (some := int(zero.count_nonzero())) == 0: return self._from_zero(_image_codes(x, step, zero, top), step, scale)
+    if some == len(x): return self._from_lifted(x, step, zero, scale, top)
+    lifted = zero.flatten() > 0
+    some, rest = self._from_lifted(x[lifted], step[lifted], zero[lifted], scale, top), self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted], scale)
     y = x.new_empty(len(x), *some.shape[1:])
     y[lifted], y[~lifted] = some, rest
     return y
@@ -702,17 +708,13 @@ def _from_zero(self, codes, step, scale):
     "Of images whose code of zero is 0."
     return self._add_bias(_convolved(codes, 1., 0, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
 
-def _from_lifted(self, codes, step, zero, scale):
-    "Of images with a code of zero of their own."
-    (stride, (a, b), *rest), bias, (h, w) = self.geometry, self._bias(), codes.shape[2:]
-    if a or b:
-        padded = zero.to(torch.uint8).expand(*codes.shape[:2], h + 2 * a, w + 2 * b).contiguous()
-        padded[:, :, a:a + h, b:b + w] = codes
-        codes = padded
+def _from_lifted(self, x, step, zero, scale, top):
+    "Of images with a code of zero of their own, which is what their padding becomes."
+    stride, (a, b), *rest = self.geometry
+    codes = _image_codes(nn.functional.pad(x, (b, b, a, a)) if a or b else x, step, zero, top)
     y = _convolved(codes, 1., 0, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
-    y = y.addcmul_(zero, self.prepared.get(self, "sums"), value=-1)            # whole numbers, exact below 2²⁴
-    both = scale[:, None, None] * step
-    return y.mul_(both) if bias is None else torch.addcmul(bias[:, None, None], y, both, out=y)
+    y = y.sub_(zero * self.prepared.get(self, "sums"))                         # whole numbers, exact below 2²⁴
+    return self._add_bias(y.mul_(scale[:, None, None] * step))
 
 def _prepare_conv_sums(self): return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
 
@@ -872,7 +874,7 @@ def use_kernels(
         if cls is None: continue
         memo[id(m)] = new = _exchanged(_name_of(model, name, m), m, cls, {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}))
         pairs.append((m, new))
-    quick = memo.get(id(model)) or copied(model, memo)
+    quick = memo.get(id(model)) or copied(model, memo, checked=True)
     for m, new in pairs: _carry(m, new, memo)
     return quick
 
@@ -887,14 +889,14 @@ def _wanted(activations, names):
 
 def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
-    new = cls(copy.deepcopy(_bare(m.layer)), m.packed, m.name, **options)
+    new = cls(_bare(m.layer), m.packed, m.name, **options)
     new.where, new.training = name, m.training            # a name for errors; `train()` would reach the shared weight
     return new
 
 def _bare(layer):
-    "A layer without its hooks, sharing the rest."
-    bare = layer.__class__.__new__(layer.__class__)
-    bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in layer.__dict__.items()}
+    "A copy of a layer, without its hooks."
+    hooks, bare = {k for k, v in layer.__dict__.items() if "_hooks" in k and isinstance(v, dict)}, layer.__class__.__new__(layer.__class__)
+    bare.__dict__ = copy.deepcopy({k: v for k, v in layer.__dict__.items() if k not in hooks}) | {k: type(layer.__dict__[k])() for k in hooks}
     return bare
 
 def _carry(m, new, memo):
@@ -902,6 +904,7 @@ def _carry(m, new, memo):
     chain = [m]
     while isinstance(chain[-1], Dequantize): chain.append(chain[-1].layer)
     for key in [k for k, v in m.__dict__.items() if "_hooks" in k and isinstance(v, dict)]:
-        for layer in chain if key != "_forward_hooks" else chain[::-1]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
+        for layer in chain if key != "_forward_hooks" else chain[::-1]:
+            if layer.__dict__[key]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
     for layer in chain:
         if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook

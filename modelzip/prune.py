@@ -36,7 +36,7 @@ from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, feed, labelled, logits_of
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, feed, labelled, logits_of
 
 _all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 
@@ -1665,7 +1665,6 @@ def use_sparse_products(
     "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
     found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
-    check_ordinary(model)
     return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
 
 def _multiplied(m, density):
