@@ -889,14 +889,18 @@ def _wanted(activations, names):
 
 def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
-    new = cls(_bare(m.layer), m.packed, m.name, **options)
+    bare = _bare(m.layer)
+    empty = {k: bare.__dict__.pop(k) for k in [*bare.__dict__] if "_hooks" in k}      # most of what there would be to copy
+    bare = copy.deepcopy(bare)
+    bare.__dict__.update(empty)
+    new = cls(bare, m.packed, m.name, **options)
     new.where, new.training = name, m.training            # a name for errors; `train()` would reach the shared weight
     return new
 
 def _bare(layer):
-    "A copy of a layer, without its hooks."
-    hooks, bare = {k for k, v in layer.__dict__.items() if "_hooks" in k and isinstance(v, dict)}, layer.__class__.__new__(layer.__class__)
-    bare.__dict__ = copy.deepcopy({k: v for k, v in layer.__dict__.items() if k not in hooks}) | {k: type(layer.__dict__[k])() for k in hooks}
+    "A layer without its hooks, sharing the rest."
+    bare = layer.__class__.__new__(layer.__class__)
+    bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in layer.__dict__.items()}
     return bare
 
 def _carry(m, new, memo):
