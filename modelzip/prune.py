@@ -1648,7 +1648,7 @@ def _matrix_of(self) -> Tensor:
     return self._matrix
 
 def _sparse_forward(self, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_nested or autocasting(x) or derived_or_mapped(): return Dequantize.forward(self, x)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_nested or x.is_meta or autocasting(x) or derived_or_mapped(): return Dequantize.forward(self, x)
     matrix = self.matrix()
     if matrix.layout == torch.strided: return F.linear(x, matrix, self.layer.bias)
     if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32: return self.expanded()(x)
