@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['DENSE', 'SPARSE', 'REFERENCES', 'FOREIGN', 'output_change', 'second_order', 'waterfill', 'lower_hull', 'greedy',
            'knapsack', 'branch_and_bound', 'allocate', 'Menu', 'tensors_of', 'menu_of', 'describe_option', 'recipe_of',
-           'Try', 'Target', 'Report', 'TargetError', 'compress', 'RECIPES', 'Recipe', 'Results', 'pareto',
+           'Try', 'Target', 'Report', 'TargetError', 'WriteError', 'compress', 'RECIPES', 'Recipe', 'Results', 'pareto',
            'register_step', 'sweep']
 
 # %% ../nbs/13_auto.ipynb
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from .data import Data, Split, alone, seeded
+from .data import Data, Split, seeded
 from .archive import replacing, target_of
 from .measure import latency
 from .quant import QUANTIZABLE
@@ -37,6 +37,7 @@ from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.matrices import identity_of, layers_of, matrices_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
+from .workshop.turns import alone
 
 # %% ../nbs/13_auto.ipynb
 _all_ = ["RECIPES", "Recipe", "Results", "pareto", "register_step", "sweep"]      # chapter 12b's, for whoever looks for them here
@@ -461,6 +462,14 @@ class TargetError(ValueError):
     def __init__(self, message: str, report: Report):
         super().__init__(message)
         self.report = report
+    def __reduce__(self): return TargetError, (str(self), self.report)      # it may come from another process
+
+class WriteError(OSError):
+    "The file could not be written. `.result` is what `compress` would have returned, `.content` the bytes of the file."
+    def __init__(self, error: OSError, path: str | os.PathLike, result: tuple, content: bytes):
+        super().__init__(error.errno, f"{error.strerror}; nothing is lost: .result has the model and its report, .content the {len(content):,} bytes of the file", os.fspath(path))
+        self.given, self.result, self.content = (error, path, result, content), result, content
+    def __reduce__(self): return WriteError, self.given
 
 # %% ../nbs/13_auto.ipynb
 class _Search:
@@ -641,7 +650,7 @@ def compress(
     """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on a file that was saved and loaded.
     A try that fails is noted with its error, and the best of the others is taken.
     `TypeError`, `ValueError` and `OSError`, before anything is tried, for what makes no sense: nothing to compress, NaN, a model that cannot be copied, a target that
-    the data cannot decide, a path that cannot be written; `TargetError` when the target was not reached."""
+    the data cannot decide, a path that cannot be written; `TargetError` when the target was not reached; `WriteError` when the path can no longer be written to at the end: it holds what was found."""
     tensors_of(model)
     model = copied(model)
     _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed)
@@ -663,7 +672,10 @@ def compress(
         if strict and not report.met: raise TargetError(f"not reached: {target}. The nearest was {_said_of(best, judge.metric)}; strict=False returns it", report)
         small = best.model
         if path is not None:
-            with replacing(path) as f: f.write(best.file.read_bytes())
+            content = best.file.read_bytes()
+            try:
+                with replacing(path) as f: f.write(content)
+            except OSError as e: raise WriteError(e, path, (small, report), content) from e
     return small, report
 
 def _look(search, recipe):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .archive import PackError, naming, open_file
 from .coding import CodingError
 from . import __version__
-from .auto import FOREIGN, compress
+from .auto import FOREIGN, WriteError, compress
 from .data import digits, docstrings, mnist5k, need, recall
 from .exchange import Opened, checked, from_hdf5, from_npz, from_safetensors, open_hdf5, open_npz, open_safetensors, read_note, rows_of, to_hdf5, to_npz, to_safetensors, with_types
 from .kernels import use_kernels
@@ -271,9 +271,17 @@ def _by_target(model, o):
     "Search for a target, or follow a recipe."
     if only_weights(model): raise ValueError(f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with code, give package.module:function")
     recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else Recipe.from_json(Path(o.recipe).read_text())
-    report = compress(model, DATA[o.data]() if o.data else None, bytes=o.bytes, milliseconds=o.milliseconds, accuracy_loss=o.accuracy_loss, cosine=o.cosine,
-                      recipe=recipe, seed=o.seed or 0, path=o.output, progress=bars(o))[1]
+    try: report = compress(model, DATA[o.data]() if o.data else None, bytes=o.bytes, milliseconds=o.milliseconds, accuracy_loss=o.accuracy_loss, cosine=o.cosine,
+                           recipe=recipe, seed=o.seed or 0, path=o.output, progress=bars(o))[1]
+    except WriteError as e: raise _kept(e, o.output) from e
     return repr(report)
+
+def _kept(e, path):
+    "The error of a file that cannot be written, after its content was put where temporary files go."
+    try:
+        with tempfile.NamedTemporaryFile(prefix="modelzip-", suffix=".mz", delete=False) as f: f.write(e.content)
+    except OSError as also: return OSError(e.given[0].errno, f"{e.given[0].strerror}, nor {tempfile.gettempdir()} ({also.strerror}): the result is lost", path)
+    return OSError(e.given[0].errno, f"{e.given[0].strerror}; the result is in {f.name}", path)
 
 # %% ../nbs/15_cli.ipynb
 DATA: dict[str, Callable] = {"mnist5k": mnist5k, "digits": digits}      # what `--data` may name; `docstrings` is for `eval` alone

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stratified', 'mnist5k', 'digits', 'register_model',
-           'build_model', 'alone', 'seeded', 'LeNet5', 'LeNet300', 'eval_mode', 'device_of', 'predictions', 'accuracy',
-           'train', 'minilm_tokenizer', 'Attention', 'TransformerBlock', 'MiniLM', 'zero_init', 'minilm', 'Retrieval',
+           'build_model', 'seeded', 'LeNet5', 'LeNet300', 'eval_mode', 'device_of', 'predictions', 'accuracy', 'train',
+           'minilm_tokenizer', 'Attention', 'TransformerBlock', 'MiniLM', 'zero_init', 'minilm', 'Retrieval',
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .workshop.turns import alone
 
 # %% ../nbs/00_data.ipynb
 def need(
@@ -229,14 +231,6 @@ def build_model(
     return model_builders[name](**options)
 
 # %% ../nbs/00_data.ipynb
-_LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.RLock()))
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    "A block for one thread at a time: PyTorch has one state of random numbers for all threads of a process."
-    with _LOCK: yield
-
 class seeded:
     "A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been drawn; None leaves them alone."
     def __init__(self, seed: int | None): self.seed = seed

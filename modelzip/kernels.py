@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
                             quantize, quantize_layer, quantize_model)
-from .workshop.compiled import described, traced
+from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied
 
@@ -276,16 +276,21 @@ class _IntegerLayer(Dequantize):
     def options(self) -> dict: return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling(): return traced(self, input)
+        if derived_or_mapped() or getattr(input, "is_nested", False):
+            if (y := unusually(self, input)) is not None: return y
+            with torch._C._DisableFuncTorch(): return self._usually(input)      # what is prepared here outlives it
+        return self._usually(input)
+    def _usually(self, input):
         self._check(input)
         if self.loaded: self._renew()
-        if torch.is_autocast_enabled("cpu" if input.is_cpu else input.device.type): return self._cast(input)
+        if autocasting(input): return self._cast(input)
         if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
         if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
         if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
         with torch.no_grad(): y = self._integer(input.float()).to(input.dtype)
         return _NoGradient.apply(input, y, self._who()) if input.requires_grad else y
     def _bias(self):
-        bias = self._modules["layer"]._parameters["bias"]
+        bias = bias_of(self._modules["layer"])
         return bias if bias is None or bias.dtype is torch.float32 and not torch.is_grad_enabled() else bias.detach().float()
     def _who(self): return type(self).__name__ + f" {self.where!r}" * bool(self.where)
 
@@ -674,21 +679,27 @@ def quantize_images(
     top: int = 255,                            # largest code
 ) -> tuple[Tensor, Tensor, Tensor]:            # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
     "Codes with a range for each image, which holds zero; ranges below 3e-36 get fewer of them."
-    low, high = torch.aminmax(x.flatten(1), dim=1)
-    low, high = (v[:, None, None, None] / top for v in (low.clamp_(max=0), high.clamp_(min=0)))
-    step = (high - low).clamp_(min=torch.finfo(torch.float32).tiny)
-    zero = (-low / step * top).round_()
-    return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8), step, zero
+    step, zero = _image_ranges(x, top)
+    return _image_codes(x, step, zero, top), step, zero
+
+def _image_ranges(x, top):
+    flat = x.flatten(1)                                  # two reductions are quicker than `aminmax` along an axis
+    low, high = flat.amin(1).clamp_(max=0).div_(top), flat.amax(1).clamp_(min=0).div_(top)
+    step = high.sub_(low).clamp_(min=torch.finfo(torch.float32).tiny)
+    return step.view(-1, 1, 1, 1), low.neg_().div_(step).mul_(top).round_().view(-1, 1, 1, 1)
+
+def _image_codes(x, step, zero, top): return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
 
 def _by_images(self, x):
     "A scale for each image; None when not all is finite."
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
-    codes, step, zero = quantize_images(x, 127 if capabilities().reduce_range else 255)
-    (weight, scale, _), lifted = self.prepared.get(self, "bytes"), zero.flatten() > 0
-    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(codes.double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
-    if not lifted.any(): return self._from_zero(codes, step, scale)
-    if lifted.all(): return self._from_lifted(codes, step, zero, scale)
-    some, rest = self._from_lifted(codes[lifted], step[lifted], zero[lifted], scale), self._from_zero(codes[~lifted], step[~lifted], scale)
+    step, zero = _image_ranges(x, top := 127 if capabilities().reduce_range else 255)
+    weight, scale, _ = self.prepared.get(self, "bytes")
+    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(_image_codes(x, step, zero, top).double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
+    if (some := int(zero.count_nonzero())) == 0: return self._from_zero(_image_codes(x, step, zero, top), step, scale)
+    if some == len(x): return self._from_lifted(x, step, zero, scale, top)
+    lifted = zero.flatten() > 0
+    some, rest = self._from_lifted(x[lifted], step[lifted], zero[lifted], scale, top), self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted], scale)
     y = x.new_empty(len(x), *some.shape[1:])
     y[lifted], y[~lifted] = some, rest
     return y
@@ -697,17 +708,13 @@ def _from_zero(self, codes, step, scale):
     "Of images whose code of zero is 0."
     return self._add_bias(_convolved(codes, 1., 0, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
 
-def _from_lifted(self, codes, step, zero, scale):
-    "Of images with a code of zero of their own."
-    (stride, (a, b), *rest), bias, (h, w) = self.geometry, self._bias(), codes.shape[2:]
-    if a or b:
-        padded = zero.to(torch.uint8).expand(*codes.shape[:2], h + 2 * a, w + 2 * b).contiguous()
-        padded[:, :, a:a + h, b:b + w] = codes
-        codes = padded
+def _from_lifted(self, x, step, zero, scale, top):
+    "Of images with a code of zero of their own, which is what their padding becomes."
+    stride, (a, b), *rest = self.geometry
+    codes = _image_codes(nn.functional.pad(x, (b, b, a, a)) if a or b else x, step, zero, top)
     y = _convolved(codes, 1., 0, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
-    y = y.addcmul_(zero, self.prepared.get(self, "sums"), value=-1)            # whole numbers, exact below 2²⁴
-    both = scale[:, None, None] * step
-    return y.mul_(both) if bias is None else torch.addcmul(bias[:, None, None], y, both, out=y)
+    y = y.sub_(zero * self.prepared.get(self, "sums"))                         # whole numbers, exact below 2²⁴
+    return self._add_bias(y.mul_(scale[:, None, None] * step))
 
 def _prepare_conv_sums(self): return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
 
@@ -767,7 +774,9 @@ class QEmbedding(Dequantize):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_tracing(): _refuse_trace(self)
         if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
-        packed, rows = self._modules["packed"], input.reshape(-1)
+        packed = self._modules["packed"]
+        if (derived_or_mapped() or input.is_nested) and not torch.compiler.is_compiling() and (y := looked_up(self, input)) is not None: return y
+        rows = input.reshape(-1)
         if torch.compiler.is_compiling(): return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(*input.shape, self.embedding_dim)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
         elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
@@ -865,7 +874,7 @@ def use_kernels(
         if cls is None: continue
         memo[id(m)] = new = _exchanged(_name_of(model, name, m), m, cls, {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}))
         pairs.append((m, new))
-    quick = memo.get(id(model)) or copied(model, memo)
+    quick = memo.get(id(model)) or copied(model, memo, checked=True)
     for m, new in pairs: _carry(m, new, memo)
     return quick
 
@@ -880,7 +889,11 @@ def _wanted(activations, names):
 
 def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
-    new = cls(copy.deepcopy(_bare(m.layer)), m.packed, m.name, **options)
+    bare = _bare(m.layer)
+    empty = {k: bare.__dict__.pop(k) for k in [*bare.__dict__] if "_hooks" in k}      # most of what there would be to copy
+    bare = copy.deepcopy(bare)
+    bare.__dict__.update(empty)
+    new = cls(bare, m.packed, m.name, **options)
     new.where, new.training = name, m.training            # a name for errors; `train()` would reach the shared weight
     return new
 
@@ -895,6 +908,7 @@ def _carry(m, new, memo):
     chain = [m]
     while isinstance(chain[-1], Dequantize): chain.append(chain[-1].layer)
     for key in [k for k, v in m.__dict__.items() if "_hooks" in k and isinstance(v, dict)]:
-        for layer in chain if key != "_forward_hooks" else chain[::-1]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
+        for layer in chain if key != "_forward_hooks" else chain[::-1]:
+            if layer.__dict__[key]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
     for layer in chain:
         if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import need
-from .kernels import QConv2d, QLinear, READERS, _bare, _carry, _name_of
+from .kernels import QConv2d, QLinear, READERS, _bare, _carry, _name_of, _one_scale_an_output
 from .quant import Dequantize, QTensor, pack_bits, _set, _shallow
 from .workshop.matrices import unwrapped
 from .workshop.models import check_ordinary, copied
@@ -358,8 +358,9 @@ def _fill(g, node, found, microsoft, shared):
     at = {a.name: a.i for a in node.attribute}
     own, m = found[at["number"]]
     if node.op_type == "Recurrent": return _recurrent(g, node.input, m, own)
-    name = shared.setdefault((id(m.packed), type(m.layer)), own)
-    if node.op_type == "Weight": return g.once(("weight", id(m.packed)), lambda: _expanded(g, name, m.q))
+    anew = getattr(m, "requantize", False)                     # what it computes with is rounded once more
+    name = shared.setdefault((id(m.packed), type(m.layer), anew), own)
+    if node.op_type == "Weight": return g.once(("weight", id(m.packed), anew), lambda: _expanded(g, name, _meant(m)))
     x = node.input[0]
     if isinstance(m.layer, nn.Embedding): return _embedding(g, x, m.q, name, at["rank"])
     if isinstance(m, QConv2d): y, across = _integer_conv(g, x, m, name), (-1, 1, 1)
@@ -369,7 +370,9 @@ def _fill(g, node, found, microsoft, shared):
 
 def _linear(g, x, m, name, microsoft):
     if isinstance(m, QLinear) and (_is_static(m) or m.kernel in ("int8", "plain")): return _integer_linear(g, x, m, name)
-    return _float_linear(g, x, m.q, name, microsoft)
+    return _float_linear(g, x, _meant(m), name, microsoft)
+
+def _meant(m): return _one_scale_an_output(m.q) if getattr(m, "requantize", False) else m.q
 
 # %% ../nbs/06b_onnx.ipynb
 def _recurrent(g, inputs, m, name):

@@ -32,10 +32,11 @@ from torch.utils._pytree import tree_leaves
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, feed, labelled, logits_of
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, feed, labelled, logits_of
 
 _all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 
@@ -1409,13 +1410,14 @@ def _frame(meta, quantized):
 
 def _mask(self) -> Tensor:     # bool, of `self.shape`
     "Where the values belong; worked out once."
-    if "_keep" not in self.__dict__:
-        if self.positions is None: self._keep = torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        else: self._keep = LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
-    return self._keep
+    if "_keep" in self.__dict__: return self._keep
+    keep = torch.ones(self.shape, dtype=torch.bool, device=self.device) if self.positions is None else LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
+    if not torch._C._functorch.is_functorch_wrapped_tensor(keep): self._keep = keep      # which would not outlive what is derived
+    return keep
 
 def _expanded(self) -> Tensor:
     "The numbers that it stands for, in the original shape and dtype."
+    if self.device.type == "meta": return torch.empty(self.shape, dtype=self.dtype, device="meta")
     keep = self.mask()
     if self.quantized is None: return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_scatter_(keep, self.values["values"].to(self.dtype))
     return torch.where(keep, self.as_qtensor(fill=False).dequantize(), 0)
@@ -1646,7 +1648,7 @@ def _matrix_of(self) -> Tensor:
     return self._matrix
 
 def _sparse_forward(self, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type): return Dequantize.forward(self, x)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_nested or x.is_meta or autocasting(x) or derived_or_mapped(): return Dequantize.forward(self, x)
     matrix = self.matrix()
     if matrix.layout == torch.strided: return F.linear(x, matrix, self.layer.bias)
     if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32: return self.expanded()(x)
@@ -1663,7 +1665,6 @@ def use_sparse_products(
     "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
     found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)}
     if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
-    check_ordinary(model)
     return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
 
 def _multiplied(m, density):

@@ -1024,6 +1024,11 @@ class Dequantize(nn.Module):
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
+    def train(self, mode: bool = True):
+        try: return super().train(mode)
+        except (AttributeError, TypeError) as e:      # a class of the user's, such as an adapter that is merged in eval mode
+            raise RuntimeError(f"{type(_innermost(self)).__name__}.{'train' if mode else 'eval'}() works on a {self.name} that is compressed ({e}); merge what is to be merged before, or call dequantize_model first") from e
+    def __prepare_scriptable__(self): raise RuntimeError(f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model first")
     def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
 
 Dequantize.kinds["Dequantize"] = Dequantize
@@ -1151,15 +1156,15 @@ def _copied(wrapper):
     "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
     return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
-def _copy_with(model, replaced, kept=()):
+def _copy_with(model, replaced, kept=(), checked=False):
     "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
-    check_ordinary(model)
+    if not checked: check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
     memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
     shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
     memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
     for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
-    return memo.get(id(model)) or copied(model, memo)
+    return memo.get(id(model)) or copied(model, memo, checked=True)
 
 def _recomputed(model):
     "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
@@ -1241,7 +1246,7 @@ def quantize_model(
         if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
     for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
-    return _copy_with(model, done)
+    return _copy_with(model, done, checked=True)
 
 # %% ../nbs/03_quant.ipynb
 def dequantize_model(

@@ -11,7 +11,8 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
 import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .data import Data, Split, alone, model_builders, predictions, seeded, train
+from .data import Data, Split, model_builders, predictions, seeded, train
 from .measure import write_whole
 from .archive import replacing
 from .quant import QUANTIZABLE, Dequantize, dequantize_model, quantize, quantize_layer, quantize_model
@@ -36,6 +37,7 @@ from .workshop.content import fingerprint
 from .workshop.matrices import layers_of, matrices_of, outputs_of
 from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
 from .workshop.models import Labelled, as_batches, check_ordinary, copied, feed, logits_of
+from .workshop.turns import alone, lent, works_for
 
 # %% ../nbs/12b_recipe.ipynb
 _all_ = ["fingerprint"]      # the workshop's, for whoever looks for it here
@@ -425,6 +427,7 @@ class Result:
     metric: str | None = None        # what quality is: 'accuracy', 'cosine', 'score'
     error: str | None = None         # traceback, when it failed
     key: str = ""                    # under which it is kept
+    content: "bytes | None" = field(default=None, repr=False)      # of the file, where it could not be written
     def __repr__(self):
         where = ", ".join(f"{k}={v}" for k, v in self.options.items())
         return f"{where}: " + (_what_happened(self.error) if self.error else f"{self.bytes:,} bytes" + (f", {self.metric} {self.quality:.4f}" if self.metric else ""))
@@ -508,7 +511,7 @@ class Results(list):
     def front(self) -> "Results": return Results(_front(self), self.folder)
     @property
     def failed(self) -> "Results": return Results([r for r in self if r.error], self.folder)
-    def file(self, result: Result) -> Path: return self.folder / f"{result.key}.mz"      # where its model lies
+    def file(self, result: Result) -> Path: return self.folder / f"{result.key}.mz"      # where its model lies, unless the result has `content`
     def __repr__(self):
         front = {id(r) for r in _front(self)}
         rows = sorted(self, key=lambda r: (r.bytes is None, r.bytes))
@@ -553,7 +556,7 @@ def sweep(
     grid: Any,                            # `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
     model: nn.Module,                     # it is left as it is
     data: Any = None,                     # see `samples_of`
-    executor: Executor | None = None,     # who does the work; None: this process, one after the other
+    executor: Executor | None = None,     # who does the work; None: this process, one after the other; not one of whose threads this is
     folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
     evaluate: Callable | None = None,     # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other processes to find it
     retry: bool = False,                  # try again what failed before
@@ -562,8 +565,9 @@ def sweep(
     """Try recipes, each once and for all: results are kept by the content of recipe, steps, model, data and judge (see `fingerprint`), so that a sweep which was killed
     goes on where it was. What has no fingerprint is computed each time, and a warning says so. A point's random numbers begin with its recipe's seed, whoever
     computes it; threads of one process wait for each other, as they share PyTorch's random numbers.
-    A point that fails has its traceback as result; the others go on. `TypeError` and `ValueError` for arguments that make no sense."""
+    A point that fails has its traceback as result; the others go on. A result that cannot be written is kept in memory, and a warning says so. `TypeError` and `ValueError` for arguments that make no sense."""
     if executor is not None and not isinstance(executor, Executor): raise TypeError(f"executor is a {type(executor).__name__}; it may be None or a concurrent.futures.Executor")
+    if works_for(executor): raise ValueError("executor is the one that runs this sweep, whose threads would wait for each other; it may be None or another")
     if evaluate is not None and not callable(evaluate): raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
     points, samples = grid_points(grid), samples_of(data)
     check_ordinary(model)
@@ -571,10 +575,14 @@ def sweep(
     results = [_planned(make, p, about) for p in points]
     notes = {r.key: note for r in results if r.recipe and (note := cache.get(r.key)) and not (retry and "error" in note)}
     waiting = {r.key: r.recipe for r in results if r.recipe and r.key not in notes}
-    with tqdm(total=len(points), desc="sweep", disable=None if progress else True) as bar:
+    with tqdm(total=len(points), desc="sweep", disable=None if progress else True) as bar, nullcontext() if executor is None else lent():
         bar.update(len(points) - len(waiting))
         for key, note, content in _done(waiting, model, samples, evaluate, executor):
-            if content is not None or "error" in note and not note.pop("lost", False): cache.put(key, note, content)
+            if content is not None or "error" in note and not note.pop("lost", False):
+                try: cache.put(key, note, content)
+                except OSError as e:
+                    note = note | {"content": content}
+                    warnings.warn(f"a result is not kept for another time, as {cache.folder} cannot be written to ({e}): its file is in the result's content", stacklevel=2)
             notes[key] = note
             bar.update(); bar.set_postfix_str(_so_far(notes.values()))
     for r in results: vars(r).update(notes.get(r.key, {}))

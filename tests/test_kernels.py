@@ -809,3 +809,74 @@ def test_4_bit_products_of_any_strides(rows):
     fast = use_kernels(small)
     for x in torch.randn(64, rows).t(), torch.randn(rows, 128)[:, ::2], torch.randn(1, 64).expand(rows, 64):
         with torch.no_grad(): assert torch.equal(fast(x), fast(x.clone(memory_format=torch.contiguous_format))) and (fast(x) - small(x)).abs().max() < .05
+
+
+# ---------------------------------------------------------------- tensors that are more than numbers
+
+def _integers():
+    from modelzip.prune import prune_model, sparsify_model, use_sparse_products
+    torch.manual_seed(0)
+    lin, conv = nn.Sequential(nn.Linear(128, 96)).eval(), nn.Sequential(nn.Conv2d(16, 64, 3, padding=1)).eval()
+    x, image = torch.randn(3, 128), torch.randn(2, 16, 5, 5)
+    for how in ("row", "tensor"):
+        yield use_kernels(quantize_model(lin), activations=how), x
+        yield use_kernels(quantize_model(conv), activations=how), image
+    yield convert(_trained(lin, x)), x
+    yield use_kernels(quantize_model(nn.Sequential(nn.Linear(128, 8)).eval())), x
+    yield use_sparse_products(sparsify_model(prune_model(lin, .9))), x
+
+def _trained(model, x):
+    p = prepare(model, bits=4)
+    p.train()(x)
+    return p.eval()
+
+def test_functions_that_map_or_derive():
+    "What is mapped is what each part gives; a derivative of integers is refused, however it is asked for; nothing that was made on the way stays."
+    import torch.autograd.forward_ad as forward
+    for model, x in _integers():
+        sparse, seen = type(model[0]).__name__ == "SparseLinear", torch.stack([x, 2 * x, -x])
+        with torch.no_grad(): want = [model(v) for v in seen]
+        fresh = copy.deepcopy(model)
+        with torch.no_grad(): assert torch.allclose(torch.func.vmap(fresh)(seen), torch.stack(want), atol=1e-5)
+        head = nn.Linear(want[0].shape[-1], 2)
+        torch.func.grad(lambda w: torch.func.functional_call(head, {"weight": w}, (fresh(x),)).sum())(head.weight.detach())      # x itself is not derived
+        with torch.no_grad(): assert torch.allclose(copy.deepcopy(fresh)(x), want[0], atol=1e-5) and torch.equal(fresh(x), want[0])
+        def dual(f):
+            with forward.dual_level(): return forward.unpack_dual(f(forward.make_dual(x, torch.ones_like(x)))).tangent
+        total = lambda v: model(v).sum()
+        ways = (lambda: torch.func.grad(total)(x), lambda: torch.func.jvp(model, (x,), (x,)), lambda: dual(model), lambda: torch.func.vmap(torch.func.grad(total))(seen), lambda: torch.func.jacrev(model)(x),
+                lambda: torch.autograd.grad(total(y := x.clone().requires_grad_()), y))
+        for way in ways:
+            if sparse: way(); continue
+            with pytest.raises(RuntimeError, match="computes with integers and has no gradient"): way()
+
+
+def test_an_ensemble_of_states_is_mapped():
+    models = [use_kernels(quantize_model(nn.Sequential(nn.Linear(128, 96)).eval())) for _ in range(3)]
+    states = {k: torch.stack([dict([*m.named_parameters(), *m.named_buffers()])[k].detach() for m in models]) for k, _ in [*models[0].named_parameters(), *models[0].named_buffers()]}
+    x = torch.randn(3, 4, 128)
+    with torch.no_grad():
+        got = torch.func.vmap(lambda state, x: torch.func.functional_call(models[0], state, (x,)))(states, x)
+        for y, m, v in zip(got, models, x): assert torch.allclose(y, m(v), atol=1e-6)
+    with pytest.raises(AttributeError, match="weight of this Linear is compressed and cannot be set"): torch.func.functional_call(models[0], {"0.weight": torch.zeros(96, 128)}, (x[0],))
+
+
+def test_jagged_rows_replicas_and_meta():
+    rows = [torch.randn(3, 128), torch.randn(5, 128)]
+    for model, x in _integers():
+        if x.dim() == 2:
+            y = model(torch.nested.nested_tensor(rows, layout=torch.jagged))
+            if type(model[0]).__name__ != "QLinear" or model[0].activations == "row": assert all(torch.allclose(a, model(r), atol=1e-5) for a, r in zip(y.unbind(), rows))
+        if type(model[0]).__name__ != "SparseLinear":
+            with pytest.raises(TypeError, match="is a nested tensor"): model(torch.nested.nested_tensor(rows))
+        with torch.no_grad():
+            want, parts = model(x), [m._replicate_for_data_parallel() for m in model.modules()]
+            for m, r in zip(model.modules(), parts):                          # as torch.nn.parallel.replicate does it
+                for k, child in m._modules.items(): setattr(r, k, parts[[*model.modules()].index(child)])
+                for k, p in (*m._parameters.items(), *m._buffers.items()): setattr(r, k, None if p is None else p.detach().clone())
+            assert torch.equal(parts[0](x), want)
+            assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == want.shape
+    table = QEmbedding(*_parts(nn.Embedding(20, 16)))
+    ids = [torch.tensor([1, 2]), torch.tensor([3, 4, 5])]
+    assert all(torch.equal(a, table(i)) for a, i in zip(table(torch.nested.nested_tensor(ids, layout=torch.jagged)).unbind(), ids))
+    assert torch.equal(torch.func.vmap(table)(torch.tensor([[1, 2], [3, 4]])), table(torch.tensor([[1, 2], [3, 4]])))

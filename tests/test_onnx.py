@@ -17,7 +17,7 @@ from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, _embedding, _expanded, _fits_rows, _float_linear, _integer_conv, _integer_linear, onnx_bytes, onnx_model, to_onnx
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
-from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop import onnx_files
 
 FAST = settings(max_examples=examples(40), deadline=None)
@@ -174,6 +174,44 @@ def test_four_bits_with_every_sort_of_layer(tmp_path):
         for shape in ((2, 7), (1, 12)):
             ids = torch.randint(0, 100, shape)
             near(run(ids), model(ids), 1e-4)
+
+
+class Zoo(nn.Module):
+    "Every layer beside the usual ones, each with an output of its own."
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.rnn, self.pair = nn.LSTMCell(16, 16), nn.GRUCell(16, 16), nn.RNNCell(16, 16, nonlinearity="relu"), nn.Bilinear(16, 16, 8)
+        self.bags = nn.ModuleList(nn.EmbeddingBag(20, 16, mode=mode, padding_idx=3) for mode in ("sum", "mean", "max"))
+        self.table, self.head = nn.Embedding(20, 16, padding_idx=2), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.table.weight
+        self.attention = nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
+        self.convs = nn.ModuleList(cls(2, 4, 3, padding=2, dilation=2, padding_mode=mode) for cls, mode in [(nn.Conv1d, "reflect"), (nn.Conv1d, "circular"), *((nn.Conv2d, m) for m in ("zeros", "reflect", "replicate", "circular")), (nn.Conv3d, "replicate")])
+        self.same = nn.ModuleList(cls(2, 4, 2, padding="same", groups=2) for cls in (nn.Conv1d, nn.Conv2d))
+        self.ups = nn.ModuleList(cls(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    def forward(self, x, ids):
+        seen = {1: x.reshape(-1, 2, 64), 2: x.reshape(-1, 2, 8, 8), 3: x.reshape(-1, 2, 4, 4, 4)}
+        h, c = self.lstm(x[:, :16])
+        h, c = self.lstm(x[:, 16:32], (h, c))
+        g = self.gru(x[:, 32:48], h)
+        r = self.rnn(g)
+        k = x.reshape(-1, 16, 8)
+        drawn = [layer(seen[layer.weight.dim() - 2]) for layer in (*self.convs, *self.same, *self.ups)]
+        return h, c, g, r, self.pair(c, r), *(bag(ids) for bag in self.bags), self.head(self.table(ids)), self.attention(x.reshape(-1, 8, 16), k, k)[0], *drawn
+
+
+def test_every_other_layer(tmp_path):
+    "At 1 to 8 bits, in groups and with codebooks, with a batch of any size; what is small is rounded once more, as the model does it."
+    torch.manual_seed(0)
+    zoo, some = Zoo().eval(), [{"bits": b} for b in range(1, 9)] + [{"bits": 3, "group": 4}, {"bits": 4, "codebook": "nf4"}, {"bits": 5, "symmetric": False}, {"bits": 2, "codebook": "kmeans"}]
+    names = [n for n, m in zoo.named_modules() if isinstance(m, QUANTIZABLE) or n in ("lstm", "gru", "rnn", "pair", "attention")]
+    model = quantize_model(zoo, overrides={n: {"bits": 4, "group": 8} if n in ("table", "head") else some[i % len(some)] for i, n in enumerate(names) if not n.startswith("attention.")})
+    model = use_kernels(model, requantize=True)
+    inputs = lambda n: (torch.randn(n, 128), torch.randint(0, 20, (n, 7)))
+    path = to_onnx(model, tmp_path / "m.onnx", inputs(2), check=False)
+    onnx.checker.check_model(os.fspath(path), full_check=True)
+    run = onnx_model(path)
+    for x in map(inputs, (1, 2, 5)):
+        for got, want in zip(run(*x), model(*x), strict=True): near(got, want, 1e-4)
 
 
 def test_integer_models(tmp_path):

@@ -731,3 +731,78 @@ def test_a_time_and_bytes_together_are_searched():
 def test_any_real_number_is_a_budget():
     from fractions import Fraction
     assert tried(net(), None, bytes=Fraction(1, 2)) == tried(net(), None, bytes=.5)
+
+
+# -- who waits for others holds nothing that they need; what cannot be written is not lost --------------------------------------
+
+def within(seconds, work):
+    "What `work` returns or raises; a thread that does not come back fails the test."
+    done = []
+    def run():
+        try: done.append((work(), None))
+        except Exception as e: done.append((None, e))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start(); thread.join(seconds)
+    assert done, "it waits for ever"
+    if done[0][1]: raise done[0][1]
+    return done[0][0]
+
+def swept(model, folder, threads, evaluate=None):
+    x = seeded(lambda: [torch.randn(4, 8) for _ in range(4)])
+    with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+        return sweep(lambda bits: Recipe([("quantize_model", {"bits": bits})]), {"bits": [2, 3, 8]}, model, x, executor=pool, folder=folder, evaluate=evaluate, progress=False)
+
+@pytest.mark.parametrize("outer,inner", [("compress", 4), ("sweep of threads", 2), ("judge", 3)])
+def test_a_sweep_on_threads_inside_a_judge(outer, inner, tmp_path):
+    "It ends, says what one thread says, and its random numbers and the caller's are what they would be."
+    def judge_with(threads, folder):
+        def judge(model):
+            a = torch.rand(1).item()
+            found = [r.quality for r in swept(net(8, 5), tmp_path / folder / str(id(model)), threads)]
+            return sum(found) / 4 + torch.rand(1).item() / 9 - a / 9
+        return judge
+    def run(threads, folder):
+        judge = judge_with(threads, folder)
+        if outer == "compress": return [t.quality for t in compress(net(), None, bytes=.5, evaluate=judge, progress=False, tries=2, strict=False)[1].tries]
+        if outer == "judge": return Judge(net(), samples_of(None), judge)(net(8, 3))
+        return [r.quality for r in swept(net(), tmp_path / folder, 2 if "threads" in outer else 0, judge)]
+    state = torch.random.get_rng_state()
+    assert within(60, lambda: run(inner, "a")) == run(0, "b")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+def test_threads_of_a_judges_own_that_want_a_turn_are_told():
+    def judge(model):
+        with ThreadPoolExecutor(2) as pool: return sum(pool.map(lambda bits: compress(net(8, 3), None, bytes=.5, progress=False)[1].best.bytes, range(2)))
+    with pytest.raises(RuntimeError, match="take turns"): within(30, lambda: Judge(net(), samples_of(None), judge))
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ValueError, match="executor is the one that runs this sweep"):
+            within(30, lambda: pool.submit(sweep, lambda bits: [("quantize_model", {"bits": bits})], {"bits": [4]}, net(), None, pool, "nowhere").result())
+
+def full(monkeypatch, folder):
+    "No space is left in a folder."
+    real = os.replace
+    def replace(a, b):
+        if os.fspath(b).startswith(os.fspath(folder)): raise OSError(28, "No space left on device")
+        return real(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+
+def test_a_full_disk_at_the_end_of_a_search(tmp_path, monkeypatch):
+    import pickle
+    x, m = seeded(lambda: [torch.randn(4, 8) for _ in range(4)]), net()
+    want, report = compress(m, x, cosine=.9, progress=False)
+    full(monkeypatch, tmp_path / "full"); (tmp_path / "full").mkdir()
+    with pytest.raises(auto.WriteError, match="No space left on device; nothing is lost") as e: compress(m, x, cosine=.9, progress=False, path=tmp_path / "full/m.mz")
+    assert e.value.errno == 28 and e.value.filename == os.fspath(tmp_path / "full/m.mz") and not os.listdir(tmp_path / "full")
+    model, said = e.value.result
+    assert torch.equal(model(x[0]), want(x[0])) and said.best.bytes == len(e.value.content) == report.best.bytes
+    (tmp_path / "m.mz").write_bytes(e.value.content)
+    assert torch.equal(load(tmp_path / "m.mz", net())(x[0]), want(x[0]))
+    assert pickle.loads(pickle.dumps(e.value)).content == e.value.content
+
+def test_a_full_disk_in_a_sweep(tmp_path, monkeypatch):
+    want = swept(net(), tmp_path / "a", 0)
+    full(monkeypatch, tmp_path / "b")
+    with pytest.warns(UserWarning, match="cannot be written to .*No space left"): found = swept(net(), tmp_path / "b", 0)
+    for r, w in zip(found, want):
+        assert (r.bytes, r.quality, r.error) == (w.bytes, w.quality, None) and r.content == want.file(w).read_bytes() and w.content is None
+    assert found.front == found.front and not os.listdir(tmp_path / "b")

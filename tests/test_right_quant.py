@@ -694,3 +694,22 @@ def test_an_option_that_would_not_act_is_refused():
 def test_an_infinity_becomes_the_largest_value_with_column_scales_too():
     x = torch.tensor([[1., math.inf], [2., 3.]])
     assert (quantize(x, 8, nonfinite="clip", columns=torch.tensor([1., 100.])).dequantize()[:, 1] - 3).abs().max() < .2
+
+
+class Merging(nn.Linear):
+    "An adapter that is merged in eval mode, as loralib does it."
+    def __init__(self):
+        super().__init__(16, 8)
+        self.more, self.merged = nn.Parameter(torch.ones(8, 16)), False
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged: self.weight.data += self.more.data * (-1 if mode else 1); self.merged = not mode
+        return self
+
+def test_what_merges_into_a_compressed_weight_and_what_scripts_it_is_refused_by_name():
+    q = quantize_model(nn.Sequential(Merging()))
+    with pytest.raises(RuntimeError, match=r"Merging.eval\(\) works on a weight that is compressed"): q.eval()
+    q = quantize_model(nn.Sequential(Merging()).eval())
+    assert q.eval() is q
+    with pytest.raises(RuntimeError, match=r"Merging.train\(\) works on a weight that is compressed"): q.train()
+    with pytest.raises(RuntimeError, match="torch.jit.script cannot read a Dequantize"): torch.jit.script(quantize_model(nn.Sequential(nn.Linear(8, 8))))

@@ -290,9 +290,10 @@ def _closed_over(f):
 def copied(
     model: nn.Module,           # it is left as it is
     memo: dict | None = None,   # `id` → what stands for it in the copy, as in `copy.deepcopy`
+    checked: bool = False,      # `check_ordinary` has seen it
 ) -> nn.Module:                 # a copy that computes with its own numbers
     "A deep copy. `ValueError` that names the module which cannot be copied, or whose copy would run the original."
-    check_ordinary(model)
+    if not checked: check_ordinary(model)
     memo = {} if memo is None else memo
     shared, own = {id(v) for v in memo.values()}, {id(x): n for n, x in (*model.named_modules(), *model.named_parameters())}
     for name, m in model.named_modules():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..data import alone
+from .turns import alone
 from .models import Labelled, call, output_tensors, own_copy
 
 # %% ../../nbs/workshop/rehearsal.ipynb
