@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
                             quantize, quantize_layer, quantize_model)
 from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
+from .workshop.convolutions import convolve, no_offset, pack_weight
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied
 
@@ -128,7 +129,7 @@ def _pack_linear(weight, scale, zero=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         w = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack(w, None)
+    return torch.ops.quantized.linear_prepack_weight(w, None)
 
 def _ones(n): return torch.ones(n, dtype=torch.float32, device="cpu")
 
@@ -142,7 +143,7 @@ def _pack_large(weight): return torch.ops.onednn.qlinear_prepack(weight.contiguo
 def _run_large(codes, weight, scale, step=1., bias=None):
     "oneDNN's u8·s8→s32 product, times step and scale, plus the bias, as floats."
     return torch.ops.onednn.qlinear_pointwise.default(
-        codes, step, 0, weight, scale, _no_offset(len(scale)), bias, 1., 0, torch.float32, "none", [], "")
+        codes, step, 0, weight, scale, no_offset(len(scale)), bias, 1., 0, torch.float32, "none", [], "")
 
 def _try_large(x, reduced):
     "64 codes of 255, one of 0 that opens the range, and the 8 bytes behind them."
@@ -152,27 +153,14 @@ def _try_large(x, reduced):
     return _run_large(packed, _pack_large(weight), _ones(16)) * step
 
 # %% ../nbs/06_kernels.ipynb
-def _pack_convolution(weight, scale, stride, padding, dilation, groups):
-    return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1., 0, stride, padding, dilation, groups, None)
-
-def _run_convolution(x, packed, scale, *how):
+def _run_convolution(x, weight, packed, scale, stride, padding, dilation, groups, reduced):
     "Quantize in one pass, then the product."
-    *geometry, reduced = how
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
-    return _convolved(q.int_repr(), q.q_scale(), q.q_zero_point(), packed, scale, *geometry)
-
-def _convolved(codes, step, zero, packed, scale, stride, padding, dilation, groups):
-    "oneDNN's u8·s8→s32 convolution with float output."
-    return torch.ops.onednn.qconv_pointwise.default(
-        codes, step, zero, packed, scale, _no_offset(len(scale)), None, stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
-
-@functools.lru_cache(256)
-def _no_offset(n): return torch.zeros(n, dtype=torch.int32, device="cpu")
+    return convolve(q.int_repr(), q.q_scale(), q.q_zero_point(), weight, packed, scale, stride, padding, dilation, groups)
 
 def _try_convolution(x, reduced):
-    how = [1, 1], [0, 0], [1, 1], 1
-    packed = _pack_convolution(torch.full((16, 64, 1, 1), 127, dtype=torch.int8), _ones(16), *how)
-    return _run_convolution(x, packed, _ones(16), *how, reduced)
+    weight, how = torch.full((16, 64, 1, 1), 127, dtype=torch.int8), ([1, 1], [1, 1], 1)
+    return _run_convolution(x, weight, pack_weight(weight, _ones(16), *how), _ones(16), how[0], [0, 0], *how[1:], reduced)
 
 # %% ../nbs/06_kernels.ipynb
 def _pack_int4(codes, scale, zero, group):
@@ -665,11 +653,11 @@ def _check_images(self, x):
 
 def _float_conv(self, x): return nn.functional.conv2d(x, self.q.dequantize().float(), self._bias(), *self.geometry)
 
-def _prepare_onednn(self): return _pack_convolution(*self.prepared.get(self, "bytes")[:2], *self.geometry)
+def _prepare_onednn(self): return pack_weight(*self.prepared.get(self, "bytes")[:2], self.geometry[0], *self.geometry[2:])
 
 def _product_conv(self, x, bias):
     weight, scale, _ = self.prepared.get(self, "bytes")
-    if self.kernel == "onednn": y = _run_convolution(x, self.prepared.get(self, "onednn"), scale, *self.geometry, capabilities().reduce_range)
+    if self.kernel == "onednn": y = _run_convolution(x, weight, self.prepared.get(self, "onednn"), scale, *self.geometry, capabilities().reduce_range)
     else: y = integer_conv2d(x, weight, scale, *self.geometry, capabilities().reduce_range)
     return self._add_bias(y) if bias else y
 
@@ -696,23 +684,24 @@ def _by_images(self, x):
     step, zero = _image_ranges(x, top := 127 if capabilities().reduce_range else 255)
     weight, scale, _ = self.prepared.get(self, "bytes")
     if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(_image_codes(x, step, zero, top).double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
-    if (some := int(zero.count_nonzero())) == 0: return self._from_zero(_image_codes(x, step, zero, top), step, scale)
-    if some == len(x): return self._from_lifted(x, step, zero, scale, top)
+    if (some := int(zero.count_nonzero())) == 0: return self._from_zero(_image_codes(x, step, zero, top), step)
+    if some == len(x): return self._from_lifted(x, step, zero, top)
     lifted = zero.flatten() > 0
-    some, rest = self._from_lifted(x[lifted], step[lifted], zero[lifted], scale, top), self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted], scale)
+    some, rest = self._from_lifted(x[lifted], step[lifted], zero[lifted], top), self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted])
     y = x.new_empty(len(x), *some.shape[1:])
     y[lifted], y[~lifted] = some, rest
     return y
 
-def _from_zero(self, codes, step, scale):
+def _from_zero(self, codes, step):
     "Of images whose code of zero is 0."
-    return self._add_bias(_convolved(codes, 1., 0, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
+    weight, scale, _ = self.prepared.get(self, "bytes")
+    return self._add_bias(convolve(codes, 1., 0, weight, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
 
-def _from_lifted(self, x, step, zero, scale, top):
+def _from_lifted(self, x, step, zero, top):
     "Of images with a code of zero of their own, which is what their padding becomes."
-    stride, (a, b), *rest = self.geometry
+    (stride, (a, b), *rest), (weight, scale, _) = self.geometry, self.prepared.get(self, "bytes")
     codes = _image_codes(nn.functional.pad(x, (b, b, a, a)) if a or b else x, step, zero, top)
-    y = _convolved(codes, 1., 0, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
+    y = convolve(codes, 1., 0, weight, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
     y = y.sub_(zero * self.prepared.get(self, "sums"))                         # whole numbers, exact below 2²⁴
     return self._add_bias(y.mul_(scale[:, None, None] * step))
 

@@ -24,6 +24,7 @@ from .ptq import calibrate
 from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
 from .structured import fold, foldable
+from .workshop.convolutions import convolve, pack_weight
 from .workshop.matrices import outputs_of
 from .workshop.models import carry_hooks, check_ordinary, computed, copied, hooks_of
 from .workshop.prepared import Settings, choose_places, exchange, setting, warn_of_floats
@@ -473,14 +474,12 @@ StaticConv2d._like = lambda self, x: QConv2d._like(self, self._padded(x, 0.))
 def _prepare_static_conv(self):
     weight, _, _ = self.prepared.get(self, "bytes")
     ones = torch.ones(len(weight), dtype=torch.float32)
-    return torch.ops.onednn.qconv_prepack(weight.contiguous(), ones, 1., 0, *self.geometry, None), ones, torch.zeros(len(weight), dtype=torch.int32)
+    return pack_weight(weight, ones, self.geometry[0], *self.geometry[2:]), ones
 
 def _sum_conv(self, codes, weight):
     codes = self._padded(codes, self.input_zero_point)
     if self.kernel != "onednn": return self._emulated(codes, weight)
-    packed, ones, zeros = self.prepared.get(self, "static")
-    return torch.ops.onednn.qconv_pointwise(
-        codes, 1., self.input_zero_point, packed, ones, zeros, None, *self.geometry, 1., 0, torch.float32, "none", [], "")
+    return convolve(codes, 1., self.input_zero_point, weight, *self.prepared.get(self, "static"), *self.geometry)
 
 StaticConv2d._prepare_static, StaticConv2d._sum = _prepare_static_conv, _sum_conv
 

@@ -78,6 +78,20 @@ def test_convolution_kernel_equals_integers(batch, channels, out, size, k, strid
     close(*both(quantize_layer(conv, bits), QConv2d, torch.randn(batch, channels * groups, size, size) + 0.3, activations=activations))
 
 
+@pytest.mark.parametrize("activations", ["row", "tensor"])
+@pytest.mark.parametrize("batch, inputs, outputs, groups, kernel, stride, padding, dilation, size", [
+    (1, 1, 1, 1, (2, 2), 1, 2, 1, (8, 8)),                    # windows of padding alone: numbers from anywhere, up to 10⁷
+    (8, 16, 16, 1, (4, 5), (1, 3), (6, 0), (3, 3), (18, 14)), # an output of one column behind a stride
+    (2, 24, 24, 10, 3, 1, 1, 1, (7, 7)),                      # RegNet's groups: all but the first were wrong
+    (2, 48, 48, 2, 3, 1, 0, 1, (14, 14)), (2, 3, 80, 3, (1, 2), (2, 3), 0, (3, 1), (5, 8)),
+    (2, 8, 16, 1, (6, 5), (2, 1), (7, 4), (2, 1), (1, 1)),    # an image smaller than the kernel: the process died
+    (3, 1, 32, 1, (2, 4), 1, (1, 6), (2, 3), (1, 6))])
+def test_convolutions_that_onednn_gets_wrong(activations, batch, inputs, outputs, groups, kernel, stride, padding, dilation, size):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups), torch.randn(batch, inputs * groups, *size) + 0.3
+    for images in x, x.relu(): close(*both(quantize_layer(conv, 8), QConv2d, images, activations=activations))
+
+
 def test_depthwise_and_rectangular():
     torch.manual_seed(0)
     for conv in (nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(3, 8, (1, 5), stride=(1, 2), padding=(0, 2)), nn.Conv2d(3, 8, 3, padding="valid")):
