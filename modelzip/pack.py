@@ -202,6 +202,7 @@ def describe_layer(
     name: str,
 ) -> dict:      # {"layer", "options"}
     "How the manifest remembers the layer around a compressed tensor."
+    if told := vars(layer).get("told"): return told      # weights alone: as another file said
     kind = type(layer).__name__
     if Dequantize.kinds.get(kind) is not type(layer):
         raise TypeError(f"the layer of {name!r} is a {kind}, which is not in Dequantize.kinds")
@@ -296,7 +297,7 @@ def meaning_of(
 ) -> dict:                         # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
     "What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original."
     check_ordinary(model); check_nothing_hidden(model)
-    if computes_nothing(model): return {}
+    if computes_nothing(model): return dict(vars(plain_layer(model)).get("meaning", {}))      # what another file said of these weights
     kinds = kinds_of(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
