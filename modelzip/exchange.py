@@ -47,8 +47,8 @@ def take_apart(
     "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
     if model is None: raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
-    hollow(model)      # or nothing could be loaded into a copy of it
     tensors, told, table = {}, {}, table_of(model)[0]
+    hollow(model)      # or nothing could be loaded into a copy of it
     for item in items(model):
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)

@@ -155,7 +155,9 @@ def check_keys(value: Any) -> None:
         x = todo.pop()
         if not isinstance(x, (dict, list, tuple)) or id(x) in seen: continue
         seen.add(id(x))
-        if isinstance(x, dict) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"the key {odd[0]!r:.80} is a {type(odd[0]).__name__}, and a JSON object has keys of text")
+        if isinstance(x, dict) and (odd := [k for k in x if not isinstance(k, str)]):
+            if any(str(k) in x for k in odd): raise ValueError("a name occurs twice in one object")
+            raise TypeError(f"the key {odd[0]!r:.80} is a {type(odd[0]).__name__}, and a JSON object has keys of text")
         todo += x.values() if isinstance(x, dict) else x
 
 def unique(
@@ -1530,7 +1532,9 @@ def identical(
     b: Tensor,
 ) -> bool:
     "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(as_bytes(a)) == bytes(as_bytes(b))
+    if a.dtype != b.dtype or a.shape != b.shape: return False
+    x, y = as_bytes(a), as_bytes(b)
+    return all(bytes(x[i:i + BLOCK]) == bytes(y[i:i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True, repr=False)
