@@ -548,7 +548,7 @@ class Fifth(nn.Module):
     def __init__(self, slope=.01, limit=1.):
         super().__init__()
         self.conv, self.norm, self.act = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(slope)
-        self.rnn, self.fc, self.tied, self.out = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 16), nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 3))
+        self.rnn, self.fc, self.tied, self.out = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 16), nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 3), nn.Hardtanh())
         self.limit, self.by, self.pair = limit, {0: 1.}, (1, 1)
         self.tied.weight = self.fc.weight
     def forward(self, x):
