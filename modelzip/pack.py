@@ -190,6 +190,8 @@ def describe(
     "The manifest's entry for a plain tensor."
     check_storable(name, t)
     entry = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "offset": 0}
+    try: check_shape(entry, name)
+    except PackError as e: raise ValueError(f"this model cannot be saved: {e}") from None
     pieces.append(Piece(name, t, entry, packed))
     return entry
 
@@ -1167,7 +1169,7 @@ def solid_bytes(
     try:
         demand(len(text) < MOST_TEXT, f"its manifest has {len(text):,} bytes; {MOST_TEXT:,} are the most")
         full, parts = lengthen(short := read_json(text))
-    except PackError as e: raise ValueError(f"archive is 'solid', but this model cannot be saved so: {e}") from None
+    except PackError as e: raise ValueError(f"archive is 'solid', but this model, or what is said about it, cannot be saved so: {e}") from None
     data = [bytes(as_bytes(p.tensor)) for p in pieces]
     assert [len(d) for d in data] == [math.prod(check_shape(e, "")[1])*DTYPES[e["dtype"]].itemsize for e, _ in parts]
     through(encoder := AdaptiveEncoder(), parts, data)
