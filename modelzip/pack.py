@@ -899,11 +899,14 @@ def check_match(
     skeleton: nn.Module,
     rows: dict[str, Row],
 ) -> None:
-    "Raise a `PackError` that lists every tensor that is missing, unexpected or of another shape."
-    have = {i.name: tuple(i.value.shape) for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
+    "Raise a `PackError` that lists every tensor that is missing, unexpected, of another shape, or, for a parameter, of another sort of numbers."
+    there = {i.name: i.value for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
+    have = {n: tuple(v.shape) for n, v in there.items()}
+    sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
     listed = [("the file lacks", [n for n in have if n not in rows]),
               ("the model has no", [n for n in rows if n not in have]),
-              ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape])]
+              ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
+              ("types differ for", [f"{n} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
     differences = [f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 

@@ -445,6 +445,7 @@ def test_diff_sees_layers_options_ties_and_signs(tmp_path):
     assert not diff(save(one, tmp_path/"a.mz", flag=1), save(one, tmp_path/"b.mz", flag=True)).same
     with pytest.raises(ValueError, match="twice"): save(one, tmp_path/"c.mz", notes={1: "x", "1": "y"})
     with pytest.raises(ValueError, match="twice"): to_npz(one, tmp_path/"c.npz", notes={1: "x", "1": "y"})
+    with pytest.raises(TypeError, match="the key 1 is a int"): save(one, tmp_path/"c.mz", notes=[{1: "x"}])
     (tmp_path/"broken.mz").write_bytes(b"PK")
     with pytest.raises(PackError) as e: diff(tmp_path/"a.mz", tmp_path/"broken.mz")
     assert str(e.value).startswith(str(tmp_path/"broken.mz"))
@@ -519,6 +520,37 @@ def test_inspect_adds_up_where_tensors_are_empty(tmp_path):
     for how in True, False, "solid":
         c = inspect(save(m, tmp_path/"x.mz", how))
         assert c.rest > 100 and sum(l.bytes for l in c.lines) + c.rest == c.bytes and c.lines[2].bytes == 0
+
+@pytest.mark.parametrize("way", WAYS)
+def test_paths_that_cannot_be(tmp_path, way, monkeypatch):
+    "Errors name the path that was given, never a file that only this library knows."
+    monkeypatch.chdir(tmp_path)
+    write, read = WAYS[way]
+    for path, error in ("a\0b", ValueError), ("\ud800", ValueError), ("a"*300, OSError), ("/proc/x", OSError), ("no/x", OSError), (".", OSError), ("", OSError), (3, TypeError), (None, TypeError):
+        with pytest.raises(error) as e: write(nn.Linear(2, 2), path)
+        assert ".tmp" not in str(e.value) and (error is not ValueError or repr(path) in str(e.value))
+        assert not isinstance(e.value, OSError) or e.value.filename2 is None and (path in ("no/x", ".", "") or e.value.filename == path)
+        with pytest.raises((error, PackError)) as e: read(path)
+        assert error is not ValueError or repr(path) in str(e.value)
+    assert not os.listdir(tmp_path)
+
+def test_numbers_of_another_sort(tmp_path):
+    "Whole numbers, bools and complex ones are no weights of a layer of floats, whoever wrote them; of floats, any are."
+    for dtype in "int64", "uint8", "bool", "complex64", "float16", "float64":
+        np.savez(tmp_path/"x.npz", weight=np.ones((2, 2), dtype), bias=np.zeros(2, "f4"))
+        own = nn.Linear(2, 2)
+        own.weight = nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, dtype)), requires_grad=False)
+        for read, path in (from_npz, tmp_path/"x.npz"), (load, save(own, tmp_path/"x.mz")), (from_safetensors, to_safetensors(own, tmp_path/"x.safetensors")):
+            if "float" in dtype: assert read(path, nn.Linear(2, 2)).weight.dtype == own.weight.dtype
+            else:
+                with pytest.raises(PackError, match=f"weight .file {dtype}, model float32"): read(path, nn.Linear(2, 2))
+            assert read(path, own).weight.dtype == own.weight.dtype
+
+def test_what_hdf5_fills_in(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path/"x.h5", "w") as h:
+        h.create_dataset("weight", (4, 3), "f4", chunks=(1, 3), fillvalue=7., compression="gzip")[:1] = 1; h["bias"] = np.zeros(4, "f4")
+    assert from_hdf5(tmp_path/"x.h5", nn.Linear(3, 4)).weight.tolist() == [[1.]*3] + [[7.]*3]*3
 
 def test_two_names_of_one_file(tmp_path):
     (tmp_path/"sub").mkdir(); (tmp_path/"link.mz").symlink_to("a.mz")
