@@ -78,6 +78,11 @@ def _said_plain(value, depth):
 SPELLED = (decimal.Decimal, pathlib.PurePath, re.Pattern, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, bytearray, operator.itemgetter, operator.attrgetter, operator.methodcaller,
            np.ufunc, np.dtype, torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket)      # what has a spelling that says all
 
+def _said_module(module, depth):
+    "Class, plain attributes and children of a module that has no numbers."
+    facts = [[k, x] for k, v in sorted(vars(module).items()) if k[0] != "_" and k not in ("training", "inplace") and (x := said(v, depth + 1)) is not MISSING]
+    return [type(module).__name__, facts, [[k, _said_module(m, depth + 1)] for k, m in module._modules.items() if m is not None]]
+
 def _said_object(value, depth):
     """An object of the user's own: its class, and those of its fields that are facts. One bound to a method counts with it.
     A module outside the tree of modules, such as an activation in a plain list, is no data, but it is known when it is another."""
@@ -85,7 +90,7 @@ def _said_object(value, depth):
         spelled = f"{value.pattern!r} {value.flags}" if isinstance(value, re.Pattern) else repr(value)
         return {"function": spelled} if len(spelled) <= MOST else _digest(spelled)
     if isinstance(value, collections.deque) and depth < 4: return MISSING if (x := said(list(value), depth + 1)) is MISSING else {"function": f"deque({json.dumps(x)}, {value.maxlen})"}
-    if isinstance(value, nn.Module): return MISSING if depth >= 4 or [*value.parameters(), *value.buffers()] else {"function": f"{type(value).__name__} {zlib.crc32(text(kinds_of(value)).encode()):08x}"}
+    if isinstance(value, nn.Module): return MISSING if depth >= 4 or [*value.parameters(), *value.buffers()] else {"function": f"{type(value).__name__} {zlib.crc32(json.dumps(_said_module(value, depth)).encode()):08x}"}
     if isinstance(value, types.MethodType):
         owner = MISSING if depth >= 4 or isinstance(value.__self__, nn.Module) else said(value.__self__, depth + 1)
         return {"function": name_of(value.__func__) + ("" if owner is MISSING else f"({json.dumps(owner, sort_keys=True)})")}
