@@ -48,6 +48,7 @@ def take_apart(
     if model is None: raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
     tensors, told, table = {}, {}, table_of(model)[0]
+    hollow(model)      # or nothing could be loaded into a copy of it
     for item in items(model):
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
@@ -305,6 +306,10 @@ def safetensors_header(
         header[n] = {"dtype": CODES[types[n]], "shape": list(tensors[n].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" "*(-len(text) % 8)
+    try:
+        demand(len(text) <= MAX_MANIFEST, f"its header has {len(text):,} bytes; {MAX_MANIFEST:,} are the most")
+        read_json(text)
+    except PackError as e: raise ValueError(f"safetensors cannot hold this model, or what is said about it: {e}") from None
     return len(text).to_bytes(8, "little") + text, order
 
 # %% ../nbs/05b_exchange.ipynb
@@ -458,6 +463,7 @@ def write_npy(
 ) -> None:
     "One array as an entry of an archive."
     entry = zipfile.ZipInfo(f"{name}.npy")
+    if len(entry.filename.encode()) >= 2**16: raise ValueError(f"the name {name[:80]!r}… has {len(name):,} characters, more than a zip archive can have")
     if entry.filename != f"{name}.npy": raise ValueError(f"the name {name!r} cannot be that of an entry of a zip archive")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f: np.lib.format.write_array(f, x, allow_pickle=False)
@@ -619,7 +625,8 @@ def to_hdf5(
         with h5py.File(patient := Patient(f), "w", libver=("v108", "latest")) as h:
             for name, t in tensors.items():
                 packed = dict(compression="gzip", shuffle=t.dtype.itemsize > 1) if compress and t.numel() and t.dim() else {}
-                h.create_dataset(h5_path(name), data=as_array(t), **packed)
+                try: h.create_dataset(h5_path(name), data=as_array(t), **packed)
+                except (ValueError, TypeError) as e: raise ValueError(f"{name!r:.200} has no place in HDF5: {e}") from None
             for key, text in note.items(): h.attrs[key] = np.bytes_(text)
         patient.settle()
     return Path(os.fsdecode(path))
