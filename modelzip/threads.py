@@ -1002,6 +1002,9 @@ def _child(descriptor: int) -> None:
         with intra_op_threads(run.threads if ok else 1), torch.no_grad():
             while ok and (data := pipe.recv_bytes()): _reply(pipe, run, data)       # nothing: the end
     except (EOFError, ConnectionError): pass
+    for f in sys.stdout, sys.stderr:
+        with contextlib.suppress(Exception): f.flush()
+    os._exit(0)                                             # as children of multiprocessing do: taking PyTorch down takes a second
 
 def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
     "Answer one batch, or say why not."

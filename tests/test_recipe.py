@@ -147,11 +147,21 @@ def make(bits, group=None): return [("quantize_model", {"bits": bits, "group": g
 
 GRID = {"bits": [2, 4, 6, 8, 99], "group": [None, 16]}
 
+class Travelling:
+    "A judge who notes where he arrives."
+    def __init__(self, book): self.book = book
+    def __setstate__(self, state):
+        vars(self).update(state)
+        with open(self.book, "a") as f: f.write("x")
+    def __call__(self, model): return float(sum(p.detach().abs().sum() for p in model.parameters()))
+
 
 def test_serial_and_processes_agree(trained, data, tmp_path):
-    one = sweep(make, GRID, trained, data, folder=tmp_path / "one", progress=False)
+    judge = Travelling(str(tmp_path / "arrivals"))
+    one = sweep(make, GRID, trained, data, folder=tmp_path / "one", evaluate=judge, progress=False)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", progress=False)
+        two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", evaluate=judge, progress=False)
+    assert 1 <= len((tmp_path / "arrivals").read_text()) <= 2       # not with each of ten points
     strip = lambda rs: [(r.options, r.recipe, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
     assert strip(one) == strip(two) and len(one.failed) == 2
     assert "bits is 99" in one.failed[0].error and "Traceback" in two.failed[0].error
@@ -268,6 +278,8 @@ def test_dask_agrees_and_survives_a_worker(trained, data, tmp_path):
         two = sweep(make, GRID, trained, data, executor=client.get_executor(), folder=tmp_path / "two", progress=False)
         strip = lambda rs: [(r.options, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
         assert strip(one) == strip(two)
+        sweep(make, {"bits": [2, 3, 4, 5, 6, 7]}, trained, executor=client.get_executor(), folder=tmp_path / "few", evaluate=Travelling(str(tmp_path / "arrivals")), progress=False)
+        assert 1 <= len((tmp_path / "arrivals").read_text()) <= 4   # once to each worker, and on the way
         executor = client.get_executor()
         class Killing(type(executor)):                                          # kills a worker once the work is under way
             submitted = 0
