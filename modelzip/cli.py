@@ -9,27 +9,30 @@ __all__ = ['READERS', 'COMMANDS', 'MODEL', 'JSON', 'QUIET', 'FORCE', 'DATA', 'WR
 
 # %% ../nbs/15_cli.ipynb
 import argparse, bisect, importlib, json, os, sys, tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import PackError, naming, open_file
+from .archive import PackError, demand, naming, open_file
 from .coding import CodingError
 from . import __version__
-from .auto import FOREIGN, compress
+from .auto import compress
 from .data import digits, docstrings, mnist5k, need, recall
-from .exchange import Opened, checked, from_hdf5, from_npz, from_safetensors, open_hdf5, open_npz, open_safetensors, read_note, rows_of, to_hdf5, to_npz, to_safetensors, with_types
+from .exchange import Opened, checked, from_hdf5, from_npz, from_safetensors, open_hdf5, open_npz, open_safetensors, read_note, rows_of, to_hdf5, to_npz, to_safetensors, translating, with_types
 from .kernels import use_kernels
 from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
-from .pack import Contents, as_text, diff, identity, inspect, items, load, read_tensor, rebuild, save
-from .quant import OBSERVERS, Dequantize, dequantize_model, quantize_layer, quantize_model
+from .pack import Contents, as_text, diff, identity, inspect, items, load, opened, read_json, read_row, rebuild, save
+from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
+from .workshop.kinds import plain_layer
 
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
@@ -48,9 +51,11 @@ def _child(module, part, name):
 def as_model(
     tensors: dict[str, Tensor],   # by name, as in a state dict
 ) -> Weights:                     # a model with these parameters, which shares their memory
-    "Grow the tree that names with dots describe. `ValueError` when there is nothing, or one name is the beginning of another."
+    "Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of a model can have, or when one name is the beginning of another."
     if not tensors: raise ValueError("tensors is empty: there is nothing to compress")
     root = Weights()
+    for name in tensors:
+        if not isinstance(name, str) or any(not part or hasattr(root, part) for part in name.split(".")): raise ValueError(f"tensors holds the name {ascii(name)[:200]}, which no tensor of a model can have")
     for name, t in tensors.items():
         *path, last = name.split(".")
         module = root
@@ -61,12 +66,20 @@ def as_model(
 
 # %% ../nbs/15_cli.ipynb
 def expanded_tensors(model: nn.Module) -> dict[str, Tensor]:
-    "All tensors of a model by name, compressed ones as the numbers that they stand for."
-    return {i.name: i.value if isinstance(i.value, Tensor) else i.value.dequantize() for i in items(model)}
+    "All tensors of a model by name, compressed ones as the numbers that they stand for; of tied ones there is one."
+    found, values = [*items(model)], {}
+    for i in found:
+        if (key := identity(i)) not in values: values[key] = i.value if isinstance(i.value, Tensor) else i.value.dequantize()
+    return {i.name: values[identity(i)] for i in found}
 
 def only_weights(model: nn.Module) -> bool:
     "Whether a model is one of `as_model`, compressed or not."
     return isinstance(model, Weights) or isinstance(model, Dequantize) and only_weights(model.layer)
+
+def _as_told(model, like):
+    "What a file said of the layers remains with its weights, and goes into the next file."
+    vars(model)["architecture"], vars(plain_layer(model))["meaning"] = vars(like).get("architecture"), vars(plain_layer(like)).get("meaning", {})
+    return model
 
 def _worth_it(t): return t.is_floating_point() and t.dim() >= 2 and t.numel() > 0
 
@@ -89,14 +102,16 @@ def quantize_weights(
     "Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize."
     tensors = expanded_tensors(model)
     if not any(map(_worth_it, tensors.values())): raise ValueError("model has no tensor of two or more dimensions: there is nothing to quantize")
-    bar = tqdm(total=sum(map(_worth_it, tensors.values())), desc="quantizing", disable=not progress)
+    bar, packed = tqdm(total=sum(map(_worth_it, tensors.values())), desc="quantizing", disable=not progress), {}
     def make(path, module):
-        for name in [n for n, p in module._parameters.items() if _worth_it(p)]:
-            try: module = quantize_layer(module, bits, group, name=name, **options)
+        for name, p in [(n, p) for n, p in module._parameters.items() if _worth_it(p)]:
+            tie = p.data_ptr(), p.dtype, p.shape, p.stride()
+            try: module = Dequantize(module, packed[tie], name) if tie in packed else quantize_layer(module, bits, group, name=name, **options)
             except ValueError as e: raise ValueError(f"{path}.{name}: {e}") from None
+            packed[tie] = module.packed
             bar.update()
         return module
-    with bar: return _replaced(as_model(tensors), make)
+    with bar: return _as_told(_replaced(as_model(tensors), make), model)
 
 # %% ../nbs/15_cli.ipynb
 def _from_torch(path):
@@ -110,22 +125,24 @@ def _from_torch(path):
     return as_model(found)
 
 # %% ../nbs/15_cli.ipynb
-def _safetensors_of(path):
-    "Plain tensors of a safetensors file, by name."
-    with need("safetensors", "hf").safe_open(str(path), "pt") as f: return {n: f.get_tensor(n) for n in f.keys()}
-
-def _tree(values):
-    "Tensors, plain and compressed, as a model of `as_model`."
-    tree = as_model({n: torch.empty(0) for n in values})
+def _tree(rows, about, value):
+    "What a file of modelzip's holds, as a model of `as_model`; ties, and what it says of the layers, are kept."
+    if about.get("layers") and about.get("modelzip", 5) < 5 and "crc" not in about: raise PackError("it comes from an older modelzip, and cannot be read without its code: register its builder")
+    values = {n: value(r) for n, r in rows.items() if r.same is None}
+    tree, packed = as_model({n: torch.empty(0) for n in rows}), {n: Packed(v) for n, v in values.items() if not isinstance(v, Tensor)}
     def make(owner, module):
-        mine = {n: values[f"{owner}.{n}" if owner else n] for n in module._parameters}
-        for name, v in mine.items():
-            plain = v if isinstance(v, Tensor) else torch.empty(v.shape, dtype=v.dtype, device="meta")
+        mine = {n: rows[f"{owner}.{n}" if owner else n] for n in module._parameters}
+        for name, r in mine.items():
+            plain = values[r.same or r.name] if r.kind is None else torch.empty(r.shape, dtype=r.dtype, device="meta")
             module._parameters[name] = nn.Parameter(plain, requires_grad=False)
-        for name, v in mine.items():
-            if not isinstance(v, Tensor): module = Dequantize(module, v, name)
+        for name, r in mine.items():
+            if r.kind is None: continue
+            module = Dequantize(module, packed[r.same or r.name], name)
+            vars(module)["told"] = {"layer": r.layer} | ({"options": r.options} if r.options else {})
         return module
-    return _replaced(tree, make)
+    tree = _replaced(tree, make)
+    vars(tree)["architecture"], vars(plain_layer(tree))["meaning"] = about["architecture"], {k: about[k] for k in ("layers", "kind") if about.get(k)}
+    return tree
 
 def _known_or_weights(read, path):
     "A model, if modelzip wrote the file and it says which; None if it does not."
@@ -133,40 +150,46 @@ def _known_or_weights(read, path):
     except PackError as e:
         if "pass a model" not in str(e): raise
 
-def _weights_of(opened: Opened, joint="/"):
+@contextmanager
+def _open_other(path) -> Iterator[tuple[Opened, str]]:
+    "A file of another format, and what stands in it between a tensor and its parts."
+    with naming(path), open_file(path) as f:
+        if path.suffix.lower() not in (".h5", ".hdf5"): yield (open_npz if path.suffix.lower() == ".npz" else open_safetensors)(f), "/"; return
+        h5py = need("h5py", "hdf5")
+        with translating("HDF5"): h = h5py.File(f, "r")
+        with h: yield open_hdf5(f, h), "."
+
+def _weights_of(found: Opened, joint):
     "What a file of another format holds. Codes and scales that modelzip wrote become what they were, not weights."
-    if opened.note is None: return as_model({n: opened.read(n) for n in opened.index})
-    about = read_note(opened.note)
-    index = with_types(opened.index, about["types"])
+    if found.note is None: return as_model({n: found.read(n) for n in found.index})
+    about = read_note(found.note)
+    index = with_types(found.index, about["types"])
+    demand(len(about["crc"]) == len(index), f"it holds {len(index)} tensors, and should hold {len(about['crc'])}")
     rows, crc = rows_of(about["tensors"], index, joint), dict(zip(sorted(index), about["crc"]))
-    whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, opened, index, crc)
-    values = {n: rebuild(r, {(n, k): whole(r, k) for k in r.parts}) for n, r in rows.items() if r.same is None}
-    return _tree({n: values[n if r.same is None else r.same] for n, r in rows.items()})
+    whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, found, index, crc)
+    return _tree(rows, about, lambda r: rebuild(r, {(r.name, k): whole(r, k) for k in r.parts}))
 
-def _from_safetensors(path):
-    if (known := _known_or_weights(from_safetensors, path)) is not None: return known
-    with naming(path), open_file(path) as f: return _weights_of(open_safetensors(f))
-
-def _from_npz(path):
-    if (known := _known_or_weights(from_npz, path)) is not None: return known
-    with naming(path), open_file(path) as f: return _weights_of(open_npz(f))
-
-def _from_hdf5(path):
-    if (known := _known_or_weights(from_hdf5, path)) is not None: return known
-    with naming(path), open_file(path) as f, need("h5py", "hdf5").File(f, "r") as h: return _weights_of(open_hdf5(f, h), ".")
+def _from_other(path):
+    read = {".safetensors": from_safetensors, ".npz": from_npz}.get(path.suffix.lower(), from_hdf5)
+    if (known := _known_or_weights(read, path)) is not None: return known
+    with _open_other(path) as (found, joint): return _weights_of(found, joint)
 
 # %% ../nbs/15_cli.ipynb
 def _from_folder(path):
     "A folder as the Hugging Face Hub has them: one safetensors file, or several with an index, which says where each tensor is."
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if single.is_file(): return _from_safetensors(single)
-    if not index.is_file(): raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    try: places = dict(json.loads(index.read_text())["weight_map"].items())
-    except (ValueError, KeyError, AttributeError, TypeError): raise ValueError(f"{index} is no index of safetensors files") from None
-    if odd := [s for s in places.values() if not isinstance(s, str) or not s or Path(s).name != s]: raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
+    if not index.is_file():
+        if single.is_file(): return _from_other(single)
+        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+    try: places = dict(read_json(index.read_bytes())["weight_map"].items())
+    except (PackError, KeyError, AttributeError, TypeError): raise ValueError(f"{index} is no index of safetensors files") from None
+    if odd := [s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")]: raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
+    if single.is_file() and single.name not in places.values(): raise ValueError(f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the file, or put the other away")
     found = {}
     for shard in sorted(set(places.values())):
-        held = _safetensors_of(path / shard)
+        with _open_other(path / shard) as (part, _):
+            demand(part.note is None, "it is a whole model that modelzip wrote, and no part of one")
+            held = {n: part.read(n) for n in part.index}
         for n, s in places.items():
             if s == shard and n not in held: raise ValueError(f"{path / shard} lacks {n!r}, which {index.name} says is in it")
         for n in held:
@@ -177,7 +200,7 @@ def _from_folder(path):
 # %% ../nbs/15_cli.ipynb
 def _from_mz(path):
     if (known := _known_or_weights(load, path)) is not None: return known
-    return _tree({l.name: read_tensor(path, l.name) for l in inspect(path, entropy=False).lines})
+    with opened(path) as f, naming(path): return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
 
 # %% ../nbs/15_cli.ipynb
 def _from_builder(text):
@@ -193,7 +216,7 @@ def _from_builder(text):
     return model.eval()
 
 # %% ../nbs/15_cli.ipynb
-READERS = {".mz": _from_mz, ".safetensors": _from_safetensors, ".h5": _from_hdf5, ".hdf5": _from_hdf5, ".npz": _from_npz,
+READERS = {".mz": _from_mz, ".safetensors": _from_other, ".h5": _from_other, ".hdf5": _from_other, ".npz": _from_other,
            ".pt": _from_torch, ".pth": _from_torch, ".bin": _from_torch}
 
 def open_model(
@@ -240,11 +263,19 @@ def bars(options): return not options.quiet and sys.stderr.isatty()
 
 FORCE = argument("--force", action="store_true", help="write over the input")
 
-def _check_output(source, output, force):
-    "An input is not written over by mistake, and what is written is what the ending says."
-    if not force and os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
-        raise ValueError(f"{output} is the input; give another name, or --force to write over it")
-    return os.path.splitext(output)[1].lower()
+def _ending(output, *may):
+    "What is written is what the ending says."
+    ending = os.path.splitext(output)[1].lower()
+    if ending not in may: raise ValueError(f"{output!r} ends in {ending!r}; what is written here may end in {', '.join(may)}")
+    return ending
+
+def _check_kept(o):
+    "What has been read is not written over by mistake, whatever it is called: the model, a file of its folder, the program that made it, the recipe."
+    source = Path(o.model)
+    read = [p for p in source.iterdir() if p.suffix in (".safetensors", ".json")] if source.is_dir() else [source] if source.exists() else [getattr(sys.modules.get(o.model.partition(":")[0]), "__file__", None)]
+    for p in (*read, getattr(o, "recipe", None)):
+        if not o.force and p is not None and os.path.exists(p) and os.path.exists(o.output) and os.path.samefile(p, o.output):
+            raise ValueError(f"{o.output} is the input; give another name, or --force to write over it")
 
 # %% ../nbs/15_cli.ipynb
 def _quantized(model, o, bits):
@@ -258,7 +289,7 @@ def _by_bits(model, o):
     def write(bits, path):
         save(_quantized(model, o, bits), path, archive=not o.mapped, made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group))
         return file_bytes(path)
-    bits = most = o.bits or (4 if o.codebook == "nf4" else 8)
+    bits = most = (4 if o.codebook == "nf4" else 8) if o.bits is None else o.bits
     if o.bytes is not None:
         with tempfile.TemporaryDirectory() as folder:
             bits = bisect.bisect(range(1, most + 1), False, key=lambda bits: write(bits, Path(folder) / "tried.mz") > o.bytes)
@@ -294,8 +325,9 @@ DATA: dict[str, Callable] = {"mnist5k": mnist5k, "digits": digits}      # what `
          argument("--recipe", help=f"a file of JSON, or one of {', '.join(RECIPES)}"),
          argument("--seed", type=int, help="of all that is random in a search (default: 0)"), JSON, QUIET)
 def _compress(o):
-    if (ending := _check_output(o.model, o.output, o.force)) in FOREIGN: raise ValueError(f"{o.output} ends in {ending!r}; compress writes .mz files, and convert the others")
+    _check_kept(o); _ending(o.output, ".mz")
     model = open_model(o.model)
+    _check_kept(o)
     searched = o.recipe or not (o.cosine is o.accuracy_loss is o.milliseconds is None) or o.bytes is not None and not only_weights(model)
     _check_options(model, o, searched)
     how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
@@ -307,6 +339,7 @@ def _check_options(model, o, searched):
     given = lambda *names: [f"--{n.replace('_', '-')}" for n in names if getattr(o, n) not in (None, False)]
     rounding = given("bits", "group", "codebook", "asymmetric", "observer", "mapped")
     if searched and rounding: raise ValueError(f"{rounding[0]} does not act in a search: {', '.join(given('bytes', 'cosine', 'accuracy_loss', 'milliseconds', 'recipe'))} decides; leave out the one or the other")
+    if o.recipe and o.seed is not None: raise ValueError("--seed does not act with --recipe, which has its own")
     if not searched and (idle := given("data", "seed")): raise ValueError(f"{idle[0]} does not act without a target or a recipe")
     if o.codebook and (idle := given("asymmetric", "observer")): raise ValueError(f"{idle[0]} does not act with --codebook, whose values are its own")
     if o.codebook == "nf4" and o.bits not in (None, 4): raise ValueError(f"--bits is {o.bits}, and nf4 has 4 bits")
@@ -342,7 +375,16 @@ def _diff(o):
     return Done({"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]}, repr(found), status=0 if found.same else 1)
 
 # %% ../nbs/15_cli.ipynb
-def _with_kernels(model): return use_kernels(model) if any(isinstance(m, Dequantize) for m in model.modules()) else model
+def _compressed(model): return any(isinstance(m, Dequantize) for m in model.modules())
+
+def _with_kernels(model): return use_kernels(model) if _compressed(model) else model
+
+def _info_of(source):
+    "What a file of modelzip's says about itself."
+    path = Path(source)
+    if path.suffix.lower() == ".mz": return inspect(path, entropy=False).info
+    if not path.is_file() or READERS.get(path.suffix.lower()) is not _from_other: return {}
+    with _open_other(path) as (found, _): return read_note(found.note)["info"] if found.note else {}
 
 WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
 
@@ -355,7 +397,8 @@ def example_of(
     except (ValueError, AttributeError): sizes, dtype = [], None
     if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype): raise ValueError(f"--input is {text!r}; it may be sizes and a dtype, like 1x1x28x28 or 2x64:int64")
     dice = torch.Generator().manual_seed(0)
-    return torch.randn(sizes, generator=dice).to(dtype) if dtype.is_floating_point else torch.randint(100, sizes, generator=dice).to(dtype)
+    try: return torch.randn(sizes, generator=dice).to(dtype) if dtype.is_floating_point else torch.randint(100, sizes, generator=dice).to(dtype)
+    except (RuntimeError, ValueError, OverflowError, MemoryError): raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
 
 # %% ../nbs/15_cli.ipynb
 @command("write a model in another format", "modelzip convert model.mz model.safetensors --expand",
@@ -363,15 +406,20 @@ def example_of(
          argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
          argument("--input", action="append", metavar="SHAPE", help="for .onnx: an example's shape and dtype, like 1x1x28x28 or 1x64:int64; once for each input"), FORCE)
 def _convert(o):
-    ending = _check_output(o.model, o.output, o.force)
+    _check_kept(o)
+    ending = _ending(o.output, *WRITERS, ".onnx")
     if o.input and ending != ".onnx": raise ValueError("--input does not act: only an .onnx file needs an example")
     model = open_model(o.model)
-    if o.expand: model = as_model(expanded_tensors(model)) if only_weights(model) else dequantize_model(model)
+    _check_kept(o)
+    if o.expand and not _compressed(model): raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
+    if o.expand: model = _as_told(as_model(expanded_tensors(model)), model) if only_weights(model) else dequantize_model(model)
     if ending == ".onnx":
         if not o.input: raise ValueError("an .onnx file needs --input, the shape of an example: like 1x1x28x28")
         to_onnx(_with_kernels(model), o.output, tuple(map(example_of, o.input)))
-    elif ending in WRITERS: WRITERS[ending](model, o.output)
-    else: raise ValueError(f"{o.output} ends in {ending!r}; it may end in {', '.join(WRITERS)} or .onnx")
+    else:
+        info = _info_of(o.model)
+        if clash := [k for k in info if k in signature(WRITERS[ending]).parameters]: raise ValueError(f"{o.model} says something as {clash[0]!r}, which {ending} files cannot say")
+        WRITERS[ending](model, o.output, **info)
     return Done({"file": o.output, "bytes": file_bytes(o.output)}, f"{o.output}: {file_bytes(o.output):,} bytes")
 
 # %% ../nbs/15_cli.ipynb
@@ -379,7 +427,13 @@ def _ready(path, o):
     "A model that runs, with integer kernels if asked for."
     model = open_model(path)
     if only_weights(model): raise ValueError(f"{path} holds weights without the code that runs them: register its architecture, or give package.module:function")
-    return _with_kernels(model) if o.kernels else model
+    return model
+
+def _integers(models):
+    "The same models with integer kernels; an error where there is none."
+    ready = [_with_kernels(m) for m in models]
+    if all(a is b or [*map(type, a.modules())] == [*map(type, b.modules())] for a, b in zip(ready, models)): raise ValueError("--kernels does not act: there is no compressed layer with an integer product")
+    return ready
 
 KERNELS = argument("--kernels", action="store_true", help="compute with integers where there is a product for it")
 
@@ -390,9 +444,12 @@ KERNELS = argument("--kernels", action="store_true", help="compute with integers
 def _bench(o):
     if o.threads is not None and o.threads < 1: raise ValueError(f"--threads is {o.threads}; it may be 1 or more")
     if twice := [p for p in o.models if o.models.count(p) > 1]: raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
-    if o.threads: torch.set_num_threads(o.threads)
-    models, example = {p: _ready(p, o) for p in o.models}, tuple(map(example_of, o.input))
-    times = latency({p: lambda m=m: m(*example) for p, m in models.items()}, o.repeats, progress=bars(o))
+    models, example, before = [_ready(p, o) for p in o.models], tuple(map(example_of, o.input)), torch.get_num_threads()
+    if o.kernels: models = _integers(models)
+    try:
+        if o.threads: torch.set_num_threads(o.threads)
+        times = latency({p: lambda m=m: m(*example) for p, m in zip(o.models, models)}, o.repeats, progress=bars(o))
+    finally: torch.set_num_threads(before)
     rows = [[p, f"{t.median:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.ratio:.2f}×", f"{t.ratio_low:.2f}–{t.ratio_high:.2f}"] for p, t in times.items()]
     found = {p: {k: v for k, v in asdict(t).items() if k != "times"} for p, t in times.items()}
     return Done(found, as_text(rows, ["model", "ms", "quartiles", "time", f"{100 * min([.95] + [t.confidence for t in times.values()]):.0f} % interval"], 1))
@@ -414,6 +471,7 @@ def _retrieval(model):
 def _eval(o):
     if o.at_least is not None and not 0 <= o.at_least <= 1: raise ValueError(f"--at-least is {o.at_least}; it may be a share, 0 to 1")
     model = _ready(o.model, o)
+    if o.kernels: model, = _integers([model])
     if o.data == "docstrings" and not hasattr(model, "encode"): raise ValueError(f"{o.model} has no encode(texts): docstrings are for models of sentences")
     found, said = _retrieval(model) if o.data == "docstrings" else _digits(model, DATA[o.data]())
     found["bytes"] = file_bytes(o.model) if Path(o.model).exists() else None
@@ -436,6 +494,13 @@ def _completion(o):
 # %% ../nbs/15_cli.ipynb
 EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError, RuntimeError)
 
+class _Once(argparse.Action):
+    "An option that is given twice would act once."
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given: parser.error(f"{option_string} is there twice")
+        given.add(self.dest); setattr(namespace, self.dest, values)
+
 def parser() -> argparse.ArgumentParser:
     "Of all commands, with an example in each help."
     top = argparse.ArgumentParser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
@@ -444,7 +509,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, f in COMMANDS.items():
         p = commands.add_parser(name, help=f.help, description=f.help[0].upper() + f.help[1:] + ".", epilog=f"example: {f.example}")
-        for names, options in f.arguments: p.add_argument(*names, **options)
+        for names, options in f.arguments: p.add_argument(*names, **({} if "action" in options else {"action": _Once}) | options)
     return top
 
 # %% ../nbs/15_cli.ipynb
@@ -463,5 +528,5 @@ def cli(
     return done.status
 
 def _fail(what, status):
-    print(f"modelzip: {what}", file=sys.stderr)
+    print(f"modelzip: {what if len(what) < 2000 else what[:2000] + ' …'}", file=sys.stderr)
     return status

@@ -22,7 +22,7 @@ from .data import need
 from .archive import BLOCK, MAX_MANIFEST, PackError, demand, naming, open_file, replacing
 from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
-from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
+from .pack import check_bool, check_machine, check_match, check_result, check_row, check_shape, items, read_json, rebuild, room
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds, seal
 
@@ -47,6 +47,7 @@ def take_apart(
     "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
     if model is None: raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
+    hollow(model)      # or nothing could be loaded into a copy of it
     tensors, told, table = {}, {}, table_of(model)[0]
     for item in items(model):
         entry = table[item.name]
@@ -68,6 +69,8 @@ def add_parts(
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
         if name in tensors: raise ValueError(f"two tensors of the model would be called {name!r}")
+        try: check_shape({"dtype": NAMES[t.dtype], "shape": list(t.shape)}, name)
+        except PackError as e: raise ValueError(f"this model cannot be written: {e}") from None
         tensors[name] = t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -305,6 +308,10 @@ def safetensors_header(
         header[n] = {"dtype": CODES[types[n]], "shape": list(tensors[n].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" "*(-len(text) % 8)
+    try:
+        demand(len(text) <= MAX_MANIFEST, f"its header has {len(text):,} bytes; {MAX_MANIFEST:,} are the most")
+        read_json(text)
+    except PackError as e: raise ValueError(f"safetensors cannot hold this model, or what is said about it: {e}") from None
     return len(text).to_bytes(8, "little") + text, order
 
 # %% ../nbs/05b_exchange.ipynb
@@ -458,6 +465,7 @@ def write_npy(
 ) -> None:
     "One array as an entry of an archive."
     entry = zipfile.ZipInfo(f"{name}.npy")
+    if len(entry.filename.encode()) >= 2**16: raise ValueError(f"the name {name[:80]!r}… has {len(name):,} characters, more than a zip archive can have")
     if entry.filename != f"{name}.npy": raise ValueError(f"the name {name!r} cannot be that of an entry of a zip archive")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f: np.lib.format.write_array(f, x, allow_pickle=False)
@@ -619,7 +627,8 @@ def to_hdf5(
         with h5py.File(patient := Patient(f), "w", libver=("v108", "latest")) as h:
             for name, t in tensors.items():
                 packed = dict(compression="gzip", shuffle=t.dtype.itemsize > 1) if compress and t.numel() and t.dim() else {}
-                h.create_dataset(h5_path(name), data=as_array(t), **packed)
+                try: h.create_dataset(h5_path(name), data=as_array(t), **packed)
+                except (ValueError, TypeError) as e: raise ValueError(f"{name!r:.200} has no place in HDF5: {e}") from None
             for key, text in note.items(): h.attrs[key] = np.bytes_(text)
         patient.settle()
     return Path(os.fsdecode(path))
