@@ -33,6 +33,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.kinds import plain_layer
+from .workshop.terminal import as_json, complain, fitting, place, reason, say
 
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
@@ -81,7 +82,9 @@ def _as_told(model, like):
     vars(model)["architecture"], vars(plain_layer(model))["meaning"] = vars(like).get("architecture"), vars(plain_layer(like)).get("meaning", {})
     return model
 
-def _worth_it(t): return t.is_floating_point() and t.dim() >= 2 and t.numel() > 0
+def _worth_it(t): return t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.dim() >= 2 and t.numel() > 0
+
+def _left(v): return isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2 and v.numel() > 0 and not _worth_it(v)     # 8 bits already
 
 def _replaced(model, make):
     "Exchange modules, children before their parents, for what `make(path, module)` returns."
@@ -116,8 +119,9 @@ def quantize_weights(
 # %% ../nbs/15_cli.ipynb
 def _from_torch(path):
     "A state dict in PyTorch's own format; `weights_only` admits tensors and containers, and no code."
-    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError: raise
+    with naming(path), open_file(path) as f: new = f.read(2) == b"PK"           # a zip file; before PyTorch 1.6 it was none
+    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
+    except (OSError, MemoryError): raise
     except Exception as e: raise ValueError(f"{path} is no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict): found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
@@ -207,11 +211,10 @@ def _from_builder(text):
     "Call `function` of `package.module`, given as package.module:function."
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
-    try: build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e: raise ValueError(f"{text!r} cannot be called: {e}") from None
-    finally: sys.path.remove(os.getcwd())
-    try: model = build()
+    try: model = getattr(importlib.import_module(module), name)()
     except SystemExit as e: raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
+    except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{place(e)}") from e
+    finally: sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module): raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
     return model.eval()
 
@@ -225,9 +228,11 @@ def open_model(
     "Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is wrong."
     if not source: raise ValueError(f"the model is ''; it may be {MODEL}")
     path = Path(source)
-    if path.is_dir(): return _from_folder(path)
     if ":" in source and not path.exists(): return _from_builder(source)
-    if path.suffix.lower() in READERS: return READERS[path.suffix.lower()](path)
+    read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
+    if read:
+        try: return read(path)
+        except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
     if not path.exists(): raise FileNotFoundError(2, "No such file or directory", source)
     raise ValueError(f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with model.safetensors, or package.module:function")
 
@@ -259,7 +264,7 @@ MODEL = f"a file ({', '.join(READERS)}), a folder of the Hugging Face Hub, or pa
 JSON = argument("--json", action="store_true", help="print JSON, for other programs")
 QUIET = argument("--quiet", action="store_true", help="no progress bars (where the output is no terminal there are none anyway)")
 
-def bars(options): return not options.quiet and sys.stderr.isatty()
+def bars(options): return not options.quiet and sys.stderr is not None and sys.stderr.isatty()
 
 FORCE = argument("--force", action="store_true", help="write over the input")
 
@@ -298,10 +303,15 @@ def _by_bits(model, o):
     return f"{bits} bits"
 
 # %% ../nbs/15_cli.ipynb
+def _recipe_in(path):
+    with naming(path), open_file(path) as f:
+        try: return Recipe.from_json(f.read().decode())
+        except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from None
+
 def _by_target(model, o):
     "Search for a target, or follow a recipe."
     if only_weights(model): raise ValueError(f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with code, give package.module:function")
-    recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else Recipe.from_json(Path(o.recipe).read_text())
+    recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else _recipe_in(o.recipe)
     report = compress(model, DATA[o.data]() if o.data else None, bytes=o.bytes, milliseconds=o.milliseconds, accuracy_loss=o.accuracy_loss, cosine=o.cosine,
                       recipe=recipe, seed=o.seed or 0, path=o.output, progress=bars(o))[1]
     return repr(report)
@@ -331,8 +341,9 @@ def _compress(o):
     searched = o.recipe or not (o.cosine is o.accuracy_loss is o.milliseconds is None) or o.bytes is not None and not only_weights(model)
     _check_options(model, o, searched)
     how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
-    found = {"file": o.output, "bytes": file_bytes(o.output), "bytes_of_weights_before": before, "times_smaller": before / file_bytes(o.output), "how": how}
-    return Done(found, f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,} bytes of weights")
+    left = [f"{i.name} ({i.value.dtype})".replace("torch.", "") for i in items(model) if only_weights(model) and _left(i.value)]
+    found = {"file": o.output, "bytes": file_bytes(o.output), "bytes_of_weights_before": before, "times_smaller": before / file_bytes(o.output), "how": how, "left": left}
+    return Done(found, f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,} bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left))
 
 def _check_options(model, o, searched):
     "Options that would not act are refused: whoever gave them meant something."
@@ -360,7 +371,7 @@ def _coloured(contents: Contents) -> str:
         elif l.share < 0.01: lines[i] = f"\033[2m{lines[i]}\033[0m"
     return "\n".join([f"\033[1;36m{lines[0]}\033[0m", f"\033[4m{lines[1]}\033[0m", *lines[2:]])
 
-def _colours(): return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+def _colours(): return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 @command("show what a .mz file holds, tensor by tensor", "modelzip inspect model.mz", argument("file", help="a .mz file"), JSON)
 def _inspect(o):
@@ -494,6 +505,10 @@ def _completion(o):
 # %% ../nbs/15_cli.ipynb
 EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError, RuntimeError)
 
+class _Parser(argparse.ArgumentParser):
+    "Whose help any terminal can show."
+    def format_help(self): return fitting(super().format_help(), sys.stdout)
+
 class _Once(argparse.Action):
     "An option that is given twice would act once."
     def __call__(self, parser, namespace, values, option_string=None):
@@ -503,7 +518,7 @@ class _Once(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     "Of all commands, with an example in each help."
-    top = argparse.ArgumentParser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
+    top = _Parser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
                                   epilog="modelzip COMMAND --help shows the options of a command, and an example.")
     top.add_argument("--version", action="version", version=f"modelzip {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -516,17 +531,13 @@ def parser() -> argparse.ArgumentParser:
 def cli(
     arguments: list[str] | None = None,   # None: those of the command line
 ) -> int:                                 # exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted
-    "The command `modelzip`."
-    try: o = parser().parse_args(arguments)
-    except SystemExit as e: return e.code or 0
-    try: done = COMMANDS[o.command](o)
-    except KeyboardInterrupt: return _fail("interrupted", 130)
-    except OSError as e: return _fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e), 2)
-    except EXPECTED as e: return _fail(" ".join(str(e).split()) or type(e).__name__, 2)
-    try: print(json.dumps(done.found, indent=1, ensure_ascii=False, default=str) if getattr(o, "json", False) else done.said, flush=True)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # whoever reads has seen enough
-    return done.status
-
-def _fail(what, status):
-    print(f"modelzip: {what if len(what) < 2000 else what[:2000] + ' …'}", file=sys.stderr)
-    return status
+    "The command `modelzip`, in this process. Whatever goes wrong is one line on standard error."
+    try:
+        try: o = parser().parse_args(arguments)
+        except SystemExit as e: return e.code or say(None, 0)
+        done = COMMANDS[o.command](o)
+        return say(as_json(done.found) if getattr(o, "json", False) else done.said, done.status)
+    except KeyboardInterrupt: return complain("interrupted", 130)
+    except SystemExit as e: return complain(f"the model's code ends the program ({e})", 2)
+    except BrokenPipeError: return say(None, 0)         # of the help
+    except Exception as e: return complain(reason(e, EXPECTED), 2)
