@@ -185,7 +185,8 @@ def _from_folder(path):
     if not index.is_file():
         if single.is_file(): return _from_other(single)
         raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    try: places = dict(read_json(index.read_bytes())["weight_map"].items())
+    with naming(index), open_file(index) as f: text = f.read()
+    try: places = dict(read_json(text)["weight_map"].items())
     except (PackError, KeyError, AttributeError, TypeError): raise ValueError(f"{index} is no index of safetensors files") from None
     if odd := [s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")]: raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
     if single.is_file() and single.name not in places.values(): raise ValueError(f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the file, or put the other away")
@@ -213,6 +214,7 @@ def _from_builder(text):
     sys.path.insert(0, os.getcwd())
     try: model = getattr(importlib.import_module(module), name)()
     except SystemExit as e: raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
+    except MemoryError: raise
     except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{place(e)}") from e
     finally: sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module): raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
