@@ -1,5 +1,6 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
 import json, multiprocessing, os, random, signal, subprocess, sys, time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -126,6 +127,27 @@ def test_fingerprints_tell_apart(data, trained):
     assert fingerprint(data.train) != fingerprint(data.valid)
     assert fingerprint({"a": 1}) != fingerprint({"a": 2}) != fingerprint({"b": 2})
     assert fingerprint(torch.zeros(4)) != fingerprint(torch.zeros(2, 2)) != fingerprint(torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_fingerprints_read_what_code_imports_where_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path); monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    def a(m): import ours; return ours.K
+    def b(m): from ours import f; return f()
+    def c(m): import pack.sub as s; return s.K
+    def d(m): from pack import sub; return sub.K
+    def e(m): import pack.sub; return pack.sub.K
+    def none(m): import absent_from_here, math; return math.pi
+    found = []
+    for k in 1, 2:
+        (tmp_path / "pack").mkdir(exist_ok=True); (tmp_path / "pack/__init__.py").touch()
+        for name in "ours.py", "pack/sub.py": (tmp_path / name).write_text(f"K = {k}\ndef f(): return K\n")
+        for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+        found.append([fingerprint(f) for f in (none, a, b, c, d, e)])
+    assert [x != y for x, y in zip(*found)] == [False, True, True, True, True, True]
+    for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+    assert fingerprint(defaultdict(int, a=1)) != fingerprint(defaultdict(float, a=1))
+    for hidden in lambda m: eval("K"), lambda m: globals()["K"]:
+        with pytest.raises(TypeError, match="nobody can tell what it reads"): fingerprint(hidden)
 
 
 # --- the front
