@@ -122,11 +122,21 @@ def _from_torch(path):
     with naming(path), open_file(path) as f: new = f.read(2) == b"PK"           # a zip file; before PyTorch 1.6 it was none
     try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
     except (OSError, MemoryError): raise
-    except Exception as e: raise ValueError(f"{path} is no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict): found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors")
+    except Exception as e: raise ValueError(f"{path} is damaged, or no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
+    found = _state_dict_in(found, path)
+    for n, t in found.items():
+        if t.is_nested or t.layout is not torch.strided or t.is_quantized or t.is_meta: raise ValueError(f"{path} holds {str(n)[:200]!r}, which is no dense tensor of plain numbers; write it as one (`to_dense()`, `dequantize()`)")
     return as_model(found)
+
+def _state_dict_in(found, path):
+    "Tensors by name: all that there is, or one entry beside others, such as an epoch and the state of an optimizer."
+    tensors = lambda x: isinstance(x, dict) and all(isinstance(t, Tensor) for t in x.values())
+    if tensors(found): return found
+    inside = [k for k, x in found.items() if tensors(x) and x] if isinstance(found, dict) else []
+    if "state_dict" in inside: return found["state_dict"]
+    if len(inside) > 1: raise ValueError(f"{path} holds several dictionaries of tensors, {', '.join(map(repr, inside))[:200]}: which is the model? Save that alone, or call it 'state_dict'")
+    if not inside: raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors")
+    return found[inside[0]]
 
 # %% ../nbs/15_cli.ipynb
 def _tree(rows, about, value):
@@ -234,6 +244,7 @@ def open_model(
     read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
     if read:
         try: return read(path)
+        except RecursionError: raise ValueError(f"{source}: it is nested too deeply to be a model") from None
         except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
     if not path.exists(): raise FileNotFoundError(2, "No such file or directory", source)
     raise ValueError(f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with model.safetensors, or package.module:function")

@@ -382,6 +382,21 @@ def test_float8_stays_and_is_named(tmp_path, monkeypatch, capsys):
     assert torch.equal(read_tensor("x.mz", "b").view(torch.uint8), state["b"].view(torch.uint8)) and torch.equal(read_tensor("x.mz", "c"), state["c"])
 
 
+def test_a_state_dict_among_other_things(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state, rest = {"a.weight": torch.randn(8, 8)}, {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": .1}]}}
+    for key in "model", "model_state_dict", "state_dict":
+        torch.save({key: state, **rest}, "c.pt")
+        assert torch.equal(dict(open_model("c.pt").named_parameters())["a.weight"], state["a.weight"])
+    for odd in torch.eye(4).to_sparse(), torch.ones(4, 4, device="meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged):
+        torch.save({"odd": odd}, "c.pt")
+        assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and (("'odd', which is no dense" in (err := capsys.readouterr().err)) or "without running code" in err)
+    torch.save({".".join("a" * 3000): torch.ones(4, 4)}, "c.pt")
+    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "nested too deeply" in capsys.readouterr().err
+    torch.save({"model": state, "ema": state, **rest}, "c.pt")
+    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "'model', 'ema'" in capsys.readouterr().err
+
+
 def test_an_old_checkpoint_is_read_and_not_unpickled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = {"a.weight": torch.randn(8, 8), "a.bias": torch.randn(8)}
