@@ -125,11 +125,19 @@ def inflate(
     return data
 
 # %% ../nbs/04b_archive.ipynb
+def path_text(path: str | os.PathLike) -> str:
+    "A path as text; `ValueError` for one that no file can have."
+    text = os.fsdecode(path)
+    try: possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError: possible = False
+    if not possible: raise ValueError(f"path is {text!r}, and no file can be called so")
+    return text
+
 def target_of(
     path: str | os.PathLike,
 ) -> tuple[str, os.stat_result | None]:     # the file behind symbolic links, and what the system says of it if it exists
     "What saving to a path would replace. `OSError` when it may not."
-    target = os.path.realpath(os.fsdecode(path))
+    target = os.path.realpath(path_text(path))
     if not os.path.isdir(folder := os.path.dirname(target)):
         raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
     if not os.path.lexists(target): return target, None
@@ -171,7 +179,8 @@ def replacing(
     "Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError` with the path."
     target, before = target_of(path)
     temporary = os.path.join(os.path.dirname(target), f".modelzip-{secrets.token_hex(8)}.tmp")
-    f = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
+    try: f = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
+    except OSError as e: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     try:
         if before is not None: belong(temporary, before)
         yield f
@@ -180,7 +189,7 @@ def replacing(
     except BaseException as e:
         with suppress(OSError): f.close()
         with suppress(OSError): os.unlink(temporary)
-        if isinstance(e, OSError) and e.filename is None:
+        if isinstance(e, OSError) and e.filename in (None, temporary):      # which nobody knows
             raise OSError(e.errno, e.strerror, os.fspath(path)) from None
         raise
     sync_folder(os.path.dirname(target))
@@ -338,6 +347,7 @@ def open_file(
     path: str | os.PathLike,
 ) -> BinaryIO:
     "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or a pointer of Git LFS is a `PackError`."
+    path = path_text(path)
     demand(stat.S_ISREG(os.stat(path).st_mode),
            "it is a folder" if os.path.isdir(path) else "it is no regular file")
     f = open(path, "rb")

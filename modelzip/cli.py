@@ -422,7 +422,7 @@ def example_of(
     if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype): raise ValueError(f"--input is {text!r}; it may be sizes and a dtype, like 1x1x28x28 or 2x64:int64")
     dice = torch.Generator().manual_seed(0)
     try: return torch.randn(sizes, generator=dice).to(dtype) if dtype.is_floating_point else torch.randint(100, sizes, generator=dice).to(dtype)
-    except (RuntimeError, ValueError, OverflowError, MemoryError): raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError): raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
 
 # %% ../nbs/15_cli.ipynb
 @command("write a model in another format", "modelzip convert model.mz model.safetensors --expand",

@@ -22,7 +22,7 @@ from .data import need
 from .archive import BLOCK, MAX_MANIFEST, PackError, demand, naming, open_file, replacing
 from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
-from .pack import check_bool, check_machine, check_match, check_result, check_row, check_shape, items, read_json, rebuild, room
+from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds, seal
 
@@ -47,8 +47,8 @@ def take_apart(
     "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
     if model is None: raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
-    hollow(model)      # or nothing could be loaded into a copy of it
     tensors, told, table = {}, {}, table_of(model)[0]
+    hollow(model)      # or nothing could be loaded into a copy of it
     for item in items(model):
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
@@ -69,8 +69,6 @@ def add_parts(
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
         if name in tensors: raise ValueError(f"two tensors of the model would be called {name!r}")
-        try: check_shape({"dtype": NAMES[t.dtype], "shape": list(t.shape)}, name)
-        except PackError as e: raise ValueError(f"this model cannot be written: {e}") from None
         tensors[name] = t
 
 # %% ../nbs/05b_exchange.ipynb

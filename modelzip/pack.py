@@ -155,7 +155,9 @@ def check_keys(value: Any) -> None:
         x = todo.pop()
         if not isinstance(x, (dict, list, tuple)) or id(x) in seen: continue
         seen.add(id(x))
-        if isinstance(x, dict) and (odd := [k for k in x if not isinstance(k, str)]): raise TypeError(f"the key {odd[0]!r:.80} is a {type(odd[0]).__name__}, and a JSON object has keys of text")
+        if isinstance(x, dict) and (odd := [k for k in x if not isinstance(k, str)]):
+            if any(str(k) in x for k in odd): raise ValueError("a name occurs twice in one object")
+            raise TypeError(f"the key {odd[0]!r:.80} is a {type(odd[0]).__name__}, and a JSON object has keys of text")
         todo += x.values() if isinstance(x, dict) else x
 
 def unique(
@@ -188,6 +190,8 @@ def describe(
     "The manifest's entry for a plain tensor."
     check_storable(name, t)
     entry = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "offset": 0}
+    try: check_shape(entry, name)
+    except PackError as e: raise ValueError(f"this model cannot be saved: {e}") from None
     pieces.append(Piece(name, t, entry, packed))
     return entry
 
@@ -895,11 +899,14 @@ def check_match(
     skeleton: nn.Module,
     rows: dict[str, Row],
 ) -> None:
-    "Raise a `PackError` that lists every tensor that is missing, unexpected or of another shape."
-    have = {i.name: tuple(i.value.shape) for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
+    "Raise a `PackError` that lists every tensor that is missing, unexpected, of another shape, or, for a parameter, of another sort of numbers."
+    there = {i.name: i.value for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
+    have = {n: tuple(v.shape) for n, v in there.items()}
+    sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
     listed = [("the file lacks", [n for n in have if n not in rows]),
               ("the model has no", [n for n in rows if n not in have]),
-              ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape])]
+              ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
+              ("types differ for", [f"{n} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
     differences = [f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 
@@ -1165,7 +1172,7 @@ def solid_bytes(
     try:
         demand(len(text) < MOST_TEXT, f"its manifest has {len(text):,} bytes; {MOST_TEXT:,} are the most")
         full, parts = lengthen(short := read_json(text))
-    except PackError as e: raise ValueError(f"archive is 'solid', but this model cannot be saved so: {e}") from None
+    except PackError as e: raise ValueError(f"archive is 'solid', but this model, or what is said about it, cannot be saved so: {e}") from None
     data = [bytes(as_bytes(p.tensor)) for p in pieces]
     assert [len(d) for d in data] == [math.prod(check_shape(e, "")[1])*DTYPES[e["dtype"]].itemsize for e, _ in parts]
     through(encoder := AdaptiveEncoder(), parts, data)
@@ -1530,7 +1537,9 @@ def identical(
     b: Tensor,
 ) -> bool:
     "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(as_bytes(a)) == bytes(as_bytes(b))
+    if a.dtype != b.dtype or a.shape != b.shape: return False
+    x, y = as_bytes(a), as_bytes(b)
+    return all(bytes(x[i:i + BLOCK]) == bytes(y[i:i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True, repr=False)

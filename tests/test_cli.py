@@ -1,5 +1,5 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
-import contextlib, io, json, os, signal, stat, subprocess, sys
+import contextlib, io, itertools, json, os, signal, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modelzip.cli
+from modelzip.archive import PackError
 from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, quantize_weights
 from modelzip.data import LeNet5
 from modelzip.exchange import to_safetensors
-from modelzip.pack import load, read_tensor, save
+from modelzip.pack import inspect, load, read_tensor, save
 from modelzip.quant import Dequantize, quantize_model
+from modelzip.recipe import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +242,16 @@ def test_what_convert_wrote_without_code_is_read(coded, ending):
     ("compress own.mz -o own.mz", "is the input"), ("compress state.pt -o ./state.pt", "is the input"), ("compress own.mz -o x.pt", "ends in '.pt'"), ("compress own.mz -o x.safetensors", "ends in '.safetensors'"),
     ("convert own.mz own.mz", "is the input"), ("convert own.mz x.safetensors --input 1x1x28x28", "--input does not act"), ("compress sys:exit -o x.mz", "ends the program"), ("compress os:getcwd -o x.mz", "returns a str"),
     ("eval own.mz --data digits --at-least nan", "may be a share"), ("eval own.mz --data digits --at-least 94", "may be a share"), ("eval own.mz --data digits --at-least -1", "may be a share"),
+    ("compress hub -o hub/model-00001-of-00002.safetensors", "is the input"), ("convert hub hub/model-00001-of-00002.safetensors", "is the input"), ("convert single single/model.safetensors", "is the input"), ("compress mine:net -o source.mz", "is the input"),
+    ("compress own.mz -o recipe.mz --recipe recipe.mz", "is the input"), ("compress state.pt -o hard.mz", "is the input"), ("compress own.mz -o x.zzz", "ends in '.zzz'"), ("compress own.mz -o x", "ends in ''"), ("compress own.mz -o ", "ends in ''"),
+    ("compress own.mz -o x.mz --bits 0", "bits is 0"), ("compress own.mz -o x.mz --recipe 4-bit --seed 3", "--seed does not act"), ("compress own.mz -o x.mz --bits 3 --bits 4", "--bits is there twice"), ("convert own.mz x.safetensors --expand", "--expand does not act"),
+    ("convert foreign.safetensors x.npz --expand", "--expand does not act"), ("bench own.mz --input 1x1x28x28 --kernels", "--kernels does not act"), ("eval own.mz --data mnist5k --kernels", "--kernels does not act"), ("bench own.mz --input 9999999999999999999x1", "no such tensor"),
     ("bench own.mz own.mz --input 1x1x28x28", "there twice"), ("bench own.mz --input 1x1x28x28 --threads 0", "--threads is 0")])
 def test_what_would_not_act_is_refused(place, line, says, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    if not os.path.exists("hard.mz"): os.link("state.pt", "hard.mz"); os.symlink("mine.py", "source.mz"); Path("recipe.mz").write_text(RECIPES["4-bit"].to_json())
     before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
-    assert cli(line.split()) == 2
+    assert cli(line.split(" ")) == 2
     assert says in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()} == before
 
@@ -269,9 +276,69 @@ def test_force_writes_over_the_input(place, tmp_path, capsys):
     assert cli(["compress", str(tmp_path / "m.mz"), "-o", str(tmp_path / "m.mz"), "--force"]) == 0
 
 
+RIVALS = {"bits": ["3"], "group": ["8"], "codebook": ["kmeans"], "asymmetric": [], "observer": ["minmax"], "mapped": [], "bytes": ["2000"], "cosine": [".9"], "accuracy-loss": ["5"], "milliseconds": ["9"], "data": ["digits"], "recipe": ["4-bit"], "seed": ["3"]}
+ROUNDING, TARGETS = {"bits", "group", "codebook", "asymmetric", "observer", "mapped"}, {"cosine", "accuracy-loss", "milliseconds", "recipe"}
+
+@pytest.mark.parametrize("source", ["mine:net", "foreign.safetensors"])
+def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
+    "Every pair of options of compress: both act, or one is refused by name. (Nothing is searched for: that both are let through is enough.)"
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("modelzip.cli._by_bits", lambda model, o: save(model, o.output) and "")
+    monkeypatch.setattr("modelzip.cli._by_target", lambda model, o: save(model, o.output) and "")
+    known = source == "mine:net"
+    for a, b in itertools.combinations(RIVALS, 2):
+        status = cli(["compress", source, "-o", str(tmp_path / "x.mz"), *sum(([f"--{k}", *RIVALS[k]] for k in (a, b)), [])])
+        searched = {a, b} & TARGETS or known and "bytes" in (a, b)
+        idle = searched and {a, b} & ROUNDING or not searched and {a, b} & {"data", "seed"} or {"recipe", "seed"} == {a, b} or "codebook" in (a, b) and {a, b} & {"asymmetric", "observer"}
+        assert (status, bool(idle)) in ((0, False), (2, True)), (a, b)
+        err = capsys.readouterr().err
+        assert not idle or any(f"--{k}" in err for k in (a, b)), err
+
+def test_a_shared_storage_is_stored_once(tmp_path, monkeypatch, capsys):
+    "What is the same tensor is one; views that are turned, cut or spread out keep their own values."
+    monkeypatch.chdir(tmp_path)
+    w = torch.randn(64, 64)
+    state = {"a.weight": w, "b.weight": w, "c.weight": w.view(64, 64), "turned.weight": w.t(), "head.weight": w[:40], "tail.weight": w[20:], "flat.weight": w.view(32, 128), "wide.weight": w[:1].expand(8, 64)}
+    torch.save(state, "m.pt")
+    once = 4*sum(state[n].numel() for n in state if n[0] not in "bc" or n[1] != ".")
+    for path in "c.mz", "c.npz", "c.h5", "c.safetensors":
+        assert cli(["convert", "m.pt", path]) == 0 and os.path.getsize(path) < once + 5000
+        assert all(torch.equal(expanded_tensors(open_model(path))[n], t) for n, t in state.items())
+    assert cli(["compress", "m.pt", "-o", "q.mz"]) == 0 and [l.kind for l in inspect("q.mz").lines].count("= a.weight") == 2
+    small = expanded_tensors(open_model("q.mz"))
+    assert all((small[n] - t).abs().max() < .05 for n, t in state.items())
+    for there in "q.safetensors", "q.h5", "q.npz":
+        assert cli(["convert", "q.mz", there]) == cli(["convert", there, "back.mz"]) == cli(["diff", "q.mz", "back.mz"]) == 0
+    assert cli(["convert", "q.mz", "e.safetensors", "--expand"]) == 0 and os.path.getsize("e.safetensors") < once + 5000
+
+class Strided(Mine):
+    "Whose layers are not what their class makes."
+    def __init__(self, stride=1, eps=1e-5):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 4, 3, stride=stride), nn.BatchNorm1d(4, eps=eps)
+    def forward(self, x): return super().forward(self.norm(self.conv(x)).flatten(1)[:, :64])
+
+@pytest.mark.parametrize("ending", ["mz", "safetensors", "npz", "h5"])
+def test_what_a_file_says_goes_along(tmp_path, ending, monkeypatch):
+    "Converted without its code, and twice: strides, eps, integer layers, ties and info arrive, or the file is refused."
+    from modelzip.exchange import from_hdf5, from_npz, from_safetensors
+    from modelzip.kernels import use_kernels
+    from modelzip.qat import convert, prepare
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    m, x = Strided(2, .5).eval(), torch.randn(3, 1, 80)
+    read = {"mz": load, "safetensors": from_safetensors, "npz": from_npz, "h5": from_hdf5}[ending]
+    for q in m, quantize_model(m, 4, group=8), use_kernels(quantize_model(m, 8)), convert(prepare(m, 8, batches=[x])):
+        save(q, "a.mz", note={"x": [1]})
+        assert cli(["convert", "a.mz", f"b.{ending}"]) == cli(["convert", f"b.{ending}", "c.mz"]) == cli(["diff", "a.mz", "c.mz"]) == 0
+        with torch.no_grad(): assert all(torch.equal(r(p, Strided())(x), q(x)) for r, p in ((read, f"b.{ending}"), (load, "c.mz")))
+    assert cli(["convert", "a.mz", "e.npz", "--expand"]) == cli(["compress", "e.npz", "-o", "d.mz"]) == 0
+    assert load("d.mz", Strided()).conv.stride == (2,)
+
 @pytest.mark.parametrize("change, says", [
     (lambda hub, w: save_file({"more": torch.ones(2), "fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "does not list"), (lambda hub, w: w.update({"fc9.weight": "b.safetensors"}), "lacks 'fc9.weight'"), (lambda hub, w: w.update({"fc9.weight": "c.safetensors"}), "c.safetensors"),
-    (lambda hub, w: save_file({"fc1.weight": torch.zeros(2)} | {"fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "says is in a.safetensors"), (lambda hub, w: w.update({"x": "../a.safetensors"}), "no file beside it")])
+    (lambda hub, w: save_file({"fc1.weight": torch.zeros(2)} | {"fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "says is in a.safetensors"), *[(lambda hub, w, bad=bad: w.update({"x": bad}), "no file beside it") for bad in ("../a.safetensors", "..", "", ".", "/etc/a.safetensors", "sub/a.safetensors", "c:\\a.safetensors", "a\0.safetensors", 3, None, ["a.safetensors"])],
+    (lambda hub, w: (hub / "model.safetensors").write_bytes(b""), "which of them"), (lambda hub, w: to_safetensors(Mine(), hub / "b.safetensors"), "whole model"), (lambda hub, w: (hub / "b.safetensors").write_bytes(b"version https://git-lfs"), "b.safetensors")])
 def test_the_index_decides(tmp_path, change, says):
     save_file({"fc1.weight": torch.ones(2)}, tmp_path / "a.safetensors"); save_file({"fc2.weight": torch.ones(3)}, tmp_path / "b.safetensors")
     where = {"fc1.weight": "a.safetensors", "fc2.weight": "b.safetensors"}
@@ -279,7 +346,7 @@ def test_the_index_decides(tmp_path, change, says):
     assert dict(open_model(str(tmp_path)).named_parameters()).keys() == where.keys()
     change(tmp_path, where)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises((ValueError, OSError), match=says): open_model(str(tmp_path))
+    with pytest.raises((ValueError, OSError, PackError), match=says): open_model(str(tmp_path))
 
 
 # --- whatever the file, wherever the output, whenever the interrupt

@@ -11,9 +11,12 @@ from torch import nn
 from modelzip import archive as zips, pack
 from modelzip.archive import PackError
 from modelzip.workshop import kinds
+from modelzip.cli import expanded_tensors
 from modelzip.coding import encode
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.data import LeNet5, register_model
+from modelzip.kernels import use_kernels
+from modelzip.prune import prune_model, sparsify_model
 from modelzip.quant import CompressedTensor, Dequantize, quantize_layer, quantize_model
 from guards import examples
 
@@ -539,6 +542,47 @@ def test_later_versions_are_still_read():
     for version, want in (2, two), (3, patterned(three)), (4, quantize_model(patterned(four), levels=7, per_channel=False)):
         path = files/f"version{version}.mz"
         assert inspect(path).version == version and state(load(path)) == state(load(path, want)) == state(want)
+
+class Fifth(nn.Module):
+    "What files of version 5 say of a model that nobody registered."
+    def __init__(self, slope=.01, limit=1.):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(slope)
+        self.rnn, self.fc, self.tied, self.out = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 16), nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 3), nn.Hardtanh())
+        self.limit, self.by, self.pair = limit, {0: 1.}, (1, 1)
+        self.tied.weight = self.fc.weight
+    def forward(self, x):
+        x = self.rnn(self.act(self.norm(self.conv(x))).flatten(2).mT)[0][:, -1]
+        return self.out(self.fc(x) + self.tied(x)).clamp(max=self.limit)*self.by[0]*self.pair[1]
+
+def fifth():
+    "As it was when its file was written: `save(…, archive=True, note=…)`; the other file is `shrunk`, solid."
+    m = Fifth(.3, math.inf)
+    m.conv, m.norm, m.by, m.pair = nn.Conv2d(1, 4, 3, stride=2, padding=1, padding_mode="circular"), nn.BatchNorm2d(4, eps=.5), {0: 2.}, (1, 3)
+    m.out = nn.Sequential(nn.GELU("tanh"), nn.Linear(16, 3), nn.Hardtanh(-9, math.inf))
+    m.norm.running_var.mul_(2)
+    m = quantize_model(patterned(m), 4, group=8, overrides={"conv": {"levels": 7, "group": None}, "rnn*": {"bits": 8, "group": None}, "out.*": None})
+    m.out[1] = sparsify_model(prune_model(m.out[1], .7))
+    return m
+
+def shrunk():
+    m = LeNet5(channels=[2, 3], hidden=4)
+    m.conv1, m.fc1 = nn.Conv2d(1, 2, 5, stride=2, padding=12), nn.Sequential(nn.Linear(48, 3, bias=False), nn.Tanh(), nn.Linear(3, 4))
+    return use_kernels(quantize_model(patterned(m), levels=7, per_channel=False))
+
+def test_fifth_version_is_still_read():
+    "Classes, arguments and attributes of a model's layers (archived), and a builder's seal (solid), as they were written then. The sums were taken then, too."
+    files, x = Path(__file__).with_name("files"), torch.linspace(-1, 1, 2*28*28).reshape(2, 1, 28, 28)
+    for name, like, crc, want in ("version5.mz", Fifth, 767001999, [[5.74644, -5.19758, -4.3478], [4.7424, -6.22647, -3.82178]]), \
+            ("version5_solid.mz", None, 4141358475, [[-.81249, -.625, -.43751, -.46873, -.28124, -.09376, .09373, .06251, .25, .43749], [-.8125, -.625, -.4375, -.4375, -.25, -.0625, -.0625, .125, .3125, .28125]]):
+        path = files/name
+        assert inspect(path).version == 5
+        for got in [load(path, like())] if like else [load(path), load(path, LeNet5(channels=[2, 3], hidden=4))]:
+            numbers = b"".join(bytes(pack.as_bytes(t)) for t in expanded_tensors(got).values())
+            with torch.no_grad(): out = got(x)
+            assert zlib.crc32(numbers) == crc and torch.allclose(out, torch.tensor(want), atol=1e-3 if like else .02), (zlib.crc32(numbers), out.tolist())
+        if like: assert got.tied.packed is got.fc.packed and (got.by, got.pair, got.limit, got.conv.stride, got.norm.eps) == ({0: 2.}, (1, 3), math.inf, (2, 2), .5)
+    with pytest.raises(PackError, match="no registered builder"): load(files/"version5.mz")
 
 def test_the_version_is_the_lowest_that_can_read_the_file(tmp_path):
     "Floats in streams need version 2; whole numbers as values (method 7), also inside of other methods, are read from version 5 on."

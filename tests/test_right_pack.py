@@ -12,6 +12,7 @@ from torch import nn
 from modelzip.archive import PackError
 from modelzip.data import LeNet5, register_model
 from modelzip.exchange import from_npz, from_safetensors, to_npz, to_safetensors
+from modelzip import pack
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
 from modelzip.workshop import kinds
@@ -444,6 +445,7 @@ def test_diff_sees_layers_options_ties_and_signs(tmp_path):
     assert not diff(save(one, tmp_path/"a.mz", flag=1), save(one, tmp_path/"b.mz", flag=True)).same
     with pytest.raises(ValueError, match="twice"): save(one, tmp_path/"c.mz", notes={1: "x", "1": "y"})
     with pytest.raises(ValueError, match="twice"): to_npz(one, tmp_path/"c.npz", notes={1: "x", "1": "y"})
+    with pytest.raises(TypeError, match="the key 1 is a int"): save(one, tmp_path/"c.mz", notes=[{1: "x"}])
     (tmp_path/"broken.mz").write_bytes(b"PK")
     with pytest.raises(PackError) as e: diff(tmp_path/"a.mz", tmp_path/"broken.mz")
     assert str(e.value).startswith(str(tmp_path/"broken.mz"))
@@ -460,11 +462,95 @@ def test_what_is_written_is_read(tmp_path):
         with torch.device("meta"): got = read(path, m)
         assert not any(t.is_meta for t in got.state_dict().values()) and torch.equal(got(torch.ones(1, 64)), m(torch.ones(1, 64)))
 
+def test_ties_are_groups(tmp_path):
+    "Which of tied names comes first is no difference; who is tied to whom is one."
+    a, b = (nn.ModuleDict({k: nn.Linear(2, 2, bias=False) for k in order}) for order in ("pqr", "rqp"))
+    for m, other in (a, "pqr"), (b, "rqp"):
+        for k in other[1:]: m[k].weight = m[other[0]].weight
+        m.p.weight.data.copy_(torch.ones(2, 2))
+    from modelzip.cli import as_model
+    one, other = (as_model({f"{k}.weight": m[k].weight.detach() for k in order}) for m, order in ((a, "pqr"), (b, "rqp")))
+    assert two(tmp_path, one, other).same
+    assert "tied otherwise" in str(two(tmp_path, one, as_model({"p.weight": torch.ones(2, 2), "q.weight": (w := torch.ones(2, 2)), "r.weight": w})))
+
+@pytest.mark.parametrize("archive", [True, False, "solid"])
+def test_save_proves_it(tmp_path, monkeypatch, archive):
+    "What does not come back as it was does not get into place, though every checksum is right."
+    m = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    path = save(m, tmp_path/"x.mz", archive); old = path.read_bytes()
+    monkeypatch.setattr(pack, "read_row", lambda f, row, payload, real=pack.read_row: real(f, row, payload).neg() if row.name == "1.bias" else real(f, row, payload))
+    with pytest.raises(ValueError, match="'1.bias' comes back otherwise"): save(m, path, archive)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["x.mz"]
+
+class Softened(nn.Module):
+    "Takes the name of another class below."
+    def __init__(self): super().__init__(); self.fc, self.hidden = nn.Linear(4, 3), {i: i for i in range(999)}
+    def forward(self, x): return self.fc(x)
+Softened = Plain = register_model("softened of test_right_pack")(Softened)
+
+def test_a_builder_is_relied_on_for_what_it_makes(tmp_path):
+    "Another class of the same name, or another value for which a file has no word: then the file names no builder."
+    class Softened(Plain):
+        def forward(self, x): return super().forward(x).softmax(-1)
+    Softened.__qualname__ = "Softened"
+    m, odd, same = Softened().eval(), Plain().eval(), Plain().eval()
+    m.architecture = same.architecture
+    odd.hidden[3] = 4
+    for write, read in WAYS.values():
+        if read is from_npz: continue
+        for other in m, odd:
+            path = write(other, tmp_path/"x")
+            with pytest.raises(PackError, match="pass a model"): read(path)
+            assert torch.equal(read(path, other)(X), other(X))
+        assert torch.equal(read(write(same, path))(X), same(X))
+
+@pytest.mark.parametrize("a, b", [([nn.ReLU()], [nn.Tanh()]), ([nn.LeakyReLU(.1)], [nn.LeakyReLU(.2)]), (np.sin, np.cos), (__import__("decimal").Decimal("1"), __import__("decimal").Decimal("2")), (collections.deque([1]), collections.deque([2])),
+                                  (__import__("re").compile("a"), __import__("re").compile("b")), (Path("a"), Path("b")), (bytearray(b"a"), bytearray(b"b")), (__import__("operator").itemgetter(0), __import__("operator").itemgetter(1))])
+def test_values_that_do_not_travel_are_missed(tmp_path, a, b):
+    class Holds(nn.Module):
+        def __init__(self, odd): super().__init__(); self.fc, self.odd = nn.Linear(4, 3), odd
+        def forward(self, x): return self.fc(x)
+    path = save(Holds(a), tmp_path/"x.mz")
+    with pytest.raises(PackError, match="another 'odd'"): load(path, Holds(b))
+    load(path, Holds(copy.deepcopy(a)))
+    assert not two(tmp_path, Holds(a), Holds(b)).same
+
 def test_inspect_adds_up_where_tensors_are_empty(tmp_path):
     m = nn.Sequential(nn.Linear(3, 2), nn.Linear(0, 3), nn.Linear(2, 4, bias=False))
     for how in True, False, "solid":
         c = inspect(save(m, tmp_path/"x.mz", how))
         assert c.rest > 100 and sum(l.bytes for l in c.lines) + c.rest == c.bytes and c.lines[2].bytes == 0
+
+@pytest.mark.parametrize("way", WAYS)
+def test_paths_that_cannot_be(tmp_path, way, monkeypatch):
+    "Errors name the path that was given, never a file that only this library knows."
+    monkeypatch.chdir(tmp_path)
+    write, read = WAYS[way]
+    for path, error in ("a\0b", ValueError), ("\ud800", ValueError), ("a"*300, OSError), ("/proc/x", OSError), ("no/x", OSError), (".", OSError), ("", OSError), (3, TypeError), (None, TypeError):
+        with pytest.raises(error) as e: write(nn.Linear(2, 2), path)
+        assert ".tmp" not in str(e.value) and (error is not ValueError or repr(path) in str(e.value))
+        assert not isinstance(e.value, OSError) or e.value.filename2 is None and (path in ("no/x", ".", "") or e.value.filename == path)
+        with pytest.raises((error, PackError)) as e: read(path)
+        assert error is not ValueError or repr(path) in str(e.value)
+    assert not os.listdir(tmp_path)
+
+def test_numbers_of_another_sort(tmp_path):
+    "Whole numbers, bools and complex ones are no weights of a layer of floats, whoever wrote them; of floats, any are."
+    for dtype in "int64", "uint8", "bool", "complex64", "float16", "float64":
+        np.savez(tmp_path/"x.npz", weight=np.ones((2, 2), dtype), bias=np.zeros(2, "f4"))
+        own = nn.Linear(2, 2)
+        own.weight = nn.Parameter(torch.ones(2, 2, dtype=getattr(torch, dtype)), requires_grad=False)
+        for read, path in (from_npz, tmp_path/"x.npz"), (load, save(own, tmp_path/"x.mz")), (from_safetensors, to_safetensors(own, tmp_path/"x.safetensors")):
+            if "float" in dtype: assert read(path, nn.Linear(2, 2)).weight.dtype == own.weight.dtype
+            else:
+                with pytest.raises(PackError, match=f"weight .file {dtype}, model float32"): read(path, nn.Linear(2, 2))
+            assert read(path, own).weight.dtype == own.weight.dtype
+
+def test_what_hdf5_fills_in(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path/"x.h5", "w") as h:
+        h.create_dataset("weight", (4, 3), "f4", chunks=(1, 3), fillvalue=7., compression="gzip")[:1] = 1; h["bias"] = np.zeros(4, "f4")
+    assert from_hdf5(tmp_path/"x.h5", nn.Linear(3, 4)).weight.tolist() == [[1.]*3] + [[7.]*3]*3
 
 def test_two_names_of_one_file(tmp_path):
     (tmp_path/"sub").mkdir(); (tmp_path/"link.mz").symlink_to("a.mz")
