@@ -33,7 +33,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.kinds import plain_layer
-from .workshop.terminal import as_json, complain, fitting, place, reason, say
+from .workshop.terminal import as_json, complain, fitting, raised_at, reason, say
 
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
@@ -225,7 +225,7 @@ def _from_builder(text):
     try: model = getattr(importlib.import_module(module), name)()
     except SystemExit as e: raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
     except MemoryError: raise
-    except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{place(e)}") from e
+    except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{raised_at(e)}") from e
     finally: sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module): raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
     return model.eval()
