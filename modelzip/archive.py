@@ -135,19 +135,31 @@ def path_text(path: str | os.PathLike) -> str:
 
 def target_of(
     path: str | os.PathLike,
-) -> tuple[str, int | None]:     # the file behind symbolic links, and its permissions if it exists
+) -> tuple[str, os.stat_result | None]:     # the file behind symbolic links, and what the system says of it if it exists
     "What saving to a path would replace. `OSError` when it may not."
     target = os.path.realpath(path_text(path))
     if not os.path.isdir(folder := os.path.dirname(target)):
         raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
     if not os.path.lexists(target): return target, None
-    mode = os.stat(target).st_mode
+    before = os.stat(target)
+    mode = before.st_mode
     if stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, "Cannot save a model over a folder", target)
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Cannot save a model over what is not a regular file", target)
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "The file to save over is read-only", target)
-    return target, stat.S_IMODE(mode)
+    return target, before
+
+def belong(
+    path: str,
+    before: os.stat_result,
+) -> None:
+    "Give a file owner, group and permissions of another; the group alone where we may not give files away."
+    if hasattr(os, "chown") and (os.stat(path).st_uid, os.stat(path).st_gid) != (before.st_uid, before.st_gid):
+        try: os.chown(path, before.st_uid, before.st_gid)
+        except OSError:
+            with suppress(OSError): os.chown(path, -1, before.st_gid)
+    os.chmod(path, stat.S_IMODE(before.st_mode))        # afterwards: a change of owner takes bits away
 
 # %% ../nbs/04b_archive.ipynb
 def sync_folder(
@@ -165,12 +177,12 @@ def replacing(
     path: str | os.PathLike,
 ) -> Iterator[BinaryIO]:       # a new, empty file; it takes the path's place when the block ends without an exception
     "Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError` with the path."
-    target, mode = target_of(path)
+    target, before = target_of(path)
     temporary = os.path.join(os.path.dirname(target), f".modelzip-{secrets.token_hex(8)}.tmp")
     try: f = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
     except OSError as e: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     try:
-        if mode is not None: os.chmod(temporary, mode)
+        if before is not None: belong(temporary, before)
         yield f
         f.flush(); os.fsync(f.fileno()); f.close()
         os.replace(temporary, target)
@@ -334,11 +346,16 @@ def naming(
 def open_file(
     path: str | os.PathLike,
 ) -> BinaryIO:
-    "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder or a device is a `PackError`."
+    "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or a pointer of Git LFS is a `PackError`."
     path = path_text(path)
     demand(stat.S_ISREG(os.stat(path).st_mode),
            "it is a folder" if os.path.isdir(path) else "it is no regular file")
-    return open(path, "rb")
+    f = open(path, "rb")
+    try: demand(not f.peek(len(POINTER)).startswith(POINTER), "it is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that")
+    except BaseException: f.close(); raise
+    return f
+
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 # %% ../nbs/04b_archive.ipynb
 def unseal(

@@ -33,6 +33,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.kinds import plain_layer
+from .workshop.terminal import as_json, complain, fitting, raised_at, reason, say
 
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
@@ -81,7 +82,9 @@ def _as_told(model, like):
     vars(model)["architecture"], vars(plain_layer(model))["meaning"] = vars(like).get("architecture"), vars(plain_layer(like)).get("meaning", {})
     return model
 
-def _worth_it(t): return t.is_floating_point() and t.dim() >= 2 and t.numel() > 0
+def _worth_it(t): return t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.dim() >= 2 and t.numel() > 0
+
+def _left(v): return isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2 and v.numel() > 0 and not _worth_it(v)     # 8 bits already
 
 def _replaced(model, make):
     "Exchange modules, children before their parents, for what `make(path, module)` returns."
@@ -116,13 +119,24 @@ def quantize_weights(
 # %% ../nbs/15_cli.ipynb
 def _from_torch(path):
     "A state dict in PyTorch's own format; `weights_only` admits tensors and containers, and no code."
-    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError: raise
-    except Exception as e: raise ValueError(f"{path} is no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict): found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors")
+    with naming(path), open_file(path) as f: new = f.read(2) == b"PK"           # a zip file; before PyTorch 1.6 it was none
+    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
+    except (OSError, MemoryError): raise
+    except Exception as e: raise ValueError(f"{path} is damaged, or no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
+    found = _state_dict_in(found, path)
+    for n, t in found.items():
+        if t.is_nested or t.layout is not torch.strided or t.is_quantized or t.is_meta: raise ValueError(f"{path} holds {str(n)[:200]!r}, which is no dense tensor of plain numbers; write it as one (`to_dense()`, `dequantize()`)")
     return as_model(found)
+
+def _state_dict_in(found, path):
+    "Tensors by name: all that there is, or one entry beside others, such as an epoch and the state of an optimizer."
+    tensors = lambda x: isinstance(x, dict) and all(isinstance(t, Tensor) for t in x.values())
+    if tensors(found): return found
+    inside = [k for k, x in found.items() if tensors(x) and x] if isinstance(found, dict) else []
+    if "state_dict" in inside: return found["state_dict"]
+    if len(inside) > 1: raise ValueError(f"{path} holds several dictionaries of tensors, {', '.join(map(repr, inside))[:200]}: which is the model? Save that alone, or call it 'state_dict'")
+    if not inside: raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors")
+    return found[inside[0]]
 
 # %% ../nbs/15_cli.ipynb
 def _tree(rows, about, value):
@@ -181,7 +195,8 @@ def _from_folder(path):
     if not index.is_file():
         if single.is_file(): return _from_other(single)
         raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    try: places = dict(read_json(index.read_bytes())["weight_map"].items())
+    with naming(index), open_file(index) as f: text = f.read()
+    try: places = dict(read_json(text)["weight_map"].items())
     except (PackError, KeyError, AttributeError, TypeError): raise ValueError(f"{index} is no index of safetensors files") from None
     if odd := [s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")]: raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
     if single.is_file() and single.name not in places.values(): raise ValueError(f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the file, or put the other away")
@@ -207,11 +222,11 @@ def _from_builder(text):
     "Call `function` of `package.module`, given as package.module:function."
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
-    try: build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e: raise ValueError(f"{text!r} cannot be called: {e}") from None
-    finally: sys.path.remove(os.getcwd())
-    try: model = build()
+    try: model = getattr(importlib.import_module(module), name)()
     except SystemExit as e: raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
+    except MemoryError: raise
+    except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{raised_at(e)}") from e
+    finally: sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module): raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
     return model.eval()
 
@@ -225,9 +240,12 @@ def open_model(
     "Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is wrong."
     if not source: raise ValueError(f"the model is ''; it may be {MODEL}")
     path = Path(source)
-    if path.is_dir(): return _from_folder(path)
     if ":" in source and not path.exists(): return _from_builder(source)
-    if path.suffix.lower() in READERS: return READERS[path.suffix.lower()](path)
+    read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
+    if read:
+        try: return read(path)
+        except RecursionError: raise ValueError(f"{source}: it is nested too deeply to be a model") from None
+        except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
     if not path.exists(): raise FileNotFoundError(2, "No such file or directory", source)
     raise ValueError(f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with model.safetensors, or package.module:function")
 
@@ -259,7 +277,7 @@ MODEL = f"a file ({', '.join(READERS)}), a folder of the Hugging Face Hub, or pa
 JSON = argument("--json", action="store_true", help="print JSON, for other programs")
 QUIET = argument("--quiet", action="store_true", help="no progress bars (where the output is no terminal there are none anyway)")
 
-def bars(options): return not options.quiet and sys.stderr.isatty()
+def bars(options): return not options.quiet and sys.stderr is not None and sys.stderr.isatty()
 
 FORCE = argument("--force", action="store_true", help="write over the input")
 
@@ -298,10 +316,15 @@ def _by_bits(model, o):
     return f"{bits} bits"
 
 # %% ../nbs/15_cli.ipynb
+def _recipe_in(path):
+    with naming(path), open_file(path) as f:
+        try: return Recipe.from_json(f.read().decode())
+        except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from None
+
 def _by_target(model, o):
     "Search for a target, or follow a recipe."
     if only_weights(model): raise ValueError(f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with code, give package.module:function")
-    recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else Recipe.from_json(Path(o.recipe).read_text())
+    recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else _recipe_in(o.recipe)
     try: report = compress(model, DATA[o.data]() if o.data else None, bytes=o.bytes, milliseconds=o.milliseconds, accuracy_loss=o.accuracy_loss, cosine=o.cosine,
                            recipe=recipe, seed=o.seed or 0, path=o.output, progress=bars(o))[1]
     except WriteError as e: raise _kept(e, o.output) from e
@@ -339,8 +362,9 @@ def _compress(o):
     searched = o.recipe or not (o.cosine is o.accuracy_loss is o.milliseconds is None) or o.bytes is not None and not only_weights(model)
     _check_options(model, o, searched)
     how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
-    found = {"file": o.output, "bytes": file_bytes(o.output), "bytes_of_weights_before": before, "times_smaller": before / file_bytes(o.output), "how": how}
-    return Done(found, f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,} bytes of weights")
+    left = [f"{i.name} ({i.value.dtype})".replace("torch.", "") for i in items(model) if only_weights(model) and _left(i.value)]
+    found = {"file": o.output, "bytes": file_bytes(o.output), "bytes_of_weights_before": before, "times_smaller": before / file_bytes(o.output), "how": how, "left": left}
+    return Done(found, f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,} bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left))
 
 def _check_options(model, o, searched):
     "Options that would not act are refused: whoever gave them meant something."
@@ -368,7 +392,7 @@ def _coloured(contents: Contents) -> str:
         elif l.share < 0.01: lines[i] = f"\033[2m{lines[i]}\033[0m"
     return "\n".join([f"\033[1;36m{lines[0]}\033[0m", f"\033[4m{lines[1]}\033[0m", *lines[2:]])
 
-def _colours(): return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+def _colours(): return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 @command("show what a .mz file holds, tensor by tensor", "modelzip inspect model.mz", argument("file", help="a .mz file"), JSON)
 def _inspect(o):
@@ -502,6 +526,10 @@ def _completion(o):
 # %% ../nbs/15_cli.ipynb
 EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError, RuntimeError)
 
+class _Parser(argparse.ArgumentParser):
+    "Whose help any terminal can show."
+    def format_help(self): return fitting(super().format_help(), sys.stdout)
+
 class _Once(argparse.Action):
     "An option that is given twice would act once."
     def __call__(self, parser, namespace, values, option_string=None):
@@ -511,7 +539,7 @@ class _Once(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     "Of all commands, with an example in each help."
-    top = argparse.ArgumentParser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
+    top = _Parser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
                                   epilog="modelzip COMMAND --help shows the options of a command, and an example.")
     top.add_argument("--version", action="version", version=f"modelzip {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -524,17 +552,13 @@ def parser() -> argparse.ArgumentParser:
 def cli(
     arguments: list[str] | None = None,   # None: those of the command line
 ) -> int:                                 # exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted
-    "The command `modelzip`."
-    try: o = parser().parse_args(arguments)
-    except SystemExit as e: return e.code or 0
-    try: done = COMMANDS[o.command](o)
-    except KeyboardInterrupt: return _fail("interrupted", 130)
-    except OSError as e: return _fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e), 2)
-    except EXPECTED as e: return _fail(" ".join(str(e).split()) or type(e).__name__, 2)
-    try: print(json.dumps(done.found, indent=1, ensure_ascii=False, default=str) if getattr(o, "json", False) else done.said, flush=True)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # whoever reads has seen enough
-    return done.status
-
-def _fail(what, status):
-    print(f"modelzip: {what if len(what) < 2000 else what[:2000] + ' …'}", file=sys.stderr)
-    return status
+    "The command `modelzip`, in this process. Whatever goes wrong is one line on standard error."
+    try:
+        try: o = parser().parse_args(arguments)
+        except SystemExit as e: return e.code or say(None, 0)
+        done = COMMANDS[o.command](o)
+        return say(as_json(done.found) if getattr(o, "json", False) else done.said, done.status)
+    except KeyboardInterrupt: return complain("interrupted", 130)
+    except SystemExit as e: return complain(f"the model's code ends the program ({e})", 2)
+    except BrokenPipeError: return say(None, 0)         # of the help
+    except Exception as e: return complain(reason(e, EXPECTED), 2)

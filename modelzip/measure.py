@@ -456,12 +456,8 @@ def _svg(fig: plt.Figure) -> str:
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
     "Write a text file in one step: a reader sees the old file or the new one, never a part."
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
-        os.chmod(name, 0o644); os.replace(name, path)
-    except BaseException: os.unlink(name); raise
+    from modelzip.archive import replacing          # of a chapter to come
+    with replacing(path) as f: f.write(text.encode())
 
 # %% ../nbs/01_measure.ipynb
 def _to_html(

@@ -227,6 +227,25 @@ def kl_after_quantizing(
     return (p[where] * (p[where] / q[where].clamp(min=1e-12)).log()).sum().item()
 
 # %% ../nbs/03_quant.ipynb
+def _divergences(
+    counts: Tensor,   # [rows, bins] histograms
+    levels: int,
+    keeps: Tensor,    # [tries] ascending
+) -> Tensor:          # [rows, tries]: `kl_after_quantizing` of each row and number of bins
+    "All divergences from prefix sums."
+    sums = lambda t: nn.functional.pad(t.cumsum(1), (1, 0))
+    mass, filled, own = sums(counts), sums((counts > 0).to(counts.dtype)), sums(torch.xlogy(counts, counts))
+    borders = -(-torch.arange(levels + 1, device=counts.device) * keeps[:, None] // levels)     # of the runs of bins that share a code
+    m = mass[:, borders].diff(dim=2)
+    mean = m / filled[:, borders].diff(dim=2).clamp_(min=1)
+    final = mean.gather(2, ((keeps - 1) * levels // keeps)[None, :, None].expand(len(counts), -1, 1))[..., 0]
+    total, kept, last = mass[:, -1:], mass[:, keeps], counts[:, keeps - 1]
+    rest, seen = total - kept, last > 0
+    p = own[:, keeps] - torch.xlogy(last, last) + torch.xlogy(last + rest, last + rest)         # Σ p log p
+    q = torch.xlogy(m, mean).sum(2) + torch.where(seen, torch.xlogy(rest, final), 0) - (total - rest * ~seen) * kept.log()
+    return torch.where(kept > 0, (p - q - rest * ~seen * math.log(1e-12)) / total - total.log(), math.inf)
+
+# %% ../nbs/03_quant.ipynb
 class Entropy(MinMax):
     "TensorRT's choice (Migacz 2017): of some 240 thresholds the one whose quantized histogram loses the least information (KL divergence)."
     def __init__(self, bins: int = 2048):
@@ -234,18 +253,19 @@ class Entropy(MinMax):
         self.bins = bins
     def __call__(self, blocks, levels, symmetric):
         if symmetric and levels == 2: return _mean_magnitude(blocks)
-        high = torch.tensor([self._threshold(b.abs().double(), max(2, (levels - 1) // 2 + 1)) for b in blocks], dtype=blocks.dtype, device=blocks.device)
+        codes = max(2, (levels - 1) // 2 + 1)
+        tries = torch.tensor([*range(min(max(codes, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins], device=blocks.device)
+        step = max(1, _BITE // 4 // (len(tries) * (codes + 1) + self.bins))
+        high = torch.cat([self._thresholds(b.abs().double(), codes, tries) for b in blocks.split(step)]).to(blocks.dtype)
         if symmetric: return -high, high
         low, top = super().__call__(blocks, levels, symmetric)
         return torch.maximum(low, -high), torch.minimum(top, high)
-    def _threshold(self, x, levels):
-        "Try every clipping point of the histogram of |x|; return the one of least divergence."
-        top = x.max().item()
-        if top == 0: return 0.
-        counts = torch.histc(x, self.bins, 0, top)
-        tries = [*range(min(max(levels, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins]
-        best = min(tries, key=lambda i: kl_after_quantizing(counts, i, levels))
-        return top * best / self.bins
+    def _thresholds(self, x, codes, tries):
+        "For each row of magnitudes the threshold of least divergence."
+        top = x.amax(1, keepdim=True)
+        places = (x / torch.where(top > 0, top, 1) * self.bins).long().clamp_(max=self.bins - 1)
+        counts = torch.zeros(len(x), self.bins, dtype=x.dtype, device=x.device).scatter_add_(1, places, torch.ones_like(x))
+        return top[:, 0] * tries[_divergences(counts, codes, tries).argmin(1)] / self.bins
 
 # %% ../nbs/03_quant.ipynb
 OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": Entropy}

@@ -37,6 +37,7 @@ from .workshop.content import fingerprint
 from .workshop.matrices import layers_of, matrices_of, outputs_of
 from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
 from .workshop.models import Labelled, as_batches, check_ordinary, copied, feed, logits_of
+from .workshop.parcels import received, sent_once
 from .workshop.turns import alone, lent, works_for
 
 # %% ../nbs/12b_recipe.ipynb
@@ -612,7 +613,11 @@ def _done(waiting, model, samples, evaluate, executor):
     if executor is None:
         for key, recipe in waiting.items(): yield key, *_safely(recipe, model, samples, evaluate)
         return
-    jobs = {executor.submit(_safely, recipe, model, samples, evaluate): key for key, recipe in waiting.items()}
-    for job in as_completed(jobs):
-        try: yield jobs[job], *job.result()
-        except Exception: yield jobs[job], {"error": traceback.format_exc(), "lost": True}, None
+    with sent_once(executor, (model, samples, evaluate)) as shared:
+        jobs = {executor.submit(_elsewhere, recipe, shared): key for key, recipe in waiting.items()}
+        for job in as_completed(jobs):
+            key = jobs.pop(job)             # its file need not stay in memory
+            try: yield key, *job.result()
+            except Exception: yield key, {"error": traceback.format_exc(), "lost": True}, None
+
+def _elsewhere(recipe, shared): return _safely(recipe, *received(shared))

@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'POOL_SETTINGS', 'CallError', 'elsewhere', 'intra_op_threads'
            'WorkerDied', 'Spread', 'Way', 'Scaling', 'scaling', 'save_multi_threaded_model']
 
 # %% ../nbs/12_threads.ipynb
-import atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics
+import asyncio, atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics
 import subprocess, sys, threading, time, weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from inspect import signature
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -117,10 +118,11 @@ class _Blas:
                 if lib.num_threads != (now := min([old, *cls.asked])): lib.set_num_threads(now)
 
 # %% ../nbs/12_threads.ipynb
-def _count(n: Any, name: str, least: int = 1) -> int:
+def _count(n: Any, name: str, least: int = 1, most: float = 1024) -> int:
     "A whole number, checked."
     if isinstance(n, bool) or not isinstance(n, int): raise TypeError(f"{name} is {n!r}; it may be a whole number")
     if n < least: raise ValueError(f"{name} is {n}; it may be {least} or more")
+    if n > most: raise ValueError(f"{name} is {n}; it may be at most {most}")
     return n
 
 # %% ../nbs/12_threads.ipynb
@@ -199,12 +201,13 @@ def run_in_threads(
     return _collect(job, on_error, timeout, _run_team(job, min(num_threads, len(job.calls)), intra_op, timeout, progress))
 
 # %% ../nbs/12_threads.ipynb
-def _seconds(t: Any, name: str) -> float | None:
-    "A time, checked; None is for ever."
+def _seconds(t: Any, name: str, most: float = math.inf) -> float | None:
+    "A time, checked; None is for ever. Locks cannot wait for more than 2⁶³ nanoseconds: three years are for ever too."
     if t is None: return None
     if isinstance(t, bool) or not isinstance(t, (int, float)): raise TypeError(f"{name} is {t!r}; it may be seconds or None")
     if not t >= 0: raise ValueError(f"{name} is {t}; it may be 0 or more seconds, or None")
-    return float(t)
+    if t > most: raise ValueError(f"{name} is {t}; it may be at most {most} seconds")
+    return float(min(t, 1e8))
 
 def _run_team(job: _Job, n: int, intra_op: int, timeout: float | None, progress: bool) -> bool:
     "Start n threads and wait for them; False when the time is up."
@@ -291,7 +294,8 @@ def amdahl(
 ) -> Any:               # how many times as fast as with one
     "Amdahl's law (Amdahl 1967, doi:10.1145/1465482.1465560)."
     if not 0 <= serial <= 1: raise ValueError(f"serial is {serial}; it may be 0 to 1")
-    return 1 / (serial + (1 - serial) / n)
+    if not (n.min() if hasattr(n, "min") else n) >= 1: raise ValueError(f"n is {n}; it may be 1 or more")
+    return n * 1. if serial == 0 else 1 / (serial + (1 - serial) / n)
 
 # %% ../nbs/12_threads.ipynb
 def fit_amdahl(
@@ -356,7 +360,7 @@ class AsAlone(TorchFunctionMode):
         n: int,     # samples in the batch; inputs hold them one after another along their first dimension
     ):
         super().__init__()
-        self.n = _count(n, "n")
+        self.n = _count(n, "n", most=math.inf)
     def __enter__(self) -> "AsAlone":
         self.token = _samples.set(self.n)
         return super().__enter__()
@@ -529,7 +533,7 @@ def __call__(self, samples: list) -> list[tuple[bool, Any]]:
     "For each sample (True, answer) or (False, error)."
     if len(samples) > 1:
         try: return [(True, y) for y in self.answers(samples)]
-        except Exception: pass
+        except BaseException: pass          # SystemExit is nobody's in particular either
     return [_attempt(self.alone, s) for s in samples]
 
 def _attempt(f: Callable, x: Any) -> tuple[bool, Any]:
@@ -557,6 +561,7 @@ class _Line:
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
         self.queues: dict[tuple, deque] = {}
+        self.askers, self.why = deque(), ""     # coroutines that wait for room; why the line is closed, if nobody closed it
         lock = threading.RLock()        # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
 
@@ -568,7 +573,7 @@ def _put(self, requests: list[_Request], patience: float | None) -> None:
     with self.work:
         for r in requests:
             if self.waiting >= self.size: self.make_room(until)
-            if self.closed: raise PoolClosed("the pool is closed and takes no more requests")
+            if self.closed: raise PoolClosed("the pool is closed and takes no more requests" + self.why)
             r.arrived = time.monotonic()
             self.queues.setdefault(r.key, deque()).append(r)
             self.waiting += 1
@@ -596,30 +601,40 @@ def _forget_cancelled(self) -> None:
         if not line: del self.queues[key]
 
 @_method(_Line)
+def _tell(self, n: int) -> None:
+    "There is room for n more."
+    self.room.notify(n)
+    for _ in range(min(n, len(self.askers))): self.askers.popleft()()
+
+@_method(_Line)
 def _pop(self, key: tuple, most: int) -> list[_Request]:
     "Up to `most` requests of one shape, oldest first."
     line = self.queues.get(key, ())
     taken = [line.popleft() for _ in range(min(most, len(line)))]
     if taken and not line: del self.queues[key]
     self.waiting -= len(taken)
-    self.room.notify(len(taken))
+    self.tell(len(taken))
     return taken
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
-def _take(self, most: int, hopes: int = 1, patience: float = 0.) -> list[_Request] | None:
-    "A batch for one worker; sleeps until there is one. None when the line is closed and empty."
+def _take(self, most: int, hopes: int = 1, patience: float = 0., into: list | None = None) -> list[_Request] | None:
+    "A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed and empty."
+    batch = [] if into is None else into
     with self.work:
         self.idle += 1
-        while not self.waiting and not self.closed: self.work.wait()
-        share, self.idle = min(most, -(-self.waiting // self.idle)), self.idle - 1
+        try:
+            while not self.waiting and not self.closed: self.work.wait()
+            share = min(most, -(-self.waiting // self.idle))
+        finally: self.idle -= 1
         if not self.waiting: return None
         key = min(self.queues, key=lambda k: self.queues[k][0].arrived)
-        batch, until = self.pop(key, share), time.monotonic() + patience
+        batch += self.pop(key, share)
+        until = time.monotonic() + patience
         while len(batch) < min(most, hopes) and not self.closed and (left := until - time.monotonic()) > 0:
             self.gathering += 1
-            self.work.wait(left)
-            self.gathering -= 1
+            try: self.work.wait(left)
+            finally: self.gathering -= 1
             batch += self.pop(key, most - len(batch))
         return batch
 
@@ -631,7 +646,7 @@ def _close(self, cancel: bool = False) -> list[_Request]:
         self.closed = True
         rest = [r for line in self.queues.values() for r in line] if cancel else []
         if cancel: self.queues, self.waiting = {}, 0
-        self.work.notify_all(); self.room.notify_all()
+        self.work.notify_all(); self.room.notify_all(); self.tell(len(self.askers))
     return rest
 
 # %% ../nbs/12_threads.ipynb
@@ -661,18 +676,39 @@ def _answer(batch: list[_Request], run: Callable, counts: _Counts) -> None:
     for r, (fine, value) in zip(batch, outcomes):
         with contextlib.suppress(futures.InvalidStateError): (r.future.set_result if fine else r.future.set_exception)(value)
 
-def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: queue.SimpleQueue) -> None:
-    "The life of a worker."
-    most, wait = settings["max_batch"], settings["max_wait"]
+def _work(line: _Line, run: Callable, counts: _Counts, most: int, wait: float | None) -> None:
+    "Batch after batch. What goes wrong outside the model belongs to the batch that was in hand."
     hopes, patience = (1, 0.) if wait is None else (most, wait)
-    with torch.no_grad(), intra_op_threads(settings["intra_op"]):
+    while True:
+        batch = wanted = []                 # an idle worker holds nothing
+        try:
+            if line.take(most, hopes, patience, batch) is None: return
+            start, wanted = time.monotonic(), [r for r in batch if _begin(r, counts)]
+            if wanted: _answer(wanted, run, counts)
+            if wait is None: hopes, patience = len(wanted), (time.monotonic() - start) / 10
+        except BaseException as e:
+            if not batch: raise
+            _break([r for r in batch if not r.future.done()], WorkerDied, f"a worker failed outside the model: {type(e).__name__}: {e}", e)
+
+def _break(requests: list[_Request], kind: type, said: str, cause: BaseException) -> None:
+    "Promises that cannot be kept."
+    for r in requests:
+        error = kind(said)
+        error.__cause__ = cause
+        with contextlib.suppress(futures.InvalidStateError): r.future.set_exception(error)
+
+def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: queue.SimpleQueue) -> None:
+    "The life of a worker. When it ends before its time, the pool is closed, and says why."
+    try:
+        with torch.no_grad(), intra_op_threads(settings["intra_op"]):
+            ready.put(None)
+            _work(line, run, counts, settings["max_batch"], settings["max_wait"])
+    except BaseException as e:
+        line.why = f": a worker ended with {type(e).__name__}: {e}"
+        _break(line.close(cancel=True), PoolClosed, "the pool is closed and answers no more" + line.why, e)
+    finally:
         ready.put(None)
-        while (batch := line.take(most, hopes, patience)) is not None:
-            start, batch = time.monotonic(), [r for r in batch if _begin(r, counts)]
-            if batch: _answer(batch, run, counts)
-            if wait is None: hopes, patience = len(batch), (time.monotonic() - start) / 10
-            batch = None                    # an idle worker holds nothing
-    getattr(run, "close", lambda: None)()
+        with contextlib.suppress(OSError): getattr(run, "close", lambda: None)()
 
 # %% ../nbs/12_threads.ipynb
 POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": None, "queue_size": 1024, "intra_op": 1,
@@ -692,19 +728,18 @@ def pool_settings(
 def _check_setting(name: str, value: Any) -> None:
     if name in ("exact", "processes"):
         if not isinstance(value, bool): raise TypeError(f"{name} is {value!r}; it may be True or False")
-    elif name == "max_wait": _seconds(value, name)
-    elif value is not None or name != "workers":
-        most = math.inf if name == "queue_size" else 1024
-        if _count(value, name) > most: raise ValueError(f"{name} is {value}; it may be at most {most}")
+    elif name == "max_wait": _seconds(value, name, 60)
+    elif value is not None or name != "workers": _count(value, name, most=math.inf if name == "queue_size" else 1024)
 
 # %% ../nbs/12_threads.ipynb
 def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
     "Settings: what the caller gives, else what the file says, else the usual."
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
     if isinstance(model, (str, os.PathLike)):
-        try: filed = pool_settings(inspect(model).info.get("pool"))
+        try: filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
         except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
     elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
+    if filed.get("workers"): filed["workers"] = min(filed["workers"], 4 * cores())      # a file cannot know this machine
     s = {**POOL_SETTINGS, **filed, **given}
     if collate is not None and s["exact"]:
         raise ValueError("collate changes samples' shapes, so answers are only close to serial ones: say exact=False with it")
@@ -726,8 +761,15 @@ def _hire(line: _Line, runs: list, counts: _Counts, settings: dict) -> list[thre
         return threading.Thread(target=_serve, args=(line, run, counts, settings, ready), name=f"pool-{i}", daemon=True)
     team = [worker(i, run) for i, run in enumerate(runs)]
     _open[line] = team
-    for t in team: t.start()
-    for _ in team: ready.get()
+    try:
+        for t in team: t.start()
+        for _ in team: ready.get()
+        if line.closed: raise PoolClosed("the pool could not start" + line.why)
+    except BaseException:
+        line.close()
+        del _open[line]
+        for t, run in zip(team, runs): t.join() if t.ident is not None else getattr(run, "close", lambda: None)()
+        raise
     return team
 
 @atexit.register
@@ -757,7 +799,7 @@ class Pool:
         workers: int | None = None,         # None: the file's, else as many as workers × intra_op = cores
         *,
         max_batch: int | None = None,       # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
-        max_wait: float | None = None,      # seconds to wait for a full batch; None: the file's, else a tenth of the last's time
+        max_wait: float | None = None,      # seconds to wait for a full batch, at most 60; None: the file's, else a tenth of the last's time
         queue_size: int | None = None,      # requests that may wait; None: the file's, else 1024
         intra_op: int | None = None,        # threads in each operation; None: the file's, else 1
         exact: bool | None = None,          # answers have the bits of serial ones; False: only close. None: the file's, else True
@@ -789,8 +831,8 @@ def _submit(
     *,
     timeout: float | None = None,   # seconds; a request that has not begun by then gets TimeoutError and is not run
     wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
-) -> Future:                        # result() is the answer, cancel() works until the model runs; asyncio.wrap_future awaits it
-    "Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room."
+) -> Future:                        # result() is the answer, cancel() works until the model runs
+    "Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine, which must not wait, awaits `asubmit`."
     request = self._request(x, _seconds(timeout, "timeout"))
     wait = 0. if self._inside() else _seconds(timeout if wait is None else wait, "wait")
     self._line.put([request], wait)
@@ -824,6 +866,57 @@ def __call__(
     finally: future.cancel()        # nobody waits for it any more; without effect when it is done
 
 # %% ../nbs/12_threads.ipynb
+@_method(_Line)
+def _ask(self) -> asyncio.Future:
+    "For a coroutine: done when there may be room."
+    loop = asyncio.get_running_loop()
+    hope = loop.create_future()
+    def say(): hope.done() or hope.set_result(None)
+    def tell():
+        with contextlib.suppress(RuntimeError): loop.call_soon_threadsafe(say)      # the loop may be over
+    hope.tell = tell
+    with self.work: self.askers.append(tell)
+    return hope
+
+@_method(_Line)
+def _leave(self, hope: asyncio.Future) -> None:
+    "Asks no more; if it was told of room, which it may not have used, the next one is."
+    with self.work:
+        if hope.tell in self.askers: self.askers.remove(hope.tell)
+        elif self.waiting < self.size: self.tell(1)
+
+@_method(_Line)
+async def _room_for(self, request: _Request, until: float) -> None:
+    "Put a request in line as soon as there is room."
+    while True:
+        hope = self.ask()
+        try: return self.put([request], 0.)
+        except PoolFull:
+            if (left := until - time.monotonic()) <= 0: raise
+            await asyncio.wait([hope], timeout=None if left == math.inf else left)
+        finally: self.leave(hope)
+
+# %% ../nbs/12_threads.ipynb
+@_method(Pool)
+async def _asubmit(
+    self,
+    x: Any,                         # a sample, as for `submit`
+    *,
+    timeout: float | None = None,   # seconds to wait for the answer, then TimeoutError
+    wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
+) -> Any:                           # the model's answer to it
+    "As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose task is cancelled is not run."
+    request, wait = self._request(x, timeout := _seconds(timeout, "timeout")), _seconds(timeout if wait is None else wait, "wait")
+    until, room_until = (math.inf if t is None else time.monotonic() + t for t in (timeout, wait))
+    try:
+        await self._line.room_for(request, min(until, room_until))
+        answer = asyncio.wrap_future(request.future)
+        await asyncio.wait([answer], timeout=None if until == math.inf else max(0, until - time.monotonic()))
+        if answer.done(): return answer.result()
+        raise TimeoutError(f"no answer within {timeout} s")
+    finally: request.future.cancel()        # nobody waits for it any more; without effect when it is done
+
+# %% ../nbs/12_threads.ipynb
 @_method(Pool)
 def _map(
     self,
@@ -848,7 +941,8 @@ def _close(
     wait: bool = True,      # return when the workers have ended
     cancel: bool = False,   # cancel what has not begun; else it is served
 ) -> None:
-    "Take no more requests. May be called again, and from any thread."
+    "Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves the pool to the original."
+    if os.getpid() != self._pid: return
     self._counts.add(cancelled=_dismiss(self._line.close(cancel), self._team if wait else []))
 
 @_method(Pool)
@@ -891,22 +985,26 @@ class _Wire(pickle.Pickler):
         try: return torch.from_numpy, (x.numpy(),)
         except TypeError: return Tensor.view, (x.view({1: torch.uint8, 2: torch.int16}[x.element_size()]), x.dtype)
 
-def _send(pipe: Connection, message: Any) -> None:
+def _wired(message: Any) -> memoryview:
     buffer = io.BytesIO()
     _Wire(buffer, protocol=5).dump(message)
-    pipe.send_bytes(buffer.getbuffer())
+    return buffer.getbuffer()
+
+def _send(pipe: Connection, message: Any) -> None: pipe.send_bytes(_wired(message))
 
 # %% ../nbs/12_threads.ipynb
 def _child(descriptor: int) -> None:
     "What a worker process does."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's business; when it goes, the pipe closes
     pipe = Connection(descriptor)
     ok, run = _attempt(_set_up, pipe)
     try:
         _send(pipe, None if ok else _portable(run))
         with intra_op_threads(run.threads if ok else 1), torch.no_grad():
-            while ok: _reply(pipe, run, pipe.recv_bytes())
+            while ok and (data := pipe.recv_bytes()): _reply(pipe, run, data)       # nothing: the end
     except (EOFError, ConnectionError): pass
+    for f in sys.stdout, sys.stderr:
+        with contextlib.suppress(Exception): f.flush()
+    os._exit(0)                                             # as children of multiprocessing do: taking PyTorch down takes a second
 
 def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
     "Answer one batch, or say why not."
@@ -916,7 +1014,9 @@ def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
 
 def _set_up(pipe: Connection) -> Runner:
     "A runner as the pool orders it."
-    model, exact, collate, threads = pickle.loads(pipe.recv_bytes())
+    try: model, exact, collate, threads = pickle.loads(pipe.recv_bytes())
+    except (AttributeError, ImportError) as e:
+        raise TypeError(f"processes is True, but a process that begins anew does not find what the model or collate consists of: {type(e).__name__}: {e}") from None
     run = Runner(_mapped(model) if isinstance(model, str) else model, exact, collate)
     run.threads = threads
     return run
@@ -929,59 +1029,84 @@ def _portable(error: BaseException) -> BaseException:
 
 # %% ../nbs/12_threads.ipynb
 class WorkerDied(RuntimeError):
-    "A worker process ended while it had this sample, twice."
+    "A worker process ended while it had this sample, twice, or no new one could start; or a thread failed outside the model."
 
 class _Remote:
     "A runner in a process of its own."
     def __init__(self, order: bytes, threads: int):
-        self.order, self.threads = order, threads
+        self.order, self.threads, self.alive = order, threads, False
         self.start()
     def start(self) -> None:
         self.pipe, theirs = Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from modelzip.threads import _child; _child({theirs.fileno()})"
+        code = (f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {sys.path!r}; "        # Ctrl-C is the parent's business;
+                f"from modelzip.threads import _child; _child({theirs.fileno()})")                                       # when it goes, the pipe closes
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
-        theirs.close()
+        try: self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
+        except BaseException: self.pipe.close(); raise
+        finally: theirs.close()
+        self.alive = True
     def ready(self) -> None:
         try:
-            self.pipe.send_bytes(self.order)
-            error = pickle.loads(self.pipe.recv_bytes())
-        except (EOFError, OSError): error = RuntimeError(f"a worker process could not start (exit code {self.close()})")
-        if error is not None: self.close(); raise error
+            try:
+                self.pipe.send_bytes(self.order)
+                error = pickle.loads(self.pipe.recv_bytes())
+            except (EOFError, OSError): error = RuntimeError(f"a worker process could not start (exit code {self.close()})")
+            if error is not None: raise error
+        except BaseException: self.close(); raise
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Remote)
 def _close(self) -> int:
     "End the process; gives its exit code."
+    self.alive = False
+    with contextlib.suppress(OSError): self.pipe.send_bytes(b"")        # a copy of this process by fork may hold the pipe open
     self.pipe.close()
-    try: return self.process.wait(5)
+    try: return self.process.wait(10)
     except subprocess.TimeoutExpired: self.process.kill()
     return self.process.wait()
 
 @_method(_Remote)
 def __call__(self, samples: list, again: bool = True) -> list[tuple[bool, Any]]:
-    "As `Runner`."
+    "As `Runner`. Each call begins with a process that is alive, or with the attempt to get one."
+    one_by_one = lambda again: [self([s], again)[0] for s in samples]
+    try: data = _wired(samples)
+    except Exception as e: return one_by_one(again) if len(samples) > 1 else [(False, e)]
+    if not self.alive and not (now := _attempt(_Remote.restart, self))[0]:
+        return [(False, WorkerDied(f"the worker process had ended, and a new one could not start: {type(now[1]).__name__}: {now[1]}"))] * len(samples)
     try:
-        _send(self.pipe, samples)
-        reply = pickle.loads(self.pipe.recv_bytes())
-        if isinstance(reply, list): return reply
-        raise reply
-    except (EOFError, ConnectionError):
-        error = WorkerDied(f"the worker process ended (exit code {self.close()}) while it had this sample")
-        self.start(); self.ready()
-    return [self(samples=[s], again=False)[0] for s in samples] if again else [(False, error)]
+        self.pipe.send_bytes(data)
+        data = self.pipe.recv_bytes()
+    except (EOFError, OSError): code = self.close()
+    except BaseException: self.close(); raise               # it would be out of step
+    else: return _delivered(data, len(samples))
+    return one_by_one(False) if again else [(False, WorkerDied(f"the worker process ended (exit code {code}) while it had this sample"))]
+
+@_method(_Remote)
+def _restart(self) -> None: self.start(); self.ready()
+
+def _delivered(data: bytes, n: int) -> list[tuple[bool, Any]]:
+    "What a worker process has sent for n samples."
+    ok, reply = _attempt(pickle.loads, data)
+    return reply if ok and isinstance(reply, list) else [(False, reply)] * n
 
 # %% ../nbs/12_threads.ipynb
+class _Order(pickle.Pickler):
+    "Pickles what a process shall run, if it can find the code."
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, (type, FunctionType)) or x.__module__ != "__main__": return NotImplemented
+        raise TypeError(f"{x.__qualname__} is defined in the program or notebook itself, of which a process that begins anew knows nothing; "
+                        "move it to a module, or serve a .mz file of an architecture that a module registers")
+
 def _start_processes(model: Any, settings: dict, collate: Callable | None) -> list[_Remote]:
     "The processes of a pool, all started before the first is waited for."
     if os.name != "posix": raise ValueError("processes is True, which needs Linux or macOS")
     model = os.path.abspath(os.fsdecode(model)) if isinstance(model, (str, os.PathLike)) else model
-    try: order = pickle.dumps((model, settings["exact"], collate, settings["intra_op"]))
+    order, runs = io.BytesIO(), []
+    try: _Order(order).dump((model, settings["exact"], collate, settings["intra_op"]))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise TypeError(f"processes is True, but the model or collate cannot be sent to a process: {e}") from e
-    runs = [_Remote(order, settings["intra_op"]) for _ in range(settings["workers"])]
     try:
+        for _ in range(settings["workers"]): runs.append(_Remote(order.getvalue(), settings["intra_op"]))
         for run in runs: run.ready()
     except BaseException:
         for run in runs: run.close()
@@ -1097,11 +1222,12 @@ def scaling(
     "Measure how a model's throughput and latency depend on workers, intra-op threads and batch size."
     for name, values in (("threads", threads), ("batches", batches), ("intra_op", intra_op)):
         if not len(values): raise ValueError(f"{name} is empty; it may be a list of whole numbers")
-        for v in values: _count(v, name)
+        for v in values: _count(v, name, most=2**20 if name == "batches" else 1024)
+    if _seconds(seconds, "seconds", 3600) is None: raise TypeError("seconds is None; it may be seconds")
     ways = [(w, i, b) for b in batches for i in intra_op for w in threads]
     with torch.no_grad():
         cut = {b: _batches(data, b) for b in batches}
-        found = _scaling_rounds(model, cut, ways, _count(rounds, "rounds", 2), seconds, random.Random(seed), progress)
+        found = _scaling_rounds(model, cut, ways, _count(rounds, "rounds", 2, math.inf), seconds, random.Random(seed), progress)
     return Scaling([_way_of(way, found, ways[0], threads[0]) for way in ways])
 
 # %% ../nbs/12_threads.ipynb

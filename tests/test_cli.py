@@ -1,5 +1,5 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
-import itertools, json, os, subprocess, sys
+import contextlib, io, itertools, json, os, signal, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import modelzip.cli
 from modelzip.archive import PackError
 from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, quantize_weights
 from modelzip.data import LeNet5
@@ -62,8 +63,6 @@ def test_a_process_of_its_own(place):
     assert json.loads(out)["bytes"] == os.path.getsize(place / "out.mz") < 431_080 * 0.6
     status, out, err = run(place, "inspect out.mz")
     assert status == 0 and "fc1.weight" in out and "\033" not in out and err == ""
-    status, out, err = run(place, "inspect absent.mz")
-    assert (status, out) == (2, "") and err.count("\n") == 1 and "absent.mz" in err and "Traceback" not in err
 
 
 def test_a_builder_of_ones_own(place, monkeypatch, capsys):
@@ -165,11 +164,10 @@ def test_examples_are_commands_that_parse():
 
 
 def test_colours_on_a_terminal_alone(place, monkeypatch, capsys):
+    assert not modelzip.cli._colours()
     monkeypatch.setattr("modelzip.cli._colours", lambda: True)
     assert cli(["inspect", str(place / "own.mz")]) == 0
     assert "\033[1m" in capsys.readouterr().out
-    status, out, _ = run(place, "inspect own.mz", NO_COLOR="1")
-    assert status == 0 and "\033" not in out
 
 
 def test_a_reader_that_has_seen_enough(place):
@@ -349,3 +347,138 @@ def test_the_index_decides(tmp_path, change, says):
     change(tmp_path, where)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises((ValueError, OSError, PackError), match=says): open_model(str(tmp_path))
+
+
+# --- whatever the file, wherever the output, whenever the interrupt
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+
+def spoil(path, good, kind):
+    "Put a bad file of some kind at a path."
+    if kind == "folder": path.mkdir()
+    elif kind == "FIFO": os.mkfifo(path)
+    elif kind == "device": path.symlink_to("/dev/zero")
+    elif kind == "nowhere": path.symlink_to(path.parent / "absent")
+    elif kind == "loop": path.symlink_to(path)
+    elif kind == "unreadable": path.write_bytes(good); path.chmod(0)
+    elif kind != "missing": path.write_bytes({"empty": b"", "text": b"no model at all, but a letter to somebody\n" * 9, "cut": good[:len(good) // 2], "pointer": POINTER, "zip": b"PK\3\4" + bytes(99)}[kind])
+
+
+@contextlib.contextmanager
+def within(seconds):
+    def late(*_): raise AssertionError(f"it has not ended after {seconds} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0); signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "zip", "pointer", "folder", "FIFO", "device", "nowhere", "loop", "unreadable"])
+def test_every_command_with_every_bad_file(coded, place, kind, tmp_path, monkeypatch, capsys):
+    "One line, status 2, nothing written, nobody waits for ever."
+    if kind == "unreadable" and os.geteuid() == 0: pytest.skip("root reads everything")
+    monkeypatch.chdir(tmp_path)
+    good, (folder, _, _) = str(place / "own.mz"), coded
+    sources = [folder / "plain.npz", folder / "plain.h5", place / "foreign.safetensors", place / "state.pt", place / "own.mz"]
+    for source in sources: spoil(Path(f"bad{source.suffix}"), source.read_bytes(), kind)
+    spoil(Path("bad.json"), b'{"seed": 0, "steps": ["convert"]}', kind)
+    hub = Path("hub"); hub.mkdir()
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
+    spoil(hub / "part.safetensors", (place / "foreign.safetensors").read_bytes(), kind)
+    models = [f"bad{s.suffix}" for s in sources] + ["hub"]
+    lines = [[*words, *more] for m in models for words, more in ((["compress", m], ["-o", "out.mz"]), (["convert", m], ["out.npz"]))]
+    lines += [["bench", "bad.mz", "--input", "1x1x28x28"], ["eval", "bad.mz", "--data", "mnist5k"], ["inspect", "bad.mz"], ["diff", "bad.mz", good], ["diff", good, "bad.mz"], ["compress", good, "-o", "out.mz", "--recipe", "bad.json"]]
+    for line in lines:
+        with within(30): assert cli(line) == 2, line
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("modelzip: ") and err.count("\n") == 1 and len(err) < 600, (line, err)
+        assert any(name in err for name in ("bad.", "part.safetensors")), (line, err)
+        assert kind != "pointer" or "pointer of Git LFS" in err, (line, err)
+    assert not any(Path(p).exists() for p in ("out.mz", "out.npz"))
+
+
+def written(line, out, err=None):
+    "Status and what stands on standard error."
+    err = err or io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): return cli(line.split()), err.getvalue()
+
+
+def test_outputs_of_every_sort(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for line in ("inspect own.mz", "inspect own.mz --json", "--help", "compress --help", "--version"):
+        raw = io.BytesIO()
+        plain = io.TextIOWrapper(raw, encoding="ascii")
+        assert written(line, plain) == (0, "") and raw.getvalue().isascii()
+        if "json" in line: assert json.loads(raw.getvalue())["bytes"] == os.path.getsize("own.mz")
+        with open("/dev/full", "w") as full: status, err = written(line, full)
+        assert (status, err) == (2, "modelzip: standard output: No space left on device\n")
+        reader, writer = os.pipe(); os.close(reader)
+        with os.fdopen(writer, "w") as pipe: assert written(line, pipe) == (0, "")      # and closing it is silent
+        if "--" not in line: assert written(line, None) == (2, "modelzip: standard output is closed\n")
+    for nobody in open("/dev/full", "w"), open(os.devnull, "w"):
+        with nobody, contextlib.redirect_stderr(nobody): assert cli(["inspect", "absent.mz"]) == 2
+    with contextlib.redirect_stderr(None): assert cli(["inspect", "absent.mz"]) == 2
+    odd = "a\nb\033[31m\udcff.mz"
+    status, err = written("inspect x", io.StringIO())
+    with contextlib.redirect_stderr(said := io.StringIO()): assert cli(["inspect", odd]) == 2
+    assert said.getvalue() == "modelzip: a b\\x1b[31m\\udcff.mz: No such file or directory\n"
+
+
+@pytest.mark.parametrize("error, status, says", [("KeyboardInterrupt()", 130, "interrupted"), ("MemoryError()", 2, "not enough memory"), ("SystemExit(3)", 2, "ends the program"), ("ZeroDivisionError('zero')", 2, "ZeroDivisionError: zero (broken.py, line 4)"), ("AssertionError()", 2, "AssertionError")])
+def test_what_a_builder_raises(tmp_path, monkeypatch, capsys, error, status, says):
+    monkeypatch.chdir(tmp_path); monkeypatch.delitem(sys.modules, "broken", raising=False); monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    where = "    " if "Zero" in error else ""
+    Path("broken.py").write_text(f"import torch\n\ndef net():\n    {'raise ' + error if where else 'pass'}\n" + ("" if where else f"raise {error}\n"))
+    assert cli(["compress", "broken:net", "-o", "x.mz"]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1
+
+
+def test_interrupted_while_it_is_imported(place):
+    code = "import os, signal, sys, threading; from modelzip.workshop.terminal import main; threading.Timer(.2, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "own.mz"], cwd=place, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "modelzip: interrupted\n")
+
+
+def test_float8_stays_and_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = {"a": torch.randn(8, 8), "b": torch.randn(8, 8).to(torch.float8_e4m3fn), "c": torch.ones(8)}
+    save_file(state, "mixed.safetensors")
+    assert cli(["compress", "mixed.safetensors", "-o", "x.mz"]) == 0
+    assert "left as they are: b (float8_e4m3fn)" in capsys.readouterr().out
+    assert torch.equal(read_tensor("x.mz", "b").view(torch.uint8), state["b"].view(torch.uint8)) and torch.equal(read_tensor("x.mz", "c"), state["c"])
+
+
+def test_a_state_dict_among_other_things(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state, rest = {"a.weight": torch.randn(8, 8)}, {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": .1}]}}
+    for key in "model", "model_state_dict", "state_dict":
+        torch.save({key: state, **rest}, "c.pt")
+        assert torch.equal(dict(open_model("c.pt").named_parameters())["a.weight"], state["a.weight"])
+    for odd in torch.eye(4).to_sparse(), torch.ones(4, 4, device="meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged):
+        torch.save({"odd": odd}, "c.pt")
+        assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and (("'odd', which is no dense" in (err := capsys.readouterr().err)) or "without running code" in err)
+    torch.save({".".join("a" * 3000): torch.ones(4, 4)}, "c.pt")
+    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "nested too deeply" in capsys.readouterr().err
+    torch.save({"model": state, "ema": state, **rest}, "c.pt")
+    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "'model', 'ema'" in capsys.readouterr().err
+
+
+def test_an_old_checkpoint_is_read_and_not_unpickled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = {"a.weight": torch.randn(8, 8), "a.bias": torch.randn(8)}
+    torch.save(state, "old.pth", _use_new_zipfile_serialization=False)
+    assert all(torch.equal(p, state[n]) for n, p in open_model("old.pth").named_parameters())
+    torch.save({"w": nn.Linear(2, 2)}, "code.pth", _use_new_zipfile_serialization=False)
+    assert cli(["compress", "code.pth", "-o", "x.mz"]) == 2 and "without running code" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+def test_a_replaced_file_keeps_its_owner(tmp_path):
+    from modelzip.measure import write_whole
+    for name, write in (("m.mz", lambda p: save(nn.Linear(2, 2), p)), ("t.safetensors", lambda p: to_safetensors(nn.Linear(2, 2), p)), ("r.html", lambda p: write_whole(p, "text"))):
+        path, link = tmp_path / name, tmp_path / f"link-{name}"
+        path.write_bytes(b"before"); os.chown(path, 1234, 2345); path.chmod(0o640); link.symlink_to(path)
+        write(link)
+        now = path.stat()
+        assert (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (1234, 2345, 0o640) and link.is_symlink() and path.read_bytes() != b"before"

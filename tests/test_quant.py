@@ -1,5 +1,5 @@
 "Quantization as a property: whatever the shape, the width and the granularity, nothing moves by more than half a step."
-import copy, math, threading, warnings
+import copy, math, threading, time, warnings
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from modelzip.quant import (MSE, OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, bit_planes, dequantize, dequantize_layer,
+from modelzip.quant import (_divergences, kl_after_quantizing, Entropy, MSE, OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, bit_planes, dequantize, dequantize_layer,
                             dequantize_model, kmeans, nf4, number_of_blocks, pack_bits, packed_bytes, quantize, quantize_layer, quantize_model, unpack_bits)
 from guards import examples
 
@@ -127,6 +127,25 @@ def test_more_bits_and_finer_blocks_never_hurt():
     assert error(bits=4, group=32) < error(bits=4, axis=0) < error(bits=4)
     assert error(bits=3, axis=0, observer="mse") < error(bits=3, axis=0)
     assert error(bits=4, group=32, symmetric=False) < error(bits=4, group=32)
+
+
+def test_entropy_observer_is_its_definition():
+    "Prefix sums give the divergences of the definition, and the observer the first threshold of the least."
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        n, levels = (int(torch.randint(a, b, (1,), generator=draw)) for a, b in ((1, 300), (2, 400)))
+        blocks = torch.randn(3, n, generator=draw) * (torch.rand(3, n, generator=draw) < torch.rand(1, generator=draw)) * torch.tensor([[1e-30], [1.], [1e30]])
+        codes, tries = max(2, (levels - 1) // 2 + 1), [*range(min(max((levels - 1) // 2 + 1, 128), 256), 256), 256]
+        for block, high in zip(blocks.abs().double(), Entropy(256)(blocks, levels, True)[1]):
+            if levels == 2 or not block.any(): continue
+            counts = torch.histc(block, 256, 0, block.max().item())
+            exact = torch.tensor([kl_after_quantizing(counts, k, codes) for k in tries], dtype=torch.float64)
+            assert torch.allclose(_divergences(counts[None], codes, torch.tensor(tries))[0], exact, atol=1e-9)
+            chosen = round(high.item() / block.max().item() * 256)
+            assert exact[tries.index(chosen)] <= exact.min() + 1e-9
+    start = time.process_time()
+    Entropy()(torch.randn(400, 384), 256, True)
+    assert time.process_time() - start < 10         # seconds; the definition takes some 30
 
 
 def test_mse_observer_against_a_fine_search():

@@ -1,5 +1,6 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
 import json, multiprocessing, os, random, signal, subprocess, sys, time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_fingerprints_tell_apart(data, trained):
     assert fingerprint(torch.zeros(4)) != fingerprint(torch.zeros(2, 2)) != fingerprint(torch.zeros(2, 2, dtype=torch.float64))
 
 
+def test_fingerprints_read_what_code_imports_where_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path); monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    def a(m): import ours; return ours.K
+    def b(m): from ours import f; return f()
+    def c(m): import pack.sub as s; return s.K
+    def d(m): from pack import sub; return sub.K
+    def e(m): import pack.sub; return pack.sub.K
+    def none(m): import absent_from_here, math; return math.pi
+    found = []
+    for k in 1, 2:
+        (tmp_path / "pack").mkdir(exist_ok=True); (tmp_path / "pack/__init__.py").touch()
+        for name in "ours.py", "pack/sub.py": (tmp_path / name).write_text(f"K = {k}\ndef f(): return K\n")
+        for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+        found.append([fingerprint(f) for f in (none, a, b, c, d, e)])
+    assert [x != y for x, y in zip(*found)] == [False, True, True, True, True, True]
+    for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+    assert fingerprint(defaultdict(int, a=1)) != fingerprint(defaultdict(float, a=1))
+    for hidden in lambda m: eval("K"), lambda m: globals()["K"]:
+        with pytest.raises(TypeError, match="nobody can tell what it reads"): fingerprint(hidden)
+
+
 # --- the front
 
 def test_front_against_brute_force():
@@ -147,11 +169,21 @@ def make(bits, group=None): return [("quantize_model", {"bits": bits, "group": g
 
 GRID = {"bits": [2, 4, 6, 8, 99], "group": [None, 16]}
 
+class Travelling:
+    "A judge who notes where he arrives."
+    def __init__(self, book): self.book = book
+    def __setstate__(self, state):
+        vars(self).update(state)
+        with open(self.book, "a") as f: f.write("x")
+    def __call__(self, model): return float(sum(p.detach().abs().sum() for p in model.parameters()))
+
 
 def test_serial_and_processes_agree(trained, data, tmp_path):
-    one = sweep(make, GRID, trained, data, folder=tmp_path / "one", progress=False)
+    judge = Travelling(str(tmp_path / "arrivals"))
+    one = sweep(make, GRID, trained, data, folder=tmp_path / "one", evaluate=judge, progress=False)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", progress=False)
+        two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", evaluate=judge, progress=False)
+    assert 1 <= len((tmp_path / "arrivals").read_text()) <= 2       # not with each of ten points
     strip = lambda rs: [(r.options, r.recipe, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
     assert strip(one) == strip(two) and len(one.failed) == 2
     assert "bits is 99" in one.failed[0].error and "Traceback" in two.failed[0].error
@@ -268,6 +300,8 @@ def test_dask_agrees_and_survives_a_worker(trained, data, tmp_path):
         two = sweep(make, GRID, trained, data, executor=client.get_executor(), folder=tmp_path / "two", progress=False)
         strip = lambda rs: [(r.options, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
         assert strip(one) == strip(two)
+        sweep(make, {"bits": [2, 3, 4, 5, 6, 7]}, trained, executor=client.get_executor(), folder=tmp_path / "few", evaluate=Travelling(str(tmp_path / "arrivals")), progress=False)
+        assert 1 <= len((tmp_path / "arrivals").read_text()) <= 4   # once to each worker, and on the way
         executor = client.get_executor()
         class Killing(type(executor)):                                          # kills a worker once the work is under way
             submitted = 0

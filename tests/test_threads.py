@@ -1,5 +1,5 @@
 """Threads that lose nothing, answers with serial bits, a pool under everything that can go wrong. Nothing here depends on how fast the machine is."""
-import _thread, asyncio, contextvars, copy, gc, importlib.util, itertools, os, pickle, signal, subprocess, sys, threading, time
+import _thread, asyncio, contextvars, copy, ctypes, gc, importlib.util, itertools, os, pickle, signal, subprocess, sys, threading, time
 from collections import Counter, namedtuple
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -687,6 +687,93 @@ def test_asyncio():
     with Pool(lambda x: x * 2, workers=2) as pool: assert [y.item() for y in asyncio.run(ask(pool))] == [0, 2, 4, 6, 8]
 
 
+def test_a_full_queue_does_not_stop_an_event_loop(gate):
+    "Room is awaited: by those who come, those who give up, and those who learn that the pool is closed."
+    async def main():
+        pool, first = busy(gate, queue_size=1, max_batch=1)
+        tasks = [asyncio.create_task(pool.asubmit(one(v))) for v in range(6)]
+        late, refused = (asyncio.create_task(pool.asubmit(one(9), **{k: .01})) for k in ("timeout", "wait"))
+        await asyncio.sleep(.05)                                    # the loop is alive, with a full queue
+        assert pool.stats.waiting == 1 and not any(t.done() for t in tasks) and late.done() and refused.done()
+        tasks[3].cancel()
+        gate.open.set()
+        ends = await asyncio.wait_for(asyncio.gather(*tasks, late, refused, return_exceptions=True), LONG)
+        assert [getattr(e, "item", e.__class__)() if isinstance(e, torch.Tensor) else type(e) for e in ends] == [0, 2, 4, asyncio.CancelledError, 8, 10, PoolFull, PoolFull]
+        assert not pool._line.askers and (await pool.asubmit(one(4))).item() == 8
+        gate.open.clear(); gate.entered = threading.Semaphore(0)
+        running = asyncio.create_task(pool.asubmit(one(1), timeout=.05))
+        with pytest.raises(TimeoutError, match="no answer within 0.05 s"): await running
+        tasks = [asyncio.create_task(pool.asubmit(one(v))) for v in range(4)]
+        await asyncio.sleep(.01)
+        pool.close(wait=False, cancel=True); gate.open.set()
+        ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LONG)
+        assert {type(e) for e in ends} == {asyncio.CancelledError, PoolClosed}
+        pool.close()
+    asyncio.run(main())
+
+
+def throw(thread, error): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
+def test_a_worker_that_is_struck_fails_its_requests_and_no_more(error):
+    "Anywhere: nobody waits for ever, and the pool works again or says that it is closed."
+    pool = Pool(lambda x: x * 2, workers=1, max_wait=.2)            # while it gathers a batch
+    fs = [pool.submit(one(v)) for v in range(3)]
+    time.sleep(.05); throw(pool._team[0], error)
+    for f in fs:
+        with pytest.raises(WorkerDied, match=f"outside the model: {error.__name__}"): f.result(LONG)
+    assert pool(one(1), timeout=LONG).item() == 2
+    throw(pool._team[0], error)                                     # while it waits
+    for _ in range(2):
+        with pytest.raises(PoolClosed, match=f"a worker ended with {error.__name__}"): pool(one(1), timeout=LONG); time.sleep(.01)
+    pool.close()
+
+
+def test_errors_of_the_machinery(monkeypatch):
+    def fails(*args): raise MemoryError("none left")
+    with Pool(lambda x: x * 2, workers=1) as pool:
+        with monkeypatch.context() as m:
+            m.setattr("modelzip.threads._answer", fails)
+            with pytest.raises(WorkerDied, match="none left"): pool(one(1), timeout=LONG)
+        assert pool(one(1), timeout=LONG).item() == 2
+    with monkeypatch.context() as m, pytest.raises(PoolClosed, match="could not start: a worker ended with MemoryError: none left"):
+        m.setattr("modelzip.threads.intra_op_threads", fails); Pool(lambda x: x, workers=2)
+    start, started = threading.Thread.start, []
+    def third(self):
+        if len(started) == 2: raise RuntimeError("can't start new thread")
+        started.append(self); start(self)
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="new thread"):
+        m.setattr(threading.Thread, "start", third); Pool(lambda x: x, workers=3)
+    assert not any(t.is_alive() for t in started)
+
+
+NUMBERS = [float("nan"), float("inf"), -1, True, "1", 1.5, 10**400]
+
+def test_every_number_is_right_or_refused():
+    inf = float("inf")
+    for bad in NUMBERS:
+        words = [n for n in ("workers", "max_batch", "intra_op", "queue_size", "max_wait") if (n, bad) not in (("queue_size", 10**400), ("max_wait", 1.5))]
+        for n in words:
+            with pytest.raises((ValueError, TypeError), match=n): Pool(lambda x: x, **{"workers": 1, n: bad})
+        for n in ("num_threads", "intra_op"):
+            with pytest.raises((ValueError, TypeError), match=n): run_in_threads(abs, **{n: bad}, args=[1])
+        if bad not in (inf, 10**400, 1.5):
+            with pytest.raises((ValueError, TypeError), match="timeout"): run_in_threads(abs, 1, args=[1], timeout=bad)
+        for n in ("threads", "batches", "intra_op"):
+            with pytest.raises((ValueError, TypeError), match=n): scaling(nn.Linear(2, 2), torch.rand(3, 2), **{n: [bad]})
+        if bad != 1.5:
+            with pytest.raises((ValueError, TypeError), match="seconds"): scaling(nn.Linear(2, 2), torch.rand(3, 2), seconds=bad)
+    with Pool(lambda x: x * 2, workers=1, queue_size=10**400, max_wait=0) as pool:
+        for t in (inf, 1e10, 1e300, 10**400):
+            assert pool(one(1), timeout=t).item() == 2 == pool.submit(one(1), timeout=t, wait=t).result(LONG).item()
+            assert pool.map([one(1)], t)[0].item() == 2 == asyncio.run(pool.asubmit(one(1), timeout=t, wait=t)).item()
+            assert run_in_threads(abs, 1, args=[-1], timeout=t) == [1]
+        for t in (float("nan"), -1, True, "1"):
+            for call in (lambda: pool(one(1), timeout=t), lambda: pool.submit(one(1), wait=t), lambda: pool.map([], t), lambda: asyncio.run(pool.asubmit(one(1), wait=t))):
+                with pytest.raises((ValueError, TypeError), match="timeout|wait"): call()
+
+
 def test_nothing_is_kept():
     "An idle pool holds neither samples nor answers."
     import weakref
@@ -784,7 +871,7 @@ def test_soak():
 
 @pytest.mark.parametrize("bad, error, words", [
     ({"workers": 0}, ValueError, "workers is 0"), ({"workers": 10**9}, ValueError, "at most 1024"), ({"max_batch": "8"}, TypeError, "max_batch is '8'"), ({"max_batch": True}, TypeError, "max_batch is True"),
-    ({"max_wait": -1}, ValueError, "max_wait is -1"), ({"max_wait": float("nan")}, ValueError, "max_wait is nan"), ({"queue_size": 0}, ValueError, "queue_size is 0"), ({"queue_size": None}, TypeError, "queue_size is None"),
+    ({"max_wait": -1}, ValueError, "max_wait is -1"), ({"max_wait": 1e10}, ValueError, "max_wait is 10000000000.0; it may be at most 60 seconds"), ({"max_wait": float("nan")}, ValueError, "max_wait is nan"), ({"queue_size": 0}, ValueError, "queue_size is 0"), ({"queue_size": None}, TypeError, "queue_size is None"),
     ({"intra_op": 1.}, TypeError, "intra_op is 1.0"), ({"exact": 0}, TypeError, "exact is 0"), ({"processes": "yes"}, TypeError, "processes is 'yes'"), ({"size": 1}, ValueError, "no setting 'size'"), ([], TypeError, "pool is a list")])
 def test_bad_settings(bad, error, words, tmp_path):
     with pytest.raises(error, match=words): pool_settings(bad)
@@ -793,6 +880,10 @@ def test_bad_settings(bad, error, words, tmp_path):
     if "nan" in str(bad): return                  # JSON has no NaN
     path = save(LeNet5(), tmp_path / "bad.mz", archive=False, pool=bad)     # a file may say anything
     with pytest.raises(error, match="bad.mz asks for a pool that cannot be: .*" + words): Pool(path)
+
+
+def test_a_file_asks_for_workers_of_this_machine(tmp_path):
+    with Pool(save(LeNet5(), tmp_path / "many.mz", pool={"workers": 1024})) as pool: assert pool.settings["workers"] == 4 * cores()
 
 
 def test_bad_models(tmp_path):
@@ -828,15 +919,23 @@ def test_saved_by_threads(tmp_path):
 
 # ---------------------------------------------------------------- processes
 
+class Unsendable(torch.Tensor):
+    def __new__(cls): return torch.Tensor._make_subclass(cls, torch.ones(1, 2))
+    def __reduce_ex__(self, protocol): raise TypeError("stays here")
+
+
 class Poison(nn.Module):
-    "Kills its process at -1, raises what cannot be sent at -2."
+    "Kills its process at -1, raises what cannot be sent at -2, and ends in other ways."
     def __init__(self): super().__init__(); self.layer = nn.Linear(1, 1)
     def forward(self, x):
         if (x == -1).any(): os.kill(os.getpid(), signal.SIGKILL)
         if (x == -2).any():
             class Odd(Exception): pass
             raise Odd("two")
-        return x * 2
+        if (x == -3).any(): raise MemoryError("three")
+        if (x == -4).any(): sys.exit("four")
+        if (x == -5).any(): raise KeyboardInterrupt("five")
+        return Unsendable() if (x == -6).any() else x * 2
 
 
 @pytest.fixture(scope="module")
@@ -865,14 +964,53 @@ def test_processes(lenet_file):
 
 
 @posix
-def test_processes_and_errors():
-    with Pool(Poison(), workers=1, processes=True, exact=False) as pool:
-        fs = [pool.submit(one(v)) for v in (1, 2, -1, 3, -2, 4)]
-        ends = [f.exception(LONG) or f.result().item() for f in fs]
-        assert ends[:2] == [2, 4] and ends[3] == 6 and ends[5] == 8
-        assert isinstance(ends[2], WorkerDied) and "exit code -9" in str(ends[2]) and str(ends[4]) == "Odd: two"
-        assert pool(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_processes_and_errors(monkeypatch):
+    "Whatever ends them, everybody gets an answer or an error by name; and they come back, also after a time when none could be started."
+    from modelzip.threads import _Remote
+    pool = Pool(Poison(), workers=1, processes=True, exact=False)
+    fs = [pool.submit(one(v)) for v in (1, 2, -1, 3, -2, 4, -3, -4, -5, -6, 5)]
+    ends = [f.exception(LONG) or f.result().item() for f in fs]
+    assert ends[:2] == [2, 4] and ends[3] == 6 and ends[5] == 8 and ends[10] == 10
+    assert isinstance(ends[2], WorkerDied) and "exit code -9" in str(ends[2]) and str(ends[4]) == "Odd: two"
+    assert [(type(e), str(e)) for e in ends[6:10]] == [(MemoryError, "three"), (SystemExit, "four"), (KeyboardInterrupt, "five"), (TypeError, "stays here")]
+    assert pool(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
+    with monkeypatch.context() as m:
+        def fails(self): raise OSError("no process left")
+        m.setattr(_Remote, "start", fails)
+        os.kill(pool.pids[0], signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(WorkerDied, match="could not start: OSError: no process left"): pool(one(1), timeout=LONG)
+    assert pool(one(1), timeout=LONG).item() == 2
+    pid = os.fork()                                         # a copy holds the pipe open, and may call what it likes
+    if not pid: pool.close(); time.sleep(LONG); os._exit(0)
+    (run,), (thread,) = pool._runs, pool._team
+    del pool; gc.collect(); thread.join(LONG)               # nobody closes it
+    assert run.process.returncode == 0                      # it was told, and had not to be killed
+    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
     with pytest.raises(TypeError, match="cannot be sent"): Pool(lambda x: x, workers=1, processes=True)
+
+
+@posix
+def test_processes_do_not_find_what_the_program_defines(tmp_path):
+    (tmp_path / "hidden.py").write_text("from torch import nn\nclass Net(nn.Module): pass\n")
+    code = """if True:
+        import sys
+        from torch import nn
+        from modelzip.threads import Pool
+        class Net(nn.Module): pass
+        class Sub(nn.Module):
+            def __init__(self): super().__init__(); self.net = Net()
+        def batch(xs): return xs
+        import hidden
+        later = hidden.Net(); sys.path.remove(hidden.__file__.rpartition("/")[0])
+        for model, more in ((nn.Sequential(Net()), {}), (nn.Linear(1, 1), dict(collate=batch, exact=False)), (later, {})):
+            try: Pool(model, workers=1, processes=True, **more)
+            except TypeError as e: print(e)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and "Net is defined in the program or notebook itself" in said[0] and "batch is defined" in said[1] and "does not find" in said[2] and "No module named 'hidden'" in said[2], done
+    assert done.stderr == ""
 
 
 @posix
