@@ -72,7 +72,41 @@ def forged(name, rng):
     layers = {"": {"class": "Sequential"}} | {f"0{n}": e for n, e in about.items()}
     return sealed(layers, table, rng.choice([3, 5, 5])), layer
 
-def sealed(layers, table, version=5):
+_own = {}
+
+def own_class(cls): return _own.setdefault(cls, type(f"Own{cls.__name__}", (cls,), {}))
+
+def forged_own(name, rng):
+    "The same for a class that inherits from one of the table, which is described by attributes and shapes."
+    layer = good_layer(name, rng); layer.__class__ = own_class(type(layer))
+    about, table = described(layer), tensors_of(layer)
+    e = about[""]
+    facts = e.setdefault("attributes", {})
+    for k in rng.sample([*facts], min(len(facts), rng.choice([0, 1, 1, 2]))): facts[k] = rng.choice(COUNTS) if type(facts[k]) is int and rng.random() < .8 else [rng.choice(COUNTS) for _ in facts[k]] if isinstance(facts[k], list) else junk(rng)
+    mine = [n for n in table if "." not in n[2:]]
+    for n in rng.sample(mine, min(len(mine), rng.choice([0, 0, 1, 2]))):
+        shape = list(table[n][1]) or [1]
+        shape[rng.randrange(len(shape))] = rng.choice([0, 1, 2, 3, 7, 64])
+        table[n] = rng.choice([table[n][0], table[n][0], rng.choice(DTYPES)]), shape
+        if rng.random() < .9: e["shapes"][n[2:]] = shape
+    return sealed({"": {"class": "Sequential"}} | {f"0{n}": e for n, e in about.items()}, table), nn.Sequential(layer)
+
+@register_model("native layer")
+def built(cls, **how): return nn.Sequential(kinds.layer_class(cls)(**{k: tuple(v) if isinstance(v, list) else v for k, v in how.items()}))
+
+def forged_options(name, rng):
+    "What a builder is called with."
+    layer = good_layer(name, rng)
+    options, keys = {k: v for k, v in kinds.layer_entry(layer).items() if k != "class"}, kinds.LAYERS[name].split()
+    table = tensors_of(layer)
+    for k in rng.sample(keys, min(len(keys), rng.choice([1, 1, 2]))): options[k] = junk(rng)
+    try:
+        with torch.device("meta"): new = built(name, **options)
+        if sum(math.prod(s) for _, s in tensors_of(new[0]).values()) < 1e6: table = tensors_of(new[0])
+    except Exception: pass
+    return sealed({}, table, 1, {"name": "native layer", "options": {"cls": name} | options}), None
+
+def sealed(layers, table, version=5, architecture=None):
     "A file with numbers that are none in particular."
     payload, entries = b"", {}
     for n, (dtype, shape) in table.items():
@@ -81,7 +115,8 @@ def sealed(layers, table, version=5):
         entries[n] = {"dtype": dtype, "shape": shape, "offset": len(payload)}
         t = torch.linspace(-1, 1, math.prod(shape)).to(pack.DTYPES[dtype])
         payload += bytes(pack.as_bytes(t.reshape(shape)))
-    return mutations.sealed({"modelzip": version, "architecture": {"name": "native box", "options": {}}, "layers": layers, "tensors": entries}, payload)
+    about = {"modelzip": version, "architecture": architecture or {"name": "native box", "options": {}}, "tensors": entries}
+    return mutations.sealed(about | ({"layers": layers} if layers else {}), payload)
 
 
 # ---- forged compressed layers -------------------------------------------------------------------------------------
@@ -122,6 +157,44 @@ def other_meta(manifest, payload, rng):
     return mutations.sealed(m, payload)
 
 
+# ---- small files that ask for much --------------------------------------------------------------------------------
+def quantized(shape, **meta):
+    "The entry of a weight that is quantized to 8 bits in groups, with one scale a row."
+    n = math.prod(shape)
+    parts = {"codes": {"dtype": "uint8", "shape": [n], "offset": 0}, "scale": {"dtype": "float32", "shape": [shape[0], 1], "offset": n + -n % 4}}
+    entry = {"dtype": "float32", "shape": shape, "kind": "quantized", "meta": {"shape": shape, "dtype": "float32", "levels": 256} | meta, "parts": parts, "layer": "Dequantize"}
+    return entry, bytes(n + -n % 4) + b"\0\0\x80?"*shape[0]
+
+def of_a_group(group):
+    entry, payload = quantized([4, 8], group=group)
+    return mutations.sealed({"modelzip": 5, "architecture": {"name": "native box", "options": {}}, "layers": {"": {"class": "Sequential"}, "0": {"class": "Linear", "in_features": 8, "out_features": 4, "bias": False}}, "tensors": {"0.weight": entry}}, payload)
+
+@register_model("native depth")
+def deep(depth=1, width=2, table=0):
+    m = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    if table: m.register_buffer("table", torch.arange(table), persistent=False)
+    return m
+
+def called(name, **options): return sealed({}, {"fc1.weight": ("float32", [2, 2])}, 1, {"name": name, "options": options})
+
+def of_no_weights():
+    "A sparse tensor of 2⁴⁰ zeros."
+    shape = [2**20, 2**20]
+    entry = {"dtype": "float32", "shape": shape, "kind": "sparse", "meta": {"shape": shape, "dtype": "float32", "layout": "gaps", "count": 0, "gap": 4, "gaps": 0}, "layer": "Dequantize",
+             "parts": {"positions": {"dtype": "uint8", "shape": [0], "offset": 0}, "values": {"dtype": "float32", "shape": [0], "offset": 0}}}
+    return mutations.sealed({"modelzip": 5, "architecture": {"name": "native box", "options": {}}, "layers": {"": {"class": "Sequential"}, "0": {"class": "Linear", "in_features": 2**20, "out_features": 2**20, "bias": False}}, "tensors": {"0.weight": entry}}, b"")
+
+def many(n, entry): return sealed({"": {"class": "Sequential"}} | {str(i): entry for i in range(n)}, {"0.weight": ("float32", [2, 2])})
+
+SMALL = {
+    "a builder's argument": lambda: called("LeNet5", hidden=10**7), "… and more": lambda: called("LeNet300", hidden=[10**9, 10**9]), "… with too many digits": lambda: called("LeNet5", hidden=10**400), "… of another type": lambda: called("LeNet5", channels="x"*10**5),
+    "layers without end": lambda: called("native depth", depth=10**9), "a table": lambda: called("native depth", table=10**10), "a name that nobody knows": lambda: called("x"*10**5), "a group of 50,000,000": lambda: of_a_group(5*10**7), "a group of 2⁴⁸": lambda: of_a_group(2**48),
+    "60 LSTMs of 1,000 layers": lambda: many(60, {"class": "LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 1000}), "40 wide layers": lambda: many(40, {"class": "Linear", "in_features": 2**30, "out_features": 2**30}),
+    "zeros": of_no_weights, "20,000 layers": lambda: many(20000, {"class": "ReLU"}), "names of 5,000 parts": lambda: sealed({".".join(["a"]*n): {"class": "Sequential"} for n in range(0, 5000, 1)} | {"": {"class": "Sequential"}}, {}),
+    "20,000 tensors that nobody has": lambda: sealed({"": {"class": "Sequential"}, "0": {"class": "ReLU"}}, {f"{'x'*50}{i}": ("float32", []) for i in range(20000)}),
+    "an argument of a million letters": lambda: many(1, {"class": "Linear", "in_features": "x"*10**6, "out_features": 2}), "a list of a million": lambda: many(1, {"class": "LayerNorm", "normalized_shape": [1]*10**6})}
+
+
 # ---- running ------------------------------------------------------------------------------------------------------
 def inputs():
     g = torch.Generator().manual_seed(0)
@@ -157,7 +230,9 @@ def layer_of(i): return "compressed" if i % 3 == 2 else NAMES[(i - i//3) % len(N
 
 def case(i, folder):
     rng = random.Random(i)
-    if i % 3 == 2: data, model = forged_parts(rng, folder)
+    if i < 0: data, model = [*SMALL.values()][-1 - i](), None
+    elif i % 3 == 2: data, model = forged_parts(rng, folder)
+    elif rng.random() < .4: data, model = rng.choice([forged_own, forged_own, forged_options])(layer_of(i), rng)
     else:
         data, layer = forged(layer_of(i), rng)
         model = None if rng.random() < .7 else nn.Sequential(layer)
@@ -172,10 +247,10 @@ def serve(start, stop, folder):
     compressed(folder); limited()
     for i in range(start, stop):
         print(i, end=" ", flush=True)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS); signal.alarm(12*SECONDS)      # of computing; of waiting
         try: said = attempt(*case(i, folder), folder/"x.mz")
         except BaseException as e: said = f"BAD {type(e).__name__}: {e}"
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0); signal.alarm(0)
         print(said.encode("ascii", "replace").decode().replace("\n", " ")[:300], flush=True)
 
 def fuzz(n, folder, start=0):
@@ -199,5 +274,5 @@ if __name__ == "__main__":
         import collections
         with tempfile.TemporaryDirectory() as tmp: said = fuzz(stop - start, Path(tmp), start)
         for i, what in said.items():
-            if what.startswith("BAD"): print(i, layer_of(i), what)
+            if what.startswith("BAD"): print(i, [*SMALL][-1 - i] if i < 0 else layer_of(i), what)
         print(collections.Counter(w.partition(":")[0] for w in said.values()))
