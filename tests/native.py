@@ -13,7 +13,7 @@ import mutations
 from modelzip import archive, pack
 from modelzip.data import register_model
 from modelzip.pack import PackError, load, save
-from modelzip.workshop import kinds
+from modelzip.workshop import asked, kinds
 from test_right_pack import OTHER, has, made
 
 ROOM, SECONDS = 2**31, 10      # bytes on top of what the process has when it starts; for a case
@@ -51,11 +51,11 @@ def forged(name, rng):
     if how < .7 and keys:
         for k in rng.sample(keys, min(len(keys), rng.choice([1, 1, 1, 2, 3]))): about[""][k] = junk(rng)
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with torch.device("meta"), asked.counted(500), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 new = kinds.layer_class(name)(**{k: tuple(kinds.meant(v) for v in v) if isinstance(v, list) else kinds.meant(v) for k, v in about[""].items() if k != "class"})
             if sum(math.prod(s) for _, s in tensors_of(new).values()) < 1e6 and len(table) < 100: table, about = tensors_of(new), described(new) | {"": about[""]}
-        except Exception: pass
+        except Exception: pass      # nothing that can be made
     if how > .6 and table:
         n = rng.choice([*table]); shape = list(table[n][1])
         if shape and rng.random() < .8: shape[rng.randrange(len(shape))] = rng.choice([0, 1, 2, 3, 7, 64])
@@ -101,7 +101,7 @@ def forged_options(name, rng):
     table = tensors_of(layer)
     for k in rng.sample(keys, min(len(keys), rng.choice([1, 1, 2]))): options[k] = junk(rng)
     try:
-        with torch.device("meta"): new = built(name, **options)
+        with torch.device("meta"), asked.counted(500): new = built(name, **options)
         if sum(math.prod(s) for _, s in tensors_of(new[0]).values()) < 1e6: table = tensors_of(new[0])
     except Exception: pass
     return sealed({}, table, 1, {"name": "native layer", "options": {"cls": name} | options}), None
@@ -190,8 +190,8 @@ SMALL = {
     "a builder's argument": lambda: called("LeNet5", hidden=10**7), "… and more": lambda: called("LeNet300", hidden=[10**9, 10**9]), "… with too many digits": lambda: called("LeNet5", hidden=10**400), "… of another type": lambda: called("LeNet5", channels="x"*10**5),
     "layers without end": lambda: called("native depth", depth=10**9), "a table": lambda: called("native depth", table=10**10), "a name that nobody knows": lambda: called("x"*10**5), "a group of 50,000,000": lambda: of_a_group(5*10**7), "a group of 2⁴⁸": lambda: of_a_group(2**48),
     "60 LSTMs of 1,000 layers": lambda: many(60, {"class": "LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 1000}), "40 wide layers": lambda: many(40, {"class": "Linear", "in_features": 2**30, "out_features": 2**30}),
-    "zeros": of_no_weights, "20,000 layers": lambda: many(20000, {"class": "ReLU"}), "names of 5,000 parts": lambda: sealed({".".join(["a"]*n): {"class": "Sequential"} for n in range(0, 5000, 1)} | {"": {"class": "Sequential"}}, {}),
-    "20,000 tensors that nobody has": lambda: sealed({"": {"class": "Sequential"}, "0": {"class": "ReLU"}}, {f"{'x'*50}{i}": ("float32", []) for i in range(20000)}),
+    "zeros": of_no_weights, "5,000 layers": lambda: many(5000, {"class": "ReLU"}), "names of 2,000 parts": lambda: sealed({".".join(["a"]*n): {"class": "Sequential"} for n in range(2000)} | {"": {"class": "Sequential"}}, {}),
+    "5,000 tensors that nobody has": lambda: sealed({"": {"class": "Sequential"}, "0": {"class": "ReLU"}}, {f"{'x'*50}{i}": ("float32", []) for i in range(5000)}),
     "an argument of a million letters": lambda: many(1, {"class": "Linear", "in_features": "x"*10**6, "out_features": 2}), "a list of a million": lambda: many(1, {"class": "LayerNorm", "normalized_shape": [1]*10**6})}
 
 

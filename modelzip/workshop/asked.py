@@ -8,7 +8,7 @@ __all__ = ['WIDE', 'MOST_PLACES', 'MOST_ADDED', 'MOST_TIMES', 'NUMBER', 'SWITCH'
            'TooMuch', 'counted', 'Weighed', 'is_whole_on_meta', 'within']
 
 # %% ../../nbs/workshop/asked.ipynb
-import math, threading
+import math, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +82,7 @@ def rule_of(
     if cls.startswith("ConvTranspose") and key in ("stride", "dilation"): return each(1, total=MOST_TIMES)
     if cls == "Unfold" and key in ("kernel_size", "padding"): return each(key == "kernel_size", total=MOST_TIMES)
     if cls == "Fold" and key == "output_size": return each(1, total=MOST_PLACES)
+    if key == "stride" and ("Conv" in cls or "old" in cls): return each(1)
     if key == "size" and cls == "Upsample": return or_none((f"a whole number from 1, or one for each dimension, {MOST_PLACES:,} places at most", _resized))
     if key == "mode" and cls == "Upsample": return one_of("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")
     return RULES[key]
@@ -161,9 +162,11 @@ def within(
     things = 2**62 if tensors is None else SPARE_THINGS + 64*tensors
     most = 2**62 if tensors is None else SPARE_BYTES + 16*held
     try:
-        with counted(things), torch.device("meta"), Weighed(most) as w: model = build()
+        with counted(things), torch.device("meta"), Weighed(most) as w, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = build()
         if isinstance(model, nn.Module) and is_whole_on_meta(model, w.made): return model
     except TooMuch: raise
     except Exception: pass      # it computes with numbers
     model = None
-    with counted(things), Weighed(most): return build()
+    with counted(things), torch.device("cpu"), Weighed(most): return build()
