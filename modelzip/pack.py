@@ -305,7 +305,9 @@ def meaning_of(
     if computes_nothing(model): return {}
     kinds = kinds_of(model)
     for name, e in kinds.items():
-        if "class" in e and (why := unfit(e["class"], arguments_of(e))): raise ValueError(f"the layer {name!r} {why}")
+        try: why = "class" in e and unfit(e["class"], arguments_of(e))
+        except PackError as error: why = f"cannot be described: {error}"
+        if why: raise ValueError(f"the layer {name!r} {why}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = any(small_buffers(plain_layer(m)) for _, m in walk(model))      # nothing of the kind is to be seen on meta
