@@ -3,7 +3,7 @@ Each is loaded, and what loads is run once. A process of its own does it, since 
 
     python tests/native.py 0 1000        cases 0 to 999: says before each which it is, and what became of it
 """
-import copy, json, math, os, random, resource, signal, subprocess, sys, warnings
+import copy, math, random, resource, signal, subprocess, sys, warnings
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def compressed(folder):
              "kernels": kernels.use_kernels(quantize_model(body()[:4], 8)), "int4": kernels.use_kernels(quantize_model(wide(), 4, group=32)), "rows": kernels.use_kernels(quantize_model(words(), 8)),
              "static": qat.convert(qat.prepare(body()[:4], 8, batches=[x])), "bag": quantize_model(nn.Sequential(nn.EmbeddingBag(32, 16)), 4)}
     for layout in "bitmap", "gaps":
-        found[layout] = sparse(wide(), layout); found[layout + ", products"] = prune.use_sparse_products(found[layout]); found[layout + ", quantized"] = quantize_model(sparse(wide(), layout), 4) if False else found[layout]
+        found[layout] = sparse(wide(), layout); found[layout + ", products"] = prune.use_sparse_products(found[layout])
     for name, m in found.items():
         path = save(m.eval(), folder/"good.mz", archive=False)
         _saved[name] = m, *mutations.opened(path)

@@ -1,5 +1,5 @@
 "No file reaches native code with what that cannot take, and no small file makes a large network."
-import copy, json, math, re, signal, subprocess, sys, time
+import re, time
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from modelzip.workshop import asked, kinds
 
 def test_no_signal_ever(tmp_path):
     "Loading, and one forward pass, of files that lie about layers of every class: refused, or a Python exception, or an answer; in 2 GiB and ten seconds each."
-    said = native.fuzz(len(native.SMALL) + examples(330), tmp_path, -len(native.SMALL))
+    said = native.fuzz(len(native.SMALL) + examples(220), tmp_path, -len(native.SMALL))
     bad = {i: (native.layer_of(i) if i >= 0 else [*native.SMALL][-1 - i], what) for i, what in said.items() if what.startswith("BAD")}
     assert not bad, bad
     small = {[*native.SMALL][-1 - i]: what for i, what in said.items() if i < 0}
