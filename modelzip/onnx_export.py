@@ -92,14 +92,15 @@ def _blocks(g, name, q):
 def _looked_up(g, name, q):
     "A codebook: look up the codes, multiply by the scales."
     rows = q.shape[0] if q.group is not None and len(q.shape) > 1 else 1
-    codes = q.unpack() if q.group is None else nn.functional.pad(q.unpack().reshape(rows, -1), (0, -(q.shape.numel() // rows) % q.group)).reshape(rows, -1, q.group)
+    group = q.group and min(q.group, q.shape.numel() // rows)      # a group longer than its row is the row
+    codes = q.unpack() if group is None else nn.functional.pad(q.unpack().reshape(rows, -1), (0, -(q.shape.numel() // rows) % group)).reshape(rows, -1, group)
     index = g.add("Cast", _store_codes(g, name + ".codes", codes, q.bits), to=g.onnx.TensorProto.INT32)
     values = g.add("Gather", _store_float(g, name + ".codebook", q.codebook), index)
     across = q.scale.reshape([-1 if i == q.axis else 1 for i in range(len(q.shape))]) if q.group is None and q.axis is not None else q.scale[..., None] if q.group is not None else q.scale
     w = g.add("Mul", values, _store_float(g, name + ".scale", across))
     if q.group is None: return w
     w = _shaped(g, name + ".rows", w, (rows, -1))
-    if q.shape.numel() // rows % q.group: w = g.add("Slice", w, *(_store(g, f"{name}.{k}", torch.tensor([v])) for k, v in (("from", 0), ("to", q.shape.numel() // rows), ("axis", 1))))
+    if q.shape.numel() // rows % group: w = g.add("Slice", w, *(_store(g, f"{name}.{k}", torch.tensor([v])) for k, v in (("from", 0), ("to", q.shape.numel() // rows), ("axis", 1))))
     return _shaped(g, name, w, q.shape)
 
 # %% ../nbs/06b_onnx.ipynb

@@ -24,7 +24,8 @@ from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
-from .workshop.kinds import alike, are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
+from .workshop.asked import within, unfit
+from .workshop.kinds import alike, are_kinds, arguments_of, ascii_name, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState
@@ -299,19 +300,23 @@ def hollow(
 def build_from(
     architecture: dict | None,       # of a manifest
     root: dict | None = None,        # what the file says of the model itself, for an error
+    tensors: int | None = None,      # that the file holds; None: nothing bounds what is built
+    held: int = 0,                   # … their bytes
 ) -> nn.Module:                      # hollow
-    "Let the registered builder that a file names make its model."
+    "Let the registered builder that a file names make its model, where it takes no memory if that can be, and within what the file's tensors allow."
     demand(architecture,
            "it does not say which architecture it has: pass a model that has it, load(path, model)" if not root else
            f"it holds a {text_of(root)}, which no registered builder makes: pass a model of that class, load(path, model)")
     name, options = architecture["name"], architecture["options"]
     try:
-        with torch.random.fork_rng(devices=[]): return hollow(build_model(name, **options))
+        with torch.random.fork_rng(devices=[]): built = hollow(within(lambda: build_model(name, **options), tensors, held))
     except ImportError: raise
     except Exception as e:
         why = e.args[0] if isinstance(e, KeyError) and e.args else e
-        raise PackError(f"its architecture {name!r} cannot be built here ({why}): "
+        raise PackError(f"its architecture {ascii(name)[:80]} cannot be built here ({str(why)[:300]}): "
                         "register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
+    check_arguments(built)
+    return built
 
 # %% ../nbs/05_pack.ipynb
 def meaning_of(
@@ -322,6 +327,10 @@ def meaning_of(
     check_ordinary(model); check_nothing_hidden(model)
     if computes_nothing(model): return dict(vars(plain_layer(model)).get("meaning", {}))      # what another file said of these weights
     kinds = kinds_of(model)
+    for name, e in kinds.items():
+        try: why = "class" in e and unfit(e["class"], arguments_of(e))
+        except PackError as error: why = f"cannot be described: {error}"
+        if why: raise ValueError(f"the layer {name!r} {why}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = any(small_buffers(plain_layer(m)) for _, m in walk(model))      # nothing of the kind is to be seen on meta
@@ -869,6 +878,17 @@ def verify_payload(
         end = part.offset + part.stored
 
 # %% ../nbs/05_pack.ipynb
+SPARE = 2**26      # weights that may be zeros of which nothing is stored
+
+def check_dense(
+    rows: dict[str, Row],
+) -> tuple[int, int]:      # tensors, and bytes of all that they stand for
+    "Positions of a sparse tensor take 16 bits for 2¹⁶ zeros or more: what claims to stand for more than that many is refused."
+    own = [r for r in rows.values() if r.same is None]
+    stands = sum(math.prod(r.shape) for r in own if r.kind is not None)
+    demand(stands <= SPARE + (sum(r.nbytes for r in own) << 15), f"its compressed tensors claim to stand for {stands:,} numbers, which is more than their parts can say")
+    return len(rows), sum(math.prod(r.shape)*r.dtype.itemsize for r in own)
+
 def skeleton_of(
     manifest: dict,
     model: nn.Module | None,     # what the caller passes
@@ -876,8 +896,9 @@ def skeleton_of(
 ) -> nn.Module:                  # hollow, and what the file says that it is
     "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
     layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
+    most, bounds = (2**40, ()) if rows is None else (len(rows), check_dense(rows))
     if model is None:
-        skeleton = remade(build_from(manifest["architecture"], layers.get("")), layers)
+        skeleton = remade(build_from(manifest["architecture"], layers.get(""), *bounds), layers, tensors=most)
         if kind is not None:
             demand(kind == seal_of(skeleton), f"the builder that is registered as {manifest['architecture']['name']!r} makes other layers here than it did when the file was saved: "
                    "register the one that it was, or pass a model that has them, load(path, model)")
@@ -885,8 +906,8 @@ def skeleton_of(
         return skeleton
     skeleton = hollow(model)
     if computes_nothing(model) or not said or not (layers or kind): return skeleton
-    if kind == seal_of(skeleton): return remade(skeleton, layers, strict=True)
-    try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton))
+    if kind == seal_of(skeleton): return remade(skeleton, layers, True, most)
+    try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton, most, bounds), most)
     except PackError:
         if rows: check_match(hollow(model), rows)
         raise
@@ -894,15 +915,22 @@ def skeleton_of(
 def whole_of(
     manifest: dict,
     skeleton: nn.Module,      # what the caller passes
+    most: int = 2**40,        # tensors of the file
+    bounds: tuple = (),       # … and their bytes, for a builder
 ) -> dict:                    # as from `kinds_of`
     "All that a file says of a model, where it relies on a builder."
-    try: built = remade(build_from(manifest["architecture"]), manifest.get("layers", {}))
-    except PackError: built = remade(hollow(skeleton), manifest.get("layers", {}))      # without the builder: perhaps the caller's is the same
+    try: built = remade(build_from(manifest["architecture"], None, *bounds), manifest.get("layers", {}), tensors=most)
+    except PackError: built = remade(hollow(skeleton), manifest.get("layers", {}), tensors=most)      # without the builder: perhaps the caller's is the same
     demand(seal_of(built) == manifest["kind"], f"the model has other layers than the one that was saved, and the builder that could tell which ({manifest['architecture']['name']!r}) "
            "is not registered here, or is another one: register it, or pass a model like the one that was saved")
     return kinds_of(built)
 
 # %% ../nbs/05_pack.ipynb
+def few(names: list[str], most: int = 12) -> str:
+    "Names for an error, which is no list of everything."
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(ascii_name(n)[:160] for n in names[:most]) + more
+
 def check_match(
     skeleton: nn.Module,
     rows: dict[str, Row],
@@ -915,7 +943,7 @@ def check_match(
               ("the model has no", [n for n in rows if n not in have]),
               ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
               ("types differ for", [f"{n} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
-    differences = [f"{what} {', '.join(map(ascii_name, names))}" for what, names in listed if names]
+    differences = [f"{what} {few(names)}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 
 # %% ../nbs/05_pack.ipynb
@@ -927,7 +955,7 @@ def rebuild(
     if row.kind is None: return tensors[row.name, ""]
     cls = find_kind(CompressedTensor.kinds, row.kind)
     try: q = cls.from_parts({k: tensors[row.name, k] for k in row.parts}, row.meta)
-    except Exception as e: raise PackError(f"{row.name!r} ({row.kind}) does not fit together: {e}") from e
+    except Exception as e: raise PackError(f"{ascii(row.name)[:80]} ({row.kind}) does not fit together: {e}"[:600]) from e
     demand(tuple(q.shape) == row.shape and q.dtype == row.dtype,
            f"{row.name!r} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
     return q
@@ -980,7 +1008,7 @@ def make_layer(
     cls = find_kind(Dequantize.kinds, row.layer)
     try: new = cls(layer, q, key, **(row.options or {}))
     except Exception as e:
-        raise PackError(f"the layer of {row.name!r} ({row.layer}) cannot be made: {e}") from e
+        raise PackError(f"the layer of {ascii(row.name)[:80]} ({row.layer}) cannot be made: {e}"[:600]) from e
     if cls is not Dequantize and hooks_named(layer):      # it computes by itself and never calls the layer inside
         carry_hooks(layer, new)
         for key in HOOKS: new.layer.__dict__[key] = type(new.layer.__dict__[key])()
@@ -998,15 +1026,16 @@ def check_result(
         other = first.setdefault(identity(item), name)
         demand(name == other, f"the model has one tensor for {other!r} and {name!r}, the file has two")
     ghosts = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    demand(not ghosts, f"neither the file nor the model has values for {', '.join(map(ascii_name, ghosts))}")
+    demand(not ghosts, f"neither the file nor the model has values for {few(ghosts)}")
 
 # %% ../nbs/05_pack.ipynb
 def expected(
     manifest: dict,      # its architecture and layers
+    tensors: int,        # that it has
 ) -> dict:               # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     "What a reader will know of the tensors before it has seen the table."
     if manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION: return {}
-    skeleton = remade(build_from(manifest["architecture"]), manifest.get("layers", {}))
+    skeleton = remade(build_from(manifest["architecture"], None, tensors, 8*MOST), manifest.get("layers", {}), tensors=tensors)
     return {i.name: {"dtype": NAMES[i.value.dtype], "shape": list(i.value.shape)} for i in items(skeleton)}
 
 # %% ../nbs/05_pack.ipynb
@@ -1093,7 +1122,8 @@ def lengthen(
     demand(version <= SOLID_VERSION, f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to {SOLID_VERSION} (update it)")
     table, lists = short.get("tensors"), isinstance(short.get("tensors"), list)
     manifest = check_manifest(short | {"modelzip": (VERSION if version > 4 else 3) if "layers" in short or "kind" in short else 1, "tensors": {} if lists else table})
-    known = expected(manifest)
+    demand(isinstance(table, (list, dict)), "its manifest has unknown or missing fields")
+    known = expected(manifest, len(table))
     demand(not lists or len(table) == len(known), "it is of another architecture: its table has another length")
     found = {n: long_entry(n, e, known.get(n, {})) for n, e in (zip(known, table) if lists else table.items())}
     return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place([p for _, parts in found.values() for p in parts])
@@ -1174,7 +1204,7 @@ def solid_bytes(
     pieces: list[Piece],
 ) -> bytes:
     "A whole model in one piece. `ValueError` for one that is too large for it, or could not be read."
-    try: known = expected(manifest)
+    try: known = expected(manifest, len(manifest["tensors"]))
     except PackError: known = {}
     text = as_json(shorten(manifest, pieces, known), "the manifest").encode()
     try:

@@ -1448,7 +1448,8 @@ def _code_of_zero(q):
     if isinstance(zero, float):
         if zero != int(zero): raise ValueError("two levels have no zero; zeros can only be left out")
         return torch.tensor(int(zero), device=q.scale.device)
-    size = q.group or math.prod(q.shape) // max(1, zero.numel())
+    row = math.prod(q.shape) // max(1, q.shape[0] if len(q.shape) > 1 else 1)
+    size = min(q.group, row) if q.group else math.prod(q.shape) // max(1, zero.numel())
     return from_blocks(zero.reshape(-1, 1).expand(-1, size), q.shape, q.axis, q.group)
 
 SparseTensor.as_qtensor = _as_qtensor

@@ -108,6 +108,7 @@ def as_blocks(
     if not x.numel(): return x.reshape(number_of_blocks(x.shape, axis, group), 0)
     if group is not None:
         rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
+        group = min(group, rows.shape[1])      # a group longer than its row is the row
         if pad := -rows.shape[1] % group: rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
         return rows.reshape(-1, group)
     if axis is None: return x.reshape(1, -1)

@@ -733,11 +733,12 @@ def _check_setting(name: str, value: Any) -> None:
 
 # %% ../nbs/12_threads.ipynb
 def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
-    "Settings: what the caller gives, else what the file says, else the usual."
+    "Settings: what the caller gives, else what the file says (of threads and processes no more than there are cores), else the usual."
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
     if isinstance(model, (str, os.PathLike)):
         try: filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
         except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
+        filed |= {k: min(filed[k], cores()) for k in ("workers", "intra_op") if filed.get(k)}
     elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
     if filed.get("workers"): filed["workers"] = min(filed["workers"], 4 * cores())      # a file cannot know this machine
     s = {**POOL_SETTINGS, **filed, **given}
@@ -796,12 +797,12 @@ class Pool:
     def __init__(
         self,
         model: nn.Module | Callable | str | os.PathLike,    # a module (tensors are shared), a `.mz` file, a function of a batch
-        workers: int | None = None,         # None: the file's, else as many as workers × intra_op = cores
+        workers: int | None = None,         # None: the file's, at most one a core, else as many as workers × intra_op = cores
         *,
         max_batch: int | None = None,       # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
         max_wait: float | None = None,      # seconds to wait for a full batch, at most 60; None: the file's, else a tenth of the last's time
         queue_size: int | None = None,      # requests that may wait; None: the file's, else 1024
-        intra_op: int | None = None,        # threads in each operation; None: the file's, else 1
+        intra_op: int | None = None,        # threads in each operation; None: the file's, at most one a core, else 1
         exact: bool | None = None,          # answers have the bits of serial ones; False: only close. None: the file's, else True
         processes: bool | None = None,      # each worker has an interpreter of its own; None: the file's, else False
         collate: Callable | None = None,    # makes a batch of a list of samples (with exact=False); None: stacks equal shapes

@@ -4,14 +4,15 @@
 
 # %% auto 0
 __all__ = ['MISSING', 'LIBRARIES', 'SMALL', 'MOST', 'DEVICE', 'SPELLED', 'OPERATORS', 'LAYERS', 'HOMES_OF_LAYERS', 'OURS',
-           'MAX_LAYERS', 'PUT_THERE', 'said', 'name_of', 'meant', 'text', 'layer_class', 'plain_layer', 'argument',
-           'layer_entry', 'of_torch', 'attributes_of', 'small_buffers', 'shapes_of', 'hooks_named', 'module_entry',
-           'check_nothing_hidden', 'computes_nothing', 'walk', 'entry_of', 'kinds_of', 'seal', 'alike', 'fits',
-           'parent_of', 'children_in', 'differing', 'check_argument', 'make_plain', 'ascii_name', 'change_module',
-           'text_of', 'remade', 'otherwise', 'check_kinds', 'made_so', 'are_kinds']
+           'MAX_LAYERS', 'MAX_PARTS', 'PUT_THERE', 'said', 'name_of', 'meant', 'text', 'layer_class', 'plain_layer',
+           'argument', 'layer_entry', 'of_torch', 'attributes_of', 'small_buffers', 'shapes_of', 'hooks_named',
+           'module_entry', 'check_nothing_hidden', 'computes_nothing', 'walk', 'entry_of', 'kinds_of', 'seal', 'alike',
+           'fits', 'parent_of', 'children_in', 'differing', 'check_argument', 'make_plain', 'arguments_of',
+           'table_class', 'unsound', 'check_arguments', 'ascii_name', 'change_module', 'text_of', 'remade', 'otherwise',
+           'check_kinds', 'made_so', 'are_kinds']
 
 # %% ../../nbs/workshop/kinds.ipynb
-import base64, collections, copy, dataclasses, datetime, decimal, dis, enum, fractions, functools, importlib, json, math, operator, pathlib, pickle, re, sys, types, uuid, zlib
+import base64, collections, copy, dataclasses, datetime, decimal, dis, enum, fractions, functools, importlib, json, math, operator, pathlib, pickle, re, sys, types, uuid, warnings, zlib
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..archive import PackError, demand
 from ..quant import Dequantize
+from .asked import unfit
 from .models import HOOKS, carry_hooks
 
 # %% ../../nbs/workshop/kinds.ipynb
@@ -473,13 +475,58 @@ def check_argument(
 def make_plain(
     name: str,
     entry: dict,         # {"class", arguments}
+    most: int = 2**40,   # tensors that it may have
 ) -> nn.Module:          # hollow
-    "Make a layer of the table; `PackError` if its constructor does not want to."
-    arguments = {k: check_argument(v) for k, v in entry.items() if k not in ("class", "hooks")}
-    demand(arguments.get("num_layers", 1) in range(1, MAX_LAYERS + 1), f"the layer {name!r} has too many layers")
-    device = {"device": "meta"} if "device" in signature(cls := layer_class(entry["class"])).parameters or issubclass(cls, nn.RNNBase) else {}
-    try: return cls(**arguments, **device)
-    except Exception as e: raise PackError(f"the layer {name!r} cannot be made ({entry['class']}: {e})"[:400]) from None
+    "Make a layer of the table; `PackError` that names the argument which it cannot have, or if its constructor does not want to."
+    arguments, where = arguments_of(entry), f"the layer {ascii(name)[:80]}"
+    demand(not (why := unfit(entry["class"], arguments)), f"{where} {why}")
+    n, top = arguments.get("num_layers", 0), max(1, min(MAX_LAYERS, most))
+    demand(n <= top, f"{where} ({entry['class']}) has num_layers={n}; it may be 1 to {top:,}, by the number of tensors in the file")
+    try: return _on_meta(layer_class(entry["class"]), arguments)
+    except Exception as e: raise PackError(f"{where} cannot be made ({entry['class']}: {e})"[:400]) from None
+
+def arguments_of(entry: dict) -> dict: return {k: check_argument(v) for k, v in entry.items() if k not in ("class", "hooks")}
+
+def _on_meta(cls, arguments):
+    device = {"device": "meta"} if "device" in signature(cls).parameters or issubclass(cls, nn.RNNBase) else {}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # that a layer is empty
+        return cls(**arguments, **device)
+
+# %% ../../nbs/workshop/kinds.ipynb
+def table_class(layer: nn.Module) -> type | None:
+    "The nearest class of the table that a layer is of, or inherits from."
+    homes = ("torch", "modelzip")
+    return next((c for c in type(layer).__mro__ if c.__name__ in LAYERS and c.__module__.partition(".")[0] in homes and c is layer_class(c.__name__)), None)
+
+def unsound(
+    layer: nn.Module,      # not compressed
+) -> str | None:           # None: nothing is wrong, or it inherits from no layer of the table
+    "What of a layer does not fit together: its attributes, what follows from them, or the shapes of its tensors."
+    if (cls := table_class(layer)) is None: return None
+    try: entry = {k: argument(layer, k) for k in LAYERS[cls.__name__].split() if k in _defaults(cls)}
+    except AttributeError as e: return f"({cls.__name__}) lacks an attribute ({e})"[:200]
+    if not entry.get("affine", entry.get("elementwise_affine", True)): entry.pop("bias", None)
+    if missing := [k for k, v in entry.items() if v is MISSING]: return f"({cls.__name__}) has a {missing[0]} that no file can say"
+    try: arguments = arguments_of(entry)
+    except PackError as e: return str(e)
+    if why := unfit(cls.__name__, arguments): return why
+    try: made = _on_meta(cls, arguments)
+    except Exception as e: return f"({cls.__name__}) cannot be made: {e}"[:300]
+    have = {**layer._parameters, **layer._buffers}
+    for k, shape in shapes_of(made).items():
+        there = None if have.get(k) is None else list(have[k].shape)
+        if there != shape: return f"({cls.__name__}) has the tensor {k} of shape {there}; by its attributes it may be {shape}"
+    for k, v in vars(made).items():
+        if k in OURS or k in entry or (right := said(v)) is MISSING: continue
+        if text(right) != text(said(vars(layer).get(k))): return f"({cls.__name__}) has {k}={text_of(said(vars(layer).get(k)))}; by its other attributes it may be {text_of(right)}"
+
+def check_arguments(model: nn.Module) -> None:
+    "`PackError` that names a layer of the table with an argument that it cannot have."
+    for name, m in walk(model):
+        entry = layer_entry(plain_layer(m))
+        why = entry and unfit(entry["class"], arguments_of(entry))
+        demand(not why, f"the layer {ascii_name(name)[:80]!r} {why}")
 
 # %% ../../nbs/workshop/kinds.ipynb
 def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
@@ -492,6 +539,7 @@ def change_module(
 ) -> None:
     "Give a module other values of plain attributes, and hollow tensors of other shapes."
     have, where = attributes_of(module), f"the module {ascii_name(name)[:80]}"
+    was_sound = unsound(module) is None
     for k, v in entry.get("attributes", {}).items():
         if _same(v, have.get(k, MISSING)): continue
         new = add and k not in vars(module) and not hasattr(type(module), k) and k.isidentifier()
@@ -509,6 +557,9 @@ def change_module(
         if list(tensors[k].shape) == shape: continue
         g = torch.empty(shape, dtype=tensors[k].dtype, device="meta")
         setattr(module, k, nn.Parameter(g, requires_grad=tensors[k].requires_grad) if isinstance(tensors[k], nn.Parameter) else g)
+    if was_sound and (entry.get("attributes") or entry.get("shapes")):
+        why = unsound(module)
+        demand(why is None, f"{where} {why}")
 
 def _alike(a, b, numbers):
     "Whether one fact may take the place of another; `numbers`: whole and broken ones are alike, and nothing is like everything."
@@ -525,16 +576,20 @@ def text_of(value: Any) -> str:
     return ascii(value)[:80]
 
 # %% ../../nbs/workshop/kinds.ipynb
+MAX_PARTS = 200      # of a name
+
 PUT_THERE = {"Identity", "Sequential", *HOMES_OF_LAYERS}      # by transformations of this library, for something else
 
 def remade(
     skeleton: nn.Module,     # hollow
     kinds: dict,             # what differs, or all there is, from a file
     strict: bool = False,    # a layer takes the place of one of its own class only, or of what transformations put there
+    tensors: int = 2**40,    # that the file holds: no more can be in layers that are made
 ) -> nn.Module:              # changed in place, or what has replaced it
     "Put the layers that a file describes into their places, where others stand. `PackError` for those that cannot be made."
     done, inside = {}, children_in(kinds)
     for name, entry in kinds.items():
+        demand(name.count(".") < MAX_PARTS, f"it describes a layer {ascii_name(name[:80])} with a name of more than {MAX_PARTS} parts")
         parent, _, child = name.rpartition(".")
         try: owner = skeleton.get_submodule(parent)
         except AttributeError: owner = None
@@ -548,7 +603,10 @@ def remade(
             a, b = type(here).__name__, entry["class"]
             if strict and a != b and not {a, b} & PUT_THERE: raise otherwise(name, entry, entry_of(here))
             key = (id(here), text(entry)) if here is not None else name      # what stood at two places stands there again
-            if key not in done: done[key] = here, make_plain(name, entry)
+            if key not in done:
+                done[key] = here, make_plain(name, entry, tensors)
+                tensors -= len(list(done[key][1].parameters()))
+                demand(tensors >= 0, "it describes layers that have more tensors than it holds")
             skeleton = _placed(skeleton, owner, child, here, done[key][1])
             if entry["class"] == "Sequential": _rearranged(done[key][1], inside.get(name, []))
         elif "module" in entry:
@@ -596,9 +654,10 @@ def check_kinds(
 def made_so(
     skeleton: nn.Module,
     kinds: dict,         # of the whole model
+    tensors: int = 2**40,
 ) -> nn.Module:
     "Make a model that somebody passes what a file says that it is, or refuse."
-    check_kinds(skeleton := remade(skeleton, kinds, strict=True), kinds)
+    check_kinds(skeleton := remade(skeleton, kinds, True, tensors), kinds)
     return skeleton
 
 # %% ../../nbs/workshop/kinds.ipynb
