@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import PackError, naming, open_file
+from .archive import MAX_PARTS, PackError, naming, open_file, quoted, several
 from .coding import CodingError
 from . import __version__
 from .auto import FOREIGN, compress
@@ -26,7 +26,7 @@ from .exchange import Opened, checked, from_hdf5, from_npz, from_safetensors, op
 from .kernels import use_kernels
 from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
-from .pack import Contents, as_text, diff, identity, inspect, items, load, read_tensor, rebuild, save
+from .pack import Contents, as_text, diff, identity, inspect, items, load, opened, rebuild, save
 from .quant import OBSERVERS, Dequantize, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
@@ -40,9 +40,16 @@ class Weights(nn.Module):
 
 def _child(module, part, name):
     "The module that a part of a name leads to, made when it is missing."
-    if part in module._parameters: raise ValueError(f"tensors holds {name!r} below {part!r}, which is a tensor itself")
+    if part in module._parameters: raise ValueError(f"tensors holds {quoted(name)} below {quoted(part)}, which is a tensor itself")
     if part not in module._modules: module.add_module(part, Weights())
     return module._modules[part]
+
+def _check_tree(names):
+    "Names build a tree: it must not be deeper than recursion can walk, nor much larger than what hangs on it."
+    for n in names:
+        if n.count(".") >= MAX_PARTS: raise ValueError(f"tensors holds {quoted(n)}, a name in {n.count('.') + 1:,} parts; it may have {MAX_PARTS}")
+    parts = {n.rpartition(".")[0] for n in names}
+    if sum(p.count(".") + 1 for p in parts) > 2**16 + 16*len(names): raise ValueError(f"tensors holds {len(names):,} names that build far more modules ({several(names, 2)})")
 
 # %% ../nbs/15_cli.ipynb
 def as_model(
@@ -50,12 +57,13 @@ def as_model(
 ) -> Weights:                     # a model with these parameters, which shares their memory
     "Grow the tree that names with dots describe. `ValueError` when there is nothing, or one name is the beginning of another."
     if not tensors: raise ValueError("tensors is empty: there is nothing to compress")
+    _check_tree(tensors)
     root = Weights()
     for name, t in tensors.items():
         *path, last = name.split(".")
         module = root
         for part in path: module = _child(module, part, name)
-        if last in module._modules: raise ValueError(f"tensors holds {name!r}, and other tensors below it")
+        if last in module._modules: raise ValueError(f"tensors holds {quoted(name)}, and other tensors below it")
         module.register_parameter(last, nn.Parameter(t, requires_grad=False))
     return root.eval()
 
@@ -116,14 +124,16 @@ def _safetensors_of(path):
 
 def _tree(values):
     "Tensors, plain and compressed, as a model of `as_model`."
-    tree = as_model({n: torch.empty(0) for n in values})
+    tree, packed = as_model({n: torch.empty(0) for n in values}), {}
     def make(owner, module):
         mine = {n: values[f"{owner}.{n}" if owner else n] for n in module._parameters}
         for name, v in mine.items():
             plain = v if isinstance(v, Tensor) else torch.empty(v.shape, dtype=v.dtype, device="meta")
             module._parameters[name] = nn.Parameter(plain, requires_grad=False)
         for name, v in mine.items():
-            if not isinstance(v, Tensor): module = Dequantize(module, v, name)
+            if not isinstance(v, Tensor):
+                module = Dequantize(module, packed.get(id(v), v), name)
+                packed[id(v)] = module.packed
         return module
     return _replaced(tree, make)
 
@@ -177,7 +187,8 @@ def _from_folder(path):
 # %% ../nbs/15_cli.ipynb
 def _from_mz(path):
     if (known := _known_or_weights(load, path)) is not None: return known
-    return _tree({l.name: read_tensor(path, l.name) for l in inspect(path, entropy=False).lines})
+    with opened(path) as f: values = {n: f.read(n) for n, r in f.rows.items() if r.same is None}
+    return _tree({n: values[r.same or n] for n, r in f.rows.items()})
 
 # %% ../nbs/15_cli.ipynb
 def _from_builder(text):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import need
-from .archive import BLOCK, MAX_MANIFEST, PackError, demand, naming, open_file, replacing
+from .archive import BLOCK, MAX_MANIFEST, MAX_RATIO, PackError, check_name, demand, naming, open_file, quoted, replacing
 from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
 from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
@@ -67,7 +67,7 @@ def add_parts(
     plain = isinstance(item.value, Tensor)
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
-        if name in tensors: raise ValueError(f"two tensors of the model would be called {name!r}")
+        if name in tensors: raise ValueError(f"two tensors of the model would be called {quoted(name)}")
         tensors[name] = t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -146,10 +146,10 @@ def compressed_entries(
     table = {}
     for name, entry in told.items():
         demand(isinstance(entry, dict) and ("same" in entry or isinstance(entry.get("parts"), list)),
-               f"{name!r} is described in an unknown form")
+               f"{quoted(name)} is described in an unknown form")
         if "same" in entry: continue
         parts = {k: f"{name}{joint}{k}" for k in map(str, entry["parts"])}
-        for n in parts.values(): demand(n in index, f"{n!r} is missing or used twice")
+        for n in parts.values(): demand(n in index, f"{quoted(n)} is missing or used twice")
         table[name] = entry | {"parts": {k: index.pop(n) for k, n in parts.items()}}
     return table
 
@@ -176,8 +176,8 @@ def renamed(
     ours = {}
     for name in index:
         new = name if rename is None else rename(name)
-        if not isinstance(new, str | None): raise TypeError(f"rename makes {new!r} of {name!r}; it may be a text or None"[:300])
-        if new in ours: raise ValueError(f"rename makes {new!r} of {ours[new]!r} and of {name!r}")
+        if not isinstance(new, str | None): raise TypeError(f"rename makes {new!r} of {quoted(name)}; it may be a text or None"[:300])
+        if new in ours: raise ValueError(f"rename makes {new!r} of {quoted(ours[new])} and of {quoted(name)}")
         if new is not None: ours[new] = name
     return ours
 
@@ -263,7 +263,7 @@ def checked(
     "Read one tensor and compare its checksum."
     t = opened.read(name).view(index[name].dtype)
     check_bool(t)
-    demand(checksum(name, t) == crc[name], f"{name!r} is damaged (wrong checksum)")
+    demand(checksum(name, t) == crc[name], f"{quoted(name)} is damaged (wrong checksum)")
     return t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -316,13 +316,13 @@ def check_names(
     "`ValueError` for names that the format cannot hold."
     for n in tensors:
         try: n.encode()
-        except UnicodeEncodeError: raise ValueError(f"the name {n!r} is no valid Unicode, which {format} needs") from None
-        if n == taken or not n: raise ValueError(f"a tensor is called {n!r}, a name that {format} does not allow")
+        except UnicodeEncodeError: raise ValueError(f"the name {quoted(n)} is no valid Unicode, which {format} needs") from None
+        if n == taken or not n: raise ValueError(f"a tensor is called {quoted(n)}, a name that {format} does not allow")
 
 def check_types(tensors: dict[str, Tensor]) -> None:
     for n, t in tensors.items():
         if NAMES[t.dtype] not in CODES:
-            raise ValueError(f"{n!r} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}")
+            raise ValueError(f"{quoted(n)} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}")
 
 # %% ../nbs/05b_exchange.ipynb
 def write_tensors(
@@ -373,14 +373,14 @@ def check_entry(
 ) -> tuple[int, int, str, Part]:      # begin and end of its bytes, its name, what it is
     "One tensor of the header."
     demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-           f"{name!r} is described in an unknown form")
+           f"{quoted(name)} is described in an unknown form")
     code, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = {c: DTYPES[n] for n, c in CODES.items() if n in DTYPES}
-    demand(isinstance(code, str) and code in known, f"{name!r} has the type {ascii(code)[:40]}, which PyTorch does not have")
-    demand(whole_numbers(shape, 64), f"{name!r} has the impossible shape {ascii(shape)[:80]}")
-    demand(whole_numbers(place, 2) and len(place) == 2, f"{name!r} has the impossible place {ascii(place)[:80]}")
+    demand(isinstance(code, str) and code in known, f"{quoted(name)} has the type {ascii(code)[:40]}, which PyTorch does not have")
+    demand(whole_numbers(shape, 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
+    demand(whole_numbers(place, 2) and len(place) == 2, f"{quoted(name)} has the impossible place {ascii(place)[:80]}")
     part = Part(known[code], tuple(shape), place[0])
-    demand(place[1] - place[0] == part.nbytes, f"{name!r} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}")
+    demand(place[1] - place[0] == part.nbytes, f"{quoted(name)} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}")
     return *place, name, part
 
 # %% ../nbs/05b_exchange.ipynb
@@ -391,7 +391,7 @@ def safetensors_index(
     "Where each tensor lies; together they cover the numbers exactly once."
     entries, end = sorted((check_entry(n, e) for n, e in header.items()), key=lambda e: e[:3]), 0
     for begin, after, name, _ in entries:
-        demand(begin == end, f"its tensors overlap or leave gaps (at {name!r})")
+        demand(begin == end, f"its tensors overlap or leave gaps (at {quoted(name)})")
         end = after
     demand(end == size, f"its tensors need {end:,} bytes, but it has {size:,}: it has been cut off, or something was appended")
     return {name: part for _, _, name, part in entries}
@@ -419,7 +419,7 @@ def read_into(
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
-        demand(f.readinto(data[i:i + BLOCK]) == len(data[i:i + BLOCK]), f"it ends inside of {name!r}")
+        demand(f.readinto(data[i:i + BLOCK]) == len(data[i:i + BLOCK]), f"it ends inside of {quoted(name)}")
     return t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -458,7 +458,7 @@ def write_npy(
 ) -> None:
     "One array as an entry of an archive."
     entry = zipfile.ZipInfo(f"{name}.npy")
-    if entry.filename != f"{name}.npy": raise ValueError(f"the name {name!r} cannot be that of an entry of a zip archive")
+    if entry.filename != f"{name}.npy": raise ValueError(f"the name {quoted(name)} cannot be that of an entry of a zip archive")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f: np.lib.format.write_array(f, x, allow_pickle=False)
 
@@ -487,12 +487,12 @@ def numpy_part(
     nbytes: int,       # that are there
 ) -> Part:
     "An array of NumPy's as a part."
-    demand(not dtype.hasobject, f"{name!r} holds Python objects: unpickling them could run code, so they are refused")
+    demand(not dtype.hasobject, f"{quoted(name)} holds Python objects: unpickling them could run code, so they are refused")
     known = dtype.newbyteorder("=").name
-    demand(known in NATIVE, f"{name!r} has the type {ascii(str(dtype))[:60]}, which PyTorch does not have")
-    demand(whole_numbers([*shape], 64), f"{name!r} has the impossible shape {ascii(shape)[:80]}")
+    demand(known in NATIVE, f"{quoted(name)} has the type {ascii(str(dtype))[:60]}, which PyTorch does not have")
+    demand(whole_numbers([*shape], 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
     part = Part(DTYPES[known], tuple(shape), offset)
-    demand(part.nbytes == nbytes, f"{name!r} needs {part.nbytes:,} bytes, but has {nbytes:,}")
+    demand(part.nbytes == nbytes, f"{quoted(name)} needs {part.nbytes:,} bytes, but has {nbytes:,}")
     return part
 
 # %% ../nbs/05b_exchange.ipynb
@@ -513,10 +513,10 @@ def read_npy_header(
     demand(entry.filename.endswith(".npy") and not entry.flag_bits & 1 and coded in (0, 8),
            f"{ascii(entry.filename)[:80]} is no plain array")
     demand(entry.file_size <= entry.compress_size*(1032 if coded else 1),
-           f"{name!r} claims more than its {entry.compress_size:,} bytes can hold")
+           f"{quoted(name)} claims more than its {entry.compress_size:,} bytes can hold")
     with z.open(entry) as f:
         version = np.lib.format.read_magic(f)
-        demand(version in ((1, 0), (2, 0)), f"{name!r} is an array of version {version}")
+        demand(version in ((1, 0), (2, 0)), f"{quoted(name)} is an array of version {version}")
         shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
         part = numpy_part(name, dtype, shape, f.tell(), entry.file_size - f.tell())
     return Npy(part, fortran and len(shape) > 1, not dtype.isnative, entry)
@@ -532,7 +532,7 @@ def read_npy(
     with z.open(npy.entry) as f:
         f.read(part.offset)
         t = read_into(f, dataclasses.replace(part, shape=backwards), name)
-        demand(not f.read(1), f"{name!r} has bytes behind its end")
+        demand(not f.read(1), f"{quoted(name)} has bytes behind its end")
     if npy.swapped: as_array(t).byteswap(inplace=True)
     return t.permute(*range(t.dim())[::-1]).contiguous() if npy.fortran else t
 
@@ -546,7 +546,7 @@ def npz_arrays(
     demand(sum(e.compress_size for e in entries) <= size, "its entries overlap")
     for e in entries:
         name = e.filename.removesuffix(".npy")
-        demand(name not in arrays, f"{name!r} occurs twice")
+        demand(name not in arrays, f"{quoted(name)} occurs twice")
         arrays[name] = read_npy_header(z, e)
     return arrays
 
@@ -654,11 +654,11 @@ def h5_part(
     how, stored = x.id.get_create_plist(), x.id.get_storage_size()
     filters = {how.get_filter(i)[0] for i in range(how.get_nfilters())}
     known = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-    demand(how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(), f"{name!r} has its numbers in another file")
-    demand(filters <= known, f"{name!r} was packed in a way that is not understood")
-    demand(x.shape is not None, f"{name!r} has no shape")
+    demand(how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(), f"{quoted(name)} has its numbers in another file")
+    demand(filters <= known, f"{quoted(name)} was packed in a way that is not understood")
+    demand(x.shape is not None, f"{quoted(name)} has no shape")
     nbytes = math.prod(x.shape)*x.dtype.itemsize
-    demand(nbytes <= stored*(1032 if filters else 1), f"{name!r} claims {nbytes:,} bytes, but only {stored:,} are there")
+    demand(nbytes <= stored*(1032 if filters else 1), f"{quoted(name)} claims {nbytes:,} bytes, but only {stored:,} are there")
     return numpy_part(name, x.dtype, x.shape, 0, nbytes), stored
 
 # %% ../nbs/05b_exchange.ipynb
@@ -681,7 +681,7 @@ def open_hdf5(f: BinaryIO, h: Any) -> Opened:
     with translating("HDF5"):
         found = {}
         for path, x in h5_datasets(h).items():
-            demand((name := h5_name(path)) not in found, f"{name!r} occurs twice"); found[name] = x
+            demand((name := h5_name(path)) not in found, f"{quoted(name)} occurs twice"); found[name] = x
         parts = {n: h5_part(n, x) for n, x in found.items()}
         demand(sum(stored for _, stored in parts.values()) <= size, "it claims more bytes than it has")
         note = {key: h5_text(h, key, size) for key in ("modelzip", "crc32")} if "modelzip" in h.attrs else None
@@ -712,7 +712,7 @@ def target(
     name: Any,
 ) -> Path:
     "The file for a name: in the folder, with `.mz` behind it."
-    if not isinstance(name, str | os.PathLike): raise TypeError(f"models gives the name {name!r}; it may be a text or a path")
+    if not isinstance(name, str | os.PathLike): raise TypeError(f"models gives the name {quoted(name)}; it may be a text or a path")
     name = os.fsdecode(name)
     return Path(os.fsdecode(folder), name if name.endswith(".mz") else f"{name}.mz")
 
@@ -739,7 +739,7 @@ def save_next(
     if pair is None: return False
     name, model = check_pair(pair)
     path = target(folder, name)
-    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {name!r} twice; {path} is written already")
+    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {quoted(name)} twice; {path} is written already")
     paths.append(save(model, path, **options))
     return True
 

@@ -702,7 +702,7 @@ def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
     "Settings: what the caller gives, else what the file says, else the usual."
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
     if isinstance(model, (str, os.PathLike)):
-        try: filed = pool_settings(inspect(model).info.get("pool"))
+        try: filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
         except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
     elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
     s = {**POOL_SETTINGS, **filed, **given}
