@@ -6,7 +6,7 @@
 __all__ = ['to_safetensors', 'from_safetensors', 'to_npz', 'from_npz', 'to_hdf5', 'from_hdf5', 'save_many', 'load_many']
 
 # %% ../nbs/05b_exchange.ipynb
-import dataclasses, errno, json, math, os, re, zipfile, zlib
+import dataclasses, errno, io, json, math, os, re, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import need
-from .archive import BLOCK, MAX_MANIFEST, MAX_RATIO, PackError, check_name, demand, naming, open_file, quoted, replacing
+from .archive import BLOCK, MAX_MANIFEST, MAX_RATIO, PackError, check_name, demand, naming, open_file, quoted, replacing, several
 from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
-from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
+from .pack import check_bool, check_left_out, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds, seal
 
@@ -52,10 +52,19 @@ def take_apart(
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
         if "same" not in entry: add_parts(tensors, item, joint)
+    check_writable(table, tensors)
     architecture = architecture_of(model)
     about = {"modelzip": EDITION, "architecture": architecture} | meaning_of(model, architecture) | {"tensors": told}
     if info: about["info"] = json.loads(as_json(info, "what is given besides model and path"))
     return tensors, about
+
+def check_writable(table: dict, tensors: dict[str, Tensor]) -> None:
+    "`ValueError` for a table that no reader would take."
+    rows = {}
+    try:
+        for n, e in table.items(): rows[n] = check_row(n, e, rows)
+        check_left_out(rows, sum(t.nbytes for t in tensors.values()))
+    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
 
 # %% ../nbs/05b_exchange.ipynb
 def add_parts(
@@ -114,6 +123,7 @@ def check_about(about: dict) -> dict:
     demand(about.keys() == types.keys() and all(isinstance(about[k], t) for k, t in types.items()), UNKNOWN)
     demand(about["architecture"] is None or is_architecture(about["architecture"]), UNKNOWN)
     demand(not about["layers"] or are_kinds(about["layers"]), UNKNOWN)
+    for name in about["layers"]: check_name(name)
     demand(about["kind"] is None or about["architecture"] and len(about["kind"]) == 4, UNKNOWN)
     return about
 
@@ -162,9 +172,10 @@ def rows_of(
     "The table of `pack`: plain tensors, then compressed ones, then tied ones. Each tensor of the file is used once."
     plain = {n: {"dtype": NAMES[p.dtype], "shape": list(p.shape), "offset": 0} for n, p in index.items()}
     compressed = compressed_entries(told, plain, joint)
-    demand(not (both := plain.keys() & told.keys()), f"{ascii([*both])[:80]} is plain and compressed or tied at the same time")
+    demand(not (both := plain.keys() & told.keys()), f"{several(both)} is plain and compressed or tied at the same time")
     tied, rows = {n: e for n, e in told.items() if "same" in e}, {}
     for name, entry in {**plain, **compressed, **tied}.items(): rows[name] = check_row(name, entry, rows)
+    check_left_out(rows, sum(p.nbytes for p in index.values()))
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
@@ -475,7 +486,7 @@ def to_npz(
     note = note_of(about, tensors, foreign_types(tensors))["modelzip"].encode()
     with replacing(path) as f, zipfile.ZipFile(f, "w") as z:
         for name, t in tensors.items(): write_npy(z, name, as_array(t), compress)
-        write_npy(z, NOTE, np.frombuffer(note, np.uint8), True)
+        write_npy(z, NOTE, np.frombuffer(note, np.uint8), len(note) < 2**20 or len(note) < MAX_RATIO*len(zlib.compress(note, 6)))
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
@@ -496,6 +507,8 @@ def numpy_part(
     return part
 
 # %% ../nbs/05b_exchange.ipynb
+MAX_NPY = 2**14      # bytes of the header of an array, which says its type and shape
+
 @dataclass
 class Npy:
     "What the header of an `.npy` says."
@@ -517,7 +530,10 @@ def read_npy_header(
     with z.open(entry) as f:
         version = np.lib.format.read_magic(f)
         demand(version in ((1, 0), (2, 0)), f"{quoted(name)} is an array of version {version}")
-        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
+        length = f.read(2*version[0])
+        demand(int.from_bytes(length, "little") <= MAX_NPY, f"{quoted(name)} has a header of {int.from_bytes(length, 'little'):,} bytes")
+        head = io.BytesIO(length + f.read(int.from_bytes(length, "little")))
+        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(head)
         part = numpy_part(name, dtype, shape, f.tell(), entry.file_size - f.tell())
     return Npy(part, fortran and len(shape) > 1, not dtype.isnative, entry)
 
@@ -553,9 +569,10 @@ def npz_arrays(
 def npz_note(
     part: Part,
     read: Callable,
+    packed: int,      # bytes in the file
 ) -> dict[str, str]:
     "Our text in an npz file; the archive has a checksum for it already."
-    demand(part.dtype == torch.uint8 and len(part.shape) == 1 and part.nbytes <= MAX_MANIFEST, f"its {NOTE} is no text")
+    demand(part.dtype == torch.uint8 and len(part.shape) == 1 and part.nbytes <= min(MAX_MANIFEST, 2**20 + MAX_RATIO*packed), f"its {NOTE} is no text, or a very large one")
     text = bytes(as_bytes(read(NOTE)))
     with translating("npz"): return {"modelzip": text.decode(), "crc32": f"{zlib.crc32(text):08x}"}
 
@@ -567,7 +584,7 @@ def open_npz(f: BinaryIO) -> Opened:
         arrays = npz_arrays(z, os.fstat(f.fileno()).st_size)
     def read(name):
         with translating("npz"): return read_npy(z, arrays[name], name)
-    note = npz_note(arrays[NOTE].part, read) if NOTE in arrays else None
+    note = npz_note(arrays[NOTE].part, read, arrays[NOTE].entry.compress_size) if NOTE in arrays else None
     return Opened({n: x.part for n, x in arrays.items() if n != NOTE}, read, note)
 
 # %% ../nbs/05b_exchange.ipynb
@@ -658,6 +675,7 @@ def h5_part(
     demand(filters <= known, f"{quoted(name)} was packed in a way that is not understood")
     demand(x.shape is not None, f"{quoted(name)} has no shape")
     nbytes = math.prod(x.shape)*x.dtype.itemsize
+    if x.chunks and nbytes: demand(x.id.get_num_chunks() == math.prod(-(-n//c) for n, c in zip(x.shape, x.chunks)), f"{quoted(name)} has chunks that were never written")
     demand(nbytes <= stored*(1032 if filters else 1), f"{quoted(name)} claims {nbytes:,} bytes, but only {stored:,} are there")
     return numpy_part(name, x.dtype, x.shape, 0, nbytes), stored
 

@@ -484,7 +484,7 @@ def check_compressed(
     demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
            f"{quoted(name)} is described in an unknown form")
     row = Row(name, *check_shape(entry, name), {k: check_part(p, f"{name}/{k}") for k, p in parts.items()}, kind, meta, None, layer, options)
-    demand(kind not in HOMES or meta.get("shape") == entry["shape"] and meta.get("dtype") == entry["dtype"], f"{quoted(name)} is described in two ways that differ")
+    demand(kind not in HOMES or all(meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")), f"{quoted(name)} is described in two ways that differ")
     demand(row.nbytes <= 2**16 + 8*math.prod(row.shape)*row.dtype.itemsize, f"{quoted(name)} has parts that are larger than what they stand for")
     return row
 
