@@ -35,7 +35,7 @@ def shown(
     text = cut(name if isinstance(name, str) else ascii(name), most)
     return text if text.isprintable() else ascii(text)
 
-def quoted(name: Any, most: int = 80) -> str: return repr(text) if (text := cut(name if isinstance(name, str) else ascii(name), most)).isprintable() else ascii(text)
+def quoted(name: Any, most: int = 80) -> str: return repr(cut(name, most)) if isinstance(name, str) else cut(ascii(name), most)
 
 def several(
     names: Any,        # has a length
