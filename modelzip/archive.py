@@ -25,7 +25,7 @@ def demand(
     "A check that a file has to pass."
     if not ok: raise PackError(message)
 
-def cut(text: str, most: int) -> str: return text if len(text) <= most else f"{text[:most - most//3 - 3]} … {text[-most//3:]}"
+def cut(text: str, most: int) -> str: return text if len(text) <= most else f"{text[:most - most//3 - 3]} … {text[-(most//3):]}"
 
 def shown(
     name: Any,         # of a tensor, a layer, a type …: whatever a file says

@@ -77,7 +77,7 @@ FOUND = {
     "a name of 2,000 parts": lambda: mz({".".join(["a"*250]*2000): plain()}, bytes(4)), "names without end": lambda: mz({".".join("a"*i): plain((), 4*i - 4) for i in range(1, 1000)}, bytes(3996)),
     "a tree of empty modules": lambda: mz({".".join([str(i)] + ["a"]*62): plain((), 4*i) for i in range(1700)}, bytes(6800), info={"n": NOISE}),
     "layers without end": lambda: mz({}, layers={".".join("0"*i): {"class": "Sequential"} for i in range(1000)}), "a long type": lambda: mz({"w": plain(dtype="x"*500_000)}, bytes(4)),
-    "a long name beside short ones": lambda: mz({"a"*60_000: plain()} | {str(i): plain((), 4*i + 4) for i in range(2000)}, bytes(8004), info={"n": NOISE}),
+    "a long name beside short ones": lambda: mz({"a"*60_000: plain()} | {str(i): plain((), 4*i + 4) for i in range(500)}, bytes(2004), info={"n": NOISE}),
     "a long builder": lambda: sealed({"modelzip": 5, "architecture": {"name": "x"*500_000, "options": {}}, "tensors": {}}, b""), "long hooks": lambda: mz({}, layers={"": {"class": "Linear", "hooks": ["x"*1000]*800}}),
     "2**47 weights left out": lambda: gaps(2**47, 16), "2**31 weights left out": lambda: gaps(2**31, 1), "2**31 by wide gaps": lambda: gaps(2**31, 16, size=3000),
     "a frame of 1 TB": lambda: coded(data := stream(0, 1, 10**5, b"\1" + frame(10**12)), 10**5), "a stream of 2**62": lambda: coded(stream(0, 1, 2**62, b"\0"), 10**5),
@@ -99,11 +99,11 @@ def npy(header, data=b"", version=2): return b"\x93NUMPY" + bytes([version, 0]) 
 def bombs(folder):
     "Files of other formats that expand to gigabytes."
     said = lambda shape: f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    (folder/"header.npz").write_bytes(npz(a=npy(b" "*3*10**7)))                                                   # a header of 30 MB
-    (folder/"note.npz").write_bytes(npz(__modelzip__=npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (20000000,), }\n", b"["*2*10**7)))
+    (folder/"header.npz").write_bytes(npz(a=npy(b" "*10**7)))                                                   # a header of 10 MB
+    (folder/"note.npz").write_bytes(npz(__modelzip__=npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000,), }\n", b"["*10**7)))
     (folder/"shape.npz").write_bytes(npz(a=npy(said((2**40, 2**40)), bytes(100))))
     (folder/"dims.npz").write_bytes(npz(a=npy(said((1,)*3000), bytes(4))))
-    for name, text in ("values", b"{" + b'"a":[],'*400_000 + b'"b":[]}'), ("deep", b'{"a":' + b"["*10**5), ("shape", json.dumps({"w": {"dtype": "F32", "shape": [2**62]*60_000, "data_offsets": [0, 4]}}).encode()), \
+    for name, text in ("values", b"{" + b'"a":[],'*100_000 + b'"b":[]}'), ("deep", b'{"a":' + b"["*10**5), ("shape", json.dumps({"w": {"dtype": "F32", "shape": [2**62]*60_000, "data_offsets": [0, 4]}}).encode()), \
             ("name", json.dumps({"a."*50_000: {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).encode()): (folder/f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with h5py.File(folder/"fill.h5", "w") as h: h.create_dataset("w", (2**20, 2**20), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.)[0, 0] = 1
     with h5py.File(folder/"unwritten.h5", "w") as h: h.create_dataset("w", (2**13, 2**12), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.)[:2**9, :2**9] = np.random.default_rng(0).random((2**9, 2**9))
@@ -203,8 +203,8 @@ def test_what_is_tied_stays_so_without_an_architecture(tmp_path):
 
 def test_messages_and_tables_are_short(tmp_path):
     m = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
-    with pytest.raises(PackError) as e: load(save(m, tmp_path/"x.mz"), Sample(None))
-    assert len(str(e.value)) < 2500 and "more" in str(e.value)
+    with pytest.raises(PackError, match="592 more") as e: pack.check_match(m, {})
+    assert len(str(e.value)) < 1000
     with pytest.raises(ValueError, match="parts"):
         deep = nn.Linear(1, 1)
         for _ in range(MAX_PARTS): deep = nn.Sequential(deep)
