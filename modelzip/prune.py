@@ -1260,7 +1260,7 @@ def _from_gaps(positions, shape, how):
     b, n = how["gap"], shape.numel()
     codes, begin, whole = unpack_bits(positions, b, how["gaps"]), 0, True
     keep = torch.zeros(n, dtype=torch.bool, device=positions.device)
-    for some in codes.split(1 << 20):                              # places are numbers of 64 bits: not all of them at once
+    for some in codes.split(1 << 20) if len(codes) else ():                              # places are numbers of 64 bits: not all of them at once
         last = some < (1 << b) - 1
         at = begin + (some.long() + last).cumsum(0)                # behind each code
         begin, whole = int(at[-1]), bool(last[-1])
