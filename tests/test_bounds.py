@@ -177,7 +177,7 @@ def test_a_mutator_that_knows_the_format(tmp_path, child):
     rng, files, path = random.Random(seed), [], tmp_path/"x.mz"
     for name, model in sorts():
         for archive in False, True: files.append(opened(save(model, tmp_path/"good.mz", archive=archive)))
-    for i in range(examples(30)):
+    for i in range(examples(12)):
         how = [grown, streams, grown, streams, flags][i % 5]
         path.write_bytes(how(*files[rng.randrange(len(files))], rng))
         judged(child, path, f"mutation {i} (seed {seed}, {how.__name__})")
