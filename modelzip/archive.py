@@ -25,6 +25,25 @@ def demand(
     "A check that a file has to pass."
     if not ok: raise PackError(message)
 
+def cut(text: str, most: int) -> str: return text if len(text) <= most else f"{text[:most - most//3 - 3]} … {text[-(most//3):]}"
+
+def shown(
+    name: Any,         # of a tensor, a layer, a type …: whatever a file says
+    most: int = 80,    # characters
+) -> str:
+    "What a file says, for people: printable, and its middle left out when it is long."
+    text = cut(name if isinstance(name, str) else ascii(name), most)
+    return text if text.isprintable() else ascii(text)
+
+def quoted(name: Any, most: int = 80) -> str: return repr(cut(name, most)) if isinstance(name, str) else cut(ascii(name), most)
+
+def several(
+    names: Any,        # has a length
+    most: int = 8,
+) -> str:
+    "The first of many names, and how many there are."
+    return ", ".join([shown(n) for n, _ in zip(names, range(most))]) + f" and {len(names) - most:,} more"*(len(names) > most)
+
 # %% ../nbs/04b_archive.ipynb
 @dataclass(frozen=True)
 class Entry:
@@ -109,6 +128,12 @@ def deflate(
 
 # %% ../nbs/04b_archive.ipynb
 MAX_MANIFEST, MAX_RATIO, MAX_VALUES = 2**26, 64, 2**22
+MAX_NAME, MAX_PARTS = 2**16, 64      # characters of a name; the parts between its dots, each a module inside of a module
+
+def check_name(name: str) -> None:
+    "`PackError` for a name that no model needs: the tree that names build must not be deeper than recursion can walk."
+    demand(len(name) <= MAX_NAME and name.count(".") < MAX_PARTS,
+           f"it has a name of {len(name):,} characters in {name.count('.') + 1:,} parts ({quoted(name)}); a name may have {MAX_NAME:,} in {MAX_PARTS}")
 
 def inflate(
     packed: bytes,
@@ -339,9 +364,12 @@ def check_headers(
 def naming(
     path: str | os.PathLike,
 ) -> Iterator[None]:
-    "Put the name of the file in front of every `PackError`."
+    "Put the name of the file in front of every `PackError`. None is longer than some lines, whatever the file says."
     try: yield
-    except PackError as e: raise PackError(f"{os.fsdecode(path)}: {e}") from e.__cause__
+    except PackError as e:
+        raise PackError(f"{os.fsdecode(path)}: {cut(str(e), MOST_SAID)}") from e.__cause__
+
+MOST_SAID = 2000      # characters
 
 def open_file(
     path: str | os.PathLike,

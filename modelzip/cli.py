@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import PackError, demand, naming, open_file
+from .archive import MAX_PARTS, PackError, demand, naming, open_file, quoted, several
 from .coding import CodingError
 from . import __version__
 from .auto import WriteError, compress
@@ -44,9 +44,16 @@ class Weights(nn.Module):
 
 def _child(module, part, name):
     "The module that a part of a name leads to, made when it is missing."
-    if part in module._parameters: raise ValueError(f"tensors holds {name!r} below {part!r}, which is a tensor itself")
+    if part in module._parameters: raise ValueError(f"tensors holds {quoted(name)} below {quoted(part)}, which is a tensor itself")
     if part not in module._modules: module.add_module(part, Weights())
     return module._modules[part]
+
+def _check_tree(names):
+    "Names build a tree: it must not be deeper than recursion can walk, nor much larger than what hangs on it."
+    for n in names:
+        if n.count(".") >= MAX_PARTS: raise ValueError(f"tensors holds {quoted(n)}, a name in {n.count('.') + 1:,} parts; it may have {MAX_PARTS}")
+    parts = {n.rpartition(".")[0] for n in names}
+    if sum(p.count(".") + 1 for p in parts) > 2**16 + 16*len(names): raise ValueError(f"tensors holds {len(names):,} names that build far more modules ({several(names, 2)})")
 
 # %% ../nbs/15_cli.ipynb
 def as_model(
@@ -54,6 +61,7 @@ def as_model(
 ) -> Weights:                     # a model with these parameters, which shares their memory
     "Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of a model can have, or when one name is the beginning of another."
     if not tensors: raise ValueError("tensors is empty: there is nothing to compress")
+    _check_tree(tensors)
     root = Weights()
     for name in tensors:
         if not isinstance(name, str) or any(not part or hasattr(root, part) for part in name.split(".")): raise ValueError(f"tensors holds the name {ascii(name)[:200]}, which no tensor of a model can have")
@@ -61,7 +69,7 @@ def as_model(
         *path, last = name.split(".")
         module = root
         for part in path: module = _child(module, part, name)
-        if last in module._modules: raise ValueError(f"tensors holds {name!r}, and other tensors below it")
+        if last in module._modules: raise ValueError(f"tensors holds {quoted(name)}, and other tensors below it")
         module.register_parameter(last, nn.Parameter(t, requires_grad=False))
     return root.eval()
 

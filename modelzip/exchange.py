@@ -6,7 +6,7 @@
 __all__ = ['to_safetensors', 'from_safetensors', 'to_npz', 'from_npz', 'to_hdf5', 'from_hdf5', 'save_many', 'load_many']
 
 # %% ../nbs/05b_exchange.ipynb
-import dataclasses, errno, json, math, os, re, zipfile, zlib
+import dataclasses, errno, io, json, math, os, re, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import need
-from .archive import BLOCK, MAX_MANIFEST, PackError, demand, naming, open_file, replacing
+from .archive import BLOCK, MAX_MANIFEST, MAX_RATIO, PackError, check_name, demand, naming, open_file, quoted, replacing, several
 from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
-from .pack import check_bool, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
+from .pack import check_bool, check_left_out, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds, seal
 
@@ -53,10 +53,19 @@ def take_apart(
         entry = table[item.name]
         if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
         if "same" not in entry: add_parts(tensors, item, joint)
+    check_writable(table, tensors)
     architecture = architecture_of(model)
     about = {"modelzip": EDITION, "architecture": architecture} | meaning_of(model, architecture) | {"tensors": told}
     if info: about["info"] = json.loads(as_json(info, "what is given besides model and path"))
     return tensors, about
+
+def check_writable(table: dict, tensors: dict[str, Tensor]) -> None:
+    "`ValueError` for a table that no reader would take."
+    rows = {}
+    try:
+        for n, e in table.items(): rows[n] = check_row(n, e, rows)
+        check_left_out(rows, sum(t.nbytes for t in tensors.values()))
+    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
 
 # %% ../nbs/05b_exchange.ipynb
 def add_parts(
@@ -68,7 +77,7 @@ def add_parts(
     plain = isinstance(item.value, Tensor)
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
-        if name in tensors: raise ValueError(f"two tensors of the model would be called {name!r}")
+        if name in tensors: raise ValueError(f"two tensors of the model would be called {quoted(name)}")
         tensors[name] = t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -115,6 +124,7 @@ def check_about(about: dict) -> dict:
     demand(about.keys() == types.keys() and all(isinstance(about[k], t) for k, t in types.items()), UNKNOWN)
     demand(about["architecture"] is None or is_architecture(about["architecture"]), UNKNOWN)
     demand(not about["layers"] or are_kinds(about["layers"]), UNKNOWN)
+    for name in about["layers"]: check_name(name)
     demand(about["kind"] is None or about["architecture"] and len(about["kind"]) == 4, UNKNOWN)
     return about
 
@@ -147,10 +157,10 @@ def compressed_entries(
     table = {}
     for name, entry in told.items():
         demand(isinstance(entry, dict) and ("same" in entry or isinstance(entry.get("parts"), list)),
-               f"{name!r} is described in an unknown form")
+               f"{quoted(name)} is described in an unknown form")
         if "same" in entry: continue
         parts = {k: f"{name}{joint}{k}" for k in map(str, entry["parts"])}
-        for n in parts.values(): demand(n in index, f"{n!r} is missing or used twice")
+        for n in parts.values(): demand(n in index, f"{quoted(n)} is missing or used twice")
         table[name] = entry | {"parts": {k: index.pop(n) for k, n in parts.items()}}
     return table
 
@@ -163,9 +173,10 @@ def rows_of(
     "The table of `pack`: plain tensors, then compressed ones, then tied ones. Each tensor of the file is used once."
     plain = {n: {"dtype": NAMES[p.dtype], "shape": list(p.shape), "offset": 0} for n, p in index.items()}
     compressed = compressed_entries(told, plain, joint)
-    demand(not (both := plain.keys() & told.keys()), f"{ascii([*both])[:80]} is plain and compressed or tied at the same time")
+    demand(not (both := plain.keys() & told.keys()), f"{several(both)} is plain and compressed or tied at the same time")
     tied, rows = {n: e for n, e in told.items() if "same" in e}, {}
     for name, entry in {**plain, **compressed, **tied}.items(): rows[name] = check_row(name, entry, rows)
+    check_left_out(rows, sum(p.nbytes for p in index.values()))
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
@@ -177,8 +188,8 @@ def renamed(
     ours = {}
     for name in index:
         new = name if rename is None else rename(name)
-        if not isinstance(new, str | None): raise TypeError(f"rename makes {new!r} of {name!r}; it may be a text or None"[:300])
-        if new in ours: raise ValueError(f"rename makes {new!r} of {ours[new]!r} and of {name!r}")
+        if not isinstance(new, str | None): raise TypeError(f"rename makes {new!r} of {quoted(name)}; it may be a text or None"[:300])
+        if new in ours: raise ValueError(f"rename makes {new!r} of {quoted(ours[new])} and of {quoted(name)}")
         if new is not None: ours[new] = name
     return ours
 
@@ -264,7 +275,7 @@ def checked(
     "Read one tensor and compare its checksum."
     t = opened.read(name).view(index[name].dtype)
     check_bool(t)
-    demand(checksum(name, t) == crc[name], f"{name!r} is damaged (wrong checksum)")
+    demand(checksum(name, t) == crc[name], f"{quoted(name)} is damaged (wrong checksum)")
     return t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -321,13 +332,13 @@ def check_names(
     "`ValueError` for names that the format cannot hold."
     for n in tensors:
         try: n.encode()
-        except UnicodeEncodeError: raise ValueError(f"the name {n!r} is no valid Unicode, which {format} needs") from None
-        if n == taken or not n: raise ValueError(f"a tensor is called {n!r}, a name that {format} does not allow")
+        except UnicodeEncodeError: raise ValueError(f"the name {quoted(n)} is no valid Unicode, which {format} needs") from None
+        if n == taken or not n: raise ValueError(f"a tensor is called {quoted(n)}, a name that {format} does not allow")
 
 def check_types(tensors: dict[str, Tensor]) -> None:
     for n, t in tensors.items():
         if NAMES[t.dtype] not in CODES:
-            raise ValueError(f"{n!r} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}")
+            raise ValueError(f"{quoted(n)} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}")
 
 # %% ../nbs/05b_exchange.ipynb
 def write_tensors(
@@ -378,14 +389,14 @@ def check_entry(
 ) -> tuple[int, int, str, Part]:      # begin and end of its bytes, its name, what it is
     "One tensor of the header."
     demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-           f"{name!r} is described in an unknown form")
+           f"{quoted(name)} is described in an unknown form")
     code, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = {c: DTYPES[n] for n, c in CODES.items() if n in DTYPES}
-    demand(isinstance(code, str) and code in known, f"{name!r} has the type {ascii(code)[:40]}, which PyTorch does not have")
-    demand(whole_numbers(shape, 64), f"{name!r} has the impossible shape {ascii(shape)[:80]}")
-    demand(whole_numbers(place, 2) and len(place) == 2, f"{name!r} has the impossible place {ascii(place)[:80]}")
+    demand(isinstance(code, str) and code in known, f"{quoted(name)} has the type {ascii(code)[:40]}, which PyTorch does not have")
+    demand(whole_numbers(shape, 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
+    demand(whole_numbers(place, 2) and len(place) == 2, f"{quoted(name)} has the impossible place {ascii(place)[:80]}")
     part = Part(known[code], tuple(shape), place[0])
-    demand(place[1] - place[0] == part.nbytes, f"{name!r} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}")
+    demand(place[1] - place[0] == part.nbytes, f"{quoted(name)} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}")
     return *place, name, part
 
 # %% ../nbs/05b_exchange.ipynb
@@ -396,7 +407,7 @@ def safetensors_index(
     "Where each tensor lies; together they cover the numbers exactly once."
     entries, end = sorted((check_entry(n, e) for n, e in header.items()), key=lambda e: e[:3]), 0
     for begin, after, name, _ in entries:
-        demand(begin == end, f"its tensors overlap or leave gaps (at {name!r})")
+        demand(begin == end, f"its tensors overlap or leave gaps (at {quoted(name)})")
         end = after
     demand(end == size, f"its tensors need {end:,} bytes, but it has {size:,}: it has been cut off, or something was appended")
     return {name: part for _, _, name, part in entries}
@@ -424,7 +435,7 @@ def read_into(
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
-        demand(f.readinto(data[i:i + BLOCK]) == len(data[i:i + BLOCK]), f"it ends inside of {name!r}")
+        demand(f.readinto(data[i:i + BLOCK]) == len(data[i:i + BLOCK]), f"it ends inside of {quoted(name)}")
     return t
 
 # %% ../nbs/05b_exchange.ipynb
@@ -463,8 +474,8 @@ def write_npy(
 ) -> None:
     "One array as an entry of an archive."
     entry = zipfile.ZipInfo(f"{name}.npy")
-    if len(entry.filename.encode()) >= 2**16: raise ValueError(f"the name {name[:80]!r}… has {len(name):,} characters, more than a zip archive can have")
-    if entry.filename != f"{name}.npy": raise ValueError(f"the name {name!r} cannot be that of an entry of a zip archive")
+    if len(entry.filename.encode()) >= 2**16: raise ValueError(f"the name {quoted(name)} has {len(name):,} characters, more than a zip archive can have")
+    if entry.filename != f"{name}.npy": raise ValueError(f"the name {quoted(name)} cannot be that of an entry of a zip archive")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f: np.lib.format.write_array(f, x, allow_pickle=False)
 
@@ -481,7 +492,7 @@ def to_npz(
     note = note_of(about, tensors, foreign_types(tensors))["modelzip"].encode()
     with replacing(path) as f, zipfile.ZipFile(f, "w") as z:
         for name, t in tensors.items(): write_npy(z, name, as_array(t), compress)
-        write_npy(z, NOTE, np.frombuffer(note, np.uint8), True)
+        write_npy(z, NOTE, np.frombuffer(note, np.uint8), len(note) < 2**20 or len(note) < MAX_RATIO*len(zlib.compress(note, 6)))
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
@@ -493,15 +504,17 @@ def numpy_part(
     nbytes: int,       # that are there
 ) -> Part:
     "An array of NumPy's as a part."
-    demand(not dtype.hasobject, f"{name!r} holds Python objects: unpickling them could run code, so they are refused")
+    demand(not dtype.hasobject, f"{quoted(name)} holds Python objects: unpickling them could run code, so they are refused")
     known = dtype.newbyteorder("=").name
-    demand(known in NATIVE, f"{name!r} has the type {ascii(str(dtype))[:60]}, which PyTorch does not have")
-    demand(whole_numbers([*shape], 64), f"{name!r} has the impossible shape {ascii(shape)[:80]}")
+    demand(known in NATIVE, f"{quoted(name)} has the type {ascii(str(dtype))[:60]}, which PyTorch does not have")
+    demand(whole_numbers([*shape], 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
     part = Part(DTYPES[known], tuple(shape), offset)
-    demand(part.nbytes == nbytes, f"{name!r} needs {part.nbytes:,} bytes, but has {nbytes:,}")
+    demand(part.nbytes == nbytes, f"{quoted(name)} needs {part.nbytes:,} bytes, but has {nbytes:,}")
     return part
 
 # %% ../nbs/05b_exchange.ipynb
+MAX_NPY = 2**14      # bytes of the header of an array, which says its type and shape
+
 @dataclass
 class Npy:
     "What the header of an `.npy` says."
@@ -519,11 +532,14 @@ def read_npy_header(
     demand(entry.filename.endswith(".npy") and not entry.flag_bits & 1 and coded in (0, 8),
            f"{ascii(entry.filename)[:80]} is no plain array")
     demand(entry.file_size <= entry.compress_size*(1032 if coded else 1),
-           f"{name!r} claims more than its {entry.compress_size:,} bytes can hold")
+           f"{quoted(name)} claims more than its {entry.compress_size:,} bytes can hold")
     with z.open(entry) as f:
         version = np.lib.format.read_magic(f)
-        demand(version in ((1, 0), (2, 0)), f"{name!r} is an array of version {version}")
-        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
+        demand(version in ((1, 0), (2, 0)), f"{quoted(name)} is an array of version {version}")
+        length = f.read(2*version[0])
+        demand(int.from_bytes(length, "little") <= MAX_NPY, f"{quoted(name)} has a header of {int.from_bytes(length, 'little'):,} bytes")
+        head = io.BytesIO(length + f.read(int.from_bytes(length, "little")))
+        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(head)
         part = numpy_part(name, dtype, shape, f.tell(), entry.file_size - f.tell())
     return Npy(part, fortran and len(shape) > 1, not dtype.isnative, entry)
 
@@ -538,7 +554,7 @@ def read_npy(
     with z.open(npy.entry) as f:
         f.read(part.offset)
         t = read_into(f, dataclasses.replace(part, shape=backwards), name)
-        demand(not f.read(1), f"{name!r} has bytes behind its end")
+        demand(not f.read(1), f"{quoted(name)} has bytes behind its end")
     if npy.swapped: as_array(t).byteswap(inplace=True)
     return t.permute(*range(t.dim())[::-1]).contiguous() if npy.fortran else t
 
@@ -552,16 +568,17 @@ def npz_arrays(
     demand(sum(e.compress_size for e in entries) <= size, "its entries overlap")
     for e in entries:
         name = e.filename.removesuffix(".npy")
-        demand(name not in arrays, f"{name!r} occurs twice")
+        demand(name not in arrays, f"{quoted(name)} occurs twice")
         arrays[name] = read_npy_header(z, e)
     return arrays
 
 def npz_note(
     part: Part,
     read: Callable,
+    packed: int,      # bytes in the file
 ) -> dict[str, str]:
     "Our text in an npz file; the archive has a checksum for it already."
-    demand(part.dtype == torch.uint8 and len(part.shape) == 1 and part.nbytes <= MAX_MANIFEST, f"its {NOTE} is no text")
+    demand(part.dtype == torch.uint8 and len(part.shape) == 1 and part.nbytes <= min(MAX_MANIFEST, 2**20 + MAX_RATIO*packed), f"its {NOTE} is no text, or a very large one")
     text = bytes(as_bytes(read(NOTE)))
     with translating("npz"): return {"modelzip": text.decode(), "crc32": f"{zlib.crc32(text):08x}"}
 
@@ -573,7 +590,7 @@ def open_npz(f: BinaryIO) -> Opened:
         arrays = npz_arrays(z, os.fstat(f.fileno()).st_size)
     def read(name):
         with translating("npz"): return read_npy(z, arrays[name], name)
-    note = npz_note(arrays[NOTE].part, read) if NOTE in arrays else None
+    note = npz_note(arrays[NOTE].part, read, arrays[NOTE].entry.compress_size) if NOTE in arrays else None
     return Opened({n: x.part for n, x in arrays.items() if n != NOTE}, read, note)
 
 # %% ../nbs/05b_exchange.ipynb
@@ -661,11 +678,12 @@ def h5_part(
     how, stored = x.id.get_create_plist(), x.id.get_storage_size()
     filters = {how.get_filter(i)[0] for i in range(how.get_nfilters())}
     known = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-    demand(how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(), f"{name!r} has its numbers in another file")
-    demand(filters <= known, f"{name!r} was packed in a way that is not understood")
-    demand(x.shape is not None, f"{name!r} has no shape")
+    demand(how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(), f"{quoted(name)} has its numbers in another file")
+    demand(filters <= known, f"{quoted(name)} was packed in a way that is not understood")
+    demand(x.shape is not None, f"{quoted(name)} has no shape")
     nbytes = math.prod(x.shape)*x.dtype.itemsize
-    demand(nbytes <= stored*(1032 if filters else 1), f"{name!r} claims {nbytes:,} bytes, but only {stored:,} are there")
+    if x.chunks and nbytes: demand(x.id.get_num_chunks() == math.prod(-(-n//c) for n, c in zip(x.shape, x.chunks)), f"{quoted(name)} has chunks that were never written")
+    demand(nbytes <= stored*(1032 if filters else 1), f"{quoted(name)} claims {nbytes:,} bytes, but only {stored:,} are there")
     return numpy_part(name, x.dtype, x.shape, 0, nbytes), stored
 
 # %% ../nbs/05b_exchange.ipynb
@@ -688,7 +706,7 @@ def open_hdf5(f: BinaryIO, h: Any) -> Opened:
     with translating("HDF5"):
         found = {}
         for path, x in h5_datasets(h).items():
-            demand((name := h5_name(path)) not in found, f"{name!r} occurs twice"); found[name] = x
+            demand((name := h5_name(path)) not in found, f"{quoted(name)} occurs twice"); found[name] = x
         parts = {n: h5_part(n, x) for n, x in found.items()}
         demand(sum(stored for _, stored in parts.values()) <= size, "it claims more bytes than it has")
         note = {key: h5_text(h, key, size) for key in ("modelzip", "crc32")} if "modelzip" in h.attrs else None
@@ -719,7 +737,7 @@ def target(
     name: Any,
 ) -> Path:
     "The file for a name: in the folder, with `.mz` behind it."
-    if not isinstance(name, str | os.PathLike): raise TypeError(f"models gives the name {name!r}; it may be a text or a path")
+    if not isinstance(name, str | os.PathLike): raise TypeError(f"models gives the name {quoted(name)}; it may be a text or a path")
     name = os.fsdecode(name)
     return Path(os.fsdecode(folder), name if name.endswith(".mz") else f"{name}.mz")
 
@@ -746,7 +764,7 @@ def save_next(
     if pair is None: return False
     name, model = check_pair(pair)
     path = target(folder, name)
-    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {name!r} twice; {path} is written already")
+    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {quoted(name)} twice; {path} is written already")
     paths.append(save(model, path, **options))
     return True
 

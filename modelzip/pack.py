@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
-from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, has_values, stream_parts
-from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
+from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, encode, entropy, has_values, stream_parts
+from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, check_name, cut, quoted, several, shown
 from .workshop.asked import within, unfit
 from .workshop.kinds import alike, are_kinds, arguments_of, ascii_name, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
@@ -47,12 +47,12 @@ def check_storable(
 ) -> None:
     "Raise unless the tensor is one that a file can hold: dense, initialized, with bytes of its own."
     if nn.parameter.is_lazy(t):
-        raise ValueError(f"{name!r} has no shape yet: run the model once on an example before saving it")
+        raise ValueError(f"{quoted(name)} has no shape yet: run the model once on an example before saving it")
     if t.layout != torch.strided or t.is_nested or t.is_quantized or t.dtype not in NAMES:
-        raise TypeError(f"{name!r} is a {t.layout} tensor of {t.dtype}; it may be a dense one of {', '.join(DTYPES)}")
-    if t.is_meta: raise ValueError(f"{name!r} is on the meta device and has no values to save")
+        raise TypeError(f"{quoted(name)} is a {t.layout} tensor of {t.dtype}; it may be a dense one of {', '.join(DTYPES)}")
+    if t.is_meta: raise ValueError(f"{quoted(name)} is on the meta device and has no values to save")
     if (kind := type(t.detach())) not in (Tensor, nn.Parameter, nn.Buffer):
-        raise TypeError(f"{name!r} is a {kind.__name__}; it may be a torch.Tensor or nn.Parameter")
+        raise TypeError(f"{quoted(name)} is a {kind.__name__}; it may be a torch.Tensor or nn.Parameter")
 
 # %% ../nbs/05_pack.ipynb
 def as_bytes(
@@ -116,7 +116,7 @@ def items(
         yield from items(module.layer, prefix, parent, child)
         return
     if type(module).get_extra_state not in (nn.Module.get_extra_state, SettingsInState.get_extra_state):      # settings are attributes, which a file keeps with the kind of a layer
-        raise TypeError(f"{prefix[:-1] or 'the model'!r} keeps extra state that is no tensor (get_extra_state); a file can hold tensors only")
+        raise TypeError(f"{quoted(prefix[:-1] or 'the model')} keeps extra state that is no tensor (get_extra_state); a file can hold tensors only")
     for key, value in own_tensors(module).items(): yield Item(prefix + key, key, value, module, parent, child)
     for key, m in module._modules.items():
         if m is not None: yield from items(m, f"{prefix}{key}.", module, key)
@@ -133,7 +133,7 @@ def find_kind(
     "Look up a kind of tensor or layer, importing modelzip's own chapter for it if need be."
     if name not in registry and name in HOMES:
         with suppress(ImportError): importlib.import_module(f"modelzip.{HOMES[name]}")
-    demand(name in registry, f"it needs {name!r}, which this modelzip does not know "
+    demand(name in registry, f"it needs {quoted(name)}, which this modelzip does not know "
                              "(import the package that defines it, or update modelzip)")
     return registry[name]
 
@@ -206,8 +206,8 @@ def describe_compressed(
     "The manifest's entry for a compressed tensor."
     kind = next((k for k, cls in CompressedTensor.kinds.items() if cls is type(q)), None)
     if kind is None:
-        raise TypeError(f"{name!r} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)")
-    meta, packed = json.loads(as_json(q.meta(), f"the meta() of {name!r}")), q.packed_parts()
+        raise TypeError(f"{quoted(name)} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)")
+    meta, packed = json.loads(as_json(q.meta(), f"the meta() of {quoted(name)}")), q.packed_parts()
     return {"dtype": NAMES[q.dtype], "shape": list(q.shape), "kind": kind, "meta": meta,
             "parts": {k: describe(t, f"{name}/{k}", pieces, packed.get(k)) for k, t in q.parts().items()}}
 
@@ -220,8 +220,8 @@ def describe_layer(
     if told := vars(layer).get("told"): return told      # weights alone: as another file said
     kind = type(layer).__name__
     if Dequantize.kinds.get(kind) is not type(layer):
-        raise TypeError(f"the layer of {name!r} is a {kind}, which is not in Dequantize.kinds")
-    options = json.loads(as_json(layer.options(), f"the options() of the layer of {name!r}"))
+        raise TypeError(f"the layer of {quoted(name)} is a {kind}, which is not in Dequantize.kinds")
+    options = json.loads(as_json(layer.options(), f"the options() of the layer of {quoted(name)}"))
     return {"layer": kind} | ({"options": options} if options else {})
 
 # %% ../nbs/05_pack.ipynb
@@ -313,7 +313,7 @@ def build_from(
     except ImportError: raise
     except Exception as e:
         why = e.args[0] if isinstance(e, KeyError) and e.args else e
-        raise PackError(f"its architecture {ascii(name)[:80]} cannot be built here ({str(why)[:300]}): "
+        raise PackError(f"its architecture {quoted(name)} cannot be built here ({str(why)[:300]}): "
                         "register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
     check_arguments(built)
     return built
@@ -410,6 +410,7 @@ def check_manifest(
            "its manifest describes the architecture in an unknown form")
     demand("layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
            "its manifest describes layers in an unknown form")
+    for name in m.get("layers", {}): check_name(name)
     demand("kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
            "its manifest describes the model in an unknown form")
     return m
@@ -432,6 +433,8 @@ class Part:
     def stored(self) -> int: return self.nbytes if self.coded is None else self.coded      # bytes in the file
 
 # %% ../nbs/05_pack.ipynb
+MAX_DIMS = 64      # of a tensor
+
 def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
 
 def check_shape(
@@ -440,9 +443,9 @@ def check_shape(
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     "The type and the shape in an entry of the table."
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    demand(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has the unknown type {ascii(dtype)[:40]}")
-    demand(isinstance(shape, list) and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
-           f"{name!r} has the impossible shape {ascii(shape)[:80]}")
+    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
+    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
+           f"{quoted(name)} has the impossible shape {quoted(shape)}")
     return DTYPES[dtype], tuple(shape)
 
 # %% ../nbs/05_pack.ipynb
@@ -452,14 +455,14 @@ def check_part(
 ) -> Part:
     "An entry of the table that is a plain tensor."
     plain = {"dtype", "shape", "offset"}
-    demand(isinstance(entry, dict) and entry.keys() in (plain, plain | {"crc"}, plain | {"coded"}), f"{name!r} is described in an unknown form")
+    demand(isinstance(entry, dict) and entry.keys() in (plain, plain | {"crc"}, plain | {"coded"}), f"{quoted(name)} is described in an unknown form")
     dtype, shape = check_shape(entry, name)
     offset, crc, coded = entry["offset"], entry.get("crc"), entry.get("coded")
-    demand(is_size(offset) and (coded is not None or offset % dtype.itemsize == 0), f"{name!r} has the impossible offset {ascii(offset)[:40]}")
-    demand("crc" not in entry or is_size(crc) and crc <= MARK, f"{name!r} has the impossible checksum {ascii(crc)[:40]}")
-    demand("coded" not in entry or is_size(coded), f"{name!r} has a stream of the impossible length {ascii(coded)[:40]}")
+    demand(is_size(offset) and (coded is not None or offset % dtype.itemsize == 0), f"{quoted(name)} has the impossible offset {ascii(offset)[:40]}")
+    demand("crc" not in entry or is_size(crc) and crc <= MARK, f"{quoted(name)} has the impossible checksum {ascii(crc)[:40]}")
+    demand("coded" not in entry or is_size(coded), f"{quoted(name)} has a stream of the impossible length {ascii(coded)[:40]}")
     part = Part(dtype, shape, offset, crc, coded)
-    demand(coded is None or part.nbytes <= coded << 15, f"{name!r} claims {part.nbytes:,} bytes from a stream of {coded}")
+    demand(coded is None or part.nbytes <= coded << 15, f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}")
     return part
 
 # %% ../nbs/05_pack.ipynb
@@ -488,6 +491,7 @@ def check_row(
     rows: dict[str, Row],       # those before it
 ) -> Row:
     "One entry of the table, in whichever of its three forms."
+    check_name(name)
     keys = set(entry) if isinstance(entry, dict) else set()
     if "layer" in keys: keys -= {"layer", "options"}
     if keys == {"same"}: return check_tied(name, entry, rows)
@@ -503,7 +507,7 @@ def check_layer(
     "What an entry says about its layer."
     layer, options = entry.get("layer"), entry.get("options", {})
     demand("layer" not in entry or isinstance(layer, str) and isinstance(options, dict),
-           f"{name!r} has a layer in an unknown form")
+           f"{quoted(name)} has a layer in an unknown form")
     return layer, options
 
 def check_compressed(
@@ -513,9 +517,10 @@ def check_compressed(
     "An entry that is a compressed tensor."
     kind, meta, parts, (layer, options) = entry["kind"], entry["meta"], entry["parts"], check_layer(name, entry)
     demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
-           f"{name!r} is described in an unknown form")
+           f"{quoted(name)} is described in an unknown form")
     row = Row(name, *check_shape(entry, name), {k: check_part(p, f"{name}/{k}") for k, p in parts.items()}, kind, meta, None, layer, options)
-    demand(row.nbytes <= 2**16 + 8*math.prod(row.shape)*row.dtype.itemsize, f"{name!r} has parts that are larger than what they stand for")
+    demand(kind not in HOMES or all(meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")), f"{quoted(name)} is described in two ways that differ")
+    demand(row.nbytes <= 2**16 + 8*math.prod(row.shape)*row.dtype.itemsize, f"{quoted(name)} has parts that are larger than what they stand for")
     return row
 
 # %% ../nbs/05_pack.ipynb
@@ -527,10 +532,10 @@ def check_tied(
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
     same, (layer, options) = entry["same"], check_layer(name, entry)
     demand(isinstance(same, str) and same in rows and rows[same].same is None,
-           f"{name!r} is tied to {ascii(same)[:80]}, which does not come before it")
+           f"{quoted(name)} is tied to {ascii(same)[:80]}, which does not come before it")
     first = rows[same]
     demand((first.layer is None) == (layer is None),
-           f"{name!r} is tied to {same!r}, but only one of them is compressed")
+           f"{quoted(name)} is tied to {quoted(same)}, but only one of them is compressed")
     return Row(name, first.dtype, first.shape, {}, first.kind, first.meta, same, layer, options)
 
 # %% ../nbs/05_pack.ipynb
@@ -544,10 +549,20 @@ def check_table(
     for name, entry in table.items(): rows[name] = check_row(name, entry, rows)
     for name, _, part in in_order(rows):
         demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
-        demand(version > 1 or part.crc is part.coded is None, f"{name!r} has a form that version 1 does not know")
+        demand(version > 1 or part.crc is part.coded is None, f"{quoted(name)} has a form that version 1 does not know")
         end = part.offset + part.stored
     demand(end == size, f"its tensors need {end:,} bytes, but its payload has {size:,}")
+    check_left_out(rows, size)
     return rows
+
+def check_left_out(
+    rows: dict[str, Row],
+    size: int,               # bytes of numbers in the file
+) -> None:
+    "What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here."
+    held = [(math.prod(r.shape), r.nbytes) for r in rows.values() if r.kind is not None and r.same is None]
+    most = 2**25 + 2**12*size
+    demand(sum(max(0, n - 128*b) for n, b in held) <= most, f"its compressed tensors leave out more than {most:,} weights: more than {size:,} bytes of numbers may")
 
 def in_order(
     rows: dict[str, Row],
@@ -729,7 +744,7 @@ def room(
 ) -> Tensor:         # uninitialized
     "Memory for a part."
     try: return torch.empty(part.shape, dtype=part.dtype, device="cpu")
-    except (RuntimeError, MemoryError): raise PackError(f"there is no memory for the {part.nbytes:,} bytes of {name!r}") from None
+    except (RuntimeError, MemoryError): raise PackError(f"there is no memory for the {part.nbytes:,} bytes of {quoted(name)}") from None
 
 def read_raw(
     f: BinaryIO,
@@ -767,7 +782,7 @@ def naming_part(
 ) -> Iterator[None]:
     "A `CodingError` becomes a `PackError` that names the tensor."
     try: yield
-    except CodingError as e: raise PackError(f"{name!r}: {e}") from None
+    except CodingError as e: raise PackError(f"{quoted(name)}: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
 RESIDUE = 0x2144DF1C      # CRC-32 of anything that is followed by its own CRC-32
@@ -805,7 +820,7 @@ def read_checked(
 ) -> Tensor:
     "Read a raw part from where the file stands, and compare its own checksum if it has one."
     t = read_raw(f, part, name, own := Checksum(crc.pool))
-    demand(part.crc in (None, own.finish()), f"{name!r} is damaged (wrong checksum)")
+    demand(part.crc in (None, own.finish()), f"{quoted(name)} is damaged (wrong checksum)")
     crc.append(own.finish(), part.nbytes)
     return t
 
@@ -900,7 +915,7 @@ def skeleton_of(
     if model is None:
         skeleton = remade(build_from(manifest["architecture"], layers.get(""), *bounds), layers, tensors=most)
         if kind is not None:
-            demand(kind == seal_of(skeleton), f"the builder that is registered as {manifest['architecture']['name']!r} makes other layers here than it did when the file was saved: "
+            demand(kind == seal_of(skeleton), f"the builder that is registered as {quoted(manifest['architecture']['name'])} makes other layers here than it did when the file was saved: "
                    "register the one that it was, or pass a model that has them, load(path, model)")
         elif said and layers: check_kinds(skeleton, layers)
         return skeleton
@@ -921,16 +936,11 @@ def whole_of(
     "All that a file says of a model, where it relies on a builder."
     try: built = remade(build_from(manifest["architecture"], None, *bounds), manifest.get("layers", {}), tensors=most)
     except PackError: built = remade(hollow(skeleton), manifest.get("layers", {}), tensors=most)      # without the builder: perhaps the caller's is the same
-    demand(seal_of(built) == manifest["kind"], f"the model has other layers than the one that was saved, and the builder that could tell which ({manifest['architecture']['name']!r}) "
+    demand(seal_of(built) == manifest["kind"], f"the model has other layers than the one that was saved, and the builder that could tell which ({quoted(manifest['architecture']['name'])}) "
            "is not registered here, or is another one: register it, or pass a model like the one that was saved")
     return kinds_of(built)
 
 # %% ../nbs/05_pack.ipynb
-def few(names: list[str], most: int = 12) -> str:
-    "Names for an error, which is no list of everything."
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(ascii_name(n)[:160] for n in names[:most]) + more
-
 def check_match(
     skeleton: nn.Module,
     rows: dict[str, Row],
@@ -941,9 +951,9 @@ def check_match(
     sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
     listed = [("the file lacks", [n for n in have if n not in rows]),
               ("the model has no", [n for n in rows if n not in have]),
-              ("shapes differ for", [f"{n} (file {r.shape}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
-              ("types differ for", [f"{n} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
-    differences = [f"{what} {few(names)}" for what, names in listed if names]
+              ("shapes differ for", [f"{shown(n)} (file {shown(r.shape)}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
+              ("types differ for", [f"{shown(n)} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
+    differences = [f"{what} {several(names)}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 
 # %% ../nbs/05_pack.ipynb
@@ -955,9 +965,10 @@ def rebuild(
     if row.kind is None: return tensors[row.name, ""]
     cls = find_kind(CompressedTensor.kinds, row.kind)
     try: q = cls.from_parts({k: tensors[row.name, k] for k in row.parts}, row.meta)
-    except Exception as e: raise PackError(f"{ascii(row.name)[:80]} ({row.kind}) does not fit together: {e}"[:600]) from e
+    except MemoryError: raise PackError(f"there is no memory for {quoted(row.name)}") from None
+    except Exception as e: raise PackError(f"{quoted(row.name)} ({quoted(row.kind)}) does not fit together: {str(e)[:400]}") from e
     demand(tuple(q.shape) == row.shape and q.dtype == row.dtype,
-           f"{row.name!r} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
+           f"{quoted(row.name)} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
     return q
 
 # %% ../nbs/05_pack.ipynb
@@ -1008,7 +1019,7 @@ def make_layer(
     cls = find_kind(Dequantize.kinds, row.layer)
     try: new = cls(layer, q, key, **(row.options or {}))
     except Exception as e:
-        raise PackError(f"the layer of {ascii(row.name)[:80]} ({row.layer}) cannot be made: {e}"[:600]) from e
+        raise PackError(f"the layer of {quoted(row.name)} ({quoted(row.layer)}) cannot be made: {str(e)[:400]}") from e
     if cls is not Dequantize and hooks_named(layer):      # it computes by itself and never calls the layer inside
         carry_hooks(layer, new)
         for key in HOOKS: new.layer.__dict__[key] = type(new.layer.__dict__[key])()
@@ -1024,9 +1035,9 @@ def check_result(
     for item in items(model):
         name = rows[item.name].same or item.name
         other = first.setdefault(identity(item), name)
-        demand(name == other, f"the model has one tensor for {other!r} and {name!r}, the file has two")
+        demand(name == other, f"the model has one tensor for {quoted(other)} and {quoted(name)}, the file has two")
     ghosts = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    demand(not ghosts, f"neither the file nor the model has values for {few(ghosts)}")
+    demand(not ghosts, f"neither the file nor the model has values for {several(ghosts)}")
 
 # %% ../nbs/05_pack.ipynb
 def expected(
@@ -1057,7 +1068,7 @@ def long_part(
     if isinstance(short, int): short = [short, math.prod(shape)]
     if isinstance(short, str): return {"dtype": short, "shape": [], "offset": 0}, None
     if isinstance(short, dict): return short | {"offset": 0}, None
-    demand(isinstance(short, list) and len(short) == 2 and all(map(is_size, short)) and 2 <= short[0] <= 256, f"{name!r} is described in an unknown form")
+    demand(isinstance(short, list) and len(short) == 2 and all(map(is_size, short)) and 2 <= short[0] <= 256, f"{quoted(name)} is described in an unknown form")
     levels, count = short
     bits = max(1, (levels - 1).bit_length())
     return {"dtype": "uint8", "shape": [packed_bytes(count, bits)], "offset": 0}, (bits, count, levels)
@@ -1085,7 +1096,7 @@ def long_entry(
     known: dict,
 ) -> tuple[dict, list]:      # the entry; its plain entries as (entry, packed)
     "The inverse of `short_entry`."
-    demand(isinstance(short, dict) and "offset" not in short, f"{name!r} is described in an unknown form")
+    demand(isinstance(short, dict) and "offset" not in short, f"{quoted(name)} is described in an unknown form")
     if "same" in short: return short, []
     if "parts" not in short:
         entry = known | short | {"offset": 0}
@@ -1093,9 +1104,9 @@ def long_entry(
     entry = known | USUAL | {k: v for k, v in short.items() if k != "how"}
     check_shape(entry, name)
     if "how" in short:
-        demand(isinstance(short["how"], dict) and "meta" not in short, f"{name!r} is described in an unknown form")
+        demand(isinstance(short["how"], dict) and "meta" not in short, f"{quoted(name)} is described in an unknown form")
         entry["meta"] = {"shape": entry["shape"], "dtype": entry["dtype"]} | short["how"]
-    demand(isinstance(short["parts"], dict), f"{name!r} is described in an unknown form")
+    demand(isinstance(short["parts"], dict), f"{quoted(name)} is described in an unknown form")
     parts = {k: long_part(p, entry["shape"], f"{name}/{k}") for k, p in short["parts"].items()}
     return entry | {"parts": {k: p for k, (p, _) in parts.items()}}, list(parts.values())
 
@@ -1327,7 +1338,7 @@ def read_tensor(
         f = as_mapped(f)
         _, rows, payload = read_manifest(f)
         if name not in rows:
-            raise ValueError(f"name is {name!r}; {os.fsdecode(path)} holds {', '.join(map(ascii_name, rows))}"[:2000])
+            raise ValueError(f"name is {quoted(name)}; {os.fsdecode(path)} holds {several(rows, 24)}")
         row = rows[rows[name].same or name]
         if any(p.crc is p.coded is None for p in row.parts.values()): verify_rest(f, rows, payload)
         return read_row(f, row, payload)
@@ -1339,11 +1350,26 @@ def information(
     "The order-0 entropy of all that is stored of a tensor."
     packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.
     for k, t in ({"": value} if isinstance(value, Tensor) else value.parts()).items():
-        if not t.numel(): continue
-        if k in packed: symbols = [unpack_bits(t, *packed[k][:2])]
-        else: symbols = t.reshape(-1).view(torch.uint8).reshape(-1, t.element_size()).T
-        bits += sum(float(entropy(s))*s.numel() for s in symbols)
+        for counts in counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(t):
+            n = counts[counts > 0]
+            bits += float((n*np.log2(n.sum()/n)).sum())
     return bits
+
+def counted_bytes(t: Tensor) -> np.ndarray:      # [bytes of an element, 256]
+    "How often each byte occurs at each place of an element, a block at a time."
+    data, width = np.frombuffer(as_bytes(t), np.uint8).reshape(-1, t.element_size()), t.element_size()
+    counts = np.zeros((width, 256), np.int64)
+    for i in range(0, len(data), BLOCK//width):
+        for j in range(width): counts[j] += np.bincount(data[i:i + BLOCK//width, j], minlength=256)
+    return counts
+
+def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:      # [1, 2**bits]
+    "How often each code occurs."
+    counts = np.zeros((1, 1 << bits), np.int64)
+    for first in range(0, count, CODES):
+        some = torch.cat([packed[s] for s in chunk_slices(bits, count, first)])
+        counts[0] += np.bincount(unpack_bits(some, bits, min(CODES, count - first)).numpy(), minlength=1 << bits)
+    return counts
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
@@ -1424,7 +1450,7 @@ def cells_of(
     total: int,
 ) -> list[list[str]]:     # rows of text; the last two are what is around the numbers, and the sum
     "The table as text."
-    body = [[ascii_name(l.name), "×".join(map(str, l.shape)) or "scalar", ascii_name(l.kind), ascii_name(l.layer), l.coder,
+    body = [[shown(l.name), cut("×".join(map(str, l.shape)), 80) or "scalar", shown(l.kind), shown(l.layer), l.coder,
              decimals(l.bits), decimals(l.entropy), f"{l.bytes:,}", f"{l.share:.1%}"] for l in lines]
     n = sum(math.prod(l.shape) for l in lines if not l.kind.startswith("="))
     known = [l.entropy*math.prod(l.shape) for l in lines if l.entropy is not None]
@@ -1468,10 +1494,10 @@ def plot_bytes(
     layers, colors = {}, {}
     for l in lines:
         layer, _, key = l.name.rpartition(".")
-        layers.setdefault(ascii_name(layer or "(model)"), []).append((ascii_name(key), l.bytes))
-    shown = sorted(layers, key=lambda k: -sum(b for _, b in layers[k]))[:most]
-    others = sum(b for k in layers if k not in shown for _, b in layers[k])
-    bars = [(k, layers[k]) for k in layers if k in shown]
+        layers.setdefault(shown(layer or "(model)"), []).append((shown(key), l.bytes))
+    largest = sorted(layers, key=lambda k: -sum(b for _, b in layers[k]))[:most]
+    others = sum(b for k in layers if k not in largest for _, b in layers[k])
+    bars = [(k, layers[k]) for k in layers if k in largest]
     bars += [("others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
     for y, (_, pieces) in enumerate(bars):
         left = 0
@@ -1504,10 +1530,10 @@ class Contents:
 
 # %% ../nbs/05_pack.ipynb
 def heading(c: Contents) -> str:
-    architecture = f"architecture {c.architecture['name']}, " if c.architecture else ""
+    architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
     return ascii_name(f"{os.path.basename(c.path)}: {architecture}format {c.version}")
 
-def about_info(c: Contents) -> list[str]: return [f"info: {as_json(c.info, 'info')}"] if c.info else []
+def about_info(c: Contents) -> list[str]: return [f"info: {cut(as_json(c.info, 'info'), 4000)}"] if c.info else []
 
 def draw(c: Contents, ax: Any) -> Any:
     "Where the bytes went."
@@ -1577,8 +1603,8 @@ def identical(
 ) -> bool:
     "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
     if a.dtype != b.dtype or a.shape != b.shape: return False
-    x, y = as_bytes(a), as_bytes(b)
-    return all(bytes(x[i:i + BLOCK]) == bytes(y[i:i + BLOCK]) for i in range(0, len(x), BLOCK))
+    x, y = (np.frombuffer(as_bytes(t), np.uint8) for t in (a, b))
+    return all(np.array_equal(x[i:i + BLOCK], y[i:i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True, repr=False)
@@ -1597,7 +1623,7 @@ CHANGES = ["tensor", "what", "largest difference", "SQNR (dB)", "bytes", "bytes"
 
 def change_cells(c: Change) -> list[str]:
     number = lambda x, form: "" if x is None else format(x, form)
-    return [ascii_name(c.name), ascii_name(c.what), number(c.largest, ".3g"), number(c.sqnr, ".1f"), *(f"{b:,}" if b else "" for b in c.bytes)]
+    return [shown(c.name), shown(c.what, 200), number(c.largest, ".3g"), number(c.sqnr, ".1f"), *(f"{b:,}" if b else "" for b in c.bytes)]
 
 def heading_of(d: Difference) -> str:
     same = sum(c.what == "same" for c in d.changes)
@@ -1642,10 +1668,10 @@ def differences(a: File, b: File) -> list[str]:
     out = []
     for key in "architecture", "info":
         x, y = (m.manifest.get(key, {} if key == "info" else None) for m in (a, b))
-        if as_json(x, key) != as_json(y, key): out.append(f"{key} {as_json(x, key)} and {as_json(y, key)}")
+        if (p := as_json(x, key)) != (q := as_json(y, key)): out.append(f"{key} {cut(p, 400)} and {cut(q, 400)}")
     x, y = (m.manifest.get("layers", {}) for m in (a, b))
-    names = [ascii_name(n or "(the model)") for n in x | y if as_json(x.get(n), "layers") != as_json(y.get(n), "layers")]
-    if names: out.append(f"other layers: {', '.join(names)}"[:400])
+    names = [n or "(the model)" for n in x | y if as_json(x.get(n), "layers") != as_json(y.get(n), "layers")]
+    if names: out.append(f"other layers: {several(names)}")
     elif list(x) != list(y): out.append("the same layers in another order")
     elif a.manifest.get("kind") != b.manifest.get("kind"): out.append("other layers, by builders of the same name" if a.manifest.get("kind") and b.manifest.get("kind") else "only one of them says all about its layers")
     return out

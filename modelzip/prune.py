@@ -1259,12 +1259,15 @@ def _gaps(keep):
 # %% ../nbs/07_prune.ipynb
 def _from_gaps(positions, shape, how):
     b, n = how["gap"], shape.numel()
-    codes = unpack_bits(positions, b, how["gaps"]).long()
-    last = codes < (1 << b) - 1
-    at = codes.cumsum(0)[last] + torch.arange(int(last.sum()), device=codes.device)
-    if len(codes) and not bool(last[-1]) or len(at) and int(at[-1]) >= n: raise ValueError("the gaps do not fit the shape")
+    codes, begin, whole = unpack_bits(positions, b, how["gaps"]), 0, True
     keep = torch.zeros(n, dtype=torch.bool, device=positions.device)
-    keep[at] = True
+    for some in codes.split(1 << 20) if len(codes) else ():                              # places are numbers of 64 bits: not all of them at once
+        last = some < (1 << b) - 1
+        at = begin + (some.long() + last).cumsum(0)                # behind each code
+        begin, whole = int(at[-1]), bool(last[-1])
+        if begin > n: raise ValueError("the gaps do not fit the shape")
+        keep.index_fill_(0, at[last] - 1, True)
+    if not whole: raise ValueError("the gaps do not fit the shape")
     return keep.view(shape)
 
 # %% ../nbs/07_prune.ipynb
@@ -1399,7 +1402,7 @@ def _from_sparse_parts(cls, parts: dict[str, Tensor], meta: dict) -> "SparseTens
         _check_part("values", values["values"], FLOATS, (count,))
     else: _check_part("codes", values.get("codes"), (torch.uint8,), (packed_bytes(count, x._hollow().bits),))
     if x.positions is None and count != x.shape.numel(): raise ValueError(f"count is {count} for {x.shape.numel()} dense weights")
-    if x.positions is not None and not x.positions.is_meta and int(x.mask().sum()) != count: raise ValueError(f"the positions name {int(x.mask().sum())} places for {count} values")
+    if x.positions is not None and not x.positions.is_meta and (n := int(x.mask().count_nonzero())) != count: raise ValueError(f"the positions name {n} places for {count} values")
     return x
 
 # %% ../nbs/07_prune.ipynb
