@@ -35,13 +35,19 @@ def scale_and_zero_point(
 ) -> tuple[Tensor, Tensor | None]:   # scale > 0; zero point (int32), None when symmetric
     """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
     (to within half a step when there is a zero point, for that is rounded)."""
-    tiny = torch.finfo(low.dtype).tiny
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric: scale = torch.maximum(-low, high) / max((levels - 1) // 2, 0.5)
-    else: scale = high / (levels - 1) - low / (levels - 1)
-    scale = torch.where((low == 0) & (high == 0), 1., scale.clamp(min=tiny))   # nothing but zeros: any scale says so
+    steps = max((levels - 1) // 2, 0.5) if symmetric else levels - 1
+    reach = torch.maximum(-low, high) if symmetric else high - low
+    scale = _lifted(reach / steps if symmetric else high / steps - low / steps, reach, steps)
+    scale = torch.where((low == 0) & (high == 0), 1., scale)   # nothing but zeros: any scale says so
     if symmetric: return scale, None
     return scale, (-low / scale).round().clamp(0, levels - 1).to(torch.int32)
+
+def _lifted(scale, reach, steps):
+    "Steps below the smallest normal number have few digits: those that fall short of their range become the next larger number."
+    tiny = torch.finfo(scale.dtype).tiny
+    if not bool(scale.new_tensor(tiny) / 2 > 0): return scale.clamp(min=tiny)      # where these count as zero (`torch.set_flush_denormal`)
+    return torch.where((scale < tiny) & (scale * steps < reach), torch.nextafter(scale, scale.new_tensor(math.inf)), scale)
 
 # %% ../nbs/03_quant.ipynb
 def symmetric_zero_point(levels: int) -> float:
@@ -158,8 +164,17 @@ class MinMax:
 
 def _mean_magnitude(blocks):
     "Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no sum of large numbers overflows)."
-    mean = (blocks.abs() / blocks.shape[1]).sum(1)
+    unit = _unit(blocks)
+    part = (blocks.abs() / unit / blocks.shape[1]).sum(1)
+    mean = torch.where(part > 0, (part * unit[:, 0]).clamp(min=_least(blocks.dtype)), 0.)
     return -mean, mean
+
+def _least(dtype): return torch.finfo(dtype).tiny * torch.finfo(dtype).eps      # the smallest positive number
+
+def _unit(blocks):
+    "A power of two beside each block's largest magnitude, [blocks, 1]: of blocks / unit no square overflows or vanishes, and no digit is lost by it."
+    most = 1022 if blocks.dtype == torch.float64 else 126
+    return torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent.clamp(-most, most).double().exp2().to(blocks.dtype)
 
 # %% ../nbs/03_quant.ipynb
 class Percentile(MinMax):
@@ -191,9 +206,11 @@ class MSE(MinMax):
         self.steps, self.smallest = steps, smallest
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
+        unit = _unit(blocks)
+        blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
         for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
-            scale, zero = scale_and_zero_point(low * shrink, high * shrink, levels, symmetric)
+            scale, zero = scale_and_zero_point(near * shrink, far * shrink, levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             now = _blockwise(_squared_error, blocks, scale, zero, levels)
             better = now < error
@@ -234,7 +251,8 @@ class Entropy(MinMax):
         self.bins = bins
     def __call__(self, blocks, levels, symmetric):
         if symmetric and levels == 2: return _mean_magnitude(blocks)
-        high = torch.tensor([self._threshold(b.abs().double(), max(2, (levels - 1) // 2 + 1)) for b in blocks], dtype=blocks.dtype, device=blocks.device)
+        unit = _unit(blocks)
+        high = torch.tensor([self._threshold(b.abs().double(), max(2, (levels - 1) // 2 + 1)) for b in blocks / unit], dtype=blocks.dtype, device=blocks.device) * unit[:, 0]
         if symmetric: return -high, high
         low, top = super().__call__(blocks, levels, symmetric)
         return torch.maximum(low, -high), torch.minimum(top, high)
@@ -771,7 +789,7 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
     if scale is None:
         scale = torch.maximum(-extremes[0], extremes[1]).to(wide)
-        scale = torch.where(scale == 0, 1, scale.clamp(min=torch.finfo(wide).tiny))      # nothing but zeros: any scale says so
+        scale = torch.where(scale == 0, 1, scale)      # nothing but zeros: any scale says so
     if isinstance(codebook, str):
         if codebook == "nf4": return nf4().to(blocks.device), scale
         if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
@@ -853,7 +871,7 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
         if divide: t.nan_to_num_(0.)                      # 0 / 0: a block of zeros
         if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
         elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
-        elif fused and not symmetric: t.copy_(torch.mul(blocks[b].double(), s.double()).add_(z)).round_()
+        elif fused and not symmetric: t.copy_((torch.div if divide else torch.mul)(blocks[b].double(), s.double()).add_(z)).round_()
         else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
         codes[b].copy_(t.clamp_(0, levels - 1))
     return codes
