@@ -517,7 +517,7 @@ def _options(model, default):
     "A function that checks the options of one matrix."
     def check(name, layer, key, said):
         if unknown := said.keys() - default.keys(): raise ValueError(f"overrides gives {name} {sorted(unknown)}; it may give {', '.join(default)}")
-        stronger = {"levels": None} if "bits" in said else {}, {"group": None} if "per_channel" in said else {}      # of the default, which said otherwise
+        stronger = {"levels": None} if "bits" in said else {"bits": None} if "levels" in said else {}, {"group": None} if "per_channel" in said else {"per_channel": True} if said.get("group") is not None else {}      # of the default, which said otherwise
         return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said})
     return check
 
@@ -529,24 +529,26 @@ def _rounds_inputs(model, name, layer, key):
 
 def _checked_options(name, layer, can, bits, levels, group, per_channel, activations, learn):
     "Checked options of one matrix; inputs are rounded only where a kernel can."
-    check_bits(bits, 1, 8)
+    if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
+    if levels is not None and bits not in (None, (levels - 1).bit_length()): raise ValueError(f"layer {name} has bits={bits} and levels={levels}, which take {(levels - 1).bit_length()} bits; give one of them")
     if activations is not None: check_bits(activations, 4, 8)
+    if group is not None and per_channel is False: raise ValueError(f"layer {name} has group={group} and per_channel=False, one step for the tensor; give one of them")
     if group is not None and (type(group) is not int or group < 1): raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
     if can and group is not None and activations is not None:
         raise ValueError(f"layer {name} has group={group} and activations={activations}: a group's scale lies inside the sum of integers; give one of them")
     if can and activations is not None and (why := computed(layer, "bias")) and not parametrize.is_parametrized(layer, "bias"):
         raise ValueError(f"{name or '(model)'}.bias {why}, or leave it alone: overrides={{{name!r}: None}}")
-    return dict(levels=levels or 1 << bits, group=group, per_channel=per_channel, activations=activations if can else None, learn=learn)
+    return dict(levels=levels or 1 << (4 if bits is None else bits), group=group, per_channel=per_channel, activations=activations if can else None, learn=learn)
 
 # %% ../nbs/11_qat.ipynb
 def prepare(
     model: nn.Module,                      # any model; it is left as it is
-    bits: int = 4,                         # width of a weight's code, 1..8
+    bits: int | None = None,               # width of a weight's code, 1..8; None: 4, or that of `levels`
     activations: int | None = 8,           # width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
     batches: Iterable | None = None,       # sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
     overrides: dict | None = None,         # by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0': None}`; None leaves it alone; the first match wins
-    levels: int | None = None,             # number of codes when it is not a power of two (3: ternary); overrides `bits`
+    levels: int | None = None,             # number of codes when it is not a power of two (3: ternary)
     group: int | None = None,              # weights that share a step; needs `activations=None`
     per_channel: bool = True,              # a step for each output; False: one for the tensor
     learn: bool = True,                    # steps are trained (LSQ), those of frozen weights are not; False: weights keep theirs, activations watch a moving range

@@ -710,12 +710,12 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
-def _check_together(levels, step, codebook, stochastic, scale, observer, generator):
-    "Options of which one would be ignored are refused. (`bits` always has a value, and gives way in silence; a step and a codebook need no zero point, whatever `symmetric` says.)"
-    given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
+def _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator):
+    "Options of which one would be ignored are refused."
+    given = {"step": step is not None, "bits": bits is not None, "symmetric=False": not symmetric, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
     given |= {"observer": observer != "minmax"}
     if generator is not None and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
-    for a, others in ("step", ("codebook", "levels", "scale", "observer")), ("codebook", ("stochastic", "observer")), ("scale", ("observer",)):
+    for a, others in ("step", ("codebook", "levels", "scale", "observer", "bits", "symmetric=False")), ("codebook", ("stochastic", "observer", "symmetric=False")), ("scale", ("observer",)):
         for b in others:
             if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
 
@@ -724,14 +724,19 @@ def _check_levels(bits, levels, codebook):
     if codebook is not None and not isinstance(codebook, str) or codebook == "nf4":
         n = 16 if isinstance(codebook, str) else len(as_tensor(codebook, "codebook").reshape(-1))
         if levels not in (None, n): raise ValueError(f"levels is {levels!r}; the codebook has {n}")
-        return n
+        return _of_width(n, bits, "the codebook has")
     if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256): raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
     if levels is None:
-        check_bits(bits, 1, 8 if codebook is not None else 16)
-        return 1 << int(bits)
+        check_bits(8 if bits is None else bits, 1, 8 if codebook is not None else 16)
+        return 1 << int(8 if bits is None else bits)
     if isinstance(levels, bool) or not isinstance(levels, (int, np.integer)) or not 2 <= levels <= 1 << 16:
         raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 65536")
-    return int(levels)
+    return _of_width(int(levels), bits, "levels is")
+
+def _of_width(levels, bits, what):
+    "So many codes, unless bits say something else."
+    if bits is not None and bits != (width := max(1, (levels - 1).bit_length())): raise ValueError(f"bits is {bits!r}, and {what} {levels}, which take {width}; give one of them")
+    return levels
 
 # %% ../nbs/03_quant.ipynb
 def _only_finite(blocks, x, nonfinite):
@@ -888,14 +893,14 @@ def _divided(x, columns):
 # %% ../nbs/03_quant.ipynb
 def quantize(
     x: Any,                        # values, any shape: a float tensor or any array with `__dlpack__`
-    bits: int = 8,                 # width of a code, 1..16
+    bits: int | None = None,       # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     axis: int | None = None,       # None: one scale for the tensor; else one scale for each slice along `axis`
     group: int | None = None,      # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
-    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (a step or a codebook needs none)
+    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (not with a step or a codebook, which need none)
     observer: Any = "minmax",      # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
-    levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary); overrides `bits`
-    step: float | None = None,     # a fixed scale; `levels` are then as many as the values need; overrides `bits`
-    codebook: Any = None,          # 'nf4' (16 values, whatever `bits`), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
+    levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step: float | None = None,     # a fixed scale; `levels` are then as many as the values need
+    codebook: Any = None,          # 'nf4' (16 values), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
     stochastic: bool = False,      # round up with probability equal to the fraction, instead of half to even
     nonfinite: str = "raise",      # NaN and infinities: 'raise'; 'zero' makes them 0; 'clip' makes infinities the largest finite magnitude, NaN 0
     scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32 (float64 for float64 values)
@@ -907,9 +912,8 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
-    _check_together(levels, step, codebook, stochastic, scale, observer, generator)
+    _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
-    symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if columns is not None and nonfinite != "raise": x = _only_finite(x.reshape(1, -1), x, nonfinite)[0].reshape(x.shape)      # the largest of x, not of x / columns
     flat, columns = (x, None) if columns is None else _divided(x, columns)
@@ -1127,7 +1131,7 @@ QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, n
 
 def quantize_layer(
     layer: nn.Module,           # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
-    bits: int = 8,              # width of a code, 1..16
+    bits: int | None = None,    # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's gate)
     per_channel: bool = True,   # False: one scale for the whole tensor
     name: str | None = None,    # which parameter; None: all matrices of the layer
@@ -1160,6 +1164,7 @@ def _about(name, weight, axis, options):
 # %% ../nbs/03_quant.ipynb
 def _layout(weight, axis, group, per_channel):
     "One scale for each output channel, or for each group."
+    if group is not None and per_channel is False: raise ValueError(f"group is {group} and per_channel is False, one scale for the tensor; give one of them")
     if group is not None: return {"group": group}
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
 
@@ -1242,7 +1247,7 @@ def _as_operation(self):
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
     model: nn.Module,             # any model; it is left as it is
-    bits: int = 8,                # width of a code, 1..16
+    bits: int | None = None,      # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,     # weights that share a scale; None: one scale for each output channel
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all

@@ -85,7 +85,7 @@ def test_kernels_at_any_size(build, shape):
 
 
 def test_rows_are_stretched_at_any_size():
-    for size in (2. ** -149, 2. ** -140, 1e-40, 1e-38, 1., 1e38):
+    for size in (2. ** -149, 2. ** -140, 2. ** -133, 2. ** -127, 1., 2. ** 126):
         x = (torch.tensor([[0., 1., 2.], [-1., 0., 1.], [1., 1., 1.], [0., 0., 0.]], dtype=torch.float64) * size).float()
         stretched, low, width = stretch_rows(x)
         assert torch.equal(stretched[:2], torch.tensor([[0., .5, 1.]] * 2)) and not stretched[2:].any() and torch.equal(stretched * width + low, x)

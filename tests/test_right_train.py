@@ -729,7 +729,7 @@ def test_an_override_is_stronger_than_the_default():
     assert [m.weights.levels for m in prepared] == [3, 256]
     prepared = prepare(model, group=4, activations=None, overrides={"1": {"per_channel": False}})
     assert [m.parametrizations.weight[0].scale.numel() for m in prepared] == [16, 1]
-    assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 8}})[1].weights.levels == 3
+    assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 2}})[1].weights.levels == 3
 
 
 def test_a_rounded_weight_can_be_read_and_not_written():
