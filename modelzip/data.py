@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .workshop.untouched import untouched
+
 # %% ../nbs/00_data.ipynb
 def need(
     module: str,    # name of the optional module, such as `"sklearn.datasets"`
@@ -323,9 +325,9 @@ def predictions(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
-    "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
+    "The label that a model gives to each example. The model is left as it was (mode, buffers, what it remembers between calls), and so are `split` and the random numbers."
     _check(split, batch_size)
-    with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
+    with eval_mode(model), untouched(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
         scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     if scores.shape[1] < 2: raise ValueError(f"the model gave {list(scores.shape)}: one number an example chooses no class; a sigmoid's answer is `torch.cat([0 * z, z], 1)`")
@@ -343,7 +345,7 @@ def accuracy(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> float:                     # share of right answers, 0 to 1
-    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. An empty split raises ValueError."
+    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. The model and the random numbers are left as they were. An empty split raises ValueError."
     answers = predictions(model, split, batch_size)
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 

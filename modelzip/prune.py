@@ -66,8 +66,8 @@ def _outside(frame):
 
 def _looked_at(t: Tensor) -> bool:
     "Whether the values of a tensor are there to be read: on the CPU, and not while a program is being recorded."
-    plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return False
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 # %% ../nbs/07_prune.ipynb
 def find_mask(layer: nn.Module, name: str = "weight") -> Mask | None:
