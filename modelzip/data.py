@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .workshop.settings import SettingsInState
 from .workshop.untouched import untouched
 
 # %% ../nbs/00_data.ipynb
@@ -439,12 +440,15 @@ def minilm_tokenizer(
     return t
 
 # %% ../nbs/00_data.ipynb
-class Attention(nn.Module):
-    "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]."
+class Attention(SettingsInState, nn.Module):
+    "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how many heads it has; one of another number is refused."
+    in_state = ("heads",)
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+    def check_settings(self, heads):
+        if heads != self.heads: raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # [n, heads, length, width / heads]
@@ -500,7 +504,7 @@ def _encode(
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out, device = torch.empty(len(texts), 384), device_of(self)
-    with eval_mode(self):
+    with eval_mode(self), untouched(self):
         for i in tqdm(range(0, len(order), batch_size), desc="encode", leave=False, **({} if progress else {"disable": True})):
             batch = minilm_tokenizer().encode_batch([texts[j] for j in order[i:i + batch_size]])
             ids, mask = (torch.tensor([getattr(b, a) for b in batch], device=device) for a in ("ids", "attention_mask"))

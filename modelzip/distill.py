@@ -33,7 +33,7 @@ class Loss(nn.Module):
     teacher_layers: tuple[str, ...] = ()
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor: raise NotImplementedError
     def _says(self) -> bytes: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__).encode()
-    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8)
+    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8, device="cpu")
     def set_extra_state(self, state: Tensor) -> None:
         if bytes(state.tolist()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {bytes(state.tolist()).decode()}; this one has {self._says().decode()}")
     def __add__(self, other): return Sum([1., 1.], [self, other])
