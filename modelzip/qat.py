@@ -26,7 +26,7 @@ from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as
                             pack_bits, scale_and_zero_point, symmetric_zero_point)
 from .structured import fold, foldable
 from .workshop.matrices import outputs_of
-from .workshop.models import carry_hooks, check_ordinary, computed, copied, hooks_of
+from .workshop.models import carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.prepared import Settings, choose_places, exchange, setting, warn_of_floats
 from .workshop.readonly import ReadOnly, read_only
 
@@ -567,12 +567,13 @@ def prepare(
     """Quantization-aware training: a model that computes as its integer self will (Jacob et al. 2018, arXiv:1712.05877; Esser et al. 2019, arXiv:1902.08153).
     Train it as any other, then `convert` it. Rounded are the weights of linear layers, convolutions, embeddings, recurrent layers and attention; a warning names other matrices that stay floats.
     `ValueError` for bits out of range, a pattern without a layer, a model that has nothing to quantize, a weight that an old-style hook computes (`torch.nn.utils.prune`, `weight_norm`) or that is no parameter,
-    tied weights of which different things are said, NaN, and a model whose copy would run the original (an instance's own `forward`)."""
+    tied weights of which different things are said, NaN, a model whose copy would run the original (an instance's own `forward`), and one whose code asks for the class of a layer or goes through `parameters()`."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if any(isinstance(m, (FakeQuantized, WeightQuantizer, Dequantize)) for m in model.modules()): raise ValueError("model is quantized or prepared already")
     options = dict(bits=bits, levels=levels, group=group, per_channel=per_channel, activations=activations, learn=learn)
     places = choose_places(model, overrides, _options(model, options))
     check_ordinary(model)
+    check_code(model, [p.owner for p in places])
     warn_of_floats(model)
     ranges = _ranges(model, batches, places) if batches is not None else {}
     new = copied(model).eval()                                     # a weight that spectral norm computes does not move in eval mode
