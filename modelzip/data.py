@@ -74,14 +74,17 @@ def stratified(
     shares: Sequence[float] = (.7, .1, .2),        # share of each part; they add up to 1
     seed: int = 0,                                 # of the permutation
 ) -> list[Tensor]:                                 # for each part the indices that belong to it
-    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples. Small classes are rounded together, so that the parts get their shares."
+    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples; small classes, and all where rounding each by itself would add up, are rounded together: the parts get their shares."
     if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
-    y, rng, parts, rare = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares], []
-    for label in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == label))
-        if len(members) * min(s for s in shares if s) < 5: rare.append(members); continue
-        ends = np.rint(np.cumsum(shares) * len(members)).astype(int)
-        for part, piece in zip(parts, np.split(members, ends[:-1])): part.append(piece)
+    y, rng, parts = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares]
+    classes = [rng.permutation(np.flatnonzero(y == label)) for label in np.unique(y)]
+    large = [c for c in classes if len(c) * min(s for s in shares if s) >= 5]
+    ends = [np.rint(np.cumsum(shares) * len(c)).astype(int) for c in large]
+    sums = sum((np.diff(e, prepend=0) for e in ends), np.zeros(len(shares), int))
+    if np.abs(sums - np.array(shares) * sum(map(len, large))).max() >= 1: large = []
+    rare = [c for c in classes if not any(c is d for d in large)]
+    for members, e in zip(large, ends):
+        for part, piece in zip(parts, np.split(members, e[:-1])): part.append(piece)
     for part, piece in zip(parts, _dealt(rare, shares, rng)): part.append(piece)
     return [torch.from_numpy(rng.permutation(np.concatenate(p))) for p in parts]
 

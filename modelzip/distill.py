@@ -342,7 +342,7 @@ class Relations(Loss):
         b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(len(student.outputs), -1)
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
-    def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r})"
+    def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r}{f', angles={self.angles:g}' * (self.angles != 2)})"
 
 # %% ../nbs/09_distill.ipynb
 def distances(

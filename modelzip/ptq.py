@@ -395,7 +395,8 @@ def nearest_weight(
     axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     steps: int = 36,                              # ranges that are tried for each scale
 ) -> QTensor:
-    "Round to nearest, with the scales of least (weighted) squared error among those that are tried."
+    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. Scales are stored as float32, of groups as float16 where these fit it;
+    codes are the nearest for the scales that are stored, which is how far from the least error the rounding of a scale to float16 (2⁻¹¹ at most of it) can be."""
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
     if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
@@ -916,7 +917,8 @@ def _result(self, model):
     odd = {}
     for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
     said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
-    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=4)
+    how = "rounded to nearest" if self.method in (nearest_weight, gptq_weight) else f"given to {getattr(self.method, '__name__', 'the method')} without statistics"
+    if said: warnings.warn(f"{how}: " + "; ".join(said), stacklevel=4)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)

@@ -570,3 +570,14 @@ def test_a_state_says_how_many_heads_it_is_of():
         other.load_state_dict(state)
         assert torch.equal(other(x), twelve(x))
     with torch.device("meta"): assert {v.device.type for v in copy.deepcopy(twelve).state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("sizes", [[181] * 10, [55] * 40, [33] * 7 + [204] * 5, [101] * 3, [7, 13, 99], [1] * 30 + [250], [500] * 10])
+@pytest.mark.parametrize("shares", [(.7, .1, .2), (.5, .5), (1 / 3, 1 / 3, 1 / 3), (.85, .15)])
+def test_parts_get_their_shares_of_all_and_of_every_class(sizes, shares):
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    parts = D.stratified(y, shares)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(y)))
+    for part, share in zip(parts, shares):
+        assert abs(len(part) - share * len(y)) < (1 if min(sizes) * min(shares) >= 5 else 2)
+        assert np.abs(np.bincount(y[part.numpy()], minlength=len(sizes)) - share * np.array(sizes)).max() < 1 + 1e-9
