@@ -503,7 +503,7 @@ def to_onnx(
 def _compare(model, path, example, dynamic):
     "`ValueError` when ONNX Runtime computes something else than the model."
     integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())          # which round activations, at ties to either side
-    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.2 if integers else 0.01)
+    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.05 if integers else 0.01)      # measured: 0.011 at most; with 7-bit activations about twice that
     if off is not None: raise ValueError(f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX")
 
 # %% ../nbs/06b_onnx.ipynb

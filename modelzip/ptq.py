@@ -395,8 +395,8 @@ def nearest_weight(
     axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     steps: int = 36,                              # ranges that are tried for each scale
 ) -> QTensor:
-    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. Scales are stored as float32, of groups as float16 where these fit it;
-    codes are the nearest for the scales that are stored, which is how far from the least error the rounding of a scale to float16 (2⁻¹¹ at most of it) can be."""
+    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is then rounded to what is stored
+    (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are the nearest for that: another scale of the grid may by then be better by as little."""
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
     if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
