@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from modelzip.distill import Relations
 from modelzip.prune import prune_model, sparsify_layer, sparsify_model
+from modelzip.ptq import gptq_weight, hqq_weight, quantize_with
 from modelzip.qat import prepare
 from modelzip.quant import quantize, quantize_layer, quantize_model
 
@@ -55,3 +57,13 @@ def test_how_to_quantize_without_bits_is_refused():
         with pytest.raises(ValueError, match="bits is None"): act()
     found = sparsify_model(model, 4, group=4, overrides={"1": {"bits": None}})
     assert found[0].q.quantized and not found[1].q.quantized
+
+
+def test_a_warning_says_what_was_done():
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.up = nn.Linear(8, 8), nn.ConvTranspose1d(2, 2, 3)
+        def forward(self, x): return self.up(self.a(x).view(-1, 2, 4))
+    batches = [torch.randn(4, 8)]
+    for method, says in (gptq_weight, "^rounded to nearest: up"), (hqq_weight, "^given to hqq_weight without statistics: up"):
+        with pytest.warns(UserWarning, match=says): quantize_with(method, Odd(), batches, bits=4, group=None)
+    assert repr(Relations(angles=0.)) == "Relations(None, None, angles=0)" and repr(Relations("a", "b")) == "Relations('a', 'b')"
