@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .workshop.settings import SettingsInState
 from .workshop.turns import alone
+from .workshop.untouched import untouched
 
 # %% ../nbs/00_data.ipynb
 def need(
@@ -73,14 +75,17 @@ def stratified(
     shares: Sequence[float] = (.7, .1, .2),        # share of each part; they add up to 1
     seed: int = 0,                                 # of the permutation
 ) -> list[Tensor]:                                 # for each part the indices that belong to it
-    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples. Small classes are rounded together, so that the parts get their shares."
+    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples; small classes, and all where rounding each by itself would add up, are rounded together: the parts get their shares."
     if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
-    y, rng, parts, rare = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares], []
-    for label in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == label))
-        if len(members) * min(s for s in shares if s) < 5: rare.append(members); continue
-        ends = np.rint(np.cumsum(shares) * len(members)).astype(int)
-        for part, piece in zip(parts, np.split(members, ends[:-1])): part.append(piece)
+    y, rng, parts = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares]
+    classes = [rng.permutation(np.flatnonzero(y == label)) for label in np.unique(y)]
+    large = [c for c in classes if len(c) * min(s for s in shares if s) >= 5]
+    ends = [np.rint(np.cumsum(shares) * len(c)).astype(int) for c in large]
+    sums = sum((np.diff(e, prepend=0) for e in ends), np.zeros(len(shares), int))
+    if np.abs(sums - np.array(shares) * sum(map(len, large))).max() >= 1: large = []
+    rare = [c for c in classes if not any(c is d for d in large)]
+    for members, e in zip(large, ends):
+        for part, piece in zip(parts, np.split(members, e[:-1])): part.append(piece)
     for part, piece in zip(parts, _dealt(rare, shares, rng)): part.append(piece)
     return [torch.from_numpy(rng.permutation(np.concatenate(p))) for p in parts]
 
@@ -317,9 +322,9 @@ def predictions(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
-    "The label that a model gives to each example. The model's mode is left as it was, and so is `split`, also when layers work in place."
+    "The label that a model gives to each example. The model is left as it was (mode, buffers, what it remembers between calls), and so are `split` and the random numbers."
     _check(split, batch_size)
-    with eval_mode(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
+    with eval_mode(model), untouched(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
         scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
     if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
     if scores.shape[1] < 2: raise ValueError(f"the model gave {list(scores.shape)}: one number an example chooses no class; a sigmoid's answer is `torch.cat([0 * z, z], 1)`")
@@ -337,7 +342,7 @@ def accuracy(
     split: Split,               # inputs with their labels
     batch_size: int = 250,      # examples at a time
 ) -> float:                     # share of right answers, 0 to 1
-    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. An empty split raises ValueError."
+    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. The model and the random numbers are left as they were. An empty split raises ValueError."
     answers = predictions(model, split, batch_size)
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
@@ -431,12 +436,15 @@ def minilm_tokenizer(
     return t
 
 # %% ../nbs/00_data.ipynb
-class Attention(nn.Module):
-    "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]."
+class Attention(SettingsInState, nn.Module):
+    "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how many heads it has; one of another number is refused."
+    in_state = ("heads",)
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+    def check_settings(self, heads):
+        if heads != self.heads: raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # [n, heads, length, width / heads]
@@ -492,7 +500,7 @@ def _encode(
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out, device = torch.empty(len(texts), 384), device_of(self)
-    with eval_mode(self):
+    with eval_mode(self), untouched(self):
         for i in tqdm(range(0, len(order), batch_size), desc="encode", leave=False, **({} if progress else {"disable": True})):
             batch = minilm_tokenizer().encode_batch([texts[j] for j in order[i:i + batch_size]])
             ids, mask = (torch.tensor([getattr(b, a) for b in batch], device=device) for a in ("ids", "attention_mask"))

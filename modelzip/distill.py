@@ -33,7 +33,7 @@ class Loss(nn.Module):
     teacher_layers: tuple[str, ...] = ()
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor: raise NotImplementedError
     def _says(self) -> bytes: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__).encode()
-    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8)
+    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8, device="cpu")
     def set_extra_state(self, state: Tensor) -> None:
         if bytes(state.tolist()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {bytes(state.tolist()).decode()}; this one has {self._says().decode()}")
     def __add__(self, other): return Sum([1., 1.], [self, other])
@@ -342,7 +342,7 @@ class Relations(Loss):
         b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(len(student.outputs), -1)
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
-    def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r})"
+    def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r}{f', angles={self.angles:g}' * (self.angles != 2)})"
 
 # %% ../nbs/09_distill.ipynb
 def distances(

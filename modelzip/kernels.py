@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
-                            quantize, quantize_layer, quantize_model)
+                            quantize, quantize_layer, quantize_model, scale_and_zero_point)
 from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
 from .workshop.convolutions import convolve, no_offset, pack_weight
 from .workshop.matrices import SMALL, floats_left, unwrapped
@@ -58,7 +58,7 @@ def stretch_rows(
     "Make each row reach from 0 to 1; a constant row becomes zeros."
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
-    return (x - low).div_(width.clamp(min=torch.finfo(x.dtype).tiny)), low, width
+    return (x - low).div_(torch.where(width == 0, 1, width)), low, width
 
 # %% ../nbs/06_kernels.ipynb
 def quantize_rows(
@@ -293,7 +293,7 @@ def _set(self, key, value):
     Dequantize.__setattr__(self, key, value)
     if key not in ("said", "training", "kernel", "loaded") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
 
-def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8)
+def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8, device="cpu")
 
 def _adopt(self, state):
     how = json.loads(bytes(state.tolist()))
@@ -333,7 +333,7 @@ def _together(self, x):
     if _ordinary(x): return self._product(x, True)
     peak = x.abs().max()
     if not math.isfinite(peak.item()): return None
-    peak = peak.clamp_(min=torch.finfo(torch.float32).tiny)
+    peak = torch.where(peak == 0, 1, peak)
     return self._add_bias(self._product(x / peak, False).mul_(peak))
 
 def _finite(self, x): return torch.isfinite(x).flatten(1).all(1)
@@ -345,6 +345,11 @@ def _floating(input, layer):
     if torch.jit.is_tracing(): _refuse_trace(layer)
     if not isinstance(input, Tensor): raise TypeError(f"input of {layer._who()} is a {type(input).__name__}; it may be a tensor")
     if not input.is_floating_point(): raise TypeError(f"input of {layer._who()} has dtype {input.dtype}; it may be a floating-point tensor")
+
+def _out_of_reach(q):
+    "Steps that no product with those of an input leaves in float32."
+    most = q.scale.max().item() if isinstance(q, QTensor) and q.scale.numel() and not q.scale.is_meta else 0.
+    if most and not 2. ** -80 < most < 2. ** 80: return f"its scales reach {most:.3g}, and the kernel's products of scales would leave float32"
 
 def _not_the_weight_of(layer, cls, name):
     "What every kernel refuses: another parameter, another class, and a subclass, which may compute something else or be read by its owner instead of called."
@@ -393,7 +398,7 @@ class QLinear(_IntegerLayer):
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        return _not_the_weight_of(layer, nn.Linear, name) or (None if requantize or fits_int4(q) else why_not_int8(q))
+        return _not_the_weight_of(layer, nn.Linear, name) or (None if requantize or fits_int4(q) else why_not_int8(q)) or _out_of_reach(q)
     def _check(self, x):
         _floating(x, self)
         if x.dim() < 1 or x.shape[-1] != self.inputs: raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; its last dimension must be {self.inputs}")
@@ -435,18 +440,22 @@ def _ready(self, x, way):
     if way == "few": return (x,) if _ordinary(x) else None
     code = _rows_in_one_pass if self.kernel == "int8" else quantize_rows
     codes, step, low = code(x if way == "rows" else x.reshape(1, -1))
-    if not (math.isfinite(x.sum().item()) and _ranges_fit(step)): return None
+    if not (math.isfinite(x.sum().item()) and _ranges_fit(step, x if way == "rows" else x.reshape(1, -1))): return None
     return (codes, step, low) if way == "rows" else (codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item())
 
 QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
 
 # %% ../nbs/06_kernels.ipynb
-def _ranges_fit(step):
+def _ranges_fit(step, rows):
     "Whether the range of each row has its 255 codes: it is not small, or nothing at all, and has not overflowed."
     least, most = (v.item() for v in torch.aminmax(step))
-    return most < math.inf and (least > 2. ** -18 or bool(_fitting(step).all()))
+    return most < math.inf and (least > 2. ** -18 or bool(_fitting(step, rows).all()))
 
-def _fitting(step): return (step == 0) | (step > 2. ** -18) & (step < math.inf)
+def _fitting(step, rows):
+    "Which rows have codes; a step of 0 may be that of a constant row, or too little for float32."
+    none, fits = step == 0, (step > 2. ** -18) & (step < math.inf)
+    if not none.any(): return fits
+    return fits | none & (rows.amax(1, keepdim=True) == rows.amin(1, keepdim=True))
 
 def _holds_zero(row):
     "Whether a row is finite, of a range that is neither tiny nor huge, and zero lies in it."
@@ -509,7 +518,7 @@ def _by_rows(self, x):
     "A range for each row; None when not all is finite."
     ready, done = self._coded_rows(x), None
     if ready is not None:
-        fits = _fitting(ready[1]).flatten() & torch.isfinite(x.sum(1))
+        fits = _fitting(ready[1], x).flatten() & torch.isfinite(x.sum(1))
         if fits.any(): done = fits, self._from_rows(*(part[fits] for part in ready), *self.prepared.get(self, "rows")[2:])
     if done is None: return self._by_stretched_rows(x)
     fits, some = done
@@ -633,7 +642,7 @@ class QConv2d(_IntegerLayer):
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or (None if requantize else why_not_int8(q))) is not None: return why
+        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or (None if requantize else why_not_int8(q)) or _out_of_reach(q)) is not None: return why
         if not requantize and q.packed_zero_point is not None: return "its weight has a zero point, oneDNN's must be symmetric"
         if layer.groups > 1 and getattr(q, "columns", None) is not None: return "its column scales would differ between its groups"
         if layer.padding_mode != "zeros": return f"its padding_mode is {layer.padding_mode!r}, the kernel's is 'zeros'"
@@ -666,15 +675,14 @@ def quantize_images(
     x: Tensor,                                 # [batch, channels, height, width] finite float32
     top: int = 255,                            # largest code
 ) -> tuple[Tensor, Tensor, Tensor]:            # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
-    "Codes with a range for each image, which holds zero; ranges below 3e-36 get fewer of them."
+    "Codes with a range for each image, which holds zero."
     step, zero = _image_ranges(x, top)
     return _image_codes(x, step, zero, top), step, zero
 
 def _image_ranges(x, top):
     flat = x.flatten(1)                                  # two reductions are quicker than `aminmax` along an axis
-    low, high = flat.amin(1).clamp_(max=0).div_(top), flat.amax(1).clamp_(min=0).div_(top)
-    step = high.sub_(low).clamp_(min=torch.finfo(torch.float32).tiny)
-    return step.view(-1, 1, 1, 1), low.neg_().div_(step).mul_(top).round_().view(-1, 1, 1, 1)
+    step, zero = scale_and_zero_point(*(v.view(-1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1))), top + 1, symmetric=False)
+    return step, zero.float()
 
 def _image_codes(x, step, zero, top): return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
 
@@ -703,7 +711,7 @@ def _from_lifted(self, x, step, zero, top):
     codes = _image_codes(nn.functional.pad(x, (b, b, a, a)) if a or b else x, step, zero, top)
     y = convolve(codes, 1., 0, weight, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
     y = y.sub_(zero * self.prepared.get(self, "sums"))                         # whole numbers, exact below 2²⁴
-    return self._add_bias(y.mul_(scale[:, None, None] * step))
+    return self._add_bias(y.mul_(scale[:, None, None]).mul_(step))           # one after the other: their product may leave float32
 
 def _prepare_conv_sums(self): return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
 

@@ -125,8 +125,9 @@ def _stretched(g, x):
     axis = _store(g, "modelzip.last", torch.tensor([-1]))
     low, high = (g.add(op, x, axis, keepdims=1) for op in ("ReduceMin", "ReduceMax"))
     width = g.add("Sub", high, low)
-    safe = g.add("Max", width, _number(g, torch.finfo(torch.float32).tiny))
-    return g.add("Div", g.add("Sub", x, low), safe), width, low
+    return g.add("Div", g.add("Sub", x, low), _one_for_zero(g, width)), width, low
+
+def _one_for_zero(g, x): return g.add("Where", g.add("Equal", x, _number(g, 0.)), _number(g, 1.), x)
 
 def _number(g, value, dtype=torch.float32): return _store(g, f"modelzip.{value:g}.{str(dtype)[6:]}", torch.tensor(value, dtype=dtype))
 
@@ -161,9 +162,9 @@ def _conv_by_images(g, x, codes, scale, weight, pads, name, how):
     "Codes as `quantize_images` makes them, and their product."
     axes = _store(g, "modelzip.image", torch.tensor([1, 2, 3]))
     none, top = _number(g, 0.), _number(g, 255.)
-    low, high = (g.add("Div", g.add(end, g.add("Reduce" + end, x, axes, keepdims=1), none), top) for end in ("Min", "Max"))
-    step = g.add("Max", g.add("Sub", high, low), _number(g, torch.finfo(torch.float32).tiny))
-    zero = g.add("Round", g.add("Mul", g.add("Div", g.add("Neg", low), step), top))
+    low, high = (g.add(end, g.add("Reduce" + end, x, axes, keepdims=1), none) for end in ("Min", "Max"))
+    step = _one_for_zero(g, g.add("Sub", g.add("Div", high, top), g.add("Div", low, top)))
+    zero = g.add("Round", g.add("Div", g.add("Neg", low), step))
     if any(pads): x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
     u = g.add("Cast", g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.)), to=g.onnx.TensorProto.UINT8)
     whole, integer = g.add("ConvInteger", u, codes, pads=[0] * 4, **how), g.onnx.TensorProto.INT32
@@ -506,7 +507,7 @@ def to_onnx(
 def _compare(model, path, example, dynamic):
     "`ValueError` when ONNX Runtime computes something else than the model."
     integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())          # which round activations, at ties to either side
-    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.2 if integers else 0.01)
+    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.05 if integers else 0.01)      # measured: 0.011 at most; with 7-bit activations about twice that
     if off is not None: raise ValueError(f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX")
 
 # %% ../nbs/06b_onnx.ipynb

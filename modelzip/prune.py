@@ -33,7 +33,7 @@ from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.compiled import autocasting, derived_or_mapped
-from .workshop.matrices import also_held, identity_of, layers_of
+from .workshop.matrices import also_held, combined, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
 from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, feed, labelled, logits_of
@@ -67,8 +67,8 @@ def _outside(frame):
 
 def _looked_at(t: Tensor) -> bool:
     "Whether the values of a tensor are there to be read: on the CPU, and not while a program is being recorded."
-    plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return False
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 # %% ../nbs/07_prune.ipynb
 def find_mask(layer: nn.Module, name: str = "weight") -> Mask | None:
@@ -1506,7 +1506,7 @@ def quantize_survivors(
     if options.get("group") or options.get("axis") is not None: raise ValueError("codebook is 'kmeans', one table for the whole tensor; leave group and axis out")
     q = quantize(weight[keep], bits, **options)
     table = q.codebook.unique()                                # of few survivors, some entries may be the same
-    return quantize(weight, bits, codebook=table if len(table) > 1 else torch.cat([table, table.new_tensor([0., 1.])]).unique(), scale=q.scale)
+    return quantize(weight, codebook=table if len(table) > 1 else torch.cat([table, table.new_tensor([0., 1.])]).unique(), scale=q.scale)
 
 # %% ../nbs/07_prune.ipynb
 def sparsify_layer(
@@ -1522,10 +1522,16 @@ def sparsify_layer(
     mask = find_mask(layer)
     plain = remove_masks(layer) if mask is not None else layer
     weight = plain.weight.detach()
+    if bits is None and (idle := [k for k, v in options.items() if v is not None]): raise ValueError(f"bits is None, and what is left stays floats, but {', '.join(idle)} say how to quantize it; give bits too")
     if bits is None: return Dequantize(plain, sparsify(weight, layout=layout))
     if "axis" not in options and options.get("codebook") != "kmeans": options |= _layout_for(plain, weight, options.get("group"), True)
     keep = weight != 0
     return Dequantize(plain, sparsify(quantize_survivors(weight, keep, bits, **options), keep, layout))
+
+def _combined(default, how):
+    "Options of one layer; where its `bits` are None those of all that say how to quantize are not meant for it."
+    floats = "bits" in how and how["bits"] is None
+    return combined({k: v for k, v in default.items() if not floats or k in ("bits", "layout")}, how)
 
 def _bare(layer, name, q):
     "A layer as `Dequantize` wants it: with a parameter of the right shape, here without memory."
@@ -1552,7 +1558,7 @@ def sparsify_model(
         if how is None and not isinstance(layer, Dequantize) and find_mask(layer) is None and computed(layer) is not None: continue
         if (why := None if isinstance(layer, Dequantize) else _not_plain(layer) or (None if find_mask(layer) is not None else computed(layer))) is not None:
             raise ValueError(f"the weight of layer {n or '(model)'} {why}, or leave the layer out with overrides={{{n!r}: None}}")
-        try: new = _sparsified(layer, None if how is None else dict(bits=bits) | options | how)
+        try: new = _sparsified(layer, None if how is None else _combined(dict(bits=bits) | options, how))
         except ValueError as e: raise ValueError(f"layer {n or '(model)'}: {e}") from e
         if isinstance(new, Dequantize):
             new = Dequantize(_bare(new.layer, new.name, new.q), shared.setdefault(key, new.packed), new.name)

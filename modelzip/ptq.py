@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .kernels import QEmbedding
 from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor
 from .quant import (OBSERVERS, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, from_blocks, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _check_layout, _copy_with, _finite, _scale_shape)
+                            scale_and_zero_point, symmetric_zero_point, _check_layout, _copy_with, _finite, _scale_shape, _unit)
 from .workshop.matrices import choose_matrices, layers_of, matrices_of, unwrapped
 from .workshop.models import as_batches, carry_hooks, computed, copied, feed
 from .workshop.pairs import NEUTRAL, Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
@@ -165,8 +165,11 @@ def output_error(
 ) -> float:                       # 0: the same outputs; 1: as wrong as no output at all
     "Relative squared error of a layer's output over the calibration data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
     if statistics.moment is None: raise ValueError("statistics have no second moments; calibrate with second_moments=True")
-    w, d = (_matrices(t, statistics, axis).to(statistics.moment.dtype) for t in (weight, weight - other))
-    power = lambda m: ((m @ statistics.moment) * m).sum().item()
+    wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
+    w, d = (_matrices(t.to(wide), statistics, axis) for t in (weight, weight - other))
+    if w.numel(): w, d = (t / _unit(w.reshape(1, -1)) for t in (w, d))       # only their ratio counts, and no square is to vanish
+    H = statistics.moment.to(wide)
+    power = lambda m: ((m @ H) * m).sum().item()
     return power(d) / max(power(w), torch.finfo(w.dtype).tiny)
 
 def _matrices(weight, statistics, axis=0):
@@ -326,9 +329,12 @@ def fitted_scales(
         parts = [fitted_scales(*both, levels, symmetric, steps) for both in zip(blocks.split(bite), counts)]
         return tuple(torch.cat(t) for t in zip(*parts))
     low, high = OBSERVERS["minmax"]()(blocks, levels, symmetric)
+    if not blocks.numel(): return _scale_of(low, high, levels, symmetric)
+    unit = _unit(blocks)
+    blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
     best, error = torch.ones_like(low), torch.full_like(low, math.inf)
     for shrink in torch.linspace(1, 0.3, steps).tolist():
-        scale, zero = _scale_of(low * shrink, high * shrink, levels, symmetric)
+        scale, zero = _scale_of(near * shrink, far * shrink, levels, symmetric)
         now = _rounded(blocks, scale, zero, levels).sub_(blocks).square_()
         now = (now if importance is None else now.mul_(importance)).sum(1)
         best, error = torch.where(now < error, shrink, best), torch.minimum(now, error)
@@ -337,6 +343,11 @@ def fitted_scales(
 def _scale_of(low, high, levels, symmetric):
     scale, zero = scale_and_zero_point(low, high, levels, symmetric)
     return scale, torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
+
+def _times(scale, unit):
+    "A step of blocks that were divided by a power of two; where it has too few digits for that, the next larger one."
+    whole = scale * unit
+    return torch.where(whole / unit < scale, torch.nextafter(whole, whole.new_tensor(math.inf)), whole)
 
 def _rounded(blocks, scale, zero, levels):
     "Round to the nearest code and back."
@@ -368,9 +379,9 @@ def _as_counted(importance, axis, group):
     return blocks
 
 def _as_kept(scale, group):
-    "float16 for groups when all fit it well, as in chapter 03, else float32."
+    "float16 for groups when all fit it well, as in chapter 03, else float32, and float64 where that is needed."
     half = group is not None and scale.numel() and bool((scale.min() >= 50 * 2 ** -24) & (scale.max() <= 65504))
-    return scale.half() if half else scale.float()
+    return scale.half() if half else scale.float() if bool((scale >= torch.finfo(torch.float32).tiny).all() & (scale <= torch.finfo(torch.float32).max).all()) else scale
 
 
 # %% ../nbs/10_ptq.ipynb
@@ -384,7 +395,8 @@ def nearest_weight(
     axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     steps: int = 36,                              # ranges that are tried for each scale
 ) -> QTensor:
-    "Round to nearest, with the scales of least (weighted) squared error among those that are tried."
+    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is then rounded to what is stored
+    (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are the nearest for that: another scale of the grid may by then be better by as little."""
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
     if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
@@ -474,7 +486,7 @@ def gptq_weight(
     seen = _rescaled(statistics, columns, weight)
     (scale, zero), moment = _scales_for(w, seen, 1 << bits, axis, group, symmetric), _scaled_to_one(seen.moment)
     matrices = lambda t: _matrices(t, seen, axis)
-    steps = torch.where(scale == 0, 1e-30, scale.to(w.dtype))         # whatever is left of a block of zeros, the others make up for
+    steps = torch.where(scale == 0, torch.finfo(w.dtype).tiny, scale.to(w.dtype))         # whatever is left of a block of zeros, the others make up for
     every = lambda t: matrices(from_blocks(t.reshape(-1, 1).to(w.dtype).expand(-1, group or w.numel() // w.shape[axis]), w.shape, *where))
     each_group = zip(matrices(w), moment.to(w.dtype), every(steps), every(zero))
     codes = torch.cat([_in_order(*each, 1 << bits, act_order, damping) for each in each_group])
@@ -498,8 +510,10 @@ def _scaled_to_one(moment):
 
 def _row_errors(weight, q, statistics, axis):
     "δᵢᵀ H δᵢ of each row: greedy rounding, unlike its theory, may lose by chance, and more so with few inputs or bits."
-    moment = _scaled_to_one(statistics.moment)
-    d = _matrices(weight.to(moment.dtype) - q.dequantize().to(moment.dtype), statistics, axis)
+    wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
+    w, moment = weight.to(wide), _scaled_to_one(statistics.moment).to(wide)
+    d, rows = (_matrices(t, statistics, axis) for t in (w - q.dequantize().to(wide), w))
+    d = d / _unit(rows.flatten(0, 1)).view(*rows.shape[:2], 1)
     return ((d @ moment) * d).sum(2).flatten()
 
 def _as_qtensor(codes, scale, zero, weight, bits, axis, group, columns):
@@ -542,6 +556,8 @@ def half_quadratic(
     p: float = 0.7,           # the norm's exponent
 ) -> tuple[Tensor, Tensor]:   # scale; zero point, whole: one of each for a block
     "Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole range's, nor above that of `fitted_scales`."
+    unit = _unit(blocks)
+    blocks = blocks / unit
     first, zero = (t[:, None] for t in fitted_scales(blocks, None, levels, symmetric, steps=12))
     starts = [zero]
     if not symmetric:
@@ -559,7 +575,7 @@ def half_quadratic(
             now, new = _scale_step(blocks, scale, zero, levels, beta * 1.05 ** i, p)
             best = tuple(torch.where(now < error, a, b) for a, b in zip((scale, zero), best))
             error, scale = torch.minimum(now, error), new
-    return best[0][:, 0], best[1][:, 0]
+    return _times(best[0], unit)[:, 0], best[1][:, 0]
 
 # %% ../nbs/10_ptq.ipynb
 def hqq_weight(
@@ -901,7 +917,8 @@ def _result(self, model):
     odd = {}
     for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
     said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
-    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=4)
+    how = "rounded to nearest" if self.method in (nearest_weight, gptq_weight) else f"given to {getattr(self.method, '__name__', 'the method')} without statistics"
+    if said: warnings.warn(f"{how}: " + "; ".join(said), stacklevel=4)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)

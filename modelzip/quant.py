@@ -35,13 +35,19 @@ def scale_and_zero_point(
 ) -> tuple[Tensor, Tensor | None]:   # scale > 0; zero point (int32), None when symmetric
     """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
     (to within half a step when there is a zero point, for that is rounded)."""
-    tiny = torch.finfo(low.dtype).tiny
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric: scale = torch.maximum(-low, high) / max((levels - 1) // 2, 0.5)
-    else: scale = high / (levels - 1) - low / (levels - 1)
-    scale = torch.where((low == 0) & (high == 0), 1., scale.clamp(min=tiny))   # nothing but zeros: any scale says so
+    steps = max((levels - 1) // 2, 0.5) if symmetric else levels - 1
+    reach = torch.maximum(-low, high) if symmetric else high - low
+    scale = _lifted(reach / steps if symmetric else high / steps - low / steps, reach, steps)
+    scale = torch.where((low == 0) & (high == 0), 1., scale)   # nothing but zeros: any scale says so
     if symmetric: return scale, None
     return scale, (-low / scale).round().clamp(0, levels - 1).to(torch.int32)
+
+def _lifted(scale, reach, steps):
+    "Steps below the smallest normal number have few digits: those that fall short of their range become the next larger number."
+    tiny = torch.finfo(scale.dtype).tiny
+    if not bool(scale.new_tensor(tiny) / 2 > 0): return scale.clamp(min=tiny)      # where these count as zero (`torch.set_flush_denormal`)
+    return torch.where((scale < tiny) & (scale * steps < reach), torch.nextafter(scale, scale.new_tensor(math.inf)), scale)
 
 # %% ../nbs/03_quant.ipynb
 def symmetric_zero_point(levels: int) -> float:
@@ -159,8 +165,17 @@ class MinMax:
 
 def _mean_magnitude(blocks):
     "Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no sum of large numbers overflows)."
-    mean = (blocks.abs() / blocks.shape[1]).sum(1)
+    unit = _unit(blocks)
+    part = (blocks.abs() / unit / blocks.shape[1]).sum(1)
+    mean = torch.where(part > 0, (part * unit[:, 0]).clamp(min=_least(blocks.dtype)), 0.)
     return -mean, mean
+
+def _least(dtype): return torch.finfo(dtype).tiny * torch.finfo(dtype).eps      # the smallest positive number
+
+def _unit(blocks):
+    "A power of two beside each block's largest magnitude, [blocks, 1]: of blocks / unit no square overflows or vanishes, and no digit is lost by it."
+    most = 1022 if blocks.dtype == torch.float64 else 126
+    return torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent.clamp(-most, most).double().exp2().to(blocks.dtype)
 
 # %% ../nbs/03_quant.ipynb
 class Percentile(MinMax):
@@ -192,9 +207,11 @@ class MSE(MinMax):
         self.steps, self.smallest = steps, smallest
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
+        unit = _unit(blocks)
+        blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
         for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
-            scale, zero = scale_and_zero_point(low * shrink, high * shrink, levels, symmetric)
+            scale, zero = scale_and_zero_point(near * shrink, far * shrink, levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             now = _blockwise(_squared_error, blocks, scale, zero, levels)
             better = now < error
@@ -254,10 +271,11 @@ class Entropy(MinMax):
         self.bins = bins
     def __call__(self, blocks, levels, symmetric):
         if symmetric and levels == 2: return _mean_magnitude(blocks)
+        unit = _unit(blocks)
         codes = max(2, (levels - 1) // 2 + 1)
         tries = torch.tensor([*range(min(max(codes, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins], device=blocks.device)
         step = max(1, _BITE // 4 // (len(tries) * (codes + 1) + self.bins))
-        high = torch.cat([self._thresholds(b.abs().double(), codes, tries) for b in blocks.split(step)]).to(blocks.dtype)
+        high = torch.cat([self._thresholds(b.abs().double(), codes, tries) for b in (blocks / unit).split(step)]).to(blocks.dtype) * unit[:, 0]
         if symmetric: return -high, high
         low, top = super().__call__(blocks, levels, symmetric)
         return torch.maximum(low, -high), torch.minimum(top, high)
@@ -713,12 +731,12 @@ def _check_layout(x, axis, group):
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
-def _check_together(levels, step, codebook, stochastic, scale, observer, generator):
-    "Options of which one would be ignored are refused. (`bits` always has a value, and gives way in silence; a step and a codebook need no zero point, whatever `symmetric` says.)"
-    given = {"step": step is not None, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
+def _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator):
+    "Options of which one would be ignored are refused."
+    given = {"step": step is not None, "bits": bits is not None, "symmetric=False": not symmetric, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
     given |= {"observer": observer != "minmax"}
     if generator is not None and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
-    for a, others in ("step", ("codebook", "levels", "scale", "observer")), ("codebook", ("stochastic", "observer")), ("scale", ("observer",)):
+    for a, others in ("step", ("codebook", "levels", "scale", "observer", "bits", "symmetric=False")), ("codebook", ("stochastic", "observer", "symmetric=False")), ("scale", ("observer",)):
         for b in others:
             if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
 
@@ -727,14 +745,19 @@ def _check_levels(bits, levels, codebook):
     if codebook is not None and not isinstance(codebook, str) or codebook == "nf4":
         n = 16 if isinstance(codebook, str) else len(as_tensor(codebook, "codebook").reshape(-1))
         if levels not in (None, n): raise ValueError(f"levels is {levels!r}; the codebook has {n}")
-        return n
+        return _of_width(n, bits, "the codebook has")
     if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256): raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
     if levels is None:
-        check_bits(bits, 1, 8 if codebook is not None else 16)
-        return 1 << int(bits)
+        check_bits(8 if bits is None else bits, 1, 8 if codebook is not None else 16)
+        return 1 << int(8 if bits is None else bits)
     if isinstance(levels, bool) or not isinstance(levels, (int, np.integer)) or not 2 <= levels <= 1 << 16:
         raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 65536")
-    return int(levels)
+    return _of_width(int(levels), bits, "levels is")
+
+def _of_width(levels, bits, what):
+    "So many codes, unless bits say something else."
+    if bits is not None and bits != (width := max(1, (levels - 1).bit_length())): raise ValueError(f"bits is {bits!r}, and {what} {levels}, which take {width}; give one of them")
+    return levels
 
 # %% ../nbs/03_quant.ipynb
 def _only_finite(blocks, x, nonfinite):
@@ -792,7 +815,7 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
     if scale is None:
         scale = torch.maximum(-extremes[0], extremes[1]).to(wide)
-        scale = torch.where(scale == 0, 1, scale.clamp(min=torch.finfo(wide).tiny))      # nothing but zeros: any scale says so
+        scale = torch.where(scale == 0, 1, scale)      # nothing but zeros: any scale says so
     if isinstance(codebook, str):
         if codebook == "nf4": return nf4().to(blocks.device), scale
         if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
@@ -874,7 +897,7 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
         if divide: t.nan_to_num_(0.)                      # 0 / 0: a block of zeros
         if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
         elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
-        elif fused and not symmetric: t.copy_(torch.mul(blocks[b].double(), s.double()).add_(z)).round_()
+        elif fused and not symmetric: t.copy_((torch.div if divide else torch.mul)(blocks[b].double(), s.double()).add_(z)).round_()
         else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
         codes[b].copy_(t.clamp_(0, levels - 1))
     return codes
@@ -891,14 +914,14 @@ def _divided(x, columns):
 # %% ../nbs/03_quant.ipynb
 def quantize(
     x: Any,                        # values, any shape: a float tensor or any array with `__dlpack__`
-    bits: int = 8,                 # width of a code, 1..16
+    bits: int | None = None,       # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     axis: int | None = None,       # None: one scale for the tensor; else one scale for each slice along `axis`
     group: int | None = None,      # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
-    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (a step or a codebook needs none)
+    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (not with a step or a codebook, which need none)
     observer: Any = "minmax",      # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
-    levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary); overrides `bits`
-    step: float | None = None,     # a fixed scale; `levels` are then as many as the values need; overrides `bits`
-    codebook: Any = None,          # 'nf4' (16 values, whatever `bits`), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
+    levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step: float | None = None,     # a fixed scale; `levels` are then as many as the values need
+    codebook: Any = None,          # 'nf4' (16 values), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
     stochastic: bool = False,      # round up with probability equal to the fraction, instead of half to even
     nonfinite: str = "raise",      # NaN and infinities: 'raise'; 'zero' makes them 0; 'clip' makes infinities the largest finite magnitude, NaN 0
     scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32 (float64 for float64 values)
@@ -910,9 +933,8 @@ def quantize(
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
     `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
     x = as_tensor(x)
-    _check_together(levels, step, codebook, stochastic, scale, observer, generator)
+    _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
-    symmetric = symmetric or step is not None or codebook is not None    # these have no zero point to fit
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if columns is not None and nonfinite != "raise": x = _only_finite(x.reshape(1, -1), x, nonfinite)[0].reshape(x.shape)      # the largest of x, not of x / columns
     flat, columns = (x, None) if columns is None else _divided(x, columns)
@@ -1135,7 +1157,7 @@ QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, n
 
 def quantize_layer(
     layer: nn.Module,           # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
-    bits: int = 8,              # width of a code, 1..16
+    bits: int | None = None,    # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's gate)
     per_channel: bool = True,   # False: one scale for the whole tensor
     name: str | None = None,    # which parameter; None: all matrices of the layer
@@ -1168,6 +1190,7 @@ def _about(name, weight, axis, options):
 # %% ../nbs/03_quant.ipynb
 def _layout(weight, axis, group, per_channel):
     "One scale for each output channel, or for each group."
+    if group is not None and per_channel is False: raise ValueError(f"group is {group} and per_channel is False, one scale for the tensor; give one of them")
     if group is not None: return {"group": group}
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
 
@@ -1250,7 +1273,7 @@ def _as_operation(self):
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
     model: nn.Module,             # any model; it is left as it is
-    bits: int = 8,                # width of a code, 1..16
+    bits: int | None = None,      # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,     # weights that share a scale; None: one scale for each output channel
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all

@@ -1,5 +1,5 @@
 "What crosses 00_data: the real data, the registry, training, MiniLM against its peer, retrieval."
-import copy, functools, json, subprocess, sys
+import copy, functools, json, random, subprocess, sys
 
 import numpy as np
 import pytest
@@ -530,3 +530,54 @@ def test_answers_among_other_outputs(wrap):
     with torch.inference_mode(): train(m, small(), 2, progress=False)
     train(plain, small(), 2, progress=False)
     assert torch.equal(m.m[0].weight, plain[0].weight)
+
+
+class Streaming(nn.Module):
+    "Counts, remembers and draws, also in eval mode."
+    def __init__(self):
+        super().__init__()
+        self.fc, self.calls, self.frames, self.held = nn.Linear(4, 3), 0, [], {"keys": []}
+        self.register_buffer("mean", torch.zeros(4))
+    def forward(self, x):
+        self.calls, self.cache = self.calls + 1, x.mean(0)
+        self.frames.append(x); self.held["keys"].append(self.cache)
+        self.mean.lerp_(self.cache, .5)
+        return self.fc(x + self.mean * self.calls) + torch.randn(3) + len(self.frames) + random.random() + float(np.random.rand())
+
+
+def test_a_model_that_is_measured_stays_as_it_was():
+    model, data = Streaming(), Split(torch.randn(60, 4), torch.randint(0, 3, (60,)))
+    frames, keys = model.frames, model.held["keys"]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    numbers = lambda: (torch.random.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    drawn = numbers()
+    first = D.predictions(model, data, 7)
+    assert torch.equal(first, D.predictions(model, data, 7)) and accuracy(model, data, 7) == accuracy(model, data, 7)
+    assert numbers() == drawn and model.training and model.calls == 0 and not hasattr(model, "cache")
+    assert model.frames is frames and not frames and model.held["keys"] is keys and not keys
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(RuntimeError): D.predictions(model, Split(torch.zeros(5, 9), torch.zeros(5, dtype=torch.int64)))
+    assert numbers() == drawn and model.calls == 0
+
+
+def test_a_state_says_how_many_heads_it_is_of():
+    sizes, x = dict(words=50, width=24, layers=2, hidden=32, length=16), torch.arange(10).view(2, 5)
+    twelve, six = D.MiniLM(**sizes, heads=12), D.MiniLM(**sizes, heads=6)
+    with pytest.raises(ValueError, match="12 heads, and this one has 6"): six.load_state_dict(twelve.state_dict())
+    with pytest.raises(ValueError, match="12 heads"): six.load_state_dict({k: v.clone() for k, v in twelve.state_dict().items()}, strict=False)
+    for state in (twelve.state_dict(), {k: v for k, v in twelve.state_dict().items() if "_extra_state" not in k}):      # the second as it was written before
+        other = D.MiniLM(**sizes, heads=12)
+        other.load_state_dict(state)
+        assert torch.equal(other(x), twelve(x))
+    with torch.device("meta"): assert {v.device.type for v in copy.deepcopy(twelve).state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("sizes", [[181] * 10, [55] * 40, [33] * 7 + [204] * 5, [101] * 3, [7, 13, 99], [1] * 30 + [250], [500] * 10])
+@pytest.mark.parametrize("shares", [(.7, .1, .2), (.5, .5), (1 / 3, 1 / 3, 1 / 3), (.85, .15)])
+def test_parts_get_their_shares_of_all_and_of_every_class(sizes, shares):
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    parts = D.stratified(y, shares)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(y)))
+    for part, share in zip(parts, shares):
+        assert abs(len(part) - share * len(y)) < (1 if min(sizes) * min(shares) >= 5 else 2)
+        assert np.abs(np.bincount(y[part.numpy()], minlength=len(sizes)) - share * np.array(sizes)).max() < 1 + 1e-9

@@ -50,7 +50,7 @@ def near(a, b, relative=1e-5): assert a.shape == b.shape and (a - b).norm() <= r
 def test_expanded_weights(shape, bits, symmetric, where, group, table, columns, seed):
     torch.manual_seed(seed)
     how = {"tensor": {}, "first": {"axis": 0}, "last": {"axis": -1}, "group": {"group": group}}[where]
-    if table: bits, how = min(bits, 4), how | {"codebook": table}
+    if table: bits, symmetric, how = 4 if table == "nf4" else min(bits, 4), True, how | {"codebook": table}
     if columns and len(shape) > 1: how |= {"columns": torch.rand(shape[1]) + 0.5}
     q, g = quantize(torch.randn(shape), bits, symmetric=symmetric, **how), Graph(onnx)
     near(computed(g, _expanded(g, "w", q)), q.dequantize())

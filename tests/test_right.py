@@ -214,6 +214,25 @@ class Borrowed(nn.Module):
     def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
     def forward(self, x): return torch.func.functional_call(self.a, dict(self.b.named_parameters()), (torch.relu(self.a(x)),))
 
+def penalty_of(model): return _summed(model)
+def _summed(model): return sum(p.square().sum() for p in model.parameters())
+
+class ByFunction(nn.Module):
+    "It goes through its parameters, in a function that a function calls."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+    def forward(self, x): return self.b(self.a(x)) + penalty_of(self)
+
+def read_shared(x): return x @ SHARED.weight.T
+
+class ByGlobalFunction(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b = SHARED, nn.Linear(6, 4)
+    def forward(self, x): return self.b(read_shared(self.a(x)))
+
+def by_hook():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    model.register_forward_hook(lambda m, args, y: y + penalty_of(m))
+    return model
+
 class InAList(nn.Module):
     "A weight is also in a plain list."
     def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); self.weights = [self.a.weight]
@@ -237,9 +256,9 @@ class Itself(nn.Linear):
     def __deepcopy__(self, memo): return self
 
 CODES = {Asks: "the model.*asks whether a layer is a Linear", Penalized: "the model.*goes through parameters", Borrowed: "goes through named_parameters",
-         InAList: r"a\b.*weights\[0\]", AlsoAParameter: r"a\b.*more\.0", ByGlobal: "reads SHARED", ByClass: "reads ByClass.last", lambda: nn.Sequential(Itself(6, 6), nn.ReLU(), nn.Linear(6, 4)): "0.* __deepcopy__"}
+         InAList: r"a\b.*weights\[0\]", AlsoAParameter: r"a\b.*more\.0", ByGlobal: "reads SHARED", ByClass: "reads ByClass.last", ByFunction: "the model.*goes through parameters", ByGlobalFunction: "reads SHARED", by_hook: "a hook on the model goes through parameters", lambda: nn.Sequential(Itself(6, 6), nn.ReLU(), nn.Linear(6, 4)): "0.* __deepcopy__"}
 BY = {"quantize_model": lambda m: quantize_model(m, 4), "hqq": lambda m: hqq(m), "gptq": lambda m: gptq(m, [torch.ones(3, 6)]), "prune_model": lambda m: prune_model(m, .3),
-      "sparsify_model": lambda m: sparsify_model(prune_model(m, .9)), "factorize": lambda m: factorize(m, rank=1)}
+      "sparsify_model": lambda m: sparsify_model(prune_model(m, .9)), "factorize": lambda m: factorize(m, rank=1), "prepare": lambda m: prepare(m), "prepare weights": lambda m: prepare(m, activations=None)}
 
 @pytest.mark.parametrize("cls", CODES, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", BY)

@@ -388,7 +388,7 @@ def test_rewinding_another_parametrization_under_a_mask():
     assert torch.equal(rewind(layer, before).weight, weight * torch.eye(3, 4))
 
 
-@pytest.mark.parametrize("how", [dict(bits=4, codebook="nf4"), dict(bits=4, codebook=torch.tensor([-1., -.5, 0., .5, 1.])), dict(bits=3, codebook=torch.tensor([-1., 1.])), dict(bits=8), dict(bits=2, symmetric=False), dict(bits=1), dict(levels=3)])
+@pytest.mark.parametrize("how", [dict(bits=4, codebook="nf4"), dict(bits=3, codebook=torch.tensor([-1., -.5, 0., .5, 1.])), dict(bits=1, codebook=torch.tensor([-1., 1.])), dict(bits=8), dict(bits=2, symmetric=False), dict(bits=1), dict(bits=2, levels=3)])
 def test_zeros_are_filled_with_codes_where_there_is_a_code(how):
     pruned = prune_model(net(), .7, scope="layer")
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from guards import FUZZ, answers, codes_alone, unchanged
 from modelzip.data import LeNet5
 from modelzip.pack import load, save
+from modelzip.prune import prune_model
 from modelzip.qat import (ActivationQuantizer, EntropyBits, FakeQuantized, FakeRecurrent, StaticConv2d, StaticLinear, StepAdam, WeightQuantizer, convert,
                           entropy_bits, freeze, prepare, set_bits, soft_counts, static_codes)
 from modelzip.quant import Dequantize
@@ -729,7 +730,7 @@ def test_an_override_is_stronger_than_the_default():
     assert [m.weights.levels for m in prepared] == [3, 256]
     prepared = prepare(model, group=4, activations=None, overrides={"1": {"per_channel": False}})
     assert [m.parametrizations.weight[0].scale.numel() for m in prepared] == [16, 1]
-    assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 8}})[1].weights.levels == 3
+    assert prepare(model, per_channel=False, overrides={"1": {"levels": 3, "bits": 2}})[1].weights.levels == 3
 
 
 def test_a_rounded_weight_can_be_read_and_not_written():
@@ -741,6 +742,27 @@ def test_a_rounded_weight_can_be_read_and_not_written():
             assert (w @ w.T).shape and torch.equal(w.clone(), w) and built.get_submodule(which).bias is not None if key == "weight" else True
             with pytest.raises(RuntimeError, match="would be lost"): w.mul_(2)
             with pytest.raises(RuntimeError, match="would be lost"): w.data[0] = 1.
+
+
+@pytest.mark.parametrize("build", [lambda: prepare(nn.Linear(4, 4)), lambda: prepare(nn.Linear(4, 4), activations=None), lambda: prepare(nn.Embedding(4, 4)), lambda: prepare(prune_model(nn.Sequential(nn.Linear(4, 4)), .5, "magnitude"), activations=None)[0]])
+def test_no_write_into_a_rounded_weight_is_lost(build):
+    layer, write = build(), torch.ones(4, 4)
+    for act in (lambda: layer.weight.mul_(2), lambda: layer.weight.data.copy_(write), lambda: setattr(layer.weight, "data", write), lambda: layer.weight.data.add_(write), lambda: nn.init.zeros_(layer.weight), lambda: layer.weight[0].zero_()):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="would be lost"): act()
+    with pytest.raises((ValueError, RuntimeError)): layer.weight.detach().numpy()[0] = 0
+    if hasattr(layer, "parametrizations"):
+        layer.weight = write
+        assert torch.equal(layer.parametrizations.weight.original, write)
+    assert (layer.weight @ layer.weight.T).requires_grad
+
+
+def test_groups_whose_steps_float16_cannot_say_are_refused():
+    for size in (1e-6, 1e9):
+        layer = nn.Linear(32, 4)
+        layer.weight.data.mul_(size)
+        with pytest.raises(ValueError, match="leave group out"): prepare(layer, group=8, activations=None)
+        rounded = prepare(layer, activations=None).weight
+        assert (rounded - layer.weight).abs().max() <= layer.weight.abs().max() / 6
 
 
 def test_the_callers_default_device_and_type_do_not_matter():

@@ -119,13 +119,13 @@ def choose_matrices(
     check_code(model, [m.owner for m in chosen])
     return chosen
 
-RIVALS = {"bits": ("levels", "step", "codebook"), "levels": ("step", "codebook"), "step": ("levels", "codebook"), "codebook": ("levels", "step"), "per_channel": ("group",)}      # each says the same as those behind it
+RIVALS = {"bits": ("levels", "step", "codebook"), "levels": ("bits", "step", "codebook"), "step": ("bits", "levels", "codebook"), "codebook": ("bits", "levels", "step"), "per_channel": ("group",), "group": ("per_channel",)}      # each says the same as those behind it
 
 def combined(default: Mapping, how: Mapping) -> dict:
     "Options of all, and those of one matrix, which win: also over what says the same in other words, such as `levels` where `bits` are given."
     gone = {r for k, v in how.items() if v is not None for r in RIVALS.get(k, ()) if r in default and r not in how}
     if isinstance(table := default.get("codebook"), str) and table == "kmeans" and how.get("step") is None: gone.discard("codebook")      # of as many values as bits or levels say
-    if isinstance(table := how.get("codebook"), str) and table == "kmeans": gone.discard("levels")
+    if isinstance(table := how.get("codebook"), str) and table == "kmeans": gone -= {"bits", "levels"}
     return {**default, **dict.fromkeys(gone), **how}
 
 def _is_sparse(wrapper):

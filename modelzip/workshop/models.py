@@ -8,7 +8,7 @@ __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs'
            'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
-import contextlib, copy, dataclasses, dis, functools, inspect, types, weakref
+import contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from numbers import Number
 from typing import Any, NamedTuple
@@ -238,19 +238,37 @@ def _beside(cls):
                     if held(y := inspect.getattr_static(c, k, None)): yield f"{c.__name__}.{k}", y
 
 def _codes(cls, start="forward"):
-    "The code of a method, and of the methods and properties of its class that it reaches, each with a function that gives what is global in it."
-    todo, seen, found = [start], {start}, []
+    "The code of a method, of the methods and properties of its class that it reaches, and of the functions that these name; each with a function that gives what is global in it."
+    return _reached(inspect.getattr_static(cls, start, None), cls)
+
+def _reached(f, cls=None):
+    "The code of a function and of all that it names: methods of `cls`, and functions, also of modules, that are no library's."
+    todo, seen, found = [f], set(), []
     while todo:
-        f = inspect.getattr_static(cls, todo.pop(), None)
+        f = todo.pop()
         f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
-        if not isinstance(f, types.FunctionType) or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
+        if not isinstance(f, types.FunctionType) or f in seen or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
+        seen.add(f)
         known = lambda f=f: f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
         codes = [f.__code__]
         for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
         found += [(c, known) for c in codes]
-        new = {n for c in codes for n in c.co_names if hasattr(cls, n)} - seen
-        seen |= new; todo += sorted(new)
+        names = {n for c in codes for n in (*c.co_names, *c.co_freevars)}
+        todo += [inspect.getattr_static(cls, n) for n in sorted(names) if hasattr(cls, n)]
+        todo += [g for g in _functions(names, known()) if _own(g, cls)]
     return found
+
+def _functions(names, known):
+    "Functions that code names, by themselves or behind a module."
+    values = [known[n] for n in names if n in known]
+    values += [getattr(m, n, None) for m in values if isinstance(m, types.ModuleType) and not _of_a_library(m) for n in names]
+    return [v for v in (getattr(v, "func", v) for v in values) if isinstance(inspect.unwrap(v) if callable(v) and not isinstance(v, (type, nn.Module)) else v, types.FunctionType)]
+
+def _own(f, cls):
+    "Whether a function is the user's, or of the package of a class."
+    f = inspect.unwrap(f)
+    root = (f.__module__ or "torch").partition(".")[0]
+    return not _of_a_library(f) and root not in sys.stdlib_module_names and ("site-packages" not in f.__code__.co_filename or cls is not None and root == cls.__module__.partition(".")[0])
 
 def _empty(value): return value is None or isinstance(value, (bool, int, str)) or isinstance(value, dict) and not value      # most of a module's attributes
 
@@ -314,9 +332,13 @@ def check_code(
     layers: Iterable[nn.Module],   # of it, which will be of another class
     classes: bool = True,          # False: they will still be instances of their class, though not of exactly this one
 ) -> None:
-    "`ValueError` that names a module whose code asks for the class of one of these layers, or goes through lists of parameters."
+    """`ValueError` that names a module whose code asks for the class of one of these layers, or goes through lists of parameters, and a hook that does so.
+    Looked at are the methods that `forward` reaches and the functions that they name; not seen is what code finds by other ways: a function in a container, an object's method, an argument, a name that is computed, a library's code."""
     layers, looked = {id(m): m for m in layers}, {}
     for name, m in model.named_modules():
+        for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()):
+            hook = getattr(hook, "func", getattr(hook, "__func__", hook))
+            if layers and isinstance(hook, types.FunctionType) and _own(hook, None) and (lists := _lists_in(_reached(hook))): raise ValueError(f"a hook on {f'layer {name}' if name else 'the model'} goes through {lists}, in which a compressed matrix is not found; read the layers' weights by name")
         if _of_a_library(type(m)): continue
         if type(m) not in looked: looked[type(m)] = _lists_of(type(m)), _asks_of(type(m))
         lists, asks = looked[type(m)]
@@ -328,11 +350,13 @@ def check_code(
         for x in inside:
             if x is not m and (kind := _asked_for(type(m), type(x), classes)): raise ValueError(f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else, such as its name")
 
-def _of_a_library(cls): return cls.__module__.partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
+def _of_a_library(x): return (getattr(x, "__module__", None) or getattr(x, "__name__", None) or "torch").partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
 
-def _lists_of(cls):
-    "The list of parameters that a class's code goes through, but for its first item."
-    for code, _ in _codes(cls):
+def _lists_of(cls): return _lists_in(_codes(cls))
+
+def _lists_in(codes):
+    "The list of parameters that some code goes through, but for its first item."
+    for code, _ in codes:
         said = [str(i.argval) for i in dis.get_instructions(code)]
         for at, word in enumerate(said):
             if word in LISTS and "next" not in said[max(0, at - 8):at]: return word

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .matrices import floats_left, identity_of, layers_of, outputs_of, _rule
+from .matrices import also_held, floats_left, identity_of, layers_of, outputs_of, _rule
 from .models import computed, copied
 
 # %% ../../nbs/workshop/prepared.ipynb
@@ -134,6 +134,8 @@ def _check_ties(model, places):
             if other is None: raise ValueError(f"{first.name} and {here} are one tensor; the first is to be quantized, the second stays float: leave both alone in overrides, or quantize both")
             a, b = ({k: p.how[k] for k in WEIGHT_OPTIONS} for p in (first, other))
             if a != b: raise ValueError(f"{first.name} and {other.name} are one tensor; overrides say {a} of the first and {b} of the second: say the same of both")
+    for where, t in also_held(model):
+        if (first := ties.get(identity_of(t))) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/prepared.ipynb
 def exchange(
