@@ -772,7 +772,7 @@ class QEmbedding(Dequantize):
         if torch.jit.is_tracing(): _refuse_trace(self)
         if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
         packed = self._modules["packed"]
-        if (derived_or_mapped() or input.is_nested) and not torch.compiler.is_compiling() and (y := looked_up(self, input)) is not None: return y
+        if not torch.compiler.is_compiling() and (derived_or_mapped() or input.is_nested) and (y := looked_up(self, input)) is not None: return y
         rows = input.reshape(-1)
         if torch.compiler.is_compiling(): return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(*input.shape, self.embedding_dim)
         if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
