@@ -265,7 +265,7 @@ def _numbers(model): return {n: places[0][1]._parameters[places[0][2]].detach() 
 def _all_with(model, option):
     "Everything at one option: what a menu is measured on."
     how = {"bits": option["bits"], "group": option.get("group")}
-    if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", allow_empty=True))
+    if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", layers=PRUNABLE, allow_empty=True))
     new = quantize_with(nearest_weight, model, **how)
     if option.get("sparsity"):
         with suppress(ValueError): new = sparsify_model(new)

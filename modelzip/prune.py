@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -770,7 +771,7 @@ class Pruner:
         schedule: str | Callable = "cubic",
         batches: Iterable | Split | None = None,   # for criteria that look at data
         loss: Callable | None = None,      # (model, batch) → scalar
-        layers: tuple = PRUNABLE,          # classes
+        layers: tuple | None = None,       # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
         skip: Iterable[str] = (),          # names or patterns of layers that stay whole
         allow_empty: bool = False,         # may a layer lose all its weights?
     ):
@@ -778,7 +779,8 @@ class Pruner:
         if scope is None: scope = "layer" if isinstance(sparsity, Mapping) and self.criterion.scope == "global" else self.criterion.scope
         self.sparsity, self.schedule = _check_request(sparsity, granularity, scope, schedule)
         self.model, self.granularity, self.scope, self.loss, self.allow_empty = model, granularity, scope, loss, allow_empty
-        self.layers = prunable_layers(model, layers, skip)
+        self.layers = prunable_layers(model, PRUNABLE if layers is None else layers, skip)
+        if layers is None and (whole := left_whole(model)): warnings.warn(f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says that it is meant", stacklevel=3)
         if self.criterion.needs: batches = _needed(self.criterion, batches)
         self.batches = batches if batches is None else as_batches(batches)
         self.initial = _gone(self.layers)
@@ -848,6 +850,7 @@ def prune_model(
     **more,                            # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:                        # a copy with masks
     """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real afterwards.
+    Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning names them unless `layers` is given, `left_whole` lists them with the reasons.
     `ValueError` names what is wrong: the sparsity, data that are missing, nothing to prune, a layer that would lose everything."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
@@ -883,11 +886,19 @@ def left_whole(
     model: nn.Module,
     layers: tuple = PRUNABLE,     # classes that are pruned
 ) -> dict[str, str]:              # name of a matrix → the reason
-    "Matrices that `prune_model` leaves as they are."
-    pruned = lambda m, key: key == "weight" and isinstance(m, layers) or parametrize.is_parametrized(m, key)
-    why = lambda m: next((text for kind, text in WHOLE.items() if isinstance(m, kind)), f"it is no weight of {', '.join(c.__name__ for c in layers)}")
-    return {f"{n}.{key}".lstrip("."): why(m) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
-            for key, p in m._parameters.items() if p is not None and p.dim() > 1 and not pruned(m, key)}
+    "Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what `skip` names, and not what is tied to a weight that is pruned."
+    other = f"it is no weight of {', '.join(c.__name__ for c in layers)}"
+    of = lambda m: f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it" if _is_conv1d(m) else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
+    pruned = {identity_of(_original(m)) for m in model.modules() if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)}
+    held = [(f"{n}.{key}".lstrip("."), p, of(m)) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
+            for key, p in m._parameters.items() if p is not None and not (key == "weight" and isinstance(m, layers))]
+    held += [(n, t, "it is a plain attribute; make it a parameter of a layer") for n, t in also_held(model) if t.is_floating_point()]
+    return {n: why for n, t, why in held if not is_lazy(t) and t.dim() > 1 and identity_of(t) not in pruned}
+
+def _grouped_by_reason(whole):
+    "Reasons, each with what it holds for."
+    names = {why: [n for n, w in whole.items() if w == why] for why in whole.values()}
+    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)} ({why})" for why, n in names.items())
 
 # %% ../nbs/07_prune.ipynb
 def sparsity_table(

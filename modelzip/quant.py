@@ -10,7 +10,7 @@ __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmet
            'quantize_model', 'dequantize_model']
 
 # %% ../nbs/03_quant.ipynb
-import copy, heapq, inspect, json, math, sys, warnings
+import copy, heapq, inspect, json, math, sys, textwrap, warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable
@@ -1024,7 +1024,12 @@ class Dequantize(nn.Module):
         layer = self.expanded()
         try: return layer(*args, **kwargs)
         finally: _settle(layer, _innermost(self))
-    def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
+    def __repr__(self):
+        layer, held = self, []
+        while type(layer) is type(self): held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes"); layer = layer.layer
+        parts = [repr(layer), *held]
+        if len(parts) == 2 and "\n" not in parts[0]: return f"{type(self).__name__}({', '.join(parts)})"
+        return f"{type(self).__name__}(\n" + textwrap.indent("\n".join(parts), "  ") + "\n)"      # a line each, as PyTorch's containers have it
 
 Dequantize.kinds["Dequantize"] = Dequantize
 
