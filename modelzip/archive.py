@@ -369,3 +369,8 @@ def unseal_solid(
     f.seek(data_offset(e)); data = f.read(e.size)
     demand(zlib.crc32(data) == e.crc, "it is damaged (wrong checksum)")
     return data
+
+# %% ../nbs/04b_archive.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -771,3 +771,8 @@ def _about_layers(best):
     for name, k, size in (f"{len(others)} others, as they are", sum(math.prod(l.shape) for l in others), sum(l.bytes for l in others)), ("what says how to read it", 0, rest):
         rows.append(dict(name=name, weights=k, choice="", bytes=size, sensitivity=None, share=None))
     return rows
+
+# %% ../nbs/13_auto.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

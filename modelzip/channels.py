@@ -1266,3 +1266,8 @@ def slices_lit(g: Groups, names: Iterable[str]) -> dict[str, set]:
         if flat and any(n.rpartition(".")[0] == owner and len(m.shape) > 1 for n, m in owned.items()): continue     # its weight says it
         lit[owner or tensor].add("rows" if flat or axis == output_axis(g.trace.modules[owner]) else "columns")
     return lit
+
+# %% ../nbs/07b_channels.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -667,3 +667,8 @@ def exercise(
         except Exception as e: return Verdict("wrong", f"It raised {type(e).__name__}: {e}", task)
         return Verdict("done", f"Right: {task}", task)
     return verdict
+
+# %% ../nbs/00_data.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

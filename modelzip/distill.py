@@ -377,3 +377,8 @@ def affine(
     cos, sin, wide = angle.cos() / size, angle.sin() / size, x.shape[3] / x.shape[2]
     matrix = torch.stack([torch.stack([cos, slant * cos - sin / wide, 2 * shift * u[3]], 1), torch.stack([sin * wide, slant * sin * wide + cos, 2 * shift * u[4]], 1)], 1)
     return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
+
+# %% ../nbs/09_distill.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

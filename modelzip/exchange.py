@@ -788,3 +788,8 @@ def load_many(
             raise NotADirectoryError(errno.ENOTDIR, "paths is one path, but no folder; give a list of files", os.fsdecode(paths))
         paths = sorted(Path(os.fsdecode(paths)).glob("*.mz"))
     return loaded(paths, model, progress, options)
+
+# %% ../nbs/05b_exchange.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

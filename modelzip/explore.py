@@ -627,3 +627,8 @@ def plot_matrix(
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
     return ax
+
+# %% ../nbs/02_explore.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -898,3 +898,8 @@ def _carry(m, new, memo):
         for layer in chain if key != "_forward_hooks" else chain[::-1]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
     for layer in chain:
         if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook
+
+# %% ../nbs/06_kernels.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -580,3 +580,8 @@ def _time_models(models, example, batches, repeats, progress) -> dict[int, dict[
     "Batch size → name → timing, all models interleaved."
     def call(m, x): return lambda: m(x)
     return {b: latency({n: call(m, _batch(example, b)) for n, m in models.items()}, repeats, progress=progress) for b in batches}
+
+# %% ../nbs/01_measure.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -1572,3 +1572,8 @@ def diff(
     "Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for `load`."
     with opened(a) as one, opened(b) as two: about, changes = differences(one, two), [change_of(name, one, two) for name in one.rows | two.rows]
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
+
+# %% ../nbs/05_pack.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

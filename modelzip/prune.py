@@ -1683,3 +1683,8 @@ def _multiplied(m, density):
     carry_hooks(m.layer, carry_hooks(m, new))
     for key in (*HOOKS, *FLAGS): new.layer.__dict__[key] = OrderedDict()
     return new
+
+# %% ../nbs/07_prune.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -977,3 +977,8 @@ def hqq(
 ) -> nn.Module:                           # a copy with `Dequantize` layers
     "Half-quadratic quantization of every layer: no data (Badri & Shaji 2023)."
     return quantize_with(hqq_weight, model, overrides=overrides, bits=bits, group=group, symmetric=symmetric, **more)
+
+# %% ../nbs/10_ptq.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

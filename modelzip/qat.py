@@ -796,3 +796,8 @@ class StepAdam(torch.optim.Adam):
             return super().step(closure)
         finally:
             for g, lr in zip(self.param_groups, rates): g["lr"] = lr
+
+# %% ../nbs/11_qat.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

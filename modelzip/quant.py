@@ -1258,3 +1258,8 @@ def dequantize_model(
     if not found: raise ValueError("model has no quantized layer")
     expanded = {}
     return _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())
+
+# %% ../nbs/03_quant.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -608,3 +608,8 @@ def _done(waiting, model, samples, evaluate, executor):
     for job in as_completed(jobs):
         try: yield jobs[job], *job.result()
         except Exception: yield jobs[job], {"error": traceback.format_exc(), "lost": True}, None
+
+# %% ../nbs/12b_recipe.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -1049,3 +1049,8 @@ def error_within(
         if left(middle) <= budget: high = middle
         else: low = middle
     return high
+
+# %% ../nbs/08_structured.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

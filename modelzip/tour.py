@@ -198,3 +198,8 @@ def tour(
     report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress)
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report
+
+# %% ../nbs/14_tour.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument
