@@ -1160,11 +1160,12 @@ def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is sol
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,             # a file that `save` has written
-    model: nn.Module | None = None,      # one of the same architecture, compressed or not; left as it is. None: the registered builder makes one
+    model: nn.Module | None = None,      # one of the same architecture, of any size, compressed or not; left as it is. None: the registered builder makes one
     mmap: bool = False,                  # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     verify: bool = True,                 # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
 ) -> nn.Module:                          # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
-    "Load a model. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."
+    """Load a model. The file decides: `model` says which classes are called in which order, sizes and numbers are the file's, so that a model of 64 channels
+    is given back as the file's of 16, with layers of its sizes. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."""
     check_machine()
     if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
     if not verify and not mmap: raise ValueError("verify is False, but without mmap everything is read and checked anyway")

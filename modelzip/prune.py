@@ -780,7 +780,7 @@ class Pruner:
         self.sparsity, self.schedule = _check_request(sparsity, granularity, scope, schedule)
         self.model, self.granularity, self.scope, self.loss, self.allow_empty = model, granularity, scope, loss, allow_empty
         self.layers = prunable_layers(model, PRUNABLE if layers is None else layers, skip)
-        if layers is None and (whole := left_whole(model)): warnings.warn(f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says that it is meant", stacklevel=3)
+        if layers is None and (whole := left_whole(model)): warnings.warn(f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says that it is meant", stacklevel=5)
         if self.criterion.needs: batches = _needed(self.criterion, batches)
         self.batches = batches if batches is None else as_batches(batches)
         self.initial = _gone(self.layers)

@@ -521,7 +521,7 @@ def _checked_options(name, layer, can, bits, levels, group, per_channel, activat
     "Checked options of one matrix; inputs are rounded only where a kernel can."
     check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
-    if activations is not None: check_bits(activations, 4, 8)
+    if activations is not None: check_bits(activations, 4, 8, "activations")
     if group is not None and (type(group) is not int or group < 1): raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
     if can and group is not None and activations is not None:
         raise ValueError(f"layer {name} has group={group} and activations={activations}: a group's scale lies inside the sum of integers; give one of them")
@@ -664,7 +664,7 @@ def set_bits(
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
     if bits is not None and levels is not None: raise ValueError(f"bits is {bits} and levels is {levels}; give one of them")
-    if activations is not None: check_bits(activations, 4, 8)
+    if activations is not None: check_bits(activations, 4, 8, "activations")
     parts = _parts(model)
     found = [p for p in parts if fnmatch.fnmatchcase(p[0], layers)]
     if not found: raise ValueError(f"layers is {layers!r}; the prepared layers are {', '.join(n for n, *_ in parts)}")

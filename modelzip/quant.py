@@ -58,10 +58,10 @@ def _finite(x, name="x"):
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
     return x
 
-def check_bits(bits: int, low: int = 1, high: int = 16) -> None:
-    "`ValueError` unless `bits` is a whole number from `low` to `high`."
+def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> None:
+    "`ValueError` unless `bits`, or what the caller's argument is called, is a whole number from `low` to `high`."
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not low <= bits <= high:
-        raise ValueError(f"bits is {bits!r}; it may be a whole number from {low} to {high}")
+        raise ValueError(f"{name} is {bits!r}; it may be a whole number from {low} to {high}")
 
 # %% ../nbs/03_quant.ipynb
 def as_tensor(
@@ -90,7 +90,7 @@ def _from_dlpack(x, name):
         raise TypeError(f"{name} has dtype {getattr(x, 'dtype', '?')} and cannot be read as a tensor: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
-def number_of_blocks(shape, axis: int | None, group: int | None) -> int:
+def number_of_blocks(shape: tuple, axis: int | None, group: int | None) -> int:
     "How many scales a tensor of this shape needs."
     shape = torch.Size(shape)
     if group is not None:
@@ -114,7 +114,7 @@ def as_blocks(
     return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_quant.ipynb
-def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> Tensor:
+def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | None) -> Tensor:
     "The inverse of `as_blocks`: drop the padding, restore the shape."
     shape = torch.Size(shape)
     if not shape.numel(): return blocks.reshape(shape)
@@ -724,7 +724,7 @@ def _only_finite(blocks, x, nonfinite):
     if bool(torch.isfinite(low).all() & torch.isfinite(high).all()): return blocks, (low, high)
     bad = int((~torch.isfinite(x)).sum())
     if nonfinite == "raise": raise ValueError(f"x holds {bad} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
-    warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=3)
+    warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=4)
     largest = 0. if nonfinite == "zero" else x.nan_to_num(nan=0., posinf=0., neginf=0.).abs().max().item()
     blocks = blocks.nan_to_num(nan=0., posinf=largest, neginf=-largest)
     return blocks, (blocks.amin(1), blocks.amax(1))
@@ -838,7 +838,7 @@ def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     is_zero = lambda b: codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
     quiet = all(bool(is_zero(b).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
-        warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
+        warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=4)
 
 # %% ../nbs/03_quant.ipynb
 def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None, fused=False):
@@ -861,7 +861,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
     "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
-    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+    if not hasattr(columns, "__dlpack__"):
+        try: columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"columns is {columns!r:.60}; it may be a tensor or a list of numbers") from e
     columns = as_tensor(columns, "columns").to(x.device)
     columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
     _check_columns(columns, x.shape)

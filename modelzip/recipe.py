@@ -172,7 +172,7 @@ def samples_of(
 
 def _listed(data):
     "Batches in a list: a loader that draws random numbers gives the same ones each time."
-    with alone(), seeded(0): return _different(as_batches(data))
+    with alone(), seeded(0): return _different(as_batches(data, name="data"))
 
 def _different(batches):
     "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself; nor is an empty one a batch."
@@ -593,7 +593,7 @@ def _key(what, *things):
     "A fingerprint; for what has none, a key that nobody will ever ask for again."
     try: return fingerprint(*things)
     except TypeError as e:
-        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=3)
+        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=4)
         return secrets.token_hex(16)
 
 def _so_far(notes): return "  ".join(f"{n['bytes'] / 1e3:,.1f} kB {n['quality']:.4f}" for n in pareto(n for n in notes if n.get("quality") is not None)[-4:])

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'fits', 'in_words', 'unfit', 'fits_instance', 'with_names', 'name_arguments']
 
 # %% ../../nbs/workshop/arguments.ipynb
-import functools, inspect, os, types, typing
+import dis, functools, inspect, os, types, typing
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -103,12 +103,19 @@ def with_names(
         try: return f(*args, **kwargs)
         except Exception as e:
             why = unfit(f, args, kwargs)
-            if why is None or _names(e, why.partition(" ")[0]) and "; call it" not in why: raise
+            if why is None or "; call it" not in why and (_judged(e) or _names(e, why.partition(" ")[0])): raise
             raise TypeError(why) from e
     return call
 
+def _judged(e):
+    "Whether an error is a judgement: a `ValueError` that a line of ours raises."
+    at = e.__traceback__
+    while at.tb_next is not None: at = at.tb_next
+    code = at.tb_frame.f_code
+    return isinstance(e, ValueError) and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0] and dis.opname[code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+
 def _names(e, name):
-    "Whether an error begins with the name of an argument, or has it as a word."
+    "Whether an error has the name of an argument as a word."
     return name in str(e).replace("=", " ").replace(",", " ").replace(":", " ").split()
 
 # %% ../../nbs/workshop/arguments.ipynb

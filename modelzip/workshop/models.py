@@ -124,11 +124,12 @@ def labelled(
 def as_batches(
     batches: Iterable | Split,   # of what `feed` takes
     size: int = 64,              # examples a batch, of a `Split`
+    name: str = "batches",       # what the caller's argument is called
 ) -> Iterable:                   # the same, for as many passes as one likes
     "Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row by row."
     if isinstance(batches, Split): return [Labelled(batches.x[i:i + size], batches.y[i:i + size]) for i in range(0, len(batches), size)]
     if isinstance(batches, (Tensor, Mapping, str, Inputs, Labelled, PackedSequence)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
+        raise TypeError(f"{name} is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
     return list(batches) if isinstance(batches, Iterator) else batches
 
 # %% ../../nbs/workshop/models.ipynb
