@@ -32,7 +32,7 @@ CALLS = {          # a call that works, from which one argument after the other 
     structured: dict(shrink=dict(model=NET, example=X[:2], ratio=.5), fold_batchnorm=dict(model=IMAGES, example=torch.rand(2, 1, 6, 6)), factorize=dict(model=NET, rank=2)),
     channels: dict(dependency_graph=dict(model=NET, example=X[:2])),
     measure: dict(file_bytes=dict(path="a.mz"), count_parameters=dict(model=NET), macs=dict(model=NET, example=X), sqnr=dict(x=W, x_hat=W), wilson=dict(correct=5, n=10)),
-    data: dict(Split=dict(x=X, y=Y), accuracy=dict(model=NET, split=SPLIT), train=dict(model=copy.deepcopy(NET), data=SPLIT, epochs=1, progress=False), LeNet5={}),
+    data: dict(Split=dict(x=X, y=Y), accuracy=dict(model=NET, split=SPLIT), LeNet5={}),
     distill: dict(distill=dict(student=copy.deepcopy(NET), teacher=NET, data=SPLIT, epochs=1, progress=False), SoftTargets={}),
     pack: dict(save=dict(model=NET, path="b.mz"), load=dict(path="a.mz", model=NET), read_tensor=dict(path="a.mz", name="0.weight"), inspect=dict(path="a.mz"), diff=dict(a="a.mz", b="a.mz")),
     exchange: dict(to_safetensors=dict(model=NET, path="b.safetensors"), from_npz=dict(path="a.npz", model=NET)),
