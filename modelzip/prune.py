@@ -35,8 +35,8 @@ from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, Q
                             as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.matrices import also_held, identity_of, layers_of
 from .workshop.readonly import read_only
-from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, feed, labelled, logits_of
+from .workshop.counting import SlowPath, same_dice
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, copied, feed, labelled, logits_of, own_copy
 
 _all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 
@@ -116,7 +116,7 @@ def remove_masks(
     model: nn.Module,     # with masked layers; it is left as it is
 ) -> nn.Module:           # a copy with ordinary weights, some of which are zero
     "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
-    new = duplicate(model)
+    new = copied(model)
     for _, m, key, _ in list(_masked(new)):
         m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))      # a copy shares the class, from which PyTorch would delete `weight`
         parametrize.remove_parametrizations(m, key, leave_parametrized=True)
@@ -139,7 +139,7 @@ _checked = as_batches
 
 def _try(model, batch, i, forward=None, call=feed):
     "Feed a copy of batch i, which a layer may write to; an error says which it was."
-    batch, device = own_tensors(batch), device_of(model)
+    batch, device = own_copy(batch), device_of(model)
     for t in tree_leaves(batch):
         if isinstance(t, Tensor) and t.device != device:
             raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
@@ -341,7 +341,7 @@ def collect(
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
     elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
     with same_dice(), torch.inference_mode(False):               # gradients may be asked for
-        new = duplicate(model)
+        new = copied(model)
         twins = {n: new.get_submodule(n) for n in layers}
         if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
         elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
@@ -471,7 +471,7 @@ def cut_model(
 ) -> nn.Module:                    # a copy with masks
     "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
     if not isinstance(bound, (int, float)) or math.isnan(bound): raise ValueError(f"bound is {bound!r}; it may be a number")
-    new = duplicate(model)
+    new = copied(model)
     batches = batches if batches is None else as_batches(batches)
     found, ways = prunable_layers(new, layers), h if isinstance(h, Mapping) else {"*": h}
     _check_patterns("h", ways, found)
@@ -855,7 +855,7 @@ def prune_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(duplicate(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)
@@ -1075,7 +1075,7 @@ def _cut_and_repair(self, share):
     shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer")
     odd = next((f"{n} is a {type(m).__name__}" for n, m in self.layers.items() if not isinstance(m, CALIBRATED)), None)
     if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-    new = duplicate(self.model)                                    # runs, so that the model keeps its caches
+    new = copied(self.model)                                    # runs, so that the model keeps its caches
     twins = {n: new.get_submodule(n) for n in self.layers}
     with same_dice():
         stages, counts = _stages(new, twins, self.batches)
@@ -1163,7 +1163,7 @@ def prune_gradually(
 ) -> nn.Module:                    # a copy with masks, in eval mode
     "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
     if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
-    pruner = Pruner(duplicate(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
+    pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
     steps = max(1, round(until * epochs))
     pruner.step(min(1., 0.5 / steps))
     after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
@@ -1210,7 +1210,7 @@ def lottery_ticket(
 ) -> nn.Module:                 # the ticket: masks, and the weights that `model` began with
     "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
-    ticket, start = duplicate(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
         retrain(ticket, i)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
-from .workshop.models import check_ordinary, computed, copied
+from .workshop.models import check_ordinary, computed, copied, recomputed
 from .workshop.readonly import ReadOnly, read_only
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -1162,15 +1162,11 @@ def _copy_with(model, replaced, kept=()):
     "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
     check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
-    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | recomputed(model) | {id(t): t for t in kept}
     shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
     memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
     for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
     return memo.get(id(model)) or copied(model, memo)
-
-def _recomputed(model):
-    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
-    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
 
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."

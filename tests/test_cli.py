@@ -282,3 +282,18 @@ def test_the_index_decides(tmp_path, change, says):
     change(tmp_path, where)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises((ValueError, OSError), match=says): open_model(str(tmp_path))
+
+
+def test_the_tour_says_what_it_does_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path):
+    from modelzip import tour
+    from modelzip.data import Data, Split
+    few = Split(torch.rand(4, 1, 28, 28), torch.arange(4))
+    monkeypatch.setattr(tour, "mnist5k", lambda: Data(few, few, few))
+    monkeypatch.setattr(tour, "train", lambda model, *args, **kwargs: model.eval())
+    monkeypatch.setattr(tour, "TECHNIQUES", {n: tour.TECHNIQUES[n] for n in ("float32, entropy-coded", "8-bit weights, per channel")})
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    tour.tour(tmp_path, repeats=2)
+    assert capsys.readouterr().err.splitlines() == ["training LeNet-5", "compressing 1/2: float32, entropy-coded", "compressing 2/2: 8-bit weights, per channel",
+                                                    "measuring 1/3: fp32", "measuring 2/3: float32, entropy-coded", "measuring 3/3: 8-bit weights, per channel"]
+    tour.tour(tmp_path, repeats=2, progress=False)
+    assert capsys.readouterr().err == ""
