@@ -10,7 +10,6 @@ import collections, errno, functools, os, secrets, stat, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 # %% ../nbs/04b_archive.ipynb

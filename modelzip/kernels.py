@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
-                            quantize, quantize_layer, quantize_model)
+                            quantize)
 from .workshop.compiled import described, traced
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied

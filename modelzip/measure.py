@@ -8,7 +8,7 @@ __all__ = ['mac_rules', 'file_bytes', 'count_parameters', 'tensor_bytes', 'macs'
            'is_right', 'compare']
 
 # %% ../nbs/01_measure.ipynb
-import contextlib, copy, ctypes, gc, itertools, json, math, operator, os, platform, re, resource, statistics, tempfile, time
+import contextlib, ctypes, gc, itertools, json, math, operator, os, platform, re, statistics, tempfile, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape

@@ -6,12 +6,11 @@
 __all__ = ['save', 'load', 'read_tensor', 'Contents', 'inspect', 'diff', 'PackError']
 
 # %% ../nbs/05_pack.ipynb
-import collections, copy, functools, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
+import collections, copy, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
-from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, encode, entropy, has_values, stream_parts
+from .coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, coders, decoding, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError
 from .workshop.kinds import are_kinds, ascii_name, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of

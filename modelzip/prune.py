@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
-                            as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+                            as_tensor, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.matrices import also_held, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, same_dice

@@ -8,7 +8,7 @@ __all__ = ['straight_through', 'clip', 'WeightQuantizer', 'static_codes', 'Activ
            'EntropyBits', 'StepAdam']
 
 # %% ../nbs/11_qat.ipynb
-import collections, contextlib, copy, fnmatch, functools, json, math, warnings
+import collections, contextlib, fnmatch, functools, json, math, warnings
 from collections.abc import Iterable
 from typing import Any
 

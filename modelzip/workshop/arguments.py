@@ -12,7 +12,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 

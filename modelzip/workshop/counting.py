@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .models import own_copy
-
 # %% ../../nbs/workshop/counting.ipynb
 def _stored(t: Tensor) -> int:
     "How many numbers a matrix holds."
