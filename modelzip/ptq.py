@@ -900,7 +900,7 @@ def _result(self, model):
     odd = {}
     for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
     said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
-    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=4)
+    if said: warnings.warn("rounded to nearest: " + "; ".join(said), stacklevel=7)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)

@@ -33,7 +33,7 @@ CALLS = {          # a call that works, from which one argument after the other 
     channels: dict(dependency_graph=dict(model=NET, example=X[:2])),
     measure: dict(file_bytes=dict(path="a.mz"), count_parameters=dict(model=NET), macs=dict(model=NET, example=X), sqnr=dict(x=W, x_hat=W), wilson=dict(correct=5, n=10)),
     data: dict(Split=dict(x=X, y=Y), accuracy=dict(model=NET, split=SPLIT), LeNet5={}),
-    distill: dict(distill=dict(student=copy.deepcopy(NET), teacher=NET, data=SPLIT, epochs=1, progress=False), SoftTargets={}),
+    distill: dict(SoftTargets={}),
     pack: dict(save=dict(model=NET, path="b.mz"), load=dict(path="a.mz", model=NET), read_tensor=dict(path="a.mz", name="0.weight"), inspect=dict(path="a.mz"), diff=dict(a="a.mz", b="a.mz")),
     exchange: dict(to_safetensors=dict(model=NET, path="b.safetensors"), from_npz=dict(path="a.npz", model=NET)),
     recipe: dict(Recipe=dict(steps=["fold_batchnorm"]), samples_of=dict(data=DATA), grid_points=dict(grid={"bits": [4]})),
@@ -92,3 +92,14 @@ def test_a_file_decides_the_sizes_of_what_is_loaded():
     wide = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     loaded = pack.load("a.mz", wide)
     assert loaded[0].out_features == 8 and wide[0].out_features == 16 and torch.equal(loaded(X), NET(X))
+
+
+def test_a_warning_points_to_the_callers_line():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    class First(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x): return self.a(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prune.prune_model(model, .5); quant.quantize(torch.tensor([1., float("nan")]), nonfinite="zero"); ptq.gptq(First(), [torch.randn(3, 4)])
+    assert len(said) == 3 and {w.filename for w in said} == {__file__}
