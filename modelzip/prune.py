@@ -8,8 +8,8 @@ __all__ = ['LOST', 'WHOLE', 'CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', '
            'collect', 'Criterion', 'Random', 'Magnitude', 'Gradient', 'Taylor', 'Fisher', 'Movement', 'Wanda',
            'inverse_factor', 'removal_cost', 'least_cost', 'Surgeon', 'cut_layer', 'cut_model', 'as_criterion',
            'as_rows', 'from_rows', 'Units', 'parse_granularity', 'units', 'unit_scores', 'erk_sparsities', 'lowest',
-           'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'prune_model',
-           'SparsityTable', 'left_whole', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
+           'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'left_whole',
+           'prune_model', 'SparsityTable', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
            'SparseGPT', 'output_change', 'Sensitivity', 'sensitivity', 'prune_gradually', 'rewind', 'lottery_ticket',
            'l1_penalty', 'group_lasso', 'SparseTensor', 'sparsify', 'quantize_survivors', 'sparsify_layer',
            'sparsify_model', 'fill_zeros', 'SparseLinear', 'use_sparse_products', 'Inputs', 'Labelled', 'feed']
@@ -787,6 +787,28 @@ class Pruner:
         if isinstance(self.sparsity, Mapping): self.sparsity, self.began = _shares(self.layers, self.sparsity, "layer"), {n: _gone({n: m}) for n, m in self.layers.items()}
 
 # %% ../nbs/07_prune.ipynb
+WHOLE |= {nn.MultiheadAttention: "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand",
+          nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it"}
+
+def left_whole(
+    model: nn.Module,
+    layers: tuple = PRUNABLE,     # classes that are pruned
+) -> dict[str, str]:              # name of a matrix → the reason
+    "Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what `skip` names, and not what is tied to a weight that is pruned."
+    other = f"it is no weight of {', '.join(c.__name__ for c in layers)}"
+    of = lambda m: f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it" if _is_conv1d(m) else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
+    pruned = {identity_of(_original(m)) for m in model.modules() if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)}
+    held = [(f"{n}.{key}".lstrip("."), p, of(m)) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
+            for key, p in m._parameters.items() if p is not None and not (key == "weight" and isinstance(m, layers))]
+    held += [(n, t, "it is a plain attribute; make it a parameter of a layer") for n, t in also_held(model) if t.is_floating_point()]
+    return {n: why for n, t, why in held if not is_lazy(t) and t.dim() > 1 and identity_of(t) not in pruned}
+
+def _grouped_by_reason(whole):
+    "Reasons, each with what it holds for."
+    names = {why: [n for n, w in whole.items() if w == why] for why in whole.values()}
+    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)} ({why})" for why, n in names.items())
+
+# %% ../nbs/07_prune.ipynb
 def _gone(layers):
     "The share of weights behind masks."
     cut = sum(int((~m.keep).sum()) for layer in layers.values() if (m := find_mask(layer)) is not None)
@@ -877,28 +899,6 @@ class SparsityTable:
         wide = [max(map(len, c)) for c in zip(*cells)]
         lines = ["  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, wide))) for row in cells]
         return "\n".join(lines + [f"{n} is left whole: {why}" for n, why in self.whole.items()])
-
-# %% ../nbs/07_prune.ipynb
-WHOLE |= {nn.MultiheadAttention: "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand",
-          nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it"}
-
-def left_whole(
-    model: nn.Module,
-    layers: tuple = PRUNABLE,     # classes that are pruned
-) -> dict[str, str]:              # name of a matrix → the reason
-    "Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what `skip` names, and not what is tied to a weight that is pruned."
-    other = f"it is no weight of {', '.join(c.__name__ for c in layers)}"
-    of = lambda m: f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it" if _is_conv1d(m) else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
-    pruned = {identity_of(_original(m)) for m in model.modules() if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)}
-    held = [(f"{n}.{key}".lstrip("."), p, of(m)) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
-            for key, p in m._parameters.items() if p is not None and not (key == "weight" and isinstance(m, layers))]
-    held += [(n, t, "it is a plain attribute; make it a parameter of a layer") for n, t in also_held(model) if t.is_floating_point()]
-    return {n: why for n, t, why in held if not is_lazy(t) and t.dim() > 1 and identity_of(t) not in pruned}
-
-def _grouped_by_reason(whole):
-    "Reasons, each with what it holds for."
-    names = {why: [n for n, w in whole.items() if w == why] for why in whole.values()}
-    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)} ({why})" for why, n in names.items())
 
 # %% ../nbs/07_prune.ipynb
 def sparsity_table(
