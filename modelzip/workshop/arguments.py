@@ -121,9 +121,16 @@ def _names(e, name):
 def name_arguments(
     module: dict,     # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
 ) -> None:
-    "Let all public functions of a module, and the classes that are no dataclasses, name the argument that does not fit."
+    """Let all public functions of a module, and the classes that are no dataclasses, name the argument that does not fit.
+    A default and an entry of a table that is one of them stays the same object as the function of that name."""
+    told = {}                                                        # `id` of a function → what stands for it now
     for name in module.get("__all__", ()):
         x = module[name]
         if getattr(x, "__module__", None) != module["__name__"]: continue
-        if isinstance(x, types.FunctionType): module[name] = with_names(x)
+        if isinstance(x, types.FunctionType): told[id(x)] = module[name] = with_names(x)
         elif isinstance(x, type) and "__init__" in vars(x) and not issubclass(x, Exception) and not hasattr(x, "__dataclass_fields__"): x.__init__ = with_names(x.__init__)
+    for x in list(module.values()):
+        if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]:
+            f = inspect.unwrap(x)
+            if f.__defaults__: f.__defaults__ = tuple(told.get(id(d), d) for d in f.__defaults__)
+        elif isinstance(x, dict) and x is not module: x.update({k: told[id(v)] for k, v in x.items() if id(v) in told})
