@@ -132,5 +132,6 @@ def name_arguments(
     for x in list(module.values()):
         if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]:
             f = inspect.unwrap(x)
-            if f.__defaults__: f.__defaults__ = tuple(told.get(id(d), d) for d in f.__defaults__)
+            f.__defaults__ = f.__defaults__ and tuple(told.get(id(d), d) for d in f.__defaults__)
+            f.__kwdefaults__ = f.__kwdefaults__ and {k: told.get(id(d), d) for k, d in f.__kwdefaults__.items()}
         elif isinstance(x, dict) and x is not module: x.update({k: told[id(v)] for k, v in x.items() if id(v) in told})
