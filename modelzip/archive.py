@@ -10,7 +10,6 @@ import collections, errno, functools, os, secrets, stat, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 # %% ../nbs/04b_archive.ipynb
@@ -424,3 +423,8 @@ def unseal_solid(
     f.seek(data_offset(e)); data = f.read(e.size)
     demand(zlib.crc32(data) == e.crc, "it is damaged (wrong checksum)")
     return data
+
+# %% ../nbs/04b_archive.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

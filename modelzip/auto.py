@@ -54,6 +54,7 @@ def output_change(
     batches, twin, changes = list(as_batches(batches)), copied(model).eval(), {}
     parameters = dict(twin.named_parameters(remove_duplicate=False))
     if unknown := set(values) - set(parameters): raise ValueError(f"values names {sorted(unknown)[0]!r}; the parameters are {', '.join(parameters)}")
+    if not batches: raise ValueError("batches is empty")
     exact = rows_of(twin, batches)
     usual = {k: energies(rows) for k, rows in exact.items()}
     for name, value in values.items():
@@ -114,6 +115,7 @@ def lower_hull(
     errors: Sequence[float],
 ) -> list[int]:                 # options from the smallest to the most exact
     "Options that are best for some price of a byte: the lower convex hull."
+    if len(bytes) != len(errors): raise ValueError(f"bytes has {len(bytes)} options, errors has {len(errors)}")
     order = sorted((i for i in range(len(bytes)) if math.isfinite(bytes[i]) and math.isfinite(errors[i])), key=lambda i: (bytes[i], errors[i]))
     hull, slope = [], lambda a, b: (errors[b] - errors[a]) / (bytes[b] - bytes[a])
     for i in order:
@@ -266,7 +268,7 @@ def _numbers(model): return {n: places[0][1]._parameters[places[0][2]].detach() 
 def _all_with(model, option):
     "Everything at one option: what a menu is measured on."
     how = {"bits": option["bits"], "group": option.get("group")}
-    if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", allow_empty=True))
+    if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", layers=PRUNABLE, allow_empty=True))
     new = quantize_with(nearest_weight, model, **how)
     if option.get("sparsity"):
         with suppress(ValueError): new = sparsify_model(new)
@@ -704,7 +706,7 @@ def _folding(search):
 def _samples_for(model, data, example, cosine):
     "Labelled batches become a `Split`; for a cosine, labels are no judge."
     if data is not None and not isinstance(data, (Data, Split, Samples)):
-        data = list(as_batches(data))
+        data = list(as_batches(data, name="data"))
         called = [as_called(model, b) for b in data]      # a tuple that may be arguments or labels is refused
         if data and all(map(_labelled, data, called)): data = [Labelled(*b) for b in data]
         elif 0 < len(data) < 4 and not _can(model, _pieces(data[0])[0]): data = Samples(data[:-1] or data, None, data[1:][-1:] or None, data[0])      # its rows are no examples
@@ -783,3 +785,8 @@ def _about_layers(best):
     for name, k, size in (f"{len(others)} others, as they are", sum(math.prod(l.shape) for l in others), sum(l.bytes for l in others)), ("what says how to read it", 0, rest):
         rows.append(dict(name=name, weights=k, choice="", bytes=size, sensitivity=None, share=None))
     return rows
+
+# %% ../nbs/13_auto.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

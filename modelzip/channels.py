@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .workshop.models import call, computed, copied, output_tensors
+from .workshop.models import computed
 from .workshop.readonly import ReadOnly
-from .workshop.rehearsal import examples_of, larger, own_copy, ready, same_draws
+from .workshop.rehearsal import examples_of, ready
+from .workshop.runs import keep_uncalled, run, warm
 
 # %% ../nbs/07b_channels.ipynb
 class Ties:
@@ -945,19 +946,6 @@ def reads_stream(ties: Ties, x: Marks, w: Marks) -> None:
     link(ties, isolate(ties, x, -1), isolate(ties, w, 1), INPUT)
 
 # %% ../nbs/07b_channels.ipynb
-class Running:
-    "A block in which a mode knows which module is running."
-    def __init__(self, model: nn.Module, mode: Any): self.model, self.mode, mode.path[:] = model, mode, [""]
-    def __enter__(self) -> Any:
-        self.hooks = []
-        for name, m in self.model.named_modules():
-            self.hooks += [m.register_forward_pre_hook(lambda m, args, named, name=name: self.mode.enters(name, (args, named)), with_kwargs=True),
-                           m.register_forward_hook(lambda m, args, out, name=name: self.mode.leaves(name, out), always_call=True)]
-        return self.mode
-    def __exit__(self, *error) -> None:
-        for h in self.hooks: h.remove()
-
-# %% ../nbs/07b_channels.ipynb
 def trace(
     model: nn.Module,
     examples: list,      # see `examples_of`
@@ -967,61 +955,14 @@ def trace(
     running = copy.deepcopy(base)
     t = Trace(running)
     for training in (False, True):
-        for x in examples: run(t, ready(running, training), x, training)
+        for x in examples: run(t, ready(running, training), x, training, lambda o: keep_all(t.ties, t.marks(o), "it is an output of the model"))
     t.base, t.modules = base, dict(base.named_modules())
     keep_computed(t)
     for labels in t.rectangles: settle(t.ties, labels)
     if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
-    t.uncalled = keep_what_uncalled_layers_need(t, running)
+    t.uncalled = keep_uncalled(t, running)
     t.held, t.named, t.table, t.visible = {}, {}, {}, {}      # nothing of the runs is kept
     return t
-
-# %% ../nbs/07b_channels.ipynb
-def run(
-    t: Trace,
-    model: nn.Module,
-    example: Any,
-    training: bool,
-) -> None:
-    """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried with two of it;
-    if this does not help either, nothing is said of its training."""
-    first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]
-    for x in tries:
-        try: outputs = watched(t, model, x)
-        except Exception:
-            if not training: raise
-            del t.steps[first:]
-            continue
-        for k, o in output_tensors(outputs).items():
-            if o.is_floating_point() and not training and o.isnan().any(): raise ValueError(f"the model puts out NaN for the example, in {k}")
-            keep_all(t.ties, t.marks(o), "it is an output of the model")
-        if training and x is example and same_steps(t, first): del t.steps[first:]
-        else: t.runs.append((training, x, first))
-        return
-
-def same_steps(t: Trace, first: int) -> bool:
-    "Whether steps from a number on repeat some earlier run, so that a rehearsal of that one is enough."
-    said = lambda steps: [(s.name, s.path, [m.shape for m in s.outputs]) for s in steps]
-    ends = [*(f for *_, f in t.runs[1:]), first]
-    return any(said(t.steps[begin:end]) == said(t.steps[first:]) for (*_, begin), end in zip(t.runs, ends))
-
-def watched(t: Any, model: nn.Module, example: Any) -> Any:
-    "Call a model under a mode, always with the same random numbers."
-    if example is None: raise ValueError("there is no larger example")
-    with same_draws(), torch.no_grad(), Running(model, t), t: return call(model, own_copy(example))
-
-# %% ../nbs/07b_channels.ipynb
-def warm(
-    model: nn.Module,
-    examples: list,
-) -> nn.Module:       # a copy, in evaluation mode
-    "What is made in the first call, such as a grid of positions, belongs to the model from then on."
-    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
-    if lazy: raise ValueError(f"{lazy} has no size yet; call the model once first")
-    base = ready(copied(model), False)
-    with same_draws(), torch.no_grad():
-        for x in examples: call(base, own_copy(x))
-    return base
 
 # %% ../nbs/07b_channels.ipynb
 def enters(self: Trace, name: str, arguments: Any) -> None:
@@ -1055,31 +996,6 @@ def left_out_stay(ties: Ties, picked: np.ndarray, left_out: np.ndarray) -> None:
     "Numbers that slices left out, and that no other slice picks."
     lonely = np.setdiff1d(ties.find(left_out), np.append(ties.find(picked), 0))
     if len(lonely): ties.keep(lonely, "the example does not use it, but another input may")
-
-# %% ../nbs/07b_channels.ipynb
-def keep_what_uncalled_layers_need(
-    t: Trace,
-    model: nn.Module,          # that ran
-) -> dict[str, str]:           # layer → that it was not called
-    """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its size, all that it could read
-    or meet: what passes through the module that owns it."""
-    idle = {n: p for n, p in model.named_parameters() if n not in t.owned and p.numel() and p.is_floating_point()}
-    sizes, uncalled = collections.defaultdict(set), {}
-    for n, p in idle.items():
-        owner = n.rpartition(".")[0]
-        uncalled[owner or n] = "no example calls it"
-        while owner and owner not in t.visible: owner = owner.rpartition(".")[0]
-        sizes[owner] |= {k for k in p.shape if k > 1}
-    for owner, several in sizes.items():
-        why = f"{next(n for n in uncalled if n.startswith(owner))} may read it, which no example calls"
-        for m in [*t.visible[owner], *(m for s in t.steps if s.path == owner for m in [*s.inputs, *s.outputs])]:
-            for axes, labels in m.blocks.items():
-                if any(span(m, a) & several for a in axes): t.ties.keep(labels, why)
-    return uncalled
-
-def span(m: Marks, axis: int) -> set[int]:
-    "The sizes that an axis has, alone and flattened together with its neighbours."
-    return {int(np.prod(m.shape[i:j])) for i in range(axis + 1) for j in range(axis + 1, len(m.shape) + 1)}
 
 # %% ../nbs/07b_channels.ipynb
 def keep_computed(t: Trace) -> None:
@@ -1266,3 +1182,8 @@ def slices_lit(g: Groups, names: Iterable[str]) -> dict[str, set]:
         if flat and any(n.rpartition(".")[0] == owner and len(m.shape) > 1 for n, m in owned.items()): continue     # its weight says it
         lit[owner or tensor].add("rows" if flat or axis == output_axis(g.trace.modules[owner]) else "columns")
     return lit
+
+# %% ../nbs/07b_channels.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

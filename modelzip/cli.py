@@ -522,7 +522,7 @@ def _eval(o):
          argument("--folder", default="tour", help="where report.html and the .mz files go (default: tour)"),
          argument("--seed", type=int, default=0, help="of the training (default: 0)"), JSON, QUIET)
 def _tour(o):
-    report = tour(o.folder, o.seed, progress=bars(o))
+    report = tour(o.folder, o.seed, progress=not o.quiet)      # minutes: where no bar can be drawn, a line a step
     return Done(json.loads(report.to_json()), f"{report}\n\nThe files and report.html are in {o.folder}/")
 
 @command("print a script that completes commands in your shell", "modelzip completion bash > modelzip.bash",

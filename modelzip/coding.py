@@ -1555,3 +1555,8 @@ def _adaptive_byte(coder, name, shaped, byte):
     seen = 1
     for k in range(7, -1, -1): seen = seen << 1 | coder.bit((name, seen if shaped else k), None if byte is None else byte >> k & 1)
     return seen & 255
+
+# %% ../nbs/04_coding.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -9,7 +9,7 @@ __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stra
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
-import contextlib, functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, sys, threading, types, warnings, weakref
+import contextlib, functools, hashlib, importlib, importlib.metadata, inspect, json, math, os, platform, re, sys, threading, types, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .workshop.definitions import MARKS, installed, same_definition, unmarked
 from .workshop.settings import SettingsInState
 from .workshop.turns import alone
 from .workshop.untouched import untouched
@@ -133,8 +134,6 @@ def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
     return own
 
 # %% ../nbs/00_data.ipynb
-_marks = weakref.WeakKeyDictionary()        # function → what it wraps
-
 def _stamped(name: str, build: Callable) -> Callable:
     "`build`, with the models that it makes marked by the name and the options that make them again."
     @functools.wraps(build, updated=() if isinstance(build, type) else functools.WRAPPER_UPDATES)
@@ -144,7 +143,7 @@ def _stamped(name: str, build: Callable) -> Callable:
         if not isinstance(model, nn.Module): raise TypeError(f"the builder of {name!r} must return an nn.Module, not {type(model).__name__}")
         model.architecture = {"name": name, "options": options}
         return model
-    _marks[stamped] = build
+    MARKS[stamped] = build
     return stamped
 
 def _stamp_class(name: str, cls: type) -> type:
@@ -155,56 +154,8 @@ def _stamp_class(name: str, cls: type) -> type:
         options = _options(functools.partial(init, self), args, kwargs, name) if type(self) is cls else None
         init(self, *args, **kwargs)
         if options is not None: self.architecture = {"name": name, "options": options}
-    _marks[marked], cls.__init__ = init, marked
+    MARKS[marked], cls.__init__ = init, marked
     return cls
-
-# %% ../nbs/00_data.ipynb
-def _installed(cls: type) -> bool:
-    "Whether a class belongs to a library that others use too."
-    module = sys.modules.get(cls.__module__)
-    here = getattr(module, cls.__name__, None) is cls           # a decorator runs before the name is there
-    return here and not cls.__module__.startswith(__name__.split(".")[0] + ".") and bool(re.search(r"(site|dist)-packages", getattr(module, "__file__", None) or ""))
-
-def _same_definition(old: Any, new: Any) -> bool:
-    "Whether `new` is `old`, run again: the same place in a module or, for what a function, a decorator or a lambda made, the same code over the same values."
-    place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
-    if old is new: return True
-    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return _same_definition(old.func, new.func) and _equal((old.args, old.keywords), (new.args, new.keywords))
-    if isinstance(old, types.MethodType) and isinstance(new, types.MethodType): return old.__self__ is new.__self__ and _same_definition(old.__func__, new.__func__)
-    if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
-    if isinstance(old, type): return "<" not in place(old)[1] or old.__bases__ == new.__bases__ and _equal(_contents(old), _contents(new))
-    if not isinstance(old, types.FunctionType): return False
-    return not (old.__closure__ or new.__closure__ or "<" in place(old)[1]) or _equal(_meaning(old), _meaning(new))      # who has no closure was written where it says
-
-def _equal(a: Any, b: Any) -> bool:
-    "Whether two values are one; what cannot say so is not."
-    if a is b: return True
-    if type(a) is not type(b): return False
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    try: return bool(a == b) or isinstance(a, types.FunctionType) and _same_definition(a, b)
-    except Exception: return False
-
-def _meaning(f: Callable, cls: type | None = None) -> list:
-    "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
-    f = _unmarked(f)
-    cells = [c.cell_contents for c in f.__closure__ or ()]
-    return [_code(f.__code__), f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
-
-def _code(c: types.CodeType) -> list:
-    "What a function does, and what the functions in it do."
-    return [c.co_code, c.co_names, c.co_varnames, [_code(k) if isinstance(k, types.CodeType) else k for k in c.co_consts]]
-
-def _contents(cls: type) -> dict:
-    "Methods and attributes of a class."
-    parts = lambda v: (v.fget, v.fset, v.fdel) if isinstance(v, property) else (v.__func__,) if isinstance(v, (staticmethod, classmethod)) else (v,)
-    said = {k: v for k, v in vars(cls).items() if k not in ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__")} | {"__init__": cls.__init__}
-    return {k: [type(v), *(_meaning(p, cls) if isinstance(p, types.FunctionType) else p for p in parts(v))] for k, v in said.items()}
-
-def _unmarked(f: Callable) -> Callable:
-    "A function without the wrappers of this chapter."
-    while isinstance(f, types.FunctionType) and f in _marks: f = _marks[f]
-    return f
 
 # %% ../nbs/00_data.ipynb
 def register_model(
@@ -218,9 +169,9 @@ def register_model(
     if not callable(build): raise TypeError(f"build must be a function or a class, not {type(build).__name__}")
     old = model_builders.get(name)
     if old is not None and old is build: return old
-    if old is not None and not _same_definition(_unmarked(old), _unmarked(build)):
+    if old is not None and not same_definition(unmarked(old), unmarked(build)):
         raise ValueError(f"{name!r} already names {getattr(old, '__module__', '')}.{getattr(old, '__qualname__', old)}: choose another name")
-    own = isinstance(build, type) and issubclass(build, nn.Module) and not _installed(build)
+    own = isinstance(build, type) and issubclass(build, nn.Module) and not installed(build)
     model_builders[name] = _stamp_class(name, build) if own else _stamped(name, build)
     return model_builders[name]
 
@@ -669,3 +620,8 @@ def exercise(
         except Exception as e: return Verdict("wrong", f"It raised {type(e).__name__}: {e}", task)
         return Verdict("done", f"Right: {task}", task)
     return verdict
+
+# %% ../nbs/00_data.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -24,7 +24,7 @@ from .pack import DTYPES, NAMES, Part, Row, load, save
 from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
 from .pack import check_bool, check_left_out, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
-from .workshop.kinds import are_kinds, seal
+from .workshop.kinds import are_kinds
 
 # %% ../nbs/05b_exchange.ipynb
 def check_model(model: Any) -> None:
@@ -813,3 +813,8 @@ def load_many(
             raise NotADirectoryError(errno.ENOTDIR, "paths is one path, but no folder; give a list of files", os.fsdecode(paths))
         paths = sorted(Path(os.fsdecode(paths)).glob("*.mz"))
     return loaded(paths, model, progress, options)
+
+# %% ../nbs/05b_exchange.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

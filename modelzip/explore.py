@@ -600,19 +600,25 @@ def plot_histogram(
     title: str = "",             # above the picture
 ) -> Any:                        # the axes
     "How often each value occurs, and where the levels of a quantizer lie."
-    from matplotlib import pyplot as plt
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = _axes(ax)
     ax.hist(as_array(x).ravel(), bins=bins, histtype="stepfilled", alpha=.85)
     if levels is not None:
-        at = as_array(levels).ravel()
+        at = as_array(levels, "levels").ravel()
         ax.plot(at, np.zeros_like(at), "|", color="C1", markersize=14, markeredgewidth=1.5, clip_on=False)
     ax.set(title=title, xlabel="value", ylabel="count")
     return ax
 
 # %% ../nbs/02_explore.ipynb
-def as_array(x: Any) -> np.ndarray:
+def as_array(x: Any, name: str = "x") -> np.ndarray:
     "A tensor or array as float NumPy, wherever it lives."
-    return np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, dtype=float)
+    try: return np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, dtype=float)
+    except (TypeError, ValueError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a tensor or an array of numbers") from e
+
+def _axes(ax):
+    "Those of a picture, or new ones."
+    from matplotlib import axes, pyplot as plt
+    if not isinstance(ax, axes.Axes | None): raise TypeError(f"ax is {ax!r:.60}; it may be matplotlib axes or None")
+    return ax if ax is not None else plt.subplots()[1]
 
 # %% ../nbs/02_explore.ipynb
 def plot_matrix(
@@ -622,13 +628,16 @@ def plot_matrix(
     title: str = "",             # above the picture
 ) -> Any:                        # the axes
     "A matrix as a picture: zero is white, negative blue, positive red. ValueError when it has not two dimensions."
-    from matplotlib import pyplot as plt
     x = as_array(x)
     if x.ndim != 2: raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")
     if limit is not None and not limit > 0: raise ValueError(f"limit is {limit!r}; it may be a number above 0, or None")
-    ax = ax if ax is not None else plt.subplots()[1]
-    limit = limit or np.abs(x[np.isfinite(x)]).max(initial=0) or 1
+    ax, limit = _axes(ax), limit or np.abs(x[np.isfinite(x)]).max(initial=0) or 1
     ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
     return ax
+
+# %% ../nbs/02_explore.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

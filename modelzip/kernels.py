@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
-                            quantize, quantize_layer, quantize_model, scale_and_zero_point)
+                            quantize, scale_and_zero_point)
 from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
 from .workshop.convolutions import convolve, no_offset, pack_weight
 from .workshop.matrices import SMALL, floats_left, unwrapped
@@ -909,3 +909,8 @@ def _carry(m, new, memo):
             if layer.__dict__[key]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
     for layer in chain:
         if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook
+
+# %% ../nbs/06_kernels.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

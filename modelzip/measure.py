@@ -8,7 +8,7 @@ __all__ = ['mac_rules', 'file_bytes', 'count_parameters', 'tensor_bytes', 'macs'
            'is_right', 'compare']
 
 # %% ../nbs/01_measure.ipynb
-import contextlib, copy, ctypes, gc, itertools, json, math, operator, os, platform, re, resource, statistics, tempfile, time
+import contextlib, ctypes, gc, itertools, json, math, operator, os, platform, re, statistics, tempfile, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Split, eval_mode, need, predictions
-from .workshop.counting import Work, duplicate, listening, own_tensors
-from .workshop.models import call
+from .workshop.counting import Work, listening
+from .workshop.models import call, copied, own_copy
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
@@ -125,10 +125,10 @@ def macs(
 ) -> dict[str, int]:        # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
     """Count the multiply-accumulates of all matrix products, convolutions and attentions that run; element by element nothing is counted, masks and causality save nothing, sparse matrices count what they store.
     `ValueError` names an operation that cannot be looked into, or a model that cannot be copied."""
-    model = duplicate(model)
+    model = copied(model)
     owners = _owners(model)
     work = Work(owners, _own, _formula)
-    with eval_mode(model), listening(model, work): call(model, own_tensors(example))
+    with eval_mode(model), listening(model, work): call(model, own_copy(example))
     layers = {n: 0 for m, n in owners.items() if _layer(m)}
     return {n: work.counts.get(n, 0) for n in owners.values() if work.counts.get(n) or n in layers}
 
@@ -486,7 +486,7 @@ def load_plain(
 ) -> nn.Module:                 # in eval mode
     "Load a state dict from safetensors into a copy of `model`."
     if model is None: raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
-    model = duplicate(model)
+    model = copied(model)
     need("safetensors.torch", "hf").load_model(model, str(path))
     return model.eval()
 
@@ -576,3 +576,8 @@ def _time_models(models, example, batches, repeats, progress) -> dict[int, dict[
     "Batch size → name → timing, all models interleaved."
     def call(m, x): return lambda: m(x)
     return {b: latency({n: call(m, _batch(example, b)) for n, m in models.items()}, repeats, progress=progress) for b in batches}
+
+# %% ../nbs/01_measure.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

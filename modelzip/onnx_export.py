@@ -539,3 +539,8 @@ def onnx_bytes(
         kind = onnx.TensorProto.DataType.Name(i.data_type).lower()
         total[kind] = total.get(kind, 0) + stored_bytes(i)
     return dict(sorted(total.items(), key=lambda kv: -kv[1]))
+
+# %% ../nbs/06b_onnx.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -6,12 +6,11 @@
 __all__ = ['Here', 'prove', 'save', 'load', 'read_tensor', 'Contents', 'inspect', 'diff', 'PackError']
 
 # %% ../nbs/05_pack.ipynb
-import collections, copy, functools, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
+import collections, copy, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -1259,11 +1258,12 @@ def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is sol
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,             # a file that `save` has written
-    model: nn.Module | None = None,      # one of the same architecture, compressed or not; left as it is. None: the registered builder makes one
+    model: nn.Module | None = None,      # one of the same architecture, of any size, compressed or not; left as it is. None: the registered builder makes one
     mmap: bool = False,                  # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     verify: bool = True,                 # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
 ) -> nn.Module:                          # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
-    "Load a model. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."
+    """Load a model. The file decides: `model` says which classes are called in which order, sizes and numbers are the file's, so that a model of 64 channels
+    is given back as the file's of 16, with layers of its sizes. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."""
     check_machine()
     if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
     if not verify and not mmap: raise ValueError("verify is False, but without mmap everything is read and checked anyway")
@@ -1694,3 +1694,8 @@ def diff(
     "Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for `load`."
     with opened(a) as one, opened(b) as two: about, changes = differences(one, two), [change_of(name, one, two) for name in one.rows | two.rows]
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
+
+# %% ../nbs/05_pack.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -8,8 +8,8 @@ __all__ = ['LOST', 'WHOLE', 'CALIBRATED', 'PRUNABLE', 'CRITERIA', 'SCHEDULES', '
            'collect', 'Criterion', 'Random', 'Magnitude', 'Gradient', 'Taylor', 'Fisher', 'Movement', 'Wanda',
            'inverse_factor', 'removal_cost', 'least_cost', 'Surgeon', 'cut_layer', 'cut_model', 'as_criterion',
            'as_rows', 'from_rows', 'Units', 'parse_granularity', 'units', 'unit_scores', 'erk_sparsities', 'lowest',
-           'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'prune_model',
-           'SparsityTable', 'left_whole', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
+           'choose_masks', 'one_shot', 'iterative', 'cubic', 'cosine', 'check_sparsity', 'Pruner', 'left_whole',
+           'prune_model', 'SparsityTable', 'sparsity_table', 'surgeon_weight', 'refit_weight', 'sparsegpt_weight',
            'SparseGPT', 'output_change', 'Sensitivity', 'sensitivity', 'prune_gradually', 'rewind', 'lottery_ticket',
            'l1_penalty', 'group_lasso', 'SparseTensor', 'sparsify', 'quantize_survivors', 'sparsify_layer',
            'sparsify_model', 'fill_zeros', 'SparseLinear', 'use_sparse_products', 'Inputs', 'Labelled', 'feed']
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -35,8 +36,8 @@ from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, Q
 from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, combined, identity_of, layers_of
 from .workshop.readonly import read_only
-from .workshop.counting import SlowPath, duplicate, own_tensors, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, feed, labelled, logits_of
+from .workshop.counting import SlowPath, same_dice
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, copied, feed, labelled, logits_of, own_copy
 
 _all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 
@@ -116,7 +117,7 @@ def remove_masks(
     model: nn.Module,     # with masked layers; it is left as it is
 ) -> nn.Module:           # a copy with ordinary weights, some of which are zero
     "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
-    new = duplicate(model)
+    new = copied(model)
     for _, m, key, _ in list(_masked(new)):
         m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))      # a copy shares the class, from which PyTorch would delete `weight`
         parametrize.remove_parametrizations(m, key, leave_parametrized=True)
@@ -139,7 +140,7 @@ _checked = as_batches
 
 def _try(model, batch, i, forward=None, call=feed):
     "Feed a copy of batch i, which a layer may write to; an error says which it was."
-    batch, device = own_tensors(batch), device_of(model)
+    batch, device = own_copy(batch), device_of(model)
     for t in tree_leaves(batch):
         if isinstance(t, Tensor) and t.device != device:
             raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
@@ -341,7 +342,7 @@ def collect(
         if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
     elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
     with same_dice(), torch.inference_mode(False):               # gradients may be asked for
-        new = duplicate(model)
+        new = copied(model)
         twins = {n: new.get_submodule(n) for n in layers}
         if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
         elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
@@ -471,7 +472,7 @@ def cut_model(
 ) -> nn.Module:                    # a copy with masks
     "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
     if not isinstance(bound, (int, float)) or math.isnan(bound): raise ValueError(f"bound is {bound!r}; it may be a number")
-    new = duplicate(model)
+    new = copied(model)
     batches = batches if batches is None else as_batches(batches)
     found, ways = prunable_layers(new, layers), h if isinstance(h, Mapping) else {"*": h}
     _check_patterns("h", ways, found)
@@ -771,7 +772,7 @@ class Pruner:
         schedule: str | Callable = "cubic",
         batches: Iterable | Split | None = None,   # for criteria that look at data
         loss: Callable | None = None,      # (model, batch) → scalar
-        layers: tuple = PRUNABLE,          # classes
+        layers: tuple | None = None,       # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
         skip: Iterable[str] = (),          # names or patterns of layers that stay whole
         allow_empty: bool = False,         # may a layer lose all its weights?
     ):
@@ -779,11 +780,34 @@ class Pruner:
         if scope is None: scope = "layer" if isinstance(sparsity, Mapping) and self.criterion.scope == "global" else self.criterion.scope
         self.sparsity, self.schedule = _check_request(sparsity, granularity, scope, schedule)
         self.model, self.granularity, self.scope, self.loss, self.allow_empty = model, granularity, scope, loss, allow_empty
-        self.layers = prunable_layers(model, layers, skip)
+        self.layers = prunable_layers(model, PRUNABLE if layers is None else layers, skip)
+        if layers is None and (whole := left_whole(model)): warnings.warn(f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says that it is meant", stacklevel=5)
         if self.criterion.needs: batches = _needed(self.criterion, batches)
         self.batches = batches if batches is None else as_batches(batches)
         self.initial = _gone(self.layers)
         if isinstance(self.sparsity, Mapping): self.sparsity, self.began = _shares(self.layers, self.sparsity, "layer"), {n: _gone({n: m}) for n, m in self.layers.items()}
+
+# %% ../nbs/07_prune.ipynb
+WHOLE |= {nn.MultiheadAttention: "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand",
+          nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it"}
+
+def left_whole(
+    model: nn.Module,
+    layers: tuple = PRUNABLE,     # classes that are pruned
+) -> dict[str, str]:              # name of a matrix → the reason
+    "Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what `skip` names, and not what is tied to a weight that is pruned."
+    other = f"it is no weight of {', '.join(c.__name__ for c in layers)}"
+    of = lambda m: f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it" if _is_conv1d(m) else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
+    pruned = {identity_of(_original(m)) for m in model.modules() if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)}
+    held = [(f"{n}.{key}".lstrip("."), p, of(m)) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
+            for key, p in m._parameters.items() if p is not None and not (key == "weight" and isinstance(m, layers))]
+    held += [(n, t, "it is a plain attribute; make it a parameter of a layer") for n, t in also_held(model) if t.is_floating_point()]
+    return {n: why for n, t, why in held if not is_lazy(t) and t.dim() > 1 and identity_of(t) not in pruned}
+
+def _grouped_by_reason(whole):
+    "Reasons, each with what it holds for."
+    names = {why: [n for n, w in whole.items() if w == why] for why in whole.values()}
+    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)} ({why})" for why, n in names.items())
 
 # %% ../nbs/07_prune.ipynb
 def _gone(layers):
@@ -849,11 +873,12 @@ def prune_model(
     **more,                            # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:                        # a copy with masks
     """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real afterwards.
+    Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning names them unless `layers` is given, `left_whole` lists them with the reasons.
     `ValueError` names what is wrong: the sparsity, data that are missing, nothing to prune, a layer that would lose everything."""
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(duplicate(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)
@@ -875,20 +900,6 @@ class SparsityTable:
         wide = [max(map(len, c)) for c in zip(*cells)]
         lines = ["  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, wide))) for row in cells]
         return "\n".join(lines + [f"{n} is left whole: {why}" for n, why in self.whole.items()])
-
-# %% ../nbs/07_prune.ipynb
-WHOLE |= {nn.MultiheadAttention: "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand",
-          nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it"}
-
-def left_whole(
-    model: nn.Module,
-    layers: tuple = PRUNABLE,     # classes that are pruned
-) -> dict[str, str]:              # name of a matrix → the reason
-    "Matrices that `prune_model` leaves as they are."
-    pruned = lambda m, key: key == "weight" and isinstance(m, layers) or parametrize.is_parametrized(m, key)
-    why = lambda m: next((text for kind, text in WHOLE.items() if isinstance(m, kind)), f"it is no weight of {', '.join(c.__name__ for c in layers)}")
-    return {f"{n}.{key}".lstrip("."): why(m) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
-            for key, p in m._parameters.items() if p is not None and p.dim() > 1 and not pruned(m, key)}
 
 # %% ../nbs/07_prune.ipynb
 def sparsity_table(
@@ -1065,7 +1076,7 @@ def _cut_and_repair(self, share):
     shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer")
     odd = next((f"{n} is a {type(m).__name__}" for n, m in self.layers.items() if not isinstance(m, CALIBRATED)), None)
     if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-    new = duplicate(self.model)                                    # runs, so that the model keeps its caches
+    new = copied(self.model)                                    # runs, so that the model keeps its caches
     twins = {n: new.get_submodule(n) for n in self.layers}
     with same_dice():
         stages, counts = _stages(new, twins, self.batches)
@@ -1153,7 +1164,7 @@ def prune_gradually(
 ) -> nn.Module:                    # a copy with masks, in eval mode
     "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
     if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
-    pruner = Pruner(duplicate(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
+    pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
     steps = max(1, round(until * epochs))
     pruner.step(min(1., 0.5 / steps))
     after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
@@ -1200,7 +1211,7 @@ def lottery_ticket(
 ) -> nn.Module:                 # the ticket: masks, and the weights that `model` began with
     "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
-    ticket, start = duplicate(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
         retrain(ticket, i)
@@ -1683,3 +1694,8 @@ def _multiplied(m, density):
     carry_hooks(m.layer, carry_hooks(m, new))
     for key in (*HOOKS, *FLAGS): new.layer.__dict__[key] = OrderedDict()
     return new
+
+# %% ../nbs/07_prune.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

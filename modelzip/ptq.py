@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -918,7 +917,7 @@ def _result(self, model):
     for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
     said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
     how = "rounded to nearest" if self.method in (nearest_weight, gptq_weight) else f"given to {getattr(self.method, '__name__', 'the method')} without statistics"
-    if said: warnings.warn(f"{how}: " + "; ".join(said), stacklevel=4)
+    if said: warnings.warn(f"{how}: " + "; ".join(said), stacklevel=7)
     done = {}
     for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)
@@ -994,3 +993,8 @@ def hqq(
 ) -> nn.Module:                           # a copy with `Dequantize` layers
     "Half-quadratic quantization of every layer: no data (Badri & Shaji 2023)."
     return quantize_with(hqq_weight, model, overrides=overrides, bits=bits, group=group, symmetric=symmetric, **more)
+
+# %% ../nbs/10_ptq.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

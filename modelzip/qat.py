@@ -542,7 +542,7 @@ def _checked_options(name, layer, can, bits, levels, group, per_channel, activat
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
     if levels is not None and bits not in (None, (levels - 1).bit_length()): raise ValueError(f"layer {name} has bits={bits} and levels={levels}, which take {(levels - 1).bit_length()} bits; give one of them")
-    if activations is not None: check_bits(activations, 4, 8)
+    if activations is not None: check_bits(activations, 4, 8, "activations")
     if group is not None and per_channel is False: raise ValueError(f"layer {name} has group={group} and per_channel=False, one step for the tensor; give one of them")
     if group is not None and (type(group) is not int or group < 1): raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
     if can and group is not None and activations is not None:
@@ -688,7 +688,7 @@ def set_bits(
     if bits is not None: check_bits(bits, 1, 8)
     if levels is not None: _check_levels(levels)
     if bits is not None and levels is not None: raise ValueError(f"bits is {bits} and levels is {levels}; give one of them")
-    if activations is not None: check_bits(activations, 4, 8)
+    if activations is not None: check_bits(activations, 4, 8, "activations")
     parts = _parts(model)
     found = [p for p in parts if fnmatch.fnmatchcase(p[0], layers)]
     if not found: raise ValueError(f"layers is {layers!r}; the prepared layers are {', '.join(n for n, *_ in parts)}")
@@ -821,3 +821,8 @@ class StepAdam(torch.optim.Adam):
             return super().step(closure)
         finally:
             for g, lr in zip(self.param_groups, rates): g["lr"] = lr
+
+# %% ../nbs/11_qat.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

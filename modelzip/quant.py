@@ -10,7 +10,7 @@ __all__ = ['FLOATS', 'OBSERVERS', 'QUANTIZABLE', 'scale_and_zero_point', 'symmet
            'quantize_model', 'dequantize_model']
 
 # %% ../nbs/03_quant.ipynb
-import copy, heapq, inspect, json, math, sys, warnings
+import copy, heapq, inspect, json, math, sys, textwrap, warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
-from .workshop.models import check_ordinary, computed, copied
+from .workshop.models import check_ordinary, computed, copied, recomputed
 from .workshop.readonly import ReadOnly, read_only
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,10 +64,10 @@ def _finite(x, name="x"):
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
     return x
 
-def check_bits(bits: int, low: int = 1, high: int = 16) -> None:
-    "`ValueError` unless `bits` is a whole number from `low` to `high`."
+def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> None:
+    "`ValueError` unless `bits`, or what the caller's argument is called, is a whole number from `low` to `high`."
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not low <= bits <= high:
-        raise ValueError(f"bits is {bits!r}; it may be a whole number from {low} to {high}")
+        raise ValueError(f"{name} is {bits!r}; it may be a whole number from {low} to {high}")
 
 # %% ../nbs/03_quant.ipynb
 def as_tensor(
@@ -96,7 +96,7 @@ def _from_dlpack(x, name):
         raise TypeError(f"{name} has dtype {getattr(x, 'dtype', '?')} and cannot be read as a tensor: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
-def number_of_blocks(shape, axis: int | None, group: int | None) -> int:
+def number_of_blocks(shape: tuple, axis: int | None, group: int | None) -> int:
     "How many scales a tensor of this shape needs."
     shape = torch.Size(shape)
     if group is not None:
@@ -121,7 +121,7 @@ def as_blocks(
     return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_quant.ipynb
-def from_blocks(blocks: Tensor, shape, axis: int | None, group: int | None) -> Tensor:
+def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | None) -> Tensor:
     "The inverse of `as_blocks`: drop the padding, restore the shape."
     shape = torch.Size(shape)
     if not shape.numel(): return blocks.reshape(shape)
@@ -768,7 +768,7 @@ def _only_finite(blocks, x, nonfinite):
     if bool(torch.isfinite(low).all() & torch.isfinite(high).all()): return blocks, (low, high)
     bad = int((~torch.isfinite(x)).sum())
     if nonfinite == "raise": raise ValueError(f"x holds {bad} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
-    warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=3)
+    warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=4)
     largest = 0. if nonfinite == "zero" else x.nan_to_num(nan=0., posinf=0., neginf=0.).abs().max().item()
     blocks = blocks.nan_to_num(nan=0., posinf=largest, neginf=-largest)
     return blocks, (blocks.amin(1), blocks.amax(1))
@@ -882,7 +882,7 @@ def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     is_zero = lambda b: codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
     quiet = all(bool(is_zero(b).all()) for b in _bites(codes))   # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
-        warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=3)
+        warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=4)
 
 # %% ../nbs/03_quant.ipynb
 def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None, fused=False):
@@ -905,7 +905,9 @@ def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
     "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
-    if not hasattr(columns, "__dlpack__"): columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+    if not hasattr(columns, "__dlpack__"):
+        try: columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"columns is {columns!r:.60}; it may be a tensor or a list of numbers") from e
     columns = as_tensor(columns, "columns").to(x.device)
     columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
     _check_columns(columns, x.shape)
@@ -1072,7 +1074,12 @@ class Dequantize(nn.Module):
         except (AttributeError, TypeError) as e:      # a class of the user's, such as an adapter that is merged in eval mode
             raise RuntimeError(f"{type(_innermost(self)).__name__}.{'train' if mode else 'eval'}() works on a {self.name} that is compressed ({e}); merge what is to be merged before, or call dequantize_model first") from e
     def __prepare_scriptable__(self): raise RuntimeError(f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model first")
-    def __repr__(self): return f"{type(self).__name__}({self.layer!r}, {self.name}: {self.q.describe()}, {self.q.nbytes:,} bytes)"
+    def __repr__(self):
+        layer, held = self, []
+        while type(layer) is type(self): held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes"); layer = layer.layer
+        parts = [repr(layer), *held]
+        if len(parts) == 2 and "\n" not in parts[0]: return f"{type(self).__name__}({', '.join(parts)})"
+        return f"{type(self).__name__}(\n" + textwrap.indent("\n".join(parts), "  ") + "\n)"      # a line each, as PyTorch's containers have it
 
 Dequantize.kinds["Dequantize"] = Dequantize
 
@@ -1204,15 +1211,11 @@ def _copy_with(model, replaced, kept=(), checked=False):
     "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
     if not checked: check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
-    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | _recomputed(model) | {id(t): t for t in kept}
+    memo = {id(p): p for new in old.values() for p in _all_packed(new)} | recomputed(model) | {id(t): t for t in kept}
     shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
     memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
     for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
     return memo.get(id(model)) or copied(model, memo, checked=True)
-
-def _recomputed(model):
-    "Results that a layer's hook computes anew before each call (weight_norm, prune), for which a copy without gradients may stand: PyTorch copies none with gradients."
-    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf and "torch.nn.utils" in (computed(m, k) or "")}
 
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
@@ -1302,3 +1305,8 @@ def dequantize_model(
     if not found: raise ValueError("model has no quantized layer")
     expanded = {}
     return _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())
+
+# %% ../nbs/03_quant.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -175,7 +175,7 @@ def samples_of(
 
 def _listed(data):
     "Batches in a list: a loader that draws random numbers gives the same ones each time."
-    with alone(), seeded(0): return _different(as_batches(data))
+    with alone(), seeded(0): return _different(as_batches(data, name="data"))
 
 def _different(batches):
     "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself; nor is an empty one a batch."
@@ -602,7 +602,7 @@ def _key(what, *things):
     "A fingerprint; for what has none, a key that nobody will ever ask for again."
     try: return fingerprint(*things)
     except TypeError as e:
-        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=3)
+        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=4)
         return secrets.token_hex(16)
 
 def _so_far(notes): return "  ".join(f"{n['bytes'] / 1e3:,.1f} kB {n['quality']:.4f}" for n in pareto(n for n in notes if n.get("quality") is not None)[-4:])
@@ -621,3 +621,8 @@ def _done(waiting, model, samples, evaluate, executor):
             except Exception: yield key, {"error": traceback.format_exc(), "lost": True}, None
 
 def _elsewhere(recipe, shared): return _safely(recipe, *received(shared))
+
+# %% ../nbs/12b_recipe.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

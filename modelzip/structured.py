@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_graph, group_up, name_of, numbers_in, output_axis,
-                               tensors_of, watched)
+                               tensors_of)
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
@@ -30,6 +30,7 @@ from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordina
 from .workshop.readonly import read_only
 from .workshop.readers import pairs_shown, same_code
 from .workshop.rehearsal import disagreement, examples_of, ready
+from .workshop.runs import watched
 from .workshop.settings import SettingsInState, is_count
 
 _all_ = ["Group", "Groups"]
@@ -1049,3 +1050,8 @@ def error_within(
         if left(middle) <= budget: high = middle
         else: low = middle
     return high
+
+# %% ../nbs/08_structured.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

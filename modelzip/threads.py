@@ -1260,3 +1260,8 @@ def save_multi_threaded_model(
     "Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and `pool_settings`."
     settings = {} if pool is None else {"pool": pool_settings(pool)}
     return save(model, path, archive=True, threads=threads, **settings, **info)
+
+# %% ../nbs/12_threads.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

@@ -6,7 +6,7 @@
 __all__ = ['TECHNIQUES', 'technique', 'calibration', 'through_rounding', 'pruned', 'taught', 'compressed', 'load_alone', 'tour']
 
 # %% ../nbs/14_tour.ipynb
-import copy, functools
+import copy, functools, os, sys
 from pathlib import Path
 from typing import Callable
 
@@ -60,7 +60,7 @@ def _channel6(model, data): return quantize_model(model, 6)
 def _group4(model, data): return quantize_model(model, 4, group=64)
 
 @technique("4-bit weights, group 64, mapped", archive=False)
-def _mapped4(model, data): return quantize_model(model, 4, group=64)
+def _mapped4(model, data): return _group4(model, data)
 
 @technique("4-bit weights, asymmetric")
 def _asymmetric4(model, data): return quantize_model(model, 4, group=64, symmetric=False)
@@ -171,11 +171,22 @@ def taught(
 def compressed(
     model: nn.Module,        # trained
     data: Data,              # what it was trained on, for the techniques that look at data
-    progress: bool = True,   # show a bar
+    progress: bool = True,   # show a bar; a line a technique where none can be drawn
 ) -> dict[str, nn.Module]:   # the model itself as 'fp32', then one model for each technique
     "Apply every technique of the list to one model."
-    bar = tqdm(TECHNIQUES.items(), desc="compressing", disable=not progress)
-    return {"fp32": model} | {name: f(model, data) for name, f in bar}
+    models = {"fp32": model}
+    for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and _draws())), 1):
+        _say(progress, f"compressing {i}/{len(TECHNIQUES)}: {name}")
+        models[name] = f(model, data)
+    return models
+
+def _draws():
+    "Whether a bar can be drawn: in a terminal and in a notebook, not in a file or a pipe."
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+
+def _say(progress, line):
+    "What a bar would show, as a line that is there at once."
+    if progress and not _draws() and not os.environ.get("TQDM_DISABLE"): print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/14_tour.ipynb
 def load_alone(path, model=None) -> nn.Module:
@@ -186,15 +197,23 @@ def tour(
     folder: str | Path = "tour",   # where report.html and the .mz files go; made when missing
     seed: int = 0,                 # of the training
     repeats: int = 20,             # timing rounds
-    progress: bool = True,         # show bars
+    progress: bool = True,         # show bars; in a file or a pipe a line a step
 ) -> Report:                       # one row for each technique, the fp32 model first
     "Train LeNet-5 on 4,000 real digits, compress it by every technique, save, load, measure on 1,000 others, write `report.html`."
     folder, data = Path(folder), mnist5k()
     folder.mkdir(parents=True, exist_ok=True)
-    model = train(LeNet5(), data.fit, seed=seed, progress=progress)
+    _say(progress, "training LeNet-5")
+    model = train(LeNet5(), data.fit, seed=seed, progress=progress and _draws())
     models = compressed(model, data, progress)
-    how = {id(m): name != "fp32" and TECHNIQUES[name].archive for name, m in models.items()}
-    def store(m, path): return save(m, path, archive=how[id(m)])
-    report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress)
+    how = {id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and TECHNIQUES[name].archive) for i, (name, m) in enumerate(models.items(), 1)}
+    def store(m, path):
+        _say(progress, how[id(m)][0])
+        return save(m, path, archive=how[id(m)][1])
+    report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and _draws())
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report
+
+# %% ../nbs/14_tour.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())      # errors name the argument

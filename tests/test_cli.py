@@ -482,3 +482,18 @@ def test_a_replaced_file_keeps_its_owner(tmp_path):
         write(link)
         now = path.stat()
         assert (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (1234, 2345, 0o640) and link.is_symlink() and path.read_bytes() != b"before"
+
+
+def test_the_tour_says_what_it_does_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path):
+    from modelzip import tour
+    from modelzip.data import Data, Split
+    few = Split(torch.rand(4, 1, 28, 28), torch.arange(4))
+    monkeypatch.setattr(tour, "mnist5k", lambda: Data(few, few, few))
+    monkeypatch.setattr(tour, "train", lambda model, *args, **kwargs: model.eval())
+    monkeypatch.setattr(tour, "TECHNIQUES", {n: tour.TECHNIQUES[n] for n in ("float32, entropy-coded", "8-bit weights, per channel")})
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    tour.tour(tmp_path, repeats=2)
+    assert capsys.readouterr().err.splitlines() == ["training LeNet-5", "compressing 1/2: float32, entropy-coded", "compressing 2/2: 8-bit weights, per channel",
+                                                    "measuring 1/3: fp32", "measuring 2/3: float32, entropy-coded", "measuring 3/3: 8-bit weights, per channel"]
+    tour.tour(tmp_path, repeats=2, progress=False)
+    assert capsys.readouterr().err == ""

@@ -18,6 +18,7 @@ from modelzip.exchange import from_hdf5, from_npz, from_safetensors, load_many, 
 from modelzip.kernels import use_kernels
 from modelzip.pack import load, save
 from modelzip.quant import Dequantize, quantize_layer, quantize_model
+from inputs import Holder
 from mutations import DAMAGE, JUNK, Sample, other_value, places, state, stored
 from guards import examples
 
@@ -29,12 +30,6 @@ FORMATS = {"safetensors": (to_safetensors, from_safetensors), "npz": (to_npz, fr
 plainly = pytest.mark.parametrize("format", ["safetensors", "npz", "hdf5"])
 every = pytest.mark.parametrize("format", list(FORMATS))
 
-
-class Holder(nn.Module):
-    "A module with the given tensors as buffers."
-    def __init__(self, **tensors):
-        super().__init__()
-        for k, t in tensors.items(): self.register_buffer(k, t)
 
 def there_and_back(m, path, format, skeleton=None, **info):
     to, back = FORMATS[format]

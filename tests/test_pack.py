@@ -8,6 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
+from inputs import Holder
+from mutations import places
 from modelzip import archive as zips, pack
 from modelzip.archive import PackError
 from modelzip.workshop import kinds
@@ -35,12 +37,6 @@ def state(model):
         if isinstance(i.value, torch.Tensor): out[i.name] = (i.value.dtype, tuple(i.value.shape), raw(i.value))
         else: out[i.name] = (type(i.layer), type(i.value), json.dumps(i.value.meta(), sort_keys=True), {k: (t.dtype, tuple(t.shape), raw(t)) for k, t in i.value.parts().items()})
     return out
-
-class Holder(nn.Module):
-    "A module with the given tensors as buffers."
-    def __init__(self, **tensors):
-        super().__init__()
-        for k, t in tensors.items(): self.register_buffer(k, t)
 
 class Small(nn.Module):
     "A bit of everything, in little room."
@@ -357,10 +353,6 @@ def test_random_mutations(tmp_path, one, one_bytes):
     assert loaded < 50      # (mutations that change nothing)
 
 JUNK = [-1, 0, 1, 2, 3, 7, 64, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 1.5, True, None, "", "float32", "int4", "w", "coded", "crc", [], {}, [0], [-1], [2**40, 2**40], {"w": 1}, "\0", "quantized", "Dequantize", "os.system"]
-
-def places(x, at=()):
-    yield at
-    for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else (): yield from places(v, (*at, k))
 
 def test_forged_manifests(tmp_path, one, one_bytes):
     "Checksums are right, the manifest is nonsense: a PackError or some model, never another exception."

@@ -1,5 +1,5 @@
 """Pruning: what must hold for any layer, any shape, any criterion; second opinions; and what must be refused."""
-import copy, itertools, math, subprocess, sys
+import copy, itertools, math, subprocess, sys, warnings
 
 import pytest
 import torch
@@ -132,13 +132,23 @@ def test_the_same_scores_as_torch_pruning():
 def test_what_is_left_whole_is_named_and_can_be_masked_by_hand():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(3, 5, 8)
-    pruned = prune_model(model, 0.5)
+    with pytest.warns(match="whole: self_attn.in_proj_weight .query, key"): pruned = prune_model(model, 0.5)
     assert list(sparsity_table(pruned).whole) == ["self_attn.in_proj_weight"]
     mask_layer(pruned.self_attn, torch.rand(24, 8) < 0.5, "in_proj_weight")
     assert not sparsity_table(pruned).whole and "self_attn.in_proj_weight" in masks(pruned)
     real = remove_masks(pruned)
     assert not masks(real) and torch.equal(real.self_attn.in_proj_weight == 0, ~masks(pruned)["self_attn.in_proj_weight"])
     with torch.no_grad(): torch.testing.assert_close(real(x), pruned(x), rtol=1e-4, atol=1e-6)
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.rnn, self.out, self.hidden = nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 9), [nn.Parameter(torch.ones(4, 4))]
+            self.table, self.out.weight = nn.Parameter(torch.ones(3, 4)), self.words.weight
+    whole = prune.left_whole(Reader())
+    assert sorted(whole) == ["hidden[0]", "rnn.weight_hh_l0", "rnn.weight_ih_l0", "table"] and "plain attribute" in whole["hidden[0]"] and "no weight of" in whole["table"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ordinary, more in ((net(), {}), (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), {"layers": (nn.Linear, nn.Embedding)})): prune_model(ordinary, 0.5, **more)
     with pytest.raises(ValueError, match="LSTM.*could not be copied.*a cell"): mask_layer(nn.LSTM(4, 4), torch.ones(16, 4), "weight_hh_l0")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from guards import codes_alone, examples, unchanged
-from modelzip import structured
+from modelzip import channels, structured
 from modelzip.structured import (Choice, RemainingAttention, RemainingLayerNorm, ThinConv2d, ThinLinear, channel_groups, choose_channels, factorize, fold_batchnorm,
                                  foldable, shrink)
 from modelzip.workshop.models import output_tensors
@@ -386,7 +386,7 @@ def test_layers_of_no_size():
 
 def test_an_error_in_a_rule_surfaces(monkeypatch):
     def broken(t, f, output, input, *args, **kwargs): raise TypeError("of the rule itself")
-    monkeypatch.setitem(structured.dependency_graph.__globals__["RULES"], "relu", broken)
+    monkeypatch.setitem(channels.RULES, "relu", broken)
     with pytest.raises(TypeError, match="of the rule itself"): channel_groups(nn.Sequential(L(3, 8), nn.ReLU(), L(8, 2)), torch.ones(1, 3))
 
 def test_hooks_and_frozen_weights_stay():

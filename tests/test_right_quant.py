@@ -294,6 +294,27 @@ def test_whatever_stays_float_is_listed_with_its_reason():
     assert repr(floats_left(quantize_model(nn.Linear(2, 2, bias=False)))) == "no tensor is float"
 
 
+def test_a_compressed_model_prints_as_pytorch_prints_models():
+    small = quantize_model(nn.Sequential(nn.ModuleDict({"rnn": nn.LSTM(8, 8), "look": nn.MultiheadAttention(8, 2)}), nn.Linear(8, 8)), 4)
+    said = ": 4-bit symmetric, per channel (axis 0), "
+    assert repr(small) == f"""Sequential(
+  (0): ModuleDict(
+    (rnn): Dequantize(
+      LSTM(8, 8)
+      weight_ih_l0{said}256 bytes
+      weight_hh_l0{said}256 bytes
+    )
+    (look): Dequantize(
+      MultiheadAttention(
+        (out_proj): Dequantize(NonDynamicallyQuantizableLinear(in_features=8, out_features=8, bias=True), weight{said}64 bytes)
+      )
+      in_proj_weight{said}192 bytes
+    )
+  )
+  (1): Dequantize(Linear(in_features=8, out_features=8, bias=True), weight{said}64 bytes)
+)"""
+
+
 def test_no_tensor_is_lost_between_the_codes_and_the_list():
     for name in LAYERS:
         model, _ = make(name)

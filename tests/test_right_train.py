@@ -496,7 +496,7 @@ def test_step_adam_takes_groups():
 from dataclasses import dataclass                                                                                # noqa: E402
 
 from modelzip.data import Split, accuracy, train                                                                 # noqa: E402
-from modelzip.distill import AttentionTransfer, Hints, Labels, Logits, Relations, Seen, SoftTargets, affine, classes_last, distill, divergence, watched   # noqa: E402
+from modelzip.distill import AttentionTransfer, Hints, Labels, Logits, Relations, Seen, SoftTargets, affine, classes_last, distill, watched   # noqa: E402
 
 
 def examples_of(*shape, n=24, classes=5, seed=0):

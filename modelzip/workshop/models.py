@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'own_copy', 'call', 'feed', 'labelled',
-           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'copied', 'check_code',
-           'may_write', 'hooks_of', 'carry_hooks']
+           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'recomputed', 'copied',
+           'check_code', 'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
 import contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
@@ -124,11 +124,12 @@ def labelled(
 def as_batches(
     batches: Iterable | Split,   # of what `feed` takes
     size: int = 64,              # examples a batch, of a `Split`
+    name: str = "batches",       # what the caller's argument is called
 ) -> Iterable:                   # the same, for as many passes as one likes
     "Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row by row."
     if isinstance(batches, Split): return [Labelled(batches.x[i:i + size], batches.y[i:i + size]) for i in range(0, len(batches), size)]
     if isinstance(batches, (Tensor, Mapping, str, Inputs, Labelled, PackedSequence)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
+        raise TypeError(f"{name} is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
     return list(batches) if isinstance(batches, Iterator) else batches
 
 # %% ../../nbs/workshop/models.ipynb
@@ -305,14 +306,22 @@ def _closed_over(f):
     return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *named, *vars(f).values()]
 
 # %% ../../nbs/workshop/models.ipynb
+def recomputed(
+    model: nn.Module,
+) -> dict[int, Tensor]:         # `id` → what may stand for it in a copy
+    "Results that a hook computes anew before each call (`weight_norm`, `torch.nn.utils.prune`): PyTorch copies none that has gradients."
+    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items()
+            if isinstance(t, Tensor) and not t.is_leaf and (computed(m, k) or "").startswith("is computed")}
+
 def copied(
     model: nn.Module,           # it is left as it is
     memo: dict | None = None,   # `id` → what stands for it in the copy, as in `copy.deepcopy`
     checked: bool = False,      # `check_ordinary` has seen it
 ) -> nn.Module:                 # a copy that computes with its own numbers
-    "A deep copy. `ValueError` that names the module which cannot be copied, or whose copy would run the original."
+    "A deep copy, also of models in which a hook computes a weight. `ValueError` that names the module which cannot be copied, or whose copy would run the original."
     if not checked: check_ordinary(model)
     memo = {} if memo is None else memo
+    for key, stale in recomputed(model).items(): memo.setdefault(key, stale)
     shared, own = {id(v) for v in memo.values()}, {id(x): n for n, x in (*model.named_modules(), *model.named_parameters())}
     for name, m in model.named_modules():
         for key, value in vars(m).items():

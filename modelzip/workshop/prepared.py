@@ -114,7 +114,7 @@ def warn_of_floats(
     "Say what no table knows: parameters with two or more dimensions that will stay floats."
     found = floats_left(model)
     left = {n: why for n, why in found.items() if "bare parameter" in why and not _inside_parametrization(n) or "plain attribute" in why and found.bytes[n] >= 1024 or "no child" in why}
-    if left: warnings.warn("prepare leaves these as floats: " + "; ".join(f"{n} is {why}" for n, why in left.items()), stacklevel=3)
+    if left: warnings.warn("prepare leaves these as floats: " + "; ".join(f"{n} is {why}" for n, why in left.items()), stacklevel=4)
 
 def _inside_parametrization(name): return ".parametrizations." in f".{name}"
 
