@@ -9,7 +9,7 @@ __all__ = ['model_builders', 'docstring_sources', 'need', 'Split', 'Data', 'stra
            'docstrings', 'recall', 'Verdict', 'exercise']
 
 # %% ../nbs/00_data.ipynb
-import contextlib, functools, hashlib, importlib, importlib.metadata, inspect, json, math, os, platform, re, sys, threading, types, warnings, weakref
+import functools, hashlib, importlib, importlib.metadata, inspect, json, math, platform, re, threading, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape

@@ -6,7 +6,7 @@
 __all__ = ['Here', 'prove', 'save', 'load', 'read_tensor', 'Contents', 'inspect', 'diff', 'PackError']
 
 # %% ../nbs/05_pack.ipynb
-import collections, copy, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
+import collections, copy, functools, html, importlib, io, json, math, mmap, os, sys, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
-from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, encode, entropy, has_values, stream_parts
+from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, check_name, cut, quoted, several, shown
 from .workshop.asked import within, unfit
 from .workshop.kinds import alike, are_kinds, arguments_of, ascii_name, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk

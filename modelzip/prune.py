@@ -32,12 +32,12 @@ from torch.utils._pytree import tree_leaves
 
 from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
-                            as_tensor, dequantize_layer, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+                            as_tensor, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, combined, identity_of, layers_of
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, check_ordinary, computed, copied, feed, labelled, logits_of, own_copy
+from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, copied, feed, labelled, logits_of, own_copy
 
 _all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
 

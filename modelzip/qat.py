@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'ROUNDED', 'straight_through', 'clip', 'WeightQuantizer', 's
            'soft_counts', 'entropy_bits', 'EntropyBits', 'StepAdam']
 
 # %% ../nbs/11_qat.ipynb
-import collections, contextlib, copy, fnmatch, functools, json, math, sys, warnings
+import collections, contextlib, fnmatch, functools, json, math, sys, warnings
 from collections.abc import Iterable
 from typing import Any
 

@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'POOL_SETTINGS', 'CallError', 'elsewhere', 'intra_op_threads'
            'WorkerDied', 'Spread', 'Way', 'Scaling', 'scaling', 'save_multi_threaded_model']
 
 # %% ../nbs/12_threads.ipynb
-import asyncio, atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, signal, statistics
+import asyncio, atexit, contextlib, contextvars, copy, functools, io, itertools, math, os, pickle, queue, random, statistics
 import subprocess, sys, threading, time, weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

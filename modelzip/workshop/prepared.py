@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .matrices import also_held, floats_left, identity_of, layers_of, outputs_of, _rule
-from .models import computed, copied
+from .models import computed
 
 # %% ../../nbs/workshop/prepared.ipynb
 class Settings(nn.Module):
