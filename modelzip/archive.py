@@ -213,7 +213,7 @@ def replacing(
     except BaseException as e:
         with suppress(OSError): f.close()
         with suppress(OSError): os.unlink(temporary)
-        if isinstance(e, OSError) and e.filename in (None, temporary):      # which nobody knows
+        if isinstance(e, OSError) and e.errno is not None and e.filename in (None, temporary):      # which nobody knows
             raise OSError(e.errno, e.strerror, os.fspath(path)) from None
         raise
     sync_folder(os.path.dirname(target))

@@ -129,7 +129,7 @@ def _pack_linear(weight, scale, zero=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         w = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack_weight(w, None)
+    return torch.ops.quantized.linear_prepack(w, None)
 
 def _ones(n): return torch.ones(n, dtype=torch.float32, device="cpu")
 

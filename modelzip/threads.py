@@ -733,14 +733,13 @@ def _check_setting(name: str, value: Any) -> None:
 
 # %% ../nbs/12_threads.ipynb
 def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
-    "Settings: what the caller gives, else what the file says (of threads and processes no more than there are cores), else the usual."
+    "Settings: what the caller gives, else what the file says (of workers and threads at most four for each core), else the usual."
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
     if isinstance(model, (str, os.PathLike)):
         try: filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
         except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
-        filed |= {k: min(filed[k], cores()) for k in ("workers", "intra_op") if filed.get(k)}
+        filed |= {k: min(filed[k], 4 * cores()) for k in ("workers", "intra_op") if filed.get(k)}      # a file cannot know this machine
     elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
-    if filed.get("workers"): filed["workers"] = min(filed["workers"], 4 * cores())      # a file cannot know this machine
     s = {**POOL_SETTINGS, **filed, **given}
     if collate is not None and s["exact"]:
         raise ValueError("collate changes samples' shapes, so answers are only close to serial ones: say exact=False with it")

@@ -459,7 +459,7 @@ def test_a_state_dict_among_other_things(tmp_path, monkeypatch, capsys):
         torch.save({"odd": odd}, "c.pt")
         assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and (("'odd', which is no dense" in (err := capsys.readouterr().err)) or "without running code" in err)
     torch.save({".".join("a" * 3000): torch.ones(4, 4)}, "c.pt")
-    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "nested too deeply" in capsys.readouterr().err
+    assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "a name in 3,000 parts" in capsys.readouterr().err
     torch.save({"model": state, "ema": state, **rest}, "c.pt")
     assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "'model', 'ema'" in capsys.readouterr().err
 

@@ -329,7 +329,7 @@ def test_prepared_models_copy_and_restore():
 # ---------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("how,says", [
-    (dict(bits=0), "bits is 0"), (dict(bits=9), "bits is 9"), (dict(activations=3), "bits is 3"), (dict(activations=9), "bits is 9"), (dict(levels=1), "levels is 1"),
+    (dict(bits=0), "bits is 0"), (dict(bits=9), "bits is 9"), (dict(activations=3), "activations is 3"), (dict(activations=9), "activations is 9"), (dict(levels=1), "levels is 1"),
     (dict(group=16), "group=16"), (dict(overrides={"nope": {}}), "'nope'"), (dict(overrides={"*": None}), "leaves no layer"),
     (dict(batches=[]), "no data"), (dict(batches=[torch.full((2, 1, 28, 28), math.nan)]), "NaN")], ids=lambda v: v if isinstance(v, str) else "-".join(v))
 def test_what_prepare_refuses(how, says):

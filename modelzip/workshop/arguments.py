@@ -12,9 +12,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-
 # %% ../../nbs/workshop/arguments.ipynb
 def fits(
     x: Any,
@@ -47,7 +44,7 @@ def _number(x, whole=False):
 
 # %% ../../nbs/workshop/arguments.ipynb
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", Real: "a number", str: "text", Path: "a path", os.PathLike: "a path", Callable: "a function", Iterable: "an iterable", Sequence: "a list", list: "a list", tuple: "a tuple", dict: "a dict", Mapping: "a dict",
-         bytes: "bytes", types.NoneType: "None", nn.Module: "an nn.Module", Tensor: "a tensor"}
+         bytes: "bytes", types.NoneType: "None", "Module": "an nn.Module", "Tensor": "a tensor"}      # PyTorch's by name: pages of explorers do without it
 
 def in_words(
     kind: Any,     # an annotation
@@ -59,7 +56,7 @@ def in_words(
         return " or ".join([", ".join(said[:-1])] * bool(said[:-1]) + said[-1:])
     if typing.get_origin(kind) is typing.Literal: return " or ".join(map(repr, typing.get_args(kind)))
     kind = types.NoneType if kind is None else typing.get_origin(kind) or kind
-    return WORDS.get(kind) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
+    return WORDS.get(kind) or WORDS.get(kind.__name__) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
 
 def unfit(
     f: Callable,
@@ -80,7 +77,8 @@ def unfit(
 
 def _holds_tensors(x):
     "Whether there is a tensor in an example, or something that may hold one."
-    return any(isinstance(t, (Tensor, Mapping)) or getattr(t, "__dict__", None) for t in tree_leaves(x))
+    from torch.utils._pytree import tree_leaves
+    return any(isinstance(t, Mapping) or type(t).__name__ == "Tensor" or getattr(t, "__dict__", None) for t in tree_leaves(x))
 
 def fits_instance(c: type, kind: Any) -> bool:
     "Whether what a class makes would fit."
@@ -102,16 +100,17 @@ def with_names(
         try: return f(*args, **kwargs)
         except Exception as e:
             why = unfit(f, args, kwargs)
-            if why is None or "; call it" not in why and (_judged(e) or _names(e, why.partition(" ")[0])): raise
+            if why is None or "; call it" not in why and (_judged(e, plain) or _names(e, why.partition(" ")[0])): raise
             raise TypeError(why) from e
     return call
 
-def _judged(e):
-    "Whether an error is a judgement: a `ValueError` that a line of ours raises."
+def _judged(e, f):
+    "Whether an error is a judgement: a `ValueError` that a line of ours raises, or a `TypeError` of the function's own."
     at = e.__traceback__
     while at.tb_next is not None: at = at.tb_next
     code = at.tb_frame.f_code
-    return isinstance(e, ValueError) and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0] and dis.opname[code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+    if isinstance(e, TypeError) and code is not getattr(f, "__code__", None): return False      # it speaks of the arguments of another
+    return isinstance(e, (TypeError, ValueError)) and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0] and dis.opname[code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
 
 def _names(e, name):
     "Whether an error has the name of an argument as a word."
