@@ -1010,7 +1010,12 @@ def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
     "Answer one batch, or say why not."
     ok, reply = _attempt(lambda d: [(fine, y if fine else _portable(y)) for fine, y in run(pickle.loads(d))], data)
     sent, error = _attempt(lambda r: _send(pipe, r), reply if ok else _portable(reply))
-    if not sent: _send(pipe, _portable(error))
+    if not sent: _send(pipe, [*map(_sendable, reply)] if ok else _portable(error))
+
+def _sendable(answer: tuple[bool, Any]) -> tuple[bool, Any]:
+    "An answer that can be sent as it is, or why it cannot be, which is no fault of the others in its batch."
+    sent, error = _attempt(_wired, answer)
+    return answer if sent else (False, _portable(error))
 
 def _set_up(pipe: Connection) -> Runner:
     "A runner as the pool orders it."

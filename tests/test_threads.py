@@ -975,6 +975,13 @@ def test_processes_and_errors(monkeypatch):
     assert isinstance(ends[2], WorkerDied) and "exit code -9" in str(ends[2]) and str(ends[4]) == "Odd: two"
     assert [(type(e), str(e)) for e in ends[6:10]] == [(MemoryError, "three"), (SystemExit, "four"), (KeyboardInterrupt, "five"), (TypeError, "stays here")]
     assert pool(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
+    from modelzip.threads import Runner, _reply
+    said = []
+    class Pipe:
+        def send_bytes(self, data): said.append(pickle.loads(data))
+    _reply(Pipe(), Runner(Poison(), exact=False), pickle.dumps([one(-6), one(5)]))      # in one batch: only its own request learns of it
+    (fine, error), (good, y) = said[-1]
+    assert not fine and isinstance(error, TypeError) and good and y.item() == 10
     with monkeypatch.context() as m:
         def fails(self): raise OSError("no process left")
         m.setattr(_Remote, "start", fails)
