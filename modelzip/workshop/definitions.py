@@ -55,8 +55,13 @@ def _equal(a: Any, b: Any) -> bool:
 def _meaning(f: Callable, cls: type | None = None) -> list:
     "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
     f = unmarked(f)
-    cells = [c.cell_contents for c in f.__closure__ or ()]
+    cells = [_held(c) for c in f.__closure__ or ()]
     return [_code(f.__code__), f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+
+def _held(cell):
+    "What a function has closed over; what has no value yet is like nothing else."
+    try: return cell.cell_contents
+    except ValueError: return object()
 
 def _code(c: types.CodeType) -> list:
     "What a function does, and what the functions in it do."

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 # %% ../../nbs/workshop/untouched.ipynb
 def _puts_back(x, seen: set) -> Iterator[Callable]:
     "Functions that restore what is reached from a value."
-    if id(x) in seen or x is None or isinstance(x, (str, bytes, int, float, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, nn.Parameter)): return
+    if id(x) in seen or x is None or isinstance(x, (str, bytes, int, float, np.generic, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, nn.Parameter)): return
     seen.add(id(x))
     if isinstance(x, Tensor): yield from _of_a_tensor(x)
     elif isinstance(x, torch.Generator): yield lambda state=x.get_state(): x.set_state(state)
+    elif isinstance(x, random.Random): yield lambda state=x.getstate(): x.setstate(state)
+    elif isinstance(x, np.random.RandomState): yield lambda state=x.get_state(): x.set_state(state)
+    elif isinstance(x, np.random.Generator): yield lambda state=x.bit_generator.state: setattr(x.bit_generator, "state", state)
+    elif isinstance(x, (np.ndarray, bytearray)): yield from _of_an_array(x)
     elif isinstance(x, (dict, list, set, deque)):
         held = dict(x) if isinstance(x, dict) else set(x) if isinstance(x, set) else list(x)
         yield lambda: None if _same(x, held) else (x.clear(), x.update(held) if isinstance(x, (dict, set)) else x.extend(held))
@@ -30,12 +34,20 @@ def _puts_back(x, seen: set) -> Iterator[Callable]:
     elif type(x).__module__.partition(".")[0] not in ("torch", __name__.partition(".")[0]) and isinstance(getattr(x, "__dict__", None), dict): yield from _puts_back(vars(x), seen)
 
 def _of_a_tensor(t):
-    "A write into inference tensors is not counted, and not possible outside inference mode."
+    "Not of inference tensors, which nobody may write outside inference mode."
     if t.is_inference() or t.is_meta or t.layout != torch.strided: return
     version, value = t._version, t.detach().clone()
     def back():
-        if t._version != version and t.shape == value.shape:
+        if t.shape == value.shape and (t._version != version or not torch.equal(t, value)):
             with torch.no_grad(): t.copy_(value)
+    yield back
+
+def _of_an_array(x):
+    "An array of objects holds what Python holds: only which ones."
+    value = x.copy()
+    def back():
+        if isinstance(x, bytearray): x[:] = value
+        elif x.flags.writeable and x.shape == value.shape: x[...] = value
     yield back
 
 def _same(x, held):
@@ -45,8 +57,8 @@ def _same(x, held):
 
 # %% ../../nbs/workshop/untouched.ipynb
 class untouched:
-    """A block after which a model, and the random numbers of torch, numpy and Python, are as they were. Random numbers belong to all threads:
-    while another thread is in such a block, nothing is put back that both may have moved."""
+    """A block after which a model, and the random numbers of torch, NumPy and Python, are as they were. Random numbers belong to all threads:
+    of blocks at the same time, in other threads or one in the other, only the first puts anything back."""
     _lock = threading.Lock()
     def __init__(self, model: nn.Module): self.model = model
     def __enter__(self) -> nn.Module:
