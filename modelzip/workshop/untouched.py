@@ -38,12 +38,18 @@ def _of_a_tensor(t):
     if t.is_inference() or t.is_meta or t.layout != torch.strided: return
     version, value = t._version, t.detach().clone()
     def back():
-        if t.shape == value.shape and (t._version != version or not torch.equal(t, value)):
+        if t.shape == value.shape and (t._version != version or _differs(t, value)):
             with torch.no_grad(): t.copy_(value)
     yield back
 
+def _differs(a, b):
+    "Whether two tensors have other bytes, where that can be told."
+    try: return not torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    except RuntimeError: return False
+
 def _of_an_array(x):
-    "An array of objects holds what Python holds: only which ones."
+    "Of an array of objects, only which ones they are. What cannot be written is as it was."
+    if isinstance(x, np.ndarray) and not x.flags.writeable: return
     value = x.copy()
     def back():
         if isinstance(x, bytearray): x[:] = value
@@ -57,29 +63,36 @@ def _same(x, held):
 
 # %% ../../nbs/workshop/untouched.ipynb
 class untouched:
-    """A block after which a model, and the random numbers of torch, NumPy and Python, are as they were. Random numbers belong to all threads:
-    of blocks at the same time, in other threads or one in the other, only the first puts anything back."""
-    _lock = threading.Lock()
+    """A block after which a model, and the random numbers of torch, NumPy and Python, are as they were. Of blocks at the same time, in other threads or
+    one in the other, the first that has a module looks after it, and the first of all after random numbers, which belong to all threads."""
+    _lock, _guard, _taken = threading.Lock(), threading.Lock(), set()      # of random numbers, and of the `id`s of modules that a block has
     def __init__(self, model: nn.Module): self.model = model
     def __enter__(self) -> nn.Module:
-        self.alone, seen = self._lock.acquire(blocking=False), set()
-        if not self.alone: return self.model
+        seen, modules = set(), {id(m): m for m in self.model.modules()}
+        with self._guard:
+            self.mine = modules.keys() - self._taken
+            self._taken.update(self.mine)
+        self.alone = self._lock.acquire(blocking=False)
+        modules = [m for i, m in modules.items() if i in self.mine]
         try:
-            self.back = [f for m in self.model.modules() for f in _puts_back(vars(m), seen)]
-            self.back += [f for m in self.model.modules() if getattr(m, "max_norm", None) is not None and isinstance(getattr(m, "weight", None), Tensor) for f in _of_a_tensor(m.weight)]
+            self.back = [f for m in modules for f in _puts_back(vars(m), seen)]
+            self.back += [f for m in modules if getattr(m, "max_norm", None) is not None and isinstance(getattr(m, "weight", None), Tensor) for f in _of_a_tensor(m.weight)]
             cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
             self.numbers = torch.random.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None, np.random.get_state(), random.getstate()
         except BaseException:
-            self._lock.release()
+            self._leave()
             raise
         return self.model
     def __exit__(self, *error) -> None:
-        if not self.alone: return
         try:
             for f in self.back: f()
+            if not self.alone: return
             cpu, cuda, numpys, pythons = self.numbers
             torch.random.set_rng_state(cpu)
             if cuda is not None: torch.cuda.set_rng_state_all(cuda)
             np.random.set_state(numpys)
             random.setstate(pythons)
-        finally: self._lock.release()
+        finally: self._leave()
+    def _leave(self):
+        with self._guard: self._taken.difference_update(self.mine)
+        if self.alone: self._lock.release()
