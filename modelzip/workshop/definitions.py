@@ -48,8 +48,13 @@ def _equal(a: Any, b: Any) -> bool:
     if a is b: return True
     if type(a) is not type(b): return False
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    try: return bool(a == b) or isinstance(a, types.FunctionType) and same_definition(a, b)
+    if isinstance(a, (dict, set, frozenset)):
+        theirs = {k: k for k in b}                               # 1 and 1.0 are one key, and two values
+        return len(a) == len(b) and all(k in theirs and _equal(k, theirs[k]) and (not isinstance(a, dict) or _equal(a[k], b[k])) for k in a)
+    if isinstance(a, (float, complex)): return repr(a) == repr(b)          # nor is 0 the same as -0
+    try:
+        if hasattr(a, "dtype") and hasattr(a, "shape"): return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        return bool(a == b) or isinstance(a, types.FunctionType) and same_definition(a, b)
     except Exception: return False
 
 def _meaning(f: Callable, cls: type | None = None) -> list:
