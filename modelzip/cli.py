@@ -535,8 +535,9 @@ def _completion(o):
 EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError, RuntimeError)
 
 class _Parser(argparse.ArgumentParser):
-    "Whose help any terminal can show."
+    "Whose help any terminal can show, and whose errors are a line."
     def format_help(self): return fitting(super().format_help(), sys.stdout)
+    def error(self, message): raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
 
 class _Once(argparse.Action):
     "An option that is given twice would act once."

@@ -905,7 +905,7 @@ async def _asubmit(
     timeout: float | None = None,   # seconds to wait for the answer, then TimeoutError
     wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
 ) -> Any:                           # the model's answer to it
-    "As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose task is cancelled is not run."
+    "As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose task is cancelled is not run, unless the model has it already."
     request, wait = self._request(x, timeout := _seconds(timeout, "timeout")), _seconds(timeout if wait is None else wait, "wait")
     until, room_until = (math.inf if t is None else time.monotonic() + t for t in (timeout, wait))
     try:

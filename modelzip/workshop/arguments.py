@@ -22,7 +22,7 @@ def fits(
     if kind is None or kind is types.NoneType: return x is None
     of = typing.get_origin(kind)
     if of in (typing.Union, types.UnionType): return any(fits(x, k) for k in typing.get_args(kind))
-    if of is typing.Literal: return x in typing.get_args(kind)
+    if of is typing.Literal: return any(isinstance(x, type(k)) and x == k for k in typing.get_args(kind))      # an array has no one answer to ==
     kind = of or kind
     if not isinstance(kind, type): return True
     if kind is Callable: return callable(x)
@@ -38,7 +38,7 @@ def fits(
     return isinstance(x, kind)
 
 def _number(x, whole=False):
-    "A tensor or an array with one number in it."
+    "A number that is a tensor or an array without dimensions."
     kind = getattr(x, "dtype", None)
     return kind is not None and getattr(x, "shape", None) == () and not (whole and "float" in str(kind))
 

@@ -48,15 +48,25 @@ def _equal(a: Any, b: Any) -> bool:
     if a is b: return True
     if type(a) is not type(b): return False
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    try: return bool(a == b) or isinstance(a, types.FunctionType) and same_definition(a, b)
+    if isinstance(a, (dict, set, frozenset)):
+        theirs = {k: k for k in b}                               # 1 and 1.0 are one key, and two values
+        return len(a) == len(b) and all(k in theirs and _equal(k, theirs[k]) and (not isinstance(a, dict) or _equal(a[k], b[k])) for k in a)
+    if isinstance(a, (float, complex)): return repr(a) == repr(b)          # nor is 0 the same as -0
+    try:
+        if hasattr(a, "dtype") and hasattr(a, "shape"): return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        return bool(a == b) or isinstance(a, types.FunctionType) and same_definition(a, b)
     except Exception: return False
 
 def _meaning(f: Callable, cls: type | None = None) -> list:
     "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
     f = unmarked(f)
-    cells = [c.cell_contents for c in f.__closure__ or ()]
+    cells = [_held(c) for c in f.__closure__ or ()]
     return [_code(f.__code__), f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+
+def _held(cell):
+    "What a function has closed over; what has no value yet is like nothing else."
+    try: return cell.cell_contents
+    except ValueError: return object()
 
 def _code(c: types.CodeType) -> list:
     "What a function does, and what the functions in it do."

@@ -24,7 +24,7 @@ def _opened(path):
 def received(
     what: Any,      # of `sent_once`
 ) -> tuple:         # the things
-    "In a worker."
+    "The things themselves, in a worker; a process opens what it was sent last only once."
     return _opened(what.path) if isinstance(what, Parcel) else what
 
 # %% ../../nbs/workshop/parcels.ipynb

@@ -94,7 +94,8 @@ def keep_uncalled(
         while owner and owner not in t.visible: owner = owner.rpartition(".")[0]
         sizes[owner] |= {k for k in p.shape if k > 1}
     for owner, several in sizes.items():
-        why = f"{next(n for n in uncalled if n.startswith(owner))} may read it, which no example calls"
+        reader = next(n for n in uncalled if not owner or (n + ".").startswith(owner + "."))
+        why = f"{reader} may read it, which no example calls"
         for m in [*t.visible[owner], *(m for s in t.steps if s.path == owner for m in [*s.inputs, *s.outputs])]:
             for axes, labels in m.blocks.items():
                 if any(span(m, a) & several for a in axes): t.ties.keep(labels, why)

@@ -22,9 +22,13 @@ def fitting(
 def as_json(
     found: Any,
 ) -> str:         # plain ASCII where standard output knows no more
-    "For other programs."
-    text = json.dumps(found, indent=1, ensure_ascii=False, default=str)
-    return text if sys.stdout is None or fitting(text, sys.stdout) == text else json.dumps(found, indent=1, default=str)
+    "For other programs. JSON knows no NaN and no infinity: they are the texts that `float` reads."
+    def known(x):
+        if isinstance(x, float) and x - x != 0: return str(float(x))
+        return {k: known(v) for k, v in x.items()} if isinstance(x, dict) else [*map(known, x)] if isinstance(x, (list, tuple)) else x
+    found = known(found)
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    return text if sys.stdout is None or fitting(text, sys.stdout) == text else json.dumps(found, indent=1, allow_nan=False, default=str)
 
 def silence(out: TextIO) -> None:
     "What is still in its buffer goes nowhere, so that the end of the program has no more to say of it."
@@ -70,7 +74,7 @@ def reason(
     e: BaseException,
     expected: tuple = (),     # exceptions whose message says it all
 ) -> str:
-    "An exception in a line."
+    "An exception in words, which `complain` makes a line."
     if isinstance(e, OSError): return f"{os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else e.filename}: {e.strerror}" if e.filename is not None and e.strerror else str(e) or type(e).__name__
     if isinstance(e, MemoryError): return "there is not enough memory" + f": {e}" * bool(str(e))
     return str(e) or type(e).__name__ if isinstance(e, expected) else f"{type(e).__name__}: {e}{raised_at(e)}"
