@@ -182,6 +182,22 @@ def as_json(
     except (ValueError, RecursionError) as e: raise ValueError(f"{what} has no place in JSON: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
+MAX_DIMS = 64      # of a tensor
+
+def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
+
+def check_shape(
+    entry: dict,
+    name: str,
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    "The type and the shape in an entry of the table."
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
+    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
+           f"{quoted(name)} has the impossible shape {quoted(shape)}")
+    return DTYPES[dtype], tuple(shape)
+
+# %% ../nbs/05_pack.ipynb
 def describe(
     t: Tensor,
     name: str,
@@ -430,22 +446,6 @@ class Part:
     def nbytes(self) -> int: return self.numel*self.dtype.itemsize
     @property
     def stored(self) -> int: return self.nbytes if self.coded is None else self.coded      # bytes in the file
-
-# %% ../nbs/05_pack.ipynb
-MAX_DIMS = 64      # of a tensor
-
-def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
-
-def check_shape(
-    entry: dict,
-    name: str,
-) -> tuple[torch.dtype, tuple[int, ...]]:
-    "The type and the shape in an entry of the table."
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
-    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
-           f"{quoted(name)} has the impossible shape {quoted(shape)}")
-    return DTYPES[dtype], tuple(shape)
 
 # %% ../nbs/05_pack.ipynb
 def check_part(
