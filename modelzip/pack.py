@@ -182,6 +182,22 @@ def as_json(
     except (ValueError, RecursionError) as e: raise ValueError(f"{what} has no place in JSON: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
+MAX_DIMS = 64      # of a tensor
+
+def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
+
+def check_shape(
+    entry: dict,
+    name: str,
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    "The type and the shape in an entry of the table."
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
+    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
+           f"{quoted(name)} has the impossible shape {quoted(shape)}")
+    return DTYPES[dtype], tuple(shape)
+
+# %% ../nbs/05_pack.ipynb
 def describe(
     t: Tensor,
     name: str,
@@ -430,22 +446,6 @@ class Part:
     def nbytes(self) -> int: return self.numel*self.dtype.itemsize
     @property
     def stored(self) -> int: return self.nbytes if self.coded is None else self.coded      # bytes in the file
-
-# %% ../nbs/05_pack.ipynb
-MAX_DIMS = 64      # of a tensor
-
-def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
-
-def check_shape(
-    entry: dict,
-    name: str,
-) -> tuple[torch.dtype, tuple[int, ...]]:
-    "The type and the shape in an entry of the table."
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
-    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
-           f"{quoted(name)} has the impossible shape {quoted(shape)}")
-    return DTYPES[dtype], tuple(shape)
 
 # %% ../nbs/05_pack.ipynb
 def check_part(
@@ -1647,7 +1647,7 @@ class File:
         return {n: g for g in groups.values() for n in g}
     def says(self, name: str) -> tuple:      # of a tensor, besides its numbers
         r = self.rows[name]
-        return r.layer, as_json(r.options or {}, "options"), self.ties[name]
+        return r.layer, as_json(r.options or {}, "options")
     def bytes(self, name: str) -> int:
         if name not in self.rows: return 0
         return sum(self.f.sizes[p.offset, p.nbytes] for p in self.rows[name].parts.values()) if isinstance(self.f, Restored) else self.rows[name].stored
@@ -1676,14 +1676,16 @@ def differences(a: File, b: File) -> list[str]:
     elif a.manifest.get("kind") != b.manifest.get("kind"): out.append("other layers, by builders of the same name" if a.manifest.get("kind") and b.manifest.get("kind") else "only one of them says all about its layers")
     return out
 
-def change_of(name: str, a: File, b: File) -> Change:
+def change_of(name: str, a: File, b: File, seen: dict) -> Change:      # seen: what is known of tensors that have several names
     "One tensor in two files."
     here = [f for f in (a, b) if name in f.rows]
     if len(here) == 1: what = f"only in {os.path.basename(here[0].path)}", None, None
     else:
-        what = compared(a.read(name), b.read(name))
+        key = tuple(f.rows[name].same or name for f in (a, b))
+        if key not in seen: seen[key] = compared(a.read(name), b.read(name)), a.ties[name] == b.ties[name]
+        what, tied = seen[key]
         x, y = a.says(name), b.says(name)
-        if what[0] == "same" and x != y: what = f"same numbers, {'tied otherwise' if x[2] != y[2] else 'in another layer' if x[0] != y[0] else 'with other options'}", *what[1:]
+        if what[0] == "same" and not (tied and x == y): what = f"same numbers, {'tied otherwise' if not tied else 'in another layer' if x[0] != y[0] else 'with other options'}", *what[1:]
     return Change(name, what[0], (a.bytes(name), b.bytes(name)), *what[1:])
 
 # %% ../nbs/05_pack.ipynb
@@ -1692,7 +1694,7 @@ def diff(
     b: str | os.PathLike,      # another one
 ) -> Difference:               # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
     "Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for `load`."
-    with opened(a) as one, opened(b) as two: about, changes = differences(one, two), [change_of(name, one, two) for name in one.rows | two.rows]
+    with opened(a) as one, opened(b) as two: about, seen = differences(one, two), {}; changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
 
 # %% ../nbs/05_pack.ipynb

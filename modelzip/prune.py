@@ -1277,7 +1277,7 @@ def _from_gaps(positions, shape, how):
         at = begin + (some.long() + last).cumsum(0)                # behind each code
         begin, whole = int(at[-1]), bool(last[-1])
         if begin > n: raise ValueError("the gaps do not fit the shape")
-        keep.index_fill_(0, at[last] - 1, True)
+        keep.index_fill_(0, (at if bool(last.all()) else at[last]) - 1, True)
     if not whole: raise ValueError("the gaps do not fit the shape")
     return keep.view(shape)
 

@@ -210,12 +210,15 @@ class MSE(MinMax):
         unit = _unit(blocks)
         blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-        for shrink in torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist():
-            scale, zero = scale_and_zero_point(near * shrink, far * shrink, levels, symmetric)
+        shrinks, wide = torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu"), torch.promote_types(blocks.dtype, torch.float32)
+        for some in shrinks.to(low.device).split(max(1, _BITE // 16 // max(blocks.numel(), 1))):        # of a small tensor many at once
+            shrunk = lambda x: (some[:, None] * x.to(wide)).to(x.dtype).flatten()
+            scale, zero = scale_and_zero_point(shrunk(near), shrunk(far), levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
-            now = _blockwise(_squared_error, blocks, scale, zero, levels)
+            errors = _blockwise(_squared_error, blocks.expand(len(some), *blocks.shape).flatten(0, 1), scale, zero, levels).view(len(some), -1)
+            now, first = errors.nan_to_num(math.inf, math.inf).min(0)
             better = now < error
-            best, error = torch.where(better, shrink, best), torch.where(better, now, error)
+            best, error = torch.where(better, some[first].to(best.dtype), best), torch.where(better, now, error)
         return low * best, high * best
 
 # %% ../nbs/03_quant.ipynb

@@ -209,3 +209,17 @@ def test_messages_and_tables_are_short(tmp_path):
         deep = nn.Linear(1, 1)
         for _ in range(MAX_PARTS): deep = nn.Sequential(deep)
         save(deep, tmp_path/"x.mz")
+
+def test_ties_are_compared_once(tmp_path, monkeypatch):
+    "2 kB of 200 names for one tensor of 16 MB: `diff` expanded it 400 times."
+    m = nn.Module(); m.w0 = nn.Parameter(torch.zeros(50, 50))
+    for i in range(1, 30): m.register_parameter(f"w{i}", m.w0)
+    path, read, calls = save(m, tmp_path/"ties.mz"), pack.read_row, []
+    monkeypatch.setattr(pack, "read_row", lambda *a: calls.append(a) or read(*a))
+    assert diff(path, path).same and len(diff(path, path).changes) == 30 and len(calls) == 4
+
+def test_many_compressed_tensors_in_one_module_are_refused():
+    from modelzip.cli import MOST_BESIDE, as_model, quantize_weights
+    names = [f"w{i}" for i in range(MOST_BESIDE + 1)]
+    with pytest.raises(ValueError, match=f"{MOST_BESIDE + 1} tensors beside each other"): quantize_weights(as_model({n: torch.ones(2, 2) for n in names}))
+    quantize_weights(as_model({n: torch.ones(2, 2) for n in names[1:]} | {"w0": torch.ones(2)}))
