@@ -878,7 +878,9 @@ def prune_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    new = copied(model)
+    prunable_layers(model, **{k: more[k] for k in ("layers", "skip") if more.get(k) is not None})     # of the original: a copy no longer shows which tensors share their memory
+    pruner = Pruner(new, sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .models import check_code, computed
+from .models import check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _recurrent(layer): return {n: 0 for n in layer._flat_weights_names if n.startswith("weight")}
@@ -176,7 +176,7 @@ def _options(how, what):
 def also_held(
     model: nn.Module,
 ) -> list[tuple[str, Tensor]]:      # where, and what
-    "Tensors in plain attributes: in lists and dicts, alone, or in modules that PyTorch does not know of."
+    "Tensors in plain attributes: alone, in whatever holds values (containers, objects, functions and their arguments), or in modules that PyTorch does not know of."
     known, found = layers_of(model), []
     for module, names in known.values():
         for path, x in _hidden(module, known):
@@ -188,15 +188,17 @@ def _hidden(module, known):
     "Tensors and modules in a module's attributes that are not registered."
     for key, value in vars(module).items():
         if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"): continue
-        yield from _inside(value, key, known, 0)
+        yield from _inside(value, key, known)
 
-def _inside(x, path, known, depth):
-    if isinstance(x, (Tensor, nn.Module)):
-        if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
-    elif depth < 4 and isinstance(x, (list, tuple)):
-        for i, v in enumerate(x): yield from _inside(v, f"{path}[{i}]", known, depth + 1)
-    elif depth < 4 and isinstance(x, dict) and not path.endswith("_hooks"):
-        for k, v in x.items(): yield from _inside(v, f"{path}[{k!r}]", known, depth + 1)
+def _inside(x, path, known):
+    todo, seen = [(x, path)], {}                   # a list and no recursion: objects may form long chains, and circles
+    while todo:
+        x, path = todo.pop()
+        if isinstance(x, (Tensor, nn.Module)):
+            if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
+        elif id(x) not in seen and not path.endswith("_hooks"):
+            seen[id(x)] = x                        # kept, so that no other object gets its id
+            todo += [(y, path + key) for key, y in reversed(held_in(x))]
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _check_ties(model, chosen):

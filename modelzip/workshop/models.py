@@ -4,11 +4,11 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'own_copy', 'call', 'feed', 'labelled',
-           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'recomputed', 'copied',
+           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'held_in', 'recomputed', 'copied',
            'check_code', 'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
-import contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
+import collections, contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from numbers import Number
 from typing import Any, NamedTuple
@@ -297,6 +297,24 @@ def _parts(x, copies):
     if isinstance(x, (list, tuple, Set)): return list(x), copies
     held = getattr(x, "__dict__", {})                            # not hasattr: a traced model is full of proxies that have everything
     return list(held.values()), copies and "__wrapped__" not in held      # a cached function is not copied, nor what it wraps
+
+def held_in(
+    x: Any,                        # neither a tensor nor a module
+) -> list[tuple[str, Any]]:        # how to reach it from x, such as '[0]' or '.scale', and what it is
+    "What a value holds: the items of a container, the arguments of a partial function, what a function closes over, the attributes of an object."
+    if _empty(x) or isinstance(x, (str, bytes, Number, type, types.ModuleType)): return []
+    if isinstance(x, functools.partial): return [(".func", x.func), *((f".args[{i}]", y) for i, y in enumerate(x.args)), *((f".keywords[{k!r}]", y) for k, y in x.keywords.items())]
+    if isinstance(x, types.MethodType): return [(".__self__", x.__self__), (".__func__", x.__func__)]
+    if isinstance(x, types.FunctionType): return [] if _of_a_library(x) else [(f" closes over [{i}]", y) for i, y in enumerate(_closed_over(x))]
+    items = []
+    if isinstance(x, Mapping): items = [*((f"[{_key(k)}]", y) for k, y in x.items()), *((f" key {i}", k) for i, k in enumerate(x))]
+    elif isinstance(x, (list, tuple, Set, collections.deque)): items = [(f"[{i}]", y) for i, y in enumerate(x)]
+    if type(x).__module__ in ("builtins", "collections") or _of_a_library(type(x)): return items
+    slots = [s for c in type(x).__mro__ for s in ([c.__slots__] if isinstance(vars(c).get("__slots__"), str) else vars(c).get("__slots__", ())) if s not in ("__dict__", "__weakref__")]
+    held = {**getattr(x, "__dict__", {}), **{s: getattr(x, s) for s in slots if hasattr(x, s)}}
+    return items + [(f".{k}", y) for k, y in held.items()]
+
+def _key(k): return repr(k) if isinstance(k, (str, Number)) else type(k).__name__
 
 def _closed_over(f):
     "The values that a function can reach beside its arguments: closure, defaults, and the globals that it names."
