@@ -303,6 +303,24 @@ def test_a_weight_that_is_held_elsewhere_is_refused(how, what):
             with pytest.raises(ValueError, match=r"\ba\b.*held|held.*model itself"): run(model)
 
 
+def test_memory_in_another_shape_and_matching_of_classes_are_refused():
+    class Turned(nn.Module):
+        def __init__(self, keep): super().__init__(); self.a = nn.Linear(6, 6); keep(self, self.a.weight.detach().T)
+        def forward(self, x): return x @ self.w + self.a(x)
+    for keep in lambda m, w: m.register_buffer("w", w), lambda m, w: setattr(m, "w", w), lambda m, w: setattr(m, "w", w[:, :6]):
+        for name, run in BY.items():
+            if name != "factorize":
+                with pytest.raises(ValueError, match=r"\ba\b.*\bw\b"): run(Turned(keep))
+    class Matches(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(6, 6)
+        def forward(self, x):
+            match self.a:
+                case nn.Linear(): x = 2*x
+            return self.a(x)
+    for name in "quantize_model", "gptq", "factorize", "prepare":
+        with pytest.raises(ValueError, match="asks whether a layer is a Linear"): BY[name](Matches())
+
+
 def test_layers_in_plain_containers_follow():
     class Kept(nn.Module):
         def __init__(self):

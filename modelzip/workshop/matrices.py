@@ -4,13 +4,14 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'Matrix', 'choose_matrices', 'combined', 'also_held', 'Left', 'floats_left']
+           'overlap', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -71,6 +72,13 @@ def identity_of(t: Tensor) -> tuple:
     "Equal for tensors that are one: the same object, or two that share all their memory."
     if is_lazy(t) or t.is_meta or not t.numel(): return ("object", id(t))
     return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device)
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    "Whether two tensors are one, or share memory in another shape: a transpose, some of the rows."
+    if identity_of(a) == identity_of(b): return True
+    if any(is_lazy(t) or t.is_meta or t.layout is not torch.strided or not t.numel() for t in (a, b)) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr(): return False
+    (low, high), (first, last) = ((t.data_ptr(), t.data_ptr() + (sum((n - 1)*s for n, s in zip(t.shape, t.stride())) + 1)*t.element_size()) for t in (a, b))
+    return low < last and first < high
 
 # %% ../../nbs/workshop/matrices.ipynb
 @dataclass(eq=False)
@@ -207,7 +215,7 @@ def _check_ties(model, chosen):
     for m in chosen: ties.setdefault(m.tie, m)
     for module, names in layers_of(model).values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            first = None if t is None else ties.get(identity_of(t))
+            first = None if t is None else ties.get(identity_of(t)) or (next((m for m in chosen if overlap(m.weight, t)), None) if key in module._buffers else None)
             if first is None: continue
             here, other = f"{names[0]}.{key}".lstrip("."), done.get((id(module), key))
             if other is None:
@@ -216,7 +224,7 @@ def _check_ties(model, chosen):
             if other.options != first.options:
                 raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
     for where, t in also_held(model):
-        if (first := ties.get(identity_of(t))) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+        if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb
 class Left(dict):

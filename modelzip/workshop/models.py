@@ -400,14 +400,16 @@ def _writes_of(cls):
     words = {n for start in ("forward", "train") for code, _ in _codes(cls, start) for n in code.co_names}
     return bool(words & {"data", "no_grad", "__setitem__", "setattr"}) or any(n.endswith("_") and not n.startswith("_") and hasattr(Tensor, n) for n in words)
 
-def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} for c, _ in _codes(cls))
+def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} or _matches(c) for c, _ in _codes(cls))
+
+def _matches(code): return any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))      # match layer: case nn.Linear(): …
 
 def _asked_for(cls, kind, instances):
     "The class of a layer that some code names, where it asks for classes."
     kinds = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     for code, known in _codes(cls):
         names, exactly = {*code.co_names, *code.co_freevars}, bool({"type", "__class__"} & {*code.co_names})
-        if not exactly and not (instances and "isinstance" in names): continue
+        if not exactly and not (instances and ("isinstance" in names or _matches(code))): continue
         said = [y for x in map(known().get, names) for y in (x if isinstance(x, (tuple, list, set, dict)) else [x])]
         for c in kinds:
             if c.__name__ in names or any(c is y for y in said) or exactly and "__name__" in names and c.__name__ in code.co_consts: return c.__name__
