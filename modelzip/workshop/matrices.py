@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'overlap', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'Left', 'floats_left']
+           'overlap', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'held_beside', 'left_behind', 'Left',
+           'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -58,15 +59,16 @@ def layers_of(
 ) -> dict[int, tuple[nn.Module, list[str]]]:    # `id` of an ordinary layer → it, and all its names
     "Every module of a model; one that is compressed under the name of its wrapper."
     found = {}
-    def walk(module, name, above):
-        module = unwrapped(module)
-        if id(module) in above: return
-        names = found.setdefault(id(module), (module, []))[1]
-        if name not in names: names.append(name)
-        for k, m in module._modules.items():
-            if m is not None: walk(m, f"{name}.{k}".lstrip("."), above | {id(module)})
-    walk(model, "", frozenset())
+    _walk(model, "", frozenset(), found)
     return found
+
+def _walk(module, name, above, found):             # no inner function: one that calls itself would keep the model in memory
+    module = unwrapped(module)
+    if id(module) in above: return
+    names = found.setdefault(id(module), (module, []))[1]
+    if name not in names: names.append(name)
+    for k, m in module._modules.items():
+        if m is not None: _walk(m, f"{name}.{k}".lstrip("."), above | {id(module)}, found)
 
 def identity_of(t: Tensor) -> tuple:
     "Equal for tensors that are one: the same object, or two that share all their memory."
@@ -191,6 +193,25 @@ def also_held(
             where = f"{names[0]}.{path}".lstrip(".")
             found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
     return found
+
+def held_beside(
+    model: nn.Module,
+) -> tuple[set[str], dict[str, str]]:      # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
+    "What has to be as it was when layers have been exchanged: see `left_behind`."
+    held, tensors = also_held(model), {}
+    for n, t in (*model.named_parameters(), *model.named_buffers()) if held else (): tensors.setdefault(None if is_lazy(t) or t.is_meta else t.untyped_storage().data_ptr(), []).append((n, t))
+    of = lambda t: None if is_lazy(t) or t.is_meta or t.layout is not torch.strided else next((n for n, o in tensors.get(t.untyped_storage().data_ptr(), ()) if overlap(o, t)), None)
+    return {where for where, _ in held}, {where: n for where, t in held if (n := of(t)) is not None and not n.startswith(f"{where}_")}      # weight_orig: from it weight is computed before each call
+
+def left_behind(
+    model: nn.Module,      # in which layers and tensors were exchanged
+    before: tuple,         # `held_beside` of what it was
+) -> str | None:
+    "What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an object, a bound method."
+    places, ties = before
+    for where, n in ties.items(): return f"the model keeps {n} also in {where}, a plain attribute, where it would not become the file's: read it as {n}"
+    if left := [where for where, _ in also_held(model) if where not in places]: return (f"the model keeps a layer also in {left[0].rpartition('.')[0]}, a plain attribute, where it would not become the file's: use nn.ModuleList or nn.ModuleDict, or reach the layer by its name")
+    return None
 
 def _hidden(module, known):
     "Tensors and modules in a module's attributes that are not registered."
