@@ -25,6 +25,7 @@ from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, ide
 from .pack import check_bool, check_left_out, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds
+from .workshop.matrices import held_beside, left_behind
 
 # %% ../nbs/05b_exchange.ipynb
 def check_model(model: Any) -> None:
@@ -222,11 +223,13 @@ def merge_copies(
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
-def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict) -> nn.Module:
+def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict, model: nn.Module | None) -> nn.Module:
     "The last steps of `load`."
+    held = held_beside(skeleton if model is None else model)
     fill(skeleton, rows, values)
     skeleton = wrap(skeleton, rows, values)
     check_result(skeleton, rows)
+    demand((why := left_behind(skeleton, held)) is None, why)
     return skeleton.eval()
 
 # %% ../nbs/05b_exchange.ipynb
@@ -243,7 +246,7 @@ def from_others(
     check_match(skeleton, rows)
     values = {n: opened.read(names[n]) for n in plain}
     for t in values.values(): check_bool(t)
-    return finished(skeleton, merge_copies(rows, values, skeleton), values)
+    return finished(skeleton, merge_copies(rows, values, skeleton), values, model)
 
 # %% ../nbs/05b_exchange.ipynb
 def put_together(
@@ -263,7 +266,7 @@ def put_together(
     check_match(skeleton, rows)
     whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, opened, index, crc)
     values = {n: rebuild(r, {(n, k): whole(r, k) for k in r.parts}) for n, r in rows.items() if r.same is None}
-    return finished(skeleton, rows, values)
+    return finished(skeleton, rows, values, model)
 
 # %% ../nbs/05b_exchange.ipynb
 def checked(

@@ -291,7 +291,7 @@ def _cast(self, input):
 
 def _set(self, key, value):
     Dequantize.__setattr__(self, key, value)
-    if key not in ("said", "training", "kernel", "loaded") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
+    if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
 
 def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8, device="cpu")
 

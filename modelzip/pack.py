@@ -24,6 +24,7 @@ from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack
 from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, entropy, has_values, stream_parts
 from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, check_name, cut, quoted, several, shown
 from .workshop.asked import within, unfit
+from .workshop.matrices import held_beside, left_behind
 from .workshop.kinds import alike, are_kinds, arguments_of, ascii_name, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
@@ -1250,11 +1251,13 @@ def load(
         if mmap: check_mappable(rows, path, isinstance(f, Restored))
         skeleton = skeleton_of(manifest, model, rows)
         check_match(skeleton, rows)
+        held = held_beside(skeleton if model is None else model)
         tensors = map_payload(f, rows, payload, verify) if mmap else read_payload(f, rows, payload)
         values = {n: rebuild(r, tensors) for n, r in rows.items() if r.same is None}
         fill(skeleton, rows, values)
         skeleton = wrap(skeleton, rows, values)
         check_result(skeleton, rows)
+        demand((why := left_behind(skeleton, held)) is None, why)
     return skeleton.eval()
 
 # %% ../nbs/05_pack.ipynb

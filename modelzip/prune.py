@@ -34,7 +34,7 @@ from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
                             as_tensor, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.compiled import autocasting, derived_or_mapped
-from .workshop.matrices import also_held, combined, identity_of, layers_of
+from .workshop.matrices import also_held, combined, identity_of, layers_of, overlap
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, same_dice
 from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, copied, feed, labelled, logits_of, own_copy
@@ -302,12 +302,13 @@ def prunable_layers(
 def _check_held(model, kept):
     "`ValueError` for a weight that the model also reads where no mask can be, and for code that would see that it has one."
     ours = {identity_of(_original(m)): n for n, m in kept.items()}
+    sharing = lambda t: next((n for n, m in kept.items() if overlap(_original(m), t)), None)
     for module, names in layers_of(model).values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is None or (n := ours.get(identity_of(t))) is None: continue
+            if t is None or (n := ours.get(identity_of(t), sharing(t) if key in module._buffers else None)) is None: continue
             if key != "weight" and not (key == "original" and isinstance(module, parametrize.ParametrizationList)): raise ValueError(f"the weight of layer {n or '(model)'} is also {f'{names[0]}.{key}'.lstrip('.')}, where it would stay whole; skip the layer")
     for where, t in also_held(model):
-        if (n := ours.get(identity_of(t))) is not None: raise ValueError(f"the weight of layer {n or '(model)'} is also {where}, a plain attribute, where it would stay whole; skip the layer")
+        if (n := sharing(t)) is not None: raise ValueError(f"the weight of layer {n or '(model)'} is also {where}, a plain attribute, where it would stay whole; skip the layer")
     check_code(model, kept.values(), classes=False)
 
 def _weighs(m):
@@ -878,7 +879,9 @@ def prune_model(
     if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
-    pruner = Pruner(copied(model), sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
+    new = copied(model)
+    prunable_layers(model, **{k: more[k] for k in ("layers", "skip") if more.get(k) is not None})     # of the original: a copy no longer shows which tensors share their memory
+    pruner = Pruner(new, sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
         if retrain is not None: retrain(pruner.model, i)

@@ -601,6 +601,7 @@ class FakeRecurrent(nn.Module):
         try: return super().__getattr__(key)
         except AttributeError:
             if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
+        if key == "all_weights": return [[getattr(self, n) for n in names] for names in self.layer._all_weights]
         return _shown(self.weights[key], self.layer._parameters[key], key) if key in self.weights else getattr(self.layer, key)
 
 # %% ../nbs/11_qat.ipynb

@@ -1051,7 +1051,7 @@ class Dequantize(nn.Module):
     kinds: dict[str, type] = {}
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        Dequantize.kinds[cls.__name__] = cls
+        if cls.__module__.partition(".")[0] != "torch": Dequantize.kinds[cls.__name__] = cls      # while PyTorch records a program, it makes classes of the same name
     def __init__(
         self,
         layer: nn.Module,               # the layer whose parameter is replaced

@@ -25,7 +25,7 @@ from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
 from .quant import _copy_with
-from .workshop.matrices import also_held
+from .workshop.matrices import also_held, identity_of
 from .workshop.models import COPIED, call, carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.readonly import read_only
 from .workshop.readers import pairs_shown, same_code
@@ -973,9 +973,9 @@ def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
-    uses = collections.Counter([id(p) for m in model.modules() for p in m._parameters.values() if p is not None] + [id(t) for _, t in also_held(model)])
+    uses = collections.Counter(identity_of(p) for p in (*(p for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None), *(t for _, t in also_held(model))))
     good = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1
-            and id(m) not in inside and plain(m) and uses[id(m.weight)] == 1}
+            and id(m) not in inside and plain(m) and uses[identity_of(m.weight)] == 1}
     for pattern in layers or ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in good):
             raise ValueError(f"layers names {pattern!r}, which can't be factorized; it may be {', '.join(good)}")

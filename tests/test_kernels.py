@@ -897,3 +897,17 @@ def test_jagged_rows_replicas_and_meta():
     ids = [torch.tensor([1, 2]), torch.tensor([3, 4, 5])]
     assert all(torch.equal(a, table(i)) for a, i in zip(table(torch.nested.nested_tensor(ids, layout=torch.jagged)).unbind(), ids))
     assert torch.equal(torch.func.vmap(table)(torch.tensor([[1, 2], [3, 4]])), table(torch.tensor([[1, 2], [3, 4]])))
+
+
+def test_recording_a_program_leaves_no_class_behind():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.l = nn.Embedding(30, 12), nn.Linear(12, 30)
+            self.l.weight = self.e.weight
+        def forward(self, x): return self.l(self.e(x))
+    known = dict(Dequantize.kinds)
+    for i in range(2):
+        model, x = use_kernels(quantize_model(Tied().eval(), 8)), torch.randint(0, 30, (3, 5))
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+        assert Dequantize.kinds == known

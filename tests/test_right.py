@@ -1,6 +1,6 @@
 """What holds for every function that returns a model: nothing of the caller's is changed, what runs depends on the codes alone,
 hooks act, and what cannot be copied or compressed is refused by name."""
-import functools, types, warnings
+import collections, functools, types, warnings
 
 import pytest
 import torch
@@ -268,6 +268,57 @@ def test_code_that_would_see_the_difference_is_refused(name, cls):
         if (name, cls) in {("factorize", InAList), ("factorize", AlsoAParameter)}: assert BY[name](model).a.weight.shape == (6, 6)      # a weight that others hold stays
         else:
             with pytest.raises(ValueError, match=CODES[cls]): BY[name](model)
+
+
+class Slot:
+    __slots__ = ("v",)
+    def __init__(self, v): self.v = v
+
+class Chest:
+    def __init__(self, v): self.v = v
+    def get(self): return self.v
+
+def same(v): return v
+
+HOLDERS = {"dict": (lambda v: {"v": v}, lambda h: h["v"]), "namespace": (lambda v: types.SimpleNamespace(v=v), lambda h: h.v), "object": (Chest, lambda h: h.v), "slots": (Slot, lambda h: h.v),
+           "deque": (lambda v: collections.deque([v]), lambda h: h[0]), "set": (lambda v: {v}, lambda h: next(iter(h))), "UserDict": (lambda v: collections.UserDict(v=v), lambda h: h["v"]),
+           "key": (lambda v: {v: 1}, lambda h: next(iter(h))), "deep": (lambda v: [[[[[[Chest(v)]]]]]], lambda h: h[0][0][0][0][0][0].v), "partial": (lambda v: functools.partial(same, v), lambda h: h()),
+           "keyword": (lambda v: functools.partial(same, v=v), lambda h: h()), "method": (lambda v: Chest(v).get, lambda h: h()), "closure": (lambda v: lambda: v, lambda h: h())}
+
+class Held(nn.Module):
+    "A weight, or its memory, is also where only Python finds it."
+    def __init__(self, how, what):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(6, 6), nn.Linear(6, 4), how
+        self.held = HOLDERS[how][0](what(self.a.weight))
+    def forward(self, x): return self.b(torch.relu(F.linear(x, HOLDERS[self.how][1](self.held), self.a.bias)))
+
+@pytest.mark.parametrize("what", [lambda w: w, torch.Tensor.detach], ids=["weight", "memory"])
+@pytest.mark.parametrize("how", HOLDERS)
+def test_a_weight_that_is_held_elsewhere_is_refused(how, what):
+    model = Held(how, what).eval()
+    for name, run in BY.items():
+        if name == "factorize" and not (how == "closure" and what(model.a.weight) is model.a.weight): assert type(run(model).a) is nn.Linear
+        else:
+            with pytest.raises(ValueError, match=r"\ba\b.*held|held.*model itself"): run(model)
+
+
+def test_memory_in_another_shape_and_matching_of_classes_are_refused():
+    class Turned(nn.Module):
+        def __init__(self, keep): super().__init__(); self.a = nn.Linear(6, 6); keep(self, self.a.weight.detach().T)
+        def forward(self, x): return x @ self.w + self.a(x)
+    for keep in lambda m, w: m.register_buffer("w", w), lambda m, w: setattr(m, "w", w), lambda m, w: setattr(m, "w", w[:, :6]):
+        for name, run in BY.items():
+            if name != "factorize":
+                with pytest.raises(ValueError, match=r"\ba\b.*\bw\b"): run(Turned(keep))
+    class Matches(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(6, 6)
+        def forward(self, x):
+            match self.a:
+                case nn.Linear(): x = 2*x
+            return self.a(x)
+    for name in "quantize_model", "gptq", "factorize", "prepare":
+        with pytest.raises(ValueError, match="asks whether a layer is a Linear"): BY[name](Matches())
 
 
 def test_layers_in_plain_containers_follow():

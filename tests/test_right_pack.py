@@ -1,5 +1,5 @@
 """A file gives back the function that was saved, or nothing: every transformation, every sort of owner, in a process that knows only the classes."""
-import collections, copy, json, math, os, subprocess, sys
+import collections, copy, json, math, os, subprocess, sys, types
 from fractions import Fraction
 from pathlib import Path
 
@@ -591,3 +591,28 @@ def test_layers_with_several_matrices(tmp_path, bits):
             path = write(q, tmp_path/way)
             for given in Mixed(), q:
                 with torch.no_grad(): assert torch.equal(read(path, given)(x), want), way
+
+
+class Elsewhere(nn.Module):
+    "A layer, or its weight, is also where only Python finds it."
+    def __init__(self, keep):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.held, self.keep = keep(self.a), keep
+    def forward(self, x): return self.b(HOW[self.keep](self.held, self.a, x))
+
+def in_a_list(a): return [a]
+def in_an_object(a): return types.SimpleNamespace(a=a)
+def as_a_method(a): return a.forward
+def as_a_weight(a): return a.weight
+def as_memory(a): return a.weight.detach().T
+HOW = {in_a_list: lambda h, a, x: h[0](x), in_an_object: lambda h, a, x: h.a(x), as_a_method: lambda h, a, x: h(x), as_a_weight: lambda h, a, x: x @ h.T + a.bias, as_memory: lambda h, a, x: x @ h + a.bias}
+
+@pytest.mark.parametrize("keep", HOW, ids=lambda f: f.__name__)
+def test_what_the_model_keeps_elsewhere_is_the_files_or_refused(tmp_path, keep):
+    x, model = torch.randn(3, 6), Elsewhere(keep).eval()
+    for change in (lambda m: m, lambda m: quantize_model(m, 3)) if "as_a_weight as_memory".find(keep.__name__) < 0 else (lambda m: m,):
+        small = change(model)
+        try: save(small, tmp_path / "m.mz"); back = load(tmp_path / "m.mz", Elsewhere(keep))
+        except (ValueError, PackError) as e: assert "held" in str(e)
+        else: assert torch.equal(back(x), small(x))

@@ -783,6 +783,14 @@ def test_the_callers_default_device_and_type_do_not_matter():
         want = y
 
 
+def test_code_that_reads_a_recurrent_layers_matrices():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.RNN(6, 6, batch_first=True)
+        def forward(self, x): return self.a(x)[0] + x @ self.a.weight_ih_l0 + x @ self.a.all_weights[0][1]
+    prepared, x = prepare(Reads(), 2).eval(), torch.randn(2, 5, 6)
+    assert torch.allclose(prepared(x), convert(prepared)(x), atol=1e-5)
+
+
 def test_layers_used_again_ties_of_recurrent_layers_and_packed_sequences():
     class Again(nn.Module):
         def __init__(self):

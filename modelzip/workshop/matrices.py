@@ -4,17 +4,19 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'Matrix', 'choose_matrices', 'combined', 'also_held', 'Left', 'floats_left']
+           'overlap', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'held_beside', 'left_behind', 'Left',
+           'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .models import check_code, computed
+from .models import check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _recurrent(layer): return {n: 0 for n in layer._flat_weights_names if n.startswith("weight")}
@@ -57,20 +59,28 @@ def layers_of(
 ) -> dict[int, tuple[nn.Module, list[str]]]:    # `id` of an ordinary layer → it, and all its names
     "Every module of a model; one that is compressed under the name of its wrapper."
     found = {}
-    def walk(module, name, above):
-        module = unwrapped(module)
-        if id(module) in above: return
-        names = found.setdefault(id(module), (module, []))[1]
-        if name not in names: names.append(name)
-        for k, m in module._modules.items():
-            if m is not None: walk(m, f"{name}.{k}".lstrip("."), above | {id(module)})
-    walk(model, "", frozenset())
+    _walk(model, "", frozenset(), found)
     return found
+
+def _walk(module, name, above, found):             # no inner function: one that calls itself would keep the model in memory
+    module = unwrapped(module)
+    if id(module) in above: return
+    names = found.setdefault(id(module), (module, []))[1]
+    if name not in names: names.append(name)
+    for k, m in module._modules.items():
+        if m is not None: _walk(m, f"{name}.{k}".lstrip("."), above | {id(module)}, found)
 
 def identity_of(t: Tensor) -> tuple:
     "Equal for tensors that are one: the same object, or two that share all their memory."
     if is_lazy(t) or t.is_meta or not t.numel(): return ("object", id(t))
     return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device)
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    "Whether two tensors are one, or share memory in another shape: a transpose, some of the rows."
+    if identity_of(a) == identity_of(b): return True
+    if any(is_lazy(t) or t.is_meta or t.layout is not torch.strided or not t.numel() for t in (a, b)) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr(): return False
+    (low, high), (first, last) = ((t.data_ptr(), t.data_ptr() + (sum((n - 1)*s for n, s in zip(t.shape, t.stride())) + 1)*t.element_size()) for t in (a, b))
+    return low < last and first < high
 
 # %% ../../nbs/workshop/matrices.ipynb
 @dataclass(eq=False)
@@ -176,7 +186,7 @@ def _options(how, what):
 def also_held(
     model: nn.Module,
 ) -> list[tuple[str, Tensor]]:      # where, and what
-    "Tensors in plain attributes: in lists and dicts, alone, or in modules that PyTorch does not know of."
+    "Tensors in plain attributes: alone, in whatever holds values (containers, objects, functions and their arguments), or in modules that PyTorch does not know of."
     known, found = layers_of(model), []
     for module, names in known.values():
         for path, x in _hidden(module, known):
@@ -184,19 +194,40 @@ def also_held(
             found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
     return found
 
+def held_beside(
+    model: nn.Module,
+) -> tuple[set[str], dict[str, str]]:      # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
+    "What has to be as it was when layers have been exchanged: see `left_behind`."
+    held, tensors = also_held(model), {}
+    for n, t in (*model.named_parameters(), *model.named_buffers()) if held else (): tensors.setdefault(None if is_lazy(t) or t.is_meta else t.untyped_storage().data_ptr(), []).append((n, t))
+    of = lambda t: None if is_lazy(t) or t.is_meta or t.layout is not torch.strided else next((n for n, o in tensors.get(t.untyped_storage().data_ptr(), ()) if overlap(o, t)), None)
+    return {where for where, _ in held}, {where: n for where, t in held if (n := of(t)) is not None and not n.startswith(f"{where}_")}      # weight_orig: from it weight is computed before each call
+
+def left_behind(
+    model: nn.Module,      # in which layers and tensors were exchanged
+    before: tuple,         # `held_beside` of what it was
+) -> str | None:
+    "What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an object, a bound method."
+    places, ties = before
+    for where, n in ties.items(): return f"the model keeps {n} also in {where}, a plain attribute, where it would not become the file's: read it as {n}"
+    if left := [where for where, _ in also_held(model) if where not in places]: return (f"the model keeps a layer also in {left[0].rpartition('.')[0]}, a plain attribute, where it would not become the file's: use nn.ModuleList or nn.ModuleDict, or reach the layer by its name")
+    return None
+
 def _hidden(module, known):
     "Tensors and modules in a module's attributes that are not registered."
     for key, value in vars(module).items():
         if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"): continue
-        yield from _inside(value, key, known, 0)
+        yield from _inside(value, key, known)
 
-def _inside(x, path, known, depth):
-    if isinstance(x, (Tensor, nn.Module)):
-        if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
-    elif depth < 4 and isinstance(x, (list, tuple)):
-        for i, v in enumerate(x): yield from _inside(v, f"{path}[{i}]", known, depth + 1)
-    elif depth < 4 and isinstance(x, dict) and not path.endswith("_hooks"):
-        for k, v in x.items(): yield from _inside(v, f"{path}[{k!r}]", known, depth + 1)
+def _inside(x, path, known):
+    todo, seen = [(x, path)], {}                   # a list and no recursion: objects may form long chains, and circles
+    while todo:
+        x, path = todo.pop()
+        if isinstance(x, (Tensor, nn.Module)):
+            if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
+        elif id(x) not in seen and not path.endswith("_hooks"):
+            seen[id(x)] = x                        # kept, so that no other object gets its id
+            todo += [(y, path + key) for key, y in reversed(held_in(x))]
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _check_ties(model, chosen):
@@ -205,7 +236,7 @@ def _check_ties(model, chosen):
     for m in chosen: ties.setdefault(m.tie, m)
     for module, names in layers_of(model).values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            first = None if t is None else ties.get(identity_of(t))
+            first = None if t is None else ties.get(identity_of(t)) or (next((m for m in chosen if overlap(m.weight, t)), None) if key in module._buffers else None)
             if first is None: continue
             here, other = f"{names[0]}.{key}".lstrip("."), done.get((id(module), key))
             if other is None:
@@ -214,7 +245,7 @@ def _check_ties(model, chosen):
             if other.options != first.options:
                 raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
     for where, t in also_held(model):
-        if (first := ties.get(identity_of(t))) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+        if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb
 class Left(dict):

@@ -4,11 +4,11 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'own_copy', 'call', 'feed', 'labelled',
-           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'recomputed', 'copied',
+           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'held_in', 'recomputed', 'copied',
            'check_code', 'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
-import contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
+import collections, contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from numbers import Number
 from typing import Any, NamedTuple
@@ -298,6 +298,24 @@ def _parts(x, copies):
     held = getattr(x, "__dict__", {})                            # not hasattr: a traced model is full of proxies that have everything
     return list(held.values()), copies and "__wrapped__" not in held      # a cached function is not copied, nor what it wraps
 
+def held_in(
+    x: Any,                        # neither a tensor nor a module
+) -> list[tuple[str, Any]]:        # how to reach it from x, such as '[0]' or '.scale', and what it is
+    "What a value holds: the items of a container, the arguments of a partial function, what a function closes over, the attributes of an object."
+    if _empty(x) or isinstance(x, (str, bytes, Number, type, types.ModuleType)): return []
+    if isinstance(x, functools.partial): return [(".func", x.func), *((f".args[{i}]", y) for i, y in enumerate(x.args)), *((f".keywords[{k!r}]", y) for k, y in x.keywords.items())]
+    if isinstance(x, types.MethodType): return [(".__self__", x.__self__), (".__func__", x.__func__)]
+    if isinstance(x, types.FunctionType): return [] if _of_a_library(x) else [(f" closes over [{i}]", y) for i, y in enumerate(_closed_over(x))]
+    items = []
+    if isinstance(x, Mapping): items = [*((f"[{_key(k)}]", y) for k, y in x.items()), *((f" key {i}", k) for i, k in enumerate(x))]
+    elif isinstance(x, (list, tuple, Set, collections.deque)): items = [(f"[{i}]", y) for i, y in enumerate(x)]
+    if type(x).__module__ in ("builtins", "collections") or _of_a_library(type(x)): return items
+    slots = [s for c in type(x).__mro__ for s in ([c.__slots__] if isinstance(vars(c).get("__slots__"), str) else vars(c).get("__slots__", ())) if s not in ("__dict__", "__weakref__")]
+    held = {**getattr(x, "__dict__", {}), **{s: getattr(x, s) for s in slots if hasattr(x, s)}}
+    return items + [(f".{k}", y) for k, y in held.items()]
+
+def _key(k): return repr(k) if isinstance(k, (str, Number)) else type(k).__name__
+
 def _closed_over(f):
     "The values that a function can reach beside its arguments: closure, defaults, and the globals that it names."
     def names(code): return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in names(c))}
@@ -382,14 +400,16 @@ def _writes_of(cls):
     words = {n for start in ("forward", "train") for code, _ in _codes(cls, start) for n in code.co_names}
     return bool(words & {"data", "no_grad", "__setitem__", "setattr"}) or any(n.endswith("_") and not n.startswith("_") and hasattr(Tensor, n) for n in words)
 
-def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} for c, _ in _codes(cls))
+def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} or _matches(c) for c, _ in _codes(cls))
+
+def _matches(code): return any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))      # match layer: case nn.Linear(): …
 
 def _asked_for(cls, kind, instances):
     "The class of a layer that some code names, where it asks for classes."
     kinds = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     for code, known in _codes(cls):
         names, exactly = {*code.co_names, *code.co_freevars}, bool({"type", "__class__"} & {*code.co_names})
-        if not exactly and not (instances and "isinstance" in names): continue
+        if not exactly and not (instances and ("isinstance" in names or _matches(code))): continue
         said = [y for x in map(known().get, names) for y in (x if isinstance(x, (tuple, list, set, dict)) else [x])]
         for c in kinds:
             if c.__name__ in names or any(c is y for y in said) or exactly and "__name__" in names and c.__name__ in code.co_consts: return c.__name__

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .matrices import also_held, floats_left, identity_of, layers_of, outputs_of, _rule
+from .matrices import also_held, floats_left, identity_of, layers_of, outputs_of, overlap, _rule
 from .models import computed
 
 # %% ../../nbs/workshop/prepared.ipynb
@@ -121,6 +121,8 @@ def _inside_parametrization(name): return ".parametrizations." in f".{name}"
 # %% ../../nbs/workshop/prepared.ipynb
 WEIGHT_OPTIONS = "levels", "group", "per_channel", "learn"      # of a quantizer for weights, which tied ones share
 
+def _sharing(places, t): return next((p for p in places for m, k in p.sources if overlap(getattr(m, k), t)), None)
+
 def _check_ties(model, places):
     "`ValueError` that names both places of a tensor of which different things are said."
     at = {(id(m), k): p for p in places for m, k in p.sources}
@@ -129,13 +131,13 @@ def _check_ties(model, places):
         for m, k in p.sources: ties.setdefault(identity_of(getattr(m, k)), p)
     for m, names in layers_of(model).values():
         for key, t in (*m._parameters.items(), *m._buffers.items()):
-            if t is None or (first := ties.get(identity_of(t))) is None: continue
+            if t is None or (first := ties.get(identity_of(t)) or (_sharing(places, t) if key in m._buffers else None)) is None: continue
             other, here = at.get((id(m), key)), f"{names[0]}.{key}".lstrip(".")
             if other is None: raise ValueError(f"{first.name} and {here} are one tensor; the first is to be quantized, the second stays float: leave both alone in overrides, or quantize both")
             a, b = ({k: p.how[k] for k in WEIGHT_OPTIONS} for p in (first, other))
             if a != b: raise ValueError(f"{first.name} and {other.name} are one tensor; overrides say {a} of the first and {b} of the second: say the same of both")
     for where, t in also_held(model):
-        if (first := ties.get(identity_of(t))) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+        if (first := _sharing(places, t)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/prepared.ipynb
 def exchange(
