@@ -1017,6 +1017,8 @@ def check_result(
     demand(not ghosts, f"neither the file nor the model has values for {several(ghosts)}")
 
 # %% ../nbs/05_pack.ipynb
+MOST = 2**16      # codes and bytes in a solid file: a second of Python
+
 def expected(
     manifest: dict,      # its architecture and layers
     tensors: int,        # that it has
@@ -1117,8 +1119,6 @@ def lengthen(
     return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place([p for _, parts in found.values() for p in parts])
 
 # %% ../nbs/05_pack.ipynb
-MOST = 2**16      # codes and bytes in a solid file: a second of Python
-
 def place(
     parts: list,      # (entry, packed)
 ) -> list:            # the same

@@ -744,7 +744,7 @@ def _converted(m, name, packed):
 def _without_quantizers(layer):
     "The layer without parametrizations, which keeps their results. (`remove_parametrizations` would change the class of every copy of the layer.)"
     if not parametrize.is_parametrized(layer): return layer
-    cls, results = _plain_type(layer), {n: nn.Parameter(getattr(layer, n).detach(), any(p.requires_grad for p in c.parameters(recurse=False))) for n, c in layer.parametrizations.items()}
+    cls, results = _plain_type(layer), {n: nn.Parameter(getattr(layer, n).detach().clone(), any(p.requires_grad for p in c.parameters(recurse=False))) for n, c in layer.parametrizations.items()}
     plain = cls.__new__(cls)
     plain.__dict__ = {**layer.__dict__, "_parameters": results | dict(layer._parameters), "_modules": {k: m for k, m in layer._modules.items() if k != "parametrizations"}}
     return plain

@@ -201,6 +201,8 @@ def computed(
 COPIED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs",      # what deepcopy and PyTorch's layers look after themselves
           "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")      # no part of what a model computes
 
+def _of_a_library(x): return (getattr(x, "__module__", None) or getattr(x, "__name__", None) or "torch").partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
+
 def check_ordinary(
     model: nn.Module,
 ) -> None:
@@ -376,8 +378,6 @@ def check_code(
         if lists: raise ValueError(f"{where} goes through {lists}, in which a compressed matrix is not found; read the layers' weights by name")
         for x in inside:
             if x is not m and (kind := _asked_for(type(m), type(x), classes)): raise ValueError(f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else, such as its name")
-
-def _of_a_library(x): return (getattr(x, "__module__", None) or getattr(x, "__name__", None) or "torch").partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
 
 def _lists_of(cls): return _lists_in(_codes(cls))
 
