@@ -242,6 +242,11 @@ class AlsoAParameter(nn.Module):
     def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); self.more = nn.ParameterList([self.a.weight])
     def forward(self, x): return self.b(torch.relu(self.a(x)) @ self.more[0])
 
+class CountsBuffers(nn.Module):
+    "The code goes through buffers, where packed codes appear."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4); self.register_buffer("shift", torch.ones(6))
+    def forward(self, x): return self.b(self.a(x + sum(b.float().mean() for b in self.buffers())))
+
 SHARED = nn.Linear(6, 6)
 class ByGlobal(nn.Module):
     "The code reads a layer of the model by a global name."
@@ -255,7 +260,7 @@ class ByClass(nn.Module):
 class Itself(nn.Linear):
     def __deepcopy__(self, memo): return self
 
-CODES = {Asks: "the model.*asks whether a layer is a Linear", Penalized: "the model.*goes through parameters", Borrowed: "goes through named_parameters",
+CODES = {Asks: "the model.*asks whether a layer is a Linear", Penalized: "the model.*goes through parameters", Borrowed: "goes through named_parameters", CountsBuffers: "the model.*goes through buffers",
          InAList: r"a\b.*weights\[0\]", AlsoAParameter: r"a\b.*more\.0", ByGlobal: "reads SHARED", ByClass: "reads ByClass.last", ByFunction: "the model.*goes through parameters", ByGlobalFunction: "reads SHARED", by_hook: "a hook on the model goes through parameters", lambda: nn.Sequential(Itself(6, 6), nn.ReLU(), nn.Linear(6, 4)): "0.* __deepcopy__"}
 BY = {"quantize_model": lambda m: quantize_model(m, 4), "hqq": lambda m: hqq(m), "gptq": lambda m: gptq(m, [torch.ones(3, 6)]), "prune_model": lambda m: prune_model(m, .3),
       "sparsify_model": lambda m: sparsify_model(prune_model(m, .9)), "factorize": lambda m: factorize(m, rank=1), "prepare": lambda m: prepare(m), "prepare weights": lambda m: prepare(m, activations=None)}
@@ -319,6 +324,23 @@ def test_memory_in_another_shape_and_matching_of_classes_are_refused():
             return self.a(x)
     for name in "quantize_model", "gptq", "factorize", "prepare":
         with pytest.raises(ValueError, match="asks whether a layer is a Linear"): BY[name](Matches())
+
+
+def test_what_a_first_call_has_kept_is_refused():
+    class Caches(nn.Module):
+        def __init__(self, make): super().__init__(); self.a, self.c, self.make = nn.Linear(6, 5), None, make
+        def forward(self, x):
+            if self.c is None: self.c = self.make(self.a.weight.detach())
+            return nn.functional.linear(x, self.c) + self.a(x)
+    for make in lambda w: w * 2, lambda w: w.clone(), lambda w: w / w.norm(dim=1, keepdim=True), lambda w: w / w.abs().amax(0), lambda w: w.T.contiguous().T.clone() - .5:
+        model = Caches(make).eval()
+        fresh = {name: run(model) for name, run in BY.items() if name in ("quantize_model", "prepare", "prune_model")}      # nothing is kept yet
+        assert all(m.c is None for m in fresh.values())
+        model(torch.randn(2, 6))
+        for name in fresh:
+            with pytest.raises(ValueError, match=r"\bc is a plain attribute that looks made of.*\ba\b"): BY[name](model)
+    model.c = torch.randn(5, 6)
+    for name in fresh: BY[name](model)                       # other numbers of the same shape
 
 
 def test_layers_in_plain_containers_follow():

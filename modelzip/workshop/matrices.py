@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'overlap', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'held_beside', 'left_behind', 'Left',
-           'floats_left']
+           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'held_beside',
+           'left_behind', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -81,6 +81,24 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     if any(is_lazy(t) or t.is_meta or t.layout is not torch.strided or not t.numel() for t in (a, b)) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr(): return False
     (low, high), (first, last) = ((t.data_ptr(), t.data_ptr() + (sum((n - 1)*s for n, s in zip(t.shape, t.stride())) + 1)*t.element_size()) for t in (a, b))
     return low < last and first < high
+
+def looks_made_of(
+    t: Tensor,     # such as what a first call has kept
+    w: Tensor,     # a weight
+) -> bool:
+    "Whether a tensor is a weight, or its transpose, up to a factor and a shift for all, for each row or for each column: its copy, scaled or normalized. What is less alike is not seen."
+    if any(is_lazy(x) or x.is_meta or x.layout is not torch.strided or not x.is_floating_point() for x in (t, w)) or t.numel() != w.numel() or t.numel() < 9: return False
+    a, b = t.detach().double().cpu(), w.detach().double().cpu()
+    pairs = [(a.flatten()[None], b.flatten()[None])]
+    if a.dim() > 1 and a.shape == b.shape: pairs += [(a.flatten(1), b.flatten(1)), (a.flatten(1).T, b.flatten(1).T)]
+    if a.dim() == 2 and a.shape == b.shape[::-1]: pairs += [(a.T.flatten()[None], b.flatten()[None]), (a.T, b), (a, b.T)]
+    return any(_parallel(x, y) for x, y in pairs if x.shape[1] > 3)
+
+def _parallel(x, y):
+    "Whether each row differs from its counterpart by a factor and a shift alone; rows that are constant say nothing."
+    x, y = (v - v.mean(1, keepdim=True) for v in (x, y))
+    size = x.norm(dim=1) * y.norm(dim=1)
+    return bool((size > 0).any()) and bool((((x * y).sum(1).abs() > .9999 * size) | (size == 0)).all())
 
 # %% ../../nbs/workshop/matrices.ipynb
 @dataclass(eq=False)
@@ -245,6 +263,7 @@ def _check_ties(model, chosen):
             if other.options != first.options:
                 raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
     for where, t in also_held(model):
+        if (first := next((m for m in chosen if looks_made_of(t, m.weight) and not overlap(m.weight, t)), None)) is not None: raise ValueError(f"{where} is a plain attribute that looks made of {first.name} (kept by a call?), and would stay what the float weight gave; clear it, or leave {first.name} alone in overrides")
         if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb

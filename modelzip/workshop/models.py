@@ -354,7 +354,7 @@ def copied(
     return new
 
 # %% ../../nbs/workshop/models.ipynb
-LISTS = ("parameters", "named_parameters", "state_dict", "_parameters", "stack_module_state")      # from which a parameter vanishes when it is compressed
+LISTS = ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "stack_module_state")      # from which a parameter vanishes when it is compressed, and in which its codes appear
 
 def check_code(
     model: nn.Module,
