@@ -31,8 +31,9 @@ def shown(
     most: int = 80,    # characters
 ) -> str:
     "What a file says, for people: printable, and its middle left out when it is long."
-    text = cut(name if isinstance(name, str) else ascii(name), most)
-    return text if text.isprintable() else ascii(text)
+    return ascii_name(cut(name if isinstance(name, str) else ascii(name), most))
+
+def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
 
 def quoted(name: Any, most: int = 80) -> str: return repr(cut(name, most)) if isinstance(name, str) else cut(ascii(name), most)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from .data import Split, device_of, eval_mode, seeded, train
 from .workshop.models import copied, feed, logits_of
+from .workshop.settings import as_state
 
 # %% ../nbs/09_distill.ipynb
 @dataclass
@@ -32,10 +33,10 @@ class Loss(nn.Module):
     student_layers: tuple[str, ...] = ()     # whose outputs it needs
     teacher_layers: tuple[str, ...] = ()
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor: raise NotImplementedError
-    def _says(self) -> bytes: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__).encode()
-    def get_extra_state(self) -> Tensor: return torch.tensor(list(self._says()), dtype=torch.uint8, device="cpu")
+    def _says(self) -> str: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__)
+    def get_extra_state(self) -> Tensor: return as_state(self._says())
     def set_extra_state(self, state: Tensor) -> None:
-        if bytes(state.tolist()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {bytes(state.tolist()).decode()}; this one has {self._says().decode()}")
+        if (said := bytes(state.tolist()).decode()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {said}; this one has {self._says()}")
     def __add__(self, other): return Sum([1., 1.], [self, other])
     def __mul__(self, factor): return Sum([factor], [self])
     __rmul__ = __mul__

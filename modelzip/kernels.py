@@ -21,6 +21,7 @@ from .workshop.compiled import autocasting, bias_of, derived_or_mapped, describe
 from .workshop.convolutions import convolve, no_offset, pack_weight
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied
+from .workshop.settings import as_state
 
 # %% ../nbs/06_kernels.ipynb
 def accumulator_fits(
@@ -293,7 +294,7 @@ def _set(self, key, value):
     Dequantize.__setattr__(self, key, value)
     if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
 
-def _get(self): return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8, device="cpu")
+def _get(self): return as_state(json.dumps(self.options()))
 
 def _adopt(self, state):
     how = json.loads(bytes(state.tolist()))

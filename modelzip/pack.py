@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
 from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, entropy, has_values, stream_parts
-from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, check_name, cut, quoted, several, shown
+from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, ascii_name, check_name, cut, quoted, several, shown
 from .workshop.asked import within, unfit
 from .workshop.matrices import held_beside, left_behind
-from .workshop.kinds import alike, are_kinds, arguments_of, ascii_name, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
+from .workshop.kinds import alike, are_kinds, arguments_of, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState

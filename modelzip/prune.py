@@ -34,7 +34,7 @@ from .data import Split, device_of, eval_mode, train
 from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
                             as_tensor, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
 from .workshop.compiled import autocasting, derived_or_mapped
-from .workshop.matrices import also_held, combined, identity_of, layers_of, looks_made_of, overlap
+from .workshop.matrices import also_held, check_kept, combined, identity_of, layers_of, overlap
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, same_dice
 from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, copied, feed, labelled, logits_of, own_copy
@@ -308,8 +308,8 @@ def _check_held(model, kept):
             if t is None or (n := ours.get(identity_of(t), sharing(t) if key in module._buffers else None)) is None: continue
             if key != "weight" and not (key == "original" and isinstance(module, parametrize.ParametrizationList)): raise ValueError(f"the weight of layer {n or '(model)'} is also {f'{names[0]}.{key}'.lstrip('.')}, where it would stay whole; skip the layer")
     for where, t in also_held(model):
-        if sharing(t) is None and (n := next((n for n, m in kept.items() if looks_made_of(t, _original(m))), None)) is not None: raise ValueError(f"{where} is a plain attribute that looks made of the weight of layer {n or '(model)'} (kept by a call?), and would stay what the whole weight gave; clear it, or skip the layer")
         if (n := sharing(t)) is not None: raise ValueError(f"the weight of layer {n or '(model)'} is also {where}, a plain attribute, where it would stay whole; skip the layer")
+    check_kept(model, [(f"the weight of layer {n or '(model)'}", _original(m)) for n, m in kept.items()], "skip the layer")
     check_code(model, kept.values(), classes=False)
 
 def _weighs(m):

@@ -371,7 +371,6 @@ class _Static:
         _check_static(scale, zero_point, levels)
         self.input_scale, self.input_zero_point, self.input_levels = float(scale), zero_point, levels
     def options(self) -> dict: return {"scale": self.input_scale, "zero_point": self.input_zero_point} | ({} if self.input_levels == 256 else {"levels": self.input_levels})
-    def get_extra_state(self) -> Tensor: return torch.tensor(list(json.dumps(self.options()).encode()), dtype=torch.uint8, device="cpu")
     def set_extra_state(self, state: Tensor) -> None:
         said = json.loads(bytes(state.tolist()))
         if not {"scale", "zero_point"} <= said.keys() <= {"scale", "zero_point", "levels"}: raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")

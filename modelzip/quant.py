@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
 from .workshop.models import check_ordinary, computed, copied, recomputed
 from .workshop.readonly import ReadOnly, read_only
+from .workshop.settings import as_state
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
@@ -1004,7 +1005,7 @@ def _apply(self, fn, recurse=True):
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
     said = self.said if self.stands_for is None else json.dumps(json.loads(self.said) | {"name": self.stands_for})
-    return torch.tensor(list(said.encode()), dtype=torch.uint8, device="cpu")
+    return as_state(said)
 
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data import Data
+from .models import slots_of
 
 # %% ../../nbs/workshop/content.ipynb
 _INSTALLED = tuple({os.path.realpath(sysconfig.get_path(k)) + os.sep for k in ("purelib", "platlib", "stdlib", "platstdlib")})
@@ -99,10 +100,7 @@ def _more(walk, x):
 def _held(x):
     "An object's attributes, in its dict and in slots."
     held = dict(sorted(getattr(x, "__dict__", {}).items(), key=lambda kv: str(kv[0])))
-    for c in type(x).__mro__:
-        slots = vars(c).get("__slots__", ())
-        held |= {s: getattr(x, s) for s in ([slots] if isinstance(slots, str) else slots) if s not in ("__dict__", "__weakref__") and hasattr(x, s)}
-    return held
+    return held | {s: getattr(x, s) for s in slots_of(type(x)) if hasattr(x, s)}
 
 def _module(walk, x):
     tied, first = [], {}

@@ -8,7 +8,7 @@ __all__ = ['MISSING', 'LIBRARIES', 'SMALL', 'MOST', 'DEVICE', 'SPELLED', 'OPERAT
            'argument', 'layer_entry', 'of_torch', 'attributes_of', 'small_buffers', 'shapes_of', 'hooks_named',
            'module_entry', 'check_nothing_hidden', 'computes_nothing', 'walk', 'entry_of', 'kinds_of', 'seal', 'alike',
            'fits', 'parent_of', 'children_in', 'differing', 'check_argument', 'make_plain', 'arguments_of',
-           'table_class', 'unsound', 'check_arguments', 'ascii_name', 'change_module', 'text_of', 'remade', 'otherwise',
+           'table_class', 'unsound', 'check_arguments', 'change_module', 'text_of', 'remade', 'otherwise',
            'check_kinds', 'made_so', 'are_kinds']
 
 # %% ../../nbs/workshop/kinds.ipynb
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..archive import PackError, demand
+from ..archive import PackError, ascii_name, demand
 from ..quant import Dequantize
 from .asked import unfit
-from .models import HOOKS, carry_hooks
+from .models import HOOKS, carry_hooks, slots_of
 
 # %% ../../nbs/workshop/kinds.ipynb
 MISSING = object()
@@ -98,7 +98,7 @@ def _said_object(value, depth):
         return {"function": name_of(value.__func__) + ("" if owner is MISSING else f"({json.dumps(owner, sort_keys=True)})")}
     home = type(value).__module__.partition(".")[0]
     if depth >= 4 or isinstance(value, nn.Module) or home in (*LIBRARIES, "numpy", "modelzip", "builtins") or home in sys.stdlib_module_names - {"__main__"}: return MISSING
-    held = {k: getattr(value, k) for c in type(value).__mro__ for s in [c.__dict__.get("__slots__", ())] for k in ([s] if isinstance(s, str) else s) if k not in ("__dict__", "__weakref__") and hasattr(value, k)} | getattr(value, "__dict__", {})
+    held = {k: getattr(value, k) for k in slots_of(type(value)) if hasattr(value, k)} | getattr(value, "__dict__", {})
     fields = [[k, x] for k, v in held.items() if (x := said(v, depth + 1)) is not MISSING] if len(held) <= MOST else []
     return {"object": [type(value).__qualname__, sorted(fields, key=lambda f: f[0])]}
 
@@ -529,8 +529,6 @@ def check_arguments(model: nn.Module) -> None:
         demand(not why, f"the layer {ascii_name(name)[:80]!r} {why}")
 
 # %% ../../nbs/workshop/kinds.ipynb
-def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
-
 def change_module(
     name: str,
     module: nn.Module,

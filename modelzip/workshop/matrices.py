@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'held_beside',
-           'left_behind', 'Left', 'floats_left']
+           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'check_kept',
+           'held_beside', 'left_behind', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -212,6 +212,16 @@ def also_held(
             found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
     return found
 
+def check_kept(
+    model: nn.Module,                      # of which no plain attribute shares memory with these
+    weights: list[tuple[str, Tensor]],     # that will have other numbers, and what they are called
+    else_: str,                            # what to do but to clear it
+) -> None:
+    "`ValueError` for a tensor that a call seems to have made of a weight and kept: see `looks_made_of`."
+    for where, t in also_held(model):
+        if (name := next((n for n, w in weights if looks_made_of(t, w)), None)) is not None:
+            raise ValueError(f"{where} is a plain attribute that looks made of {name} (kept by a call?), and would stay what the weight gave as it was; clear it, or {else_}")
+
 def held_beside(
     model: nn.Module,
 ) -> tuple[set[str], dict[str, str]]:      # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
@@ -263,8 +273,8 @@ def _check_ties(model, chosen):
             if other.options != first.options:
                 raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
     for where, t in also_held(model):
-        if (first := next((m for m in chosen if looks_made_of(t, m.weight) and not overlap(m.weight, t)), None)) is not None: raise ValueError(f"{where} is a plain attribute that looks made of {first.name} (kept by a call?), and would stay what the float weight gave; clear it, or leave {first.name} alone in overrides")
         if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+    check_kept(model, [(m.name, m.weight) for m in chosen], "leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb
 class Left(dict):

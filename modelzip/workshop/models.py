@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['HARMLESS', 'COPIED', 'LISTS', 'HOOKS', 'FLAGS', 'Labelled', 'Inputs', 'own_copy', 'call', 'feed', 'labelled',
-           'as_batches', 'output_tensors', 'logits_of', 'computed', 'check_ordinary', 'held_in', 'recomputed', 'copied',
-           'check_code', 'may_write', 'hooks_of', 'carry_hooks']
+           'as_batches', 'output_tensors', 'slots_of', 'logits_of', 'computed', 'check_ordinary', 'held_in',
+           'recomputed', 'copied', 'check_code', 'may_write', 'hooks_of', 'carry_hooks']
 
 # %% ../../nbs/workshop/models.ipynb
 import collections, contextlib, copy, dataclasses, dis, functools, inspect, sys, types, weakref
@@ -159,10 +159,15 @@ def _entries(x, path):
     if isinstance(x, (tuple, list)): return list(zip(getattr(x, "_fields", range(len(x))), x))
     if dataclasses.is_dataclass(x) and not isinstance(x, type): return [(f.name, getattr(x, f.name, None)) for f in dataclasses.fields(x)]
     closed = isinstance(x, (Set, Iterator, type, Number)) or callable(x) or any(hasattr(x, a) for a in ("__array__", "__dlpack__", "__next__"))
-    slots = [s for c in type(x).__mro__ for s in ([c.__slots__] if isinstance(vars(c).get("__slots__"), str) else vars(c).get("__slots__", ()))]
+    slots = slots_of(type(x))
     if closed or not (hasattr(x, "__dict__") or slots):
         raise TypeError(f"the model's output{' ' * bool(path)}{path} is a {type(x).__name__}, which hides its numbers; a model may put out tensors, in tuples, lists, dicts, dataclasses or objects")
-    return [*getattr(x, "__dict__", {}).items(), *((s, getattr(x, s)) for s in slots if s not in ("__dict__", "__weakref__") and hasattr(x, s))]
+    return [*getattr(x, "__dict__", {}).items(), *((s, getattr(x, s)) for s in slots if hasattr(x, s))]
+
+def slots_of(cls: type) -> list[str]:
+    "Names of the attributes for which instances of a class have slots; not every one need have a value."
+    several = (vars(c).get("__slots__", ()) for c in cls.__mro__)
+    return [s for names in several for s in ([names] if isinstance(names, str) else names) if s not in ("__dict__", "__weakref__")]
 
 # %% ../../nbs/workshop/models.ipynb
 def logits_of(
@@ -213,7 +218,6 @@ def check_ordinary(
         where = f"layer {name}" if name else "the model"
         if isinstance(m, torch.jit.ScriptModule): raise ValueError(f"{where} is a torch.jit.ScriptModule, which nobody can look into or change; hand over the module that it was made from")
         if isinstance(m, nn.modules.lazy.LazyModuleMixin): raise ValueError(f"{where} is a {type(m).__name__} without a size yet; call the model once first")
-        if isinstance(m, torch.jit.ScriptModule): raise ValueError(f"{where} is a ScriptModule, whose layers cannot be exchanged; hand over the model that it was made from")
         if hasattr(m, "_orig_mod"): raise ValueError(f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile the result")
         if "forward" in vars(m): raise ValueError(f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}), and a copy of it would run the original; define it in a class, or delete it")
         for key, value in vars(m).items():
@@ -312,8 +316,7 @@ def held_in(
     if isinstance(x, Mapping): items = [*((f"[{_key(k)}]", y) for k, y in x.items()), *((f" key {i}", k) for i, k in enumerate(x))]
     elif isinstance(x, (list, tuple, Set, collections.deque)): items = [(f"[{i}]", y) for i, y in enumerate(x)]
     if type(x).__module__ in ("builtins", "collections") or _of_a_library(type(x)): return items
-    slots = [s for c in type(x).__mro__ for s in ([c.__slots__] if isinstance(vars(c).get("__slots__"), str) else vars(c).get("__slots__", ())) if s not in ("__dict__", "__weakref__")]
-    held = {**getattr(x, "__dict__", {}), **{s: getattr(x, s) for s in slots if hasattr(x, s)}}
+    held = {**getattr(x, "__dict__", {}), **{s: getattr(x, s) for s in slots_of(type(x)) if hasattr(x, s)}}
     return items + [(f".{k}", y) for k, y in held.items()]
 
 def _key(k): return repr(k) if isinstance(k, (str, Number)) else type(k).__name__

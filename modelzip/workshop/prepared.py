@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .matrices import also_held, floats_left, identity_of, layers_of, outputs_of, looks_made_of, overlap, _rule
+from .matrices import also_held, check_kept, floats_left, identity_of, layers_of, outputs_of, overlap, _rule
 from .models import computed
 
 # %% ../../nbs/workshop/prepared.ipynb
@@ -137,8 +137,8 @@ def _check_ties(model, places):
             a, b = ({k: p.how[k] for k in WEIGHT_OPTIONS} for p in (first, other))
             if a != b: raise ValueError(f"{first.name} and {other.name} are one tensor; overrides say {a} of the first and {b} of the second: say the same of both")
     for where, t in also_held(model):
-        if (first := next((p for p in places for m, k in p.sources if looks_made_of(t, getattr(m, k)) and not overlap(getattr(m, k), t)), None)) is not None: raise ValueError(f"{where} is a plain attribute that looks made of {first.name} (kept by a call?), and would stay what the float weight gave; clear it, or leave {first.name} alone in overrides")
         if (first := _sharing(places, t)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+    check_kept(model, [(p.name, getattr(m, k)) for p in places for m, k in p.sources], "leave it alone in overrides")
 
 # %% ../../nbs/workshop/prepared.ipynb
 def exchange(
