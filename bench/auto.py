@@ -1,10 +1,13 @@
-"""MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, by mixed precision that `compress` finds.
+"""MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, by mixed precision that `compress`
+finds.
 
     python bench/auto.py            both (some twenty minutes of one processor)
     python bench/auto.py 0.99       one of them
 
-`compress` calibrates on pairs of `docstrings` from 1,200 on and chooses by 200 pairs from 600 on. The table's cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it.
+`compress` calibrates on pairs of `docstrings` from 1,200 on and chooses by 200 pairs from 600 on. The table's
+cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it.
 """
+
 import json, sys, tempfile, time, warnings
 from pathlib import Path
 
@@ -20,15 +23,21 @@ from modelzip.workshop.models import Inputs
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results"
-MARGIN = {0.99: 0.0005, 0.999: 0.00005}     # wished for beyond the target, two standard errors of a mean over 400 texts: others may fare a little worse
+MARGIN = {
+    0.99: 0.0005,
+    0.999: 0.00005,
+}  # wished for beyond the target, two standard errors of a mean over 400 texts: others may fare a little worse
 
 
 def samples(model, size=16):
     "To calibrate with, and to choose by."
     found = docstrings(800)
     texts = sorted(found.queries[600:] + found.documents[600:], key=len)
-    tokens = [model.tokenizer.encode_batch(texts[i:i + size]) for i in range(0, len(texts), size)]
-    held = [Inputs(*(torch.tensor([getattr(t, part) for t in some]) for part in ("ids", "attention_mask"))) for some in tokens]
+    tokens = [model.tokenizer.encode_batch(texts[i : i + size]) for i in range(0, len(texts), size)]
+    held = [
+        Inputs(*(torch.tensor([getattr(t, part) for t in some]) for part in ("ids", "attention_mask")))
+        for some in tokens
+    ]
     return Samples(batches=calibration(model), held=held, example=held[0])
 
 
@@ -39,9 +48,22 @@ def row(model, judge, found, fp32, cosine, folder):
     print(report, flush=True)
     size = path.stat().st_size
     reached = judge(dequantize_model(load(path)))
-    print(f"cos ≥ {cosine}: {size:,} bytes, {size / fp32:.4f} of fp32, cosine {reached['cosine']:.5f}, recall@1 {reached['recall']:.4f}", flush=True)
-    return dict(target=cosine, bytes=size, share=size / fp32, chosen_at=report.quality, **reached, seconds=time.perf_counter() - began, recipe=report.recipe.to_dict(),
-                tries=[dict(why=t.why, bytes=t.bytes, cosine=t.quality) for t in report.tries], layers=report.layers)
+    print(
+        f"cos ≥ {cosine}: {size:,} bytes, {size / fp32:.4f} of fp32, cosine {reached['cosine']:.5f}, recall@1"
+        f" {reached['recall']:.4f}",
+        flush=True,
+    )
+    return dict(
+        target=cosine,
+        bytes=size,
+        share=size / fp32,
+        chosen_at=report.quality,
+        **reached,
+        seconds=time.perf_counter() - began,
+        recipe=report.recipe.to_dict(),
+        tries=[dict(why=t.why, bytes=t.bytes, cosine=t.quality) for t in report.tries],
+        layers=report.layers,
+    )
 
 
 def main():
@@ -53,7 +75,14 @@ def main():
         fp32 = (Path(folder) / "fp32.mz").stat().st_size
         for cosine in wanted:
             rows[cosine] = row(model, judge, found, fp32, cosine, folder)
-            out.write_text(json.dumps(dict(fp32_bytes=fp32, fp32_recall=judge.recall(judge.exact), rows=[rows[c] for c in sorted(rows)]), indent=1) + "\n")
+            out.write_text(
+                json.dumps(
+                    dict(fp32_bytes=fp32, fp32_recall=judge.recall(judge.exact), rows=[rows[c] for c in sorted(rows)]),
+                    indent=1,
+                )
+                + "\n"
+            )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

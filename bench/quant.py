@@ -1,4 +1,5 @@
 "Speed and memory of quantize and dequantize over MiniLM's weights, against torch and optimum-quanto in the same run."
+
 import json, statistics, time, warnings
 from pathlib import Path
 
@@ -20,15 +21,19 @@ def interleaved(candidates, rounds=9):
         for name, f in candidates.items():
             began = time.perf_counter()
             f()
-            if r: times[name].append(time.perf_counter() - began)
+            if r:
+                times[name].append(time.perf_counter() - began)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def peak_bytes(f):
     "Most memory that torch held at once beyond what was there before."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: kept = f()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        kept = f()
     now = peak = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for e in sorted(
+        (e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         now += e.nbytes()
         peak = max(peak, now)
     return peak
@@ -43,6 +48,7 @@ def torch_int8(w):
 def quanto_int4(w):
     "optimum-quanto's 4-bit weights in groups of 32, asymmetric, packed two to a byte."
     from optimum.quanto import MaxOptimizer, qint4, quantize_weight
+
     scale, shift = MaxOptimizer()(w, qint4, 0, 32)
     return quantize_weight(w, qint4, 0, scale, shift, 32)
 
@@ -57,22 +63,41 @@ def main():
     table = []
     for name, (ours, theirs, peer) in pairs.items():
         mine, other = every(ours)(), every(theirs)()
-        for what, a, b in (("quantize", every(ours), every(theirs)),
-                           ("dequantize", lambda: [q.dequantize() for q in mine], lambda: [q.dequantize() for q in other])):
+        for what, a, b in (
+            ("quantize", every(ours), every(theirs)),
+            ("dequantize", lambda: [q.dequantize() for q in mine], lambda: [q.dequantize() for q in other]),
+        ):
             t = interleaved({"ours": a, "peer": b})
-            table.append(dict(what=f"{what}, {name}", peer=peer, ours_over_peer=t["ours"] / t["peer"], million_weights_a_second=sum(map(torch.numel, weights)) / t["ours"] / 1e6))
+            table.append(
+                dict(
+                    what=f"{what}, {name}",
+                    peer=peer,
+                    ours_over_peer=t["ours"] / t["peer"],
+                    million_weights_a_second=sum(map(torch.numel, weights)) / t["ours"] / 1e6,
+                )
+            )
         largest = max(weights, key=torch.numel)
         q = ours(largest)
         table[-2]["peak_over_tensor"] = peak_bytes(lambda: ours(largest)) / largest.nbytes
         table[-1]["peak_over_tensor"] = peak_bytes(q.dequantize) / largest.nbytes
-        table[-2]["db_ours"], table[-2]["db_peer"] = sqnr(largest, q.dequantize()), sqnr(largest, theirs(largest).dequantize())
+        table[-2]["db_ours"], table[-2]["db_peer"] = (
+            sqnr(largest, q.dequantize()),
+            sqnr(largest, theirs(largest).dequantize()),
+        )
     print(f"MiniLM's {sum(map(torch.numel, weights)):,} weights, {torch.get_num_threads()} threads\n")
-    print(f"{'what':<30} {'peer':<28} {'time ours/peer':>14} {'M weights/s':>12} {'peak memory/tensor':>19} {'SQNR ours':>10} {'peer':>7}")
+    print(
+        f"{'what':<30} {'peer':<28} {'time ours/peer':>14} {'M weights/s':>12} {'peak memory/tensor':>19}"
+        f" {'SQNR ours':>10} {'peer':>7}"
+    )
     for r in table:
-        print(f"{r['what']:<30} {r['peer']:<28} {r['ours_over_peer']:>14.2f} {r['million_weights_a_second']:>12.0f} {r['peak_over_tensor']:>19.2f} "
-              + (f"{r['db_ours']:>10.2f} {r['db_peer']:>7.2f}" if "db_ours" in r else ""))
+        print(
+            f"{r['what']:<30} {r['peer']:<28} {r['ours_over_peer']:>14.2f} {r['million_weights_a_second']:>12.0f}"
+            f" {r['peak_over_tensor']:>19.2f} "
+            + (f"{r['db_ours']:>10.2f} {r['db_peer']:>7.2f}" if "db_ours" in r else "")
+        )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quant.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,21 @@
-"""A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most half a percentage point.
+"""A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most half a
+percentage point.
 
-    python bench/record.py             three seeds in two processes, measured on the test part; writes bench/results/record.json and record.mz
-    python bench/record.py validate    one further seed, trained without the validation images and measured on them: for whoever changes the numbers in NETS
+    python bench/record.py             three seeds in two processes, measured on the test part; writes
+    bench/results/record.json and record.mz
+    python bench/record.py validate    one further seed, trained without the validation images and measured on them:
+    for whoever changes the numbers in NETS
     python bench/record.py smoke       the whole path in a minute, with next to no training: does it run?
 
 The name of a network behind these does that one alone.
 
-For each seed: (1) a full network learns from augmented images and their labels; it is the float32 reference and the teacher. (2) A small
-relative learns from it, in floats. (3) Its weights are rounded to LEVELS values while it learns on, and every bit of their entropy has a
-price in the loss. (4) Biases become eight-bit floats, and a solid file is written. Every size is that of a file, every accuracy that of
-the model which was loaded from it by its path alone.
+For each seed: (1) a full network learns from augmented images and their labels; it is the float32 reference and the
+teacher. (2) A small relative learns from it, in floats. (3) Its weights are rounded to LEVELS values while it
+learns on, and every bit of their entropy has a price in the loss. (4) Biases become eight-bit floats, and a solid
+file is written. Every size is that of a file, every accuracy that of the model which was loaded from it by its path
+alone.
 """
+
 import copy, functools, itertools, json, os, statistics, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,78 +32,147 @@ from modelzip.qat import StepAdam, WeightQuantizer, convert, entropy_bits, prepa
 from modelzip.quant import quantize_model
 
 RESULTS = Path(__file__).parent / "results"
-SEEDS, COPIES, TEACHING, BATCH, TEMPERATURE = (0, 1, 2), 40, 20, 128, 2.
-GENTLE = dict(degrees=6., shift=0.05, scale=0.07, shear=0.07)       # of `affine`, for students: they have no room for more
-NETS = {                                                            # LeNet-5's: chosen on the validation part in about 15 trials; LeNet-300-100's were set once, before its first run, and not searched
-    "LeNet-5": dict(make=LeNet5, student=dict(channels=[8, 16], hidden=24), levels=15, price=0.0145, first=1, then=6, lr=1e-2),
-    "LeNet-300-100": dict(make=LeNet300, student=dict(hidden=[32, 16]), levels=15, price=0.01, first=1, then=4, lr=1e-2),
+SEEDS, COPIES, TEACHING, BATCH, TEMPERATURE = (0, 1, 2), 40, 20, 128, 2.0
+GENTLE = dict(degrees=6.0, shift=0.05, scale=0.07, shear=0.07)  # of `affine`, for students: they have no room for more
+# LeNet-5's: chosen on the validation part in about 15 trials; LeNet-300-100's were set once, before its first run, and
+# not searched
+NETS = {
+    "LeNet-5": dict(
+        make=LeNet5, student=dict(channels=[8, 16], hidden=24), levels=15, price=0.0145, first=1, then=6, lr=1e-2
+    ),
+    "LeNet-300-100": dict(
+        make=LeNet300, student=dict(hidden=[32, 16]), levels=15, price=0.01, first=1, then=4, lr=1e-2
+    ),
 }
-LITERATURE = [                                                      # factor, error in percent on MNIST's 10,000 test images, source
-    dict(net="LeNet-5", name="Deep Compression", factor=39, error=0.74, source="Han, Mao & Dally 2016, arXiv:1510.00149"),
-    dict(net="LeNet-5", name="Sparse variational dropout", factor=228, error=1.0, source="Molchanov, Ashukha & Vetrov 2017, arXiv:1701.05369, by the table of arXiv:1705.08665"),
-    dict(net="LeNet-5", name="Bayesian Compression, fast to decode", factor=419, error=1.0, source="Louizos, Ullrich & Welling 2017, arXiv:1705.08665"),
-    dict(net="LeNet-5", name="Bayesian Compression, smallest", factor=771, error=1.0, source="Louizos, Ullrich & Welling 2017, arXiv:1705.08665"),
-    dict(net="LeNet-5", name="MIRACLE, lowest error", factor=555, error=0.69, source="Havasi, Peharz & Hernández-Lobato 2019, arXiv:1810.00440"),
-    dict(net="LeNet-5", name="MIRACLE, highest compression", factor=1110, error=0.96, source="Havasi, Peharz & Hernández-Lobato 2019, arXiv:1810.00440"),
+LITERATURE = [  # factor, error in percent on MNIST's 10,000 test images, source
+    dict(
+        net="LeNet-5", name="Deep Compression", factor=39, error=0.74, source="Han, Mao & Dally 2016, arXiv:1510.00149"
+    ),
+    dict(
+        net="LeNet-5",
+        name="Sparse variational dropout",
+        factor=228,
+        error=1.0,
+        source="Molchanov, Ashukha & Vetrov 2017, arXiv:1701.05369, by the table of arXiv:1705.08665",
+    ),
+    dict(
+        net="LeNet-5",
+        name="Bayesian Compression, fast to decode",
+        factor=419,
+        error=1.0,
+        source="Louizos, Ullrich & Welling 2017, arXiv:1705.08665",
+    ),
+    dict(
+        net="LeNet-5",
+        name="Bayesian Compression, smallest",
+        factor=771,
+        error=1.0,
+        source="Louizos, Ullrich & Welling 2017, arXiv:1705.08665",
+    ),
+    dict(
+        net="LeNet-5",
+        name="MIRACLE, lowest error",
+        factor=555,
+        error=0.69,
+        source="Havasi, Peharz & Hernández-Lobato 2019, arXiv:1810.00440",
+    ),
+    dict(
+        net="LeNet-5",
+        name="MIRACLE, highest compression",
+        factor=1110,
+        error=0.96,
+        source="Havasi, Peharz & Hernández-Lobato 2019, arXiv:1810.00440",
+    ),
 ]
 
 
 def teacher(how, part, seed, epochs=TEACHING):
     "The full network, trained with augmentation on the labels."
     first = how["make"](seed=seed)
-    with seeded(seed): return distill(first, copy.deepcopy(first), part, Labels(), epochs=epochs, seed=seed, augment=affine, progress=False)
+    with seeded(seed):
+        return distill(
+            first, copy.deepcopy(first), part, Labels(), epochs=epochs, seed=seed, augment=affine, progress=False
+        )
 
 
 def lesson(master, part, seed, copies=COPIES):
-    "Augmented images, once and for all: [images as a Split whose labels are their numbers], what the teacher says of them, their labels."
+    """Augmented images, once and for all: [images as a Split whose labels are their numbers], what the teacher says
+    of them, their labels."""
     with seeded(1000 + seed), torch.no_grad():
         x = torch.cat([part.x] + [affine(part.x, **GENTLE) for _ in range(copies - 1)])
         said = torch.cat([master(b) for b in x.split(1000)])
     return Split(x, torch.arange(len(x))), said, part.y.repeat(copies)
 
 
-def taught(model, pupils, epochs, lr, seed, price=0.):
+def taught(model, pupils, epochs, lr, seed, price=0.0):
     "Learn from teacher and labels; with a price for a thousand bits of entropy, which rises during the first half."
     images, said, labels = pupils
     calls, half = itertools.count(), epochs * len(images) / BATCH / 2
+
     def loss(out, i):
-        soft = F.kl_div((out / TEMPERATURE).log_softmax(1), (said[i] / TEMPERATURE).log_softmax(1), log_target=True, reduction="batchmean")
+        soft = F.kl_div(
+            (out / TEMPERATURE).log_softmax(1),
+            (said[i] / TEMPERATURE).log_softmax(1),
+            log_target=True,
+            reduction="batchmean",
+        )
         total = 0.5 * TEMPERATURE**2 * soft + 0.5 * F.cross_entropy(out, labels[i])
-        return total + min(1., next(calls) / half) * price * entropy_bits(model) / 1000 if price else total
+        return total + min(1.0, next(calls) / half) * price * entropy_bits(model) / 1000 if price else total
+
     is_prepared = any(isinstance(m, WeightQuantizer) for m in model.modules())
     optimizer = functools.partial(StepAdam, model=model) if is_prepared else torch.optim.Adam
     return train(model, images, epochs, lr, BATCH, seed, progress=False, loss=loss, optimizer=optimizer)
 
 
 def student(how, seed):
-    "A small relative. In LeNet-5 no nonlinearity but pooling follows the convolutions, so that their biases only move those of fc1: they stay zero."
+    """A small relative. In LeNet-5 no nonlinearity but pooling follows the convolutions, so that their biases only
+    move those of fc1: they stay zero."""
     model = how["make"](seed=100 + seed, **how["student"])
-    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)): nn.init.zeros_(conv.bias).requires_grad_(False)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        nn.init.zeros_(conv.bias).requires_grad_(False)
     return model
 
 
 @torch.no_grad()
 def rounded(model):
-    "A copy of a prepared model whose biases are eight-bit floats. (Its steps stay: a price on bits leaves many weights beside a border between two codes, and the slightest change of a step moves them across; on validation digits that cost half a percentage point.)"
+    """A copy of a prepared model whose biases are eight-bit floats. (Its steps stay: a price on bits leaves many
+    weights beside a border between two codes, and the slightest change of a step moves them across; on validation
+    digits that cost half a percentage point.)"""
     model = copy.deepcopy(model)
     for m in model.modules():
-        if isinstance(getattr(m, "bias", None), nn.Parameter): m.bias.copy_(m.bias.to(torch.float8_e4m3fn))
+        if isinstance(getattr(m, "bias", None), nn.Parameter):
+            m.bias.copy_(m.bias.to(torch.float8_e4m3fn))
     return model
 
 
 def steps(how, part, seed, scale=1):
     "From the full network to the smallest file: (name, model, how it is saved), and seconds."
     began, times = time.perf_counter(), {}
-    def clock(name): times[name] = round(time.perf_counter() - began - sum(times.values()), 1)
-    master = teacher(how, part, seed, max(1, TEACHING // scale)); clock("teacher")
-    pupils = lesson(master, part, seed, max(2, COPIES // scale)); clock("what it says")
-    small = taught(student(how, seed), pupils, how["first"], how["lr"], seed); clock("student")
+
+    def clock(name):
+        times[name] = round(time.perf_counter() - began - sum(times.values()), 1)
+
+    master = teacher(how, part, seed, max(1, TEACHING // scale))
+    clock("teacher")
+    pupils = lesson(master, part, seed, max(2, COPIES // scale))
+    clock("what it says")
+    small = taught(student(how, seed), pupils, how["first"], how["lr"], seed)
+    clock("student")
     ready = dict(levels=how["levels"], activations=None, per_channel=False)
-    free = taught(prepare(small, **ready), pupils, 1, how["lr"], seed); clock("rounding")
-    paid = taught(prepare(small, **ready), pupils, how["then"], how["lr"], seed, how["price"]); clock("rounding and price")
-    return [("float32", master, False), ("float32, entropy-coded", master, True), ("small student, float32", small, True),
-            ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True), (f"{how['levels']} levels, trained", convert(free), True),
-            ("a price on bits", convert(paid), True), ("solid file", convert(paid), "solid"), ("8-bit biases", convert(rounded(paid)), "solid")], times
+    free = taught(prepare(small, **ready), pupils, 1, how["lr"], seed)
+    clock("rounding")
+    paid = taught(prepare(small, **ready), pupils, how["then"], how["lr"], seed, how["price"])
+    clock("rounding and price")
+    return [
+        ("float32", master, False),
+        ("float32, entropy-coded", master, True),
+        ("small student, float32", small, True),
+        ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True),
+        (f"{how['levels']} levels, trained", convert(free), True),
+        ("a price on bits", convert(paid), True),
+        ("solid file", convert(paid), "solid"),
+        ("8-bit biases", convert(rounded(paid)), "solid"),
+    ], times
 
 
 def run(job):
@@ -122,8 +196,12 @@ def summary(name, runs, on):
     "Means over the seeds."
     weights = 4 * sum(p.numel() for p in NETS[name]["make"]().parameters())
     mean = lambda i, key: statistics.mean(r["rows"][i][key] for r in runs)
-    table = [dict(step=row["step"], bytes=mean(i, "bytes"), factor=weights / mean(i, "bytes")) | {on: mean(i, on)} for i, row in enumerate(runs[0]["rows"])]
-    for row in table: print(f"{name:<15}{row['step']:<28}{row['bytes']:>12,.0f}{row['factor']:>8,.0f}×  {100 * row[on]:.2f} %")
+    table = [
+        dict(step=row["step"], bytes=mean(i, "bytes"), factor=weights / mean(i, "bytes")) | {on: mean(i, on)}
+        for i, row in enumerate(runs[0]["rows"])
+    ]
+    for row in table:
+        print(f"{name:<15}{row['step']:<28}{row['bytes']:>12,.0f}{row['factor']:>8,.0f}×  {100 * row[on]:.2f} %")
     how = {k: v for k, v in NETS[name].items() if k != "make"}
     return dict(how=how, weights=weights, table=table, lost=100 * (table[0][on] - table[-1][on]), runs=runs)
 
@@ -137,20 +215,37 @@ def store(out, path=RESULTS / "record.json"):
 
 def main(names, scale=1, seeds=SEEDS, part="fit", on="test", write=True):
     began, found = time.perf_counter(), {name: [] for name in names}
-    out = {"seeds": seeds, "teaching": TEACHING, "copies": COPIES, "torch": torch.__version__, "literature": LITERATURE, "nets": {}}
+    out = {
+        "seeds": seeds,
+        "teaching": TEACHING,
+        "copies": COPIES,
+        "torch": torch.__version__,
+        "literature": LITERATURE,
+        "nets": {},
+    }
     with ProcessPoolExecutor(2) as pool:
-        for name, seed, rows, times, last in pool.map(run, [(name, seed, part, on, scale) for name in names for seed in seeds]):
+        for name, seed, rows, times, last in pool.map(
+            run, [(name, seed, part, on, scale) for name in names for seed in seeds]
+        ):
             found[name].append(dict(seed=seed, rows=rows, seconds=times))
             print(name, seed, rows[0][on], rows[-1]["bytes"], rows[-1][on], times, flush=True)
-            if write and name == "LeNet-5" and seed == seeds[0]: (RESULTS / "record.mz").write_bytes(last)
-            if len(found[name]) < len(seeds): continue
-            out["nets"][name] = summary(name, found[name], on) | {"minutes": round((time.perf_counter() - began) / 60, 1)}
+            if write and name == "LeNet-5" and seed == seeds[0]:
+                (RESULTS / "record.mz").write_bytes(last)
+            if len(found[name]) < len(seeds):
+                continue
+            out["nets"][name] = summary(name, found[name], on) | {
+                "minutes": round((time.perf_counter() - began) / 60, 1)
+            }
             began = time.perf_counter()
-            if write: store(out)
+            if write:
+                store(out)
 
 
 if __name__ == "__main__":
     chosen = [name for name in NETS if name in sys.argv] or list(NETS)
-    if "validate" in sys.argv: main(chosen, seeds=(10,), part="train", on="valid", write=False)
-    elif "smoke" in sys.argv: main(chosen, scale=40, seeds=(10,), part="train", on="valid", write=False)
-    else: main(chosen)
+    if "validate" in sys.argv:
+        main(chosen, seeds=(10,), part="train", on="valid", write=False)
+    elif "smoke" in sys.argv:
+        main(chosen, scale=40, seeds=(10,), part="train", on="valid", write=False)
+    else:
+        main(chosen)

@@ -1,12 +1,13 @@
 """The table of results that the README and the site show, made from what the other programs here have measured.
 
-    python bench/table.py     prints it as Markdown
+python bench/table.py     prints it as Markdown
 """
+
 import json, statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-LENET5, LENET300 = 4 * 431_080, 4 * 266_610          # bytes of the float32 weights
+LENET5, LENET300 = 4 * 431_080, 4 * 266_610  # bytes of the float32 weights
 
 
 def read(name):
@@ -14,59 +15,105 @@ def read(name):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def spread(values, scale=100.):
+def spread(values, scale=100.0):
     "Mean of several seeds and how far they lie apart."
     mean = scale * statistics.mean(values)
     return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {scale * statistics.stdev(values):.2f}"
 
 
 def line(model, how, size, before, quality, reference, chapter):
-    quality, reference = (t.replace(" ", "\u00a0") for t in (quality, reference))      # numbers and their spread stay on one line
-    return model, size, f"| {model} | [{how}]({chapter}) | {size:,.0f} | {before / size:,.1f}× | {quality} | {reference} |"
+    quality, reference = (
+        t.replace(" ", "\u00a0") for t in (quality, reference)
+    )  # numbers and their spread stay on one line
+    return (
+        model,
+        size,
+        f"| {model} | [{how}]({chapter}) | {size:,.0f} | {before / size:,.1f}× | {quality} | {reference} |",
+    )
 
 
 def record(found):
     for name, net in found["nets"].items():
         first, last = net["table"][0], net["table"][-1]
         runs = [r["rows"][-1]["test"] for r in net["runs"]]
-        yield line(name, "distilled, bits at a price", last["bytes"], net["weights"],
-                   f"{spread(runs)} %", f"{spread([r['rows'][0]['test'] for r in net['runs']])} %", "13b_record.ipynb")
+        yield line(
+            name,
+            "distilled, bits at a price",
+            last["bytes"],
+            net["weights"],
+            f"{spread(runs)} %",
+            f"{spread([r['rows'][0]['test'] for r in net['runs']])} %",
+            "13b_record.ipynb",
+        )
 
 
 def qat(found):
     rows = {r["name"]: r for r in found["rows"]}
     for name in "2 bits, 8 bits", "binary, 8 bits":
         weights = name.split(",")[0]
-        yield line("LeNet-5", f"{weights.replace('binary', '1 bit')}, trained through rounding", statistics.mean(rows[name]["bytes"]), LENET5,
-                   f"{spread(rows[name]['accuracy'])} %", f"{spread(rows['float32']['accuracy'])} %", "11_qat.ipynb")
+        yield line(
+            "LeNet-5",
+            f"{weights.replace('binary', '1 bit')}, trained through rounding",
+            statistics.mean(rows[name]["bytes"]),
+            LENET5,
+            f"{spread(rows[name]['accuracy'])} %",
+            f"{spread(rows['float32']['accuracy'])} %",
+            "11_qat.ipynb",
+        )
 
 
 def prune(found):
     for name, before in ("LeNet-5", LENET5), ("LeNet-300-100", LENET300):
         runs = found["lenet"][name]["rows"]
         size = statistics.mean(r["pruned, 4 bits"]["bytes"] for r in runs)
-        yield line(name, f"{100 * runs[0]['sparsity']:.0f} % pruned, then 4 bits", size, before,
-                   f"{spread([r['pruned, 4 bits']['accuracy'] for r in runs])} %", f"{spread([r['dense']['accuracy'] for r in runs])} %", "07_prune.ipynb")
+        yield line(
+            name,
+            f"{100 * runs[0]['sparsity']:.0f} % pruned, then 4 bits",
+            size,
+            before,
+            f"{spread([r['pruned, 4 bits']['accuracy'] for r in runs])} %",
+            f"{spread([r['dense']['accuracy'] for r in runs])} %",
+            "07_prune.ipynb",
+        )
 
 
 def ptq(found):
     full = next(r for r in found["rows"] if r["bits"] == 32)
     for bits, method in (8, "gptq, per channel"), (4, "gptq, group 32, symmetric"):
         r = next(r for r in found["rows"] if (r["bits"], r["method"]) == (bits, method))
-        yield line("MiniLM", f"{bits} bits, GPTQ", r["bytes"], full["bytes"], f"{r['cosine']:.4f}, {r['recall']:.3f}", f"1, {full['recall']:.3f}", "10_ptq.ipynb")
+        yield line(
+            "MiniLM",
+            f"{bits} bits, GPTQ",
+            r["bytes"],
+            full["bytes"],
+            f"{r['cosine']:.4f}, {r['recall']:.3f}",
+            f"1, {full['recall']:.3f}",
+            "10_ptq.ipynb",
+        )
 
 
 def auto(found):
     for r in found["rows"]:
-        yield line("MiniLM", f"mixed bits for cosine {r['target']}", r["bytes"], found["fp32_bytes"],
-                   f"{r['cosine']:.4f}, {r['recall']:.3f}", f"1, {found['fp32_recall']:.3f}", "13_auto.ipynb")
+        yield line(
+            "MiniLM",
+            f"mixed bits for cosine {r['target']}",
+            r["bytes"],
+            found["fp32_bytes"],
+            f"{r['cosine']:.4f}, {r['recall']:.3f}",
+            f"1, {found['fp32_recall']:.3f}",
+            "13_auto.ipynb",
+        )
 
 
 def table():
     "Markdown, one row a model and technique; what has not been measured is left out."
     rows = [row for part in (record, prune, qat, ptq, auto) if (found := read(part.__name__)) for row in part(found)]
-    head = "| model | how | bytes of the file | smaller | accuracy (or cosine, recall) | float32 |\n|---|---|--:|--:|---|---|\n"
+    head = (
+        "| model | how | bytes of the file | smaller | accuracy (or cosine, recall) | float32"
+        " |\n|---|---|--:|--:|---|---|\n"
+    )
     return head + "\n".join(text for *_, text in sorted(rows)) + "\n"
 
 
-if __name__ == "__main__": print(table())
+if __name__ == "__main__":
+    print(table())

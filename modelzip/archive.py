@@ -18,77 +18,93 @@ class PackError(Exception):
 
 # %% ../nbs/04b_archive.ipynb
 def demand(
-    ok: Any,          # true if all is well
-    message: str,     # what is wrong otherwise
+    ok: Any,  # true if all is well
+    message: str,  # what is wrong otherwise
 ) -> None:
     "A check that a file has to pass."
-    if not ok: raise PackError(message)
+    if not ok:
+        raise PackError(message)
 
-def cut(text: str, most: int) -> str: return text if len(text) <= most else f"{text[:most - most//3 - 3]} … {text[-(most//3):]}"
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - most // 3 - 3]} … {text[-(most // 3) :]}"
+
 
 def shown(
-    name: Any,         # of a tensor, a layer, a type …: whatever a file says
-    most: int = 80,    # characters
+    name: Any,  # of a tensor, a layer, a type …: whatever a file says
+    most: int = 80,  # characters
 ) -> str:
     "What a file says, for people: printable, and its middle left out when it is long."
     return ascii_name(cut(name if isinstance(name, str) else ascii(name), most))
 
-def ascii_name(name: str) -> str: return name if name.isprintable() else ascii(name)
 
-def quoted(name: Any, most: int = 80) -> str: return repr(cut(name, most)) if isinstance(name, str) else cut(ascii(name), most)
+def ascii_name(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
+
+
+def quoted(name: Any, most: int = 80) -> str:
+    return repr(cut(name, most)) if isinstance(name, str) else cut(ascii(name), most)
+
 
 def several(
-    names: Any,        # has a length
+    names: Any,  # has a length
     most: int = 8,
 ) -> str:
     "The first of many names, and how many there are."
-    return ", ".join([shown(n) for n, _ in zip(names, range(most))]) + f" and {len(names) - most:,} more"*(len(names) > most)
+    return ", ".join([shown(n) for n, _ in zip(names, range(most))]) + f" and {len(names) - most:,} more" * (
+        len(names) > most
+    )
 
 # %% ../nbs/04b_archive.ipynb
 @dataclass(frozen=True)
 class Entry:
     "One entry of a zip archive."
-    name: str        # ASCII
-    method: int      # 0: stored as it is, 8: deflated
-    crc: int         # CRC-32 of the bytes before packing
-    packed: int      # bytes in the file
-    size: int        # bytes after unpacking
+
+    name: str  # ASCII
+    method: int  # 0: stored as it is, 8: deflated
+    crc: int  # CRC-32 of the bytes before packing
+    packed: int  # bytes in the file
+    size: int  # bytes after unpacking
     offset: int = 0  # where its local header begins
 
 # %% ../nbs/04b_archive.ipynb
 MARK = 0xFFFFFFFF
 
+
 def wide(
-    *values: int,                # sizes and offsets
-) -> tuple[list[int], bytes]:    # what stands in the 32-bit fields, and the zip64 extra field (empty when all fit)
+    *values: int,  # sizes and offsets
+) -> tuple[list[int], bytes]:  # what stands in the 32-bit fields, and the zip64 extra field (empty when all fit)
     "Split numbers into those that fit 32 bits and an extra field with the others."
     big = [v for v in values if v >= MARK]
-    extra = struct.pack(f"<2H{len(big)}Q", 1, 8*len(big), *big) if big else b""
+    extra = struct.pack(f"<2H{len(big)}Q", 1, 8 * len(big), *big) if big else b""
     return [min(v, MARK) for v in values], extra
 
 # %% ../nbs/04b_archive.ipynb
-ALIGN = 64      # bytes: stored entries, and the large tensors inside, begin at multiples of it
+ALIGN = 64  # bytes: stored entries, and the large tensors inside, begin at multiples of it
+
 
 def padding(
-    used: int,   # bytes before the padding
-) -> bytes:      # an extra field of 0 or 6 to 69 bytes
+    used: int,  # bytes before the padding
+) -> bytes:  # an extra field of 0 or 6 to 69 bytes
     "What fills a local header up to a multiple of `ALIGN`."
     n = -used % ALIGN
-    if 0 < n < 6: n += ALIGN      # the smallest possible field has 6 bytes
+    if 0 < n < 6:
+        n += ALIGN  # the smallest possible field has 6 bytes
     return struct.pack("<3H", 0xD935, n - 4, ALIGN).ljust(n, b"\0") if n else b""
 
 # %% ../nbs/04b_archive.ipynb
 LOCAL = struct.Struct("<4s5H3I2H")
-SOLID = "model"       # the only entry of a solid file, which is never mapped
-MIDNIGHT = 0, 33      # time and date: 1980-01-01 00:00:00
+SOLID = "model"  # the only entry of a solid file, which is never mapped
+MIDNIGHT = 0, 33  # time and date: 1980-01-01 00:00:00
 
-def local_header(
-    e: Entry,
-) -> bytes:   # 30 bytes, the name, an extra field
+
+def local_header(e: Entry) -> bytes:  # 30 bytes, the name, an extra field
     "What stands before the bytes of an entry (APPNOTE 4.3.7)."
     big, sizes, extra = max(e.size, e.packed) >= MARK, [e.packed, e.size], b""
-    if big: sizes, extra = [MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)
-    if e.method == 0 and e.name != SOLID: extra += padding(e.offset + LOCAL.size + len(e.name) + len(extra))
+    if big:
+        sizes, extra = [MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)
+    if e.method == 0 and e.name != SOLID:
+        extra += padding(e.offset + LOCAL.size + len(e.name) + len(extra))
     needed = 45 if big else 20 if e.method else 10
     header = LOCAL.pack(b"PK\3\4", needed, 0, e.method, *MIDNIGHT, e.crc, *sizes, len(e.name), len(extra))
     return header + e.name.encode() + extra
@@ -96,168 +112,219 @@ def local_header(
 # %% ../nbs/04b_archive.ipynb
 CENTRAL = struct.Struct("<4s6H3I5H2I")
 
-def central_record(
-    e: Entry,
-) -> bytes:   # 46 bytes, the name, and an extra field if the entry is huge
+
+def central_record(e: Entry) -> bytes:  # 46 bytes, the name, and an extra field if the entry is huge
     "What the directory says about an entry (APPNOTE 4.3.12)."
     (size, packed, offset), extra = wide(e.size, e.packed, e.offset)
     needed = 45 if extra else 20 if e.method else 10
-    return CENTRAL.pack(b"PK\1\2", 3 << 8 | needed, needed, 0, e.method, *MIDNIGHT, e.crc, packed, size,
-                        len(e.name), len(extra), 0, 0, 0, 0o100644 << 16, offset) + e.name.encode() + extra
+    return (
+        CENTRAL.pack(
+            b"PK\1\2",
+            3 << 8 | needed,
+            needed,
+            0,
+            e.method,
+            *MIDNIGHT,
+            e.crc,
+            packed,
+            size,
+            len(e.name),
+            len(extra),
+            0,
+            0,
+            0,
+            0o100644 << 16,
+            offset,
+        )
+        + e.name.encode()
+        + extra
+    )
 
 # %% ../nbs/04b_archive.ipynb
 END, LOCATOR, END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 
+
 def directory(
     entries: list[Entry],
-    offset: int,             # where the directory begins
-) -> bytes:                  # everything from there to the end of the file
+    offset: int,  # where the directory begins
+) -> bytes:  # everything from there to the end of the file
     "The directory of an archive and its end record (APPNOTE 4.3.12 to 4.3.16)."
     records, n = b"".join(map(central_record, entries)), len(entries)
     end64 = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, n, n, len(records), offset)
     end64 += LOCATOR.pack(b"PK\6\7", 0, offset + len(records), 1)
-    return records + (end64 if offset >= MARK else b"") + END.pack(b"PK\5\6", 0, 0, n, n, len(records), min(offset, MARK), 0)
+    return (
+        records
+        + (end64 if offset >= MARK else b"")
+        + END.pack(b"PK\5\6", 0, 0, n, n, len(records), min(offset, MARK), 0)
+    )
 
 # %% ../nbs/04b_archive.ipynb
-def deflate(
-    data: bytes,
-) -> bytes:      # a raw deflate stream, as zip holds it
+def deflate(data: bytes) -> bytes:  # a raw deflate stream, as zip holds it
     "Compress as well as zlib can."
     z = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     return z.compress(data) + z.flush()
 
 # %% ../nbs/04b_archive.ipynb
 MAX_MANIFEST, MAX_RATIO, MAX_VALUES = 2**26, 64, 2**22
-MAX_NAME, MAX_PARTS = 2**16, 64      # characters of a name; the parts between its dots, each a module inside of a module
+MAX_NAME, MAX_PARTS = 2**16, 64  # characters of a name; the parts between its dots, each a module inside of a module
+
 
 def check_name(name: str) -> None:
     "`PackError` for a name that no model needs: the tree that names build must not be deeper than recursion can walk."
-    demand(len(name) <= MAX_NAME and name.count(".") < MAX_PARTS,
-           f"it has a name of {len(name):,} characters in {name.count('.') + 1:,} parts ({quoted(name)}); a name may have {MAX_NAME:,} in {MAX_PARTS}")
+    demand(
+        len(name) <= MAX_NAME and name.count(".") < MAX_PARTS,
+        f"it has a name of {len(name):,} characters in {name.count('.') + 1:,} parts ({quoted(name)}); a name may have"
+        f" {MAX_NAME:,} in {MAX_PARTS}",
+    )
+
 
 def inflate(
     packed: bytes,
-    size: int,       # what it claims to become
+    size: int,  # what it claims to become
 ) -> bytes:
-    "Unpack a deflate stream that has exactly the size it claims; memory is limited by that size whatever the stream says."
-    demand(size <= min(MAX_MANIFEST, 2**20 + MAX_RATIO*len(packed)),
-           f"its manifest claims {size:,} bytes unpacked from {len(packed):,}: more than a manifest can have")
+    """Unpack a deflate stream that has exactly the size it claims; memory is limited by that size whatever the
+    stream says."""
+    demand(
+        size <= min(MAX_MANIFEST, 2**20 + MAX_RATIO * len(packed)),
+        f"its manifest claims {size:,} bytes unpacked from {len(packed):,}: more than a manifest can have",
+    )
     z = zlib.decompressobj(-15)
-    try: data = z.decompress(packed, size + 1)
-    except zlib.error as e: raise PackError(f"its manifest cannot be unpacked ({e})") from None
-    demand(len(data) == size and z.eof and not z.unused_data,
-           "its manifest does not have the size that it claims")
+    try:
+        data = z.decompress(packed, size + 1)
+    except zlib.error as e:
+        raise PackError(f"its manifest cannot be unpacked ({e})") from None
+    demand(len(data) == size and z.eof and not z.unused_data, "its manifest does not have the size that it claims")
     return data
 
 # %% ../nbs/04b_archive.ipynb
 def path_text(path: str | os.PathLike) -> str:
     "A path as text; `ValueError` for one that no file can have."
     text = os.fsdecode(path)
-    try: possible = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError: possible = False
-    if not possible: raise ValueError(f"path is {text!r}, and no file can be called so")
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"path is {text!r}, and no file can be called so")
     return text
+
 
 def target_of(
     path: str | os.PathLike,
-) -> tuple[str, os.stat_result | None]:     # the file behind symbolic links, and what the system says of it if it exists
+) -> tuple[str, os.stat_result | None]:  # the file behind symbolic links, and what the system says of it if it exists
     "What saving to a path would replace. `OSError` when it may not."
     target = os.path.realpath(path_text(path))
     if not os.path.isdir(folder := os.path.dirname(target)):
         raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
-    if not os.path.lexists(target): return target, None
+    if not os.path.lexists(target):
+        return target, None
     before = os.stat(target)
     mode = before.st_mode
-    if stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, "Cannot save a model over a folder", target)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Cannot save a model over a folder", target)
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Cannot save a model over what is not a regular file", target)
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "The file to save over is read-only", target)
     return target, before
 
-def belong(
-    path: str,
-    before: os.stat_result,
-) -> None:
+
+def belong(path: str, before: os.stat_result) -> None:
     "Give a file owner, group and permissions of another; the group alone where we may not give files away."
     if hasattr(os, "chown") and (os.stat(path).st_uid, os.stat(path).st_gid) != (before.st_uid, before.st_gid):
-        try: os.chown(path, before.st_uid, before.st_gid)
+        try:
+            os.chown(path, before.st_uid, before.st_gid)
         except OSError:
-            with suppress(OSError): os.chown(path, -1, before.st_gid)
-    os.chmod(path, stat.S_IMODE(before.st_mode))        # afterwards: a change of owner takes bits away
+            with suppress(OSError):
+                os.chown(path, -1, before.st_gid)
+    os.chmod(path, stat.S_IMODE(before.st_mode))  # afterwards: a change of owner takes bits away
 
 # %% ../nbs/04b_archive.ipynb
-def sync_folder(
-    folder: str,
-) -> None:
+def sync_folder(folder: str) -> None:
     "Make a rename in a folder survive a power failure, where the system lets us open folders."
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 # %% ../nbs/04b_archive.ipynb
 @contextmanager
 def replacing(
     path: str | os.PathLike,
-) -> Iterator[BinaryIO]:       # a new, empty file; it takes the path's place when the block ends without an exception
-    "Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError` with the path."
+) -> Iterator[BinaryIO]:  # a new, empty file; it takes the path's place when the block ends without an exception
+    """Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError`
+    with the path."""
     target, before = target_of(path)
     temporary = os.path.join(os.path.dirname(target), f".modelzip-{secrets.token_hex(8)}.tmp")
-    try: f = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
-    except OSError as e: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     try:
-        if before is not None: belong(temporary, before)
+        f = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from None
+    try:
+        if before is not None:
+            belong(temporary, before)
         yield f
-        f.flush(); os.fsync(f.fileno()); f.close()
+        f.flush()
+        os.fsync(f.fileno())
+        f.close()
         os.replace(temporary, target)
     except BaseException as e:
-        with suppress(OSError): f.close()
-        with suppress(OSError): os.unlink(temporary)
-        if isinstance(e, OSError) and e.errno is not None and e.filename in (None, temporary):      # which nobody knows
+        with suppress(OSError):
+            f.close()
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, OSError) and e.errno is not None and e.filename in (None, temporary):  # which nobody knows
             raise OSError(e.errno, e.strerror, os.fspath(path)) from None
         raise
     sync_folder(os.path.dirname(target))
 
 # %% ../nbs/04b_archive.ipynb
-def times(
-    a: int,
-    b: int,
-) -> int:      # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
+def times(a: int, b: int) -> int:  # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
     "Multiply remainders."
     product = 0
     while a:
-        if a & 1 << 31: product ^= b
+        if a & 1 << 31:
+            product ^= b
         a = a << 1 & MARK
         b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
     return product
 
+
 @functools.lru_cache(1024)
-def power(n: int) -> int:     # x to the power of 8n: what n more bytes do to a checksum
+def power(n: int) -> int:  # x to the power of 8n: what n more bytes do to a checksum
     "Square and multiply."
     result, base = 1 << 31, 1 << 23
-    while n: result, base, n = times(result, base) if n & 1 else result, times(base, base), n >> 1
+    while n:
+        result, base, n = times(result, base) if n & 1 else result, times(base, base), n >> 1
     return result
 
-def join(a: int, b: int, n: int) -> int:     # the checksum of two pieces, the second n bytes long
+
+def join(a: int, b: int, n: int) -> int:  # the checksum of two pieces, the second n bytes long
     "Checksum of a whole from those of its parts."
     return times(power(n), a) ^ b
 
 # %% ../nbs/04b_archive.ipynb
-BLOCK = 2**20                                  # bytes that are read or written at a time
+BLOCK = 2**20  # bytes that are read or written at a time
 THREADS = min(4, os.cpu_count() or 1)
+
 
 class Checksum:
     "A CRC-32 that is computed in other threads while this one goes on reading or writing."
-    def __init__(self, pool=None):      # an executor that it may use; None: one of its own, until the `with` block ends
+
+    def __init__(self, pool=None):  # an executor that it may use; None: one of its own, until the `with` block ends
         self.own = None if pool else ThreadPoolExecutor(THREADS)
         self.pool, self.value, self.pending = pool or self.own, 0, collections.deque()
 
     def add(self, block):
         "The next block of bytes; it must stay as it is until it has been dealt with."
-        if len(block) < 2**16 and not self.pending: self.value = zlib.crc32(block, self.value); return
+        if len(block) < 2**16 and not self.pending:
+            self.value = zlib.crc32(block, self.value)
+            return
         self.pending.append((self.pool.submit(zlib.crc32, block), len(block)))
-        if len(self.pending) > 2*THREADS: self.take()
+        if len(self.pending) > 2 * THREADS:
+            self.take()
 
     def take(self):
         crc, n = self.pending.popleft()
@@ -269,18 +336,22 @@ class Checksum:
 
     def finish(self):
         "The checksum of all that has come by."
-        while self.pending: self.take()
+        while self.pending:
+            self.take()
         return self.value
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
+
     def __exit__(self, *error):
-        if self.own: self.own.shutdown()
+        if self.own:
+            self.own.shutdown()
 
 # %% ../nbs/04b_archive.ipynb
 def seal(
-    f: BinaryIO,        # 64 bytes, then the payload; the position is its end
-    crc: int,           # of the payload
-    text: bytes,        # the manifest
+    f: BinaryIO,  # 64 bytes, then the payload; the position is its end
+    crc: int,  # of the payload
+    text: bytes,  # the manifest
 ) -> None:
     "Make a zip archive of a payload that has been written."
     size = f.tell() - ALIGN
@@ -288,21 +359,22 @@ def seal(
     about = Entry("manifest.json", 8, zlib.crc32(text), len(packed), len(text), ALIGN + size)
     f.write(local_header(about) + packed)
     f.write(directory([payload, about], f.tell()))
-    f.seek(0); f.write(local_header(payload))
+    f.seek(0)
+    f.write(local_header(payload))
 
 # %% ../nbs/04b_archive.ipynb
 ODD = "its zip headers are not what modelzip writes: the file is damaged, or another tool has rewritten it"
 
+
 def find_directory(
     f: BinaryIO,
-    size: int,                # of the file
-) -> tuple[int, int]:         # where the directory begins, and how many entries it has
+    size: int,  # of the file
+) -> tuple[int, int]:  # where the directory begins, and how many entries it has
     "Read the end record."
     demand(size >= END.size, f"it is no zip archive (only {size} bytes)" if size else "it is empty")
     f.seek(size - END.size)
     sign, _, _, _, n, _, offset, _ = END.unpack(f.read(END.size))
-    demand(sign == b"PK\5\6",
-           "it does not end as a zip archive does: it has been cut off, or it is something else")
+    demand(sign == b"PK\5\6", "it does not end as a zip archive does: it has been cut off, or it is something else")
     if offset == MARK and size >= END.size + LOCATOR.size + END64.size:
         f.seek(size - END.size - LOCATOR.size - END64.size)
         offset = END64.unpack(f.read(END64.size))[-1]
@@ -311,45 +383,51 @@ def find_directory(
 
 # %% ../nbs/04b_archive.ipynb
 def read_record(
-    data: bytes,            # the directory from this record on
-) -> tuple[Entry, int]:     # the entry, and the length of its record
+    data: bytes,  # the directory from this record on
+) -> tuple[Entry, int]:  # the entry, and the length of its record
     "Read one record of the directory; whatever is odd about it is found by writing it anew."
     sign, _, _, _, method, _, _, crc, packed, size, n, nx, nc, _, _, _, offset = CENTRAL.unpack_from(data)
     end = CENTRAL.size + n
-    extra = list(struct.unpack_from(f"<{(nx - 4)//8}Q", data, end + 4)) if nx >= 12 else []
+    extra = list(struct.unpack_from(f"<{(nx - 4) // 8}Q", data, end + 4)) if nx >= 12 else []
     size, packed, offset = [extra.pop(0) if v == MARK and extra else v for v in (size, packed, offset)]
-    return Entry(data[CENTRAL.size:end].decode("ascii"), method, crc, packed, size, offset), end + nx + nc
+    return Entry(data[CENTRAL.size : end].decode("ascii"), method, crc, packed, size, offset), end + nx + nc
 
 # %% ../nbs/04b_archive.ipynb
 def read_entries(
     f: BinaryIO,
-    size: int,           # of the file
-) -> list[Entry]:        # in the order of the file
+    size: int,  # of the file
+) -> list[Entry]:  # in the order of the file
     "The entries of an archive that is, outside their data, byte for byte what we would have written."
     offset, n = find_directory(f, size)
-    f.seek(offset); found = f.read(size - offset)
+    f.seek(offset)
+    found = f.read(size - offset)
     entries, rest = [], found
     try:
-        for _ in range(n): entry, length = read_record(rest); entries.append(entry); rest = rest[length:]
+        for _ in range(n):
+            entry, length = read_record(rest)
+            entries.append(entry)
+            rest = rest[length:]
         names = [e.name for e in entries]
-        demand("manifest.json" in names or names == [SOLID],
-               f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})")
+        demand(
+            "manifest.json" in names or names == [SOLID],
+            f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})",
+        )
         demand(directory(entries, offset) == found and len(set(names)) == n, ODD)
-    except (struct.error, UnicodeDecodeError): raise PackError(ODD) from None
+    except (struct.error, UnicodeDecodeError):
+        raise PackError(ODD) from None
     check_headers(f, entries, offset)
     return entries
 
 # %% ../nbs/04b_archive.ipynb
-def data_offset(
-    e: Entry,
-) -> int:       # bytes from the beginning of the file
+def data_offset(e: Entry) -> int:  # bytes from the beginning of the file
     "Where the data of an entry begins."
     return e.offset + len(local_header(e))
+
 
 def check_headers(
     f: BinaryIO,
     entries: list[Entry],
-    end: int,                # where the directory begins
+    end: int,  # where the directory begins
 ) -> None:
     "Entries must follow each other without a gap, each behind the header that it should have."
     at = 0
@@ -361,34 +439,40 @@ def check_headers(
 
 # %% ../nbs/04b_archive.ipynb
 @contextmanager
-def naming(
-    path: str | os.PathLike,
-) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     "Put the name of the file in front of every `PackError`. None is longer than some lines, whatever the file says."
-    try: yield
+    try:
+        yield
     except PackError as e:
         raise PackError(f"{os.fsdecode(path)}: {cut(str(e), MOST_SAID)}") from e.__cause__
 
-MOST_SAID = 2000      # characters
 
-def open_file(
-    path: str | os.PathLike,
-) -> BinaryIO:
-    "Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or a pointer of Git LFS is a `PackError`."
+MOST_SAID = 2000  # characters
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or
+    a pointer of Git LFS is a `PackError`."""
     path = path_text(path)
-    demand(stat.S_ISREG(os.stat(path).st_mode),
-           "it is a folder" if os.path.isdir(path) else "it is no regular file")
+    demand(stat.S_ISREG(os.stat(path).st_mode), "it is a folder" if os.path.isdir(path) else "it is no regular file")
     f = open(path, "rb")
-    try: demand(not f.peek(len(POINTER)).startswith(POINTER), "it is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that")
-    except BaseException: f.close(); raise
+    try:
+        demand(
+            not f.peek(len(POINTER)).startswith(POINTER),
+            "it is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that",
+        )
+    except BaseException:
+        f.close()
+        raise
     return f
+
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 # %% ../nbs/04b_archive.ipynb
 def unseal(
-    f: BinaryIO,                # an archive that `seal` has written
-) -> tuple[bytes, Entry]:       # the manifest, checked; the payload's entry: its bytes are not read yet
+    f: BinaryIO,  # an archive that `seal` has written
+) -> tuple[bytes, Entry]:  # the manifest, checked; the payload's entry: its bytes are not read yet
     "Read everything of an archive but its payload. `PackError` for whatever is wrong."
     entries = {e.name: e for e in read_entries(f, f.seek(0, os.SEEK_END))}
     demand(SOLID not in entries, "it is solid where a file of two entries is expected")
@@ -397,12 +481,13 @@ def unseal(
     f.seek(data_offset(about))
     text = inflate(f.read(about.packed), about.size)
     demand(zlib.crc32(text) == about.crc, "its manifest is damaged (wrong checksum)")
-    if entries.keys() != {"payload", "manifest.json"} or payload.method or payload.packed != payload.size: payload = None
+    if entries.keys() != {"payload", "manifest.json"} or payload.method or payload.packed != payload.size:
+        payload = None
     return text, payload
 
 # %% ../nbs/04b_archive.ipynb
 def seal_solid(
-    f: BinaryIO,     # empty
+    f: BinaryIO,  # empty
     data: bytes,
 ) -> None:
     "Make a zip archive of one entry, in 108 bytes more than the data."
@@ -411,21 +496,22 @@ def seal_solid(
     f.write(directory([e], f.tell()))
 
 # %% ../nbs/04b_archive.ipynb
-MAX_SOLID = 2**20       # bytes
+MAX_SOLID = 2**20  # bytes
 
-def unseal_solid(
-    f: BinaryIO,
-) -> bytes | None:      # None: it is not solid
+
+def unseal_solid(f: BinaryIO) -> bytes | None:  # None: it is not solid
     "The data of an archive that `seal_solid` has written, checked. `PackError` for whatever is wrong."
     entries = read_entries(f, f.seek(0, os.SEEK_END))
-    if entries[0].name != SOLID: return None
-    e, = entries
+    if entries[0].name != SOLID:
+        return None
+    (e,) = entries
     demand(e.method == 0 and e.packed == e.size <= MAX_SOLID, "its model is packed in an unknown way, or too large")
-    f.seek(data_offset(e)); data = f.read(e.size)
+    f.seek(data_offset(e))
+    data = f.read(e.size)
     demand(zlib.crc32(data) == e.crc, "it is damaged (wrong checksum)")
     return data
 
 # %% ../nbs/04b_archive.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -32,29 +32,53 @@ from .pack import inspect, save
 from .prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from .structured import foldable
 from .ptq import gptq, nearest_weight, quantize_with
-from .recipe import (RECIPES, Judge, Recipe, Results, Samples, expanded, file_of, pareto,
-                             register_step, samples_of, sweep, example_for, _pieces)
+from modelzip.recipe import (
+    RECIPES,
+    Judge,
+    Recipe,
+    Results,
+    Samples,
+    expanded,
+    file_of,
+    pareto,
+    register_step,
+    samples_of,
+    sweep,
+    example_for,
+    _pieces,
+)
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.matrices import identity_of, layers_of, matrices_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
 from .workshop.turns import alone
 
 # %% ../nbs/13_auto.ipynb
-_all_ = ["RECIPES", "Recipe", "Results", "pareto", "register_step", "sweep"]      # chapter 12b's, for whoever looks for them here
+_all_ = [
+    "RECIPES",
+    "Recipe",
+    "Results",
+    "pareto",
+    "register_step",
+    "sweep",
+]  # chapter 12b's, for whoever looks for them here
 
 # %% ../nbs/13_auto.ipynb
 @torch.no_grad()
 def output_change(
-    model: nn.Module,              # left as it is
-    values: dict[str, Tensor],     # name of a parameter → what it is to be, one after the other
-    batches: Iterable,             # inputs, see `feed`
-) -> dict[str, float]:             # name → relative squared error of the output when this parameter alone is changed
-    """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the outputs where there are several.
-    For an example of (nearly) zeros, and for single numbers, see `modelzip.workshop.judging.energies`. `ValueError` for a name that is no parameter's."""
+    model: nn.Module,  # left as it is
+    values: dict[str, Tensor],  # name of a parameter → what it is to be, one after the other
+    batches: Iterable,  # inputs, see `feed`
+) -> dict[str, float]:  # name → relative squared error of the output when this parameter alone is changed
+    """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the
+    outputs where there are several. For an example of (nearly) zeros, and for single numbers, see
+    `modelzip.workshop.judging.energies`. `ValueError` for a name that is no parameter's.
+    """
     batches, twin, changes = list(as_batches(batches)), copied(model).eval(), {}
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    if unknown := set(values) - set(parameters): raise ValueError(f"values names {sorted(unknown)[0]!r}; the parameters are {', '.join(parameters)}")
-    if not batches: raise ValueError("batches is empty")
+    if unknown := set(values) - set(parameters):
+        raise ValueError(f"values names {sorted(unknown)[0]!r}; the parameters are {', '.join(parameters)}")
+    if not batches:
+        raise ValueError("batches is empty")
     exact = rows_of(twin, batches)
     usual = {k: energies(rows) for k, rows in exact.items()}
     for name, value in values.items():
@@ -64,110 +88,156 @@ def output_change(
         parameters[name].data = kept
     return changes
 
+
 def _relative(changed, exact, usual):
-    each = lambda k: torch.cat([(a.double() - b.double()).where(a != b, 0.).square().sum(1) / e for a, b, e in zip(changed[k], exact[k], usual[k])]).nan_to_num(math.inf).mean().item()
+    each = lambda k: (
+        torch.cat(
+            [
+                (a.double() - b.double()).where(a != b, 0.0).square().sum(1) / e
+                for a, b, e in zip(changed[k], exact[k], usual[k])
+            ]
+        )
+        .nan_to_num(math.inf)
+        .mean()
+        .item()
+    )
     return sum(map(each, exact)) / len(exact)
 
 # %% ../nbs/13_auto.ipynb
 def second_order(
-    model: nn.Module,              # left as it is
-    changes: dict[str, Tensor],    # name of a parameter → δ, its change
-    batches: Iterable,             # inputs, see `feed`
-    probes: int = 16,              # random vectors for each batch: the error falls with their root
-    seed: int = 0,                 # of these
-) -> dict[str, float]:             # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_change`
-    """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019, arXiv:1911.03852).
-    `ValueError` for a name that is no parameter's."""
-    batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.)
+    model: nn.Module,  # left as it is
+    changes: dict[str, Tensor],  # name of a parameter → δ, its change
+    batches: Iterable,  # inputs, see `feed`
+    probes: int = 16,  # random vectors for each batch: the error falls with their root
+    seed: int = 0,  # of these
+) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_change`
+    """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019,
+    arXiv:1911.03852). `ValueError` for a name that is no parameter's."""
+    batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.0)
     weights = {n: p.requires_grad_() for n, p in twin.named_parameters(remove_duplicate=False) if n in changes}
-    if unknown := set(changes) - set(weights): raise ValueError(f"changes names {sorted(unknown)[0]!r}, which is no parameter of the model")
-    with torch.no_grad(): usual = {k: energies(rows) for k, rows in rows_of(twin, batches).items()}
+    if unknown := set(changes) - set(weights):
+        raise ValueError(f"changes names {sorted(unknown)[0]!r}, which is no parameter of the model")
+    with torch.no_grad():
+        usual = {k: energies(rows) for k, rows in rows_of(twin, batches).items()}
     share = {k: len(usual) * sum(map(len, e)) for k, e in usual.items()}
     with torch.enable_grad(), seeded(seed):
         for i, b in enumerate(batches):
-            outputs = {k: rows[0] / (share[k] * usual[k][i][:, None]).sqrt().to(rows[0]) for k, rows in rows_of(twin, [b]).items()}
-            if not any(y.requires_grad for y in outputs.values()): continue
+            outputs = {
+                k: rows[0] / (share[k] * usual[k][i][:, None]).sqrt().to(rows[0])
+                for k, rows in rows_of(twin, [b]).items()
+            }
+            if not any(y.requires_grad for y in outputs.values()):
+                continue
             for _ in range(probes):
                 along = sum((torch.randn_like(y) * y).sum() for y in outputs.values())
                 found = torch.autograd.grad(along, list(weights.values()), retain_graph=True, allow_unused=True)
-                for n, g in zip(weights, found): sums[n] += 0. if g is None else (g * changes[n].to(g)).sum().double().item() ** 2 / probes
+                for n, g in zip(weights, found):
+                    sums[n] += 0.0 if g is None else (g * changes[n].to(g)).sum().double().item() ** 2 / probes
     return sums
 
 # %% ../nbs/13_auto.ipynb
 def waterfill(
-    c: Sequence[float],     # c_i of D_i = n_i c_i 4^(−b_i), not negative
-    n: Sequence[float],     # weights of each layer
-    bits: float,            # to be spent, Σ n_i b_i
-) -> Tensor:                # b_i ≥ 0, float64
+    c: Sequence[float],  # c_i of D_i = n_i c_i 4^(−b_i), not negative
+    n: Sequence[float],  # weights of each layer
+    bits: float,  # to be spent, Σ n_i b_i
+) -> Tensor:  # b_i ≥ 0, float64
     "The real-valued bits of least Σ n_i c_i 4^(−b_i): one level for all (reverse water-filling; Shoham & Gersho 1988)."
     c, n = (torch.as_tensor(t, dtype=torch.float64) for t in (c, n))
-    if c.shape != n.shape or bool((c < 0).any()) or bool((n <= 0).any()): raise ValueError("c and n must have the same length, c not negative, n positive")
-    if not 0 <= bits < math.inf: raise ValueError(f"bits is {bits}; it may be 0 or more, and finite")
+    if c.shape != n.shape or bool((c < 0).any()) or bool((n <= 0).any()):
+        raise ValueError("c and n must have the same length, c not negative, n positive")
+    if not 0 <= bits < math.inf:
+        raise ValueError(f"bits is {bits}; it may be 0 or more, and finite")
     order = c.argsort(descending=True)
     logs, weights = c[order].clamp(min=1e-300).log2() / 2, n[order]
-    levels = ((logs * weights).cumsum(0) - bits) / weights.cumsum(0)      # ½ log₂ θ, if the first k layers get bits
-    k = int((logs > levels).sum())                                        # these stand above their level
+    levels = ((logs * weights).cumsum(0) - bits) / weights.cumsum(0)  # ½ log₂ θ, if the first k layers get bits
+    k = int((logs > levels).sum())  # these stand above their level
     return (c.clamp(min=1e-300).log2() / 2 - levels[max(k - 1, 0)]).clamp(min=0)
 
 # %% ../nbs/13_auto.ipynb
 def lower_hull(
-    bytes: Sequence[float],     # of each option; not finite: not on offer
+    bytes: Sequence[float],  # of each option; not finite: not on offer
     errors: Sequence[float],
-) -> list[int]:                 # options from the smallest to the most exact
+) -> list[int]:  # options from the smallest to the most exact
     "Options that are best for some price of a byte: the lower convex hull."
-    if len(bytes) != len(errors): raise ValueError(f"bytes has {len(bytes)} options, errors has {len(errors)}")
-    order = sorted((i for i in range(len(bytes)) if math.isfinite(bytes[i]) and math.isfinite(errors[i])), key=lambda i: (bytes[i], errors[i]))
+    if len(bytes) != len(errors):
+        raise ValueError(f"bytes has {len(bytes)} options, errors has {len(errors)}")
+    order = sorted(
+        (i for i in range(len(bytes)) if math.isfinite(bytes[i]) and math.isfinite(errors[i])),
+        key=lambda i: (bytes[i], errors[i]),
+    )
     hull, slope = [], lambda a, b: (errors[b] - errors[a]) / (bytes[b] - bytes[a])
     for i in order:
-        if hull and errors[i] >= errors[hull[-1]]: continue                 # larger, and no better
-        while len(hull) > 1 and slope(hull[-1], i) <= slope(hull[-2], hull[-1]): hull.pop()
-        if hull and bytes[i] == bytes[hull[-1]]: hull.pop()
+        if hull and errors[i] >= errors[hull[-1]]:
+            continue  # larger, and no better
+        while len(hull) > 1 and slope(hull[-1], i) <= slope(hull[-2], hull[-1]):
+            hull.pop()
+        if hull and bytes[i] == bytes[hull[-1]]:
+            hull.pop()
         hull.append(i)
     return hull
 
 # %% ../nbs/13_auto.ipynb
 def greedy(
-    bytes: Sequence[Sequence[float]],     # [layers][options]
-    errors: Sequence[Sequence[float]],    # [layers][options]
-    budget: float,                        # bytes in all
-) -> list[int]:                           # the option of each layer
-    """Steps along the convex hulls, steepest first, until one does not fit (Shoham & Gersho 1988).
-    Optimal where a step ends at the budget; elsewhere at most one step's error from it. `ValueError` when even the smallest options are too many bytes."""
-    if math.isnan(budget): raise ValueError("budget is nan; it may be a number of bytes")
+    bytes: Sequence[Sequence[float]],  # [layers][options]
+    errors: Sequence[Sequence[float]],  # [layers][options]
+    budget: float,  # bytes in all
+) -> list[int]:  # the option of each layer
+    """Steps along the convex hulls, steepest first, until one does not fit (Shoham & Gersho 1988). Optimal where a
+    step ends at the budget; elsewhere at most one step's error from it. `ValueError` when even the smallest options
+    are too many bytes.
+    """
+    if math.isnan(budget):
+        raise ValueError("budget is nan; it may be a number of bytes")
     hulls = [lower_hull(b, e) for b, e in zip(bytes, errors)]
-    if not all(hulls): raise ValueError("a layer has no option")
+    if not all(hulls):
+        raise ValueError("a layer has no option")
     picks, left = [h[0] for h in hulls], budget - sum(b[h[0]] for b, h in zip(bytes, hulls))
-    if left < 0: raise ValueError(f"budget is {budget:,.0f} bytes; the smallest options have {budget - left:,.0f}")
-    steps = [((errors[i][b] - errors[i][a]) / (bytes[i][b] - bytes[i][a]), i, b) for i, h in enumerate(hulls) for a, b in zip(h, h[1:])]
+    if left < 0:
+        raise ValueError(f"budget is {budget:,.0f} bytes; the smallest options have {budget - left:,.0f}")
+    steps = [
+        ((errors[i][b] - errors[i][a]) / (bytes[i][b] - bytes[i][a]), i, b)
+        for i, h in enumerate(hulls)
+        for a, b in zip(h, h[1:])
+    ]
     for _, i, option in sorted(steps):
-        if (more := bytes[i][option] - bytes[i][picks[i]]) > left: break
+        if (more := bytes[i][option] - bytes[i][picks[i]]) > left:
+            break
         picks[i], left = option, left - more
     return picks
 
 # %% ../nbs/13_auto.ipynb
 def knapsack(
-    bytes: Sequence[Sequence[float]],     # [layers][options]
-    errors: Sequence[Sequence[float]],    # [layers][options]
-    budget: float,                        # bytes in all
-    units: int = 2000,                    # in how many units the budget is counted, and 100 more for each layer
-) -> list[int] | None:                    # the option of each layer; None: with bytes rounded up to units, nothing fits
+    bytes: Sequence[Sequence[float]],  # [layers][options]
+    errors: Sequence[Sequence[float]],  # [layers][options]
+    budget: float,  # bytes in all
+    units: int = 2000,  # in how many units the budget is counted, and 100 more for each layer
+) -> list[int] | None:  # the option of each layer; None: with bytes rounded up to units, nothing fits
     """Least Σ errors within a budget by dynamic programming (Bellman 1957; Kellerer, Pferschy & Pisinger 2004):
     exact, but for the rounding of each option's bytes up to units of at least one."""
-    if not budget >= 0: return None
-    budget = min(budget, sum(max((b for b, e in zip(*row) if math.isfinite(b) and math.isfinite(e)), default=0.) for row in zip(bytes, errors)))
-    unit = max(1., budget / (units + 100 * len(bytes)))
+    if not budget >= 0:
+        return None
+    budget = min(
+        budget,
+        sum(
+            max((b for b, e in zip(*row) if math.isfinite(b) and math.isfinite(e)), default=0.0)
+            for row in zip(bytes, errors)
+        ),
+    )
+    unit = max(1.0, budget / (units + 100 * len(bytes)))
     room, steps = int(budget / unit + 1e-9), []
     best = np.zeros(room + 1)
     for sizes, harm in zip(bytes, errors):
         new, choice = np.full(room + 1, math.inf), np.full(room + 1, -1, np.int16)
         for o, (size, e) in enumerate(zip(sizes, harm)):
-            if not (math.isfinite(size) and math.isfinite(e)) or (w := math.ceil(size / unit - 1e-9)) > room: continue
-            tried = best[:room + 1 - w] + e
+            if not (math.isfinite(size) and math.isfinite(e)) or (w := math.ceil(size / unit - 1e-9)) > room:
+                continue
+            tried = best[: room + 1 - w] + e
             better = tried < new[w:]
             new[w:][better], choice[w:][better] = tried[better], o
         best = new
         steps.append(choice)
-    if not math.isfinite(best[room]): return None
+    if not math.isfinite(best[room]):
+        return None
     picks, at = [], room
     for sizes, choice in zip(reversed(bytes), reversed(steps)):
         picks.append(int(choice[at]))
@@ -176,82 +246,135 @@ def knapsack(
 
 # %% ../nbs/13_auto.ipynb
 def branch_and_bound(
-    bytes: Sequence[Sequence[float]],     # [layers][options]; not finite: not on offer
-    errors: Sequence[Sequence[float]],    # [layers][options]
-    budget: float,                        # bytes in all
-    most: int = 100_000,                  # states at a time
-) -> list[int] | None:                    # the option of each layer; None: nothing fits, or there would be more states
-    "Least Σ errors within a budget, exactly: states that no other dominates, and that a Lagrangian bound leaves a chance (after Dyer, Kayal & Walker 1984)."
-    offers = [sorted((b, e, o) for o, (b, e) in enumerate(zip(*row)) if math.isfinite(b) and math.isfinite(e)) for row in zip(bytes, errors)]
-    if not all(offers) or not budget >= sum(o[0][0] for o in offers): return None
+    bytes: Sequence[Sequence[float]],  # [layers][options]; not finite: not on offer
+    errors: Sequence[Sequence[float]],  # [layers][options]
+    budget: float,  # bytes in all
+    most: int = 100_000,  # states at a time
+) -> list[int] | None:  # the option of each layer; None: nothing fits, or there would be more states
+    """Least Σ errors within a budget, exactly: states that no other dominates, and that a Lagrangian bound leaves a
+    chance (after Dyer, Kayal & Walker 1984)."""
+    offers = [
+        sorted((b, e, o) for o, (b, e) in enumerate(zip(*row)) if math.isfinite(b) and math.isfinite(e))
+        for row in zip(bytes, errors)
+    ]
+    if not all(offers) or not budget >= sum(o[0][0] for o in offers):
+        return None
     offers = [list(map(np.array, zip(*o))) for o in offers]
     prices = _prices(bytes, errors, budget)
-    bound = np.array([[(e + p * b).min() for p in prices] for b, e, _ in offers])[::-1].cumsum(0)[::-1]      # of layer k and all that follow
-    least, known = np.array([b[0] for b, _, _ in offers])[::-1].cumsum()[::-1], sum(row[p] for row, p in zip(errors, greedy(bytes, errors, budget)))
+    bound = np.array([[(e + p * b).min() for p in prices] for b, e, _ in offers])[::-1].cumsum(0)[
+        ::-1
+    ]  # of layer k and all that follow
+    least, known = (
+        np.array([b[0] for b, _, _ in offers])[::-1].cumsum()[::-1],
+        sum(row[p] for row, p in zip(errors, greedy(bytes, errors, budget))),
+    )
     size, error, came = np.zeros(1), np.zeros(1), []
     for k, (b, e, option) in enumerate(offers):
         s, d = (size[:, None] + b).ravel(), (error[:, None] + e).ravel()
-        later = 0. if k + 1 == len(offers) else np.maximum((bound[k + 1] - np.outer(np.minimum(budget, 1e300) - s, prices)).max(1), -np.inf)
-        hope = np.flatnonzero((s + (0. if k + 1 == len(offers) else least[k + 1]) <= budget) & (d + later <= known + 1e-9 * (abs(known) + abs(d))))
+        later = (
+            0.0
+            if k + 1 == len(offers)
+            else np.maximum((bound[k + 1] - np.outer(np.minimum(budget, 1e300) - s, prices)).max(1), -np.inf)
+        )
+        hope = np.flatnonzero(
+            (s + (0.0 if k + 1 == len(offers) else least[k + 1]) <= budget)
+            & (d + later <= known + 1e-9 * (abs(known) + abs(d)))
+        )
         hope = hope[np.lexsort((d[hope], s[hope]))]
         hope = hope[np.concatenate([[True], d[hope][1:] < np.minimum.accumulate(d[hope])[:-1]])] if len(hope) else hope
-        if not 0 < len(hope) <= most: return None
+        if not 0 < len(hope) <= most:
+            return None
         size, error = s[hope], d[hope]
         came.append((hope // len(b), option[hope % len(b)]))
     at, picks = int(error.argmin()), []
-    for before, option in reversed(came): picks.append(int(option[at])); at = before[at]
+    for before, option in reversed(came):
+        picks.append(int(option[at]))
+        at = before[at]
     return picks[::-1]
+
 
 def _prices(bytes, errors, budget):
     "Prices of a byte for bounds: where greed stops, and around it."
-    slopes = sorted((D[i] - D[j]) / (R[j] - R[i]) for R, D in zip(bytes, errors) for h in [lower_hull(R, D)] for i, j in zip(h, h[1:]))[::-1]
+    slopes = sorted(
+        (D[i] - D[j]) / (R[j] - R[i])
+        for R, D in zip(bytes, errors)
+        for h in [lower_hull(R, D)]
+        for i, j in zip(h, h[1:])
+    )[::-1]
     picks = greedy(bytes, errors, budget)
     done = sum(lower_hull(R, D).index(p) for R, D, p in zip(bytes, errors, picks))
-    return np.array([0., *slopes[max(done - 3, 0):done + 4]])
+    return np.array([0.0, *slopes[max(done - 3, 0) : done + 4]])
 
 # %% ../nbs/13_auto.ipynb
 def allocate(
-    bytes: Sequence[Sequence[float]],     # [layers][options]; not finite: not on offer
-    errors: Sequence[Sequence[float]],    # [layers][options]
-    budget: float,                        # bytes in all
-) -> list[int]:                           # the option of each layer
-    """Least Σ errors within a budget: exact, by `branch_and_bound`, unless that becomes too large; then the better of `greedy` and `knapsack`.
-    `ValueError` when even the smallest options are too many bytes, or budget is NaN."""
+    bytes: Sequence[Sequence[float]],  # [layers][options]; not finite: not on offer
+    errors: Sequence[Sequence[float]],  # [layers][options]
+    budget: float,  # bytes in all
+) -> list[int]:  # the option of each layer
+    """Least Σ errors within a budget: exact, by `branch_and_bound`, unless that becomes too large; then the better
+    of `greedy` and `knapsack`. `ValueError` when even the smallest options are too many bytes, or budget is NaN."""
     found = [greedy(bytes, errors, budget), branch_and_bound(bytes, errors, budget)]
-    if found[1] is None: found[1] = knapsack(bytes, errors, budget)
+    if found[1] is None:
+        found[1] = knapsack(bytes, errors, budget)
     return min((p for p in found if p is not None), key=lambda picks: sum(e[p] for e, p in zip(errors, picks)))
 
 # %% ../nbs/13_auto.ipynb
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
-SPARSE = [{"bits": b, "sparsity": s} for s in (.6, .8, .9, .95, .98) for b in (2, 3, 4)]
-REFERENCES = (2, 4)     # bits at which the output's change is measured; for other options it follows from their squared error
+SPARSE = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
+REFERENCES = (
+    2,
+    4,
+)  # bits at which the output's change is measured; for other options it follows from their squared error
+
 
 @dataclass
 class Menu:
     "For each tensor what may be done, what it costs, and what it does to the output."
-    layers: dict[str, list[str]]      # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
-    weights: dict[str, int]           # how many numbers it has
-    options: list[dict]               # {"bits", "group", "sparsity"}
-    bytes: list[list[float]]          # [tensors][options], in a file
-    errors: list[list[float]]         # [tensors][options], relative squared error of the output
-    sensitivity: dict[str, float]     # what the output makes of the tensor alone, at 4 bits
-    def pick(self, budget: float) -> list[int]: return allocate(self.bytes, self.errors, budget)
-    def size(self, picks: list[int]) -> float: return sum(b[p] for b, p in zip(self.bytes, picks))
-    def error(self, picks: list[int]) -> float: return sum(e[p] for e, p in zip(self.errors, picks))
+
+    layers: dict[
+        str, list[str]
+        # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
+    ]
+    weights: dict[str, int]  # how many numbers it has
+    options: list[dict]  # {"bits", "group", "sparsity"}
+    bytes: list[list[float]]  # [tensors][options], in a file
+    errors: list[list[float]]  # [tensors][options], relative squared error of the output
+    sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 4 bits
+
+    def pick(self, budget: float) -> list[int]:
+        return allocate(self.bytes, self.errors, budget)
+
+    def size(self, picks: list[int]) -> float:
+        return sum(b[p] for b, p in zip(self.bytes, picks))
+
+    def error(self, picks: list[int]) -> float:
+        return sum(e[p] for e, p in zip(self.errors, picks))
 
 # %% ../nbs/13_auto.ipynb
 def tensors_of(
     model: nn.Module,
-) -> dict[str, list[str]]:     # name of a tensor → by which names steps know it: its layers (tied: several); where a layer has several matrices, the tensor's own
-    "What can be quantized. `ValueError` for a model with nothing to compress, or with numbers that are NaN or infinite."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+) -> dict[
+    str, list[str]
+]:  # name of a tensor → by which names steps know it: its layers (tied: several); where a layer has several matrices, the tensor's own
+    """What can be quantized. `ValueError` for a model with nothing to compress, or with numbers that are NaN or
+    infinite."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     for n, t in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(t): raise ValueError(f"{n} has no shape before the first call; run the model once first")
-        if t.is_meta: raise ValueError(f"{n} is on the meta device, without values; load them first")
-        if t.is_floating_point() and not bool(t.isfinite().all()): raise ValueError(f"model has NaN or infinite values in {n}")
+        if is_lazy(t):
+            raise ValueError(f"{n} has no shape before the first call; run the model once first")
+        if t.is_meta:
+            raise ValueError(f"{n} is on the meta device, without values; load them first")
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"model has NaN or infinite values in {n}")
     found = {n: [m[0] for m in places] for n, places in _places(model).items()}
-    if not found: raise ValueError("model has nothing to compress: no Linear, convolution, embedding, recurrent or attention layer that holds floats")
+    if not found:
+        raise ValueError(
+            "model has nothing to compress: no Linear, convolution, embedding, recurrent or attention layer that holds"
+            " floats"
+        )
     return found
+
 
 def _places(model):
     "Name of a tensor → for each place that it has: the name that steps know, the layer, the parameter."
@@ -259,31 +382,41 @@ def _places(model):
     for m, names in layers_of(model).values():
         for k in matrices_of(m):
             name, w = f"{names[0]}.{k}".lstrip("."), m._parameters[k]
-            if w.numel() and w.is_floating_point(): found.setdefault(first.setdefault(identity_of(w), name), []).append((names[0] if isinstance(m, QUANTIZABLE) else name, m, k))
+            if w.numel() and w.is_floating_point():
+                found.setdefault(first.setdefault(identity_of(w), name), []).append(
+                    (names[0] if isinstance(m, QUANTIZABLE) else name, m, k)
+                )
     return found
 
-def _numbers(model): return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
+
+def _numbers(model):
+    return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
 
 # %% ../nbs/13_auto.ipynb
 def _all_with(model, option):
     "Everything at one option: what a menu is measured on."
     how = {"bits": option["bits"], "group": option.get("group")}
-    if option.get("sparsity"): model = remove_masks(prune_model(model, option["sparsity"], scope="layer", layers=PRUNABLE, allow_empty=True))
+    if option.get("sparsity"):
+        model = remove_masks(prune_model(model, option["sparsity"], scope="layer", layers=PRUNABLE, allow_empty=True))
     new = quantize_with(nearest_weight, model, **how)
     if option.get("sparsity"):
-        with suppress(ValueError): new = sparsify_model(new)
+        with suppress(ValueError):
+            new = sparsify_model(new)
     return new
+
 
 def _values(model, names):
     "The numbers that tensors stand for."
     plain = dict(expanded(model).named_parameters(remove_duplicate=False))
     return {n: plain[n].detach() for n in names}
 
+
 def menu_of(
     model: nn.Module,
-    samples: Samples,           # batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
-    options: list[dict],        # on offer
-    progress: bool = False,     # show a bar
+    # batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
+    samples: Samples,
+    options: list[dict],  # on offer
+    progress: bool = False,  # show a bar
 ) -> Menu:
     "Measure what each option takes in a file, and estimate what it does to the output."
     layers, originals = tensors_of(model), _numbers(model)
@@ -295,42 +428,77 @@ def menu_of(
             new, path = _all_with(model, option), Path(folder) / "menu.mz"
             save(new, path)
             taken, values = {l.name: l.bytes for l in inspect(path, entropy=False).lines}, _values(new, layers)
-            offered = lambda n: not option.get("sparsity") or n in prunable and originals[n].numel() * (1 - option["sparsity"]) >= 16
+            offered = lambda n: (
+                not option.get("sparsity") or n in prunable and originals[n].numel() * (1 - option["sparsity"]) >= 16
+            )
             sizes.append([taken[n] if offered(n) else math.inf for n in layers])
             errors.append([squared(values[n], originals[n]) for n in layers])
     known = [_reference(model, samples, list(layers), bits) for bits in REFERENCES]
     energy = {n: squared(originals[n], 0 * originals[n]) for n in layers}
-    expected = [[_expected(e, [(wrong[n], change[n]) for wrong, change in known], energy[n]) for e in row] for n, row in zip(layers, zip(*errors))]
-    return Menu(layers, {n: originals[n].numel() for n in layers}, options, [list(t) for t in zip(*sizes)], expected, known[-1][1])
+    expected = [
+        [_expected(e, [(wrong[n], change[n]) for wrong, change in known], energy[n]) for e in row]
+        for n, row in zip(layers, zip(*errors))
+    ]
+    return Menu(
+        layers,
+        {n: originals[n].numel() for n in layers},
+        options,
+        [list(t) for t in zip(*sizes)],
+        expected,
+        known[-1][1],
+    )
 
-def _inputs(held): return list(held.x[:500].split(100)) if isinstance(held, Split) else held
 
-def _some(batches, most=8): return batches[::math.ceil(len(batches) / most)]
+def _inputs(held):
+    return list(held.x[:500].split(100)) if isinstance(held, Split) else held
+
+
+def _some(batches, most=8):
+    return batches[:: math.ceil(len(batches) / most)]
 
 # %% ../nbs/13_auto.ipynb
 def _reference(model, samples, names, bits):
-    "For each tensor: the squared error that plain rounding makes at so many bits, and what the output makes of it when it is done well."
+    """For each tensor: the squared error that plain rounding makes at so many bits, and what the output makes of it
+    when it is done well."""
     values, originals = _values(_all_with(model, {"bits": bits}), names), _numbers(model)
     wrong = {n: (values[n] - originals[n]).double().square().sum().item() for n in names}
-    seen = _inputs(samples.held) or samples.batches      # a sensitivity is no judgement: with nothing held out, what there is will do
-    if not seen: return wrong, {n: w / max(originals[n].double().square().sum().item(), 1e-30) for n, w in wrong.items()}
-    if samples.train is None and samples.batches: values |= _values(gptq(model, samples.batches, bits, group=None, catch_up=0.), names)
+    seen = (
+        _inputs(samples.held) or samples.batches
+    )  # a sensitivity is no judgement: with nothing held out, what there is will do
+    if not seen:
+        return wrong, {n: w / max(originals[n].double().square().sum().item(), 1e-30) for n, w in wrong.items()}
+    if samples.train is None and samples.batches:
+        values |= _values(gptq(model, samples.batches, bits, group=None, catch_up=0.0), names)
     return wrong, output_change(model, values, _some(seen))
 
-def _expected(error, known, energy=1.):
-    """Change of the output at a squared error, from two pairs (squared error, change), the larger first.
-    A reference that is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for both; if both are, the tensor's energy is the measure."""
+
+def _expected(error, known, energy=1.0):
+    """Change of the output at a squared error, from two pairs (squared error, change), the larger first. A
+    reference that is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for
+    both; if both are, the tensor's energy is the measure.
+    """
     (far, harm), (near, change) = known
-    if not error: return 0.
-    if not near and not far: return error / max(energy, 1e-30)
-    if not near or not change: return harm * error / far if far and math.isfinite(harm) else 0.
-    power = math.log(harm / change) / math.log(far / near) if error > near and far > near and harm > 0 and math.isfinite(harm) else 1.
-    return change * (error / near) ** min(max(power, 0.5), 3.)
+    if not error:
+        return 0.0
+    if not near and not far:
+        return error / max(energy, 1e-30)
+    if not near or not change:
+        return harm * error / far if far and math.isfinite(harm) else 0.0
+    power = (
+        math.log(harm / change) / math.log(far / near)
+        if error > near and far > near and harm > 0 and math.isfinite(harm)
+        else 1.0
+    )
+    return change * (error / near) ** min(max(power, 0.5), 3.0)
 
 # %% ../nbs/13_auto.ipynb
 def describe_option(option: dict) -> str:
     "In words."
-    return f"{option['bits']} bits" + (f", group {option['group']}" if option.get("group") else "") + (f", {option['sparsity']:.0%} zero" if option.get("sparsity") else "")
+    return (
+        f"{option['bits']} bits"
+        + (f", group {option['group']}" if option.get("group") else "")
+        + (f", {option['sparsity']:.0%} zero" if option.get("sparsity") else "")
+    )
 
 # %% ../nbs/13_auto.ipynb
 def _said(menu: Menu, picks: list[int]) -> dict:
@@ -338,67 +506,103 @@ def _said(menu: Menu, picks: list[int]) -> dict:
     how = lambda o: {"bits": o["bits"], "group": o.get("group")}
     chosen = {n: how(menu.options[p]) for n, p in zip(menu.layers, picks)}
     usual = json.loads(collections.Counter(map(json.dumps, chosen.values())).most_common(1)[0][0])
-    others = {o: {k: v for k, v in chosen[n].items() if v != usual[k]} for n, names in menu.layers.items() if chosen[n] != usual for o in names}
+    others = {
+        o: {k: v for k, v in chosen[n].items() if v != usual[k]}
+        for n, names in menu.layers.items()
+        if chosen[n] != usual
+        for o in names
+    }
     return usual | ({"overrides": others} if others else {})
+
 
 def recipe_of(
     menu: Menu,
-    picks: list[int],              # of `Menu.pick`
-    samples: Samples,              # which decide how it is done
-    before: Sequence = (),         # steps that come first
-    epochs: int = 4,               # of training through pruning, and as many through rounding
-    lr: float = 1e-3,              # highest learning rate
+    picks: list[int],  # of `Menu.pick`
+    samples: Samples,  # which decide how it is done
+    before: Sequence = (),  # steps that come first
+    epochs: int = 4,  # of training through pruning, and as many through rounding
+    lr: float = 1e-3,  # highest learning rate
     seed: int = 0,
 ) -> Recipe:
     "An allocation as steps."
     how, steps = _said(menu, picks), list(before)
     if samples.train is not None:
         zeros = {names[0]: s for names, p in zip(menu.layers.values(), picks) if (s := menu.options[p].get("sparsity"))}
-        if zeros: steps.append(("prune_gradually", {"sparsity": zeros, "epochs": epochs, "lr": lr}))
-        steps += [("prepare", how | {"activations": None}), ("learn", {"epochs": epochs, "lr": lr}), "convert"] + ["sparsify_model"] * bool(zeros)
-    else: steps.append(("gptq" if samples.batches else "hqq", how | ({} if samples.batches else {"symmetric": True})))
+        if zeros:
+            steps.append(("prune_gradually", {"sparsity": zeros, "epochs": epochs, "lr": lr}))
+        steps += [("prepare", how | {"activations": None}), ("learn", {"epochs": epochs, "lr": lr}), "convert"] + [
+            "sparsify_model"
+        ] * bool(zeros)
+    else:
+        steps.append(("gptq" if samples.batches else "hqq", how | ({} if samples.batches else {"symmetric": True})))
     return Recipe(steps, seed)
 
 # %% ../nbs/13_auto.ipynb
 @dataclass
 class Try:
     "One recipe that was followed, saved, loaded and judged."
-    why: str                              # it was tried
-    recipe: Recipe | None                 # None: it failed before there was one
-    bytes: int | None = None              # of the file
-    quality: float | None = None          # of the model in the file
-    milliseconds: float | None = None     # median time for the example, if it was asked for
-    error: str | None = None              # it could not be followed
+
+    why: str  # it was tried
+    recipe: Recipe | None  # None: it failed before there was one
+    bytes: int | None = None  # of the file
+    quality: float | None = None  # of the model in the file
+    milliseconds: float | None = None  # median time for the example, if it was asked for
+    error: str | None = None  # it could not be followed
     file: Path | None = None
-    model: nn.Module | None = None        # what came back from it; only the best so far is kept
-    menu: Menu | None = None              # from which it was chosen
+    model: nn.Module | None = None  # what came back from it; only the best so far is kept
+    menu: Menu | None = None  # from which it was chosen
     picks: list | None = None
+
 
 @dataclass
 class Target:
     "What is wished for; None: nothing."
+
     bytes: float | None = None
     milliseconds: float | None = None
-    quality: float | None = None          # at least so much of the judge's metric
-    metric: str = "quality"               # what that is called
+    quality: float | None = None  # at least so much of the judge's metric
+    metric: str = "quality"  # what that is called
+
     def met_by(self, t: Try) -> bool:
-        return t.error is None and all(wish is None or (have >= wish if sign > 0 else have <= wish) for wish, have, sign in
-                                       [(self.bytes, t.bytes, -1), (self.milliseconds, t.milliseconds, -1), (self.quality, t.quality, 1)])
+        return t.error is None and all(
+            wish is None or (have >= wish if sign > 0 else have <= wish)
+            for wish, have, sign in [
+                (self.bytes, t.bytes, -1),
+                (self.milliseconds, t.milliseconds, -1),
+                (self.quality, t.quality, 1),
+            ]
+        )
+
     def worth(self, t: Try) -> tuple:
         "Sorts tries, the best last: those that meet the target; among these, what was left open decides."
         quality = -math.inf if t.quality is None else t.quality
-        if not self.met_by(t): return (0, -self.missed(t), quality)
-        if self.quality is not None: return (1, -t.bytes, quality)
-        return (1, quality, t.bytes if t.quality is None else -t.bytes)      # with nobody to judge, the budget is there to be used
+        if not self.met_by(t):
+            return (0, -self.missed(t), quality)
+        if self.quality is not None:
+            return (1, -t.bytes, quality)
+        return (
+            1,
+            quality,
+            t.bytes if t.quality is None else -t.bytes,
+        )  # with nobody to judge, the budget is there to be used
+
     def missed(self, t: Try) -> float:
         "By how much, relative, in the worst respect."
-        misses = [0.]
-        if self.bytes is not None: misses.append(t.bytes / self.bytes - 1)
-        if self.milliseconds is not None: misses.append(t.milliseconds / self.milliseconds - 1)
-        if self.quality is not None: misses.append((self.quality - t.quality) / max(1 - self.quality, 0.01))
+        misses = [0.0]
+        if self.bytes is not None:
+            misses.append(t.bytes / self.bytes - 1)
+        if self.milliseconds is not None:
+            misses.append(t.milliseconds / self.milliseconds - 1)
+        if self.quality is not None:
+            misses.append((self.quality - t.quality) / max(1 - self.quality, 0.01))
         return max(misses)
+
     def __repr__(self):
-        wishes = (self.bytes, "at most {:,.0f} bytes"), (self.milliseconds, "at most {:g} ms"), (self.quality, self.metric + " of at least {:.4f}")
+        wishes = (
+            (self.bytes, "at most {:,.0f} bytes"),
+            (self.milliseconds, "at most {:g} ms"),
+            (self.quality, self.metric + " of at least {:.4f}"),
+        )
         said = [text.format(v) for v, text in wishes if v is not None]
         return ", ".join(said) or "int8, as nothing else was wished for"
 
@@ -406,40 +610,78 @@ class Target:
 @dataclass(repr=False)
 class Report:
     "What `compress` did and why. Shows itself as two tables."
+
     target: Target
-    metric: str | None               # what quality is
-    baseline_bytes: int              # the model's own numbers in a file, as they are
-    baseline: float | None           # the model's own quality
+    metric: str | None  # what quality is
+    baseline_bytes: int  # the model's own numbers in a file, as they are
+    baseline: float | None  # the model's own quality
     best: Try
     tries: list[Try]
-    layers: list[dict]               # name, weights, choice, bytes in the file, sensitivity, share of the expected error
+    layers: list[dict]  # name, weights, choice, bytes in the file, sensitivity, share of the expected error
     notes: list[str] = field(default_factory=list)
+
     @property
-    def recipe(self) -> Recipe: return self.best.recipe
+    def recipe(self) -> Recipe:
+        return self.best.recipe
+
     @property
-    def bytes(self) -> int: return self.best.bytes
+    def bytes(self) -> int:
+        return self.best.bytes
+
     @property
-    def quality(self) -> float | None: return self.best.quality
+    def quality(self) -> float | None:
+        return self.best.quality
+
     @property
-    def milliseconds(self) -> float | None: return self.best.milliseconds
+    def milliseconds(self) -> float | None:
+        return self.best.milliseconds
+
     @property
-    def met(self) -> bool: return self.target.met_by(self.best)
+    def met(self) -> bool:
+        return self.target.met_by(self.best)
+
 
 def _tables(self) -> list[tuple[str, list[list[str]]]]:
     "Title and cells of each table."
     number = lambda v, form: "" if v is None else format(v, form)
     tried = [["tried", "bytes", self.metric or "", "ms", ""]]
     tried.append(["the model as it is", f"{self.baseline_bytes:,}", number(self.baseline, ".4f"), "", ""])
-    for t in self.tries: tried.append([t.why, number(t.bytes, ","), number(t.quality, ".4f"), number(t.milliseconds, ".3f"), "← taken" if t is self.best else t.error or ""])
+    for t in self.tries:
+        tried.append(
+            [
+                t.why,
+                number(t.bytes, ","),
+                number(t.quality, ".4f"),
+                number(t.milliseconds, ".3f"),
+                "← taken" if t is self.best else t.error or "",
+            ]
+        )
     tried = [list(row) for row in zip(*(column for column in zip(*tried) if any(column[1:])))]
     rows = [["tensor", "numbers", "choice", "bytes", "bits each", "sensitivity", "of the error"]]
     for r in self.layers:
         each = f"{8 * r['bytes'] / r['weights']:.2f}" if r["weights"] else ""
-        rows.append([r["name"], f"{r['weights']:,}", r["choice"], f"{r['bytes']:,}", each, number(r["sensitivity"], ".1e"), number(r["share"], ".0%")])
+        rows.append(
+            [
+                r["name"],
+                f"{r['weights']:,}",
+                r["choice"],
+                f"{r['bytes']:,}",
+                each,
+                number(r["sensitivity"], ".1e"),
+                number(r["share"], ".0%"),
+            ]
+        )
     reached = "Reached" if self.met else "Not reached; the nearest"
-    wished = "the given recipe" if repr(self.target) == repr(Target()) and self.tries[0].why == "the given recipe" else self.target
-    wish = f"Wished for: {wished}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
+    wished = (
+        "the given recipe"
+        if repr(self.target) == repr(Target()) and self.tries[0].why == "the given recipe"
+        else self.target
+    )
+    wish = (
+        f"Wished for: {wished}. {reached}: {self.bytes:,} bytes, {self.baseline_bytes / self.bytes:.1f} times smaller."
+    )
     return [(wish, tried), ("Where the bytes are:", rows)]
+
 
 def _text(self) -> str:
     parts = []
@@ -449,129 +691,215 @@ def _text(self) -> str:
         parts += [title, *("  ".join(place(i, c) for i, c in enumerate(row)).rstrip() for row in cells), ""]
     return "\n".join([*parts, repr(self.recipe), *self.notes])
 
+
 def _html(self) -> str:
     "The tables for a notebook."
     cell = lambda tag, c: f"<{tag} style='text-align:left;padding:.2em .6em'>{html.escape(c)}</{tag}>"
     line = lambda tag, row: "<tr>" + "".join(cell(tag, c) for c in row) + "</tr>"
     table = lambda cells: f"<table>{line('th', cells[0])}{''.join(line('td', row) for row in cells[1:])}</table>"
     tables = "".join(f"<p>{html.escape(title)}</p>{table(cells)}" for title, cells in _tables(self))
-    return tables + f"<pre style='white-space:pre-wrap'>{html.escape(repr(self.recipe))}</pre>" + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+    return (
+        tables
+        + f"<pre style='white-space:pre-wrap'>{html.escape(repr(self.recipe))}</pre>"
+        + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+    )
+
 
 Report.__repr__, Report._repr_html_ = _text, _html
 
+
 class TargetError(ValueError):
     "No try met the target; `.report` says what was tried, and `strict=False` returns the nearest."
+
     def __init__(self, message: str, report: Report):
         super().__init__(message)
         self.report = report
-    def __reduce__(self): return TargetError, (str(self), self.report)      # it may come from another process
+
+    def __reduce__(self):
+        return TargetError, (str(self), self.report)  # it may come from another process
+
 
 class WriteError(OSError):
     "The file could not be written. `.result` is what `compress` would have returned, `.content` the bytes of the file."
+
     def __init__(self, error: OSError, path: str | os.PathLike, result: tuple, content: bytes):
-        super().__init__(error.errno, f"{error.strerror}; nothing is lost: .result has the model and its report, .content the {len(content):,} bytes of the file", os.fspath(path))
+        super().__init__(
+            error.errno,
+            f"{error.strerror}; nothing is lost: .result has the model and its report, .content the {len(content):,}"
+            " bytes of the file",
+            os.fspath(path),
+        )
         self.given, self.result, self.content = (error, path, result, content), result, content
-    def __reduce__(self): return WriteError, self.given
+
+    def __reduce__(self):
+        return WriteError, self.given
 
 # %% ../nbs/13_auto.ipynb
 class _Search:
     "Tries, and what they are judged by."
+
     def __init__(self, model, samples, judge, target, folder, epochs, lr, tries, seed, progress):
         self.model, self.samples, self.judge, self.target, self.folder = model, samples, judge, target, Path(folder)
         self.epochs, self.lr, self.most, self.seed, self.tries, self.notes = epochs, lr, tries, seed, [], []
         self.bar = tqdm(desc="compress", disable=None if progress else True, leave=False)
+
     def attempt(self, why, recipe, menu=None, picks=None) -> Try:
         t = Try(why, recipe, menu=menu, picks=picks, file=self.folder / f"{len(self.tries)}.mz")
         try:
             size, back = file_of(recipe(self.model, self.samples), t.file, recipe)
             quality = self.judge(expanded(back))
-            if self.target.milliseconds is not None: t.milliseconds = self.time(back)
+            if self.target.milliseconds is not None:
+                t.milliseconds = self.time(back)
             t.bytes, t.model, t.quality = size, back, quality
-        except Exception as e: t.error = _in_words(e)
+        except Exception as e:
+            t.error = _in_words(e)
         return self.note(t)
+
     def time(self, model):
         model, example = copied(model).eval(), fresh(self.samples.example)
-        plain = all(isinstance(t, (Tensor, Real, str, type(None))) for t in tree_leaves(example))      # objects, such as caches, may grow
+        plain = all(
+            isinstance(t, (Tensor, Real, str, type(None))) for t in tree_leaves(example)
+        )  # objects, such as caches, may grow
         return latency({"": lambda: call(model, example if plain else fresh(example))}, repeats=10)[""].median
-    def failed(self, why, error): return self.note(Try(why, None, error=_in_words(error)))
+
+    def failed(self, why, error):
+        return self.note(Try(why, None, error=_in_words(error)))
+
     def note(self, t):
         self.tries.append(t)
         for other in self.tries:
-            if other is not self.best: other.model = None
-        self.bar.update(); self.bar.set_postfix_str(f"{t.why}: {t.error or f'{t.bytes:,} bytes'}"[:60])
+            if other is not self.best:
+                other.model = None
+        self.bar.update()
+        self.bar.set_postfix_str(f"{t.why}: {t.error or f'{t.bytes:,} bytes'}"[:60])
         return t
-    def from_menu(self, why, menu, picks, before):
-        return self.attempt(why, recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed), menu, picks)
-    @property
-    def good(self): return [t for t in self.tries if t.error is None]
-    @property
-    def best(self): return max(self.good, key=self.target.worth, default=None)
 
-def _in_words(e): return f"{type(e).__name__}: {e}"
+    def from_menu(self, why, menu, picks, before):
+        return self.attempt(
+            why, recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed), menu, picks
+        )
+
+    @property
+    def good(self):
+        return [t for t in self.tries if t.error is None]
+
+    @property
+    def best(self):
+        return max(self.good, key=self.target.worth, default=None)
+
+
+def _in_words(e):
+    return f"{type(e).__name__}: {e}"
 
 # %% ../nbs/13_auto.ipynb
 def _within_bytes(self, menu, before=(), label=""):
     "Tries whose files approach the budget from both sides."
-    wish, low, high, budget, seen, best = self.target.bytes, 0., math.inf, self.target.bytes - self._overhead(before), set(), None
+    wish, low, high, budget, seen, best = (
+        self.target.bytes,
+        0.0,
+        math.inf,
+        self.target.bytes - self._overhead(before),
+        set(),
+        None,
+    )
     smallest = sum(min(b) for b in menu.bytes)
     for _ in range(self.most):
         picks = menu.pick(max(budget, smallest))
-        if tuple(picks) in seen: break
+        if tuple(picks) in seen:
+            break
         seen.add(tuple(picks))
         t = self.from_menu(f"{label}budget {max(budget, smallest):,.0f}", menu, picks, before)
-        if t.error: break
+        if t.error:
+            break
         size = menu.size(picks)
-        if t.bytes <= wish: low, best = max(low, size), max(best or t, t, key=self.target.worth)
-        else: high = min(high, size)
-        if t.bytes > wish and size <= smallest or 0.98 * wish < t.bytes <= wish: break
-        budget = min(max(size + 0.995 * wish - t.bytes, low + 1), high - 1)      # a little less: sizes after training are not quite predictable
+        if t.bytes <= wish:
+            low, best = max(low, size), max(best or t, t, key=self.target.worth)
+        else:
+            high = min(high, size)
+        if t.bytes > wish and size <= smallest or 0.98 * wish < t.bytes <= wish:
+            break
+        budget = min(
+            max(size + 0.995 * wish - t.bytes, low + 1), high - 1
+        )  # a little less: sizes after training are not quite predictable
     return best
+
 
 def _overhead(self, before):
     "Bytes of a file that are no tensors of the menu: known from the last try, if it began with the same steps."
-    same = [t for t in self.good if t.menu is not None and t.recipe.steps[:len(before)] == Recipe([*before, "convert"]).steps[:-1]]
+    same = [
+        t
+        for t in self.good
+        if t.menu is not None and t.recipe.steps[: len(before)] == Recipe([*before, "convert"]).steps[:-1]
+    ]
     return same[-1].bytes - same[-1].menu.size(same[-1].picks) if same else 600
 
+
 def _with_quality(self, menu, before=(), label=""):
-    "Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the error says where to begin."
-    low, high, seen, best = math.log(sum(min(b) for b in menu.bytes)), math.log(sum(max(x for x in b if math.isfinite(x)) for b in menu.bytes)), set(), None
+    """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the error
+    says where to begin."""
+    low, high, seen, best = (
+        math.log(sum(min(b) for b in menu.bytes)),
+        math.log(sum(max(x for x in b if math.isfinite(x)) for b in menu.bytes)),
+        set(),
+        None,
+    )
     guess = self._first_guess(menu, low, high)
     for _ in range(self.most):
         picks = menu.pick(math.exp(guess) + 1)
-        if tuple(picks) in seen and high - low < 0.02: break
-        t = None if tuple(picks) in seen else self.from_menu(f"{label}budget {math.exp(guess):,.0f}", menu, picks, before)
+        if tuple(picks) in seen and high - low < 0.02:
+            break
+        t = (
+            None
+            if tuple(picks) in seen
+            else self.from_menu(f"{label}budget {math.exp(guess):,.0f}", menu, picks, before)
+        )
         if t is not None:
-            if t.error: break
+            if t.error:
+                break
             seen.add(tuple(picks))
             enough = t.quality >= self.target.quality
-            if enough: best = t
-        if enough: high = guess
-        else: low = guess
-        if high - low < 0.02: break
+            if enough:
+                best = t
+        if enough:
+            high = guess
+        else:
+            low = guess
+        if high - low < 0.02:
+            break
         guess = self._next_guess(menu, low, high)
     return best
 
 # %% ../nbs/13_auto.ipynb
 def _next_guess(self, menu, low, high):
     "log of a budget strictly between."
-    middle, told = (low + high) / 2, [t for t in self.good if t.menu is menu and t.quality is not None and t.quality < 1]
-    if self.judge.metric != "cosine" or not told: return middle
+    middle, told = (
+        (low + high) / 2,
+        [t for t in self.good if t.menu is menu and t.quality is not None and t.quality < 1],
+    )
+    if self.judge.metric != "cosine" or not told:
+        return middle
     nearest = min(told, key=lambda t: abs(math.log((1 - t.quality) / max(1 - self.target.quality, 1e-9))))
     wanted = menu.error(nearest.picks) * (1 - self.target.quality) / (1 - nearest.quality) * 0.98
     edge = 0.1 * (high - low)
     return min(max(_budget_for(menu, wanted, low, high), low + edge), high - edge)
 
+
 def _first_guess(self, menu, low, high):
-    if self.judge.metric != "cosine": return (low + high) / 2
+    if self.judge.metric != "cosine":
+        return (low + high) / 2
     return _budget_for(menu, 2 * (1 - self.target.quality), low, high)
+
 
 def _budget_for(menu, wanted, low, high):
     "log of the least budget between these whose expected error is small enough."
     for _ in range(30):
         middle = (low + high) / 2
-        if menu.error(menu.pick(math.exp(middle) + 1)) <= wanted: high = middle
-        else: low = middle
+        if menu.error(menu.pick(math.exp(middle) + 1)) <= wanted:
+            high = middle
+        else:
+            low = middle
     return high
+
 
 _Search.within_bytes, _Search._overhead, _Search.with_quality = _within_bytes, _overhead, _with_quality
 _Search._next_guess, _Search._first_guess = _next_guess, _first_guess
@@ -579,8 +907,13 @@ _Search._next_guess, _Search._first_guess = _next_guess, _first_guess
 # %% ../nbs/13_auto.ipynb
 def _structures(epochs, lr):
     heal = ("learn", {"epochs": epochs, "lr": lr})
-    return [("half the channels, ", [("shrink", {"ratio": 0.5, "round_to": 2}), heal]), ("a quarter of the channels, ", [("shrink", {"ratio": 0.75, "round_to": 2}), heal]),
-            ("an eighth of the channels, ", [("shrink", {"ratio": 0.875, "round_to": 2}), heal]), ("low rank, ", [("factorize", {"bytes": 0.4}), heal])]
+    return [
+        ("half the channels, ", [("shrink", {"ratio": 0.5, "round_to": 2}), heal]),
+        ("a quarter of the channels, ", [("shrink", {"ratio": 0.75, "round_to": 2}), heal]),
+        ("an eighth of the channels, ", [("shrink", {"ratio": 0.875, "round_to": 2}), heal]),
+        ("low rank, ", [("factorize", {"bytes": 0.4}), heal]),
+    ]
+
 
 def _allocate_and_try(self, before):
     "First with the network as it is, then with smaller ones; without training, if that fails."
@@ -589,204 +922,370 @@ def _allocate_and_try(self, before):
         self.notes.append(f"no training: {self.tries[-1].error}")
         self.samples = replace(self.samples, train=None)
         self.from_menus(before, "without training, ")
-    if self.samples.train is None: return
+    if self.samples.train is None:
+        return
     for label, steps in _structures(self.epochs, self.lr):
-        if self.target.quality is None and best is not None and best.quality >= self.judge.baseline - 0.002: break
-        if not self._goes(label, before + steps): continue
+        if self.target.quality is None and best is not None and best.quality >= self.judge.baseline - 0.002:
+            break
+        if not self._goes(label, before + steps):
+            continue
         new = self.from_menus(before + steps, label)
         if best is not None and (new is None or self.target.worth(new) <= self.target.worth(best)):
-            if label.startswith(("half", "a quarter", "an eighth")): break
+            if label.startswith(("half", "a quarter", "an eighth")):
+                break
             continue
         best = new if new is not None else best
+
 
 def _from_menus(self, before, label=""):
     "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
     find = self.with_quality if self.target.quality is not None else self.within_bytes
     options = DENSE + (SPARSE if self.samples.train is not None else [])
-    try: return find(menu_of(Recipe(before, self.seed)(self.model, self.samples) if before else self.model, self.samples, options), before, label)
-    except Exception as e: self.failed(f"{label}allocation", e)
+    try:
+        return find(
+            menu_of(
+                Recipe(before, self.seed)(self.model, self.samples) if before else self.model, self.samples, options
+            ),
+            before,
+            label,
+        )
+    except Exception as e:
+        self.failed(f"{label}allocation", e)
+
 
 def _goes(self, label, steps):
     "Whether the steps can be followed at all; if not, the report says why."
-    try: Recipe(steps[:-1])(self.model, self.samples)
-    except Exception as e: self.notes.append(f"{label.strip(', ')}: not tried, {e}"); return False
+    try:
+        Recipe(steps[:-1])(self.model, self.samples)
+    except Exception as e:
+        self.notes.append(f"{label.strip(', ')}: not tried, {e}")
+        return False
     return True
+
 
 _Search.allocate_and_try, _Search.from_menus, _Search._goes = _allocate_and_try, _from_menus, _goes
 
 # %% ../nbs/13_auto.ipynb
 def _within_time(self, before):
     kernels = [("quantize_model", {"bits": 8}), "use_kernels"]
-    if not self.tries: self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))      # which did not fail, or had nothing to do
+    if not self.tries:
+        self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))  # which did not fail, or had nothing to do
     self.attempt("int8 kernels", Recipe([*before, *kernels], self.seed))
-    if self.samples.train is None or any(map(self.target.met_by, self.good)): return
+    if self.samples.train is None or any(map(self.target.met_by, self.good)):
+        return
     heal = ("learn", {"epochs": self.epochs, "lr": self.lr})
-    for ratio in (.25, .5, .625, .75, .875):
+    for ratio in (0.25, 0.5, 0.625, 0.75, 0.875):
         steps = [*before, ("shrink", {"ratio": ratio, "round_to": 2}), heal]
         named = (f"{ratio:.0%} of the channels less", steps), (f"{ratio:.0%} less, int8 kernels", steps + kernels)
         tries = [self.attempt(why, Recipe(how, self.seed)) for why, how in named]
-        if any(map(self.target.met_by, tries)): return
+        if any(map(self.target.met_by, tries)):
+            return
+
 
 _Search.within_time = _within_time
 
 # %% ../nbs/13_auto.ipynb
 def compress(
-    model: nn.Module,                        # any model; it is left as it is
-    data: Any = None,                        # None; batches without labels; a `Split`, `Data` or batches (inputs, labels): see `samples_of`. A test part is never looked at
+    model: nn.Module,  # any model; it is left as it is
+    # None; batches without labels; a `Split`, `Data` or batches (inputs, labels): see `samples_of`. A test part is
+    # never looked at
+    data: Any = None,
     *,
-    bytes: float | None = None,              # the file may have so many; below 1: a share of the model's own
-    milliseconds: float | None = None,       # the loaded model may take so many for the example (median, on this machine)
-    accuracy_loss: float | None = None,      # so many percentage points may be lost, on the held-out part
-    cosine: float | None = None,             # mean cosine of the outputs to the model's own, at least; for one number an example Lin's concordance, see `Judge`
-    recipe: Recipe | str | None = None,      # follow this one (or one of `RECIPES`, by its name) instead of searching
-    example: Any = None,                     # an input as the model is called (a tuple: all its arguments), for the time and for finding channels; None: the first of the data
-    evaluate: Callable | None = None,        # model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted in it
-    epochs: int = 4,                         # of each training, where there are labels
-    lr: float = 1e-3,                        # its highest learning rate
-    tries: int = 8,                          # at most, for each kind of network
-    seed: int = 0,                           # of everything that is random
-    strict: bool = True,                     # a target that is not met is a `TargetError`; False: the nearest that was found is returned
-    path: str | os.PathLike | None = None,   # where the file goes; None: nowhere
-    progress: bool = True,                   # show a bar
-) -> tuple[nn.Module, Report]:               # the model as it came back from the file; what was done and why
-    """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on a file that was saved and loaded.
-    A try that fails is noted with its error, and the best of the others is taken.
-    `TypeError`, `ValueError` and `OSError`, before anything is tried, for what makes no sense: nothing to compress, NaN, a model that cannot be copied, a target that
-    the data cannot decide, a path that cannot be written; `TargetError` when the target was not reached; `WriteError` when the path can no longer be written to at the end: it holds what was found."""
+    bytes: float | None = None,  # the file may have so many; below 1: a share of the model's own
+    milliseconds: float | None = None,  # the loaded model may take so many for the example (median, on this machine)
+    accuracy_loss: float | None = None,  # so many percentage points may be lost, on the held-out part
+    cosine: (
+        float | None
+        # mean cosine of the outputs to the model's own, at least; for one number an example Lin's concordance, see `Judge`
+    ) = None,
+    recipe: Recipe | str | None = None,  # follow this one (or one of `RECIPES`, by its name) instead of searching
+    # an input as the model is called (a tuple: all its arguments), for the time and for finding channels; None: the
+    # first of the data
+    example: Any = None,
+    evaluate: (
+        Callable | None
+        # model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted
+        # in it
+    ) = None,
+    epochs: int = 4,  # of each training, where there are labels
+    lr: float = 1e-3,  # its highest learning rate
+    tries: int = 8,  # at most, for each kind of network
+    seed: int = 0,  # of everything that is random
+    strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
+    path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
+    progress: bool = True,  # show a bar
+) -> tuple[nn.Module, Report]:  # the model as it came back from the file; what was done and why
+    """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on
+    a file that was saved and loaded. A try that fails is noted with its error, and the best of the others is taken.
+    `TypeError`, `ValueError` and `OSError`, before anything is tried, for what makes no sense: nothing to compress,
+    NaN, a model that cannot be copied, a target that the data cannot decide, a path that cannot be written;
+    `TargetError` when the target was not reached; `WriteError` when the path can no longer be written to at the
+    end: it holds what was found.
+    """
     tensors_of(model)
     model = copied(model)
     _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed)
-    if path is not None: _check_path(path)
+    if path is not None:
+        _check_path(path)
     with alone(), seeded(seed), tempfile.TemporaryDirectory() as folder:
         samples = _samples_for(model, data, example, cosine)
         _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine)
         judge = Judge(model, samples, evaluate)
-        if evaluate and accuracy_loss is not None and not 0 <= judge.baseline <= 1: raise ValueError(f"evaluate returned {judge.baseline:g} for the model itself; percentage points are lost of a share, 0 to 1")
+        if evaluate and accuracy_loss is not None and not 0 <= judge.baseline <= 1:
+            raise ValueError(
+                f"evaluate returned {judge.baseline:g} for the model itself; percentage points are lost of a share, 0"
+                " to 1"
+            )
         whole = Path(folder) / "whole.mz"
         save(model, whole, archive=False)
-        size, floor = whole.stat().st_size, cosine if accuracy_loss is None else judge.baseline - accuracy_loss / 100 - 1e-9      # a tie is none of rounding's business
-        target = Target(None if bytes is None else float(bytes * size if bytes < 1 else bytes), None if milliseconds is None else float(milliseconds), None if floor is None else float(floor), judge.metric or "quality")
+        size, floor = (
+            whole.stat().st_size,
+            cosine if accuracy_loss is None else judge.baseline - accuracy_loss / 100 - 1e-9,
+        )  # a tie is none of rounding's business
+        target = Target(
+            None if bytes is None else float(bytes * size if bytes < 1 else bytes),
+            None if milliseconds is None else float(milliseconds),
+            None if floor is None else float(floor),
+            judge.metric or "quality",
+        )
         search = _Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress)
         _look(search, recipe)
         best = search.best
-        if best is None: raise ValueError("nothing could be done with this model: " + "; ".join(dict.fromkeys(f"{t.why}: {t.error}" for t in search.tries)))
-        report = Report(target, judge.metric, size, judge.baseline, best, search.tries, _about_layers(best), search.notes)
-        if strict and not report.met: raise TargetError(f"not reached: {target}. The nearest was {_said_of(best, judge.metric)}; strict=False returns it", report)
+        if best is None:
+            raise ValueError(
+                "nothing could be done with this model: "
+                + "; ".join(dict.fromkeys(f"{t.why}: {t.error}" for t in search.tries))
+            )
+        report = Report(
+            target, judge.metric, size, judge.baseline, best, search.tries, _about_layers(best), search.notes
+        )
+        if strict and not report.met:
+            raise TargetError(
+                f"not reached: {target}. The nearest was {_said_of(best, judge.metric)}; strict=False returns it",
+                report,
+            )
         small = best.model
         if path is not None:
             content = best.file.read_bytes()
             try:
-                with replacing(path) as f: f.write(content)
-            except OSError as e: raise WriteError(e, path, (small, report), content) from e
+                with replacing(path) as f:
+                    f.write(content)
+            except OSError as e:
+                raise WriteError(e, path, (small, report), content) from e
     return small, report
+
 
 def _look(search, recipe):
     "Where to search."
-    if recipe is not None: search.attempt("the given recipe", RECIPES[recipe] if isinstance(recipe, str) else recipe); return
+    if recipe is not None:
+        search.attempt("the given recipe", RECIPES[recipe] if isinstance(recipe, str) else recipe)
+        return
     target, int8 = search.target, ("quantize_model", {"bits": 8})
     before = _folding(search)
-    if target.milliseconds is not None: search.within_time(before)
-    else: search.attempt("int8", Recipe([*before, int8], search.seed))
-    if target.bytes is None and target.quality is None or target.milliseconds is not None and any(map(target.met_by, search.good)): return
+    if target.milliseconds is not None:
+        search.within_time(before)
+    else:
+        search.attempt("int8", Recipe([*before, int8], search.seed))
+    if (
+        target.bytes is None
+        and target.quality is None
+        or target.milliseconds is not None
+        and any(map(target.met_by, search.good))
+    ):
+        return
     search.allocate_and_try(before)
+
 
 def _folding(search):
     "`fold_batchnorm`, if there is something to fold and no answer changes by it."
     try:
-        if not foldable(copied(search.model), search.samples.example): return []
-        folded, shown = Recipe(["fold_batchnorm"])(search.model, search.samples), search.samples.batches or [Labelled(search.samples.example, None)]
+        if not foldable(copied(search.model), search.samples.example):
+            return []
+        folded, shown = (
+            Recipe(["fold_batchnorm"])(search.model, search.samples),
+            search.samples.batches or [Labelled(search.samples.example, None)],
+        )
         if search.samples.example is not None:
-            with torch.no_grad(), seeded(search.seed): was = rows_of(copied(search.model).eval(), shown[:1])
-            with torch.no_grad(), seeded(search.seed): now = rows_of(folded, shown[:1])
-            if (off := _relative(now, was, {k: energies(rows) for k, rows in was.items()})) > 1e-4: raise ValueError(f"left out, as it changes the answers by {off ** .5:.1%}")
+            with torch.no_grad(), seeded(search.seed):
+                was = rows_of(copied(search.model).eval(), shown[:1])
+            with torch.no_grad(), seeded(search.seed):
+                now = rows_of(folded, shown[:1])
+            if (off := _relative(now, was, {k: energies(rows) for k, rows in was.items()})) > 1e-4:
+                raise ValueError(f"left out, as it changes the answers by {off**0.5:.1%}")
         return ["fold_batchnorm"]
-    except Exception as e: search.failed("fold_batchnorm", e); return []
+    except Exception as e:
+        search.failed("fold_batchnorm", e)
+        return []
 
 # %% ../nbs/13_auto.ipynb
 def _samples_for(model, data, example, cosine):
     "Labelled batches become a `Split`; for a cosine, labels are no judge."
     if data is not None and not isinstance(data, (Data, Split, Samples)):
         data = list(as_batches(data, name="data"))
-        called = [as_called(model, b) for b in data]      # a tuple that may be arguments or labels is refused
-        if data and all(map(_labelled, data, called)): data = [Labelled(*b) for b in data]
-        elif 0 < len(data) < 4 and not _can(model, _pieces(data[0])[0]): data = Samples(data[:-1] or data, None, data[1:][-1:] or None, data[0])      # its rows are no examples
+        called = [as_called(model, b) for b in data]  # a tuple that may be arguments or labels is refused
+        if data and all(map(_labelled, data, called)):
+            data = [Labelled(*b) for b in data]
+        elif 0 < len(data) < 4 and not _can(model, _pieces(data[0])[0]):
+            data = Samples(data[:-1] or data, None, data[1:][-1:] or None, data[0])  # its rows are no examples
     samples = samples_of(data, example)
     samples = replace(samples, example=None if samples.example is None else example_for(model, samples))
-    if cosine is not None and isinstance(samples.held, Split): samples = replace(samples, held=list(samples.held.x.split(100)))
+    if cosine is not None and isinstance(samples.held, Split):
+        samples = replace(samples, held=list(samples.held.x.split(100)))
     return samples
+
 
 def _can(model, batch):
     "Whether the model takes a batch."
     try:
-        with torch.no_grad(): return feed(copied(model).eval(), fresh(batch)) is not None
-    except Exception: return False
+        with torch.no_grad():
+            return feed(copied(model).eval(), fresh(batch)) is not None
+    except Exception:
+        return False
+
 
 def _labelled(batch, called):
     "A pair of inputs and whole numbers, one for each, of which the model takes the first alone."
-    two = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch) and called is batch[0]
-    return two and batch[1].dim() == 1 and batch[0].dim() > 0 and len(batch[0]) == len(batch[1]) and not batch[1].is_floating_point()
+    two = (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(t, Tensor) for t in batch)
+        and called is batch[0]
+    )
+    return (
+        two
+        and batch[1].dim() == 1
+        and batch[0].dim() > 0
+        and len(batch[0]) == len(batch[1])
+        and not batch[1].is_floating_point()
+    )
+
 
 def _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed):
     "Errors that name the argument."
-    for name, v in dict(bytes=bytes, milliseconds=milliseconds, accuracy_loss=accuracy_loss, cosine=cosine, lr=lr).items():
-        if v is not None and (isinstance(v, bool) or not isinstance(v, Real)): raise TypeError(f"{name} is {v!r}; it may be a number")
-        if v is not None and not math.isfinite(v): raise ValueError(f"{name} is {v}; it may be a finite number")
+    for name, v in dict(
+        bytes=bytes, milliseconds=milliseconds, accuracy_loss=accuracy_loss, cosine=cosine, lr=lr
+    ).items():
+        if v is not None and (isinstance(v, bool) or not isinstance(v, Real)):
+            raise TypeError(f"{name} is {v!r}; it may be a number")
+        if v is not None and not math.isfinite(v):
+            raise ValueError(f"{name} is {v}; it may be a finite number")
     for name, v in dict(bytes=bytes, milliseconds=milliseconds, lr=lr).items():
-        if v is not None and v <= 0: raise ValueError(f"{name} is {v}; it may be above 0")
-    if accuracy_loss is not None and not 0 <= accuracy_loss < 100: raise ValueError(f"accuracy_loss is {accuracy_loss}; it may be 0 to below 100, in percentage points")
-    if cosine is not None and not 0 < cosine < 1: raise ValueError(f"cosine is {cosine}; it may be above 0 and below 1")
-    if accuracy_loss is not None and cosine is not None: raise ValueError("accuracy_loss and cosine are both given; give one of them")
-    if evaluate is not None and not callable(evaluate): raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
-    if cosine is not None and evaluate: raise ValueError("cosine and evaluate are both given; accuracy_loss is counted in what evaluate says")
-    if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f"recipe is {recipe!r}; it may be a Recipe, or {', '.join(RECIPES)}")
-    if recipe is not None and not isinstance(recipe, (str, Recipe)): raise TypeError(f"recipe is a {type(recipe).__name__}; it may be a Recipe or the name of one")
+        if v is not None and v <= 0:
+            raise ValueError(f"{name} is {v}; it may be above 0")
+    if accuracy_loss is not None and not 0 <= accuracy_loss < 100:
+        raise ValueError(f"accuracy_loss is {accuracy_loss}; it may be 0 to below 100, in percentage points")
+    if cosine is not None and not 0 < cosine < 1:
+        raise ValueError(f"cosine is {cosine}; it may be above 0 and below 1")
+    if accuracy_loss is not None and cosine is not None:
+        raise ValueError("accuracy_loss and cosine are both given; give one of them")
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
+    if cosine is not None and evaluate:
+        raise ValueError("cosine and evaluate are both given; accuracy_loss is counted in what evaluate says")
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}; it may be a Recipe, or {', '.join(RECIPES)}")
+    if recipe is not None and not isinstance(recipe, (str, Recipe)):
+        raise TypeError(f"recipe is a {type(recipe).__name__}; it may be a Recipe or the name of one")
     for name, v in dict(epochs=epochs, tries=tries).items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{name} is {v!r}; it may be a whole number from 1")
-    if isinstance(seed, bool) or not isinstance(seed, int): raise TypeError(f"seed is {seed!r}; it may be a whole number")
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ValueError(f"{name} is {v!r}; it may be a whole number from 1")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; it may be a whole number")
+
 
 def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):
     "Whether the data can decide what is wished for."
     if accuracy_loss is not None and evaluate is None and not isinstance(samples.held, Split):
-        raise ValueError("accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate=")
+        raise ValueError(
+            "accuracy_loss needs data with labels (a Split, Data, or batches of inputs and labels), or evaluate="
+        )
     if cosine is not None and samples.held is None:
-        raise ValueError("cosine needs data: batches of inputs to compare outputs on" + ("; there is one example alone, and what is learned from is no judge" if samples.batches else ""))
+        raise ValueError(
+            "cosine needs data: batches of inputs to compare outputs on"
+            + ("; there is one example alone, and what is learned from is no judge" if samples.batches else "")
+        )
     if samples.batches:
         try:
-            with torch.no_grad(): feed(copied(model).eval(), fresh(samples.batches[0]))
-        except Exception as e: raise ValueError(f"the model cannot take the data: {type(e).__name__}: {e}") from e
-    if milliseconds is None: return
-    if samples.example is None: raise ValueError("milliseconds needs an example of an input, or data")
+            with torch.no_grad():
+                feed(copied(model).eval(), fresh(samples.batches[0]))
+        except Exception as e:
+            raise ValueError(f"the model cannot take the data: {type(e).__name__}: {e}") from e
+    if milliseconds is None:
+        return
+    if samples.example is None:
+        raise ValueError("milliseconds needs an example of an input, or data")
     try:
-        with torch.no_grad(): call(copied(model).eval(), fresh(samples.example))
-    except Exception as e: raise ValueError(f"the model cannot take the example: {type(e).__name__}: {e}") from e
+        with torch.no_grad():
+            call(copied(model).eval(), fresh(samples.example))
+    except Exception as e:
+        raise ValueError(f"the model cannot take the example: {type(e).__name__}: {e}") from e
 
-FOREIGN = (".safetensors", ".h5", ".hdf5", ".npz", ".npy", ".pt", ".pth", ".bin", ".onnx", ".json", ".zip", ".gguf", ".tflite", ".pkl", ".ckpt")      # endings that promise another format
+
+FOREIGN = (
+    ".safetensors",
+    ".h5",
+    ".hdf5",
+    ".npz",
+    ".npy",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".onnx",
+    ".json",
+    ".zip",
+    ".gguf",
+    ".tflite",
+    ".pkl",
+    ".ckpt",
+)  # endings that promise another format
+
 
 def _check_path(path):
     "Whether a file can be written there, before an hour is spent on it."
     target = target_of(path)[0]
-    if (ending := os.path.splitext(target)[1].lower()) in FOREIGN: raise ValueError(f"path ends in {ending!r}; it may end in '.mz', which is what is written")
-    with tempfile.TemporaryFile(dir=os.path.dirname(target)): pass
+    if (ending := os.path.splitext(target)[1].lower()) in FOREIGN:
+        raise ValueError(f"path ends in {ending!r}; it may end in '.mz', which is what is written")
+    with tempfile.TemporaryFile(dir=os.path.dirname(target)):
+        pass
+
 
 def _said_of(t, metric):
-    return f"{t.bytes:,} bytes" + (f", {metric} {t.quality:.4f}" if t.quality is not None else "") + (f", {t.milliseconds:.3f} ms" if t.milliseconds is not None else "")
+    return (
+        f"{t.bytes:,} bytes"
+        + (f", {metric} {t.quality:.4f}" if t.quality is not None else "")
+        + (f", {t.milliseconds:.3f} ms" if t.milliseconds is not None else "")
+    )
+
 
 def _about_layers(best):
     "For each tensor in the file: what was chosen, what it takes, and what it is expected to do to the output."
-    menu, total = best.menu, best.menu.error(best.picks) if best.menu else 0.
+    menu, total = best.menu, best.menu.error(best.picks) if best.menu else 0.0
     chosen = {n: (menu.options[p], e[p]) for n, p, e in zip(menu.layers, best.picks, menu.errors)} if menu else {}
     rows, others = [], []
     for l in inspect(best.file, entropy=False).lines:
-        if l.layer == "" and l.name not in chosen: others.append(l); continue
+        if l.layer == "" and l.name not in chosen:
+            others.append(l)
+            continue
         option, error = chosen.get(l.name, (None, None))
-        rows.append(dict(name=l.name, weights=math.prod(l.shape), choice=describe_option(option) if option else l.kind, bytes=l.bytes,
-                         sensitivity=menu.sensitivity.get(l.name) if menu else None, share=error / total if option and total else None))
+        rows.append(
+            dict(
+                name=l.name,
+                weights=math.prod(l.shape),
+                choice=describe_option(option) if option else l.kind,
+                bytes=l.bytes,
+                sensitivity=menu.sensitivity.get(l.name) if menu else None,
+                share=error / total if option and total else None,
+            )
+        )
     rest = best.bytes - sum(r["bytes"] for r in rows) - sum(l.bytes for l in others)
-    for name, k, size in (f"{len(others)} others, as they are", sum(math.prod(l.shape) for l in others), sum(l.bytes for l in others)), ("what says how to read it", 0, rest):
+    for name, k, size in (
+        (f"{len(others)} others, as they are", sum(math.prod(l.shape) for l in others), sum(l.bytes for l in others)),
+        ("what says how to read it", 0, rest),
+    ):
         rows.append(dict(name=name, weights=k, choice="", bytes=size, sensitivity=None, share=None))
     return rows
 
 # %% ../nbs/13_auto.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -26,7 +26,9 @@ from .workshop.runs import keep_uncalled, run, warm
 # %% ../nbs/07b_channels.ipynb
 class Ties:
     "Which channels stand or fall together: a union-find over numbers. 0 stands for whatever has a fixed size."
-    def __init__(self): self.parent, self.kept = np.zeros(1, np.int64), {0: "its size is fixed"}
+
+    def __init__(self):
+        self.parent, self.kept = np.zeros(1, np.int64), {0: "its size is fixed"}
 
     def new(self, n: int) -> np.ndarray:
         "`n` numbers that nothing ties yet."
@@ -37,26 +39,29 @@ class Ties:
     def find(self, x: np.ndarray) -> np.ndarray:
         "The number that stands for the whole set of each."
         x = start = np.asarray(x)
-        while not np.array_equal(p := self.parent[x], x): x = p
+        while not np.array_equal(p := self.parent[x], x):
+            x = p
         self.parent[start] = x
         return x
 
 # %% ../nbs/07b_channels.ipynb
 def _tie(
     self: Ties,
-    a: np.ndarray,        # numbers; broadcast against b
+    a: np.ndarray,  # numbers; broadcast against b
     b: np.ndarray,
     why: str = "it is tied to something of fixed size",
 ) -> None:
     "From now on a[i] and b[i] go together. What is tied to 0 stays."
     a, b = (x.ravel() for x in np.broadcast_arrays(a, b))
-    if ((a == 0) | (b == 0)).any(): self.keep(np.where(a == 0, b, a)[(a == 0) | (b == 0)], why)
+    if ((a == 0) | (b == 0)).any():
+        self.keep(np.where(a == 0, b, a)[(a == 0) | (b == 0)], why)
     a, b = a[(a != 0) & (b != 0)], b[(a != 0) & (b != 0)]
     while True:
         x, y = self.find(a), self.find(b)
-        if np.array_equal(x, y): return
+        if np.array_equal(x, y):
+            return
         low, high = np.minimum(x, y), np.maximum(x, y)
-        np.minimum.at(self.parent, high, low)      # who stood for the higher number's set now points to the lower
+        np.minimum.at(self.parent, high, low)  # who stood for the higher number's set now points to the lower
         for z in set(high[high != low].tolist()) & self.kept.keys():
             self.kept.setdefault(int(self.find(np.array([z]))[0]), self.kept[z])
 
@@ -64,18 +69,17 @@ def _tie(
 def _keep(
     self: Ties,
     a: np.ndarray,
-    why: str,        # the reason
+    why: str,  # the reason
 ) -> None:
     "These, and all that is tied to them, must stay."
-    for x in np.unique(self.find(a)): self.kept.setdefault(int(x), why)
+    for x in np.unique(self.find(a)):
+        self.kept.setdefault(int(x), why)
 
 # %% ../nbs/07b_channels.ipynb
-def _free(
-    self: Ties,
-    a: np.ndarray,
-) -> np.ndarray:      # bool
+def _free(self: Ties, a: np.ndarray) -> np.ndarray:  # bool
     "May they go?"
     return ~np.isin(self.find(a), list(self.kept))
+
 
 Ties.tie, Ties.keep, Ties.free = _tie, _keep, _free
 
@@ -83,20 +87,20 @@ Ties.tie, Ties.keep, Ties.free = _tie, _keep, _free
 @dataclass
 class Marks:
     "Which number each element of a tensor carries: one array for each set of axes along which it varies."
+
     shape: tuple
-    blocks: dict = field(default_factory=dict)     # axes → numbers, an array over these axes
-    zero: bool = False        # when a channel's parameters are zeros, so is the channel
-    free: bool = False        # made of one constant: takes whatever size it is asked to have
-    taint: list = field(default_factory=list)      # numbers that must stay if anybody uses this tensor
-    sources: frozenset = frozenset()               # the layers that it comes from
+    blocks: dict = field(default_factory=dict)  # axes → numbers, an array over these axes
+    zero: bool = False  # when a channel's parameters are zeros, so is the channel
+    free: bool = False  # made of one constant: takes whatever size it is asked to have
+    taint: list = field(default_factory=list)  # numbers that must stay if anybody uses this tensor
+    sources: frozenset = frozenset()  # the layers that it comes from
 
 # %% ../nbs/07b_channels.ipynb
 def isolate(
-    ties: Ties,
-    m: Marks,
-    axis: int,
-) -> np.ndarray | None:      # the numbers along this axis; None: there are none, its size is fixed
-    "See to it that the numbers along an axis do not depend on other axes: what lies behind one of its places goes together."
+    ties: Ties, m: Marks, axis: int
+) -> np.ndarray | None:  # the numbers along this axis; None: there are none, its size is fixed
+    """See to it that the numbers along an axis do not depend on other axes: what lies behind one of its places goes
+    together."""
     axis %= max(len(m.shape), 1)
     axes = next((a for a in m.blocks if axis in a), None)
     if axes is not None and len(axes) > 1:
@@ -106,28 +110,26 @@ def isolate(
     return m.blocks.get((axis,))
 
 # %% ../nbs/07b_channels.ipynb
-def fix(
-    ties: Ties,
-    m: Marks,
-    axis: int,
-    why: str,
-) -> None:
+def fix(ties: Ties, m: Marks, axis: int, why: str) -> None:
     "The size along this axis must not change."
     axis %= max(len(m.shape), 1)
     axes = next((a for a in m.blocks if axis in a), None)
-    if axes is None: return
+    if axes is None:
+        return
     labels = m.blocks.pop(axes)
-    if len(axes) == 1: return ties.keep(labels, why)
+    if len(axes) == 1:
+        return ties.keep(labels, why)
     labels = np.moveaxis(labels, axes.index(axis), 0)
     ties.tie(labels, labels[:1])
     m.blocks[tuple(a for a in axes if a != axis)] = labels[0]
 
 # %% ../nbs/07b_channels.ipynb
 def condensed(
-    a: np.ndarray,      # a number for each element of a tensor
-) -> tuple[tuple, np.ndarray]:      # the axes along which they vary, and the numbers along these
+    a: np.ndarray,  # a number for each element of a tensor
+) -> tuple[tuple, np.ndarray]:  # the axes along which they vary, and the numbers along these
     "Leave out the axes along which nothing changes."
-    if not a.size: return (), np.zeros((), np.int64)
+    if not a.size:
+        return (), np.zeros((), np.int64)
     axes = tuple(i for i in range(a.ndim) if a.shape[i] > 1 and not (a == a.take([0], i)).all())
     return axes, a[tuple(slice(None) if i in axes else 0 for i in range(a.ndim))]
 
@@ -135,29 +137,44 @@ def condensed(
 @dataclass
 class Step:
     "One operation of a traced model."
-    name: str              # of the function
-    path: str              # of the module in which it was called
-    inputs: list           # `Marks` of the tensors that went in
-    outputs: list          # … and of those that came out
-    numbers: tuple         # its arguments that are numbers, other than sizes
-    made: Any = None       # the tensor, when it was made of numbers alone
+
+    name: str  # of the function
+    path: str  # of the module in which it was called
+    inputs: list  # `Marks` of the tensors that went in
+    outputs: list  # … and of those that came out
+    numbers: tuple  # its arguments that are numbers, other than sizes
+    made: Any = None  # the tensor, when it was made of numbers alone
 
 # %% ../nbs/07b_channels.ipynb
 class Walks:
     "What a mode does when modules begin and end."
-    def enters(self, name: str, arguments: Any) -> None: self.path.append(name)
-    def leaves(self, name: str, output: Any) -> None: self.path.pop()
+
+    def enters(self, name: str, arguments: Any) -> None:
+        self.path.append(name)
+
+    def leaves(self, name: str, output: Any) -> None:
+        self.path.pop()
+
 
 class Trace(Walks, TorchFunctionMode):
     "Watches a model run, and follows the channels through every operation."
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.ties, self.steps, self.edges = Ties(), [], []
         self.rectangles, self.picked, self.left_out, self.tracks, self.norms, self.heads = [], [], [], [], {}, {}
         self.path, self.modules = [""], dict(model.named_modules())
-        self.held = dict([*model.named_parameters(), *model.named_buffers()])      # as long as we hold them, nothing else has their ids
+        self.held = dict(
+            [*model.named_parameters(), *model.named_buffers()]
+        )  # as long as we hold them, nothing else has their ids
         self.named = {id(t): n for n, t in self.held.items()}
-        self.owned, self.hopeless, self.table, self.runs, self.visible = {}, set(), {}, [], collections.defaultdict(list)
+        self.owned, self.hopeless, self.table, self.runs, self.visible = (
+            {},
+            set(),
+            {},
+            [],
+            collections.defaultdict(list),
+        )
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -166,56 +183,73 @@ class Trace(Walks, TorchFunctionMode):
         return output
 
 # %% ../nbs/07b_channels.ipynb
-def name_of(
-    f: Callable,
-) -> str:        # "conv2d", "add" (also for add_, __add__ …), "T", "shape"
+def name_of(f: Callable) -> str:  # "conv2d", "add" (also for add_, __add__ …), "T", "shape"
     "The name of a function of PyTorch."
     name = getattr(f, "__name__", str(f))
-    if name == "__get__": return f.__self__.__name__
-    if name in ("__set__", "__setitem__"): return "set"
+    if name == "__get__":
+        return f.__self__.__name__
+    if name in ("__set__", "__setitem__"):
+        return "set"
     name = name.strip("_")
-    if name[0] in "ri" and name[1:] in ("add", "sub", "mul", "div", "truediv", "pow", "matmul", "floordiv"): name = name[1:]
+    if name[0] in "ri" and name[1:] in ("add", "sub", "mul", "div", "truediv", "pow", "matmul", "floordiv"):
+        name = name[1:]
     return SAME.get(name, name)
 
-SAME = {"truediv": "div", "true_divide": "div", "divide": "div", "floordiv": "floor_divide", "multiply": "mul", "subtract": "sub",
-        "absolute": "abs", "permute_copy": "permute", "concat": "cat", "concatenate": "cat"}
+
+SAME = {
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "floordiv": "floor_divide",
+    "multiply": "mul",
+    "subtract": "sub",
+    "absolute": "abs",
+    "permute_copy": "permute",
+    "concat": "cat",
+    "concatenate": "cat",
+}
 
 # %% ../nbs/07b_channels.ipynb
-def marks_of(
-    self: Trace,
-    t: Tensor,
-) -> Marks:
-    "What is known of a tensor. Each axis of a parameter begins with numbers of its own; a tensor from elsewhere has fixed sizes."
+def marks_of(self: Trace, t: Tensor) -> Marks:
+    """What is known of a tensor. Each axis of a parameter begins with numbers of its own; a tensor from elsewhere
+    has fixed sizes."""
     name = self.named.get(id(t))
     if name is None:
         known, m = self.table.get(id(t), (lambda: None, None))
-        if known() is t: return m
+        if known() is t:
+            return m
         return self.marks(t.shown) if isinstance(t, ReadOnly) and hasattr(t, "shown") else Marks(tuple(t.shape))
     if name not in self.owned:
         new = t.is_floating_point()
-        self.owned[name] = Marks(tuple(t.shape), {(a,): self.ties.new(n) for a, n in enumerate(t.shape) if n > 1 and new},
-                                 isinstance(t, nn.Parameter))
+        self.owned[name] = Marks(
+            tuple(t.shape),
+            {(a,): self.ties.new(n) for a, n in enumerate(t.shape) if n > 1 and new},
+            isinstance(t, nn.Parameter),
+        )
     m = self.owned[name]
     return Marks(m.shape, dict(m.blocks), m.zero, sources=frozenset([name.rpartition(".")[0]]))
 
-def note(
-    self: Trace,
-    t: Tensor,
-    m: Marks,
-) -> None:
+
+def note(self: Trace, t: Tensor, m: Marks) -> None:
     "Remember what a tensor carries; on the tensor itself nothing is left."
-    if id(t) not in self.named: self.table[id(t)] = weakref.ref(t), m
+    if id(t) not in self.named:
+        self.table[id(t)] = weakref.ref(t), m
+
 
 Trace.marks, Trace.note = marks_of, note
 
 # %% ../nbs/07b_channels.ipynb
-RULES: dict[str, Callable] = {}      # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
+RULES: dict[str, Callable] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
+
 
 def rule(*names: str) -> Callable:
     "Register what an operation does with the channels."
+
     def register(f):
-        for name in names: RULES[name] = f
+        for name in names:
+            RULES[name] = f
         return f
+
     return register
 
 # %% ../nbs/07b_channels.ipynb
@@ -223,13 +257,15 @@ def tensors_of(x: Any) -> list[Tensor]:
     "All tensors among arguments, or in a result."
     return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
 
+
 SIZED = """arange linspace logspace tensor as_tensor eye rand randn randint empty_strided zeros ones empty full zeros_like ones_like empty_like full_like
     new_zeros new_ones new_empty new_full new_tensor tril triu tril_indices triu_indices layer_norm rms_norm group_norm conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d multi_head_attention_forward lstm gru rnn_tanh rnn_relu pad channel_shuffle native_channel_shuffle
-    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence""".split()      # … and what moves elements, see below
+    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence""".split()  # … and what moves elements, see below
+
 
 def numbers_in(
-    name: str,         # of a function
+    name: str,  # of a function
     args: tuple,
     kwargs: dict,
 ) -> tuple:
@@ -238,20 +274,16 @@ def numbers_in(
     return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))
 
 # %% ../nbs/07b_channels.ipynb
-def saw(
-    self: Trace,
-    name: str,
-    f: Callable,
-    args: tuple,
-    kwargs: dict,
-    output: Any,
-) -> None:
+def saw(self: Trace, name: str, f: Callable, args: tuple, kwargs: dict, output: Any) -> None:
     "Note an operation, and let its rule mark what came out."
     tensors, outputs = tensors_of((args, kwargs)), tensors_of(output)
-    if name in ("detach_set", "requires_grad"): return
+    if name in ("detach_set", "requires_grad"):
+        return
     inputs = [self.marks(t) for t in tensors]
-    if not outputs: return self.escaped(name, tensors, inputs)
-    for labels in (l for m in inputs for l in m.taint): self.ties.keep(labels, "the weights of an attention are used")
+    if not outputs:
+        return self.escaped(name, tensors, inputs)
+    for labels in (l for m in inputs for l in m.taint):
+        self.ties.keep(labels, "the weights of an attention are used")
     marks, sources = self.ruled(name, f, args, kwargs, output, inputs, outputs), self.came_from(tensors, inputs)
     for t, m in zip(outputs, marks):
         m.sources = sources
@@ -264,25 +296,28 @@ def saw(
 RANDOM = "rand randn randint randperm normal multinomial empty empty_like empty_strided new_empty".split()
 ABOUT = """shape size dim ndim numel nelement len stride dtype device layout names itemsize element_size storage_offset is_floating_point is_complex
     is_contiguous is_cuda is_leaf is_sparse is_quantized is_nested is_meta is_mkldnn is_conj is_neg is_signed is_inference is_same_size is_tensor is_xla is_mps is_cpu is_xpu
-    is_sparse_csr is_vulkan is_ipu is_hpu is_mtia is_maia is_shared requires_grad grad_fn grad version backward_hooks get_device has_names result_type can_cast hash repr format assert""".split()      # what these tell is no number of a channel
+    is_sparse_csr is_vulkan is_ipu is_hpu is_mtia is_maia is_shared requires_grad grad_fn grad version backward_hooks get_device has_names result_type can_cast hash repr format assert""".split()  # what these tell is no number of a channel
 
-def escaped(
-    self: Trace,
-    name: str,
-    tensors: list[Tensor],
-    inputs: list[Marks],
-) -> None:
+
+def escaped(self: Trace, name: str, tensors: list[Tensor], inputs: list[Marks]) -> None:
     "What leaves PyTorch, such as by `numpy` or `tolist`, or is written into a tensor, nobody can follow: it stays as it is."
-    if name in ABOUT: return
-    for m in inputs: keep_all(self.ties, m, f"`{name}` writes into it" if name == "set" else f"it leaves PyTorch by `{name}`")
-    if name == "set" and tensors: self.note(tensors[0], Marks(tuple(tensors[0].shape)))
+    if name in ABOUT:
+        return
+    for m in inputs:
+        keep_all(self.ties, m, f"`{name}` writes into it" if name == "set" else f"it leaves PyTorch by `{name}`")
+    if name == "set" and tensors:
+        self.note(tensors[0], Marks(tuple(tensors[0].shape)))
+
 
 Trace.escaped = escaped
 
 # %% ../nbs/07b_channels.ipynb
 def came_from(self: Trace, tensors: list[Tensor], inputs: list[Marks]) -> frozenset:
-    "The layers whose parameters an operation uses, behind those that they read; without parameters, the layers that were read."
-    join = lambda owned: frozenset().union(*(m.sources for t, m in zip(tensors, inputs) if (id(t) in self.named) == owned))
+    """The layers whose parameters an operation uses, behind those that they read; without parameters, the layers
+    that were read."""
+    join = lambda owned: frozenset().union(
+        *(m.sources for t, m in zip(tensors, inputs) if (id(t) in self.named) == owned)
+    )
     layers, read = join(True), join(False)
     self.edges += [(a, b) for b in sorted(layers) for a in sorted(read) if a != b]
     return layers or read
@@ -292,25 +327,35 @@ def ruled(self, name, f, args, kwargs, output, inputs, outputs) -> list[Marks]:
     "What the rule says; without one, everything that goes in must stay as it is."
     marks = None
     if name in RULES and takes(RULES[name], self, f, output, *args, **kwargs):
-        try: marks = RULES[name](self, f, output, *args, **kwargs)
-        except NotImplementedError: pass
+        try:
+            marks = RULES[name](self, f, output, *args, **kwargs)
+        except NotImplementedError:
+            pass
     if marks is None:
-        for m in inputs: keep_all(self.ties, m, f"`{name}` is not known well enough")
+        for m in inputs:
+            keep_all(self.ties, m, f"`{name}` is not known well enough")
         marks = [Marks(tuple(o.shape)) for o in outputs]
-    return [marks]*len(outputs) if isinstance(marks, Marks) else marks
+    return [marks] * len(outputs) if isinstance(marks, Marks) else marks
+
 
 def takes(rule: Callable, *args, **kwargs) -> bool:
     "Whether a rule has a place for these arguments. If so, an error that it raises is its own, and is not swallowed."
-    try: inspect.signature(rule).bind(*args, **kwargs)
-    except TypeError: return False
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
     return True
 
+
 def keep_all(ties: Ties, m: Marks, why: str) -> None:
-    for labels in m.blocks.values(): ties.keep(labels, why)
+    for labels in m.blocks.values():
+        ties.keep(labels, why)
+
 
 def is_attention(m: nn.Module | None) -> bool:
     "PyTorch's own, or what remains of one (see the next chapter)."
     return type(m) is nn.MultiheadAttention or type(m).__name__ == "RemainingAttention"
+
 
 Trace.saw, Trace.came_from, Trace.ruled = saw, came_from, ruled
 Trace.inside_attention = lambda self: any(is_attention(self.modules.get(p)) for p in self.path)
@@ -327,7 +372,8 @@ CHANGE = """sigmoid hardsigmoid logsigmoid softplus exp cos rsqrt reciprocal log
 @rule(*PASS, *CHANGE)
 def pointwise(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> Marks | None:
     "f(x) element by element: channels stay where they are."
-    if any(isinstance(a, Tensor) for a in args): return mixed(t, f, output, input, *args, **kwargs)
+    if any(isinstance(a, Tensor) for a in args):
+        return mixed(t, f, output, input, *args, **kwargs)
     m = t.marks(input)
     limits = name_of(f) in ("hardtanh", "clamp", "clip", "threshold")
     zero = m.zero and (name_of(f) in PASS or limits and bool((f(torch.zeros(()), *args, **kwargs) == 0).all()))
@@ -337,12 +383,15 @@ def pointwise(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwa
 MIX = """add sub mul div pow maximum minimum fmax fmin where lerp addcmul addcdiv eq ne lt gt le ge greater less and or xor
     logical_and logical_or logical_xor masked_fill fmod atan2 floor_divide remainder rsub copy""".split()
 
+
 @rule(*MIX)
 def mixed(t: Trace, f: Callable, output: Tensor, *args, **kwargs) -> Marks:
     "f(x, y) element by element: channels that meet go together."
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     out = meet(t.ties, [t.marks(x) for x in tensors], tuple(output.shape))
-    out.zero = zero_after(name_of(f), [t.marks(x) for x in tensors], [x for x in args if not isinstance(x, Tensor)], out)
+    out.zero = zero_after(
+        name_of(f), [t.marks(x) for x in tensors], [x for x in args if not isinstance(x, Tensor)], out
+    )
     return out
 
 # %% ../nbs/07b_channels.ipynb
@@ -350,8 +399,10 @@ def zero_after(name: str, marks: list, numbers: list, out: Marks) -> bool:
     "Is a channel that was zero still zero?"
     n = len(out.shape)
     covers = lambda m: m.zero and {tuple(a + n - len(m.shape) for a in b) for b in m.blocks} >= out.blocks.keys()
-    if name == "mul": return any(map(covers, marks))
-    if name == "div": return bool(marks) and covers(marks[0])
+    if name == "mul":
+        return any(map(covers, marks))
+    if name == "div":
+        return bool(marks) and covers(marks[0])
     nothing = not any(isinstance(x, (int, float)) and x for x in numbers)
     return name in ("add", "sub", "maximum", "minimum") and nothing and all(map(covers, marks))
 
@@ -359,28 +410,34 @@ def zero_after(name: str, marks: list, numbers: list, out: Marks) -> bool:
 def meet(
     ties: Ties,
     marks: list[Marks],
-    shape: tuple,              # of the result, to which they are broadcast
+    shape: tuple,  # of the result, to which they are broadcast
     why: str = "it meets a tensor of fixed size",
 ) -> Marks:
     "Tie the channels of tensors that are combined element by element."
     out = Marks(shape)
-    for m in marks: take_apart(ties, m, [o for o in marks if o is not m and not o.free], len(shape), why)
-    for axis in range(len(shape)): meet_along(ties, [m for m in marks if not m.free], axis, out, why)
+    for m in marks:
+        take_apart(ties, m, [o for o in marks if o is not m and not o.free], len(shape), why)
+    for axis in range(len(shape)):
+        meet_along(ties, [m for m in marks if not m.free], axis, out, why)
     return out
 
 # %% ../nbs/07b_channels.ipynb
 def meet_along(ties: Ties, marks: list[Marks], axis: int, out: Marks, why: str) -> None:
     "Tie them along one axis of the result; it has numbers there if all have that are not broadcast along it."
-    at = lambda m: axis - (len(out.shape) - len(m.shape))           # the axis in a tensor with fewer of them
+    at = lambda m: axis - (len(out.shape) - len(m.shape))  # the axis in a tensor with fewer of them
     having = [m for m in marks if at(m) >= 0 and m.shape[at(m)] > 1]
     block = lambda m: next((b for b in m.blocks if at(m) in b), None)
     found = [block(m) for m in having]
-    if not any(found): return
+    if not any(found):
+        return
     first, axes = next((m, b) for m, b in zip(having, found) if b)
     for m, b in zip(having, found):
-        if b: ties.tie(first.blocks[axes], m.blocks[b], why)
-        else: ties.keep(first.blocks[axes], why)
-    if all(found): out.blocks[tuple(a + len(out.shape) - len(first.shape) for a in axes)] = first.blocks[axes]
+        if b:
+            ties.tie(first.blocks[axes], m.blocks[b], why)
+        else:
+            ties.keep(first.blocks[axes], why)
+    if all(found):
+        out.blocks[tuple(a + len(out.shape) - len(first.shape) for a in axes)] = first.blocks[axes]
 
 # %% ../nbs/07b_channels.ipynb
 def take_apart(ties: Ties, m: Marks, others: list[Marks], n: int, why: str) -> None:
@@ -390,9 +447,13 @@ def take_apart(ties: Ties, m: Marks, others: list[Marks], n: int, why: str) -> N
             shift = len(o.shape) - len(m.shape)
             same = tuple(a + shift for a in axes)
             for a in axes:
-                if axes not in m.blocks or same in o.blocks or a + shift < 0 or o.shape[a + shift] == 1: continue
-                if o.zero and any(a + shift in b for b in o.blocks): isolate(ties, o, a + shift); isolate(ties, m, a)
-                else: fix(ties, m, a, why)
+                if axes not in m.blocks or same in o.blocks or a + shift < 0 or o.shape[a + shift] == 1:
+                    continue
+                if o.zero and any(a + shift in b for b in o.blocks):
+                    isolate(ties, o, a + shift)
+                    isolate(ties, m, a)
+                else:
+                    fix(ties, m, a, why)
 
 # %% ../nbs/07b_channels.ipynb
 @rule(*"zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
@@ -401,11 +462,14 @@ def constant(t: Trace, f: Callable, output: Tensor, *args, **kwargs) -> Marks:
     return Marks(tuple(output.shape), free=True)
 
 # %% ../nbs/07b_channels.ipynb
-@rule(*"""arange linspace logspace tensor as_tensor eye rand randn randint rand_like randn_like bernoulli normal uniform
-    from_numpy scalar_tensor empty_strided manual_seed tril_indices triu_indices meshgrid""".split())
+@rule(
+    *"""arange linspace logspace tensor as_tensor eye rand randn randint rand_like randn_like bernoulli normal uniform
+    from_numpy scalar_tensor empty_strided manual_seed tril_indices triu_indices meshgrid""".split()
+)
 def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks] | None:
     "Numbers from elsewhere. (Such as may be the very tensor that went in are left to what has no rule.)"
-    if any(t.marks(x).blocks for x in tensors_of((args, kwargs))): return None
+    if any(t.marks(x).blocks for x in tensors_of((args, kwargs))):
+        return None
     return [Marks(tuple(o.shape)) for o in tensors_of(output)]
 
 # %% ../nbs/07b_channels.ipynb
@@ -413,7 +477,7 @@ def foreign(t: Trace, f: Callable, output: Any, *args, **kwargs) -> list[Marks] 
 def along_one_axis(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
     "All elements along one axis are seen together: its size matters."
     m, name = t.marks(input), name_of(f)
-    given = args[name == "topk":]                                  # the first argument of topk is a number of elements
+    given = args[name == "topk" :]  # the first argument of topk is a number of elements
     dim = kwargs.get("dim", next((a for a in given if type(a) is int), -1))
     why = f"`{name}` looks at all of them together"
     fix(t.ties, m, dim or 0, why)
@@ -426,13 +490,16 @@ def along_one_axis(t: Trace, f: Callable, output: Any, input: Tensor, *args, **k
 # %% ../nbs/07b_channels.ipynb
 def link(
     ties: Ties,
-    a: np.ndarray | None,      # numbers along two axes that are one; None: of fixed size
+    a: np.ndarray | None,  # numbers along two axes that are one; None: of fixed size
     b: np.ndarray | None,
     why: str = "it meets a tensor of fixed size",
 ) -> None:
     "Tie what may be of fixed size."
-    if a is not None and b is not None: ties.tie(a, b, why)
-    elif a is not None or b is not None: ties.keep(a if b is None else b, why)
+    if a is not None and b is not None:
+        ties.tie(a, b, why)
+    elif a is not None or b is not None:
+        ties.keep(a if b is None else b, why)
+
 
 INPUT = "it reads something of fixed size, such as the model's input"
 
@@ -440,23 +507,25 @@ INPUT = "it reads something of fixed size, such as the model's input"
 def track(
     t: Trace,
     attribute: str,
-    labels: np.ndarray | None,     # as many as there are of these is what the attribute says
+    labels: np.ndarray | None,  # as many as there are of these is what the attribute says
 ) -> None:
     "The module that is running says a size in an attribute, which has to follow."
     m = t.modules.get(t.path[-1])
-    if labels is not None and getattr(m, attribute, None) == len(labels): t.tracks.append((t.path[-1], attribute, None, labels))
+    if labels is not None and getattr(m, attribute, None) == len(labels):
+        t.tracks.append((t.path[-1], attribute, None, labels))
 
 # %% ../nbs/07b_channels.ipynb
 def with_axis(
     output: Tensor,
-    x: Marks,                      # of what went in
-    axis: int,                     # of the channels, in both
-    labels: np.ndarray | None,     # of the output along this axis; None: its size is fixed
-    bias: Any = None,              # what the layer adds
+    x: Marks,  # of what went in
+    axis: int,  # of the channels, in both
+    labels: np.ndarray | None,  # of the output along this axis; None: its size is fixed
+    bias: Any = None,  # what the layer adds
 ) -> Marks:
-    "What a layer puts out: new channels, which are zero if the parameters behind them are; all other axes as they came."
+    """What a layer puts out: new channels, which are zero if the parameters behind them are; all other axes as they
+    came."""
     blocks = {axes: l for axes, l in x.blocks.items() if axis not in axes}
-    zero = not blocks or x.zero and bias is None         # a bias lifts what came as zero along another axis
+    zero = not blocks or x.zero and bias is None  # a bias lifts what came as zero along another axis
     return Marks(tuple(output.shape), blocks | ({} if labels is None else {(axis,): labels}), zero)
 
 # %% ../nbs/07b_channels.ipynb
@@ -466,69 +535,109 @@ def linear(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor,
     x, w = t.marks(input), t.marks(weight)
     inputs, rows = isolate_or_fix(t.ties, x, -1), isolate(t.ties, w, 0)
     link(t.ties, inputs, isolate(t.ties, w, -1), INPUT)
-    if bias is not None: link(t.ties, rows, isolate(t.ties, t.marks(bias), 0))
-    track(t, "in_features", inputs); track(t, "out_features", rows)
+    if bias is not None:
+        link(t.ties, rows, isolate(t.ties, t.marks(bias), 0))
+    track(t, "in_features", inputs)
+    track(t, "out_features", rows)
     return with_axis(output, x, output.dim() - 1, rows, bias)
 
 # %% ../nbs/07b_channels.ipynb
 def isolate_or_fix(ties: Ties, m: Marks, axis: int) -> np.ndarray | None:
     "Numbers along an axis that is summed over: if it shares them with other axes, whole slices along those go."
-    if any(axis % len(m.shape) in b and len(b) > 1 for b in m.blocks): fix(ties, m, axis, "")
+    if any(axis % len(m.shape) in b and len(b) > 1 for b in m.blocks):
+        fix(ties, m, axis, "")
     return isolate(ties, m, axis)
 
 # %% ../nbs/07b_channels.ipynb
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-                stride=1, padding=0, dilation=1, groups: int = 1) -> Marks:
+def convolution(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+) -> Marks:
     "As a product of matrices; in groups, the channels of a group stay together or each group loses the same."
     x, w, ties = t.marks(input), t.marks(weight), t.ties
     c = x_channel(ties, x, w)
-    for axis in range(2, len(w.shape)): fix(ties, w, axis, "the size of the kernel")
+    for axis in range(2, len(w.shape)):
+        fix(ties, w, axis, "the size of the kernel")
     rows, inputs = isolate(ties, w, 0), isolate(ties, x, c)
-    track(t, "in_channels", inputs); track(t, "out_channels", rows)
-    if groups == 1: link(ties, inputs, isolate(ties, w, 1), INPUT)
-    else: grouped(t, inputs, rows, w, groups)
-    if bias is not None: link(ties, rows, isolate(ties, t.marks(bias), 0))
+    track(t, "in_channels", inputs)
+    track(t, "out_channels", rows)
+    if groups == 1:
+        link(ties, inputs, isolate(ties, w, 1), INPUT)
+    else:
+        grouped(t, inputs, rows, w, groups)
+    if bias is not None:
+        link(ties, rows, isolate(ties, t.marks(bias), 0))
     return with_axis(output, x, c, rows, bias)
 
 # %% ../nbs/07b_channels.ipynb
 def x_channel(ties: Ties, x: Marks, w: Marks) -> int:
     "The axis of the channels; behind it, sizes are fixed."
     c = len(x.shape) - len(w.shape) + 1
-    for axis in range(c + 1, len(x.shape)): fix(ties, x, axis, "it is a position, not a channel")
+    for axis in range(c + 1, len(x.shape)):
+        fix(ties, x, axis, "it is a position, not a channel")
     return c
 
 # %% ../nbs/07b_channels.ipynb
 def grouped(t: Trace, inputs: np.ndarray | None, rows: np.ndarray | None, w: Marks, groups: int) -> None:
-    "Whole groups go (depthwise: each channel is one) when there are many; when there are few, each loses the same channels."
+    """Whole groups go (depthwise: each channel is one) when there are many; when there are few, each loses the same
+    channels."""
     inner, ties = isolate(t.ties, w, 1), t.ties
     if inputs is None or rows is None:
-        for l in (inputs, rows, inner): link(ties, l, None, INPUT)
+        for l in (inputs, rows, inner):
+            link(ties, l, None, INPUT)
         return
     inputs, rows = inputs.reshape(groups, -1), rows.reshape(groups, -1)
     if inner is None or groups >= max(inputs.shape[1], rows.shape[1]):
-        if inner is not None: ties.keep(inner, "the channels of a group stay together")
-        ties.tie(inputs, inputs[:, :1]); ties.tie(rows, inputs[:, :1]); track(t, "groups", rows[:, 0])
+        if inner is not None:
+            ties.keep(inner, "the channels of a group stay together")
+        ties.tie(inputs, inputs[:, :1])
+        ties.tie(rows, inputs[:, :1])
+        track(t, "groups", rows[:, 0])
     else:
-        ties.tie(inputs, inner); ties.tie(rows, rows[:1])
+        ties.tie(inputs, inner)
+        ties.tie(rows, rows[:1])
 
 # %% ../nbs/07b_channels.ipynb
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def transposed(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-               stride=1, padding=0, output_padding=0, groups: int = 1, dilation=1) -> Marks:
+def transposed(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups: int = 1,
+    dilation=1,
+) -> Marks:
     "The same with rows and columns exchanged; groups go as a whole."
     x, w, ties = t.marks(input), t.marks(weight), t.ties
     c = x_channel(ties, x, w)
-    for axis in range(2, len(w.shape)): fix(ties, w, axis, "the size of the kernel")
+    for axis in range(2, len(w.shape)):
+        fix(ties, w, axis, "the size of the kernel")
     inputs, columns = isolate(ties, w, 0), isolate(ties, w, 1)
     link(ties, isolate(ties, x, c), inputs, INPUT)
     if groups > 1 and inputs is not None:
-        if columns is not None: ties.keep(columns, "the channels of a group stay together")
+        if columns is not None:
+            ties.keep(columns, "the channels of a group stay together")
         ties.tie(inputs.reshape(groups, -1), inputs.reshape(groups, -1)[:, :1])
         columns = np.repeat(inputs.reshape(groups, -1)[:, 0], weight.shape[1])
         track(t, "groups", inputs.reshape(groups, -1)[:, 0])
-    if bias is not None: link(ties, columns, isolate(ties, t.marks(bias), 0))
-    track(t, "in_channels", inputs); track(t, "out_channels", columns)
+    if bias is not None:
+        link(ties, columns, isolate(ties, t.marks(bias), 0))
+    track(t, "in_channels", inputs)
+    track(t, "out_channels", columns)
     return with_axis(output, x, c, columns, bias)
 
 # %% ../nbs/07b_channels.ipynb
@@ -554,80 +663,132 @@ def prelu(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor) 
 
 # %% ../nbs/07b_channels.ipynb
 @rule("batch_norm", "instance_norm")
-def norm_of_channels(t: Trace, f: Callable, output: Tensor, input: Tensor, running_mean: Tensor | None = None,
-                     running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *args, **kwargs) -> Marks:
+def norm_of_channels(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args,
+    **kwargs,
+) -> Marks:
     "Every channel by itself: its mean, its variance, its factor, its offset."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1 if input.dim() > 1 else 0)
     for p in (running_mean, running_var, weight, bias):
-        if p is not None: link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
+        if p is not None:
+            link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
     track(t, "num_features", channels)
     return Marks(x.shape, dict(x.blocks), weight is not None or x.zero and name_of(f) == "instance_norm")
 
 # %% ../nbs/07b_channels.ipynb
 @rule("group_norm")
-def norm_of_groups(t: Trace, f: Callable, output: Tensor, input: Tensor, num_groups: int, weight: Tensor | None = None,
-                   bias: Tensor | None = None, eps: float = 1e-5) -> Marks:
+def norm_of_groups(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Marks:
     "Channels that are normalized together go together."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1)
     for p in (weight, bias):
-        if p is not None: link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
+        if p is not None:
+            link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
     if channels is not None:
         groups = channels.reshape(num_groups, -1)
-        t.ties.tie(groups, groups[:, :1]); track(t, "num_groups", groups[:, 0]); track(t, "num_channels", channels)
+        t.ties.tie(groups, groups[:, :1])
+        track(t, "num_groups", groups[:, 0])
+        track(t, "num_channels", channels)
     return Marks(x.shape, dict(x.blocks), weight is not None or x.zero)
 
 # %% ../nbs/07b_channels.ipynb
 @rule("layer_norm")
-def norm_of_places(t: Trace, f: Callable, output: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-                   bias: Tensor | None = None, eps: float = 1e-5, total: int | None = None) -> Marks:
+def norm_of_places(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    total: int | None = None,
+) -> Marks:
     "Mean and variance over the channels: these can go if they are zero, and the norm goes on counting them."
     over_channels(t, t.marks(input), len(normalized_shape), nn.LayerNorm, [p for p in (weight, bias) if p is not None])
     return Marks(tuple(output.shape), dict(t.marks(input).blocks), weight is not None)
 
+
 @rule("rms_norm")
-def norm_of_squares(t: Trace, f: Callable, output: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-                    eps: float | None = None, total: int | None = None) -> Marks:
+def norm_of_squares(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    total: int | None = None,
+) -> Marks:
     "The same with the mean of the squares; zeros stay zeros."
     over_channels(t, t.marks(input), len(normalized_shape), nn.RMSNorm, [p for p in (weight,) if p is not None])
     return Marks(tuple(output.shape), dict(t.marks(input).blocks), weight is not None or t.marks(input).zero)
 
 # %% ../nbs/07b_channels.ipynb
 def over_channels(t: Trace, x: Marks, axes: int, kind: type, parameters: list[Tensor]) -> None:
-    """A normalization over the last axes. The module that does it is exchanged for one that goes on counting: it must be a module.
-    It may move its channels to the end before, as the LayerNorms of ConvNeXt do."""
+    """A normalization over the last axes. The module that does it is exchanged for one that goes on counting: it
+    must be a module. It may move its channels to the end before, as the LayerNorms of ConvNeXt do."""
     why = f"{kind.__name__} takes the mean of all of them"
     if axes > 1 or not isinstance(t.modules.get(t.path[-1]), kind):
-        for axis in range(axes): fix(t.ties, x, -1 - axis, why)
+        for axis in range(axes):
+            fix(t.ties, x, -1 - axis, why)
     channels = isolate_or_fix(t.ties, x, -1)
     if channels is not None:
-        t.norms[t.path[-1]] = channels, bool(t.steps) and (t.steps[-1].path, t.steps[-1].name) == (t.path[-1], "permute")
-        if not x.zero: t.ties.keep(channels, why + ", and they need not be zero")
+        t.norms[t.path[-1]] = (
+            channels,
+            bool(t.steps) and (t.steps[-1].path, t.steps[-1].name) == (t.path[-1], "permute"),
+        )
+        if not x.zero:
+            t.ties.keep(channels, why + ", and they need not be zero")
     for p in map(t.marks, parameters):
-        if axes == 1: link(t.ties, channels, isolate(t.ties, p, 0))
-        else: keep_all(t.ties, p, why)
+        if axes == 1:
+            link(t.ties, channels, isolate(t.ties, p, 0))
+        else:
+            keep_all(t.ties, p, why)
 
 # %% ../nbs/07b_channels.ipynb
-@rule(*"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate upsample
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""".split())
+@rule(
+    *"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate upsample
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""".split()
+)
 def pooling(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
     "Positions are combined, channels are not."
     x, name = t.marks(input), name_of(f)
     spatial = int(name[-2]) if name[-1] == "d" else input.dim() - 2
-    for axis in range(input.dim() - spatial, input.dim()): fix(t.ties, x, axis, "it is a position, not a channel")
+    for axis in range(input.dim() - spatial, input.dim()):
+        fix(t.ties, x, axis, "it is a position, not a channel")
     return [Marks(tuple(o.shape), dict(x.blocks), x.zero) for o in tensors_of(output)]
 
 # %% ../nbs/07b_channels.ipynb
 @rule("pad")
-def padded(t: Trace, f: Callable, output: Tensor, input: Tensor, pad, mode: str = "constant",
-           value: float | None = None) -> Marks | None:
+def padded(
+    t: Trace, f: Callable, output: Tensor, input: Tensor, pad, mode: str = "constant", value: float | None = None
+) -> Marks | None:
     "What is added has a fixed size."
     x, last = t.marks(input), input.dim() - 1
     out = Marks(tuple(output.shape), {}, x.zero and not value)
     for axes, labels in x.blocks.items():
-        wide = [tuple(pad[2*(last - a):2*(last - a) + 2]) if 2*(last - a) < len(pad) else (0, 0) for a in axes]
-        if any(map(any, wide)) and (mode != "constant" or min(map(min, wide)) < 0): return None
+        wide = [tuple(pad[2 * (last - a) : 2 * (last - a) + 2]) if 2 * (last - a) < len(pad) else (0, 0) for a in axes]
+        if any(map(any, wide)) and (mode != "constant" or min(map(min, wide)) < 0):
+            return None
         out.blocks[axes] = np.pad(labels, wide)
     return out
 
@@ -635,15 +796,18 @@ def padded(t: Trace, f: Callable, output: Tensor, input: Tensor, pad, mode: str 
 @rule(*"sum nansum mean amax amin max min norm vector_norm var std var_mean prod any all median normalize".split())
 def reduction(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
-    if args and isinstance(args[0], Tensor): return mixed(t, f, output, input, *args, **kwargs)
+    if args and isinstance(args[0], Tensor):
+        return mixed(t, f, output, input, *args, **kwargs)
     name, m = name_of(f), t.marks(input)
     x, outs, dims = replace(m, blocks=dict(m.blocks)), tensors_of(output), reduced_axes(name, input.dim(), args, kwargs)
     harmless = name in ("sum", "nansum", "norm", "vector_norm", "normalize") and x.zero
     for axis in dims:
-        if any(axis in b and len(b) > 1 for b in x.blocks): fix(t.ties, x, axis, "")
+        if any(axis in b and len(b) > 1 for b in x.blocks):
+            fix(t.ties, x, axis, "")
         elif (labels := isolate(t.ties, x, axis)) is not None and not harmless:
             t.ties.keep(labels, f"`{name}` looks at all of them together")
-        if name != "normalize": x.blocks.pop((axis,), None)
+        if name != "normalize":
+            x.blocks.pop((axis,), None)
     gone = dims if outs[0].dim() < input.dim() else []
     move = lambda b: tuple(a - sum(g < a for g in gone) for a in b)
     return [Marks(tuple(o.shape), {move(b): l for b, l in x.blocks.items()}, x.zero) for o in outs]
@@ -651,22 +815,27 @@ def reduction(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs
 # %% ../nbs/07b_channels.ipynb
 def reduced_axes(name: str, n: int, args: tuple, kwargs: dict) -> list[int]:
     "Over which of n axes a reduction goes."
-    position = name in ("norm", "vector_norm", "normalize")             # before `dim` there is the order of a norm
+    position = name in ("norm", "vector_norm", "normalize")  # before `dim` there is the order of a norm
     default = 1 if name == "normalize" else None
     dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
-    return sorted(d % n for d in (range(n) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim)) if n else []
+    return (
+        sorted(d % n for d in (range(n) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim))
+        if n
+        else []
+    )
 
 # %% ../nbs/07b_channels.ipynb
 def contract(
     t: Trace,
-    letters: list[str],       # of the axes of each tensor
-    result: str,              # of the axes of the result
+    letters: list[str],  # of the axes of each tensor
+    result: str,  # of the axes of the result
     tensors: list[Tensor],
     shape: tuple,
 ) -> Marks:
     "A sum of products: axes of one letter go together, and carry on into the result."
     marks = [t.marks(x) for x in tensors]
-    for letter in sorted(set("".join(letters))): same_letter(t.ties, marks, letters, letter, letter not in result)
+    for letter in sorted(set("".join(letters))):
+        same_letter(t.ties, marks, letters, letter, letter not in result)
     out = Marks(shape, zero=any(m.zero for m in marks))
     for m, l in zip(marks, letters):
         for axes, labels in m.blocks.items():
@@ -683,24 +852,32 @@ def same_letter(ties: Ties, marks: list[Marks], letters: list[str], letter: str,
     alone = isolate_or_fix if summed else isolate
     numbers = [alone(ties, m, a) if len(having) > 1 or summed else None for m, a in having]
     first = next((n for n in numbers if n is not None), None)
-    if first is None: return
+    if first is None:
+        return
     for (m, _), n in zip(having, numbers):
-        if n is not first and not m.free: link(ties, first, n)
-    if summed and not any(m.zero for m, _ in having): ties.keep(first, "it is summed over and need not be zero")
+        if n is not first and not m.free:
+            link(ties, first, n)
+    if summed and not any(m.zero for m, _ in having):
+        ties.keep(first, "it is summed over and need not be zero")
 
 # %% ../nbs/07b_channels.ipynb
 @rule("matmul", "bmm", "mm", "mv", "dot")
 def product(t: Trace, f: Callable, output: Tensor, input: Tensor, other: Tensor) -> Marks | None:
     "Matrices, possibly many of them."
-    if input.dim() < 2 or other.dim() < 2: return None
+    if input.dim() < 2 or other.dim() < 2:
+        return None
     n = max(input.dim(), other.dim())
-    batch = "abcdefgh"[:n - 2]
-    tail = lambda k: batch[len(batch) - (k - 2):]
-    return contract(t, [tail(input.dim()) + "xy", tail(other.dim()) + "yz"], batch + "xz", [input, other], tuple(output.shape))
+    batch = "abcdefgh"[: n - 2]
+    tail = lambda k: batch[len(batch) - (k - 2) :]
+    return contract(
+        t, [tail(input.dim()) + "xy", tail(other.dim()) + "yz"], batch + "xz", [input, other], tuple(output.shape)
+    )
 
 # %% ../nbs/07b_channels.ipynb
 @rule("baddbmm", "addmm")
-def product_plus(t: Trace, f: Callable, output: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta=1, alpha=1) -> Marks:
+def product_plus(
+    t: Trace, f: Callable, output: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta=1, alpha=1
+) -> Marks:
     "A matrix product, added to something."
     out = product(t, f, output, batch1, batch2)
     return replace(meet(t.ties, [out, t.marks(input)], out.shape), zero=out.zero and t.marks(input).zero)
@@ -711,32 +888,47 @@ def einstein(t: Trace, f: Callable, output: Tensor, equation: str, *operands) ->
     "Any sum of products, as its letters say."
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     sides = equation.replace(" ", "").split("->")
-    if len(sides) != 2 or "." in equation or any(len(set(l)) < len(l) for l in sides[0].split(",")): return None
+    if len(sides) != 2 or "." in equation or any(len(set(l)) < len(l) for l in sides[0].split(",")):
+        return None
     return contract(t, sides[0].split(","), sides[1], list(operands), tuple(output.shape))
 
 # %% ../nbs/07b_channels.ipynb
 @rule("scaled_dot_product_attention")
-def attention(t: Trace, f: Callable, output: Tensor, query: Tensor, key: Tensor, value: Tensor,
-              attn_mask: Tensor | None = None, dropout_p: float = 0., is_causal: bool = False, scale: float | None = None,
-              enable_gqa: bool = False) -> Marks | None:
+def attention(
+    t: Trace,
+    f: Callable,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Marks | None:
     "[…, heads, places, width of a head]: whole heads go, since the width of a head is part of the formula."
     marks = [t.marks(x) for x in (query, key, value)]
     for m in marks:
         fix(t.ties, m, -1, "attention divides by the root of the width of a head")
         fix(t.ties, m, -2, "it is a position, not a channel")
     shape = tuple(output.shape)
-    if enable_gqa: marks = [marks[0]] + [several(m, query.shape[-3]) for m in marks[1:]]
+    if enable_gqa:
+        marks = [marks[0]] + [several(m, query.shape[-3]) for m in marks[1:]]
     batch = [Marks(m.shape[:-2] + (1, 1), m.blocks) for m in marks]
-    if attn_mask is not None: batch.append(t.marks(attn_mask)); fix(t.ties, batch[-1], -1, "a position")
+    if attn_mask is not None:
+        batch.append(t.marks(attn_mask))
+        fix(t.ties, batch[-1], -1, "a position")
     out = meet(t.ties, batch[:3], shape)
-    if attn_mask is not None: meet(t.ties, [out, batch[3]], shape[:-1] + (key.shape[-2],))
+    if attn_mask is not None:
+        meet(t.ties, [out, batch[3]], shape[:-1] + (key.shape[-2],))
     return Marks(shape, out.blocks)
 
 # %% ../nbs/07b_channels.ipynb
 def several(m: Marks, heads: int) -> Marks:
     "Keys that serve several heads each."
     axis = len(m.shape) - 3
-    blocks = {b: np.repeat(l, heads//m.shape[axis]) if b == (axis,) else l for b, l in m.blocks.items()}
+    blocks = {b: np.repeat(l, heads // m.shape[axis]) if b == (axis,) else l for b, l in m.blocks.items()}
     return Marks(m.shape[:-3] + (heads,) + m.shape[-2:], blocks)
 
 # %% ../nbs/07b_channels.ipynb
@@ -745,7 +937,7 @@ MOVE = """ravel squeeze unsqueeze permute transpose t T mT H movedim moveaxis sw
     repeat_interleave broadcast_to pixel_unshuffle pixel_shuffle atleast_2d unfold diagonal""".split()
 CUT = """getitem chunk split split_with_sizes tensor_split narrow select unbind index_select hsplit vsplit roll gather
     take_along_dim""".split()
-SIZED += RESHAPE + MOVE + CUT      # they take sizes and places
+SIZED += RESHAPE + MOVE + CUT  # they take sizes and places
 
 # %% ../nbs/07b_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)
@@ -753,65 +945,84 @@ def moved(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) ->
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)
-    if name in CUT: cut(t, m, g, name)
+    if name in CUT:
+        cut(t, m, g, name)
     outs = [Marks(tuple(o.shape), {}, m.zero, m.free) for o in tensors_of(output)]
     for axes, labels in m.blocks.items():
         for out, y in zip(outs, tree_leaves(g(spread(labels, axes, m.shape)))):
             new = condensed(y.numpy())
             unmoved = len(axes) == 1 and np.array_equal(new[1], labels)
-            if by_number(name, args, kwargs) and not unmoved: t.ties.keep(labels, f"`{name}` picks them by their numbers")
-            else: mark(t, out, *new)
-    for out in outs if name == "pixel_shuffle" else (): fix(t.ties, out, -1, ""); fix(t.ties, out, -2, "")
+            if by_number(name, args, kwargs) and not unmoved:
+                t.ties.keep(labels, f"`{name}` picks them by their numbers")
+            else:
+                mark(t, out, *new)
+    for out in outs if name == "pixel_shuffle" else ():
+        fix(t.ties, out, -1, "")
+        fix(t.ties, out, -2, "")
     return outs
 
 # %% ../nbs/07b_channels.ipynb
 def by_number(name: str, args: tuple, kwargs: dict) -> bool:
     "Are there numbers of places among the arguments? They would mean other places in a smaller tensor."
-    if name in ("roll", "unfold"): return True
-    if name == "getitem" and any(isinstance(i, list) for i in (args[0] if isinstance(args[0], tuple) else args)): return True
+    if name in ("roll", "unfold"):
+        return True
+    if name == "getitem" and any(isinstance(i, list) for i in (args[0] if isinstance(args[0], tuple) else args)):
+        return True
     return bool(tensors_of((args, kwargs))) and name not in ("expand_as", "view_as", "reshape_as")
 
 # %% ../nbs/07b_channels.ipynb
 def spread(labels: np.ndarray, axes: tuple, shape: tuple) -> Tensor:
     "A number for each element."
-    return torch.from_numpy(np.broadcast_to(labels.reshape([n if a in axes else 1 for a, n in enumerate(shape)]), shape).copy())
+    return torch.from_numpy(
+        np.broadcast_to(labels.reshape([n if a in axes else 1 for a, n in enumerate(shape)]), shape).copy()
+    )
 
 # %% ../nbs/07b_channels.ipynb
 def mark(t: Trace, m: Marks, axes: tuple, labels: np.ndarray) -> None:
     "Give a tensor numbers along some axes."
-    if not axes: return t.ties.keep(labels.reshape(-1), "it is picked by its number") if labels.any() else None
+    if not axes:
+        return t.ties.keep(labels.reshape(-1), "it is picked by its number") if labels.any() else None
     for other in [b for b in m.blocks if set(b) & set(axes)]:
-        for l in (m.blocks.pop(other), labels): t.ties.keep(l, "two kinds of channels lie along one axis")
-    if len(axes) > 1: t.rectangles.append(labels)
+        for l in (m.blocks.pop(other), labels):
+            t.ties.keep(l, "two kinds of channels lie along one axis")
+    if len(axes) > 1:
+        t.rectangles.append(labels)
     m.blocks[axes] = labels
 
 # %% ../nbs/07b_channels.ipynb
 def cut(
     t: Trace,
     m: Marks,
-    g: Callable,        # cuts pieces out of a tensor
+    g: Callable,  # cuts pieces out of a tensor
     name: str,
 ) -> None:
     "Equal pieces lose the same; a single place is picked by its number, so that none before it may go."
     for axes in list(m.blocks):
         for axis in axes:
-            if not any(axis in b for b in m.blocks): continue
+            if not any(axis in b for b in m.blocks):
+                continue
             n = m.shape[axis]
             pieces = [np.unique(p.numpy()) for p in tree_leaves(g(spread(np.arange(n), (axis,), m.shape)))]
             note_picked(t, m, axis, np.unique(np.concatenate(pieces)))
-            for p in pieces: cut_piece(t.ties, m, axis, p, name)
+            for p in pieces:
+                cut_piece(t.ties, m, axis, p, name)
 
 # %% ../nbs/07b_channels.ipynb
 def cut_piece(ties: Ties, m: Marks, axis: int, p: np.ndarray, name: str) -> None:
     n = m.shape[axis]
-    if len(p) in (0, n) or not any(axis in b for b in m.blocks): return
-    if len(p) == 1: fix(ties, m, axis, f"`{name}` picks it by its number")
-    elif p[-1] - p[0] != len(p) - 1: fix(ties, m, axis, f"`{name}` picks them by their numbers")
-    elif n % len(p) == 0 and p[0] % len(p) == 0: same_pieces(ties, m, axis, n // len(p))
+    if len(p) in (0, n) or not any(axis in b for b in m.blocks):
+        return
+    if len(p) == 1:
+        fix(ties, m, axis, f"`{name}` picks it by its number")
+    elif p[-1] - p[0] != len(p) - 1:
+        fix(ties, m, axis, f"`{name}` picks them by their numbers")
+    elif n % len(p) == 0 and p[0] % len(p) == 0:
+        same_pieces(ties, m, axis, n // len(p))
 
 # %% ../nbs/07b_channels.ipynb
 def note_picked(t: Trace, m: Marks, axis: int, places: np.ndarray) -> None:
-    "What nobody ever picks, such as places beyond the length of the example, may be picked from another input: it stays."
+    """What nobody ever picks, such as places beyond the length of the example, may be picked from another input: it
+    stays."""
     axes = next(b for b in m.blocks if axis in b)
     lines = np.moveaxis(m.blocks[axes], axes.index(axis), 0)
     t.picked.append(lines[places].ravel())
@@ -831,14 +1042,18 @@ def joined(t: Trace, f: Callable, output: Tensor, tensors: Any, dim: int = 0, **
     dim %= output.dim()
     empty = lambda m: name_of(f) != "stack" and (m.shape == (0,) or m.shape[dim] == 0)
     marks = [replace(m, blocks=dict(m.blocks)) for m in map(t.marks, tensors) if not empty(m)]
-    if name_of(f) == "stack": marks = [raised(m, dim) for m in marks]
+    if name_of(f) == "stack":
+        marks = [raised(m, dim) for m in marks]
     for m in marks:
-        if any(dim in b and len(b) > 1 for b in m.blocks): fix(t.ties, m, dim, "")
+        if any(dim in b and len(b) > 1 for b in m.blocks):
+            fix(t.ties, m, dim, "")
     lines = [m.blocks.pop((dim,), None) for m in marks]
-    rest = [Marks(m.shape[:dim] + (1,) + m.shape[dim + 1:], m.blocks, free=m.free) for m in marks]
+    rest = [Marks(m.shape[:dim] + (1,) + m.shape[dim + 1 :], m.blocks, free=m.free) for m in marks]
     out = meet(t.ties, rest, tuple(output.shape))
     if any(l is not None for l in lines):
-        out.blocks[dim,] = np.concatenate([np.zeros(m.shape[dim], np.int64) if l is None else l for m, l in zip(marks, lines)])
+        out.blocks[dim,] = np.concatenate(
+            [np.zeros(m.shape[dim], np.int64) if l is None else l for m, l in zip(marks, lines)]
+        )
     out.zero = all(m.zero or not (m.blocks or l is not None) for m, l in zip(marks, lines))
     return out
 
@@ -860,7 +1075,8 @@ def gated(t: Trace, f: Callable, output: Tensor, input: Tensor, dim: int = -1) -
 def shuffled(t: Trace, f: Callable, output: Tensor, input: Tensor, groups: int) -> Marks:
     "Every group loses the same."
     m = t.marks(input)
-    if (labels := isolate(t.ties, m, 1)) is not None: t.ties.tie(labels.reshape(groups, -1), labels.reshape(groups, -1)[:1])
+    if (labels := isolate(t.ties, m, 1)) is not None:
+        t.ties.tie(labels.reshape(groups, -1), labels.reshape(groups, -1)[:1])
     return moved(t, f, output, input, groups)
 
 # %% ../nbs/07b_channels.ipynb
@@ -871,69 +1087,116 @@ def written(t: Trace, f: Callable, output: Any, *args, **kwargs) -> None:
 # %% ../nbs/07b_channels.ipynb
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(t: Trace, f: Callable, output: Any, input: Tensor, hx: Any, params: Any, *args) -> list[Marks] | None:
-    "A unit of the hidden state has a row in each gate, a column in the matrix of the state, and a place in what is read next."
+    """A unit of the hidden state has a row in each gate, a column in the matrix of the state, and a place in what
+    is read next."""
     m, x, ties = t.modules.get(t.path[-1]), t.marks(input), t.ties
-    if isinstance(hx, Tensor) and not hx.is_floating_point(): hx, params = params, args[0]      # after the sizes of packed sequences
-    if not isinstance(m, nn.RNNBase) or m.proj_size or m.hidden_size == 1 or not isinstance(params, (list, tuple)): return None
+    if isinstance(hx, Tensor) and not hx.is_floating_point():
+        hx, params = params, args[0]  # after the sizes of packed sequences
+    if not isinstance(m, nn.RNNBase) or m.proj_size or m.hidden_size == 1 or not isinstance(params, (list, tuple)):
+        return None
     units, inputs, ways = ties.new(m.hidden_size), isolate(ties, x, -1), 1 + m.bidirectional
-    track(t, "input_size", inputs); track(t, "hidden_size", units)
-    for axis in range(len(x.shape) - 1): fix(ties, x, axis, "it is a position, not a channel")
-    for state in tensors_of(hx): first_state(ties, t.marks(state), units)
-    both, each = np.concatenate([units]*ways), 2 + 2*m.bias
+    track(t, "input_size", inputs)
+    track(t, "hidden_size", units)
+    for axis in range(len(x.shape) - 1):
+        fix(ties, x, axis, "it is a position, not a channel")
+    for state in tensors_of(hx):
+        first_state(ties, t.marks(state), units)
+    both, each = np.concatenate([units] * ways), 2 + 2 * m.bias
     for i in range(0, len(params), each):
-        gates(ties, *map(t.marks, params[i:i + each]), reads=inputs if i < each*ways else both, units=units)
-    return [Marks(tuple(o.shape), {(o.dim() - 1,): both if i == 0 else units}, True) for i, o in enumerate(tensors_of(output))]
+        gates(ties, *map(t.marks, params[i : i + each]), reads=inputs if i < each * ways else both, units=units)
+    return [
+        Marks(tuple(o.shape), {(o.dim() - 1,): both if i == 0 else units}, True)
+        for i, o in enumerate(tensors_of(output))
+    ]
 
 # %% ../nbs/07b_channels.ipynb
 def gates(ties: Ties, w: Marks, u: Marks, *biases: Marks, reads: np.ndarray | None, units: np.ndarray) -> None:
     "The matrices of one layer in one direction: rows for each gate, columns for what is read."
-    for p in (w, u, *biases): ties.tie(isolate(ties, p, 0).reshape(-1, len(units)), units)
-    link(ties, reads, isolate(ties, w, 1), INPUT); link(ties, units, isolate(ties, u, 1))
+    for p in (w, u, *biases):
+        ties.tie(isolate(ties, p, 0).reshape(-1, len(units)), units)
+    link(ties, reads, isolate(ties, w, 1), INPUT)
+    link(ties, units, isolate(ties, u, 1))
 
 # %% ../nbs/07b_channels.ipynb
 def first_state(ties: Ties, state: Marks, units: np.ndarray) -> None:
     "Zeros by default, which take any size; a state that is given belongs to its units."
-    for axis in range(len(state.shape) - 1): fix(ties, state, axis, "it is a position, not a channel")
-    if not state.free: link(ties, units, isolate(ties, state, -1), "its first state is given")
+    for axis in range(len(state.shape) - 1):
+        fix(ties, state, axis, "it is a position, not a channel")
+    if not state.free:
+        link(ties, units, isolate(ties, state, -1), "its first state is given")
 
 # %% ../nbs/07b_channels.ipynb
 @rule("pack_padded_sequence", "pad_packed_sequence")
-def packed(t: Trace, f: Callable, output: Any, input: Tensor, lengths: Tensor, first: bool = False, padding: float = 0., *args) -> list[Marks]:
+def packed(
+    t: Trace, f: Callable, output: Any, input: Tensor, lengths: Tensor, first: bool = False, padding: float = 0.0, *args
+) -> list[Marks]:
     "Sequences of different lengths, one behind the other, and back."
     x = t.marks(input)
-    for axis in range(len(x.shape) - 1): fix(t.ties, x, axis, "it is a position, not a channel")
+    for axis in range(len(x.shape) - 1):
+        fix(t.ties, x, axis, "it is a position, not a channel")
     y, numbers = tensors_of(output)
     channels = {(y.dim() - 1,): l for l in x.blocks.values()}
     return [Marks(tuple(y.shape), channels, x.zero and not padding), Marks(tuple(numbers.shape))]
 
 # %% ../nbs/07b_channels.ipynb
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def recurrent_cell(t: Trace, f: Callable, output: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor,
-                   b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> list[Marks]:
+def recurrent_cell(
+    t: Trace,
+    f: Callable,
+    output: Any,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> list[Marks]:
     "One step of the same."
     units, inputs = isolate(t.ties, t.marks(w_hh), 1), isolate(t.ties, t.marks(input), -1)
-    track(t, "input_size", inputs); track(t, "hidden_size", units)
+    track(t, "input_size", inputs)
+    track(t, "hidden_size", units)
     gates(t.ties, *(t.marks(p) for p in (w_ih, w_hh, b_ih, b_hh) if p is not None), reads=inputs, units=units)
-    for state in tensors_of(hx): first_state(t.ties, t.marks(state), units)
+    for state in tensors_of(hx):
+        first_state(t.ties, t.marks(state), units)
     return [Marks(tuple(o.shape), {(o.dim() - 1,): units}, True) for o in tensors_of(output)]
 
 # %% ../nbs/07b_channels.ipynb
 @rule("multi_head_attention_forward")
-def multi_head(t: Trace, f: Callable, output: Any, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int,
-               num_heads: int, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight,
-               out_proj_bias, *args, **kwargs) -> list[Marks] | None:
+def multi_head(
+    t: Trace,
+    f: Callable,
+    output: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight,
+    in_proj_bias,
+    bias_k,
+    bias_v,
+    add_zero_attn,
+    dropout_p,
+    out_proj_weight,
+    out_proj_bias,
+    *args,
+    **kwargs,
+) -> list[Marks] | None:
     "PyTorch's own attention: a head is its rows in three matrices and its columns in the fourth."
     ties = t.ties
-    if bias_k is not None or add_zero_attn or not is_attention(t.modules.get(t.path[-1])): return None
+    if bias_k is not None or add_zero_attn or not is_attention(t.modules.get(t.path[-1])):
+        return None
     separate = [kwargs.get(f"{k}_proj_weight") for k in "qkv"]
-    three = [t.marks(p) for p in (separate if in_proj_weight is None else [in_proj_weight]*3)]
-    for x, w in zip(map(t.marks, (query, key, value)), three): reads_stream(ties, x, w)
+    three = [t.marks(p) for p in (separate if in_proj_weight is None else [in_proj_weight] * 3)]
+    for x, w in zip(map(t.marks, (query, key, value)), three):
+        reads_stream(ties, x, w)
     out = t.marks(out_proj_weight)
     heads, rows = isolate(ties, out, 1).reshape(num_heads, -1), isolate(ties, out, 0)
     ties.tie(heads, heads[:, :1])
     for p in three + ([] if in_proj_bias is None else [t.marks(in_proj_bias)]):
         ties.tie(isolate(ties, p, 0).reshape(-1, *heads.shape), heads)
-    if out_proj_bias is not None: link(ties, rows, isolate(ties, t.marks(out_proj_bias), 0))
+    if out_proj_bias is not None:
+        link(ties, rows, isolate(ties, t.marks(out_proj_bias), 0))
     link(ties, rows, isolate(ties, three[0], 1))
     t.heads[t.path[-1]] = heads, isolate(ties, three[0], 1)
     y, *weights = tensors_of(output)
@@ -942,52 +1205,71 @@ def multi_head(t: Trace, f: Callable, output: Any, query: Tensor, key: Tensor, v
 # %% ../nbs/07b_channels.ipynb
 def reads_stream(ties: Ties, x: Marks, w: Marks) -> None:
     "What query, key or value is made from."
-    for axis in range(len(x.shape) - 1): fix(ties, x, axis, "it is a position, not a channel")
+    for axis in range(len(x.shape) - 1):
+        fix(ties, x, axis, "it is a position, not a channel")
     link(ties, isolate(ties, x, -1), isolate(ties, w, 1), INPUT)
 
 # %% ../nbs/07b_channels.ipynb
 def trace(
     model: nn.Module,
-    examples: list,      # see `examples_of`
+    examples: list,  # see `examples_of`
 ) -> Trace:
     "Run a copy of a model, with each example, in evaluation mode and in training, and follow its channels."
     base = warm(model, examples)
     running = copy.deepcopy(base)
     t = Trace(running)
     for training in (False, True):
-        for x in examples: run(t, ready(running, training), x, training, lambda o: keep_all(t.ties, t.marks(o), "it is an output of the model"))
+        for x in examples:
+            run(
+                t,
+                ready(running, training),
+                x,
+                training,
+                lambda o: keep_all(t.ties, t.marks(o), "it is an output of the model"),
+            )
     t.base, t.modules = base, dict(base.named_modules())
     keep_computed(t)
-    for labels in t.rectangles: settle(t.ties, labels)
-    if t.left_out: left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
+    for labels in t.rectangles:
+        settle(t.ties, labels)
+    if t.left_out:
+        left_out_stay(t.ties, np.concatenate(t.picked), np.concatenate(t.left_out))
     t.uncalled = keep_uncalled(t, running)
-    t.held, t.named, t.table, t.visible = {}, {}, {}, {}      # nothing of the runs is kept
+    t.held, t.named, t.table, t.visible = {}, {}, {}, {}  # nothing of the runs is kept
     return t
 
 # %% ../nbs/07b_channels.ipynb
 def enters(self: Trace, name: str, arguments: Any) -> None:
     "A module begins: it sees its arguments, and so does the module that calls it."
-    self.shows(name, arguments); self.path.append(name)
+    self.shows(name, arguments)
+    self.path.append(name)
+
 
 def leaves(self: Trace, name: str, output: Any) -> None:
-    self.path.pop(); self.shows(name, output)
+    self.path.pop()
+    self.shows(name, output)
+
 
 def shows(self: Trace, name: str, x: Any) -> None:
     for m in map(self.marks, tensors_of(x)):
-        if m.blocks: self.visible[name].append(m); self.visible[self.path[-1]].append(m)
-    self.visible[name]      # that there is one says that it was called
+        if m.blocks:
+            self.visible[name].append(m)
+            self.visible[self.path[-1]].append(m)
+    self.visible[name]  # that there is one says that it was called
+
 
 Trace.enters, Trace.leaves, Trace.shows = enters, leaves, shows
 
 # %% ../nbs/07b_channels.ipynb
 def settle(
     ties: Ties,
-    labels: np.ndarray,      # over several axes of a tensor
+    labels: np.ndarray,  # over several axes of a tensor
 ) -> None:
-    "A tensor is a box: what remains of it must be one. Along one axis slices may go; we take the one with the most of them."
+    """A tensor is a box: what remains of it must be one. Along one axis slices may go; we take the one with the
+    most of them."""
     r = ties.find(labels)
     rows = [np.moveaxis(r, k, 0).reshape(r.shape[k], -1) for k in range(r.ndim)]
-    if any((x == x[:, :1]).all() for x in rows): return
+    if any((x == x[:, :1]).all() for x in rows):
+        return
     x = max(rows, key=lambda x: ties.free(x).all(1).sum())
     ties.tie(x, x[:, :1])
 
@@ -995,7 +1277,8 @@ def settle(
 def left_out_stay(ties: Ties, picked: np.ndarray, left_out: np.ndarray) -> None:
     "Numbers that slices left out, and that no other slice picks."
     lonely = np.setdiff1d(ties.find(left_out), np.append(ties.find(picked), 0))
-    if len(lonely): ties.keep(lonely, "the example does not use it, but another input may")
+    if len(lonely):
+        ties.keep(lonely, "the example does not use it, but another input may")
 
 # %% ../nbs/07b_channels.ipynb
 def keep_computed(t: Trace) -> None:
@@ -1003,44 +1286,69 @@ def keep_computed(t: Trace) -> None:
     for path, m in t.modules.items():
         hooked = [getattr(h, "_tensor_name", getattr(h, "name", None)) for h in m._forward_pre_hooks.values()]
         for name in [*getattr(m, "parametrizations", {}), *filter(lambda n: isinstance(n, str), hooked)]:
-            if (why := computed(m, name)) is None: continue
-            sources = [n for n in t.owned if n.rpartition(".")[0] == path or n.startswith(f"{path}.parametrizations.{name}.".lstrip("."))]
+            if (why := computed(m, name)) is None:
+                continue
+            sources = [
+                n
+                for n in t.owned
+                if n.rpartition(".")[0] == path or n.startswith(f"{path}.parametrizations.{name}.".lstrip("."))
+            ]
             for n in sources:
-                for l in t.owned[n].blocks.values(): t.ties.keep(l, ""); t.ties.kept.update(dict.fromkeys(t.ties.find(l).tolist(), f"its {name} {why}"))
+                for l in t.owned[n].blocks.values():
+                    t.ties.keep(l, "")
+                    t.ties.kept.update(dict.fromkeys(t.ties.find(l).tolist(), f"its {name} {why}"))
 
 # %% ../nbs/07b_channels.ipynb
 @dataclass(frozen=True)
 class Group:
     "Channels that are equals: any of them may go, alone, with all that depends on it."
-    name: str              # the layer that makes them
-    roots: tuple           # a number for each
-    members: tuple         # (name of a tensor, axis): where each has a slice, or several
-    width: int             # slices that one of them has along the first of these
-    def __len__(self) -> int: return len(self.roots)
-    def __repr__(self) -> str: return f"Group({self.name}: {len(self)} × {self.width} channels in {len(self.members)} tensors)"
+
+    name: str  # the layer that makes them
+    roots: tuple  # a number for each
+    members: tuple  # (name of a tensor, axis): where each has a slice, or several
+    width: int  # slices that one of them has along the first of these
+
+    def __len__(self) -> int:
+        return len(self.roots)
+
+    def __repr__(self) -> str:
+        return f"Group({self.name}: {len(self)} × {self.width} channels in {len(self.members)} tensors)"
 
 # %% ../nbs/07b_channels.ipynb
 @dataclass(repr=False)
 class Groups:
     "All groups of a model, what was left alone and why. A sequence; shows itself as a table; `plot()` draws the graph."
+
     groups: list[Group]
-    left: dict[str, str]        # layer whose outputs stay → the reason
+    left: dict[str, str]  # layer whose outputs stay → the reason
     trace: Trace
-    axes: dict                  # (name of a tensor, axis) → the root of each place
-    def __len__(self) -> int: return len(self.groups)
+    axes: dict  # (name of a tensor, axis) → the root of each place
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
     def __getitem__(self, i: int | str) -> Group:
         return next(g for g in self.groups if g.name == i) if isinstance(i, str) else self.groups[i]
-    def __iter__(self) -> Iterator[Group]: return iter(self.groups)
-    def __repr__(self) -> str: return groups_text(self)
-    def _repr_html_(self) -> str: return groups_html(self)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __repr__(self) -> str:
+        return groups_text(self)
+
+    def _repr_html_(self) -> str:
+        return groups_html(self)
 
 # %% ../nbs/07b_channels.ipynb
 def groups_rows(g: Groups) -> list[tuple[str, str, str]]:
     "A row for each group, then for each layer that is left alone: name, how many, where or why."
     touched = lambda members: ", ".join(dict.fromkeys(n.rpartition(".")[0] or n for n, _ in members))
     short = lambda text: text if len(text) < 90 else text[:87] + "…"
-    count = lambda x: f"{len(x)}" + f" × {x.width}"*(x.width > 1)
-    return [(x.name, count(x), short(touched(x.members))) for x in g] + [(n, "all stay", why) for n, why in g.left.items()]
+    count = lambda x: f"{len(x)}" + f" × {x.width}" * (x.width > 1)
+    return [(x.name, count(x), short(touched(x.members))) for x in g] + [
+        (n, "all stay", why) for n, why in g.left.items()
+    ]
+
 
 TITLES = "layer", "channels", "with their slices in"
 
@@ -1053,26 +1361,32 @@ def groups_text(g: Groups) -> str:
 # %% ../nbs/07b_channels.ipynb
 def groups_html(g: Groups) -> str:
     cell = lambda tag, x, side: f'<{tag} style="text-align:{side}">{escape(x)}</{tag}>'
-    line = lambda tag, r: "<tr>" + "".join(cell(tag, x, side) for x, side in zip(r, ("left", "right", "left"))) + "</tr>"
+    line = lambda tag, r: (
+        "<tr>" + "".join(cell(tag, x, side) for x, side in zip(r, ("left", "right", "left"))) + "</tr>"
+    )
     return "<table>" + line("th", TITLES) + "".join(line("td", r) for r in groups_rows(g)) + "</table>"
 
 # %% ../nbs/07b_channels.ipynb
-def group_up(
-    t: Trace,
-) -> Groups:
+def group_up(t: Trace) -> Groups:
     "Sort what is free by where it has its slices."
     axes = {(n, a): t.ties.find(labels) for n, m in t.owned.items() for (a,), labels in m.blocks.items()}
     where, kept = collections.defaultdict(list), set(t.ties.kept)
     for key, roots in axes.items():
         for r in dict.fromkeys(roots.tolist()):
-            if r not in kept: where[r].append(key)
+            if r not in kept:
+                where[r].append(key)
     alike, names = collections.defaultdict(list), collections.Counter()
-    for r, members in where.items(): alike[tuple(members)].append(r)
-    groups = [Group(maker(t, m, names), tuple(r), m, int((axes[m[0]] == r[0]).sum())) for m, r in alike.items() if len(r) > 1]
+    for r, members in where.items():
+        alike[tuple(members)].append(r)
+    groups = [
+        Group(maker(t, m, names), tuple(r), m, int((axes[m[0]] == r[0]).sum())) for m, r in alike.items() if len(r) > 1
+    ]
     return Groups(groups, left_alone(t, axes, {r for g in groups for r in g.roots}) | t.uncalled, t, axes)
 
 # %% ../nbs/07b_channels.ipynb
-def output_axis(m: nn.Module) -> int: return 1 if isinstance(m, (nn.Embedding, nn.modules.conv._ConvTransposeNd)) else 0
+def output_axis(m: nn.Module) -> int:
+    return 1 if isinstance(m, (nn.Embedding, nn.modules.conv._ConvTransposeNd)) else 0
+
 
 def maker(t: Trace, members: tuple, names: collections.Counter) -> str:
     "The layer that makes some channels: the first that has them as rows. A second group of one layer gets a number."
@@ -1088,49 +1402,60 @@ def left_alone(t: Trace, axes: dict, free: set) -> dict[str, str]:
     left = {}
     for (name, axis), roots in axes.items():
         layer, _, computed = name.rpartition(".")[0].partition(".parametrizations.")
-        if len(t.owned[name].shape) < 2 or axis != output_axis(t.modules[layer]) or set(roots.tolist()) & free: continue
+        if len(t.owned[name].shape) < 2 or axis != output_axis(t.modules[layer]) or set(roots.tolist()) & free:
+            continue
         why = next((t.ties.kept[r] for r in roots.tolist() if r in t.ties.kept), "there is only one of them")
-        left.setdefault(layer or name, f"its {computed} is parametrized, such as by a mask: make it real first" if computed else why)
+        left.setdefault(
+            layer or name, f"its {computed} is parametrized, such as by a mask: make it real first" if computed else why
+        )
     return left
 
 # %% ../nbs/07b_channels.ipynb
 def dependency_graph(
-    model: nn.Module,          # any model; left as it is
-    example: Any,              # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    model: nn.Module,  # any model; left as it is
+    # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    example: Any,
     keep: Iterable[str] = (),  # layers whose outputs must stay; a block: all that is made within it
-) -> Groups:                   # which channels belong together, and what must stay and why
-    """What runs of the model, in evaluation mode and in training, tell of its channels (after Fang et al. 2023, arXiv:2301.12900).
-    What no example calls is left whole, and named. `TypeError` for what is no module and for outputs that hide their numbers,
-    `ValueError` for a name in keep that is no layer, NaN, and a model that cannot be copied. What stands in the model's code alone
-    is for `channel_groups` to find."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+) -> Groups:  # which channels belong together, and what must stay and why
+    """What runs of the model, in evaluation mode and in training, tell of its channels (after Fang et al. 2023,
+    arXiv:2301.12900). What no example calls is left whole, and named. `TypeError` for what is no module and for
+    outputs that hide their numbers, `ValueError` for a name in keep that is no layer, NaN, and a model that cannot
+    be copied. What stands in the model's code alone is for `channel_groups` to find."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     t = trace(model, examples_of(example))
-    for layer in [keep] if isinstance(keep, str) else keep: keep_layer(t, layer)
+    for layer in [keep] if isinstance(keep, str) else keep:
+        keep_layer(t, layer)
     return group_up(t)
 
 # %% ../nbs/07b_channels.ipynb
 def keep_layer(t: Trace, layer: str) -> None:
     "Nothing that this layer puts out may go, nor anything that is made within it."
-    if layer not in t.modules: raise ValueError(f"keep names {layer!r}, which is no layer of the model")
+    if layer not in t.modules:
+        raise ValueError(f"keep names {layer!r}, which is no layer of the model")
     inside = lambda path: not layer or path == layer or path.startswith(layer + ".")
-    for m in (m for s in t.steps if inside(s.path) for m in s.outputs): keep_all(t.ties, m, "it was to be kept")
+    for m in (m for s in t.steps if inside(s.path) for m in s.outputs):
+        keep_all(t.ties, m, "it was to be kept")
     for name, m in t.owned.items():
-        if not inside(owner := name.rpartition(".")[0]): continue
-        layer_like = isinstance(t.modules[owner], (nn.RNNBase, nn.RNNCellBase)) or hasattr(t.modules[owner], "weight")      # whose outputs we know
+        if not inside(owner := name.rpartition(".")[0]):
+            continue
+        layer_like = isinstance(t.modules[owner], (nn.RNNBase, nn.RNNCellBase)) or hasattr(
+            t.modules[owner], "weight"
+        )  # whose outputs we know
         axis = output_axis(t.modules[owner]) if len(m.shape) > 1 else 0
         for axes, labels in m.blocks.items():
-            if axis in axes or not layer_like: t.ties.keep(labels, "it was to be kept")
+            if axis in axes or not layer_like:
+                t.ties.keep(labels, "it was to be kept")
 
 # %% ../nbs/07b_channels.ipynb
-def layout(
-    t: Trace,
-) -> dict[str, tuple[float, float]]:      # layer → its place in the picture
+def layout(t: Trace) -> dict[str, tuple[float, float]]:  # layer → its place in the picture
     "Depth to the right: each layer stands behind all that it reads."
     names = list(dict.fromkeys(n.rpartition(".")[0] or n for n in t.owned))
     depth = dict.fromkeys(names, 0)
     for _ in names:
         for a, b in t.edges:
-            if a in depth and b in depth and names.index(a) < names.index(b): depth[b] = max(depth[b], depth[a] + 1)
+            if a in depth and b in depth and names.index(a) < names.index(b):
+                depth[b] = max(depth[b], depth[a] + 1)
     rows = collections.Counter()
     spots = {}
     for n in names:
@@ -1141,36 +1466,58 @@ def layout(
 # %% ../nbs/07b_channels.ipynb
 def draw_groups(
     self: Groups,
-    light: str | Iterable[str] = (),      # names of groups, whose layers light up
-    ax: Any = None,                       # matplotlib axes; None: new ones
-) -> Any:                                 # the axes
+    light: str | Iterable[str] = (),  # names of groups, whose layers light up
+    ax: Any = None,  # matplotlib axes; None: new ones
+) -> Any:  # the axes
     "The layers, what reads what, and where the channels of some groups have their slices."
     import matplotlib.pyplot as plt
+
     spots = layout(self.trace)
     wide = max(x for x, _ in spots.values()) + 1
-    ax = ax or plt.subplots(figsize=(min(1.5*wide, 12), 2.6))[1]
+    ax = ax or plt.subplots(figsize=(min(1.5 * wide, 12), 2.6))[1]
     for a, b in dict.fromkeys(self.trace.edges):
-        if a in spots and b in spots: draw_arrow(ax, spots[a], spots[b])
+        if a in spots and b in spots:
+            draw_arrow(ax, spots[a], spots[b])
     lit = slices_lit(self, [light] if isinstance(light, str) else light)
-    for name, spot in spots.items(): draw_layer(ax, name, spot, sorted(lit.get(name, ()), reverse=True))
-    ax.set(xlim=(-.6, wide - .4), ylim=(max(y for _, y in spots.values()) + .8, -.8)); ax.axis("off")
+    for name, spot in spots.items():
+        draw_layer(ax, name, spot, sorted(lit.get(name, ()), reverse=True))
+    ax.set(xlim=(-0.6, wide - 0.4), ylim=(max(y for _, y in spots.values()) + 0.8, -0.8))
+    ax.axis("off")
     return ax
+
 
 Groups.plot = draw_groups
 
 # %% ../nbs/07b_channels.ipynb
 def draw_arrow(ax: Any, start: tuple, end: tuple) -> None:
     "From what is read to what reads it; around whatever stands between."
-    bend = .25 if end[0] - start[0] > 1 else 0
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.6", "shrinkA": 16, "shrinkB": 16,
-                                            "connectionstyle": f"arc3,rad={bend}"})
+    bend = 0.25 if end[0] - start[0] > 1 else 0
+    ax.annotate(
+        "",
+        end,
+        start,
+        arrowprops={
+            "arrowstyle": "->",
+            "color": "0.6",
+            "shrinkA": 16,
+            "shrinkB": 16,
+            "connectionstyle": f"arc3,rad={bend}",
+        },
+    )
 
 # %% ../nbs/07b_channels.ipynb
 def draw_layer(ax: Any, name: str, spot: tuple, ways: list[str]) -> None:
     "A box, orange if rows light up, blue if columns do, pink for both."
     color = {(): "0.93", ("rows",): "#E69F00", ("columns",): "#56B4E9"}.get(tuple(ways), "#CC79A7")
     label = "\n".join([name if len(name) < 14 else "…" + name[-12:], *(["\nand ".join(ways)] if ways else [])])
-    ax.text(*spot, label, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round", "facecolor": color, "edgecolor": "0.4"})
+    ax.text(
+        *spot,
+        label,
+        ha="center",
+        va="center",
+        fontsize=8,
+        bbox={"boxstyle": "round", "facecolor": color, "edgecolor": "0.4"},
+    )
 
 # %% ../nbs/07b_channels.ipynb
 def slices_lit(g: Groups, names: Iterable[str]) -> dict[str, set]:
@@ -1179,11 +1526,12 @@ def slices_lit(g: Groups, names: Iterable[str]) -> dict[str, set]:
     for tensor, axis in (m for name in names for m in g[name].members):
         owner = tensor.rpartition(".")[0]
         flat = len(owned[tensor].shape) < 2
-        if flat and any(n.rpartition(".")[0] == owner and len(m.shape) > 1 for n, m in owned.items()): continue     # its weight says it
+        if flat and any(n.rpartition(".")[0] == owner and len(m.shape) > 1 for n, m in owned.items()):
+            continue  # its weight says it
         lit[owner or tensor].add("rows" if flat or axis == output_axis(g.trace.modules[owner]) else "columns")
     return lit
 
 # %% ../nbs/07b_channels.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

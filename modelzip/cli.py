@@ -24,11 +24,40 @@ from .coding import CodingError
 from . import __version__
 from .auto import WriteError, compress
 from .data import digits, docstrings, mnist5k, need, recall
-from .exchange import Opened, checked, from_hdf5, from_npz, from_safetensors, open_hdf5, open_npz, open_safetensors, read_note, rows_of, to_hdf5, to_npz, to_safetensors, translating, with_types
+from modelzip.exchange import (
+    Opened,
+    checked,
+    from_hdf5,
+    from_npz,
+    from_safetensors,
+    open_hdf5,
+    open_npz,
+    open_safetensors,
+    read_note,
+    rows_of,
+    to_hdf5,
+    to_npz,
+    to_safetensors,
+    translating,
+    with_types,
+)
 from .kernels import use_kernels
 from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
-from .pack import Contents, as_text, diff, identity, inspect, items, load, opened, read_json, read_row, rebuild, save
+from modelzip.pack import (
+    Contents,
+    as_text,
+    diff,
+    identity,
+    inspect,
+    items,
+    load,
+    opened,
+    read_json,
+    read_row,
+    rebuild,
+    save,
+)
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
@@ -38,38 +67,55 @@ from .workshop.terminal import as_json, complain, fitting, raised_at, reason, sa
 # %% ../nbs/15_cli.ipynb
 class Weights(nn.Module):
     "Parameters by name, and nothing that they compute: a model whose code is not at hand."
-    weights_alone = True      # any model may take them
+
+    weights_alone = True  # any model may take them
+
     def forward(self, *args, **kwargs):
-        raise NotImplementedError("only the weights of this model are known; load the file into a model that has its code: load(path, model)")
+        raise NotImplementedError(
+            "only the weights of this model are known; load the file into a model that has its code: load(path, model)"
+        )
+
 
 def _child(module, part, name):
     "The module that a part of a name leads to, made when it is missing."
-    if part in module._parameters: raise ValueError(f"tensors holds {quoted(name)} below {quoted(part)}, which is a tensor itself")
-    if part not in module._modules: module.add_module(part, Weights())
+    if part in module._parameters:
+        raise ValueError(f"tensors holds {quoted(name)} below {quoted(part)}, which is a tensor itself")
+    if part not in module._modules:
+        module.add_module(part, Weights())
     return module._modules[part]
+
 
 def _check_tree(names):
     "Names build a tree: it must not be deeper than recursion can walk, nor much larger than what hangs on it."
     for n in names:
-        if n.count(".") >= MAX_PARTS: raise ValueError(f"tensors holds {quoted(n)}, a name in {n.count('.') + 1:,} parts; it may have {MAX_PARTS}")
+        if n.count(".") >= MAX_PARTS:
+            raise ValueError(
+                f"tensors holds {quoted(n)}, a name in {n.count('.') + 1:,} parts; it may have {MAX_PARTS}"
+            )
     parts = {n.rpartition(".")[0] for n in names}
-    if sum(p.count(".") + 1 for p in parts) > 2**16 + 16*len(names): raise ValueError(f"tensors holds {len(names):,} names that build far more modules ({several(names, 2)})")
+    if sum(p.count(".") + 1 for p in parts) > 2**16 + 16 * len(names):
+        raise ValueError(f"tensors holds {len(names):,} names that build far more modules ({several(names, 2)})")
 
 # %% ../nbs/15_cli.ipynb
 def as_model(
-    tensors: dict[str, Tensor],   # by name, as in a state dict
-) -> Weights:                     # a model with these parameters, which shares their memory
-    "Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of a model can have, or when one name is the beginning of another."
-    if not tensors: raise ValueError("tensors is empty: there is nothing to compress")
+    tensors: dict[str, Tensor],  # by name, as in a state dict
+) -> Weights:  # a model with these parameters, which shares their memory
+    """Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of
+    a model can have, or when one name is the beginning of another."""
+    if not tensors:
+        raise ValueError("tensors is empty: there is nothing to compress")
     _check_tree(tensors)
     root = Weights()
     for name in tensors:
-        if not isinstance(name, str) or any(not part or hasattr(root, part) for part in name.split(".")): raise ValueError(f"tensors holds the name {ascii(name)[:200]}, which no tensor of a model can have")
+        if not isinstance(name, str) or any(not part or hasattr(root, part) for part in name.split(".")):
+            raise ValueError(f"tensors holds the name {ascii(name)[:200]}, which no tensor of a model can have")
     for name, t in tensors.items():
         *path, last = name.split(".")
         module = root
-        for part in path: module = _child(module, part, name)
-        if last in module._modules: raise ValueError(f"tensors holds {quoted(name)}, and other tensors below it")
+        for part in path:
+            module = _child(module, part, name)
+        if last in module._modules:
+            raise ValueError(f"tensors holds {quoted(name)}, and other tensors below it")
         module.register_parameter(last, nn.Parameter(t, requires_grad=False))
     return root.eval()
 
@@ -78,121 +124,195 @@ def expanded_tensors(model: nn.Module) -> dict[str, Tensor]:
     "All tensors of a model by name, compressed ones as the numbers that they stand for; of tied ones there is one."
     found, values = [*items(model)], {}
     for i in found:
-        if (key := identity(i)) not in values: values[key] = i.value if isinstance(i.value, Tensor) else i.value.dequantize()
+        if (key := identity(i)) not in values:
+            values[key] = i.value if isinstance(i.value, Tensor) else i.value.dequantize()
     return {i.name: values[identity(i)] for i in found}
+
 
 def only_weights(model: nn.Module) -> bool:
     "Whether a model is one of `as_model`, compressed or not."
     return isinstance(model, Weights) or isinstance(model, Dequantize) and only_weights(model.layer)
 
+
 def _as_told(model, like):
     "What a file said of the layers remains with its weights, and goes into the next file."
-    vars(model)["architecture"], vars(plain_layer(model))["meaning"] = vars(like).get("architecture"), vars(plain_layer(like)).get("meaning", {})
+    vars(model)["architecture"], vars(plain_layer(model))["meaning"] = (
+        vars(like).get("architecture"),
+        vars(plain_layer(like)).get("meaning", {}),
+    )
     return model
 
-def _worth_it(t): return t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.dim() >= 2 and t.numel() > 0
 
-def _left(v): return isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2 and v.numel() > 0 and not _worth_it(v)     # 8 bits already
+def _worth_it(t):
+    return t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.dim() >= 2 and t.numel() > 0
+
+
+def _left(v):
+    return (
+        isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2 and v.numel() > 0 and not _worth_it(v)
+    )  # 8 bits already
+
 
 def _replaced(model, make):
     "Exchange modules, children before their parents, for what `make(path, module)` returns."
     for path, old in reversed([*model.named_modules()]):
         owner, _, key = path.rpartition(".")
-        if path: model.get_submodule(owner)._modules[key] = make(path, old)
-        else: model = make(path, old)
+        if path:
+            model.get_submodule(owner)._modules[key] = make(path, old)
+        else:
+            model = make(path, old)
     return model
 
 # %% ../nbs/15_cli.ipynb
-MOST_BESIDE = 128      # every compressed tensor of a module is a wrapper around it, and recursion walks through them all
+MOST_BESIDE = 128  # every compressed tensor of a module is a wrapper around it, and recursion walks through them all
+
 
 def _check_beside(tensors):
     owners = {}
-    for n in tensors: owners.setdefault(n.rpartition(".")[0], []).extend([n] * _worth_it(tensors[n]))
+    for n in tensors:
+        owners.setdefault(n.rpartition(".")[0], []).extend([n] * _worth_it(tensors[n]))
     for names in owners.values():
-        if len(names) > MOST_BESIDE: raise ValueError(f"model holds {len(names):,} tensors beside each other in one module ({several(names, 2)}); {MOST_BESIDE} of them may be compressed: give them names of several parts, such as 'block0.weight'")
+        if len(names) > MOST_BESIDE:
+            raise ValueError(
+                f"model holds {len(names):,} tensors beside each other in one module ({several(names, 2)});"
+                f" {MOST_BESIDE} of them may be compressed: give them names of several parts, such as 'block0.weight'"
+            )
+
 
 def quantize_weights(
-    model: nn.Module,            # of `as_model`; it is left as it is
-    bits: int = 8,               # width of a code
-    group: int | None = None,    # weights that share a scale; None: one scale for each row
-    progress: bool = False,      # show a bar
-    **options,                   # of `quantize`: symmetric, observer, codebook …
-) -> nn.Module:                  # a copy in which every tensor of two or more dimensions is compressed
-    "Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize, and for more than `MOST_BESIDE` tensors in one module."
+    model: nn.Module,  # of `as_model`; it is left as it is
+    bits: int = 8,  # width of a code
+    group: int | None = None,  # weights that share a scale; None: one scale for each row
+    progress: bool = False,  # show a bar
+    **options,  # of `quantize`: symmetric, observer, codebook …
+) -> nn.Module:  # a copy in which every tensor of two or more dimensions is compressed
+    """Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize, and for more than
+    `MOST_BESIDE` tensors in one module."""
     tensors = expanded_tensors(model)
-    if not any(map(_worth_it, tensors.values())): raise ValueError("model has no tensor of two or more dimensions: there is nothing to quantize")
+    if not any(map(_worth_it, tensors.values())):
+        raise ValueError("model has no tensor of two or more dimensions: there is nothing to quantize")
     _check_beside(tensors)
     bar, packed = tqdm(total=sum(map(_worth_it, tensors.values())), desc="quantizing", disable=not progress), {}
+
     def make(path, module):
         for name, p in [(n, p) for n, p in module._parameters.items() if _worth_it(p)]:
             tie = p.data_ptr(), p.dtype, p.shape, p.stride()
-            try: module = Dequantize(module, packed[tie], name) if tie in packed else quantize_layer(module, bits, group, name=name, **options)
-            except ValueError as e: raise ValueError(f"{path}.{name}: {e}") from None
+            try:
+                module = (
+                    Dequantize(module, packed[tie], name)
+                    if tie in packed
+                    else quantize_layer(module, bits, group, name=name, **options)
+                )
+            except ValueError as e:
+                raise ValueError(f"{path}.{name}: {e}") from None
             packed[tie] = module.packed
             bar.update()
         return module
-    with bar: return _as_told(_replaced(as_model(tensors), make), model)
+
+    with bar:
+        return _as_told(_replaced(as_model(tensors), make), model)
 
 # %% ../nbs/15_cli.ipynb
 def _from_torch(path):
     "A state dict in PyTorch's own format; `weights_only` admits tensors and containers, and no code."
-    with naming(path), open_file(path) as f: new = f.read(2) == b"PK"           # a zip file; before PyTorch 1.6 it was none
-    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
-    except (OSError, MemoryError): raise
-    except Exception as e: raise ValueError(f"{path} is damaged, or no state dict that can be read without running code; it may hold tensors by name, and nothing else") from e
+    with naming(path), open_file(path) as f:
+        new = f.read(2) == b"PK"  # a zip file; before PyTorch 1.6 it was none
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{path} is damaged, or no state dict that can be read without running code; it may hold tensors by name,"
+            " and nothing else"
+        ) from e
     found = _state_dict_in(found, path)
     for n, t in found.items():
-        if t.is_nested or t.layout is not torch.strided or t.is_quantized or t.is_meta: raise ValueError(f"{path} holds {str(n)[:200]!r}, which is no dense tensor of plain numbers; write it as one (`to_dense()`, `dequantize()`)")
+        if t.is_nested or t.layout is not torch.strided or t.is_quantized or t.is_meta:
+            raise ValueError(
+                f"{path} holds {str(n)[:200]!r}, which is no dense tensor of plain numbers; write it as one"
+                " (`to_dense()`, `dequantize()`)"
+            )
     return as_model(found)
+
 
 def _state_dict_in(found, path):
     "Tensors by name: all that there is, or one entry beside others, such as an epoch and the state of an optimizer."
     tensors = lambda x: isinstance(x, dict) and all(isinstance(t, Tensor) for t in x.values())
-    if tensors(found): return found
+    if tensors(found):
+        return found
     inside = [k for k, x in found.items() if tensors(x) and x] if isinstance(found, dict) else []
-    if "state_dict" in inside: return found["state_dict"]
-    if len(inside) > 1: raise ValueError(f"{path} holds several dictionaries of tensors, {', '.join(map(repr, inside))[:200]}: which is the model? Save that alone, or call it 'state_dict'")
-    if not inside: raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors")
+    if "state_dict" in inside:
+        return found["state_dict"]
+    if len(inside) > 1:
+        raise ValueError(
+            f"{path} holds several dictionaries of tensors, {', '.join(map(repr, inside))[:200]}: which is the model?"
+            " Save that alone, or call it 'state_dict'"
+        )
+    if not inside:
+        raise ValueError(
+            f"{path} holds a {type(found).__name__} that is no state dict: it may be a dictionary of tensors"
+        )
     return found[inside[0]]
 
 # %% ../nbs/15_cli.ipynb
 def _tree(rows, about, value):
     "What a file of modelzip's holds, as a model of `as_model`; ties, and what it says of the layers, are kept."
-    if about.get("layers") and about.get("modelzip", 5) < 5 and "crc" not in about: raise PackError("it comes from an older modelzip, and cannot be read without its code: register its builder")
+    if about.get("layers") and about.get("modelzip", 5) < 5 and "crc" not in about:
+        raise PackError("it comes from an older modelzip, and cannot be read without its code: register its builder")
     values = {n: value(r) for n, r in rows.items() if r.same is None}
-    tree, packed = as_model({n: torch.empty(0) for n in rows}), {n: Packed(v) for n, v in values.items() if not isinstance(v, Tensor)}
+    tree, packed = (
+        as_model({n: torch.empty(0) for n in rows}),
+        {n: Packed(v) for n, v in values.items() if not isinstance(v, Tensor)},
+    )
+
     def make(owner, module):
         mine = {n: rows[f"{owner}.{n}" if owner else n] for n in module._parameters}
         for name, r in mine.items():
             plain = values[r.same or r.name] if r.kind is None else torch.empty(r.shape, dtype=r.dtype, device="meta")
             module._parameters[name] = nn.Parameter(plain, requires_grad=False)
         for name, r in mine.items():
-            if r.kind is None: continue
+            if r.kind is None:
+                continue
             module = Dequantize(module, packed[r.same or r.name], name)
             vars(module)["told"] = {"layer": r.layer} | ({"options": r.options} if r.options else {})
         return module
+
     tree = _replaced(tree, make)
-    vars(tree)["architecture"], vars(plain_layer(tree))["meaning"] = about["architecture"], {k: about[k] for k in ("layers", "kind") if about.get(k)}
+    vars(tree)["architecture"], vars(plain_layer(tree))["meaning"] = (
+        about["architecture"],
+        {k: about[k] for k in ("layers", "kind") if about.get(k)},
+    )
     return tree
+
 
 def _known_or_weights(read, path):
     "A model, if modelzip wrote the file and it says which; None if it does not."
-    try: return read(path)
+    try:
+        return read(path)
     except PackError as e:
-        if "pass a model" not in str(e): raise
+        if "pass a model" not in str(e):
+            raise
+
 
 @contextmanager
 def _open_other(path) -> Iterator[tuple[Opened, str]]:
     "A file of another format, and what stands in it between a tensor and its parts."
     with naming(path), open_file(path) as f:
-        if path.suffix.lower() not in (".h5", ".hdf5"): yield (open_npz if path.suffix.lower() == ".npz" else open_safetensors)(f), "/"; return
+        if path.suffix.lower() not in (".h5", ".hdf5"):
+            yield (open_npz if path.suffix.lower() == ".npz" else open_safetensors)(f), "/"
+            return
         h5py = need("h5py", "hdf5")
-        with translating("HDF5"): h = h5py.File(f, "r")
-        with h: yield open_hdf5(f, h), "."
+        with translating("HDF5"):
+            h = h5py.File(f, "r")
+        with h:
+            yield open_hdf5(f, h), "."
+
 
 def _weights_of(found: Opened, joint):
     "What a file of another format holds. Codes and scales that modelzip wrote become what they were, not weights."
-    if found.note is None: return as_model({n: found.read(n) for n in found.index})
+    if found.note is None:
+        return as_model({n: found.read(n) for n in found.index})
     about = read_note(found.note)
     index = with_types(found.index, about["types"])
     demand(len(about["crc"]) == len(index), f"it holds {len(index)} tensors, and should hold {len(about['crc'])}")
@@ -200,274 +320,504 @@ def _weights_of(found: Opened, joint):
     whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, found, index, crc)
     return _tree(rows, about, lambda r: rebuild(r, {(r.name, k): whole(r, k) for k in r.parts}))
 
+
 def _from_other(path):
     read = {".safetensors": from_safetensors, ".npz": from_npz}.get(path.suffix.lower(), from_hdf5)
-    if (known := _known_or_weights(read, path)) is not None: return known
-    with _open_other(path) as (found, joint): return _weights_of(found, joint)
+    if (known := _known_or_weights(read, path)) is not None:
+        return known
+    with _open_other(path) as (found, joint):
+        return _weights_of(found, joint)
 
 # %% ../nbs/15_cli.ipynb
 def _from_folder(path):
-    "A folder as the Hugging Face Hub has them: one safetensors file, or several with an index, which says where each tensor is."
+    """A folder as the Hugging Face Hub has them: one safetensors file, or several with an index, which says where
+    each tensor is."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if not index.is_file():
-        if single.is_file(): return _from_other(single)
+        if single.is_file():
+            return _from_other(single)
         raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    with naming(index), open_file(index) as f: text = f.read()
-    try: places = dict(read_json(text)["weight_map"].items())
-    except (PackError, KeyError, AttributeError, TypeError): raise ValueError(f"{index} is no index of safetensors files") from None
-    if odd := [s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")]: raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
-    if single.is_file() and single.name not in places.values(): raise ValueError(f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the file, or put the other away")
+    with naming(index), open_file(index) as f:
+        text = f.read()
+    try:
+        places = dict(read_json(text)["weight_map"].items())
+    except (PackError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index} is no index of safetensors files") from None
+    if odd := [
+        s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")
+    ]:
+        raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
+    if single.is_file() and single.name not in places.values():
+        raise ValueError(
+            f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the"
+            " file, or put the other away"
+        )
     found = {}
     for shard in sorted(set(places.values())):
         with _open_other(path / shard) as (part, _):
             demand(part.note is None, "it is a whole model that modelzip wrote, and no part of one")
             held = {n: part.read(n) for n in part.index}
         for n, s in places.items():
-            if s == shard and n not in held: raise ValueError(f"{path / shard} lacks {n!r}, which {index.name} says is in it")
+            if s == shard and n not in held:
+                raise ValueError(f"{path / shard} lacks {n!r}, which {index.name} says is in it")
         for n in held:
-            if places.get(n) != shard: raise ValueError(f"{path / shard} holds {n!r}, which {index.name} " + (f"says is in {places[n]}" if n in places else "does not list"))
+            if places.get(n) != shard:
+                raise ValueError(
+                    f"{path / shard} holds {n!r}, which {index.name} "
+                    + (f"says is in {places[n]}" if n in places else "does not list")
+                )
         found |= held
     return as_model({n: found[n] for n in places})
 
 # %% ../nbs/15_cli.ipynb
 def _from_mz(path):
-    if (known := _known_or_weights(load, path)) is not None: return known
-    with opened(path) as f, naming(path): return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
+    if (known := _known_or_weights(load, path)) is not None:
+        return known
+    with opened(path) as f, naming(path):
+        return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
 
 # %% ../nbs/15_cli.ipynb
 def _from_builder(text):
     "Call `function` of `package.module`, given as package.module:function."
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
-    try: model = getattr(importlib.import_module(module), name)()
-    except SystemExit as e: raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
-    except MemoryError: raise
-    except Exception as e: raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{raised_at(e)}") from e
-    finally: sys.path.remove(os.getcwd())
-    if not isinstance(model, nn.Module): raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except SystemExit as e:
+        raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
+    except MemoryError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{raised_at(e)}") from e
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
     return model.eval()
 
 # %% ../nbs/15_cli.ipynb
-READERS = {".mz": _from_mz, ".safetensors": _from_other, ".h5": _from_other, ".hdf5": _from_other, ".npz": _from_other,
-           ".pt": _from_torch, ".pth": _from_torch, ".bin": _from_torch}
+READERS = {
+    ".mz": _from_mz,
+    ".safetensors": _from_other,
+    ".h5": _from_other,
+    ".hdf5": _from_other,
+    ".npz": _from_other,
+    ".pt": _from_torch,
+    ".pth": _from_torch,
+    ".bin": _from_torch,
+}
+
 
 def open_model(
-    source: str,      # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin), a folder of the Hugging Face Hub, or package.module:function
-) -> nn.Module:       # one that runs where its architecture is known, else its weights alone: see `only_weights`
-    "Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is wrong."
-    if not source: raise ValueError(f"the model is ''; it may be {MODEL}")
+    # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin), a folder of the Hugging Face Hub, or
+    # package.module:function
+    source: str,
+) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
+    """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
+    wrong."""
+    if not source:
+        raise ValueError(f"the model is ''; it may be {MODEL}")
     path = Path(source)
-    if ":" in source and not path.exists(): return _from_builder(source)
+    if ":" in source and not path.exists():
+        return _from_builder(source)
     read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
     if read:
-        try: return read(path)
-        except RecursionError: raise ValueError(f"{source}: it is nested too deeply to be a model") from None
-        except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
-    if not path.exists(): raise FileNotFoundError(2, "No such file or directory", source)
-    raise ValueError(f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with model.safetensors, or package.module:function")
+        try:
+            return read(path)
+        except RecursionError:
+            raise ValueError(f"{source}: it is nested too deeply to be a model") from None
+        except ValueError as e:
+            raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", source)
+    raise ValueError(
+        f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with"
+        " model.safetensors, or package.module:function"
+    )
 
 # %% ../nbs/15_cli.ipynb
 COMMANDS: dict[str, Callable] = {}
 
+
 def command(
-    help: str,                     # one line
-    example: str,                  # as typed
-    *arguments: tuple[list, dict], # of `argument`
-) -> Callable:                     # decorator
+    help: str,  # one line
+    example: str,  # as typed
+    *arguments: tuple[list, dict],  # of `argument`
+) -> Callable:  # decorator
     "Add a command of the same name as the function."
+
     def add(f):
         f.help, f.example, f.arguments = help, example, arguments
         COMMANDS[f.__name__.strip("_")] = f
         return f
+
     return add
 
-def argument(*names, **options): return names, options
+
+def argument(*names, **options):
+    return names, options
+
 
 @dataclass
 class Done:
     "What a command has found."
-    found: dict        # for programs, as JSON
-    said: str          # for people
-    status: int = 0    # 1 if the answer is no
+
+    found: dict  # for programs, as JSON
+    said: str  # for people
+    status: int = 0  # 1 if the answer is no
+
 
 MODEL = f"a file ({', '.join(READERS)}), a folder of the Hugging Face Hub, or package.module:function"
 JSON = argument("--json", action="store_true", help="print JSON, for other programs")
-QUIET = argument("--quiet", action="store_true", help="no progress bars (where the output is no terminal there are none anyway)")
+QUIET = argument(
+    "--quiet", action="store_true", help="no progress bars (where the output is no terminal there are none anyway)"
+)
 
-def bars(options): return not options.quiet and sys.stderr is not None and sys.stderr.isatty()
+
+def bars(options):
+    return not options.quiet and sys.stderr is not None and sys.stderr.isatty()
+
 
 FORCE = argument("--force", action="store_true", help="write over the input")
+
 
 def _ending(output, *may):
     "What is written is what the ending says."
     ending = os.path.splitext(output)[1].lower()
-    if ending not in may: raise ValueError(f"{output!r} ends in {ending!r}; what is written here may end in {', '.join(may)}")
+    if ending not in may:
+        raise ValueError(f"{output!r} ends in {ending!r}; what is written here may end in {', '.join(may)}")
     return ending
 
+
 def _check_kept(o):
-    "What has been read is not written over by mistake, whatever it is called: the model, a file of its folder, the program that made it, the recipe."
+    """What has been read is not written over by mistake, whatever it is called: the model, a file of its folder,
+    the program that made it, the recipe."""
     source = Path(o.model)
-    read = [p for p in source.iterdir() if p.suffix in (".safetensors", ".json")] if source.is_dir() else [source] if source.exists() else [getattr(sys.modules.get(o.model.partition(":")[0]), "__file__", None)]
+    read = (
+        [p for p in source.iterdir() if p.suffix in (".safetensors", ".json")]
+        if source.is_dir()
+        else [source]
+        if source.exists()
+        else [getattr(sys.modules.get(o.model.partition(":")[0]), "__file__", None)]
+    )
     for p in (*read, getattr(o, "recipe", None)):
-        if not o.force and p is not None and os.path.exists(p) and os.path.exists(o.output) and os.path.samefile(p, o.output):
+        if (
+            not o.force
+            and p is not None
+            and os.path.exists(p)
+            and os.path.exists(o.output)
+            and os.path.samefile(p, o.output)
+        ):
             raise ValueError(f"{o.output} is the input; give another name, or --force to write over it")
 
 # %% ../nbs/15_cli.ipynb
 def _quantized(model, o, bits):
     "What the options ask for, without data."
     how = {"codebook": o.codebook} if o.codebook else {"symmetric": not o.asymmetric, "observer": o.observer or "mse"}
-    if only_weights(model): return quantize_weights(model, bits, o.group, bars(o), **how)
+    if only_weights(model):
+        return quantize_weights(model, bits, o.group, bars(o), **how)
     return quantize_model(model, bits, group=o.group, **how)
+
 
 def _by_bits(model, o):
     "Quantize and save; with a limit of bytes, at the most bits with which the file fits."
+
     def write(bits, path):
-        save(_quantized(model, o, bits), path, archive=not o.mapped, made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group))
+        save(
+            _quantized(model, o, bits),
+            path,
+            archive=not o.mapped,
+            made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group),
+        )
         return file_bytes(path)
+
     bits = most = (4 if o.codebook == "nf4" else 8) if o.bits is None else o.bits
     if o.bytes is not None:
         with tempfile.TemporaryDirectory() as folder:
-            bits = bisect.bisect(range(1, most + 1), False, key=lambda bits: write(bits, Path(folder) / "tried.mz") > o.bytes)
-        if not bits: raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
+            bits = bisect.bisect(
+                range(1, most + 1), False, key=lambda bits: write(bits, Path(folder) / "tried.mz") > o.bytes
+            )
+        if not bits:
+            raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
     write(bits, o.output)
     return f"{bits} bits"
 
 # %% ../nbs/15_cli.ipynb
 def _recipe_in(path):
     with naming(path), open_file(path) as f:
-        try: return Recipe.from_json(f.read().decode())
-        except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from None
+        try:
+            return Recipe.from_json(f.read().decode())
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: {e}") from None
+
 
 def _by_target(model, o):
     "Search for a target, or follow a recipe."
-    if only_weights(model): raise ValueError(f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with code, give package.module:function")
+    if only_weights(model):
+        raise ValueError(
+            f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; with"
+            " code, give package.module:function"
+        )
     recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else _recipe_in(o.recipe)
-    try: report = compress(model, DATA[o.data]() if o.data else None, bytes=o.bytes, milliseconds=o.milliseconds, accuracy_loss=o.accuracy_loss, cosine=o.cosine,
-                           recipe=recipe, seed=o.seed or 0, path=o.output, progress=bars(o))[1]
-    except WriteError as e: raise _kept(e, o.output) from e
+    try:
+        report = compress(
+            model,
+            DATA[o.data]() if o.data else None,
+            bytes=o.bytes,
+            milliseconds=o.milliseconds,
+            accuracy_loss=o.accuracy_loss,
+            cosine=o.cosine,
+            recipe=recipe,
+            seed=o.seed or 0,
+            path=o.output,
+            progress=bars(o),
+        )[1]
+    except WriteError as e:
+        raise _kept(e, o.output) from e
     return repr(report)
+
 
 def _kept(e, path):
     "The error of a file that cannot be written, after its content was put where temporary files go."
     try:
-        with tempfile.NamedTemporaryFile(prefix="modelzip-", suffix=".mz", delete=False) as f: f.write(e.content)
-    except OSError as also: return OSError(e.given[0].errno, f"{e.given[0].strerror}, nor {tempfile.gettempdir()} ({also.strerror}): the result is lost", path)
+        with tempfile.NamedTemporaryFile(prefix="modelzip-", suffix=".mz", delete=False) as f:
+            f.write(e.content)
+    except OSError as also:
+        return OSError(
+            e.given[0].errno,
+            f"{e.given[0].strerror}, nor {tempfile.gettempdir()} ({also.strerror}): the result is lost",
+            path,
+        )
     return OSError(e.given[0].errno, f"{e.given[0].strerror}; the result is in {f.name}", path)
 
 # %% ../nbs/15_cli.ipynb
-DATA: dict[str, Callable] = {"mnist5k": mnist5k, "digits": digits}      # what `--data` may name; `docstrings` is for `eval` alone
+DATA: dict[str, Callable] = {
+    "mnist5k": mnist5k,
+    "digits": digits,
+}  # what `--data` may name; `docstrings` is for `eval` alone
 
-@command("make a small .mz file of a model", "modelzip compress model.safetensors -o model.mz --bits 4 --group 32",
-         argument("model", help=MODEL), argument("-o", "--output", required=True, metavar="FILE", help="the .mz file to write or replace"),
-         argument("--bits", type=int, help="width of a code, 1 to 16 (default: 8; 4 for nf4)"), FORCE,
-         argument("--group", type=int, help="weights that share a scale (default: one scale for each row)"),
-         argument("--codebook", choices=["nf4", "kmeans"], help="values that codes stand for, instead of equal steps"),
-         argument("--asymmetric", action="store_true", help="ranges that need not be centred at zero"),
-         argument("--observer", choices=[*OBSERVERS], help="how ranges are chosen (default: mse, the least squared error)"),
-         argument("--mapped", action="store_true", help="not entropy-coded: larger, but starts at once, and processes share it"),
-         argument("--bytes", type=int, help="target: the file has at most so many"),
-         argument("--cosine", type=float, help="target: mean cosine of the outputs to the original's, at least; needs --data"),
-         argument("--accuracy-loss", type=float, help="target: at most so many percentage points are lost; needs --data"),
-         argument("--milliseconds", type=float, help="target: the loaded model takes at most so many for an input; needs --data"),
-         argument("--data", choices=[*DATA], help="what targets are measured on, and what is trained on"),
-         argument("--recipe", help=f"a file of JSON, or one of {', '.join(RECIPES)}"),
-         argument("--seed", type=int, help="of all that is random in a search (default: 0)"), JSON, QUIET)
+
+@command(
+    "make a small .mz file of a model",
+    "modelzip compress model.safetensors -o model.mz --bits 4 --group 32",
+    argument("model", help=MODEL),
+    argument("-o", "--output", required=True, metavar="FILE", help="the .mz file to write or replace"),
+    argument("--bits", type=int, help="width of a code, 1 to 16 (default: 8; 4 for nf4)"),
+    FORCE,
+    argument("--group", type=int, help="weights that share a scale (default: one scale for each row)"),
+    argument("--codebook", choices=["nf4", "kmeans"], help="values that codes stand for, instead of equal steps"),
+    argument("--asymmetric", action="store_true", help="ranges that need not be centred at zero"),
+    argument("--observer", choices=[*OBSERVERS], help="how ranges are chosen (default: mse, the least squared error)"),
+    argument(
+        "--mapped", action="store_true", help="not entropy-coded: larger, but starts at once, and processes share it"
+    ),
+    argument("--bytes", type=int, help="target: the file has at most so many"),
+    argument(
+        "--cosine", type=float, help="target: mean cosine of the outputs to the original's, at least; needs --data"
+    ),
+    argument("--accuracy-loss", type=float, help="target: at most so many percentage points are lost; needs --data"),
+    argument(
+        "--milliseconds", type=float, help="target: the loaded model takes at most so many for an input; needs --data"
+    ),
+    argument("--data", choices=[*DATA], help="what targets are measured on, and what is trained on"),
+    argument("--recipe", help=f"a file of JSON, or one of {', '.join(RECIPES)}"),
+    argument("--seed", type=int, help="of all that is random in a search (default: 0)"),
+    JSON,
+    QUIET,
+)
 def _compress(o):
-    _check_kept(o); _ending(o.output, ".mz")
+    _check_kept(o)
+    _ending(o.output, ".mz")
     model = open_model(o.model)
     _check_kept(o)
-    searched = o.recipe or not (o.cosine is o.accuracy_loss is o.milliseconds is None) or o.bytes is not None and not only_weights(model)
+    searched = (
+        o.recipe
+        or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
+        or o.bytes is not None
+        and not only_weights(model)
+    )
     _check_options(model, o, searched)
     how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
-    left = [f"{i.name} ({i.value.dtype})".replace("torch.", "") for i in items(model) if only_weights(model) and _left(i.value)]
-    found = {"file": o.output, "bytes": file_bytes(o.output), "bytes_of_weights_before": before, "times_smaller": before / file_bytes(o.output), "how": how, "left": left}
-    return Done(found, f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,} bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left))
+    left = [
+        f"{i.name} ({i.value.dtype})".replace("torch.", "")
+        for i in items(model)
+        if only_weights(model) and _left(i.value)
+    ]
+    found = {
+        "file": o.output,
+        "bytes": file_bytes(o.output),
+        "bytes_of_weights_before": before,
+        "times_smaller": before / file_bytes(o.output),
+        "how": how,
+        "left": left,
+    }
+    return Done(
+        found,
+        f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,}"
+        " bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left),
+    )
+
 
 def _check_options(model, o, searched):
     "Options that would not act are refused: whoever gave them meant something."
     given = lambda *names: [f"--{n.replace('_', '-')}" for n in names if getattr(o, n) not in (None, False)]
     rounding = given("bits", "group", "codebook", "asymmetric", "observer", "mapped")
-    if searched and rounding: raise ValueError(f"{rounding[0]} does not act in a search: {', '.join(given('bytes', 'cosine', 'accuracy_loss', 'milliseconds', 'recipe'))} decides; leave out the one or the other")
-    if o.recipe and o.seed is not None: raise ValueError("--seed does not act with --recipe, which has its own")
-    if not searched and (idle := given("data", "seed")): raise ValueError(f"{idle[0]} does not act without a target or a recipe")
-    if o.codebook and (idle := given("asymmetric", "observer")): raise ValueError(f"{idle[0]} does not act with --codebook, whose values are its own")
-    if o.codebook == "nf4" and o.bits not in (None, 4): raise ValueError(f"--bits is {o.bits}, and nf4 has 4 bits")
-    if o.codebook == "nf4" and o.bytes is not None: raise ValueError("--bytes chooses the bits, and nf4 always has 4")
+    if searched and rounding:
+        raise ValueError(
+            f"{rounding[0]} does not act in a search:"
+            f" {', '.join(given('bytes', 'cosine', 'accuracy_loss', 'milliseconds', 'recipe'))} decides; leave out the"
+            " one or the other"
+        )
+    if o.recipe and o.seed is not None:
+        raise ValueError("--seed does not act with --recipe, which has its own")
+    if not searched and (idle := given("data", "seed")):
+        raise ValueError(f"{idle[0]} does not act without a target or a recipe")
+    if o.codebook and (idle := given("asymmetric", "observer")):
+        raise ValueError(f"{idle[0]} does not act with --codebook, whose values are its own")
+    if o.codebook == "nf4" and o.bits not in (None, 4):
+        raise ValueError(f"--bits is {o.bits}, and nf4 has 4 bits")
+    if o.codebook == "nf4" and o.bytes is not None:
+        raise ValueError("--bytes chooses the bits, and nf4 always has 4")
     if not searched and any(isinstance(m, Dequantize) for m in model.modules()):
-        raise ValueError(f"{o.model} is compressed already, and would be rounded twice; to do that, write it as floats first: modelzip convert {o.model} floats.safetensors --expand")
+        raise ValueError(
+            f"{o.model} is compressed already, and would be rounded twice; to do that, write it as floats first:"
+            f" modelzip convert {o.model} floats.safetensors --expand"
+        )
 
 # %% ../nbs/15_cli.ipynb
 def weight_bytes(model: nn.Module) -> int:
     "What the weights take, each tied one once; those that are compressed count as what they expand to."
     return sum(v.shape.numel() * v.dtype.itemsize for v in {identity(i): i.value for i in items(model)}.values())
 
+
 def _coloured(contents: Contents) -> str:
     "The table with the largest rows in bold and the small ones in grey."
     lines = repr(contents).splitlines()
     for i, l in enumerate(contents.lines, 2):
-        if l.share >= 0.2: lines[i] = f"\033[1m{lines[i]}\033[0m"
-        elif l.share < 0.01: lines[i] = f"\033[2m{lines[i]}\033[0m"
+        if l.share >= 0.2:
+            lines[i] = f"\033[1m{lines[i]}\033[0m"
+        elif l.share < 0.01:
+            lines[i] = f"\033[2m{lines[i]}\033[0m"
     return "\n".join([f"\033[1;36m{lines[0]}\033[0m", f"\033[4m{lines[1]}\033[0m", *lines[2:]])
 
-def _colours(): return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
-@command("show what a .mz file holds, tensor by tensor", "modelzip inspect model.mz", argument("file", help="a .mz file"), JSON)
+def _colours():
+    return (
+        sys.stdout is not None
+        and sys.stdout.isatty()
+        and "NO_COLOR" not in os.environ
+        and os.environ.get("TERM") != "dumb"
+    )
+
+
+@command(
+    "show what a .mz file holds, tensor by tensor",
+    "modelzip inspect model.mz",
+    argument("file", help="a .mz file"),
+    JSON,
+)
 def _inspect(o):
     found = inspect(o.file)
     about = {"bytes": found.bytes, "version": found.version, "architecture": found.architecture, "info": found.info}
-    return Done(about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]}, _coloured(found) if _colours() else repr(found))
+    return Done(
+        about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]},
+        _coloured(found) if _colours() else repr(found),
+    )
 
-@command("compare two .mz files tensor by tensor; exit status 1 if they differ", "modelzip diff before.mz after.mz",
-         argument("a", help="a .mz file"), argument("b", help="another one"), JSON)
+
+@command(
+    "compare two .mz files tensor by tensor; exit status 1 if they differ",
+    "modelzip diff before.mz after.mz",
+    argument("a", help="a .mz file"),
+    argument("b", help="another one"),
+    JSON,
+)
 def _diff(o):
     found = diff(o.a, o.b)
-    return Done({"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]}, repr(found), status=0 if found.same else 1)
+    return Done(
+        {"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]},
+        repr(found),
+        status=0 if found.same else 1,
+    )
 
 # %% ../nbs/15_cli.ipynb
-def _compressed(model): return any(isinstance(m, Dequantize) for m in model.modules())
+def _compressed(model):
+    return any(isinstance(m, Dequantize) for m in model.modules())
 
-def _with_kernels(model): return use_kernels(model) if _compressed(model) else model
+
+def _with_kernels(model):
+    return use_kernels(model) if _compressed(model) else model
+
 
 def _info_of(source):
     "What a file of modelzip's says about itself."
     path = Path(source)
-    if path.suffix.lower() == ".mz": return inspect(path, entropy=False).info
-    if not path.is_file() or READERS.get(path.suffix.lower()) is not _from_other: return {}
-    with _open_other(path) as (found, _): return read_note(found.note)["info"] if found.note else {}
+    if path.suffix.lower() == ".mz":
+        return inspect(path, entropy=False).info
+    if not path.is_file() or READERS.get(path.suffix.lower()) is not _from_other:
+        return {}
+    with _open_other(path) as (found, _):
+        return read_note(found.note)["info"] if found.note else {}
+
 
 WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
 
+
 def example_of(
-    text: str,       # "1x28x28" or "2x64:int64"
-) -> Tensor:         # of that shape; normally distributed, or whole numbers from 0 to 99
+    text: str,  # "1x28x28" or "2x64:int64"
+) -> Tensor:  # of that shape; normally distributed, or whole numbers from 0 to 99
     "An input of a shape, the same each time. `ValueError` for a text that is none."
     shape, _, kind = text.partition(":")
-    try: sizes, dtype = [int(n) for n in shape.split("x")], getattr(torch, kind or "float32")
-    except (ValueError, AttributeError): sizes, dtype = [], None
-    if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype): raise ValueError(f"--input is {text!r}; it may be sizes and a dtype, like 1x1x28x28 or 2x64:int64")
+    try:
+        sizes, dtype = [int(n) for n in shape.split("x")], getattr(torch, kind or "float32")
+    except (ValueError, AttributeError):
+        sizes, dtype = [], None
+    if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--input is {text!r}; it may be sizes and a dtype, like 1x1x28x28 or 2x64:int64")
     dice = torch.Generator().manual_seed(0)
-    try: return torch.randn(sizes, generator=dice).to(dtype) if dtype.is_floating_point else torch.randint(100, sizes, generator=dice).to(dtype)
-    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError): raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
+    try:
+        return (
+            torch.randn(sizes, generator=dice).to(dtype)
+            if dtype.is_floating_point
+            else torch.randint(100, sizes, generator=dice).to(dtype)
+        )
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError):
+        raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
 
 # %% ../nbs/15_cli.ipynb
-@command("write a model in another format", "modelzip convert model.mz model.safetensors --expand",
-         argument("model", help=MODEL), argument("output", help=f"file to write or replace: {', '.join(WRITERS)} or .onnx"),
-         argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
-         argument("--input", action="append", metavar="SHAPE", help="for .onnx: an example's shape and dtype, like 1x1x28x28 or 1x64:int64; once for each input"), FORCE)
+@command(
+    "write a model in another format",
+    "modelzip convert model.mz model.safetensors --expand",
+    argument("model", help=MODEL),
+    argument("output", help=f"file to write or replace: {', '.join(WRITERS)} or .onnx"),
+    argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
+    argument(
+        "--input",
+        action="append",
+        metavar="SHAPE",
+        help="for .onnx: an example's shape and dtype, like 1x1x28x28 or 1x64:int64; once for each input",
+    ),
+    FORCE,
+)
 def _convert(o):
     _check_kept(o)
     ending = _ending(o.output, *WRITERS, ".onnx")
-    if o.input and ending != ".onnx": raise ValueError("--input does not act: only an .onnx file needs an example")
+    if o.input and ending != ".onnx":
+        raise ValueError("--input does not act: only an .onnx file needs an example")
     model = open_model(o.model)
     _check_kept(o)
-    if o.expand and not _compressed(model): raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
-    if o.expand: model = _as_told(as_model(expanded_tensors(model)), model) if only_weights(model) else dequantize_model(model)
+    if o.expand and not _compressed(model):
+        raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
+    if o.expand:
+        model = _as_told(as_model(expanded_tensors(model)), model) if only_weights(model) else dequantize_model(model)
     if ending == ".onnx":
-        if not o.input: raise ValueError("an .onnx file needs --input, the shape of an example: like 1x1x28x28")
+        if not o.input:
+            raise ValueError("an .onnx file needs --input, the shape of an example: like 1x1x28x28")
         to_onnx(_with_kernels(model), o.output, tuple(map(example_of, o.input)))
     else:
         info = _info_of(o.model)
-        if clash := [k for k in info if k in signature(WRITERS[ending]).parameters]: raise ValueError(f"{o.model} says something as {clash[0]!r}, which {ending} files cannot say")
+        if clash := [k for k in info if k in signature(WRITERS[ending]).parameters]:
+            raise ValueError(f"{o.model} says something as {clash[0]!r}, which {ending} files cannot say")
         WRITERS[ending](model, o.output, **info)
     return Done({"file": o.output, "bytes": file_bytes(o.output)}, f"{o.output}: {file_bytes(o.output):,} bytes")
 
@@ -475,67 +825,143 @@ def _convert(o):
 def _ready(path, o):
     "A model that runs, with integer kernels if asked for."
     model = open_model(path)
-    if only_weights(model): raise ValueError(f"{path} holds weights without the code that runs them: register its architecture, or give package.module:function")
+    if only_weights(model):
+        raise ValueError(
+            f"{path} holds weights without the code that runs them: register its architecture, or give"
+            " package.module:function"
+        )
     return model
+
 
 def _integers(models):
     "The same models with integer kernels; an error where there is none."
     ready = [_with_kernels(m) for m in models]
-    if all(a is b or [*map(type, a.modules())] == [*map(type, b.modules())] for a, b in zip(ready, models)): raise ValueError("--kernels does not act: there is no compressed layer with an integer product")
+    if all(a is b or [*map(type, a.modules())] == [*map(type, b.modules())] for a, b in zip(ready, models)):
+        raise ValueError("--kernels does not act: there is no compressed layer with an integer product")
     return ready
+
 
 KERNELS = argument("--kernels", action="store_true", help="compute with integers where there is a product for it")
 
-@command("time models against each other", "modelzip bench fp32.mz int8.mz --input 32x1x28x28 --threads 1",
-         argument("models", nargs="+", help=MODEL + "; ratios are to the first"),
-         argument("--input", action="append", required=True, metavar="SHAPE", help="shape and dtype, like 32x1x28x28 or 1x64:int64; once for each input"),
-         argument("--threads", type=int, help="of PyTorch (default: as it chooses)"), argument("--repeats", type=int, default=30, help="rounds (default: 30)"), KERNELS, JSON, QUIET)
+
+@command(
+    "time models against each other",
+    "modelzip bench fp32.mz int8.mz --input 32x1x28x28 --threads 1",
+    argument("models", nargs="+", help=MODEL + "; ratios are to the first"),
+    argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHAPE",
+        help="shape and dtype, like 32x1x28x28 or 1x64:int64; once for each input",
+    ),
+    argument("--threads", type=int, help="of PyTorch (default: as it chooses)"),
+    argument("--repeats", type=int, default=30, help="rounds (default: 30)"),
+    KERNELS,
+    JSON,
+    QUIET,
+)
 def _bench(o):
-    if o.threads is not None and o.threads < 1: raise ValueError(f"--threads is {o.threads}; it may be 1 or more")
-    if twice := [p for p in o.models if o.models.count(p) > 1]: raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
+    if o.threads is not None and o.threads < 1:
+        raise ValueError(f"--threads is {o.threads}; it may be 1 or more")
+    if twice := [p for p in o.models if o.models.count(p) > 1]:
+        raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
     models, example, before = [_ready(p, o) for p in o.models], tuple(map(example_of, o.input)), torch.get_num_threads()
-    if o.kernels: models = _integers(models)
+    if o.kernels:
+        models = _integers(models)
     try:
-        if o.threads: torch.set_num_threads(o.threads)
+        if o.threads:
+            torch.set_num_threads(o.threads)
         times = latency({p: lambda m=m: m(*example) for p, m in zip(o.models, models)}, o.repeats, progress=bars(o))
-    finally: torch.set_num_threads(before)
-    rows = [[p, f"{t.median:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.ratio:.2f}×", f"{t.ratio_low:.2f}–{t.ratio_high:.2f}"] for p, t in times.items()]
+    finally:
+        torch.set_num_threads(before)
+    rows = [
+        [p, f"{t.median:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.ratio:.2f}×", f"{t.ratio_low:.2f}–{t.ratio_high:.2f}"]
+        for p, t in times.items()
+    ]
     found = {p: {k: v for k, v in asdict(t).items() if k != "times"} for p, t in times.items()}
-    return Done(found, as_text(rows, ["model", "ms", "quartiles", "time", f"{100 * min([.95] + [t.confidence for t in times.values()]):.0f} % interval"], 1))
+    return Done(
+        found,
+        as_text(
+            rows,
+            [
+                "model",
+                "ms",
+                "quartiles",
+                "time",
+                f"{100 * min([0.95] + [t.confidence for t in times.values()]):.0f} % interval",
+            ],
+            1,
+        ),
+    )
 
 # %% ../nbs/15_cli.ipynb
 def _digits(model, data):
     right = is_right(model, data.test)
     share, n = right.float().mean().item(), len(right)
     low, high = wilson(int(right.sum()), n)
-    return {"accuracy": share, "low": low, "high": high, "n": n}, f"{share:.2%} of {n:,} right (95 % interval {low:.2%} to {high:.2%})"
+    return {
+        "accuracy": share,
+        "low": low,
+        "high": high,
+        "n": n,
+    }, f"{share:.2%} of {n:,} right (95 % interval {low:.2%} to {high:.2%})"
+
 
 def _retrieval(model):
     found = recall(model, pairs := docstrings())
-    return {"accuracy": found[1], "recall_at_10": found[10], "n": len(pairs)}, f"recall at 1: {found[1]:.3f}, at 10: {found[10]:.3f}, of {len(pairs)} queries"
+    return {
+        "accuracy": found[1],
+        "recall_at_10": found[10],
+        "n": len(pairs),
+    }, f"recall at 1: {found[1]:.3f}, at 10: {found[10]:.3f}, of {len(pairs)} queries"
 
-@command("how well a model does on data that comes with modelzip", "modelzip eval lenet5.mz --data mnist5k",
-         argument("model", help=MODEL), argument("--data", required=True, choices=[*DATA, "docstrings"], help="digits to read (the test part), or docstrings to find"),
-         argument("--at-least", type=float, metavar="SHARE", help="exit status 1 if fewer are right, 0 to 1"), KERNELS, JSON)
+
+@command(
+    "how well a model does on data that comes with modelzip",
+    "modelzip eval lenet5.mz --data mnist5k",
+    argument("model", help=MODEL),
+    argument(
+        "--data",
+        required=True,
+        choices=[*DATA, "docstrings"],
+        help="digits to read (the test part), or docstrings to find",
+    ),
+    argument("--at-least", type=float, metavar="SHARE", help="exit status 1 if fewer are right, 0 to 1"),
+    KERNELS,
+    JSON,
+)
 def _eval(o):
-    if o.at_least is not None and not 0 <= o.at_least <= 1: raise ValueError(f"--at-least is {o.at_least}; it may be a share, 0 to 1")
+    if o.at_least is not None and not 0 <= o.at_least <= 1:
+        raise ValueError(f"--at-least is {o.at_least}; it may be a share, 0 to 1")
     model = _ready(o.model, o)
-    if o.kernels: model, = _integers([model])
-    if o.data == "docstrings" and not hasattr(model, "encode"): raise ValueError(f"{o.model} has no encode(texts): docstrings are for models of sentences")
+    if o.kernels:
+        (model,) = _integers([model])
+    if o.data == "docstrings" and not hasattr(model, "encode"):
+        raise ValueError(f"{o.model} has no encode(texts): docstrings are for models of sentences")
     found, said = _retrieval(model) if o.data == "docstrings" else _digits(model, DATA[o.data]())
     found["bytes"] = file_bytes(o.model) if Path(o.model).exists() else None
     return Done(found, said, status=1 if o.at_least is not None and found["accuracy"] < o.at_least else 0)
 
 # %% ../nbs/15_cli.ipynb
-@command("compress LeNet-5 by every technique and print the table", "modelzip tour",
-         argument("--folder", default="tour", help="where report.html and the .mz files go (default: tour)"),
-         argument("--seed", type=int, default=0, help="of the training (default: 0)"), JSON, QUIET)
+@command(
+    "compress LeNet-5 by every technique and print the table",
+    "modelzip tour",
+    argument("--folder", default="tour", help="where report.html and the .mz files go (default: tour)"),
+    argument("--seed", type=int, default=0, help="of the training (default: 0)"),
+    JSON,
+    QUIET,
+)
 def _tour(o):
-    report = tour(o.folder, o.seed, progress=not o.quiet)      # minutes: where no bar can be drawn, a line a step
+    report = tour(o.folder, o.seed, progress=not o.quiet)  # minutes: where no bar can be drawn, a line a step
     return Done(json.loads(report.to_json()), f"{report}\n\nThe files and report.html are in {o.folder}/")
 
-@command("print a script that completes commands in your shell", "modelzip completion bash > modelzip.bash",
-         argument("shell", choices=["bash", "zsh", "tcsh"]))
+
+@command(
+    "print a script that completes commands in your shell",
+    "modelzip completion bash > modelzip.bash",
+    argument("shell", choices=["bash", "zsh", "tcsh"]),
+)
 def _completion(o):
     text = need("shtab", "cli").complete(parser(), o.shell)
     return Done({"script": text}, text)
@@ -543,40 +969,62 @@ def _completion(o):
 # %% ../nbs/15_cli.ipynb
 EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError, RuntimeError)
 
+
 class _Parser(argparse.ArgumentParser):
     "Whose help any terminal can show, and whose errors are a line."
-    def format_help(self): return fitting(super().format_help(), sys.stdout)
-    def error(self, message): raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
+
+    def format_help(self):
+        return fitting(super().format_help(), sys.stdout)
+
+    def error(self, message):
+        raise SystemExit(complain(f"{message} ({self.prog} --help shows what there is)", 2))
+
 
 class _Once(argparse.Action):
     "An option that is given twice would act once."
+
     def __call__(self, parser, namespace, values, option_string=None):
         given = vars(namespace).setdefault("given", set())
-        if option_string and self.dest in given: parser.error(f"{option_string} is there twice")
-        given.add(self.dest); setattr(namespace, self.dest, values)
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} is there twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
 
 def parser() -> argparse.ArgumentParser:
     "Of all commands, with an example in each help."
-    top = _Parser("modelzip", description="Neural-network compression: honest bytes, honest milliseconds.",
-                                  epilog="modelzip COMMAND --help shows the options of a command, and an example.")
+    top = _Parser(
+        "modelzip",
+        description="Neural-network compression: honest bytes, honest milliseconds.",
+        epilog="modelzip COMMAND --help shows the options of a command, and an example.",
+    )
     top.add_argument("--version", action="version", version=f"modelzip {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, f in COMMANDS.items():
-        p = commands.add_parser(name, help=f.help, description=f.help[0].upper() + f.help[1:] + ".", epilog=f"example: {f.example}")
-        for names, options in f.arguments: p.add_argument(*names, **({} if "action" in options else {"action": _Once}) | options)
+        p = commands.add_parser(
+            name, help=f.help, description=f.help[0].upper() + f.help[1:] + ".", epilog=f"example: {f.example}"
+        )
+        for names, options in f.arguments:
+            p.add_argument(*names, **({} if "action" in options else {"action": _Once}) | options)
     return top
 
 # %% ../nbs/15_cli.ipynb
 def cli(
-    arguments: list[str] | None = None,   # None: those of the command line
-) -> int:                                 # exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted
+    arguments: list[str] | None = None,  # None: those of the command line
+) -> int:  # exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted
     "The command `modelzip`, in this process. Whatever goes wrong is one line on standard error."
     try:
-        try: o = parser().parse_args(arguments)
-        except SystemExit as e: return e.code or say(None, 0)
+        try:
+            o = parser().parse_args(arguments)
+        except SystemExit as e:
+            return e.code or say(None, 0)
         done = COMMANDS[o.command](o)
         return say(as_json(done.found) if getattr(o, "json", False) else done.said, done.status)
-    except KeyboardInterrupt: return complain("interrupted", 130)
-    except SystemExit as e: return complain(f"the model's code ends the program ({e})", 2)
-    except BrokenPipeError: return say(None, 0)         # of the help
-    except Exception as e: return complain(reason(e, EXPECTED), 2)
+    except KeyboardInterrupt:
+        return complain("interrupted", 130)
+    except SystemExit as e:
+        return complain(f"the model's code ends the program ({e})", 2)
+    except BrokenPipeError:
+        return say(None, 0)  # of the help
+    except Exception as e:
+        return complain(reason(e, EXPECTED), 2)

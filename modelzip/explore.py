@@ -21,89 +21,128 @@ import numpy as np
 @dataclass(frozen=True)
 class Control:
     "One thing that a reader can turn: the values that it may have, and what each is called."
-    name: str            # the argument of the function that it sets
-    kind: str            # 'slider', 'menu' or 'checkbox'
-    values: tuple        # what the function is given
-    labels: tuple        # what the reader sees, one text for each value
-    start: int = 0       # position of the value that is shown first
 
-    def __len__(self) -> int: return len(self.values)
+    name: str  # the argument of the function that it sets
+    kind: str  # 'slider', 'menu' or 'checkbox'
+    values: tuple  # what the function is given
+    labels: tuple  # what the reader sees, one text for each value
+    start: int = 0  # position of the value that is shown first
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 # %% ../nbs/02_explore.ipynb
 def is_number(x: Any) -> bool:
     "Whether `x` is an integer or a float; True and False are neither."
     return isinstance(x, Real) and not isinstance(x, (bool, np.bool_))
 
+
 def label(
-    value: Any,          # a value of a control
-) -> str:                # what a reader sees
+    value: Any,  # a value of a control
+) -> str:  # what a reader sees
     "The name of a value: six significant digits for a float, `str` for anything else."
     return f"{value:g}" if is_number(value) and not isinstance(value, Integral) else str(value)
 
 # %% ../nbs/02_explore.ipynb
 def steps(
-    low: float,          # the first value
-    high: float,         # the last value, included when a whole number of steps leads to it
-    step: float = 1,     # the distance between two values, above 0
-) -> list:               # low, low + step, … up to high; integers stay integers
+    low: float,  # the first value
+    high: float,  # the last value, included when a whole number of steps leads to it
+    step: float = 1,  # the distance between two values, above 0
+) -> list:  # low, low + step, … up to high; integers stay integers
     "Evenly spaced values from `low` to `high`, as `(low, high, step)` asks for them."
-    if not all(math.isfinite(v) for v in (low, high, step)) or step <= 0 or high < low or not math.isfinite((high - low) / step):
-        raise ValueError(f"(low, high, step) is ({low}, {high}, {step}): it needs finite numbers, low <= high and step > 0")
+    if (
+        not all(math.isfinite(v) for v in (low, high, step))
+        or step <= 0
+        or high < low
+        or not math.isfinite((high - low) / step)
+    ):
+        raise ValueError(
+            f"(low, high, step) is ({low}, {high}, {step}): it needs finite numbers, low <= high and step > 0"
+        )
     n = math.floor((high - low) / step + 1e-9) + 1
-    if n > 10_000: raise ValueError(f"({low}, {high}, {step}) has {n:,} values, which nobody can tell apart: take a larger step")
+    if n > 10_000:
+        raise ValueError(f"({low}, {high}, {step}) has {n:,} values, which nobody can tell apart: take a larger step")
     values = [low + i * step for i in range(n)]
-    if all(isinstance(v, Integral) for v in values): return values
-    def tidy(v): return t if abs((t := float(f"{v:.12g}")) - v) <= 1e-9 * step else float(v)
+    if all(isinstance(v, Integral) for v in values):
+        return values
+
+    def tidy(v):
+        return t if abs((t := float(f"{v:.12g}")) - v) <= 1e-9 * step else float(v)
+
     values = [float(low), *map(tidy, values[1:])]
     return [*values[:-1], float(high)] if abs(values[-1] - high) <= 1e-9 * step else values
 
 # %% ../nbs/02_explore.ipynb
 def values_of(
-    name: str,           # the control's name, for the error message
-    spec: Any,           # range, list, tuple, dict, or an array of one dimension
+    name: str,  # the control's name, for the error message
+    spec: Any,  # range, list, tuple, dict, or an array of one dimension
 ) -> tuple[list, list]:  # the values and their labels
     "Read a control's specification, everything but a bool."
-    if isinstance(spec, dict): return list(spec.values()), [str(k) for k in spec]
+    if isinstance(spec, dict):
+        return list(spec.values()), [str(k) for k in spec]
     if isinstance(spec, tuple) and spec and all(map(is_number, spec)):
-        if len(spec) not in (2, 3): raise ValueError(f"{name} is a tuple of {len(spec)} numbers: (low, high) and (low, high, step) are ranges; for a choice of values write a list")
+        if len(spec) not in (2, 3):
+            raise ValueError(
+                f"{name} is a tuple of {len(spec)} numbers: (low, high) and (low, high, step) are ranges; for a choice"
+                " of values write a list"
+            )
         values = steps(*spec)
-    elif isinstance(spec, (range, list, tuple)): values = list(spec)
-    elif hasattr(spec, "tolist") and getattr(spec, "ndim", 0) == 1: values = spec.tolist()
-    else: raise TypeError(f"{name} is {spec!r}: give it a range, a list, a dict of label: value, a bool or (low, high, step)")
+    elif isinstance(spec, (range, list, tuple)):
+        values = list(spec)
+    elif hasattr(spec, "tolist") and getattr(spec, "ndim", 0) == 1:
+        values = spec.tolist()
+    else:
+        raise TypeError(
+            f"{name} is {spec!r}: give it a range, a list, a dict of label: value, a bool or (low, high, step)"
+        )
     return values, [label(v) for v in values]
 
 # %% ../nbs/02_explore.ipynb
 def is_same(a: Any, b: Any) -> bool:
     "Whether two values are one to a reader: equal numbers, up to the twelfth digit, or equal things of one type."
-    if is_number(a) and is_number(b): return a == b or math.isclose(a, b, rel_tol=1e-12)
-    try: return type(a) is type(b) and bool(np.all(a == b))
-    except Exception: return a is b
+    if is_number(a) and is_number(b):
+        return a == b or math.isclose(a, b, rel_tol=1e-12)
+    try:
+        return type(a) is type(b) and bool(np.all(a == b))
+    except Exception:
+        return a is b
+
 
 def control(
-    name: str,           # the argument that it sets
-    spec: Any,           # range, list, tuple, dict, bool, or an array of one dimension
-    first: Any = inspect.Parameter.empty,   # the value to start from, when it is among the values (2 is 2.0); else the first of them
-) -> Control:            # the control
+    name: str,  # the argument that it sets
+    spec: Any,  # range, list, tuple, dict, bool, or an array of one dimension
+    # the value to start from, when it is among the values (2 is 2.0); else the first of them
+    first: Any = inspect.Parameter.empty,
+) -> Control:  # the control
     "Make a control; ValueError or TypeError says what is wrong with a specification that makes no sense."
-    if isinstance(spec, (bool, np.bool_)): return Control(name, "checkbox", (False, True), ("off", "on"), int(spec))
+    if isinstance(spec, (bool, np.bool_)):
+        return Control(name, "checkbox", (False, True), ("off", "on"), int(spec))
     values, labels = values_of(name, spec)
-    if not values: raise ValueError(f"{name} has no values: give it at least one")
-    if len(set(labels)) < len(labels): raise ValueError(f"{name} shows two values by the same label: {labels}")
-    ascending = not isinstance(spec, dict) and all(map(is_number, values)) and all(a < b for a, b in zip(values, values[1:]))
+    if not values:
+        raise ValueError(f"{name} has no values: give it at least one")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{name} shows two values by the same label: {labels}")
+    ascending = (
+        not isinstance(spec, dict) and all(map(is_number, values)) and all(a < b for a, b in zip(values, values[1:]))
+    )
     same = [is_same(v, first) for v in values]
-    return Control(name, "slider" if ascending else "menu", tuple(values), tuple(labels), same.index(True) if True in same else 0)
+    return Control(
+        name, "slider" if ascending else "menu", tuple(values), tuple(labels), same.index(True) if True in same else 0
+    )
 
 # %% ../nbs/02_explore.ipynb
 def combinations(controls: list[Control]) -> Iterator[tuple[int, ...]]:
     "The positions of all controls, the last one turning fastest."
     return itertools.product(*(range(len(c)) for c in controls))
 
+
 def choice(
-    controls: list[Control],        # the controls
-    positions: tuple[int, ...],     # a position for each of them
-) -> dict:                          # arguments by name
+    controls: list[Control],  # the controls
+    positions: tuple[int, ...],  # a position for each of them
+) -> dict:  # arguments by name
     "The arguments that a position of the controls stands for."
     return {c.name: c.values[i] for c, i in zip(controls, positions)}
+
 
 def initial(controls: list[Control]) -> dict:
     "The arguments that are shown first."
@@ -111,12 +150,14 @@ def initial(controls: list[Control]) -> dict:
 
 # %% ../nbs/02_explore.ipynb
 def drawn(
-    fig: Any,            # a matplotlib figure
-    form: str,           # 'png' or 'svg'
+    fig: Any,  # a matplotlib figure
+    form: str,  # 'png' or 'svg'
     sharp: float = 1.5,  # pixels of the file for each pixel on the page
-) -> bytes:              # the file: the same bytes for the same figure
-    "Draw a figure into bytes, without date or version; its whole canvas when a layout engine keeps labels inside, else cut to its contents."
+) -> bytes:  # the file: the same bytes for the same figure
+    """Draw a figure into bytes, without date or version; its whole canvas when a layout engine keeps labels inside,
+    else cut to its contents."""
     from matplotlib import rc_context
+
     box = "standard" if fig.get_layout_engine() else "tight"
     bare = {"Software": None} if form == "png" else {"Date": None, "Creator": None, "Format": None, "Type": None}
     out = io.BytesIO()
@@ -125,25 +166,32 @@ def drawn(
     return out.getvalue()
 
 # %% ../nbs/02_explore.ipynb
-FAR = 24      # of 255: differences in one channel that nobody takes for another colour
+FAR = 24  # of 255: differences in one channel that nobody takes for another colour
+
 
 def distance(a: Any, b: Any) -> np.ndarray:
     "The largest difference of any channel, for each pixel of two pictures."
     a, b = (np.asarray(p.convert("RGB"), dtype=np.int16) for p in (a, b))
     return np.abs(a - b).max(-1)
 
+
 def colors_of(picture: Any) -> np.ndarray:
     "The different colours of a picture, one a row, in order."
     picture = picture.convert("RGB")
     return np.array(sorted(color for count, color in picture.getcolors(picture.width * picture.height)), dtype=np.int16)
 
+
 def with_rare_colors(
-    picture: Any,        # a Pillow image in RGB
-    colors: int,         # as many as the new palette may have
-) -> Any:                # a Pillow image of one pixel, with the palette
+    picture: Any,  # a Pillow image in RGB
+    colors: int,  # as many as the new palette may have
+) -> Any:  # a Pillow image of one pixel, with the palette
     "Half of the palette for what is frequent, the rest for what lies farthest from it."
     from PIL import Image
-    chosen, there = list(colors_of(picture.quantize(colors - colors // 2, dither=Image.Dither.NONE))), colors_of(picture)
+
+    chosen, there = (
+        list(colors_of(picture.quantize(colors - colors // 2, dither=Image.Dither.NONE))),
+        colors_of(picture),
+    )
     away = np.min([np.abs(there - c).max(-1) for c in chosen], axis=0)
     while len(chosen) < colors and away.max() > FAR // 2:
         chosen.append(there[away.argmax()])
@@ -154,15 +202,18 @@ def with_rare_colors(
 
 # %% ../nbs/02_explore.ipynb
 def palette_png(
-    png: bytes,          # a PNG file of any kind
-    colors: int = 64,    # at most so many different colours remain in a palette, 2..256
-) -> bytes:              # a PNG file with a palette: one byte or less a pixel before it is compressed
-    "Make a PNG small by giving it a palette, on white where it is transparent; the file comes back as it was where that is no smaller."
+    png: bytes,  # a PNG file of any kind
+    colors: int = 64,  # at most so many different colours remain in a palette, 2..256
+) -> bytes:  # a PNG file with a palette: one byte or less a pixel before it is compressed
+    """Make a PNG small by giving it a palette, on white where it is transparent; the file comes back as it was
+    where that is no smaller."""
     from PIL import Image
+
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     few = picture.quantize(colors, dither=Image.Dither.NONE)
-    if distance(picture, few).max() > FAR: few = picture.quantize(palette=with_rare_colors(picture, colors), dither=Image.Dither.NONE)
+    if distance(picture, few).max() > FAR:
+        few = picture.quantize(palette=with_rare_colors(picture, colors), dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, format="png", optimize=True)
     return min(out.getvalue(), png, key=len)
@@ -172,67 +223,110 @@ def short_number(found: re.Match) -> str:
     "A decimal with two digits after the point."
     return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
+
 TAG = re.compile(r"""(<(?:[^<>"']|"[^"]*"|'[^']*')*>)""")
 
+
 def compact_svg(
-    svg: bytes,          # an SVG file as matplotlib writes it
-) -> bytes:              # the same picture in fewer bytes
+    svg: bytes,  # an SVG file as matplotlib writes it
+) -> bytes:  # the same picture in fewer bytes
     "Leave out what draws nothing, and give coordinates two decimals. Only tags are rewritten: what a text says stays."
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg.decode(), flags=re.S)
-    parts = TAG.split(text)                                       # between, before, behind tags: what is no tag
+    parts = TAG.split(text)  # between, before, behind tags: what is no tag
     used = {name for tag in parts[1::2] for name in re.findall(r"#([\w.-]+)", tag)}
+
     def short(tag):
         tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", re.sub(r"\s+", " ", tag))
-        tag = re.sub(r"(font[^;\"]*?'[^',]*'), [^;\"]*?([\w-]+)(?=[;\"])", r"\1, \2", tag)    # one font and its family
+        tag = re.sub(r"(font[^;\"]*?'[^',]*'), [^;\"]*?([\w-]+)(?=[;\"])", r"\1, \2", tag)  # one font and its family
         tag = re.sub(r'(?<= [dxy]=")[^"]*', lambda d: re.sub(r"\d+\.\d{3,}", short_number, d[0]), tag)
         return re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", tag).replace(" />", "/>")
+
     said = iter(parts)
-    out, inside = [next(said).strip()], 0                         # inside a text spaces are letters
+    out, inside = [next(said).strip()], 0  # inside a text spaces are letters
     for tag, between in zip(said, said):
-        if re.match(r"</?(text|title|desc)\b", tag) and not tag.endswith("/>"): inside += -1 if tag.startswith("</") else 1
+        if re.match(r"</?(text|title|desc)\b", tag) and not tag.endswith("/>"):
+            inside += -1 if tag.startswith("</") else 1
         out += [short(tag), between if inside else re.sub(r"\s+", " ", between).strip()]
     return "".join(out).encode()
 
 # %% ../nbs/02_explore.ipynb
 def data_uri(
-    data: bytes,         # a file
-    kind: str,           # its media type, such as image/png
-) -> str:                # an address that holds the file itself
+    data: bytes,  # a file
+    kind: str,  # its media type, such as image/png
+) -> str:  # an address that holds the file itself
     "A file inside a page (RFC 2397): SVG as text, anything else as base64."
-    if kind == "image/svg+xml": return f"data:{kind}," + quote(data.decode(), safe=" /:=;,.()'*+!?@$")
+    if kind == "image/svg+xml":
+        return f"data:{kind}," + quote(data.decode(), safe=" /:=;,.()'*+!?@$")
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 # %% ../nbs/02_explore.ipynb
 def figures_of(
-    result: Any,         # what a function returned
-) -> list:               # of matplotlib Figures, each once; empty when it is something else
+    result: Any,  # what a function returned
+) -> list:  # of matplotlib Figures, each once; empty when it is something else
     "The figures that `result` is, holds, or is drawn on."
-    if "matplotlib" not in sys.modules: return []
+    if "matplotlib" not in sys.modules:
+        return []
     from matplotlib.figure import Figure
-    theirs = type(result).__module__.startswith("matplotlib.container") and not isinstance(result, tuple)      # such as what plt.pie returns
-    if theirs or isinstance(result, dict) or isinstance(result, Sequence) and not isinstance(result, (str, bytes, range)) or isinstance(result, np.ndarray) and result.dtype == object:
-        inner = vars(result).values() if theirs else result.values() if isinstance(result, dict) else result.flat if isinstance(result, np.ndarray) else result
+
+    theirs = type(result).__module__.startswith("matplotlib.container") and not isinstance(
+        result, tuple
+    )  # such as what plt.pie returns
+    if (
+        theirs
+        or isinstance(result, dict)
+        or isinstance(result, Sequence)
+        and not isinstance(result, (str, bytes, range))
+        or isinstance(result, np.ndarray)
+        and result.dtype == object
+    ):
+        inner = (
+            vars(result).values()
+            if theirs
+            else (
+                result.values()
+                if isinstance(result, dict)
+                else result.flat
+                if isinstance(result, np.ndarray)
+                else result
+            )
+        )
         return [*{id(f): f for x in inner for f in figures_of(x)}.values()]
     owner = None if isinstance(result, type) else getattr(result, "figure", None)
-    while owner is not None and not isinstance(owner, Figure) and owner is not getattr(owner, "figure", owner): owner = owner.figure      # a part of a figure
+    while owner is not None and not isinstance(owner, Figure) and owner is not getattr(owner, "figure", owner):
+        owner = owner.figure  # a part of a figure
     return [f for f in (result, owner) if isinstance(f, Figure)][:1]
 
+
 def beside_figures(result: Any) -> list:
-    "What a tuple, list or dict with figures in it holds besides: texts, numbers, tables; no arrays, which `plt.hist` returns by the way."
+    """What a tuple, list or dict with figures in it holds besides: texts, numbers, tables; no arrays, which
+    `plt.hist` returns by the way."""
     rest = []
     for x in result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ():
-        found = beside_figures(x) if isinstance(x, (tuple, list, dict)) else [] if x is None or isinstance(x, np.ndarray) else [x]
-        rest += [y for y in found if not figures_of(y)] if figures_of(x) or not isinstance(x, (tuple, list, dict)) else [x] * bool(found)
+        found = (
+            beside_figures(x)
+            if isinstance(x, (tuple, list, dict))
+            else []
+            if x is None or isinstance(x, np.ndarray)
+            else [x]
+        )
+        rest += (
+            [y for y in found if not figures_of(y)]
+            if figures_of(x) or not isinstance(x, (tuple, list, dict))
+            else [x] * bool(found)
+        )
     return rest
 
 # %% ../nbs/02_explore.ipynb
 def img(
-    uri: str,            # where the picture is; here always a data URI
-    alt: str,            # what a reader who cannot see it is told
-    width: str = "auto", # as CSS writes it
-) -> str:                # an <img> element
+    uri: str,  # where the picture is; here always a data URI
+    alt: str,  # what a reader who cannot see it is told
+    width: str = "auto",  # as CSS writes it
+) -> str:  # an <img> element
     "A picture in HTML. It is decoded before it is shown, so that turning a control does not flicker."
-    return f'<img src="{html.escape(uri)}" style="width:{width};max-width:100%" decoding="sync" alt="{html.escape(alt)}">'
+    return (
+        f'<img src="{html.escape(uri)}" style="width:{width};max-width:100%" decoding="sync" alt="{html.escape(alt)}">'
+    )
+
 
 def img_of(fig: Any, form: str, alt: str) -> str:
     "A figure as an <img> element, as wide as it would be in the notebook."
@@ -241,33 +335,53 @@ def img_of(fig: Any, form: str, alt: str) -> str:
     return img(uri, alt, f"{fig.get_figwidth() * fig.dpi:.0f}px")
 
 # %% ../nbs/02_explore.ipynb
-FORMS = {"image/svg+xml": "_repr_svg_", "text/html": "_repr_html_", "image/png": "_repr_png_", "image/jpeg": "_repr_jpeg_", "text/markdown": "_repr_markdown_", "text/latex": "_repr_latex_"}
+FORMS = {
+    "image/svg+xml": "_repr_svg_",
+    "text/html": "_repr_html_",
+    "image/png": "_repr_png_",
+    "image/jpeg": "_repr_jpeg_",
+    "text/markdown": "_repr_markdown_",
+    "text/latex": "_repr_latex_",
+}
+
 
 def forms_of(
-    result: Any,         # any object
-) -> Iterator[tuple]:    # (media type, data) of what it says of itself, the best first
+    result: Any,  # any object
+) -> Iterator[tuple]:  # (media type, data) of what it says of itself, the best first
     "Ask an object how it wants to be shown, as Jupyter does."
+
     def says(method, **args):
         said = getattr(result, method, None)
         said = said(**args) if callable(said) and not isinstance(result, type) else None
-        return said[0] if isinstance(said, tuple) else said                      # the second are metadata
+        return said[0] if isinstance(said, tuple) else said  # the second are metadata
+
     bundle = says("_repr_mimebundle_", include=None, exclude=None) or {}
     for kind, method in FORMS.items():
-        if data := bundle.get(kind) or says(method): yield kind, "".join(data) if isinstance(data, list) else data
+        if data := bundle.get(kind) or says(method):
+            yield kind, "".join(data) if isinstance(data, list) else data
+
 
 def rendered(
-    result: Any,         # a figure, axes, several of them, an object with a picture or HTML of itself, or anything with a str
-    form: str = "png",   # how figures are drawn, 'png' or 'svg'
-    alt: str = "",       # the text that stands for a picture
-) -> str:                # a piece of HTML
-    "Show anything as HTML, like a notebook does: the pictures when there are any, then HTML, then text. ValueError for an explorer."
+    result: Any,  # a figure, axes, several of them, an object with a picture or HTML of itself, or anything with a str
+    form: str = "png",  # how figures are drawn, 'png' or 'svg'
+    alt: str = "",  # the text that stands for a picture
+) -> str:  # a piece of HTML
+    """Show anything as HTML, like a notebook does: the pictures when there are any, then HTML, then text.
+    ValueError for an explorer."""
     inner = getattr(result, "controls", None)
-    if isinstance(inner, list) and inner and isinstance(inner[0], Control): raise ValueError("a frame cannot hold an explorer: give its controls to the outer one")
-    if figures := figures_of(result): return "".join([*(img_of(f, form, alt) for f in figures), *(rendered(x, form, alt) for x in beside_figures(result))])
+    if isinstance(inner, list) and inner and isinstance(inner[0], Control):
+        raise ValueError("a frame cannot hold an explorer: give its controls to the outer one")
+    if figures := figures_of(result):
+        return "".join(
+            [*(img_of(f, form, alt) for f in figures), *(rendered(x, form, alt) for x in beside_figures(result))]
+        )
     for kind, data in forms_of(result):
-        if kind == "text/html": return data
-        if kind.startswith("text/"): return f"<pre>{html.escape(data)}</pre>"
-        if kind == "image/svg+xml": return img(data_uri(data.encode(), kind), alt)
+        if kind == "text/html":
+            return data
+        if kind.startswith("text/"):
+            return f"<pre>{html.escape(data)}</pre>"
+        if kind == "image/svg+xml":
+            return img(data_uri(data.encode(), kind), alt)
         return img(data_uri(base64.b64decode(data) if isinstance(data, str) else data, kind), alt)
     return f"<pre>{html.escape(str(result))}</pre>"
 
@@ -275,30 +389,45 @@ def rendered(
 @contextmanager
 def fresh_figures() -> Iterator[Callable]:
     "Inside, calling what it yields lists the pyplot figures drawn since; on leaving they are closed."
-    def pyplot(): return sys.modules.get("matplotlib.pyplot")
-    def numbers(): return set(pyplot().get_fignums()) if pyplot() else set()
-    def figures(): return [pyplot().figure(n) for n in sorted(numbers() - before)]
+
+    def pyplot():
+        return sys.modules.get("matplotlib.pyplot")
+
+    def numbers():
+        return set(pyplot().get_fignums()) if pyplot() else set()
+
+    def figures():
+        return [pyplot().figure(n) for n in sorted(numbers() - before)]
+
     before = numbers()
-    if pyplot(): pyplot().figure()
-    try: yield lambda: [fig for fig in figures() if len(fig.get_children()) > 1]      # an empty one has its background alone
+    if pyplot():
+        pyplot().figure()
+    try:
+        yield lambda: [fig for fig in figures() if len(fig.get_children()) > 1]  # an empty one has its background alone
     finally:
-        for n in numbers() - before: pyplot().close(n)
+        for n in numbers() - before:
+            pyplot().close(n)
 
 # %% ../nbs/02_explore.ipynb
 def frame_in(
-    f: Callable,         # the function of an explorer
-    values: dict,        # its arguments by name
-    *forms: str,         # how figures are drawn: 'png', 'svg' or both
-) -> dict[str, str]:     # a piece of HTML for each form
+    f: Callable,  # the function of an explorer
+    values: dict,  # its arguments by name
+    *forms: str,  # how figures are drawn: 'png', 'svg' or both
+) -> dict[str, str]:  # a piece of HTML for each form
     "What one call printed and returned, as HTML; ValueError when that is nothing at all."
     printed = io.StringIO()
     with fresh_figures() as opened, redirect_stdout(printed):
         result = f(**values)
         mine = {id(fig) for fig in figures_of(result)}
-        empty = result is None or isinstance(result, (str, tuple, list, dict)) and not (result.strip() if isinstance(result, str) else result)
+        empty = (
+            result is None
+            or isinstance(result, (str, tuple, list, dict))
+            and not (result.strip() if isinstance(result, str) else result)
+        )
         results = [fig for fig in opened() if id(fig) not in mine] + ([] if empty else [result])
         text = f"<pre>{html.escape(printed.getvalue())}</pre>" if printed.getvalue() else ""
-        if not results and not text: raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
+        if not results and not text:
+            raise ValueError(f"{name_of(f)} showed nothing for {values}: return a figure, a table or a text")
         return {form: text + "".join(rendered(r, form, about(f)) for r in results) for form in forms}
 
 # %% ../nbs/02_explore.ipynb
@@ -306,71 +435,87 @@ def name_of(f: Callable) -> str:
     "What to call a function in a message."
     return getattr(f, "__name__", None) or type(f).__name__
 
+
 def about(f: Callable) -> str:
     "The first line of a function's documentation, else its name: the text that stands for its pictures."
     return (inspect.getdoc(f) or name_of(f)).splitlines()[0] if inspect.isroutine(f) else name_of(f)
 
 # %% ../nbs/02_explore.ipynb
 def frame(
-    f: Callable,         # the function of an explorer
-    values: dict,        # its arguments by name
-    form: str = "png",   # how figures are drawn, 'png' or 'svg'
-) -> str:                # what it printed and what it returned, as a piece of HTML
+    f: Callable,  # the function of an explorer
+    values: dict,  # its arguments by name
+    form: str = "png",  # how figures are drawn, 'png' or 'svg'
+) -> str:  # what it printed and what it returned, as a piece of HTML
     "One frame of an explorer; ValueError when the function shows nothing at all."
     return frame_in(f, values, form)[form]
 
 # %% ../nbs/02_explore.ipynb
-MAX_FRAMES = 1_000       # more combinations than that are refused before the first is drawn
-MAX_BYTES = 600_000      # of one explorer's frames, so that three of them on a page stay under 2 MB
+MAX_FRAMES = 1_000  # more combinations than that are refused before the first is drawn
+MAX_BYTES = 600_000  # of one explorer's frames, so that three of them on a page stay under 2 MB
 
 # %% ../nbs/02_explore.ipynb
 def too_much(
     controls: list[Control],  # the controls
-    why: str,                 # which limit is passed, and by how much
-) -> ValueError:              # the error to raise
+    why: str,  # which limit is passed, and by how much
+) -> ValueError:  # the error to raise
     "Say what is too much, and which control to take values from."
     sizes, longest = " × ".join(f"{c.name} {len(c)}" for c in controls), max(controls, key=len)
-    return ValueError(f"{sizes} = {math.prod(map(len, controls)):,} frames: {why}. "
-                      f"Give fewer values, first of all to {longest.name!r}, which has {len(longest)}, or show a smaller figure")
+    return ValueError(
+        f"{sizes} = {math.prod(map(len, controls)):,} frames: {why}. "
+        f"Give fewer values, first of all to {longest.name!r}, which has {len(longest)}, or show a smaller figure"
+    )
+
 
 @contextmanager
 def naming(f: Callable, values: dict) -> Iterator[None]:
     "Add to an error which arguments led to it."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if hasattr(e, "add_note"): e.add_note(f"explore: while {name_of(f)} ran with " + ", ".join(f"{k}={v!r}" for k, v in values.items()))
+        if hasattr(e, "add_note"):
+            e.add_note(f"explore: while {name_of(f)} ran with " + ", ".join(f"{k}={v!r}" for k, v in values.items()))
         raise
 
 # %% ../nbs/02_explore.ipynb
 def table(
-    f: Callable,                       # the function of an explorer
-    controls: list[Control],           # what turns it
-    form: str = "png",                 # how figures are drawn
-    limit: int = MAX_BYTES,            # bytes that the different frames may take together
-    ready: dict = {},                  # frames that are there already, by the controls' positions
-) -> tuple[list[str], list[int]]:      # the different frames, and for every combination which of them it shows
+    f: Callable,  # the function of an explorer
+    controls: list[Control],  # what turns it
+    form: str = "png",  # how figures are drawn
+    limit: int = MAX_BYTES,  # bytes that the different frames may take together
+    ready: dict = {},  # frames that are there already, by the controls' positions
+) -> tuple[list[str], list[int]]:  # the different frames, and for every combination which of them it shows
     "Call `f` once for every combination; frames that look the same are kept once."
     count = math.prod(map(len, controls))
-    if count > MAX_FRAMES: raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
+    if count > MAX_FRAMES:
+        raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
     seen, order, size = {}, [], 0
     for positions in combinations(controls):
         values = choice(controls, positions)
-        with naming(f, values): shown = ready[positions] if positions in ready else frame(f, values, form)
-        if shown not in seen: size += len(shown.encode())
+        with naming(f, values):
+            shown = ready[positions] if positions in ready else frame(f, values, form)
+        if shown not in seen:
+            size += len(shown.encode())
         order.append(seen.setdefault(shown, len(seen)))
-        if size > limit: raise too_much(controls, f"the first {len(order):,} take {size:,} bytes, and {limit:,} are allowed")
+        if size > limit:
+            raise too_much(controls, f"the first {len(order):,} take {size:,} bytes, and {limit:,} are allowed")
     return list(seen), order
 
 # %% ../nbs/02_explore.ipynb
 def knob(
-    c: Control,          # a control
-) -> str:                # a <label> with an input inside
+    c: Control,  # a control
+) -> str:  # a <label> with an input inside
     "A control as HTML: a range input, a menu, or a checkbox."
     name, now = html.escape(c.name), html.escape(c.labels[c.start])
-    if c.kind == "checkbox": return f'<label><input type="checkbox"{" checked" * c.start}> {name}</label>'
-    if c.kind == "slider": return (f'<label>{name} <input type="range" min="0" max="{len(c) - 1}" value="{c.start}" aria-valuetext="{now}">'
-                                   f" <output>{now}</output></label>")
-    options = "".join(f'<option{" selected" * (i == c.start)}>{html.escape(t)}</option>' for i, t in enumerate(c.labels))
+    if c.kind == "checkbox":
+        return f'<label><input type="checkbox"{" checked" * c.start}> {name}</label>'
+    if c.kind == "slider":
+        return (
+            f'<label>{name} <input type="range" min="0" max="{len(c) - 1}" value="{c.start}" aria-valuetext="{now}">'
+            f' <output>{now}</output></label>'
+        )
+    options = "".join(
+        f'<option{" selected" * (i == c.start)}>{html.escape(t)}</option>' for i, t in enumerate(c.labels)
+    )
     return f"<label>{name} <select>{options}</select></label>"
 
 # %% ../nbs/02_explore.ipynb
@@ -412,49 +557,62 @@ STYLE = """
 
 # %% ../nbs/02_explore.ipynb
 def in_script(
-    value: Any,          # anything that JSON can say
-) -> str:                # JSON that no HTML parser takes for the end of a script
+    value: Any,  # anything that JSON can say
+) -> str:  # JSON that no HTML parser takes for the end of a script
     "A value as JSON that can stand inside <script>."
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("</", "<\\/").replace("<!", "\\u003c!").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        text.replace("</", "<\\/").replace("<!", "\\u003c!").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )
 
 # %% ../nbs/02_explore.ipynb
 def page(
     controls: list[Control],  # what can be turned
-    frames: list[str],        # the different frames
-    order: list[int],         # which frame each combination shows
-    title: str = "",          # what the group of controls is called for a screen reader
-) -> str:                     # HTML that needs nothing else
+    frames: list[str],  # the different frames
+    order: list[int],  # which frame each combination shows
+    title: str = "",  # what the group of controls is called for a screen reader
+) -> str:  # HTML that needs nothing else
     "Controls, the first frame, and the script that swaps frames."
     first = order[list(combinations(controls)).index(tuple(c.start for c in controls))]
     knobs = "".join(map(knob, controls))
     ident = hashlib.sha256(json.dumps([title, knobs, order, frames]).encode()).hexdigest()[:12]
-    fill = {"ID": ident, "LABELS": in_script([c.labels for c in controls]), "ORDER": in_script(order), "FIRST": str(first),
-            "FRAMES": in_script([None if i == first else f for i, f in enumerate(frames)])}
+    fill = {
+        "ID": ident,
+        "LABELS": in_script([c.labels for c in controls]),
+        "ORDER": in_script(order),
+        "FIRST": str(first),
+        "FRAMES": in_script([None if i == first else f for i, f in enumerate(frames)]),
+    }
     script = re.sub(r"\b(ID|LABELS|ORDER|FIRST|FRAMES)\b", lambda m: fill[m[0]], SCRIPT)
-    return (f'<div class="mz-explore mz-{ident}"><style>{STYLE}</style><fieldset disabled aria-label="{html.escape(title)}">{knobs}</fieldset>'
-            f'<div class="mz-frame">{frames[first]}</div><script>{script}</script></div>')
+    return (
+        f'<div class="mz-explore mz-{ident}"><style>{STYLE}</style><fieldset disabled'
+        f' aria-label="{html.escape(title)}">{knobs}</fieldset><div'
+        f' class="mz-frame">{frames[first]}</div><script>{script}</script></div>'
+    )
 
 # %% ../nbs/02_explore.ipynb
 def form_for(
-    f: Callable,                         # the function of an explorer
-    controls: list[Control],             # what turns it
-) -> tuple[str, dict[tuple, str]]:       # 'png' or 'svg', and the sample's frames in it, by the controls' positions
+    f: Callable,  # the function of an explorer
+    controls: list[Control],  # what turns it
+) -> tuple[str, dict[tuple, str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
     "The format that makes a sample of frames smaller; all frames take the same, so that they look alike."
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
     sample, drawn = [tuple(c.start for c in controls), places[0], places[len(places) // 2], places[-1]], {}
     for positions in dict.fromkeys(sample):
         values = choice(controls, positions)
-        with naming(f, values): drawn[positions] = frame_in(f, values, "png", "svg")
-        if drawn[positions]["png"] == drawn[positions]["svg"]: break                     # no figure in it
+        with naming(f, values):
+            drawn[positions] = frame_in(f, values, "png", "svg")
+        if drawn[positions]["png"] == drawn[positions]["svg"]:
+            break  # no figure in it
     form = min(("png", "svg"), key=lambda form: sum(len(drawn[p][form]) for p in sample if p in drawn))
     return form, {p: both[form] for p, both in drawn.items()}
 
+
 def publish(
-    f: Callable,              # the function of an explorer
+    f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
-    limit: int = MAX_BYTES,   # bytes that its different frames may take
-) -> str:                     # one piece of HTML, the same whenever `f` returns the same
+    limit: int = MAX_BYTES,  # bytes that its different frames may take
+) -> str:  # one piece of HTML, the same whenever `f` returns the same
     "Everything that an explorer can show, computed now."
     form, ready = form_for(f, controls)
     return page(controls, *table(f, controls, form, limit, ready), name_of(f))
@@ -462,53 +620,74 @@ def publish(
 # %% ../nbs/02_explore.ipynb
 def is_live() -> bool:
     "Whether a kernel listens, and nobody asked for a static page by MODELZIP_STATIC=1."
-    if os.environ.get("MODELZIP_STATIC", "0") not in ("", "0"): return False
+    if os.environ.get("MODELZIP_STATIC", "0") not in ("", "0"):
+        return False
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None
 
 # %% ../nbs/02_explore.ipynb
 def safe_frame(
-    f: Callable,         # the function of an explorer
-    values: dict,        # its arguments by name
-) -> str:                # a frame, or where and why there is none
+    f: Callable,  # the function of an explorer
+    values: dict,  # its arguments by name
+) -> str:  # a frame, or where and why there is none
     "A frame, or the error in its place."
-    try: return frame(f, values)
+    try:
+        return frame(f, values)
     except Exception as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
-        return f'<pre style="color:#c00">{html.escape(f"{type(e).__name__}: {e}")}\n{html.escape(f"in {last.name}, line {last.lineno}: {last.line}")}</pre>'
+        return (
+            '<pre'
+            f' style="color:#c00">{html.escape(f"{type(e).__name__}: {e}")}\n{html.escape(f"in {last.name}, line {last.lineno}: {last.line}")}</pre>'
+        )
 
 # %% ../nbs/02_explore.ipynb
 def widget_for(c: Control) -> Any:
     "A control as a widget whose value is a position in its list."
     import ipywidgets
-    if c.kind == "checkbox": return ipywidgets.Checkbox(bool(c.start), description=c.name, indent=False)
+
+    if c.kind == "checkbox":
+        return ipywidgets.Checkbox(bool(c.start), description=c.name, indent=False)
     make = ipywidgets.SelectionSlider if c.kind == "slider" else ipywidgets.Dropdown
-    return make(options=list(zip(c.labels, range(len(c)))), value=c.start, description=c.name, style={"description_width": "initial"})
+    return make(
+        options=list(zip(c.labels, range(len(c)))),
+        value=c.start,
+        description=c.name,
+        style={"description_width": "initial"},
+    )
+
 
 def widgets(
-    f: Callable,              # the function of an explorer
+    f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
-) -> Any:                     # an ipywidgets box: the controls, and below them an HTML widget with the frame
+) -> Any:  # an ipywidgets box: the controls, and below them an HTML widget with the frame
     "The live explorer: each frame is computed when it is asked for."
     import ipywidgets
+
     knobs, stage = [widget_for(c) for c in controls], ipywidgets.HTML()
-    def show(change=None): stage.value = safe_frame(f, choice(controls, [int(k.value) for k in knobs]))
-    for k in knobs: k.observe(show, "value")
+
+    def show(change=None):
+        stage.value = safe_frame(f, choice(controls, [int(k.value) for k in knobs]))
+
+    for k in knobs:
+        k.observe(show, "value")
     show()
     return ipywidgets.VBox([ipywidgets.HBox(knobs, layout={"flex_flow": "row wrap"}), stage])
 
 # %% ../nbs/02_explore.ipynb
 def preview(
-    f: Callable,              # the function of an explorer
+    f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
-    patience: float = 2.,     # seconds that drawing all frames may take
-) -> str:                     # HTML
+    patience: float = 2.0,  # seconds that drawing all frames may take
+) -> str:  # HTML
     "What stands beside live widgets: all frames when they come quickly, else the first alone."
     began = time.perf_counter()
     first = safe_frame(f, initial(controls))
     slow = (time.perf_counter() - began) * (math.prod(map(len, controls)) + 2) > patience
-    try: return first + NOTE if slow else publish(f, controls)
-    except Exception: return first + NOTE
+    try:
+        return first + NOTE if slow else publish(f, controls)
+    except Exception:
+        return first + NOTE
+
 
 NOTE = "<p><em>Run this cell to turn the controls, or with MODELZIP_STATIC=1 to save all frames.</em></p>"
 
@@ -521,55 +700,72 @@ DOCUMENT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 # %% ../nbs/02_explore.ipynb
 class Explorer:
     "A function with controls: widgets in a live kernel, one piece of HTML everywhere else. `explore` makes it."
-    def __init__(self,
-        f: Callable,              # given one value of each control, returns a figure, a table or a text
+
+    def __init__(
+        self,
+        f: Callable,  # given one value of each control, returns a figure, a table or a text
         controls: list[Control],  # what turns it
     ):
         self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
 
-    def __repr__(self) -> str: return f"explore({name_of(self.f)}, " + ", ".join(f"{c.name}={c.labels[c.start]}" for c in self.controls) + ")"
+    def __repr__(self) -> str:
+        return f"explore({name_of(self.f)}, " + ", ".join(f"{c.name}={c.labels[c.start]}" for c in self.controls) + ")"
 
-    def html(self,
-        limit: int = MAX_BYTES,   # bytes that the different frames may take
-    ) -> str:                     # one piece of HTML, the same whenever the function returns the same
+    def html(
+        self,
+        limit: int = MAX_BYTES,  # bytes that the different frames may take
+    ) -> str:  # one piece of HTML, the same whenever the function returns the same
         "All frames at once; ValueError says what to reduce when they take over `limit` bytes."
         if self._html is None or self._size > limit:
             form, ready = form_for(self.f, self.controls)
             frames, order = table(self.f, self.controls, form, limit, ready)
-            self._html, self._size = page(self.controls, frames, order, name_of(self.f)), sum(len(shown.encode()) for shown in frames)
+            self._html, self._size = (
+                page(self.controls, frames, order, name_of(self.f)),
+                sum(len(shown.encode()) for shown in frames),
+            )
         return self._html
 
-    def save(self,
+    def save(
+        self,
         path: str | os.PathLike,  # an HTML file; its folder is there already
-        limit: int = MAX_BYTES,   # bytes that the different frames may take
-    ) -> Path:                    # the file
+        limit: int = MAX_BYTES,  # bytes that the different frames may take
+    ) -> Path:  # the file
         "Write a page of its own: it opens in any browser, without a network."
-        from modelzip.measure import write_whole      # here, as it brings torch along, which a page of explorers does not need
+        from modelzip.measure import (
+            write_whole,
+        )  # here, as it brings torch along, which a page of explorers does not need
+
         write_whole(path, DOCUMENT.format(title=html.escape(name_of(self.f)), body=self.html(limit)))
         return Path(path)
 
-    def widget(self) -> Any:      # an ipywidgets box
+    def widget(self) -> Any:  # an ipywidgets box
         "The live form, made when it is first asked for."
-        if self._widget is None: self._widget = widgets(self.f, self.controls)
+        if self._widget is None:
+            self._widget = widgets(self.f, self.controls)
         return self._widget
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
         plain = {"text/plain": repr(self)}
-        if not is_live(): return {**plain, "text/html": self.html()}
+        if not is_live():
+            return {**plain, "text/html": self.html()}
         return {**self.widget()._repr_mimebundle_(), **plain, "text/html": preview(self.f, self.controls)}
 
 # %% ../nbs/02_explore.ipynb
 def defaults_of(
-    f: Callable,              # the function to explore
-    names: set[str],          # the controls' names
-) -> dict[str, Any]:          # the defaults of its arguments
+    f: Callable,  # the function to explore
+    names: set[str],  # the controls' names
+) -> dict[str, Any]:  # the defaults of its arguments
     "Compare controls with the arguments of `f`; TypeError names those that are unknown or missing."
-    try: arguments = inspect.signature(f).parameters
-    except (TypeError, ValueError): return {}          # a builtin that does not say
+    try:
+        arguments = inspect.signature(f).parameters
+    except (TypeError, ValueError):
+        return {}  # a builtin that does not say
     by_name = {n: p for n, p in arguments.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
     if not takes_any and (unknown := names - by_name.keys()):
-        raise TypeError(f"{name_of(f)} has no argument {', '.join(sorted(unknown))}; it has {', '.join(by_name) or 'none'}")
+        raise TypeError(
+            f"{name_of(f)} has no argument {', '.join(sorted(unknown))}; it has {', '.join(by_name) or 'none'}"
+        )
     if placed := [n for n, p in arguments.items() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
         raise TypeError(f"{name_of(f)} takes {', '.join(placed)} by position alone; an explorer sets arguments by name")
     if missing := [n for n, p in by_name.items() if p.default is p.empty and n not in names]:
@@ -578,30 +774,39 @@ def defaults_of(
 
 # %% ../nbs/02_explore.ipynb
 def explore(
-    f: Callable,         # returns a figure, axes, a table, a text …; has one argument for each control
-    **controls: Any,     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
-) -> Explorer:           # shows itself: widgets in a live kernel, else HTML with all frames inside
-    """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a checkbox that is set or not at first;
-    of sliders and menus the first frame has `f`'s own default where that is among the values, else the first value.
-    ValueError or TypeError names a control that makes no sense, and says how many frames or bytes are too many."""
-    if not callable(f): raise TypeError(f"explore needs a function, not {f!r}")
-    if not controls: raise ValueError(f"explore({name_of(f)}) has no control: name an argument and its values, as in bits=range(1, 9)")
+    f: Callable,  # returns a figure, axes, a table, a text …; has one argument for each control
+    # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
+    **controls: Any,
+) -> Explorer:  # shows itself: widgets in a live kernel, else HTML with all frames inside
+    """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a
+    checkbox that is set or not at first; of sliders and menus the first frame has `f`'s own default where that is
+    among the values, else the first value. ValueError or TypeError names a control that makes no sense, and says
+    how many frames or bytes are too many."""
+    if not callable(f):
+        raise TypeError(f"explore needs a function, not {f!r}")
+    if not controls:
+        raise ValueError(
+            f"explore({name_of(f)}) has no control: name an argument and its values, as in bits=range(1, 9)"
+        )
     defaults = defaults_of(f, controls.keys())
-    made = Explorer(f, [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()])
-    if not is_live(): made.html()          # an error belongs to the cell that made the explorer, not to its display
+    made = Explorer(
+        f, [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()]
+    )
+    if not is_live():
+        made.html()  # an error belongs to the cell that made the explorer, not to its display
     return made
 
 # %% ../nbs/02_explore.ipynb
 def plot_histogram(
-    x: Any,                      # numbers, any shape: a tensor or an array
-    levels: Any = None,          # the values that they are rounded to, drawn as ticks at the bottom
-    ax: Any = None,              # matplotlib axes; None: a new figure
-    bins: int = 80,              # bars over the range of `x`
-    title: str = "",             # above the picture
-) -> Any:                        # the axes
+    x: Any,  # numbers, any shape: a tensor or an array
+    levels: Any = None,  # the values that they are rounded to, drawn as ticks at the bottom
+    ax: Any = None,  # matplotlib axes; None: a new figure
+    bins: int = 80,  # bars over the range of `x`
+    title: str = "",  # above the picture
+) -> Any:  # the axes
     "How often each value occurs, and where the levels of a quantizer lie."
     ax = _axes(ax)
-    ax.hist(as_array(x).ravel(), bins=bins, histtype="stepfilled", alpha=.85)
+    ax.hist(as_array(x).ravel(), bins=bins, histtype="stepfilled", alpha=0.85)
     if levels is not None:
         at = as_array(levels, "levels").ravel()
         ax.plot(at, np.zeros_like(at), "|", color="C1", markersize=14, markeredgewidth=1.5, clip_on=False)
@@ -611,26 +816,33 @@ def plot_histogram(
 # %% ../nbs/02_explore.ipynb
 def as_array(x: Any, name: str = "x") -> np.ndarray:
     "A tensor or array as float NumPy, wherever it lives."
-    try: return np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, dtype=float)
-    except (TypeError, ValueError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a tensor or an array of numbers") from e
+    try:
+        return np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{name} is {x!r:.60}; it may be a tensor or an array of numbers") from e
+
 
 def _axes(ax):
     "Those of a picture, or new ones."
     from matplotlib import axes, pyplot as plt
-    if not isinstance(ax, axes.Axes | None): raise TypeError(f"ax is {ax!r:.60}; it may be matplotlib axes or None")
+
+    if not isinstance(ax, axes.Axes | None):
+        raise TypeError(f"ax is {ax!r:.60}; it may be matplotlib axes or None")
     return ax if ax is not None else plt.subplots()[1]
 
 # %% ../nbs/02_explore.ipynb
 def plot_matrix(
-    x: Any,                      # [rows, columns], a tensor or an array
-    ax: Any = None,              # matplotlib axes; None: a new figure
+    x: Any,  # [rows, columns], a tensor or an array
+    ax: Any = None,  # matplotlib axes; None: a new figure
     limit: float | None = None,  # colours span -limit..limit; None: the largest absolute value
-    title: str = "",             # above the picture
-) -> Any:                        # the axes
+    title: str = "",  # above the picture
+) -> Any:  # the axes
     "A matrix as a picture: zero is white, negative blue, positive red. ValueError when it has not two dimensions."
     x = as_array(x)
-    if x.ndim != 2: raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")
-    if limit is not None and not limit > 0: raise ValueError(f"limit is {limit!r}; it may be a number above 0, or None")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit is {limit!r}; it may be a number above 0, or None")
     ax, limit = _axes(ax), limit or np.abs(x[np.isfinite(x)]).max(initial=0) or 1
     ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])
@@ -640,4 +852,4 @@ def plot_matrix(
 # %% ../nbs/02_explore.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

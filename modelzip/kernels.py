@@ -15,8 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .quant import (CompressedTensor, Dequantize, Packed, QTensor, pack_bits, bit_planes,
-                            quantize, scale_and_zero_point)
+from modelzip.quant import (
+    CompressedTensor,
+    Dequantize,
+    Packed,
+    QTensor,
+    pack_bits,
+    bit_planes,
+    quantize,
+    scale_and_zero_point,
+)
 from .workshop.compiled import autocasting, bias_of, derived_or_mapped, described, looked_up, traced, unusually
 from .workshop.convolutions import convolve, no_offset, pack_weight
 from .workshop.matrices import SMALL, floats_left, unwrapped
@@ -25,37 +33,51 @@ from .workshop.settings import as_state
 
 # %% ../nbs/06_kernels.ipynb
 def accumulator_fits(
-    inner: int,            # length n of the sum: inputs of a linear layer, channels × height × width of a convolution's window
-    weight: int = 127,     # largest magnitude of a weight's code (minus its zero point)
-    activation: int = 255, # largest magnitude of an activation's code (minus its zero point)
-    bits: int = 32,        # width of the signed accumulator
-) -> bool:                 # True when no input whatever can overflow
+    inner: int,  # length n of the sum: inputs of a linear layer, channels × height × width of a convolution's window
+    weight: int = 127,  # largest magnitude of a weight's code (minus its zero point)
+    activation: int = 255,  # largest magnitude of an activation's code (minus its zero point)
+    bits: int = 32,  # width of the signed accumulator
+) -> bool:  # True when no input whatever can overflow
     "Whether a sum of products of codes is exact in the accumulator."
     return inner * weight * activation < 1 << (bits - 1)
 
 # %% ../nbs/06_kernels.ipynb
 def quantize_activations(
-    x: Tensor,                    # finite float32 values, any shape
-    reduce_range: bool = False,   # 7 bits instead of 8: for processors that saturate sums of two products
-) -> tuple[Tensor, float, int]:   # codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
-    "Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM, arXiv:2101.05615) where the range is 0.0156 or more (with `reduce_range` 0.0078): smaller ones they widen, and we do not."
+    x: Tensor,  # finite float32 values, any shape
+    reduce_range: bool = False,  # 7 bits instead of 8: for processors that saturate sums of two products
+) -> tuple[Tensor, float, int]:  # codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
+    """Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM,
+    arXiv:2101.05615) where the range is 0.0156 or more (with `reduce_range` 0.0078): smaller ones they widen, and
+    we do not."""
     top = 127 if reduce_range else 255
-    low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0., 0.)
-    low, high = min(low, 0.), max(high, 0.)
+    low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / top
-    if scale < 2. ** -127: scale = 0.1                   # nothing, or so little that 1 / scale would be infinite
+    if scale < 2.0**-127:
+        scale = 0.1  # nothing, or so little that 1 / scale would be infinite
     zero = round(-low / scale)
-    return _codes_of(x, scale, zero, 255), scale, zero   # a tie at the end may take a code above `top`, as there: two products still fit into 16 bits
+    return (
+        _codes_of(x, scale, zero, 255),
+        scale,
+        zero,
+    )  # a tie at the end may take a code above `top`, as there: two products still fit into 16 bits
+
 
 def _codes_of(x, scale, zero, top):
     "A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties."
-    inverse = (1 / torch.tensor(scale, dtype=torch.float32, device=x.device)).clamp_(max=torch.finfo(torch.float32).max).double()
+    inverse = (
+        (1 / torch.tensor(scale, dtype=torch.float32, device=x.device))
+        .clamp_(max=torch.finfo(torch.float32).max)
+        .double()
+    )
     return (x.double() * inverse + zero).float().round().clamp_(0, top).to(torch.uint8)
 
 # %% ../nbs/06_kernels.ipynb
 def stretch_rows(
-    x: Tensor,                         # [rows, n] float32
-) -> tuple[Tensor, Tensor, Tensor]:    # x moved and stretched to 0 … 1 in each row, the smallest value [rows, 1], the width [rows, 1]: x = stretched·width + low
+    x: Tensor,  # [rows, n] float32
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # x moved and stretched to 0 … 1 in each row, the smallest value [rows, 1], the width [rows, 1]: x = stretched·width + low
     "Make each row reach from 0 to 1; a constant row becomes zeros."
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
@@ -63,9 +85,12 @@ def stretch_rows(
 
 # %% ../nbs/06_kernels.ipynb
 def quantize_rows(
-    x: Tensor,                         # [rows, n] float32
-) -> tuple[Tensor, Tensor, Tensor]:    # codes [rows, n] uint8, step [rows, 1], the smallest value [rows, 1]: x ≈ codes·step + low
-    "Codes with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM, arXiv:2101.05615); ranges below 1e-5 get fewer of them."
+    x: Tensor,  # [rows, n] float32
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # codes [rows, n] uint8, step [rows, 1], the smallest value [rows, 1]: x ≈ codes·step + low
+    """Codes with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM, arXiv:2101.05615); ranges
+    below 1e-5 get fewer of them."""
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
     inverse = (255 / (width.double() + 1e-8)).float()
@@ -75,20 +100,23 @@ def quantize_rows(
 def _rows_in_one_pass(x):
     "As `quantize_rows`, with 8 more bytes in each row of codes: its step and its smallest value."
     packed, n = torch.ops.quantized.embedding_bag_byte_prepack.default(x), x.shape[1]
-    ends = packed if n % 4 == 0 else packed[:, n:].clone(memory_format=torch.contiguous_format)      # floats lie at multiples of 4 bytes
+    ends = (
+        packed if n % 4 == 0 else packed[:, n:].clone(memory_format=torch.contiguous_format)
+    )  # floats lie at multiples of 4 bytes
     floats = ends.view(torch.float32)
     last = floats.shape[1] - 1
     return packed, floats.narrow(1, last - 1, 1), floats.narrow(1, last, 1)
 
 # %% ../nbs/06_kernels.ipynb
 def integer_linear(
-    x: Tensor,                   # [rows, inputs] finite float32
-    weight: Tensor,              # [outputs, inputs] int8 codes
-    scale: Tensor,               # [outputs] float32: one for each output channel
+    x: Tensor,  # [rows, inputs] finite float32
+    weight: Tensor,  # [outputs, inputs] int8 codes
+    scale: Tensor,  # [outputs] float32: one for each output channel
     zero: Tensor | None = None,  # [outputs] zero points of the weight; None: symmetric
     reduce_range: bool = False,  # 7-bit activations
-) -> Tensor:                     # [rows, outputs] float32
-    "Product of a dynamically quantized input with int8 weights, integers emulated exactly (Jacob et al. 2018, arXiv:1712.05877)."
+) -> Tensor:  # [rows, outputs] float32
+    """Product of a dynamically quantized input with int8 weights, integers emulated exactly (Jacob et al. 2018,
+    arXiv:1712.05877)."""
     codes, x_scale, x_zero = quantize_activations(x, reduce_range)
     w = weight.double() if zero is None else weight.double() - zero.double()[:, None]
     total = (codes.double() - x_zero) @ w.t()
@@ -98,28 +126,37 @@ def integer_linear(
 @dataclass(frozen=True)
 class Capabilities:
     "What this processor and this build of PyTorch can do with int8."
-    cpu: str              # vector instructions that PyTorch uses
-    linear: bool          # an int8 matrix product that gives exact sums
-    large: bool           # rows quantized in one pass and oneDNN's product, the quicker one for many rows
-    convolution: bool     # an int8 convolution that gives exact sums
-    int4: bool            # a product with 4-bit weights in groups
-    reduce_range: bool    # sums are exact only with 7-bit activations (no VNNI)
+
+    cpu: str  # vector instructions that PyTorch uses
+    linear: bool  # an int8 matrix product that gives exact sums
+    large: bool  # rows quantized in one pass and oneDNN's product, the quicker one for many rows
+    convolution: bool  # an int8 convolution that gives exact sums
+    int4: bool  # a product with 4-bit weights in groups
+    reduce_range: bool  # sums are exact only with 7-bit activations (no VNNI)
 
 # %% ../nbs/06_kernels.ipynb
 @functools.cache
-def capabilities() -> Capabilities:   # found by trying, once in a process
-    "Try the int8 kernels on the largest codes there are: one that is missing, or saturates, is not used. What the caller has set (default dtype and device, autocast) does not matter."
-    with warnings.catch_warnings(), torch.device("cpu"), torch.autocast("cpu", enabled=False):     # PyTorch announces once that these will move to torchao
+def capabilities() -> Capabilities:  # found by trying, once in a process
+    """Try the int8 kernels on the largest codes there are: one that is missing, or saturates, is not used. What the
+    caller has set (default dtype and device, autocast) does not matter."""
+    with (
+        warnings.catch_warnings(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+    ):  # PyTorch announces once that these will move to torchao
         warnings.simplefilter("ignore")
         tries = _try_linear, _try_large, _try_convolution
         full, seven = ([_exact(f, reduced) for f in tries] for reduced in (False, True))
         reduce = not full[0] and seven[0]
         return Capabilities(torch.backends.cpu.get_cpu_capability(), *(seven if reduce else full), _try_int4(), reduce)
 
+
 def _exact(attempt, reduced):
     "Does a kernel exist and sum 64 of the largest products without saturating?"
-    with _missing: return bool(((attempt(torch.ones(1, 64, 4, 4, dtype=torch.float32), reduced) - 64 * 127).abs() < 1).all())
+    with _missing:
+        return bool(((attempt(torch.ones(1, 64, 4, 4, dtype=torch.float32), reduced) - 64 * 127).abs() < 1).all())
     return False
+
 
 _missing = contextlib.suppress(RuntimeError, AttributeError, NotImplementedError, TypeError)
 
@@ -132,23 +169,31 @@ def _pack_linear(weight, scale, zero=None):
         w = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
     return torch.ops.quantized.linear_prepack(w, None)
 
-def _ones(n): return torch.ones(n, dtype=torch.float32, device="cpu")
+
+def _ones(n):
+    return torch.ones(n, dtype=torch.float32, device="cpu")
+
 
 def _try_linear(x, reduced):
     packed = _pack_linear(torch.full((16, 64), 127, dtype=torch.int8), _ones(16))
     return torch.ops.quantized.linear_dynamic.default(x[:, :, 0, 0], packed, reduced)
 
 # %% ../nbs/06_kernels.ipynb
-def _pack_large(weight): return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+def _pack_large(weight):
+    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
-def _run_large(codes, weight, scale, step=1., bias=None):
+
+def _run_large(codes, weight, scale, step=1.0, bias=None):
     "oneDNN's u8·s8→s32 product, times step and scale, plus the bias, as floats."
     return torch.ops.onednn.qlinear_pointwise.default(
-        codes, step, 0, weight, scale, no_offset(len(scale)), bias, 1., 0, torch.float32, "none", [], "")
+        codes, step, 0, weight, scale, no_offset(len(scale)), bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
 
 def _try_large(x, reduced):
     "64 codes of 255, one of 0 that opens the range, and the 8 bytes behind them."
-    if reduced: raise NotImplementedError("rows are quantized to 8 bits")
+    if reduced:
+        raise NotImplementedError("rows are quantized to 8 bits")
     weight = nn.functional.pad(torch.full((16, 65), 127, dtype=torch.int8), (0, 8))
     packed, step, low = _rows_in_one_pass(nn.functional.pad(x[:, :, 0, 0], (1, 0)))
     return _run_large(packed, _pack_large(weight), _ones(16)) * step
@@ -157,166 +202,277 @@ def _try_large(x, reduced):
 def _run_convolution(x, weight, packed, scale, stride, padding, dilation, groups, reduced):
     "Quantize in one pass, then the product."
     q = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced)
-    return convolve(q.int_repr(), q.q_scale(), q.q_zero_point(), weight, packed, scale, stride, padding, dilation, groups)
+    return convolve(
+        q.int_repr(), q.q_scale(), q.q_zero_point(), weight, packed, scale, stride, padding, dilation, groups
+    )
+
 
 def _try_convolution(x, reduced):
     weight, how = torch.full((16, 64, 1, 1), 127, dtype=torch.int8), ([1, 1], [1, 1], 1)
-    return _run_convolution(x, weight, pack_weight(weight, _ones(16), *how), _ones(16), how[0], [0, 0], *how[1:], reduced)
+    return _run_convolution(
+        x, weight, pack_weight(weight, _ones(16), *how), _ones(16), how[0], [0, 0], *how[1:], reduced
+    )
 
 # %% ../nbs/06_kernels.ipynb
 def _pack_int4(codes, scale, zero, group):
-    "4-bit codes and the scale and offset of each group, [inputs / group, outputs, 2], in PyTorch's own order: scale·(code − 8) + offset."
+    """4-bit codes and the scale and offset of each group, [inputs / group, outputs, 2], in PyTorch's own order:
+    scale·(code − 8) + offset."""
     offset = scale * (8 - zero)
-    return torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), torch.stack([scale, offset], 2).transpose(0, 1).bfloat16().contiguous(), group
+    return (
+        torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1),
+        torch.stack([scale, offset], 2).transpose(0, 1).bfloat16().contiguous(),
+        group,
+    )
+
 
 def _run_int4(x, packed):
     weight, scales, group = packed
     return torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), weight, group, scales).float()
+
 
 def _try_int4():
     "Small whole numbers, exact in bfloat16: any difference is a mistake."
     codes, x = torch.arange(16 * 64).reshape(16, 64) * 7 % 16, (torch.arange(64) % 5 - 2)[None].float()
     s, threes = torch.tensor([[1, 2]]).repeat(16, 1).float(), torch.full((16, 2), 3).float()
     want = x @ ((codes.view(16, 2, 32) - 3) * s[..., None]).reshape(16, 64).t()
-    with _missing: return bool(((_run_int4(x, _pack_int4(codes, s, threes, 32)) - want).abs() <= want.abs() / 128).all())
+    with _missing:
+        return bool(((_run_int4(x, _pack_int4(codes, s, threes, 32)) - want).abs() <= want.abs() / 128).all())
     return False
 
 # %% ../nbs/06_kernels.ipynb
 def why_not_int8(
-    q: CompressedTensor,   # a layer's weight, output channels along axis 0
-) -> str | None:           # the reason in words; None when it can
+    q: CompressedTensor,  # a layer's weight, output channels along axis 0
+) -> str | None:  # the reason in words; None when it can
     "Why a compressed weight cannot enter an integer product as it is."
-    if not isinstance(q, QTensor): return f"a {type(q).__name__} has no integer codes"
-    if q.codebook is not None: return "its codes index a codebook"
-    if q.levels > 256: return f"its codes have {q.bits} bits, the kernel's have 8"
-    if q.group is not None: return f"groups of {q.group} have their scales inside the sum"
-    if q.axis not in (None, 0): return f"its scales lie along axis {q.axis}, the kernel's along the output channels"
-    if len(q.shape) < 2 or not q.shape.numel(): return f"its shape is {tuple(q.shape)}"
+    if not isinstance(q, QTensor):
+        return f"a {type(q).__name__} has no integer codes"
+    if q.codebook is not None:
+        return "its codes index a codebook"
+    if q.levels > 256:
+        return f"its codes have {q.bits} bits, the kernel's have 8"
+    if q.group is not None:
+        return f"groups of {q.group} have their scales inside the sum"
+    if q.axis not in (None, 0):
+        return f"its scales lie along axis {q.axis}, the kernel's along the output channels"
+    if len(q.shape) < 2 or not q.shape.numel():
+        return f"its shape is {tuple(q.shape)}"
     inner = math.prod(q.shape[1:])
-    if not accumulator_fits(inner, 128 if q.packed_zero_point is None else 255): return f"a sum of {inner:,} products may overflow 32 bits"
+    if not accumulator_fits(inner, 128 if q.packed_zero_point is None else 255):
+        return f"a sum of {inner:,} products may overflow 32 bits"
 
 # %% ../nbs/06_kernels.ipynb
 def as_int8(
-    q: QTensor,                                # at most 8 bits, a scale for the tensor or for each slice along axis 0
-) -> tuple[Tensor, Tensor, Tensor | None]:     # codes [as q.shape] int8, scale [outputs] float32, zero point [outputs] int32 or None
-    "The same weight as signed bytes: value = scale·(code − zero point), times `q.columns` where there are any. `ValueError` says why when it cannot be."
-    if (why := why_not_int8(q)) is not None: raise ValueError(f"q cannot be int8: {why}")
+    q: QTensor,  # at most 8 bits, a scale for the tensor or for each slice along axis 0
+) -> tuple[
+    Tensor, Tensor, Tensor | None
+]:  # codes [as q.shape] int8, scale [outputs] float32, zero point [outputs] int32 or None
+    """The same weight as signed bytes: value = scale·(code − zero point), times `q.columns` where there are any.
+    `ValueError` says why when it cannot be."""
+    if (why := why_not_int8(q)) is not None:
+        raise ValueError(f"q cannot be int8: {why}")
     codes, scale = q.unpack().to(torch.int16), q.scale.float().expand(q.shape[0]).contiguous()
-    if q.levels == 2 and q.packed_zero_point is None: return (2 * codes - 1).to(torch.int8), scale / 2, None   # ±1/2 → ±1
-    if q.packed_zero_point is None: return (codes - q.levels // 2).to(torch.int8), scale, None
+    if q.levels == 2 and q.packed_zero_point is None:
+        return (2 * codes - 1).to(torch.int8), scale / 2, None  # ±1/2 → ±1
+    if q.packed_zero_point is None:
+        return (codes - q.levels // 2).to(torch.int8), scale, None
     shift = 128 if q.levels > 128 else 0
     return (codes - shift).to(torch.int8), scale, (q.zero_point - shift).expand(q.shape[0]).contiguous()
 
 # %% ../nbs/06_kernels.ipynb
 def fits_int4(
-    q: CompressedTensor,   # a linear layer's weight
-) -> bool:                 # whether PyTorch's 4-bit product can read it
+    q: CompressedTensor,  # a linear layer's weight
+) -> bool:  # whether PyTorch's 4-bit product can read it
     "At most 4 bits, in groups of 32, 64, 128 or 256 that divide a row, and a multiple of 16 outputs."
-    return (isinstance(q, QTensor) and len(q.shape) == 2 and q.codebook is None and 2 < q.levels <= 16 and q.group in (32, 64, 128, 256)
-            and q.shape.numel() > 0 and q.shape[1] % q.group == 0 and q.shape[0] % 16 == 0)
+    return (
+        isinstance(q, QTensor)
+        and len(q.shape) == 2
+        and q.codebook is None
+        and 2 < q.levels <= 16
+        and q.group in (32, 64, 128, 256)
+        and q.shape.numel() > 0
+        and q.shape[1] % q.group == 0
+        and q.shape[0] % 16 == 0
+    )
 
 # %% ../nbs/06_kernels.ipynb
 def _ordinary(x):
     "Whether all is finite and the range surely neither tiny nor huge."
     flat = x.reshape(-1)
-    return x.numel() / 1024 < torch.dot(flat, flat).item() < 2. ** 120
+    return x.numel() / 1024 < torch.dot(flat, flat).item() < 2.0**120
 
 # %% ../nbs/06_kernels.ipynb
 class _Prepared:
-    "Weights in a kernel's own order, made when first used and remembered for as long as what they were made from stays the same; a copy starts empty."
-    def __init__(self): self.entry, self.lock, self.alone = None, threading.RLock(), False      # alone: the last time nobody else was given this layer's input
+    """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
+    stays the same; a copy starts empty."""
+
+    def __init__(self):
+        self.entry, self.lock, self.alone = (
+            None,
+            threading.RLock(),
+            False,
+        )  # alone: the last time nobody else was given this layer's input
+
     def get(self, owner, which):
         entry, now = self.entry, owner._modules["packed"]._buffers.values()
         if entry is None or entry[0] != owner.kernel or not _unchanged(entry[1], now):
-            self.entry = entry = owner.kernel, [(p, p.data_ptr(), None if p.is_inference() else p._version) for p in now], {}
-        if (made := entry[2].get(which)) is not None: return made
-        with self.lock: return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
-    def __deepcopy__(self, memo): return _Prepared()
-    def __reduce__(self): return _Prepared, ()
+            self.entry = entry = (
+                owner.kernel,
+                [(p, p.data_ptr(), None if p.is_inference() else p._version) for p in now],
+                {},
+            )
+        if (made := entry[2].get(which)) is not None:
+            return made
+        with self.lock:
+            return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
+
+    def __deepcopy__(self, memo):
+        return _Prepared()
+
+    def __reduce__(self):
+        return _Prepared, ()
+
 
 def _unchanged(before, now):
     "The same tensors in the same memory, none of them written to."
     for (p, at, version), q in zip(before, now):
-        if p is not q or p.data_ptr() != at or version is not None and p._version != version: return False
+        if p is not q or p.data_ptr() != at or version is not None and p._version != version:
+            return False
     return len(before) == len(now)
 
 # %% ../nbs/06_kernels.ipynb
 class _NoGradient(torch.autograd.Function):
     "Marks a result that was computed from `x` without a gradient."
+
     @staticmethod
     def forward(ctx, x, y, name):
         ctx.name = name
         return y.view_as(y)
+
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError(f"{ctx.name} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before training")
+        raise RuntimeError(
+            f"{ctx.name} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before"
+            " training"
+        )
 
 # %% ../nbs/06_kernels.ipynb
 class _IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
-    where, loaded = "", False                             # its name in a model, for errors; whether a state was loaded since it was used
+
+    where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
+
     def __init__(self, layer, q, name, activations, requantize):
         super().__init__(layer, q, name)
-        if (why := self.refuses(self.layer, self.q, name, requantize)) is not None: raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
-        if activations not in ("row", "tensor"): raise ValueError(f"activations is {activations!r}; it may be 'row' or 'tensor'")
+        if (why := self.refuses(self.layer, self.q, name, requantize)) is not None:
+            raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
+        if activations not in ("row", "tensor"):
+            raise ValueError(f"activations is {activations!r}; it may be 'row' or 'tensor'")
         self.activations, self.requantize, self.prepared = activations, bool(requantize), _Prepared()
         self.kernel = self._choose()
-        self.said = described(self)                       # for a compiled graph
-    def options(self) -> dict: return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
+        self.said = described(self)  # for a compiled graph
+
+    def options(self) -> dict:
+        return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
+
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling(): return traced(self, input)
+        if torch.compiler.is_compiling():
+            return traced(self, input)
         if derived_or_mapped() or getattr(input, "is_nested", False):
-            if (y := unusually(self, input)) is not None: return y
-            with torch._C._DisableFuncTorch(): return self._usually(input)      # what is prepared here outlives it
+            if (y := unusually(self, input)) is not None:
+                return y
+            with torch._C._DisableFuncTorch():
+                return self._usually(input)  # what is prepared here outlives it
         return self._usually(input)
+
     def _usually(self, input):
         self._check(input)
-        if self.loaded: self._renew()
-        if autocasting(input): return self._cast(input)
-        if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled(): return self._integer(input)
-        if not input.numel() or not input.is_cpu: return self._float(input.float()).to(input.dtype)
-        if not torch.is_grad_enabled(): return self._integer(input.float()).to(input.dtype)
-        with torch.no_grad(): y = self._integer(input.float()).to(input.dtype)
+        if self.loaded:
+            self._renew()
+        if autocasting(input):
+            return self._cast(input)
+        if input.dtype is torch.float32 and input.is_cpu and input.numel() and not torch.is_grad_enabled():
+            return self._integer(input)
+        if not input.numel() or not input.is_cpu:
+            return self._float(input.float()).to(input.dtype)
+        if not torch.is_grad_enabled():
+            return self._integer(input.float()).to(input.dtype)
+        with torch.no_grad():
+            y = self._integer(input.float()).to(input.dtype)
         return _NoGradient.apply(input, y, self._who()) if input.requires_grad else y
+
     def _bias(self):
         bias = bias_of(self._modules["layer"])
-        return bias if bias is None or bias.dtype is torch.float32 and not torch.is_grad_enabled() else bias.detach().float()
-    def _who(self): return type(self).__name__ + f" {self.where!r}" * bool(self.where)
+        return (
+            bias
+            if bias is None or bias.dtype is torch.float32 and not torch.is_grad_enabled()
+            else bias.detach().float()
+        )
+
+    def _who(self):
+        return type(self).__name__ + f" {self.where!r}" * bool(self.where)
 
 # %% ../nbs/06_kernels.ipynb
 def _cast(self, input):
     "The forward pass where autocast is on."
     kind = input.device.type
-    with torch.autocast(kind, enabled=False): y = self.forward(input)
+    with torch.autocast(kind, enabled=False):
+        y = self.forward(input)
     return y if input.dtype is torch.float64 else y.to(torch.get_autocast_dtype(kind))
+
 
 def _set(self, key, value):
     Dequantize.__setattr__(self, key, value)
-    if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__: self.__dict__["said"] = described(self)      # an option may have changed
+    if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__:
+        self.__dict__["said"] = described(self)  # an option may have changed
 
-def _get(self): return as_state(json.dumps(self.options()))
+
+def _get(self):
+    return as_state(json.dumps(self.options()))
+
 
 def _adopt(self, state):
     how = json.loads(bytes(state.tolist()))
-    if how.get("activations") not in ("row", "tensor") or not isinstance(how.get("requantize", False), bool) or how.keys() - {"activations", "requantize"}: raise ValueError(f"the state of {self._who()} says {how}")
+    if (
+        how.get("activations") not in ("row", "tensor")
+        or not isinstance(how.get("requantize", False), bool)
+        or how.keys() - {"activations", "requantize"}
+    ):
+        raise ValueError(f"the state of {self._who()} says {how}")
     self.activations, self.requantize = how["activations"], how.get("requantize", False)
+
 
 def _load(self, *args):
     Dequantize._load_from_state_dict(self, *args)
-    self.said, self.loaded = described(self), True        # the weight comes after this
+    self.said, self.loaded = described(self), True  # the weight comes after this
+
 
 def _renew(self):
     "Look at a weight that was loaded."
     self.loaded = False
-    if (why := self.refuses(self.layer, self.q, self.name, self.requantize)) is not None: raise ValueError(f"what was loaded into {self._who()} does not suit it: {why}")
+    if (why := self.refuses(self.layer, self.q, self.name, self.requantize)) is not None:
+        raise ValueError(f"what was loaded into {self._who()} does not suit it: {why}")
     self.kernel = self._choose()
 
-def _refuse_trace(layer): raise RuntimeError(f"{layer._who()} cannot be traced or scripted by torch.jit, which would keep the ranges of one input; use torch.export, torch.compile or modelzip.onnx_export.to_onnx")
 
-_IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict, _IntegerLayer._renew = _cast, _set, _load, _renew
-_IntegerLayer.get_extra_state, _IntegerLayer.set_extra_state = _get, _adopt        # what a `state_dict` says beside the numbers
-_IntegerLayer.__prepare_scriptable__ = _refuse_trace                                # torch.jit.script asks for it
-_IntegerLayer.key = property(lambda self: id(self.prepared))       # tells layers apart
+def _refuse_trace(layer):
+    raise RuntimeError(
+        f"{layer._who()} cannot be traced or scripted by torch.jit, which would keep the ranges of one input; use"
+        " torch.export, torch.compile or modelzip.onnx_export.to_onnx"
+    )
+
+
+_IntegerLayer._cast, _IntegerLayer.__setattr__, _IntegerLayer._load_from_state_dict, _IntegerLayer._renew = (
+    _cast,
+    _set,
+    _load,
+    _renew,
+)
+_IntegerLayer.get_extra_state, _IntegerLayer.set_extra_state = (
+    _get,
+    _adopt,
+)  # what a `state_dict` says beside the numbers
+_IntegerLayer.__prepare_scriptable__ = _refuse_trace  # torch.jit.script asks for it
+_IntegerLayer.key = property(lambda self: id(self.prepared))  # tells layers apart
 
 # %% ../nbs/06_kernels.ipynb
 def _batch(self, x):
@@ -324,125 +480,206 @@ def _batch(self, x):
     columns = self._modules["packed"]._buffers.get("columns")
     scaled = x if columns is None else x * columns.reshape(-1, *[1] * (x.dim() - 2))
     y = self._by_rows(scaled) if self.activations == "row" else self._together(scaled)
-    if y is not None: return y
+    if y is not None:
+        return y
     y, finite = self._float(x), self._finite(scaled)
-    if finite.any() and not finite.all(): y[finite] = self._by_rows(scaled[finite]) if self.activations == "row" else self._integer(x[finite])
+    if finite.any() and not finite.all():
+        y[finite] = self._by_rows(scaled[finite]) if self.activations == "row" else self._integer(x[finite])
     return y
+
 
 def _together(self, x):
     "One scale for all; None when not all is finite."
-    if _ordinary(x): return self._product(x, True)
+    if _ordinary(x):
+        return self._product(x, True)
     peak = x.abs().max()
-    if not math.isfinite(peak.item()): return None
+    if not math.isfinite(peak.item()):
+        return None
     peak = torch.where(peak == 0, 1, peak)
     return self._add_bias(self._product(x / peak, False).mul_(peak))
 
-def _finite(self, x): return torch.isfinite(x).flatten(1).all(1)
+
+def _finite(self, x):
+    return torch.isfinite(x).flatten(1).all(1)
+
 
 _IntegerLayer._batch, _IntegerLayer._together, _IntegerLayer._finite = _batch, _together, _finite
 
 # %% ../nbs/06_kernels.ipynb
 def _floating(input, layer):
-    if torch.jit.is_tracing(): _refuse_trace(layer)
-    if not isinstance(input, Tensor): raise TypeError(f"input of {layer._who()} is a {type(input).__name__}; it may be a tensor")
-    if not input.is_floating_point(): raise TypeError(f"input of {layer._who()} has dtype {input.dtype}; it may be a floating-point tensor")
+    if torch.jit.is_tracing():
+        _refuse_trace(layer)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input of {layer._who()} is a {type(input).__name__}; it may be a tensor")
+    if not input.is_floating_point():
+        raise TypeError(f"input of {layer._who()} has dtype {input.dtype}; it may be a floating-point tensor")
+
 
 def _out_of_reach(q):
     "Steps that no product with those of an input leaves in float32."
-    most = q.scale.max().item() if isinstance(q, QTensor) and q.scale.numel() and not q.scale.is_meta else 0.
-    if most and not 2. ** -80 < most < 2. ** 80: return f"its scales reach {most:.3g}, and the kernel's products of scales would leave float32"
+    most = q.scale.max().item() if isinstance(q, QTensor) and q.scale.numel() and not q.scale.is_meta else 0.0
+    if most and not 2.0**-80 < most < 2.0**80:
+        return f"its scales reach {most:.3g}, and the kernel's products of scales would leave float32"
+
 
 def _not_the_weight_of(layer, cls, name):
-    "What every kernel refuses: another parameter, another class, and a subclass, which may compute something else or be read by its owner instead of called."
-    if name != "weight": return f"its {name} is compressed, not its weight"
-    if not isinstance(layer, cls): return f"{type(layer).__name__} is not a {cls.__name__}"
-    if type(layer) is not cls: return f"{type(layer).__name__} is a subclass of {cls.__name__} that may compute something else"
+    """What every kernel refuses: another parameter, another class, and a subclass, which may compute something else
+    or be read by its owner instead of called."""
+    if name != "weight":
+        return f"its {name} is compressed, not its weight"
+    if not isinstance(layer, cls):
+        return f"{type(layer).__name__} is not a {cls.__name__}"
+    if type(layer) is not cls:
+        return f"{type(layer).__name__} is a subclass of {cls.__name__} that may compute something else"
 
 # %% ../nbs/06_kernels.ipynb
-TINY = 1 << 13   # weights up to which a product of floats is quicker than quantizing activations and starting an integer kernel
+TINY = (
+    1 << 13
+)  # weights up to which a product of floats is quicker than quantizing activations and starting an integer kernel
 
-def _small_weight(self): return self.prepared.get(self, "floats")
+
+def _small_weight(self):
+    return self.prepared.get(self, "floats")
+
 
 def _prepare_floats(self):
     "Few weights, expanded from the same bytes as the integers of a larger layer."
     weight, scale, zero = self._prepare_bytes()
     per, columns = (-1,) + (1,) * (weight.dim() - 1), self._modules["packed"]._buffers.get("columns")
     weight = weight.float() if zero is None else weight.float().sub_(zero.view(per))
-    return weight.mul_(scale.view(per)) if columns is None else weight.mul_(scale.view(per)).mul_(columns.view(per[:-1]))
+    return (
+        weight.mul_(scale.view(per)) if columns is None else weight.mul_(scale.view(per)).mul_(columns.view(per[:-1]))
+    )
+
 
 def _prepare_bytes(self):
-    "int8 codes, scale and zero point; when the layer is to be requantized, with one more rounding to a scale for each output."
+    """int8 codes, scale and zero point; when the layer is to be requantized, with one more rounding to a scale for
+    each output."""
     return as_int8(_one_scale_an_output(self.q) if self.requantize else self.q)
+
 
 def _one_scale_an_output(q):
     "Groups or a codebook become 8-bit codes with a scale for each output; column scales stay."
-    if why_not_int8(q) is None and q.packed_zero_point is None: return q
+    if why_not_int8(q) is None and q.packed_zero_point is None:
+        return q
     columns = getattr(q, "columns", None)
     return quantize(q.dequantize().float(), 8, axis=0, columns=columns)
+
 
 _IntegerLayer._prepare_bytes = _prepare_bytes
 
 _IntegerLayer._small_weight, _IntegerLayer._prepare_floats = _small_weight, _prepare_floats
 
+
 class QLinear(_IntegerLayer):
     "A linear layer with int8 products, int32 sums and activations that are quantized as they come."
+
     def __init__(
         self,
-        layer: nn.Linear,            # gives the bias; its weight is dropped
-        q: QTensor | Packed,         # the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in groups
-        name: str = "weight",        # which parameter `q` is
-        activations: str = "row",    # a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker
-        requantize: bool = False,    # round groups or a codebook once more, to int8 with a scale for each output
+        layer: nn.Linear,  # gives the bias; its weight is dropped
+        q: (
+            QTensor | Packed
+            # the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in groups
+        ),
+        name: str = "weight",  # which parameter `q` is
+        # a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker
+        activations: str = "row",
+        requantize: bool = False,  # round groups or a codebook once more, to int8 with a scale for each output
     ):
-        self.inputs, self.outputs = layer.in_features, layer.out_features   # looked up often: kept beside the layer's own
+        self.inputs, self.outputs = (
+            layer.in_features,
+            layer.out_features,
+        )  # looked up often: kept beside the layer's own
         super().__init__(layer, q, name, activations, requantize)
+
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        return _not_the_weight_of(layer, nn.Linear, name) or (None if requantize or fits_int4(q) else why_not_int8(q)) or _out_of_reach(q)
+        return (
+            _not_the_weight_of(layer, nn.Linear, name)
+            or (None if requantize or fits_int4(q) else why_not_int8(q))
+            or _out_of_reach(q)
+        )
+
     def _check(self, x):
         _floating(x, self)
-        if x.dim() < 1 or x.shape[-1] != self.inputs: raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; its last dimension must be {self.inputs}")
-    def _float(self, x): return nn.functional.linear(x, self.q.dequantize().float(), self._bias())
-    def _add_bias(self, y): return y if (bias := self._bias()) is None else y.add_(bias)
+        if x.dim() < 1 or x.shape[-1] != self.inputs:
+            raise ValueError(
+                f"input of {self._who()} has shape {tuple(x.shape)}; its last dimension must be {self.inputs}"
+            )
+
+    def _float(self, x):
+        return nn.functional.linear(x, self.q.dequantize().float(), self._bias())
+
+    def _add_bias(self, y):
+        return y if (bias := self._bias()) is None else y.add_(bias)
 
 # %% ../nbs/06_kernels.ipynb
 def _choose_linear(self):
     "Which product runs: 'tiny', 'int4', 'expand', 'int8' or 'plain'."
-    if not self.requantize and why_not_int8(self.q) is not None: return "int4" if capabilities().int4 else "expand"
-    if self.inputs * self.outputs <= TINY: return "tiny"
+    if not self.requantize and why_not_int8(self.q) is not None:
+        return "int4" if capabilities().int4 else "expand"
+    if self.inputs * self.outputs <= TINY:
+        return "tiny"
     return "int8" if capabilities().linear else "plain"
 
+
 def _integer(self, x):
-    if self.kernel == "tiny": return nn.functional.linear(x, self._small_weight(), self._bias())
+    if self.kernel == "tiny":
+        return nn.functional.linear(x, self._small_weight(), self._bias())
     rows = x if x.dim() == 2 else x.reshape(-1, self.inputs)
-    if self.kernel not in ("int8", "plain"): y = self._grouped(rows)
-    elif (y := self._ordinarily(x, rows)) is None: y = self._batch(rows)
+    if self.kernel not in ("int8", "plain"):
+        y = self._grouped(rows)
+    elif (y := self._ordinarily(x, rows)) is None:
+        y = self._batch(rows)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], self.outputs)
+
 
 QLinear._choose, QLinear._integer = _choose_linear, _integer
 
 # %% ../nbs/06_kernels.ipynb
-LARGE, FEW = 192, 8   # rows from which oneDNN's product is quicker than FBGEMM's when there is one range; up to which a 4-bit product is quicker than expanding the weight
+LARGE, FEW = (
+    192,
+    8,
+    # rows from which oneDNN's product is quicker than FBGEMM's when there is one range; up to which a 4-bit product is
+    # quicker than expanding the weight
+)
+
 
 def _ordinarily(self, x, rows):
     "The product for an input that is finite and of ordinary size; None for others."
     lone = self.activations == "row" and len(rows) == 1 and _holds_zero(rows)
-    if self.activations == "row": way = "few" if lone else "rows"
-    else: way = "whole" if len(rows) >= LARGE else "few"
-    if not (made := self.prepared.get(self, way)): return None
+    if self.activations == "row":
+        way = "few" if lone else "rows"
+    else:
+        way = "whole" if len(rows) >= LARGE else "few"
+    if not (made := self.prepared.get(self, way)):
+        return None
     columns, key, *product = made
-    if way == "few" and columns is None: ready = (rows,) if lone else self._ready(rows, way)      # there is nothing to remember
-    else: ready = _LAST.get(self.prepared, x, (way, self.kernel, key), lambda: self._ready(rows if columns is None else rows * columns, way))
+    if way == "few" and columns is None:
+        ready = (rows,) if lone else self._ready(rows, way)  # there is nothing to remember
+    else:
+        ready = _LAST.get(
+            self.prepared,
+            x,
+            (way, self.kernel, key),
+            lambda: self._ready(rows if columns is None else rows * columns, way),
+        )
     return None if ready is None else getattr(self, "_from_" + way)(*ready, *product)
+
 
 def _ready(self, x, way):
     "An input as the product wants it."
-    if way == "few": return (x,) if _ordinary(x) else None
+    if way == "few":
+        return (x,) if _ordinary(x) else None
     code = _rows_in_one_pass if self.kernel == "int8" else quantize_rows
     codes, step, low = code(x if way == "rows" else x.reshape(1, -1))
-    if not (math.isfinite(x.sum().item()) and _ranges_fit(step, x if way == "rows" else x.reshape(1, -1))): return None
-    return (codes, step, low) if way == "rows" else (codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item())
+    if not (math.isfinite(x.sum().item()) and _ranges_fit(step, x if way == "rows" else x.reshape(1, -1))):
+        return None
+    return (
+        (codes, step, low) if way == "rows" else (codes.as_strided(x.shape, (x.shape[1], 1)), step.item(), low.item())
+    )
+
 
 QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
 
@@ -450,98 +687,148 @@ QLinear._ordinarily, QLinear._ready = _ordinarily, _ready
 def _ranges_fit(step, rows):
     "Whether the range of each row has its 255 codes: it is not small, or nothing at all, and has not overflowed."
     least, most = (v.item() for v in torch.aminmax(step))
-    return most < math.inf and (least > 2. ** -18 or bool(_fitting(step, rows).all()))
+    return most < math.inf and (least > 2.0**-18 or bool(_fitting(step, rows).all()))
+
 
 def _fitting(step, rows):
     "Which rows have codes; a step of 0 may be that of a constant row, or too little for float32."
-    none, fits = step == 0, (step > 2. ** -18) & (step < math.inf)
-    if not none.any(): return fits
+    none, fits = step == 0, (step > 2.0**-18) & (step < math.inf)
+    if not none.any():
+        return fits
     return fits | none & (rows.amax(1, keepdim=True) == rows.amin(1, keepdim=True))
+
 
 def _holds_zero(row):
     "Whether a row is finite, of a range that is neither tiny nor huge, and zero lies in it."
     low, high = (v.item() for v in torch.aminmax(row))
-    return low <= 0 <= high and 2. ** -5 < high - low < 2. ** 60
+    return low <= 0 <= high and 2.0**-5 < high - low < 2.0**60
 
 # %% ../nbs/06_kernels.ipynb
-SHORT = 1 << 17   # numbers of an input up to which comparing it with a copy is quicker than quantizing it again
+SHORT = 1 << 17  # numbers of an input up to which comparing it with a copy is quicker than quantizing it again
+
 
 class _Last(threading.local):
     "What the last input became, for each thread."
+
     entry = None
+
     def get(self, layer, x, how, make):
         "What `make` returned for this very tensor and `how`, or returns now. `layer` tells layers apart."
-        if x.numel() > SHORT or not x.is_contiguous(): return make()
+        if x.numel() > SHORT or not x.is_contiguous():
+            return make()
         e = self.entry
         if e is not None and e["x"]() is x and e["how"] == how and id(layer) not in e["users"]:
-            e["users"].append(id(layer)); _alone(e, False)
-            if e["copy"] is not None and _same_bytes(x, e["copy"]): return e["made"]
-        elif e is not None and len(e["users"]) == 1: _alone(e, True)
+            e["users"].append(id(layer))
+            _alone(e, False)
+            if e["copy"] is not None and _same_bytes(x, e["copy"]):
+                return e["made"]
+        elif e is not None and len(e["users"]) == 1:
+            _alone(e, True)
         self.entry, made = None, make()
         if made is not None:
-            self.entry = e = {"how": how, "users": [id(layer)], "made": made, "copy": None if layer.alone else x.clone(), "first": weakref.ref(layer)}
+            self.entry = e = {
+                "how": how,
+                "users": [id(layer)],
+                "made": made,
+                "copy": None if layer.alone else x.clone(),
+                "first": weakref.ref(layer),
+            }
             e["x"] = weakref.ref(x, lambda _: e.update(made=None, copy=None))
         return made
 
+
 def _alone(entry, alone):
-    if (first := entry["first"]()) is not None: first.alone = alone
+    if (first := entry["first"]()) is not None:
+        first.alone = alone
+
 
 _LAST, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
-def _same_bytes(x, copy): return x.shape == copy.shape and x.is_contiguous() and _memcmp(x.data_ptr(), copy.data_ptr(), copy.nbytes) == 0
+
+def _same_bytes(x, copy):
+    return x.shape == copy.shape and x.is_contiguous() and _memcmp(x.data_ptr(), copy.data_ptr(), copy.nbytes) == 0
 
 # %% ../nbs/06_kernels.ipynb
 def _from_rows(self, codes, step, low, weight, scale, sums):
-    y, bias = _run_large(codes, weight, scale) if self.kernel == "int8" else _exactly(codes, weight, scale), self._bias()
+    y, bias = (
+        _run_large(codes, weight, scale) if self.kernel == "int8" else _exactly(codes, weight, scale),
+        self._bias(),
+    )
     y = y.mul_(step) if bias is None else torch.addcmul(bias, y, step, out=y)
     return y.addcmul_(low, sums)
+
 
 def _from_whole(self, codes, step, low, weight, scale, sums):
     bias = self._bias()
     bias = sums * low if bias is None else torch.add(bias, sums, alpha=low)
-    return _run_large(codes, weight, scale, step, bias) if self.kernel == "int8" else _exactly(codes, weight, scale).mul_(step).add_(bias)
+    return (
+        _run_large(codes, weight, scale, step, bias)
+        if self.kernel == "int8"
+        else _exactly(codes, weight, scale).mul_(step).add_(bias)
+    )
 
-def _from_few(self, x, weight): return self._add_bias(self._product(x, False, weight))
 
-def _exactly(codes, weight, scale): return (codes.double() @ weight.double().t()).float() * scale
+def _from_few(self, x, weight):
+    return self._add_bias(self._product(x, False, weight))
+
+
+def _exactly(codes, weight, scale):
+    return (codes.double() @ weight.double().t()).float() * scale
+
 
 QLinear._from_rows, QLinear._from_whole, QLinear._from_few = _from_rows, _from_whole, _from_few
 
 # %% ../nbs/06_kernels.ipynb
 def _product(self, x, bias, weight=None):
     "The integer product with one scale for the input, with or without the bias."
-    if self.kernel == "plain": y = integer_linear(x, *self.prepared.get(self, "bytes"), capabilities().reduce_range)
-    else: y = torch.ops.quantized.linear_dynamic.default(x, self.prepared.get(self, "bare") if weight is None else weight, capabilities().reduce_range)
+    if self.kernel == "plain":
+        y = integer_linear(x, *self.prepared.get(self, "bytes"), capabilities().reduce_range)
+    else:
+        y = torch.ops.quantized.linear_dynamic.default(
+            x, self.prepared.get(self, "bare") if weight is None else weight, capabilities().reduce_range
+        )
     return self._add_bias(y) if bias else y
+
 
 def _by_rows(self, x):
     "A range for each row; None when not all is finite."
     ready, done = self._coded_rows(x), None
     if ready is not None:
         fits = _fitting(ready[1], x).flatten() & torch.isfinite(x.sum(1))
-        if fits.any(): done = fits, self._from_rows(*(part[fits] for part in ready), *self.prepared.get(self, "rows")[2:])
-    if done is None: return self._by_stretched_rows(x)
+        if fits.any():
+            done = fits, self._from_rows(*(part[fits] for part in ready), *self.prepared.get(self, "rows")[2:])
+    if done is None:
+        return self._by_stretched_rows(x)
     fits, some = done
-    if fits.all(): return some
-    if (rest := self._by_stretched_rows(x[~fits])) is None: return None
+    if fits.all():
+        return some
+    if (rest := self._by_stretched_rows(x[~fits])) is None:
+        return None
     y = x.new_empty(len(x), self.outputs)
     y[fits], y[~fits] = some, rest
     return y
 
+
 def _by_stretched_rows(self, x):
     stretched, low, width = stretch_rows(x)
-    if not math.isfinite(width.max().item()): return None
+    if not math.isfinite(width.max().item()):
+        return None
     y, bias = self._product(stretched, False), self._bias()
     y = y.mul_(width) if bias is None else torch.addcmul(bias, y, width, out=y)
     return y.addcmul_(low, self.prepared.get(self, "sums"))
 
-def _finite_rows(self, x): return torch.isfinite(x.amax(1) - x.amin(1) if self.activations == "row" else x.abs().amax(1))
+
+def _finite_rows(self, x):
+    return torch.isfinite(x.amax(1) - x.amin(1) if self.activations == "row" else x.abs().amax(1))
+
 
 def _coded_rows(self, x):
     "Codes, steps and smallest values of rows; None when the weight needs another way."
-    if not self.prepared.get(self, "rows"): return None
+    if not self.prepared.get(self, "rows"):
+        return None
     return (_rows_in_one_pass if self.kernel == "int8" else quantize_rows)(x)
+
 
 QLinear._product, QLinear._by_rows, QLinear._by_stretched_rows = _product, _by_rows, _by_stretched_rows
 QLinear._coded_rows, QLinear._finite = _coded_rows, _finite_rows
@@ -551,12 +838,15 @@ def _columns_and(self, *rest):
     columns = self._modules["packed"]._buffers.get("columns")
     return columns, None if columns is None else columns.float().numpy().tobytes(), *rest
 
+
 def _prepare_coded(self, more):
     "For products of codes; nothing when the weight has zero points, or this machine lacks them."
     weight, scale, zero = self._prepare_bytes()
-    if zero is not None or capabilities().linear and not capabilities().large: return ()
+    if zero is not None or capabilities().linear and not capabilities().large:
+        return ()
     weight = weight if self.kernel == "plain" else _pack_large(nn.functional.pad(weight, (0, more)))
     return self._columns_and(weight, scale, self._prepare_sums())
+
 
 def _prepare_sums(self):
     weight, scale, zero = self._prepare_bytes()
@@ -567,27 +857,48 @@ def _prepare_sums(self):
 QLinear._columns_and, QLinear._prepare_coded, QLinear._prepare_sums = _columns_and, _prepare_coded, _prepare_sums
 QLinear._prepare_rows = lambda self: self._prepare_coded(8)
 QLinear._prepare_whole = lambda self: self._prepare_coded(0)
-QLinear._prepare_few = lambda self: self._columns_and(self.prepared.get(self, "bare") if self.kernel == "int8" else None)
+QLinear._prepare_few = lambda self: self._columns_and(
+    self.prepared.get(self, "bare") if self.kernel == "int8" else None
+)
 QLinear._prepare_bare = lambda self: _pack_linear(*self._prepare_bytes())
 
 # %% ../nbs/06_kernels.ipynb
 def _nbytes(self) -> int:
     "Bytes of the compressed weight and of its copies in the order of the kernels used so far."
     q, made = self.q, self.prepared.entry[2] if self.prepared.entry else {}
-    size = {"sums": 4 * q.shape[0], "floats": 4 * q.numel(), "int4": q.numel() // 2 + 4 * q.scale.numel(), "few": 0}     # few: what `bare` made
-    return q.nbytes + sum(size.get(kind, q.numel() + 8 * q.shape[0]) for kind, copy in made.items() if not isinstance(copy, tuple) or copy)
+    size = {
+        "sums": 4 * q.shape[0],
+        "floats": 4 * q.numel(),
+        "int4": q.numel() // 2 + 4 * q.scale.numel(),
+        "few": 0,
+    }  # few: what `bare` made
+    return q.nbytes + sum(
+        size.get(kind, q.numel() + 8 * q.shape[0]) for kind, copy in made.items() if not isinstance(copy, tuple) or copy
+    )
+
 
 def _describe(self) -> str:
     "What runs, in words."
     both = capabilities().large and (self.q.packed_zero_point is None or self.requantize)
-    what = {"int8": "int8×uint8→int32 by fbgemm" + " and oneDNN" * both, "onednn": "int8×uint8→int32 by oneDNN", "plain": "int8×uint8 emulated exactly in float64",
-            "tiny": "too small to gain: computes in floats", "expand": "expands its weight: no 4-bit kernel on this machine",
-            "int4": f"4-bit weights×bfloat16 up to {FEW} rows, else expands its weight"}[self.kernel]
+    what = {
+        "int8": "int8×uint8→int32 by fbgemm" + " and oneDNN" * both,
+        "onednn": "int8×uint8→int32 by oneDNN",
+        "plain": "int8×uint8 emulated exactly in float64",
+        "tiny": "too small to gain: computes in floats",
+        "expand": "expands its weight: no 4-bit kernel on this machine",
+        "int4": f"4-bit weights×bfloat16 up to {FEW} rows, else expands its weight",
+    }[self.kernel]
     how = {"row": ", activations scaled by row", "tensor": ", activations scaled together"}[self.activations]
-    return "requantized to " * (self.requantize and self.kernel != "tiny") + what + how * (self.kernel in ("int8", "onednn", "plain"))
+    return (
+        "requantized to " * (self.requantize and self.kernel != "tiny")
+        + what
+        + how * (self.kernel in ("int8", "onednn", "plain"))
+    )
+
 
 def _repr(self):
     return f"{type(self).__name__}({self._geometry()}, {self.q.describe()}, {self.runs}, {self.nbytes:,} bytes)"
+
 
 _IntegerLayer.nbytes, _IntegerLayer.runs, _IntegerLayer.__repr__ = property(_nbytes), property(_describe), _repr
 QLinear._geometry = lambda self: f"{self.inputs}→{self.outputs}"
@@ -595,31 +906,38 @@ QLinear._geometry = lambda self: f"{self.inputs}→{self.outputs}"
 # %% ../nbs/06_kernels.ipynb
 def _grouped(self, x):
     "The 4-bit product for a few rows; else, or when not all is ordinary, the expanded weight."
-    if self.kernel == "expand" or len(x) > FEW or not _ordinary(x): return self._float(x)
+    if self.kernel == "expand" or len(x) > FEW or not _ordinary(x):
+        return self._float(x)
     columns = self._modules["packed"]._buffers.get("columns")
     return self._add_bias(_run_int4(x if columns is None else x * columns, self.prepared.get(self, "int4")))
 
+
 def _prepare_int4(self):
     q, codes = self.q, self.q.unpack().int()
-    zero = torch.full_like(q.scale, q.levels // 2, dtype=torch.int32) if q.packed_zero_point is None else q.zero_point.int()
-    if q.levels <= 8:                                     # codes around 8 fit into 4 bits, and need no offset that bfloat16 would round
+    zero = (
+        torch.full_like(q.scale, q.levels // 2, dtype=torch.int32)
+        if q.packed_zero_point is None
+        else q.zero_point.int()
+    )
+    if q.levels <= 8:  # codes around 8 fit into 4 bits, and need no offset that bfloat16 would round
         codes = codes + (8 - zero).repeat_interleave(q.group, 1)
         zero = torch.full_like(zero, 8)
     return _pack_int4(codes, q.scale.float(), zero.float(), q.group)
+
 
 QLinear._grouped, QLinear._prepare_int4 = _grouped, _prepare_int4
 
 # %% ../nbs/06_kernels.ipynb
 def integer_conv2d(
-    x: Tensor,                         # [batch, channels, height, width] finite float32
-    weight: Tensor,                    # [outputs, channels/groups, height, width] int8 codes, symmetric
-    scale: Tensor,                     # [outputs] float32
-    stride: tuple = (1, 1),            # as in nn.Conv2d
-    padding: tuple = (0, 0),           # zeros added on each side
-    dilation: tuple = (1, 1),          # distance of a filter's taps
-    groups: int = 1,                   # blocks of channels that do not mix
-    reduce_range: bool = False,        # 7-bit activations
-) -> Tensor:                           # [batch, outputs, height, width] float32
+    x: Tensor,  # [batch, channels, height, width] finite float32
+    weight: Tensor,  # [outputs, channels/groups, height, width] int8 codes, symmetric
+    scale: Tensor,  # [outputs] float32
+    stride: tuple = (1, 1),  # as in nn.Conv2d
+    padding: tuple = (0, 0),  # zeros added on each side
+    dilation: tuple = (1, 1),  # distance of a filter's taps
+    groups: int = 1,  # blocks of channels that do not mix
+    reduce_range: bool = False,  # 7-bit activations
+) -> Tensor:  # [batch, outputs, height, width] float32
     "Convolution of a dynamically quantized input with int8 weights, integers emulated exactly."
     codes, x_scale, x_zero = quantize_activations(x, reduce_range)
     total = nn.functional.conv2d(codes.double() - x_zero, weight.double(), None, stride, padding, dilation, groups)
@@ -628,27 +946,44 @@ def integer_conv2d(
 # %% ../nbs/06_kernels.ipynb
 class QConv2d(_IntegerLayer):
     "A two-dimensional convolution with int8 products and int32 sums."
+
     def __init__(
         self,
-        layer: nn.Conv2d,              # gives bias, stride, padding, dilation and groups; its weight is dropped
-        q: QTensor | Packed,           # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
-        name: str = "weight",          # which parameter `q` is
-        activations: str = "tensor",   # one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any batch (of few weights, which compute in floats, but for rounding); slower
-        requantize: bool = False,      # round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
+        layer: nn.Conv2d,  # gives bias, stride, padding, dilation and groups; its weight is dropped
+        q: QTensor | Packed,  # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
+        name: str = "weight",  # which parameter `q` is
+        # one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any
+        # batch (of few weights, which compute in floats, but for rounding); slower
+        activations: str = "tensor",
+        # round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
+        requantize: bool = False,
     ):
         super().__init__(layer, q, name, activations, requantize)
         padding, dilation = self._how()[1:3]
         self.smallest = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, layer.kernel_size, padding)]
         self.inputs, self.geometry = layer.in_channels, self._how()
+
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or (None if requantize else why_not_int8(q)) or _out_of_reach(q)) is not None: return why
-        if not requantize and q.packed_zero_point is not None: return "its weight has a zero point, oneDNN's must be symmetric"
-        if layer.groups > 1 and getattr(q, "columns", None) is not None: return "its column scales would differ between its groups"
-        if layer.padding_mode != "zeros": return f"its padding_mode is {layer.padding_mode!r}, the kernel's is 'zeros'"
-        if layer.padding == "same": return "its padding is 'same', which may differ on two sides"
-    def _choose(self): return "tiny" if self.q.numel() <= TINY else "onednn" if capabilities().convolution else "plain"
+        if (
+            why := _not_the_weight_of(layer, nn.Conv2d, name)
+            or (None if requantize else why_not_int8(q))
+            or _out_of_reach(q)
+        ) is not None:
+            return why
+        if not requantize and q.packed_zero_point is not None:
+            return "its weight has a zero point, oneDNN's must be symmetric"
+        if layer.groups > 1 and getattr(q, "columns", None) is not None:
+            return "its column scales would differ between its groups"
+        if layer.padding_mode != "zeros":
+            return f"its padding_mode is {layer.padding_mode!r}, the kernel's is 'zeros'"
+        if layer.padding == "same":
+            return "its padding is 'same', which may differ on two sides"
+
+    def _choose(self):
+        return "tiny" if self.q.numel() <= TINY else "onednn" if capabilities().convolution else "plain"
+
     def _how(self):
         padding = (0, 0) if self.layer.padding == "valid" else self.layer.padding
         return list(self.layer.stride), list(padding), list(self.layer.dilation), self.layer.groups
@@ -657,141 +992,248 @@ class QConv2d(_IntegerLayer):
 def _check_images(self, x):
     _floating(x, self)
     if x.dim() not in (3, 4) or x.shape[-3] != self.inputs:
-        raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; it must be [batch, {self.inputs}, height, width] or [{self.inputs}, height, width]")
+        raise ValueError(
+            f"input of {self._who()} has shape {tuple(x.shape)}; it must be [batch, {self.inputs}, height, width] or"
+            f" [{self.inputs}, height, width]"
+        )
     if x.shape[-2] < self.smallest[0] or x.shape[-1] < self.smallest[1]:
-        raise ValueError(f"input of {self._who()} has shape {tuple(x.shape)}; height and width must be at least {self.smallest}")
+        raise ValueError(
+            f"input of {self._who()} has shape {tuple(x.shape)}; height and width must be at least {self.smallest}"
+        )
 
-def _float_conv(self, x): return nn.functional.conv2d(x, self.q.dequantize().float(), self._bias(), *self.geometry)
 
-def _prepare_onednn(self): return pack_weight(*self.prepared.get(self, "bytes")[:2], self.geometry[0], *self.geometry[2:])
+def _float_conv(self, x):
+    return nn.functional.conv2d(x, self.q.dequantize().float(), self._bias(), *self.geometry)
+
+
+def _prepare_onednn(self):
+    return pack_weight(*self.prepared.get(self, "bytes")[:2], self.geometry[0], *self.geometry[2:])
+
 
 def _product_conv(self, x, bias):
     weight, scale, _ = self.prepared.get(self, "bytes")
-    if self.kernel == "onednn": y = _run_convolution(x, weight, self.prepared.get(self, "onednn"), scale, *self.geometry, capabilities().reduce_range)
-    else: y = integer_conv2d(x, weight, scale, *self.geometry, capabilities().reduce_range)
+    if self.kernel == "onednn":
+        y = _run_convolution(
+            x, weight, self.prepared.get(self, "onednn"), scale, *self.geometry, capabilities().reduce_range
+        )
+    else:
+        y = integer_conv2d(x, weight, scale, *self.geometry, capabilities().reduce_range)
     return self._add_bias(y) if bias else y
 
 # %% ../nbs/06_kernels.ipynb
 def quantize_images(
-    x: Tensor,                                 # [batch, channels, height, width] finite float32
-    top: int = 255,                            # largest code
-) -> tuple[Tensor, Tensor, Tensor]:            # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
+    x: Tensor,  # [batch, channels, height, width] finite float32
+    top: int = 255,  # largest code
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # codes uint8; step and zero point of each image [batch, 1, 1, 1]: x ≈ step·(codes − zero)
     "Codes with a range for each image, which holds zero."
     step, zero = _image_ranges(x, top)
     return _image_codes(x, step, zero, top), step, zero
 
+
 def _image_ranges(x, top):
-    flat = x.flatten(1)                                  # two reductions are quicker than `aminmax` along an axis
-    step, zero = scale_and_zero_point(*(v.view(-1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1))), top + 1, symmetric=False)
+    flat = x.flatten(1)  # two reductions are quicker than `aminmax` along an axis
+    step, zero = scale_and_zero_point(
+        *(v.view(-1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1))), top + 1, symmetric=False
+    )
     return step, zero.float()
 
-def _image_codes(x, step, zero, top): return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
+
+def _image_codes(x, step, zero, top):
+    return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
+
 
 def _by_images(self, x):
     "A scale for each image; None when not all is finite."
-    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
+    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+        return None
     step, zero = _image_ranges(x, top := 127 if capabilities().reduce_range else 255)
     weight, scale, _ = self.prepared.get(self, "bytes")
-    if self.kernel == "plain": return self._add_bias((nn.functional.conv2d(_image_codes(x, step, zero, top).double() - zero, weight.double(), None, *self.geometry).float() * scale[:, None, None]).mul_(step))
-    if (some := int(zero.count_nonzero())) == 0: return self._from_zero(_image_codes(x, step, zero, top), step)
-    if some == len(x): return self._from_lifted(x, step, zero, top)
+    if self.kernel == "plain":
+        return self._add_bias(
+            (
+                nn.functional.conv2d(
+                    _image_codes(x, step, zero, top).double() - zero, weight.double(), None, *self.geometry
+                ).float()
+                * scale[:, None, None]
+            ).mul_(step)
+        )
+    if (some := int(zero.count_nonzero())) == 0:
+        return self._from_zero(_image_codes(x, step, zero, top), step)
+    if some == len(x):
+        return self._from_lifted(x, step, zero, top)
     lifted = zero.flatten() > 0
-    some, rest = self._from_lifted(x[lifted], step[lifted], zero[lifted], top), self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted])
+    some, rest = (
+        self._from_lifted(x[lifted], step[lifted], zero[lifted], top),
+        self._from_zero(_image_codes(x[~lifted], step[~lifted], zero[~lifted], top), step[~lifted]),
+    )
     y = x.new_empty(len(x), *some.shape[1:])
     y[lifted], y[~lifted] = some, rest
     return y
 
+
 def _from_zero(self, codes, step):
     "Of images whose code of zero is 0."
     weight, scale, _ = self.prepared.get(self, "bytes")
-    return self._add_bias(convolve(codes, 1., 0, weight, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step))
+    return self._add_bias(
+        convolve(codes, 1.0, 0, weight, self.prepared.get(self, "onednn"), scale, *self.geometry).mul_(step)
+    )
+
 
 def _from_lifted(self, x, step, zero, top):
     "Of images with a code of zero of their own, which is what their padding becomes."
     (stride, (a, b), *rest), (weight, scale, _) = self.geometry, self.prepared.get(self, "bytes")
     codes = _image_codes(nn.functional.pad(x, (b, b, a, a)) if a or b else x, step, zero, top)
-    y = convolve(codes, 1., 0, weight, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
-    y = y.sub_(zero * self.prepared.get(self, "sums"))                         # whole numbers, exact below 2²⁴
-    return self._add_bias(y.mul_(scale[:, None, None]).mul_(step))           # one after the other: their product may leave float32
+    y = convolve(codes, 1.0, 0, weight, self.prepared.get(self, "onednn"), _unscaled(len(scale)), stride, [0, 0], *rest)
+    y = y.sub_(zero * self.prepared.get(self, "sums"))  # whole numbers, exact below 2²⁴
+    return self._add_bias(
+        y.mul_(scale[:, None, None]).mul_(step)
+    )  # one after the other: their product may leave float32
 
-def _prepare_conv_sums(self): return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
+
+def _prepare_conv_sums(self):
+    return self.prepared.get(self, "bytes")[0].sum((1, 2, 3), dtype=torch.float64).float()[:, None, None]
+
 
 @functools.lru_cache(256)
-def _unscaled(n): return _ones(n)
+def _unscaled(n):
+    return _ones(n)
 
 # %% ../nbs/06_kernels.ipynb
-def _add_bias_conv(self, y): return y if (bias := self._bias()) is None else y.add_(bias[:, None, None])
-def _integer_conv(self, x):
-    if self.kernel == "tiny": return nn.functional.conv2d(x, self._small_weight(), self._bias(), *self.geometry)
-    return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
-def _geometry_conv(self): return f"{self.in_channels}→{self.out_channels}, {'×'.join(map(str, self.kernel_size))}"
+def _add_bias_conv(self, y):
+    return y if (bias := self._bias()) is None else y.add_(bias[:, None, None])
 
-QConv2d._check, QConv2d._float, QConv2d._prepare_onednn, QConv2d._product = _check_images, _float_conv, _prepare_onednn, _product_conv
-QConv2d._by_rows, QConv2d._add_bias, QConv2d._integer, QConv2d._geometry = _by_images, _add_bias_conv, _integer_conv, _geometry_conv
+
+def _integer_conv(self, x):
+    if self.kernel == "tiny":
+        return nn.functional.conv2d(x, self._small_weight(), self._bias(), *self.geometry)
+    return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
+
+
+def _geometry_conv(self):
+    return f"{self.in_channels}→{self.out_channels}, {'×'.join(map(str, self.kernel_size))}"
+
+
+QConv2d._check, QConv2d._float, QConv2d._prepare_onednn, QConv2d._product = (
+    _check_images,
+    _float_conv,
+    _prepare_onednn,
+    _product_conv,
+)
+QConv2d._by_rows, QConv2d._add_bias, QConv2d._integer, QConv2d._geometry = (
+    _by_images,
+    _add_bias_conv,
+    _integer_conv,
+    _geometry_conv,
+)
 QConv2d._from_zero, QConv2d._from_lifted, QConv2d._prepare_sums = _from_zero, _from_lifted, _prepare_conv_sums
 
 # %% ../nbs/06_kernels.ipynb
 def gather_rows(
-    q: QTensor,      # [rows, width]: a scale for each row, for groups, or one for all
-    rows: Tensor,    # [n] int64, which rows
-) -> QTensor:        # [n, width]: the same codes and scales, still packed
-    "Rows of a quantized table as a smaller quantized table; nothing is expanded. `IndexError` for a row that is not there."
-    if (why := _why_not_rows(q)) is not None: raise ValueError(f"q has no rows to gather: {why}")
+    q: QTensor,  # [rows, width]: a scale for each row, for groups, or one for all
+    rows: Tensor,  # [n] int64, which rows
+) -> QTensor:  # [n, width]: the same codes and scales, still packed
+    """Rows of a quantized table as a smaller quantized table; nothing is expanded. `IndexError` for a row that is
+    not there."""
+    if (why := _why_not_rows(q)) is not None:
+        raise ValueError(f"q has no rows to gather: {why}")
     shape, planes, start = torch.Size((len(rows), q.shape[1])), [], 0
     for width in bit_planes(q.bits):
         size = q.shape.numel() * width // 8
-        planes.append(q.codes[start:start + size].view(q.shape[0], -1).index_select(0, rows).reshape(-1))
+        planes.append(q.codes[start : start + size].view(q.shape[0], -1).index_select(0, rows).reshape(-1))
         start += size
     codes = planes[0] if len(planes) == 1 else torch.cat(planes)
-    if q.axis is None and q.group is None: return QTensor(codes, q.scale, q.packed_zero_point, q.codebook, shape, q.dtype, q.levels, columns=q.columns)
+    if q.axis is None and q.group is None:
+        return QTensor(codes, q.scale, q.packed_zero_point, q.codebook, shape, q.dtype, q.levels, columns=q.columns)
     zero = None if q.packed_zero_point is None else pack_bits(q.zero_point.index_select(0, rows), q.bits)
-    return QTensor(codes, q.scale.index_select(0, rows), zero, q.codebook, shape, q.dtype, q.levels, q.axis, q.group, q.columns)
+    return QTensor(
+        codes, q.scale.index_select(0, rows), zero, q.codebook, shape, q.dtype, q.levels, q.axis, q.group, q.columns
+    )
+
 
 def _why_not_rows(q):
-    if not isinstance(q, QTensor): return f"a {type(q).__name__} has no packed rows"
-    if len(q.shape) != 2 or not q.shape.numel(): return f"its shape is {tuple(q.shape)}"
-    if q.axis == 1: return "its scales lie along the columns"
-    if any(q.shape[1] * w % 8 for w in bit_planes(q.bits)): return f"rows of {q.shape[1]} codes of {q.bits} bits do not end on a byte"
+    if not isinstance(q, QTensor):
+        return f"a {type(q).__name__} has no packed rows"
+    if len(q.shape) != 2 or not q.shape.numel():
+        return f"its shape is {tuple(q.shape)}"
+    if q.axis == 1:
+        return "its scales lie along the columns"
+    if any(q.shape[1] * w % 8 for w in bit_planes(q.bits)):
+        return f"rows of {q.shape[1]} codes of {q.bits} bits do not end on a byte"
 
 # %% ../nbs/06_kernels.ipynb
 class QEmbedding(Dequantize):
     "An embedding that fetches packed rows and expands only these; the same numbers as Dequantize, to the last bit."
+
     def __init__(
         self,
-        layer: nn.Embedding,     # its weight is dropped
-        q: QTensor | Packed,     # the table [rows, width]; a `Packed` is shared with a tied output layer
-        name: str = "weight",    # which parameter `q` is
+        layer: nn.Embedding,  # its weight is dropped
+        q: QTensor | Packed,  # the table [rows, width]; a `Packed` is shared with a tied output layer
+        name: str = "weight",  # which parameter `q` is
     ):
         super().__init__(layer, q, name)
-        if (why := self.refuses(self.layer, self.q, name)) is not None: raise ValueError(f"layer cannot be a QEmbedding: {why}")
+        if (why := self.refuses(self.layer, self.q, name)) is not None:
+            raise ValueError(f"layer cannot be a QEmbedding: {why}")
+
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight") -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        if (why := _not_the_weight_of(layer, nn.Embedding, name) or _why_not_rows(q)) is not None: return why
-        if layer.max_norm is not None: return "max_norm rewrites its weight at each use"
+        if (why := _not_the_weight_of(layer, nn.Embedding, name) or _why_not_rows(q)) is not None:
+            return why
+        if layer.max_norm is not None:
+            return "max_norm rewrites its weight at each use"
+
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_tracing(): _refuse_trace(self)
-        if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32): raise TypeError(f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of int64 or int32")
+        if torch.jit.is_tracing():
+            _refuse_trace(self)
+        if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"input of {self._who()} is {getattr(input, 'dtype', type(input).__name__)}; it may be a tensor of"
+                " int64 or int32"
+            )
         packed = self._modules["packed"]
-        if not torch.compiler.is_compiling() and (derived_or_mapped() or input.is_nested) and (y := looked_up(self, input)) is not None: return y
+        if (
+            not torch.compiler.is_compiling()
+            and (derived_or_mapped() or input.is_nested)
+            and (y := looked_up(self, input)) is not None
+        ):
+            return y
         rows = input.reshape(-1)
-        if torch.compiler.is_compiling(): return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(*input.shape, self.embedding_dim)
-        if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers): y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
-        elif not len(rows): return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
-        else: y = gather_rows(self.q, rows).dequantize()
+        if torch.compiler.is_compiling():
+            return _fetched(rows, list(packed._buffers.values()), ",".join(packed._buffers), packed.said).reshape(
+                *input.shape, self.embedding_dim
+            )
+        if packed.kind == "quantized" and _plain_bytes(packed.meta, packed._buffers):
+            y = _byte_rows(packed._buffers, packed.meta["shape"], rows)
+        elif not len(rows):
+            return torch.empty(*input.shape, self.embedding_dim, dtype=self.q.dtype, device=input.device)
+        else:
+            y = gather_rows(self.q, rows).dequantize()
         return y.reshape(*input.shape, y.shape[1])
+
     where, _who, __prepare_scriptable__ = "", _IntegerLayer._who, _refuse_trace
     runs = "fetches packed rows and expands these alone"
-    def __repr__(self): return f"QEmbedding({self.num_embeddings}×{self.embedding_dim}, {self.q.describe()}, {self.runs}, {self.q.nbytes:,} bytes)"
+
+    def __repr__(self):
+        return (
+            f"QEmbedding({self.num_embeddings}×{self.embedding_dim}, {self.q.describe()}, {self.runs},"
+            f" {self.q.nbytes:,} bytes)"
+        )
 
 # %% ../nbs/06_kernels.ipynb
 def _plain_bytes(meta, parts):
     "Symmetric 8-bit float32 rows, the most common case, skip the general machinery."
-    return (meta.get("axis"), meta["levels"], meta["dtype"]) == (0, 256, "float32") and parts.keys() == {"codes", "scale"}
+    return (meta.get("axis"), meta["levels"], meta["dtype"]) == (0, 256, "float32") and parts.keys() == {
+        "codes",
+        "scale",
+    }
+
 
 def _byte_rows(parts, shape, rows):
     codes = parts["codes"].view(*shape).index_select(0, rows)
     return codes.float().sub_(128).mul_(parts["scale"].index_select(0, rows).float()[:, None])
+
 
 @torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::fetched", mutates_args=())
 def _fetched(rows: Tensor, parts: list[Tensor], names: str, said: str) -> Tensor:
@@ -800,6 +1242,7 @@ def _fetched(rows: Tensor, parts: list[Tensor], names: str, said: str) -> Tensor
     q = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta)
     return gather_rows(q, rows).dequantize() if len(rows) else parts[0].new_empty(0, q.shape[1], dtype=q.dtype)
 
+
 @_fetched.register_fake
 def _(rows, parts, names, said):
     meta = json.loads(said)
@@ -807,93 +1250,141 @@ def _(rows, parts, names, said):
 
 # %% ../nbs/06_kernels.ipynb
 KERNELS = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
-READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)   # these read their layers' weights and do not call them
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these read their layers' weights and do not call them
+
 
 def _reader_of(model, name):
     "The class of the module that reads a layer's weight instead of calling the layer, if there is one."
     owners = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)] if name else []
     return next((type(o).__name__ for o in owners if isinstance(o, READERS)), None)
 
+
 def _choice(model, name, wrapper, requantize=False):
     "The class that a Dequantize may become, or None and the reason."
-    if reader := _reader_of(model, name): return None, f"{reader} reads its weight directly"
+    if reader := _reader_of(model, name):
+        return None, f"{reader} reads its weight directly"
     cls = next((new for old, new in KERNELS.items() if isinstance(wrapper.layer, old)), None)
-    if cls is None: return None, f"{type(unwrapped(wrapper)).__name__} has no integer kernel"
-    if (why := cls.refuses(wrapper.layer, wrapper.q, wrapper.name, *[requantize] * (cls is not QEmbedding))) is not None: return None, why
+    if cls is None:
+        return None, f"{type(unwrapped(wrapper)).__name__} has no integer kernel"
+    if (
+        why := cls.refuses(wrapper.layer, wrapper.q, wrapper.name, *[requantize] * (cls is not QEmbedding))
+    ) is not None:
+        return None, why
     int8 = requantize or why_not_int8(wrapper.q) is None
-    can = {QLinear: capabilities().linear if int8 else capabilities().int4, QConv2d: capabilities().convolution, QEmbedding: True}[cls]
+    can = {
+        QLinear: capabilities().linear if int8 else capabilities().int4,
+        QConv2d: capabilities().convolution,
+        QEmbedding: True,
+    }[cls]
     return (cls, "") if can else (None, "this machine has no exact kernel for it")
 
 # %% ../nbs/06_kernels.ipynb
 class Choices(list):
     "Rows (name, layer, what runs); prints as a table."
+
     def __repr__(self):
         rows = [("name", "layer", "runs"), *self]
         wide = [max(len(r[i]) for r in rows) for i in range(2)]
         return "\n".join(f"{n:<{wide[0]}}  {l:<{wide[1]}}  {r}" for n, l, r in rows)
 
+
 def what_runs(
-    model: nn.Module,   # with compressed layers
-) -> Choices:           # a row for each of them, then one for each matrix that stays float
-    "For every compressed layer what its product is, and for those without one why; and why any other matrix is not compressed."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    model: nn.Module,  # with compressed layers
+) -> Choices:  # a row for each of them, then one for each matrix that stays float
+    """For every compressed layer what its product is, and for those without one why; and why any other matrix is
+    not compressed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+
     def runs(n, m):
-        if type(m) is not Dequantize: return getattr(m, "runs", type(m).__name__)
+        if type(m) is not Dequantize:
+            return getattr(m, "runs", type(m).__name__)
         cls, why = _choice(model, n, m)
-        return f"expands the weight: {why}" if cls is None else f"expands the weight; use_kernels makes it a {cls.__name__}"
+        return (
+            f"expands the weight: {why}"
+            if cls is None
+            else f"expands the weight; use_kernels makes it a {cls.__name__}"
+        )
+
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
     floats = ((n, "float", why) for n, why in floats_left(model).items() if why != SMALL)
     return Choices([*((_name_of(model, n, m) or "(model)", type(m).__name__, runs(n, m)) for n, m in found), *floats])
 
+
 def _name_of(model, path, wrapper):
-    "A layer's name as it was before it was wrapped, once for each of its matrices; these are named unless it is the weight."
+    """A layer's name as it was before it was wrapped, once for each of its matrices; these are named unless it is
+    the weight."""
     parts, module = [], model
     for part in path.split(".") if path else []:
-        if not (part == "layer" and isinstance(module, Dequantize)): parts.append(part)
+        if not (part == "layer" and isinstance(module, Dequantize)):
+            parts.append(part)
         module = module.get_submodule(part)
     return ".".join([*parts, *[wrapper.name] * (wrapper.name != "weight")])
 
 # %% ../nbs/06_kernels.ipynb
 def use_kernels(
-    model: nn.Module,                  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
-    activations: str | dict | None = None,   # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear, the tensor for QConv2d
-    requantize: bool = False,          # run groups and codebooks as int8, too: one more rounding, to a scale for each output
-) -> nn.Module:                        # a copy that shares the compressed weights
-    """Exchange each `Dequantize` for the layer with the quickest correct product, which calls the hooks of the one it replaces; `what_runs` tells which and why.
-    `ValueError` when there is none, and when a copy of the model would run the original."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    model: nn.Module,  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
+    activations: (
+        str | dict | None
+        # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear, the
+        # tensor for QConv2d
+    ) = None,
+    requantize: bool = False,  # run groups and codebooks as int8, too: one more rounding, to a scale for each output
+) -> nn.Module:  # a copy that shares the compressed weights
+    """Exchange each `Dequantize` for the layer with the quickest correct product, which calls the hooks of the one
+    it replaces; `what_runs` tells which and why. `ValueError` when there is none, and when a copy of the model
+    would run the original."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
-    if not found: raise ValueError("model has no compressed layer; quantize_model(model) makes them")
+    if not found:
+        raise ValueError("model has no compressed layer; quantize_model(model) makes them")
     check_ordinary(model)
     wanted = _wanted(activations, [n for n, _ in found])
     memo, pairs = {id(m.packed): m.packed for _, m in found}, []
     for name, m in found:
         cls = _choice(model, name, m, requantize)[0] if type(m) is Dequantize else None
-        if cls is None: continue
-        memo[id(m)] = new = _exchanged(_name_of(model, name, m), m, cls, {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}))
+        if cls is None:
+            continue
+        memo[id(m)] = new = _exchanged(
+            _name_of(model, name, m),
+            m,
+            cls,
+            {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}),
+        )
         pairs.append((m, new))
     quick = memo.get(id(model)) or copied(model, memo, checked=True)
-    for m, new in pairs: _carry(m, new, memo)
+    for m, new in pairs:
+        _carry(m, new, memo)
     return quick
+
 
 def _wanted(activations, names):
     "The option `activations` of each layer; the first pattern that matches decides."
     patterns = activations if isinstance(activations, dict) else {} if activations is None else {"*": activations}
     for pattern, how in patterns.items():
-        if how not in ("row", "tensor"): raise ValueError(f"activations is {how!r}; it may be None, 'row' or 'tensor', or a dict of patterns and these")
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names): raise ValueError(f"activations names {pattern!r}; the layers are {', '.join(names)}")
-    first = lambda n: next(({"activations": how} for pattern, how in patterns.items() if fnmatch.fnmatchcase(n, pattern)), {})
+        if how not in ("row", "tensor"):
+            raise ValueError(
+                f"activations is {how!r}; it may be None, 'row' or 'tensor', or a dict of patterns and these"
+            )
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ValueError(f"activations names {pattern!r}; the layers are {', '.join(names)}")
+    first = lambda n: next(
+        ({"activations": how} for pattern, how in patterns.items() if fnmatch.fnmatchcase(n, pattern)), {}
+    )
     return {n: first(n) for n in names}
+
 
 def _exchanged(name, m, cls, options):
     "The new layer, with its own bias and the same packed weight."
     bare = _bare(m.layer)
-    empty = {k: bare.__dict__.pop(k) for k in [*bare.__dict__] if "_hooks" in k}      # most of what there would be to copy
+    empty = {k: bare.__dict__.pop(k) for k in [*bare.__dict__] if "_hooks" in k}  # most of what there would be to copy
     bare = copy.deepcopy(bare)
     bare.__dict__.update(empty)
     new = cls(bare, m.packed, m.name, **options)
-    new.where, new.training = name, m.training            # a name for errors; `train()` would reach the shared weight
+    new.where, new.training = name, m.training  # a name for errors; `train()` would reach the shared weight
     return new
+
 
 def _bare(layer):
     "A layer without its hooks, sharing the rest."
@@ -901,17 +1392,22 @@ def _bare(layer):
     bare.__dict__ = {k: type(v)() if "_hooks" in k and isinstance(v, dict) else v for k, v in layer.__dict__.items()}
     return bare
 
+
 def _carry(m, new, memo):
-    "Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest to what is computed. In the copy they belong to the copy."
+    """Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest
+    to what is computed. In the copy they belong to the copy."""
     chain = [m]
-    while isinstance(chain[-1], Dequantize): chain.append(chain[-1].layer)
+    while isinstance(chain[-1], Dequantize):
+        chain.append(chain[-1].layer)
     for key in [k for k, v in m.__dict__.items() if "_hooks" in k and isinstance(v, dict)]:
         for layer in chain if key != "_forward_hooks" else chain[::-1]:
-            if layer.__dict__[key]: new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
+            if layer.__dict__[key]:
+                new.__dict__[key].update(copy.deepcopy(layer.__dict__[key], memo))
     for layer in chain:
-        if layer._is_full_backward_hook is not None: new._is_full_backward_hook = layer._is_full_backward_hook
+        if layer._is_full_backward_hook is not None:
+            new._is_full_backward_hook = layer._is_full_backward_hook
 
 # %% ../nbs/06_kernels.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -29,52 +29,73 @@ from .workshop.models import call, copied, own_copy
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
-    path: str | os.PathLike,    # a file, or a folder, whose files are added up
-) -> int:                       # bytes, as the operating system counts them
+    path: str | os.PathLike,  # a file, or a folder, whose files are added up
+) -> int:  # bytes, as the operating system counts them
     "Size on disk. A path that is not there raises FileNotFoundError."
     path = Path(path)
-    if path.is_dir(): return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    if path.is_dir():
+        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     return os.path.getsize(path)
 
 # %% ../nbs/01_measure.ipynb
 def count_parameters(
-    model: nn.Module,   # tied parameters count once
-) -> int:               # weights and biases
+    model: nn.Module,  # tied parameters count once
+) -> int:  # weights and biases
     "The number of parameters."
     return sum(p.numel() for p in model.parameters())
 
+
 def tensor_bytes(
-    model: nn.Module,   # any, also on the device "meta"
-) -> int:               # bytes in memory
-    "What the parameters and buffers of a model occupy, each byte once: ties, views and expanded tensors lie on the same bytes."
+    model: nn.Module,  # any, also on the device "meta"
+) -> int:  # bytes in memory
+    """What the parameters and buffers of a model occupy, each byte once: ties, views and expanded tensors lie on
+    the same bytes."""
     shared = {}
     for t in (*model.parameters(), *model.buffers()):
-        for part in _dense(t): shared.setdefault(part.untyped_storage()._cdata, []).append(part)
+        for part in _dense(t):
+            shared.setdefault(part.untyped_storage()._cdata, []).append(part)
     return sum(map(_covered, shared.values()))
 
 # %% ../nbs/01_measure.ipynb
 def _dense(t: Tensor) -> tuple[Tensor, ...]:
     "The ordinary tensors that a tensor consists of."
-    if t.layout == torch.strided: return (t,)
-    if t.layout == torch.sparse_coo: return t._indices(), t._values()
+    if t.layout == torch.strided:
+        return (t,)
+    if t.layout == torch.sparse_coo:
+        return t._indices(), t._values()
     rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
     return (t.crow_indices(), t.col_indices(), t.values()) if rows else (t.ccol_indices(), t.row_indices(), t.values())
+
 
 def _covered(views: list[Tensor]) -> int:
     "How many bytes of their storage some views lie on."
     places = {(t.storage_offset() * t.element_size(), t.element_size(), t.shape, t.stride()) for t in views}
-    if len(places) == 1 and views[0].is_contiguous(): return views[0].numel() * views[0].element_size()
+    if len(places) == 1 and views[0].is_contiguous():
+        return views[0].numel() * views[0].element_size()
     used = torch.zeros(views[0].untyped_storage().nbytes(), dtype=torch.bool)
     for start, size, shape, stride in places:
         used.as_strided((*shape, size), (*(s * size for s in stride), 1), start).fill_(True)
     return int(used.sum())
 
 # %% ../nbs/01_measure.ipynb
-def _linear_macs(m, x, y): return y.numel() * m.in_features
-def _conv_macs(m, x, y): return y.numel() * m.in_channels // m.groups * math.prod(m.kernel_size)
-def _transposed_macs(m, x, y): return x[0].numel() * m.out_channels // m.groups * math.prod(m.kernel_size)
-def _bilinear_macs(m, x, y): return y.numel() * (m.in1_features * m.in2_features + m.in2_features)
-def _no_macs(m, x, y): return 0
+def _linear_macs(m, x, y):
+    return y.numel() * m.in_features
+
+
+def _conv_macs(m, x, y):
+    return y.numel() * m.in_channels // m.groups * math.prod(m.kernel_size)
+
+
+def _transposed_macs(m, x, y):
+    return x[0].numel() * m.out_channels // m.groups * math.prod(m.kernel_size)
+
+
+def _bilinear_macs(m, x, y):
+    return y.numel() * (m.in1_features * m.in2_features + m.in2_features)
+
+
+def _no_macs(m, x, y):
+    return 0
 
 # %% ../nbs/01_measure.ipynb
 def _attention_macs(m, x, y):
@@ -85,26 +106,42 @@ def _attention_macs(m, x, y):
     projections = 2 * rows * e * e + keys * e * (key.shape[-1] + value.shape[-1])
     return batch * (projections + 2 * rows * keys * e)
 
+
 _formulas: dict[type, Callable] = {
-    nn.Linear: _linear_macs, nn.Bilinear: _bilinear_macs, nn.MultiheadAttention: _attention_macs, nn.Embedding: _no_macs, nn.EmbeddingBag: _no_macs,
-    nn.Conv1d: _conv_macs, nn.Conv2d: _conv_macs, nn.Conv3d: _conv_macs,
-    nn.ConvTranspose1d: _transposed_macs, nn.ConvTranspose2d: _transposed_macs, nn.ConvTranspose3d: _transposed_macs}
+    nn.Linear: _linear_macs,
+    nn.Bilinear: _bilinear_macs,
+    nn.MultiheadAttention: _attention_macs,
+    nn.Embedding: _no_macs,
+    nn.EmbeddingBag: _no_macs,
+    nn.Conv1d: _conv_macs,
+    nn.Conv2d: _conv_macs,
+    nn.Conv3d: _conv_macs,
+    nn.ConvTranspose1d: _transposed_macs,
+    nn.ConvTranspose2d: _transposed_macs,
+    nn.ConvTranspose3d: _transposed_macs,
+}
 
 # %% ../nbs/01_measure.ipynb
-mac_rules: dict[type, Callable] = {}    # your own layers: class → MACs, from (layer, inputs in the order of `forward`, output)
+mac_rules: dict[
+    type, Callable
+] = {}  # your own layers: class → MACs, from (layer, inputs in the order of `forward`, output)
+
 
 def _own(module: nn.Module | None) -> Callable | None:
     "The formula of `mac_rules`, for the layer itself."
     rule = next((mac_rules[cls] for cls in type(module).__mro__ if cls in mac_rules), None)
     return None if rule is None else lambda x, y: rule(module, x, y)
 
+
 def _formula(module: nn.Module | None) -> Callable | None:
     "The formula of a layer of PyTorch's, which is the module itself or what it wraps."
     layer = module
     while isinstance(layer, nn.Module):
         rule = next((_formulas[cls] for cls in type(layer).__mro__ if cls in _formulas), None)
-        if rule is not None: return lambda x, y: rule(layer, x, y)
+        if rule is not None:
+            return lambda x, y: rule(layer, x, y)
         layer = getattr(layer, "layer", None)
+
 
 def _owners(model: nn.Module) -> dict[nn.Module, str]:
     "Module → whom its work is booked to: itself, or the layer that it is part of or wrapped by."
@@ -116,27 +153,34 @@ def _owners(model: nn.Module) -> dict[nn.Module, str]:
         names[name], owners[m] = m, owners[names[above]] if part else name
     return owners
 
-def _layer(m: nn.Module) -> bool: return _own(m) is not None or _formula(m) is not None
+
+def _layer(m: nn.Module) -> bool:
+    return _own(m) is not None or _formula(m) is not None
 
 # %% ../nbs/01_measure.ipynb
 def macs(
-    model: nn.Module,       # any model; a copy of it runs, in eval mode
-    example: Any,           # what it is called with; a tuple holds several arguments, a dict named ones
-) -> dict[str, int]:        # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
-    """Count the multiply-accumulates of all matrix products, convolutions and attentions that run; element by element nothing is counted, masks and causality save nothing, sparse matrices count what they store.
+    model: nn.Module,  # any model; a copy of it runs, in eval mode
+    example: Any,  # what it is called with; a tuple holds several arguments, a dict named ones
+) -> dict[
+    str, int
+]:  # layer → multiply-accumulates for this example, in the order of the model; what runs outside of layers is booked to the module that runs it
+    """Count the multiply-accumulates of all matrix products, convolutions and attentions that run; element by
+    element nothing is counted, masks and causality save nothing, sparse matrices count what they store.
     `ValueError` names an operation that cannot be looked into, or a model that cannot be copied."""
     model = copied(model)
     owners = _owners(model)
     work = Work(owners, _own, _formula)
-    with eval_mode(model), listening(model, work): call(model, own_copy(example))
+    with eval_mode(model), listening(model, work):
+        call(model, own_copy(example))
     layers = {n: 0 for m, n in owners.items() if _layer(m)}
     return {n: work.counts.get(n, 0) for n in owners.values() if work.counts.get(n) or n in layers}
 
 # %% ../nbs/01_measure.ipynb
-def _median_interval(values: np.ndarray, confidence: float = .95) -> tuple[float, float, float]:
-    "Order statistics that enclose the true median, and the probability of that: `confidence` or more when there are enough values for it."
+def _median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Order statistics that enclose the true median, and the probability of that: `confidence` or more when there
+    are enough values for it."""
     values, n = np.sort(values), len(values)
-    missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2 ** n for k in range(1, n // 2 + 1)]
+    missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n // 2 + 1)]
     k = max(1, sum(m <= 1 - confidence for m in missed))
     return float(values[k - 1]), float(values[n - k]), 1 - missed[k - 1]
 
@@ -144,50 +188,70 @@ def _median_interval(values: np.ndarray, confidence: float = .95) -> tuple[float
 @dataclass(frozen=True)
 class Latency:
     "Time of one call, from paired and interleaved rounds."
-    median: float       # ms
-    low: float          # lower quartile, ms
-    high: float         # upper quartile, ms
-    ratio: float        # median over the rounds of time / the first candidate's time in the same round
-    ratio_low: float    # interval of that ratio
+
+    median: float  # ms
+    low: float  # lower quartile, ms
+    high: float  # upper quartile, ms
+    ratio: float  # median over the rounds of time / the first candidate's time in the same round
+    ratio_low: float  # interval of that ratio
     ratio_high: float
-    threads: int        # torch's intra-op threads
-    times: list[float] = field(repr=False, default_factory=list)    # ms, one a round
-    confidence: float = math.nan    # probability that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
+    threads: int  # torch's intra-op threads
+    times: list[float] = field(repr=False, default_factory=list)  # ms, one a round
+    confidence: float = (
+        math.nan
+    )  # probability that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
 
 # %% ../nbs/01_measure.ipynb
 def _calls_a_sample(f: Callable, warmup: int, at_least: float) -> int:
-    "Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds. (What it caches now, it can train with later: this is not in inference mode.)"
-    for _ in range(warmup): f()
-    began = time.perf_counter(); f()
+    """Warm `f` up, then say how often to call it so that one sample lasts `at_least` seconds. (What it caches now,
+    it can train with later: this is not in inference mode.)"""
+    for _ in range(warmup):
+        f()
+    began = time.perf_counter()
+    f()
     return max(1, min(10_000, math.ceil(at_least / max(time.perf_counter() - began, 1e-9))))
+
 
 def _sample(f: Callable, calls: int) -> float:
     "Mean milliseconds of `calls` calls in a row."
     began = time.perf_counter()
-    for _ in range(calls): f()
+    for _ in range(calls):
+        f()
     return (time.perf_counter() - began) * 1e3 / calls
 
 # %% ../nbs/01_measure.ipynb
 def _latency(times: np.ndarray, first: np.ndarray) -> Latency:
     low, high, confidence = _median_interval(times / first)
-    return Latency(*map(float, (np.median(times), *np.quantile(times, [.25, .75]), np.median(times / first))), low, high,
-                   torch.get_num_threads(), times.tolist(), confidence)
+    return Latency(
+        *map(float, (np.median(times), *np.quantile(times, [0.25, 0.75]), np.median(times / first))),
+        low,
+        high,
+        torch.get_num_threads(),
+        times.tolist(),
+        confidence,
+    )
 
 # %% ../nbs/01_measure.ipynb
 def latency(
-    candidates: dict[str, Callable[[], Any]],   # name → function without arguments; the first is the baseline
-    repeats: int = 30,                          # rounds, 2 or more; each times every candidate once
-    warmup: int = 3,                            # calls of each before the clock starts
-    at_least: float = .002,                     # seconds that a sample should last; quick functions are called several times
-    seed: int = 0,                              # of the order within rounds
-    progress: bool = False,                     # show a bar
-) -> dict[str, Latency]:                        # name → medians, quartiles and the ratio to the first
-    "Time functions against each other, in inference mode (but for the warm-up): paired rounds in random order, medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and `.confidence` says what it is worth."
-    if not candidates: raise ValueError("candidates is empty: there is nothing to time")
-    if repeats < 2: raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
-    if warmup < 0 or at_least < 0: raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
+    candidates: dict[str, Callable[[], Any]],  # name → function without arguments; the first is the baseline
+    repeats: int = 30,  # rounds, 2 or more; each times every candidate once
+    warmup: int = 3,  # calls of each before the clock starts
+    at_least: float = 0.002,  # seconds that a sample should last; quick functions are called several times
+    seed: int = 0,  # of the order within rounds
+    progress: bool = False,  # show a bar
+) -> dict[str, Latency]:  # name → medians, quartiles and the ratio to the first
+    """Time functions against each other, in inference mode (but for the warm-up): paired rounds in random order,
+    medians, and an interval of the ratio that makes no assumption; below six rounds it cannot reach 95 %, and
+    `.confidence` says what it is worth."""
+    if not candidates:
+        raise ValueError("candidates is empty: there is nothing to time")
+    if repeats < 2:
+        raise ValueError(f"repeats must be at least 2, not {repeats}: one timing says nothing about its spread")
+    if warmup < 0 or at_least < 0:
+        raise ValueError(f"warmup and at_least must not be negative, but are {warmup} and {at_least}")
     rng, names = np.random.default_rng(seed), list(candidates)
-    with torch.no_grad(): calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
+    with torch.no_grad():
+        calls = {n: _calls_a_sample(f, warmup, at_least) for n, f in candidates.items()}
     times = {n: np.empty(repeats) for n in names}
     _rounds(candidates, calls, times, rng, progress)
     return {n: _latency(times[n], times[names[0]]) for n in names}
@@ -196,128 +260,170 @@ def latency(
 def _rounds(candidates, calls, times, rng, progress) -> None:
     "Fill `times` round by round, the garbage collector switched off."
     names, repeats, collecting = list(candidates), len(next(iter(times.values()))), gc.isenabled()
-    gc.collect(); gc.disable()
+    gc.collect()
+    gc.disable()
     try:
         with torch.inference_mode():
             for r in tqdm(range(repeats), desc="time", leave=False, **({} if progress else {"disable": True})):
-                for i in rng.permutation(len(names)): times[names[i]][r] = _sample(candidates[names[i]], calls[names[i]])
+                for i in rng.permutation(len(names)):
+                    times[names[i]][r] = _sample(candidates[names[i]], calls[names[i]])
     finally:
-        if collecting: gc.enable()
+        if collecting:
+            gc.enable()
 
 # %% ../nbs/01_measure.ipynb
 def _status(key: str) -> int:
     "Bytes that the kernel notes under `key` for this process (Linux)."
-    with open("/proc/self/status") as f: return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
+
 
 def _trim() -> None:
     "Give freed memory back to the system, so that a new tensor shows (glibc)."
     gc.collect()
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError): pass
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 # %% ../nbs/01_measure.ipynb
 def peak_memory(
-    f: Callable[[], Any],   # called once
-) -> int:                   # bytes of resident memory that the call added at its highest, above what was there before
-    "Peak extra memory of a call, from the kernel's high-water mark (Linux). Exact to some hundred KB; counts all threads of this process, files mapped and touched too, no child process, no GPU. Where the mark cannot be reset, RuntimeError; what `f` raises goes through."
+    f: Callable[[], Any],  # called once
+) -> int:  # bytes of resident memory that the call added at its highest, above what was there before
+    """Peak extra memory of a call, from the kernel's high-water mark (Linux). Exact to some hundred KB; counts all
+    threads of this process, files mapped and touched too, no child process, no GPU. Where the mark cannot be reset,
+    RuntimeError; what `f` raises goes through."""
     _trim()
     try:
-        with open("/proc/self/clear_refs", "w") as mark: mark.write("5")
+        with open("/proc/self/clear_refs", "w") as mark:
+            mark.write("5")
         before = _status("VmRSS")
-    except OSError as e: raise RuntimeError("peak_memory needs Linux with a writable /proc/self/clear_refs") from e
+    except OSError as e:
+        raise RuntimeError("peak_memory needs Linux with a writable /proc/self/clear_refs") from e
     f()
     return max(0, _status("VmHWM") - before)
 
 # %% ../nbs/01_measure.ipynb
 def sqnr(
-    x: Tensor,          # the truth, any shape
-    x_hat: Tensor,      # what replaces it, the same shape
-) -> float:             # dB; inf when they are equal, −inf when x is zero and x_hat is not
+    x: Tensor,  # the truth, any shape
+    x_hat: Tensor,  # what replaces it, the same shape
+) -> float:  # dB; inf when they are equal, −inf when x is zero and x_hat is not
     "Signal-to-quantization-noise ratio. Different shapes, empty or complex tensors, NaN or infinity raise ValueError."
-    if x.shape != x_hat.shape: raise ValueError(f"x and x_hat must have the same shape, not {list(x.shape)} and {list(x_hat.shape)}")
-    if not x.numel(): raise ValueError("x is empty: there is no signal")
-    if x.is_complex() or x_hat.is_complex(): raise ValueError("x and x_hat must be real; compare view_as_real of complex tensors")
+    if x.shape != x_hat.shape:
+        raise ValueError(f"x and x_hat must have the same shape, not {list(x.shape)} and {list(x_hat.shape)}")
+    if not x.numel():
+        raise ValueError("x is empty: there is no signal")
+    if x.is_complex() or x_hat.is_complex():
+        raise ValueError("x and x_hat must be real; compare view_as_real of complex tensors")
     x, error = _signal_and_error(x.detach().cpu(), x_hat.detach().cpu())
     big, wrong = x.abs().max().item(), error.abs().max().item()
-    if wrong == 0: return math.inf
-    if big == 0: return -math.inf
-    return 20 * (math.log10(big) - math.log10(wrong)) + 10 * math.log10(((x / big) ** 2).sum().item() / ((error / wrong) ** 2).sum().item())
+    if wrong == 0:
+        return math.inf
+    if big == 0:
+        return -math.inf
+    return 20 * (math.log10(big) - math.log10(wrong)) + 10 * math.log10(
+        ((x / big) ** 2).sum().item() / ((error / wrong) ** 2).sum().item()
+    )
+
 
 def _signal_and_error(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
     "Both in double precision, halved so that no difference overflows; the difference of integers is exact."
     if not any(t.is_floating_point() for t in (x, x_hat)):
-        halves = [((t.long() >> 32).double(), (t.long() & 0xffffffff).double()) for t in (x, x_hat)]
-        return x.double() / 2, ((halves[1][0] - halves[0][0]) * 2. ** 32 + (halves[1][1] - halves[0][1])) / 2
+        halves = [((t.long() >> 32).double(), (t.long() & 0xFFFFFFFF).double()) for t in (x, x_hat)]
+        return x.double() / 2, ((halves[1][0] - halves[0][0]) * 2.0**32 + (halves[1][1] - halves[0][1])) / 2
     x, x_hat = x.double(), x_hat.double()
-    if not (x.isfinite().all() and x_hat.isfinite().all()): raise ValueError("x and x_hat must be finite, but hold NaN or infinity")
+    if not (x.isfinite().all() and x_hat.isfinite().all()):
+        raise ValueError("x and x_hat must be finite, but hold NaN or infinity")
     large = max(x.abs().max().item(), x_hat.abs().max().item()) > 1e300
     return (x / 2, x_hat / 2 - x / 2) if large else (x, x_hat - x)
 
 # %% ../nbs/01_measure.ipynb
 def wilson(
-    correct: int,               # right answers, 0..n
-    n: int,                     # answers, at least 1
-    confidence: float = .95,    # above 0 and below 1
-) -> tuple[float, float]:       # lowest and highest plausible share, within 0 and 1
+    correct: int,  # right answers, 0..n
+    n: int,  # answers, at least 1
+    confidence: float = 0.95,  # above 0 and below 1
+) -> tuple[float, float]:  # lowest and highest plausible share, within 0 and 1
     "Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."
-    if n < 1 or not 0 <= correct <= n: raise ValueError(f"n must be at least 1 and correct from 0 to n, but they are {n} and {correct}")
-    if not 0 < confidence < 1: raise ValueError(f"confidence must be above 0 and below 1, not {confidence}")
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"n must be at least 1 and correct from 0 to n, but they are {n} and {correct}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be above 0 and below 1, not {confidence}")
     z, p = statistics.NormalDist().inv_cdf((1 + confidence) / 2), correct / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return (0. if correct == 0 else max(0., low)), (1. if correct == n else min(1., high))
+    return (0.0 if correct == 0 else max(0.0, low)), (1.0 if correct == n else min(1.0, high))
 
 # %% ../nbs/01_measure.ipynb
 def mcnemar(
-    lost: int,      # examples that only the first model has right
-    gained: int,    # examples that only the second has right
-) -> float:         # probability of so lopsided a result, were the models equally good
+    lost: int,  # examples that only the first model has right
+    gained: int,  # examples that only the second has right
+) -> float:  # probability of so lopsided a result, were the models equally good
     "Exact test of two models on the same examples (McNemar 1947, doi:10.1007/BF02295996)."
-    if lost < 0 or gained < 0: raise ValueError(f"lost and gained must not be negative, but are {lost} and {gained}")
-    lost, gained = operator.index(lost), operator.index(gained)         # Python's own, which do not overflow
+    if lost < 0 or gained < 0:
+        raise ValueError(f"lost and gained must not be negative, but are {lost} and {gained}")
+    lost, gained = operator.index(lost), operator.index(gained)  # Python's own, which do not overflow
     n = lost + gained
-    ways = itertools.accumulate(range(min(lost, gained)), lambda c, i: c * (n - i) // (i + 1), initial=1)      # C(n, i), each from the one before
-    return min(1., 2 * sum(ways) / 2 ** n)
+    ways = itertools.accumulate(
+        range(min(lost, gained)), lambda c, i: c * (n - i) // (i + 1), initial=1
+    )  # C(n, i), each from the one before
+    return min(1.0, 2 * sum(ways) / 2**n)
 
 # %% ../nbs/01_measure.ipynb
 @dataclass
 class Measurement:
     "One model as it was measured: all figures belong to the model loaded from its file."
+
     name: str
-    bytes: int                      # of the file
-    bits_per_weight: float          # 8 · bytes / parameters of the baseline
-    accuracy: float                 # share of right answers, 0 to 1
-    low: float                      # its 95 % Wilson interval
+    bytes: int  # of the file
+    bits_per_weight: float  # 8 · bytes / parameters of the baseline
+    accuracy: float  # share of right answers, 0 to 1
+    low: float  # its 95 % Wilson interval
     high: float
-    n: int                          # examples behind it
-    p: float = 1.                   # McNemar's P against the baseline: small means that they truly differ
-    milliseconds: dict[int, tuple[float, float, float]] = field(default_factory=dict)   # batch → median, quartiles
-    ratios: dict[int, tuple[float, float, float]] = field(default_factory=dict)         # batch → time / baseline's, its interval: 95 % from six rounds on
-    extra: dict[str, Any] = field(default_factory=dict)                                 # columns that others add
+    n: int  # examples behind it
+    p: float = 1.0  # McNemar's P against the baseline: small means that they truly differ
+    milliseconds: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # batch → median, quartiles
+    ratios: dict[int, tuple[float, float, float]] = field(
+        default_factory=dict
+    )  # batch → time / baseline's, its interval: 95 % from six rounds on
+    extra: dict[str, Any] = field(default_factory=dict)  # columns that others add
 
 # %% ../nbs/01_measure.ipynb
-def _size(n: float) -> str: return f"{n:,.0f}"
-def _times(x: float) -> str: return f"{x:.2f}×"
-def _plain(v: Any) -> str: return f"{v:.4g}" if isinstance(v, float) else str(v)
+def _size(n: float) -> str:
+    return f"{n:,.0f}"
+
+
+def _times(x: float) -> str:
+    return f"{x:.2f}×"
+
+
+def _plain(v: Any) -> str:
+    return f"{v:.4g}" if isinstance(v, float) else str(v)
 
 # %% ../nbs/01_measure.ipynb
 @dataclass
 class Report:
     "What `compare` found: one row a model, the first of which is the baseline."
+
     rows: list[Measurement]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.rows: raise ValueError("a report needs at least one row")
-    def __len__(self) -> int: return len(self.rows)
+        if not self.rows:
+            raise ValueError("a report needs at least one row")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, name: str) -> Measurement:
         for r in self.rows:
-            if r.name == name: return r
+            if r.name == name:
+                return r
         raise KeyError(f"no row {name!r}; there are: {', '.join(r.name for r in self.rows)}")
 
     def add(self, column: str, values: dict[str, Any]) -> "Report":
         "Add a column: `values` maps names of rows to what stands there; rows that it does not name stay empty."
-        for name, value in values.items(): self[name].extra[column] = value
+        for name, value in values.items():
+            self[name].extra[column] = value
         return self
 
 # %% ../nbs/01_measure.ipynb
@@ -325,33 +431,66 @@ def _table(report: Report) -> tuple[list[str], list[list[str]]]:
     "Headings and cells as text; the first column is the name."
     first, batches = report.rows[0], list(report.rows[0].milliseconds)
     more = list(dict.fromkeys(k for r in report.rows for k in r.extra))
-    heads = ["technique", "bits/weight", "bytes", "smaller", "accuracy", "95 % interval", *(f"time, batch {b}" for b in batches), *more]
+    heads = [
+        "technique",
+        "bits/weight",
+        "bytes",
+        "smaller",
+        "accuracy",
+        "95 % interval",
+        *(f"time, batch {b}" for b in batches),
+        *more,
+    ]
+
     def cells(r):
         time = lambda b: f"{r.milliseconds[b][0]:.3g} ms" if r is first else _times(r.ratios[b][0])
-        return [r.name, f"{r.bits_per_weight:.2f}", _size(r.bytes), _times(first.bytes / r.bytes), f"{r.accuracy:.1%}", f"{r.low:.1%}–{r.high:.1%}",
-                *(time(b) if b in r.milliseconds else "" for b in batches), *(_plain(r.extra[k]) if k in r.extra else "" for k in more)]
+        return [
+            r.name,
+            f"{r.bits_per_weight:.2f}",
+            _size(r.bytes),
+            _times(first.bytes / r.bytes),
+            f"{r.accuracy:.1%}",
+            f"{r.low:.1%}–{r.high:.1%}",
+            *(time(b) if b in r.milliseconds else "" for b in batches),
+            *(_plain(r.extra[k]) if k in r.extra else "" for k in more),
+        ]
+
     return heads, [cells(r) for r in report.rows]
+
 
 def _note(report: Report) -> str:
     "One line that says how to read the table."
     facts = " · ".join(f"{k} {v}" for k, v in report.facts.items())
-    return f"Each model was saved, loaded and then measured. Times: the baseline's median, then ratios to it (below 1 is quicker).{' Machine: ' if facts else ''}{facts}"
+    return (
+        "Each model was saved, loaded and then measured. Times: the baseline's median, then ratios to it (below 1 is"
+        f" quicker).{' Machine: ' if facts else ''}{facts}"
+    )
 
 # %% ../nbs/01_measure.ipynb
 def _text(report: Report) -> str:
     "The table as aligned text."
     heads, rows = _table(report)
     widths = [max(len(r[i]) for r in [heads, *rows]) for i in range(len(heads))]
-    line = lambda cells: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+    line = lambda cells: "  ".join(
+        c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
+    ).rstrip()
     return "\n".join([line(heads), "  ".join("─" * w for w in widths), *map(line, rows), "", _note(report)])
+
 
 def _html(report: Report) -> str:
     "The table as HTML, every text escaped."
     heads, rows = _table(report)
-    cell = lambda tag, i, c: f'<{tag} style="text-align:{"left" if i == 0 else "right"};padding:.25em .7em;white-space:nowrap">{escape(c)}</{tag}>'
+    cell = lambda tag, i, c: (
+        f'<{tag} style="text-align:{"left" if i == 0 else "right"};padding:.25em'
+        f' .7em;white-space:nowrap">{escape(c)}</{tag}>'
+    )
     line = lambda tag, cells: f"<tr>{''.join(cell(tag, i, c) for i, c in enumerate(cells))}</tr>"
-    return (f'<div style="overflow-x:auto"><table style="border-collapse:collapse"><thead>{line("th", heads)}</thead>'
-            f'<tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div><p style="font-size:.85em;opacity:.8">{escape(_note(report))}</p>')
+    return (
+        '<div style="overflow-x:auto"><table'
+        f' style="border-collapse:collapse"><thead>{line("th", heads)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div><p'
+        f' style="font-size:.85em;opacity:.8">{escape(_note(report))}</p>'
+    )
+
 
 Report.__str__ = Report.__repr__ = _text
 Report._repr_html_ = _html
@@ -361,27 +500,53 @@ def _to_json(self) -> str:
     "The report as JSON text, which `Report.from_json` reads."
     return json.dumps({"facts": self.facts, "rows": [asdict(r) for r in self.rows]}, indent=1, ensure_ascii=False)
 
+
 def _from_json(
     text: str,  # what `to_json` wrote
 ) -> Report:
     "Read a report back. A text that is none raises ValueError."
     try:
         data = json.loads(text)
-        rows = [{**r, **{k: {int(b): tuple(v) for b, v in r[k].items()} for k in ("milliseconds", "ratios")}} for r in data["rows"]]
+        rows = [
+            {**r, **{k: {int(b): tuple(v) for b, v in r[k].items()} for k in ("milliseconds", "ratios")}}
+            for r in data["rows"]
+        ]
         report = Report([Measurement(**r) for r in rows], dict(data["facts"]))
-        _table(report); [r.n + r.p for r in report.rows]                     # every number is one
+        _table(report)
+        [r.n + r.p for r in report.rows]  # every number is one
         return report
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as e: raise ValueError(f"this is no report of modelzip: {e}") from e
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as e:
+        raise ValueError(f"this is no report of modelzip: {e}") from e
+
 
 Report.to_json, Report.from_json = _to_json, staticmethod(_from_json)
 
 # %% ../nbs/01_measure.ipynb
 def _to_frame(self) -> Any:
     "The report as a pandas DataFrame, one row a model. Needs `modelzip[frame]`."
+
     def flat(r):
-        times = {f"{what}_{b}{end}": v for what, d in (("ms", r.milliseconds), ("ratio", r.ratios)) for b, vs in d.items() for end, v in zip(("", "_low", "_high"), vs)}
-        return {"name": r.name, "bytes": r.bytes, "bits_per_weight": r.bits_per_weight, "accuracy": r.accuracy, "low": r.low, "high": r.high, "n": r.n, "p": r.p, **times, **r.extra}
+        times = {
+            f"{what}_{b}{end}": v
+            for what, d in (("ms", r.milliseconds), ("ratio", r.ratios))
+            for b, vs in d.items()
+            for end, v in zip(("", "_low", "_high"), vs)
+        }
+        return {
+            "name": r.name,
+            "bytes": r.bytes,
+            "bits_per_weight": r.bits_per_weight,
+            "accuracy": r.accuracy,
+            "low": r.low,
+            "high": r.high,
+            "n": r.n,
+            "p": r.p,
+            **times,
+            **r.extra,
+        }
+
     return need("pandas", "frame").DataFrame([flat(r) for r in self.rows]).set_index("name")
+
 
 Report.to_frame = _to_frame
 
@@ -390,7 +555,9 @@ def _front(rows: Sequence[Measurement]) -> list[Measurement]:
     "The rows that no other row beats in size and accuracy, smallest first."
     best, front = -math.inf, []
     for r in sorted(rows, key=lambda r: (r.bytes, -r.accuracy)):
-        if r.accuracy > best: front.append(r); best = r.accuracy
+        if r.accuracy > best:
+            front.append(r)
+            best = r.accuracy
     return front
 
 # %% ../nbs/01_measure.ipynb
@@ -400,39 +567,67 @@ def _label(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> N
     taken, dots = [], [ax.transData.transform(p) for p in points]
     steps = [(dx, 10 * dy) for reach in range(12) for dy in (reach, -reach) for dx in (7, -7)]
     for point, text in sorted(zip(points, texts), key=lambda p: -p[0][1]):
-        label = ax.text(*point, text, fontsize=8.5, va="center", zorder=4, bbox={"fc": "w", "ec": "none", "alpha": .75, "pad": .6})
+        label = ax.text(
+            *point, text, fontsize=8.5, va="center", zorder=4, bbox={"fc": "w", "ec": "none", "alpha": 0.75, "pad": 0.6}
+        )
         for dx, dy in steps:
-            label.set(ha="left" if dx > 0 else "right", transform=ax.transData + ScaledTranslation(dx / 72, dy / 72, ax.figure.dpi_scale_trans))
+            label.set(
+                ha="left" if dx > 0 else "right",
+                transform=ax.transData + ScaledTranslation(dx / 72, dy / 72, ax.figure.dpi_scale_trans),
+            )
             box = label.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
-            if inside and not any(box.overlaps(t) for t in taken) and not any(box.contains(*d) for d in dots): break
+            if inside and not any(box.overlaps(t) for t in taken) and not any(box.contains(*d) for d in dots):
+                break
         taken.append(box)
-        if abs(dy) > 10: ax.annotate("", point, (dx, dy), textcoords="offset points", arrowprops={"arrowstyle": "-", "lw": .5, "alpha": .6, "shrinkA": 0})
+        if abs(dy) > 10:
+            ax.annotate(
+                "",
+                point,
+                (dx, dy),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "alpha": 0.6, "shrinkA": 0},
+            )
 
 # %% ../nbs/01_measure.ipynb
 def _size_ticks(ax) -> None:
     "Round numbers along a logarithmic axis, closer together when its range is narrow."
     low, high = ax.get_xlim()
     steps = (1, 2, 5) if high / low > 5 else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8)
-    ticks = [s * 10. ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
-    ax.minorticks_off(); ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:,.4g}" for t in ticks if low <= t <= high])
+    ticks = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
+    ax.minorticks_off()
+    ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:,.4g}" for t in ticks if low <= t <= high])
 
 # %% ../nbs/01_measure.ipynb
 def _pareto(self) -> plt.Figure:
-    "File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other beats in both."
+    """File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other
+    beats in both."""
     fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     kb, shares = [r.bytes / 1e3 for r in self.rows], [100 * r.accuracy for r in self.rows]
     spread = [[100 * (r.accuracy - r.low) for r in self.rows], [100 * (r.high - r.accuracy) for r in self.rows]]
     ax.errorbar(kb, shares, spread, fmt="none", ecolor="0.75", lw=1, zorder=1)
     front = _front(self.rows)
-    ax.step([r.bytes / 1e3 for r in front], [100 * r.accuracy for r in front], where="post", color="C1", lw=1.2, zorder=2, label="Pareto front")
+    ax.step(
+        [r.bytes / 1e3 for r in front],
+        [100 * r.accuracy for r in front],
+        where="post",
+        color="C1",
+        lw=1.2,
+        zorder=2,
+        label="Pareto front",
+    )
     ax.plot(kb, shares, "o", color="C0", ms=6, zorder=3, label="model, 95 % interval")
-    ax.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %"); ax.margins(x=.12, y=.08)
-    _size_ticks(ax); fig.legend(loc="outside upper right", ncols=2)
-    named = [r for r in self.rows if len(self.rows) <= 12 or r is self.rows[0] or any(r is f for f in front)]      # many names would hide each other
+    ax.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %")
+    ax.margins(x=0.12, y=0.08)
+    _size_ticks(ax)
+    fig.legend(loc="outside upper right", ncols=2)
+    named = [
+        r for r in self.rows if len(self.rows) <= 12 or r is self.rows[0] or any(r is f for f in front)
+    ]  # many names would hide each other
     _label(ax, [(r.bytes / 1e3, 100 * r.accuracy) for r in named], [r.name.replace("$", r"\$") for r in named])
     plt.close(fig)
     return fig
+
 
 Report.pareto = _pareto
 
@@ -449,56 +644,72 @@ td{{border-bottom:1px solid #ddd}}tbody tr:first-child{{background:#f3f3f3}}svg{
 def _svg(fig: plt.Figure) -> str:
     "A figure as SVG to stand inside HTML: no date, no fixed size."
     with plt.rc_context({"svg.hashsalt": "modelzip"}):
-        out = StringIO(); fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        out = StringIO()
+        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
     "Write a text file in one step: a reader sees the old file or the new one, never a part."
-    from modelzip.archive import replacing          # of a chapter to come
-    with replacing(path) as f: f.write(text.encode())
+    from modelzip.archive import replacing  # of a chapter to come
+
+    with replacing(path) as f:
+        f.write(text.encode())
 
 # %% ../nbs/01_measure.ipynb
 def _to_html(
     self,
-    path: str | os.PathLike,                    # file to write; its folder must exist
+    path: str | os.PathLike,  # file to write; its folder must exist
     title: str = "Smaller and faster, measured",  # heading of the page
-) -> Path:                                      # the same path
+) -> Path:  # the same path
     "Write the table and the Pareto picture as one self-contained page without scripts."
     caption = "Up and to the left is better. Bars: 95 % interval of the accuracy (Wilson)."
-    write_whole(path, _page.format(title=escape(title), table=_html(self), picture=_svg(self.pareto()), caption=caption))
+    write_whole(
+        path, _page.format(title=escape(title), table=_html(self), picture=_svg(self.pareto()), caption=caption)
+    )
     return Path(path)
+
 
 Report.to_html = _to_html
 
 # %% ../nbs/01_measure.ipynb
 def save_plain(
-    model: nn.Module,           # any model; tied tensors are stored once
-    path: str | os.PathLike,    # file to write
+    model: nn.Module,  # any model; tied tensors are stored once
+    path: str | os.PathLike,  # file to write
 ) -> None:
     "Save the state dict as safetensors, the uncompressed baseline."
     need("safetensors.torch", "hf").save_model(model, str(path))
 
+
 def load_plain(
-    path: str | os.PathLike,    # what `save_plain` wrote
-    model: nn.Module,           # of the same architecture; it is copied, not changed
-) -> nn.Module:                 # in eval mode
+    path: str | os.PathLike,  # what `save_plain` wrote
+    model: nn.Module,  # of the same architecture; it is copied, not changed
+) -> nn.Module:  # in eval mode
     "Load a state dict from safetensors into a copy of `model`."
-    if model is None: raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
+    if model is None:
+        raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
     model = copied(model)
     need("safetensors.torch", "hf").load_model(model, str(path))
     return model.eval()
 
 # %% ../nbs/01_measure.ipynb
-def machine() -> dict[str, Any]:    # nothing in it tells one machine of a kind from another
+def machine() -> dict[str, Any]:  # nothing in it tells one machine of a kind from another
     "Facts about the machine on which times depend."
-    return {"CPUs": os.cpu_count(), "threads": torch.get_num_threads(), "SIMD": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "CPUs": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "SIMD": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
 
 def is_right(
-    model: nn.Module,   # gives [n, classes]
-    data: Split,        # inputs with their labels
-) -> Tensor:            # [n] bool
+    model: nn.Module,  # gives [n, classes]
+    data: Split,  # inputs with their labels
+) -> Tensor:  # [n] bool
     "Which examples a model labels rightly: the default question of `compare`."
     answers = predictions(model, data)
     return (answers == data.y.cpu()) & (answers >= 0)
@@ -508,28 +719,39 @@ def _batch(example: Tensor, size: int) -> Tensor:
     "`size` examples, repeating those that there are."
     return example[torch.arange(size) % len(example)].contiguous()
 
-def _file_name(i: int, name: str, suffix: str) -> str: return f"{i:02}-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')[:60] or 'model'}{suffix}"
+
+def _file_name(i: int, name: str, suffix: str) -> str:
+    return f"{i:02}-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')[:60] or 'model'}{suffix}"
+
 
 def _check_models(models, batches, baseline) -> str:
-    if not models: raise ValueError("models is empty: there is nothing to compare")
+    if not models:
+        raise ValueError("models is empty: there is nothing to compare")
     for name, m in models.items():
-        if not isinstance(m, (nn.Module, str, os.PathLike)): raise TypeError(f"models[{name!r}] must be an nn.Module or the path of a file, not {type(m).__name__}")
-    if any(b < 1 for b in batches): raise ValueError(f"batches must hold sizes of at least 1, not {tuple(batches)}")
-    if baseline is not None and baseline not in models: raise ValueError(f"baseline must be one of {', '.join(models)}, not {baseline!r}")
+        if not isinstance(m, (nn.Module, str, os.PathLike)):
+            raise TypeError(f"models[{name!r}] must be an nn.Module or the path of a file, not {type(m).__name__}")
+    if any(b < 1 for b in batches):
+        raise ValueError(f"batches must hold sizes of at least 1, not {tuple(batches)}")
+    if baseline is not None and baseline not in models:
+        raise ValueError(f"baseline must be one of {', '.join(models)}, not {baseline!r}")
     return next(iter(models)) if baseline is None else baseline
 
 # %% ../nbs/01_measure.ipynb
 def _store(models, save, load, folder, suffix, progress) -> dict[str, tuple[Path, nn.Module]]:
     "Save and load every model: name → its file and what came back from it."
     stored, some = {}, next((m for m in models.values() if isinstance(m, nn.Module)), None)
-    for i, (name, m) in enumerate(tqdm(models.items(), desc="save, load", leave=False, **({} if progress else {"disable": True}))):
+    for i, (name, m) in enumerate(
+        tqdm(models.items(), desc="save, load", leave=False, **({} if progress else {"disable": True}))
+    ):
         try:
             given = not isinstance(m, nn.Module)
             path = Path(m) if given else folder / _file_name(i, name, suffix)
-            if not given: save(m, path)
+            if not given:
+                save(m, path)
             stored[name] = path, load(path, (some if load is load_plain else None) if given else m)
         except Exception as e:
-            if hasattr(e, "add_note"): e.add_note(f"while saving and loading {name!r}")
+            if hasattr(e, "add_note"):
+                e.add_note(f"while saving and loading {name!r}")
             raise
     return stored
 
@@ -538,46 +760,73 @@ def _measure(name, path, right, first, parameters, times) -> Measurement:
     "One row, from which answers are right and from the timings {batch: Latency}."
     k, n = int(right.sum()), len(right)
     p = mcnemar(int((first & ~right).sum()), int((right & ~first).sum()))
-    return Measurement(name, file_bytes(path), 8 * file_bytes(path) / parameters if parameters else math.nan, k / n, *wilson(k, n), n, p,
-                       {b: (t.median, t.low, t.high) for b, t in times.items()}, {b: (t.ratio, t.ratio_low, t.ratio_high) for b, t in times.items()})
+    return Measurement(
+        name,
+        file_bytes(path),
+        8 * file_bytes(path) / parameters if parameters else math.nan,
+        k / n,
+        *wilson(k, n),
+        n,
+        p,
+        {b: (t.median, t.low, t.high) for b, t in times.items()},
+        {b: (t.ratio, t.ratio_low, t.ratio_high) for b, t in times.items()},
+    )
 
 # %% ../nbs/01_measure.ipynb
 def compare(
-    models: dict[str, nn.Module | str | os.PathLike],   # name → model, or a file that `load` reads
-    data: Any,                                          # what `right` is asked about: usually a `Split`
-    example: Tensor | None = None,                      # inputs [n, …] for the timing; None: those of `data`
+    models: dict[str, nn.Module | str | os.PathLike],  # name → model, or a file that `load` reads
+    data: Any,  # what `right` is asked about: usually a `Split`
+    example: Tensor | None = None,  # inputs [n, …] for the timing; None: those of `data`
     *,
-    save: Callable = save_plain,                        # save(model, path)
-    load: Callable = load_plain,                        # load(path, the model that was saved or None) → model
-    folder: str | os.PathLike | None = None,            # where the files stay; None: they are removed
-    batches: Sequence[int] = (1, 64),                   # batch sizes to time; () for none
-    baseline: str | None = None,                        # the row that ratios refer to; None: the first
-    repeats: int = 20,                                  # timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
-    right: Callable[[nn.Module, Any], Tensor] = is_right,   # (model, data) → which answers are right [n] bool
-    suffix: str | None = None,                          # of the files; None: .safetensors, or .mz with another `save`
-    progress: bool = True,                              # show bars
-) -> Report:                                            # a row a model, the baseline first
-    "Save every model, load it back, and measure the file and the model that came back: bytes, accuracy with its interval, paired latency."
+    save: Callable = save_plain,  # save(model, path)
+    load: Callable = load_plain,  # load(path, the model that was saved or None) → model
+    folder: str | os.PathLike | None = None,  # where the files stay; None: they are removed
+    batches: Sequence[int] = (1, 64),  # batch sizes to time; () for none
+    baseline: str | None = None,  # the row that ratios refer to; None: the first
+    repeats: int = 20,  # timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
+    right: Callable[[nn.Module, Any], Tensor] = is_right,  # (model, data) → which answers are right [n] bool
+    suffix: str | None = None,  # of the files; None: .safetensors, or .mz with another `save`
+    progress: bool = True,  # show bars
+) -> Report:  # a row a model, the baseline first
+    """Save every model, load it back, and measure the file and the model that came back: bytes, accuracy with its
+    interval, paired latency."""
     baseline = _check_models(models, batches, baseline)
     models = {baseline: models[baseline], **models}
     suffix = suffix or (".safetensors" if save is save_plain else ".mz")
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as modes:
-        if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         stored = _store(models, save, load, Path(folder or temporary), suffix, progress)
-        for _, m in stored.values(): modes.enter_context(eval_mode(m))        # `load` may hand back the caller's own
+        for _, m in stored.values():
+            modes.enter_context(eval_mode(m))  # `load` may hand back the caller's own
         answers = {n: right(m, data).bool().cpu() for n, (_, m) in stored.items()}
-        times = _time_models({n: m for n, (_, m) in stored.items()}, data.x if example is None and batches else example, batches, repeats, progress)
+        times = _time_models(
+            {n: m for n, (_, m) in stored.items()},
+            data.x if example is None and batches else example,
+            batches,
+            repeats,
+            progress,
+        )
         first = models[baseline] if isinstance(models[baseline], nn.Module) else stored[baseline][1]
-        rows = [_measure(n, path, answers[n], answers[baseline], count_parameters(first), {b: times[b][n] for b in batches}) for n, (path, _) in stored.items()]
+        rows = [
+            _measure(n, path, answers[n], answers[baseline], count_parameters(first), {b: times[b][n] for b in batches})
+            for n, (path, _) in stored.items()
+        ]
     return Report(rows, machine())
 
 # %% ../nbs/01_measure.ipynb
 def _time_models(models, example, batches, repeats, progress) -> dict[int, dict[str, Latency]]:
     "Batch size → name → timing, all models interleaved."
-    def call(m, x): return lambda: m(x)
-    return {b: latency({n: call(m, _batch(example, b)) for n, m in models.items()}, repeats, progress=progress) for b in batches}
+
+    def call(m, x):
+        return lambda: m(x)
+
+    return {
+        b: latency({n: call(m, _batch(example, b)) for n, m in models.items()}, repeats, progress=progress)
+        for b in batches
+    }
 
 # %% ../nbs/01_measure.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -22,23 +22,32 @@ from .workshop.onnx_files import disagreement, stored_bytes, written
 
 # %% ../nbs/06b_onnx.ipynb
 class Graph:
-    "Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored again, and no two have one name."
+    """Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored
+    again, and no two have one name."""
+
     def __init__(self, onnx, taken=()):
         self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
+
     def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes) -> Any:
         "A node; returns the name of its output, or a list of names."
         names = [f"modelzip.{op}.{len(self.nodes)}" + (f".{i}" if outputs > 1 else "") for i in range(outputs)]
         self.nodes.append(self.onnx.helper.make_node(op, list(inputs), names, domain=domain, **attributes))
-        if domain: self.domains.add(domain)
+        if domain:
+            self.domains.add(domain)
         return names if outputs > 1 else names[0]
+
     def once(self, key: tuple, make: Callable) -> Any:
         "What `make` returned when this key was first seen."
-        if key not in self.known: self.known[key] = make()
+        if key not in self.known:
+            self.known[key] = make()
         return self.known[key]
+
     def store(self, tensor: Any) -> str:
         "Keep a TensorProto; returns its name, which is another where the name stands for something else already."
         wanted, i = tensor.name, 1
-        while tensor.name in self.taken or tensor.name in self.stored and self.stored[tensor.name] != tensor: i += 1; tensor.name = f"{wanted}.{i}"
+        while tensor.name in self.taken or tensor.name in self.stored and self.stored[tensor.name] != tensor:
+            i += 1
+            tensor.name = f"{wanted}.{i}"
         self.stored.setdefault(tensor.name, tensor)
         return tensor.name
 
@@ -47,41 +56,64 @@ def _store(g, name, value):
     "Keep a tensor as it is, under a name."
     return g.store(g.onnx.numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name))
 
+
 def _store_codes(g, name, codes, bits):
     "Codes as uint4, two to a byte, or uint8, or uint16: the narrowest that holds them."
-    if bits > 4: return _store(g, name, codes.to(torch.uint8 if bits <= 8 else torch.uint16))
-    raw = pack_bits(codes, 4).numpy().tobytes()               # ONNX keeps the first code in the low bits, as we do
+    if bits > 4:
+        return _store(g, name, codes.to(torch.uint8 if bits <= 8 else torch.uint16))
+    raw = pack_bits(codes, 4).numpy().tobytes()  # ONNX keeps the first code in the low bits, as we do
     return g.store(g.onnx.helper.make_tensor(name, g.onnx.TensorProto.UINT4, list(codes.shape), raw, raw=True))
+
 
 def _store_float(g, name, value):
     "A stored float tensor as float32; what is stored in 16 bits stays so in the file."
-    if value.dtype == torch.bfloat16: value = value.float()
+    if value.dtype == torch.bfloat16:
+        value = value.float()
     name = _store(g, name, value)
-    return name if value.dtype == torch.float32 else g.once(("float", name), lambda: g.add("Cast", name, to=g.onnx.TensorProto.FLOAT))
+    return (
+        name
+        if value.dtype == torch.float32
+        else g.once(("float", name), lambda: g.add("Cast", name, to=g.onnx.TensorProto.FLOAT))
+    )
 
 # %% ../nbs/06b_onnx.ipynb
 def _affine(q):
     "Codes, scale and zero point (integers) with value = scale·(code − zero), and the bits that they need."
     codes, zero = q.unpack().int(), q.zero_point
-    if q.levels == 2 and q.packed_zero_point is None: return codes * 2, q.scale / 2, torch.ones(q.scale.shape, dtype=torch.int32), 2
-    if q.packed_zero_point is None: zero = torch.full(q.scale.shape, int(zero), dtype=torch.int32)
+    if q.levels == 2 and q.packed_zero_point is None:
+        return codes * 2, q.scale / 2, torch.ones(q.scale.shape, dtype=torch.int32), 2
+    if q.packed_zero_point is None:
+        zero = torch.full(q.scale.shape, int(zero), dtype=torch.int32)
     return codes, q.scale, zero, q.bits
+
 
 def _expanded(g, name, q):
     "The name of the float tensor that a QTensor stands for."
-    if q.codebook is not None: w = _looked_up(g, name, q)
-    elif q.group is None: w = _dequantized(g, name, *_affine(q), {} if q.axis is None else {"axis": q.axis})
-    else: w = _blocks(g, name, q)
-    if q.columns is None: return w
+    if q.codebook is not None:
+        w = _looked_up(g, name, q)
+    elif q.group is None:
+        w = _dequantized(g, name, *_affine(q), {} if q.axis is None else {"axis": q.axis})
+    else:
+        w = _blocks(g, name, q)
+    if q.columns is None:
+        return w
     return g.add("Mul", w, _store_float(g, name + ".columns", q.columns.reshape(-1, *[1] * (len(q.shape) - 2))))
+
 
 def _dequantized(g, name, codes, scale, zero, bits, how):
     zero = _store_codes(g, name + ".zero_point", zero, bits)
-    return g.add("DequantizeLinear", _store_codes(g, name + ".codes", codes, bits), _store_float(g, name + ".scale", scale), zero, **how)
+    return g.add(
+        "DequantizeLinear",
+        _store_codes(g, name + ".codes", codes, bits),
+        _store_float(g, name + ".scale", scale),
+        zero,
+        **how,
+    )
 
 # %% ../nbs/06b_onnx.ipynb
 def _shaped(g, name, w, shape):
     return g.add("Reshape", w, _store(g, name + ".shape", torch.tensor(list(shape))))
+
 
 def _blocks(g, name, q):
     codes, scale, zero, bits = _affine(q)
@@ -89,18 +121,40 @@ def _blocks(g, name, q):
     w = _dequantized(g, name, codes.reshape(rows, -1), scale, zero, bits, {"axis": 1, "block_size": q.group})
     return w if len(q.shape) == 2 else _shaped(g, name, w, q.shape)
 
+
 def _looked_up(g, name, q):
     "A codebook: look up the codes, multiply by the scales."
     rows = q.shape[0] if q.group is not None and len(q.shape) > 1 else 1
-    group = q.group and min(q.group, q.shape.numel() // rows)      # a group longer than its row is the row
-    codes = q.unpack() if group is None else nn.functional.pad(q.unpack().reshape(rows, -1), (0, -(q.shape.numel() // rows) % group)).reshape(rows, -1, group)
+    group = q.group and min(q.group, q.shape.numel() // rows)  # a group longer than its row is the row
+    codes = (
+        q.unpack()
+        if group is None
+        else nn.functional.pad(q.unpack().reshape(rows, -1), (0, -(q.shape.numel() // rows) % group)).reshape(
+            rows, -1, group
+        )
+    )
     index = g.add("Cast", _store_codes(g, name + ".codes", codes, q.bits), to=g.onnx.TensorProto.INT32)
     values = g.add("Gather", _store_float(g, name + ".codebook", q.codebook), index)
-    across = q.scale.reshape([-1 if i == q.axis else 1 for i in range(len(q.shape))]) if q.group is None and q.axis is not None else q.scale[..., None] if q.group is not None else q.scale
+    across = (
+        q.scale.reshape([-1 if i == q.axis else 1 for i in range(len(q.shape))])
+        if q.group is None and q.axis is not None
+        else q.scale[..., None]
+        if q.group is not None
+        else q.scale
+    )
     w = g.add("Mul", values, _store_float(g, name + ".scale", across))
-    if q.group is None: return w
+    if q.group is None:
+        return w
     w = _shaped(g, name + ".rows", w, (rows, -1))
-    if q.shape.numel() // rows % group: w = g.add("Slice", w, *(_store(g, f"{name}.{k}", torch.tensor([v])) for k, v in (("from", 0), ("to", q.shape.numel() // rows), ("axis", 1))))
+    if q.shape.numel() // rows % group:
+        w = g.add(
+            "Slice",
+            w,
+            *(
+                _store(g, f"{name}.{k}", torch.tensor([v]))
+                for k, v in (("from", 0), ("to", q.shape.numel() // rows), ("axis", 1))
+            ),
+        )
     return _shaped(g, name, w, q.shape)
 
 # %% ../nbs/06b_onnx.ipynb
@@ -108,17 +162,29 @@ def _quantized_input(g, x, layer, name):
     "Codes, scale, zero point of an input, and for activations scaled by row the width and the least value of each."
     columns = layer.q.columns
     key = (x, layer.activations, type(layer), None if columns is None else columns.float().numpy().tobytes())
+
     def make():
         y = _times_columns(g, x, layer, name)
-        if layer.activations == "tensor": return *g.add("DynamicQuantizeLinear", y, outputs=3), None, None
-        y, width, low = _stretched(g, y)                        # every row reaches from 0 to 1: no range to look for
-        scale, zero = _store(g, "modelzip.scale", torch.tensor(1 / 255)), _store(g, "modelzip.zero", torch.tensor(0, dtype=torch.uint8))
+        if layer.activations == "tensor":
+            return *g.add("DynamicQuantizeLinear", y, outputs=3), None, None
+        y, width, low = _stretched(g, y)  # every row reaches from 0 to 1: no range to look for
+        scale, zero = (
+            _store(g, "modelzip.scale", torch.tensor(1 / 255)),
+            _store(g, "modelzip.zero", torch.tensor(0, dtype=torch.uint8)),
+        )
         return g.add("QuantizeLinear", y, scale, zero), scale, zero, width, low
+
     return g.once(key, make)
+
 
 def _times_columns(g, x, layer, name):
     columns = layer.q.columns
-    return x if columns is None else g.add("Mul", x, _store_float(g, name + ".columns", columns.reshape(-1, *[1] * (len(layer.q.shape) - 2))))
+    return (
+        x
+        if columns is None
+        else g.add("Mul", x, _store_float(g, name + ".columns", columns.reshape(-1, *[1] * (len(layer.q.shape) - 2))))
+    )
+
 
 def _stretched(g, x):
     "Each row moved and stretched to 0 … 1."
@@ -127,9 +193,13 @@ def _stretched(g, x):
     width = g.add("Sub", high, low)
     return g.add("Div", g.add("Sub", x, low), _one_for_zero(g, width)), width, low
 
-def _one_for_zero(g, x): return g.add("Where", g.add("Equal", x, _number(g, 0.)), _number(g, 1.), x)
 
-def _number(g, value, dtype=torch.float32): return _store(g, f"modelzip.{value:g}.{str(dtype)[6:]}", torch.tensor(value, dtype=dtype))
+def _one_for_zero(g, x):
+    return g.add("Where", g.add("Equal", x, _number(g, 0.0)), _number(g, 1.0), x)
+
+
+def _number(g, value, dtype=torch.float32):
+    return _store(g, f"modelzip.{value:g}.{str(dtype)[6:]}", torch.tensor(value, dtype=dtype))
 
 # %% ../nbs/06b_onnx.ipynb
 def _integer_product(g, op, inputs, scale, x_scale, **attributes):
@@ -137,89 +207,181 @@ def _integer_product(g, op, inputs, scale, x_scale, **attributes):
     total = g.add("Cast", g.add(op, *inputs, **attributes), to=g.onnx.TensorProto.FLOAT)
     return g.add("Mul", total, g.add("Mul", x_scale, scale))
 
+
 def _integer_linear(g, x, layer, name):
     weight, scale, zero = layer._prepare_bytes()
     codes = _store(g, name + ".int8", weight.t())
-    if _is_static(layer): return _static_product(g, "MatMulInteger", _static_codes(g, x, layer, name), codes, scale, layer, name)
+    if _is_static(layer):
+        return _static_product(g, "MatMulInteger", _static_codes(g, x, layer, name), codes, scale, layer, name)
     u, x_scale, x_zero, width, low = _quantized_input(g, x, layer, name)
-    inputs = [u, codes, x_zero] if zero is None else [u, codes, x_zero, _store(g, name + ".zero_point", zero.to(torch.int8))]
+    inputs = (
+        [u, codes, x_zero] if zero is None else [u, codes, x_zero, _store(g, name + ".zero_point", zero.to(torch.int8))]
+    )
     y = _integer_product(g, "MatMulInteger", inputs, _store(g, name + ".scale", scale), x_scale)
-    if width is None: return y
+    if width is None:
+        return y
     return g.add("Add", g.add("Mul", y, width), g.add("Mul", low, _store(g, name + ".sums", layer._prepare_sums())))
+
 
 def _integer_conv(g, x, layer, name):
     weight, scale, _ = layer._prepare_bytes()
     codes, scales = _store(g, name + ".int8", weight), scale[:, None, None]
     stride, _, dilation, groups = layer.geometry
     how = dict(strides=stride, dilations=dilation, group=groups)
-    if _is_static(layer): return _static_product(g, "ConvInteger", _padded(g, _static_codes(g, x, layer, name), layer), codes, scales, layer, name, pads=_pads(layer) if _pads_zeros(layer) else [0] * 4, **how)
-    if layer.activations == "row": return _conv_by_images(g, _times_columns(g, x, layer, name), codes, _store(g, name + ".scale", scales), weight, _pads(layer), name, how)
+    if _is_static(layer):
+        return _static_product(
+            g,
+            "ConvInteger",
+            _padded(g, _static_codes(g, x, layer, name), layer),
+            codes,
+            scales,
+            layer,
+            name,
+            pads=_pads(layer) if _pads_zeros(layer) else [0] * 4,
+            **how,
+        )
+    if layer.activations == "row":
+        return _conv_by_images(
+            g,
+            _times_columns(g, x, layer, name),
+            codes,
+            _store(g, name + ".scale", scales),
+            weight,
+            _pads(layer),
+            name,
+            how,
+        )
     u, x_scale, x_zero, *_ = _quantized_input(g, x, layer, name)
-    return _integer_product(g, "ConvInteger", [u, codes, x_zero], _store(g, name + ".scale", scales), x_scale, pads=_pads(layer), **how)
+    return _integer_product(
+        g, "ConvInteger", [u, codes, x_zero], _store(g, name + ".scale", scales), x_scale, pads=_pads(layer), **how
+    )
 
 # %% ../nbs/06b_onnx.ipynb
 def _conv_by_images(g, x, codes, scale, weight, pads, name, how):
     "Codes as `quantize_images` makes them, and their product."
     axes = _store(g, "modelzip.image", torch.tensor([1, 2, 3]))
-    none, top = _number(g, 0.), _number(g, 255.)
+    none, top = _number(g, 0.0), _number(g, 255.0)
     low, high = (g.add(end, g.add("Reduce" + end, x, axes, keepdims=1), none) for end in ("Min", "Max"))
     step = _one_for_zero(g, g.add("Sub", g.add("Div", high, top), g.add("Div", low, top)))
     zero = g.add("Round", g.add("Div", g.add("Neg", low), step))
-    if any(pads): x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
-    u = g.add("Cast", g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.)), to=g.onnx.TensorProto.UINT8)
+    if any(pads):
+        x = g.add("Pad", x, _store(g, f"{name}.pads", torch.tensor([0, 0, *pads[:2], 0, 0, *pads[2:]])), none)
+    u = g.add(
+        "Cast",
+        g.add("Clip", g.add("Round", g.add("Add", g.add("Div", x, step), zero)), none, _number(g, 255.0)),
+        to=g.onnx.TensorProto.UINT8,
+    )
     whole, integer = g.add("ConvInteger", u, codes, pads=[0] * 4, **how), g.onnx.TensorProto.INT32
-    whole = g.add("Sub", whole, g.add("Mul", g.add("Cast", zero, to=integer), _store(g, name + ".sums", weight.sum((1, 2, 3), dtype=torch.int32)[:, None, None])))
+    whole = g.add(
+        "Sub",
+        whole,
+        g.add(
+            "Mul",
+            g.add("Cast", zero, to=integer),
+            _store(g, name + ".sums", weight.sum((1, 2, 3), dtype=torch.int32)[:, None, None]),
+        ),
+    )
     return g.add("Mul", g.add("Mul", g.add("Cast", whole, to=g.onnx.TensorProto.FLOAT), scale), step)
 
 # %% ../nbs/06b_onnx.ipynb
-def _is_static(layer): return {"scale", "zero_point"} <= layer.options().keys()
+def _is_static(layer):
+    return {"scale", "zero_point"} <= layer.options().keys()
+
 
 def _static_codes(g, x, layer, name):
     how = {"levels": 256} | layer.options()
     key = (x, "static", *how.values(), None if layer.q.columns is None else layer.q.columns.float().numpy().tobytes())
+
     def make():
-        y = g.add("Mul", _times_columns(g, x, layer, name), _store(g, name + ".inverse", 1 / torch.tensor(how["scale"], dtype=torch.float32)))
+        y = g.add(
+            "Mul",
+            _times_columns(g, x, layer, name),
+            _store(g, name + ".inverse", 1 / torch.tensor(how["scale"], dtype=torch.float32)),
+        )
         y = g.add("Round", g.add("Add", y, _number(g, float(how["zero_point"]))))
-        return g.add("Cast", g.add("Clip", y, _number(g, 0.), _number(g, how["levels"] - 1.)), to=g.onnx.TensorProto.UINT8)
+        return g.add(
+            "Cast", g.add("Clip", y, _number(g, 0.0), _number(g, how["levels"] - 1.0)), to=g.onnx.TensorProto.UINT8
+        )
+
     return g.once(key, make)
+
 
 def _static_product(g, op, u, codes, scale, layer, name, **how):
     "Whole numbers, times one number for each output."
     how_quantized = layer.options()
     total = g.add(op, u, codes, _number(g, how_quantized["zero_point"], torch.uint8), **how)
-    return g.add("Mul", g.add("Cast", total, to=g.onnx.TensorProto.FLOAT), _store(g, name + ".scale", scale * how_quantized["scale"]))
+    return g.add(
+        "Mul",
+        g.add("Cast", total, to=g.onnx.TensorProto.FLOAT),
+        _store(g, name + ".scale", scale * how_quantized["scale"]),
+    )
+
 
 def _pads(layer):
     "Of a convolution: rows above, columns before, rows below, columns after."
-    left, right, top, bottom = layer.layer._reversed_padding_repeated_twice if layer.layer.padding == "same" or layer.layer.padding_mode != "zeros" else [p for p in layer.geometry[1][::-1] for _ in range(2)]
+    left, right, top, bottom = (
+        layer.layer._reversed_padding_repeated_twice
+        if layer.layer.padding == "same" or layer.layer.padding_mode != "zeros"
+        else [p for p in layer.geometry[1][::-1] for _ in range(2)]
+    )
     return [top, left, bottom, right]
 
-def _pads_zeros(layer): return layer.layer.padding_mode == "zeros"
+
+def _pads_zeros(layer):
+    return layer.layer.padding_mode == "zeros"
+
 
 def _padded(g, u, layer):
     "Padding with what lies in the image: `ConvInteger` pads with the code of zero alone."
-    if _pads_zeros(layer): return u
+    if _pads_zeros(layer):
+        return u
     top, left, bottom, right = _pads(layer)
     mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.layer.padding_mode]
-    return g.add("Pad", u, _store(g, f"modelzip.pads.{top}.{left}.{bottom}.{right}", torch.tensor([0, 0, top, left, 0, 0, bottom, right])), mode=mode)
+    return g.add(
+        "Pad",
+        u,
+        _store(g, f"modelzip.pads.{top}.{left}.{bottom}.{right}", torch.tensor([0, 0, top, left, 0, 0, bottom, right])),
+        mode=mode,
+    )
 
 # %% ../nbs/06b_onnx.ipynb
 def _fits_nbits(q):
-    return q.codebook is None and q.group in (16, 32, 64, 128, 256) and q.shape[1] % q.group == 0 and 2 < q.levels <= 256
+    return (
+        q.codebook is None and q.group in (16, 32, 64, 128, 256) and q.shape[1] % q.group == 0 and 2 < q.levels <= 256
+    )
+
 
 def _matmul_nbits(g, x, q, name):
     codes, scale, zero, bits = _affine(q)
     bits, blocks = 4 if bits <= 4 else 8, q.shape[1] // q.group
     stored = pack_bits(codes, bits).reshape(q.shape[0], blocks, -1)
     zero = nn.functional.pad(zero, (0, blocks % 2)) if bits == 4 else zero
-    inputs = [_store(g, name + ".codes", stored), _store_float(g, name + ".scale", scale.reshape(-1)), _store(g, name + ".zero_point", pack_bits(zero, bits).reshape(q.shape[0], -1))]
-    return g.add("MatMulNBits", x, *inputs, domain="com.microsoft", K=q.shape[1], N=q.shape[0], bits=bits, block_size=q.group, accuracy_level=1)
+    inputs = [
+        _store(g, name + ".codes", stored),
+        _store_float(g, name + ".scale", scale.reshape(-1)),
+        _store(g, name + ".zero_point", pack_bits(zero, bits).reshape(q.shape[0], -1)),
+    ]
+    return g.add(
+        "MatMulNBits",
+        x,
+        *inputs,
+        domain="com.microsoft",
+        K=q.shape[1],
+        N=q.shape[0],
+        bits=bits,
+        block_size=q.group,
+        accuracy_level=1,
+    )
+
 
 def _float_linear(g, x, q, name, microsoft):
-    if q.columns is not None: x = g.add("Mul", x, _store_float(g, name + ".columns", q.columns))
-    if microsoft and _fits_nbits(q): return _matmul_nbits(g, x, q, name)
+    if q.columns is not None:
+        x = g.add("Mul", x, _store_float(g, name + ".columns", q.columns))
+    if microsoft and _fits_nbits(q):
+        return _matmul_nbits(g, x, q, name)
     bare = QTensor(q.codes, q.scale, q.packed_zero_point, q.codebook, q.shape, q.dtype, q.levels, q.axis, q.group)
-    if q.codebook is not None or q.axis == 1: return g.add("MatMul", x, g.add("Transpose", _expanded(g, name, bare), perm=[1, 0]))
+    if q.codebook is not None or q.axis == 1:
+        return g.add("MatMul", x, g.add("Transpose", _expanded(g, name, bare), perm=[1, 0]))
     codes, scale, zero, bits = _affine(bare)
     how = {"axis": 0, "block_size": q.group} if q.group is not None else {} if q.axis is None else {"axis": 1}
     turn = (lambda t: t.t()) if q.group is not None else lambda t: t
@@ -229,18 +391,37 @@ def _float_linear(g, x, q, name, microsoft):
 def _embedding(g, ids, q, name, rank):
     "Rows of codes, expanded after they were fetched; groups have a dimension of their own for a moment."
     codes, scale, zero, bits = _affine(q)
-    rows = g.add("Gather", _store_codes(g, name + ".codes", codes, bits), ids) if bits > 4 else _fetch_halves(g, ids, codes, name, rank)
+    rows = (
+        g.add("Gather", _store_codes(g, name + ".codes", codes, bits), ids)
+        if bits > 4
+        else _fetch_halves(g, ids, codes, name, rank)
+    )
     rows = g.add("Cast", rows, to=g.onnx.TensorProto.FLOAT)
-    if q.group: rows = _shaped(g, name + ".grouped", rows, [0] * rank + [-1, q.group])
-    y = g.add("Sub", rows, _beside(g, ids, zero.reshape(-1)[0].float() if q.packed_zero_point is None else zero.to(torch.uint8), name + ".zero_point", q))
+    if q.group:
+        rows = _shaped(g, name + ".grouped", rows, [0] * rank + [-1, q.group])
+    y = g.add(
+        "Sub",
+        rows,
+        _beside(
+            g,
+            ids,
+            zero.reshape(-1)[0].float() if q.packed_zero_point is None else zero.to(torch.uint8),
+            name + ".zero_point",
+            q,
+        ),
+    )
     y = g.add("Mul", y, _beside(g, ids, scale, name + ".scale", q))
-    if q.group: y = _shaped(g, name + ".joined", y, [0] * rank + [q.shape[1]])
+    if q.group:
+        y = _shaped(g, name + ".joined", y, [0] * rank + [q.shape[1]])
     return y if q.columns is None else g.add("Mul", y, _store_float(g, name + ".columns", q.columns))
+
 
 def _beside(g, ids, value, name, q):
     "One number for all, or those of the rows that were fetched."
-    if value.dim() == 0: return _store_float(g, name, value)
+    if value.dim() == 0:
+        return _store_float(g, name, value)
     return g.add("Gather", _store_float(g, name, value.reshape(q.shape[0], -1, *[1] * bool(q.group))), ids)
+
 
 def _fetch_halves(g, ids, codes, name, rank):
     "4-bit rows: fetch bytes, then take them apart."
@@ -248,133 +429,258 @@ def _fetch_halves(g, ids, codes, name, rank):
     low = g.add("BitwiseAnd", rows, _store(g, "modelzip.low", torch.tensor(15, dtype=torch.uint8)))
     high = g.add("BitShift", rows, _store(g, "modelzip.four", torch.tensor(4, dtype=torch.uint8)), direction="RIGHT")
     apart = _store(g, "modelzip.apart", torch.tensor([-1]))
-    return _shaped(g, name + ".shape", g.add("Concat", *(g.add("Unsqueeze", half, apart) for half in (low, high)), axis=-1), [0] * rank + [codes.shape[1]])
+    return _shaped(
+        g,
+        name + ".shape",
+        g.add("Concat", *(g.add("Unsqueeze", half, apart) for half in (low, high)), axis=-1),
+        [0] * rank + [codes.shape[1]],
+    )
+
 
 def _fits_rows(q):
-    return (isinstance(q, QTensor) and q.codebook is None and q.levels <= 256 and q.axis in (None, 0) and len(q.shape) == 2
-            and not (q.group and q.shape[1] % q.group) and q.shape[1] % 2 == 0)
+    return (
+        isinstance(q, QTensor)
+        and q.codebook is None
+        and q.levels <= 256
+        and q.axis in (None, 0)
+        and len(q.shape) == 2
+        and not (q.group and q.shape[1] % q.group)
+        and q.shape[1] % 2 == 0
+    )
 
 # %% ../nbs/06b_onnx.ipynb
 class _LayerHole(nn.Module):
     "Stands in for a whole layer; whoever reads its weight gets the expanded one."
+
     def __init__(self, number, layer):
         super().__init__()
         self.number, self.like, self.images = number, _output_shape(layer), isinstance(layer, QConv2d)
         self.__dict__["plain"], self.size = layer.layer, tuple(layer.q.shape)
+
     def forward(self, input):
         return self._cut(input[None])[0] if self.images and input.dim() == 3 else self._cut(input)
-    def _cut(self, x): return torch.onnx.ops.symbolic("modelzip::Layer", (x,), {"number": self.number, "rank": x.dim()}, dtype=torch.float32, shape=self.like(x), version=1)
-    def __getattr__(self, key):
-        try: return super().__getattr__(key)
-        except AttributeError: return _weight(self.number, self.size) if key == "weight" else getattr(self.__dict__["plain"], key)
 
-def _weight(number, size): return torch.onnx.ops.symbolic("modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1)
+    def _cut(self, x):
+        return torch.onnx.ops.symbolic(
+            "modelzip::Layer",
+            (x,),
+            {"number": self.number, "rank": x.dim()},
+            dtype=torch.float32,
+            shape=self.like(x),
+            version=1,
+        )
+
+    def __getattr__(self, key):
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return _weight(self.number, self.size) if key == "weight" else getattr(self.__dict__["plain"], key)
+
+
+def _weight(number, size):
+    return torch.onnx.ops.symbolic(
+        "modelzip::Weight", (), {"number": number}, dtype=torch.float32, shape=size, version=1
+    )
+
 
 def _output_shape(layer):
     "A function from an input to the shape of the output."
-    if isinstance(layer.layer, nn.Linear): return lambda x, n=layer.layer.out_features: (*x.shape[:-1], n)
-    if isinstance(layer.layer, nn.Embedding): return lambda x, n=layer.layer.embedding_dim: (*x.shape, n)
-    (stride, _, dilation, _), pads, size, n = layer.geometry, _pads(layer), layer.layer.kernel_size, layer.layer.out_channels
+    if isinstance(layer.layer, nn.Linear):
+        return lambda x, n=layer.layer.out_features: (*x.shape[:-1], n)
+    if isinstance(layer.layer, nn.Embedding):
+        return lambda x, n=layer.layer.embedding_dim: (*x.shape, n)
+    (stride, _, dilation, _), pads, size, n = (
+        layer.geometry,
+        _pads(layer),
+        layer.layer.kernel_size,
+        layer.layer.out_channels,
+    )
     side = lambda x, i: (x.shape[2 + i] + pads[i] + pads[2 + i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1
     return lambda x: (x.shape[0], n, side(x, 0), side(x, 1))
 
 # %% ../nbs/06b_onnx.ipynb
 class _WeightHole(nn.Module):
     "Stands in for a layer some of whose matrices are expanded; the layer itself is exported."
+
     def __init__(self, numbers, layer):
         super().__init__()
-        self.numbers, self.layer = numbers, layer                   # parameter → its number and shape
+        self.numbers, self.layer = numbers, layer  # parameter → its number and shape
+
     def forward(self, *args, **kwargs):
         layer = _shallow(self.layer)
-        for name, (number, size) in self.numbers.items(): _set(layer, name, _weight(number, size))
+        for name, (number, size) in self.numbers.items():
+            _set(layer, name, _weight(number, size))
         return layer(*args, **kwargs)
+
     def __getattr__(self, key):
-        try: return super().__getattr__(key)
-        except AttributeError: return _weight(*self.numbers[key]) if key in self.__dict__.get("numbers", ()) else getattr(super().__getattr__("layer"), key)
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return (
+                _weight(*self.numbers[key])
+                if key in self.__dict__.get("numbers", ())
+                else getattr(super().__getattr__("layer"), key)
+            )
 
 # %% ../nbs/06b_onnx.ipynb
-GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}      # ONNX's order of the gates, in places of PyTorch's
+GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}  # ONNX's order of the gates, in places of PyTorch's
+
 
 class _RecurrentHole(nn.Module):
     "Stands in for a recurrent layer; [length, batch, features] inside."
+
     def __init__(self, number, layer):
         super().__init__()
         self.number, self.states = number, 1 + isinstance(layer, nn.LSTM)
-        for a in "input_size", "hidden_size", "num_layers", "batch_first", "bidirectional": setattr(self, a, getattr(layer, a))
+        for a in "input_size", "hidden_size", "num_layers", "batch_first", "bidirectional":
+            setattr(self, a, getattr(layer, a))
+
     def forward(self, x, hx=None):
-        if not isinstance(x, Tensor): raise ValueError(f"a recurrent layer is given a {type(x).__name__}, which ONNX cannot say; it may be a tensor")
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"a recurrent layer is given a {type(x).__name__}, which ONNX cannot say; it may be a tensor"
+            )
         lone, starts = x.dim() == 2, () if hx is None else hx if isinstance(hx, tuple) else (hx,)
-        if len(starts) not in (0, self.states): raise ValueError(f"a recurrent layer is given {len(starts)} first states; it may be given {self.states} or none")
-        if lone: x, starts = x.unsqueeze(1), [s.unsqueeze(1) for s in starts]
+        if len(starts) not in (0, self.states):
+            raise ValueError(
+                f"a recurrent layer is given {len(starts)} first states; it may be given {self.states} or none"
+            )
+        if lone:
+            x, starts = x.unsqueeze(1), [s.unsqueeze(1) for s in starts]
         y, *ends = self._cut(x.transpose(0, 1) if self.batch_first and not lone else x, starts)
-        if lone: y, ends = y.squeeze(1), [e.squeeze(1) for e in ends]
-        elif self.batch_first: y = y.transpose(0, 1)
+        if lone:
+            y, ends = y.squeeze(1), [e.squeeze(1) for e in ends]
+        elif self.batch_first:
+            y = y.transpose(0, 1)
         return y, tuple(ends) if self.states == 2 else ends[0]
+
     def _cut(self, x, starts):
         across = 1 + self.bidirectional
-        shapes = [(*x.shape[:2], across * self.hidden_size), *[(self.num_layers * across, x.shape[1], self.hidden_size)] * self.states]
-        return torch.onnx.ops.symbolic_multi_out("modelzip::Recurrent", (x, *starts), {"number": self.number}, dtypes=[torch.float32] * len(shapes), shapes=shapes, version=1)
+        shapes = [
+            (*x.shape[:2], across * self.hidden_size),
+            *[(self.num_layers * across, x.shape[1], self.hidden_size)] * self.states,
+        ]
+        return torch.onnx.ops.symbolic_multi_out(
+            "modelzip::Recurrent",
+            (x, *starts),
+            {"number": self.number},
+            dtypes=[torch.float32] * len(shapes),
+            shapes=shapes,
+            version=1,
+        )
 
 # %% ../nbs/06b_onnx.ipynb
 def _is_whole(model, name, m):
     "Whether a whole layer becomes a hole, or its weight alone."
-    owners = [model.get_submodule(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)] + [model] if name else []
-    if any(isinstance(o, READERS) for o in owners) or m.name != "weight": return False
-    if type(m.layer) is nn.Linear: return True
-    if type(m.layer) is nn.Embedding: return _fits_rows(m.q) and m.layer.max_norm is None
+    owners = (
+        [model.get_submodule(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)] + [model] if name else []
+    )
+    if any(isinstance(o, READERS) for o in owners) or m.name != "weight":
+        return False
+    if type(m.layer) is nn.Linear:
+        return True
+    if type(m.layer) is nn.Embedding:
+        return _fits_rows(m.q) and m.layer.max_norm is None
     return isinstance(m, QConv2d) and (_is_static(m) or m.kernel in ("onednn", "plain"))
 
+
 def _with_holes(model):
-    "A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of weights and their layers."
+    """A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of
+    weights and their layers."""
     check_ordinary(model)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
-    names = [_name_of(model, n, m) if m.name != "weight" else f"{_name_of(model, n, m)}.weight".lstrip(".") for n, m in found]
+    names = [
+        _name_of(model, n, m) if m.name != "weight" else f"{_name_of(model, n, m)}.weight".lstrip(".") for n, m in found
+    ]
     _check_sayable(model, zip(names, (m for _, m in found)))
     number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
     recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and id(m) not in within]
-    for i, (_, m) in enumerate(recurrent, len(found)): memo[id(m)] = _RecurrentHole(i, unwrapped(m))
-    outer = [(n, m) for n, m in reversed(found) if id(m) not in within and id(m) not in memo]      # those inside others first
-    for n, m in outer: memo[id(m)] = _LayerHole(number[id(m)], m) if _is_whole(model, n, m) else _WeightHole(_matrices(m, number), copy.deepcopy(_bare(unwrapped(m)), memo))
+    for i, (_, m) in enumerate(recurrent, len(found)):
+        memo[id(m)] = _RecurrentHole(i, unwrapped(m))
+    outer = [
+        (n, m) for n, m in reversed(found) if id(m) not in within and id(m) not in memo
+    ]  # those inside others first
+    for n, m in outer:
+        memo[id(m)] = (
+            _LayerHole(number[id(m)], m)
+            if _is_whole(model, n, m)
+            else _WeightHole(_matrices(m, number), copy.deepcopy(_bare(unwrapped(m)), memo))
+        )
     holes = memo.get(id(model)) or copied(model, memo)
-    for m in (*(m for _, m in outer), *(m for _, m in recurrent)): _carry(m, memo[id(m)], memo)
+    for m in (*(m for _, m in outer), *(m for _, m in recurrent)):
+        _carry(m, memo[id(m)], memo)
     return holes, [*((n, m) for n, (_, m) in zip(names, found)), *recurrent]
+
 
 def _matrices(m, number):
     "The compressed parameters of a layer: name → number and shape."
-    return {} if not isinstance(m, Dequantize) else _matrices(m.layer, number) | {m.name: (number[id(m)], tuple(m.q.shape))}
+    return (
+        {}
+        if not isinstance(m, Dequantize)
+        else _matrices(m.layer, number) | {m.name: (number[id(m)], tuple(m.q.shape))}
+    )
+
 
 def _check_sayable(model, found):
     for n, m in model.named_modules():
-        if getattr(unwrapped(m), "proj_size", 0): raise ValueError(f"{n or 'model'} is an LSTM with proj_size {unwrapped(m).proj_size}, which ONNX cannot say")
-        if isinstance(unwrapped(m), (nn.Embedding, nn.EmbeddingBag)) and unwrapped(m).max_norm is not None: raise ValueError(f"{n or 'model'} has max_norm, which rewrites its weight at each use; ONNX cannot say that")
-        if type(m).__module__.rpartition(".")[2] == "qat" and not isinstance(m, Dequantize): raise ValueError(f"{n or 'model'} is a {type(m).__name__} and prepared for training; modelzip.qat.convert(model) makes its integers")
+        if getattr(unwrapped(m), "proj_size", 0):
+            raise ValueError(
+                f"{n or 'model'} is an LSTM with proj_size {unwrapped(m).proj_size}, which ONNX cannot say"
+            )
+        if isinstance(unwrapped(m), (nn.Embedding, nn.EmbeddingBag)) and unwrapped(m).max_norm is not None:
+            raise ValueError(
+                f"{n or 'model'} has max_norm, which rewrites its weight at each use; ONNX cannot say that"
+            )
+        if type(m).__module__.rpartition(".")[2] == "qat" and not isinstance(m, Dequantize):
+            raise ValueError(
+                f"{n or 'model'} is a {type(m).__name__} and prepared for training; modelzip.qat.convert(model) makes"
+                " its integers"
+            )
     count = 0
     for count, (n, m) in enumerate(found, 1):
-        if not isinstance(m.q, QTensor): raise ValueError(f"{n} holds a {type(m.q).__name__}, which ONNX cannot say; dequantize that layer first")
-        if m.q.dtype != torch.float32: raise ValueError(f"{n} stands for {m.q.dtype}; ONNX files are written in float32, call model.float() first")
-    if not count: raise ValueError("model has no compressed layer; quantize_model(model) makes them, torch.onnx.export writes the others")
+        if not isinstance(m.q, QTensor):
+            raise ValueError(f"{n} holds a {type(m.q).__name__}, which ONNX cannot say; dequantize that layer first")
+        if m.q.dtype != torch.float32:
+            raise ValueError(f"{n} stands for {m.q.dtype}; ONNX files are written in float32, call model.float() first")
+    if not count:
+        raise ValueError(
+            "model has no compressed layer; quantize_model(model) makes them, torch.onnx.export writes the others"
+        )
 
 # %% ../nbs/06b_onnx.ipynb
 def _fill(g, node, found, microsoft, shared):
     "The name of the output that takes a hole's place, or a list of names."
     at = {a.name: a.i for a in node.attribute}
     own, m = found[at["number"]]
-    if node.op_type == "Recurrent": return _recurrent(g, node.input, m, own)
-    anew = getattr(m, "requantize", False)                     # what it computes with is rounded once more
+    if node.op_type == "Recurrent":
+        return _recurrent(g, node.input, m, own)
+    anew = getattr(m, "requantize", False)  # what it computes with is rounded once more
     name = shared.setdefault((id(m.packed), type(m.layer), anew), own)
-    if node.op_type == "Weight": return g.once(("weight", id(m.packed), anew), lambda: _expanded(g, name, _meant(m)))
+    if node.op_type == "Weight":
+        return g.once(("weight", id(m.packed), anew), lambda: _expanded(g, name, _meant(m)))
     x = node.input[0]
-    if isinstance(m.layer, nn.Embedding): return _embedding(g, x, m.q, name, at["rank"])
-    if isinstance(m, QConv2d): y, across = _integer_conv(g, x, m, name), (-1, 1, 1)
-    else: y, across = _linear(g, x, m, name, microsoft), (-1,)
+    if isinstance(m.layer, nn.Embedding):
+        return _embedding(g, x, m.q, name, at["rank"])
+    if isinstance(m, QConv2d):
+        y, across = _integer_conv(g, x, m, name), (-1, 1, 1)
+    else:
+        y, across = _linear(g, x, m, name, microsoft), (-1,)
     bias = m.layer.bias
-    return y if bias is None else g.add("Add", y, _store(g, own.removesuffix("weight") + "bias", bias.float().reshape(across)))
+    return (
+        y
+        if bias is None
+        else g.add("Add", y, _store(g, own.removesuffix("weight") + "bias", bias.float().reshape(across)))
+    )
+
 
 def _linear(g, x, m, name, microsoft):
-    if isinstance(m, QLinear) and (_is_static(m) or m.kernel in ("int8", "plain")): return _integer_linear(g, x, m, name)
+    if isinstance(m, QLinear) and (_is_static(m) or m.kernel in ("int8", "plain")):
+        return _integer_linear(g, x, m, name)
     return _float_linear(g, x, _meant(m), name, microsoft)
 
-def _meant(m): return _one_scale_an_output(m.q) if getattr(m, "requantize", False) else m.q
+
+def _meant(m):
+    return _one_scale_an_output(m.q) if getattr(m, "requantize", False) else m.q
 
 # %% ../nbs/06b_onnx.ipynb
 def _recurrent(g, inputs, m, name):
@@ -382,140 +688,260 @@ def _recurrent(g, inputs, m, name):
     (x, *starts), ends, layer = inputs, [], unwrapped(m)
     across = 1 + layer.bidirectional
     for i in range(layer.num_layers):
-        mine = starts if layer.num_layers == 1 else [g.add("Slice", s, *(_store(g, f"{name}.{v}", torch.tensor([v])) for v in (i * across, (i + 1) * across, 0))) for s in starts]
+        mine = (
+            starts
+            if layer.num_layers == 1
+            else [
+                g.add(
+                    "Slice",
+                    s,
+                    *(_store(g, f"{name}.{v}", torch.tensor([v])) for v in (i * across, (i + 1) * across, 0)),
+                )
+                for s in starts
+            ]
+        )
         weights = g.once(("gates", id(m), i), lambda: _gates(g, m, i, name))
-        y, *end = g.add(type(layer).__name__, x, *weights, *[""] * (3 - len(weights)), "", *mine, outputs=2 + isinstance(layer, nn.LSTM), **_how_recurrent(layer))
+        y, *end = g.add(
+            type(layer).__name__,
+            x,
+            *weights,
+            *[""] * (3 - len(weights)),
+            "",
+            *mine,
+            outputs=2 + isinstance(layer, nn.LSTM),
+            **_how_recurrent(layer),
+        )
         x = _shaped(g, "modelzip.joined", g.add("Transpose", y, perm=[0, 2, 1, 3]), [0, 0, -1])
         ends.append(end)
     return [x, *(g.add("Concat", *states, axis=0) for states in zip(*ends))]
 
+
 def _gates(g, m, i, name):
-    "Weights of inputs, of states and biases [directions, gates·hidden, …], gates in ONNX's order; compressed ones are expanded from their codes."
+    """Weights of inputs, of states and biases [directions, gates·hidden, …], gates in ONNX's order; compressed ones
+    are expanded from their codes."""
     layer, packed, w = unwrapped(m), {}, m
-    while isinstance(w, Dequantize): packed[w.name], w = w.q, w.layer
+    while isinstance(w, Dequantize):
+        packed[w.name], w = w.q, w.layer
     order = torch.cat([torch.arange(layer.hidden_size) + k * layer.hidden_size for k in GATES[type(layer)]])
-    first, ends = _store(g, "modelzip.first", torch.tensor([0])), ("", "_reverse")[:1 + layer.bidirectional]
+    first, ends = _store(g, "modelzip.first", torch.tensor([0])), ("", "_reverse")[: 1 + layer.bidirectional]
+
     def one(key):
-        if key in packed: return g.add("Gather", _expanded(g, f"{name}.{key}".lstrip("."), packed[key]), _store(g, f"modelzip.{type(layer).__name__}.{layer.hidden_size}", order), axis=0)
+        if key in packed:
+            return g.add(
+                "Gather",
+                _expanded(g, f"{name}.{key}".lstrip("."), packed[key]),
+                _store(g, f"modelzip.{type(layer).__name__}.{layer.hidden_size}", order),
+                axis=0,
+            )
         return _store(g, f"{name}.{key}".lstrip("."), getattr(layer, key).detach().float()[order])
+
     def stacked(what):
         parts = [g.add("Unsqueeze", one(f"{what}_l{i}{d}"), first) for d in ends]
         return g.add("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+
     bias = lambda d: torch.cat([getattr(layer, f"bias_{k}h_l{i}{d}").detach().float()[order] for k in "ih"])
-    return [stacked("weight_ih"), stacked("weight_hh"), *([_store(g, f"{name}.bias_l{i}".lstrip("."), torch.stack([bias(d) for d in ends]))] if layer.bias else [])]
+    return [
+        stacked("weight_ih"),
+        stacked("weight_hh"),
+        *([_store(g, f"{name}.bias_l{i}".lstrip("."), torch.stack([bias(d) for d in ends]))] if layer.bias else []),
+    ]
+
 
 def _how_recurrent(m):
     how = {"hidden_size": m.hidden_size, "direction": "bidirectional" if m.bidirectional else "forward"}
-    if isinstance(m, nn.GRU): how["linear_before_reset"] = 1
-    if isinstance(m, nn.RNN): how["activations"] = [m.nonlinearity.capitalize()] * (1 + m.bidirectional)
+    if isinstance(m, nn.GRU):
+        how["linear_before_reset"] = 1
+    if isinstance(m, nn.RNN):
+        how["activations"] = [m.nonlinearity.capitalize()] * (1 + m.bidirectional)
     return how
 
 # %% ../nbs/06b_onnx.ipynb
 def _filled(onnx, model, found, microsoft):
     "Put the graphs of compressed layers into the holes, and drop what is not needed any more."
-    if model.functions: model = onnx.inliner.inline_local_functions(model)
-    taken = {n for graph in _graphs(model.graph) for n in (*(i.name for i in (*graph.initializer, *graph.input)), *(o for node in graph.node for o in node.output))}
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    taken = {
+        n
+        for graph in _graphs(model.graph)
+        for n in (
+            *(i.name for i in (*graph.initializer, *graph.input)),
+            *(o for node in graph.node for o in node.output),
+        )
+    }
     g, shared, renamed = Graph(onnx, taken), {}, {}
     for node in model.graph.node:
         _rename(node, renamed)
         if node.domain != "modelzip":
             g.nodes.append(node)
-            if inner := next((x for graph in _inner(node) for part in _graphs(graph) for x in part.node if x.domain == "modelzip"), None):
-                raise ValueError(f"{found[next(a.i for a in inner.attribute if a.name == 'number')][0]} is used inside a {node.op_type} (a branch or loop), which is not supported; dequantize that layer first")
+            if inner := next(
+                (x for graph in _inner(node) for part in _graphs(graph) for x in part.node if x.domain == "modelzip"),
+                None,
+            ):
+                raise ValueError(
+                    f"{found[next(a.i for a in inner.attribute if a.name == 'number')][0]} is used inside a"
+                    f" {node.op_type} (a branch or loop), which is not supported; dequantize that layer first"
+                )
         else:
             made = _fill(g, node, found, microsoft, shared)
             renamed |= dict(zip(node.output, made if isinstance(made, list) else [made]))
     for out in model.graph.output:
-        if out.name in renamed: g.nodes.append(onnx.helper.make_node("Identity", [renamed[out.name]], [out.name]))
-    used = {n for node in g.nodes for n in (*node.input, *(n for graph in _inner(node) for part in _graphs(graph) for x in part.node for n in x.input), *(o.name for graph in _inner(node) for part in _graphs(graph) for o in part.output))}
+        if out.name in renamed:
+            g.nodes.append(onnx.helper.make_node("Identity", [renamed[out.name]], [out.name]))
+    used = {
+        n
+        for node in g.nodes
+        for n in (
+            *node.input,
+            *(n for graph in _inner(node) for part in _graphs(graph) for x in part.node for n in x.input),
+            *(o.name for graph in _inner(node) for part in _graphs(graph) for o in part.output),
+        )
+    }
     used |= {o.name for o in model.graph.output}
     kept = [i for i in model.graph.initializer if i.name in used]
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-    model.graph.node.extend(g.nodes); model.graph.initializer.extend([*kept, *g.stored.values()])
+    model.graph.node.extend(g.nodes)
+    model.graph.initializer.extend([*kept, *g.stored.values()])
     versions = [o for o in model.opset_import if o.domain != "modelzip"]
     del model.opset_import[:]
-    model.opset_import.extend([*versions, *(onnx.helper.make_opsetid(d, 1) for d in g.domains if d not in {v.domain for v in versions})])
+    model.opset_import.extend(
+        [*versions, *(onnx.helper.make_opsetid(d, 1) for d in g.domains if d not in {v.domain for v in versions})]
+    )
     model.producer_name = "modelzip"
     return model
 
-def _inner(node): return [x for a in node.attribute for x in ([a.g] if a.HasField("g") else a.graphs)]
+
+def _inner(node):
+    return [x for a in node.attribute for x in ([a.g] if a.HasField("g") else a.graphs)]
+
 
 def _graphs(graph):
     "A graph and all that lie in its branches and loops."
     return [graph, *(g for node in graph.node for inner in _inner(node) for g in _graphs(inner))]
 
+
 def _rename(node, renamed):
-    for i, n in enumerate(node.input): node.input[i] = renamed.get(n, n)
+    for i, n in enumerate(node.input):
+        node.input[i] = renamed.get(n, n)
     for graph in _inner(node):
-        for x in graph.node: _rename(x, renamed)
-        for out in graph.output: out.name = renamed.get(out.name, out.name)
+        for x in graph.node:
+            _rename(x, renamed)
+        for out in graph.output:
+            out.name = renamed.get(out.name, out.name)
 
 # %% ../nbs/06b_onnx.ipynb
 def _shapes(example, dynamic):
     "For each input its free dimensions by name."
     per_input = dynamic if isinstance(dynamic, (tuple, list)) else [dynamic] * len(example)
-    if len(per_input) != len(example): raise ValueError(f"dynamic describes {len(per_input)} inputs, example has {len(example)}")
+    if len(per_input) != len(example):
+        raise ValueError(f"dynamic describes {len(per_input)} inputs, example has {len(example)}")
     return tuple({d: n for d, n in (free or {}).items() if d < x.dim()} for x, free in zip(example, per_input))
+
 
 def _exported(model, example, dynamic, opset):
     shapes = _shapes(example, dynamic)
     for i, free in enumerate(shapes):
         for d in free:
-            if example[i].shape[d] < 2: example = (*example[:i], torch.cat([example[i]] * 2, d) if example[i].shape[d] else example[i], *example[i + 1:])
-    named = next((i for i, p in enumerate(inspect.signature(model.forward).parameters.values()) if p.kind is p.VAR_POSITIONAL), None)
+            if example[i].shape[d] < 2:
+                example = (
+                    *example[:i],
+                    torch.cat([example[i]] * 2, d) if example[i].shape[d] else example[i],
+                    *example[i + 1 :],
+                )
+    named = next(
+        (i for i, p in enumerate(inspect.signature(model.forward).parameters.values()) if p.kind is p.VAR_POSITIONAL),
+        None,
+    )
     arguments = shapes if named is None or named >= len(shapes) else (*shapes[:named], shapes[named:])
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        try: return torch.onnx.export(model, example, dynamo=True, opset_version=opset, dynamic_shapes=arguments, verbose=False, optimize=True).model_proto
-        except torch.onnx.errors.OnnxExporterError as e: raise ValueError(f"PyTorch's exporter cannot write the model: {_first_cause(e)}") from e
+        try:
+            return torch.onnx.export(
+                model, example, dynamo=True, opset_version=opset, dynamic_shapes=arguments, verbose=False, optimize=True
+            ).model_proto
+        except torch.onnx.errors.OnnxExporterError as e:
+            raise ValueError(f"PyTorch's exporter cannot write the model: {_first_cause(e)}") from e
+
 
 def _first_cause(e):
-    while e.__cause__ is not None: e = e.__cause__
+    while e.__cause__ is not None:
+        e = e.__cause__
     return str(e).strip().partition("\n")[0]
+
 
 class _quiet:
     "Nothing from the exporter below an error."
-    def __enter__(self): self.before = logging.root.manager.disable; logging.disable(logging.WARNING)
-    def __exit__(self, *_): logging.disable(self.before)
+
+    def __enter__(self):
+        self.before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_):
+        logging.disable(self.before)
 
 # %% ../nbs/06b_onnx.ipynb
 def to_onnx(
-    model: nn.Module,                     # with compressed layers, from `quantize_model`, `use_kernels` or `load`
-    path: str | os.PathLike,              # where to write; the file appears whole or not at all
-    example: Tensor | tuple,              # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at them
-    opset: int = 21,                      # version of the standard: 21 or newer (4-bit codes, blocks)
-    dynamic: dict | tuple = {0: "batch"}, # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
-    microsoft: bool = False,              # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
-    check: bool = True,                   # where ONNX Runtime is installed, compare what it computes with the model's own output before the file appears
-) -> Path:                                # the file; a model of 2 GiB or more has its tensors beside it, in a file with `.data` behind its name
-    """Write a model, as it is in eval mode, as ONNX that computes as it does: `QLinear` and `QConv2d` as products of integers, all others with weights that are expanded from their codes.
-    Hooks are written down as they act on the example. `ImportError` says what to install, `ValueError` what cannot be written, `OSError` why the file cannot be."""
-    onnx = need("onnx", "onnx"); need("onnxscript", "onnx")
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    model: nn.Module,  # with compressed layers, from `quantize_model`, `use_kernels` or `load`
+    path: str | os.PathLike,  # where to write; the file appears whole or not at all
+    example: (
+        Tensor | tuple
+        # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at them
+    ),
+    opset: int = 21,  # version of the standard: 21 or newer (4-bit codes, blocks)
+    dynamic: dict | tuple = {
+        0: "batch"
+    },  # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
+    # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
+    microsoft: bool = False,
+    # where ONNX Runtime is installed, compare what it computes with the model's own output before the file appears
+    check: bool = True,
+) -> Path:  # the file; a model of 2 GiB or more has its tensors beside it, in a file with `.data` behind its name
+    """Write a model, as it is in eval mode, as ONNX that computes as it does: `QLinear` and `QConv2d` as products
+    of integers, all others with weights that are expanded from their codes. Hooks are written down as they act on
+    the example. `ImportError` says what to install, `ValueError` what cannot be written, `OSError` why the file
+    cannot be.
+    """
+    onnx = need("onnx", "onnx")
+    need("onnxscript", "onnx")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if isinstance(opset, bool) or not isinstance(opset, int) or not 21 <= opset <= onnx.defs.onnx_opset_version():
         raise ValueError(f"opset is {opset!r}; it may be 21 to {onnx.defs.onnx_opset_version()}")
     example = example if isinstance(example, tuple) else (example,)
-    if bad := [type(x).__name__ for x in example if not isinstance(x, Tensor)]: raise TypeError(f"example holds {', '.join(bad)}; it may be a tensor or a tuple of tensors")
-    example = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in example)      # the exporter marks the tensors that it is given
+    if bad := [type(x).__name__ for x in example if not isinstance(x, Tensor)]:
+        raise TypeError(f"example holds {', '.join(bad)}; it may be a tensor or a tuple of tensors")
+    example = tuple(
+        x.detach().clone(memory_format=torch.contiguous_format) for x in example
+    )  # the exporter marks the tensors that it is given
     holes, found = _with_holes(model)
     proto = _filled(onnx, _exported(holes.eval(), example, dynamic, opset), found, microsoft)
     with written(onnx, proto, path) as draft:
         onnx.checker.check_model(draft if isinstance(draft, bytes) else os.fspath(draft))
-        if check and importlib.util.find_spec("onnxruntime"): _compare(model, draft, example, dynamic)
+        if check and importlib.util.find_spec("onnxruntime"):
+            _compare(model, draft, example, dynamic)
     return Path(path)
+
 
 def _compare(model, path, example, dynamic):
     "`ValueError` when ONNX Runtime computes something else than the model."
-    integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())          # which round activations, at ties to either side
-    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), 0.05 if integers else 0.01)      # measured: 0.011 at most; with 7-bit activations about twice that
-    if off is not None: raise ValueError(f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX")
+    integers = any(
+        isinstance(m, (QLinear, QConv2d)) for m in model.modules()
+    )  # which round activations, at ties to either side
+    off = disagreement(
+        model, onnx_model(path), example, _shapes(example, dynamic), 0.05 if integers else 0.01
+    )  # measured: 0.011 at most; with 7-bit activations about twice that
+    if off is not None:
+        raise ValueError(
+            f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX"
+        )
 
 # %% ../nbs/06b_onnx.ipynb
 def onnx_model(
-    path: str | os.PathLike,      # an ONNX file
-    threads: int | None = None,   # of ONNX Runtime; None: as many as PyTorch uses
-    exact: bool = True,           # expanded weights multiply float activations; False: ONNX Runtime may round these to 8 bits on the way, which is quicker
-) -> Callable[..., Tensor]:       # a function from tensors to a tensor, or to a tuple when there are more outputs
+    path: str | os.PathLike,  # an ONNX file
+    threads: int | None = None,  # of ONNX Runtime; None: as many as PyTorch uses
+    # expanded weights multiply float activations; False: ONNX Runtime may round these to 8 bits on the way, which is
+    # quicker
+    exact: bool = True,
+) -> Callable[..., Tensor]:  # a function from tensors to a tensor, or to a tuple when there are more outputs
     "A file as a function, computed by ONNX Runtime."
     runtime = need("onnxruntime", "onnx")
     options = runtime.SessionOptions()
@@ -523,16 +949,22 @@ def onnx_model(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
     session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
+
     def run(*inputs: Tensor):
-        if len(inputs) < len(names): raise TypeError(f"{len(inputs)} inputs are given; the model has {', '.join(names)}")
-        out = [torch.from_numpy(y) for y in session.run(None, {n: x.detach().contiguous().numpy() for n, x in zip(names, inputs)})]
+        if len(inputs) < len(names):
+            raise TypeError(f"{len(inputs)} inputs are given; the model has {', '.join(names)}")
+        out = [
+            torch.from_numpy(y)
+            for y in session.run(None, {n: x.detach().contiguous().numpy() for n, x in zip(names, inputs)})
+        ]
         return out[0] if len(out) == 1 else tuple(out)
+
     return run
 
 # %% ../nbs/06b_onnx.ipynb
 def onnx_bytes(
-    path: str | os.PathLike,   # an ONNX file
-) -> dict[str, int]:           # bytes of the stored tensors by their dtype, the largest first
+    path: str | os.PathLike,  # an ONNX file
+) -> dict[str, int]:  # bytes of the stored tensors by their dtype, the largest first
     "What a file is made of: a weight that is stored as float shows at once."
     onnx, total = need("onnx", "onnx"), {}
     for i in onnx.load(os.fspath(path), load_external_data=False).graph.initializer:
@@ -543,4 +975,4 @@ def onnx_bytes(
 # %% ../nbs/06b_onnx.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

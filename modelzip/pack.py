@@ -21,63 +21,129 @@ from torch import Tensor, nn
 
 from .data import build_model, model_builders
 from .quant import CompressedTensor, Dequantize, pack_bits, packed_bytes, unpack_bits
-from .coding import CODES, AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, chunk_slices, coders, decoding, entropy, has_values, stream_parts
-from .archive import ALIGN, BLOCK, MARK, MAX_VALUES, THREADS, Checksum, Entry, PackError, ascii_name, check_name, cut, quoted, several, shown
+from modelzip.coding import (
+    CODES,
+    AdaptiveDecoder,
+    AdaptiveEncoder,
+    CodingError,
+    adaptive_bytes,
+    adaptive_codes,
+    chunk_slices,
+    coders,
+    decoding,
+    entropy,
+    has_values,
+    stream_parts,
+)
+from modelzip.archive import (
+    ALIGN,
+    BLOCK,
+    MARK,
+    MAX_VALUES,
+    THREADS,
+    Checksum,
+    Entry,
+    PackError,
+    ascii_name,
+    check_name,
+    cut,
+    quoted,
+    several,
+    shown,
+)
 from .workshop.asked import within, unfit
 from .workshop.matrices import held_beside, left_behind
-from .workshop.kinds import alike, are_kinds, arguments_of, check_arguments, check_kinds, check_nothing_hidden, computes_nothing, differing, hooks_named, kinds_of, made_so, plain_layer, remade, small_buffers, text_of, walk
+from modelzip.workshop.kinds import (
+    alike,
+    are_kinds,
+    arguments_of,
+    check_arguments,
+    check_kinds,
+    check_nothing_hidden,
+    computes_nothing,
+    differing,
+    hooks_named,
+    kinds_of,
+    made_so,
+    plain_layer,
+    remade,
+    small_buffers,
+    text_of,
+    walk,
+)
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState
-from .archive import data_offset, deflate, demand, inflate, join, naming, open_file, replacing, seal, seal_solid, unseal, unseal_solid
+from modelzip.archive import (
+    data_offset,
+    deflate,
+    demand,
+    inflate,
+    join,
+    naming,
+    open_file,
+    replacing,
+    seal,
+    seal_solid,
+    unseal,
+    unseal_solid,
+)
 
 # %% ../nbs/05_pack.ipynb
 _all_ = ["PackError"]
 
 # %% ../nbs/05_pack.ipynb
-DTYPES = {name: getattr(torch, name) for name in """float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz
+DTYPES = {
+    name: getattr(torch, name)
+    for name in """float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz
     float8_e5m2fnuz float8_e8m0fnu complex128 complex64 complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool""".split()
-    if hasattr(torch, name)}
+    if hasattr(torch, name)
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # %% ../nbs/05_pack.ipynb
-def check_storable(
-    name: str,
-    t: Tensor,
-) -> None:
+def check_storable(name: str, t: Tensor) -> None:
     "Raise unless the tensor is one that a file can hold: dense, initialized, with bytes of its own."
     if nn.parameter.is_lazy(t):
         raise ValueError(f"{quoted(name)} has no shape yet: run the model once on an example before saving it")
     if t.layout != torch.strided or t.is_nested or t.is_quantized or t.dtype not in NAMES:
-        raise TypeError(f"{quoted(name)} is a {t.layout} tensor of {t.dtype}; it may be a dense one of {', '.join(DTYPES)}")
-    if t.is_meta: raise ValueError(f"{quoted(name)} is on the meta device and has no values to save")
+        raise TypeError(
+            f"{quoted(name)} is a {t.layout} tensor of {t.dtype}; it may be a dense one of {', '.join(DTYPES)}"
+        )
+    if t.is_meta:
+        raise ValueError(f"{quoted(name)} is on the meta device and has no values to save")
     if (kind := type(t.detach())) not in (Tensor, nn.Parameter, nn.Buffer):
         raise TypeError(f"{quoted(name)} is a {kind.__name__}; it may be a torch.Tensor or nn.Parameter")
 
 # %% ../nbs/05_pack.ipynb
 def as_bytes(
-    t: Tensor,      # any shape, device and strides
-) -> memoryview:    # its elements in C order, little-endian; shares memory with a dense CPU tensor
+    t: Tensor,  # any shape, device and strides
+) -> memoryview:  # its elements in C order, little-endian; shares memory with a dense CPU tensor
     "The bytes of a tensor."
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(t.reshape(-1).view(torch.uint8).numpy())
 
 # %% ../nbs/05_pack.ipynb
-LARGE, TINY = 2**16, 512      # bytes: what begins at a multiple of ALIGN in a mapped file; what is not coded in an archived one
+LARGE, TINY = (
+    2**16,
+    512,
+)  # bytes: what begins at a multiple of ALIGN in a mapped file; what is not coded in an archived one
+
 
 @dataclass
 class Piece:
     "A plain tensor that goes into the payload."
-    name: str                                      # for errors
+
+    name: str  # for errors
     tensor: Tensor
-    entry: dict                                    # of the manifest; gets offset, crc, coded when it is written
-    packed: tuple[int, int, int] | None = None     # bits, count, levels: it holds packed codes
-    version: int = 1                               # of the format that it needs; known when it is written
+    entry: dict  # of the manifest; gets offset, crc, coded when it is written
+    packed: tuple[int, int, int] | None = None  # bits, count, levels: it holds packed codes
+    version: int = 1  # of the format that it needs; known when it is written
+
 
 def arranged(
-    pieces: list[Piece],
-    archive: bool,
-) -> list[tuple[Piece, bool, int]]:      # in the order of the payload: the piece, whether it is coded, its alignment
+    pieces: list[Piece], archive: bool
+) -> list[tuple[Piece, bool, int]]:  # in the order of the payload: the piece, whether it is coded, its alignment
     "Decide what goes where."
     big = TINY if archive else LARGE
     key = lambda p: (p.tensor.nbytes < big, -p.tensor.element_size() if p.tensor.nbytes < big else 0)
@@ -88,17 +154,18 @@ def arranged(
 @dataclass
 class Item:
     "A tensor of a model and where it hangs."
-    name: str                               # as in the state dict of the uncompressed model: "fc1.weight"
-    key: str                                # its name in the layer: "weight"
-    value: Any                              # a tensor, or a `CompressedTensor`
-    layer: nn.Module                        # the layer that owns it (the `Dequantize` if it is compressed)
-    parent: nn.Module | None = None         # the module in which that layer is a child
-    child: str = ""                         # … and under which name
+
+    name: str  # as in the state dict of the uncompressed model: "fc1.weight"
+    key: str  # its name in the layer: "weight"
+    value: Any  # a tensor, or a `CompressedTensor`
+    layer: nn.Module  # the layer that owns it (the `Dequantize` if it is compressed)
+    parent: nn.Module | None = None  # the module in which that layer is a child
+    child: str = ""  # … and under which name
 
 # %% ../nbs/05_pack.ipynb
 def own_tensors(
     layer: nn.Module,
-) -> dict[str, Tensor]:     # the parameters and persistent buffers of this very layer, not of its children
+) -> dict[str, Tensor]:  # the parameters and persistent buffers of this very layer, not of its children
     "What a layer contributes to the state of its model."
     buffers = {k: v for k, v in layer._buffers.items() if k not in layer._non_persistent_buffers_set}
     return {k: v for k, v in {**layer._parameters, **buffers}.items() if v is not None}
@@ -106,41 +173,61 @@ def own_tensors(
 # %% ../nbs/05_pack.ipynb
 def items(
     module: nn.Module,
-    prefix: str = "",                   # name of the module, with a dot behind it
+    prefix: str = "",  # name of the module, with a dot behind it
     parent: nn.Module | None = None,
     child: str = "",
-) -> Iterator[Item]:                    # every tensor under every name that it has
-    "Walk through a model: each tensor with its name and its owner; compressed weights under the name of what they stand for."
+) -> Iterator[Item]:  # every tensor under every name that it has
+    """Walk through a model: each tensor with its name and its owner; compressed weights under the name of what they
+    stand for."""
     if isinstance(module, Dequantize):
         yield Item(prefix + module.name, module.name, module.q, module, parent, child)
         yield from items(module.layer, prefix, parent, child)
         return
-    if type(module).get_extra_state not in (nn.Module.get_extra_state, SettingsInState.get_extra_state):      # settings are attributes, which a file keeps with the kind of a layer
-        raise TypeError(f"{quoted(prefix[:-1] or 'the model')} keeps extra state that is no tensor (get_extra_state); a file can hold tensors only")
-    for key, value in own_tensors(module).items(): yield Item(prefix + key, key, value, module, parent, child)
+    if type(module).get_extra_state not in (
+        nn.Module.get_extra_state,
+        SettingsInState.get_extra_state,
+    ):  # settings are attributes, which a file keeps with the kind of a layer
+        raise TypeError(
+            f"{quoted(prefix[:-1] or 'the model')} keeps extra state that is no tensor (get_extra_state); a file can"
+            " hold tensors only"
+        )
+    for key, value in own_tensors(module).items():
+        yield Item(prefix + key, key, value, module, parent, child)
     for key, m in module._modules.items():
-        if m is not None: yield from items(m, f"{prefix}{key}.", module, key)
+        if m is not None:
+            yield from items(m, f"{prefix}{key}.", module, key)
 
 # %% ../nbs/05_pack.ipynb
-HOMES = {"quantized": "quant", "Dequantize": "quant", "QLinear": "kernels", "QConv2d": "kernels", "QEmbedding": "kernels",
-         "sparse": "prune", "SparseLinear": "prune",
-         "StaticLinear": "qat", "StaticConv2d": "qat"}
+HOMES = {
+    "quantized": "quant",
+    "Dequantize": "quant",
+    "QLinear": "kernels",
+    "QConv2d": "kernels",
+    "QEmbedding": "kernels",
+    "sparse": "prune",
+    "SparseLinear": "prune",
+    "StaticLinear": "qat",
+    "StaticConv2d": "qat",
+}
+
 
 def find_kind(
-    registry: dict[str, type],     # `CompressedTensor.kinds` or `Dequantize.kinds`
-    name: str,                     # what a file says
-) -> type:                         # the class; `PackError` when nobody knows it
+    registry: dict[str, type],  # `CompressedTensor.kinds` or `Dequantize.kinds`
+    name: str,  # what a file says
+) -> type:  # the class; `PackError` when nobody knows it
     "Look up a kind of tensor or layer, importing modelzip's own chapter for it if need be."
     if name not in registry and name in HOMES:
-        with suppress(ImportError): importlib.import_module(f"modelzip.{HOMES[name]}")
-    demand(name in registry, f"it needs {quoted(name)}, which this modelzip does not know "
-                             "(import the package that defines it, or update modelzip)")
+        with suppress(ImportError):
+            importlib.import_module(f"modelzip.{HOMES[name]}")
+    demand(
+        name in registry,
+        f"it needs {quoted(name)}, which this modelzip does not know "
+        "(import the package that defines it, or update modelzip)",
+    )
     return registry[name]
 
 # %% ../nbs/05_pack.ipynb
-def identity(
-    item: Item,
-) -> tuple:     # equal for tensors that are tied to each other
+def identity(item: Item) -> tuple:  # equal for tensors that are tied to each other
     "What makes two tensors one."
     if isinstance(item.layer, Dequantize) and not isinstance(item.value, Tensor):
         return ("packed", id(item.layer.packed))
@@ -155,61 +242,72 @@ def check_keys(value: Any) -> None:
     todo, seen = [value], set()
     while todo:
         x = todo.pop()
-        if not isinstance(x, (dict, list, tuple)) or id(x) in seen: continue
+        if not isinstance(x, (dict, list, tuple)) or id(x) in seen:
+            continue
         seen.add(id(x))
         if isinstance(x, dict) and (odd := [k for k in x if not isinstance(k, str)]):
-            if any(str(k) in x for k in odd): raise ValueError("a name occurs twice in one object")
+            if any(str(k) in x for k in odd):
+                raise ValueError("a name occurs twice in one object")
             raise TypeError(f"the key {odd[0]!r:.80} is a {type(odd[0]).__name__}, and a JSON object has keys of text")
         todo += x.values() if isinstance(x, dict) else x
 
-def unique(
-    pairs: list[tuple[str, Any]],
-) -> dict:
+
+def unique(pairs: list[tuple[str, Any]]) -> dict:
     "A JSON object whose keys differ."
     d = dict(pairs)
-    if len(d) != len(pairs): raise ValueError("a name occurs twice in one object")
+    if len(d) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
     return d
+
 
 def as_json(
     value: Any,
-    what: str,       # what errors call it
-) -> str:            # compact, ASCII
+    what: str,  # what errors call it
+) -> str:  # compact, ASCII
     "JSON without surprises: `TypeError` for what JSON cannot say, `ValueError` for NaN, infinity and endless nesting."
     try:
         check_keys(value)
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except TypeError as e:
         raise TypeError(f"{what} must consist of what JSON knows (dict, list, str, number, bool, None): {e}") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{what} has no place in JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{what} has no place in JSON: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
-MAX_DIMS = 64      # of a tensor
+MAX_DIMS = 64  # of a tensor
 
-def is_size(x: Any) -> bool: return type(x) is int and 0 <= x < 2**63
 
-def check_shape(
-    entry: dict,
-    name: str,
-) -> tuple[torch.dtype, tuple[int, ...]]:
+def is_size(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def check_shape(entry: dict, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
     "The type and the shape in an entry of the table."
     dtype, shape = entry.get("dtype"), entry.get("shape")
     demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
-    demand(isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape)) and math.prod(d or 1 for d in shape) < 2**59,
-           f"{quoted(name)} has the impossible shape {quoted(shape)}")
+    demand(
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMS
+        and all(map(is_size, shape))
+        and math.prod(d or 1 for d in shape) < 2**59,
+        f"{quoted(name)} has the impossible shape {quoted(shape)}",
+    )
     return DTYPES[dtype], tuple(shape)
 
 # %% ../nbs/05_pack.ipynb
 def describe(
     t: Tensor,
     name: str,
-    pieces: list,       # gets a `Piece` with the new entry: the offset is filled in when it is written
-    packed: tuple[int, int, int] | None = None,     # bits, count, levels
-) -> dict:              # {"dtype", "shape", "offset"}
+    pieces: list,  # gets a `Piece` with the new entry: the offset is filled in when it is written
+    packed: tuple[int, int, int] | None = None,  # bits, count, levels
+) -> dict:  # {"dtype", "shape", "offset"}
     "The manifest's entry for a plain tensor."
     check_storable(name, t)
     entry = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "offset": 0}
-    try: check_shape(entry, name)
-    except PackError as e: raise ValueError(f"this model cannot be saved: {e}") from None
+    try:
+        check_shape(entry, name)
+    except PackError as e:
+        raise ValueError(f"this model cannot be saved: {e}") from None
     pieces.append(Piece(name, t, entry, packed))
     return entry
 
@@ -217,23 +315,28 @@ def describe(
 def describe_compressed(
     q: CompressedTensor,
     name: str,
-    pieces: list,        # gets the parts
-) -> dict:               # {"dtype", "shape", "kind", "meta", "parts"}
+    pieces: list,  # gets the parts
+) -> dict:  # {"dtype", "shape", "kind", "meta", "parts"}
     "The manifest's entry for a compressed tensor."
     kind = next((k for k, cls in CompressedTensor.kinds.items() if cls is type(q)), None)
     if kind is None:
-        raise TypeError(f"{quoted(name)} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)")
+        raise TypeError(
+            f"{quoted(name)} is a {type(q).__name__}, which is not in CompressedTensor.kinds (give its class a kind=…)"
+        )
     meta, packed = json.loads(as_json(q.meta(), f"the meta() of {quoted(name)}")), q.packed_parts()
-    return {"dtype": NAMES[q.dtype], "shape": list(q.shape), "kind": kind, "meta": meta,
-            "parts": {k: describe(t, f"{name}/{k}", pieces, packed.get(k)) for k, t in q.parts().items()}}
+    return {
+        "dtype": NAMES[q.dtype],
+        "shape": list(q.shape),
+        "kind": kind,
+        "meta": meta,
+        "parts": {k: describe(t, f"{name}/{k}", pieces, packed.get(k)) for k, t in q.parts().items()},
+    }
 
 # %% ../nbs/05_pack.ipynb
-def describe_layer(
-    layer: Dequantize,
-    name: str,
-) -> dict:      # {"layer", "options"}
+def describe_layer(layer: Dequantize, name: str) -> dict:  # {"layer", "options"}
     "How the manifest remembers the layer around a compressed tensor."
-    if told := vars(layer).get("told"): return told      # weights alone: as another file said
+    if told := vars(layer).get("told"):
+        return told  # weights alone: as another file said
     kind = type(layer).__name__
     if Dequantize.kinds.get(kind) is not type(layer):
         raise TypeError(f"the layer of {quoted(name)} is a {kind}, which is not in Dequantize.kinds")
@@ -243,67 +346,77 @@ def describe_layer(
 # %% ../nbs/05_pack.ipynb
 def check_named(
     item: Item,
-    table: dict,      # of those before it
+    table: dict,  # of those before it
 ) -> None:
     "`ValueError` for a name that no tensor of a module can have, or that another one has."
-    if not all(item.name.split(".")) or "." in item.key: raise ValueError(f"{item.name!r:.200} is no name for a tensor of a model")
-    if item.name in table or item.key in plain_layer(item.layer)._modules: raise ValueError(f"{item.name!r:.200} is the name of a tensor, and of another one or of a layer too")
+    if not all(item.name.split(".")) or "." in item.key:
+        raise ValueError(f"{item.name!r:.200} is no name for a tensor of a model")
+    if item.name in table or item.key in plain_layer(item.layer)._modules:
+        raise ValueError(f"{item.name!r:.200} is the name of a tensor, and of another one or of a layer too")
 
-def table_of(
-    model: nn.Module,
-) -> tuple[dict, list[Piece]]:    # the table of the manifest; what it describes
+
+def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the manifest; what it describes
     "Describe every tensor of a model."
     table, first, pieces = {}, {}, []
     for item in items(model):
         check_named(item, table)
         key, compressed = identity(item), not isinstance(item.value, Tensor)
-        if key in first: entry = {"same": first[key]}
-        else: entry = (describe_compressed if compressed else describe)(item.value, item.name, pieces)
-        if compressed: entry |= describe_layer(item.layer, item.name)
+        if key in first:
+            entry = {"same": first[key]}
+        else:
+            entry = (describe_compressed if compressed else describe)(item.value, item.name, pieces)
+        if compressed:
+            entry |= describe_layer(item.layer, item.name)
         table[item.name] = entry
         first.setdefault(key, item.name)
     return table, pieces
 
 # %% ../nbs/05_pack.ipynb
 def is_architecture(a: Any) -> bool:
-    return isinstance(a, dict) and a.keys() == {"name", "options"} and isinstance(a["name"], str) and isinstance(a["options"], dict)
+    return (
+        isinstance(a, dict)
+        and a.keys() == {"name", "options"}
+        and isinstance(a["name"], str)
+        and isinstance(a["options"], dict)
+    )
 
-def architecture_of(
-    model: nn.Module,
-) -> dict | None:      # {"name": …, "options": {…}}
+
+def architecture_of(model: nn.Module) -> dict | None:  # {"name": …, "options": {…}}
     "How a registered builder makes such a model, if one does."
     a = getattr(model, "architecture", None)
     return json.loads(as_json(a, "model.architecture")) if is_architecture(a) else None
 
 # %% ../nbs/05_pack.ipynb
-def ghost(
-    t: Tensor,
-) -> Tensor:      # same kind, type and shape, no memory
+def ghost(t: Tensor) -> Tensor:  # same kind, type and shape, no memory
     "Stand in for a tensor whose values are not needed."
     g = torch.empty(t.shape, dtype=t.dtype, device="meta")
     return nn.Parameter(g, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else g
 
 # %% ../nbs/05_pack.ipynb
-def deepcopy(
-    model: nn.Module,
-    memo: dict[int, Any],
-) -> nn.Module:
+def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     "Copy a module, with what remains of its tensors on the CPU; `TypeError` for one that Python cannot copy."
-    try: copied = copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
     except Exception as e:
         raise TypeError(f"model cannot be copied, so nothing can be loaded into a copy of it: {e}") from e
     for m in copied.modules():
-        for k in m._non_persistent_buffers_set: m._buffers[k] = None if m._buffers[k] is None else m._buffers[k].cpu()
+        for k in m._non_persistent_buffers_set:
+            m._buffers[k] = None if m._buffers[k] is None else m._buffers[k].cpu()
     return copied
 
 # %% ../nbs/05_pack.ipynb
 def hollow(
     model: nn.Module,
-) -> nn.Module:        # a copy with plain layers, whose parameters and persistent buffers are ghosts
+) -> nn.Module:  # a copy with plain layers, whose parameters and persistent buffers are ghosts
     "Copy what a model does, but none of its numbers."
     check_ordinary(model)
     memo = {id(t): ghost(t) for m in model.modules() for t in own_tensors(m).values()}
-    memo |= {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}      # what a hook computes anew
+    memo |= {
+        id(t): t.detach().clone()
+        for m in model.modules()
+        for t in vars(m).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    }  # what a hook computes anew
     for wrapped in reversed([m for m in model.modules() if isinstance(m, Dequantize)]):
         q, layer = wrapped.q, deepcopy(wrapped.layer, memo)
         g = nn.Parameter(torch.empty(q.shape, dtype=q.dtype, device="meta"), requires_grad=q.dtype.is_floating_point)
@@ -314,79 +427,111 @@ def hollow(
 
 # %% ../nbs/05_pack.ipynb
 def build_from(
-    architecture: dict | None,       # of a manifest
-    root: dict | None = None,        # what the file says of the model itself, for an error
-    tensors: int | None = None,      # that the file holds; None: nothing bounds what is built
-    held: int = 0,                   # … their bytes
-) -> nn.Module:                      # hollow
-    "Let the registered builder that a file names make its model, where it takes no memory if that can be, and within what the file's tensors allow."
-    demand(architecture,
-           "it does not say which architecture it has: pass a model that has it, load(path, model)" if not root else
-           f"it holds a {text_of(root)}, which no registered builder makes: pass a model of that class, load(path, model)")
+    architecture: dict | None,  # of a manifest
+    root: dict | None = None,  # what the file says of the model itself, for an error
+    tensors: int | None = None,  # that the file holds; None: nothing bounds what is built
+    held: int = 0,  # … their bytes
+) -> nn.Module:  # hollow
+    """Let the registered builder that a file names make its model, where it takes no memory if that can be, and
+    within what the file's tensors allow."""
+    demand(
+        architecture,
+        (
+            "it does not say which architecture it has: pass a model that has it, load(path, model)"
+            if not root
+            else (
+                f"it holds a {text_of(root)}, which no registered builder makes: pass a model of that class, load(path,"
+                " model)"
+            )
+        ),
+    )
     name, options = architecture["name"], architecture["options"]
     try:
-        with torch.random.fork_rng(devices=[]): built = hollow(within(lambda: build_model(name, **options), tensors, held))
-    except ImportError: raise
+        with torch.random.fork_rng(devices=[]):
+            built = hollow(within(lambda: build_model(name, **options), tensors, held))
+    except ImportError:
+        raise
     except Exception as e:
         why = e.args[0] if isinstance(e, KeyError) and e.args else e
-        raise PackError(f"its architecture {quoted(name)} cannot be built here ({str(why)[:300]}): "
-                        "register a builder with modelzip.data.register_model, or pass a model, load(path, model)") from e
+        raise PackError(
+            f"its architecture {quoted(name)} cannot be built here ({str(why)[:300]}): "
+            "register a builder with modelzip.data.register_model, or pass a model, load(path, model)"
+        ) from e
     check_arguments(built)
     return built
 
 # %% ../nbs/05_pack.ipynb
 def meaning_of(
     model: nn.Module,
-    architecture: dict | None,     # {"name", "options"}
-) -> dict:                         # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
+    architecture: dict | None,  # {"name", "options"}
+) -> dict:  # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
     "What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original."
-    check_ordinary(model); check_nothing_hidden(model)
-    if computes_nothing(model): return dict(vars(plain_layer(model)).get("meaning", {}))      # what another file said of these weights
+    check_ordinary(model)
+    check_nothing_hidden(model)
+    if computes_nothing(model):
+        return dict(vars(plain_layer(model)).get("meaning", {}))  # what another file said of these weights
     kinds = kinds_of(model)
     for name, e in kinds.items():
-        try: why = "class" in e and unfit(e["class"], arguments_of(e))
-        except PackError as error: why = f"cannot be described: {error}"
-        if why: raise ValueError(f"the layer {name!r} {why}")
+        try:
+            why = "class" in e and unfit(e["class"], arguments_of(e))
+        except PackError as error:
+            why = f"cannot be described: {error}"
+        if why:
+            raise ValueError(f"the layer {name!r} {why}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        real = any(small_buffers(plain_layer(m)) for _, m in walk(model))      # nothing of the kind is to be seen on meta
+        real = any(small_buffers(plain_layer(m)) for _, m in walk(model))  # nothing of the kind is to be seen on meta
         for device in ("meta", None)[real:] if architecture and architecture["name"] in model_builders else ():
             try:
-                with torch.device(device) if device else nullcontext(): made = build_model(architecture["name"], **architecture["options"])
-                layers = {n: shorter(e, there.get(n, {})) for there in [kinds_of(made)] for n, e in differing(kinds, there).items()}
-                if layers: check_kinds(made := remade(hollow(made), layers), kinds)
-                if seal_of(made) != seal_of(model): continue
-                if not alike(made, model): return {"layers": kinds, "architecture": None}      # it makes something else of the same name
+                with torch.device(device) if device else nullcontext():
+                    made = build_model(architecture["name"], **architecture["options"])
+                layers = {
+                    n: shorter(e, there.get(n, {}))
+                    for there in [kinds_of(made)]
+                    for n, e in differing(kinds, there).items()
+                }
+                if layers:
+                    check_kinds(made := remade(hollow(made), layers), kinds)
+                if seal_of(made) != seal_of(model):
+                    continue
+                if not alike(made, model):
+                    return {"layers": kinds, "architecture": None}  # it makes something else of the same name
                 return ({"layers": layers} if layers else {}) | {"kind": seal_of(model)}
-            except Exception: continue
+            except Exception:
+                continue
     return {"layers": kinds}
+
 
 def shorter(
     entry: dict,
-    there: dict,      # what the builder has at this place
+    there: dict,  # what the builder has at this place
 ) -> dict:
     "An entry without what the builder makes the same."
-    if "module" not in entry or entry["module"] != there.get("module"): return entry
+    if "module" not in entry or entry["module"] != there.get("module"):
+        return entry
     out = dict(entry)
     for key in "attributes", "shapes":
         known = there.get(key, {})
-        if new := {k: v for k, v in out.pop(key, {}).items() if k not in known or as_json(v, k) != as_json(known[k], k)}: out[key] = new
+        if new := {
+            k: v for k, v in out.pop(key, {}).items() if k not in known or as_json(v, k) != as_json(known[k], k)
+        }:
+            out[key] = new
     return out
 
 # %% ../nbs/05_pack.ipynb
-def finite(
-    number: str,
-) -> float:
+def finite(number: str) -> float:
     "A JSON number that is one."
-    if not math.isfinite(x := float(number)): raise ValueError(f"{number[:20]} is no finite number")
+    if not math.isfinite(x := float(number)):
+        raise ValueError(f"{number[:20]} is no finite number")
     return x
 
 # %% ../nbs/05_pack.ipynb
 MAX_DEPTH = 64
 
+
 def depth(
-    value: Any,     # what JSON can say
-) -> int:           # 0 for a number; at most `MAX_DEPTH` is counted
+    value: Any,  # what JSON can say
+) -> int:  # 0 for a number; at most `MAX_DEPTH` is counted
     "How deeply lists and objects are nested, level by level."
     level, n = [value], -1
     while level and n < MAX_DEPTH:
@@ -395,158 +540,214 @@ def depth(
     return n
 
 # %% ../nbs/05_pack.ipynb
-def read_json(
-    data: bytes,
-) -> Any:
+def read_json(data: bytes) -> Any:
     "Strict JSON; `PackError` for everything else."
     n = sum(map(data.count, (b",", b"[", b"{")))
     demand(n <= MAX_VALUES, "its manifest has more values than a manifest can have")
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-        if depth(value) < MAX_DEPTH: return value
-    except RecursionError: pass
-    except ValueError as e: raise PackError(f"its manifest is no valid JSON ({e})") from None
+        if depth(value) < MAX_DEPTH:
+            return value
+    except RecursionError:
+        pass
+    except ValueError as e:
+        raise PackError(f"its manifest is no valid JSON ({e})") from None
     raise PackError("its manifest is nested too deeply")
 
 # %% ../nbs/05_pack.ipynb
-VERSION = 5      # of the format; a file carries the lowest version that can read it
+VERSION = 5  # of the format; a file carries the lowest version that can read it
 KEYS = {"modelzip", "architecture", "layers", "kind", "info", "tensors"}
 
-def check_manifest(
-    m: Any,
-) -> dict:       # the same
+
+def check_manifest(m: Any) -> dict:  # the same
     "The outer form of a manifest. The version comes first: a newer file may differ in all the rest."
     version = m.get("modelzip") if isinstance(m, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
-    demand(version <= VERSION, f"it was made by a newer modelzip: it has version {version} of the format, "
-                               f"this modelzip reads up to {VERSION} (update it)")
-    demand(KEYS - {"info", "layers", "kind"} <= m.keys() <= KEYS and isinstance(m["tensors"], dict) and isinstance(m.get("info", {}), dict),
-           "its manifest has unknown or missing fields")
-    demand(m["architecture"] is None or is_architecture(m["architecture"]),
-           "its manifest describes the architecture in an unknown form")
-    demand("layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
-           "its manifest describes layers in an unknown form")
-    for name in m.get("layers", {}): check_name(name)
-    demand("kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
-           "its manifest describes the model in an unknown form")
+    demand(
+        version <= VERSION,
+        f"it was made by a newer modelzip: it has version {version} of the format, "
+        f"this modelzip reads up to {VERSION} (update it)",
+    )
+    demand(
+        KEYS - {"info", "layers", "kind"} <= m.keys() <= KEYS
+        and isinstance(m["tensors"], dict)
+        and isinstance(m.get("info", {}), dict),
+        "its manifest has unknown or missing fields",
+    )
+    demand(
+        m["architecture"] is None or is_architecture(m["architecture"]),
+        "its manifest describes the architecture in an unknown form",
+    )
+    demand(
+        "layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
+        "its manifest describes layers in an unknown form",
+    )
+    for name in m.get("layers", {}):
+        check_name(name)
+    demand(
+        "kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
+        "its manifest describes the model in an unknown form",
+    )
     return m
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
 class Part:
     "A piece of the payload that is one plain tensor."
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    crc: int | None = None       # of its bytes, if the file says so
-    coded: int | None = None     # length of its stream, if it is coded
+    crc: int | None = None  # of its bytes, if the file says so
+    coded: int | None = None  # length of its stream, if it is coded
 
     @property
-    def numel(self) -> int: return math.prod(self.shape)
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
     @property
-    def nbytes(self) -> int: return self.numel*self.dtype.itemsize
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
     @property
-    def stored(self) -> int: return self.nbytes if self.coded is None else self.coded      # bytes in the file
+    def stored(self) -> int:
+        return self.nbytes if self.coded is None else self.coded  # bytes in the file
 
 # %% ../nbs/05_pack.ipynb
-def check_part(
-    entry: Any,
-    name: str,
-) -> Part:
+def check_part(entry: Any, name: str) -> Part:
     "An entry of the table that is a plain tensor."
     plain = {"dtype", "shape", "offset"}
-    demand(isinstance(entry, dict) and entry.keys() in (plain, plain | {"crc"}, plain | {"coded"}), f"{quoted(name)} is described in an unknown form")
+    demand(
+        isinstance(entry, dict) and entry.keys() in (plain, plain | {"crc"}, plain | {"coded"}),
+        f"{quoted(name)} is described in an unknown form",
+    )
     dtype, shape = check_shape(entry, name)
     offset, crc, coded = entry["offset"], entry.get("crc"), entry.get("coded")
-    demand(is_size(offset) and (coded is not None or offset % dtype.itemsize == 0), f"{quoted(name)} has the impossible offset {ascii(offset)[:40]}")
-    demand("crc" not in entry or is_size(crc) and crc <= MARK, f"{quoted(name)} has the impossible checksum {ascii(crc)[:40]}")
-    demand("coded" not in entry or is_size(coded), f"{quoted(name)} has a stream of the impossible length {ascii(coded)[:40]}")
+    demand(
+        is_size(offset) and (coded is not None or offset % dtype.itemsize == 0),
+        f"{quoted(name)} has the impossible offset {ascii(offset)[:40]}",
+    )
+    demand(
+        "crc" not in entry or is_size(crc) and crc <= MARK,
+        f"{quoted(name)} has the impossible checksum {ascii(crc)[:40]}",
+    )
+    demand(
+        "coded" not in entry or is_size(coded),
+        f"{quoted(name)} has a stream of the impossible length {ascii(coded)[:40]}",
+    )
     part = Part(dtype, shape, offset, crc, coded)
-    demand(coded is None or part.nbytes <= coded << 15, f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}")
+    demand(
+        coded is None or part.nbytes <= coded << 15,
+        f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}",
+    )
     return part
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
 class Row:
     "A tensor of the table: plain, compressed, or the same as an earlier one."
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: dict[str, Part]          # {"": …} if it is plain, {} if it is tied
-    kind: str | None = None         # of a compressed tensor
+    parts: dict[str, Part]  # {"": …} if it is plain, {} if it is tied
+    kind: str | None = None  # of a compressed tensor
     meta: dict | None = None
-    same: str | None = None         # the name of the tensor to which it is tied
-    layer: str | None = None        # the class of the compressed layer
-    options: dict | None = None     # … and its options
+    same: str | None = None  # the name of the tensor to which it is tied
+    layer: str | None = None  # the class of the compressed layer
+    options: dict | None = None  # … and its options
 
     @property
-    def nbytes(self) -> int: return sum(p.nbytes for p in self.parts.values())
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts.values())
+
     @property
-    def stored(self) -> int: return sum(p.stored for p in self.parts.values())
+    def stored(self) -> int:
+        return sum(p.stored for p in self.parts.values())
 
 # %% ../nbs/05_pack.ipynb
 def check_row(
     name: str,
     entry: Any,
-    rows: dict[str, Row],       # those before it
+    rows: dict[str, Row],  # those before it
 ) -> Row:
     "One entry of the table, in whichever of its three forms."
     check_name(name)
     keys = set(entry) if isinstance(entry, dict) else set()
-    if "layer" in keys: keys -= {"layer", "options"}
-    if keys == {"same"}: return check_tied(name, entry, rows)
-    if keys == {"dtype", "shape", "kind", "meta", "parts"}: return check_compressed(name, entry)
+    if "layer" in keys:
+        keys -= {"layer", "options"}
+    if keys == {"same"}:
+        return check_tied(name, entry, rows)
+    if keys == {"dtype", "shape", "kind", "meta", "parts"}:
+        return check_compressed(name, entry)
     part = check_part(entry, name)
     return Row(name, part.dtype, part.shape, {"": part})
 
 # %% ../nbs/05_pack.ipynb
 def check_layer(
-    name: str,
-    entry: dict,
-) -> tuple[str | None, dict]:     # the class of the layer around a compressed tensor, and its options
+    name: str, entry: dict
+) -> tuple[str | None, dict]:  # the class of the layer around a compressed tensor, and its options
     "What an entry says about its layer."
     layer, options = entry.get("layer"), entry.get("options", {})
-    demand("layer" not in entry or isinstance(layer, str) and isinstance(options, dict),
-           f"{quoted(name)} has a layer in an unknown form")
+    demand(
+        "layer" not in entry or isinstance(layer, str) and isinstance(options, dict),
+        f"{quoted(name)} has a layer in an unknown form",
+    )
     return layer, options
 
-def check_compressed(
-    name: str,
-    entry: dict,
-) -> Row:
+
+def check_compressed(name: str, entry: dict) -> Row:
     "An entry that is a compressed tensor."
     kind, meta, parts, (layer, options) = entry["kind"], entry["meta"], entry["parts"], check_layer(name, entry)
-    demand(isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
-           f"{quoted(name)} is described in an unknown form")
-    row = Row(name, *check_shape(entry, name), {k: check_part(p, f"{name}/{k}") for k, p in parts.items()}, kind, meta, None, layer, options)
-    demand(kind not in HOMES or all(meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")), f"{quoted(name)} is described in two ways that differ")
-    demand(row.nbytes <= 2**16 + 8*math.prod(row.shape)*row.dtype.itemsize, f"{quoted(name)} has parts that are larger than what they stand for")
+    demand(
+        isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
+        f"{quoted(name)} is described in an unknown form",
+    )
+    row = Row(
+        name,
+        *check_shape(entry, name),
+        {k: check_part(p, f"{name}/{k}") for k, p in parts.items()},
+        kind,
+        meta,
+        None,
+        layer,
+        options,
+    )
+    demand(
+        kind not in HOMES or all(meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")),
+        f"{quoted(name)} is described in two ways that differ",
+    )
+    demand(
+        row.nbytes <= 2**16 + 8 * math.prod(row.shape) * row.dtype.itemsize,
+        f"{quoted(name)} has parts that are larger than what they stand for",
+    )
     return row
 
 # %% ../nbs/05_pack.ipynb
-def check_tied(
-    name: str,
-    entry: dict,
-    rows: dict[str, Row],
-) -> Row:
+def check_tied(name: str, entry: dict, rows: dict[str, Row]) -> Row:
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
     same, (layer, options) = entry["same"], check_layer(name, entry)
-    demand(isinstance(same, str) and same in rows and rows[same].same is None,
-           f"{quoted(name)} is tied to {ascii(same)[:80]}, which does not come before it")
+    demand(
+        isinstance(same, str) and same in rows and rows[same].same is None,
+        f"{quoted(name)} is tied to {ascii(same)[:80]}, which does not come before it",
+    )
     first = rows[same]
-    demand((first.layer is None) == (layer is None),
-           f"{quoted(name)} is tied to {quoted(same)}, but only one of them is compressed")
+    demand(
+        (first.layer is None) == (layer is None),
+        f"{quoted(name)} is tied to {quoted(same)}, but only one of them is compressed",
+    )
     return Row(name, first.dtype, first.shape, {}, first.kind, first.meta, same, layer, options)
 
 # %% ../nbs/05_pack.ipynb
 def check_table(
     table: dict,
-    size: int,               # of the payload
-    version: int,            # of the format
+    size: int,  # of the payload
+    version: int,  # of the format
 ) -> dict[str, Row]:
     "The whole table of a manifest, checked against the payload's real size."
     rows, end = {}, 0
-    for name, entry in table.items(): rows[name] = check_row(name, entry, rows)
+    for name, entry in table.items():
+        rows[name] = check_row(name, entry, rows)
     for name, _, part in in_order(rows):
         demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
         demand(version > 1 or part.crc is part.coded is None, f"{quoted(name)} has a form that version 1 does not know")
@@ -555,41 +756,50 @@ def check_table(
     check_left_out(rows, size)
     return rows
 
+
 def check_left_out(
     rows: dict[str, Row],
-    size: int,               # bytes of numbers in the file
+    size: int,  # bytes of numbers in the file
 ) -> None:
     "What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here."
     held = [(math.prod(r.shape), r.nbytes) for r in rows.values() if r.kind is not None and r.same is None]
-    most = 2**25 + 2**12*size
-    demand(sum(max(0, n - 128*b) for n, b in held) <= most, f"its compressed tensors leave out more than {most:,} weights: more than {size:,} bytes of numbers may")
+    most = 2**25 + 2**12 * size
+    demand(
+        sum(max(0, n - 128 * b) for n, b in held) <= most,
+        f"its compressed tensors leave out more than {most:,} weights: more than {size:,} bytes of numbers may",
+    )
+
 
 def in_order(
     rows: dict[str, Row],
-) -> list[tuple[str, str, Part]]:     # name of the tensor, name of the part ("" if it is the whole), the part
+) -> list[tuple[str, str, Part]]:  # name of the tensor, name of the part ("" if it is the whole), the part
     "All parts in the order in which they lie in the payload."
-    return sorted(((r.name, k, p) for r in rows.values() for k, p in r.parts.items()), key=lambda x: (x[2].offset, x[2].stored))
+    return sorted(
+        ((r.name, k, p) for r in rows.values() for k, p in r.parts.items()), key=lambda x: (x[2].offset, x[2].stored)
+    )
 
 # %% ../nbs/05_pack.ipynb
 def check_readable(
-    text: bytes,         # a manifest
-    size: int,           # of the payload
+    text: bytes,  # a manifest
+    size: int,  # of the payload
 ) -> None:
     "`ValueError` if a manifest is one that `load` would refuse."
-    try: check_table((m := check_manifest(read_json(inflate(deflate(text), len(text)))))["tensors"], size, m["modelzip"])
+    try:
+        check_table((m := check_manifest(read_json(inflate(deflate(text), len(text)))))["tensors"], size, m["modelzip"])
     except PackError as e:
         raise ValueError(f"this model, or what is said about it, cannot be saved: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
-WAITING = 2**24      # bytes of streams that may wait for each other
+WAITING = 2**24  # bytes of streams that may wait for each other
+
 
 def ahead(
     f: Callable,
     xs: Iterable,
-    pool: Any,            # an executor
-    weight: Callable,     # bytes that the result for an x may have
+    pool: Any,  # an executor
+    weight: Callable,  # bytes that the result for an x may have
     most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
-) -> Iterator:            # f(x) for each x, in order
+) -> Iterator:  # f(x) for each x, in order
     "The executor's `map` for long lists: it does not run away from whoever takes the results."
     pending, held = collections.deque(), 0
     for x in xs:
@@ -598,68 +808,68 @@ def ahead(
             yield pending.popleft()[1].result()
         pending.append((weight(x), pool.submit(f, x)))
         held += weight(x)
-    while pending: yield pending.popleft()[1].result()
+    while pending:
+        yield pending.popleft()[1].result()
 
 # %% ../nbs/05_pack.ipynb
 def coded_pieces(
-    pieces: list[tuple[Piece, bool, int]],     # from `arranged`
+    pieces: list[tuple[Piece, bool, int]],  # from `arranged`
     threads: int,
-) -> Iterator[tuple[Piece, list, int]]:        # the piece, its bytes as they are stored (in several parts), its alignment
+) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes as they are stored (in several parts), its alignment
     "Turn pieces into bytes, in order; what is coded is coded by several threads."
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
+
         def stored(p):
             piece, coded, align = p
-            if not coded: return piece, [as_bytes(piece.tensor)], align
+            if not coded:
+                return piece, [as_bytes(piece.tensor)], align
             bits, count, levels = piece.packed or (None, None, None)
             return piece, stream_parts(piece.tensor, bits, count, levels, map=inner.map), align
+
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
 # %% ../nbs/05_pack.ipynb
-def write_payload(
-    f: BinaryIO,
-    pieces: list[Piece],
-    archive: bool,
-    threads: int,
-) -> int:                  # the payload's CRC-32
+def write_payload(f: BinaryIO, pieces: list[Piece], archive: bool, threads: int) -> int:  # the payload's CRC-32
     "Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are."
     with Checksum() as crc:
         end = 0
         for piece, data, align in coded_pieces(arranged(pieces, archive), threads):
             gap = bytes(-end % align)
-            f.write(gap); crc.add(gap)
+            f.write(gap)
+            crc.add(gap)
             end += len(gap) + write_piece(f, piece, data, crc)
-            del data      # before the next is waited for
+            del data  # before the next is waited for
         return crc.finish()
 
 # %% ../nbs/05_pack.ipynb
 def write_piece(
     f: BinaryIO,
     piece: Piece,
-    data: list,            # bytes, in several parts
-    crc: Checksum,         # of the payload so far
-) -> int:                  # their number
+    data: list,  # bytes, in several parts
+    crc: Checksum,  # of the payload so far
+) -> int:  # their number
     "Write one piece where the file stands."
     piece.entry["offset"] = f.tell() - ALIGN
     own, n = Checksum(crc.pool), sum(map(len, data))
     for d in data:
-        for i in range(0, len(d), BLOCK): f.write(d[i:i + BLOCK]); own.add(d[i:i + BLOCK])
+        for i in range(0, len(d), BLOCK):
+            f.write(d[i : i + BLOCK])
+            own.add(d[i : i + BLOCK])
     crc.append(own.finish(), n)
-    if isinstance(data[0], bytes): piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
-    elif n >= LARGE: piece.entry["crc"], piece.version = own.finish(), 2
+    if isinstance(data[0], bytes):
+        piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
+    elif n >= LARGE:
+        piece.entry["crc"], piece.version = own.finish(), 2
     return n
 
 # %% ../nbs/05_pack.ipynb
-def write_file(
-    f: BinaryIO,
-    manifest: dict,
-    pieces: list[Piece],
-    archive: bool,
-    threads: int,
-) -> None:
+def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, threads: int) -> None:
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, pieces, archive, threads)
-    manifest["modelzip"] = VERSION if "layers" in manifest or "kind" in manifest else max((p.version for p in pieces), default=1)
+    manifest["modelzip"] = (
+        VERSION if "layers" in manifest or "kind" in manifest else max((p.version for p in pieces), default=1)
+    )
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -670,44 +880,52 @@ def check_machine() -> None:
     if sys.byteorder != "little":
         raise PackError("modelzip reads and writes files on little-endian machines only")
 
-def check_threads(
-    threads: int | None,
-) -> int:
+
+def check_threads(threads: int | None) -> int:
     "`ValueError` unless it is a number of threads; None: as many as there are processors, at most four."
-    if threads is None: return THREADS
-    if type(threads) is not int or not 1 <= threads <= 64: raise ValueError(f"threads is {threads!r}; it may be 1 to 64, or None")
+    if threads is None:
+        return THREADS
+    if type(threads) is not int or not 1 <= threads <= 64:
+        raise ValueError(f"threads is {threads!r}; it may be 1 to 64, or None")
     return threads
 
 # %% ../nbs/05_pack.ipynb
 def save(
-    model: nn.Module,            # any model; layers that are compressed (`Dequantize` and its kin) stay compressed
-    path: str | os.PathLike,     # the file to write or replace, usually *.mz
-    archive: bool | str = True,  # True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at most 2**16 codes and bytes
+    model: nn.Module,  # any model; layers that are compressed (`Dequantize` and its kin) stay compressed
+    path: str | os.PathLike,  # the file to write or replace, usually *.mz
+    archive: (
+        bool | str
+        # True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at most
+        # 2**16 codes and bytes
+    ) = True,
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
-    **info: Any,                 # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
-) -> Path:                       # the path
-    """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError` for what a file cannot hold, and for what would not come back;
-    `OSError` when the system cannot write."""
+    **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
+) -> Path:  # the path
+    """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
+    for what a file cannot hold, and for what would not come back; `OSError` when the system cannot write."""
     check_machine()
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
-    if not isinstance(archive, bool) and archive != "solid": raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+    if not isinstance(archive, bool) and archive != "solid":
+        raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
-    if info: manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
+    if info:
+        manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
     with replacing(path) as f:
-        if solid is None: write_file(f, manifest, pieces, archive, threads)
-        else: seal_solid(f, solid)
+        if solid is None:
+            write_file(f, manifest, pieces, archive, threads)
+        else:
+            seal_solid(f, solid)
         prove(f, model)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
-def read_manifest(
-    f: BinaryIO,
-) -> tuple[dict, dict[str, Row], Entry]:     # the manifest, its table, the payload's entry
+def read_manifest(f: BinaryIO) -> tuple[dict, dict[str, Row], Entry]:  # the manifest, its table, the payload's entry
     "Everything that a file says about itself, checked; the payload is not read yet."
     text, payload = unseal(f)
     manifest = check_manifest(read_json(text))
@@ -717,23 +935,26 @@ def read_manifest(
 # %% ../nbs/05_pack.ipynb
 def room(
     part: Part,
-    name: str,       # for errors
-) -> Tensor:         # uninitialized
+    name: str,  # for errors
+) -> Tensor:  # uninitialized
     "Memory for a part."
-    try: return torch.empty(part.shape, dtype=part.dtype, device="cpu")
-    except (RuntimeError, MemoryError): raise PackError(f"there is no memory for the {part.nbytes:,} bytes of {quoted(name)}") from None
+    try:
+        return torch.empty(part.shape, dtype=part.dtype, device="cpu")
+    except (RuntimeError, MemoryError):
+        raise PackError(f"there is no memory for the {part.nbytes:,} bytes of {quoted(name)}") from None
+
 
 def read_raw(
     f: BinaryIO,
     part: Part,
     name: str,
-    crc: Checksum,      # sees what is read
+    crc: Checksum,  # sees what is read
 ) -> Tensor:
     "Read a raw part from where the file stands."
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
-        block = data[i:i + BLOCK]
+        block = data[i : i + BLOCK]
         demand(f.readinto(block) == len(block), "it became shorter while it was being read")
         crc.add(block)
     return t
@@ -743,33 +964,35 @@ def read_stream(
     f: BinaryIO,
     part: Part,
     name: str,
-    pool: Any,                          # an executor
-) -> tuple[Tensor, list[Callable]]:     # a tensor that is not filled yet, and functions that wait for it
+    pool: Any,  # an executor
+) -> tuple[Tensor, list[Callable]]:  # a tensor that is not filled yet, and functions that wait for it
     "Read a coded part from where the file stands, and have it expanded."
-    data = memoryview(bytearray(part.coded) if part.coded < BLOCK else mmap.mmap(-1, part.coded))      # large ones go back to the system at once
+    data = memoryview(
+        bytearray(part.coded) if part.coded < BLOCK else mmap.mmap(-1, part.coded)
+    )  # large ones go back to the system at once
     demand(f.readinto(data) == len(data), "it became shorter while it was being read")
     t = room(part, name)
     out = np.frombuffer(as_bytes(t), np.uint8)
-    with naming_part(name): jobs = decoding(data, out)
+    with naming_part(name):
+        jobs = decoding(data, out)
     return t, [pool.submit(job).result for job in jobs]
 
+
 @contextmanager
-def naming_part(
-    name: str,
-) -> Iterator[None]:
+def naming_part(name: str) -> Iterator[None]:
     "A `CodingError` becomes a `PackError` that names the tensor."
-    try: yield
-    except CodingError as e: raise PackError(f"{quoted(name)}: {e}") from None
+    try:
+        yield
+    except CodingError as e:
+        raise PackError(f"{quoted(name)}: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
-RESIDUE = 0x2144DF1C      # CRC-32 of anything that is followed by its own CRC-32
+RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
 
 # %% ../nbs/05_pack.ipynb
 def read_payload(
-    f: BinaryIO,
-    rows: dict[str, Row],
-    payload: Entry,
-) -> dict[tuple[str, str], Tensor]:     # by name of the tensor and name of the part
+    f: BinaryIO, rows: dict[str, Row], payload: Entry
+) -> dict[tuple[str, str], Tensor]:  # by name of the tensor and name of the part
     "Read all tensors and check them."
     f.seek(data_offset(payload))
     tensors, end, waiting, held = {}, 0, collections.deque(), 0
@@ -777,15 +1000,21 @@ def read_payload(
         crc = Checksum(pool)
         for name, key, part in in_order(rows):
             read_gap(f, part.offset - end, crc)
-            if part.coded is None: tensors[name, key] = read_checked(f, part, name, crc)
+            if part.coded is None:
+                tensors[name, key] = read_checked(f, part, name, crc)
             else:
-                while waiting and held + part.coded > WAITING: held -= settle(*waiting.popleft())
+                while waiting and held + part.coded > WAITING:
+                    held -= settle(*waiting.popleft())
                 tensors[name, key], jobs = read_stream(f, part, name, pool)
-                crc.append(RESIDUE, part.coded); waiting.append((name, jobs, part.coded)); held += part.coded
+                crc.append(RESIDUE, part.coded)
+                waiting.append((name, jobs, part.coded))
+                held += part.coded
             end = part.offset + part.stored
-        while waiting: settle(*waiting.popleft())
+        while waiting:
+            settle(*waiting.popleft())
         demand(crc.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
-    for t in tensors.values(): check_bool(t)
+    for t in tensors.values():
+        check_bool(t)
     return tensors
 
 # %% ../nbs/05_pack.ipynb
@@ -793,7 +1022,7 @@ def read_checked(
     f: BinaryIO,
     part: Part,
     name: str,
-    crc: Checksum,     # of the payload so far
+    crc: Checksum,  # of the payload so far
 ) -> Tensor:
     "Read a raw part from where the file stands, and compare its own checksum if it has one."
     t = read_raw(f, part, name, own := Checksum(crc.pool))
@@ -801,29 +1030,32 @@ def read_checked(
     crc.append(own.finish(), part.nbytes)
     return t
 
+
 def read_gap(
     f: BinaryIO,
-    n: int,            # bytes
+    n: int,  # bytes
     crc: Checksum,
 ) -> None:
     "What lies between two parts."
-    gap = f.read(n); crc.add(gap)
+    gap = f.read(n)
+    crc.add(gap)
     demand(not any(gap), "it has bytes between tensors that should be zero")
+
 
 def settle(
     name: str,
-    waits: list[Callable],      # is empty afterwards, and no longer holds the stream
-    coded: int = 0,             # length of the stream
-) -> int:                       # the same
+    waits: list[Callable],  # is empty afterwards, and no longer holds the stream
+    coded: int = 0,  # length of the stream
+) -> int:  # the same
     "Wait for the jobs of a stream."
     with naming_part(name):
-        for wait in waits: wait()
+        for wait in waits:
+            wait()
     waits.clear()
     return coded
 
-def check_bool(
-    t: Tensor,
-) -> None:
+
+def check_bool(t: Tensor) -> None:
     "A byte that is neither 0 nor 1 is no bool."
     demand(t.dtype != torch.bool or not (t.view(torch.uint8) > 1).any(), "a bool tensor has values other than 0 and 1")
 
@@ -832,17 +1064,22 @@ def map_payload(
     f: BinaryIO,
     rows: dict[str, Row],
     payload: Entry,
-    verify: bool,           # read everything once, for the checksum
+    verify: bool,  # read everything once, for the checksum
 ) -> dict[tuple[str, str], Tensor]:
     "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
-    if verify: verify_payload(f, rows, payload)
+    if verify:
+        verify_payload(f, rows, payload)
     view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
     def tensor(part):
-        if not part.nbytes: return torch.empty(part.shape, dtype=part.dtype, device="cpu")
+        if not part.nbytes:
+            return torch.empty(part.shape, dtype=part.dtype, device="cpu")
         raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=data_offset(payload) + part.offset)
         return raw.view(part.dtype).reshape(part.shape)
+
     tensors = {(name, key): tensor(part) for name, key, part in in_order(rows)}
-    for t in tensors.values(): check_bool(t)
+    for t in tensors.values():
+        check_bool(t)
     return tensors
 
 # %% ../nbs/05_pack.ipynb
@@ -850,8 +1087,8 @@ def verify_payload(
     f: BinaryIO,
     rows: dict[str, Row],
     payload: Entry,
-    begin: int = 0,             # where in the payload to begin
-    crc: int = 0,               # checksum of what comes before
+    begin: int = 0,  # where in the payload to begin
+    crc: int = 0,  # checksum of what comes before
 ) -> None:
     "Compare the payload's checksum, and see that its gaps are zero, without keeping anything."
     f.seek(data_offset(payload) + begin)
@@ -861,7 +1098,8 @@ def verify_payload(
         while left:
             block = f.read(min(left, BLOCK))
             demand(block, "it became shorter while it was being read")
-            c.add(block); left -= len(block)
+            c.add(block)
+            left -= len(block)
         demand(c.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
     end = 0
     for _, _, part in in_order(rows):
@@ -870,95 +1108,136 @@ def verify_payload(
         end = part.offset + part.stored
 
 # %% ../nbs/05_pack.ipynb
-SPARE = 2**26      # weights that may be zeros of which nothing is stored
+SPARE = 2**26  # weights that may be zeros of which nothing is stored
 
-def check_dense(
-    rows: dict[str, Row],
-) -> tuple[int, int]:      # tensors, and bytes of all that they stand for
-    "Positions of a sparse tensor take 16 bits for 2¹⁶ zeros or more: what claims to stand for more than that many is refused."
+
+def check_dense(rows: dict[str, Row]) -> tuple[int, int]:  # tensors, and bytes of all that they stand for
+    """Positions of a sparse tensor take 16 bits for 2¹⁶ zeros or more: what claims to stand for more than that many
+    is refused."""
     own = [r for r in rows.values() if r.same is None]
     stands = sum(math.prod(r.shape) for r in own if r.kind is not None)
-    demand(stands <= SPARE + (sum(r.nbytes for r in own) << 15), f"its compressed tensors claim to stand for {stands:,} numbers, which is more than their parts can say")
-    return len(rows), sum(math.prod(r.shape)*r.dtype.itemsize for r in own)
+    demand(
+        stands <= SPARE + (sum(r.nbytes for r in own) << 15),
+        f"its compressed tensors claim to stand for {stands:,} numbers, which is more than their parts can say",
+    )
+    return len(rows), sum(math.prod(r.shape) * r.dtype.itemsize for r in own)
+
 
 def skeleton_of(
     manifest: dict,
-    model: nn.Module | None,     # what the caller passes
-    rows: dict | None = None,    # the table, so that an error can list everything that does not match
-) -> nn.Module:                  # hollow, and what the file says that it is
+    model: nn.Module | None,  # what the caller passes
+    rows: dict | None = None,  # the table, so that an error can list everything that does not match
+) -> nn.Module:  # hollow, and what the file says that it is
     "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
     layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
     most, bounds = (2**40, ()) if rows is None else (len(rows), check_dense(rows))
     if model is None:
         skeleton = remade(build_from(manifest["architecture"], layers.get(""), *bounds), layers, tensors=most)
         if kind is not None:
-            demand(kind == seal_of(skeleton), f"the builder that is registered as {quoted(manifest['architecture']['name'])} makes other layers here than it did when the file was saved: "
-                   "register the one that it was, or pass a model that has them, load(path, model)")
-        elif said and layers: check_kinds(skeleton, layers)
+            demand(
+                kind == seal_of(skeleton),
+                f"the builder that is registered as {quoted(manifest['architecture']['name'])} makes other layers here"
+                " than it did when the file was saved: register the one that it was, or pass a model that has them,"
+                " load(path, model)",
+            )
+        elif said and layers:
+            check_kinds(skeleton, layers)
         return skeleton
     skeleton = hollow(model)
-    if computes_nothing(model) or not said or not (layers or kind): return skeleton
-    if kind == seal_of(skeleton): return remade(skeleton, layers, True, most)
-    try: return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton, most, bounds), most)
+    if computes_nothing(model) or not said or not (layers or kind):
+        return skeleton
+    if kind == seal_of(skeleton):
+        return remade(skeleton, layers, True, most)
+    try:
+        return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton, most, bounds), most)
     except PackError:
-        if rows: check_match(hollow(model), rows)
+        if rows:
+            check_match(hollow(model), rows)
         raise
+
 
 def whole_of(
     manifest: dict,
-    skeleton: nn.Module,      # what the caller passes
-    most: int = 2**40,        # tensors of the file
-    bounds: tuple = (),       # … and their bytes, for a builder
-) -> dict:                    # as from `kinds_of`
+    skeleton: nn.Module,  # what the caller passes
+    most: int = 2**40,  # tensors of the file
+    bounds: tuple = (),  # … and their bytes, for a builder
+) -> dict:  # as from `kinds_of`
     "All that a file says of a model, where it relies on a builder."
-    try: built = remade(build_from(manifest["architecture"], None, *bounds), manifest.get("layers", {}), tensors=most)
-    except PackError: built = remade(hollow(skeleton), manifest.get("layers", {}), tensors=most)      # without the builder: perhaps the caller's is the same
-    demand(seal_of(built) == manifest["kind"], f"the model has other layers than the one that was saved, and the builder that could tell which ({quoted(manifest['architecture']['name'])}) "
-           "is not registered here, or is another one: register it, or pass a model like the one that was saved")
+    try:
+        built = remade(build_from(manifest["architecture"], None, *bounds), manifest.get("layers", {}), tensors=most)
+    except PackError:
+        built = remade(
+            hollow(skeleton), manifest.get("layers", {}), tensors=most
+        )  # without the builder: perhaps the caller's is the same
+    demand(
+        seal_of(built) == manifest["kind"],
+        "the model has other layers than the one that was saved, and the builder that could tell which"
+        f" ({quoted(manifest['architecture']['name'])}) is not registered here, or is another one: register it, or pass"
+        " a model like the one that was saved",
+    )
     return kinds_of(built)
 
 # %% ../nbs/05_pack.ipynb
-def check_match(
-    skeleton: nn.Module,
-    rows: dict[str, Row],
-) -> None:
-    "Raise a `PackError` that lists every tensor that is missing, unexpected, of another shape, or, for a parameter, of another sort of numbers."
+def check_match(skeleton: nn.Module, rows: dict[str, Row]) -> None:
+    """Raise a `PackError` that lists every tensor that is missing, unexpected, of another shape, or, for a
+    parameter, of another sort of numbers."""
     there = {i.name: i.value for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
     have = {n: tuple(v.shape) for n, v in there.items()}
     sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
-    listed = [("the file lacks", [n for n in have if n not in rows]),
-              ("the model has no", [n for n in rows if n not in have]),
-              ("shapes differ for", [f"{shown(n)} (file {shown(r.shape)}, model {have[n]})" for n, r in rows.items() if have.get(n, r.shape) != r.shape]),
-              ("types differ for", [f"{shown(n)} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})" for n, r in rows.items() if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)])]
+    listed = [
+        ("the file lacks", [n for n in have if n not in rows]),
+        ("the model has no", [n for n in rows if n not in have]),
+        (
+            "shapes differ for",
+            [
+                f"{shown(n)} (file {shown(r.shape)}, model {have[n]})"
+                for n, r in rows.items()
+                if have.get(n, r.shape) != r.shape
+            ],
+        ),
+        (
+            "types differ for",
+            [
+                f"{shown(n)} (file {NAMES[r.dtype]}, model {NAMES.get(there[n].dtype)})"
+                for n, r in rows.items()
+                if isinstance(there.get(n), nn.Parameter) and sort(r.dtype) != sort(there[n].dtype)
+            ],
+        ),
+    ]
     differences = [f"{what} {several(names)}" for what, names in listed if names]
     demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
 
 # %% ../nbs/05_pack.ipynb
-def rebuild(
-    row: Row,
-    tensors: dict[tuple[str, str], Tensor],
-) -> Tensor | CompressedTensor:
+def rebuild(row: Row, tensors: dict[tuple[str, str], Tensor]) -> Tensor | CompressedTensor:
     "The tensor that a row describes."
-    if row.kind is None: return tensors[row.name, ""]
+    if row.kind is None:
+        return tensors[row.name, ""]
     cls = find_kind(CompressedTensor.kinds, row.kind)
-    try: q = cls.from_parts({k: tensors[row.name, k] for k in row.parts}, row.meta)
-    except MemoryError: raise PackError(f"there is no memory for {quoted(row.name)}") from None
-    except Exception as e: raise PackError(f"{quoted(row.name)} ({quoted(row.kind)}) does not fit together: {str(e)[:400]}") from e
-    demand(tuple(q.shape) == row.shape and q.dtype == row.dtype,
-           f"{quoted(row.name)} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)} {tuple(q.shape)}")
+    try:
+        q = cls.from_parts({k: tensors[row.name, k] for k in row.parts}, row.meta)
+    except MemoryError:
+        raise PackError(f"there is no memory for {quoted(row.name)}") from None
+    except Exception as e:
+        raise PackError(f"{quoted(row.name)} ({quoted(row.kind)}) does not fit together: {str(e)[:400]}") from e
+    demand(
+        tuple(q.shape) == row.shape and q.dtype == row.dtype,
+        f"{quoted(row.name)} says that it is {NAMES[row.dtype]} {row.shape}, but it holds {NAMES.get(q.dtype)}"
+        f" {tuple(q.shape)}",
+    )
     return q
 
 # %% ../nbs/05_pack.ipynb
 def fill(
     skeleton: nn.Module,
     rows: dict[str, Row],
-    values: dict[str, Tensor | CompressedTensor],     # by name; tied names are absent
+    values: dict[str, Tensor | CompressedTensor],  # by name; tied names are absent
 ) -> None:
     "Put plain tensors into their places."
     parameters = {}
     for item in list(items(skeleton)):
         row = rows[item.name]
-        if row.kind is not None: continue
+        if row.kind is not None:
+            continue
         first = row.same or row.name
         value = values[first]
         if isinstance(item.value, nn.Parameter):
@@ -968,10 +1247,8 @@ def fill(
 
 # %% ../nbs/05_pack.ipynb
 def wrap(
-    skeleton: nn.Module,
-    rows: dict[str, Row],
-    values: dict[str, Tensor | CompressedTensor],
-) -> nn.Module:          # the skeleton, or what has replaced it
+    skeleton: nn.Module, rows: dict[str, Row], values: dict[str, Tensor | CompressedTensor]
+) -> nn.Module:  # the skeleton, or what has replaced it
     "Put compressed tensors into layers of the class that the file names."
     packed, done = {}, {}
     for item in reversed([i for i in items(skeleton) if rows[i.name].kind is not None]):
@@ -981,32 +1258,33 @@ def wrap(
             layer = make_layer(done.get(id(item.layer), item.layer), row, packed.get(first, values[first]), item.key)
             packed[first] = layer.packed
             done[id(item.layer)] = done[id(item.layer), item.key] = layer
-        if item.parent is None: skeleton = done[id(item.layer)]
-        else: setattr(item.parent, item.child, done[id(item.layer)])
+        if item.parent is None:
+            skeleton = done[id(item.layer)]
+        else:
+            setattr(item.parent, item.child, done[id(item.layer)])
     return skeleton
 
 # %% ../nbs/05_pack.ipynb
 def make_layer(
     layer: nn.Module,
     row: Row,
-    q: Any,                   # a compressed tensor, or the `packed` of a layer that shares it
-    key: str,                 # the parameter that it replaces
+    q: Any,  # a compressed tensor, or the `packed` of a layer that shares it
+    key: str,  # the parameter that it replaces
 ) -> nn.Module:
     "Wrap one layer."
     cls = find_kind(Dequantize.kinds, row.layer)
-    try: new = cls(layer, q, key, **(row.options or {}))
+    try:
+        new = cls(layer, q, key, **(row.options or {}))
     except Exception as e:
         raise PackError(f"the layer of {quoted(row.name)} ({quoted(row.layer)}) cannot be made: {str(e)[:400]}") from e
-    if cls is not Dequantize and hooks_named(layer):      # it computes by itself and never calls the layer inside
+    if cls is not Dequantize and hooks_named(layer):  # it computes by itself and never calls the layer inside
         carry_hooks(layer, new)
-        for key in HOOKS: new.layer.__dict__[key] = type(new.layer.__dict__[key])()
+        for key in HOOKS:
+            new.layer.__dict__[key] = type(new.layer.__dict__[key])()
     return new
 
 # %% ../nbs/05_pack.ipynb
-def check_result(
-    model: nn.Module,
-    rows: dict[str, Row],
-) -> None:
+def check_result(model: nn.Module, rows: dict[str, Row]) -> None:
     "Every name has a tensor of its own, except where the file says that two are tied."
     first = {}
     for item in items(model):
@@ -1017,37 +1295,49 @@ def check_result(
     demand(not ghosts, f"neither the file nor the model has values for {several(ghosts)}")
 
 # %% ../nbs/05_pack.ipynb
-MOST = 2**16      # codes and bytes in a solid file: a second of Python
+MOST = 2**16  # codes and bytes in a solid file: a second of Python
+
 
 def expected(
-    manifest: dict,      # its architecture and layers
-    tensors: int,        # that it has
-) -> dict:               # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
+    manifest: dict,  # its architecture and layers
+    tensors: int,  # that it has
+) -> dict:  # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     "What a reader will know of the tensors before it has seen the table."
-    if manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION: return {}
-    skeleton = remade(build_from(manifest["architecture"], None, tensors, 8*MOST), manifest.get("layers", {}), tensors=tensors)
+    if manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION:
+        return {}
+    skeleton = remade(
+        build_from(manifest["architecture"], None, tensors, 8 * MOST), manifest.get("layers", {}), tensors=tensors
+    )
     return {i.name: {"dtype": NAMES[i.value.dtype], "shape": list(i.value.shape)} for i in items(skeleton)}
 
 # %% ../nbs/05_pack.ipynb
 def short_part(
     piece: Piece,
-    count: int,      # elements of the tensor to which the part belongs
-) -> Any:            # levels; [levels, count]; a type; or {"dtype", "shape"}
+    count: int,  # elements of the tensor to which the part belongs
+) -> Any:  # levels; [levels, count]; a type; or {"dtype", "shape"}
     "What a solid file says of a part."
-    if piece.packed is not None and piece.packed[2] <= 256: return piece.packed[2] if piece.packed[1] == count else [piece.packed[2], piece.packed[1]]
+    if piece.packed is not None and piece.packed[2] <= 256:
+        return piece.packed[2] if piece.packed[1] == count else [piece.packed[2], piece.packed[1]]
     entry = {k: piece.entry[k] for k in ("dtype", "shape")}
     return entry["dtype"] if entry["shape"] == [] else entry
 
+
 def long_part(
     short: Any,
-    shape: list,     # of the tensor
+    shape: list,  # of the tensor
     name: str,
-) -> tuple[dict, tuple | None]:      # the entry, and (bits, count, levels) of packed codes
+) -> tuple[dict, tuple | None]:  # the entry, and (bits, count, levels) of packed codes
     "The inverse of `short_part`."
-    if isinstance(short, int): short = [short, math.prod(shape)]
-    if isinstance(short, str): return {"dtype": short, "shape": [], "offset": 0}, None
-    if isinstance(short, dict): return short | {"offset": 0}, None
-    demand(isinstance(short, list) and len(short) == 2 and all(map(is_size, short)) and 2 <= short[0] <= 256, f"{quoted(name)} is described in an unknown form")
+    if isinstance(short, int):
+        short = [short, math.prod(shape)]
+    if isinstance(short, str):
+        return {"dtype": short, "shape": [], "offset": 0}, None
+    if isinstance(short, dict):
+        return short | {"offset": 0}, None
+    demand(
+        isinstance(short, list) and len(short) == 2 and all(map(is_size, short)) and 2 <= short[0] <= 256,
+        f"{quoted(name)} is described in an unknown form",
+    )
     levels, count = short
     bits = max(1, (levels - 1).bit_length())
     return {"dtype": "uint8", "shape": [packed_bytes(count, bits)], "offset": 0}, (bits, count, levels)
@@ -1055,35 +1345,39 @@ def long_part(
 # %% ../nbs/05_pack.ipynb
 USUAL = {"kind": "quantized", "layer": "Dequantize"}
 
+
 def short_entry(
     entry: dict,
-    known: dict,                  # what is expected of it
-    pieces: dict[int, Piece],     # by the identity of their entries
+    known: dict,  # what is expected of it
+    pieces: dict[int, Piece],  # by the identity of their entries
 ) -> dict:
     "What a solid file says of a tensor."
     out = {k: v for k, v in entry.items() if (known | (USUAL if "parts" in entry else {})).get(k) != v}
-    if "parts" not in entry: return {k: v for k, v in out.items() if k != "offset"}
+    if "parts" not in entry:
+        return {k: v for k, v in out.items() if k != "offset"}
     out["parts"] = {k: short_part(pieces[id(p)], math.prod(entry["shape"])) for k, p in entry["parts"].items()}
     meta = entry["meta"]
-    if all(meta.get(k) == entry[k] for k in ("shape", "dtype")): out["how"] = {k: v for k, v in out.pop("meta").items() if k not in ("shape", "dtype")}
+    if all(meta.get(k) == entry[k] for k in ("shape", "dtype")):
+        out["how"] = {k: v for k, v in out.pop("meta").items() if k not in ("shape", "dtype")}
     return out
 
 # %% ../nbs/05_pack.ipynb
 def long_entry(
-    name: str,
-    short: Any,
-    known: dict,
-) -> tuple[dict, list]:      # the entry; its plain entries as (entry, packed)
+    name: str, short: Any, known: dict
+) -> tuple[dict, list]:  # the entry; its plain entries as (entry, packed)
     "The inverse of `short_entry`."
     demand(isinstance(short, dict) and "offset" not in short, f"{quoted(name)} is described in an unknown form")
-    if "same" in short: return short, []
+    if "same" in short:
+        return short, []
     if "parts" not in short:
         entry = known | short | {"offset": 0}
         return entry, [(entry, None)]
     entry = known | USUAL | {k: v for k, v in short.items() if k != "how"}
     check_shape(entry, name)
     if "how" in short:
-        demand(isinstance(short["how"], dict) and "meta" not in short, f"{quoted(name)} is described in an unknown form")
+        demand(
+            isinstance(short["how"], dict) and "meta" not in short, f"{quoted(name)} is described in an unknown form"
+        )
         entry["meta"] = {"shape": entry["shape"], "dtype": entry["dtype"]} | short["how"]
     demand(isinstance(short["parts"], dict), f"{quoted(name)} is described in an unknown form")
     parts = {k: long_part(p, entry["shape"], f"{name}/{k}") for k, p in short["parts"].items()}
@@ -1093,125 +1387,161 @@ def long_entry(
 def shorten(
     manifest: dict,
     pieces: list[Piece],
-    known: dict,          # from `expected`
+    known: dict,  # from `expected`
 ) -> dict:
     "A manifest without what a reader can work out."
     by_entry, table = {id(p.entry): p for p in pieces}, manifest["tensors"]
     short = {n: e if "same" in e else short_entry(e, known.get(n, {}), by_entry) for n, e in table.items()}
     return manifest | {"modelzip": SOLID_VERSION, "tensors": [*short.values()] if list(short) == list(known) else short}
 
+
 SOLID_VERSION = 5
 
 # %% ../nbs/05_pack.ipynb
 def lengthen(
     short: dict,
-) -> tuple[dict, list]:      # the manifest of a mapped file; its plain entries in order, as (entry, packed)
+) -> tuple[dict, list]:  # the manifest of a mapped file; its plain entries in order, as (entry, packed)
     "The inverse of `shorten`. `PackError` for what is none."
     version = short.get("modelzip") if isinstance(short, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
-    demand(version <= SOLID_VERSION, f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to {SOLID_VERSION} (update it)")
+    demand(
+        version <= SOLID_VERSION,
+        f"it was made by a newer modelzip: it has version {version} of the format, this modelzip reads up to"
+        f" {SOLID_VERSION} (update it)",
+    )
     table, lists = short.get("tensors"), isinstance(short.get("tensors"), list)
-    manifest = check_manifest(short | {"modelzip": (VERSION if version > 4 else 3) if "layers" in short or "kind" in short else 1, "tensors": {} if lists else table})
+    manifest = check_manifest(
+        short
+        | {
+            "modelzip": (VERSION if version > 4 else 3) if "layers" in short or "kind" in short else 1,
+            "tensors": {} if lists else table,
+        }
+    )
     demand(isinstance(table, (list, dict)), "its manifest has unknown or missing fields")
     known = expected(manifest, len(table))
     demand(not lists or len(table) == len(known), "it is of another architecture: its table has another length")
     found = {n: long_entry(n, e, known.get(n, {})) for n, e in (zip(known, table) if lists else table.items())}
-    return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place([p for _, parts in found.values() for p in parts])
+    return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place(
+        [p for _, parts in found.values() for p in parts]
+    )
 
 # %% ../nbs/05_pack.ipynb
 def place(
-    parts: list,      # (entry, packed)
-) -> list:            # the same
+    parts: list,  # (entry, packed)
+) -> list:  # the same
     "Give every part its offset."
     end = total = 0
     for entry, packed in parts:
         dtype, shape = check_shape(entry, "a tensor")
         entry["offset"] = end + -end % dtype.itemsize
-        end = entry["offset"] + math.prod(shape)*dtype.itemsize
-        total += packed[1] if packed else math.prod(shape)*dtype.itemsize
+        end = entry["offset"] + math.prod(shape) * dtype.itemsize
+        total += packed[1] if packed else math.prod(shape) * dtype.itemsize
         demand(total <= MOST, f"it claims more numbers than the {MOST:,} that a solid file may have")
     return parts
 
 # %% ../nbs/05_pack.ipynb
-WORDS_4 = ('"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
-         '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
-         '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
-         '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
-         '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},').encode()      # of files of version 4
+WORDS_4 = (
+    '"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
+    '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+    '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+    '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
+    '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},'
+).encode()  # of files of version 4
 
-WORDS = (b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
-         b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
-         b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
-         b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},'
-         b'{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,'
-         b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},')
+WORDS = (
+    b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
+    b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+    b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+    b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},'
+    b'{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,'
+    b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},'
+)
 
 MOST_TEXT = 2**20
+
 
 def pack_text(text: bytes) -> bytes:
     z = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
     return z.compress(text) + z.flush()
 
-def unpack_text(data: bytes) -> tuple[bytes, bytes]:      # the text, and what follows it
-    "The inverse; `PackError` unless it is a deflate stream of at most a megabyte. With the wrong dictionary it is no JSON."
+
+def unpack_text(data: bytes) -> tuple[bytes, bytes]:  # the text, and what follows it
+    """The inverse; `PackError` unless it is a deflate stream of at most a megabyte. With the wrong dictionary it is
+    no JSON."""
     found = [t for words in (WORDS, WORDS_4) for t in unpacked(data, words)]
     demand(found, "its manifest cannot be unpacked, is cut off, or too large")
     for text, rest in found:
         with suppress(ValueError, RecursionError):
-            if isinstance(json.loads(text), dict): return text, rest
+            if isinstance(json.loads(text), dict):
+                return text, rest
     return found[0]
+
 
 def unpacked(data: bytes, words: bytes) -> Iterator[tuple[bytes, bytes]]:
     z = zlib.decompressobj(-15, words)
     with suppress(zlib.error):
         text = z.decompress(data, MOST_TEXT)
-        if z.eof: yield text, z.unused_data
+        if z.eof:
+            yield text, z.unused_data
 
 # %% ../nbs/05_pack.ipynb
 def through(
-    coder: Any,                         # an adaptive encoder or decoder
-    parts: list,                        # (entry, packed)
-    data: list | None = None,           # bytes of each part; None: they are read
-) -> tuple[list[bytes], list[float]]:   # the same; how far the coder was after each part, in bytes
+    coder: Any,  # an adaptive encoder or decoder
+    parts: list,  # (entry, packed)
+    data: list | None = None,  # bytes of each part; None: they are read
+) -> tuple[list[bytes], list[float]]:  # the same; how far the coder was after each part, in bytes
     "Code the numbers of a solid file."
     out, ends = [], []
     for i, (entry, packed) in enumerate(parts):
         dtype, shape = check_shape(entry, "a tensor")
         here = None if data is None else data[i]
-        if packed is None: out.append(adaptive_bytes(coder, math.prod(shape)*dtype.itemsize, dtype.itemsize, entry["dtype"], here))
+        if packed is None:
+            out.append(adaptive_bytes(coder, math.prod(shape) * dtype.itemsize, dtype.itemsize, entry["dtype"], here))
         else:
-            codes = None if here is None else unpack_bits(torch.frombuffer(bytearray(here), dtype=torch.uint8), *packed[:2]).tolist() if packed[1] else []
+            codes = (
+                None
+                if here is None
+                else (
+                    unpack_bits(torch.frombuffer(bytearray(here), dtype=torch.uint8), *packed[:2]).tolist()
+                    if packed[1]
+                    else []
+                )
+            )
             codes = adaptive_codes(coder, packed[1], packed[2], i, codes)
             out.append(pack_bits(torch.tensor(codes, dtype=torch.uint8), packed[0]).numpy().tobytes())
         ends.append(coder.at if data is None else len(coder.out))
     return out, ends
 
 # %% ../nbs/05_pack.ipynb
-def solid_bytes(
-    manifest: dict,
-    pieces: list[Piece],
-) -> bytes:
+def solid_bytes(manifest: dict, pieces: list[Piece]) -> bytes:
     "A whole model in one piece. `ValueError` for one that is too large for it, or could not be read."
-    try: known = expected(manifest, len(manifest["tensors"]))
-    except PackError: known = {}
+    try:
+        known = expected(manifest, len(manifest["tensors"]))
+    except PackError:
+        known = {}
     text = as_json(shorten(manifest, pieces, known), "the manifest").encode()
     try:
         demand(len(text) < MOST_TEXT, f"its manifest has {len(text):,} bytes; {MOST_TEXT:,} are the most")
         full, parts = lengthen(short := read_json(text))
-    except PackError as e: raise ValueError(f"archive is 'solid', but this model, or what is said about it, cannot be saved so: {e}") from None
+    except PackError as e:
+        raise ValueError(
+            f"archive is 'solid', but this model, or what is said about it, cannot be saved so: {e}"
+        ) from None
     data = [bytes(as_bytes(p.tensor)) for p in pieces]
-    assert [len(d) for d in data] == [math.prod(check_shape(e, "")[1])*DTYPES[e["dtype"]].itemsize for e, _ in parts]
+    assert [len(d) for d in data] == [math.prod(check_shape(e, "")[1]) * DTYPES[e["dtype"]].itemsize for e, _ in parts]
     through(encoder := AdaptiveEncoder(), parts, data)
     return pack_text(as_json(short, "the manifest").encode()) + encoder.finish()
 
 # %% ../nbs/05_pack.ipynb
 class Restored(io.BytesIO):
     "The mapped file for which a solid one stands."
-    version: int = 0       # of the solid file
-    sizes: dict = {}       # offset in the payload, and bytes there → bytes that the part takes in the solid file
+
+    version: int = 0  # of the solid file
+    sizes: dict = {}  # offset in the payload, and bytes there → bytes that the part takes in the solid file
+
 
 def restored(
-    data: bytes,           # from `unseal_solid`
+    data: bytes,  # from `unseal_solid`
 ) -> Restored:
     "Undo `solid_bytes`. `PackError` for whatever is wrong."
     text, numbers = unpack_text(data)
@@ -1219,36 +1549,55 @@ def restored(
     try:
         values, ends = through(decoder := AdaptiveDecoder(numbers), parts)
         decoder.finish()
-    except CodingError as e: raise PackError(f"its numbers: {e}") from None
+    except CodingError as e:
+        raise PackError(f"its numbers: {e}") from None
     payload, f = bytearray(), Restored(bytes(ALIGN))
-    for (entry, _), v in zip(parts, values): payload += bytes(entry["offset"] - len(payload)) + v
-    f.seek(ALIGN); f.write(payload)
+    for (entry, _), v in zip(parts, values):
+        payload += bytes(entry["offset"] - len(payload)) + v
+    f.seek(ALIGN)
+    f.write(payload)
     seal(f, zlib.crc32(payload), as_json(manifest, "the manifest").encode())
     f.version = short["modelzip"]
-    f.sizes = {(e["offset"], len(v)): min(b, len(numbers)) - min(a, len(numbers)) for (e, _), v, a, b in zip(parts, values, [5, *ends], ends)}
+    f.sizes = {
+        (e["offset"], len(v)): min(b, len(numbers)) - min(a, len(numbers))
+        for (e, _), v, a, b in zip(parts, values, [5, *ends], ends)
+    }
     return f
 
-def as_mapped(f: BinaryIO) -> BinaryIO:      # the file itself, unless it is solid
+
+def as_mapped(f: BinaryIO) -> BinaryIO:  # the file itself, unless it is solid
     "See a solid file as the mapped file for which it stands."
     data = unseal_solid(f)
     return f if data is None else restored(data)
 
 # %% ../nbs/05_pack.ipynb
 def load(
-    path: str | os.PathLike,             # a file that `save` has written
-    model: nn.Module | None = None,      # one of the same architecture, of any size, compressed or not; left as it is. None: the registered builder makes one
-    mmap: bool = False,                  # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
-    verify: bool = True,                 # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
-) -> nn.Module:                          # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
-    """Load a model. The file decides: `model` says which classes are called in which order, sizes and numbers are the file's, so that a model of 64 channels
-    is given back as the file's of 16, with layers of its sizes. `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."""
+    path: str | os.PathLike,  # a file that `save` has written
+    model: (
+        nn.Module | None
+        # one of the same architecture, of any size, compressed or not; left as it is. None: the registered builder makes
+        # one
+    ) = None,
+    # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
+    mmap: bool = False,
+    # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
+    verify: bool = True,
+) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
+    """Load a model. The file decides: `model` says which classes are called in which order, sizes and numbers are
+    the file's, so that a model of 64 channels is given back as the file's of 16, with layers of its sizes.
+    `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be
+    opened.
+    """
     check_machine()
-    if not isinstance(model, nn.Module | None): raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
-    if not verify and not mmap: raise ValueError("verify is False, but without mmap everything is read and checked anyway")
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
+    if not verify and not mmap:
+        raise ValueError("verify is False, but without mmap everything is read and checked anyway")
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
-        if mmap: check_mappable(rows, path, isinstance(f, Restored))
+        if mmap:
+            check_mappable(rows, path, isinstance(f, Restored))
         skeleton = skeleton_of(manifest, model, rows)
         check_match(skeleton, rows)
         held = held_beside(skeleton if model is None else model)
@@ -1261,26 +1610,22 @@ def load(
     return skeleton.eval()
 
 # %% ../nbs/05_pack.ipynb
-def check_mappable(
-    rows: dict[str, Row],
-    path: str | os.PathLike,
-    solid: bool = False,
-) -> None:
+def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = False) -> None:
     "`ValueError` when parts are coded: they have to be expanded into memory."
     if solid or any(p.coded is not None for _, _, p in in_order(rows)):
-        raise ValueError(f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped")
+        raise ValueError(
+            f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped"
+        )
 
 # %% ../nbs/05_pack.ipynb
-def verify_rest(
-    f: BinaryIO,
-    rows: dict[str, Row],
-    payload: Entry,
-) -> None:
-    "Check all that has no checksum of its own: in our files, the small parts at the end (in files of version 1, everything)."
+def verify_rest(f: BinaryIO, rows: dict[str, Row], payload: Entry) -> None:
+    """Check all that has no checksum of its own: in our files, the small parts at the end (in files of version 1,
+    everything)."""
     crc = end = 0
     for _, _, part in in_order(rows):
         own = part.crc if part.coded is None else RESIDUE
-        if own is None: break
+        if own is None:
+            break
         crc = join(zlib.crc32(bytes(part.offset - end), crc), own, part.stored)
         end = part.offset + part.stored
     verify_payload(f, rows, payload, end, crc)
@@ -1291,7 +1636,7 @@ def read_alone(
     part: Part,
     name: str,
     payload: Entry,
-    pool: Any = None,      # an executor; None: one of its own
+    pool: Any = None,  # an executor; None: one of its own
 ) -> Tensor:
     "Read one part, wherever the file stands, and check it if it has a checksum of its own."
     f.seek(data_offset(payload) + part.offset)
@@ -1299,20 +1644,29 @@ def read_alone(
         if part.coded is not None:
             t, waits = read_stream(f, part, name, pool)
             settle(name, waits)
-        else: t = read_checked(f, part, name, Checksum(pool))
+        else:
+            t = read_checked(f, part, name, Checksum(pool))
     check_bool(t)
     return t
 
+
 def read_row(f: BinaryIO, row: Row, payload: Entry, pool: Any = None) -> Tensor | CompressedTensor:
     "Read one tensor of the table."
-    return rebuild(row, {(row.name, k): read_alone(f, p, f"{row.name}/{k}" if k else row.name, payload, pool) for k, p in row.parts.items()})
+    return rebuild(
+        row,
+        {
+            (row.name, k): read_alone(f, p, f"{row.name}/{k}" if k else row.name, payload, pool)
+            for k, p in row.parts.items()
+        },
+    )
 
 # %% ../nbs/05_pack.ipynb
 def read_tensor(
-    path: str | os.PathLike,       # a `.mz` file
-    name: str,                     # of the tensor, as in the state dict of the uncompressed model
-) -> Tensor | CompressedTensor:    # a tensor, or one that knows how to `dequantize()`
-    "Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown name, `PackError` as for `load`."
+    path: str | os.PathLike,  # a `.mz` file
+    name: str,  # of the tensor, as in the state dict of the uncompressed model
+) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
+    """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
+    name, `PackError` as for `load`."""
     check_machine()
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
@@ -1320,30 +1674,32 @@ def read_tensor(
         if name not in rows:
             raise ValueError(f"name is {quoted(name)}; {os.fsdecode(path)} holds {several(rows, 24)}")
         row = rows[rows[name].same or name]
-        if any(p.crc is p.coded is None for p in row.parts.values()): verify_rest(f, rows, payload)
+        if any(p.crc is p.coded is None for p in row.parts.values()):
+            verify_rest(f, rows, payload)
         return read_row(f, row, payload)
 
 # %% ../nbs/05_pack.ipynb
-def information(
-    value: Tensor | CompressedTensor,
-) -> float:      # bits
+def information(value: Tensor | CompressedTensor) -> float:  # bits
     "The order-0 entropy of all that is stored of a tensor."
-    packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.
+    packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.0
     for k, t in ({"": value} if isinstance(value, Tensor) else value.parts()).items():
         for counts in counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(t):
             n = counts[counts > 0]
-            bits += float((n*np.log2(n.sum()/n)).sum())
+            bits += float((n * np.log2(n.sum() / n)).sum())
     return bits
 
-def counted_bytes(t: Tensor) -> np.ndarray:      # [bytes of an element, 256]
+
+def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
     "How often each byte occurs at each place of an element, a block at a time."
     data, width = np.frombuffer(as_bytes(t), np.uint8).reshape(-1, t.element_size()), t.element_size()
     counts = np.zeros((width, 256), np.int64)
-    for i in range(0, len(data), BLOCK//width):
-        for j in range(width): counts[j] += np.bincount(data[i:i + BLOCK//width, j], minlength=256)
+    for i in range(0, len(data), BLOCK // width):
+        for j in range(width):
+            counts[j] += np.bincount(data[i : i + BLOCK // width, j], minlength=256)
     return counts
 
-def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:      # [1, 2**bits]
+
+def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:  # [1, 2**bits]
     "How often each code occurs."
     counts = np.zeros((1, 1 << bits), np.int64)
     for first in range(0, count, CODES):
@@ -1355,19 +1711,20 @@ def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:      # [
 @dataclass(frozen=True)
 class Line:
     "A tensor in the table that `inspect` shows."
+
     name: str
     shape: tuple[int, ...]
-    kind: str          # type of a plain tensor, kind of a compressed one, or to which tensor it is tied
-    layer: str         # class of the compressed layer, or ""
-    coder: str         # how its bytes were made: "raw", "zstd", "rans", … (several when its parts or chunks differ)
-    bytes: int         # in the file
-    share: float       # … of all its bytes
-    entropy: float | None      # bits a weight, order 0; None when it was not computed
+    kind: str  # type of a plain tensor, kind of a compressed one, or to which tensor it is tied
+    layer: str  # class of the compressed layer, or ""
+    coder: str  # how its bytes were made: "raw", "zstd", "rans", … (several when its parts or chunks differ)
+    bytes: int  # in the file
+    share: float  # … of all its bytes
+    entropy: float | None  # bits a weight, order 0; None when it was not computed
 
     @property
     def bits(self) -> float | None:
         n = math.prod(self.shape)
-        return 8*self.bytes/n if n and not self.kind.startswith("=") else None
+        return 8 * self.bytes / n if n and not self.kind.startswith("=") else None
 
 # %% ../nbs/05_pack.ipynb
 def kind_text(row: Row) -> str:
@@ -1375,85 +1732,115 @@ def kind_text(row: Row) -> str:
     facts = [f"{k} {v}" for k, v in row.meta.items() if isinstance(v, (int, float, str)) and k != "dtype"]
     return f"{row.kind} ({', '.join(facts)})"[:60] if facts else row.kind
 
+
 def line_of(
     row: Row,
-    total: int,                       # bytes of the file
-    coder: str | None = None,         # how it is stored; None: what the manifest knows of it
-    entropy: float | None = None,     # bits a weight
+    total: int,  # bytes of the file
+    coder: str | None = None,  # how it is stored; None: what the manifest knows of it
+    entropy: float | None = None,  # bits a weight
 ) -> Line:
     "What `inspect` shows of a tensor."
     kind = f"= {row.same}" if row.same is not None else NAMES[row.dtype] if row.kind is None else kind_text(row)
-    if coder is None: coder = ", ".join(sorted({"raw" if p.coded is None else "coded" for p in row.parts.values()}))
-    return Line(row.name, row.shape, kind, row.layer or "", coder, row.stored, row.stored/total, entropy)
+    if coder is None:
+        coder = ", ".join(sorted({"raw" if p.coded is None else "coded" for p in row.parts.values()}))
+    return Line(row.name, row.shape, kind, row.layer or "", coder, row.stored, row.stored / total, entropy)
 
 # %% ../nbs/05_pack.ipynb
 def in_solid(
     line: Line,
     row: Row,
-    sizes: dict[tuple, int],   # from a `Restored` file
+    sizes: dict[tuple, int],  # from a `Restored` file
     total: int,
 ) -> Line:
-    "What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written when it ended."
+    """What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written
+    when it ended."""
     size = sum(sizes[p.offset, p.nbytes] for p in row.parts.values())
-    return replace(line, coder="" if row.same else "adaptive", bytes=size, share=size/total)
+    return replace(line, coder="" if row.same else "adaptive", bytes=size, share=size / total)
 
-def coder_of(
-    f: BinaryIO,
-    row: Row,
-    payload: Entry,
-) -> str:          # "raw", "zstd", …: the coder of the most bytes first
+
+def coder_of(f: BinaryIO, row: Row, payload: Entry) -> str:  # "raw", "zstd", …: the coder of the most bytes first
     "Look into the streams of a tensor for the methods of their chunks."
     found = collections.Counter()
     for part in row.parts.values():
-        if part.coded is None: found["raw"] += part.nbytes; continue
+        if part.coded is None:
+            found["raw"] += part.nbytes
+            continue
         f.seek(data_offset(payload) + part.offset)
         found.update(coders(f.read(part.coded)))
     return "; ".join(name for name, _ in found.most_common())
 
-def measured_line(
-    f: BinaryIO,
-    row: Row,
-    payload: Entry,
-    total: int,
-) -> Line:
+
+def measured_line(f: BinaryIO, row: Row, payload: Entry, total: int) -> Line:
     "What `inspect` shows of a tensor after it has read it."
-    if row.same is not None: return line_of(row, total)
+    if row.same is not None:
+        return line_of(row, total)
     value = read_row(f, row, payload)
-    return line_of(row, total, coder_of(f, row, payload), information(value)/n if (n := math.prod(row.shape)) else None)
+    return line_of(
+        row, total, coder_of(f, row, payload), information(value) / n if (n := math.prod(row.shape)) else None
+    )
 
 # %% ../nbs/05_pack.ipynb
 COLUMNS = ["tensor", "shape", "kind", "layer", "coder", "bits", "entropy", "bytes", "share"]
 
+
 def cells_of(
     lines: list[Line],
-    rest: int,            # bytes of the file that are no numbers
+    rest: int,  # bytes of the file that are no numbers
     total: int,
-) -> list[list[str]]:     # rows of text; the last two are what is around the numbers, and the sum
+) -> list[list[str]]:  # rows of text; the last two are what is around the numbers, and the sum
     "The table as text."
-    body = [[shown(l.name), cut("×".join(map(str, l.shape)), 80) or "scalar", shown(l.kind), shown(l.layer), l.coder,
-             decimals(l.bits), decimals(l.entropy), f"{l.bytes:,}", f"{l.share:.1%}"] for l in lines]
+    body = [
+        [
+            shown(l.name),
+            cut("×".join(map(str, l.shape)), 80) or "scalar",
+            shown(l.kind),
+            shown(l.layer),
+            l.coder,
+            decimals(l.bits),
+            decimals(l.entropy),
+            f"{l.bytes:,}",
+            f"{l.share:.1%}",
+        ]
+        for l in lines
+    ]
     n = sum(math.prod(l.shape) for l in lines if not l.kind.startswith("="))
-    known = [l.entropy*math.prod(l.shape) for l in lines if l.entropy is not None]
-    return body + [["manifest, directory, gaps", "", "", "", "", "", "", f"{rest:,}", f"{rest/total:.1%}"],
-                   ["the file", f"{n:,}", "", "", "", decimals(8*total/n if n else None), decimals(sum(known)/n if known and n else None),
-                    f"{total:,}", "100.0%"]]
+    known = [l.entropy * math.prod(l.shape) for l in lines if l.entropy is not None]
+    return body + [
+        ["manifest, directory, gaps", "", "", "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"],
+        [
+            "the file",
+            f"{n:,}",
+            "",
+            "",
+            "",
+            decimals(8 * total / n if n else None),
+            decimals(sum(known) / n if known and n else None),
+            f"{total:,}",
+            "100.0%",
+        ],
+    ]
 
-def decimals(x: float | None) -> str: return "" if x is None else f"{x:.2f}"
+
+def decimals(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}"
 
 # %% ../nbs/05_pack.ipynb
 def as_text(
     cells: list[list[str]],
     columns: list[str] = COLUMNS,
-    left: int = 5,                  # columns of words; numbers follow
+    left: int = 5,  # columns of words; numbers follow
 ) -> str:
     "A table for the terminal: words to the left, numbers to the right."
     width = [max(map(len, column)) for column in zip(columns, *cells)]
-    line = lambda c: "  ".join(x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(zip(c, width))).rstrip()
+    line = lambda c: "  ".join(
+        x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(zip(c, width))
+    ).rstrip()
     return "\n".join([line(columns), *map(line, cells)])
+
 
 def as_html(
     cells: list[list[str]],
-    *about: str,                # HTML that stands above it
+    *about: str,  # HTML that stands above it
     columns: list[str] = COLUMNS,
     left: int = 5,
 ) -> str:
@@ -1467,8 +1854,8 @@ def as_html(
 def plot_bytes(
     lines: list[Line],
     rest: int,
-    ax: Any,              # matplotlib axes
-    most: int = 24,       # layers that are shown; the smallest are summed up beyond that
+    ax: Any,  # matplotlib axes
+    most: int = 24,  # layers that are shown; the smallest are summed up beyond that
 ) -> Any:
     "Where the bytes of a file went: a bar per layer, a colour per tensor in it."
     layers, colors = {}, {}
@@ -1478,15 +1865,17 @@ def plot_bytes(
     largest = sorted(layers, key=lambda k: -sum(b for _, b in layers[k]))[:most]
     others = sum(b for k in layers if k not in largest for _, b in layers[k])
     bars = [(k, layers[k]) for k in layers if k in largest]
-    bars += [("others", [("", others)])]*(others > 0) + [("manifest …", [("", rest)])]
+    bars += [("others", [("", others)])] * (others > 0) + [("manifest …", [("", rest)])]
     for y, (_, pieces) in enumerate(bars):
         left = 0
         for key, b in pieces:
             color = colors.setdefault(key, f"C{len(colors) % 7}") if key else "0.6"
-            ax.barh(y, b/1000, left=left/1000, color=color)
+            ax.barh(y, b / 1000, left=left / 1000, color=color)
             left += b
-    ax.set(yticks=range(len(bars)), yticklabels=[k for k, _ in bars], xlabel="kilobytes"); ax.invert_yaxis()
-    for key, color in [*colors.items()][:7]: ax.barh(0, 0, color=color, label=key)
+    ax.set(yticks=range(len(bars)), yticklabels=[k for k, _ in bars], xlabel="kilobytes")
+    ax.invert_yaxis()
+    for key, color in [*colors.items()][:7]:
+        ax.barh(0, 0, color=color, label=key)
     ax.legend()
     return ax
 
@@ -1494,167 +1883,261 @@ def plot_bytes(
 @dataclass(frozen=True, repr=False)
 class Contents:
     "What a `.mz` file holds, as `inspect` found it. Shows itself as a table; `plot()` draws it."
+
     path: str
-    bytes: int                      # of the whole file
-    version: int                    # of the format
-    architecture: dict | None       # {"name", "options"} of a registered builder
-    info: dict                      # what was given to `save` besides model and path
-    lines: list                     # a `Line` for each tensor
+    bytes: int  # of the whole file
+    version: int  # of the format
+    architecture: dict | None  # {"name", "options"} of a registered builder
+    info: dict  # what was given to `save` besides model and path
+    lines: list  # a `Line` for each tensor
 
     @property
-    def rest(self) -> int: return self.bytes - sum(l.bytes for l in self.lines)
-    def cells(self) -> list: return cells_of(self.lines, self.rest, self.bytes)
-    def __repr__(self) -> str: return "\n".join([heading(self), as_text(self.cells()), *about_info(self)])
-    def _repr_html_(self) -> str: return as_html(self.cells(), html.escape(heading(self)), *map(html.escape, about_info(self)))
-    def plot(self, ax: Any = None) -> Any: return draw(self, ax)      # the axes
+    def rest(self) -> int:
+        return self.bytes - sum(l.bytes for l in self.lines)
+
+    def cells(self) -> list:
+        return cells_of(self.lines, self.rest, self.bytes)
+
+    def __repr__(self) -> str:
+        return "\n".join([heading(self), as_text(self.cells()), *about_info(self)])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.cells(), html.escape(heading(self)), *map(html.escape, about_info(self)))
+
+    def plot(self, ax: Any = None) -> Any:
+        return draw(self, ax)  # the axes
 
 # %% ../nbs/05_pack.ipynb
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
     return ascii_name(f"{os.path.basename(c.path)}: {architecture}format {c.version}")
 
-def about_info(c: Contents) -> list[str]: return [f"info: {cut(as_json(c.info, 'info'), 4000)}"] if c.info else []
+
+def about_info(c: Contents) -> list[str]:
+    return [f"info: {cut(as_json(c.info, 'info'), 4000)}"] if c.info else []
+
 
 def draw(c: Contents, ax: Any) -> Any:
     "Where the bytes went."
     import matplotlib.pyplot as plt
+
     return plot_bytes(c.lines, c.rest, ax or plt.subplots()[1])
 
 # %% ../nbs/05_pack.ipynb
 def inspect(
-    path: str | os.PathLike,     # a `.mz` file
-    entropy: bool = True,        # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
-) -> Contents:                   # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
+    path: str | os.PathLike,  # a `.mz` file
+    # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
+    entropy: bool = True,
+) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
     "What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed."
     check_machine()
     with naming(path), open_file(path) as f:
         total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
         manifest, rows, payload = read_manifest(f)
-        if entropy: verify_rest(f, rows, payload)
+        if entropy:
+            verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
-        if solid := isinstance(f, Restored): lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
-    return Contents(os.fsdecode(path), total, f.version if solid else manifest["modelzip"], manifest["architecture"], manifest.get("info", {}), lines)
+        if solid := isinstance(f, Restored):
+            lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
+    return Contents(
+        os.fsdecode(path),
+        total,
+        f.version if solid else manifest["modelzip"],
+        manifest["architecture"],
+        manifest.get("info", {}),
+        lines,
+    )
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True)
 class Change:
     "A tensor in two files."
+
     name: str
-    what: str                  # "same", "same numbers, stored differently", "other numbers", "other shape", "only in …"
-    bytes: tuple[int, int]     # in either file
-    largest: float | None      # the largest difference of two numbers
-    sqnr: float | None         # dB: the first file's numbers over the difference
+    what: str  # "same", "same numbers, stored differently", "other numbers", "other shape", "only in …"
+    bytes: tuple[int, int]  # in either file
+    largest: float | None  # the largest difference of two numbers
+    sqnr: float | None  # dB: the first file's numbers over the difference
+
 
 def compared(
-    a: Tensor | CompressedTensor,
-    b: Tensor | CompressedTensor,
-) -> tuple[str, float | None, float | None]:      # what, largest difference, SQNR in dB
+    a: Tensor | CompressedTensor, b: Tensor | CompressedTensor
+) -> tuple[str, float | None, float | None]:  # what, largest difference, SQNR in dB
     "Compare what is stored, then what it stands for."
-    if tuple(a.shape) != tuple(b.shape): return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
-    if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)): return "same", 0., None
+    if tuple(a.shape) != tuple(b.shape):
+        return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
+    if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)):
+        return "same", 0.0, None
     x, y = (t.dequantize() if isinstance(t, CompressedTensor) else t for t in (a, b))
-    if identical(x, y): return "same numbers, stored differently", 0., None
-    if x.is_complex() or y.is_complex(): return "other numbers", None, None
+    if identical(x, y):
+        return "same numbers, stored differently", 0.0, None
+    if x.is_complex() or y.is_complex():
+        return "other numbers", None, None
     return "other numbers", *distance(x, y)
+
 
 def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
     "Everything that a file holds of two compressed tensors, to the bit."
     p, q = a.parts(), b.parts()
-    return a.kind == b.kind and as_json(a.meta(), "meta") == as_json(b.meta(), "meta") and p.keys() == q.keys() and all(identical(p[k], q[k]) for k in p)
+    return (
+        a.kind == b.kind
+        and as_json(a.meta(), "meta") == as_json(b.meta(), "meta")
+        and p.keys() == q.keys()
+        and all(identical(p[k], q[k]) for k in p)
+    )
+
 
 def distance(
     x: Tensor,
-    y: Tensor,       # of the same shape
-) -> tuple[float, float | None]:      # the largest difference, SQNR in dB
-    "How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not differ."
-    largest, signal, noise = 0., 0., 0.
+    y: Tensor,  # of the same shape
+) -> tuple[float, float | None]:  # the largest difference, SQNR in dB
+    """How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not
+    differ."""
+    largest, signal, noise = 0.0, 0.0, 0.0
     for p, q in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK)):
-        p, q = (t.to(torch.float64).numpy() if t.is_floating_point() or t.dtype == torch.bool else t.numpy().astype(np.longdouble) for t in (p, q))
+        p, q = (
+            (
+                t.to(torch.float64).numpy()
+                if t.is_floating_point() or t.dtype == torch.bool
+                else t.numpy().astype(np.longdouble)
+            )
+            for t in (p, q)
+        )
         with np.errstate(over="ignore", invalid="ignore"):
             d = np.where((p == q) | np.isnan(p) & np.isnan(q), 0, p - q)
-            largest, signal, noise = max(largest, float(np.abs(d).max(initial=0)), key=lambda v: (math.isnan(v), v)), signal + float((p*p).sum()), noise + float((d*d).sum())
-    if not (math.isfinite(signal) and math.isfinite(noise) and signal): return largest, None
-    return largest, 10*math.log10(signal/noise) if noise else math.inf
+            largest, signal, noise = (
+                max(largest, float(np.abs(d).max(initial=0)), key=lambda v: (math.isnan(v), v)),
+                signal + float((p * p).sum()),
+                noise + float((d * d).sum()),
+            )
+    if not (math.isfinite(signal) and math.isfinite(noise) and signal):
+        return largest, None
+    return largest, 10 * math.log10(signal / noise) if noise else math.inf
 
 # %% ../nbs/05_pack.ipynb
-def identical(
-    a: Tensor,
-    b: Tensor,
-) -> bool:
+def identical(a: Tensor, b: Tensor) -> bool:
     "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
-    if a.dtype != b.dtype or a.shape != b.shape: return False
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
     x, y = (np.frombuffer(as_bytes(t), np.uint8) for t in (a, b))
-    return all(np.array_equal(x[i:i + BLOCK], y[i:i + BLOCK]) for i in range(0, len(x), BLOCK))
+    return all(np.array_equal(x[i : i + BLOCK], y[i : i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/05_pack.ipynb
 class Here:
     "An executor that runs what it gets at once, in this thread: each thread more has memory of its own."
+
     def submit(self, f: Callable, *args: Any) -> Any:
         x = f(*args)
         return SimpleNamespace(result=lambda: x)
 
+
 def prove(
-    f: BinaryIO,         # a file that has just been written
-    model: nn.Module,    # what it should hold
+    f: BinaryIO,  # a file that has just been written
+    model: nn.Module,  # what it should hold
 ) -> None:
-    "Read it back. `ValueError` unless a copy of the model takes what it says, and every number and tie is the same, to the bit."
+    """Read it back. `ValueError` unless a copy of the model takes what it says, and every number and tie is the
+    same, to the bit."""
     f.flush()
     try:
-        f = as_mapped(os.fdopen(os.dup(f.fileno()), "rb"))      # what reads and writes makes copies of what it reads
+        f = as_mapped(os.fdopen(os.dup(f.fileno()), "rb"))  # what reads and writes makes copies of what it reads
         manifest, rows, payload = read_manifest(f)
-        with torch.random.fork_rng(devices=[]): check_match(skeleton_of(manifest, model, rows), rows)
+        with torch.random.fork_rng(devices=[]):
+            check_match(skeleton_of(manifest, model, rows), rows)
         first = {}
         for item in items(model):
             row = rows[item.name]
-            demand(first.setdefault(identity(item), item.name) == (row.same or row.name), f"{item.name!r} is tied otherwise")
-            if row.same is None: demand((identical if row.kind is None else same_parts)(item.value, read_row(f, row, payload, Here())), f"{item.name!r} comes back otherwise")
-    except PackError as e: raise ValueError(f"this model cannot be saved, as it does not come back from its file: {e}") from None
+            demand(
+                first.setdefault(identity(item), item.name) == (row.same or row.name),
+                f"{item.name!r} is tied otherwise",
+            )
+            if row.same is None:
+                demand(
+                    (identical if row.kind is None else same_parts)(item.value, read_row(f, row, payload, Here())),
+                    f"{item.name!r} comes back otherwise",
+                )
+    except PackError as e:
+        raise ValueError(f"this model cannot be saved, as it does not come back from its file: {e}") from None
 
 # %% ../nbs/05_pack.ipynb
 @dataclass(frozen=True, repr=False)
 class Difference:
     "What `diff` found. Shows itself as a table; `same` says whether there is nothing to show."
+
     paths: tuple[str, str]
-    about: list[str]           # what differs outside of the tensors
-    changes: list              # a `Change` for each tensor
+    about: list[str]  # what differs outside of the tensors
+    changes: list  # a `Change` for each tensor
+
     @property
-    def same(self) -> bool: return not self.about and all(c.what == "same" for c in self.changes)
-    def cells(self) -> list: return [change_cells(c) for c in self.changes]
-    def __repr__(self) -> str: return "\n".join([heading_of(self), as_text(self.cells(), CHANGES, 2)])
-    def _repr_html_(self) -> str: return as_html(self.cells(), html.escape(heading_of(self)), columns=CHANGES, left=2)
+    def same(self) -> bool:
+        return not self.about and all(c.what == "same" for c in self.changes)
+
+    def cells(self) -> list:
+        return [change_cells(c) for c in self.changes]
+
+    def __repr__(self) -> str:
+        return "\n".join([heading_of(self), as_text(self.cells(), CHANGES, 2)])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.cells(), html.escape(heading_of(self)), columns=CHANGES, left=2)
+
 
 CHANGES = ["tensor", "what", "largest difference", "SQNR (dB)", "bytes", "bytes"]
 
+
 def change_cells(c: Change) -> list[str]:
     number = lambda x, form: "" if x is None else format(x, form)
-    return [shown(c.name), shown(c.what, 200), number(c.largest, ".3g"), number(c.sqnr, ".1f"), *(f"{b:,}" if b else "" for b in c.bytes)]
+    return [
+        shown(c.name),
+        shown(c.what, 200),
+        number(c.largest, ".3g"),
+        number(c.sqnr, ".1f"),
+        *(f"{b:,}" if b else "" for b in c.bytes),
+    ]
+
 
 def heading_of(d: Difference) -> str:
     same = sum(c.what == "same" for c in d.changes)
-    return ascii_name("; ".join([" and ".join(map(os.path.basename, d.paths)), f"{same} of {len(d.changes)} tensors are the same", *d.about]))
+    return ascii_name(
+        "; ".join(
+            [" and ".join(map(os.path.basename, d.paths)), f"{same} of {len(d.changes)} tensors are the same", *d.about]
+        )
+    )
 
 # %% ../nbs/05_pack.ipynb
 @dataclass
 class File:
     "A file that is open for looking into it."
+
     path: str
     f: BinaryIO
     manifest: dict
     rows: dict[str, Row]
     payload: Entry
+
     def read(self, name: str) -> Tensor | CompressedTensor:
-        with naming(self.path): return read_row(self.f, self.rows[self.rows[name].same or name], self.payload)
+        with naming(self.path):
+            return read_row(self.f, self.rows[self.rows[name].same or name], self.payload)
+
     @functools.cached_property
-    def ties(self) -> dict:      # name → all names of the same tensor
+    def ties(self) -> dict:  # name → all names of the same tensor
         groups = {}
-        for n, r in self.rows.items(): groups.setdefault(r.same or n, set()).add(n)
+        for n, r in self.rows.items():
+            groups.setdefault(r.same or n, set()).add(n)
         return {n: g for g in groups.values() for n in g}
-    def says(self, name: str) -> tuple:      # of a tensor, besides its numbers
+
+    def says(self, name: str) -> tuple:  # of a tensor, besides its numbers
         r = self.rows[name]
         return r.layer, as_json(r.options or {}, "options")
+
     def bytes(self, name: str) -> int:
-        if name not in self.rows: return 0
-        return sum(self.f.sizes[p.offset, p.nbytes] for p in self.rows[name].parts.values()) if isinstance(self.f, Restored) else self.rows[name].stored
+        if name not in self.rows:
+            return 0
+        return (
+            sum(self.f.sizes[p.offset, p.nbytes] for p in self.rows[name].parts.values())
+            if isinstance(self.f, Restored)
+            else self.rows[name].stored
+        )
+
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[File]:
@@ -1667,41 +2150,65 @@ def opened(path: str | os.PathLike) -> Iterator[File]:
             verify_rest(f, rows, payload)
         yield File(os.fsdecode(path), f, manifest, rows, payload)
 
+
 def differences(a: File, b: File) -> list[str]:
     "What two files say otherwise about the whole model."
     out = []
     for key in "architecture", "info":
         x, y = (m.manifest.get(key, {} if key == "info" else None) for m in (a, b))
-        if (p := as_json(x, key)) != (q := as_json(y, key)): out.append(f"{key} {cut(p, 400)} and {cut(q, 400)}")
+        if (p := as_json(x, key)) != (q := as_json(y, key)):
+            out.append(f"{key} {cut(p, 400)} and {cut(q, 400)}")
     x, y = (m.manifest.get("layers", {}) for m in (a, b))
     names = [n or "(the model)" for n in x | y if as_json(x.get(n), "layers") != as_json(y.get(n), "layers")]
-    if names: out.append(f"other layers: {several(names)}")
-    elif list(x) != list(y): out.append("the same layers in another order")
-    elif a.manifest.get("kind") != b.manifest.get("kind"): out.append("other layers, by builders of the same name" if a.manifest.get("kind") and b.manifest.get("kind") else "only one of them says all about its layers")
+    if names:
+        out.append(f"other layers: {several(names)}")
+    elif list(x) != list(y):
+        out.append("the same layers in another order")
+    elif a.manifest.get("kind") != b.manifest.get("kind"):
+        out.append(
+            "other layers, by builders of the same name"
+            if a.manifest.get("kind") and b.manifest.get("kind")
+            else "only one of them says all about its layers"
+        )
     return out
 
-def change_of(name: str, a: File, b: File, seen: dict) -> Change:      # seen: what is known of tensors that have several names
+
+def change_of(
+    name: str, a: File, b: File, seen: dict
+) -> Change:  # seen: what is known of tensors that have several names
     "One tensor in two files."
     here = [f for f in (a, b) if name in f.rows]
-    if len(here) == 1: what = f"only in {os.path.basename(here[0].path)}", None, None
+    if len(here) == 1:
+        what = f"only in {os.path.basename(here[0].path)}", None, None
     else:
         key = tuple(f.rows[name].same or name for f in (a, b))
-        if key not in seen: seen[key] = compared(a.read(name), b.read(name)), a.ties[name] == b.ties[name]
+        if key not in seen:
+            seen[key] = compared(a.read(name), b.read(name)), a.ties[name] == b.ties[name]
         what, tied = seen[key]
         x, y = a.says(name), b.says(name)
-        if what[0] == "same" and not (tied and x == y): what = f"same numbers, {'tied otherwise' if not tied else 'in another layer' if x[0] != y[0] else 'with other options'}", *what[1:]
+        if what[0] == "same" and not (tied and x == y):
+            what = (
+                (
+                    "same numbers,"
+                    f" {'tied otherwise' if not tied else 'in another layer' if x[0] != y[0] else 'with other options'}"
+                ),
+                *what[1:],
+            )
     return Change(name, what[0], (a.bytes(name), b.bytes(name)), *what[1:])
 
 # %% ../nbs/05_pack.ipynb
 def diff(
-    a: str | os.PathLike,      # a `.mz` file
-    b: str | os.PathLike,      # another one
-) -> Difference:               # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
-    "Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for `load`."
-    with opened(a) as one, opened(b) as two: about, seen = differences(one, two), {}; changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]
+    a: str | os.PathLike,  # a `.mz` file
+    b: str | os.PathLike,  # another one
+) -> Difference:  # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
+    """Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for
+    `load`."""
+    with opened(a) as one, opened(b) as two:
+        about, seen = differences(one, two), {}
+        changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]
     return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
 
 # %% ../nbs/05_pack.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -31,75 +31,153 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from .data import Split, device_of, eval_mode, train
-from .quant import (FLOATS, QUANTIZABLE, CompressedTensor, Dequantize, Packed, QTensor, _check_part, _checked_meta, _copy_with, _layout_for, _name, _plain, _Sized,
-                            as_tensor, from_blocks, pack_bits, packed_bytes, quantize, unpack_bits)
+from modelzip.quant import (
+    FLOATS,
+    QUANTIZABLE,
+    CompressedTensor,
+    Dequantize,
+    Packed,
+    QTensor,
+    _check_part,
+    _checked_meta,
+    _copy_with,
+    _layout_for,
+    _name,
+    _plain,
+    _Sized,
+    as_tensor,
+    from_blocks,
+    pack_bits,
+    packed_bytes,
+    quantize,
+    unpack_bits,
+)
 from .workshop.compiled import autocasting, derived_or_mapped
 from .workshop.matrices import also_held, check_kept, combined, identity_of, layers_of, overlap
 from .workshop.readonly import read_only
 from .workshop.counting import SlowPath, same_dice
-from .workshop.models import FLAGS, HOOKS, Inputs, Labelled, as_batches, call, carry_hooks, check_code, computed, copied, feed, labelled, logits_of, own_copy
+from modelzip.workshop.models import (
+    FLAGS,
+    HOOKS,
+    Inputs,
+    Labelled,
+    as_batches,
+    call,
+    carry_hooks,
+    check_code,
+    computed,
+    copied,
+    feed,
+    labelled,
+    logits_of,
+    own_copy,
+)
 
-_all_ = ["Inputs", "Labelled", "feed"]      # the workshop's: how batches are handed over
+_all_ = ["Inputs", "Labelled", "feed"]  # the workshop's: how batches are handed over
 
 # %% ../nbs/07_prune.ipynb
 class Mask(nn.Module):
-    "A parametrization that keeps some weights and makes the others zero, whatever they were; no gradient reaches those."
-    undo = "modelzip.prune.remove_masks(model)"      # how to get an ordinary weight
+    """A parametrization that keeps some weights and makes the others zero, whatever they were; no gradient reaches
+    those."""
+
+    undo = "modelzip.prune.remove_masks(model)"  # how to get an ordinary weight
+
     def __init__(
         self,
-        keep: Tensor,     # bool, of the weight's shape: True stays
+        keep: Tensor,  # bool, of the weight's shape: True stays
     ):
         super().__init__()
         self.register_buffer("keep", keep)
+
     def forward(self, weight: Tensor) -> Tensor:
         plain = _looked_at(weight)
-        if not (plain and (y := weight * self.keep.view(torch.uint8)).detach().sum().isfinite()): y = torch.where(self.keep, weight, 0)      # a product is quicker than a choice, but 0·∞ is no zero
+        if not (plain and (y := weight * self.keep.view(torch.uint8)).detach().sum().isfinite()):
+            y = torch.where(self.keep, weight, 0)  # a product is quicker than a choice, but 0·∞ is no zero
         return read_only(y, LOST) if plain and _outside(sys._getframe(1)) else y
-    def right_inverse(self, weight: Tensor) -> Tensor: return weight
-    def extra_repr(self): return f"{(~self.keep).float().mean().item():.1%} of {'×'.join(map(str, self.keep.shape))} are zero"
 
-LOST = ("this weight is masked: it is computed from another tensor on every use, and what is written into it would be lost; assign it anew (layer.weight = …, "
-        "which keeps the mask), call modelzip.prune.remove_masks(model) first, or take a copy: weight.clone()")
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def extra_repr(self):
+        return f"{(~self.keep).float().mean().item():.1%} of {'×'.join(map(str, self.keep.shape))} are zero"
+
+
+LOST = (
+    "this weight is masked: it is computed from another tensor on every use, and what is written into it would be lost;"
+    " assign it anew (layer.weight = …, which keeps the mask), call modelzip.prune.remove_masks(model) first, or take a"
+    " copy: weight.clone()"
+)
+
 
 def _outside(frame):
     "Whether a weight is read by code that is neither PyTorch's nor ours, which only read it."
-    while frame.f_globals.get("__name__") in ("torch.nn.utils.parametrize", "torch.nn.modules.module", "torch.nn.modules.container"): frame = frame.f_back
+    while frame.f_globals.get("__name__") in (
+        "torch.nn.utils.parametrize",
+        "torch.nn.modules.module",
+        "torch.nn.modules.container",
+    ):
+        frame = frame.f_back
     return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", __name__.partition(".")[0])
+
 
 def _looked_at(t: Tensor) -> bool:
     "Whether the values of a tensor are there to be read: on the CPU, and not while a program is being recorded."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return False
-    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 # %% ../nbs/07_prune.ipynb
 def find_mask(layer: nn.Module, name: str = "weight") -> Mask | None:
     "The mask on a layer's parameter, if there is one."
-    if not parametrize.is_parametrized(layer, name): return None
+    if not parametrize.is_parametrized(layer, name):
+        return None
     return next((p for p in layer.parametrizations[name] if isinstance(p, Mask)), None)
 
-WHOLE = {nn.RNNBase: "PyTorch keeps a recurrent layer's computed weights in a list, so that a masked one could not be copied"}      # why
+
+WHOLE = {
+    nn.RNNBase: "PyTorch keeps a recurrent layer's computed weights in a list, so that a masked one could not be copied"
+}  # why
+
 
 def _not_plain(layer: nn.Module, name: str = "weight") -> str | None:
-    "Why a weight cannot be masked or exchanged; None for a parameter, also behind parametrizations that begin with one."
+    """Why a weight cannot be masked or exchanged; None for a parameter, also behind parametrizations that begin
+    with one."""
     chain = layer.parametrizations[name] if parametrize.is_parametrized(layer, name) else None
     return None if hasattr(chain, "original") else computed(layer, name)
 
+
 def mask_layer(
-    layer: nn.Module,             # gets the mask, in place
-    keep: Tensor | Mask,          # bool, of the parameter's shape; or a `Mask` that is shared with a tied layer
-    name: str = "weight",         # which parameter
-) -> nn.Module:                   # the same layer
-    """Mask a parameter. What another mask has cut already stays cut. `ValueError` for a mask of another shape, for recurrent layers (not cells),
-    and for a weight that is no parameter but computed from others."""
-    if isinstance(layer, nn.RNNBase): raise ValueError(f"layer is a {type(layer).__name__}; {WHOLE[nn.RNNBase]}; it may be a cell or any other layer")
-    if (why := _not_plain(layer, name)) is not None: raise ValueError(f"{name} of {type(layer).__name__} {why}")
-    if not (parametrize.is_parametrized(layer, name) or isinstance(layer._parameters.get(name), Tensor)): raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
-    mask, old, shape = keep if isinstance(keep, Mask) else Mask(keep.bool().clone()), find_mask(layer, name), getattr(layer, name).shape
-    if mask.keep.shape != shape: raise ValueError(f"the mask has shape {tuple(mask.keep.shape)}, {name} has {tuple(shape)}")
-    if old is mask: return layer
-    if old is not None: old.keep &= mask.keep
-    elif parametrize.is_parametrized(layer, name): layer.parametrizations[name].insert(0, mask)
-    else: parametrize.register_parametrization(layer, name, mask)
+    layer: nn.Module,  # gets the mask, in place
+    keep: Tensor | Mask,  # bool, of the parameter's shape; or a `Mask` that is shared with a tied layer
+    name: str = "weight",  # which parameter
+) -> nn.Module:  # the same layer
+    """Mask a parameter. What another mask has cut already stays cut. `ValueError` for a mask of another shape, for
+    recurrent layers (not cells), and for a weight that is no parameter but computed from others."""
+    if isinstance(layer, nn.RNNBase):
+        raise ValueError(f"layer is a {type(layer).__name__}; {WHOLE[nn.RNNBase]}; it may be a cell or any other layer")
+    if (why := _not_plain(layer, name)) is not None:
+        raise ValueError(f"{name} of {type(layer).__name__} {why}")
+    if not (parametrize.is_parametrized(layer, name) or isinstance(layer._parameters.get(name), Tensor)):
+        raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
+    mask, old, shape = (
+        keep if isinstance(keep, Mask) else Mask(keep.bool().clone()),
+        find_mask(layer, name),
+        getattr(layer, name).shape,
+    )
+    if mask.keep.shape != shape:
+        raise ValueError(f"the mask has shape {tuple(mask.keep.shape)}, {name} has {tuple(shape)}")
+    if old is mask:
+        return layer
+    if old is not None:
+        old.keep &= mask.keep
+    elif parametrize.is_parametrized(layer, name):
+        layer.parametrizations[name].insert(0, mask)
+    else:
+        parametrize.register_parametrization(layer, name, mask)
     return layer
 
 # %% ../nbs/07_prune.ipynb
@@ -107,36 +185,45 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     "Name of a parameter → what its mask keeps, for all that are masked."
     return {f"{n}.{key}" if n else key: mask.keep for n, _, key, mask in _masked(model)}
 
+
 def _masked(model):
     "Each masked parameter: name of the layer, the layer, name in it, mask."
     for n, m in model.named_modules():
         for key in getattr(m, "parametrizations", ()):
-            if (mask := find_mask(m, key)) is not None: yield n, m, key, mask
+            if (mask := find_mask(m, key)) is not None:
+                yield n, m, key, mask
+
 
 def remove_masks(
-    model: nn.Module,     # with masked layers; it is left as it is
-) -> nn.Module:           # a copy with ordinary weights, some of which are zero
+    model: nn.Module,  # with masked layers; it is left as it is
+) -> nn.Module:  # a copy with ordinary weights, some of which are zero
     "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
     new = copied(model)
     for _, m, key, _ in list(_masked(new)):
-        m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))      # a copy shares the class, from which PyTorch would delete `weight`
+        m.__class__ = type(
+            type(m).__name__, type(m).__bases__, dict(vars(type(m)))
+        )  # a copy shares the class, from which PyTorch would delete `weight`
         parametrize.remove_parametrizations(m, key, leave_parametrized=True)
-        getattr(m, key).data += 0.                           # −0 becomes 0
+        getattr(m, key).data += 0.0  # −0 becomes 0
     return new
 
 # %% ../nbs/07_prune.ipynb
 def label_loss(
-    model: nn.Module,   # gives [n, classes]
-    batch: Any,         # a pair: inputs, labels [n]; `Labelled`; a dict with 'labels'
-) -> Tensor:            # scalar
+    model: nn.Module,  # gives [n, classes]
+    batch: Any,  # a pair: inputs, labels [n]; `Labelled`; a dict with 'labels'
+) -> Tensor:  # scalar
     "Cross-entropy of a batch that has inputs and int64 labels. Other batches need a loss of their own."
-    try: inputs, y = labelled(batch)
-    except ValueError: y = None
-    if not isinstance(y, Tensor) or y.dtype != torch.int64: raise ValueError("a batch is no pair of inputs and int64 labels; give loss=, a function of model and batch")
+    try:
+        inputs, y = labelled(batch)
+    except ValueError:
+        y = None
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise ValueError("a batch is no pair of inputs and int64 labels; give loss=, a function of model and batch")
     return F.cross_entropy(logits_of((feed if isinstance(inputs, Mapping) else call)(model, inputs)), y)
 
 # %% ../nbs/07_prune.ipynb
 _checked = as_batches
+
 
 def _try(model, batch, i, forward=None, call=feed):
     "Feed a copy of batch i, which a layer may write to; an error says which it was."
@@ -144,7 +231,8 @@ def _try(model, batch, i, forward=None, call=feed):
     for t in tree_leaves(batch):
         if isinstance(t, Tensor) and t.device != device:
             raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
-    try: return call(model, batch, forward) if call is feed else call(model, batch)
+    try:
+        return call(model, batch, forward) if call is feed else call(model, batch)
     except (RuntimeError, TypeError, IndexError, AttributeError, ValueError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
@@ -153,15 +241,18 @@ def _try(model, batch, i, forward=None, call=feed):
 @dataclass
 class Seen:
     "What data had to say about one layer; None where nobody asked."
-    gradient: Tensor | None = None    # of the weight's shape: mean of ∂L/∂w over batches
-    fisher: Tensor | None = None      # of the weight's shape: mean of (∂L/∂w)²
-    movement: Tensor | None = None    # of the weight's shape: −Σ η·w·∂L/∂w while it is trained
-    power: Tensor | None = None       # [groups, inputs]: Σ x²
-    moment: Tensor | None = None      # [groups, inputs, inputs]: H = Σ x xᵀ
-    rows: int = 0                     # how many x, of all calls
-    batches: int = 0                  # how many gradients
 
-def _sum(old, new): return new if old is None else old.add_(new)
+    gradient: Tensor | None = None  # of the weight's shape: mean of ∂L/∂w over batches
+    fisher: Tensor | None = None  # of the weight's shape: mean of (∂L/∂w)²
+    movement: Tensor | None = None  # of the weight's shape: −Σ η·w·∂L/∂w while it is trained
+    power: Tensor | None = None  # [groups, inputs]: Σ x²
+    moment: Tensor | None = None  # [groups, inputs, inputs]: H = Σ x xᵀ
+    rows: int = 0  # how many x, of all calls
+    batches: int = 0  # how many gradients
+
+
+def _sum(old, new):
+    return new if old is None else old.add_(new)
 
 # %% ../nbs/07_prune.ipynb
 def _gradients(model, layers, loss, batch, i):
@@ -169,10 +260,13 @@ def _gradients(model, layers, loss, batch, i):
     weights = {n: _original(m) for n, m in layers.items()}
     with torch.enable_grad():
         value = _try(model, batch, i, call=loss)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad: raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
-        if not value.isfinite(): raise ValueError(f"the loss of batch {i} is {value.item()}")
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")
+        if not value.isfinite():
+            raise ValueError(f"the loss of batch {i} is {value.item()}")
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found)}
+
 
 def _original(layer):
     "The parameter behind a layer's weight."
@@ -181,19 +275,25 @@ def _original(layer):
 # %% ../nbs/07_prune.ipynb
 def _see_gradients(model, layers, batches, loss, seen):
     "Sum up gradients and their squares. The model is a copy."
-    for m in layers.values(): _original(m).requires_grad_(True)
+    for m in layers.values():
+        _original(m).requires_grad_(True)
     with eval_mode(model):
         for i, batch in enumerate(batches):
             for n, g in _gradients(model, layers, loss, batch, i).items():
-                seen[n].gradient, seen[n].fisher = _sum(seen[n].gradient, g.detach().clone()), _sum(seen[n].fisher, g.detach() ** 2)
+                seen[n].gradient, seen[n].fisher = (
+                    _sum(seen[n].gradient, g.detach().clone()),
+                    _sum(seen[n].fisher, g.detach() ** 2),
+                )
                 seen[n].batches += 1
     for s in seen.values():
-        if s.batches: s.gradient, s.fisher = s.gradient / s.batches, s.fisher / s.batches
+        if s.batches:
+            s.gradient, s.fisher = s.gradient / s.batches, s.fisher / s.batches
 
 # %% ../nbs/07_prune.ipynb
 def _see_movement(model, layers, batches, loss, seen, lr):
     "Train the model, which is a copy, by gradient descent; sum up how far each weight moved from zero, times itself."
-    for m in layers.values(): _original(m).requires_grad_(True)
+    for m in layers.values():
+        _original(m).requires_grad_(True)
     with eval_mode(model):
         for i, batch in enumerate(batches):
             for n, g in _gradients(model, layers, loss, batch, i).items():
@@ -202,28 +302,37 @@ def _see_movement(model, layers, batches, loss, seen, lr):
                 w.sub_(g, alpha=lr)
 
 # %% ../nbs/07_prune.ipynb
-CALIBRATED = (nn.Linear, nn.Conv1d, nn.Conv2d)     # layers whose output is a product of their weight and rows of their input
+CALIBRATED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+)  # layers whose output is a product of their weight and rows of their input
+
 
 def input_rows(
-    layer: nn.Module,   # Linear, Conv1d or Conv2d
-    x: Tensor,          # its input
-) -> Tensor:            # [groups, rows, inputs], float32 (float64 stays)
-    "The vectors that a layer multiplies its weight with; a convolution's are its windows, one set for each of its groups."
+    layer: nn.Module,  # Linear, Conv1d or Conv2d
+    x: Tensor,  # its input
+) -> Tensor:  # [groups, rows, inputs], float32 (float64 stays)
+    """The vectors that a layer multiplies its weight with; a convolution's are its windows, one set for each of its
+    groups."""
     x = x if x.dtype == torch.float64 else x.float()
-    if isinstance(layer, nn.Linear): return x.reshape(1, -1, x.shape[-1])
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
     spatial = len(layer.kernel_size)
-    if x.dim() == spatial + 1: x = x[None]
+    if x.dim() == spatial + 1:
+        x = x[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     geometry = layer.kernel_size, layer.dilation, 0, layer.stride
-    if spatial == 1: x, geometry = x[:, :, None], ((1, *layer.kernel_size), (1, *layer.dilation), 0, (1, *layer.stride))
+    if spatial == 1:
+        x, geometry = x[:, :, None], ((1, *layer.kernel_size), (1, *layer.dilation), 0, (1, *layer.stride))
     return F.unfold(x, *geometry).unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 # %% ../nbs/07_prune.ipynb
 def as_matrices(
-    weight: Tensor,    # [outputs, …] of a Linear or a convolution
-    groups: int = 1,   # of the convolution
-) -> Tensor:           # [groups, outputs / groups, inputs]
+    weight: Tensor,  # [outputs, …] of a Linear or a convolution
+    groups: int = 1,  # of the convolution
+) -> Tensor:  # [groups, outputs / groups, inputs]
     "A weight as the matrices that multiply `input_rows`."
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
@@ -233,254 +342,392 @@ def _rows_of(layer, x, name, i):
     rows, width = input_rows(layer, x), layer.weight[0].numel()
     name = name or "(model)"
     if rows.shape[2] != width:
-        raise ValueError(f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}")
-    if not bool(torch.isfinite(rows).all()): raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
+        raise ValueError(
+            f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
     return rows
+
 
 @contextmanager
 def _watched(hooks):
-    "Hooks that are removed whatever happens. Attention's fast path reads weights and calls no layers, so it is not taken meanwhile."
+    """Hooks that are removed whatever happens. Attention's fast path reads weights and calls no layers, so it is
+    not taken meanwhile."""
     try:
-        with SlowPath(): yield
+        with SlowPath():
+            yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/07_prune.ipynb
 class _Enough(BaseException):
     "Raised by a hook when the last layer of interest has been seen; nobody's `except Exception` catches it."
 
-def _given(args, kwargs): return args[0] if args else next(iter(kwargs.values()))       # a layer's input, however it was handed over
+
+def _given(args, kwargs):
+    return args[0] if args else next(iter(kwargs.values()))  # a layer's input, however it was handed over
+
 
 def _see_inputs(model, layers, batches, seen, whole, calls=None):
-    "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ; `calls`: after so many of each layer, in each batch, the rest of the model need not run."
+    """Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ; `calls`: after so many of each layer, in
+    each batch, the rest of the model need not run."""
     at, left = [0], Counter()
+
     def watch(name):
         def hook(m, args, kwargs):
             rows, s = _rows_of(m, _given(args, kwargs), name, at[0]), seen[name]
-            with torch.autocast(rows.device.type, enabled=False):               # whatever the model runs in: sums are exact
-                if whole: s.moment = rows.transpose(1, 2) @ rows if s.moment is None else s.moment.baddbmm_(rows.transpose(1, 2), rows)
-                else: s.power = _sum(s.power, rows.square().sum(1))
+            with torch.autocast(rows.device.type, enabled=False):  # whatever the model runs in: sums are exact
+                if whole:
+                    s.moment = (
+                        rows.transpose(1, 2) @ rows
+                        if s.moment is None
+                        else s.moment.baddbmm_(rows.transpose(1, 2), rows)
+                    )
+                else:
+                    s.power = _sum(s.power, rows.square().sum(1))
             s.rows += rows.shape[1]
             left[name] -= 1
-            if calls is not None and all(v <= 0 for v in left.values()): raise _Enough
+            if calls is not None and all(v <= 0 for v in left.values()):
+                raise _Enough
+
         return hook
-    with _watched([m.register_forward_pre_hook(watch(n), with_kwargs=True) for n, m in layers.items()]), eval_mode(model), torch.no_grad():
+
+    with (
+        _watched([m.register_forward_pre_hook(watch(n), with_kwargs=True) for n, m in layers.items()]),
+        eval_mode(model),
+        torch.no_grad(),
+    ):
         for at[0], batch in enumerate(batches):
-            left = Counter({n: calls[at[0]][n] or math.inf for n in layers} if calls is not None else {})      # one that was not called before may be yet
-            with suppress(_Enough): _try(model, batch, at[0])
+            left = Counter(
+                {n: calls[at[0]][n] or math.inf for n in layers} if calls is not None else {}
+            )  # one that was not called before may be yet
+            with suppress(_Enough):
+                _try(model, batch, at[0])
     for n, s in seen.items():
         total = s.moment if whole else s.power
-        if total is not None and not bool(total.isfinite().all()): raise ValueError(f"the inputs of layer {n or '(model)'} are so large that their squares overflow {total.dtype}; scale them")
-        if whole: s.power = None if s.moment is None else s.moment.diagonal(dim1=1, dim2=2).clone()
+        if total is not None and not bool(total.isfinite().all()):
+            raise ValueError(
+                f"the inputs of layer {n or '(model)'} are so large that their squares overflow {total.dtype}; scale"
+                " them"
+            )
+        if whole:
+            s.power = None if s.moment is None else s.moment.diagonal(dim1=1, dim2=2).clone()
 
 # %% ../nbs/07_prune.ipynb
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+
 def prunable_layers(
     model: nn.Module,
-    layers: tuple = PRUNABLE,         # classes
-    skip: Iterable[str] = (),         # names or patterns of layers that are left alone: `('conv1', 'head.*')`
-) -> dict[str, nn.Module]:            # name → layer; of tied layers the first
-    """The layers that have a weight to prune. `ValueError` when there are none, when a pattern fits none, or when a weight is computed from others.
-    A pattern that fits one of several names or tied layers skips them all."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    layers: tuple = PRUNABLE,  # classes
+    skip: Iterable[str] = (),  # names or patterns of layers that are left alone: `('conv1', 'head.*')`
+) -> dict[str, nn.Module]:  # name → layer; of tied layers the first
+    """The layers that have a weight to prune. `ValueError` when there are none, when a pattern fits none, or when a
+    weight is computed from others. A pattern that fits one of several names or tied layers skips them all."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and _weighs(m)}
-    names = {}                                                   # what is pruned as one → all its names
+    names = {}  # what is pruned as one → all its names
     for n, m in model.named_modules(remove_duplicate=False):
-        if id(m) in map(id, found.values()): names.setdefault(_key(m), []).append(n)
+        if id(m) in map(id, found.values()):
+            names.setdefault(_key(m), []).append(n)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     for p in skip:
-        if not fnmatch.filter(itertools.chain(*names.values()), p): raise ValueError(f"skip names {p!r}; the layers are {', '.join(found) or 'none'}")
+        if not fnmatch.filter(itertools.chain(*names.values()), p):
+            raise ValueError(f"skip names {p!r}; the layers are {', '.join(found) or 'none'}")
     kept = {n: m for n, m in found.items() if not any(fnmatch.fnmatchcase(a, p) for p in skip for a in names[_key(m)])}
-    if not kept: raise ValueError(f"model has nothing to prune; it may have {', '.join(c.__name__ for c in layers)}" + f" besides {', '.join(skip)}" * bool(skip))
+    if not kept:
+        raise ValueError(
+            f"model has nothing to prune; it may have {', '.join(c.__name__ for c in layers)}"
+            + f" besides {', '.join(skip)}" * bool(skip)
+        )
     for n, m in kept.items():
-        if (why := _not_plain(m) or _not_ours(m)) is not None: raise ValueError(f"the weight of layer {n or '(model)'} {why}, or skip the layer")
+        if (why := _not_plain(m) or _not_ours(m)) is not None:
+            raise ValueError(f"the weight of layer {n or '(model)'} {why}, or skip the layer")
     _check_held(model, kept)
     unique = {_key(m): n for n, m in reversed(kept.items())}
     return {n: m for n, m in kept.items() if unique[_key(m)] == n}
 
+
 def _check_held(model, kept):
-    "`ValueError` for a weight that the model also reads where no mask can be, and for code that would see that it has one."
+    """`ValueError` for a weight that the model also reads where no mask can be, and for code that would see that it
+    has one."""
     ours = {identity_of(_original(m)): n for n, m in kept.items()}
     sharing = lambda t: next((n for n, m in kept.items() if overlap(_original(m), t)), None)
     for module, names in layers_of(model).values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is None or (n := ours.get(identity_of(t), sharing(t) if key in module._buffers else None)) is None: continue
-            if key != "weight" and not (key == "original" and isinstance(module, parametrize.ParametrizationList)): raise ValueError(f"the weight of layer {n or '(model)'} is also {f'{names[0]}.{key}'.lstrip('.')}, where it would stay whole; skip the layer")
+            if t is None or (n := ours.get(identity_of(t), sharing(t) if key in module._buffers else None)) is None:
+                continue
+            if key != "weight" and not (key == "original" and isinstance(module, parametrize.ParametrizationList)):
+                raise ValueError(
+                    f"the weight of layer {n or '(model)'} is also {f'{names[0]}.{key}'.lstrip('.')}, where it would"
+                    " stay whole; skip the layer"
+                )
     for where, t in also_held(model):
-        if (n := sharing(t)) is not None: raise ValueError(f"the weight of layer {n or '(model)'} is also {where}, a plain attribute, where it would stay whole; skip the layer")
-    check_kept(model, [(f"the weight of layer {n or '(model)'}", _original(m)) for n, m in kept.items()], "skip the layer")
+        if (n := sharing(t)) is not None:
+            raise ValueError(
+                f"the weight of layer {n or '(model)'} is also {where}, a plain attribute, where it would stay whole;"
+                " skip the layer"
+            )
+    check_kept(
+        model, [(f"the weight of layer {n or '(model)'}", _original(m)) for n, m in kept.items()], "skip the layer"
+    )
     check_code(model, kept.values(), classes=False)
+
 
 def _weighs(m):
     "Whether a layer has a weight, of any kind, with numbers in it."
-    of = next(m.parametrizations["weight"].parameters(recurse=False)) if parametrize.is_parametrized(m, "weight") else m._parameters.get("weight")
-    if nn.parameter.is_lazy(of): raise ValueError(f"a {type(m).__name__} has no weights yet; call the model once first")
+    of = (
+        next(m.parametrizations["weight"].parameters(recurse=False))
+        if parametrize.is_parametrized(m, "weight")
+        else m._parameters.get("weight")
+    )
+    if nn.parameter.is_lazy(of):
+        raise ValueError(f"a {type(m).__name__} has no weights yet; call the model once first")
     return of.numel() > 0 if isinstance(of, Tensor) else computed(m) is not None
 
-def _key(m): return id(m) if _not_plain(m) is not None else id(_original(m))
+
+def _key(m):
+    return id(m) if _not_plain(m) is not None else id(_original(m))
+
 
 def _not_ours(m):
-    "Why a parametrized weight has no zeros where its original has them; None for masks and for quantizers of this library."
-    if not parametrize.is_parametrized(m, "weight"): return None
+    """Why a parametrized weight has no zeros where its original has them; None for masks and for quantizers of this
+    library."""
+    if not parametrize.is_parametrized(m, "weight"):
+        return None
     home = __name__.split(".")[0]
     return None if all(type(k).__module__.split(".")[0] == home for k in m.parametrizations["weight"]) else computed(m)
 
 # %% ../nbs/07_prune.ipynb
 def collect(
-    model: nn.Module,              # runs in eval mode, and is left as it was
-    batches: Iterable | Split,     # of inputs, or of whatever `loss` takes
-    needs: str,                    # 'gradient', 'movement', 'power' or 'moment'
+    model: nn.Module,  # runs in eval mode, and is left as it was
+    batches: Iterable | Split,  # of inputs, or of whatever `loss` takes
+    needs: str,  # 'gradient', 'movement', 'power' or 'moment'
     loss: Callable | None = None,  # (model, batch) → scalar; None: cross-entropy of (inputs, labels)
-    layers: dict[str, nn.Module] | None = None,   # name → layer; None: all that can be pruned
-    lr: float = 0.01,              # for 'movement'
-    first: bool = False,           # for 'power' and 'moment': stop each run when all of the layers have been called once
+    layers: dict[str, nn.Module] | None = None,  # name → layer; None: all that can be pruned
+    lr: float = 0.01,  # for 'movement'
+    first: bool = False,  # for 'power' and 'moment': stop each run when all of the layers have been called once
 ) -> dict[str, Seen]:
-    "Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or they do not fit."
+    """Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or
+    they do not fit."""
     layers = prunable_layers(model) if layers is None else layers
     seen, batches = {n: Seen() for n in layers}, as_batches(batches)
     if needs in ("power", "moment"):
         odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
-        if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-    elif needs not in ("gradient", "movement"): raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
-    with same_dice(), torch.inference_mode(False):               # gradients may be asked for
+        if odd:
+            raise ValueError(
+                f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it"
+            )
+    elif needs not in ("gradient", "movement"):
+        raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
+    with same_dice(), torch.inference_mode(False):  # gradients may be asked for
         new = copied(model)
         twins = {n: new.get_submodule(n) for n in layers}
-        if needs in ("power", "moment"): _see_inputs(new, twins, batches, seen, needs == "moment", defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None)
-        elif needs == "gradient": _see_gradients(new, twins, batches, loss or label_loss, seen)
-        else: _see_movement(new, twins, batches, loss or label_loss, seen, lr)
-    if not any(s.rows or s.batches for s in seen.values()): raise ValueError("there are no data: batches gave nothing to any layer")
+        if needs in ("power", "moment"):
+            _see_inputs(
+                new,
+                twins,
+                batches,
+                seen,
+                needs == "moment",
+                defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None,
+            )
+        elif needs == "gradient":
+            _see_gradients(new, twins, batches, loss or label_loss, seen)
+        else:
+            _see_movement(new, twins, batches, loss or label_loss, seen, lr)
+    if not any(s.rows or s.batches for s in seen.values()):
+        raise ValueError("there are no data: batches gave nothing to any layer")
     return seen
 
 # %% ../nbs/07_prune.ipynb
 class Criterion:
     "Scores weights; those of the least score are pruned."
-    needs: str | None = None      # which data `collect` should look at
-    scope = "global"              # among which weights scores are compared, when nobody says
+
+    needs: str | None = None  # which data `collect` should look at
+    scope = "global"  # among which weights scores are compared, when nobody says
+
     def score(
         self,
-        weight: Tensor,           # of a layer, zero where it is pruned already
-        seen: Seen | None,        # what `collect` found for that layer
-    ) -> Tensor:                  # of the same shape
+        weight: Tensor,  # of a layer, zero where it is pruned already
+        seen: Seen | None,  # what `collect` found for that layer
+    ) -> Tensor:  # of the same shape
         raise NotImplementedError
-    repairs = False               # whether it has a `cut` of its own, that moves the weights which stay
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+    repairs = False  # whether it has a `cut` of its own, that moves the weights which stay
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 # %% ../nbs/07_prune.ipynb
 class Random(Criterion):
     "A die, thrown with torch's global generator or one of your own."
-    def __init__(self, generator: torch.Generator | None = None): self.generator = generator
-    def score(self, weight, seen=None): return -torch.rand(weight.shape, dtype=weight.dtype, device=weight.device, generator=self.generator)
-    def of_units(self, count, device): return torch.rand(count, device=device, generator=self.generator)     # one throw for each
+
+    def __init__(self, generator: torch.Generator | None = None):
+        self.generator = generator
+
+    def score(self, weight, seen=None):
+        return -torch.rand(weight.shape, dtype=weight.dtype, device=weight.device, generator=self.generator)
+
+    def of_units(self, count, device):
+        return torch.rand(count, device=device, generator=self.generator)  # one throw for each
+
 
 class Magnitude(Criterion):
-    "|w| or, with p = 2, w² (Han et al. 2015, arXiv:1506.02626). The order is the same for single weights, not for sums."
+    """|w| or, with p = 2, w² (Han et al. 2015, arXiv:1506.02626). The order is the same for single weights, not for
+    sums."""
+
     def __init__(self, p: int = 1):
-        if p not in (1, 2): raise ValueError(f"p is {p!r}; it may be 1 or 2")
+        if p not in (1, 2):
+            raise ValueError(f"p is {p!r}; it may be 1 or 2")
         self.p = p
-    def score(self, weight, seen=None): return weight.abs() if self.p == 1 else weight.square()
+
+    def score(self, weight, seen=None):
+        return weight.abs() if self.p == 1 else weight.square()
 
 # %% ../nbs/07_prune.ipynb
 class Gradient(Criterion):
     "|∂L/∂w|."
+
     needs = "gradient"
-    def score(self, weight, seen): return seen.gradient.abs()
+
+    def score(self, weight, seen):
+        return seen.gradient.abs()
+
 
 class Taylor(Criterion):
-    "|w·∂L/∂w|, the first order of the loss (Molchanov et al. 2017, arXiv:1611.06440); at initialization it is SNIP (Lee et al. 2019, arXiv:1810.02340)."
+    """|w·∂L/∂w|, the first order of the loss (Molchanov et al. 2017, arXiv:1611.06440); at initialization it is
+    SNIP (Lee et al. 2019, arXiv:1810.02340)."""
+
     needs = "gradient"
-    def score(self, weight, seen): return (weight * seen.gradient).abs()
+
+    def score(self, weight, seen):
+        return (weight * seen.gradient).abs()
+
 
 class Fisher(Criterion):
-    "½ F w², Optimal Brain Damage (LeCun et al. 1990) with the empirical Fisher information. Small batches estimate it better."
+    """½ F w², Optimal Brain Damage (LeCun et al. 1990) with the empirical Fisher information. Small batches
+    estimate it better."""
+
     needs = "gradient"
-    def score(self, weight, seen): return seen.fisher * weight.square() / 2
+
+    def score(self, weight, seen):
+        return seen.fisher * weight.square() / 2
+
 
 class Movement(Criterion):
     "−Σ η·w·∂L/∂w while a copy is trained over the batches (Sanh et al. 2020, arXiv:2005.07683)."
+
     needs = "movement"
-    def __init__(self, lr: float = 0.01): self.lr = lr
-    def score(self, weight, seen): return seen.movement
+
+    def __init__(self, lr: float = 0.01):
+        self.lr = lr
+
+    def score(self, weight, seen):
+        return seen.movement
 
 # %% ../nbs/07_prune.ipynb
 class Wanda(Criterion):
     "|w|·‖x‖, compared within each output (Sun et al. 2023, arXiv:2306.11695)."
+
     needs, scope = "power", "output"
+
     def score(self, weight, seen):
-        return (as_matrices(weight, len(seen.power)).abs() * seen.power.to(weight.dtype).sqrt()[:, None]).reshape(weight.shape)
+        return (as_matrices(weight, len(seen.power)).abs() * seen.power.to(weight.dtype).sqrt()[:, None]).reshape(
+            weight.shape
+        )
 
 # %% ../nbs/07_prune.ipynb
 def inverse_factor(
-    moment: Tensor,          # [inputs, inputs] H, symmetric, without negative eigenvalues
-    damping: float = 0.01,   # share of the mean diagonal that is added to the diagonal
-) -> Tensor:                 # [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
-    "Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and infinite values, and for values that leave no room in their dtype."
-    if not 0 <= damping < math.inf: raise ValueError(f"damping is {damping}; it may be 0 or more")
-    if not bool(moment.isfinite().all()): raise ValueError("moment holds NaN or infinite values, so it has no inverse")
+    moment: Tensor,  # [inputs, inputs] H, symmetric, without negative eigenvalues
+    damping: float = 0.01,  # share of the mean diagonal that is added to the diagonal
+) -> Tensor:  # [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
+    """Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and
+    infinite values, and for values that leave no room in their dtype."""
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if not bool(moment.isfinite().all()):
+        raise ValueError("moment holds NaN or infinite values, so it has no inverse")
     H = moment.to(torch.float64 if len(moment) <= 1024 else moment.dtype, copy=True)
     extra = damping * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
         H.diagonal().add_(extra)
-        if not bool(H.diagonal().isfinite().all()): raise ValueError(f"moment is too large for {H.dtype}; scale it down first")
+        if not bool(H.diagonal().isfinite().all()):
+            raise ValueError(f"moment is too large for {H.dtype}; scale it down first")
         L, failed = torch.linalg.cholesky_ex(H)
-        if not failed and bool((1 / L.diagonal().square()).isfinite().all()): break
+        if not failed and bool((1 / L.diagonal().square()).isfinite().all()):
+            break
         extra = 10 * extra.clamp(min=max(1e-6 * H.diagonal().mean().item(), torch.finfo(torch.float32).tiny))
-    return torch.linalg.cholesky(torch.cholesky_inverse(L, out=H), upper=True, out=L)      # two matrices at a time, no more
+    return torch.linalg.cholesky(torch.cholesky_inverse(L, out=H), upper=True, out=L)  # two matrices at a time, no more
 
 # %% ../nbs/07_prune.ipynb
 def removal_cost(
-    weight: Tensor,     # [outputs, …]
-    moment: Tensor,     # [groups, inputs, inputs] H
-) -> Tensor:            # of the weight's shape: w² H_jj
-    "The squared output error, summed over the data, when a weight is set to zero and nothing else moves. Wanda is its root."
+    weight: Tensor,  # [outputs, …]
+    moment: Tensor,  # [groups, inputs, inputs] H
+) -> Tensor:  # of the weight's shape: w² H_jj
+    """The squared output error, summed over the data, when a weight is set to zero and nothing else moves. Wanda is
+    its root."""
     power = moment.diagonal(dim1=1, dim2=2)
     return (as_matrices(weight, len(moment)).square() * power[:, None].to(weight.dtype)).reshape(weight.shape)
 
+
 def least_cost(
-    weight: Tensor,          # [outputs, …]
-    moment: Tensor,          # [groups, inputs, inputs] H
-    damping: float = 0.01,   # of `inverse_factor`
-) -> Tensor:                 # of the weight's shape: w² / [H⁻¹]_jj
+    weight: Tensor,  # [outputs, …]
+    moment: Tensor,  # [groups, inputs, inputs] H
+    damping: float = 0.01,  # of `inverse_factor`
+) -> Tensor:  # of the weight's shape: w² / [H⁻¹]_jj
     "The least error at which a weight can become zero, whatever the others do (OBS, Hassibi & Stork 1993)."
-    spread = torch.stack([inverse_factor(h, damping).square().sum(0) for h in moment])      # the diagonal of UᵀU
+    spread = torch.stack([inverse_factor(h, damping).square().sum(0) for h in moment])  # the diagonal of UᵀU
     return (as_matrices(weight, len(moment)).square() / spread[:, None].to(weight.dtype)).reshape(weight.shape)
+
 
 class Surgeon(Criterion):
     "w² / [H⁻¹]_jj: Optimal Brain Surgeon's cost of one weight (Hassibi & Stork 1993)."
+
     needs, scope = "moment", "layer"
-    def __init__(self, damping: float = 0.01): self.damping = damping
-    def score(self, weight, seen): return least_cost(weight, seen.moment, self.damping)
+
+    def __init__(self, damping: float = 0.01):
+        self.damping = damping
+
+    def score(self, weight, seen):
+        return least_cost(weight, seen.moment, self.damping)
 
 # %% ../nbs/07_prune.ipynb
 def cut_layer(
-    layer: nn.Module,              # it is left as it is
-    h: Tensor | Callable | Criterion | str,   # bool mask: True stays; or what gives a saliency to each weight
-    bound: float = 0.,             # ε: weights with h ≤ ε are cut
-    batches: Iterable | None = None,   # inputs of this layer, for criteria that need data
+    layer: nn.Module,  # it is left as it is
+    h: Tensor | Callable | Criterion | str,  # bool mask: True stays; or what gives a saliency to each weight
+    bound: float = 0.0,  # ε: weights with h ≤ ε are cut
+    batches: Iterable | None = None,  # inputs of this layer, for criteria that need data
     loss: Callable | None = None,  # (layer, batch) → scalar, for criteria that need a gradient
-) -> nn.Module:                    # a copy with a mask
-    "Cut the weights whose heuristic saliency is at most a bound. If h bounds the true saliency from above, all that was cut is cheap."
+) -> nn.Module:  # a copy with a mask
+    """Cut the weights whose heuristic saliency is at most a bound. If h bounds the true saliency from above, all
+    that was cut is cheap."""
     return cut_model(layer, {"": h}, bound, batches, loss, layers=(type(layer),))
 
 # %% ../nbs/07_prune.ipynb
 def cut_model(
-    model: nn.Module,              # it is left as it is
-    h: Any,                        # a heuristic for all layers; or a dict of names or patterns and masks or heuristics
-    bound: float = 0.,             # ε: weights with h ≤ ε are cut
-    batches: Iterable | None = None,   # for criteria that need data
+    model: nn.Module,  # it is left as it is
+    h: Any,  # a heuristic for all layers; or a dict of names or patterns and masks or heuristics
+    bound: float = 0.0,  # ε: weights with h ≤ ε are cut
+    batches: Iterable | None = None,  # for criteria that need data
     loss: Callable | None = None,  # (model, batch) → scalar, for criteria that need a gradient
-    layers: tuple = PRUNABLE,      # classes of the layers that are cut
-    allow_empty: bool = False,     # may a layer lose all its weights?
-) -> nn.Module:                    # a copy with masks
+    layers: tuple = PRUNABLE,  # classes of the layers that are cut
+    allow_empty: bool = False,  # may a layer lose all its weights?
+) -> nn.Module:  # a copy with masks
     "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
-    if not isinstance(bound, (int, float)) or math.isnan(bound): raise ValueError(f"bound is {bound!r}; it may be a number")
+    if not isinstance(bound, (int, float)) or math.isnan(bound):
+        raise ValueError(f"bound is {bound!r}; it may be a number")
     new = copied(model)
     batches = batches if batches is None else as_batches(batches)
     found, ways = prunable_layers(new, layers), h if isinstance(h, Mapping) else {"*": h}
     _check_patterns("h", ways, found)
     for n, m in found.items():
         way = next((w for p, w in ways.items() if fnmatch.fnmatchcase(n, p)), None)
-        if way is not None: mask_layer(m, _kept(new, n, m, way, bound, batches, loss))
+        if way is not None:
+            mask_layer(m, _kept(new, n, m, way, bound, batches, loss))
     _check_survivors(found, allow_empty)
     return _share_masks(new, found)
 
@@ -488,87 +735,137 @@ def cut_model(
 @torch.no_grad()
 def _kept(model, name, layer, h, bound, batches, loss):
     "What a mask or a heuristic keeps of one layer."
-    if isinstance(h, Tensor): return h
+    if isinstance(h, Tensor):
+        return h
     _check_finite(name, layer)
     if isinstance(h, (str, Criterion)):
         h = as_criterion(h)
-        seen = collect(model, _needed(h, batches), h.needs, loss, {name: layer}, getattr(h, "lr", 0.01))[name] if h.needs else None
+        seen = (
+            collect(model, _needed(h, batches), h.needs, loss, {name: layer}, getattr(h, "lr", 0.01))[name]
+            if h.needs
+            else None
+        )
         h = lambda weight, score=h.score: score(weight, seen)
-    if not callable(h): raise TypeError(f"h is a {type(h).__name__}; it may be a bool tensor, a function of a weight or a criterion")
+    if not callable(h):
+        raise TypeError(f"h is a {type(h).__name__}; it may be a bool tensor, a function of a weight or a criterion")
     values = h(layer.weight.detach())
-    if not isinstance(values, Tensor) or values.shape != layer.weight.shape: raise ValueError(f"h must give a tensor of shape {tuple(layer.weight.shape)} for layer {name or '(model)'}")
+    if not isinstance(values, Tensor) or values.shape != layer.weight.shape:
+        raise ValueError(f"h must give a tensor of shape {tuple(layer.weight.shape)} for layer {name or '(model)'}")
     return values if values.dtype == torch.bool else values > bound
+
 
 def _check_patterns(what, patterns, names):
     for p in patterns:
-        if not fnmatch.filter(names, p): raise ValueError(f"{what} names {p!r}; the layers are {', '.join(names)}")
+        if not fnmatch.filter(names, p):
+            raise ValueError(f"{what} names {p!r}; the layers are {', '.join(names)}")
+
 
 def _needed(criterion, batches):
-    if batches is None: raise ValueError(f"criterion {criterion!r} looks at data, but batches is None; give some, such as [(x, y)]")
+    if batches is None:
+        raise ValueError(f"criterion {criterion!r} looks at data, but batches is None; give some, such as [(x, y)]")
     return batches
 
+
 def _check_finite(name, layer):
-    if not bool(torch.isfinite(layer.weight).all()): raise ValueError(f"layer {name or '(model)'} holds weights that are NaN or infinite")
+    if not bool(torch.isfinite(layer.weight).all()):
+        raise ValueError(f"layer {name or '(model)'} holds weights that are NaN or infinite")
 
 # %% ../nbs/07_prune.ipynb
 def _check_survivors(layers, allow_empty):
     "A layer without any weight passes nothing on: refuse, with its name."
     for n, m in layers.items():
         if not allow_empty and (mask := find_mask(m)) is not None and not bool(mask.keep.any()):
-            raise ValueError(f"layer {n or '(model)'} would lose all its {mask.keep.numel():,} weights; ask for less, skip it, compare within layers "
-                             "(scope='layer'), or say allow_empty=True")
+            raise ValueError(
+                f"layer {n or '(model)'} would lose all its {mask.keep.numel():,} weights; ask for less, skip it,"
+                " compare within layers (scope='layer'), or say allow_empty=True"
+            )
+
 
 def _share_masks(model, layers):
     "Give tied layers the mask of the first of them."
     first = {id(_original(m)): find_mask(m) for m in layers.values()}
     for m in model.modules():
-        tied = isinstance(m._parameters.get("weight"), Tensor) or parametrize.is_parametrized(m, "weight") and _not_plain(m) is None
-        if tied and (mask := first.get(id(_original(m)))) is not None: mask_layer(m, mask)
+        tied = (
+            isinstance(m._parameters.get("weight"), Tensor)
+            or parametrize.is_parametrized(m, "weight")
+            and _not_plain(m) is None
+        )
+        if tied and (mask := first.get(id(_original(m)))) is not None:
+            mask_layer(m, mask)
     return model
 
 # %% ../nbs/07_prune.ipynb
-CRITERIA = {"random": Random, "magnitude": Magnitude, "l1": Magnitude, "l2": lambda: Magnitude(2), "gradient": Gradient, "taylor": Taylor, "snip": Taylor,
-            "fisher": Fisher, "obd": Fisher, "movement": Movement, "wanda": Wanda, "obs": Surgeon}
+CRITERIA = {
+    "random": Random,
+    "magnitude": Magnitude,
+    "l1": Magnitude,
+    "l2": lambda: Magnitude(2),
+    "gradient": Gradient,
+    "taylor": Taylor,
+    "snip": Taylor,
+    "fisher": Fisher,
+    "obd": Fisher,
+    "movement": Movement,
+    "wanda": Wanda,
+    "obs": Surgeon,
+}
+
 
 def as_criterion(
-    criterion: str | Criterion,   # a name in `CRITERIA`, or an object with `needs` and `score`
+    criterion: str | Criterion,  # a name in `CRITERIA`, or an object with `needs` and `score`
 ) -> Criterion:
     "Look up a criterion. An unknown name raises ValueError and lists the known ones."
     if isinstance(criterion, str):
-        if criterion not in CRITERIA: raise ValueError(f"criterion is {criterion!r}; it may be {', '.join(map(repr, CRITERIA))} or a Criterion")
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion is {criterion!r}; it may be {', '.join(map(repr, CRITERIA))} or a Criterion")
         return CRITERIA[criterion]()
-    if not isinstance(criterion, Criterion): raise TypeError(f"criterion is a {type(criterion).__name__}; it may be a name or a Criterion")
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion is a {type(criterion).__name__}; it may be a name or a Criterion")
     return criterion
 
 # %% ../nbs/07_prune.ipynb
 def as_rows(
     layer: nn.Module,
-    weight: Tensor,    # or anything of its shape
-) -> Tensor:           # [outputs, inputs of a group, *kernel]
+    weight: Tensor,  # or anything of its shape
+) -> Tensor:  # [outputs, inputs of a group, *kernel]
     "A weight with its outputs first, as all layers but transposed convolutions and GPT-2's Conv1D have it anyway."
-    if _is_conv1d(layer): return weight.transpose(0, 1)
-    if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return weight
+    if _is_conv1d(layer):
+        return weight.transpose(0, 1)
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return weight
     return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     "The inverse of `as_rows`."
-    if _is_conv1d(layer): return rows.transpose(0, 1)
-    if not isinstance(layer, nn.modules.conv._ConvTransposeNd): return rows
+    if _is_conv1d(layer):
+        return rows.transpose(0, 1)
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return rows
     return rows.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-def _is_conv1d(layer): return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)      # [inputs, outputs]
+
+def _is_conv1d(layer):
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__
+    )  # [inputs, outputs]
 
 # %% ../nbs/07_prune.ipynb
 @dataclass
 class Units:
     "How the weights of a layer go together."
-    of: Tensor | None      # [outputs, …] int64: the unit of each weight, −1 for those that are protected; None: each is its own
-    count: int             # units
-    size: Tensor           # [count] or [1], weights in a unit
+
+    of: (
+        Tensor | None
+    )  # [outputs, …] int64: the unit of each weight, −1 for those that are protected; None: each is its own
+    count: int  # units
+    size: Tensor  # [count] or [1], weights in a unit
+
 
 def _numbered(*sizes):
     "Tensors of coordinates that count a grid."
     return torch.meshgrid(*(torch.arange(s) for s in sizes), indexing="ij")
+
 
 def _units_of(ids):
     "Units from any numbering; those that share a number belong together."
@@ -577,50 +874,64 @@ def _units_of(ids):
 
 # %% ../nbs/07_prune.ipynb
 def parse_granularity(granularity: str) -> tuple:
-    "`('weight',)`, `('row',)`, `('column',)`, `('kernel',)`, `('block', 4, 4)` or `('n:m', 2, 4)`. `ValueError` for anything else."
+    """`('weight',)`, `('row',)`, `('column',)`, `('kernel',)`, `('block', 4, 4)` or `('n:m', 2, 4)`. `ValueError`
+    for anything else."""
     names = {"weight": "weight", "row": "row", "channel": "row", "column": "column", "kernel": "kernel"}
-    if granularity in names: return (names[granularity],)
+    if granularity in names:
+        return (names[granularity],)
     if isinstance(granularity, str) and (m := re.fullmatch(r"(\d+)\s*([x:×])\s*(\d+)", granularity)):
         a, b, nm = int(m[1]), int(m[3]), m[2] == ":"
-        if a > 0 and b > 0 and not (nm and a >= b): return ("n:m" if nm else "block", a, b)
-    raise ValueError(f"granularity is {granularity!r}; it may be 'weight', 'row' (or 'channel'), 'column', 'kernel', a block such as '4x4', or N:M with N < M such as '2:4'")
+        if a > 0 and b > 0 and not (nm and a >= b):
+            return ("n:m" if nm else "block", a, b)
+    raise ValueError(
+        f"granularity is {granularity!r}; it may be 'weight', 'row' (or 'channel'), 'column', 'kernel', a block such as"
+        " '4x4', or N:M with N < M such as '2:4'"
+    )
 
 # %% ../nbs/07_prune.ipynb
 def units(
-    scores: Tensor,             # [outputs, inputs, …] of a layer
+    scores: Tensor,  # [outputs, inputs, …] of a layer
     granularity: str = "weight",
 ) -> Units:
     "Divide a layer's weights into what goes or stays together. Blocks and groups at the edge may be smaller."
     kind, *size = parse_granularity(granularity)
-    if kind == "weight" or scores.dim() < 2: return Units(None, scores.numel(), torch.ones(1, dtype=torch.int64))
-    if kind == "n:m": return _losers(scores, *size)
+    if kind == "weight" or scores.dim() < 2:
+        return Units(None, scores.numel(), torch.ones(1, dtype=torch.int64))
+    if kind == "n:m":
+        return _losers(scores, *size)
     flat = scores.flatten(2) if scores.dim() > 2 else scores[..., None]
     row, column, place = _numbered(*flat.shape)
     if kind == "block":
-        column = column * flat.shape[2] + place                                # the matrix [outputs, inputs · kernel]
+        column = column * flat.shape[2] + place  # the matrix [outputs, inputs · kernel]
         ids = row // size[0] * (column.max() // size[1] + 1) + column // size[1]
-    else: ids = {"row": row, "column": column, "kernel": row * flat.shape[1] + column}[kind]
+    else:
+        ids = {"row": row, "column": column, "kernel": row * flat.shape[1] + column}[kind]
     return _units_of(ids.reshape(scores.shape).to(scores.device))
 
 # %% ../nbs/07_prune.ipynb
 def _losers(scores, n, m):
     "One unit a group: those of its m neighbours along the inputs that are not among its n best."
     moved = scores.movedim(1, -1)
-    padded = F.pad(moved, (0, -moved.shape[-1] % m), value=-math.inf)          # what is not there loses first
+    padded = F.pad(moved, (0, -moved.shape[-1] % m), value=-math.inf)  # what is not there loses first
     groups = padded.unflatten(-1, (-1, m))
     best = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True)
-    ids = torch.arange(groups[..., 0].numel(), device=scores.device).view(groups.shape[:-1])[..., None].expand(groups.shape)
-    of = torch.where(best, -1, ids).flatten(-2)[..., :moved.shape[-1]].movedim(-1, 1)
+    ids = (
+        torch.arange(groups[..., 0].numel(), device=scores.device)
+        .view(groups.shape[:-1])[..., None]
+        .expand(groups.shape)
+    )
+    of = torch.where(best, -1, ids).flatten(-2)[..., : moved.shape[-1]].movedim(-1, 1)
     size = torch.bincount(of[of >= 0], minlength=groups[..., 0].numel())
     return Units(of, len(size), size)
 
 # %% ../nbs/07_prune.ipynb
 def unit_scores(
-    scores: Tensor,     # [outputs, …], −inf where nothing is left to prune
+    scores: Tensor,  # [outputs, …], −inf where nothing is left to prune
     parts: Units,
-) -> Tensor:            # [count]: the mean score of what is left in each unit, −inf for units that are gone
+) -> Tensor:  # [count]: the mean score of what is left in each unit, −inf for units that are gone
     "What each unit is worth, for each weight in it."
-    if parts.of is None: return scores.flatten()
+    if parts.of is None:
+        return scores.flatten()
     inside, gone = parts.of >= 0, scores == -math.inf
     at, values = parts.of[inside], torch.where(gone, 0, scores)[inside]
     total = torch.zeros(parts.count, dtype=scores.dtype, device=scores.device).index_add_(0, at, values)
@@ -629,9 +940,9 @@ def unit_scores(
 
 # %% ../nbs/07_prune.ipynb
 def erk_sparsities(
-    shapes: Mapping[str, tuple],   # name → shape of the weight
-    sparsity: float,               # of all together
-) -> dict[str, float]:             # of each layer
+    shapes: Mapping[str, tuple],  # name → shape of the weight
+    sparsity: float,  # of all together
+) -> dict[str, float]:  # of each layer
     "Erdős–Rényi–Kernel: densities in proportion to Σ dimensions / Π dimensions (Evci et al. 2020, arXiv:1911.11134)."
     size = {n: math.prod(s) for n, s in shapes.items()}
     raw = {n: sum(s) / math.prod(s) for n, s in shapes.items()}
@@ -640,57 +951,80 @@ def erk_sparsities(
         left = (1 - sparsity) * sum(size.values()) - sum(size[n] for n in whole)
         ε = left / sum(raw[n] * size[n] for n in shapes if n not in whole) if len(whole) < len(size) else 0
         new = {n for n in shapes if n not in whole and ε * raw[n] > 1}
-        if not new: return {n: 0. if n in whole else 1 - ε * raw[n] for n in shapes}
+        if not new:
+            return {n: 0.0 if n in whole else 1 - ε * raw[n] for n in shapes}
         whole |= new
 
 # %% ../nbs/07_prune.ipynb
 def lowest(
-    scores: Tensor,     # [units]
-    size: Tensor,       # [units] or [1]: weights in each
-    sparsity: float,    # share of `total` that should go
-    total: int,         # weights, protected ones included
-    gone: int = 0,      # of these, how many are gone already; `size` then counts what is left
-) -> Tensor:            # bool [units]: True goes
+    scores: Tensor,  # [units]
+    size: Tensor,  # [units] or [1]: weights in each
+    sparsity: float,  # share of `total` that should go
+    total: int,  # weights, protected ones included
+    gone: int = 0,  # of these, how many are gone already; `size` then counts what is left
+) -> Tensor:  # bool [units]: True goes
     "The units of least score that make up a share of all weights."
     drop = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    if not len(scores) or not bool(size.any()): return drop          # all are protected
+    if not len(scores) or not bool(size.any()):
+        return drop  # all are protected
     if len(size) == 1 and not gone:
         k = min(round(sparsity * (total / size.item())), len(scores))
         drop[scores.topk(k, largest=False, sorted=False).indices] = True
         return drop
     order = scores.argsort(stable=True)
     size = size.to(scores.device).expand(len(scores))[order]
-    drop[order] = size.cumsum(0) - size / 2 <= sparsity * total - gone      # the last one goes if most of it fits
+    drop[order] = size.cumsum(0) - size / 2 <= sparsity * total - gone  # the last one goes if most of it fits
     return drop
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
 def choose_masks(
-    scores: Mapping[str, Tensor],      # name → [outputs, inputs, …] of each layer; −inf for what is gone already
-    sparsity: float | Mapping[str, float],   # share of all weights that should be gone; or of each layer
+    scores: Mapping[str, Tensor],  # name → [outputs, inputs, …] of each layer; −inf for what is gone already
+    sparsity: float | Mapping[str, float],  # share of all weights that should be gone; or of each layer
     granularity: str = "weight",
-    scope: str = "global",             # 'global', 'layer' (or 'uniform'), 'output', 'erk'
-) -> dict[str, Tensor]:                # name → bool: True stays
+    scope: str = "global",  # 'global', 'layer' (or 'uniform'), 'output', 'erk'
+) -> dict[str, Tensor]:  # name → bool: True stays
     "Which weights stay, given what each is worth."
-    if scope == "output": return {n: _within_outputs(s, share, granularity) for (n, s), share in zip(scores.items(), _shares(scores, sparsity, "layer").values())}
+    if scope == "output":
+        return {
+            n: _within_outputs(s, share, granularity)
+            for (n, s), share in zip(scores.items(), _shares(scores, sparsity, "layer").values())
+        }
     parts = {n: units(s, granularity) for n, s in scores.items()}
     worth = {n: unit_scores(s, parts[n]) for n, s in scores.items()}
     left = {n: _left(s, parts[n]) for n, s in scores.items()}
     if scope == "global":
         size = [s for s, _ in left.values()]
-        size = size[0] if all(len(s) == 1 and s == size[0] for s in size) else torch.cat([s.expand(p.count) for s, p in zip(size, parts.values())])
-        drop = lowest(torch.cat(list(worth.values())), size, sparsity, sum(s.numel() for s in scores.values()), sum(g for _, g in left.values()))
+        size = (
+            size[0]
+            if all(len(s) == 1 and s == size[0] for s in size)
+            else torch.cat([s.expand(p.count) for s, p in zip(size, parts.values())])
+        )
+        drop = lowest(
+            torch.cat(list(worth.values())),
+            size,
+            sparsity,
+            sum(s.numel() for s in scores.values()),
+            sum(g for _, g in left.values()),
+        )
         drop = dict(zip(scores, drop.split([p.count for p in parts.values()])))
-    else: drop = {n: lowest(worth[n], left[n][0], share, scores[n].numel(), left[n][1]) for n, share in _shares(scores, sparsity, scope).items()}
+    else:
+        drop = {
+            n: lowest(worth[n], left[n][0], share, scores[n].numel(), left[n][1])
+            for n, share in _shares(scores, sparsity, scope).items()
+        }
     shares = _shares(scores, sparsity, "layer" if scope == "global" else scope)
     drop = {n: torch.ones_like(d) if _all_groups(granularity, shares[n]) else d for n, d in drop.items()}
     return {n: _kept_of(drop[n], parts[n], s) for n, s in scores.items()}
 
+
 def _left(scores, parts):
     "How many weights each unit has left, and how many are gone; single weights that are gone simply come first."
     gone = scores == -math.inf
-    if parts.of is None or not bool(gone.any()): return parts.size, 0
+    if parts.of is None or not bool(gone.any()):
+        return parts.size, 0
     return torch.bincount(parts.of[(parts.of >= 0) & ~gone], minlength=parts.count), int(gone.sum())
+
 
 def _all_groups(granularity, sparsity):
     "Whether N:M is asked for in every group, also where much is gone already."
@@ -703,39 +1037,50 @@ def _kept_of(drop, parts, scores):
     gone = drop.view(scores.shape) if parts.of is None else (parts.of >= 0) & drop[parts.of.clamp(min=0)]
     return ~gone & (scores != -math.inf)
 
+
 def _within_outputs(scores, sparsity, granularity):
     "Each output loses the same share of its own weights."
-    if parse_granularity(granularity)[0] == "n:m": return choose_masks({"": scores}, sparsity, granularity, "layer")[""]     # N:M divides rows anyway
-    if granularity != "weight": raise ValueError(f"scope is 'output' and granularity {granularity!r}; within an output only 'weight' and N:M can be compared")
+    if parse_granularity(granularity)[0] == "n:m":
+        return choose_masks({"": scores}, sparsity, granularity, "layer")[""]  # N:M divides rows anyway
+    if granularity != "weight":
+        raise ValueError(
+            f"scope is 'output' and granularity {granularity!r}; within an output only 'weight' and N:M can be compared"
+        )
     flat = scores.flatten(1)
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep.scatter_(1, flat.topk(round(sparsity * flat.shape[1]), largest=False, sorted=False).indices, False)
     return keep.view(scores.shape) & (scores != -math.inf)
 
+
 def _shares(scores, sparsity, scope):
     "The share of each layer."
     if isinstance(sparsity, Mapping):
         _check_patterns("sparsity", sparsity, scores)
-        return {n: next((s for p, s in sparsity.items() if fnmatch.fnmatchcase(n, p)), 0.) for n in scores}
-    if scope == "erk": return erk_sparsities({n: s.shape for n, s in scores.items()}, sparsity)
+        return {n: next((s for p, s in sparsity.items() if fnmatch.fnmatchcase(n, p)), 0.0) for n in scores}
+    if scope == "erk":
+        return erk_sparsities({n: s.shape for n, s in scores.items()}, sparsity)
     return dict.fromkeys(scores, sparsity)
 
 # %% ../nbs/07_prune.ipynb
-def one_shot(t: float, final: float, initial: float = 0.) -> float:
+def one_shot(t: float, final: float, initial: float = 0.0) -> float:
     "Everything at the end."
     return final if t >= 1 else initial
 
-def iterative(t: float, final: float, initial: float = 0.) -> float:
+
+def iterative(t: float, final: float, initial: float = 0.0) -> float:
     "The same share of what is left, each time: the density falls geometrically (Han et al. 2015, arXiv:1506.02626)."
     return 1 - (1 - initial) ** (1 - t) * (1 - final) ** t
 
-def cubic(t: float, final: float, initial: float = 0.) -> float:
+
+def cubic(t: float, final: float, initial: float = 0.0) -> float:
     "Fast, then slowly (Zhu & Gupta 2017, arXiv:1710.01878)."
     return final + (initial - final) * (1 - t) ** 3
 
-def cosine(t: float, final: float, initial: float = 0.) -> float:
+
+def cosine(t: float, final: float, initial: float = 0.0) -> float:
     "Slowly, fast, slowly."
     return final + (initial - final) * (1 + math.cos(math.pi * t)) / 2
+
 
 SCHEDULES = {"one-shot": one_shot, "iterative": iterative, "cubic": cubic, "cosine": cosine}
 
@@ -746,65 +1091,126 @@ def check_sparsity(sparsity: Any, name: str = "sparsity") -> None:
         if isinstance(s, bool) or not isinstance(s, Real) or not 0 <= s < 1:
             raise ValueError(f"{name} is {s!r}; it may be 0 or more, and below 1")
 
+
 def _check_request(sparsity, granularity, scope, schedule):
-    "Everything that can be judged before the model is looked at; gives the sparsity, which N:M may imply, and the schedule."
+    """Everything that can be judged before the model is looked at; gives the sparsity, which N:M may imply, and the
+    schedule."""
     kind, *size = parse_granularity(granularity)
     if sparsity is None:
-        if kind != "n:m": raise ValueError("sparsity is None; only a granularity N:M implies one")
+        if kind != "n:m":
+            raise ValueError("sparsity is None; only a granularity N:M implies one")
         sparsity = 1 - size[0] / size[1]
     check_sparsity(sparsity)
-    top = max(sparsity.values(), default=0.) if isinstance(sparsity, Mapping) else sparsity
+    top = max(sparsity.values(), default=0.0) if isinstance(sparsity, Mapping) else sparsity
     if kind == "n:m" and top > 1 - size[0] / size[1] + 1e-9:
-        raise ValueError(f"sparsity is {top}, but {granularity} keeps {size[0] / size[1]:.0%} of each group; it may be up to {1 - size[0] / size[1]}, or None")
-    if scope not in ("global", "layer", "uniform", "output", "erk"): raise ValueError(f"scope is {scope!r}; it may be 'global', 'layer', 'uniform', 'output' or 'erk'")
-    if isinstance(sparsity, Mapping) and scope in ("global", "erk"): raise ValueError(f"sparsity is a dict, one share for each layer; scope may then be 'layer' or 'output', not {scope!r}")
-    if not callable(schedule) and schedule not in SCHEDULES: raise ValueError(f"schedule is {schedule!r}; it may be {', '.join(map(repr, SCHEDULES))} or a function (t, final, initial)")
+        raise ValueError(
+            f"sparsity is {top}, but {granularity} keeps {size[0] / size[1]:.0%} of each group; it may be up to"
+            f" {1 - size[0] / size[1]}, or None"
+        )
+    if scope not in ("global", "layer", "uniform", "output", "erk"):
+        raise ValueError(f"scope is {scope!r}; it may be 'global', 'layer', 'uniform', 'output' or 'erk'")
+    if isinstance(sparsity, Mapping) and scope in ("global", "erk"):
+        raise ValueError(
+            f"sparsity is a dict, one share for each layer; scope may then be 'layer' or 'output', not {scope!r}"
+        )
+    if not callable(schedule) and schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule is {schedule!r}; it may be {', '.join(map(repr, SCHEDULES))} or a function (t, final, initial)"
+        )
     return sparsity, SCHEDULES.get(schedule, schedule) if isinstance(schedule, str) else schedule
 
 # %% ../nbs/07_prune.ipynb
 class Pruner:
     "Tightens the masks of a model step by step, in place, along a schedule."
+
     def __init__(
         self,
-        model: nn.Module,                  # gets masks
-        sparsity: float | Mapping[str, float] | None = None,   # share of the weights that is gone at the end; by layer with a dict; None: what N:M implies
+        model: nn.Module,  # gets masks
+        sparsity: (
+            float | Mapping[str, float] | None
+        ) = None,  # share of the weights that is gone at the end; by layer with a dict; None: what N:M implies
         criterion: str | Criterion = "magnitude",
-        granularity: str = "weight",       # 'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
-        scope: str | None = None,          # 'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
+        granularity: str = "weight",  # 'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
+        scope: str | None = None,  # 'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
         schedule: str | Callable = "cubic",
-        batches: Iterable | Split | None = None,   # for criteria that look at data
-        loss: Callable | None = None,      # (model, batch) → scalar
-        layers: tuple | None = None,       # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-        skip: Iterable[str] = (),          # names or patterns of layers that stay whole
-        allow_empty: bool = False,         # may a layer lose all its weights?
+        batches: Iterable | Split | None = None,  # for criteria that look at data
+        loss: Callable | None = None,  # (model, batch) → scalar
+        layers: (
+            tuple | None
+        ) = None,  # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
+        skip: Iterable[str] = (),  # names or patterns of layers that stay whole
+        allow_empty: bool = False,  # may a layer lose all its weights?
     ):
         self.criterion = as_criterion(criterion)
-        if scope is None: scope = "layer" if isinstance(sparsity, Mapping) and self.criterion.scope == "global" else self.criterion.scope
+        if scope is None:
+            scope = (
+                "layer" if isinstance(sparsity, Mapping) and self.criterion.scope == "global" else self.criterion.scope
+            )
         self.sparsity, self.schedule = _check_request(sparsity, granularity, scope, schedule)
-        self.model, self.granularity, self.scope, self.loss, self.allow_empty = model, granularity, scope, loss, allow_empty
+        self.model, self.granularity, self.scope, self.loss, self.allow_empty = (
+            model,
+            granularity,
+            scope,
+            loss,
+            allow_empty,
+        )
         self.layers = prunable_layers(model, PRUNABLE if layers is None else layers, skip)
-        if layers is None and (whole := left_whole(model)): warnings.warn(f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says that it is meant", stacklevel=5)
-        if self.criterion.needs: batches = _needed(self.criterion, batches)
+        if layers is None and (whole := left_whole(model)):
+            warnings.warn(
+                f"pruning leaves these whole: {_grouped_by_reason(whole)}; left_whole(model) lists them, layers= says"
+                " that it is meant",
+                stacklevel=5,
+            )
+        if self.criterion.needs:
+            batches = _needed(self.criterion, batches)
         self.batches = batches if batches is None else as_batches(batches)
         self.initial = _gone(self.layers)
-        if isinstance(self.sparsity, Mapping): self.sparsity, self.began = _shares(self.layers, self.sparsity, "layer"), {n: _gone({n: m}) for n, m in self.layers.items()}
+        if isinstance(self.sparsity, Mapping):
+            self.sparsity, self.began = (
+                _shares(self.layers, self.sparsity, "layer"),
+                {n: _gone({n: m}) for n, m in self.layers.items()},
+            )
 
 # %% ../nbs/07_prune.ipynb
-WHOLE |= {nn.MultiheadAttention: "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand",
-          nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it"}
+WHOLE |= {
+    nn.MultiheadAttention: (
+        "query, key and value share it, and no layer is called with it; `mask_layer` can mask it by hand"
+    ),
+    nn.Embedding: "its rows are looked up, not multiplied; layers=(*PRUNABLE, nn.Embedding) prunes it",
+}
+
 
 def left_whole(
     model: nn.Module,
-    layers: tuple = PRUNABLE,     # classes that are pruned
-) -> dict[str, str]:              # name of a matrix → the reason
-    "Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what `skip` names, and not what is tied to a weight that is pruned."
+    layers: tuple = PRUNABLE,  # classes that are pruned
+) -> dict[str, str]:  # name of a matrix → the reason
+    """Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what
+    `skip` names, and not what is tied to a weight that is pruned."""
     other = f"it is no weight of {', '.join(c.__name__ for c in layers)}"
-    of = lambda m: f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it" if _is_conv1d(m) else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
-    pruned = {identity_of(_original(m)) for m in model.modules() if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)}
-    held = [(f"{n}.{key}".lstrip("."), p, of(m)) for n, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)
-            for key, p in m._parameters.items() if p is not None and not (key == "weight" and isinstance(m, layers))]
-    held += [(n, t, "it is a plain attribute; make it a parameter of a layer") for n, t in also_held(model) if t.is_floating_point()]
+    of = lambda m: (
+        f"{other}; layers=(*PRUNABLE, {type(m).__name__}) prunes it"
+        if _is_conv1d(m)
+        else next((text for kind, text in WHOLE.items() if isinstance(m, kind)), other)
+    )
+    pruned = {
+        identity_of(_original(m))
+        for m in model.modules()
+        if isinstance(m, layers) and _not_plain(m) is None and _weighs(m)
+    }
+    held = [
+        (f"{n}.{key}".lstrip("."), p, of(m))
+        for n, m in model.named_modules()
+        if not isinstance(m, parametrize.ParametrizationList)
+        for key, p in m._parameters.items()
+        if p is not None and not (key == "weight" and isinstance(m, layers))
+    ]
+    held += [
+        (n, t, "it is a plain attribute; make it a parameter of a layer")
+        for n, t in also_held(model)
+        if t.is_floating_point()
+    ]
     return {n: why for n, t, why in held if not is_lazy(t) and t.dim() > 1 and identity_of(t) not in pruned}
+
 
 def _grouped_by_reason(whole):
     "Reasons, each with what it holds for."
@@ -817,18 +1223,27 @@ def _gone(layers):
     cut = sum(int((~m.keep).sum()) for layer in layers.values() if (m := find_mask(layer)) is not None)
     return cut / sum(_original(m).numel() for m in layers.values())
 
+
 def _step(
     self,
-    t: float = 1.,     # how much of the way is done, 0 to 1
+    t: float = 1.0,  # how much of the way is done, 0 to 1
 ) -> None:
     "Prune to where the schedule is at time t."
-    if not 0 <= t <= 1: raise ValueError(f"t is {t}; it may be 0 to 1")
+    if not 0 <= t <= 1:
+        raise ValueError(f"t is {t}; it may be 0 to 1")
     now = lambda s, began: self.schedule(t, s, min(began, s))
-    share = {n: now(s, self.began[n]) for n, s in self.sparsity.items()} if isinstance(self.sparsity, Mapping) else now(self.sparsity, self.initial)
-    if not (max(share.values(), default=0) if isinstance(share, dict) else share): return
-    with torch.no_grad(): self._cut(share)
+    share = (
+        {n: now(s, self.began[n]) for n, s in self.sparsity.items()}
+        if isinstance(self.sparsity, Mapping)
+        else now(self.sparsity, self.initial)
+    )
+    if not (max(share.values(), default=0) if isinstance(share, dict) else share):
+        return
+    with torch.no_grad():
+        self._cut(share)
     _check_survivors(self.layers, self.allow_empty)
     _share_masks(self.model, self.layers)
+
 
 Pruner.step = _step
 
@@ -836,93 +1251,143 @@ Pruner.step = _step
 def _scores(self) -> dict[str, Tensor]:
     "What each weight is worth now, [outputs, …]; −inf where it is gone."
     c, scores = self.criterion, {}
-    for n, layer in self.layers.items(): _check_finite(n, layer)
+    for n, layer in self.layers.items():
+        _check_finite(n, layer)
     seen = collect(self.model, self.batches, c.needs, self.loss, self.layers, getattr(c, "lr", 0.01)) if c.needs else {}
     for n, layer in self.layers.items():
         weight, mask = layer.weight.detach(), find_mask(layer)
-        if c.needs in ("power", "moment") and not seen[n].rows: raise ValueError(f"layer {n or '(model)'} was never called, so there are no data for it; skip it")
+        if c.needs in ("power", "moment") and not seen[n].rows:
+            raise ValueError(f"layer {n or '(model)'} was never called, so there are no data for it; skip it")
         s = self._worth(as_rows(layer, weight if weight.dtype == torch.float64 else weight.float()), layer, seen.get(n))
-        if not bool(torch.isfinite(s).all()): raise ValueError(f"criterion {c!r} gives scores for layer {n or '(model)'} that are NaN or infinite")
+        if not bool(torch.isfinite(s).all()):
+            raise ValueError(f"criterion {c!r} gives scores for layer {n or '(model)'} that are NaN or infinite")
         scores[n] = s if mask is None else s.masked_fill(~as_rows(layer, mask.keep), -math.inf)
     return scores
+
 
 def _worth(self, rows, layer, seen):
     "The criterion's score of each weight, [outputs, …]; or, of those that prefer it, one for each unit."
     c = self.criterion
-    parts = units(rows, self.granularity) if hasattr(c, "of_units") and parse_granularity(self.granularity)[0] not in ("weight", "n:m") else None
-    if parts is None or parts.of is None: return as_rows(layer, c.score(from_rows(layer, rows), seen))
+    parts = (
+        units(rows, self.granularity)
+        if hasattr(c, "of_units") and parse_granularity(self.granularity)[0] not in ("weight", "n:m")
+        else None
+    )
+    if parts is None or parts.of is None:
+        return as_rows(layer, c.score(from_rows(layer, rows), seen))
     return c.of_units(parts.count, rows.device).to(rows.dtype)[parts.of]
 
+
 def _cut(self, share):
-    if self.criterion.repairs: return self._cut_and_repair(share)
+    if self.criterion.repairs:
+        return self._cut_and_repair(share)
     keep = choose_masks(self.scores(), share, self.granularity, self.scope)
-    for n, k in keep.items(): mask_layer(self.layers[n], from_rows(self.layers[n], k).contiguous())
+    for n, k in keep.items():
+        mask_layer(self.layers[n], from_rows(self.layers[n], k).contiguous())
+
 
 Pruner.scores, Pruner._cut, Pruner._worth = _scores, _cut, _worth
 
 # %% ../nbs/07_prune.ipynb
 def prune_model(
-    model: nn.Module,                  # it is left as it is
-    sparsity: float | Mapping[str, float] | None = None,   # share of the weights that go, in [0, 1); by layer with a dict; None: what N:M implies
-    criterion: str | Criterion = "magnitude",   # a name in `CRITERIA`, or an object
-    granularity: str = "weight",       # 'weight', 'row' ('channel'), 'column', 'kernel', blocks '4x4', N:M '2:4' (a short last group is padded: it keeps N)
-    scope: str | None = None,          # among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's own
-    schedule: str | Callable = "one-shot",      # 'one-shot', 'iterative', 'cubic', 'cosine', or a function (t, final, initial)
-    batches: Iterable | Split | None = None,    # for criteria that look at data
-    steps: int | None = None,          # times that are pruned; None: 1 for 'one-shot', else 8
-    retrain: Callable | None = None,   # called as retrain(model, step) after each
-    loss: Callable | None = None,      # (model, batch) → scalar, for criteria that need a gradient; None: cross-entropy of (inputs, labels)
-    **more,                            # of `Pruner`: layers, skip, allow_empty
-) -> nn.Module:                        # a copy with masks
-    """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real afterwards.
-    Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning names them unless `layers` is given, `left_whole` lists them with the reasons.
-    `ValueError` names what is wrong: the sparsity, data that are missing, nothing to prune, a layer that would lose everything."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    model: nn.Module,  # it is left as it is
+    sparsity: (
+        float | Mapping[str, float] | None
+    ) = None,  # share of the weights that go, in [0, 1); by layer with a dict; None: what N:M implies
+    criterion: str | Criterion = "magnitude",  # a name in `CRITERIA`, or an object
+    # 'weight', 'row' ('channel'), 'column', 'kernel', blocks '4x4', N:M '2:4' (a short last group is padded: it keeps
+    # N)
+    granularity: str = "weight",
+    scope: (
+        str | None
+        # among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's own
+    ) = None,
+    schedule: (
+        str | Callable
+    ) = "one-shot",  # 'one-shot', 'iterative', 'cubic', 'cosine', or a function (t, final, initial)
+    batches: Iterable | Split | None = None,  # for criteria that look at data
+    steps: int | None = None,  # times that are pruned; None: 1 for 'one-shot', else 8
+    retrain: Callable | None = None,  # called as retrain(model, step) after each
+    loss: (
+        Callable | None
+    ) = None,  # (model, batch) → scalar, for criteria that need a gradient; None: cross-entropy of (inputs, labels)
+    **more,  # of `Pruner`: layers, skip, allow_empty
+) -> nn.Module:  # a copy with masks
+    """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real
+    afterwards. Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning
+    names them unless `layers` is given, `left_whole` lists them with the reasons. `ValueError` names what is wrong:
+    the sparsity, data that are missing, nothing to prune, a layer that would lose everything.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
-    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it may be 1 or more")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it may be 1 or more")
     new = copied(model)
-    prunable_layers(model, **{k: more[k] for k in ("layers", "skip") if more.get(k) is not None})     # of the original: a copy no longer shows which tensors share their memory
+    prunable_layers(
+        model, **{k: more[k] for k in ("layers", "skip") if more.get(k) is not None}
+    )  # of the original: a copy no longer shows which tensors share their memory
     pruner = Pruner(new, sparsity, criterion, granularity, scope, schedule, batches, loss, **more)
     for i in range(1, steps + 1):
         pruner.step(i / steps)
-        if retrain is not None: retrain(pruner.model, i)
+        if retrain is not None:
+            retrain(pruner.model, i)
     return pruner.model
 
 # %% ../nbs/07_prune.ipynb
 @dataclass(repr=False)
 class SparsityTable:
     "Which layers have how many zeros. Shows itself as a table."
-    rows: list                                     # (name, shape, weights, zeros)
-    whole: dict = field(default_factory=dict)      # name of a matrix that is not counted → why it is left whole
+
+    rows: list  # (name, shape, weights, zeros)
+    whole: dict = field(default_factory=dict)  # name of a matrix that is not counted → why it is left whole
+
     @property
-    def sparsity(self) -> float: return sum(r[3] for r in self.rows) / max(1, sum(r[2] for r in self.rows))
+    def sparsity(self) -> float:
+        return sum(r[3] for r in self.rows) / max(1, sum(r[2] for r in self.rows))
+
     def cells(self) -> list:
         every = [*self.rows, ("together", "", sum(r[2] for r in self.rows), sum(r[3] for r in self.rows))]
-        return [(n or "(model)", "×".join(map(str, s)), f"{w:,}", f"{w - z:,}", f"{z / max(w, 1):.1%}") for n, s, w, z in every]
+        return [
+            (n or "(model)", "×".join(map(str, s)), f"{w:,}", f"{w - z:,}", f"{z / max(w, 1):.1%}")
+            for n, s, w, z in every
+        ]
+
     def __repr__(self) -> str:
         cells = [("layer", "weight", "weights", "left", "zero"), *self.cells()]
         wide = [max(map(len, c)) for c in zip(*cells)]
-        lines = ["  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, wide))) for row in cells]
+        lines = [
+            "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, wide))) for row in cells
+        ]
         return "\n".join(lines + [f"{n} is left whole: {why}" for n, why in self.whole.items()])
 
 # %% ../nbs/07_prune.ipynb
 def sparsity_table(
-    model: nn.Module,             # masked, with zeros in its weights, or with compressed layers
-    layers: tuple = PRUNABLE,     # classes
+    model: nn.Module,  # masked, with zeros in its weights, or with compressed layers
+    layers: tuple = PRUNABLE,  # classes
 ) -> SparsityTable:
     "Count the zeros of each layer's weight."
-    found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor) or isinstance(m, Dequantize)}
-    if not found: raise ValueError(f"model has no layer to count in; it may have {', '.join(c.__name__ for c in layers)}")
-    return SparsityTable([(n, tuple(m.weight.shape), m.weight.numel(), int((m.weight == 0).sum())) for n, m in found.items()], left_whole(model, layers))
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor) or isinstance(m, Dequantize)
+    }
+    if not found:
+        raise ValueError(f"model has no layer to count in; it may have {', '.join(c.__name__ for c in layers)}")
+    return SparsityTable(
+        [(n, tuple(m.weight.shape), m.weight.numel(), int((m.weight == 0).sum())) for n, m in found.items()],
+        left_whole(model, layers),
+    )
 
 # %% ../nbs/07_prune.ipynb
 def surgeon_weight(
-    weight: Tensor,          # [rows, inputs] of a Linear, or some rows of it: every row keeps an [inputs, inputs] matrix
-    moment: Tensor,          # [inputs, inputs] H
-    sparsity: float,         # share of each row that goes
-    damping: float = 0.01,   # share of H's mean diagonal that is added to its diagonal
-) -> Tensor:                 # [rows, inputs] with zeros, the others moved
-    "Optimal Brain Surgeon, one weight of each row at a time, with exact inverses (Hassibi & Stork 1993): slow, and the one to compare with."
+    weight: Tensor,  # [rows, inputs] of a Linear, or some rows of it: every row keeps an [inputs, inputs] matrix
+    moment: Tensor,  # [inputs, inputs] H
+    sparsity: float,  # share of each row that goes
+    damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
+) -> Tensor:  # [rows, inputs] with zeros, the others moved
+    """Optimal Brain Surgeon, one weight of each row at a time, with exact inverses (Hassibi & Stork 1993): slow,
+    and the one to compare with."""
     check_sparsity(sparsity)
     U, w = inverse_factor(moment, damping).double(), weight.double().clone()
     inverse, gone, rows = (U.T @ U).repeat(len(w), 1, 1), torch.zeros_like(w, dtype=torch.bool), torch.arange(len(w))
@@ -933,18 +1398,20 @@ def surgeon_weight(
         w -= w[rows, j, None] * column
         gone[rows, j] = True
         inverse.baddbmm_(column[:, :, None], inverse[rows, j][:, None], alpha=-1)
-        inverse.diagonal(dim1=1, dim2=2)[gone] = 1.           # done with; any number that does not divide by zero
+        inverse.diagonal(dim1=1, dim2=2)[gone] = 1.0  # done with; any number that does not divide by zero
     return w.masked_fill(gone, 0).to(weight.dtype)
 
 # %% ../nbs/07_prune.ipynb
 def refit_weight(
-    weight: Tensor,          # [rows, inputs]
-    keep: Tensor,            # bool [rows, inputs]
-    moment: Tensor,          # [inputs, inputs] H
-    damping: float = 0.01,   # share of H's mean diagonal that is added to its diagonal
-) -> Tensor:                 # [rows, inputs]: zero where not kept, the rest of least output error
+    weight: Tensor,  # [rows, inputs]
+    keep: Tensor,  # bool [rows, inputs]
+    moment: Tensor,  # [inputs, inputs] H
+    damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
+) -> Tensor:  # [rows, inputs]: zero where not kept, the rest of least output error
     "The best values for a given mask: a linear system for each row, so costly for wide layers."
-    H = moment.double() + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    H = moment.double() + damping * moment.diagonal().mean() * torch.eye(
+        len(moment), dtype=torch.float64, device=moment.device
+    )
     right, out = weight.double() @ H, torch.empty_like(weight)
     for i in range(len(weight)):
         at = keep[i].nonzero()[:, 0]
@@ -955,17 +1422,18 @@ def refit_weight(
 # %% ../nbs/07_prune.ipynb
 def _spans(width, run, m, block):
     "Blocks of columns, each a list of groups (start, end): groups of m within runs; or, without m, one group a block."
-    if m is None: return [[(i, min(i + block, width))] for i in range(0, width, block)]
+    if m is None:
+        return [[(i, min(i + block, width))] for i in range(0, width, block)]
     groups = [(i, min(i + m, r + run)) for r in range(0, width, run) for i in range(r, r + run, m)]
     each = max(1, block // m)
-    return [groups[i:i + each] for i in range(0, len(groups), each)]
+    return [groups[i : i + each] for i in range(0, len(groups), each)]
 
 # %% ../nbs/07_prune.ipynb
 def _sparsegpt(
-    w,          # [columns, rows], changed in place
-    U,          # [columns, columns]: `inverse_factor` of H
-    spans,      # of `_spans`
-    choose,     # (scores [columns, rows], columns so far) → bool: goes
+    w,  # [columns, rows], changed in place
+    U,  # [columns, columns]: `inverse_factor` of H
+    spans,  # of `_spans`
+    choose,  # (scores [columns, rows], columns so far) → bool: goes
 ):
     "Column by column: prune, and let the columns that follow make up for it; gives what was kept."
     keep, scale = torch.ones_like(w, dtype=torch.bool), U.diagonal()[:, None]
@@ -976,245 +1444,385 @@ def _sparsegpt(
             keep[a:b] = ~choose((w[a:b] / scale[a:b]).square(), a, b)
             for j in range(a, b):
                 torch.div(w[j].masked_fill(keep[j], 0), U[j, j], out=errors[j - start])
-                w[j + 1:end].addr_(U[j, j + 1:end], errors[j - start], alpha=-1)
+                w[j + 1 : end].addr_(U[j, j + 1 : end], errors[j - start], alpha=-1)
         w[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
     return keep
 
 # %% ../nbs/07_prune.ipynb
 class _Choice:
-    "Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in each row; for N:M, of the cheapest rows all but n."
+    """Which weights of the columns a … b go: the cheapest, so that the share is right up to there, in all or in
+    each row; for N:M, of the cheapest rows all but n."""
+
     def __init__(self, sparsity, gone, n=None, each=False, most=0, every=False):
         self.sparsity, self.gone, self.n, self.each, self.done = sparsity, gone, n, each, 0
-        self.most, self.could, self.every = most, 0, every          # for N:M: what each row can lose in all, and could so far; whether every group loses it
-        self.left = (~gone).sum(1).cumsum(0).tolist() if bool(gone.any()) else None      # up to each column, where earlier masks have cut
+        self.most, self.could, self.every = (
+            most,
+            0,
+            every,
+        )  # for N:M: what each row can lose in all, and could so far; whether every group loses it
+        self.left = (
+            (~gone).sum(1).cumsum(0).tolist() if bool(gone.any()) else None
+        )  # up to each column, where earlier masks have cut
+
     def __call__(self, scores, a, b):
         gone = self.gone[a:b]
-        scores = scores.masked_fill(gone, -1)                            # what an earlier mask has cut goes first
-        drop = (self._of_groups if self.n is not None else self._of_rows if self.each else self._of_all)(scores, gone, b) | gone
+        scores = scores.masked_fill(gone, -1)  # what an earlier mask has cut goes first
+        drop = (self._of_groups if self.n is not None else self._of_rows if self.each else self._of_all)(
+            scores, gone, b
+        ) | gone
         self.done = self.done + (drop & ~gone).sum(0 if self.each else None)
         return drop
+
     def _of_all(self, scores, gone, b):
         columns, rows = self.gone.shape
-        goal = self.sparsity * b * rows if self.left is None else max(0, self.sparsity * columns * rows - int(self.gone.sum())) * self.left[b - 1] / max(1, self.left[-1])
-        k, drop = min(max(0, round(goal) - int(self.done) + int(gone.sum())), scores.numel()), torch.zeros_like(scores, dtype=torch.bool)
+        goal = (
+            self.sparsity * b * rows
+            if self.left is None
+            else max(0, self.sparsity * columns * rows - int(self.gone.sum()))
+            * self.left[b - 1]
+            / max(1, self.left[-1])
+        )
+        k, drop = (
+            min(max(0, round(goal) - int(self.done) + int(gone.sum())), scores.numel()),
+            torch.zeros_like(scores, dtype=torch.bool),
+        )
         drop.view(-1)[scores.view(-1).topk(k, largest=False, sorted=False).indices] = True
         return drop
+
     def _of_rows(self, scores, gone, b):
         columns, left, whole = len(self.gone), (~self.gone[:b]).sum(0), (~self.gone).sum(0).clamp(min=1)
         goal = ((round(self.sparsity * columns) - self.gone.sum(0)).clamp(min=0) * left.double() / whole).round().long()
         return scores.argsort(dim=0, stable=True).argsort(0) < goal - self.done + gone.sum(0)
+
     def _of_groups(self, scores, gone, b):
-        losers = torch.zeros_like(gone).scatter_(0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True) | gone
-        if self.every: return losers
+        losers = (
+            torch.zeros_like(gone).scatter_(
+                0, scores.topk(max(0, len(scores) - self.n), 0, largest=False).indices, True
+            )
+            | gone
+        )
+        if self.every:
+            return losers
         new, (columns, rows) = (losers & ~gone).sum(0), self.gone.shape
         worth = (scores * (losers & ~gone)).sum(0) / new.clamp(min=1)
         order = worth.argsort(stable=True)
         self.could += max(0, len(scores) - self.n)
-        goal = max(0, min(self.sparsity * columns, self.most) * rows - int(self.gone.sum())) * self.could / max(1, self.most)
-        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done))
+        goal = (
+            max(0, min(self.sparsity * columns, self.most) * rows - int(self.gone.sum()))
+            * self.could
+            / max(1, self.most)
+        )
+        return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(
+            0, order, new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done)
+        )
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
 def sparsegpt_weight(
-    weight: Tensor,                 # [outputs, …] of a Linear or a convolution
-    moment: Tensor,                 # [groups, inputs, inputs] H
+    weight: Tensor,  # [outputs, …] of a Linear or a convolution
+    moment: Tensor,  # [groups, inputs, inputs] H
     sparsity: float | None = None,  # share of the weights that go; None: what N:M implies
-    granularity: str = "weight",    # 'weight' or N:M
-    keep: Tensor | None = None,     # bool: what an earlier mask has left
-    damping: float = 0.01,          # share of H's mean diagonal that is added to its diagonal
-    block: int = 128,               # columns that are chosen together
-    scope: str = "layer",           # 'layer': the share is that of the whole weight; 'output': that of each row
-) -> tuple[Tensor, Tensor]:         # the new weight; bool, of its shape: what was kept
-    """SparseGPT: prune column by column, and let the rest of each row make up for it (Frantar & Alistarh 2023, arXiv:2301.00774).
-    `ValueError` for a weight or a moment that is not finite."""
-    if not bool(weight.isfinite().all()): raise ValueError("weight holds NaN or infinite values")
+    granularity: str = "weight",  # 'weight' or N:M
+    keep: Tensor | None = None,  # bool: what an earlier mask has left
+    damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
+    block: int = 128,  # columns that are chosen together
+    scope: str = "layer",  # 'layer': the share is that of the whole weight; 'output': that of each row
+) -> tuple[Tensor, Tensor]:  # the new weight; bool, of its shape: what was kept
+    """SparseGPT: prune column by column, and let the rest of each row make up for it (Frantar & Alistarh 2023,
+    arXiv:2301.00774). `ValueError` for a weight or a moment that is not finite."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight holds NaN or infinite values")
     kind, *size = parse_granularity(granularity)
-    if kind not in ("weight", "n:m"): raise ValueError(f"granularity is {granularity!r}; SparseGPT knows 'weight' and N:M")
+    if kind not in ("weight", "n:m"):
+        raise ValueError(f"granularity is {granularity!r}; SparseGPT knows 'weight' and N:M")
     sparsity = _check_request(sparsity, granularity, scope, "one-shot")[0]
-    if scope not in ("layer", "output"): raise ValueError(f"scope is {scope!r}; for one weight it may be 'layer' or 'output'")
+    if scope not in ("layer", "output"):
+        raise ValueError(f"scope is {scope!r}; for one weight it may be 'layer' or 'output'")
     inputs, places = weight.shape[1], math.prod(weight.shape[2:])
-    order = torch.arange(inputs * places, device=weight.device).view(inputs, places).t().flatten()          # neighbours along the inputs come together
+    order = (
+        torch.arange(inputs * places, device=weight.device).view(inputs, places).t().flatten()
+    )  # neighbours along the inputs come together
     spans = _spans(len(order), inputs, size[1] if size else None, block)
     most = sum(max(0, b - a - size[0]) for groups in spans for a, b in groups) if size else 0
     gone = as_matrices(torch.zeros_like(weight, dtype=torch.bool) if keep is None else ~keep, len(moment))
     new, kept = [], []
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for w, h, g in zip(as_matrices(wide, len(moment)), moment, gone):
-        U, w = inverse_factor(h[order[:, None], order], damping), w[:, order].t().clone(memory_format=torch.contiguous_format)
-        stays = _sparsegpt(w, U.to(w.dtype), spans, _Choice(sparsity, g[:, order].t(), size[0] if size else None, scope == "output", most, _all_groups(granularity, sparsity)))
-        new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()]); kept.append(stays.t()[:, order.argsort()])
+        U, w = (
+            inverse_factor(h[order[:, None], order], damping),
+            w[:, order].t().clone(memory_format=torch.contiguous_format),
+        )
+        stays = _sparsegpt(
+            w,
+            U.to(w.dtype),
+            spans,
+            _Choice(
+                sparsity,
+                g[:, order].t(),
+                size[0] if size else None,
+                scope == "output",
+                most,
+                _all_groups(granularity, sparsity),
+            ),
+        )
+        new.append(w.masked_fill(~stays, 0).t()[:, order.argsort()])
+        kept.append(stays.t()[:, order.argsort()])
     return torch.cat(new).reshape(weight.shape).to(weight.dtype), torch.cat(kept).reshape(weight.shape)
 
 # %% ../nbs/07_prune.ipynb
 class SparseGPT(Criterion):
-    "Prunes and repairs (Frantar & Alistarh 2023, arXiv:2301.00774): each layer is calibrated on what the pruned layers before it put out."
+    """Prunes and repairs (Frantar & Alistarh 2023, arXiv:2301.00774): each layer is calibrated on what the pruned
+    layers before it put out."""
+
     needs, scope, repairs = "moment", "layer", True
-    def __init__(self, damping: float = 0.01, block: int = 128): self.damping, self.block = damping, block
-    def score(self, weight, seen): return least_cost(weight, seen.moment, self.damping)
+
+    def __init__(self, damping: float = 0.01, block: int = 128):
+        self.damping, self.block = damping, block
+
+    def score(self, weight, seen):
+        return least_cost(weight, seen.moment, self.damping)
+
     def cut(self, weight, keep, seen, sparsity, granularity, scope="layer"):
         return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block, scope)
 
+
 CRITERIA["sparsegpt"] = SparseGPT
 
+
 def _stages(model, layers, batches) -> tuple[list[list[str]], list[Counter]]:
-    "Names of layers in the order of their calls, whichever batch calls them; those that are given the very same tensor come together. And how often each batch calls each."
+    """Names of layers in the order of their calls, whichever batch calls them; those that are given the very same
+    tensor come together. And how often each batch calls each."""
     order, source, counts = [], {}, []
     for i, batch in enumerate(batches):
         first, count = {}, Counter()
+
         def note(n):
-            def hook(m, args, kwargs): first.setdefault(n, _given(args, kwargs)); count[n] += 1
+            def hook(m, args, kwargs):
+                first.setdefault(n, _given(args, kwargs))
+                count[n] += 1
+
             return hook
-        with _watched([m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in layers.items()]), eval_mode(model), torch.no_grad(): _try(model, batch, i)
+
+        with (
+            _watched([m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in layers.items()]),
+            eval_mode(model),
+            torch.no_grad(),
+        ):
+            _try(model, batch, i)
         counts.append(count)
         place = 0
-        for n, x in first.items():                              # a layer that earlier batches did not call comes behind the one before it
-            if n not in source: order.insert(place, n); source[n] = i, id(x)
+        for n, x in first.items():  # a layer that earlier batches did not call comes behind the one before it
+            if n not in source:
+                order.insert(place, n)
+                source[n] = i, id(x)
             place = order.index(n) + 1
-    if not counts: raise ValueError("there are no data: batches is empty")
-    if missing := [n for n in layers if n not in source]: raise ValueError(f"layer {missing[0] or '(model)'} was never called, so there are no data for it; skip it")
+    if not counts:
+        raise ValueError("there are no data: batches is empty")
+    if missing := [n for n in layers if n not in source]:
+        raise ValueError(f"layer {missing[0] or '(model)'} was never called, so there are no data for it; skip it")
     return [list(same) for _, same in itertools.groupby(order, source.get)], counts
 
+
 def _cut_and_repair(self, share):
-    if self.scope == "global": raise ValueError("scope is 'global'; SparseGPT prunes layer by layer: it may be 'layer', 'uniform', 'output' or 'erk'")
-    for n, m in self.layers.items(): _check_finite(n, m)
-    shares = _shares({n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer")
+    if self.scope == "global":
+        raise ValueError(
+            "scope is 'global'; SparseGPT prunes layer by layer: it may be 'layer', 'uniform', 'output' or 'erk'"
+        )
+    for n, m in self.layers.items():
+        _check_finite(n, m)
+    shares = _shares(
+        {n: as_rows(m, m.weight) for n, m in self.layers.items()}, share, "erk" if self.scope == "erk" else "layer"
+    )
     odd = next((f"{n} is a {type(m).__name__}" for n, m in self.layers.items() if not isinstance(m, CALIBRATED)), None)
-    if odd: raise ValueError(f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it")
-    new = copied(self.model)                                    # runs, so that the model keeps its caches
+    if odd:
+        raise ValueError(
+            f"this criterion looks at rows of inputs, which Linear, Conv1d and Conv2d have; {odd}; skip it"
+        )
+    new = copied(self.model)  # runs, so that the model keeps its caches
     twins = {n: new.get_submodule(n) for n in self.layers}
     with same_dice():
         stages, counts = _stages(new, twins, self.batches)
         for names in stages:
             seen = {n: Seen() for n in names}
             _see_inputs(new, {n: twins[n] for n in names}, self.batches, seen, True, counts)
-            if empty := [n for n in names if not seen[n].rows]: raise ValueError(f"layer {empty[0] or '(model)'} was given no rows, so there are no data for it; skip it")
-            for n in names: self._repair(self.layers[n], twins[n], seen[n], shares[n])
+            if empty := [n for n in names if not seen[n].rows]:
+                raise ValueError(
+                    f"layer {empty[0] or '(model)'} was given no rows, so there are no data for it; skip it"
+                )
+            for n in names:
+                self._repair(self.layers[n], twins[n], seen[n], shares[n])
+
 
 def _repair(self, layer, twin, seen, share):
     "Prune one layer, and move what stays; its twin, too."
     mask, original = find_mask(layer), _original(layer)
     how = {"scope": "output"} if self.scope == "output" else {}
-    weight, keep = self.criterion.cut(layer.weight.detach(), None if mask is None else mask.keep, seen, share, self.granularity, **how)
+    weight, keep = self.criterion.cut(
+        layer.weight.detach(), None if mask is None else mask.keep, seen, share, self.granularity, **how
+    )
     original.data.copy_(torch.where(keep, weight, original))
     mask_layer(layer, keep)
     _original(twin).data.copy_(original)
     mask_layer(twin, keep)
 
+
 Pruner._cut_and_repair, Pruner._repair = _cut_and_repair, _repair
 
 # %% ../nbs/07_prune.ipynb
 def output_change(
-    weight: Tensor,     # [outputs, …]
-    other: Tensor,      # what it becomes, of the same shape
-    moment: Tensor,     # [groups, inputs, inputs] H
-) -> float:             # 0: the same outputs; 1: as wrong as no output at all
+    weight: Tensor,  # [outputs, …]
+    other: Tensor,  # what it becomes, of the same shape
+    moment: Tensor,  # [groups, inputs, inputs] H
+) -> float:  # 0: the same outputs; 1: as wrong as no output at all
     "Relative squared error of a layer's output over the data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
     w, d = (as_matrices(t, len(moment)).to(moment.dtype) for t in (weight, weight - other))
     power = lambda m: ((m @ moment) * m).sum().item()
-    with torch.autocast(moment.device.type, enabled=False): return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
+    with torch.autocast(moment.device.type, enabled=False):
+        return power(d) / max(power(w), torch.finfo(moment.dtype).tiny)
 
 # %% ../nbs/07_prune.ipynb
 @dataclass(repr=False)
 class Sensitivity:
     "What a model is worth when one layer is pruned alone. Shows itself as a table; `plot()` draws it."
-    sparsities: tuple        # of the layer
-    scores: dict             # name → the model's score at each of them
-    baseline: float          # score of the model as it was
+
+    sparsities: tuple  # of the layer
+    scores: dict  # name → the model's score at each of them
+    baseline: float  # score of the model as it was
+
     def __repr__(self) -> str:
         wide = max(map(len, self.scores))
         lines = [f"{'layer':<{wide}}" + "".join(f"{s:>9.0%}" for s in self.sparsities)]
-        return "\n".join(lines + [f"{n:<{wide}}" + "".join(f"{v:>9.4g}" for v in row) for n, row in self.scores.items()])
-    def plot(self, ax: Any = None) -> Any:      # matplotlib axes
+        return "\n".join(
+            lines + [f"{n:<{wide}}" + "".join(f"{v:>9.4g}" for v in row) for n, row in self.scores.items()]
+        )
+
+    def plot(self, ax: Any = None) -> Any:  # matplotlib axes
         import matplotlib.pyplot as plt
+
         ax = ax or plt.subplots()[1]
-        for (n, row), style in zip(self.scores.items(), itertools.cycle(("o-", "s--", "^-.", "D:"))): ax.plot([100 * s for s in self.sparsities], row, style, ms=4, label=n)
-        ax.axhline(self.baseline, c="k", lw=.8, ls=":"); ax.set(xlabel="pruned share of one layer, %", ylabel="score"); ax.legend()
+        for (n, row), style in zip(self.scores.items(), itertools.cycle(("o-", "s--", "^-.", "D:"))):
+            ax.plot([100 * s for s in self.sparsities], row, style, ms=4, label=n)
+        ax.axhline(self.baseline, c="k", lw=0.8, ls=":")
+        ax.set(xlabel="pruned share of one layer, %", ylabel="score")
+        ax.legend()
         return ax
 
 # %% ../nbs/07_prune.ipynb
 def sensitivity(
-    model: nn.Module,               # it is left as it is
-    evaluate: Callable,             # model → score; say on the validation part
-    sparsities: Iterable[float] = (.5, .8, .9, .95, .98),   # of each layer in its turn
+    model: nn.Module,  # it is left as it is
+    evaluate: Callable,  # model → score; say on the validation part
+    sparsities: Iterable[float] = (0.5, 0.8, 0.9, 0.95, 0.98),  # of each layer in its turn
     criterion: str | Criterion = "magnitude",
     granularity: str = "weight",
-    batches: Iterable | Split | None = None,   # for criteria that look at data
-    layers: tuple = PRUNABLE,       # classes
-    skip: Iterable[str] = (),       # names or patterns
-    **more,                         # of `prune_model`: loss …
+    batches: Iterable | Split | None = None,  # for criteria that look at data
+    layers: tuple = PRUNABLE,  # classes
+    skip: Iterable[str] = (),  # names or patterns
+    **more,  # of `prune_model`: loss …
 ) -> Sensitivity:
     "Prune each layer alone, at each share, and evaluate."
     sparsities, found = tuple(sparsities), prunable_layers(model, layers, skip)
-    for s in sparsities: check_sparsity(s, "one of sparsities")
+    for s in sparsities:
+        check_sparsity(s, "one of sparsities")
     batches = batches if batches is None else as_batches(batches)
     how = dict(criterion=criterion, granularity=granularity, batches=batches, layers=layers, allow_empty=True) | more
-    alone = lambda n, s: prune_model(model, s, scope=how.get("scope", "layer"), skip=[m for m in found if m != n] + list(skip), **{k: v for k, v in how.items() if k != "scope"})
+    alone = lambda n, s: prune_model(
+        model,
+        s,
+        scope=how.get("scope", "layer"),
+        skip=[m for m in found if m != n] + list(skip),
+        **{k: v for k, v in how.items() if k != "scope"},
+    )
     scores = {n: [float(evaluate(alone(n, s))) for s in sparsities] for n in found}
     return Sensitivity(sparsities, scores, float(evaluate(model)))
 
 # %% ../nbs/07_prune.ipynb
 def prune_gradually(
-    model: nn.Module,              # trained; it is left as it is
-    data: Split,                   # inputs with their labels
-    sparsity: float | Mapping[str, float] | None = None,   # share of the weights that is gone at the end
-    epochs: int = 12,              # of training, during which masks tighten
-    lr: float = 2e-3,              # highest learning rate of the one-cycle schedule
-    until: float = 0.65,           # share of the epochs after which the sparsity is reached; the rest is for healing
+    model: nn.Module,  # trained; it is left as it is
+    data: Split,  # inputs with their labels
+    sparsity: float | Mapping[str, float] | None = None,  # share of the weights that is gone at the end
+    epochs: int = 12,  # of training, during which masks tighten
+    lr: float = 2e-3,  # highest learning rate of the one-cycle schedule
+    until: float = 0.65,  # share of the epochs after which the sparsity is reached; the rest is for healing
     schedule: str | Callable = "cubic",
-    seed: int = 0,                 # of the shuffling
-    progress: bool = True,         # show a bar
-    batches: Iterable | Split | None = None,   # for criteria that look at data; None: the training data
-    **how,                         # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
-) -> nn.Module:                    # a copy with masks, in eval mode
+    seed: int = 0,  # of the shuffling
+    progress: bool = True,  # show a bar
+    batches: Iterable | Split | None = None,  # for criteria that look at data; None: the training data
+    **how,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
+) -> nn.Module:  # a copy with masks, in eval mode
     "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
-    if not 0 < until <= 1: raise ValueError(f"until is {until}; it may be above 0 and up to 1")
+    if not 0 < until <= 1:
+        raise ValueError(f"until is {until}; it may be above 0 and up to 1")
     pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
     steps = max(1, round(until * epochs))
-    pruner.step(min(1., 0.5 / steps))
-    after = lambda done, loss: pruner.step(min(1., (done + 0.5) / steps))
+    pruner.step(min(1.0, 0.5 / steps))
+    after = lambda done, loss: pruner.step(min(1.0, (done + 0.5) / steps))
     return train(pruner.model, data, epochs=epochs, lr=lr, seed=seed, progress=progress, after_epoch=after)
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
 def rewind(
-    model: nn.Module,        # masked, or not; changed in place
-    state: Mapping[str, Tensor],   # `state_dict()` of the same model at an earlier time, with or without masks
-) -> nn.Module:              # the same model
-    "Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635). `ValueError` when one is missing or has another shape; then nothing is changed."
-    own = _without_masks({n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and n.rpartition(".")[2] != "_extra_state"})
+    model: nn.Module,  # masked, or not; changed in place
+    state: Mapping[str, Tensor],  # `state_dict()` of the same model at an earlier time, with or without masks
+) -> nn.Module:  # the same model
+    """Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635).
+    `ValueError` when one is missing or has another shape; then nothing is changed."""
+    own = _without_masks(
+        {
+            n: t
+            for n, t in model.state_dict(keep_vars=True).items()
+            if isinstance(t, Tensor) and n.rpartition(".")[2] != "_extra_state"
+        }
+    )
     state = _without_masks(state)
     for n, t in own.items():
-        if not isinstance(state.get(n), Tensor) or state[n].shape != t.shape: raise ValueError(f"state has no {n!r} of shape {tuple(t.shape)}")
-    for n, t in own.items(): t.data.copy_(state[n])
+        if not isinstance(state.get(n), Tensor) or state[n].shape != t.shape:
+            raise ValueError(f"state has no {n!r} of shape {tuple(t.shape)}")
+    for n, t in own.items():
+        t.data.copy_(state[n])
     return model
 
+
 def _without_masks(state):
-    "Names as they would be without masks: those of what masks keep are left out, other parametrizations move up, a lone original is the weight."
+    """Names as they would be without masks: those of what masks keep are left out, other parametrizations move up,
+    a lone original is the weight."""
     at = re.compile(r"^((?:.*\.)?)parametrizations\.([^.]+)\.(\d+|original)(\..+|)$")
     found, parts = {n: at.match(n) for n in state}, {}
     for m in filter(None, found.values()):
-        if m[3] != "original": parts.setdefault((m[1], m[2]), {}).setdefault(int(m[3]), []).append(m[4])
-    masks = {key: [i for i, names in p.items() if names == [".keep"] and state[f"{key[0]}parametrizations.{key[1]}.{i}.keep"].dtype == torch.bool] for key, p in parts.items()}
+        if m[3] != "original":
+            parts.setdefault((m[1], m[2]), {}).setdefault(int(m[3]), []).append(m[4])
+    masks = {
+        key: [
+            i
+            for i, names in p.items()
+            if names == [".keep"] and state[f"{key[0]}parametrizations.{key[1]}.{i}.keep"].dtype == torch.bool
+        ]
+        for key, p in parts.items()
+    }
     new = {}
     for n, t in state.items():
         m = found[n]
-        if m is None: new[n] = t; continue
+        if m is None:
+            new[n] = t
+            continue
         key, others = (m[1], m[2]), set(parts.get((m[1], m[2]), {})) - set(masks.get((m[1], m[2]), ()))
-        if m[3] == "original": new[n if others else m[1] + m[2]] = t
-        elif int(m[3]) in others: new[f"{m[1]}parametrizations.{m[2]}.{sum(i not in masks[key] for i in range(int(m[3])))}{m[4]}"] = t
+        if m[3] == "original":
+            new[n if others else m[1] + m[2]] = t
+        elif int(m[3]) in others:
+            new[f"{m[1]}parametrizations.{m[2]}.{sum(i not in masks[key] for i in range(int(m[3])))}{m[4]}"] = t
     return new
 
 # %% ../nbs/07_prune.ipynb
 def lottery_ticket(
-    model: nn.Module,           # untrained, or at the point to rewind to; it is left as it is
-    retrain: Callable,          # called as retrain(model, round): trains in place
-    sparsity: float,            # share of the weights that is gone at the end
-    rounds: int = 5,            # of training, pruning, rewinding
+    model: nn.Module,  # untrained, or at the point to rewind to; it is left as it is
+    retrain: Callable,  # called as retrain(model, round): trains in place
+    sparsity: float,  # share of the weights that is gone at the end
+    rounds: int = 5,  # of training, pruning, rewinding
     schedule: str | Callable = "iterative",
-    **how,                      # of `Pruner`: criterion, granularity, scope, batches …
-) -> nn.Module:                 # the ticket: masks, and the weights that `model` began with
+    **how,  # of `Pruner`: criterion, granularity, scope, batches …
+) -> nn.Module:  # the ticket: masks, and the weights that `model` began with
     "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
-    if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
     ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
@@ -1226,31 +1834,38 @@ def lottery_ticket(
 # %% ../nbs/07_prune.ipynb
 def l1_penalty(
     model: nn.Module,
-    layers: tuple = PRUNABLE,   # classes
-) -> Tensor:                    # scalar, with a gradient
+    layers: tuple = PRUNABLE,  # classes
+) -> Tensor:  # scalar, with a gradient
     "Σ|w| over all weights (not biases)."
     return sum(m.weight.abs().sum() for m in prunable_layers(model, layers).values())
 
+
 def group_lasso(
     model: nn.Module,
-    granularity: str = "row",   # 'row', 'column', 'kernel' or blocks
-    layers: tuple = PRUNABLE,   # classes
-) -> Tensor:                    # scalar, with a gradient
+    granularity: str = "row",  # 'row', 'column', 'kernel' or blocks
+    layers: tuple = PRUNABLE,  # classes
+) -> Tensor:  # scalar, with a gradient
     "Σ √n·‖w_u‖₂ over units of n weights (Yuan & Lin 2006; for networks Wen et al. 2016, arXiv:1608.03665)."
-    if parse_granularity(granularity)[0] == "n:m": raise ValueError("granularity is N:M, whose units change with the weights; it may be 'row', 'column', 'kernel' or a block")
+    if parse_granularity(granularity)[0] == "n:m":
+        raise ValueError(
+            "granularity is N:M, whose units change with the weights; it may be 'row', 'column', 'kernel' or a block"
+        )
     return sum(_norms(as_rows(m, m.weight), granularity) for m in prunable_layers(model, layers).values())
+
 
 def _norms(weight, granularity):
     parts = units(weight.detach(), granularity)
-    if parts.of is None: return weight.abs().sum()
+    if parts.of is None:
+        return weight.abs().sum()
     squares = weight.new_zeros(parts.count).index_add(0, parts.of.flatten(), weight.flatten().square())
-    norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)              # the slope at zero is zero, not infinite
+    norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)  # the slope at zero is zero, not infinite
     return (norms * parts.size.to(weight.device).expand(parts.count).to(weight.dtype).sqrt()).sum()
 
 # %% ../nbs/07_prune.ipynb
 def _bitmap(keep):
     "One bit a weight."
     return pack_bits(keep.flatten().to(torch.uint8), 1), {}, keep
+
 
 def _from_bitmap(positions, shape, how):
     return unpack_bits(positions, 1, shape.numel()).bool().view(shape)
@@ -1259,6 +1874,7 @@ def _from_bitmap(positions, shape, how):
 def _gap_codes(gaps, b):
     "How many codes of b bits a list of gaps takes: one each, and one for every 2^b − 1 zeros that are skipped."
     return len(gaps) + int((gaps // ((1 << b) - 1)).sum())
+
 
 def _gaps(keep):
     "Zeros before each survivor; the width of a code is the one that needs the fewest bits."
@@ -1276,13 +1892,15 @@ def _from_gaps(positions, shape, how):
     b, n = how["gap"], shape.numel()
     codes, begin, whole = unpack_bits(positions, b, how["gaps"]), 0, True
     keep = torch.zeros(n, dtype=torch.bool, device=positions.device)
-    for some in codes.split(1 << 20) if len(codes) else ():                              # places are numbers of 64 bits: not all of them at once
+    for some in codes.split(1 << 20) if len(codes) else ():  # places are numbers of 64 bits: not all of them at once
         last = some < (1 << b) - 1
-        at = begin + (some.long() + last).cumsum(0)                # behind each code
+        at = begin + (some.long() + last).cumsum(0)  # behind each code
         begin, whole = int(at[-1]), bool(last[-1])
-        if begin > n: raise ValueError("the gaps do not fit the shape")
+        if begin > n:
+            raise ValueError("the gaps do not fit the shape")
         keep.index_fill_(0, (at if bool(last.all()) else at[last]) - 1, True)
-    if not whole: raise ValueError("the gaps do not fit the shape")
+    if not whole:
+        raise ValueError("the gaps do not fit the shape")
     return keep.view(shape)
 
 # %% ../nbs/07_prune.ipynb
@@ -1291,7 +1909,10 @@ def _patterns(n, m, device=None):
     rows = torch.tensor(list(itertools.combinations(range(m), n)), device=device)
     return torch.zeros(len(rows), m, dtype=torch.bool, device=device).scatter_(1, rows, True)
 
-def _pattern_bits(n, m): return max(1, (math.comb(m, n) - 1).bit_length())
+
+def _pattern_bits(n, m):
+    return max(1, (math.comb(m, n) - 1).bit_length())
+
 
 def _in_groups(keep, m):
     "Groups of m neighbours along the inputs, [groups, m]; the last one of a row is filled up."
@@ -1302,17 +1923,22 @@ def _in_groups(keep, m):
 def _grouped(keep, n, m):
     "The number of each group's pattern."
     groups = _in_groups(keep, m)
-    first = groups.to(torch.int32) * m * 2 + torch.arange(m, 0, -1, device=keep.device)          # survivors, then the zeros from the left
+    first = groups.to(torch.int32) * m * 2 + torch.arange(
+        m, 0, -1, device=keep.device
+    )  # survivors, then the zeros from the left
     filled = torch.zeros_like(groups).scatter_(-1, first.topk(n, -1).indices, True)
     place = 1 << torch.arange(m, device=keep.device)
     number = torch.zeros(1 << m, dtype=torch.int32, device=keep.device)
-    number[(_patterns(n, m, keep.device) * place).sum(1)] = torch.arange(math.comb(m, n), dtype=torch.int32, device=keep.device)
+    number[(_patterns(n, m, keep.device) * place).sum(1)] = torch.arange(
+        math.comb(m, n), dtype=torch.int32, device=keep.device
+    )
     codes = number[(filled * place).sum(-1)].flatten()
     return pack_bits(codes, _pattern_bits(n, m)), {"n": n, "m": m}, _out_of_groups(filled, keep.shape)
 
+
 def _out_of_groups(groups, shape):
     flat = groups.flatten(-2)
-    return flat[..., :shape[1]].movedim(-1, 1).contiguous() if len(shape) > 1 else flat[:shape[0]]
+    return flat[..., : shape[1]].movedim(-1, 1).contiguous() if len(shape) > 1 else flat[: shape[0]]
 
 # %% ../nbs/07_prune.ipynb
 def _group_shape(shape, m):
@@ -1320,46 +1946,61 @@ def _group_shape(shape, m):
     moved = (shape[0], *shape[2:], shape[1]) if len(shape) > 1 else tuple(shape)
     return (*moved[:-1], -(-moved[-1] // m))
 
+
 def _from_groups(positions, shape, how):
     n, m = how["n"], how["m"]
     groups = _group_shape(shape, m)
     codes = unpack_bits(positions, _pattern_bits(n, m), math.prod(groups)).long()
-    if len(codes) and int(codes.max()) >= math.comb(m, n): raise ValueError("a group has a pattern that there is not")
+    if len(codes) and int(codes.max()) >= math.comb(m, n):
+        raise ValueError("a group has a pattern that there is not")
     return _out_of_groups(_patterns(n, m, positions.device)[codes].view(*groups, m), shape)
 
 # %% ../nbs/07_prune.ipynb
 LAYOUTS = {"bitmap": (_bitmap, _from_bitmap), "gaps": (_gaps, _from_gaps), "n:m": (_grouped, _from_groups)}
 
+
 @dataclass(eq=False, repr=False)
 class SparseTensor(_Sized, CompressedTensor, kind="sparse"):
     "The values that are left, floats or codes, and where they belong."
-    shape: torch.Size                  # of the tensor it stands for
-    dtype: torch.dtype                 # of the tensor it stands for
-    layout: str                        # how positions are said: 'bitmap', 'gaps', 'n:m', 'dense'
-    how: dict                          # what that layout needs: gap and gaps, or n and m
-    count: int                         # values that are stored
-    positions: Tensor | None           # uint8, packed; None when dense
-    values: dict[str, Tensor]          # {"values": floats [count]}, or the parts of a `QTensor` with `count` codes
-    quantized: dict | None = None      # levels, axis, group of that `QTensor`
+
+    shape: torch.Size  # of the tensor it stands for
+    dtype: torch.dtype  # of the tensor it stands for
+    layout: str  # how positions are said: 'bitmap', 'gaps', 'n:m', 'dense'
+    how: dict  # what that layout needs: gap and gaps, or n and m
+    count: int  # values that are stored
+    positions: Tensor | None  # uint8, packed; None when dense
+    values: dict[str, Tensor]  # {"values": floats [count]}, or the parts of a `QTensor` with `count` codes
+    quantized: dict | None = None  # levels, axis, group of that `QTensor`
+
     @property
-    def sparsity(self) -> float: return 1 - self.count / max(1, self.shape.numel())
+    def sparsity(self) -> float:
+        return 1 - self.count / max(1, self.shape.numel())
+
     def __repr__(self):
-        return (f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
-                f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)")
+        return (
+            f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
+            f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
+        )
 
 # %% ../nbs/07_prune.ipynb
 def _describe(self) -> str:
     "How it is stored, in a few words."
-    where = {"gaps": f"gaps of {self.how.get('gap')} bits", "n:m": f"{self.how.get('n')}:{self.how.get('m')}"}.get(self.layout, self.layout)
+    where = {"gaps": f"gaps of {self.how.get('gap')} bits", "n:m": f"{self.how.get('n')}:{self.how.get('m')}"}.get(
+        self.layout, self.layout
+    )
     what = _name(self.values["values"].dtype) if self.quantized is None else self._hollow().describe()
     return f"{self.sparsity:.1%} left out ({where}), {what}"
+
 
 def _hollow(self):
     "The `QTensor` without its codes: all that can be checked of it, and said about it."
     parts = {k: p for k, p in self.values.items() if k != "codes"}
     levels = self.quantized["levels"]
-    parts["codes"] = torch.empty(packed_bytes(self.shape.numel(), max(1, (levels - 1).bit_length())), dtype=torch.uint8, device="meta")
+    parts["codes"] = torch.empty(
+        packed_bytes(self.shape.numel(), max(1, (levels - 1).bit_length())), dtype=torch.uint8, device="meta"
+    )
     return QTensor.from_parts(parts, {"shape": list(self.shape), "dtype": _name(self.dtype)} | self.quantized)
+
 
 SparseTensor.describe, SparseTensor._hollow = _describe, _hollow
 
@@ -1368,107 +2009,161 @@ def _sparse_parts(self) -> dict[str, Tensor]:
     "The tensors that a file stores."
     return ({} if self.positions is None else {"positions": self.positions}) | self.values
 
+
 def _sparse_meta(self) -> dict:
     "What a file's manifest says of it."
-    return {"shape": list(self.shape), "dtype": _name(self.dtype), "layout": self.layout, "count": self.count} | self.how | (self.quantized or {})
+    return (
+        {"shape": list(self.shape), "dtype": _name(self.dtype), "layout": self.layout, "count": self.count}
+        | self.how
+        | (self.quantized or {})
+    )
+
 
 def _position_codes(layout, shape, how):
     "Width, number and levels of the codes that positions are made of."
-    if layout == "bitmap": return 1, shape.numel(), 2
-    if layout == "gaps": return how["gap"], how["gaps"], 1 << how["gap"]
+    if layout == "bitmap":
+        return 1, shape.numel(), 2
+    if layout == "gaps":
+        return how["gap"], how["gaps"], 1 << how["gap"]
     return _pattern_bits(how["n"], how["m"]), math.prod(_group_shape(shape, how["m"])), math.comb(how["m"], how["n"])
+
 
 def _sparse_packed(self) -> dict[str, tuple[int, int, int]]:
     "Which parts are packed codes: their bits, their number, and below what they are."
     packed = {} if self.positions is None else {"positions": _position_codes(self.layout, self.shape, self.how)}
-    if self.quantized is None: return packed
+    if self.quantized is None:
+        return packed
     hollow = self._hollow().packed_parts()
     bits, _, levels = hollow.pop("codes")
     return packed | hollow | {"codes": (bits, self.count, levels)}
+
 
 SparseTensor.parts, SparseTensor.meta, SparseTensor.packed_parts = _sparse_parts, _sparse_meta, _sparse_packed
 
 # %% ../nbs/07_prune.ipynb
 def _checked_layout(meta, shape):
     "Layout and its numbers, in their ranges."
-    whole = lambda k, low, high: isinstance(meta.get(k), int) and not isinstance(meta.get(k), bool) and low <= meta[k] <= high
+    whole = lambda k, low, high: (
+        isinstance(meta.get(k), int) and not isinstance(meta.get(k), bool) and low <= meta[k] <= high
+    )
     layout, n = meta.get("layout"), shape.numel()
-    keys = {"bitmap": (), "gaps": ("gap", "gaps"), "n:m": ("n", "m"), "dense": ()}.get(layout) if isinstance(layout, str) else None
-    if keys is None: raise ValueError(f"layout is {layout!r:.40}; it may be 'bitmap', 'gaps', 'n:m' or 'dense'")
-    if set(meta) - {"shape", "dtype", "layout", "count", "levels", "axis", "group"} != set(keys): raise ValueError(f"meta of the layout {layout!r} has {sorted(meta)}")
-    if not whole("count", 0, n): raise ValueError(f"count is {meta.get('count')!r:.40} for {n} weights")
-    if layout == "gaps" and not (whole("gap", 1, 16) and whole("gaps", 0, 2 * n)): raise ValueError("the gaps are described in an impossible way")
-    if layout == "n:m" and not (whole("m", 2, 16) and whole("n", 1, meta["m"] - 1)): raise ValueError("N:M is described in an impossible way")
+    keys = (
+        {"bitmap": (), "gaps": ("gap", "gaps"), "n:m": ("n", "m"), "dense": ()}.get(layout)
+        if isinstance(layout, str)
+        else None
+    )
+    if keys is None:
+        raise ValueError(f"layout is {layout!r:.40}; it may be 'bitmap', 'gaps', 'n:m' or 'dense'")
+    if set(meta) - {"shape", "dtype", "layout", "count", "levels", "axis", "group"} != set(keys):
+        raise ValueError(f"meta of the layout {layout!r} has {sorted(meta)}")
+    if not whole("count", 0, n):
+        raise ValueError(f"count is {meta.get('count')!r:.40} for {n} weights")
+    if layout == "gaps" and not (whole("gap", 1, 16) and whole("gaps", 0, 2 * n)):
+        raise ValueError("the gaps are described in an impossible way")
+    if layout == "n:m" and not (whole("m", 2, 16) and whole("n", 1, meta["m"] - 1)):
+        raise ValueError("N:M is described in an impossible way")
     return layout, {k: meta[k] for k in keys}, meta["count"]
 
 # %% ../nbs/07_prune.ipynb
 @classmethod
 def _from_sparse_parts(cls, parts: dict[str, Tensor], meta: dict) -> "SparseTensor":
     "Build from stored parts; whatever does not fit together raises `ValueError`."
-    quantized = {k: meta[k] for k in ("levels", "axis", "group") if k in meta} if isinstance(meta, dict) and "levels" in meta else None
+    quantized = (
+        {k: meta[k] for k in ("levels", "axis", "group") if k in meta}
+        if isinstance(meta, dict) and "levels" in meta
+        else None
+    )
     frame = _frame(meta, quantized)
     layout, how, count = _checked_layout(meta, frame[0])
     values = {k: p for k, p in parts.items() if k != "positions"}
     x = cls(*frame, layout, how, count, parts.get("positions"), values, quantized)
-    if (x.positions is None) != (layout == "dense"): raise ValueError(f"the layout {layout!r} {'has no' if layout == 'dense' else 'needs'} positions")
-    if x.positions is not None: _check_part("positions", x.positions, (torch.uint8,), (packed_bytes(*_position_codes(layout, x.shape, how)[1::-1]),))
+    if (x.positions is None) != (layout == "dense"):
+        raise ValueError(f"the layout {layout!r} {'has no' if layout == 'dense' else 'needs'} positions")
+    if x.positions is not None:
+        _check_part(
+            "positions", x.positions, (torch.uint8,), (packed_bytes(*_position_codes(layout, x.shape, how)[1::-1]),)
+        )
     if quantized is None:
-        if set(values) != {"values"}: raise ValueError(f"unknown parts {sorted(set(values) ^ {'values'})}")
+        if set(values) != {"values"}:
+            raise ValueError(f"unknown parts {sorted(set(values) ^ {'values'})}")
         _check_part("values", values["values"], FLOATS, (count,))
-    else: _check_part("codes", values.get("codes"), (torch.uint8,), (packed_bytes(count, x._hollow().bits),))
-    if x.positions is None and count != x.shape.numel(): raise ValueError(f"count is {count} for {x.shape.numel()} dense weights")
-    if x.positions is not None and not x.positions.is_meta and (n := int(x.mask().count_nonzero())) != count: raise ValueError(f"the positions name {n} places for {count} values")
+    else:
+        _check_part("codes", values.get("codes"), (torch.uint8,), (packed_bytes(count, x._hollow().bits),))
+    if x.positions is None and count != x.shape.numel():
+        raise ValueError(f"count is {count} for {x.shape.numel()} dense weights")
+    if x.positions is not None and not x.positions.is_meta and (n := int(x.mask().count_nonzero())) != count:
+        raise ValueError(f"the positions name {n} places for {count} values")
     return x
 
 # %% ../nbs/07_prune.ipynb
 def _frame(meta, quantized):
     "Shape and dtype, checked as those of a `QTensor` are."
-    if not isinstance(meta, dict): raise ValueError(f"meta is {meta!r:.40}")
+    if not isinstance(meta, dict):
+        raise ValueError(f"meta is {meta!r:.40}")
     return _checked_meta({k: meta.get(k) for k in ("shape", "dtype")} | (quantized or {"levels": 2}))[:2]
 
-def _mask(self) -> Tensor:     # bool, of `self.shape`
+
+def _mask(self) -> Tensor:  # bool, of `self.shape`
     "Where the values belong; worked out once."
-    if "_keep" in self.__dict__: return self._keep
-    keep = torch.ones(self.shape, dtype=torch.bool, device=self.device) if self.positions is None else LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
-    if not torch._C._functorch.is_functorch_wrapped_tensor(keep): self._keep = keep      # which would not outlive what is derived
+    if "_keep" in self.__dict__:
+        return self._keep
+    keep = (
+        torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        if self.positions is None
+        else LAYOUTS[self.layout][1](self.positions, self.shape, self.how)
+    )
+    if not torch._C._functorch.is_functorch_wrapped_tensor(keep):
+        self._keep = keep  # which would not outlive what is derived
     return keep
+
 
 def _expanded(self) -> Tensor:
     "The numbers that it stands for, in the original shape and dtype."
-    if self.device.type == "meta": return torch.empty(self.shape, dtype=self.dtype, device="meta")
+    if self.device.type == "meta":
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
     keep = self.mask()
-    if self.quantized is None: return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_scatter_(keep, self.values["values"].to(self.dtype))
+    if self.quantized is None:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_scatter_(
+            keep, self.values["values"].to(self.dtype)
+        )
     return torch.where(keep, self.as_qtensor(fill=False).dequantize(), 0)
+
 
 SparseTensor.from_parts, SparseTensor.mask, SparseTensor.dequantize = _from_sparse_parts, _mask, _expanded
 
 # %% ../nbs/07_prune.ipynb
 def _as_qtensor(
     self,
-    fill: bool = True,     # zeros get the code of zero; False: the code 0, whatever it stands for
+    fill: bool = True,  # zeros get the code of zero; False: the code 0, whatever it stands for
 ) -> QTensor:
     "Pruned and quantized → quantized, with codes for the zeros as well: what integer kernels take."
-    if self.quantized is None: raise ValueError("the values are floats, which have no codes; quantize them first")
+    if self.quantized is None:
+        raise ValueError("the values are floats, which have no codes; quantize them first")
     hollow = self._hollow()
     codes = torch.zeros(self.shape, dtype=torch.uint8 if hollow.bits <= 8 else torch.int32, device=self.device)
-    if fill: codes += _code_of_zero(hollow).to(codes.dtype)
+    if fill:
+        codes += _code_of_zero(hollow).to(codes.dtype)
     codes.masked_scatter_(self.mask(), unpack_bits(self.values["codes"], hollow.bits, self.count))
     hollow.codes = pack_bits(codes, hollow.bits)
     return hollow
+
 
 def _code_of_zero(q):
     "The code of the number zero, for each element or for all."
     if q.codebook is not None:
         at = (q.codebook == 0).nonzero()
-        if not len(at): raise ValueError("no entry of the codebook is zero; zeros can only be left out")
+        if not len(at):
+            raise ValueError("no entry of the codebook is zero; zeros can only be left out")
         return at[0]
     zero = q.zero_point
     if isinstance(zero, float):
-        if zero != int(zero): raise ValueError("two levels have no zero; zeros can only be left out")
+        if zero != int(zero):
+            raise ValueError("two levels have no zero; zeros can only be left out")
         return torch.tensor(int(zero), device=q.scale.device)
     row = math.prod(q.shape) // max(1, q.shape[0] if len(q.shape) > 1 else 1)
     size = min(q.group, row) if q.group else math.prod(q.shape) // max(1, zero.numel())
     return from_blocks(zero.reshape(-1, 1).expand(-1, size), q.shape, q.axis, q.group)
+
 
 SparseTensor.as_qtensor = _as_qtensor
 
@@ -1477,33 +2172,45 @@ def _candidates(keep, layout):
     "Everything that a layout, or any of them, can make of a mask."
     wanted = (layout,) if layout is not None else ("bitmap", "gaps", "n:m", "dense")
     for name in wanted:
-        if name == "dense": yield name, None, {}, torch.ones_like(keep)
+        if name == "dense":
+            yield name, None, {}, torch.ones_like(keep)
         elif name == "n:m":
             for m in (2, 4, 8, 16):
                 fits = keep.numel() and keep.dim() and m <= keep.shape[keep.dim() > 1]
                 n = max(1, int(_in_groups(keep, m).sum(-1).max())) if fits else m
-                if n < m: yield name, *_grouped(keep, n, m)
-        else: yield name, *LAYOUTS[name][0](keep)
+                if n < m:
+                    yield name, *_grouped(keep, n, m)
+        else:
+            yield name, *LAYOUTS[name][0](keep)
 
 # %% ../nbs/07_prune.ipynb
 @torch.no_grad()
 def sparsify(
-    x: Any,                        # values, any shape: a float tensor, an array with `__dlpack__`, or a `QTensor`
-    keep: Tensor | None = None,    # bool: what stays; None: what is not zero
-    layout: str | None = None,     # 'bitmap', 'gaps', 'n:m' or 'dense'; None: the smallest
+    x: Any,  # values, any shape: a float tensor, an array with `__dlpack__`, or a `QTensor`
+    keep: Tensor | None = None,  # bool: what stays; None: what is not zero
+    layout: str | None = None,  # 'bitmap', 'gaps', 'n:m' or 'dense'; None: the smallest
 ) -> SparseTensor:
     "Leave out the zeros. `ValueError` for a layout that does not fit, and for NaN."
-    if layout not in (None, *LAYOUTS, "dense"): raise ValueError(f"layout is {layout!r}; it may be None, 'bitmap', 'gaps', 'n:m' or 'dense'")
+    if layout not in (None, *LAYOUTS, "dense"):
+        raise ValueError(f"layout is {layout!r}; it may be None, 'bitmap', 'gaps', 'n:m' or 'dense'")
     q = x if isinstance(x, QTensor) else None
     x = q.dequantize() if q is not None else as_tensor(x)
-    if bool(x.isnan().any()): raise ValueError(f"x holds {int(x.isnan().sum())} NaN")
+    if bool(x.isnan().any()):
+        raise ValueError(f"x holds {int(x.isnan().sum())} NaN")
     keep = x != 0 if keep is None else keep & (x != 0)
     stored_bytes = lambda count: count * x.element_size() if q is None else packed_bytes(count, q.bits)
-    cut = ~keep & (x != 0)                                      # a code that stands for something, of a weight that was cut, cannot be stored
+    cut = ~keep & (x != 0)  # a code that stands for something, of a weight that was cut, cannot be stored
     found = [c for c in _candidates(keep, layout) if q is None or not bool((c[3] & cut).any())]
-    if not found: raise ValueError(f"layout is {layout!r}, which does not fit: no N:M pattern does, or it would store codes of weights that keep cuts")
-    name, positions, how, stored = min(found, key=lambda c: (0 if c[1] is None else c[1].nbytes) + stored_bytes(int(c[3].sum())))
-    if q is None: values, quantized = {"values": x.masked_fill(~keep, 0)[stored]}, None
+    if not found:
+        raise ValueError(
+            f"layout is {layout!r}, which does not fit: no N:M pattern does, or it would store codes of weights that"
+            " keep cuts"
+        )
+    name, positions, how, stored = min(
+        found, key=lambda c: (0 if c[1] is None else c[1].nbytes) + stored_bytes(int(c[3].sum()))
+    )
+    if q is None:
+        values, quantized = {"values": x.masked_fill(~keep, 0)[stored]}, None
     else:
         values = {k: p for k, p in q.parts().items() if k != "codes"} | {"codes": pack_bits(q.unpack()[stored], q.bits)}
         quantized = {k: v for k, v in q.meta().items() if k in ("levels", "axis", "group")}
@@ -1511,75 +2218,121 @@ def sparsify(
 
 # %% ../nbs/07_prune.ipynb
 def quantize_survivors(
-    weight: Tensor,       # with zeros
-    keep: Tensor,         # bool: what stays
-    bits: int = 4,        # width of a code
-    **options,            # of `quantize`: group, axis, symmetric, observer, codebook …
-) -> QTensor:             # zeros have some code, too; `sparsify` leaves it out
-    "Quantize what is left. With codebook='kmeans' the table is that of the survivors alone (Han et al. 2016, arXiv:1510.00149)."
-    if options.get("codebook") != "kmeans" or not bool(keep.any()): return quantize(weight, bits, **options)
-    if options.get("group") or options.get("axis") is not None: raise ValueError("codebook is 'kmeans', one table for the whole tensor; leave group and axis out")
+    weight: Tensor,  # with zeros
+    keep: Tensor,  # bool: what stays
+    bits: int = 4,  # width of a code
+    **options,  # of `quantize`: group, axis, symmetric, observer, codebook …
+) -> QTensor:  # zeros have some code, too; `sparsify` leaves it out
+    """Quantize what is left. With codebook='kmeans' the table is that of the survivors alone (Han et al. 2016,
+    arXiv:1510.00149)."""
+    if options.get("codebook") != "kmeans" or not bool(keep.any()):
+        return quantize(weight, bits, **options)
+    if options.get("group") or options.get("axis") is not None:
+        raise ValueError("codebook is 'kmeans', one table for the whole tensor; leave group and axis out")
     q = quantize(weight[keep], bits, **options)
-    table = q.codebook.unique()                                # of few survivors, some entries may be the same
-    return quantize(weight, codebook=table if len(table) > 1 else torch.cat([table, table.new_tensor([0., 1.])]).unique(), scale=q.scale)
+    table = q.codebook.unique()  # of few survivors, some entries may be the same
+    return quantize(
+        weight,
+        codebook=table if len(table) > 1 else torch.cat([table, table.new_tensor([0.0, 1.0])]).unique(),
+        scale=q.scale,
+    )
 
 # %% ../nbs/07_prune.ipynb
 def sparsify_layer(
-    layer: nn.Module,            # with a mask, with zeros, or a `Dequantize` whose tensor has zeros; it is left as it is
-    bits: int | None = None,     # also quantize what is left, to codes of so many bits; None: floats
-    layout: str | None = None,   # how positions are said; None: the smallest
-    **options,                   # of `quantize`: group, symmetric, observer, codebook … ; by default one scale for each output
-) -> Dequantize:                 # computes the same with a compressed weight
+    layer: nn.Module,  # with a mask, with zeros, or a `Dequantize` whose tensor has zeros; it is left as it is
+    bits: int | None = None,  # also quantize what is left, to codes of so many bits; None: floats
+    layout: str | None = None,  # how positions are said; None: the smallest
+    **options,  # of `quantize`: group, symmetric, observer, codebook … ; by default one scale for each output
+) -> Dequantize:  # computes the same with a compressed weight
     "Make the zeros of one layer real."
     if isinstance(layer, Dequantize):
-        if not isinstance(layer.q, QTensor) or bits is not None: raise ValueError("layer is compressed already; only quantized layers can be made sparse, with the bits that they have")
-        return carry_hooks(layer, Dequantize(_bare(layer.layer, layer.name, layer.q), sparsify(layer.q, layout=layout), layer.name))
+        if not isinstance(layer.q, QTensor) or bits is not None:
+            raise ValueError(
+                "layer is compressed already; only quantized layers can be made sparse, with the bits that they have"
+            )
+        return carry_hooks(
+            layer, Dequantize(_bare(layer.layer, layer.name, layer.q), sparsify(layer.q, layout=layout), layer.name)
+        )
     mask = find_mask(layer)
     plain = remove_masks(layer) if mask is not None else layer
     weight = plain.weight.detach()
-    if bits is None and (idle := [k for k, v in options.items() if v is not None]): raise ValueError(f"bits is None, and what is left stays floats, but {', '.join(idle)} say how to quantize it; give bits too")
-    if bits is None: return Dequantize(plain, sparsify(weight, layout=layout))
-    if "axis" not in options and options.get("codebook") != "kmeans": options |= _layout_for(plain, weight, options.get("group"), True)
+    if bits is None and (idle := [k for k, v in options.items() if v is not None]):
+        raise ValueError(
+            f"bits is None, and what is left stays floats, but {', '.join(idle)} say how to quantize it; give bits too"
+        )
+    if bits is None:
+        return Dequantize(plain, sparsify(weight, layout=layout))
+    if "axis" not in options and options.get("codebook") != "kmeans":
+        options |= _layout_for(plain, weight, options.get("group"), True)
     keep = weight != 0
     return Dequantize(plain, sparsify(quantize_survivors(weight, keep, bits, **options), keep, layout))
+
 
 def _combined(default, how):
     "Options of one layer; where its `bits` are None those of all that say how to quantize are not meant for it."
     floats = "bits" in how and how["bits"] is None
     return combined({k: v for k, v in default.items() if not floats or k in ("bits", "layout")}, how)
 
+
 def _bare(layer, name, q):
     "A layer as `Dequantize` wants it: with a parameter of the right shape, here without memory."
     new = copy.copy(layer)
-    new._parameters = layer._parameters | {name: nn.Parameter(torch.empty(q.shape, dtype=q.dtype, device="meta"), requires_grad=False)}
+    new._parameters = layer._parameters | {
+        name: nn.Parameter(torch.empty(q.shape, dtype=q.dtype, device="meta"), requires_grad=False)
+    }
     return new
 
 # %% ../nbs/07_prune.ipynb
 def sparsify_model(
-    model: nn.Module,              # with masks, zeros, or quantized layers that have zeros; it is left as it is
-    bits: int | None = None,       # also quantize what is left; None: floats
-    layers: tuple = QUANTIZABLE,   # classes
-    overrides: dict | None = None, # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is, without its mask
-    **options,                     # of `sparsify_layer`: layout, group, symmetric, codebook …
-) -> nn.Module:                    # a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
-    "Make masks real. Layers that would not become smaller stay as they are (without masks); tied weights stay tied. `ValueError` when there is no zero anywhere."
+    model: nn.Module,  # with masks, zeros, or quantized layers that have zeros; it is left as it is
+    bits: int | None = None,  # also quantize what is left; None: floats
+    layers: tuple = QUANTIZABLE,  # classes
+    overrides: (
+        dict | None
+        # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is, without
+        # its mask
+    ) = None,
+    **options,  # of `sparsify_layer`: layout, group, symmetric, codebook …
+) -> nn.Module:  # a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
+    """Make masks real. Layers that would not become smaller stay as they are (without masks); tied weights stay
+    tied. `ValueError` when there is no zero anywhere."""
     overrides, done, shared = overrides or {}, {}, {}
-    if had_masks := bool(masks(model)): model = remove_masks(model)
+    if had_masks := bool(masks(model)):
+        model = remove_masks(model)
     found = _with_zeros(model, layers)
     _check_patterns("overrides", overrides, found)
     ways = _ways(found, overrides)
     for n, layer in found.items():
         how, key = ways[n]
-        if how is None and not isinstance(layer, Dequantize) and find_mask(layer) is None and computed(layer) is not None: continue
-        if (why := None if isinstance(layer, Dequantize) else _not_plain(layer) or (None if find_mask(layer) is not None else computed(layer))) is not None:
-            raise ValueError(f"the weight of layer {n or '(model)'} {why}, or leave the layer out with overrides={{{n!r}: None}}")
-        try: new = _sparsified(layer, None if how is None else _combined(dict(bits=bits) | options, how))
-        except ValueError as e: raise ValueError(f"layer {n or '(model)'}: {e}") from e
+        if (
+            how is None
+            and not isinstance(layer, Dequantize)
+            and find_mask(layer) is None
+            and computed(layer) is not None
+        ):
+            continue
+        if (
+            why := (
+                None
+                if isinstance(layer, Dequantize)
+                else _not_plain(layer) or (None if find_mask(layer) is not None else computed(layer))
+            )
+        ) is not None:
+            raise ValueError(
+                f"the weight of layer {n or '(model)'} {why}, or leave the layer out with overrides={{{n!r}: None}}"
+            )
+        try:
+            new = _sparsified(layer, None if how is None else _combined(dict(bits=bits) | options, how))
+        except ValueError as e:
+            raise ValueError(f"layer {n or '(model)'}: {e}") from e
         if isinstance(new, Dequantize):
             new = Dequantize(_bare(new.layer, new.name, new.q), shared.setdefault(key, new.packed), new.name)
-            if isinstance(layer, Dequantize): carry_hooks(layer, new)
-        if new is not layer: done[n] = new
-    if not done and not had_masks: raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
+            if isinstance(layer, Dequantize):
+                carry_hooks(layer, new)
+        if new is not layer:
+            done[n] = new
+    if not done and not had_masks:
+        raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
     check_code(model, [model.get_submodule(n) for n in done])
     return _copy_with(model, done)
 
@@ -1587,119 +2340,185 @@ def sparsify_model(
 def _with_zeros(model, layers):
     "Layers whose weight can be made sparse: ordinary, masked, or quantized."
     inside = {id(m.layer) for m in model.modules() if isinstance(m, Dequantize)}
-    found = {n: m for n, m in model.named_modules() if id(m) not in inside and
-             (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and _weighs(m))}
-    if not found: raise ValueError(f"model has nothing to make sparse; it may have {', '.join(c.__name__ for c in layers)}")
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if id(m) not in inside
+        and (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and _weighs(m))
+    }
+    if not found:
+        raise ValueError(f"model has nothing to make sparse; it may have {', '.join(c.__name__ for c in layers)}")
     return found
+
 
 def _sparsified(layer, how):
     "What becomes of one layer: the smaller of the ways to keep it."
     plain = layer if isinstance(layer, Dequantize) or find_mask(layer) is None else remove_masks(layer)
-    if how is None: return plain
-    if isinstance(layer, Dequantize): how = {k: v for k, v in how.items() if k == "layout"}
+    if how is None:
+        return plain
+    if isinstance(layer, Dequantize):
+        how = {k: v for k, v in how.items() if k == "layout"}
     new = sparsify_layer(plain, **how)
     before = layer.q.nbytes if isinstance(layer, Dequantize) else plain.weight.nbytes
     return new if new.q.nbytes < before else plain
 
+
 def _ways(found, overrides):
     "Options and identity of each layer's weight; tied layers must have the same options, or they would not be tied."
     key = lambda m: id(m.packed) if isinstance(m, Dequantize) else _key(m)
-    ways = {n: (next((o for p, o in overrides.items() if fnmatch.fnmatchcase(n, p)), {}), key(m)) for n, m in found.items()}
+    ways = {
+        n: (next((o for p, o in overrides.items() if fnmatch.fnmatchcase(n, p)), {}), key(m)) for n, m in found.items()
+    }
     first = {}
     for n, (how, k) in ways.items():
         one = first.setdefault(k, n)
-        if ways[one][0] != how: raise ValueError(f"overrides gives {n} {how} and {one} {ways[one][0]}, but they share a weight; give both the same")
+        if ways[one][0] != how:
+            raise ValueError(
+                f"overrides gives {n} {how} and {one} {ways[one][0]}, but they share a weight; give both the same"
+            )
     return ways
 
 # %% ../nbs/07_prune.ipynb
 def fill_zeros(
-    model: nn.Module,     # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
-) -> nn.Module:           # a copy in which these are quantized (codes) or ordinary (floats) layers
-    "Give every zero its value, or its code, back. A codebook without a zero becomes floats. `ValueError` when no layer is sparse."
+    model: nn.Module,  # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
+) -> nn.Module:  # a copy in which these are quantized (codes) or ordinary (floats) layers
+    """Give every zero its value, or its code, back. A codebook without a zero becomes floats. `ValueError` when no
+    layer is sparse."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize) and isinstance(m.q, SparseTensor)}
-    if not found: raise ValueError("model has no sparse layer; sparsify_model makes them")
+    if not found:
+        raise ValueError("model has no sparse layer; sparsify_model makes them")
     expanded = {}
     return _copy_with(model, {m: _filled(m, expanded) for m in found.values()}, expanded.values())
 
+
 def _filled(m, expanded):
     codes = _with_codes(m.q)
-    return _plain(m, expanded) if codes is None else carry_hooks(m, Dequantize(_bare(m.layer, m.name, m.q), codes, m.name))
+    return (
+        _plain(m, expanded) if codes is None else carry_hooks(m, Dequantize(_bare(m.layer, m.name, m.q), codes, m.name))
+    )
+
 
 def _with_codes(q):
     "The quantized tensor with codes for zeros; None when there are no codes, or none of them stands for zero."
-    if q.quantized is None: return None
-    try: return q.as_qtensor()
-    except ValueError: return q.as_qtensor(fill=False) if q.positions is None else None
+    if q.quantized is None:
+        return None
+    try:
+        return q.as_qtensor()
+    except ValueError:
+        return q.as_qtensor(fill=False) if q.positions is None else None
 
 # %% ../nbs/07_prune.ipynb
-SPARSE_PAYS = 0.15     # density below which a CSR product is clearly quicker than a dense one, for 64 samples
+SPARSE_PAYS = 0.15  # density below which a CSR product is clearly quicker than a dense one, for 64 samples
+
 
 class SparseLinear(Dequantize):
-    "A Linear whose few weights are multiplied as a CSR matrix (as a dense one, when they are not few). As small as before in a file; in memory the matrix comes on top."
+    """A Linear whose few weights are multiplied as a CSR matrix (as a dense one, when they are not few). As small
+    as before in a file; in memory the matrix comes on top."""
+
     def __init__(
         self,
-        layer: nn.Module,              # a Linear
-        q: SparseTensor | Packed,      # its weight
+        layer: nn.Module,  # a Linear
+        q: SparseTensor | Packed,  # its weight
         name: str = "weight",
         density: float = SPARSE_PAYS,  # up to this share of weights it is CSR, 8 bytes for each weight that is left
     ):
         super().__init__(layer, q, name)
-        if not _is_linear(layer) or not isinstance(self.q, SparseTensor): raise ValueError(f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a SparseTensor, and no subclass that computes something else")
-        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1: raise ValueError(f"density is {density!r}; it may be 0 to 1")
+        if not _is_linear(layer) or not isinstance(self.q, SparseTensor):
+            raise ValueError(
+                f"layer is a {type(layer).__name__} with a {type(self.q).__name__}; it may be a Linear with a"
+                " SparseTensor, and no subclass that computes something else"
+            )
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
+            raise ValueError(f"density is {density!r}; it may be 0 to 1")
         self.density, self._matrix, self._made = density, None, None
-    def options(self) -> dict: return {} if self.density == SPARSE_PAYS else {"density": self.density}
-    def __getstate__(self): return self.__dict__ | {"_matrix": None, "_made": None}          # a copy works out its own
+
+    def options(self) -> dict:
+        return {} if self.density == SPARSE_PAYS else {"density": self.density}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_matrix": None, "_made": None}  # a copy works out its own
+
     def _apply(self, fn, recurse=True):
         self._matrix = None
         return super()._apply(fn, recurse)
 
-def _is_linear(layer): return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+def _is_linear(layer):
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 # %% ../nbs/07_prune.ipynb
 def _as_csr(weight):
     "CSR with 32-bit indices, which is what the products of the CPU are written for."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")           # that CSR is in beta, and its invariants are not checked
+        warnings.simplefilter("ignore")  # that CSR is in beta, and its invariants are not checked
         csr = weight.float().to_sparse_csr()
-        return torch.sparse_csr_tensor(csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape, check_invariants=False
+        )
+
 
 def _matrix_of(self) -> Tensor:
     "The matrix, worked out when it is first needed, and again when its parts were exchanged or written to."
     now = [(id(p), None if p.is_inference() else p._version) for p in self.packed._buffers.values()]
     if self._matrix is None or self._made != now:
         q = self.q
-        with torch.inference_mode(False), torch.no_grad(): self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
+        with torch.inference_mode(False), torch.no_grad():
+            self._matrix = _as_csr(q.dequantize()) if 1 - q.sparsity <= self.density else q.dequantize()
         self._made = now
     return self._matrix
 
+
 def _sparse_forward(self, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_nested or x.is_meta or autocasting(x) or derived_or_mapped(): return Dequantize.forward(self, x)
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or x.is_nested
+        or x.is_meta
+        or autocasting(x)
+        or derived_or_mapped()
+    ):
+        return Dequantize.forward(self, x)
     matrix = self.matrix()
-    if matrix.layout == torch.strided: return F.linear(x, matrix, self.layer.bias)
-    if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32: return self.expanded()(x)
-    y = (matrix @ x.reshape(-1, x.shape[-1]).t().contiguous()).t()        # rows of a sparse matrix times columns: what CSR is made for
+    if matrix.layout == torch.strided:
+        return F.linear(x, matrix, self.layer.bias)
+    if torch.is_grad_enabled() and x.requires_grad or x.dtype != torch.float32:
+        return self.expanded()(x)
+    y = (
+        matrix @ x.reshape(-1, x.shape[-1]).t().contiguous()
+    ).t()  # rows of a sparse matrix times columns: what CSR is made for
     return (y if self.layer.bias is None else y + self.layer.bias).reshape(*x.shape[:-1], len(matrix))
+
 
 SparseLinear.matrix, SparseLinear.forward = _matrix_of, _sparse_forward
 
 # %% ../nbs/07_prune.ipynb
 def use_sparse_products(
-    model: nn.Module,                # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
-    density: float = SPARSE_PAYS,    # layers with at most this share of their weights are multiplied sparsely, others densely
-) -> nn.Module:                      # a copy that shares the compressed weights
-    "Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when there is none."
-    found = {n: m for n, m in model.named_modules() if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)}
-    if not found: raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
+    model: nn.Module,  # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
+    # layers with at most this share of their weights are multiplied sparsely, others densely
+    density: float = SPARSE_PAYS,
+) -> nn.Module:  # a copy that shares the compressed weights
+    """Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when
+    there is none."""
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if type(m) is Dequantize and _is_linear(m.layer) and isinstance(m.q, SparseTensor)
+    }
+    if not found:
+        raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
     return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
 
+
 def _multiplied(m, density):
-    "A `SparseLinear` in the place of a `Dequantize`, with its hooks and those of the layer in it, which will not be called."
+    """A `SparseLinear` in the place of a `Dequantize`, with its hooks and those of the layer in it, which will not
+    be called."""
     new = SparseLinear(_bare(m.layer, m.name, m.q), m.packed, m.name, density)
     carry_hooks(m.layer, carry_hooks(m, new))
-    for key in (*HOOKS, *FLAGS): new.layer.__dict__[key] = OrderedDict()
+    for key in (*HOOKS, *FLAGS):
+        new.layer.__dict__[key] = OrderedDict()
     return new
 
 # %% ../nbs/07_prune.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -23,32 +23,62 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import QEmbedding
 from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor
-from .quant import (OBSERVERS, Dequantize, Packed, QTensor, as_blocks, as_tensor, check_bits, from_blocks, pack_bits, quantize,
-                            scale_and_zero_point, symmetric_zero_point, _check_layout, _copy_with, _finite, _scale_shape, _unit)
+from modelzip.quant import (
+    OBSERVERS,
+    Dequantize,
+    Packed,
+    QTensor,
+    as_blocks,
+    as_tensor,
+    check_bits,
+    from_blocks,
+    pack_bits,
+    quantize,
+    scale_and_zero_point,
+    symmetric_zero_point,
+    _check_layout,
+    _copy_with,
+    _finite,
+    _scale_shape,
+    _unit,
+)
 from .workshop.matrices import choose_matrices, layers_of, matrices_of, unwrapped
 from .workshop.models import as_batches, carry_hooks, computed, copied, feed
 from .workshop.pairs import NEUTRAL, Unproven, check_same, graphs_of, proven_pairs, scalable, why_not
 from .workshop.watching import Twin, name_of, points_of, unseen, watch
 
-_all_ = ["CALIBRATED", "NEUTRAL", "as_matrices", "feed", "input_rows", "inverse_factor"]      # chapter 07's, for whoever looks for them here
+_all_ = [
+    "CALIBRATED",
+    "NEUTRAL",
+    "as_matrices",
+    "feed",
+    "input_rows",
+    "inverse_factor",
+]  # chapter 07's, for whoever looks for them here
 
 # %% ../nbs/10_ptq.ipynb
-SAMPLE = 1 << 17    # values that are kept of a layer's input, at most
+SAMPLE = 1 << 17  # values that are kept of a layer's input, at most
+
 
 @dataclass(repr=False)
 class LayerStatistics:
     "What a layer's inputs were like, as sums over rows; grows with `add`."
-    count: int = 0                    # rows seen
-    low: Tensor | None = None         # [groups, inputs] least value of each input
-    high: Tensor | None = None        # [groups, inputs] greatest
-    total: Tensor | None = None       # [groups, inputs] Σ x
-    magnitude: Tensor | None = None   # [groups, inputs] Σ |x|
-    moment: Tensor | None = None      # [groups, inputs, inputs] H = Σ x xᵀ; None when it was not asked for
-    cross: Tensor | None = None       # [groups, inputs, inputs] Σ x₀ xᵀ, where x₀ is what the original model has in place of x
-    sample: Tensor | None = None      # [at most SAMPLE] some of the values
-    stride: int = 1                   # one value of so many is in the sample
+
+    count: int = 0  # rows seen
+    low: Tensor | None = None  # [groups, inputs] least value of each input
+    high: Tensor | None = None  # [groups, inputs] greatest
+    total: Tensor | None = None  # [groups, inputs] Σ x
+    magnitude: Tensor | None = None  # [groups, inputs] Σ |x|
+    moment: Tensor | None = None  # [groups, inputs, inputs] H = Σ x xᵀ; None when it was not asked for
+    cross: Tensor | None = (
+        None  # [groups, inputs, inputs] Σ x₀ xᵀ, where x₀ is what the original model has in place of x
+    )
+    sample: Tensor | None = None  # [at most SAMPLE] some of the values
+    stride: int = 1  # one value of so many is in the sample
+
     def __repr__(self):
-        if not self.count or not self.low.numel(): return f"LayerStatistics({self.count:,} rows{' of 0' if self.count else ''})"
+        if not self.count or not self.low.numel():
+            return f"LayerStatistics({self.count:,} rows{' of 0' if self.count else ''})"
         kept = "" if self.moment is None else ", H"
         reach = f"{self.low.min():.3g} to {self.high.max():.3g}, mean |x| {self.magnitude.mean() / self.count:.3g}"
         return f"LayerStatistics({self.count:,} rows of {self.low.shape[-1]}, {reach}{kept})"
@@ -56,34 +86,45 @@ class LayerStatistics:
 # %% ../nbs/10_ptq.ipynb
 def _add(self, rows: Tensor, moment: bool = True, original: Tensor | None = None) -> None:
     "Count in rows [groups, rows, inputs]; `original` is what the uncompressed model has in their place."
-    if not rows.shape[1]: return
-    reach = rows.abs().max().item() if rows.numel() else 1.
-    if not 1e-15 < reach < 1e15 and reach: rows, original = rows.double(), None if original is None else original.double()      # their squares need room
-    now = dict(low=rows.amin(1), high=rows.amax(1), total=rows.sum(1), magnitude=torch.linalg.vector_norm(rows, 1, dim=1))
+    if not rows.shape[1]:
+        return
+    reach = rows.abs().max().item() if rows.numel() else 1.0
+    if not 1e-15 < reach < 1e15 and reach:
+        rows, original = rows.double(), None if original is None else original.double()  # their squares need room
+    now = dict(
+        low=rows.amin(1), high=rows.amax(1), total=rows.sum(1), magnitude=torch.linalg.vector_norm(rows, 1, dim=1)
+    )
     join = {"low": torch.minimum, "high": torch.maximum}
     for name, new in now.items():
         old = getattr(self, name)
-        if old is not None and old.shape[:2] != new.shape[:2]: raise ValueError(f"rows are {list(new.shape)} and were {list(old.shape)} before: [groups, inputs]")
+        if old is not None and old.shape[:2] != new.shape[:2]:
+            raise ValueError(f"rows are {list(new.shape)} and were {list(old.shape)} before: [groups, inputs]")
         setattr(self, name, new if old is None else join.get(name, torch.add)(old, new))
     for name, left in {"moment": rows if moment else None, "cross": original}.items():
-        if left is not None: setattr(self, name, _add_product(getattr(self, name), left, rows))
+        if left is not None:
+            setattr(self, name, _add_product(getattr(self, name), left, rows))
     self._keep_some(rows.reshape(-1), self.count * rows.shape[0] * rows.shape[2])
     self.count += rows.shape[1]
 
+
 def _add_product(total, left, right):
     "total + leftᵀ right, in place: these are the largest things that are kept."
-    if total is None: return left.transpose(1, 2) @ right
+    if total is None:
+        return left.transpose(1, 2) @ right
     wide = torch.promote_types(total.dtype, right.dtype)
     return total.to(wide).baddbmm_(left.transpose(1, 2).to(wide), right.to(wide))
+
 
 LayerStatistics.add = _add
 
 # %% ../nbs/10_ptq.ipynb
 def _keep_some(self, values, seen):
     "Extend the sample by every `stride`-th value, counted from the first that was ever seen."
-    new = values[-seen % self.stride::self.stride]
+    new = values[-seen % self.stride :: self.stride]
     self.sample = new.clone() if self.sample is None else torch.cat([self.sample, new])
-    while len(self.sample) > SAMPLE: self.sample, self.stride = self.sample[::7].clone(), self.stride * 7
+    while len(self.sample) > SAMPLE:
+        self.sample, self.stride = self.sample[::7].clone(), self.stride * 7
+
 
 LayerStatistics._keep_some = _keep_some
 
@@ -92,243 +133,319 @@ def _mean(self) -> Tensor:
     "E[x] of each input, [groups, inputs]."
     return self.total / self.count
 
+
 def _peak(self) -> Tensor:
     "Largest |x| of each input, [groups, inputs]."
     return torch.maximum(-self.low, self.high)
 
+
 def _range(
     self,
-    observer: Any = "minmax",   # 'minmax' of all values; 'percentile', 'mse', 'entropy' or an object like `MSE()` looks at the sample
-    bits: int = 8,              # width of a code
-    symmetric: bool = False,    # zero in the middle
-) -> tuple[float, float]:       # low, high
+    # 'minmax' of all values; 'percentile', 'mse', 'entropy' or an object like `MSE()` looks at the sample
+    observer: Any = "minmax",
+    bits: int = 8,  # width of a code
+    symmetric: bool = False,  # zero in the middle
+) -> tuple[float, float]:  # low, high
     "From where to where a quantizer of this layer's whole input should reach."
     check_bits(bits)
-    if observer == "minmax": return self.low.min().item(), self.high.max().item()
+    if observer == "minmax":
+        return self.low.min().item(), self.high.max().item()
     if isinstance(observer, str):
         known = ", ".join(map(repr, OBSERVERS))
-        if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {known} or an object like MSE()")
+        if observer not in OBSERVERS:
+            raise ValueError(f"observer is {observer!r}; it may be {known} or an object like MSE()")
         observer = OBSERVERS[observer]()
     low, high = observer(self.sample[None], 1 << bits, symmetric)
     return low.item(), high.item()
+
 
 LayerStatistics.mean, LayerStatistics.peak, LayerStatistics.range = property(_mean), property(_peak), _range
 
 # %% ../nbs/10_ptq.ipynb
 def _named(name, f, *args, **kwargs):
     "Call a function; its errors begin with the name of a layer."
-    try: return f(*args, **kwargs)
-    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
+    try:
+        return f(*args, **kwargs)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{name}: {e}") from None
+
 
 class Statistics(dict):
     "Name of a layer → `LayerStatistics`; prints as a table."
+
     def __repr__(self):
         wide = max(map(len, self), default=0)
         return "\n".join(f"{n:<{wide}}  {s!r}" for n, s in self.items())
 
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,            # any model; runs in eval mode, and is left as it was
-    batches: Iterable,           # tensors, tuples or dicts: see `feed`
-    second_moments: bool = True, # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
-    layers: tuple | None = None, # classes of the layers that are watched; None: all whose products are known
-) -> Statistics:                 # for every matrix that was used, by the name of its layer, or of the parameter where a layer has several (`lstm.weight_hh_l0`)
+    model: nn.Module,  # any model; runs in eval mode, and is left as it was
+    batches: Iterable,  # tensors, tuples or dicts: see `feed`
+    second_moments: bool = True,  # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
+    layers: tuple | None = None,  # classes of the layers that are watched; None: all whose products are known
+) -> Statistics:  # for every matrix that was used, by the name of its layer, or of the parameter where a layer has several (`lstm.weight_hh_l0`)
     """Run a copy of a model on some data and sum up what each layer saw.
     `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer)."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     twin, seen, at = Twin(model), Statistics(), [0]
     points, _ = points_of(twin.model, layers)
-    if not points: raise ValueError(f"model has no layer to calibrate; it may have {', '.join(c.__name__ for c in layers or (*CALIBRATED, nn.LSTM, nn.GRU, nn.MultiheadAttention))}")
-    watch(twin.model, points, lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments), lambda: at[0])
-    for at[0], batch in enumerate(as_batches(batches)): twin.run(batch, at[0])
+    if not points:
+        raise ValueError(
+            "model has no layer to calibrate; it may have"
+            f" {', '.join(c.__name__ for c in layers or (*CALIBRATED, nn.LSTM, nn.GRU, nn.MultiheadAttention))}"
+        )
+    watch(
+        twin.model,
+        points,
+        lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments),
+        lambda: at[0],
+    )
+    for at[0], batch in enumerate(as_batches(batches)):
+        twin.run(batch, at[0])
     seen = Statistics({n: seen[n] for n in points if n in seen and seen[n].count})
-    if not seen: raise ValueError("there is no data: batches gave no row to any layer")
+    if not seen:
+        raise ValueError("there is no data: batches gave no row to any layer")
     return seen
 
+
 def unwatched(
-    model: nn.Module,                      # compressed or not
+    model: nn.Module,  # compressed or not
     statistics: Statistics | None = None,  # of `calibrate`; None: what no data could show
-) -> dict[str, str]:                       # name of a matrix → why there are no statistics of it
+) -> dict[str, str]:  # name of a matrix → why there are no statistics of it
     "What GPTQ, AWQ and SmoothQuant can only round to nearest, and why."
     points, reasons = points_of(model)
-    if statistics is not None: reasons |= {n: "no batch reached it" for n in points if n not in statistics}
+    if statistics is not None:
+        reasons |= {n: "no batch reached it" for n in points if n not in statistics}
     return reasons
-
 
 # %% ../nbs/10_ptq.ipynb
 def output_error(
-    weight: Tensor,               # [outputs, …]
-    other: Tensor,                # its approximation, of the same shape
+    weight: Tensor,  # [outputs, …]
+    other: Tensor,  # its approximation, of the same shape
     statistics: LayerStatistics,  # of the layer, with second moments
-    axis: int = 0,                # where the outputs lie: 1 in GPT-2's Conv1D
-) -> float:                       # 0: the same outputs; 1: as wrong as no output at all
+    axis: int = 0,  # where the outputs lie: 1 in GPT-2's Conv1D
+) -> float:  # 0: the same outputs; 1: as wrong as no output at all
     "Relative squared error of a layer's output over the calibration data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
-    if statistics.moment is None: raise ValueError("statistics have no second moments; calibrate with second_moments=True")
+    if statistics.moment is None:
+        raise ValueError("statistics have no second moments; calibrate with second_moments=True")
     wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
     w, d = (_matrices(t.to(wide), statistics, axis) for t in (weight, weight - other))
-    if w.numel(): w, d = (t / _unit(w.reshape(1, -1)) for t in (w, d))       # only their ratio counts, and no square is to vanish
+    if w.numel():
+        w, d = (t / _unit(w.reshape(1, -1)) for t in (w, d))  # only their ratio counts, and no square is to vanish
     H = statistics.moment.to(wide)
     power = lambda m: ((m @ H) * m).sum().item()
     return power(d) / max(power(w), torch.finfo(w.dtype).tiny)
 
+
 def _matrices(weight, statistics, axis=0):
     "A weight as what multiplies the rows that were seen; `ValueError` for statistics of another layer."
-    w, n = weight if axis == 0 else weight.transpose(0, 1), next(t for t in (statistics.moment, statistics.total) if t is not None)
+    w, n = (
+        weight if axis == 0 else weight.transpose(0, 1),
+        next(t for t in (statistics.moment, statistics.total) if t is not None),
+    )
     if w.shape[0] % len(n) or w[:1].numel() != n.shape[-1] and w.numel():
-        raise ValueError(f"the statistics are of {n.shape[-1]} inputs in {len(n)} group{'s' * (len(n) > 1)}, the weight has shape {tuple(weight.shape)}; they belong to another layer")
+        raise ValueError(
+            f"the statistics are of {n.shape[-1]} inputs in {len(n)} group{'s' * (len(n) > 1)}, the weight has shape"
+            f" {tuple(weight.shape)}; they belong to another layer"
+        )
     return as_matrices(w, len(n))
 
 # %% ../nbs/10_ptq.ipynb
 @torch.no_grad()
 def correct_bias(
-    quantized: nn.Module,     # with `Dequantize` layers
-    model: nn.Module,         # what it was made from
-    statistics: Statistics,   # of the model's layers, as `calibrate` returns them
-) -> nn.Module:               # a copy with other biases; layers of other kinds, without a bias or without statistics stay
-    """Give every quantized Linear, Conv1d and Conv2d the mean output that the original's layer has, on the original's inputs (Nagel et al. 2019, arXiv:1906.04721).
-    In a chain the inputs of a layer are no longer the original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias that is computed (names the layer)."""
+    quantized: nn.Module,  # with `Dequantize` layers
+    model: nn.Module,  # what it was made from
+    statistics: Statistics,  # of the model's layers, as `calibrate` returns them
+) -> nn.Module:  # a copy with other biases; layers of other kinds, without a bias or without statistics stay
+    """Give every quantized Linear, Conv1d and Conv2d the mean output that the original's layer has, on the
+    original's inputs (Nagel et al. 2019, arXiv:1906.04721). In a chain the inputs of a layer are no longer the
+    original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias
+    that is computed (names the layer).
+    """
     new, fixed = copied(quantized), {}
     names = {i: found[0] for i, (_, found) in layers_of(new).items()}
     for m in new.modules():
-        if not isinstance(m, Dequantize) or m.name != "weight" or (name := names[id(unwrapped(m))]) not in statistics: continue
-        if not isinstance(m.layer, CALIBRATED) or unseen(m.layer) or getattr(m.layer, "bias", None) is None: continue
-        if (why := computed(m.layer, "bias")) is not None: raise ValueError(f"the bias of layer {name} {why}")
+        if not isinstance(m, Dequantize) or m.name != "weight" or (name := names[id(unwrapped(m))]) not in statistics:
+            continue
+        if not isinstance(m.layer, CALIBRATED) or unseen(m.layer) or getattr(m.layer, "bias", None) is None:
+            continue
+        if (why := computed(m.layer, "bias")) is not None:
+            raise ValueError(f"the bias of layer {name} {why}")
         original = dict(model.named_modules()).get(name)
-        if not isinstance(original, CALIBRATED): raise ValueError(f"{name} is a {type(original).__name__} in model; it may be what quantized was made from")
+        if not isinstance(original, CALIBRATED):
+            raise ValueError(f"{name} is a {type(original).__name__} in model; it may be what quantized was made from")
         shift = _named(name, mean_shift, original.weight.detach(), m.q.dequantize(), statistics[name])
         bias = _finite(m.layer.bias + shift.to(m.layer.bias.dtype), f"the corrected bias of layer {name}")
         m.layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
-        fixed[id(m)] = carry_hooks(m, type(m)(m.layer, m.packed, m.name, **m.options()))          # anew, for those that keep what they computed from a bias
-    if not fixed: raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
-    for m in list(new.modules()): m._modules.update({k: fixed.get(id(child), child) for k, child in m._modules.items()})
+        fixed[id(m)] = carry_hooks(
+            m, type(m)(m.layer, m.packed, m.name, **m.options())
+        )  # anew, for those that keep what they computed from a bias
+    if not fixed:
+        raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
+    for m in list(new.modules()):
+        m._modules.update({k: fixed.get(id(child), child) for k, child in m._modules.items()})
     return fixed.get(id(new), new)
-
 
 # %% ../nbs/10_ptq.ipynb
 def mean_shift(
-    weight: Tensor,               # [outputs, …]
-    other: Tensor,                # its approximation
+    weight: Tensor,  # [outputs, …]
+    other: Tensor,  # its approximation
     statistics: LayerStatistics,  # of the layer
-) -> Tensor:                      # [outputs]: E[Wx] − E[Ŵx]
+) -> Tensor:  # [outputs]: E[Wx] − E[Ŵx]
     "What an approximation takes from the mean of each output."
     difference = _matrices(weight - other, statistics).to(statistics.total.dtype)
     return (difference @ statistics.mean[..., None]).reshape(-1)
 
 # %% ../nbs/10_ptq.ipynb
 def equalizing_scales(
-    first: Tensor,     # [channels, …]: the weight before the ReLU
-    second: Tensor,    # [outputs, channels / groups · k, …]: the weight after it; k > 1 when a Flatten lies between
-    groups: int = 1,   # of the second layer, when it is a convolution
-) -> Tensor:           # [channels], positive; float32, or float64 for weights that are
-    "s = √(r₁ / r₂) from the ranges of rows and columns, within 2⁻¹⁰⁰ and 2¹⁰⁰; 1 where either range is zero, or where the one that both would get is too small for the weights' dtype."
+    first: Tensor,  # [channels, …]: the weight before the ReLU
+    second: Tensor,  # [outputs, channels / groups · k, …]: the weight after it; k > 1 when a Flatten lies between
+    groups: int = 1,  # of the second layer, when it is a convolution
+) -> Tensor:  # [channels], positive; float32, or float64 for weights that are
+    """s = √(r₁ / r₂) from the ranges of rows and columns, within 2⁻¹⁰⁰ and 2¹⁰⁰; 1 where either range is zero, or
+    where the one that both would get is too small for the weights' dtype."""
     r1 = first.abs().flatten(1).amax(1).double()
     r2 = _by_channel(second, len(first), groups).abs().flatten(2).amax((0, 2)).double()
-    s = (r1.sqrt() / r2.sqrt()).clamp(2. ** -100, 2. ** 100)          # roots first: neither quotient nor product leaves float64
+    s = (r1.sqrt() / r2.sqrt()).clamp(2.0**-100, 2.0**100)  # roots first: neither quotient nor product leaves float64
     fits = (r1 > 0) & (r2 > 0) & (r1.sqrt() * r2.sqrt() >= torch.finfo(first.dtype).tiny)
-    return torch.where(fits, s, 1.).to(torch.promote_types(first.dtype, torch.float32))
+    return torch.where(fits, s, 1.0).to(torch.promote_types(first.dtype, torch.float32))
+
 
 def _by_channel(weight, channels, groups):
     "A weight as [outputs / groups, channels, rest]: what multiplies each input channel."
     if (inputs := weight.shape[1] * groups) % channels:
-        raise ValueError(f"the second layer has {inputs} inputs; they must be a multiple of the first layer's {channels} outputs")
+        raise ValueError(
+            f"the second layer has {inputs} inputs; they must be a multiple of the first layer's {channels} outputs"
+        )
     w = weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
     return w.transpose(0, 1).reshape(weight.shape[0] // groups, channels, -1)
 
 # %% ../nbs/10_ptq.ipynb
 @torch.no_grad()
 def equalize(
-    model: nn.Module,                             # float layers; it is left as it is
-    pairs: list[tuple[str, str]] | None = None,   # layers by name, of which the second alone reads the first; None: all of `find_pairs`
-    rounds: int = 10,                             # times that all pairs are visited: a layer in the middle belongs to two
-    example: Any = None,                          # an input: the result is compared with the model on it and on others like it
-) -> nn.Module:                                   # a copy that computes the same, to rounding, with fairer ranges
-    """Cross-layer equalization (Nagel et al. 2019, arXiv:1906.04721). Only pairs of which it can be proved that the function stays the same are touched.
-    `ValueError` when there is none, when one that is asked for cannot be proved, and when outputs for the example differ. The first axis of what is flattened is taken for the batch."""
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds is {rounds!r}; it may be a whole number of 1 or more")
+    model: nn.Module,  # float layers; it is left as it is
+    pairs: (
+        list[tuple[str, str]] | None
+    ) = None,  # layers by name, of which the second alone reads the first; None: all of `find_pairs`
+    rounds: int = 10,  # times that all pairs are visited: a layer in the middle belongs to two
+    example: Any = None,  # an input: the result is compared with the model on it and on others like it
+) -> nn.Module:  # a copy that computes the same, to rounding, with fairer ranges
+    """Cross-layer equalization (Nagel et al. 2019, arXiv:1906.04721). Only pairs of which it can be proved that the
+    function stays the same are touched. `ValueError` when there is none, when one that is asked for cannot be
+    proved, and when outputs for the example differ. The first axis of what is flattened is taken for the batch.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}; it may be a whole number of 1 or more")
     found, why = proven_pairs(model) if pairs is None else (_asked_for(model, pairs), "pairs is empty")
-    if not found: raise ValueError(f"model has no pair to equalize: {why}")
+    if not found:
+        raise ValueError(f"model has no pair to equalize: {why}")
     new = copied(model)
     layers = [[new.get_submodule(n) for n in pair] for pair in found]
     for pair, two in zip(found, layers):
-        for name, m in zip(pair, two): _finite(m.weight, f"the weight of layer {name}")
+        for name, m in zip(pair, two):
+            _finite(m.weight, f"the weight of layer {name}")
     for _ in range(rounds):
-        for a, b in layers: _equalize_two(a, b)
-    if example is not None: check_same(new, model, example)
+        for a, b in layers:
+            _equalize_two(a, b)
+    if example is not None:
+        check_same(new, model, example)
     return new
+
 
 def _asked_for(model, pairs):
     "Pairs that somebody names, each of them proved."
-    try: graphs = graphs_of(model)
-    except Unproven as e: raise ValueError(f"of this model nothing can be proved: {e}; leave equalize out, or take the layers out into a model of their own") from e
+    try:
+        graphs = graphs_of(model)
+    except Unproven as e:
+        raise ValueError(
+            f"of this model nothing can be proved: {e}; leave equalize out, or take the layers out into a model of"
+            " their own"
+        ) from e
     for pair in pairs:
-        if (reason := why_not(model, graphs, *pair)) is not None: raise ValueError(f"pair {tuple(pair)} cannot be equalized: {reason}")
+        if (reason := why_not(model, graphs, *pair)) is not None:
+            raise ValueError(f"pair {tuple(pair)} cannot be equalized: {reason}")
     return [tuple(p) for p in pairs]
+
 
 def _equalize_two(a, b):
     "Divide the rows of one weight, multiply the columns of the next; what lies under a mask is scaled with it."
     groups, (first, second) = getattr(b, "groups", 1), (scalable(m) for m in (a, b))
     s = equalizing_scales(a.weight, b.weight, groups)
-    if first.dtype == torch.float16: s = s.clamp(min=1)      # values between the layers may shrink there, but have no room to grow
+    if first.dtype == torch.float16:
+        s = s.clamp(min=1)  # values between the layers may shrink there, but have no room to grow
     bias = None if a.bias is None else a.bias / s
-    if bias is not None: s = torch.where(torch.isfinite(bias.to(a.bias.dtype)), s, 1.)
+    if bias is not None:
+        s = torch.where(torch.isfinite(bias.to(a.bias.dtype)), s, 1.0)
     first.copy_(first / s.view(-1, *[1] * (first.dim() - 1)))
-    if bias is not None: scalable(a, "bias").copy_(a.bias / s)
+    if bias is not None:
+        scalable(a, "bias").copy_(a.bias / s)
     w = _by_channel(second, len(s), groups) * s[:, None]
     second.copy_(w.unflatten(1, (groups, -1)).transpose(0, 1).reshape(second.shape))
 
-
 # %% ../nbs/10_ptq.ipynb
 def find_pairs(
-    model: nn.Module,             # it is left as it is
-) -> list[tuple[str, str]]:       # names, in the order of their calls
-    "Neighbours between which a positive factor of each channel may move: nothing but ReLU, pooling, Flatten and the like lies between, and nothing else reads or shares either."
+    model: nn.Module,  # it is left as it is
+) -> list[tuple[str, str]]:  # names, in the order of their calls
+    """Neighbours between which a positive factor of each channel may move: nothing but ReLU, pooling, Flatten and
+    the like lies between, and nothing else reads or shares either."""
     return proven_pairs(model)[0]
-
 
 # %% ../nbs/10_ptq.ipynb
 def _columns(s, used):
     "c = 1/s in float16, around 1 so that it fits; inputs that are never used keep 1."
     used = used & (s > 0) & torch.isfinite(s)
-    if not used.any(): return torch.ones_like(s, dtype=torch.float16)
-    s = torch.where(used, s, 1.).log()
+    if not used.any():
+        return torch.ones_like(s, dtype=torch.float16)
+    s = torch.where(used, s, 1.0).log()
     c = (s[used].mean() - s).exp().clamp(1e-3, 1e3)
-    return torch.where(used, c, 1.).half()
+    return torch.where(used, c, 1.0).half()
+
 
 def _input_power(statistics, weight, what):
     "One number for each index of dimension 1: the largest over groups and over a convolution's window."
-    if what.shape[1] % max(weight.shape[1], 1) or what.shape[1] // max(weight.shape[1], 1) != math.prod(weight.shape[2:]):
-        raise ValueError(f"the statistics are of {what.shape[1]} inputs, the weight has shape {tuple(weight.shape)}; they belong to another layer")
+    if what.shape[1] % max(weight.shape[1], 1) or what.shape[1] // max(weight.shape[1], 1) != math.prod(
+        weight.shape[2:]
+    ):
+        raise ValueError(
+            f"the statistics are of {what.shape[1]} inputs, the weight has shape {tuple(weight.shape)}; they belong to"
+            " another layer"
+        )
     return what.reshape(len(what), weight.shape[1], -1).amax((0, 2)).double()
 
 # %% ../nbs/10_ptq.ipynb
 def smooth_columns(
-    weight: Tensor,               # [outputs, inputs, …]
+    weight: Tensor,  # [outputs, inputs, …]
     statistics: LayerStatistics,  # of the layer
-    alpha: float = 0.5,           # 0: the weights keep calm; 1: the activations do
-) -> Tensor:                      # [inputs] float16: for `quantize(weight, columns=…)`
+    alpha: float = 0.5,  # 0: the weights keep calm; 1: the activations do
+) -> Tensor:  # [inputs] float16: for `quantize(weight, columns=…)`
     "SmoothQuant's balance between the ranges of inputs and weights (Xiao et al. 2022, arXiv:2211.10438)."
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     weight = as_tensor(weight, "weight")
     x = _input_power(statistics, weight, statistics.peak)
     w = weight.abs().transpose(0, 1).flatten(1).amax(1).double()
-    return _columns(x ** alpha / w ** (1 - alpha), (x > 0) & (w > 0))
+    return _columns(x**alpha / w ** (1 - alpha), (x > 0) & (w > 0))
 
 # %% ../nbs/10_ptq.ipynb
 def fitted_scales(
-    blocks: Tensor,              # [blocks, elements]: weights that share a scale
-    importance: Tensor | None,   # the same shape: what a squared error counts; None: all alike
-    levels: int,                 # number of codes
-    symmetric: bool = True,      # zero point in the middle
-    steps: int = 36,             # ranges that are tried, from the whole down to 0.3 of it
-) -> tuple[Tensor, Tensor]:      # scale; zero point, float: one of each for a block
-    "Scale and zero point of least weighted squared error, over shrunken ranges; worked out in bites that stay in the cache."
+    blocks: Tensor,  # [blocks, elements]: weights that share a scale
+    importance: Tensor | None,  # the same shape: what a squared error counts; None: all alike
+    levels: int,  # number of codes
+    symmetric: bool = True,  # zero point in the middle
+    steps: int = 36,  # ranges that are tried, from the whole down to 0.3 of it
+) -> tuple[Tensor, Tensor]:  # scale; zero point, float: one of each for a block
+    """Scale and zero point of least weighted squared error, over shrunken ranges; worked out in bites that stay in
+    the cache."""
     bite = max(1, (1 << 18) // max(blocks.shape[1], 1))
     if len(blocks) > bite:
         counts = [None] * len(blocks) if importance is None else importance.split(bite)
         parts = [fitted_scales(*both, levels, symmetric, steps) for both in zip(blocks.split(bite), counts)]
         return tuple(torch.cat(t) for t in zip(*parts))
     low, high = OBSERVERS["minmax"]()(blocks, levels, symmetric)
-    if not blocks.numel(): return _scale_of(low, high, levels, symmetric)
+    if not blocks.numel():
+        return _scale_of(low, high, levels, symmetric)
     unit = _unit(blocks)
     blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
     best, error = torch.ones_like(low), torch.full_like(low, math.inf)
@@ -339,14 +456,17 @@ def fitted_scales(
         best, error = torch.where(now < error, shrink, best), torch.minimum(now, error)
     return _scale_of(low * best, high * best, levels, symmetric)
 
+
 def _scale_of(low, high, levels, symmetric):
     scale, zero = scale_and_zero_point(low, high, levels, symmetric)
     return scale, torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
+
 
 def _times(scale, unit):
     "A step of blocks that were divided by a power of two; where it has too few digits for that, the next larger one."
     whole = scale * unit
     return torch.where(whole / unit < scale, torch.nextafter(whole, whole.new_tensor(math.inf)), whole)
+
 
 def _rounded(blocks, scale, zero, levels):
     "Round to the nearest code and back."
@@ -355,14 +475,24 @@ def _rounded(blocks, scale, zero, levels):
 
 # %% ../nbs/10_ptq.ipynb
 def _scales_for(weight, statistics, levels, axis, group, symmetric, steps=36):
-    "Scale and zero point of each block, in the shape in which they will be stored; scales rounded as they will be, 0 where no code says zero and nothing else is there."
+    """Scale and zero point of each block, in the shape in which they will be stored; scales rounded as they will
+    be, 0 where no code says zero and nothing else is there."""
     where, blocks = (None, group) if group is not None else (axis, None), None
-    known, short = statistics is not None and statistics.moment is not None, group is not None and weight[0].numel() % group
-    importance = _as_counted(_importance(weight, statistics, axis) if known else torch.ones_like(weight), *where) if known or short else None
+    known, short = (
+        statistics is not None and statistics.moment is not None,
+        group is not None and weight[0].numel() % group,
+    )
+    importance = (
+        _as_counted(_importance(weight, statistics, axis) if known else torch.ones_like(weight), *where)
+        if known or short
+        else None
+    )
     scale, zero = fitted_scales(blocks := as_blocks(weight, *where), importance, levels, symmetric, steps)
     kept = _as_kept(scale, group)
-    if symmetric and levels == 2: kept = torch.where((blocks == 0).all(1), 0, kept)
+    if symmetric and levels == 2:
+        kept = torch.where((blocks == 0).all(1), 0, kept)
     return tuple(t.reshape(_scale_shape(weight.shape, *where)) for t in (kept, zero))
+
 
 def _importance(weight, statistics, axis):
     "H_jj beside each weight, over the largest of them: only ratios count."
@@ -371,35 +501,51 @@ def _importance(weight, statistics, axis):
     each = diagonal[:, None].expand(_matrices(weight, statistics, axis).shape)
     return (each.reshape(weight.shape) if axis == 0 else each.reshape(weight.shape[1], -1).t()).contiguous()
 
+
 def _as_counted(importance, axis, group):
     "In blocks; what fills up a short last group counts nothing."
     blocks = as_blocks(importance, axis, group)
-    if group is not None and (pad := -importance[0].numel() % group): blocks.view(len(importance), -1)[:, -pad:] = 0
+    if group is not None and (pad := -importance[0].numel() % group):
+        blocks.view(len(importance), -1)[:, -pad:] = 0
     return blocks
+
 
 def _as_kept(scale, group):
     "float16 for groups when all fit it well, as in chapter 03, else float32, and float64 where that is needed."
-    half = group is not None and scale.numel() and bool((scale.min() >= 50 * 2 ** -24) & (scale.max() <= 65504))
-    return scale.half() if half else scale.float() if bool((scale >= torch.finfo(torch.float32).tiny).all() & (scale <= torch.finfo(torch.float32).max).all()) else scale
-
+    half = group is not None and scale.numel() and bool((scale.min() >= 50 * 2**-24) & (scale.max() <= 65504))
+    return (
+        scale.half()
+        if half
+        else (
+            scale.float()
+            if bool((scale >= torch.finfo(torch.float32).tiny).all() & (scale <= torch.finfo(torch.float32).max).all())
+            else scale
+        )
+    )
 
 # %% ../nbs/10_ptq.ipynb
 def nearest_weight(
-    weight: Tensor,                               # [outputs, …]
-    statistics: LayerStatistics | None = None,    # what the inputs were like; None: all alike
-    bits: int = 4,                                # width of a code, 1..8
-    group: int | None = 32,                       # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = True,                       # zero point fixed in the middle; else fitted and stored
-    columns: Tensor | None = None,                # [weight.shape[1]] column scales, see `smooth_columns`
-    axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
-    steps: int = 36,                              # ranges that are tried for each scale
+    weight: Tensor,  # [outputs, …]
+    statistics: LayerStatistics | None = None,  # what the inputs were like; None: all alike
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
+    columns: Tensor | None = None,  # [weight.shape[1]] column scales, see `smooth_columns`
+    axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
+    steps: int = 36,  # ranges that are tried for each scale
 ) -> QTensor:
-    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is then rounded to what is stored
-    (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are the nearest for that: another scale of the grid may by then be better by as little."""
+    """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is
+    then rounded to what is stored (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are
+    the nearest for that: another scale of the grid may by then be better by as little.
+    """
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
     if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **where)
-    flat = weight.to(torch.promote_types(weight.dtype, torch.float32)) if columns is None else weight / _across(columns, weight)
+    flat = (
+        weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if columns is None
+        else weight / _across(columns, weight)
+    )
     scale, zero = _scales_for(flat, _rescaled(statistics, columns, weight), 1 << bits, axis, group, symmetric, steps)
     return _with_scales(weight, bits, scale, None if symmetric else zero, columns, **where)
 
@@ -407,8 +553,18 @@ def nearest_weight(
 def _with_scales(weight, bits, scale, zero, columns, **where):
     "Nearest codes for scales that are known; where a scale is 0 so is the block."
     none, given = scale == 0, {} if zero is None else {"zero_point": zero.reshape(-1)}
-    q = quantize(weight, bits, symmetric=zero is None, columns=columns, scale=torch.where(none, 1, scale), scale_dtype=scale.dtype, **given, **where)
+    q = quantize(
+        weight,
+        bits,
+        symmetric=zero is None,
+        columns=columns,
+        scale=torch.where(none, 1, scale),
+        scale_dtype=scale.dtype,
+        **given,
+        **where,
+    )
     return replace(q, scale=torch.where(none.reshape(q.scale.shape), 0, q.scale)) if none.any() else q
+
 
 def _checked_weight(weight, bits, group):
     "A weight that holds finite numbers, and a width and a group that make sense."
@@ -416,38 +572,47 @@ def _checked_weight(weight, bits, group):
     _check_layout(weight := as_tensor(weight, "weight"), None, group)
     return _finite(weight, "weight")
 
+
 def _across(columns, weight):
     "Column scales, shaped to multiply a weight."
     return columns.to(torch.promote_types(weight.dtype, torch.float32)).view(1, -1, *[1] * (weight.dim() - 2))
 
+
 def _rescaled(statistics, columns, weight):
     "What a layer sees behind its column scales: H → diag(c) H diag(c)."
-    if statistics is None or columns is None or statistics.moment is None: return statistics
+    if statistics is None or columns is None or statistics.moment is None:
+        return statistics
     c = columns.to(statistics.moment.dtype).repeat_interleave(math.prod(weight.shape[2:]))
     return LayerStatistics(statistics.count, moment=statistics.moment * c * c[:, None])
 
 # %% ../nbs/10_ptq.ipynb
 def awq_columns(
-    weight: Tensor,               # [outputs, inputs, …]
+    weight: Tensor,  # [outputs, inputs, …]
     statistics: LayerStatistics,  # of the layer, with second moments
-    grid: int = 12,               # values of α that are tried, 0 … 1
-    **how,                        # of `nearest_weight`: bits, group, symmetric
-) -> Tensor | None:               # [inputs] float16; None when no scaling is best
-    "AWQ: of `grid` column scales and none, those of least output error on the calibration data (Lin et al. 2023, arXiv:2306.00978)."
+    grid: int = 12,  # values of α that are tried, 0 … 1
+    **how,  # of `nearest_weight`: bits, group, symmetric
+) -> Tensor | None:  # [inputs] float16; None when no scaling is best
+    """AWQ: of `grid` column scales and none, those of least output error on the calibration data (Lin et al. 2023,
+    arXiv:2306.00978)."""
     weight = as_tensor(weight, "weight")
     x = _input_power(statistics, weight, statistics.magnitude / statistics.count)
     tried = [None] + [_columns(x ** (i / grid), x > 0) for i in range(1, grid + 1)]
-    return min(tried, key=lambda c: output_error(weight, nearest_weight(weight, statistics, columns=c, **how).dequantize(), statistics))
+    return min(
+        tried,
+        key=lambda c: output_error(
+            weight, nearest_weight(weight, statistics, columns=c, **how).dequantize(), statistics
+        ),
+    )
 
 # %% ../nbs/10_ptq.ipynb
 def gptq_codes(
-    weight: Tensor,     # [rows, inputs] float
-    factor: Tensor,     # [inputs, inputs]: `inverse_factor` of H
-    scale: Tensor,      # [rows, inputs]: the step of each weight
-    zero: Tensor,       # [rows, inputs]: its zero point
-    levels: int,        # number of codes
-    block: int = 64,    # columns whose updates of the rest are saved up
-) -> Tensor:            # [rows, inputs] codes 0 … levels − 1, as floats
+    weight: Tensor,  # [rows, inputs] float
+    factor: Tensor,  # [inputs, inputs]: `inverse_factor` of H
+    scale: Tensor,  # [rows, inputs]: the step of each weight
+    zero: Tensor,  # [rows, inputs]: its zero point
+    levels: int,  # number of codes
+    block: int = 64,  # columns whose updates of the rest are saved up
+) -> Tensor:  # [rows, inputs] codes 0 … levels − 1, as floats
     "Round column by column; the columns to the right make up for each error (Frantar et al. 2022, arXiv:2210.17323)."
     w, s, z, U = weight.detach().t().clone(), scale.t().contiguous(), zero.t().contiguous(), factor.to(weight.dtype)
     codes = torch.empty_like(w)
@@ -457,55 +622,79 @@ def gptq_codes(
         for j in range(i, end):
             c = torch.div(w[j], s[j], out=codes[j]).add_(z[j]).round_().clamp_(0, levels - 1)
             errors[j - i] = (w[j] - (c - z[j]) * s[j]) / U[j, j]
-            w[j + 1:end].addr_(U[j, j + 1:end], errors[j - i], alpha=-1)
+            w[j + 1 : end].addr_(U[j, j + 1 : end], errors[j - i], alpha=-1)
         w[end:].addmm_(U[i:end, end:].t(), errors, alpha=-1)
     return codes.t()
 
 # %% ../nbs/10_ptq.ipynb
 def gptq_weight(
-    weight: Tensor,                        # [outputs, …] of a Linear or a convolution
-    statistics: LayerStatistics | None,    # with second moments; without them the weight is rounded by `nearest_weight`
-    bits: int = 4,                         # width of a code, 1..8
-    group: int | None = 32,                # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = True,                # zero point fixed in the middle; else fitted and stored
-    columns: Tensor | None = None,         # [weight.shape[1]] column scales
-    act_order: bool = True,                # the inputs that matter most first
-    damping: float = 0.01,                 # share of H's mean diagonal added to its diagonal, 0 or more
-    axis: int = 0,                         # which dimension holds the outputs: 1 in GPT-2's Conv1D
+    weight: Tensor,  # [outputs, …] of a Linear or a convolution
+    statistics: LayerStatistics | None,  # with second moments; without them the weight is rounded by `nearest_weight`
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
+    columns: Tensor | None = None,  # [weight.shape[1]] column scales
+    act_order: bool = True,  # the inputs that matter most first
+    damping: float = 0.01,  # share of H's mean diagonal added to its diagonal, 0 or more
+    axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D
 ) -> QTensor:
-    """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original groups.
-    A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that of `nearest_weight`."""
+    """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
+    groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
+    of `nearest_weight`.
+    """
     weight = _checked_weight(weight, bits, group)
     if statistics is None or statistics.moment is None or not weight.numel():
         return nearest_weight(weight, None, bits, group, symmetric, columns, axis)
-    if not damping >= 0: raise ValueError(f"damping is {damping}; it may be 0 or more")
-    if axis and columns is not None: raise ValueError(f"columns scale dimension 1, which holds the outputs of this weight; it may have none")
-    w, where = weight.to(torch.promote_types(weight.dtype, torch.float32)), (None, group) if group is not None else (axis, None)
-    if columns is not None: w = w / _across(columns, weight)
+    if not damping >= 0:
+        raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if axis and columns is not None:
+        raise ValueError(f"columns scale dimension 1, which holds the outputs of this weight; it may have none")
+    w, where = (
+        weight.to(torch.promote_types(weight.dtype, torch.float32)),
+        (None, group) if group is not None else (axis, None),
+    )
+    if columns is not None:
+        w = w / _across(columns, weight)
     seen = _rescaled(statistics, columns, weight)
     (scale, zero), moment = _scales_for(w, seen, 1 << bits, axis, group, symmetric), _scaled_to_one(seen.moment)
     matrices = lambda t: _matrices(t, seen, axis)
-    steps = torch.where(scale == 0, torch.finfo(w.dtype).tiny, scale.to(w.dtype))         # whatever is left of a block of zeros, the others make up for
-    every = lambda t: matrices(from_blocks(t.reshape(-1, 1).to(w.dtype).expand(-1, group or w.numel() // w.shape[axis]), w.shape, *where))
+    steps = torch.where(
+        scale == 0, torch.finfo(w.dtype).tiny, scale.to(w.dtype)
+    )  # whatever is left of a block of zeros, the others make up for
+    every = lambda t: matrices(
+        from_blocks(t.reshape(-1, 1).to(w.dtype).expand(-1, group or w.numel() // w.shape[axis]), w.shape, *where)
+    )
     each_group = zip(matrices(w), moment.to(w.dtype), every(steps), every(zero))
     codes = torch.cat([_in_order(*each, 1 << bits, act_order, damping) for each in each_group])
     as_weight = lambda t: t.reshape(weight.shape) if axis == 0 else t.t().contiguous()
-    packed = lambda codes: _as_qtensor(as_weight(codes), scale, None if symmetric else zero, weight, bits, *where, columns)
-    ours, near = packed(codes), _with_scales(weight, bits, scale, None if symmetric else zero, columns, axis=where[0], group=where[1])        # as `nearest_weight` does it
+    packed = lambda codes: _as_qtensor(
+        as_weight(codes), scale, None if symmetric else zero, weight, bits, *where, columns
+    )
+    ours, near = (
+        packed(codes),
+        _with_scales(weight, bits, scale, None if symmetric else zero, columns, axis=where[0], group=where[1]),
+    )  # as `nearest_weight` does it
     worse = _row_errors(weight, ours, statistics, axis) > _row_errors(weight, near, statistics, axis)
-    return packed(torch.where(worse[:, None], matrices(near.unpack()).reshape(codes.shape).to(codes.dtype), codes)) if worse.any() else ours
+    return (
+        packed(torch.where(worse[:, None], matrices(near.unpack()).reshape(codes.shape).to(codes.dtype), codes))
+        if worse.any()
+        else ours
+    )
 
 # %% ../nbs/10_ptq.ipynb
 def _in_order(w, moment, scale, zero, levels, act_order, damping):
     "GPTQ's codes, computed in the order of falling H_jj and put back in place."
-    if not act_order: return gptq_codes(w, inverse_factor(moment, damping), scale, zero, levels)
+    if not act_order:
+        return gptq_codes(w, inverse_factor(moment, damping), scale, zero, levels)
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(moment[order[:, None], order], damping)
     return gptq_codes(w[:, order], factor, scale[:, order], zero[:, order], levels)[:, order.argsort()]
 
+
 def _scaled_to_one(moment):
     "H over its largest diagonal entry: no choice depends on its size, and it fits any dtype."
     return moment / moment.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(moment.dtype).tiny)
+
 
 def _row_errors(weight, q, statistics, axis):
     "δᵢᵀ H δᵢ of each row: greedy rounding, unlike its theory, may lose by chance, and more so with few inputs or bits."
@@ -515,17 +704,20 @@ def _row_errors(weight, q, statistics, axis):
     d = d / _unit(rows.flatten(0, 1)).view(*rows.shape[:2], 1)
     return ((d @ moment) * d).sum(2).flatten()
 
+
 def _as_qtensor(codes, scale, zero, weight, bits, axis, group, columns):
     "Pack what a method found."
     packed = lambda t: None if t is None else pack_bits(t.reshape(-1).to(torch.uint8), bits)
-    return QTensor(packed(codes), scale, packed(zero), None, weight.shape, weight.dtype, 1 << bits, axis, group, columns)
+    return QTensor(
+        packed(codes), scale, packed(zero), None, weight.shape, weight.dtype, 1 << bits, axis, group, columns
+    )
 
 # %% ../nbs/10_ptq.ipynb
 def shrink(
-    error: Tensor,       # any shape
-    beta: float = 10.,   # how strongly the copy is tied to the error
-    p: float = 0.7,      # the norm's exponent, above 0 and up to 1
-) -> Tensor:             # zero where |error|ᵖ⁻¹ / β exceeds |error|
+    error: Tensor,  # any shape
+    beta: float = 10.0,  # how strongly the copy is tied to the error
+    p: float = 0.7,  # the norm's exponent, above 0 and up to 1
+) -> Tensor:  # zero where |error|ᵖ⁻¹ / β exceeds |error|
     "The proximal step of |e|ᵖ: small errors become 0, large ones stay."
     size = error.abs()
     return error.sign() * (size - size.clamp(min=torch.finfo(size.dtype).tiny).pow(p - 1) / beta).clamp(min=0)
@@ -539,6 +731,7 @@ def _scale_step(blocks, scale, zero, levels, beta, p):
     new = (kept * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True).clamp(min=1e-12)
     return r.abs().pow(p).sum(1, keepdim=True), torch.where(new > 0, new, scale)
 
+
 def _zero_step(blocks, scale, zero, levels, beta, p):
     "The zero point of least squares, as published: a mean, not a whole number."
     c = (blocks / scale + zero).round_().clamp_(0, levels - 1)
@@ -547,104 +740,130 @@ def _zero_step(blocks, scale, zero, levels, beta, p):
 
 # %% ../nbs/10_ptq.ipynb
 def half_quadratic(
-    blocks: Tensor,           # [blocks, elements] float: weights that share a scale
-    levels: int,              # number of codes
+    blocks: Tensor,  # [blocks, elements] float: weights that share a scale
+    levels: int,  # number of codes
     symmetric: bool = False,  # zero point fixed in the middle
-    iterations: int = 10,     # of each kind
-    beta: float = 10.,        # grows by a twentieth each time
-    p: float = 0.7,           # the norm's exponent
-) -> tuple[Tensor, Tensor]:   # scale; zero point, whole: one of each for a block
-    "Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole range's, nor above that of `fitted_scales`."
+    iterations: int = 10,  # of each kind
+    beta: float = 10.0,  # grows by a twentieth each time
+    p: float = 0.7,  # the norm's exponent
+) -> tuple[Tensor, Tensor]:  # scale; zero point, whole: one of each for a block
+    """Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole
+    range's, nor above that of `fitted_scales`."""
     unit = _unit(blocks)
     blocks = blocks / unit
     first, zero = (t[:, None] for t in fitted_scales(blocks, None, levels, symmetric, steps=12))
     starts = [zero]
     if not symmetric:
-        for i in range(iterations): zero = _zero_step(blocks, first, zero, levels, beta * 1.05 ** i, p)
+        for i in range(iterations):
+            zero = _zero_step(blocks, first, zero, levels, beta * 1.05**i, p)
         starts += [zero.floor(), zero.ceil()]
     best, error = (first, starts[0]), torch.full_like(first, math.inf)
     whole = _scale_of(*OBSERVERS["minmax"]()(blocks, levels, symmetric), levels, symmetric)
-    for candidate in (fitted_scales(blocks, None, levels, symmetric), whole):         # the best of what it has to beat
+    for candidate in (fitted_scales(blocks, None, levels, symmetric), whole):  # the best of what it has to beat
         now = (_rounded(blocks, *candidate, levels) - blocks).abs().pow(p).sum(1, keepdim=True)
         best = tuple(torch.where(now < error, a[:, None], b) for a, b in zip(candidate, best))
         error = torch.minimum(now, error)
     for zero in starts:
         scale = first
         for i in range(iterations):
-            now, new = _scale_step(blocks, scale, zero, levels, beta * 1.05 ** i, p)
+            now, new = _scale_step(blocks, scale, zero, levels, beta * 1.05**i, p)
             best = tuple(torch.where(now < error, a, b) for a, b in zip((scale, zero), best))
             error, scale = torch.minimum(now, error), new
     return _times(best[0], unit)[:, 0], best[1][:, 0]
 
 # %% ../nbs/10_ptq.ipynb
 def hqq_weight(
-    weight: Tensor,                               # [outputs, …]
-    statistics: LayerStatistics | None = None,    # not looked at
-    bits: int = 4,                                # width of a code, 1..8
-    group: int | None = 32,                       # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = False,                      # zero point fixed in the middle
-    columns: Tensor | None = None,                # [weight.shape[1]] column scales
-    axis: int = 0,                                # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
-    p: float = 0.7,                               # the norm's exponent, above 0 and up to 1
+    weight: Tensor,  # [outputs, …]
+    statistics: LayerStatistics | None = None,  # not looked at
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = False,  # zero point fixed in the middle
+    columns: Tensor | None = None,  # [weight.shape[1]] column scales
+    axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
+    p: float = 0.7,  # the norm's exponent, above 0 and up to 1
 ) -> QTensor:
     "Half-quadratic quantization, which needs no data (Badri & Shaji 2023)."
-    if not 0 < p <= 1: raise ValueError(f"p is {p}; it may be above 0 and up to 1")
+    if not 0 < p <= 1:
+        raise ValueError(f"p is {p}; it may be above 0 and up to 1")
     weight, where = _checked_weight(weight, bits, group), {"axis": axis} if group is None else {"group": group}
-    if not weight.numel(): return quantize(weight, bits, symmetric=symmetric, columns=columns, **where)
+    if not weight.numel():
+        return quantize(weight, bits, symmetric=symmetric, columns=columns, **where)
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     blocks = as_blocks(w if columns is None else w / _across(columns, weight), **{"axis": None, "group": None} | where)
-    parts = [half_quadratic(b, 1 << bits, symmetric, p=p) for b in blocks.split(max(1, (1 << 18) // max(blocks.shape[1], 1)))]
+    parts = [
+        half_quadratic(b, 1 << bits, symmetric, p=p) for b in blocks.split(max(1, (1 << 18) // max(blocks.shape[1], 1)))
+    ]
     scale, zero = (torch.cat(t) for t in zip(*parts))
     kept = _as_kept(scale, group)
-    if symmetric and bits == 1: kept = torch.where((blocks == 0).all(1), 0, kept)
+    if symmetric and bits == 1:
+        kept = torch.where((blocks == 0).all(1), 0, kept)
     return _with_scales(weight, bits, kept, None if symmetric else zero, columns, **where)
 
 # %% ../nbs/10_ptq.ipynb
 class _Look(TorchFunctionMode):
-    "Watches a model run on every batch: in which order layers are called, how often, on which inputs, and where each module's output is used."
+    """Watches a model run on every batch: in which order layers are called, how often, on which inputs, and where
+    each module's output is used."""
+
     def __init__(self, model):
         super().__init__()
         self.names = {id(m): n for n, m in model.named_modules()}
         self.runs, self.running, self.input, self.used_in, self.writers = [], [], {}, {}, set()
         self.made, self.number, self.next = WeakIdKeyDictionary(), WeakIdKeyDictionary(), itertools.count()
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)):
-            for maker in self.made.get(t, ()) if isinstance(t, Tensor) else (): self.used_in[maker].add(tuple(self.running))
+            for maker in self.made.get(t, ()) if isinstance(t, Tensor) else ():
+                self.used_in[maker].add(tuple(self.running))
         return function(*args, **(kwargs or {}))
+
     def enter(self, module, args, kwargs):
         name, run = self.names[id(module)], self.runs[-1]
         run[name] = run.get(name, 0) + 1
         self.running.append(name)
         first = next(iter((*args, *kwargs.values())), None)
-        if isinstance(first, Tensor):       # a tensor's number is never used again, as its address may be
-            if first not in self.number: self.number[first] = next(self.next)
+        if isinstance(first, Tensor):  # a tensor's number is never used again, as its address may be
+            if first not in self.number:
+                self.number[first] = next(self.next)
             self.input.setdefault(name, []).append((self.number[first], first._version))
+
     def leave(self, module, args, output):
         name = self.names[id(module)]
-        while self.running and self.running.pop() != name: pass      # those inside that were left by an error
+        while self.running and self.running.pop() != name:
+            pass  # those inside that were left by an error
         self.used_in.setdefault(name, set())
         for t in tree_leaves(output):
-            if isinstance(t, Tensor): self.made.setdefault(t, []).append(name)
-    def calls(self, name): return [run.get(name, 0) for run in self.runs]      # in each batch
+            if isinstance(t, Tensor):
+                self.made.setdefault(t, []).append(name)
 
+    def calls(self, name):
+        return [run.get(name, 0) for run in self.runs]  # in each batch
 
 # %% ../nbs/10_ptq.ipynb
 class _Stop(BaseException):
     "Raised by a hook when the last layer of interest has been called; nobody's `except Exception` catches it."
 
+
 class Replay:
     "A private copy of a model that shares its weights, runs up to a layer, and remembers what is finished."
+
     def __init__(self, model: nn.Module, batches: list, look: "_Look | None" = None):
         self.batches, self.memory, self.now, self.asked, self.twin = batches, {}, 0, set(), Twin(model)
         self.points, self.reasons = points_of(self.model)
         self.aliases = {names[0]: names for _, names in layers_of(self.model).values()}
-        if look is not None: self.twin.draws = look.draws
+        if look is not None:
+            self.twin.draws = look.draws
         self.look = look or self._look()
+
     @property
-    def model(self) -> nn.Module: return self.twin.model
+    def model(self) -> nn.Module:
+        return self.twin.model
+
     def _look(self):
         look = _Look(self.model)
-        both = lambda m: (m.register_forward_pre_hook(look.enter, with_kwargs=True), m.register_forward_hook(look.leave))
+        both = lambda m: (
+            m.register_forward_pre_hook(look.enter, with_kwargs=True),
+            m.register_forward_hook(look.leave),
+        )
         hooks = [h for m in self.model.modules() for h in both(m)]
         with look:
             for i, batch in enumerate(self.batches):
@@ -652,17 +871,19 @@ class Replay:
                 look.running.clear()
                 self.twin.run(batch, i)
                 look.writers |= {look.names[id(m)] for m in self.twin.written()}
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
         look.draws = self.twin.draws
         return look
-
 
 # %% ../nbs/10_ptq.ipynb
 @dataclass
 class _Unit:
     "Tied matrices that are quantized once, or several that see the very same rows."
-    ties: list       # their keys in the job
-    sources: list    # the names under which their rows are seen
+
+    ties: list  # their keys in the job
+    sources: list  # the names under which their rows are seen
+
 
 def _stages(self, sources: dict) -> list[list[_Unit]]:
     "From each tie's sources: what is quantized together, in the order of calls."
@@ -671,183 +892,279 @@ def _stages(self, sources: dict) -> list[list[_Unit]]:
     for tie, names in sorted(sources.items(), key=lambda s: first(s[1])):
         modules = [self.points[n].module for n in names]
         if len(modules) == 1 and (same := self._same_input(modules[0])) is not None:
-            if same in stages: stages[same][0].ties.append(tie)
-            else: stages[same] = [_Unit([tie], names)]
-        else: stages.setdefault(tuple(modules), []).append(_Unit([tie], names))
+            if same in stages:
+                stages[same][0].ties.append(tie)
+            else:
+                stages[same] = [_Unit([tie], names)]
+        else:
+            stages.setdefault(tuple(modules), []).append(_Unit([tie], names))
     return list(stages.values())
 
+
 def _same_input(self, name):
-    "Equal for layers that see the same rows in every batch; None for those that are called more than once, or look at more than one input."
+    """Equal for layers that see the same rows in every batch; None for those that are called more than once, or
+    look at more than one input."""
     m, calls = unwrapped(self.model.get_submodule(name)), self.look.calls(name)
-    if not isinstance(m, CALIBRATED) or max(calls) > 1 or len(self.look.input.get(name, ())) != sum(calls): return None
+    if not isinstance(m, CALIBRATED) or max(calls) > 1 or len(self.look.input.get(name, ())) != sum(calls):
+        return None
     of_a_convolution = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return (type(m), tuple(self.look.input[name]), () if isinstance(m, nn.Linear) else tuple(str(getattr(m, a)) for a in of_a_convolution))
+    return (
+        type(m),
+        tuple(self.look.input[name]),
+        () if isinstance(m, nn.Linear) else tuple(str(getattr(m, a)) for a in of_a_convolution),
+    )
+
 
 def _rows(self, stage, i) -> dict[str, list]:
-    "The rows that the matrices of a stage are given in batch i, call by call; the run ends there, where it is known how many calls there are."
+    """The rows that the matrices of a stage are given in batch i, call by call; the run ends there, where it is
+    known how many calls there are."""
     self.now, found, modules = i, {}, {self.points[n].module for unit in stage for n in unit.sources}
     self.asked.clear()
     calls = {n: self.look.calls(n) for n in modules}
     left = [sum(c[i] for c in calls.values()) if all(len(set(c)) == 1 for c in calls.values()) else math.inf]
+
     def count(m, args):
         left[0] -= 1
-        if left[0] <= 0: raise _Stop
-    hooks = watch(self.model, {n: self.points[n] for unit in stage for n in unit.sources}, lambda name, rows: found.setdefault(name, []).append(rows), lambda: i)
+        if left[0] <= 0:
+            raise _Stop
+
+    hooks = watch(
+        self.model,
+        {n: self.points[n] for unit in stage for n in unit.sources},
+        lambda name, rows: found.setdefault(name, []).append(rows),
+        lambda: i,
+    )
     hooks += [self.model.get_submodule(n).register_forward_pre_hook(count) for n in modules]
-    try: self.twin.run(self.batches[i], i)
-    except _Stop: pass
+    try:
+        self.twin.run(self.batches[i], i)
+    except _Stop:
+        pass
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return found
 
-Replay.stages, Replay.rows, Replay._same_input = _stages, _rows, _same_input
 
+Replay.stages, Replay.rows, Replay._same_input = _stages, _rows, _same_input
 
 # %% ../nbs/10_ptq.ipynb
 def _put(self, name, key, packed):
     "Exchange a parameter of a layer for its quantized version, under all names of the layer."
     layer = self.model.get_submodule(name)
     new = Dequantize(layer, packed, key)
-    if isinstance(unwrapped(layer), nn.Embedding) and QEmbedding.refuses(new.layer, new.q) is None: new = QEmbedding(new.layer, packed)      # expands only the rows it is asked for (chapter 06)
+    if isinstance(unwrapped(layer), nn.Embedding) and QEmbedding.refuses(new.layer, new.q) is None:
+        new = QEmbedding(new.layer, packed)  # expands only the rows it is asked for (chapter 06)
     for n in self.aliases[name]:
         above, _, last = n.rpartition(".")
-        if n: unwrapped(self.model.get_submodule(above))._modules[last] = new
-        else: self.twin.model = new
+        if n:
+            unwrapped(self.model.get_submodule(above))._modules[last] = new
+        else:
+            self.twin.model = new
     self.twin.adopt(new)
+
 
 def _remember(self, done, chosen) -> None:
     "Let modules whose layers are all done answer from memory from now on; forget what is asked for no more."
     above = lambda n: [".".join(n.split(".")[:i]) for i in range(1, n.count(".") + 1)]
     for name in self.look.used_in:
         inner = [n for n in chosen if n.startswith(f"{name}.")]
-        ready = set(inner) <= done and any(map(any, map(self.look.calls, inner))) and max(self.look.calls(name)) == 1 and self._inputs_settled(name, done, chosen)
-        if not name or not ready or any(n in self.memory for n in (name, *above(name))) or any(f"{w}.".startswith(f"{name}.") for w in self.look.writers): continue
-        for n in [n for n in self.memory if n.startswith(f"{name}.")]:      # its parts need not remember any more
+        ready = (
+            set(inner) <= done
+            and any(map(any, map(self.look.calls, inner)))
+            and max(self.look.calls(name)) == 1
+            and self._inputs_settled(name, done, chosen)
+        )
+        if (
+            not name
+            or not ready
+            or any(n in self.memory for n in (name, *above(name)))
+            or any(f"{w}.".startswith(f"{name}.") for w in self.look.writers)
+        ):
+            continue
+        for n in [n for n in self.memory if n.startswith(f"{name}.")]:  # its parts need not remember any more
             del self.memory[n], self.model.get_submodule(n).forward
         self.memory[name] = self._from_memory(self.model.get_submodule(name), name)
     self._forget()
+
 
 def _inputs_settled(self, name, done, chosen):
     "Whether all that is called before a module, in any batch, is done or lies inside it."
     for run in self.look.runs:
         for n in run if name in run else ():
-            if n == name: break
-            if n in chosen and n not in done: return False
+            if n == name:
+                break
+            if n in chosen and n not in done:
+                return False
     return True
+
 
 def _forget(self):
     "Empty the outputs all of whose uses lie inside modules that answer from memory."
     filled = {n for n, outputs in self.memory.items() if len(outputs) == sum(self.look.calls(n))}
     for name in filled:
         uses = self.look.used_in[name]
-        if not uses or not all(filled & set(inside) for inside in uses): continue
+        if not uses or not all(filled & set(inside) for inside in uses):
+            continue
         empty = lambda t: t.new_empty(0) if isinstance(t, Tensor) else t
-        for i, output in self.memory[name].items(): self.memory[name][i] = tree_map(empty, output)
+        for i, output in self.memory[name].items():
+            self.memory[name][i] = tree_map(empty, output)
+
 
 def _from_memory(self, module, name) -> dict:
-    "Make a module answer from a dict, which is filled as batches come by; not with objects that may change, nor after work on its inputs in place."
+    """Make a module answer from a dict, which is filled as batches come by; not with objects that may change, nor
+    after work on its inputs in place."""
     forward, outputs = module.forward, {}
     plain = lambda x: isinstance(x, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device))
+
     def remembered(*args, **kwargs):
         again, given = name in self.asked, tree_leaves((args, kwargs))
         self.asked.add(name)
-        if not again and self.now in outputs: return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, outputs[self.now])
+        if not again and self.now in outputs:
+            return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, outputs[self.now])
         before = [x._version if isinstance(x, Tensor) else 0 for x in given]
         output = forward(*args, **kwargs)
-        if again or not all(map(plain, (*given, *tree_leaves(output)))) or before != [x._version if isinstance(x, Tensor) else 0 for x in given]: return output
+        if (
+            again
+            or not all(map(plain, (*given, *tree_leaves(output))))
+            or before != [x._version if isinstance(x, Tensor) else 0 for x in given]
+        ):
+            return output
         outputs[self.now] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
         return output
+
     module.forward = remembered
     return outputs
 
-Replay.put, Replay.remember, Replay._from_memory, Replay._forget, Replay._inputs_settled = _put, _remember, _from_memory, _forget, _inputs_settled
 
+Replay.put, Replay.remember, Replay._from_memory, Replay._forget, Replay._inputs_settled = (
+    _put,
+    _remember,
+    _from_memory,
+    _forget,
+    _inputs_settled,
+)
 
 # %% ../nbs/10_ptq.ipynb
 def caught_up(
-    weight: Tensor,               # [outputs, …]
+    weight: Tensor,  # [outputs, …]
     statistics: LayerStatistics,  # with `moment` and `cross`
-    share: float = 0.5,           # how much of the way: 0 the weight as it is, 1 least squares
-    damping: float = 0.1,         # share of H's mean diagonal that is added to its diagonal
-) -> Tensor:                      # W + share · W (C − H) H⁻¹
+    share: float = 0.5,  # how much of the way: 0 the weight as it is, 1 least squares
+    damping: float = 0.1,  # share of H's mean diagonal that is added to its diagonal
+) -> Tensor:  # W + share · W (C − H) H⁻¹
     "The weight that gives, on the inputs of the quantized model, most nearly what the original gave on its own."
-    if statistics.cross is None or not share: return weight
+    if statistics.cross is None or not share:
+        return weight
     H = statistics.moment.clone()
     H.diagonal(dim1=1, dim2=2).add_(damping * H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30))
     L, failed = torch.linalg.cholesky_ex(H)
-    if failed.any(): return weight
+    if failed.any():
+        return weight
     moved = as_matrices(weight, len(H)).to(H.dtype) @ (statistics.cross - statistics.moment)
     move = torch.cholesky_solve(moved.transpose(1, 2), L).transpose(1, 2)
     return weight + share * move.reshape(weight.shape).to(weight.dtype)
 
 # %% ../nbs/10_ptq.ipynb
 def _aligned(rows, original):
-    "The original's rows beside those of the quantized model. Where they are strangers (a router that decides otherwise sends others) a row stands for itself."
-    if original is None or original.shape != rows.shape: return rows
+    """The original's rows beside those of the quantized model. Where they are strangers (a router that decides
+    otherwise sends others) a row stands for itself."""
+    if original is None or original.shape != rows.shape:
+        return rows
     original = original.to(rows.dtype)
     far = (rows - original).square().sum(2, keepdim=True) > original.square().sum(2, keepdim=True)
     return torch.where(far, rows, original)
 
-
 # %% ../nbs/10_ptq.ipynb
 @torch.no_grad()
 def quantize_with(
-    method: Callable,                      # (weight, statistics, **options) → QTensor: `gptq_weight`, `nearest_weight`, `hqq_weight` or your own
-    model: nn.Module,                      # it is left as it is
-    batches: Iterable | None = None,       # calibration data, see `feed`: layers are done in order, each on what the quantized ones before it put out
+    # (weight, statistics, **options) → QTensor: `gptq_weight`, `nearest_weight`, `hqq_weight` or your own
+    method: Callable,
+    model: nn.Module,  # it is left as it is
+    batches: (
+        Iterable | None
+        # calibration data, see `feed`: layers are done in order, each on what the quantized ones before it put out
+    ) = None,
     statistics: Statistics | None = None,  # instead: of the original model, for all layers at once; neither: no data
-    columns: Callable | None = None,       # (weight, statistics, **options) → column scales, such as `awq_columns`; also by name: 'awq', 'smooth'
-    catch_up: float = 0.,                  # share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
-    overrides: dict | Callable | None = None,  # options by name or pattern, None leaves a layer alone; or a rule: (name, layer) → options or None
-    layers: tuple | None = None,           # classes of the layers that are quantized; None: all that `MATRICES` knows
-    **options,                             # of the method: bits, group, symmetric …
-) -> nn.Module:                            # a copy in which each of these layers is a `Dequantize`
-    """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied weights stay tied.
-    A matrix of which there are no statistics though data were given is rounded as well as the method can without, with a warning that says which and why (tables, which multiply nothing, need none; see `unwatched`)."""
-    if batches is not None and statistics is not None: raise ValueError("batches and statistics are both given; give one of them")
+    columns: (
+        Callable | None
+    ) = None,  # (weight, statistics, **options) → column scales, such as `awq_columns`; also by name: 'awq', 'smooth'
+    catch_up: float = 0.0,  # share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
+    overrides: (
+        dict | Callable | None
+    ) = None,  # options by name or pattern, None leaves a layer alone; or a rule: (name, layer) → options or None
+    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    **options,  # of the method: bits, group, symmetric …
+) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
+    """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
+    weights stay tied. A matrix of which there are no statistics though data were given is rounded as well as the
+    method can without, with a warning that says which and why (tables, which multiply nothing, need none; see
+    `unwatched`).
+    """
+    if batches is not None and statistics is not None:
+        raise ValueError("batches and statistics are both given; give one of them")
     if not 0 <= catch_up <= 1 or catch_up and batches is None:
         raise ValueError(f"catch_up is {catch_up}; it may be 0 to 1, and needs batches when it is not 0")
     job = _Job(method, _columns_by_name(columns), catch_up, choose_matrices(model, overrides, layers, options))
-    if batches is None: job.all_at_once(model, statistics)
-    else: job.in_order(model, list(as_batches(batches)))
+    if batches is None:
+        job.all_at_once(model, statistics)
+    else:
+        job.in_order(model, list(as_batches(batches)))
     return job.result(model)
-
 
 # %% ../nbs/10_ptq.ipynb
 def _columns_by_name(columns):
     if isinstance(columns, str):
-        if columns not in ("awq", "smooth"): raise ValueError(f"columns is {columns!r}; it may be 'awq', 'smooth' or a function")
+        if columns not in ("awq", "smooth"):
+            raise ValueError(f"columns is {columns!r}; it may be 'awq', 'smooth' or a function")
         return {"awq": awq_columns, "smooth": smooth_columns}[columns]
     return columns
+
 
 @dataclass
 class _Job:
     "A model being quantized: what is planned, and what is done."
+
     method: Callable
     columns: Callable | None
     catch_up: float
-    plan: list         # of `Matrix`
+    plan: list  # of `Matrix`
+
     def __post_init__(self):
         self.packed, self.targets, self.untold, self.ties, self.told = {}, {}, {}, {}, set()
         for m in self.plan:
-            _finite(m.weight.detach(), f"the weight of layer {m.layer or '(model)'}" if m.key == "weight" else f"the weight {m.name}")
+            _finite(
+                m.weight.detach(),
+                f"the weight of layer {m.layer or '(model)'}" if m.key == "weight" else f"the weight {m.name}",
+            )
             self.ties.setdefault(m.tie, []).append(m)
+
     def aim(self, tie, statistics):
         "Where a weight should go; with that, the largest of the statistics has done its work."
         m = self.ties[tie][0]
         turned = lambda w: w if m.axis == 0 else w.transpose(0, 1)
-        if statistics.cross is not None and m.weight.numel(): self.targets[tie] = turned(caught_up(turned(m.weight.detach()), statistics, self.catch_up))
+        if statistics.cross is not None and m.weight.numel():
+            self.targets[tie] = turned(caught_up(turned(m.weight.detach()), statistics, self.catch_up))
+
     def one(self, tie, statistics, why=None):
         "Quantize one matrix, for all its places."
         m, how = self.ties[tie][0], dict(self.ties[tie][0].options)
-        if statistics is None and why: self.untold.update({name_of(x.layer, x.owner, x.key): why for x in self.ties[tie]})
-        if m.axis and not (how.get("group") and statistics is None): how["axis"] = m.axis
+        if statistics is None and why:
+            self.untold.update({name_of(x.layer, x.owner, x.key): why for x in self.ties[tie]})
+        if m.axis and not (how.get("group") and statistics is None):
+            how["axis"] = m.axis
         target = self.targets.pop(tie, m.weight.detach())
-        wanted = statistics is not None and self.columns is not None and target.dim() > 1 and target.shape[1] > 1 and target.numel()
-        if wanted and m.axis: self.untold[name_of(m.layer, m.owner, m.key)] = f"column scales belong to inputs, and those of a {type(m.owner).__name__} lie in rows"
+        wanted = (
+            statistics is not None
+            and self.columns is not None
+            and target.dim() > 1
+            and target.shape[1] > 1
+            and target.numel()
+        )
+        if wanted and m.axis:
+            self.untold[name_of(m.layer, m.owner, m.key)] = (
+                f"column scales belong to inputs, and those of a {type(m.owner).__name__} lie in rows"
+            )
         scales = {"columns": _named(m.name, self._columns, target, statistics, how)} if wanted and not m.axis else {}
         self.packed[tie] = Packed(_named(m.name, self.method, target, statistics, **how, **scales))
-
 
 # %% ../nbs/10_ptq.ipynb
 def _columns_of(self, weight, statistics, how):
@@ -856,145 +1173,195 @@ def _columns_of(self, weight, statistics, how):
     known = ("bits", "group", "symmetric") if "how" in takes else [k for k in how if k in takes]
     return self.columns(weight, statistics, **{k: how[k] for k in known if k in how})
 
+
 def _sources(self, points, reasons) -> tuple[dict, dict]:
     "Tie → the names under which its rows can be seen; tie → why they cannot."
     sources, why = {}, {}
     for tie, places in self.ties.items():
         names = [name_of(m.layer, m.owner, m.key) for m in places]
         no = next((reasons.get(n, "its products are not known") for n in names if n not in points), None)
-        if no is None and len({(m.axis, getattr(m.owner, "groups", 1), m.key) for m in places}) > 1: no = "it is tied to a matrix that multiplies in another way"
-        if no is None: sources[tie] = names
-        else: why[tie] = no
+        if no is None and len({(m.axis, getattr(m.owner, "groups", 1), m.key) for m in places}) > 1:
+            no = "it is tied to a matrix that multiplies in another way"
+        if no is None:
+            sources[tie] = names
+        else:
+            why[tie] = no
     return sources, why
+
 
 def _all_at_once(self, model, statistics):
     "Every matrix by the statistics of the original model; of a tied one those of its first place that has any."
     sources, why = ({}, {}) if statistics is None else self._sources(*points_of(model))
     if statistics is not None and not any(n in statistics for names in sources.values() for n in names):
-        raise ValueError(f"statistics hold {', '.join(list(statistics)[:4]) or 'nothing'}{' …' if len(statistics) > 4 else ''}, and none of {', '.join(list(sum(sources.values(), []))[:4]) or 'what can be watched'}; they may be calibrate(model, batches)")
+        raise ValueError(
+            f"statistics hold {', '.join(list(statistics)[:4]) or 'nothing'}{' …' if len(statistics) > 4 else ''}, and"
+            f" none of {', '.join(list(sum(sources.values(), []))[:4]) or 'what can be watched'}; they may be"
+            " calibrate(model, batches)"
+        )
     for tie in self.ties:
-        found = next((statistics[n] for n in sources.get(tie, ()) if n in statistics), None) if statistics is not None else None
+        found = (
+            next((statistics[n] for n in sources.get(tie, ()) if n in statistics), None)
+            if statistics is not None
+            else None
+        )
         self.one(tie, found, None if statistics is None else why.get(tie, "no batch reached it"))
 
-_Job._columns, _Job.all_at_once, _Job._sources = _columns_of, _all_at_once, _sources
 
+_Job._columns, _Job.all_at_once, _Job._sources = _columns_of, _all_at_once, _sources
 
 # %% ../nbs/10_ptq.ipynb
 def _in_order_of_calls(self, model, batches):
     "Stage by stage: statistics from the model as it is by now, then the stage's matrices."
-    if not batches: raise ValueError("there is no data: batches is empty")
+    if not batches:
+        raise ValueError("there is no data: batches is empty")
     now = Replay(model, batches)
     before = Replay(model, batches, now.look) if self.catch_up else None
     sources, why = self._sources(now.points, now.reasons)
-    why |= {t: "no batch reached it" for t, names in sources.items() if not any(max(now.look.calls(now.points[n].module)) for n in names)}
-    for tie in why: self._put(now, [tie], None, why[tie])
+    why |= {
+        t: "no batch reached it"
+        for t, names in sources.items()
+        if not any(max(now.look.calls(now.points[n].module)) for n in names)
+    }
+    for tie in why:
+        self._put(now, [tie], None, why[tie])
     chosen = [m.layer for m in self.plan]
     for stage in now.stages({t: names for t, names in sources.items() if t not in why}):
         seen = [LayerStatistics() for _ in stage]
         for i in range(len(batches)):
             rows, first = now.rows(stage, i), {} if before is None else before.rows(stage, i)
             for unit, statistics in zip(stage, seen):
-                r, x = (torch.cat(parts, 1) if parts else None for parts in ([t for n in unit.sources for t in found.get(n, ())] for found in (rows, first)))
-                if r is not None: statistics.add(r, original=None if before is None else _aligned(r, x))
-        for unit, statistics in zip(stage, seen): self._put(now, unit.ties, statistics if statistics.count else None, "no batch reached it")
+                r, x = (
+                    torch.cat(parts, 1) if parts else None
+                    for parts in ([t for n in unit.sources for t in found.get(n, ())] for found in (rows, first))
+                )
+                if r is not None:
+                    statistics.add(r, original=None if before is None else _aligned(r, x))
+        for unit, statistics in zip(stage, seen):
+            self._put(now, unit.ties, statistics if statistics.count else None, "no batch reached it")
         done = {n for n in chosen if all(m.tie in self.packed for m in self.plan if m.layer == n)}
-        for replay in (now, before) if before else (now,): replay.remember(done, chosen)
-    if sources and not self.told: raise ValueError("there is no data: batches gave no row to any layer")
+        for replay in (now, before) if before else (now,):
+            replay.remember(done, chosen)
+    if sources and not self.told:
+        raise ValueError("there is no data: batches gave no row to any layer")
+
 
 def _put_packed(self, now, ties, statistics, why):
     "Quantize, and let the model run on it from now on."
     if statistics is not None:
-        for tie in ties: self.aim(tie, statistics)
+        for tie in ties:
+            self.aim(tie, statistics)
         statistics.cross = None
         self.told.update(ties)
     for tie in ties:
         self.one(tie, statistics, why)
-        for m in self.ties[tie]: now.put(m.layer, m.key, self.packed[tie])
+        for m in self.ties[tie]:
+            now.put(m.layer, m.key, self.packed[tie])
+
 
 def _result(self, model):
     "The copy; a warning names what no data were there for."
     odd = {}
-    for n, why in self.untold.items(): odd.setdefault(why, []).append(n or "(the model)")
-    said = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})" for why, names in odd.items() if "looked up" not in why]
-    how = "rounded to nearest" if self.method in (nearest_weight, gptq_weight) else f"given to {getattr(self.method, '__name__', 'the method')} without statistics"
-    if said: warnings.warn(f"{how}: " + "; ".join(said), stacklevel=7)
+    for n, why in self.untold.items():
+        odd.setdefault(why, []).append(n or "(the model)")
+    said = [
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)} ({why})"
+        for why, names in odd.items()
+        if "looked up" not in why
+    ]
+    how = (
+        "rounded to nearest"
+        if self.method in (nearest_weight, gptq_weight)
+        else f"given to {getattr(self.method, '__name__', 'the method')} without statistics"
+    )
+    if said:
+        warnings.warn(f"{how}: " + "; ".join(said), stacklevel=7)
     done = {}
-    for m in self.plan: done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
+    for m in self.plan:
+        done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
     return _copy_with(model, done)
+
 
 _Job.in_order, _Job._put, _Job.result = _in_order_of_calls, _put_packed, _result
 
-
 # %% ../nbs/10_ptq.ipynb
 def gptq(
-    model: nn.Module,                     # it is left as it is
-    batches: Iterable,                    # calibration data: tensors, tuples or dicts, see `feed`
-    bits: int = 4,                        # width of a code, 1..8
-    group: int | None = 32,               # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = True,               # zero point fixed in the middle; else fitted and stored
-    act_order: bool = True,               # the inputs that matter most first
-    damping: float = 0.05,                # share of H's mean diagonal added to its diagonal
-    catch_up: float = 0.5,                # share of the error of earlier layers that a layer makes up for
-    columns: Any = None,                  # 'awq', 'smooth' or a function: column scales before GPTQ
+    model: nn.Module,  # it is left as it is
+    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
+    act_order: bool = True,  # the inputs that matter most first
+    damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
+    catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
+    columns: Any = None,  # 'awq', 'smooth' or a function: column scales before GPTQ
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,                               # of `quantize_with`: layers
-) -> nn.Module:                           # a copy with `Dequantize` layers
-    "GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025, arXiv:2504.02692)."
+    **more,  # of `quantize_with`: layers
+) -> nn.Module:  # a copy with `Dequantize` layers
+    """GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025,
+    arXiv:2504.02692)."""
     how = dict(bits=bits, group=group, symmetric=symmetric, act_order=act_order, damping=damping)
     return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, **how, **more)
 
 # %% ../nbs/10_ptq.ipynb
 def awq(
-    model: nn.Module,                     # it is left as it is
-    statistics: Statistics,               # of `calibrate`, with second moments
-    bits: int = 4,                        # width of a code, 1..8
-    group: int | None = 32,               # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = True,               # zero point fixed in the middle; else fitted and stored
+    model: nn.Module,  # it is left as it is
+    statistics: Statistics,  # of `calibrate`, with second moments
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,                               # of `quantize_with`: layers
-) -> nn.Module:                           # a copy with `Dequantize` layers
+    **more,  # of `quantize_with`: layers
+) -> nn.Module:  # a copy with `Dequantize` layers
     "Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978)."
     how = dict(bits=bits, group=group, symmetric=symmetric)
-    return quantize_with(nearest_weight, model, None, statistics, "awq", 0., overrides, **how, **more)
+    return quantize_with(nearest_weight, model, None, statistics, "awq", 0.0, overrides, **how, **more)
 
 # %% ../nbs/10_ptq.ipynb
 def smooth(
-    model: nn.Module,                     # it is left as it is
-    statistics: Statistics,               # of `calibrate`
-    alpha: float = 0.5,                   # 0: the weights keep calm; 1: the activations do
-    bits: int = 8,                        # width of a code, 1..8
-    group: int | None = None,             # weights of a row that share a scale; None: one scale a row, as integer kernels want it
-    symmetric: bool = True,               # zero point fixed in the middle
+    model: nn.Module,  # it is left as it is
+    statistics: Statistics,  # of `calibrate`
+    alpha: float = 0.5,  # 0: the weights keep calm; 1: the activations do
+    bits: int = 8,  # width of a code, 1..8
+    group: int | None = None,  # weights of a row that share a scale; None: one scale a row, as integer kernels want it
+    symmetric: bool = True,  # zero point fixed in the middle
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,                               # of `quantize_with`: layers
-) -> nn.Module:                           # a copy with `Dequantize` layers, whose column scales calm the activations
+    **more,  # of `quantize_with`: layers
+) -> nn.Module:  # a copy with `Dequantize` layers, whose column scales calm the activations
     "SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438)."
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     sharing = _with_the_same_input(model, statistics)
     balance = lambda weight, seen: smooth_columns(sharing.get(id(seen), weight), seen, alpha)
     how = dict(bits=bits, group=group, symmetric=symmetric)
-    return quantize_with(nearest_weight, model, None, statistics, balance, 0., overrides, **how, **more)
+    return quantize_with(nearest_weight, model, None, statistics, balance, 0.0, overrides, **how, **more)
+
 
 def _with_the_same_input(model, statistics):
-    "For the statistics of linear layers that saw the very same input (query, key and value): the weights of all of them. With common column scales the input is quantized once."
+    """For the statistics of linear layers that saw the very same input (query, key and value): the weights of all
+    of them. With common column scales the input is quantized once."""
     groups, linear = {}, {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and matrices_of(m)}
     for name, seen in statistics.items():
-        if name in linear: groups.setdefault((seen.count, seen.total.cpu().numpy().tobytes()), []).append((seen, linear[name].weight.detach()))
-    return {id(seen): torch.cat([w for _, w in group]) for group in groups.values() for seen, _ in group if len(group) > 1}
+        if name in linear:
+            groups.setdefault((seen.count, seen.total.cpu().numpy().tobytes()), []).append(
+                (seen, linear[name].weight.detach())
+            )
+    return {
+        id(seen): torch.cat([w for _, w in group]) for group in groups.values() for seen, _ in group if len(group) > 1
+    }
 
 # %% ../nbs/10_ptq.ipynb
 def hqq(
-    model: nn.Module,                     # it is left as it is
-    bits: int = 4,                        # width of a code, 1..8
-    group: int | None = 32,               # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = False,              # zero point fixed in the middle
+    model: nn.Module,  # it is left as it is
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = False,  # zero point fixed in the middle
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,                               # of `quantize_with` and `hqq_weight`: layers, p
-) -> nn.Module:                           # a copy with `Dequantize` layers
+    **more,  # of `quantize_with` and `hqq_weight`: layers, p
+) -> nn.Module:  # a copy with `Dequantize` layers
     "Half-quadratic quantization of every layer: no data (Badri & Shaji 2023)."
     return quantize_with(hqq_weight, model, overrides=overrides, bits=bits, group=group, symmetric=symmetric, **more)
 
 # %% ../nbs/10_ptq.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

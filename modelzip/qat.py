@@ -19,11 +19,35 @@ from torch.nn.utils import parametrize
 
 from .data import device_of
 from .distill import Loss
-from .kernels import QConv2d, QLinear, TINY, accumulator_fits, capabilities, why_not_int8, _codes_of, _not_the_weight_of, _NoGradient, _out_of_reach, _reader_of
+from modelzip.kernels import (
+    QConv2d,
+    QLinear,
+    TINY,
+    accumulator_fits,
+    capabilities,
+    why_not_int8,
+    _codes_of,
+    _not_the_weight_of,
+    _NoGradient,
+    _out_of_reach,
+    _reader_of,
+)
 from .prune import _looked_at, _outside
 from .ptq import calibrate
-from .quant import (OBSERVERS, CompressedTensor, Dequantize, Packed, QTensor, as_blocks, check_bits, from_blocks, number_of_blocks,
-                            pack_bits, scale_and_zero_point, symmetric_zero_point)
+from modelzip.quant import (
+    OBSERVERS,
+    CompressedTensor,
+    Dequantize,
+    Packed,
+    QTensor,
+    as_blocks,
+    check_bits,
+    from_blocks,
+    number_of_blocks,
+    pack_bits,
+    scale_and_zero_point,
+    symmetric_zero_point,
+)
 from .structured import fold, foldable
 from .workshop.convolutions import convolve, pack_weight
 from .workshop.matrices import outputs_of
@@ -34,95 +58,136 @@ from .workshop.readonly import ReadOnly, read_only
 # %% ../nbs/11_qat.ipynb
 class _StraightThrough(torch.autograd.Function):
     "Forward the value, backward the gradient of the stand-in."
+
     @staticmethod
-    def forward(ctx, value, smooth): return value.view_as(value)
+    def forward(ctx, value, smooth):
+        return value.view_as(value)
+
     @staticmethod
-    def backward(ctx, grad): return None, grad
+    def backward(ctx, grad):
+        return None, grad
+
 
 def straight_through(
-    value: Tensor,    # what the forward pass uses, exactly
-    smooth: Tensor,   # of the same shape: what the backward pass differentiates instead
-) -> Tensor:          # value, with the gradient of smooth
+    value: Tensor,  # what the forward pass uses, exactly
+    smooth: Tensor,  # of the same shape: what the backward pass differentiates instead
+) -> Tensor:  # value, with the gradient of smooth
     "The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). `ValueError` for shapes that differ."
-    if value.shape != smooth.shape: raise ValueError(f"value has shape {tuple(value.shape)} and smooth {tuple(smooth.shape)}; they must be the same")
+    if value.shape != smooth.shape:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)} and smooth {tuple(smooth.shape)}; they must be the same"
+        )
     return _StraightThrough.apply(value.detach(), smooth)
 
 # %% ../nbs/11_qat.ipynb
-def clip(
-    u: Tensor,
-    low: float,
-    high: float,
-) -> Tensor:      # u.clamp(low, high), with a gradient only strictly inside
+def clip(u: Tensor, low: float, high: float) -> Tensor:  # u.clamp(low, high), with a gradient only strictly inside
     "Clipping as LSQ's gradient has it: a value on the last code counts as clipped."
     return torch.where((u > low) & (u < high), u, u.detach().clamp(low, high))
 
 # %% ../nbs/11_qat.ipynb
-LEAST = 2.0**-100      # the smallest step that is trained: of smaller ones, x / step² has no float32, and so no gradient
+LEAST = 2.0**-100  # the smallest step that is trained: of smaller ones, x / step² has no float32, and so no gradient
+
 
 class _Scaled(torch.autograd.Function):
     "The same value, and its gradient times a number."
+
     @staticmethod
     def forward(ctx, x, factor):
         ctx.factor = factor
         return x.view_as(x)
+
     @staticmethod
-    def backward(ctx, grad): return grad * ctx.factor, None
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
 
 def _step(parameter, shared, top):
-    "A step as the forward pass uses it: positive, with a gradient that suits a step which `shared` values share, and that never vanishes at a bound."
-    sign = torch.where(parameter.detach() < 0, -1., 1.).to(parameter.dtype)
+    """A step as the forward pass uses it: positive, with a gradient that suits a step which `shared` values share,
+    and that never vanishes at a bound."""
+    sign = torch.where(parameter.detach() < 0, -1.0, 1.0).to(parameter.dtype)
     positive = straight_through(parameter.abs().clamp(min=LEAST), parameter * sign)
-    return _Scaled.apply(positive, 1 / math.sqrt(max(1, shared) * max(1., top)))
+    return _Scaled.apply(positive, 1 / math.sqrt(max(1, shared) * max(1.0, top)))
 
 # %% ../nbs/11_qat.ipynb
 class WeightQuantizer(Settings):
-    "Rounds a weight to codes times a learned step (LSQ, Esser et al. 2019, arXiv:1902.08153); a parametrization of `torch.nn.utils.parametrize`."
-    levels, axis, group = setting(0), setting(1), setting(2)      # in its state, beside the steps
+    """Rounds a weight to codes times a learned step (LSQ, Esser et al. 2019, arXiv:1902.08153); a parametrization
+    of `torch.nn.utils.parametrize`."""
+
+    levels, axis, group = setting(0), setting(1), setting(2)  # in its state, beside the steps
+
     def __init__(
         self,
-        weight: Tensor,              # sets the steps, as the observer 'mse' finds them: least squared error among 60 of them, and at least 2⁻¹⁰⁰
-        levels: int,                 # number of codes, 2 (binary), 3 (ternary) … 256
-        axis: int | None = None,     # a step for each slice along this axis
-        group: int | None = None,    # or for each run of `group` weights in a row; these are kept as float16
-        learn: bool = True,          # False: the steps stay as they were set
+        # sets the steps, as the observer 'mse' finds them: least squared error among 60 of them, and at least 2⁻¹⁰⁰
+        weight: Tensor,
+        levels: int,  # number of codes, 2 (binary), 3 (ternary) … 256
+        axis: int | None = None,  # a step for each slice along this axis
+        group: int | None = None,  # or for each run of `group` weights in a row; these are kept as float16
+        learn: bool = True,  # False: the steps stay as they were set
     ):
         super().__init__()
         _check_levels(levels)
         self._keep(levels, axis if axis is None else axis % max(1, weight.dim()), group)
-        self.scale = nn.Parameter(torch.ones(number_of_blocks(weight.shape, axis, group), dtype=torch.float32, device=weight.device), requires_grad=learn)
+        self.scale = nn.Parameter(
+            torch.ones(number_of_blocks(weight.shape, axis, group), dtype=torch.float32, device=weight.device),
+            requires_grad=learn,
+        )
         self.fit(weight)
+
     @property
-    def zero(self) -> float: return symmetric_zero_point(self.levels)
-    def extra_repr(self): return f"{self.levels} levels, {f'group {self.group}' if self.group else 'per tensor' if self.axis is None else f'per channel (axis {self.axis})'}"
+    def zero(self) -> float:
+        return symmetric_zero_point(self.levels)
+
+    def extra_repr(self):
+        return (
+            f"{self.levels} levels,"
+            f" {f'group {self.group}' if self.group else 'per tensor' if self.axis is None else f'per channel (axis {self.axis})'}"
+        )
+
 
 def _check_levels(levels):
-    if type(levels) is not int or not 2 <= levels <= 256: raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 256")
+    if type(levels) is not int or not 2 <= levels <= 256:
+        raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 256")
 
 # %% ../nbs/11_qat.ipynb
 @torch.no_grad()
 def _fit(
     self,
-    weight: Tensor,   # what is to be quantized
+    weight: Tensor,  # what is to be quantized
 ) -> None:
     "Set the steps as the observer 'mse' finds them."
     blocks = as_blocks(weight.detach().float(), self.axis, self.group)
-    if not bool(torch.isfinite(blocks).all()): raise ValueError("the weight holds NaN or infinite values")
-    if not blocks.numel(): return
-    if 0 < (top := weight.abs().max().item()) < 256 * LEAST: raise ValueError(f"the weight reaches {top:.3g} at most, too little for steps that can be trained in float32; it may be 0 or reach {256 * LEAST:.3g} (multiply it by a power of two)")
+    if not bool(torch.isfinite(blocks).all()):
+        raise ValueError("the weight holds NaN or infinite values")
+    if not blocks.numel():
+        return
+    if 0 < (top := weight.abs().max().item()) < 256 * LEAST:
+        raise ValueError(
+            f"the weight reaches {top:.3g} at most, too little for steps that can be trained in float32; it may be 0 or"
+            f" reach {256 * LEAST:.3g} (multiply it by a power of two)"
+        )
     scale = scale_and_zero_point(*OBSERVERS["mse"]()(blocks, self.levels, True), self.levels)[0]
     most = torch.where(blocks.eq(0).all(1), 0, scale).max().item()
-    if self.group is not None and most and not 50 * 2.0**-24 <= most <= 65504: raise ValueError(f"the largest step of its groups is {most:.3g}, and theirs are kept as float16, from {50 * 2.0**-24:.1g} to 65504; leave group out")
-    if self.levels == 2: scale = torch.where(blocks.eq(0).all(1), LEAST, scale)      # two codes have no zero: nothing but zeros stays next to nothing
+    if self.group is not None and most and not 50 * 2.0**-24 <= most <= 65504:
+        raise ValueError(
+            f"the largest step of its groups is {most:.3g}, and theirs are kept as float16, from {50 * 2.0**-24:.1g} to"
+            " 65504; leave group out"
+        )
+    if self.levels == 2:
+        scale = torch.where(
+            blocks.eq(0).all(1), LEAST, scale
+        )  # two codes have no zero: nothing but zeros stays next to nothing
     self.scale.copy_(scale)
+
 
 def _codes(
     self,
-    weight: Tensor,             # of the shape that it was made for
-) -> tuple[Tensor, Tensor]:     # codes minus zero point, of the weight's shape; steps [blocks, 1]
+    weight: Tensor,  # of the shape that it was made for
+) -> tuple[Tensor, Tensor]:  # codes minus zero point, of the weight's shape; steps [blocks, 1]
     "Whole numbers with the gradient of weight / step, and the steps."
     blocks = as_blocks(weight.float(), self.axis, self.group)
     scale = self.steps(blocks.shape[1])
-    if self.levels == 2: rounded, smooth = blocks.ge(0).float() - 0.5, (blocks / scale).clamp(-1, 1)
+    if self.levels == 2:
+        rounded, smooth = blocks.ge(0).float() - 0.5, (blocks / scale).clamp(-1, 1)
     else:
         low, high = -self.zero, self.levels - 1 - self.zero
         rounded, smooth = (blocks * (1 / scale)).round().clamp(low, high), clip(blocks / scale, low, high)
@@ -134,27 +199,51 @@ def _steps(self, shared):
     scale = _step(self.scale, shared, self.levels - 1 - self.zero)[:, None]
     return scale if self.group is None else straight_through(_half(scale.detach()), scale)
 
+
 def _half(scale):
     "Rounded to float16, and never to zero or infinity."
-    return scale.clamp(2.0**-24, 65504.).half().float()
+    return scale.clamp(2.0**-24, 65504.0).half().float()
+
 
 def _expanded(self, weight: Tensor) -> Tensor:
     "The weight that the codes stand for."
     y = self.values(weight)
-    return read_only(y, ROUNDED) if (isinstance(weight, ReadOnly) or _looked_at(weight)) and _outside(sys._getframe(1)) else y
+    return (
+        read_only(y, ROUNDED)
+        if (isinstance(weight, ReadOnly) or _looked_at(weight)) and _outside(sys._getframe(1))
+        else y
+    )
 
-ROUNDED = ("this weight is rounded: it is computed from another tensor on every use, and what is written into it would be lost; assign a tensor anew (layer.weight = …, "
-           "which is rounded in turn), or take a copy: weight.clone()")
+
+ROUNDED = (
+    "this weight is rounded: it is computed from another tensor on every use, and what is written into it would be"
+    " lost; assign a tensor anew (layer.weight = …, which is rounded in turn), or take a copy: weight.clone()"
+)
+
 
 def _values(self, weight):
     codes, scale = self.codes(weight)
-    if weight.dtype == torch.float64: codes, scale = codes.double(), scale.double()      # a value is rounded once, to the weight's own type
-    if self.group is None: return (codes * scale.view(-1, *[1] * (codes.dim() - 1)) if self.axis == 0 or self.axis is None
-                                   else (codes.movedim(self.axis, -1) * scale[:, 0]).movedim(-1, self.axis)).to(weight.dtype)
+    if weight.dtype == torch.float64:
+        codes, scale = codes.double(), scale.double()  # a value is rounded once, to the weight's own type
+    if self.group is None:
+        return (
+            codes * scale.view(-1, *[1] * (codes.dim() - 1))
+            if self.axis == 0 or self.axis is None
+            else (codes.movedim(self.axis, -1) * scale[:, 0]).movedim(-1, self.axis)
+        ).to(weight.dtype)
     return from_blocks(as_blocks(codes, None, self.group) * scale, weight.shape, None, self.group).to(weight.dtype)
 
-WeightQuantizer.fit, WeightQuantizer.codes, WeightQuantizer.steps, WeightQuantizer.forward, WeightQuantizer.values = _fit, _codes, _steps, _expanded, _values
-WeightQuantizer.right_inverse = lambda self, weight: weight      # what is assigned to the layer's weight is what will be rounded
+
+WeightQuantizer.fit, WeightQuantizer.codes, WeightQuantizer.steps, WeightQuantizer.forward, WeightQuantizer.values = (
+    _fit,
+    _codes,
+    _steps,
+    _expanded,
+    _values,
+)
+WeightQuantizer.right_inverse = lambda self, weight: (
+    weight
+)  # what is assigned to the layer's weight is what will be rounded
 
 # %% ../nbs/11_qat.ipynb
 @torch.no_grad()
@@ -163,175 +252,272 @@ def _as_qtensor(self, weight: Tensor) -> QTensor:
     codes = (self.codes(weight)[0] + self.zero).to(torch.uint8)
     scale = self.steps(1).detach().to(torch.float16 if self.group else torch.float32)
     shape = (weight.shape[0] if weight.dim() > 1 else 1, -1) if self.group else () if self.axis is None else (-1,)
-    return QTensor(pack_bits(codes.flatten(), max(1, (self.levels - 1).bit_length())), scale.reshape(shape), None, None, weight.shape, weight.dtype, self.levels, self.axis, self.group)
+    return QTensor(
+        pack_bits(codes.flatten(), max(1, (self.levels - 1).bit_length())),
+        scale.reshape(shape),
+        None,
+        None,
+        weight.shape,
+        weight.dtype,
+        self.levels,
+        self.axis,
+        self.group,
+    )
+
 
 WeightQuantizer.as_qtensor = _as_qtensor
 
 # %% ../nbs/11_qat.ipynb
 def static_codes(
-    x: Tensor,           # finite float32 values, any shape
-    scale: float,        # step
-    zero_point: int,     # code of zero, 0 … levels − 1
-    levels: int = 256,   # number of codes, at most 256
-) -> Tensor:             # uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
-    "Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale in float32, half to even after the zero point."
-    if scale < 1e-37: return (x.double() / scale + zero_point).round().clamp(0, levels - 1).to(torch.uint8)      # 1 / scale has no float32
-    reach = min(scale * 2.0**22, torch.finfo(torch.float32).max)      # beyond, the conversion to a whole number may wrap around
-    if x.numel() and not _within(x, reach): x = x.clamp(-reach, reach)
-    if x.device.type == "cpu" and _has_quantize(): codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr()
-    else: codes = _codes_of(x, scale, zero_point, 255)
+    x: Tensor,  # finite float32 values, any shape
+    scale: float,  # step
+    zero_point: int,  # code of zero, 0 … levels − 1
+    levels: int = 256,  # number of codes, at most 256
+) -> Tensor:  # uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
+    """Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale in
+    float32, half to even after the zero point."""
+    if scale < 1e-37:
+        return (
+            (x.double() / scale + zero_point).round().clamp(0, levels - 1).to(torch.uint8)
+        )  # 1 / scale has no float32
+    reach = min(
+        scale * 2.0**22, torch.finfo(torch.float32).max
+    )  # beyond, the conversion to a whole number may wrap around
+    if x.numel() and not _within(x, reach):
+        x = x.clamp(-reach, reach)
+    if x.device.type == "cpu" and _has_quantize():
+        codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr()
+    else:
+        codes = _codes_of(x, scale, zero_point, 255)
     return codes if levels == 256 else codes.clamp_(max=levels - 1)
+
 
 @functools.cache
 def _has_quantize():
     "Whether PyTorch still has its quantizing kernel; it announces once that this will go."
     with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
         warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.ones(1, dtype=torch.float32, device="cpu"), 1., 0, torch.quint8).int_repr().item() == 1
+        return (
+            torch.quantize_per_tensor(torch.ones(1, dtype=torch.float32, device="cpu"), 1.0, 0, torch.quint8)
+            .int_repr()
+            .item()
+            == 1
+        )
     return False
 
+
 def _within(x, reach):
-    "Whether surely no value is beyond `reach`: by the norm, which is quicker than the largest, as long as squares do not vanish."
+    """Whether surely no value is beyond `reach`: by the norm, which is quicker than the largest, as long as squares
+    do not vanish."""
     flat = x.reshape(-1)
-    if reach < 2.0**-50: return max(map(abs, map(float, torch.aminmax(flat)))) < reach
+    if reach < 2.0**-50:
+        return max(map(abs, map(float, torch.aminmax(flat)))) < reach
     return torch.dot(flat, flat).item() < reach * reach
 
 # %% ../nbs/11_qat.ipynb
 class ActivationQuantizer(Settings):
-    "Rounds activations to codes with a learned step and zero point (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576), or with a range that is watched."
-    levels, learn, frozen, momentum = setting(0), setting(1, bool), setting(2, bool), setting(3, float)      # in its state, beside step and zero point
+    """Rounds activations to codes with a learned step and zero point (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576),
+    or with a range that is watched."""
+
+    levels, learn, frozen, momentum = (
+        setting(0),
+        setting(1, bool),
+        setting(2, bool),
+        setting(3, float),
+    )  # in its state, beside step and zero point
+
     def __init__(
         self,
-        bits: int = 8,           # width of a code, 4..8
-        learn: bool = True,      # step and zero point are trained; False: they follow a moving average of the range until they are frozen
+        bits: int = 8,  # width of a code, 4..8
+        # step and zero point are trained; False: they follow a moving average of the range until they are frozen
+        learn: bool = True,
         momentum: float = 0.05,  # weight of the newest batch in that average, 0..1
     ):
         super().__init__()
         check_bits(bits, 4, 8)
-        if not 0 <= momentum <= 1: raise ValueError(f"momentum is {momentum!r}; it may be a number from 0 to 1")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is {momentum!r}; it may be a number from 0 to 1")
         self._keep(1 << bits, learn, False, float(momentum))
         number = lambda v: torch.tensor(v, dtype=torch.float32)
-        self.scale = nn.Parameter(number(1.), requires_grad=learn)
-        self.zero_point = nn.Parameter(number(0.), requires_grad=learn)
-        self.register_buffer("low", number(math.inf))      # of the range watched; inf: nothing was seen yet
+        self.scale = nn.Parameter(number(1.0), requires_grad=learn)
+        self.zero_point = nn.Parameter(number(0.0), requires_grad=learn)
+        self.register_buffer("low", number(math.inf))  # of the range watched; inf: nothing was seen yet
         self.register_buffer("high", number(-math.inf))
+
     @property
-    def ready(self) -> bool: return self.low.item() <= self.high.item()
+    def ready(self) -> bool:
+        return self.low.item() <= self.high.item()
+
     def too_small(self) -> str | None:
         "What to say of a range of which integers would keep next to nothing."
         low, high = self.low.item(), self.high.item()
-        if 0 < max(-low, high) < 256 * LEAST: return f"its input reaches from {low:.3g} to {high:.3g}, too little for a step that can be trained in float32; it may be 0 or reach {256 * LEAST:.3g} (multiply it by a power of two, or leave the layer alone by overrides)"
+        if 0 < max(-low, high) < 256 * LEAST:
+            return (
+                f"its input reaches from {low:.3g} to {high:.3g}, too little for a step that can be trained in float32;"
+                f" it may be 0 or reach {256 * LEAST:.3g} (multiply it by a power of two, or leave the layer alone by"
+                " overrides)"
+            )
+
     def extra_repr(self):
-        return f"{self.levels} levels, " + (f"step {self.scale.item():.4g}, zero point {round(self.zero_point.item())}" if self.ready else "has seen nothing yet")
+        return f"{self.levels} levels, " + (
+            f"step {self.scale.item():.4g}, zero point {round(self.zero_point.item())}"
+            if self.ready
+            else "has seen nothing yet"
+        )
 
 # %% ../nbs/11_qat.ipynb
 @torch.no_grad()
 def _set_range(
     self,
-    low: float,    # least value that is to have a code
-    high: float,   # greatest
+    low: float,  # least value that is to have a code
+    high: float,  # greatest
 ) -> None:
-    "Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the zero point is 0. `ValueError` for what is no range."
-    if not -math.inf < low <= high < math.inf: raise ValueError(f"the range is {low} to {high}; it may be two finite numbers, the smaller first")
+    """Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the zero
+    point is 0. `ValueError` for what is no range."""
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"the range is {low} to {high}; it may be two finite numbers, the smaller first")
     self.low.fill_(low), self.high.fill_(high)
     scale, zero = scale_and_zero_point(self.low[None], self.high[None], self.levels, symmetric=False)
     self.scale.copy_(scale[0]), self.zero_point.copy_(zero[0])
+
 
 @torch.no_grad()
 def _watch(self, x):
     "The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones move it."
     if not self.ready or self.low == self.high == 0:
-        sample = x.flatten()[::max(1, x.numel() >> 16)][None]
+        sample = x.flatten()[:: max(1, x.numel() >> 16)][None]
         self.set_range(*(v.item() for v in OBSERVERS["mse"]()(sample, self.levels, False)))
     elif not self.learn:
         ends = zip((self.low, self.high), torch.aminmax(x))
         low, high = (old.lerp(new, self.momentum).item() for old, new in ends)
-        self.set_range(low, high) if max(-low, high) >= 256 * LEAST else self.set_range(0., 0.)      # it has died away: the next batch that is not all zeros sets it anew
+        (
+            self.set_range(low, high) if max(-low, high) >= 256 * LEAST else self.set_range(0.0, 0.0)
+        )  # it has died away: the next batch that is not all zeros sets it anew
 
 # %% ../nbs/11_qat.ipynb
 class _Inward(torch.autograd.Function):
-    "Clip to 0 … top; at a bound and beyond it the gradient passes that leads back inside, so that nothing gets stuck there."
+    """Clip to 0 … top; at a bound and beyond it the gradient passes that leads back inside, so that nothing gets
+    stuck there."""
+
     @staticmethod
     def forward(ctx, z, top):
         ctx.save_for_backward(z)
         ctx.top = top
         return z.clamp(0, top)
+
     @staticmethod
     def backward(ctx, grad):
-        z, = ctx.saved_tensors
+        (z,) = ctx.saved_tensors
         outward = (z <= 0) & (grad > 0) | (z >= ctx.top) & (grad < 0)
-        return torch.where(outward, 0., grad), None
+        return torch.where(outward, 0.0, grad), None
+
 
 def _activation_codes(
     self,
-    x: Tensor,                  # float32
-) -> tuple[Tensor, Tensor]:     # codes minus zero point, as floats with a gradient; the step
+    x: Tensor,  # float32
+) -> tuple[Tensor, Tensor]:  # codes minus zero point, as floats with a gradient; the step
     "`ValueError` for NaN and infinities, and for a quantizer that has seen nothing."
-    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): raise ValueError("the input holds NaN or infinite values")
-    if self.training and not (self.frozen and self.ready) and x.numel(): self._watch(x)
-    if x.numel() and not self.ready: raise ValueError("the range of the input is not known; run the model on a batch in train mode, or give prepare some batches")
+    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+        raise ValueError("the input holds NaN or infinite values")
+    if self.training and not (self.frozen and self.ready) and x.numel():
+        self._watch(x)
+    if x.numel() and not self.ready:
+        raise ValueError(
+            "the range of the input is not known; run the model on a batch in train mode, or give prepare some batches"
+        )
     scale, top = _step(self.scale, x[:1].numel(), self.levels - 1), self.levels - 1
     whole = _Inward.apply(self.zero_point, top)
     zero = straight_through(whole.round(), whole)
     codes = static_codes(x.detach(), scale.item(), int(zero.item()), self.levels).float() - zero.detach()
     return straight_through(codes, (x / scale + zero).clamp(0, top) - zero), scale
 
+
 def _rounded(self, x: Tensor) -> Tensor:
     "The values that the codes stand for."
     codes, scale = self.codes(x.float())
     return (codes * scale).to(x.dtype)
+
 
 ActivationQuantizer.set_range, ActivationQuantizer._watch = _set_range, _watch
 ActivationQuantizer.codes, ActivationQuantizer.forward = _activation_codes, _rounded
 
 # %% ../nbs/11_qat.ipynb
 class FakeQuantized(Settings):
-    "A layer that trains as integers: rounded input times rounded weight, and the normalization that follows it folded in."
+    """A layer that trains as integers: rounded input times rounded weight, and the normalization that follows it
+    folded in."""
+
     frozen = setting(0, bool)
+
     def __init__(
         self,
-        layer: nn.Module,                      # Linear or Conv2d; it may be parametrized, by a mask for example
-        weights: WeightQuantizer,              # one step, or one for each output
-        activations: ActivationQuantizer,      # of its input
-        norm: nn.Module | None = None,         # the BatchNorm that follows
-        name: str = "",                        # for errors
+        layer: nn.Module,  # Linear or Conv2d; it may be parametrized, by a mask for example
+        weights: WeightQuantizer,  # one step, or one for each output
+        activations: ActivationQuantizer,  # of its input
+        norm: nn.Module | None = None,  # the BatchNorm that follows
+        name: str = "",  # for errors
     ):
         super().__init__()
         self._keep(False)
         self.layer, self.weights, self.activations, self.norm, self.name = layer, weights, activations, norm, name
         self.training = layer.training
-    def extra_repr(self): return "frozen" if self.frozen else ""
+
+    def extra_repr(self):
+        return "frozen" if self.frozen else ""
+
     def __getattr__(self, key):
-        "`weight` (rounded), `bias`, `in_features` … as the layer has them, so that code which reads them goes on working."
-        try: return super().__getattr__(key)
+        """`weight` (rounded), `bias`, `in_features` … as the layer has them, so that code which reads them goes on
+        working."""
+        try:
+            return super().__getattr__(key)
         except AttributeError:
-            if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
+            if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}):
+                raise
         if key in ("weight", "bias") and self.norm is not None:
-            raise AttributeError(f"{self.name}.{key} is read by the model, and the normalization behind the layer is folded into it: leave the layer alone, overrides={{{self.name!r}: None}}")
-        return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip(".")) if key == "weight" else getattr(self.layer, key)
+            raise AttributeError(
+                f"{self.name}.{key} is read by the model, and the normalization behind the layer is folded into it:"
+                f" leave the layer alone, overrides={{{self.name!r}: None}}"
+            )
+        return (
+            _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip("."))
+            if key == "weight"
+            else getattr(self.layer, key)
+        )
+
 
 def _shown(quantizer, weight, name):
     "A rounded weight to read."
-    return read_only(quantizer(weight), f"{name} is rounded, and what is written into the result would be lost: write into layer.{name.rpartition('.')[2]} of its layer, which is what is rounded")
+    return read_only(
+        quantizer(weight),
+        f"{name} is rounded, and what is written into the result would be lost: write into"
+        f" layer.{name.rpartition('.')[2]} of its layer, which is what is rounded",
+    )
 
 # %% ../nbs/11_qat.ipynb
 def _folded(self, x=None):
     "Weight and bias that will be rounded; with an input, its batch's statistics decide and are counted in."
     weight, bias = self.layer.weight, self.layer.bias
-    if self.norm is None: return weight, bias
-    wide = torch.promote_types(weight.dtype, torch.float32)         # eight bits of bfloat16 would be rounded twice
-    weight, bias, mean, variance = (t if t is None else t.to(wide) for t in (weight, bias, self.norm.running_mean, self.norm.running_var))
+    if self.norm is None:
+        return weight, bias
+    wide = torch.promote_types(weight.dtype, torch.float32)  # eight bits of bfloat16 would be rounded twice
+    weight, bias, mean, variance = (
+        t if t is None else t.to(wide) for t in (weight, bias, self.norm.running_mean, self.norm.running_var)
+    )
     if x is not None:
         y = self.layer._conv_forward(x.to(wide), weight, bias)
         variance, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
-        self.norm(y.detach().to(self.norm.running_mean.dtype if self.norm.weight is None else self.norm.weight.dtype))      # moves its running averages
+        self.norm(
+            y.detach().to(self.norm.running_mean.dtype if self.norm.weight is None else self.norm.weight.dtype)
+        )  # moves its running averages
     return fold(weight, bias, self.norm, mean, variance)
+
 
 def _sums(layer, x, weight, exact):
     "Product of codes; `exact` in float64."
-    if exact: x, weight = x.double(), weight.double()
+    if exact:
+        x, weight = x.double(), weight.double()
     y = F.linear(x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, None)
     return y.float()
+
 
 def _across_outputs(layer, v):
     "Lay out one value for each output beside the outputs."
@@ -340,155 +526,252 @@ def _across_outputs(layer, v):
 # %% ../nbs/11_qat.ipynb
 def _forward(self, input: Tensor) -> Tensor:
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind): return self._whole(input)
-    with torch.autocast(kind, enabled=False): y = self._whole(input)                      # whole numbers do not fit into 16 bits
+    if not torch.is_autocast_enabled(kind):
+        return self._whole(input)
+    with torch.autocast(kind, enabled=False):
+        y = self._whole(input)  # whole numbers do not fit into 16 bits
     return y if y.dtype == torch.float64 else y.to(torch.get_autocast_dtype(kind))
+
 
 def _whole(self, input):
     try:
         codes, step = self.activations.codes(input.float())
-        if (why := self.activations.too_small()) is not None: raise ValueError(why)
-    except ValueError as e: raise ValueError(f"layer {self.name or '(model)'}: {e}") from None
+        if (why := self.activations.too_small()) is not None:
+            raise ValueError(why)
+    except ValueError as e:
+        raise ValueError(f"layer {self.name or '(model)'}: {e}") from None
     learning = self.norm is not None and self.training and self.norm.training and not self.frozen and input.numel() > 0
     weight, bias = self.folded(codes * step if learning else None)
     whole, scale = self.weights.codes(weight)
     fits = accumulator_fits(weight[0].numel(), self.weights.levels // 2, self.activations.levels - 1, bits=25)
-    y = _sums(self.layer, codes, whole, not fits and not self.training) * _across_outputs(self.layer, scale[:, 0] * step)
+    y = _sums(self.layer, codes, whole, not fits and not self.training) * _across_outputs(
+        self.layer, scale[:, 0] * step
+    )
     return (y if bias is None else y + _across_outputs(self.layer, bias.float())).to(input.dtype)
+
 
 FakeQuantized.folded, FakeQuantized._whole, FakeQuantized.forward = _folded, _whole, _forward
 
 # %% ../nbs/11_qat.ipynb
 def _check_static(scale, zero_point, levels):
     "What comes out of a file may be anything."
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not LEAST <= scale <= torch.finfo(torch.float32).max: raise ValueError(f"scale is {scale!r}; it may be a number from 2⁻¹⁰⁰ ({LEAST:.3g}) to float32's largest")
-    if type(levels) is not int or not 2 <= levels <= 256: raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 256")
-    if type(zero_point) is not int or not 0 <= zero_point < levels: raise ValueError(f"zero_point is {zero_point!r}; it may be a whole number from 0 to {levels - 1}")
+    if (
+        not isinstance(scale, (int, float))
+        or isinstance(scale, bool)
+        or not LEAST <= scale <= torch.finfo(torch.float32).max
+    ):
+        raise ValueError(f"scale is {scale!r}; it may be a number from 2⁻¹⁰⁰ ({LEAST:.3g}) to float32's largest")
+    if type(levels) is not int or not 2 <= levels <= 256:
+        raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 256")
+    if type(zero_point) is not int or not 0 <= zero_point < levels:
+        raise ValueError(f"zero_point is {zero_point!r}; it may be a whole number from 0 to {levels - 1}")
+
 
 class _Static:
-    "What StaticLinear and StaticConv2d share: an input whose step and zero point are known, and in the state, as JSON in a tensor."
+    """What StaticLinear and StaticConv2d share: an input whose step and zero point are known, and in the state, as
+    JSON in a tensor."""
+
     def _remember(self, scale, zero_point, levels):
         _check_static(scale, zero_point, levels)
         self.input_scale, self.input_zero_point, self.input_levels = float(scale), zero_point, levels
-    def options(self) -> dict: return {"scale": self.input_scale, "zero_point": self.input_zero_point} | ({} if self.input_levels == 256 else {"levels": self.input_levels})
+
+    def options(self) -> dict:
+        return {"scale": self.input_scale, "zero_point": self.input_zero_point} | (
+            {} if self.input_levels == 256 else {"levels": self.input_levels}
+        )
+
     def set_extra_state(self, state: Tensor) -> None:
         said = json.loads(bytes(state.tolist()))
-        if not {"scale", "zero_point"} <= said.keys() <= {"scale", "zero_point", "levels"}: raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")
+        if not {"scale", "zero_point"} <= said.keys() <= {"scale", "zero_point", "levels"}:
+            raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")
         self._remember(said["scale"], said["zero_point"], said.get("levels", 256))
         self.kernel, self.prepared.entry = self._choose(), None
-    def _exact_in_floats(self): return accumulator_fits(math.prod(self.q.shape[1:]), 128, self.input_levels - 1, bits=25)
-    def _kernel_is_exact(self, has): return has and not (capabilities().reduce_range and self.input_levels > 128)
+
+    def _exact_in_floats(self):
+        return accumulator_fits(math.prod(self.q.shape[1:]), 128, self.input_levels - 1, bits=25)
+
+    def _kernel_is_exact(self, has):
+        return has and not (capabilities().reduce_range and self.input_levels > 128)
 
 # %% ../nbs/11_qat.ipynb
 def _together(self, x):
     "Codes, exact sums, one multiplication; None when not all is finite."
-    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()): return None
+    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+        return None
     codes = static_codes(x, self.input_scale, self.input_zero_point, self.input_levels)
     weight, scale, _ = self.prepared.get(self, "bytes")
     return self._add_bias(self._sum(codes, weight).mul_(_across_outputs(self.layer, scale * self.input_scale)))
+
 
 def _emulated(self, codes, weight):
     "The sums as floats that hold whole numbers: float32 where these fit, else float64."
     wide = torch.float32 if self._exact_in_floats() else torch.float64
     return _product_of_floats(self, codes.to(wide) - self.input_zero_point, weight.to(wide)).float()
 
+
 def _product_of_floats(self, x, weight):
-    with torch.autocast(x.device.type, enabled=False): return F.linear(x, weight) if isinstance(self, QLinear) else F.conv2d(x, weight, None, *self.geometry)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight) if isinstance(self, QLinear) else F.conv2d(x, weight, None, *self.geometry)
+
 
 @torch.no_grad()
 def _anywhere(self, x):
     weight, scale, _ = self._prepare_bytes()
-    codes = self._padded(static_codes(x, self.input_scale, self.input_zero_point, self.input_levels), self.input_zero_point)
+    codes = self._padded(
+        static_codes(x, self.input_scale, self.input_zero_point, self.input_levels), self.input_zero_point
+    )
     return self._add_bias(self._emulated(codes, weight).mul_(_across_outputs(self.layer, scale * self.input_scale)))
 
+
 def _elsewhere(self, x, plain):
-    "On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float layer computes them."
-    if x.device.type in ("cpu", "meta") or not x.numel(): return plain(x)
+    """On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float
+    layer computes them."""
+    if x.device.type in ("cpu", "meta") or not x.numel():
+        return plain(x)
     finite = torch.isfinite(x).flatten(1).all(1)
     if not bool(finite.all()):
         y = plain(x)
-        if bool(finite.any()): y[finite] = self._elsewhere(x[finite], plain)
+        if bool(finite.any()):
+            y[finite] = self._elsewhere(x[finite], plain)
         return y
     y = self._anywhere(x)
     return _NoGradient.apply(x, y, type(self).__name__) if torch.is_grad_enabled() and x.requires_grad else y
 
-_Static._together, _Static._emulated, _Static._anywhere, _Static._elsewhere = _together, _emulated, _anywhere, _elsewhere
+
+_Static._together, _Static._emulated, _Static._anywhere, _Static._elsewhere = (
+    _together,
+    _emulated,
+    _anywhere,
+    _elsewhere,
+)
 
 # %% ../nbs/11_qat.ipynb
 class StaticLinear(_Static, QLinear):
     "A linear layer of integers whose input has a step and a zero point that are known beforehand."
+
     def __init__(
         self,
-        layer: nn.Linear,          # gives the bias; its weight is dropped
-        q: QTensor | Packed,       # the weight [outputs, inputs]: symmetric, at most 8 bits, a scale for the tensor or for each output
-        name: str = "weight",      # which parameter `q` is
-        scale: float = 1.,         # of the input
-        zero_point: int = 0,       # code of an input of zero
-        levels: int = 256,         # codes of the input
+        layer: nn.Linear,  # gives the bias; its weight is dropped
+        q: (
+            QTensor | Packed
+        ),  # the weight [outputs, inputs]: symmetric, at most 8 bits, a scale for the tensor or for each output
+        name: str = "weight",  # which parameter `q` is
+        scale: float = 1.0,  # of the input
+        zero_point: int = 0,  # code of an input of zero
+        levels: int = 256,  # codes of the input
     ):
         self._remember(scale, zero_point, levels)
         super().__init__(layer, q, name, "tensor")
-        if self.q.packed_zero_point is not None: raise ValueError("layer cannot be a StaticLinear: its weight has a zero point")
-    def _padded(self, x, zero): return x
-    def _float(self, x): return self._elsewhere(x.reshape(-1, self.inputs), lambda rows: QLinear._float(self, rows)).view(*x.shape[:-1], self.outputs)
-    def _choose(self): return "tiny" if self.q.numel() <= TINY else "int8" if self._kernel_is_exact(capabilities().large) else "plain"
+        if self.q.packed_zero_point is not None:
+            raise ValueError("layer cannot be a StaticLinear: its weight has a zero point")
+
+    def _padded(self, x, zero):
+        return x
+
+    def _float(self, x):
+        return self._elsewhere(x.reshape(-1, self.inputs), lambda rows: QLinear._float(self, rows)).view(
+            *x.shape[:-1], self.outputs
+        )
+
+    def _choose(self):
+        return "tiny" if self.q.numel() <= TINY else "int8" if self._kernel_is_exact(capabilities().large) else "plain"
+
     def _integer(self, x):
         y = self._batch(x.reshape(-1, self.inputs))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.outputs)
+
     def _prepare_static(self):
         weight, _, _ = self.prepared.get(self, "bytes")
-        return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), torch.ones(len(weight), dtype=torch.float32), torch.zeros(len(weight), dtype=torch.int32)
+        return (
+            torch.ops.onednn.qlinear_prepack(weight.contiguous(), None),
+            torch.ones(len(weight), dtype=torch.float32),
+            torch.zeros(len(weight), dtype=torch.int32),
+        )
 
 # %% ../nbs/11_qat.ipynb
 def _sum_linear(self, codes, weight):
-    if self.kernel != "int8": return self._emulated(codes, weight)
+    if self.kernel != "int8":
+        return self._emulated(codes, weight)
     packed, ones, zeros = self.prepared.get(self, "static")
-    return torch.ops.onednn.qlinear_pointwise(codes, 1., self.input_zero_point, packed, ones, zeros, None, 1., 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, self.input_zero_point, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
 
 StaticLinear._sum = _sum_linear
 
 # %% ../nbs/11_qat.ipynb
 class StaticConv2d(_Static, QConv2d):
     "A convolution of integers whose input has a step and a zero point that are known beforehand."
+
     def __init__(
         self,
-        layer: nn.Conv2d,          # gives bias and geometry; its weight is dropped
-        q: QTensor | Packed,       # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
-        name: str = "weight",      # which parameter `q` is
-        scale: float = 1.,         # of the input
-        zero_point: int = 0,       # code of an input of zero
-        levels: int = 256,         # codes of the input
+        layer: nn.Conv2d,  # gives bias and geometry; its weight is dropped
+        q: QTensor | Packed,  # the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
+        name: str = "weight",  # which parameter `q` is
+        scale: float = 1.0,  # of the input
+        zero_point: int = 0,  # code of an input of zero
+        levels: int = 256,  # codes of the input
     ):
         self._remember(scale, zero_point, levels)
         own = layer.padding == "same" or layer.padding_mode != "zeros"
-        self.pads = list(layer._reversed_padding_repeated_twice) if own else []      # left, right, top, bottom
+        self.pads = list(layer._reversed_padding_repeated_twice) if own else []  # left, right, top, bottom
         super().__init__(layer, q, name, "tensor")
-        if own: self.smallest = [n - before - after for n, before, after in zip(self.smallest, self.pads[2::-2], self.pads[3::-2])]
+        if own:
+            self.smallest = [
+                n - before - after for n, before, after in zip(self.smallest, self.pads[2::-2], self.pads[3::-2])
+            ]
+
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or why_not_int8(q) or _out_of_reach(q)) is not None: return why
-        if q.packed_zero_point is not None: return "its weight has a zero point"
+        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or why_not_int8(q) or _out_of_reach(q)) is not None:
+            return why
+        if q.packed_zero_point is not None:
+            return "its weight has a zero point"
+
     def _how(self):
-        stride, padding, dilation, groups = list(self.layer.stride), self.layer.padding, list(self.layer.dilation), self.layer.groups
+        stride, padding, dilation, groups = (
+            list(self.layer.stride),
+            self.layer.padding,
+            list(self.layer.dilation),
+            self.layer.groups,
+        )
         return stride, [0, 0] if self.pads or padding == "valid" else list(padding), dilation, groups
 
 # %% ../nbs/11_qat.ipynb
 def _padded(self, x, zero):
     "Padding that the kernel does not have."
-    if not self.pads: return x
+    if not self.pads:
+        return x
     mode = self.layer.padding_mode
-    if mode == "zeros": return F.pad(x, self.pads, value=zero)
+    if mode == "zeros":
+        return F.pad(x, self.pads, value=zero)
     return F.pad(x.float(), self.pads, mode).to(x.dtype)
 
-def _choose_conv(self): return "tiny" if self.q.numel() <= TINY else "onednn" if self._kernel_is_exact(capabilities().convolution) else "plain"
-def _integer_conv(self, x): return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
+
+def _choose_conv(self):
+    return (
+        "tiny" if self.q.numel() <= TINY else "onednn" if self._kernel_is_exact(capabilities().convolution) else "plain"
+    )
+
+
+def _integer_conv(self, x):
+    return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
+
+
 def _float_conv(self, x):
-    plain = lambda x: F.conv2d(self._padded(x, 0.), self.q.dequantize().float(), self._bias(), *self.geometry)
+    plain = lambda x: F.conv2d(self._padded(x, 0.0), self.q.dequantize().float(), self._bias(), *self.geometry)
     return self._elsewhere(x, plain) if x.dim() == 4 else self._elsewhere(x[None], plain)[0]
 
-StaticConv2d._padded, StaticConv2d._choose, StaticConv2d._integer, StaticConv2d._float = _padded, _choose_conv, _integer_conv, _float_conv
-StaticConv2d._like = lambda self, x: QConv2d._like(self, self._padded(x, 0.))
+
+StaticConv2d._padded, StaticConv2d._choose, StaticConv2d._integer, StaticConv2d._float = (
+    _padded,
+    _choose_conv,
+    _integer_conv,
+    _float_conv,
+)
+StaticConv2d._like = lambda self, x: QConv2d._like(self, self._padded(x, 0.0))
 
 # %% ../nbs/11_qat.ipynb
 def _prepare_static_conv(self):
@@ -496,98 +779,183 @@ def _prepare_static_conv(self):
     ones = torch.ones(len(weight), dtype=torch.float32)
     return pack_weight(weight, ones, self.geometry[0], *self.geometry[2:]), ones
 
+
 def _sum_conv(self, codes, weight):
     codes = self._padded(codes, self.input_zero_point)
-    if self.kernel != "onednn": return self._emulated(codes, weight)
-    return convolve(codes, 1., self.input_zero_point, weight, *self.prepared.get(self, "static"), *self.geometry)
+    if self.kernel != "onednn":
+        return self._emulated(codes, weight)
+    return convolve(codes, 1.0, self.input_zero_point, weight, *self.prepared.get(self, "static"), *self.geometry)
+
 
 StaticConv2d._prepare_static, StaticConv2d._sum = _prepare_static_conv, _sum_conv
 
 # %% ../nbs/11_qat.ipynb
 def _runs(self) -> str:
     "What runs, in words."
-    how = {"int8": "int8×uint8→int32 by oneDNN", "onednn": "int8×uint8→int32 by oneDNN", "tiny": "whole numbers held in floats", "plain": "int8×uint8 emulated exactly"}[self.kernel]
+    how = {
+        "int8": "int8×uint8→int32 by oneDNN",
+        "onednn": "int8×uint8→int32 by oneDNN",
+        "tiny": "whole numbers held in floats",
+        "plain": "int8×uint8 emulated exactly",
+    }[self.kernel]
     return f"{how}, input of {self.input_levels} levels"
+
 
 StaticLinear.runs = StaticConv2d.runs = property(_runs)
 
 # %% ../nbs/11_qat.ipynb
 def _norms_after(model, places):
-    "Two-dimensional convolution → the BatchNorm that alone receives its output, where nothing else needs either: no hook, no other layer with the same weight."
+    """Two-dimensional convolution → the BatchNorm that alone receives its output, where nothing else needs either:
+    no hook, no other layer with the same weight."""
     modules, uses = dict(model.named_modules()), collections.Counter(p.tie for p in places)
     alone = {p.owner for p in places if uses[p.tie] == 1}
     pairs = [(modules[a], modules[b]) for a, b in foldable(model).items()]
-    return {a: b for a, b in pairs if a in alone and isinstance(a, nn.Conv2d) and b.running_mean is not None and not hooks_of(a) and not hooks_of(b)}
+    return {
+        a: b
+        for a, b in pairs
+        if a in alone
+        and isinstance(a, nn.Conv2d)
+        and b.running_mean is not None
+        and not hooks_of(a)
+        and not hooks_of(b)
+    }
 
 # %% ../nbs/11_qat.ipynb
-def _plain_type(layer): return parametrize.type_before_parametrizations(layer)
+def _plain_type(layer):
+    return parametrize.type_before_parametrizations(layer)
+
 
 def _options(model, default):
     "A function that checks the options of one matrix."
+
     def check(name, layer, key, said):
-        if unknown := said.keys() - default.keys(): raise ValueError(f"overrides gives {name} {sorted(unknown)}; it may give {', '.join(default)}")
-        stronger = {"levels": None} if "bits" in said else {"bits": None} if "levels" in said else {}, {"group": None} if "per_channel" in said else {"per_channel": True} if said.get("group") is not None else {}      # of the default, which said otherwise
-        return _checked_options(name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said})
+        if unknown := said.keys() - default.keys():
+            raise ValueError(f"overrides gives {name} {sorted(unknown)}; it may give {', '.join(default)}")
+        stronger = (
+            {"levels": None} if "bits" in said else {"bits": None} if "levels" in said else {},
+            (
+                {"group": None}
+                if "per_channel" in said
+                else {"per_channel": True}
+                if said.get("group") is not None
+                else {}
+            ),
+        )  # of the default, which said otherwise
+        return _checked_options(
+            name, layer, _rounds_inputs(model, name, layer, key), **{**default, **stronger[0], **stronger[1], **said}
+        )
+
     return check
+
 
 def _rounds_inputs(model, name, layer, key):
     "Whether a matrix belongs to a layer with a kernel that is called: attention reads the weight of its `out_proj`."
     above, _, last = name.rpartition(".")
-    read = last == "out_proj" and name != "" and "q_proj_weight" in outputs_of(model.get_submodule(above)) or _reader_of(model, name)
+    read = (
+        last == "out_proj"
+        and name != ""
+        and "q_proj_weight" in outputs_of(model.get_submodule(above))
+        or _reader_of(model, name)
+    )
     return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not read
+
 
 def _checked_options(name, layer, can, bits, levels, group, per_channel, activations, learn):
     "Checked options of one matrix; inputs are rounded only where a kernel can."
-    if bits is not None: check_bits(bits, 1, 8)
-    if levels is not None: _check_levels(levels)
-    if levels is not None and bits not in (None, (levels - 1).bit_length()): raise ValueError(f"layer {name} has bits={bits} and levels={levels}, which take {(levels - 1).bit_length()} bits; give one of them")
-    if activations is not None: check_bits(activations, 4, 8, "activations")
-    if group is not None and per_channel is False: raise ValueError(f"layer {name} has group={group} and per_channel=False, one step for the tensor; give one of them")
-    if group is not None and (type(group) is not int or group < 1): raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
+    if bits is not None:
+        check_bits(bits, 1, 8)
+    if levels is not None:
+        _check_levels(levels)
+    if levels is not None and bits not in (None, (levels - 1).bit_length()):
+        raise ValueError(
+            f"layer {name} has bits={bits} and levels={levels}, which take {(levels - 1).bit_length()} bits; give one"
+            " of them"
+        )
+    if activations is not None:
+        check_bits(activations, 4, 8, "activations")
+    if group is not None and per_channel is False:
+        raise ValueError(
+            f"layer {name} has group={group} and per_channel=False, one step for the tensor; give one of them"
+        )
+    if group is not None and (type(group) is not int or group < 1):
+        raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
     if can and group is not None and activations is not None:
-        raise ValueError(f"layer {name} has group={group} and activations={activations}: a group's scale lies inside the sum of integers; give one of them")
-    if can and activations is not None and (why := computed(layer, "bias")) and not parametrize.is_parametrized(layer, "bias"):
+        raise ValueError(
+            f"layer {name} has group={group} and activations={activations}: a group's scale lies inside the sum of"
+            " integers; give one of them"
+        )
+    if (
+        can
+        and activations is not None
+        and (why := computed(layer, "bias"))
+        and not parametrize.is_parametrized(layer, "bias")
+    ):
         raise ValueError(f"{name or '(model)'}.bias {why}, or leave it alone: overrides={{{name!r}: None}}")
-    return dict(levels=levels or 1 << (4 if bits is None else bits), group=group, per_channel=per_channel, activations=activations if can else None, learn=learn)
+    return dict(
+        levels=levels or 1 << (4 if bits is None else bits),
+        group=group,
+        per_channel=per_channel,
+        activations=activations if can else None,
+        learn=learn,
+    )
 
 # %% ../nbs/11_qat.ipynb
 def prepare(
-    model: nn.Module,                      # any model; it is left as it is
-    bits: int | None = None,               # width of a weight's code, 1..8; None: 4, or that of `levels`
-    activations: int | None = 8,           # width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
-    batches: Iterable | None = None,       # sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
-    overrides: dict | None = None,         # by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0': None}`; None leaves it alone; the first match wins
-    levels: int | None = None,             # number of codes when it is not a power of two (3: ternary)
-    group: int | None = None,              # weights that share a step; needs `activations=None`
-    per_channel: bool = True,              # a step for each output; False: one for the tensor
-    learn: bool = True,                    # steps are trained (LSQ), those of frozen weights are not; False: weights keep theirs, activations watch a moving range
-) -> nn.Module:                            # a copy, in train mode, whose rounding can be trained through
-    """Quantization-aware training: a model that computes as its integer self will (Jacob et al. 2018, arXiv:1712.05877; Esser et al. 2019, arXiv:1902.08153).
-    Train it as any other, then `convert` it. Rounded are the weights of linear layers, convolutions, embeddings, recurrent layers and attention; a warning names other matrices that stay floats.
-    `ValueError` for bits out of range, a pattern without a layer, a model that has nothing to quantize, a weight that an old-style hook computes (`torch.nn.utils.prune`, `weight_norm`) or that is no parameter,
-    tied weights of which different things are said, NaN, a model whose copy would run the original (an instance's own `forward`), and one whose code asks for the class of a layer or goes through `parameters()`."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
-    if any(isinstance(m, (FakeQuantized, WeightQuantizer, Dequantize)) for m in model.modules()): raise ValueError("model is quantized or prepared already")
+    model: nn.Module,  # any model; it is left as it is
+    bits: int | None = None,  # width of a weight's code, 1..8; None: 4, or that of `levels`
+    activations: (
+        int | None
+    ) = 8,  # width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
+    batches: (
+        Iterable | None
+        # sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
+    ) = None,
+    overrides: (
+        dict | None
+        # by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0':
+        # None}`; None leaves it alone; the first match wins
+    ) = None,
+    levels: int | None = None,  # number of codes when it is not a power of two (3: ternary)
+    group: int | None = None,  # weights that share a step; needs `activations=None`
+    per_channel: bool = True,  # a step for each output; False: one for the tensor
+    # steps are trained (LSQ), those of frozen weights are not; False: weights keep theirs, activations watch a moving
+    # range
+    learn: bool = True,
+) -> nn.Module:  # a copy, in train mode, whose rounding can be trained through
+    """Quantization-aware training: a model that computes as its integer self will (Jacob et al. 2018,
+    arXiv:1712.05877; Esser et al. 2019, arXiv:1902.08153). Train it as any other, then `convert` it. Rounded are
+    the weights of linear layers, convolutions, embeddings, recurrent layers and attention; a warning names other
+    matrices that stay floats. `ValueError` for bits out of range, a pattern without a layer, a model that has
+    nothing to quantize, a weight that an old-style hook computes (`torch.nn.utils.prune`, `weight_norm`) or that is
+    no parameter, tied weights of which different things are said, NaN, a model whose copy would run the original
+    (an instance's own `forward`), and one whose code asks for the class of a layer or goes through `parameters()`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if any(isinstance(m, (FakeQuantized, WeightQuantizer, Dequantize)) for m in model.modules()):
+        raise ValueError("model is quantized or prepared already")
     options = dict(bits=bits, levels=levels, group=group, per_channel=per_channel, activations=activations, learn=learn)
     places = choose_places(model, overrides, _options(model, options))
     check_ordinary(model)
     check_code(model, [p.owner for p in places])
     warn_of_floats(model)
     ranges = _ranges(model, batches, places) if batches is not None else {}
-    new = copied(model).eval()                                     # a weight that spectral norm computes does not move in eval mode
+    new = copied(model).eval()  # a weight that spectral norm computes does not move in eval mode
     return _with_quantizers(new, choose_places(new, overrides, _options(new, options)), ranges).train()
 
 # %% ../nbs/11_qat.ipynb
 class FakeRecurrent(nn.Module):
     "An RNN, LSTM or GRU whose matrices are rounded at each use."
+
     def __init__(
         self,
         layer: nn.RNNBase,
-        weights: dict[str, WeightQuantizer],    # name of a matrix → its quantizer
+        weights: dict[str, WeightQuantizer],  # name of a matrix → its quantizer
     ):
         super().__init__()
         self.layer, self.weights = layer, nn.ModuleDict(weights)
         self.training = layer.training
+
     def forward(self, *args, **kwargs):
         "A layer for this moment, which shares all but the rounded matrices."
         own = self.layer._parameters
@@ -595,111 +963,175 @@ class FakeRecurrent(nn.Module):
         bare.__dict__ = {**self.layer.__dict__, "_parameters": own | {k: q(own[k]) for k, q in self.weights.items()}}
         bare.__dict__["_flat_weights"] = [bare._parameters.get(n) for n in bare._flat_weights_names]
         return bare(*args, **kwargs)
+
     def __getattr__(self, key):
         "Everything as the layer has it; its matrices rounded."
-        try: return super().__getattr__(key)
+        try:
+            return super().__getattr__(key)
         except AttributeError:
-            if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}): raise
-        if key == "all_weights": return [[getattr(self, n) for n in names] for names in self.layer._all_weights]
-        return _shown(self.weights[key], self.layer._parameters[key], key) if key in self.weights else getattr(self.layer, key)
+            if key.startswith("_") or "layer" not in self.__dict__.get("_modules", {}):
+                raise
+        if key == "all_weights":
+            return [[getattr(self, n) for n in names] for names in self.layer._all_weights]
+        return (
+            _shown(self.weights[key], self.layer._parameters[key], key)
+            if key in self.weights
+            else getattr(self.layer, key)
+        )
 
 # %% ../nbs/11_qat.ipynb
 def _with_quantizers(model, places, ranges):
     "Wrap or parametrize the layers of a copy; weights that are tied share a quantizer."
     norms, shared, recurrent, new, leads = _norms_after(model, places), {}, {}, {}, {}
-    for p in places:                                # of tied layers, whose outputs may lie along different axes, the one with integer products decides
-        if p.tie not in leads or p.how["activations"] is not None: leads[p.tie] = p
+    for (
+        p
+    ) in places:  # of tied layers, whose outputs may lie along different axes, the one with integer products decides
+        if p.tie not in leads or p.how["activations"] is not None:
+            leads[p.tie] = p
     for p in places:
         norm = norms.get(p.owner) if p.how["activations"] is not None else None
-        if p.tie not in shared: shared[p.tie] = _weight_quantizer(leads[p.tie], norm)
-        if isinstance(p.owner, nn.RNNBase): recurrent.setdefault(p.owner, {})[p.key] = shared[p.tie]
-        elif p.how["activations"] is None: parametrize.register_parametrization(p.owner, p.key, shared[p.tie], unsafe=True)
-        else: new[p.owner] = functools.partial(_fake, weights=shared[p.tie], activations=_activation_quantizer(p, ranges), norm=norm, name=p.name)
-        if norm is not None and p.how["activations"] is not None: new[norm] = lambda _: nn.Identity()
+        if p.tie not in shared:
+            shared[p.tie] = _weight_quantizer(leads[p.tie], norm)
+        if isinstance(p.owner, nn.RNNBase):
+            recurrent.setdefault(p.owner, {})[p.key] = shared[p.tie]
+        elif p.how["activations"] is None:
+            parametrize.register_parametrization(p.owner, p.key, shared[p.tie], unsafe=True)
+        else:
+            new[p.owner] = functools.partial(
+                _fake, weights=shared[p.tie], activations=_activation_quantizer(p, ranges), norm=norm, name=p.name
+            )
+        if norm is not None and p.how["activations"] is not None:
+            new[norm] = lambda _: nn.Identity()
     new |= {layer: functools.partial(FakeRecurrent, weights=w) for layer, w in recurrent.items()}
     return exchange(model, new, (*shared.values(), *norms.values()))
 
+
 def _fake(layer, weights, **parts):
-    with weights.scale.device: return carry_hooks(layer, FakeQuantized(layer, weights, **parts))
+    with weights.scale.device:
+        return carry_hooks(layer, FakeQuantized(layer, weights, **parts))
+
 
 def _weight_quantizer(p, norm):
     layer, how = p.owner, p.how
-    weight = getattr(layer, p.key) if norm is None else fold(layer.weight.float(), layer.bias, norm, norm.running_mean, norm.running_var)[0]
+    weight = (
+        getattr(layer, p.key)
+        if norm is None
+        else fold(layer.weight.float(), layer.bias, norm, norm.running_mean, norm.running_var)[0]
+    )
     axis = None if how["group"] or not how["per_channel"] else p.axis
     try:
-        with weight.device: return WeightQuantizer(weight.detach(), how["levels"], axis, how["group"], how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources))
-    except ValueError as e: raise ValueError(f"layer {p.name or '(model)'}: {e}") from None
+        with weight.device:
+            return WeightQuantizer(
+                weight.detach(),
+                how["levels"],
+                axis,
+                how["group"],
+                how["learn"] and any(getattr(m, k).requires_grad for m, k in p.sources),
+            )
+    except ValueError as e:
+        raise ValueError(f"layer {p.name or '(model)'}: {e}") from None
+
 
 def _activation_quantizer(p, ranges):
-    with p.owner.weight.device: quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"])
-    if p.names[0] in ranges: quantizer.set_range(*ranges[p.names[0]])
-    if (why := quantizer.too_small()) is not None: raise ValueError(f"layer {p.name or '(model)'}: {why}")
+    with p.owner.weight.device:
+        quantizer = ActivationQuantizer(p.how["activations"], p.how["learn"])
+    if p.names[0] in ranges:
+        quantizer.set_range(*ranges[p.names[0]])
+    if (why := quantizer.too_small()) is not None:
+        raise ValueError(f"layer {p.name or '(model)'}: {why}")
     return quantizer
 
 # %% ../nbs/11_qat.ipynb
 def _ranges(model, batches, places):
     "From where to where the inputs of each layer reach, by the observer 'mse'."
     bits = {p.names[0]: p.how["activations"] for p in places if p.how["activations"] is not None}
-    return {n: s.range("mse", bits[n]) for n, s in calibrate(model, batches, second_moments=False).items() if n in bits} if bits else {}
+    return (
+        {n: s.range("mse", bits[n]) for n, s in calibrate(model, batches, second_moments=False).items() if n in bits}
+        if bits
+        else {}
+    )
 
 # %% ../nbs/11_qat.ipynb
 def _parts(model):
     "The prepared parts of a model: (name, module, name of its matrix, quantizer, the weight that it rounds)."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = []
     for n, m in model.named_modules():
-        if isinstance(m, FakeQuantized): found.append((n, m, "weight", m.weights, m.folded()[0]))
-        elif isinstance(m, FakeRecurrent): found += [(f"{n}.{k}".lstrip("."), m, k, q, m.layer._parameters[k]) for k, q in m.weights.items()]
+        if isinstance(m, FakeQuantized):
+            found.append((n, m, "weight", m.weights, m.folded()[0]))
+        elif isinstance(m, FakeRecurrent):
+            found += [(f"{n}.{k}".lstrip("."), m, k, q, m.layer._parameters[k]) for k, q in m.weights.items()]
         elif parametrize.is_parametrized(m):
             chains = [(k, c) for k, c in m.parametrizations.items() if isinstance(c[len(c) - 1], WeightQuantizer)]
-            found += [(n if k == "weight" else f"{n}.{k}".lstrip("."), m, k, c[len(c) - 1], _before(c)) for k, c in chains]
-    if not found: raise ValueError("model is not prepared; prepare(model) makes it so")
+            found += [
+                (n if k == "weight" else f"{n}.{k}".lstrip("."), m, k, c[len(c) - 1], _before(c)) for k, c in chains
+            ]
+    if not found:
+        raise ValueError("model is not prepared; prepare(model) makes it so")
     return found
 
-def _quantizers(model): return [(n, q, w) for n, _, _, q, w in _parts(model)]
+
+def _quantizers(model):
+    return [(n, q, w) for n, _, _, q, w in _parts(model)]
+
 
 def _before(chain):
     "The weight as it is before the quantizer, which comes last."
     w = [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
-    for step in list(chain)[:-1]: w = [step(*w)]
+    for step in list(chain)[:-1]:
+        w = [step(*w)]
     return w[0]
 
 # %% ../nbs/11_qat.ipynb
 def freeze(
-    model: nn.Module,   # prepared; changed in place
-) -> nn.Module:         # the same
-    "From now on steps and ranges of activations stay (once a first batch has set them), and normalizations that were folded use their averages: for the last epochs, in which the weights settle."
+    model: nn.Module,  # prepared; changed in place
+) -> nn.Module:  # the same
+    """From now on steps and ranges of activations stay (once a first batch has set them), and normalizations that
+    were folded use their averages: for the last epochs, in which the weights settle."""
     _quantizers(model)
     for m in model.modules():
-        if isinstance(m, (FakeQuantized, ActivationQuantizer)): m.frozen = True
+        if isinstance(m, (FakeQuantized, ActivationQuantizer)):
+            m.frozen = True
         if isinstance(m, ActivationQuantizer):
-            for p in (m.scale, m.zero_point): p.requires_grad_(False).grad = None      # nor does a step of the optimizer that is still due
+            for p in (m.scale, m.zero_point):
+                p.requires_grad_(False).grad = None  # nor does a step of the optimizer that is still due
     return model
+
 
 @torch.no_grad()
 def set_bits(
-    model: nn.Module,                  # prepared; changed in place
-    bits: int | None = None,           # new width of the weights' codes, 1..8; None: as it is
-    activations: int | None = None,    # new width of the activations' codes, 4..8; None: as it is
-    levels: int | None = None,         # number of the weights' codes instead of bits
-    layers: str = "*",                 # pattern of the names of the layers that change
-) -> nn.Module:                        # the same
-    "Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them rounds its input."
-    if bits is not None: check_bits(bits, 1, 8)
-    if levels is not None: _check_levels(levels)
-    if bits is not None and levels is not None: raise ValueError(f"bits is {bits} and levels is {levels}; give one of them")
-    if activations is not None: check_bits(activations, 4, 8, "activations")
+    model: nn.Module,  # prepared; changed in place
+    bits: int | None = None,  # new width of the weights' codes, 1..8; None: as it is
+    activations: int | None = None,  # new width of the activations' codes, 4..8; None: as it is
+    levels: int | None = None,  # number of the weights' codes instead of bits
+    layers: str = "*",  # pattern of the names of the layers that change
+) -> nn.Module:  # the same
+    """Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations
+    keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them
+    rounds its input."""
+    if bits is not None:
+        check_bits(bits, 1, 8)
+    if levels is not None:
+        _check_levels(levels)
+    if bits is not None and levels is not None:
+        raise ValueError(f"bits is {bits} and levels is {levels}; give one of them")
+    if activations is not None:
+        check_bits(activations, 4, 8, "activations")
     parts = _parts(model)
     found = [p for p in parts if fnmatch.fnmatchcase(p[0], layers)]
-    if not found: raise ValueError(f"layers is {layers!r}; the prepared layers are {', '.join(n for n, *_ in parts)}")
+    if not found:
+        raise ValueError(f"layers is {layers!r}; the prepared layers are {', '.join(n for n, *_ in parts)}")
     inputs = [m.activations for _, m, *_ in found if isinstance(m, FakeQuantized)]
-    if activations is not None and not inputs: raise ValueError(f"activations is {activations}, and no layer of layers={layers!r} rounds its input")
+    if activations is not None and not inputs:
+        raise ValueError(f"activations is {activations}, and no layer of layers={layers!r} rounds its input")
     for _, _, _, q, w in found:
         if bits is not None or levels is not None:
             q.levels = levels or 1 << bits
             q.fit(w)
     if activations is not None:
-        for a in {id(a): a for a in inputs}.values(): _set_activation_bits(a, activations)
+        for a in {id(a): a for a in inputs}.values():
+            _set_activation_bits(a, activations)
     return model
 
 # %% ../nbs/11_qat.ipynb
@@ -712,117 +1144,188 @@ def _set_activation_bits(quantizer, bits):
 # %% ../nbs/11_qat.ipynb
 @torch.no_grad()
 def convert(
-    model: nn.Module,   # prepared and trained; it is left as it is
-) -> nn.Module:         # a copy in eval mode, with layers of integers
-    "From a trained model to one of integers that puts out the same in evaluation mode, to the last bit. `ValueError` for a model that is not prepared, or whose activations were never seen."
-    with device_of(model): return _integers(copied(model).eval())      # wherever the caller makes new tensors
+    model: nn.Module,  # prepared and trained; it is left as it is
+) -> nn.Module:  # a copy in eval mode, with layers of integers
+    """From a trained model to one of integers that puts out the same in evaluation mode, to the last bit.
+    `ValueError` for a model that is not prepared, or whose activations were never seen."""
+    with device_of(model):
+        return _integers(copied(model).eval())  # wherever the caller makes new tensors
+
 
 def _integers(new):
     shared, packed = {}, {}
     for name, m, key, quantizer, weight in _parts(new):
-        same = next((p for w, p in shared.get(quantizer, []) if torch.equal(w, weight)), None)      # tied weights stay tied
-        if same is None: shared.setdefault(quantizer, []).append((weight, same := Packed(quantizer.as_qtensor(weight))))
+        same = next((p for w, p in shared.get(quantizer, []) if torch.equal(w, weight)), None)  # tied weights stay tied
+        if same is None:
+            shared.setdefault(quantizer, []).append((weight, same := Packed(quantizer.as_qtensor(weight))))
         packed.setdefault(m, (name, {}))[1][key] = same
-    return exchange(new, {m: functools.partial(_converted, name=n, packed=p) for m, (n, p) in packed.items()}, tuple(p for _, ps in packed.values() for p in ps.values())).eval()
+    return exchange(
+        new,
+        {m: functools.partial(_converted, name=n, packed=p) for m, (n, p) in packed.items()},
+        tuple(p for _, ps in packed.values() for p in ps.values()),
+    ).eval()
 
 # %% ../nbs/11_qat.ipynb
 def _converted(m, name, packed):
     "What takes the place of one layer: its biases, its compressed matrices, and what is known of its input."
     if not isinstance(m, FakeQuantized):
         layer = m.layer if isinstance(m, FakeRecurrent) else _without_quantizers(m)
-        for key, p in packed.items(): layer = Dequantize(layer, p, key)
+        for key, p in packed.items():
+            layer = Dequantize(layer, p, key)
         return carry_hooks(m, layer) if isinstance(m, FakeRecurrent) else layer
     a, bias, layer = m.activations, m.folded()[1], _without_quantizers(m.layer)
-    if not a.ready: raise ValueError(f"layer {name or '(model)'} has never seen an input; run the model in train mode, or give prepare some batches")
-    if bias is not None: layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=any(p.requires_grad for p in m.layer.parameters()))
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"): layer.__dict__[hooks] = type(layer.__dict__[hooks])()      # they hang on m
-    how = dict(scale=_step(a.scale, 1, 1).item(), zero_point=int(a.zero_point.clamp(0, a.levels - 1).round().item()), levels=a.levels)
-    try: return carry_hooks(m, (StaticLinear if isinstance(layer, nn.Linear) else StaticConv2d)(layer, packed["weight"], **how))
-    except ValueError as e: raise ValueError(f"layer {name or '(model)'}: {e}") from None
+    if not a.ready:
+        raise ValueError(
+            f"layer {name or '(model)'} has never seen an input; run the model in train mode, or give prepare some"
+            " batches"
+        )
+    if bias is not None:
+        layer.bias = nn.Parameter(
+            bias.detach().clone(), requires_grad=any(p.requires_grad for p in m.layer.parameters())
+        )
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        layer.__dict__[hooks] = type(layer.__dict__[hooks])()  # they hang on m
+    how = dict(
+        scale=_step(a.scale, 1, 1).item(),
+        zero_point=int(a.zero_point.clamp(0, a.levels - 1).round().item()),
+        levels=a.levels,
+    )
+    try:
+        return carry_hooks(
+            m, (StaticLinear if isinstance(layer, nn.Linear) else StaticConv2d)(layer, packed["weight"], **how)
+        )
+    except ValueError as e:
+        raise ValueError(f"layer {name or '(model)'}: {e}") from None
+
 
 def _without_quantizers(layer):
-    "The layer without parametrizations, which keeps their results. (`remove_parametrizations` would change the class of every copy of the layer.)"
-    if not parametrize.is_parametrized(layer): return layer
-    cls, results = _plain_type(layer), {n: nn.Parameter(getattr(layer, n).detach().clone(), any(p.requires_grad for p in c.parameters(recurse=False))) for n, c in layer.parametrizations.items()}
+    """The layer without parametrizations, which keeps their results. (`remove_parametrizations` would change the
+    class of every copy of the layer.)"""
+    if not parametrize.is_parametrized(layer):
+        return layer
+    cls, results = (
+        _plain_type(layer),
+        {
+            n: nn.Parameter(
+                getattr(layer, n).detach().clone(), any(p.requires_grad for p in c.parameters(recurse=False))
+            )
+            for n, c in layer.parametrizations.items()
+        },
+    )
     plain = cls.__new__(cls)
-    plain.__dict__ = {**layer.__dict__, "_parameters": results | dict(layer._parameters), "_modules": {k: m for k, m in layer._modules.items() if k != "parametrizations"}}
+    plain.__dict__ = {
+        **layer.__dict__,
+        "_parameters": results | dict(layer._parameters),
+        "_modules": {k: m for k, m in layer._modules.items() if k != "parametrizations"},
+    }
     return plain
 
 # %% ../nbs/11_qat.ipynb
 def soft_counts(
     quantizer: WeightQuantizer,
-    weight: Tensor,       # what it rounds
-) -> Tensor:              # [levels]: how often each code occurs, with a gradient; the sum is the number of weights
-    "A histogram of codes in which each weight counts in part for the codes to its left and right (after Agustsson et al. 2017, arXiv:1704.00648)."
+    weight: Tensor,  # what it rounds
+) -> Tensor:  # [levels]: how often each code occurs, with a gradient; the sum is the number of weights
+    """A histogram of codes in which each weight counts in part for the codes to its left and right (after Agustsson
+    et al. 2017, arXiv:1704.00648)."""
     blocks = as_blocks(weight.float(), quantizer.axis, quantizer.group)
     low, top = -quantizer.zero, quantizer.levels - 1
     u = ((blocks / quantizer.steps(blocks.shape[1])).clamp(low, low + top) - low).flatten()
-    if u.numel() != weight.numel(): u = from_blocks(u.view_as(blocks), weight.shape, quantizer.axis, quantizer.group).flatten()
+    if u.numel() != weight.numel():
+        u = from_blocks(u.view_as(blocks), weight.shape, quantizer.axis, quantizer.group).flatten()
     k = u.detach().floor().clamp(max=top - 1).long()
-    u = u.double() if u.device.type != "mps" else u                     # a float32 cannot count beyond 2^24
+    u = u.double() if u.device.type != "mps" else u  # a float32 cannot count beyond 2^24
     counts = torch.zeros(quantizer.levels, dtype=u.dtype, device=u.device)
     return counts.index_add(0, k, 1 - (u - k)).index_add(0, k + 1, u - k)
 
 # %% ../nbs/11_qat.ipynb
 def entropy_bits(
-    model: nn.Module,   # prepared
-) -> Tensor:            # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables; its gradient is that of the soft counts
-    "Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648; Oktay et al. 2019, arXiv:1906.06624). `ValueError` for a model that is not prepared."
+    model: nn.Module,  # prepared
+) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables; its gradient is that of the soft counts
+    """Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648;
+    Oktay et al. 2019, arXiv:1906.06624). `ValueError` for a model that is not prepared."""
     found = {id(q): (q, w) for _, q, w in _quantizers(model)}
     return sum(straight_through(_bits(_counts(q, w)), _bits(soft_counts(q, w))) for q, w in found.values()).float()
 
-def _bits(n): return -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
+
+def _bits(n):
+    return -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
+
 
 @torch.no_grad()
 def _counts(quantizer, weight):
     "How often each code occurs."
-    return (quantizer.codes(weight)[0] + quantizer.zero).long().flatten().bincount(minlength=quantizer.levels).to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    return (
+        (quantizer.codes(weight)[0] + quantizer.zero)
+        .long()
+        .flatten()
+        .bincount(minlength=quantizer.levels)
+        .to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    )
 
 # %% ../nbs/11_qat.ipynb
 class EntropyBits(Loss):
-    "`entropy_bits` of a prepared student in thousands, as a part of a distillation's loss: `SoftTargets(2) + 0.02 * EntropyBits(student)`."
+    """`entropy_bits` of a prepared student in thousands, as a part of a distillation's loss: `SoftTargets(2) + 0.02
+    * EntropyBits(student)`."""
+
     def __init__(
         self,
-        model: nn.Module,   # prepared; the one that is trained
+        model: nn.Module,  # prepared; the one that is trained
     ):
         super().__init__()
         _quantizers(model)
-        self.model = (model,)                        # in a tuple, so that its parameters are not found twice
-    def forward(self, student, teacher, labels): return entropy_bits(self.model[0]) / 1000
-    def __repr__(self): return "EntropyBits()"
+        self.model = (model,)  # in a tuple, so that its parameters are not found twice
+
+    def forward(self, student, teacher, labels):
+        return entropy_bits(self.model[0]) / 1000
+
+    def __repr__(self):
+        return "EntropyBits()"
 
 # %% ../nbs/11_qat.ipynb
 class StepAdam(torch.optim.Adam):
-    "Adam that moves the quantizers' steps, and zero points of activations, at a share of the learning rate: for `train(…, optimizer=functools.partial(StepAdam, model=model))`."
+    """Adam that moves the quantizers' steps, and zero points of activations, at a share of the learning rate: for
+    `train(…, optimizer=functools.partial(StepAdam, model=model))`."""
+
     def __init__(
         self,
-        parameters: Iterable[Tensor],   # to be trained, or groups of them with options as in `torch.optim.Adam`
-        lr: float,                      # learning rate of all that is no step
-        model: nn.Module,               # prepared; tells which are steps
-        share: float = 0.02,            # of the learning rate for steps, above 0
-        **options: Any,                 # of `torch.optim.Adam`
+        parameters: Iterable[Tensor],  # to be trained, or groups of them with options as in `torch.optim.Adam`
+        lr: float,  # learning rate of all that is no step
+        model: nn.Module,  # prepared; tells which are steps
+        share: float = 0.02,  # of the learning rate for steps, above 0
+        **options: Any,  # of `torch.optim.Adam`
     ):
-        if not 0 < share < math.inf: raise ValueError(f"share is {share!r}; it may be a number above 0")
+        if not 0 < share < math.inf:
+            raise ValueError(f"share is {share!r}; it may be a number above 0")
         _quantizers(model)
-        own = {id(p) for m in model.modules() if isinstance(m, (WeightQuantizer, ActivationQuantizer)) for p in m.parameters(recurse=False)}
+        own = {
+            id(p)
+            for m in model.modules()
+            if isinstance(m, (WeightQuantizer, ActivationQuantizer))
+            for p in m.parameters(recurse=False)
+        }
         given = list(parameters)
-        if not given or not isinstance(given[0], dict): given = [{"params": given}]
+        if not given or not isinstance(given[0], dict):
+            given = [{"params": given}]
         groups = []
         for g in given:
             sides = [[], []]
-            for p in [g["params"]] if isinstance(g["params"], Tensor) else g["params"]: sides[id(p[1] if isinstance(p, tuple) else p) in own].append(p)
-            groups += [{**g, "params": side, "share": s} for side, s in zip(sides, (1., share)) if side]
+            for p in [g["params"]] if isinstance(g["params"], Tensor) else g["params"]:
+                sides[id(p[1] if isinstance(p, tuple) else p) in own].append(p)
+            groups += [{**g, "params": side, "share": s} for side, s in zip(sides, (1.0, share)) if side]
         super().__init__(groups, lr=lr, **options)
+
     def step(self, closure=None):
         "One step of Adam; schedules see and set the full rates."
         rates = [g["lr"] for g in self.param_groups]
         try:
-            for g in self.param_groups: g["lr"] = g["lr"] * g["share"]
+            for g in self.param_groups:
+                g["lr"] = g["lr"] * g["share"]
             return super().step(closure)
         finally:
-            for g, lr in zip(self.param_groups, rates): g["lr"] = lr
+            for g, lr in zip(self.param_groups, rates):
+                g["lr"] = lr
 
 # %% ../nbs/11_qat.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

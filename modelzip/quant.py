@@ -19,41 +19,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .workshop.matrices import MATRICES, Matrix, choose_matrices, floats_left, identity_of, layers_of, matrices_of, outputs_of, unwrapped
+from modelzip.workshop.matrices import (
+    MATRICES,
+    Matrix,
+    choose_matrices,
+    floats_left,
+    identity_of,
+    layers_of,
+    matrices_of,
+    outputs_of,
+    unwrapped,
+)
 from .workshop.models import check_ordinary, computed, copied, recomputed
 from .workshop.readonly import ReadOnly, read_only
 from .workshop.settings import as_state
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BITE = 1 << 20      # elements worked on at a time: they stay in the processor's cache
+_BITE = 1 << 20  # elements worked on at a time: they stay in the processor's cache
 
 # %% ../nbs/03_quant.ipynb
 def scale_and_zero_point(
-    low: Tensor,              # smallest value to be represented, one per block
-    high: Tensor,             # largest
-    levels: int,              # number of codes
-    symmetric: bool = True,   # zero point fixed at `levels // 2`
-) -> tuple[Tensor, Tensor | None]:   # scale > 0; zero point (int32), None when symmetric
+    low: Tensor,  # smallest value to be represented, one per block
+    high: Tensor,  # largest
+    levels: int,  # number of codes
+    symmetric: bool = True,  # zero point fixed at `levels // 2`
+) -> tuple[Tensor, Tensor | None]:  # scale > 0; zero point (int32), None when symmetric
     """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
     (to within half a step when there is a zero point, for that is rounded)."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = max((levels - 1) // 2, 0.5) if symmetric else levels - 1
     reach = torch.maximum(-low, high) if symmetric else high - low
     scale = _lifted(reach / steps if symmetric else high / steps - low / steps, reach, steps)
-    scale = torch.where((low == 0) & (high == 0), 1., scale)   # nothing but zeros: any scale says so
-    if symmetric: return scale, None
+    scale = torch.where((low == 0) & (high == 0), 1.0, scale)  # nothing but zeros: any scale says so
+    if symmetric:
+        return scale, None
     return scale, (-low / scale).round().clamp(0, levels - 1).to(torch.int32)
 
+
 def _lifted(scale, reach, steps):
-    "Steps below the smallest normal number have few digits: those that fall short of their range become the next larger number."
+    """Steps below the smallest normal number have few digits: those that fall short of their range become the next
+    larger number."""
     tiny = torch.finfo(scale.dtype).tiny
-    if not bool(scale.new_tensor(tiny) / 2 > 0): return scale.clamp(min=tiny)      # where these count as zero (`torch.set_flush_denormal`)
-    return torch.where((scale < tiny) & (scale * steps < reach), torch.nextafter(scale, scale.new_tensor(math.inf)), scale)
+    if not bool(scale.new_tensor(tiny) / 2 > 0):
+        return scale.clamp(min=tiny)  # where these count as zero (`torch.set_flush_denormal`)
+    return torch.where(
+        (scale < tiny) & (scale * steps < reach), torch.nextafter(scale, scale.new_tensor(math.inf)), scale
+    )
 
 # %% ../nbs/03_quant.ipynb
 def symmetric_zero_point(levels: int) -> float:
-    "Where 0 lies among `levels` codes of a symmetric quantizer: the middle one; between the two when there are only two."
+    """Where 0 lies among `levels` codes of a symmetric quantizer: the middle one; between the two when there are
+    only two."""
     return 0.5 if levels == 2 else float(levels // 2)
+
 
 def _says_zero(levels, symmetric, codebook=None):
     "Whether some code stands for 0. Where none does, a scale of 0 says that a block holds nothing else."
@@ -65,6 +83,7 @@ def _finite(x, name="x"):
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
     return x
 
+
 def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> None:
     "`ValueError` unless `bits`, or what the caller's argument is called, is a whole number from `low` to `high`."
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not low <= bits <= high:
@@ -72,27 +91,36 @@ def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> N
 
 # %% ../nbs/03_quant.ipynb
 def as_tensor(
-    x: Any,            # a tensor, or any array with `__dlpack__` (NumPy, CuPy, JAX)
-    name: str = "x",   # what errors call it
-) -> Tensor:           # a detached floating-point tensor; shares memory where it can
+    x: Any,  # a tensor, or any array with `__dlpack__` (NumPy, CuPy, JAX)
+    name: str = "x",  # what errors call it
+) -> Tensor:  # a detached floating-point tensor; shares memory where it can
     "Accept whatever holds an array of floating-point numbers; `TypeError` for anything else."
-    if isinstance(x, np.generic): x = np.array(x)
+    if isinstance(x, np.generic):
+        x = np.array(x)
     if not isinstance(x, Tensor):
         if not hasattr(x, "__dlpack__"):
-            raise TypeError(f"{name} is a {type(x).__name__}; it may be a torch tensor or an array with __dlpack__ (NumPy, CuPy, JAX)")
+            raise TypeError(
+                f"{name} is a {type(x).__name__}; it may be a torch tensor or an array with __dlpack__ (NumPy, CuPy,"
+                " JAX)"
+            )
         x = _from_dlpack(x, name)
     if x.dtype not in FLOATS:
-        raise TypeError(f"{name} has dtype {x.dtype}; it may be float16, bfloat16, float32 or float64 (try {name}.float())")
-    if x.layout != torch.strided: raise TypeError(f"{name} has layout {x.layout}; it must be dense (try {name}.to_dense())")
-    if x.is_meta: raise TypeError(f"{name} is on the meta device and holds no numbers")
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; it may be float16, bfloat16, float32 or float64 (try {name}.float())"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; it must be dense (try {name}.to_dense())")
+    if x.is_meta:
+        raise TypeError(f"{name} is on the meta device and holds no numbers")
     return x.as_subclass(Tensor).detach() if isinstance(x, ReadOnly) else x.detach()
 
 # %% ../nbs/03_quant.ipynb
 def _from_dlpack(x, name):
     "Share memory where torch can, copy where it cannot (NumPy arrays that are read-only or run backwards)."
     if isinstance(x, np.ndarray) and not (x.flags.writeable and all(s >= 0 for s in x.strides)):
-        x = np.array(x)      # torch.from_dlpack aborts the whole process at a negative stride
-    try: return torch.from_dlpack(x)
+        x = np.array(x)  # torch.from_dlpack aborts the whole process at a negative stride
+    try:
+        return torch.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as e:
         raise TypeError(f"{name} has dtype {getattr(x, 'dtype', '?')} and cannot be read as a tensor: {e}") from None
 
@@ -107,30 +135,34 @@ def number_of_blocks(shape: tuple, axis: int | None, group: int | None) -> int:
 
 # %% ../nbs/03_quant.ipynb
 def as_blocks(
-    x: Tensor,            # any shape
-    axis: int | None,     # one block for each slice along this axis
-    group: int | None,    # one block for each run of `group` elements in a row x[i]
-) -> Tensor:              # [number of blocks, elements in a block]
+    x: Tensor,  # any shape
+    axis: int | None,  # one block for each slice along this axis
+    group: int | None,  # one block for each run of `group` elements in a row x[i]
+) -> Tensor:  # [number of blocks, elements in a block]
     "Lay out `x` with one row for each scale; a last group that is short repeats its last value."
-    if not x.numel(): return x.reshape(number_of_blocks(x.shape, axis, group), 0)
+    if not x.numel():
+        return x.reshape(number_of_blocks(x.shape, axis, group), 0)
     if group is not None:
         rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
-        group = min(group, rows.shape[1])      # a group longer than its row is the row
-        if pad := -rows.shape[1] % group: rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
+        group = min(group, rows.shape[1])  # a group longer than its row is the row
+        if pad := -rows.shape[1] % group:
+            rows = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
         return rows.reshape(-1, group)
-    if axis is None: return x.reshape(1, -1)
+    if axis is None:
+        return x.reshape(1, -1)
     return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_quant.ipynb
 def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | None) -> Tensor:
     "The inverse of `as_blocks`: drop the padding, restore the shape."
     shape = torch.Size(shape)
-    if not shape.numel(): return blocks.reshape(shape)
+    if not shape.numel():
+        return blocks.reshape(shape)
     if group is not None:
         rows = shape[0] if len(shape) > 1 else 1
-        return blocks.reshape(rows, -1)[:, :shape.numel() // max(rows, 1)].reshape(shape)
+        return blocks.reshape(rows, -1)[:, : shape.numel() // max(rows, 1)].reshape(shape)
     if axis:
-        moved = [shape[axis], *shape[:axis], *shape[axis + 1:]]
+        moved = [shape[axis], *shape[:axis], *shape[axis + 1 :]]
         return blocks.reshape(moved).movedim(0, axis)
     return blocks.reshape(shape)
 
@@ -138,55 +170,76 @@ def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | Non
 def _bites(blocks):
     "Slices of rows, at most about `_BITE` elements each; one long row is cut too."
     n, m = blocks.shape
-    if n == 1: return [(slice(None), slice(i, i + _BITE)) for i in range(0, m, _BITE)]
+    if n == 1:
+        return [(slice(None), slice(i, i + _BITE)) for i in range(0, m, _BITE)]
     step = max(1, _BITE // max(m, 1))
     return [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
+
 
 def _buffer(blocks, dtype):
     "Room for one bite, used again for each: fresh memory costs more than the arithmetic."
     b = (_bites(blocks) or [(slice(0), slice(0))])[0]
     return torch.empty(blocks[b].shape, dtype=dtype, device=blocks.device)
 
+
 def _for_bite(b, scale, zero):
     "The rows of scale and zero point that belong to one bite; a symmetric zero point is one number for all."
-    return (scale if len(scale) == 1 else scale[b[0]]), (zero if isinstance(zero, (int, float)) or len(zero) == 1 else zero[b[0]])
+    return (scale if len(scale) == 1 else scale[b[0]]), (
+        zero if isinstance(zero, (int, float)) or len(zero) == 1 else zero[b[0]]
+    )
 
 # %% ../nbs/03_quant.ipynb
 class MinMax:
-    "The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, and every observer here says so.)"
+    """The whole range: nothing is clipped. (Two symmetric levels cover no range: ±mean|x| errs least, and every
+    observer here says so.)"""
+
     def __call__(
         self,
-        blocks: Tensor,     # [number of blocks, elements in a block], finite
-        levels: int,        # number of codes
-        symmetric: bool,    # zero point in the middle
-    ) -> tuple[Tensor, Tensor]:   # low, high: one of each per block
-        if symmetric and levels == 2: return _mean_magnitude(blocks)
+        blocks: Tensor,  # [number of blocks, elements in a block], finite
+        levels: int,  # number of codes
+        symmetric: bool,  # zero point in the middle
+    ) -> tuple[Tensor, Tensor]:  # low, high: one of each per block
+        if symmetric and levels == 2:
+            return _mean_magnitude(blocks)
         return blocks.amin(1), blocks.amax(1)
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
 
 def _mean_magnitude(blocks):
-    "Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no sum of large numbers overflows)."
+    """Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no
+    sum of large numbers overflows)."""
     unit = _unit(blocks)
     part = (blocks.abs() / unit / blocks.shape[1]).sum(1)
-    mean = torch.where(part > 0, (part * unit[:, 0]).clamp(min=_least(blocks.dtype)), 0.)
+    mean = torch.where(part > 0, (part * unit[:, 0]).clamp(min=_least(blocks.dtype)), 0.0)
     return -mean, mean
 
-def _least(dtype): return torch.finfo(dtype).tiny * torch.finfo(dtype).eps      # the smallest positive number
+
+def _least(dtype):
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest positive number
+
 
 def _unit(blocks):
-    "A power of two beside each block's largest magnitude, [blocks, 1]: of blocks / unit no square overflows or vanishes, and no digit is lost by it."
+    """A power of two beside each block's largest magnitude, [blocks, 1]: of blocks / unit no square overflows or
+    vanishes, and no digit is lost by it."""
     most = 1022 if blocks.dtype == torch.float64 else 126
     return torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent.clamp(-most, most).double().exp2().to(blocks.dtype)
 
 # %% ../nbs/03_quant.ipynb
 class Percentile(MinMax):
-    "Clip the rarest values: keep at least `percent` of each block, if symmetric the smallest magnitudes, else the central values (both tails lose as many)."
+    """Clip the rarest values: keep at least `percent` of each block, if symmetric the smallest magnitudes, else the
+    central values (both tails lose as many)."""
+
     def __init__(self, percent: float = 99.9):
-        if not 0 < percent <= 100: raise ValueError(f"percent is {percent}; it may be above 0 and up to 100")
+        if not 0 < percent <= 100:
+            raise ValueError(f"percent is {percent}; it may be above 0 and up to 100")
         self.percent = percent
+
     def __call__(self, blocks, levels, symmetric):
-        if symmetric and levels == 2: return _mean_magnitude(blocks)
-        m, share = blocks.shape[1], Fraction(str(self.percent)) / 100               # exact: 99.9 % of 1,000 are 999
+        if symmetric and levels == 2:
+            return _mean_magnitude(blocks)
+        m, share = blocks.shape[1], Fraction(str(self.percent)) / 100  # exact: 99.9 % of 1,000 are 999
         if symmetric:
             high = blocks.abs().kthvalue(math.ceil(m * share), dim=1).values
             return -high, high
@@ -197,26 +250,39 @@ class Percentile(MinMax):
 def _squared_error(blocks, scale, zero_point, levels):
     "Σ(x − x̂)² of each block, without storing codes."
     s, z = scale[:, None], zero_point[:, None]
-    if levels == 2: codes = (blocks / s + z + 0.5).floor_()
-    else: codes = (blocks / s).round_().add_(z)
+    if levels == 2:
+        codes = (blocks / s + z + 0.5).floor_()
+    else:
+        codes = (blocks / s).round_().add_(z)
     return codes.clamp_(0, levels - 1).sub_(z).mul_(s).sub_(blocks).square_().sum(1)
+
 
 class MSE(MinMax):
     "Shrink the range while that lowers the squared error: clipping a few against a finer step for all."
+
     def __init__(self, steps: int = 60, smallest: float = 0.05):
-        if steps < 2 or not 0 < smallest < 1: raise ValueError(f"steps is {steps} and smallest {smallest}; they may be 2 or more, and between 0 and 1")
+        if steps < 2 or not 0 < smallest < 1:
+            raise ValueError(f"steps is {steps} and smallest {smallest}; they may be 2 or more, and between 0 and 1")
         self.steps, self.smallest = steps, smallest
+
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
         unit = _unit(blocks)
         blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
         best, error = torch.ones_like(low), torch.full_like(low, math.inf)
-        shrinks, wide = torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu"), torch.promote_types(blocks.dtype, torch.float32)
-        for some in shrinks.to(low.device).split(max(1, _BITE // 16 // max(blocks.numel(), 1))):        # of a small tensor many at once
+        shrinks, wide = (
+            torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu"),
+            torch.promote_types(blocks.dtype, torch.float32),
+        )
+        for some in shrinks.to(low.device).split(
+            max(1, _BITE // 16 // max(blocks.numel(), 1))
+        ):  # of a small tensor many at once
             shrunk = lambda x: (some[:, None] * x.to(wide)).to(x.dtype).flatten()
             scale, zero = scale_and_zero_point(shrunk(near), shrunk(far), levels, symmetric)
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
-            errors = _blockwise(_squared_error, blocks.expand(len(some), *blocks.shape).flatten(0, 1), scale, zero, levels).view(len(some), -1)
+            errors = _blockwise(
+                _squared_error, blocks.expand(len(some), *blocks.shape).flatten(0, 1), scale, zero, levels
+            ).view(len(some), -1)
             now, first = errors.nan_to_num(math.inf, math.inf).min(0)
             better = now < error
             best, error = torch.where(better, some[first].to(best.dtype), best), torch.where(better, now, error)
@@ -227,14 +293,16 @@ def _blockwise(f, blocks, scale, zero, levels):
     "Apply `f` in cache-sized bites and join what it returns for each block."
     n, m = blocks.shape
     step = max(1, _BITE // max(m, 1))
-    return torch.cat([f(blocks[i:i + step], scale[i:i + step], zero[i:i + step], levels) for i in range(0, n, step)])
+    return torch.cat(
+        [f(blocks[i : i + step], scale[i : i + step], zero[i : i + step], levels) for i in range(0, n, step)]
+    )
 
 # %% ../nbs/03_quant.ipynb
 def kl_after_quantizing(
-    counts: Tensor,   # [bins] histogram of magnitudes
-    keep: int,        # bins below the threshold; what lies above is clipped into the last of them
-    levels: int,      # codes that share these bins
-) -> float:           # nats
+    counts: Tensor,  # [bins] histogram of magnitudes
+    keep: int,  # bins below the threshold; what lies above is clipped into the last of them
+    levels: int,  # codes that share these bins
+) -> float:  # nats
     "KL divergence between the clipped histogram and the same after its bins were merged into `levels` codes."
     p = counts[:keep].clone()
     p[-1] += counts[keep:].sum()
@@ -243,51 +311,75 @@ def kl_after_quantizing(
     mass = torch.zeros(levels, dtype=counts.dtype, device=counts.device).index_add_(0, code, inside)
     filled = torch.zeros_like(mass).index_add_(0, code, (inside > 0).to(counts.dtype))
     q = torch.where(inside > 0, (mass / filled.clamp(min=1))[code], 0)
-    if q.sum() == 0: return math.inf
+    if q.sum() == 0:
+        return math.inf
     p, q = p / p.sum(), q / q.sum()
     where = p > 0
     return (p[where] * (p[where] / q[where].clamp(min=1e-12)).log()).sum().item()
 
 # %% ../nbs/03_quant.ipynb
 def _divergences(
-    counts: Tensor,   # [rows, bins] histograms
+    counts: Tensor,  # [rows, bins] histograms
     levels: int,
-    keeps: Tensor,    # [tries] ascending
-) -> Tensor:          # [rows, tries]: `kl_after_quantizing` of each row and number of bins
+    keeps: Tensor,  # [tries] ascending
+) -> Tensor:  # [rows, tries]: `kl_after_quantizing` of each row and number of bins
     "All divergences from prefix sums."
     sums = lambda t: nn.functional.pad(t.cumsum(1), (1, 0))
     mass, filled, own = sums(counts), sums((counts > 0).to(counts.dtype)), sums(torch.xlogy(counts, counts))
-    borders = -(-torch.arange(levels + 1, device=counts.device) * keeps[:, None] // levels)     # of the runs of bins that share a code
+    borders = -(
+        -torch.arange(levels + 1, device=counts.device) * keeps[:, None] // levels
+    )  # of the runs of bins that share a code
     m = mass[:, borders].diff(dim=2)
     mean = m / filled[:, borders].diff(dim=2).clamp_(min=1)
     final = mean.gather(2, ((keeps - 1) * levels // keeps)[None, :, None].expand(len(counts), -1, 1))[..., 0]
     total, kept, last = mass[:, -1:], mass[:, keeps], counts[:, keeps - 1]
     rest, seen = total - kept, last > 0
-    p = own[:, keeps] - torch.xlogy(last, last) + torch.xlogy(last + rest, last + rest)         # Σ p log p
-    q = torch.xlogy(m, mean).sum(2) + torch.where(seen, torch.xlogy(rest, final), 0) - (total - rest * ~seen) * kept.log()
+    p = own[:, keeps] - torch.xlogy(last, last) + torch.xlogy(last + rest, last + rest)  # Σ p log p
+    q = (
+        torch.xlogy(m, mean).sum(2)
+        + torch.where(seen, torch.xlogy(rest, final), 0)
+        - (total - rest * ~seen) * kept.log()
+    )
     return torch.where(kept > 0, (p - q - rest * ~seen * math.log(1e-12)) / total - total.log(), math.inf)
 
 # %% ../nbs/03_quant.ipynb
 class Entropy(MinMax):
-    "TensorRT's choice (Migacz 2017): of some 240 thresholds the one whose quantized histogram loses the least information (KL divergence)."
+    """TensorRT's choice (Migacz 2017): of some 240 thresholds the one whose quantized histogram loses the least
+    information (KL divergence)."""
+
     def __init__(self, bins: int = 2048):
-        if bins < 256: raise ValueError(f"bins is {bins}; it may be 256 or more")
+        if bins < 256:
+            raise ValueError(f"bins is {bins}; it may be 256 or more")
         self.bins = bins
+
     def __call__(self, blocks, levels, symmetric):
-        if symmetric and levels == 2: return _mean_magnitude(blocks)
+        if symmetric and levels == 2:
+            return _mean_magnitude(blocks)
         unit = _unit(blocks)
         codes = max(2, (levels - 1) // 2 + 1)
-        tries = torch.tensor([*range(min(max(codes, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins], device=blocks.device)
+        tries = torch.tensor(
+            [*range(min(max(codes, 128), self.bins), self.bins, max(1, self.bins // 256)), self.bins],
+            device=blocks.device,
+        )
         step = max(1, _BITE // 4 // (len(tries) * (codes + 1) + self.bins))
-        high = torch.cat([self._thresholds(b.abs().double(), codes, tries) for b in (blocks / unit).split(step)]).to(blocks.dtype) * unit[:, 0]
-        if symmetric: return -high, high
+        high = (
+            torch.cat([self._thresholds(b.abs().double(), codes, tries) for b in (blocks / unit).split(step)]).to(
+                blocks.dtype
+            )
+            * unit[:, 0]
+        )
+        if symmetric:
+            return -high, high
         low, top = super().__call__(blocks, levels, symmetric)
         return torch.maximum(low, -high), torch.minimum(top, high)
+
     def _thresholds(self, x, codes, tries):
         "For each row of magnitudes the threshold of least divergence."
         top = x.amax(1, keepdim=True)
         places = (x / torch.where(top > 0, top, 1) * self.bins).long().clamp_(max=self.bins - 1)
-        counts = torch.zeros(len(x), self.bins, dtype=x.dtype, device=x.device).scatter_add_(1, places, torch.ones_like(x))
+        counts = torch.zeros(len(x), self.bins, dtype=x.dtype, device=x.device).scatter_add_(
+            1, places, torch.ones_like(x)
+        )
         return top[:, 0] * tries[_divergences(counts, codes, tries).argmin(1)] / self.bins
 
 # %% ../nbs/03_quant.ipynb
@@ -295,16 +387,25 @@ OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": 
 
 # %% ../nbs/03_quant.ipynb
 def _sums(x):
-    "What lies before each place of a sorted `x`, summed from the middle outwards: a far outlier does not swallow the digits of the rest."
+    """What lies before each place of a sorted `x`, summed from the middle outwards: a far outlier does not swallow
+    the digits of the rest."""
     m = len(x) // 2
     return torch.cat([-x[:m].flip(0).cumsum(0).flip(0), x.new_zeros(1), x[m:].cumsum(0)])
 
+
 def _cells(x, total, squares, most=512):
-    "Where to cut a sorted `x` into at most so many cells: the worst is cut at its mean, until there are enough or all are of one value."
+    """Where to cut a sorted `x` into at most so many cells: the worst is cut at its mean, until there are enough or
+    all are of one value."""
     x, total, squares = (t.cpu().numpy() for t in (x, total, squares))
+
     def cell(a, b):
-        error = 0. if x[a] == x[b - 1] else max(squares[b] - squares[a] - (total[b] - total[a]) ** 2 / (b - a), np.finfo(x.dtype).tiny)
+        error = (
+            0.0
+            if x[a] == x[b - 1]
+            else max(squares[b] - squares[a] - (total[b] - total[a]) ** 2 / (b - a), np.finfo(x.dtype).tiny)
+        )
         return -error, a, b
+
     heap = [cell(0, len(x))]
     while len(heap) < most and heap[0][0] < 0:
         _, a, b = heap[0]
@@ -322,8 +423,9 @@ def _runs(x, points):
 
 # %% ../nbs/03_quant.ipynb
 def _best_runs(n, total, squares, k):
-    "Cut cells 0 … m−1 into k runs of least squared error, by dynamic programming; cumulative counts, sums and squares [m + 1] are given."
-    i, j = n[None, :], n[:, None]                                     # a run from cell j up to cell i
+    """Cut cells 0 … m−1 into k runs of least squared error, by dynamic programming; cumulative counts, sums and
+    squares [m + 1] are given."""
+    i, j = n[None, :], n[:, None]  # a run from cell j up to cell i
     size = (i - j).clamp(min=1)
     cost = (squares[None] - squares[:, None]) - (total[None] - total[:, None]).square() / size
     cost = torch.where(torch.ones_like(cost).tril(-1).bool(), math.inf, cost.clamp(min=0))
@@ -332,7 +434,8 @@ def _best_runs(n, total, squares, k):
         best, last = (best[:, None] + cost).min(0)
         came.append(last)
     ends = [len(n) - 1]
-    for last in reversed(came): ends.append(last[ends[-1]].item())
+    for last in reversed(came):
+        ends.append(last[ends[-1]].item())
     return torch.tensor([0, *reversed(ends)], device=n.device)
 
 # %% ../nbs/03_quant.ipynb
@@ -347,33 +450,39 @@ def _first_centroids(x, total, k):
 
 # %% ../nbs/03_quant.ipynb
 def kmeans(
-    x: Any,                 # values, any shape
-    bits: int = 4,          # 2**bits centroids, 1..8
-    iterations: int = 50,   # at most; stops when no centroid moves
-) -> Tensor:                # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
-    "Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016, arXiv:1510.00149)."
+    x: Any,  # values, any shape
+    bits: int = 4,  # 2**bits centroids, 1..8
+    iterations: int = 50,  # at most; stops when no centroid moves
+) -> Tensor:  # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
+    """Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016,
+    arXiv:1510.00149)."""
     check_bits(bits, 1, 8)
     x = _finite(as_tensor(x)).reshape(-1).double().sort().values
-    if not len(x): raise ValueError("x is empty; k-means needs values")
+    if not len(x):
+        raise ValueError("x is empty; k-means needs values")
     middle, unit = x[len(x) // 2].clone(), max(x[-1].abs().item(), x[0].abs().item(), torch.finfo(x.dtype).tiny)
-    values, x = x, (x - middle) / unit                           # no square overflows, and none loses its digits to a common offset
+    values, x = x, (x - middle) / unit  # no square overflows, and none loses its digits to a common offset
     total = _sums(x)
     centroids = _first_centroids(x, total, 1 << bits)
     for _ in range(iterations):
         cut = _runs(x, centroids)
         size = cut.diff()
         new = torch.where(size > 0, (total[cut[1:]] - total[cut[:-1]]) / size.clamp(min=1), centroids)
-        if torch.equal(new, centroids): break
+        if torch.equal(new, centroids):
+            break
         centroids = new
     cut = _runs(x, centroids)
     first, last = values[cut[:-1].clamp(max=len(x) - 1)], values[(cut[1:] - 1).clamp(min=0)]
-    return torch.where((cut.diff() > 0) & (first == last), first, centroids * unit + middle).sort().values.float()      # one value is its own mean, to the last bit
+    return (
+        torch.where((cut.diff() > 0) & (first == last), first, centroids * unit + middle).sort().values.float()
+    )  # one value is its own mean, to the last bit
 
 # %% ../nbs/03_quant.ipynb
-def nf4() -> Tensor:   # [16] float32, ascending, from -1 to 1
-    "The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023, arXiv:2305.14314)."
+def nf4() -> Tensor:  # [16] float32, ascending, from -1 to 1
+    """The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023,
+    arXiv:2305.14314)."""
     offset, how = (1 - 1 / 32 + 1 - 1 / 30) / 2, dict(dtype=torch.float64, device="cpu")
-    normal = torch.distributions.Normal(torch.tensor(0., **how), torch.tensor(1., **how))
+    normal = torch.distributions.Normal(torch.tensor(0.0, **how), torch.tensor(1.0, **how))
     upper = normal.icdf(torch.linspace(offset, 0.5, 9, **how))[:-1]
     lower = -normal.icdf(torch.linspace(offset, 0.5, 8, **how))[:-1]
     levels = torch.cat([lower, torch.zeros(1, **how), upper]).sort().values
@@ -386,158 +495,214 @@ def _nearest(blocks, scale, codebook):
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
     for b in _bites(blocks):
         s = scale if len(scale) == 1 else scale[b[0]]
-        codes[b].copy_(torch.bucketize((blocks[b].to(s.dtype) / torch.where(s == 0, 1, s)).contiguous(), middle.to(s.dtype)))
+        codes[b].copy_(
+            torch.bucketize((blocks[b].to(s.dtype) / torch.where(s == 0, 1, s)).contiguous(), middle.to(s.dtype))
+        )
     return codes
 
 # %% ../nbs/03_quant.ipynb
 def bit_planes(
-    bits: int,     # width of a code, 1..16
-) -> list[int]:    # widths of its planes, widest first; each is 8, 4, 2 or 1
+    bits: int,  # width of a code, 1..16
+) -> list[int]:  # widths of its planes, widest first; each is 8, 4, 2 or 1
     "Split a width into powers of two: 3 = 2+1, 7 = 4+2+1, 12 = 8+4."
     check_bits(bits)
     return [8] * (bits // 8) + [w for w in (4, 2, 1) if bits % 8 & w]
 
 # %% ../nbs/03_quant.ipynb
-_SPREAD = {4: (torch.int16, (4,), 0x0F0F),
-           2: (torch.int32, (12, 6), 0x03030303),
-           1: (torch.int64, (28, 14, 7), 0x0101010101010101)}
+_SPREAD = {
+    4: (torch.int16, (4,), 0x0F0F),
+    2: (torch.int32, (12, 6), 0x03030303),
+    1: (torch.int64, (28, 14, 7), 0x0101010101010101),
+}
+
 
 def _pack_plane(codes, width):
     "uint8 codes below 2**width, as many to a byte as fit; the first of them lies in the low bits."
-    if width == 8: return codes
+    if width == 8:
+        return codes
     word, shifts, _ = _SPREAD[width]
     x = nn.functional.pad(codes, (0, -codes.numel() % (8 // width))).view(word)
-    for s in reversed(shifts): x = x | (x >> s)
+    for s in reversed(shifts):
+        x = x | (x >> s)
     return x.to(torch.uint8)
 
 # %% ../nbs/03_quant.ipynb
 def _unpack_plane(packed, width):
     "The inverse: one uint8 for each code, with up to a byte of padding at the end."
-    if width == 8: return packed
+    if width == 8:
+        return packed
     word, shifts, mask = _SPREAD[width]
     x = packed.to(word)
-    for s in shifts: x = x | (x << s)
+    for s in shifts:
+        x = x | (x << s)
     return (x & mask).view(torch.uint8)
 
 # %% ../nbs/03_quant.ipynb
 def packed_bytes(
-    n: int,      # number of codes
-    bits: int,   # width of a code, 1..16
-) -> int:        # bytes
+    n: int,  # number of codes
+    bits: int,  # width of a code, 1..16
+) -> int:  # bytes
     "How many bytes `n` codes take: each plane is rounded up to a whole byte."
     return sum(-(-n * w // 8) for w in bit_planes(bits))
 
 # %% ../nbs/03_quant.ipynb
 def pack_bits(
-    codes: Tensor,   # integers in 0 .. 2**bits - 1, any shape
-    bits: int,       # width of a code, 1..16
-) -> Tensor:         # uint8, 1-D, `packed_bytes(n, bits)` long
+    codes: Tensor,  # integers in 0 .. 2**bits - 1, any shape
+    bits: int,  # width of a code, 1..16
+) -> Tensor:  # uint8, 1-D, `packed_bytes(n, bits)` long
     "Store codes in `bits` bits each: plane after plane, within a byte the first code lowest."
     check_bits(bits)
     flat = codes.reshape(-1)
-    if codes.is_floating_point() or codes.is_complex(): raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
+    if codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
     if flat.numel() and (flat.min() < 0 or int(flat.max()) >= 1 << bits):
         raise ValueError(f"codes run from {flat.min()} to {flat.max()}; {bits} bits hold 0 to {(1 << bits) - 1}")
     return _pack(flat, bits)
 
+
 def _pack(flat, bits):
-    if bits == 8 and flat.dtype == torch.uint8: return flat.contiguous()
-    if bits <= 8: flat = flat.to(torch.uint8)
+    if bits == 8 and flat.dtype == torch.uint8:
+        return flat.contiguous()
+    if bits <= 8:
+        flat = flat.to(torch.uint8)
     out, start, shift = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=flat.device), 0, 0
     for w in bit_planes(bits):
         for i in range(0, flat.numel(), _BITE):
-            part = flat[i:i + _BITE]
+            part = flat[i : i + _BITE]
             packed = _pack_plane(part if bits == w else ((part >> shift) & ((1 << w) - 1)).to(torch.uint8), w)
-            out[start + i * w // 8:start + i * w // 8 + len(packed)] = packed
+            out[start + i * w // 8 : start + i * w // 8 + len(packed)] = packed
         start, shift = start + -(-flat.numel() * w // 8), shift + w
     return out
 
 # %% ../nbs/03_quant.ipynb
 def unpack_bits(
-    packed: Tensor,   # uint8, 1-D, as `pack_bits` made it
-    bits: int,        # width of a code, 1..16
-    n: int,           # number of codes
-) -> Tensor:          # 1-D, `n` long; uint8 up to 8 bits, else int32
+    packed: Tensor,  # uint8, 1-D, as `pack_bits` made it
+    bits: int,  # width of a code, 1..16
+    n: int,  # number of codes
+) -> Tensor:  # 1-D, `n` long; uint8 up to 8 bits, else int32
     "The exact inverse of `pack_bits`; `ValueError` when `packed` is not as long as `n` codes are."
     want = packed_bytes(n, bits)
     if packed.dtype != torch.uint8 or packed.shape != (want,):
-        raise ValueError(f"packed is {packed.dtype} {tuple(packed.shape)}; {n} codes of {bits} bits are uint8 ({want},)")
-    if bits == 8: return packed
+        raise ValueError(
+            f"packed is {packed.dtype} {tuple(packed.shape)}; {n} codes of {bits} bits are uint8 ({want},)"
+        )
+    if bits == 8:
+        return packed
     out, start, shift = torch.empty(n, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device), 0, 0
     for w in bit_planes(bits):
         for i in range(0, n, _BITE):
-            first, part = start + i * w // 8, out[i:i + _BITE]
-            plane = _unpack_plane(packed[first:first + -(-len(part) * w // 8)], w)[:len(part)]
-            if shift: part |= plane.to(out.dtype) << shift
-            else: part.copy_(plane)
+            first, part = start + i * w // 8, out[i : i + _BITE]
+            plane = _unpack_plane(packed[first : first + -(-len(part) * w // 8)], w)[: len(part)]
+            if shift:
+                part |= plane.to(out.dtype) << shift
+            else:
+                part.copy_(plane)
         start, shift = start + -(-n * w // 8), shift + w
     return out
 
 # %% ../nbs/03_quant.ipynb
 class CompressedTensor:
     "What every compressed tensor can do; each kind registers itself under a name by which files call it."
+
     kinds: dict[str, type] = {}
     kind: str
+
     def __init_subclass__(cls, kind: str | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
-        if kind is not None: cls.kind, CompressedTensor.kinds[kind] = kind, cls
-    def parts(self) -> dict[str, Tensor]: raise NotImplementedError
-    def meta(self) -> dict: raise NotImplementedError
-    def packed_parts(self) -> dict[str, tuple[int, int, int]]: return {}      # parts that `pack_bits` made: bits, count, levels
+        if kind is not None:
+            cls.kind, CompressedTensor.kinds[kind] = kind, cls
+
+    def parts(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def meta(self) -> dict:
+        raise NotImplementedError
+
+    def packed_parts(self) -> dict[str, tuple[int, int, int]]:
+        return {}  # parts that `pack_bits` made: bits, count, levels
+
     @classmethod
-    def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor": raise NotImplementedError
-    def dequantize(self) -> Tensor: raise NotImplementedError
+    def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor":
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
 
 # %% ../nbs/03_quant.ipynb
 class _Sized:
     "Size and comparison, the same for every kind."
+
     @property
-    def nbytes(self) -> int: return sum(p.nbytes for p in self.parts().values())
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts().values())
+
     @property
-    def bits_per_weight(self) -> float: return 8 * self.nbytes / max(self.shape.numel(), 1)
-    def numel(self) -> int: return self.shape.numel()
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(self.shape.numel(), 1)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
     @property
-    def device(self): return next(iter(self.parts().values())).device
+    def device(self):
+        return next(iter(self.parts().values())).device
+
     def to(self, *args, **kwargs) -> "CompressedTensor":
         "Another device; or another dtype to dequantize to (codes and scales keep theirs)."
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         meta = self.meta() | ({"dtype": _name(dtype)} if dtype else {})
         return type(self).from_parts({k: p.to(device) if device else p for k, p in self.parts().items()}, meta)
-    def clone(self): return copy.deepcopy(self)
+
+    def clone(self):
+        return copy.deepcopy(self)
+
     def __eq__(self, other):
-        if type(self) is not type(other): return NotImplemented
+        if type(self) is not type(other):
+            return NotImplemented
         a, b = self.parts(), other.parts()
-        return self.meta() == other.meta() and a.keys() == b.keys() and all(
-            a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+        return (
+            self.meta() == other.meta()
+            and a.keys() == b.keys()
+            and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+        )
+
     __hash__ = None
 
-def _name(dtype): return str(dtype).removeprefix("torch.")
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 # %% ../nbs/03_quant.ipynb
 @dataclass(eq=False, repr=False)
 class QTensor(_Sized, CompressedTensor, kind="quantized"):
     "Packed codes together with all that turns them back into numbers."
-    codes: Tensor                      # uint8, 1-D: the codes of all elements in order, packed
-    scale: Tensor                      # [], [slices] or [rows, groups]
-    packed_zero_point: Tensor | None   # uint8, packed like the codes; None when symmetric
-    codebook: Tensor | None            # [levels]: values instead of the affine map
-    shape: torch.Size                  # of the tensor it stands for
-    dtype: torch.dtype                 # of the tensor it stands for
-    levels: int                        # number of codes
-    axis: int | None = None            # one scale per slice along this axis
-    group: int | None = None           # one scale per this many elements of a row
-    columns: Tensor | None = None      # [shape[1]]: what every index of dimension 1 is multiplied by, on top of its scale
+
+    codes: Tensor  # uint8, 1-D: the codes of all elements in order, packed
+    scale: Tensor  # [], [slices] or [rows, groups]
+    packed_zero_point: Tensor | None  # uint8, packed like the codes; None when symmetric
+    codebook: Tensor | None  # [levels]: values instead of the affine map
+    shape: torch.Size  # of the tensor it stands for
+    dtype: torch.dtype  # of the tensor it stands for
+    levels: int  # number of codes
+    axis: int | None = None  # one scale per slice along this axis
+    group: int | None = None  # one scale per this many elements of a row
+    columns: Tensor | None = None  # [shape[1]]: what every index of dimension 1 is multiplied by, on top of its scale
+
     def __repr__(self):
-        return (f"QTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
-                f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)")
+        return (
+            f"QTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
+            f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
+        )
 
 # %% ../nbs/03_quant.ipynb
 def patch_onto(cls):
     "Add a method to a class that grows from cell to cell."
+
     def add(f):
         plain = f.fget if isinstance(f, property) else f.__func__ if isinstance(f, classmethod) else f
         setattr(cls, plain.__name__, f)
         return f
+
     return add
 
 # %% ../nbs/03_quant.ipynb
@@ -547,30 +712,44 @@ def bits(self) -> int:
     "Width of a code."
     return max(1, (self.levels - 1).bit_length())
 
+
 @patch_onto(QTensor)
 @property
 def zero_point(self) -> Tensor | float:
     "The code of 0: one for each scale (int32), or the fixed middle of a symmetric quantizer."
-    if self.packed_zero_point is None: return symmetric_zero_point(self.levels)
+    if self.packed_zero_point is None:
+        return symmetric_zero_point(self.levels)
     return unpack_bits(self.packed_zero_point, self.bits, self.scale.numel()).to(torch.int32).reshape(self.scale.shape)
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
-def unpack(self) -> Tensor:   # uint8 up to 8 bits, else int32; of shape `self.shape`
+def unpack(self) -> Tensor:  # uint8 up to 8 bits, else int32; of shape `self.shape`
     "The integer codes, one an element."
     return unpack_bits(self.codes, self.bits, self.shape.numel()).reshape(self.shape)
+
 
 @patch_onto(QTensor)
 def parts(self) -> dict[str, Tensor]:
     "The tensors that a file stores."
-    parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.packed_zero_point, "codebook": self.codebook, "columns": self.columns}
+    parts = {
+        "codes": self.codes,
+        "scale": self.scale,
+        "zero_point": self.packed_zero_point,
+        "codebook": self.codebook,
+        "columns": self.columns,
+    }
     return {k: p for k, p in parts.items() if p is not None}
+
 
 @patch_onto(QTensor)
 def packed_parts(self) -> dict[str, tuple[int, int, int]]:
     "Which parts are packed codes: their bits, their number, and below what they are."
-    packed = {"codes": (self.bits, self.shape.numel(), self.levels), "zero_point": (self.bits, self.scale.numel(), self.levels)}
+    packed = {
+        "codes": (self.bits, self.shape.numel(), self.levels),
+        "zero_point": (self.bits, self.scale.numel(), self.levels),
+    }
     return {k: p for k, p in packed.items() if k in self.parts()}
+
 
 @patch_onto(QTensor)
 def meta(self) -> dict:
@@ -582,77 +761,122 @@ def meta(self) -> dict:
 @patch_onto(QTensor)
 @classmethod
 def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "QTensor":
-    "Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no scales raise `ValueError` (nothing is trusted)."
+    """Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no
+    scales raise `ValueError` (nothing is trusted)."""
     q = cls._of_parts(parts, meta)
     q._check_numbers()
     return q
+
 
 @patch_onto(QTensor)
 @classmethod
 def _of_parts(cls, parts, meta):
     "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
     shape, dtype, levels, axis, group = _checked_meta(meta)
-    q = cls(*(parts.get(k) for k in ("codes", "scale", "zero_point", "codebook")), shape, dtype, levels, axis, group, parts.get("columns"))
-    if extra := set(parts) - {"codes", "scale", "zero_point", "codebook", "columns"}: raise ValueError(f"unknown parts {sorted(extra)}")
+    q = cls(
+        *(parts.get(k) for k in ("codes", "scale", "zero_point", "codebook")),
+        shape,
+        dtype,
+        levels,
+        axis,
+        group,
+        parts.get("columns"),
+    )
+    if extra := set(parts) - {"codes", "scale", "zero_point", "codebook", "columns"}:
+        raise ValueError(f"unknown parts {sorted(extra)}")
     _check_part("codes", q.codes, (torch.uint8,), (packed_bytes(shape.numel(), q.bits),))
     _check_part("scale", q.scale, FLOATS, _scale_shape(shape, axis, group))
     if q.packed_zero_point is not None:
         _check_part("zero_point", q.packed_zero_point, (torch.uint8,), (packed_bytes(q.scale.numel(), q.bits),))
     if q.codebook is not None:
-        if q.packed_zero_point is not None: raise ValueError("a codebook has no zero_point")
+        if q.packed_zero_point is not None:
+            raise ValueError("a codebook has no zero_point")
         _check_part("codebook", q.codebook, FLOATS, (levels,))
-    if q.columns is not None: _check_columns(q.columns, shape, "part columns")
+    if q.columns is not None:
+        _check_columns(q.columns, shape, "part columns")
     return q
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
 def _check_numbers(self) -> None:
     "`ValueError` for codes that no level belongs to, and for scales and tables that are not finite, or not positive."
-    if self.codes.is_meta: return
-    least = 0. if not _says_zero(self.levels, self.packed_zero_point is None, self.codebook) else 5e-324
-    if self.scale.numel() and not bool((torch.isfinite(self.scale) & (self.scale.double() >= least)).all()): raise ValueError(f"part scale must be positive and finite; it runs from {self.scale.min()} to {self.scale.max()}")
-    if self.codebook is not None and not bool(torch.isfinite(self.codebook).all()): raise ValueError("part codebook must be finite")
-    if self.levels == 1 << self.bits: return                       # every code that the width can say has a level
-    for name, part, n in ("codes", self.codes, self.shape.numel()), ("zero_point", self.packed_zero_point, self.scale.numel()):
-        if part is None or not n: continue
+    if self.codes.is_meta:
+        return
+    least = 0.0 if not _says_zero(self.levels, self.packed_zero_point is None, self.codebook) else 5e-324
+    if self.scale.numel() and not bool((torch.isfinite(self.scale) & (self.scale.double() >= least)).all()):
+        raise ValueError(
+            f"part scale must be positive and finite; it runs from {self.scale.min()} to {self.scale.max()}"
+        )
+    if self.codebook is not None and not bool(torch.isfinite(self.codebook).all()):
+        raise ValueError("part codebook must be finite")
+    if self.levels == 1 << self.bits:
+        return  # every code that the width can say has a level
+    for name, part, n in (
+        ("codes", self.codes, self.shape.numel()),
+        ("zero_point", self.packed_zero_point, self.scale.numel()),
+    ):
+        if part is None or not n:
+            continue
         top = unpack_bits(part, self.bits, n).max().item()
-        if top >= self.levels: raise ValueError(f"part {name} has code {top}; {self.levels} levels have 0 to {self.levels - 1}")
+        if top >= self.levels:
+            raise ValueError(f"part {name} has code {top}; {self.levels} levels have 0 to {self.levels - 1}")
 
 # %% ../nbs/03_quant.ipynb
 def _checked_meta(meta):
     "Types and ranges of what a manifest says."
-    if not isinstance(meta, dict) or set(meta) - {"shape", "dtype", "levels", "axis", "group"}: raise ValueError(f"meta is {meta!r}")
+    if not isinstance(meta, dict) or set(meta) - {"shape", "dtype", "levels", "axis", "group"}:
+        raise ValueError(f"meta is {meta!r}")
     whole = lambda v, low, high: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
     shape, levels, axis, group = meta.get("shape"), meta.get("levels"), meta.get("axis"), meta.get("group")
-    if not isinstance(shape, (list, tuple)) or not all(whole(d, 0, 1 << 48) for d in shape): raise ValueError(f"shape is {shape!r}")
-    if math.prod(shape) > 1 << 48: raise ValueError(f"shape {shape!r} has too many elements")
+    if not isinstance(shape, (list, tuple)) or not all(whole(d, 0, 1 << 48) for d in shape):
+        raise ValueError(f"shape is {shape!r}")
+    if math.prod(shape) > 1 << 48:
+        raise ValueError(f"shape {shape!r} has too many elements")
     dtype = getattr(torch, str(meta.get("dtype")), None)
-    if dtype not in FLOATS: raise ValueError(f"dtype is {meta.get('dtype')!r}; it may be float16, bfloat16, float32 or float64")
-    if not whole(levels, 2, 1 << 16): raise ValueError(f"levels is {levels!r}; it may be 2 to 65536")
-    if axis is not None and not whole(axis, 0, len(shape) - 1): raise ValueError(f"axis is {axis!r} for a shape of {len(shape)} dimensions")
-    if group is not None and not whole(group, 1, 1 << 48): raise ValueError(f"group is {group!r}")
-    if axis is not None and group is not None: raise ValueError("axis and group are both given")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {meta.get('dtype')!r}; it may be float16, bfloat16, float32 or float64")
+    if not whole(levels, 2, 1 << 16):
+        raise ValueError(f"levels is {levels!r}; it may be 2 to 65536")
+    if axis is not None and not whole(axis, 0, len(shape) - 1):
+        raise ValueError(f"axis is {axis!r} for a shape of {len(shape)} dimensions")
+    if group is not None and not whole(group, 1, 1 << 48):
+        raise ValueError(f"group is {group!r}")
+    if axis is not None and group is not None:
+        raise ValueError("axis and group are both given")
     return torch.Size(shape), dtype, levels, axis, group
 
 # %% ../nbs/03_quant.ipynb
 def _scale_shape(shape, axis, group):
     n = number_of_blocks(shape, axis, group)
-    if group is None: return () if axis is None else (n,)
+    if group is None:
+        return () if axis is None else (n,)
     rows = shape[0] if len(shape) > 1 else 1
     return (rows, n // max(rows, 1))
 
+
 def _check_part(name, part, dtypes, shape):
-    if not isinstance(part, Tensor): raise ValueError(f"part {name} is missing")
+    if not isinstance(part, Tensor):
+        raise ValueError(f"part {name} is missing")
     if part.dtype not in dtypes or tuple(part.shape) != tuple(shape):
-        raise ValueError(f"part {name} is {_name(part.dtype)} {tuple(part.shape)}; it must be {' or '.join(map(_name, dtypes))} {tuple(shape)}")
+        raise ValueError(
+            f"part {name} is {_name(part.dtype)} {tuple(part.shape)}; it must be {' or '.join(map(_name, dtypes))}"
+            f" {tuple(shape)}"
+        )
+
 
 def _check_columns(columns, shape, name="columns"):
     "One positive, finite float16 or float32 number for each index of dimension 1."
-    if len(shape) < 2: raise ValueError(f"{name} needs a tensor of two dimensions or more, not shape {tuple(shape)}")
-    if not isinstance(columns, Tensor): raise ValueError(f"{name} is a {type(columns).__name__}; it must be a tensor")
+    if len(shape) < 2:
+        raise ValueError(f"{name} needs a tensor of two dimensions or more, not shape {tuple(shape)}")
+    if not isinstance(columns, Tensor):
+        raise ValueError(f"{name} is a {type(columns).__name__}; it must be a tensor")
     if columns.dtype not in (torch.float16, torch.float32) or tuple(columns.shape) != (shape[1],):
-        raise ValueError(f"{name} is {_name(columns.dtype)} {tuple(columns.shape)}; it must be float16 or float32 ({shape[1]},)")
-    if not columns.is_meta and not bool((torch.isfinite(columns) & (columns > 0)).all()): raise ValueError(f"{name} must be positive and finite")
+        raise ValueError(
+            f"{name} is {_name(columns.dtype)} {tuple(columns.shape)}; it must be float16 or float32 ({shape[1]},)"
+        )
+    if not columns.is_meta and not bool((torch.isfinite(columns) & (columns > 0)).all()):
+        raise ValueError(f"{name} must be positive and finite")
+
 
 def _across(columns, dims):
     "Column scales, shaped so that they multiply a tensor of that many dimensions."
@@ -665,40 +889,57 @@ def dequantize(self) -> Tensor:
     codes, scale, zero = self._in_blocks()
     wide = torch.promote_types(scale.dtype, torch.float64 if self.dtype == torch.float64 else torch.float32)
     table = None if self.codebook is None else self.codebook.to(wide)
-    in_bytes = 2 < self.levels <= (256 if isinstance(zero, float) else 128)    # code − zero_point fits a signed byte
-    if in_bytes: zero = int(zero) if isinstance(zero, float) else zero.to(torch.uint8)
-    dtype = self.dtype if self.columns is None else wide           # a value is rounded to its own dtype once, at the end
+    in_bytes = 2 < self.levels <= (256 if isinstance(zero, float) else 128)  # code − zero_point fits a signed byte
+    if in_bytes:
+        zero = int(zero) if isinstance(zero, float) else zero.to(torch.uint8)
+    dtype = self.dtype if self.columns is None else wide  # a value is rounded to its own dtype once, at the end
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     buffer = out if dtype == wide and len(_bites(codes)) == 1 else _buffer(codes, wide)
     for b in _bites(codes):
         s, z = _for_bite(b, scale, zero)
-        t = buffer[:len(codes[b]), :codes[b].shape[1]]
-        if table is not None: t.copy_(table[codes[b].int()])
-        elif in_bytes: t.copy_((codes[b] - z).view(torch.int8))     # wraps around to the right signed byte
-        else: t.copy_(codes[b]).sub_(z)
+        t = buffer[: len(codes[b]), : codes[b].shape[1]]
+        if table is not None:
+            t.copy_(table[codes[b].int()])
+        elif in_bytes:
+            t.copy_((codes[b] - z).view(torch.int8))  # wraps around to the right signed byte
+        else:
+            t.copy_(codes[b]).sub_(z)
         torch.mul(t, s, out=out[b])
     out = from_blocks(out, self.shape, self.axis, self.group)
-    if self.columns is not None: out = out.mul_(_across(self.columns, out.dim())).to(self.dtype)
+    if self.columns is not None:
+        out = out.mul_(_across(self.columns, out.dim())).to(self.dtype)
     return self._in_range(out) if self._may_overflow() else out
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
 def _may_overflow(self) -> bool:
     "Whether some code could stand for more than the dtype can say."
-    if not self.scale.numel() or self.scale.is_meta or torch.compiler.is_compiling(): return False
+    if not self.scale.numel() or self.scale.is_meta or torch.compiler.is_compiling():
+        return False
     most = self.levels if self.codebook is None else self.codebook.abs().max().item()
-    return most * self.scale.max().item() * (1. if self.columns is None else self.columns.max().item()) > torch.finfo(self.dtype).max
+    return (
+        most * self.scale.max().item() * (1.0 if self.columns is None else self.columns.max().item())
+        > torch.finfo(self.dtype).max
+    )
+
 
 @patch_onto(QTensor)
 def _in_range(self, out) -> Tensor:
-    "Infinities that lie less than a step beyond the largest number become that number; the arithmetic is in halves, which do not overflow."
+    """Infinities that lie less than a step beyond the largest number become that number; the arithmetic is in
+    halves, which do not overflow."""
     codes, scale, zero = self._in_blocks()
     half = scale.double() / 2
     levels = self.codebook.double()[codes.int()] if self.codebook is not None else codes.double() - zero
-    halves = [from_blocks(t, self.shape, self.axis, self.group) for t in (levels * half, half.expand(codes.shape).contiguous())]
-    if self.columns is not None: halves = [h * _across(self.columns.double(), h.dim()) for h in halves]
+    halves = [
+        from_blocks(t, self.shape, self.axis, self.group)
+        for t in (levels * half, half.expand(codes.shape).contiguous())
+    ]
+    if self.columns is not None:
+        halves = [h * _across(self.columns.double(), h.dim()) for h in halves]
     top = torch.finfo(self.dtype).max
-    return torch.where(torch.isinf(out) & (halves[0].abs() - halves[1] <= top / 2), halves[0].sign().to(out.dtype) * top, out)
+    return torch.where(
+        torch.isinf(out) & (halves[0].abs() - halves[1] <= top / 2), halves[0].sign().to(out.dtype) * top, out
+    )
 
 # %% ../nbs/03_quant.ipynb
 @patch_onto(QTensor)
@@ -713,44 +954,84 @@ def describe(self) -> str:
     "How it is quantized, in a few words: `4-bit symmetric, group 64`."
     what = f"{self.bits}-bit" if self.levels == 1 << self.bits else f"{self.levels}-level"
     how = "codebook" if self.codebook is not None else "symmetric" if self.packed_zero_point is None else "asymmetric"
-    where = f"group {self.group}" if self.group else "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
+    where = (
+        f"group {self.group}"
+        if self.group
+        else "per tensor"
+        if self.axis is None
+        else f"per channel (axis {self.axis})"
+    )
     return f"{what} {how}, {where}" + ", column scales" * (self.columns is not None)
+
 
 @patch_onto(QTensor)
 def _repr_html_(self) -> str:
-    rows = [("shape", "×".join(map(str, self.shape)) or "scalar"), ("stands for", _name(self.dtype)), ("quantized", self.describe())]
-    rows += [(name, f"{part.nbytes:,} bytes ({_name(part.dtype)} {tuple(part.shape)})") for name, part in self.parts().items()]
+    rows = [
+        ("shape", "×".join(map(str, self.shape)) or "scalar"),
+        ("stands for", _name(self.dtype)),
+        ("quantized", self.describe()),
+    ]
+    rows += [
+        (name, f"{part.nbytes:,} bytes ({_name(part.dtype)} {tuple(part.shape)})")
+        for name, part in self.parts().items()
+    ]
     rows += [("together", f"{self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits a weight")]
-    return "<table>" + "".join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{b}</td></tr>" for a, b in rows) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{b}</td></tr>" for a, b in rows)
+        + "</table>"
+    )
 
 # %% ../nbs/03_quant.ipynb
 def _check_layout(x, axis, group):
     "A valid axis (counted from the front) or group, or an error that says which may be."
     whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
-    if axis is not None and group is not None: raise ValueError(f"axis is {axis} and group is {group}; give one of them (a group runs along the rows x[i])")
-    if group is not None and (not whole(group) or group < 1): raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
-    if group is not None and x.dim() == 0: raise ValueError("group needs a tensor of one dimension or more; x is a scalar")
-    if axis is None: return None
-    if not whole(axis) or not -x.dim() <= axis < x.dim(): raise ValueError(f"axis is {axis!r}; x has {x.dim()} dimensions")
+    if axis is not None and group is not None:
+        raise ValueError(f"axis is {axis} and group is {group}; give one of them (a group runs along the rows x[i])")
+    if group is not None and (not whole(group) or group < 1):
+        raise ValueError(f"group is {group!r}; it may be a whole number of 1 or more")
+    if group is not None and x.dim() == 0:
+        raise ValueError("group needs a tensor of one dimension or more; x is a scalar")
+    if axis is None:
+        return None
+    if not whole(axis) or not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis is {axis!r}; x has {x.dim()} dimensions")
     return int(axis) % x.dim()
 
 # %% ../nbs/03_quant.ipynb
 def _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator):
     "Options of which one would be ignored are refused."
-    given = {"step": step is not None, "bits": bits is not None, "symmetric=False": not symmetric, "codebook": codebook is not None, "levels": levels is not None, "scale": scale is not None, "stochastic": bool(stochastic)}
+    given = {
+        "step": step is not None,
+        "bits": bits is not None,
+        "symmetric=False": not symmetric,
+        "codebook": codebook is not None,
+        "levels": levels is not None,
+        "scale": scale is not None,
+        "stochastic": bool(stochastic),
+    }
     given |= {"observer": observer != "minmax"}
-    if generator is not None and not stochastic: raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
-    for a, others in ("step", ("codebook", "levels", "scale", "observer", "bits", "symmetric=False")), ("codebook", ("stochastic", "observer", "symmetric=False")), ("scale", ("observer",)):
+    if generator is not None and not stochastic:
+        raise ValueError("generator is given, and nothing is random: it needs stochastic=True")
+    for a, others in (
+        ("step", ("codebook", "levels", "scale", "observer", "bits", "symmetric=False")),
+        ("codebook", ("stochastic", "observer", "symmetric=False")),
+        ("scale", ("observer",)),
+    ):
         for b in others:
-            if given[a] and given[b]: raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
+            if given[a] and given[b]:
+                raise ValueError(f"{a} and {b} are both given, and {a} leaves nothing for {b} to say; give one of them")
+
 
 def _check_levels(bits, levels, codebook):
     "The number of codes that `bits` or `levels` ask for."
     if codebook is not None and not isinstance(codebook, str) or codebook == "nf4":
         n = 16 if isinstance(codebook, str) else len(as_tensor(codebook, "codebook").reshape(-1))
-        if levels not in (None, n): raise ValueError(f"levels is {levels!r}; the codebook has {n}")
+        if levels not in (None, n):
+            raise ValueError(f"levels is {levels!r}; the codebook has {n}")
         return _of_width(n, bits, "the codebook has")
-    if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256): raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
+    if codebook is not None and levels is not None and levels not in (2, 4, 8, 16, 32, 64, 128, 256):
+        raise ValueError(f"levels is {levels!r}; {codebook} makes 2, 4, 8 … or 256")
     if levels is None:
         check_bits(8 if bits is None else bits, 1, 8 if codebook is not None else 16)
         return 1 << int(8 if bits is None else bits)
@@ -758,60 +1039,87 @@ def _check_levels(bits, levels, codebook):
         raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 65536")
     return _of_width(int(levels), bits, "levels is")
 
+
 def _of_width(levels, bits, what):
     "So many codes, unless bits say something else."
-    if bits is not None and bits != (width := max(1, (levels - 1).bit_length())): raise ValueError(f"bits is {bits!r}, and {what} {levels}, which take {width}; give one of them")
+    if bits is not None and bits != (width := max(1, (levels - 1).bit_length())):
+        raise ValueError(f"bits is {bits!r}, and {what} {levels}, which take {width}; give one of them")
     return levels
 
 # %% ../nbs/03_quant.ipynb
 def _only_finite(blocks, x, nonfinite):
     "Blocks without NaN or infinity, and the least and greatest value of each; says what it replaced."
-    if nonfinite not in ("raise", "zero", "clip"): raise ValueError(f"nonfinite is {nonfinite!r}; it may be 'raise', 'zero' or 'clip'")
-    if not blocks.numel(): return blocks, (blocks.new_zeros(len(blocks)),) * 2
+    if nonfinite not in ("raise", "zero", "clip"):
+        raise ValueError(f"nonfinite is {nonfinite!r}; it may be 'raise', 'zero' or 'clip'")
+    if not blocks.numel():
+        return blocks, (blocks.new_zeros(len(blocks)),) * 2
     low, high = blocks.amin(1), blocks.amax(1)
-    if bool(torch.isfinite(low).all() & torch.isfinite(high).all()): return blocks, (low, high)
+    if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        return blocks, (low, high)
     bad = int((~torch.isfinite(x)).sum())
-    if nonfinite == "raise": raise ValueError(f"x holds {bad} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
+    if nonfinite == "raise":
+        raise ValueError(f"x holds {bad} values that are NaN or infinite; nonfinite='zero' or 'clip' replaces them")
     warnings.warn(f"quantize replaced {bad} values that were NaN or infinite", stacklevel=4)
-    largest = 0. if nonfinite == "zero" else x.nan_to_num(nan=0., posinf=0., neginf=0.).abs().max().item()
-    blocks = blocks.nan_to_num(nan=0., posinf=largest, neginf=-largest)
+    largest = 0.0 if nonfinite == "zero" else x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
+    blocks = blocks.nan_to_num(nan=0.0, posinf=largest, neginf=-largest)
     return blocks, (blocks.amin(1), blocks.amax(1))
 
 # %% ../nbs/03_quant.ipynb
 def _observe(blocks, extremes, observer, levels, symmetric, wide, short):
-    "Scale and zero point of each block by the observer's range; `short`: (groups in a row, values in the last one), see `_short`."
+    """Scale and zero point of each block by the observer's range; `short`: (groups in a row, values in the last
+    one), see `_short`."""
     if isinstance(observer, str):
-        if observer not in OBSERVERS: raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))} or an object like MSE()")
+        if observer not in OBSERVERS:
+            raise ValueError(
+                f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))} or an object like MSE()"
+            )
         observer = OBSERVERS[observer]()
-    if not callable(observer): raise TypeError(f"observer is a {type(observer).__name__}; it may be a name or a callable (blocks, levels, symmetric) -> (low, high)")
-    if not blocks.numel() or type(observer) is MinMax and not (symmetric and levels == 2): low, high = extremes
-    else: low, high = _seen(observer, blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric, short)
+    if not callable(observer):
+        raise TypeError(
+            f"observer is a {type(observer).__name__}; it may be a name or a callable (blocks, levels, symmetric) ->"
+            " (low, high)"
+        )
+    if not blocks.numel() or type(observer) is MinMax and not (symmetric and levels == 2):
+        low, high = extremes
+    else:
+        low, high = _seen(observer, blocks if blocks.dtype == wide else blocks.to(wide), levels, symmetric, short)
     return scale_and_zero_point(low.to(wide), high.to(wide), levels, symmetric)
+
 
 def _short(shape, group):
     "How many groups a row has, and how many values are in its last one when that is not full; else None."
     row = shape.numel() // max(shape[0] if len(shape) > 1 else 1, 1)
     return (-(-row // group), row % group) if group is not None and row % group else None
 
+
 def _seen(observer, blocks, levels, symmetric, short):
     "What an observer says of the values alone, not of what fills up the last group of each row."
-    if short is None: return observer(blocks, levels, symmetric)
+    if short is None:
+        return observer(blocks, levels, symmetric)
     groups, rest = short
     last = torch.arange(len(blocks), device=blocks.device) % groups == groups - 1
     low, high = blocks.new_empty(len(blocks)), blocks.new_empty(len(blocks))
     for which, part in (~last, blocks[~last]), (last, blocks[last][:, :rest]):
-        if len(part): low[which], high[which] = observer(part, levels, symmetric)
+        if len(part):
+            low[which], high[which] = observer(part, levels, symmetric)
     return low, high
 
 # %% ../nbs/03_quant.ipynb
 def _fixed_step(step, extremes, wide, scale_dtype):
-    "A scale given once for all (as it is, in the dtype of the arithmetic), and the odd number of levels that the largest value needs."
-    if not isinstance(step, (int, float)) or not 0 < step < math.inf: raise ValueError(f"step is {step!r}; it may be a positive number")
-    top = max((max(abs(e.min().item()), abs(e.max().item())) for e in extremes if e.numel()), default=0.)
+    """A scale given once for all (as it is, in the dtype of the arithmetic), and the odd number of levels that the
+    largest value needs."""
+    if not isinstance(step, (int, float)) or not 0 < step < math.inf:
+        raise ValueError(f"step is {step!r}; it may be a positive number")
+    top = max((max(abs(e.min().item()), abs(e.max().item())) for e in extremes if e.numel()), default=0.0)
     levels = 2 * max(1, round(top / step)) + 1
-    if levels > 1 << 16: raise ValueError(f"step is {step}: values up to {top:g} would need {levels} levels; 65536 are the most")
+    if levels > 1 << 16:
+        raise ValueError(f"step is {step}: values up to {top:g} would need {levels} levels; 65536 are the most")
     scale = torch.full((len(extremes[0]),), float(step), dtype=wide, device=extremes[0].device)
-    if scale_dtype is not None and bool((scale.to(scale_dtype).to(wide) != scale).any()): raise ValueError(f"scale_dtype is {scale_dtype}, which does not hold step={step} exactly; leave it out, or take a step that it holds")
+    if scale_dtype is not None and bool((scale.to(scale_dtype).to(wide) != scale).any()):
+        raise ValueError(
+            f"scale_dtype is {scale_dtype}, which does not hold step={step} exactly; leave it out, or take a step that"
+            " it holds"
+        )
     return scale, levels
 
 # %% ../nbs/03_quant.ipynb
@@ -819,142 +1127,224 @@ def _relative_codebook(codebook, levels, blocks, extremes, scale, wide, shape, g
     "An ascending table relative to each block's largest magnitude, and these magnitudes."
     if scale is None:
         scale = torch.maximum(-extremes[0], extremes[1]).to(wide)
-        scale = torch.where(scale == 0, 1, scale)      # nothing but zeros: any scale says so
+        scale = torch.where(scale == 0, 1, scale)  # nothing but zeros: any scale says so
     if isinstance(codebook, str):
-        if codebook == "nf4": return nf4().to(blocks.device), scale
-        if codebook != "kmeans": raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
+        if codebook == "nf4":
+            return nf4().to(blocks.device), scale
+        if codebook != "kmeans":
+            raise ValueError(f"codebook is {codebook!r}; it may be 'nf4', 'kmeans' or ascending values")
         scale = _numbers(scale, "scale", wide).detach()
-        if scale.numel() != len(blocks): raise ValueError(f"scale has shape {tuple(scale.shape)}; there are {len(blocks)} blocks, with one scale each")
+        if scale.numel() != len(blocks):
+            raise ValueError(
+                f"scale has shape {tuple(scale.shape)}; there are {len(blocks)} blocks, with one scale each"
+            )
         relative = blocks / scale.to(blocks.device).reshape(-1, 1)
-        if _short(shape, group): relative = from_blocks(relative, shape, None, group)      # what fills up a last group has no say
+        if _short(shape, group):
+            relative = from_blocks(relative, shape, None, group)  # what fills up a last group has no say
         return kmeans(relative, (levels - 1).bit_length()), scale
     table = _finite(as_tensor(codebook, "codebook"), "codebook").float().to(blocks.device).clone()
-    if table.dim() != 1 or not 2 <= len(table) <= 256: raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
-    if bool((table.diff() <= 0).any()): raise ValueError("codebook must ascend strictly")
+    if table.dim() != 1 or not 2 <= len(table) <= 256:
+        raise ValueError(f"codebook has shape {tuple(table.shape)}; it may be [levels] with 2 to 256 levels")
+    if bool((table.diff() <= 0).any()):
+        raise ValueError("codebook must ascend strictly")
     return table, scale
 
 # %% ../nbs/03_quant.ipynb
 def _narrow(scale, dtype, group):
     "Round scales up to `dtype`; by default float16 for groups when that costs no scale more than 2 %."
-    fits = not scale.numel() or bool((scale.min() >= 50 * 2 ** -24) & (scale.max() <= torch.finfo(torch.float16).max))
-    if dtype is None: dtype = torch.float16 if group is not None and fits else scale.dtype if scale.dtype in (torch.float32, torch.float64) else torch.float32
-    if dtype not in FLOATS: raise ValueError(f"scale_dtype is {dtype}; it may be float16, bfloat16, float32 or float64")
+    fits = not scale.numel() or bool((scale.min() >= 50 * 2**-24) & (scale.max() <= torch.finfo(torch.float16).max))
+    if dtype is None:
+        dtype = (
+            torch.float16
+            if group is not None and fits
+            else scale.dtype
+            if scale.dtype in (torch.float32, torch.float64)
+            else torch.float32
+        )
+    if dtype not in FLOATS:
+        raise ValueError(f"scale_dtype is {dtype}; it may be float16, bfloat16, float32 or float64")
     stored = scale.to(dtype)
     stored = torch.where(stored < scale, torch.nextafter(stored, stored.new_tensor(math.inf)), stored)
-    if bool(torch.isinf(stored).any()): raise ValueError(f"scale_dtype is {dtype}: scales up to {scale.max().item():g} overflow it")
+    if bool(torch.isinf(stored).any()):
+        raise ValueError(f"scale_dtype is {dtype}: scales up to {scale.max().item():g} overflow it")
     return stored
 
 # %% ../nbs/03_quant.ipynb
 def _numbers(x, name, dtype):
     "A tensor of a number, a list or an array; `TypeError` names the argument."
-    if isinstance(x, Tensor): return x
-    try: return torch.as_tensor(x, dtype=dtype, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
+    if isinstance(x, Tensor):
+        return x
+    try:
+        return torch.as_tensor(x, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name} is {x!r:.60}; it may be a number, a list or a tensor ({e})") from None
+
 
 def _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, dtype, wide):
     "Scales in the shape and dtype that are kept (rounded up, so that nothing is clipped), zero points that fit them."
     shape = _scale_shape(x.shape, axis, group)
     scale, flat = _numbers(scale, "scale", wide), (math.prod(shape),)
-    if tuple(scale.shape) not in (shape, flat, (*shape, 1)) and not scale.numel() == 1 == flat[0]: raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
+    if tuple(scale.shape) not in (shape, flat, (*shape, 1)) and not scale.numel() == 1 == flat[0]:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be {tuple(shape)}")
     scale = _finite(scale.detach(), "scale").to(x.device).reshape(shape)
-    if bool((scale <= 0).any()): raise ValueError("scale must be positive")
+    if bool((scale <= 0).any()):
+        raise ValueError("scale must be positive")
     if zero_point is not None:
-        if symmetric: raise ValueError("zero_point is given but symmetric is True; a symmetric quantizer has its own")
+        if symmetric:
+            raise ValueError("zero_point is given but symmetric is True; a symmetric quantizer has its own")
         zero = _numbers(zero_point, "zero_point", wide)
-        if bool((zero != zero.round()).any()): raise ValueError("zero_point must be whole numbers")
-        if zero.numel() != 1 and tuple(zero.shape) not in (shape, flat, (*shape, 1)): raise ValueError(f"zero_point has shape {tuple(zero.shape)}; it must be {tuple(shape)}")
+        if bool((zero != zero.round()).any()):
+            raise ValueError("zero_point must be whole numbers")
+        if zero.numel() != 1 and tuple(zero.shape) not in (shape, flat, (*shape, 1)):
+            raise ValueError(f"zero_point has shape {tuple(zero.shape)}; it must be {tuple(shape)}")
         zero = zero.to(torch.int32).to(x.device)
-        if bool((zero < 0).any() | (zero >= levels).any()): raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
-    elif zero is None and not symmetric: raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
+        if bool((zero < 0).any() | (zero >= levels).any()):
+            raise ValueError(f"zero_point must lie in 0 to {levels - 1}")
+    elif zero is None and not symmetric:
+        raise ValueError("scale is given without zero_point; an asymmetric quantizer needs both")
     return _narrow(scale, dtype, group), zero if zero is None else zero.reshape(-1).expand(scale.numel()).reshape(shape)
 
 # %% ../nbs/03_quant.ipynb
 def _column(scale, zero, levels, wide):
     "Scale and zero point as columns beside the blocks, in the dtype of the arithmetic."
-    zero = torch.full((1, 1), symmetric_zero_point(levels), dtype=wide, device=scale.device) if zero is None else zero.reshape(-1, 1).to(wide)
+    zero = (
+        torch.full((1, 1), symmetric_zero_point(levels), dtype=wide, device=scale.device)
+        if zero is None
+        else zero.reshape(-1, 1).to(wide)
+    )
     return scale.reshape(-1, 1).to(wide), zero
+
 
 def _dice(stochastic, generator, x):
     "The generator of stochastic rounding, None for rounding to nearest."
-    if not stochastic: return None
-    return generator if generator is not None else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, (), device="cpu").item())
+    if not stochastic:
+        return None
+    return (
+        generator
+        if generator is not None
+        else torch.Generator(x.device).manual_seed(torch.randint(1 << 62, (), device="cpu").item())
+    )
+
 
 def _warn_if_collapsed(codes, zero, levels, extremes, codebook):
     "Underflow in its plainest form: something went in and only zeros come out."
-    if not codes.numel() or not _says_zero(levels, zero is None, codebook): return
+    if not codes.numel() or not _says_zero(levels, zero is None, codebook):
+        return
     zero = torch.full((1, 1), levels // 2, device=codes.device) if zero is None else zero.reshape(-1, 1)
-    is_zero = lambda b: codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
-    quiet = all(bool(is_zero(b).all()) for b in _bites(codes))   # stops at the first that is not
+    is_zero = lambda b: (
+        codes[b] == (zero if len(zero) == 1 else zero[b[0]]) if codebook is None else (codebook == 0)[codes[b].int()]
+    )
+    quiet = all(bool(is_zero(b).all()) for b in _bites(codes))  # stops at the first that is not
     if quiet and any(bool((e != 0).any()) for e in extremes):
         warnings.warn("every code is zero: the scale is too coarse for these values", stacklevel=4)
 
 # %% ../nbs/03_quant.ipynb
 def _round_to_codes(blocks, scale, zero_point, levels, symmetric=True, generator=None, fused=False):
-    """clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)), which differ at ties: uint8 up to 256 levels, else int32.
-    `fused` rounds x / scale + zero_point once and not twice, as PyTorch does with one scale for a tensor."""
+    """clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)), which differ at ties:
+    uint8 up to 256 levels, else int32. `fused` rounds x / scale + zero_point once and not twice, as PyTorch does
+    with one scale for a tensor."""
     codes = torch.empty(blocks.shape, dtype=torch.uint8 if levels <= 256 else torch.int32, device=blocks.device)
-    inverse, zero, buffer = torch.where(scale == 0, 0, 1 / scale), zero_point.to(scale.dtype), _buffer(blocks, scale.dtype)
-    divide = bool(torch.isinf(inverse).any())             # scales so small that their inverse is no number
+    inverse, zero, buffer = (
+        torch.where(scale == 0, 0, 1 / scale),
+        zero_point.to(scale.dtype),
+        _buffer(blocks, scale.dtype),
+    )
+    divide = bool(torch.isinf(inverse).any())  # scales so small that their inverse is no number
     for b in _bites(blocks):
         s, z = _for_bite(b, scale if divide else inverse, zero)
-        t = (torch.div if divide else torch.mul)(blocks[b], s, out=buffer[:len(blocks[b]), :blocks[b].shape[1]])
-        if divide: t.nan_to_num_(0.)                      # 0 / 0: a block of zeros
-        if generator is not None: t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
-        elif levels == 2: t = t.add_(z + 0.5).floor_()                # two values, no zero: the sign
-        elif fused and not symmetric: t.copy_((torch.div if divide else torch.mul)(blocks[b].double(), s.double()).add_(z)).round_()
-        else: t = t.round_().add_(z) if symmetric else t.add_(z).round_()
+        t = (torch.div if divide else torch.mul)(blocks[b], s, out=buffer[: len(blocks[b]), : blocks[b].shape[1]])
+        if divide:
+            t.nan_to_num_(0.0)  # 0 / 0: a block of zeros
+        if generator is not None:
+            t = t.add_(z).add_(torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)).floor_()
+        elif levels == 2:
+            t = t.add_(z + 0.5).floor_()  # two values, no zero: the sign
+        elif fused and not symmetric:
+            t.copy_((torch.div if divide else torch.mul)(blocks[b].double(), s.double()).add_(z)).round_()
+        else:
+            t = t.round_().add_(z) if symmetric else t.add_(z).round_()
         codes[b].copy_(t.clamp_(0, levels - 1))
     return codes
 
 # %% ../nbs/03_quant.ipynb
 def _divided(x, columns):
-    "x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as they are kept."
+    """x with each index of dimension 1 divided by its column scale (in float32 at least), and the column scales as
+    they are kept."""
     if not hasattr(columns, "__dlpack__"):
-        try: columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"columns is {columns!r:.60}; it may be a tensor or a list of numbers") from e
+        try:
+            columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TypeError(f"columns is {columns!r:.60}; it may be a tensor or a list of numbers") from e
     columns = as_tensor(columns, "columns").to(x.device)
-    columns = columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)      # the caller's may change later
+    columns = (
+        columns.clone() if columns.dtype == torch.float16 else columns.to(torch.float32, copy=True)
+    )  # the caller's may change later
     _check_columns(columns, x.shape)
     return x / _across(columns, x.dim()).to(torch.promote_types(x.dtype, torch.float32)), columns
 
 # %% ../nbs/03_quant.ipynb
 def quantize(
-    x: Any,                        # values, any shape: a float tensor or any array with `__dlpack__`
-    bits: int | None = None,       # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
-    axis: int | None = None,       # None: one scale for the tensor; else one scale for each slice along `axis`
-    group: int | None = None,      # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
-    symmetric: bool = True,        # zero point fixed at the middle; else it is fitted and stored (not with a step or a codebook, which need none)
-    observer: Any = "minmax",      # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
-    levels: int | None = None,     # number of codes, 2..65536, when it is not a power of two (3: ternary)
-    step: float | None = None,     # a fixed scale; `levels` are then as many as the values need
-    codebook: Any = None,          # 'nf4' (16 values), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
-    stochastic: bool = False,      # round up with probability equal to the fraction, instead of half to even
-    nonfinite: str = "raise",      # NaN and infinities: 'raise'; 'zero' makes them 0; 'clip' makes infinities the largest finite magnitude, NaN 0
-    scale_dtype: torch.dtype | None = None,   # how scales are stored; None: float16 for groups where they fit it, else float32 (float64 for float64 values)
-    scale: Any = None,             # use this scale (shape as in `QTensor.scale`) instead of observing
-    zero_point: Any = None,        # use this zero point with `scale`; needs `symmetric=False`
-    columns: Any = None,           # [x.shape[1]] positive: quantize x / columns, and multiply by them again when it is expanded
-    generator: torch.Generator | None = None, # of the random numbers of stochastic rounding
-) -> QTensor:                      # packed codes with the scales that turn them back
-    """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342).
-    `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become zero warns."""
+    x: Any,  # values, any shape: a float tensor or any array with `__dlpack__`
+    bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    axis: int | None = None,  # None: one scale for the tensor; else one scale for each slice along `axis`
+    group: (
+        int | None
+    ) = None,  # instead: one scale for each run of `group` elements in a row `x[i]`; a short last run is allowed
+    # zero point fixed at the middle; else it is fitted and stored (not with a step or a codebook, which need none)
+    symmetric: bool = True,
+    # range of each block: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    observer: Any = "minmax",
+    levels: int | None = None,  # number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step: float | None = None,  # a fixed scale; `levels` are then as many as the values need
+    # 'nf4' (16 values), 'kmeans' (2**bits), or ascending values [levels]: a table instead of evenly spaced levels
+    codebook: Any = None,
+    stochastic: bool = False,  # round up with probability equal to the fraction, instead of half to even
+    # NaN and infinities: 'raise'; 'zero' makes them 0; 'clip' makes infinities the largest finite magnitude, NaN 0
+    nonfinite: str = "raise",
+    scale_dtype: (
+        torch.dtype | None
+        # how scales are stored; None: float16 for groups where they fit it, else float32 (float64 for float64 values)
+    ) = None,
+    scale: Any = None,  # use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point: Any = None,  # use this zero point with `scale`; needs `symmetric=False`
+    columns: Any = None,  # [x.shape[1]] positive: quantize x / columns, and multiply by them again when it is expanded
+    generator: torch.Generator | None = None,  # of the random numbers of stochastic rounding
+) -> QTensor:  # packed codes with the scales that turn them back
+    """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018,
+    arXiv:1806.08342). `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become
+    zero warns."""
     x = as_tensor(x)
     _check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = _check_layout(x, axis, group), _check_levels(bits, levels, codebook)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if columns is not None and nonfinite != "raise": x = _only_finite(x.reshape(1, -1), x, nonfinite)[0].reshape(x.shape)      # the largest of x, not of x / columns
+    if columns is not None and nonfinite != "raise":
+        x = _only_finite(x.reshape(1, -1), x, nonfinite)[0].reshape(x.shape)  # the largest of x, not of x / columns
     flat, columns = (x, None) if columns is None else _divided(x, columns)
     blocks, extremes = _only_finite(as_blocks(flat, axis, group), flat, nonfinite)
-    if zero_point is not None and scale is None: raise ValueError("zero_point is given without scale; give both or neither")
+    if zero_point is not None and scale is None:
+        raise ValueError("zero_point is given without scale; give both or neither")
     zero = None
     observed = scale is None
-    if codebook is not None: codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide, x.shape, group)
-    elif step is not None: (scale, levels), scale_dtype = _fixed_step(step, extremes, wide, scale_dtype), scale_dtype or wide
-    elif observed: scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide, _short(x.shape, group))
+    if codebook is not None:
+        codebook, scale = _relative_codebook(codebook, levels, blocks, extremes, scale, wide, x.shape, group)
+    elif step is not None:
+        (scale, levels), scale_dtype = _fixed_step(step, extremes, wide, scale_dtype), scale_dtype or wide
+    elif observed:
+        scale, zero = _observe(blocks, extremes, observer, levels, symmetric, wide, _short(x.shape, group))
     scale, zero = _as_stored(scale, zero_point, zero, x, axis, group, levels, symmetric, scale_dtype, wide)
-    if observed and not _says_zero(levels, zero is None, codebook): scale = torch.where((torch.maximum(-extremes[0], extremes[1]) == 0).reshape(scale.shape), 0, scale)
-    if codebook is None: codes = _round_to_codes(blocks, *_column(scale, zero, levels, wide), levels, zero is None, _dice(stochastic, generator, x), axis is None and group is None)
-    else: codes, levels = _nearest(blocks, scale.reshape(-1, 1).to(wide), codebook), len(codebook)
+    if observed and not _says_zero(levels, zero is None, codebook):
+        scale = torch.where((torch.maximum(-extremes[0], extremes[1]) == 0).reshape(scale.shape), 0, scale)
+    if codebook is None:
+        codes = _round_to_codes(
+            blocks,
+            *_column(scale, zero, levels, wide),
+            levels,
+            zero is None,
+            _dice(stochastic, generator, x),
+            axis is None and group is None,
+        )
+    else:
+        codes, levels = _nearest(blocks, scale.reshape(-1, 1).to(wide), codebook), len(codebook)
     _warn_if_collapsed(codes, zero, levels, extremes, codebook)
     width = max(1, (levels - 1).bit_length())
     packed_zero = None if zero is None else _pack(zero.reshape(-1), width)
@@ -964,26 +1354,41 @@ def quantize(
 # %% ../nbs/03_quant.ipynb
 def dequantize(q: CompressedTensor) -> Tensor:
     "The numbers that a compressed tensor stands for."
-    if not isinstance(q, CompressedTensor): raise TypeError(f"q is a {type(q).__name__}; it may be what `quantize` returns")
+    if not isinstance(q, CompressedTensor):
+        raise TypeError(f"q is a {type(q).__name__}; it may be what `quantize` returns")
     return q.dequantize()
 
 # %% ../nbs/03_quant.ipynb
 class Packed(nn.Module):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
-    trainable = True      # whether the parameter that it stands for was; `dequantize_model` makes it so again
-    stands_for = None     # the name of that parameter, where it is not `weight`: of several matrices none may take another's place
+
+    trainable = True  # whether the parameter that it stands for was; `dequantize_model` makes it so again
+    stands_for = (
+        None  # the name of that parameter, where it is not `weight`: of several matrices none may take another's place
+    )
+
     def __init__(self, q: CompressedTensor):
         super().__init__()
         self.kind = q.kind
         self.meta = q.meta()
-        for name, part in q.parts().items(): self.register_buffer(name, part)
+        for name, part in q.parts().items():
+            self.register_buffer(name, part)
+
     @property
-    def meta(self) -> dict: return self._meta
+    def meta(self) -> dict:
+        return self._meta
+
     @meta.setter
-    def meta(self, meta: dict) -> None: self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
+    def meta(self, meta: dict) -> None:
+        self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
+
     @property
-    def q(self) -> CompressedTensor: return _trusted(self.kind)(dict(self._buffers), self.meta)
-    def extra_repr(self): return repr(self.q)
+    def q(self) -> CompressedTensor:
+        return _trusted(self.kind)(dict(self._buffers), self.meta)
+
+    def extra_repr(self):
+        return repr(self.q)
+
 
 def _trusted(kind):
     "How to build a tensor whose numbers were checked when they came: codes are not looked through again on every use."
@@ -1001,16 +1406,22 @@ def _apply(self, fn, recurse=True):
         self._buffers[name] = moved if moved.dtype == part.dtype else part.to(moved.device)
     return self
 
+
 @patch_onto(Packed)
 def get_extra_state(self) -> Tensor:
     "What the parts mean, as a tensor of JSON, so that any format for state dicts can hold it."
     said = self.said if self.stands_for is None else json.dumps(json.loads(self.said) | {"name": self.stands_for})
     return as_state(said)
 
+
 @patch_onto(Packed)
 def set_extra_state(self, state: Tensor) -> None:
     meta = json.loads(bytes(state.tolist()))
-    if self.stands_for != meta.pop("name", self.stands_for): raise ValueError(f"{self.stands_for} is to be loaded from the codes of another parameter; the layers in these models are compressed in another order")
+    if self.stands_for != meta.pop("name", self.stands_for):
+        raise ValueError(
+            f"{self.stands_for} is to be loaded from the codes of another parameter; the layers in these models are"
+            " compressed in another order"
+        )
     CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(self._buffers), meta)
     self.meta = meta
 
@@ -1018,18 +1429,24 @@ def set_extra_state(self, state: Tensor) -> None:
 def _without(layer, name):
     "A copy of a layer that shares everything but has no parameter of that name."
     bare = _shallow(layer)
-    if isinstance(layer, Dequantize): bare._modules = layer._modules | {"layer": _without(layer.layer, name)}
-    else: _set(bare, name, None)
+    if isinstance(layer, Dequantize):
+        bare._modules = layer._modules | {"layer": _without(layer.layer, name)}
+    else:
+        _set(bare, name, None)
     return bare
+
 
 def _set(layer, name, value):
     "Set a parameter of a shallow copy; recurrent layers keep a list of theirs besides."
     layer._parameters[name] = value
-    if isinstance(layer, nn.RNNBase): layer.__dict__["_flat_weights"] = [layer._parameters.get(n) for n in layer._flat_weights_names]
+    if isinstance(layer, nn.RNNBase):
+        layer.__dict__["_flat_weights"] = [layer._parameters.get(n) for n in layer._flat_weights_names]
+
 
 def _innermost(layer):
     "The ordinary layer; one that has several parameters, such as an LSTM, may be wrapped several times."
     return _innermost(layer.layer) if isinstance(layer, Dequantize) else layer
+
 
 def _shallow(layer):
     "A copy that shares all but the dict of parameters. A compiled call would be the original's."
@@ -1038,117 +1455,197 @@ def _shallow(layer):
     new.__dict__.pop("_compiled_call_impl", None)
     return new
 
+
 def _refuse_tracing():
-    if torch.jit.is_tracing(): raise RuntimeError("torch.jit.trace cannot follow packed codes; use torch.export.export, or call dequantize_model first")
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot follow packed codes; use torch.export.export, or call dequantize_model first"
+        )
+
 
 def _settle(used, layer):
     "What a call of a throw-away copy left in its attributes (a cache, a counter) belongs to the layer."
     for k, v in used.__dict__.items():
-        if k not in ("_parameters", "_flat_weights") and layer.__dict__.get(k, layer) is not v: layer.__dict__[k] = v
+        if k not in ("_parameters", "_flat_weights") and layer.__dict__.get(k, layer) is not v:
+            layer.__dict__[k] = v
 
 # %% ../nbs/03_quant.ipynb
 class Dequantize(nn.Module):
     "A layer that keeps one parameter compressed and expands it on every use: small in memory, not faster."
+
     kinds: dict[str, type] = {}
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.__module__.partition(".")[0] != "torch": Dequantize.kinds[cls.__name__] = cls      # while PyTorch records a program, it makes classes of the same name
+        if cls.__module__.partition(".")[0] != "torch":
+            Dequantize.kinds[cls.__name__] = cls  # while PyTorch records a program, it makes classes of the same name
+
     def __init__(
         self,
-        layer: nn.Module,               # the layer whose parameter is replaced
-        q: CompressedTensor | Packed,   # its compressed value; a `Packed` is shared (tied weights)
-        name: str = "weight",           # which parameter
-        **options,                      # what a subclass needs to be rebuilt
+        layer: nn.Module,  # the layer whose parameter is replaced
+        q: CompressedTensor | Packed,  # its compressed value; a `Packed` is shared (tied weights)
+        name: str = "weight",  # which parameter
+        **options,  # what a subclass needs to be rebuilt
     ):
         super().__init__()
-        if options: raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
+        if options:
+            raise TypeError(f"{type(self).__name__} takes no options {sorted(options)}")
         old = _check_replaceable(layer, q.q if isinstance(q, Packed) else q, name)
-        self.name, self._modules["layer"], self._modules["packed"] = name, _without(layer, name), q if isinstance(q, Packed) else Packed(q)
-        if name != "weight" and self.packed.stands_for is None: self.packed.stands_for = name
-        if old is not None and not old.is_meta and old.requires_grad != self.packed.trainable: self.packed.trainable = old.requires_grad
+        self.name, self._modules["layer"], self._modules["packed"] = (
+            name,
+            _without(layer, name),
+            q if isinstance(q, Packed) else Packed(q),
+        )
+        if name != "weight" and self.packed.stands_for is None:
+            self.packed.stands_for = name
+        if old is not None and not old.is_meta and old.requires_grad != self.packed.trainable:
+            self.packed.trainable = old.requires_grad
         self.training = layer.training
+
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling(): return self._compiled(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
         _refuse_tracing()
         layer = self.expanded()
-        try: return layer(*args, **kwargs)
-        finally: _settle(layer, _innermost(self))
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            _settle(layer, _innermost(self))
+
     def train(self, mode: bool = True):
-        try: return super().train(mode)
-        except (AttributeError, TypeError) as e:      # a class of the user's, such as an adapter that is merged in eval mode
-            raise RuntimeError(f"{type(_innermost(self)).__name__}.{'train' if mode else 'eval'}() works on a {self.name} that is compressed ({e}); merge what is to be merged before, or call dequantize_model first") from e
-    def __prepare_scriptable__(self): raise RuntimeError(f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model first")
+        try:
+            return super().train(mode)
+        except (
+            AttributeError,
+            TypeError,
+        ) as e:  # a class of the user's, such as an adapter that is merged in eval mode
+            raise RuntimeError(
+                f"{type(_innermost(self)).__name__}.{'train' if mode else 'eval'}() works on a {self.name} that is"
+                f" compressed ({e}); merge what is to be merged before, or call dequantize_model first"
+            ) from e
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script cannot read a {type(self).__name__}; use torch.export.export, or call dequantize_model"
+            " first"
+        )
+
     def __repr__(self):
         layer, held = self, []
-        while type(layer) is type(self): held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes"); layer = layer.layer
+        while type(layer) is type(self):
+            held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes")
+            layer = layer.layer
         parts = [repr(layer), *held]
-        if len(parts) == 2 and "\n" not in parts[0]: return f"{type(self).__name__}({', '.join(parts)})"
-        return f"{type(self).__name__}(\n" + textwrap.indent("\n".join(parts), "  ") + "\n)"      # a line each, as PyTorch's containers have it
+        if len(parts) == 2 and "\n" not in parts[0]:
+            return f"{type(self).__name__}({', '.join(parts)})"
+        return (
+            f"{type(self).__name__}(\n" + textwrap.indent("\n".join(parts), "  ") + "\n)"
+        )  # a line each, as PyTorch's containers have it
+
 
 Dequantize.kinds["Dequantize"] = Dequantize
 
 # %% ../nbs/03_quant.ipynb
 def _read(self, key):
-    "`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working; the compressed one can only be read."
-    try: return nn.Module.__getattr__(self, key)
+    """`weight`, `bias`, `in_features` … as the layer has them, so that code which reads them goes on working; the
+    compressed one can only be read."""
+    try:
+        return nn.Module.__getattr__(self, key)
     except AttributeError:
-        if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"): raise      # how a layer is copied is not how its wrapper is
+        if "layer" not in self.__dict__.get("_modules", {}) or key.startswith("__"):
+            raise  # how a layer is copied is not how its wrapper is
     layer = self
     while isinstance(layer, Dequantize):
-        if key == layer.name: return layer._as_operation() if torch.compiler.is_compiling() else layer._shown(sys._getframe(1))
+        if key == layer.name:
+            return layer._as_operation() if torch.compiler.is_compiling() else layer._shown(sys._getframe(1))
         layer = layer._modules["layer"]
-    if any(key in d for d in (layer.__dict__, layer._parameters, layer._buffers, layer._modules)): return getattr(layer, key)
+    if any(key in d for d in (layer.__dict__, layer._parameters, layer._buffers, layer._modules)):
+        return getattr(layer, key)
     return _of_class(self, layer, key)
+
 
 @patch_onto(Dequantize)
 def _shown(self, reader):
     "The expanded parameter. PyTorch's own modules only read, and take their quick paths for plain tensors alone."
     _refuse_tracing()
     value = self.q.dequantize()
-    if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."): return value
-    return read_only(value, f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded value would be lost; "
-                            f"call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()")
+    if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."):
+        return value
+    return read_only(
+        value,
+        f"{self.name} of this {type(_innermost(self)).__name__} is compressed, and what is written into its expanded"
+        f" value would be lost; call dequantize_layer (or dequantize_model) first, or take a copy: {self.name}.clone()",
+    )
+
 
 def _of_class(wrapper, inner, key):
     "A method or property that the layer's class adds works on the expanded layer."
     found = inspect.getattr_static(type(inner), key, None)
-    if not (inspect.isfunction(found) or isinstance(found, property)): return getattr(inner, key)
-    if key == "flatten_parameters": return lambda: None          # arranges the memory of weights that are not there yet
-    if isinstance(found, property): return getattr(wrapper.expanded(), key)
+    if not (inspect.isfunction(found) or isinstance(found, property)):
+        return getattr(inner, key)
+    if key == "flatten_parameters":
+        return lambda: None  # arranges the memory of weights that are not there yet
+    if isinstance(found, property):
+        return getattr(wrapper.expanded(), key)
+
     def method(*args, **kwargs):
         layer = wrapper.expanded()
-        try: return getattr(layer, key)(*args, **kwargs)
-        finally: _settle(layer, inner)
+        try:
+            return getattr(layer, key)(*args, **kwargs)
+        finally:
+            _settle(layer, inner)
+
     return method
+
 
 def _write(self, key, value):
     "What belongs to the layer is set there; its compressed parameter cannot be set."
     layer = self.__dict__.get("_modules", {}).get("layer")
-    if layer is None or key in self.__dict__ or key in self._modules or hasattr(type(self), key): return nn.Module.__setattr__(self, key, value)
-    if key == self.name: raise AttributeError(f"{key} of this {type(_innermost(self)).__name__} is compressed and cannot be set; call dequantize_layer (or dequantize_model) first, or make a new layer")
+    if layer is None or key in self.__dict__ or key in self._modules or hasattr(type(self), key):
+        return nn.Module.__setattr__(self, key, value)
+    if key == self.name:
+        raise AttributeError(
+            f"{key} of this {type(_innermost(self)).__name__} is compressed and cannot be set; call dequantize_layer"
+            " (or dequantize_model) first, or make a new layer"
+        )
     here = layer.__dict__ if type(self) is Dequantize else {}
-    if isinstance(layer, Dequantize) or any(key in d for d in (layer._parameters, layer._buffers, layer._modules, here, getattr(layer, "__constants__", ()))): setattr(layer, key, value)
-    else: nn.Module.__setattr__(self, key, value)
+    if isinstance(layer, Dequantize) or any(
+        key in d for d in (layer._parameters, layer._buffers, layer._modules, here, getattr(layer, "__constants__", ()))
+    ):
+        setattr(layer, key, value)
+    else:
+        nn.Module.__setattr__(self, key, value)
+
 
 Dequantize.__getattr__, Dequantize.__setattr__ = _read, _write
 
 # %% ../nbs/03_quant.ipynb
 def _check_replaceable(layer, q, name):
     "The parameter that is to be replaced (None: it is already), or an error that says why it cannot be."
-    if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
     layer = _innermost(layer)
-    if "forward" in vars(layer): raise ValueError(f"this {type(layer).__name__} has a forward of its own instance, which would run the original; define it in a class, or delete it")
-    if (why := computed(layer, name)) is not None: raise ValueError(f"{name} {why}")
-    if name not in layer._parameters: raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"this {type(layer).__name__} has a forward of its own instance, which would run the original; define it in"
+            " a class, or delete it"
+        )
+    if (why := computed(layer, name)) is not None:
+        raise ValueError(f"{name} {why}")
+    if name not in layer._parameters:
+        raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
     old = layer._parameters[name]
-    if old is not None and old.shape != q.shape: raise ValueError(f"{name} has shape {tuple(old.shape)}, its compressed value {tuple(q.shape)}")
+    if old is not None and old.shape != q.shape:
+        raise ValueError(f"{name} has shape {tuple(old.shape)}, its compressed value {tuple(q.shape)}")
     return old
+
 
 @patch_onto(Dequantize)
 @property
 def q(self) -> CompressedTensor:
     "The compressed parameter."
     return self.packed.q
+
 
 @patch_onto(Dequantize)
 def options(self) -> dict:
@@ -1164,90 +1661,157 @@ def expanded(self) -> nn.Module:
     return layer
 
 # %% ../nbs/03_quant.ipynb
-QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)      # layers with one matrix, called weight
+QUANTIZABLE = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)  # layers with one matrix, called weight
+
 
 def quantize_layer(
-    layer: nn.Module,           # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
-    bits: int | None = None,    # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
-    group: int | None = None,   # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's gate)
-    per_channel: bool = True,   # False: one scale for the whole tensor
-    name: str | None = None,    # which parameter; None: all matrices of the layer
-    **options,                  # of `quantize`: symmetric, observer, levels, codebook …
-) -> Dequantize:                # computes the same function with compressed weights
-    """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is.
-    `ValueError` for a layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the original."""
-    if not isinstance(layer, nn.Module): raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
+    # a layer that `MATRICES` knows, such as Linear, Conv, Embedding or LSTM; or any module with the parameter `name`
+    layer: nn.Module,
+    bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    group: (
+        int | None
+        # weights that share a scale; None: one scale for each output channel (each row of an Embedding or of an LSTM's
+        # gate)
+    ) = None,
+    per_channel: bool = True,  # False: one scale for the whole tensor
+    name: str | None = None,  # which parameter; None: all matrices of the layer
+    **options,  # of `quantize`: symmetric, observer, levels, codebook …
+) -> Dequantize:  # computes the same function with compressed weights
+    """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is. `ValueError` for a
+    layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the
+    original.
+    """
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
     check_ordinary(layer)
     plain = _innermost(layer)
-    if isinstance(layer, Dequantize) and (not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None):
+    if isinstance(layer, Dequantize) and (
+        not matrices_of(layer) if name is None else plain._parameters.get(name, plain) is None
+    ):
         raise ValueError("layer is quantized already; dequantize_layer it first")
-    for key in [name] if name is not None else reversed(_wanted_of(plain)):      # the first matrix comes outermost, here and in what is loaded
-        if (why := computed(plain, key)) is not None: raise ValueError(f"{key} {why}")
-        if not isinstance(weight := plain._parameters.get(key), Tensor): raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {sorted(k for k, p in plain._parameters.items() if p is not None)}")
-        layer = Dequantize(layer, _about(key, weight, outputs_of(plain).get(key, 0), dict(bits=bits, group=group, per_channel=per_channel) | options), key)
+    for key in (
+        [name] if name is not None else reversed(_wanted_of(plain))
+    ):  # the first matrix comes outermost, here and in what is loaded
+        if (why := computed(plain, key)) is not None:
+            raise ValueError(f"{key} {why}")
+        if not isinstance(weight := plain._parameters.get(key), Tensor):
+            raise ValueError(
+                f"{type(plain).__name__} has no parameter {key!r}; it has"
+                f" {sorted(k for k, p in plain._parameters.items() if p is not None)}"
+            )
+        layer = Dequantize(
+            layer,
+            _about(
+                key,
+                weight,
+                outputs_of(plain).get(key, 0),
+                dict(bits=bits, group=group, per_channel=per_channel) | options,
+            ),
+            key,
+        )
     return _copied(layer)
+
 
 def _wanted_of(layer):
     "All matrices of a layer, also those that are no plain parameters; `weight` for a class that nobody knows."
-    return [k for k in outputs_of(layer) if layer._parameters.get(k, layer) is not None and (k in layer._parameters or computed(layer, k))] or ["weight"]
+    return [
+        k
+        for k in outputs_of(layer)
+        if layer._parameters.get(k, layer) is not None and (k in layer._parameters or computed(layer, k))
+    ] or ["weight"]
+
 
 def _about(name, weight, axis, options):
     "Quantize one matrix; errors begin with its name."
     how = dict(options)
-    if "axis" in how: raise TypeError(f"{name}: axis follows from the layer; per_channel=False makes one scale for the tensor")
-    try: return quantize(weight, **_layout(weight, axis, how.pop("group"), how.pop("per_channel")), **how)
-    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
+    if "axis" in how:
+        raise TypeError(f"{name}: axis follows from the layer; per_channel=False makes one scale for the tensor")
+    try:
+        return quantize(weight, **_layout(weight, axis, how.pop("group"), how.pop("per_channel")), **how)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{name}: {e}") from None
 
 # %% ../nbs/03_quant.ipynb
 def _layout(weight, axis, group, per_channel):
     "One scale for each output channel, or for each group."
-    if group is not None and per_channel is False: raise ValueError(f"group is {group} and per_channel is False, one scale for the tensor; give one of them")
-    if group is not None: return {"group": group}
+    if group is not None and per_channel is False:
+        raise ValueError(f"group is {group} and per_channel is False, one scale for the tensor; give one of them")
+    if group is not None:
+        return {"group": group}
     return {"axis": axis} if per_channel and weight.dim() > 1 else {}
 
-def _all_packed(wrapper): return [m for m in wrapper.modules() if isinstance(m, Packed)]
+
+def _all_packed(wrapper):
+    return [m for m in wrapper.modules() if isinstance(m, Packed)]
+
 
 def _copied(wrapper):
     "Give a wrapper its own bias and buffers; the packed part is new already and may be shared."
     return copy.deepcopy(wrapper, {id(p): p for p in _all_packed(wrapper)})
 
+
 def _copy_with(model, replaced, kept=(), checked=False):
-    "A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never copied, nor the tensors in `kept`."
-    if not checked: check_ordinary(model)
+    """A deep copy in which some layers, given by name or themselves, are replaced; their old weights are never
+    copied, nor the tensors in `kept`."""
+    if not checked:
+        check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
     memo = {id(p): p for new in old.values() for p in _all_packed(new)} | recomputed(model) | {id(t): t for t in kept}
     shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
-    memo |= shells | {id(new): shells[i] for i, new in old.items()}        # all of them before the first is filled: a hook may lead back to the model
-    for i, new in old.items(): shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
+    memo |= shells | {
+        id(new): shells[i] for i, new in old.items()
+    }  # all of them before the first is filled: a hook may lead back to the model
+    for i, new in old.items():
+        shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
     return memo.get(id(model)) or copied(model, memo, checked=True)
+
 
 def _layout_for(layer, weight, group, per_channel):
     "Of a layer's `weight`: output channels lie along axis 0, in transposed convolutions along axis 1."
     return _layout(weight, outputs_of(_innermost(layer)).get("weight", 0), group, per_channel)
 
+
 def dequantize_layer(
-    layer: Dequantize,   # as `quantize_layer` made it
-) -> nn.Module:          # the ordinary layer with the weight expanded for good
+    layer: Dequantize,  # as `quantize_layer` made it
+) -> nn.Module:  # the ordinary layer with the weight expanded for good
     "Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's were."
-    if not isinstance(layer, Dequantize): raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
+    if not isinstance(layer, Dequantize):
+        raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
     check_ordinary(layer)
     expanded = {}
     return _copy_with(layer, {layer: _plain(layer, expanded)}, expanded.values())
 
+
 def _plain(layer, expanded):
     "The ordinary layer with expanded weights, which shares all else with the one inside; tied weights stay tied."
     plain = _plain(layer.layer, expanded) if isinstance(layer.layer, Dequantize) else _shallow(layer.layer)
-    if id(layer.packed) not in expanded: expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
+    if id(layer.packed) not in expanded:
+        expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
     _set(plain, layer.name, expanded[id(layer.packed)])
     return _with_hooks_of(layer, plain)
+
 
 def _with_hooks_of(wrapper, layer):
     "Hooks that were hung on a wrapper go on being called, around those of the layer inside."
     for key in ("_forward_pre_hooks", "_backward_pre_hooks", "_forward_hooks", "_backward_hooks"):
         inner, outer = getattr(layer, key), getattr(wrapper, key)
-        layer.__dict__[key] = type(inner)([*outer.items(), *inner.items()] if "pre" in key else [*inner.items(), *outer.items()])
-    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"): layer.__dict__[key] = type(getattr(layer, key))({**getattr(layer, key), **getattr(wrapper, key)})
-    if wrapper._is_full_backward_hook is not None: layer._is_full_backward_hook = wrapper._is_full_backward_hook
+        layer.__dict__[key] = type(inner)(
+            [*outer.items(), *inner.items()] if "pre" in key else [*inner.items(), *outer.items()]
+        )
+    for key in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        layer.__dict__[key] = type(getattr(layer, key))({**getattr(layer, key), **getattr(wrapper, key)})
+    if wrapper._is_full_backward_hook is not None:
+        layer._is_full_backward_hook = wrapper._is_full_backward_hook
     return layer
 
 # %% ../nbs/03_quant.ipynb
@@ -1258,10 +1822,12 @@ def _expand(parts: list[Tensor], names: str, said: str) -> Tensor:
     y = _trusted(meta.pop("kind"))(dict(zip(names.split(","), parts)), meta).dequantize()
     return y.clone() if any(y.data_ptr() == p.data_ptr() for p in parts) else y
 
+
 @_expand.register_fake
 def _(parts, names, said):
     meta = json.loads(said)
     return parts[0].new_empty(meta["shape"], dtype=getattr(torch, meta["dtype"]))
+
 
 @patch_onto(Dequantize)
 def _compiled(self, *args, **kwargs):
@@ -1272,6 +1838,7 @@ def _compiled(self, *args, **kwargs):
         layer = layer.layer
     return torch.func.functional_call(layer, weights, args, kwargs)
 
+
 @patch_onto(Dequantize)
 def _as_operation(self):
     "The expanded parameter as a compiled graph has it."
@@ -1279,38 +1846,47 @@ def _as_operation(self):
 
 # %% ../nbs/03_quant.ipynb
 def quantize_model(
-    model: nn.Module,             # any model; it is left as it is
-    bits: int | None = None,      # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
-    group: int | None = None,     # weights that share a scale; None: one scale for each output channel
+    model: nn.Module,  # any model; it is left as it is
+    bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    group: int | None = None,  # weights that share a scale; None: one scale for each output channel
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
-    overrides: dict | Callable | None = None,# by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
-    per_channel: bool = True,     # False: one scale for a whole tensor
-    **options,                    # of `quantize`: symmetric, observer, levels, codebook …
-) -> nn.Module:                   # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
-    """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied. `ValueError` that names the layer
-    when there is nothing to quantize, when a pattern matches nothing, when two names of one tensor have different options, when a weight is computed
-    (weight_norm, prune, a parametrization …) or not finite, and when the model has functions that no copy can follow (see `copied`)."""
+    overrides: (
+        dict | Callable | None
+        # by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`;
+        # None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
+    ) = None,
+    per_channel: bool = True,  # False: one scale for a whole tensor
+    **options,  # of `quantize`: symmetric, observer, levels, codebook …
+) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
+    """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied.
+    `ValueError` that names the layer when there is nothing to quantize, when a pattern matches nothing, when two
+    names of one tensor have different options, when a weight is computed (weight_norm, prune, a parametrization …)
+    or not finite, and when the model has functions that no copy can follow (see `copied`).
+    """
     check_ordinary(model)
     chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
     packed, done = {}, {}
     for m in chosen:
-        if m.tie not in packed: packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
-    for m in reversed(chosen):                         # the first matrix of a layer comes outermost, here and in what is loaded
+        if m.tie not in packed:
+            packed[m.tie] = Packed(_about(m.name, m.weight, m.axis, m.options))
+    for m in reversed(chosen):  # the first matrix of a layer comes outermost, here and in what is loaded
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), packed[m.tie], m.key)
     return _copy_with(model, done, checked=True)
 
 # %% ../nbs/03_quant.ipynb
 def dequantize_model(
-    model: nn.Module,   # with `Dequantize` layers anywhere
-) -> nn.Module:         # a copy with ordinary layers
+    model: nn.Module,  # with `Dequantize` layers anywhere
+) -> nn.Module:  # a copy with ordinary layers
     "Back to an ordinary model with the quantized values; tied weights stay tied, and what was trainable is so again."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [m for m in model.modules() if isinstance(m, Dequantize)]
-    if not found: raise ValueError("model has no quantized layer")
+    if not found:
+        raise ValueError("model has no quantized layer")
     expanded = {}
     return _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())
 
 # %% ../nbs/03_quant.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -41,89 +41,141 @@ from .workshop.parcels import received, sent_once
 from .workshop.turns import alone, lent, works_for
 
 # %% ../nbs/12b_recipe.ipynb
-_all_ = ["fingerprint"]      # the workshop's, for whoever looks for it here
+_all_ = ["fingerprint"]  # the workshop's, for whoever looks for it here
 
 # %% ../nbs/12b_recipe.ipynb
 STEPS: dict[str, "Step"] = {}
 
+
 @dataclass(frozen=True)
 class Step:
     "A function that a recipe may name."
-    function: Callable              # (model, …) → model, which leaves the model as it is
-    given: dict[str, str]           # argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
-    needed: frozenset[str]          # those of them without which it cannot be done
-    options: dict[str, Any]         # what may be said → its default
+
+    function: Callable  # (model, …) → model, which leaves the model as it is
+    given: dict[
+        str, str
+    ]  # argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
+    needed: frozenset[str]  # those of them without which it cannot be done
+    options: dict[str, Any]  # what may be said → its default
+
 
 def register_step(
-    function: Callable,             # (model, …) → model; its name is the step's
-    *more: Callable,                # functions that its `**options` go to
-    optional: Iterable[str] = (),   # arguments that are given when they are there
-    hidden: Iterable[str] = (),     # arguments that no recipe can say: objects
-    **given: str,                   # argument='batches', 'train', 'example', 'teacher' or 'statistics'
-) -> Callable:                      # the function
-    """Let recipes name a function. `ValueError` when it has no name of its own, or when the name is taken by another function.
-    The same function of the same module, executed anew as a notebook's cell is, takes its own place."""
+    function: Callable,  # (model, …) → model; its name is the step's
+    *more: Callable,  # functions that its `**options` go to
+    optional: Iterable[str] = (),  # arguments that are given when they are there
+    hidden: Iterable[str] = (),  # arguments that no recipe can say: objects
+    **given: str,  # argument='batches', 'train', 'example', 'teacher' or 'statistics'
+) -> Callable:  # the function
+    """Let recipes name a function. `ValueError` when it has no name of its own, or when the name is taken by
+    another function. The same function of the same module, executed anew as a notebook's cell is, takes its own
+    place."""
     name = getattr(function, "__name__", None)
-    if not isinstance(name, str) or not name.isidentifier(): raise ValueError(f"function is {function!r}; a recipe can only name what was defined by def, with a name")
-    if name in STEPS and not _same_function(STEPS[name].function, function): raise ValueError(f"there is a step {name!r} already, {STEPS[name].function.__module__}.{STEPS[name].function.__qualname__}; choose another name")
-    parameters = {k: p for f in reversed((function, *more)) for k, p in _inspect.signature(f).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"function is {function!r}; a recipe can only name what was defined by def, with a name")
+    if name in STEPS and not _same_function(STEPS[name].function, function):
+        raise ValueError(
+            f"there is a step {name!r} already, {STEPS[name].function.__module__}.{STEPS[name].function.__qualname__};"
+            " choose another name"
+        )
+    parameters = {
+        k: p
+        for f in reversed((function, *more))
+        for k, p in _inspect.signature(f).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
     first = {next(iter(_inspect.signature(f).parameters)) for f in (function, *more)}
     options = {k: p.default for k, p in parameters.items() if k not in {*first, *given, *hidden, "progress"}}
     STEPS[name] = Step(function, given, frozenset(given) - set(optional), options)
     return function
 
+
 def _same_function(a, b):
-    "Whether b is a again: the function itself, or what its module now has in its place. Functions made in a function are others unless they are equal."
-    if a is b or a.__module__ != b.__module__ or a.__qualname__ != b.__qualname__: return a is b
-    if "<locals>" not in a.__qualname__: return True
-    try: return fingerprint(a) == fingerprint(b)
-    except TypeError: return False
+    """Whether b is a again: the function itself, or what its module now has in its place. Functions made in a
+    function are others unless they are equal."""
+    if a is b or a.__module__ != b.__module__ or a.__qualname__ != b.__qualname__:
+        return a is b
+    if "<locals>" not in a.__qualname__:
+        return True
+    try:
+        return fingerprint(a) == fingerprint(b)
+    except TypeError:
+        return False
 
 # %% ../nbs/12b_recipe.ipynb
 def learn(
-    model: nn.Module,            # it is left as it is; may be masked, or prepared for quantization
-    teacher: nn.Module,          # the original
-    data: Split,                 # inputs and labels
-    labels: float = 0.5,         # share of the labels in the loss, 0 to 1; the rest is the teacher's
-    temperature: float = 2.,     # of the teacher's answers
-    augment: bool = False,       # images: turn, move and stretch them a little
-    epochs: int = 4,             # times that each example is seen
-    lr: float = 1e-3,            # highest learning rate of the one-cycle schedule
-    batch_size: int = 64,        # examples a step
-    seed: int = 0,               # of the shuffling
-    progress: bool = False,      # show a bar
-) -> nn.Module:                  # a copy, in eval mode
+    model: nn.Module,  # it is left as it is; may be masked, or prepared for quantization
+    teacher: nn.Module,  # the original
+    data: Split,  # inputs and labels
+    labels: float = 0.5,  # share of the labels in the loss, 0 to 1; the rest is the teacher's
+    temperature: float = 2.0,  # of the teacher's answers
+    augment: bool = False,  # images: turn, move and stretch them a little
+    epochs: int = 4,  # times that each example is seen
+    lr: float = 1e-3,  # highest learning rate of the one-cycle schedule
+    batch_size: int = 64,  # examples a step
+    seed: int = 0,  # of the shuffling
+    progress: bool = False,  # show a bar
+) -> nn.Module:  # a copy, in eval mode
     "Train a copy on labels and on what the original says (chapter 09)."
-    if not 0 <= labels <= 1: raise ValueError(f"labels is {labels!r}; it may be 0 to 1")
+    if not 0 <= labels <= 1:
+        raise ValueError(f"labels is {labels!r}; it may be 0 to 1")
     student = copied(model)
-    if labels == 1 and not augment: return train(student, data, epochs, lr, batch_size, seed, progress)
+    if labels == 1 and not augment:
+        return train(student, data, epochs, lr, batch_size, seed, progress)
     loss = labels * Labels() + (1 - labels) * SoftTargets(temperature) if labels else SoftTargets(temperature)
-    with seeded(seed): return distill(student, copied(teacher), data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress).eval()
+    with seeded(seed):
+        return distill(
+            student, copied(teacher), data, loss, epochs, lr, batch_size, seed, affine if augment else None, progress
+        ).eval()
 
 # %% ../nbs/12b_recipe.ipynb
-OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)      # layers with several matrices
+OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # layers with several matrices
+
 
 def other_matrices(
     model: nn.Module,
-) -> dict[str, tuple[str, str]]:     # name of the tensor → names of its module and of the parameter
-    "Matrices that are floats, in layers whose matrix is not just `weight` of a linear layer, convolution or embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`."
-    return {f"{names[0]}.{k}".lstrip("."): (names[0], k) for m, names in layers_of(model).values() if not isinstance(m, QUANTIZABLE) for k in matrices_of(m)}
+) -> dict[str, tuple[str, str]]:  # name of the tensor → names of its module and of the parameter
+    """Matrices that are floats, in layers whose matrix is not just `weight` of a linear layer, convolution or
+    embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`."""
+    return {
+        f"{names[0]}.{k}".lstrip("."): (names[0], k)
+        for m, names in layers_of(model).values()
+        if not isinstance(m, QUANTIZABLE)
+        for k in matrices_of(m)
+    }
+
 
 def quantize_others(
-    model: nn.Module,                # it is left as it is
-    bits: int = 8,                   # width of a code, 1..8
-    group: int | None = None,        # weights of a row that share a scale; None: one scale a row
-    symmetric: bool = True,          # zero point in the middle
-    overrides: dict | None = None,   # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
-) -> nn.Module:                      # a copy; of a model in which they are all compressed already, the same model
-    "Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that match none."
+    model: nn.Module,  # it is left as it is
+    bits: int = 8,  # width of a code, 1..8
+    group: int | None = None,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point in the middle
+    overrides: (
+        dict | None
+    ) = None,  # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
+) -> nn.Module:  # a copy; of a model in which they are all compressed already, the same model
+    """Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that
+    match none."""
     others = {type(m) for m, _ in layers_of(model).values() if outputs_of(m) and not isinstance(m, QUANTIZABLE)}
-    if not others: raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
-    if not other_matrices(model) and not overrides: return copied(model)
-    return quantize_with(nearest_weight, model, overrides=overrides, layers=tuple(others), bits=bits, group=group, symmetric=symmetric)
+    if not others:
+        raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
+    if not other_matrices(model) and not overrides:
+        return copied(model)
+    return quantize_with(
+        nearest_weight, model, overrides=overrides, layers=tuple(others), bits=bits, group=group, symmetric=symmetric
+    )
 
 # %% ../nbs/12b_recipe.ipynb
-OBJECTS = ("axis", "name", "layers", "columns", "scale", "scale_dtype", "zero_point", "stochastic", "generator")      # of `quantize`: no words for them
+OBJECTS = (
+    "axis",
+    "name",
+    "layers",
+    "columns",
+    "scale",
+    "scale_dtype",
+    "zero_point",
+    "stochastic",
+    "generator",
+)  # of `quantize`: no words for them
 
 register_step(fold_batchnorm, example="example", optional=["example"])
 register_step(equalize, example="example", optional=["example"])
@@ -147,149 +199,253 @@ register_step(use_kernels);
 @dataclass
 class Samples:
     "What steps are given, and what their result is judged by."
-    batches: list | None = None           # to calibrate with, see `feed`
-    train: Split | None = None            # labelled, to train on
-    held: Split | list | None = None      # to judge by: labelled, or batches; none of them is in `batches` or `train`
-    example: Any = None                   # one input, as the model is called; or a batch
+
+    batches: list | None = None  # to calibrate with, see `feed`
+    train: Split | None = None  # labelled, to train on
+    held: Split | list | None = None  # to judge by: labelled, or batches; none of them is in `batches` or `train`
+    example: Any = None  # one input, as the model is called; or a batch
+
 
 def samples_of(
-    data: Any,              # `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`, or batches `Labelled` by classes: a fifth is held out; other batches: a quarter is; None
-    example: Any = None,    # an input, as the model is called; None: the first of the data
+    # `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`, or batches `Labelled` by
+    # classes: a fifth is held out; other batches: a quarter is; None
+    data: Any,
+    example: Any = None,  # an input, as the model is called; None: the first of the data
 ) -> Samples:
-    """Divide data into what may be learned from and what is judged by. Where there is one example alone, nothing is held out.
-    `TypeError` for anything else, `ValueError` for no data."""
-    if isinstance(data, Samples): return data if example is None else replace(data, example=example)
-    if data is None: return Samples(example=example)
-    if not isinstance(data, (Data, Split)): data = _split_of(batches := _listed(data)) or batches
+    """Divide data into what may be learned from and what is judged by. Where there is one example alone, nothing is
+    held out. `TypeError` for anything else, `ValueError` for no data."""
+    if isinstance(data, Samples):
+        return data if example is None else replace(data, example=example)
+    if data is None:
+        return Samples(example=example)
+    if not isinstance(data, (Data, Split)):
+        data = _split_of(batches := _listed(data)) or batches
     if isinstance(data, Split):
-        if len(data) < 10: raise ValueError(f"data has {len(data)} examples; a fifth is held out to judge by, so at least 10 are needed")
+        if len(data) < 10:
+            raise ValueError(
+                f"data has {len(data)} examples; a fifth is held out to judge by, so at least 10 are needed"
+            )
         data = Data(*_fifth(data), None)
     if isinstance(data, Data):
         some = data.train.x[:1000]
         return Samples(list(some.split(100)), data.train, data.valid, some[:1] if example is None else example)
-    if not data: raise ValueError("data is empty: there is no batch in it")
-    if len(data) < 4: data = [piece for b in data for piece in _pieces(b)]
+    if not data:
+        raise ValueError("data is empty: there is no batch in it")
+    if len(data) < 4:
+        data = [piece for b in data for piece in _pieces(b)]
     held = [b for i, b in enumerate(data) if i % 4 == 3] if len(data) > 3 else data[1:][-1:]
     rest = [b for i, b in enumerate(data) if i % 4 != 3] if len(data) > 3 else data[:-1] or data
     return Samples(rest, None, held or None, data[0] if example is None else example)
 
+
 def _listed(data):
     "Batches in a list: a loader that draws random numbers gives the same ones each time."
-    with alone(), seeded(0): return _different(as_batches(data, name="data"))
+    with alone(), seeded(0):
+        return _different(as_batches(data, name="data"))
+
 
 def _different(batches):
-    "A list of them. One that is there several times, as from a loader that fills the same tensor again and again, cannot be held out from itself; nor is an empty one a batch."
+    """A list of them. One that is there several times, as from a loader that fills the same tensor again and again,
+    cannot be held out from itself; nor is an empty one a batch."""
     batches = [b for b in batches if length_of(b) != 0]
-    return batches if not any(isinstance(t, Tensor) for t in tree_leaves(batches)) else list({_content(b): b for b in reversed(batches)}.values())[::-1]
+    return (
+        batches
+        if not any(isinstance(t, Tensor) for t in tree_leaves(batches))
+        else list({_content(b): b for b in reversed(batches)}.values())[::-1]
+    )
+
 
 def _content(x):
-    try: return fingerprint(x)
-    except TypeError: return id(x)
+    try:
+        return fingerprint(x)
+    except TypeError:
+        return id(x)
+
 
 def _split_of(batches):
     "Batches that are `Labelled` with one whole number for each example, as a `Split`; None for others."
-    fits = lambda x, y: isinstance(x, Tensor) and isinstance(y, Tensor) and y.dim() == 1 and x.dim() > 0 and len(x) == len(y) and not y.is_floating_point()
-    if not batches or not all(isinstance(b, Labelled) and fits(*b) for b in batches) or len({b.inputs.shape[1:] for b in batches}) > 1: return None
+    fits = lambda x, y: (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and y.dim() == 1
+        and x.dim() > 0
+        and len(x) == len(y)
+        and not y.is_floating_point()
+    )
+    if (
+        not batches
+        or not all(isinstance(b, Labelled) and fits(*b) for b in batches)
+        or len({b.inputs.shape[1:] for b in batches}) > 1
+    ):
+        return None
     return Split(torch.cat([b.inputs for b in batches]), torch.cat([b.labels for b in batches]))
+
 
 def _first_of_equals(x):
     "For each row the index of the first that is equal to it."
     seen, rows = {}, x.detach().cpu().contiguous().flatten(1) if x.dim() > 1 else x.detach().cpu()[:, None]
     return torch.tensor([seen.setdefault(hash(r.tobytes()), i) for i, r in enumerate(rows.view(torch.uint8).numpy())])
 
+
 def _fifth(data):
-    "Every fifth example, when they are ordered by class and shuffled within each: four fifths to learn from, and the rest. Equal inputs stay together."
+    """Every fifth example, when they are ordered by class and shuffled within each: four fifths to learn from, and
+    the rest. Equal inputs stay together."""
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     first = _first_of_equals(data.x)
     place = shuffled[data.y[shuffled].argsort(stable=True)]
     place = place[first[place] == place]
-    if len(place) < 5: raise ValueError(f"data has {len(data)} examples, of which {len(place)} are different; a fifth of those is held out to judge by, so at least 5 are needed")
+    if len(place) < 5:
+        raise ValueError(
+            f"data has {len(data)} examples, of which {len(place)} are different; a fifth of those is held out to judge"
+            " by, so at least 5 are needed"
+        )
     held = torch.zeros(len(data), dtype=torch.bool)
     held[place[2::5]] = True
     held = held[first]
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
+
 def _pieces(batch):
     "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
     plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
     n = length_of(batch) if plain else None
-    if n is None or n < 2: return [batch]
+    if n is None or n < 2:
+        return [batch]
     k = min(4, n)
-    return [tree_map(lambda t: t[i * n // k:(i + 1) * n // k], batch) for i in range(k)]
+    return [tree_map(lambda t: t[i * n // k : (i + 1) * n // k], batch) for i in range(k)]
 
 # %% ../nbs/12b_recipe.ipynb
 class Judge:
-    """How good a model is: its accuracy on held-out labels, or its likeness to the original's outputs, or what `evaluate` says.
-    Models are judged in eval mode, as copies. `ValueError` where there is nothing to judge by: NaN, no float tensor."""
+    """How good a model is: its accuracy on held-out labels, or its likeness to the original's outputs, or what
+    `evaluate` says. Models are judged in eval mode, as copies. `ValueError` where there is nothing to judge by:
+    NaN, no float tensor."""
+
     def __init__(
         self,
-        model: nn.Module,                    # the original
-        samples: Samples,                    # of which the held-out part is used
-        evaluate: Callable | None = None,    # model → number, more is better
+        model: nn.Module,  # the original
+        samples: Samples,  # of which the held-out part is used
+        evaluate: Callable | None = None,  # model → number, more is better
     ):
         self.samples, self.evaluate, held = samples, evaluate, samples.held
-        self.metric = "score" if evaluate else "accuracy" if isinstance(held, Split) else "cosine" if held is not None else None
+        self.metric = (
+            "score" if evaluate else "accuracy" if isinstance(held, Split) else "cosine" if held is not None else None
+        )
         self.exact = self.outputs(model) if self.metric == "cosine" else None
-        if self.exact is not None and not all(bool(t.isfinite().all()) for rows in self.exact.values() for t in rows): raise ValueError("the model puts out NaN or infinite values; give evaluate=, a function of the model")
+        if self.exact is not None and not all(bool(t.isfinite().all()) for rows in self.exact.values() for t in rows):
+            raise ValueError("the model puts out NaN or infinite values; give evaluate=, a function of the model")
         self.baseline = self(model)
+
     def __call__(self, model: nn.Module) -> float | None:
-        with alone(), seeded(0): return None if self.metric is None else self._quality(model)      # what is random is the same for all
+        with alone(), seeded(0):
+            return None if self.metric is None else self._quality(model)  # what is random is the same for all
+
     def _quality(self, model):
-        if self.metric == "cosine": return likeness(self.outputs(model), self.exact)
+        if self.metric == "cosine":
+            return likeness(self.outputs(model), self.exact)
         model = copied(model).eval()
-        if self.metric == "accuracy": return _right(model, self.samples.held).double().mean().item()
+        if self.metric == "accuracy":
+            return _right(model, self.samples.held).double().mean().item()
         score = self.evaluate(model)
-        try: number = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError, RuntimeError): number = math.nan
-        if not math.isfinite(number): raise ValueError(f"evaluate returned {score!r:.60}; it may return a finite number, more for better")
+        try:
+            number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"evaluate returned {score!r:.60}; it may return a finite number, more for better")
         return number
+
     def outputs(self, model):
-        with alone(), seeded(0), torch.no_grad(): return rows_of(copied(model).eval(), self.samples.held)
+        with alone(), seeded(0), torch.no_grad():
+            return rows_of(copied(model).eval(), self.samples.held)
+
 
 class _Answer(nn.Module):
     "A model that puts out its answer alone."
-    def __init__(self, model): super().__init__(); self.model = model
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def forward(self, x):
         y = logits_of(feed(self.model, Labelled(x.clone(), None)))
-        if y.dim() != 2 or y.shape[1] < 2: raise ValueError(f"the model's answer has the shape {list(y.shape)}; labels can be judged by [n, classes], anything else by evaluate=")
+        if y.dim() != 2 or y.shape[1] < 2:
+            raise ValueError(
+                f"the model's answer has the shape {list(y.shape)}; labels can be judged by [n, classes], anything else"
+                " by evaluate="
+            )
         return y
 
-def _right(model, data): return (predictions(_Answer(model), data) == data.y) & (data.y >= 0)
+
+def _right(model, data):
+    return (predictions(_Answer(model), data) == data.y) & (data.y >= 0)
 
 # %% ../nbs/12b_recipe.ipynb
 class Recipe:
     "Steps in order, as data. Call it with a model to follow it."
+
     def __init__(
         self,
-        steps: Sequence,       # names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
-        seed: int = 0,         # of everything that is random
+        # names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
+        steps: Sequence,
+        seed: int = 0,  # of everything that is random
     ):
-        if isinstance(seed, bool) or not isinstance(seed, int): raise TypeError(f"seed is {seed!r}; it may be a whole number")
-        if isinstance(steps, str) or not isinstance(steps, Sequence): raise TypeError(f"steps is a {type(steps).__name__}; it may be a list of names and of pairs (name, arguments)")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}; it may be a whole number")
+        if isinstance(steps, str) or not isinstance(steps, Sequence):
+            raise TypeError(
+                f"steps is a {type(steps).__name__}; it may be a list of names and of pairs (name, arguments)"
+            )
         self.steps, self.seed = [_checked_step(i, s) for i, s in enumerate(steps, 1)], seed
-        if not self.steps: raise ValueError("steps is empty: a recipe has at least one")
-    def __eq__(self, other): return isinstance(other, Recipe) and self.to_json() == other.to_json()
-    def __hash__(self): return hash(self.to_json())
+        if not self.steps:
+            raise ValueError("steps is empty: a recipe has at least one")
+
+    def __eq__(self, other):
+        return isinstance(other, Recipe) and self.to_json() == other.to_json()
+
+    def __hash__(self):
+        return hash(self.to_json())
+
     def __repr__(self):
-        lines = [f"{i:>2}. {n}({', '.join(f'{k}={v!r}' for k, v in how.items())})" for i, (n, how) in enumerate(self.steps, 1)]
+        lines = [
+            f"{i:>2}. {n}({', '.join(f'{k}={v!r}' for k, v in how.items())})"
+            for i, (n, how) in enumerate(self.steps, 1)
+        ]
         return "\n".join([f"Recipe, seed {self.seed}:", *lines])
+
 
 def _checked_step(i, step):
     "(name, arguments), or an error that says what is wrong with step i."
-    name, how = (step, {}) if isinstance(step, str) else step if isinstance(step, (tuple, list)) and len(step) == 2 else (None, None)
-    if not isinstance(name, str) or not isinstance(how, Mapping): raise TypeError(f"step {i} is {step!r}; it may be a name, or a pair of a name and a dict of arguments")
-    if name not in STEPS: raise ValueError(f"step {i} is {name!r}; it may be {', '.join(STEPS)}")
+    name, how = (
+        (step, {})
+        if isinstance(step, str)
+        else step
+        if isinstance(step, (tuple, list)) and len(step) == 2
+        else (None, None)
+    )
+    if not isinstance(name, str) or not isinstance(how, Mapping):
+        raise TypeError(f"step {i} is {step!r}; it may be a name, or a pair of a name and a dict of arguments")
+    if name not in STEPS:
+        raise ValueError(f"step {i} is {name!r}; it may be {', '.join(STEPS)}")
     known = STEPS[name].options
     for k in how:
-        if k not in known: raise ValueError(f"step {i}, {name}, has no argument {k!r} that a recipe can say; it has {', '.join(known) or 'none'}")
-    if missing := [k for k, v in known.items() if v is _inspect.Parameter.empty and k not in how]: raise ValueError(f"step {i}, {name}, needs {', '.join(missing)}")
-    try: return name, dict(sorted(_numbers(json.loads(json.dumps(dict(how), allow_nan=False))).items()))
-    except (TypeError, ValueError) as e: raise ValueError(f"step {i}, {name}, has an argument that JSON cannot hold: {e}") from None
+        if k not in known:
+            raise ValueError(
+                f"step {i}, {name}, has no argument {k!r} that a recipe can say; it has {', '.join(known) or 'none'}"
+            )
+    if missing := [k for k, v in known.items() if v is _inspect.Parameter.empty and k not in how]:
+        raise ValueError(f"step {i}, {name}, needs {', '.join(missing)}")
+    try:
+        return name, dict(sorted(_numbers(json.loads(json.dumps(dict(how), allow_nan=False))).items()))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"step {i}, {name}, has an argument that JSON cannot hold: {e}") from None
+
 
 def _numbers(x):
     "4.0 is 4: equal recipes are written in the same way."
-    if isinstance(x, dict): return {k: _numbers(v) for k, v in x.items()}
-    if isinstance(x, list): return [_numbers(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _numbers(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_numbers(v) for v in x]
     return int(x) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else x
 
 # %% ../nbs/12b_recipe.ipynb
@@ -297,29 +453,40 @@ def _to_dict(self) -> dict:
     "What JSON and a file's manifest hold; steps without arguments are their name alone."
     return {"seed": self.seed, "steps": [[n, how] if how else n for n, how in self.steps]}
 
+
 def _to_json(self) -> str:
     "One line of JSON, which `Recipe.from_json` reads."
     return json.dumps(self.to_dict(), ensure_ascii=False)
 
+
 def _from_dict(
-    content: dict,      # what `to_dict` gave
+    content: dict,  # what `to_dict` gave
 ) -> Recipe:
     "Back from a dict; `ValueError` for what is no recipe."
-    if not isinstance(content, Mapping) or set(content) != {"seed", "steps"}: raise ValueError(f"this is no recipe: it must have seed and steps, not {content!r:.80}")
+    if not isinstance(content, Mapping) or set(content) != {"seed", "steps"}:
+        raise ValueError(f"this is no recipe: it must have seed and steps, not {content!r:.80}")
     return Recipe(content["steps"], content["seed"])
+
 
 def _from_json(text: str) -> Recipe:
     "Back from JSON; `ValueError` for what is no recipe."
-    try: return _from_dict(json.loads(text))
-    except json.JSONDecodeError as e: raise ValueError(f"this is no JSON: {e}") from None
+    try:
+        return _from_dict(json.loads(text))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"this is no JSON: {e}") from None
+
 
 def _from_file(
-    path: str | os.PathLike,    # a `.mz` file
+    path: str | os.PathLike,  # a `.mz` file
 ) -> Recipe:
     "The recipe that a file was made by. `ValueError` when it has none."
     info = _contents(path, entropy=False).info
-    if "recipe" not in info: raise ValueError(f"{os.fsdecode(path)} holds no recipe; save(model, path, recipe=recipe.to_dict()) puts it there")
+    if "recipe" not in info:
+        raise ValueError(
+            f"{os.fsdecode(path)} holds no recipe; save(model, path, recipe=recipe.to_dict()) puts it there"
+        )
     return _from_dict(info["recipe"])
+
 
 Recipe.to_dict, Recipe.to_json = _to_dict, _to_json
 Recipe.from_dict, Recipe.from_json, Recipe.from_file = map(staticmethod, (_from_dict, _from_json, _from_file))
@@ -327,60 +494,86 @@ Recipe.from_dict, Recipe.from_json, Recipe.from_file = map(staticmethod, (_from_
 # %% ../nbs/12b_recipe.ipynb
 def _follow(
     self,
-    model: nn.Module,          # it is left as it is
-    data: Any = None,          # see `samples_of`
-    example: Any = None,       # an input, for steps that need one; None: the first of the data
-    progress: bool = False,    # bars of the steps that have one
-) -> nn.Module:                # compressed, in eval mode
-    "Follow the recipe. `ValueError` for a step that needs data which are not there, and for a model that cannot be copied (`check_ordinary`); errors of a step say which it was."
-    with alone(), seeded(self.seed): return _followed(self, model, samples_of(data, example), progress)
+    model: nn.Module,  # it is left as it is
+    data: Any = None,  # see `samples_of`
+    example: Any = None,  # an input, for steps that need one; None: the first of the data
+    progress: bool = False,  # bars of the steps that have one
+) -> nn.Module:  # compressed, in eval mode
+    """Follow the recipe. `ValueError` for a step that needs data which are not there, and for a model that cannot
+    be copied (`check_ordinary`); errors of a step say which it was."""
+    with alone(), seeded(self.seed):
+        return _followed(self, model, samples_of(data, example), progress)
+
 
 def _followed(self, model, samples, progress):
     now = copied(model)
     for i, (name, how) in enumerate(self.steps, 1):
         step = STEPS.get(name)
-        if step is None: raise ValueError(f"step {i} is {name!r}, and no step of this name is registered any more")
+        if step is None:
+            raise ValueError(f"step {i} is {name!r}, and no step of this name is registered any more")
         where = f"step {i} of the recipe, {name}"
-        try: given = _given(step, how, model, now, samples)
-        except Exception as e: raise _located(e, where)
+        try:
+            given = _given(step, how, model, now, samples)
+        except Exception as e:
+            raise _located(e, where)
         if missing := step.needed - set(given) - set(how):
-            raise ValueError(f"step {i}, {name}, needs {', '.join(sorted(missing))}, and data holds none" + (" with labels" if "data" in missing else ""))
+            raise ValueError(
+                f"step {i}, {name}, needs {', '.join(sorted(missing))}, and data holds none"
+                + (" with labels" if "data" in missing else "")
+            )
         own = {"seed": self.seed} if "seed" in step.options and "seed" not in how else {}
         bars = {"progress": progress} if "progress" in _inspect.signature(step.function).parameters else {}
         try:
-            with seeded(self.seed), torch.enable_grad(): now = step.function(now, **given, **own, **copy.deepcopy(how), **bars)
-        except Exception as e: raise _located(e, where)
-        if not isinstance(now, nn.Module): raise TypeError(f"{where}: returned a {type(now).__name__}; a step may return a model")
+            with seeded(self.seed), torch.enable_grad():
+                now = step.function(now, **given, **own, **copy.deepcopy(how), **bars)
+        except Exception as e:
+            raise _located(e, where)
+        if not isinstance(now, nn.Module):
+            raise TypeError(f"{where}: returned a {type(now).__name__}; a step may return a model")
     return now.eval()
+
 
 def _given(step, how, model, now, samples):
     "A step's arguments that no recipe says. Steps get copies, which they may spoil."
     found = {}
     for argument, what in step.given.items():
-        if argument in how: continue
-        if what == "teacher": value = copied(model)
-        elif what == "statistics": value = None if samples.batches is None else calibrate(now, fresh(samples.batches))
-        elif what == "example": value = fresh(example_for(model, samples))
-        else: value = getattr(samples, what) if what == "train" else fresh(getattr(samples, what))
-        if value is not None: found[argument] = value
+        if argument in how:
+            continue
+        if what == "teacher":
+            value = copied(model)
+        elif what == "statistics":
+            value = None if samples.batches is None else calibrate(now, fresh(samples.batches))
+        elif what == "example":
+            value = fresh(example_for(model, samples))
+        else:
+            value = getattr(samples, what) if what == "train" else fresh(getattr(samples, what))
+        if value is not None:
+            found[argument] = value
     return found
 
-def example_for(
-    model: nn.Module,
-    samples: Samples,
-) -> Any:                # as the model is called: of a batch without its labels
+
+def example_for(model: nn.Module, samples: Samples) -> Any:  # as the model is called: of a batch without its labels
     "The example of samples. `ValueError` for a batch of which nobody can tell labels from arguments."
-    return as_called(model, samples.example) if any(samples.example is b for b in samples.batches or ()) else samples.example
+    return (
+        as_called(model, samples.example)
+        if any(samples.example is b for b in samples.batches or ())
+        else samples.example
+    )
+
 
 def _located(e, where):
     "The same exception with the step in its message."
-    try: new = type(e)(f"{where}: {e}")
-    except Exception: new = None
-    if new is None or not str(new).startswith(where):      # exceptions that are made in their own way
-        if hasattr(e, "add_note"): e.add_note(f"in {where}")
+    try:
+        new = type(e)(f"{where}: {e}")
+    except Exception:
+        new = None
+    if new is None or not str(new).startswith(where):  # exceptions that are made in their own way
+        if hasattr(e, "add_note"):
+            e.add_note(f"in {where}")
         return e
     new.__cause__ = e
     return new
+
 
 Recipe.__call__ = _follow
 
@@ -393,26 +586,45 @@ RECIPES: dict[str, Recipe] = {
     "4-bit calibrated": Recipe([("gptq", {"bits": 4, "group": 64})]),
     "4-bit trained": Recipe([("prepare", {"bits": 4, "activations": None}), ("learn", {"epochs": 4}), "convert"]),
     "sparse": Recipe([("prune_gradually", {"sparsity": 0.9, "epochs": 6}), "sparsify_model"]),
-    "sparse 4-bit": Recipe([("prune_gradually", {"sparsity": 0.9, "epochs": 6}), ("prepare", {"bits": 4, "activations": None}), _settle, "convert", "sparsify_model"]),
+    "sparse 4-bit": Recipe(
+        [
+            ("prune_gradually", {"sparsity": 0.9, "epochs": 6}),
+            ("prepare", {"bits": 4, "activations": None}),
+            _settle,
+            "convert",
+            "sparsify_model",
+        ]
+    ),
     "half the channels": Recipe([("shrink", {"ratio": 0.5, "round_to": 2}), ("learn", {"epochs": 4})]),
-    "half the channels, 4-bit": Recipe([("shrink", {"ratio": 0.5, "round_to": 2}), ("learn", {"epochs": 4}), ("prepare", {"bits": 4, "activations": None}), _settle, "convert"]),
+    "half the channels, 4-bit": Recipe(
+        [
+            ("shrink", {"ratio": 0.5, "round_to": 2}),
+            ("learn", {"epochs": 4}),
+            ("prepare", {"bits": 4, "activations": None}),
+            _settle,
+            "convert",
+        ]
+    ),
     "low rank": Recipe([("factorize", {"bytes": 0.3}), ("learn", {"epochs": 4})]),
 }
 
 # %% ../nbs/12b_recipe.ipynb
 def file_of(
-    model: nn.Module,                 # compressed
-    path: str | os.PathLike,          # the file to write
-    recipe: Recipe | None = None,     # kept in it
-) -> tuple[int, nn.Module]:           # bytes of the file; the model that it holds
+    model: nn.Module,  # compressed
+    path: str | os.PathLike,  # the file to write
+    recipe: Recipe | None = None,  # kept in it
+) -> tuple[int, nn.Module]:  # bytes of the file; the model that it holds
     "Save a model with its recipe, and load it again. What has a registered builder is loaded by the file alone."
     save(model, path, **({} if recipe is None else {"recipe": recipe.to_dict()}))
-    known = (getattr(model, "architecture", None) or {}).get("name") in model_builders      # another process may not know it
+    known = (getattr(model, "architecture", None) or {}).get(
+        "name"
+    ) in model_builders  # another process may not know it
     return os.path.getsize(path), load(path, None if known else model)
 
+
 def expanded(
-    model: nn.Module,       # as it was loaded
-) -> nn.Module:             # the same numbers, sooner: weights expanded once, unless something else than floats computes with them
+    model: nn.Module,  # as it was loaded
+) -> nn.Module:  # the same numbers, sooner: weights expanded once, unless something else than floats computes with them
     "Ready to be judged."
     wrapped = [m for m in model.modules() if isinstance(m, Dequantize)]
     return dequantize_model(model) if wrapped and all(type(m) is Dequantize for m in wrapped) else model
@@ -421,208 +633,313 @@ def expanded(
 @dataclass
 class Result:
     "One point of a sweep."
-    options: dict                    # where in the grid
-    recipe: dict | None              # as `Recipe.to_dict` gives it; None: `make` failed
-    bytes: int | None = None         # of the file
-    quality: float | None = None     # of the model in the file
-    metric: str | None = None        # what quality is: 'accuracy', 'cosine', 'score'
-    error: str | None = None         # traceback, when it failed
-    key: str = ""                    # under which it is kept
-    content: "bytes | None" = field(default=None, repr=False)      # of the file, where it could not be written
+
+    options: dict  # where in the grid
+    recipe: dict | None  # as `Recipe.to_dict` gives it; None: `make` failed
+    bytes: int | None = None  # of the file
+    quality: float | None = None  # of the model in the file
+    metric: str | None = None  # what quality is: 'accuracy', 'cosine', 'score'
+    error: str | None = None  # traceback, when it failed
+    key: str = ""  # under which it is kept
+    content: "bytes | None" = field(default=None, repr=False)  # of the file, where it could not be written
+
     def __repr__(self):
         where = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{where}: " + (_what_happened(self.error) if self.error else f"{self.bytes:,} bytes" + (f", {self.metric} {self.quality:.4f}" if self.metric else ""))
+        return f"{where}: " + (
+            _what_happened(self.error)
+            if self.error
+            else f"{self.bytes:,} bytes" + (f", {self.metric} {self.quality:.4f}" if self.metric else "")
+        )
+
 
 def _what_happened(trace):
     "The line of a traceback that names the exception."
-    return next((l for l in reversed(trace.splitlines()) if re.match(r"[A-Za-z_.]+(Error|Exception|Exit|Interrupt|Pool|Worker)\b", l)), trace.strip().splitlines()[-1])
+    return next(
+        (
+            l
+            for l in reversed(trace.splitlines())
+            if re.match(r"[A-Za-z_.]+(Error|Exception|Exit|Interrupt|Pool|Worker)\b", l)
+        ),
+        trace.strip().splitlines()[-1],
+    )
+
 
 def _one(recipe, model, samples, evaluate) -> tuple[dict, bytes]:
-    """What a worker does: follow, save, load, judge. It needs nothing but its arguments, works on copies, draws random numbers from the recipe's seed,
-    and leaves nothing behind."""
+    """What a worker does: follow, save, load, judge. It needs nothing but its arguments, works on copies, draws
+    random numbers from the recipe's seed, and leaves nothing behind."""
     with alone(), tempfile.TemporaryDirectory() as folder, seeded(recipe["seed"]), torch.enable_grad():
         path, judge = Path(folder) / "model.mz", Judge(model, samples, evaluate)
         recipe = Recipe.from_dict(recipe)
         size, back = file_of(recipe(model, samples), path, recipe)
         return {"bytes": size, "quality": judge(expanded(back)), "metric": judge.metric}, path.read_bytes()
 
+
 def _safely(recipe, model, samples, evaluate) -> tuple[dict, bytes | None]:
-    try: return _one(recipe, model, samples, evaluate)
-    except (OSError, MemoryError, torch.OutOfMemoryError): return {"error": traceback.format_exc(), "lost": True}, None      # of this machine and hour, not of the point
-    except Exception: return {"error": traceback.format_exc()}, None
+    try:
+        return _one(recipe, model, samples, evaluate)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        return {"error": traceback.format_exc(), "lost": True}, None  # of this machine and hour, not of the point
+    except Exception:
+        return {"error": traceback.format_exc()}, None
 
 # %% ../nbs/12b_recipe.ipynb
 class Cache:
     "Results in a folder: a JSON note and a `.mz` file each. Nothing is ever unpickled."
+
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-    def file(self, key: str) -> Path: return self.folder / f"{key}.mz"
+
+    def file(self, key: str) -> Path:
+        return self.folder / f"{key}.mz"
+
     def get(self, key: str) -> dict | None:
         "What is noted; None when nothing is, or not all of it."
-        try: note = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError): return None
-        if not isinstance(note, dict): return None
+        try:
+            note = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(note, dict):
+            return None
         whole = "error" in note or self.file(key).is_file() and self.file(key).stat().st_size == note.get("bytes")
         return note if whole else None
+
     def put(self, key: str, note: dict, content: bytes | None) -> None:
         if content is not None:
-            with replacing(self.file(key)) as f: f.write(content)
+            with replacing(self.file(key)) as f:
+                f.write(content)
         write_whole(self.folder / f"{key}.json", json.dumps(note))
-
 
 # %% ../nbs/12b_recipe.ipynb
 def grid_points(
-    grid: Mapping[str, Sequence] | Iterable[Mapping],   # lists of values: all combinations; or the points themselves
+    grid: Mapping[str, Sequence] | Iterable[Mapping],  # lists of values: all combinations; or the points themselves
 ) -> list[dict]:
     "The points of a grid, in order."
     if isinstance(grid, Mapping):
         for k, v in grid.items():
-            if isinstance(v, str) or not isinstance(v, Iterable): raise TypeError(f"grid[{k!r}] is {v!r}; it may be a list of values")
+            if isinstance(v, str) or not isinstance(v, Iterable):
+                raise TypeError(f"grid[{k!r}] is {v!r}; it may be a list of values")
         points = [dict(zip(grid, values)) for values in product(*grid.values())]
-    else: points = [dict(p) for p in grid]
-    if not points or not grid: raise ValueError("grid has no point")
+    else:
+        points = [dict(p) for p in grid]
+    if not points or not grid:
+        raise ValueError("grid has no point")
     return points
 
 # %% ../nbs/12b_recipe.ipynb
 def pareto(
-    results: Iterable,                       # of `sweep`; or anything with these attributes or keys
-    smaller: Sequence[str] = ("bytes",),     # what should be small
-    larger: Sequence[str] = ("quality",),    # what should be large
-) -> list:                                   # those that no other dominates, smallest first; equal ones all stay
+    results: Iterable,  # of `sweep`; or anything with these attributes or keys
+    smaller: Sequence[str] = ("bytes",),  # what should be small
+    larger: Sequence[str] = ("quality",),  # what should be large
+) -> list:  # those that no other dominates, smallest first; equal ones all stay
     "The Pareto front. What failed, or lacks a number, is left out."
-    if not [*smaller, *larger]: raise ValueError("smaller and larger are both empty: there is nothing to compare by")
+    if not [*smaller, *larger]:
+        raise ValueError("smaller and larger are both empty: there is nothing to compare by")
     get = lambda r, k: r[k] if isinstance(r, Mapping) else getattr(r, k)
     costs = [([get(r, k) for k in smaller], [get(r, k) for k in larger], r) for r in results]
     good = lambda v: v is not None and v == v
-    rows = sorted(((tuple(a) + tuple(-x for x in b), i, r) for i, (a, b, r) in enumerate(costs) if all(map(good, a + b))), key=lambda t: t[:2])
+    rows = sorted(
+        ((tuple(a) + tuple(-x for x in b), i, r) for i, (a, b, r) in enumerate(costs) if all(map(good, a + b))),
+        key=lambda t: t[:2],
+    )
     front = []
     for cost, _, r in rows:
-        if not any(c != cost and all(x <= y for x, y in zip(c, cost)) for c, _ in front): front.append((cost, r))
+        if not any(c != cost and all(x <= y for x, y in zip(c, cost)) for c, _ in front):
+            front.append((cost, r))
     return [r for _, r in front]
 
 # %% ../nbs/12b_recipe.ipynb
 class Results(list):
     """Results of a sweep. Shows itself as a table; `front`, `failed`, `best(bytes=…)` and `plot()` look at it.
-    Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the one that uses it."""
+    Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the
+    one that uses it.
+    """
+
     def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike | None = None):
         super().__init__(results)
         self.folder = None if folder is None else Path(folder)
+
     @property
-    def front(self) -> "Results": return Results(_front(self), self.folder)
+    def front(self) -> "Results":
+        return Results(_front(self), self.folder)
+
     @property
-    def failed(self) -> "Results": return Results([r for r in self if r.error], self.folder)
-    def file(self, result: Result) -> Path: return self.folder / f"{result.key}.mz"      # where its model lies, unless the result has `content`
+    def failed(self) -> "Results":
+        return Results([r for r in self if r.error], self.folder)
+
+    def file(self, result: Result) -> Path:
+        return self.folder / f"{result.key}.mz"  # where its model lies, unless the result has `content`
+
     def __repr__(self):
         front = {id(r) for r in _front(self)}
         rows = sorted(self, key=lambda r: (r.bytes is None, r.bytes))
         return "\n".join(f"{'*' if id(r) in front else ' '} {r!r}" for r in rows)
+
 
 def _front(results):
     "The Pareto front; without any judge, all files by size."
     made = [r for r in results if r.error is None and r.bytes is not None]
     return pareto(made) if any(r.metric for r in made) else sorted(made, key=lambda r: r.bytes)
 
+
 def _best(
     self,
-    bytes: float = math.inf,    # at most so many
-) -> Result | None:             # the best of those that keep to it; None: none does
+    bytes: float = math.inf,  # at most so many
+) -> Result | None:  # the best of those that keep to it; None: none does
     "What one would take with such a budget."
     fits = [r for r in _front(self) if r.bytes <= bytes]
     return fits[-1] if fits else None
 
+
 def _plot(
     self,
-    budget: float | None = None,    # also show what one would take with so many bytes
-    ax: Any = None,                 # matplotlib axes
-) -> Any:                           # the axes
+    budget: float | None = None,  # also show what one would take with so many bytes
+    ax: Any = None,  # matplotlib axes
+) -> Any:  # the axes
     "Size against quality, and the front."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
     good, front = [r for r in self if not r.error and r.quality is not None], _front(self)
-    if not good: raise ValueError("results have no quality: there was no judge, or every point failed")
+    if not good:
+        raise ValueError("results have no quality: there was no judge, or every point failed")
     ax.plot([r.bytes / 1e3 for r in good], [r.quality for r in good], "o", c="0.7", ms=4, label="tried")
     ax.step([r.bytes / 1e3 for r in front], [r.quality for r in front], "o-", where="post", ms=5, label="front")
     if budget is not None:
         ax.axvline(budget / 1e3, c="C3", ls="--", lw=1)
-        if best := self.best(budget): ax.plot(best.bytes / 1e3, best.quality, "*", c="C3", ms=14, label=", ".join(f"{k} {v}" for k, v in best.options.items()))
-    ax.set(xscale="log", xlabel="file, kB", ylabel=good[0].metric if good else ""); ax.legend(loc="lower right")
+        if best := self.best(budget):
+            ax.plot(
+                best.bytes / 1e3,
+                best.quality,
+                "*",
+                c="C3",
+                ms=14,
+                label=", ".join(f"{k} {v}" for k, v in best.options.items()),
+            )
+    ax.set(xscale="log", xlabel="file, kB", ylabel=good[0].metric if good else "")
+    ax.legend(loc="lower right")
     return ax
+
 
 Results.best, Results.plot = _best, _plot
 
 # %% ../nbs/12b_recipe.ipynb
 def sweep(
-    make: Callable,                       # a point's values, as named arguments → its `Recipe` (or the list of its steps)
-    grid: Any,                            # `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
-    model: nn.Module,                     # it is left as it is
-    data: Any = None,                     # see `samples_of`
-    executor: Executor | None = None,     # who does the work; None: this process, one after the other; not one of whose threads this is
+    make: Callable,  # a point's values, as named arguments → its `Recipe` (or the list of its steps)
+    grid: Any,  # `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
+    model: nn.Module,  # it is left as it is
+    data: Any = None,  # see `samples_of`
+    executor: (
+        Executor | None
+    ) = None,  # who does the work; None: this process, one after the other; not one of whose threads this is
     folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
-    evaluate: Callable | None = None,     # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other processes to find it
-    retry: bool = False,                  # try again what failed before
-    progress: bool = True,                # a bar that shows the front so far
-) -> Results:                             # in the grid's order
-    """Try recipes, each once and for all: results are kept by the content of recipe, steps, model, data and judge (see `fingerprint`), so that a sweep which was killed
-    goes on where it was. What has no fingerprint is computed each time, and a warning says so. A point's random numbers begin with its recipe's seed, whoever
-    computes it; threads of one process wait for each other, as they share PyTorch's random numbers.
-    A point that fails has its traceback as result; the others go on. A result that cannot be written is kept in memory, and a warning says so. `TypeError` and `ValueError` for arguments that make no sense."""
-    if executor is not None and not isinstance(executor, Executor): raise TypeError(f"executor is a {type(executor).__name__}; it may be None or a concurrent.futures.Executor")
-    if works_for(executor): raise ValueError("executor is the one that runs this sweep, whose threads would wait for each other; it may be None or another")
-    if evaluate is not None and not callable(evaluate): raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
+    evaluate: (
+        Callable | None
+        # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other processes
+        # to find it
+    ) = None,
+    retry: bool = False,  # try again what failed before
+    progress: bool = True,  # a bar that shows the front so far
+) -> Results:  # in the grid's order
+    """Try recipes, each once and for all: results are kept by the content of recipe, steps, model, data and judge
+    (see `fingerprint`), so that a sweep which was killed goes on where it was. What has no fingerprint is computed
+    each time, and a warning says so. A point's random numbers begin with its recipe's seed, whoever computes it;
+    threads of one process wait for each other, as they share PyTorch's random numbers. A point that fails has its
+    traceback as result; the others go on. A result that cannot be written is kept in memory, and a warning says so.
+    `TypeError` and `ValueError` for arguments that make no sense.
+    """
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(f"executor is a {type(executor).__name__}; it may be None or a concurrent.futures.Executor")
+    if works_for(executor):
+        raise ValueError(
+            "executor is the one that runs this sweep, whose threads would wait for each other; it may be None or"
+            " another"
+        )
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate is a {type(evaluate).__name__}; it may be a function of a model")
     points, samples = grid_points(grid), samples_of(data)
     check_ordinary(model)
     cache, about = Cache(folder), _key("the model, the data or evaluate", model, samples, evaluate)
     results = [_planned(make, p, about) for p in points]
-    notes = {r.key: note for r in results if r.recipe and (note := cache.get(r.key)) and not (retry and "error" in note)}
+    notes = {
+        r.key: note for r in results if r.recipe and (note := cache.get(r.key)) and not (retry and "error" in note)
+    }
     waiting = {r.key: r.recipe for r in results if r.recipe and r.key not in notes}
-    with tqdm(total=len(points), desc="sweep", disable=None if progress else True) as bar, nullcontext() if executor is None else lent():
+    with (
+        tqdm(total=len(points), desc="sweep", disable=None if progress else True) as bar,
+        nullcontext() if executor is None else lent(),
+    ):
         bar.update(len(points) - len(waiting))
         for key, note, content in _done(waiting, model, samples, evaluate, executor):
             if content is not None or "error" in note and not note.pop("lost", False):
-                try: cache.put(key, note, content)
+                try:
+                    cache.put(key, note, content)
                 except OSError as e:
                     note = note | {"content": content}
-                    warnings.warn(f"a result is not kept for another time, as {cache.folder} cannot be written to ({e}): its file is in the result's content", stacklevel=2)
+                    warnings.warn(
+                        f"a result is not kept for another time, as {cache.folder} cannot be written to ({e}): its file"
+                        " is in the result's content",
+                        stacklevel=2,
+                    )
             notes[key] = note
-            bar.update(); bar.set_postfix_str(_so_far(notes.values()))
-    for r in results: vars(r).update(notes.get(r.key, {}))
+            bar.update()
+            bar.set_postfix_str(_so_far(notes.values()))
+    for r in results:
+        vars(r).update(notes.get(r.key, {}))
     return Results(results, folder)
+
 
 def _planned(make, options, about):
     "A point before it is computed; or, when `make` fails, after."
     try:
         made = make(**options)
         recipe = (made if isinstance(made, Recipe) else Recipe(made)).to_dict()
-    except Exception: return Result(options, None, error=traceback.format_exc())
+    except Exception:
+        return Result(options, None, error=traceback.format_exc())
     steps = [STEPS[s if isinstance(s, str) else s[0]] for s in recipe["steps"]]
-    return Result(options, recipe, key=_key("a step of the recipe", about, recipe, [(s.function, s.given) for s in steps]))
+    return Result(
+        options, recipe, key=_key("a step of the recipe", about, recipe, [(s.function, s.given) for s in steps])
+    )
+
 
 def _key(what, *things):
     "A fingerprint; for what has none, a key that nobody will ever ask for again."
-    try: return fingerprint(*things)
+    try:
+        return fingerprint(*things)
     except TypeError as e:
-        warnings.warn(f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=4)
+        warnings.warn(
+            f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=4
+        )
         return secrets.token_hex(16)
 
-def _so_far(notes): return "  ".join(f"{n['bytes'] / 1e3:,.1f} kB {n['quality']:.4f}" for n in pareto(n for n in notes if n.get("quality") is not None)[-4:])
+
+def _so_far(notes):
+    return "  ".join(
+        f"{n['bytes'] / 1e3:,.1f} kB {n['quality']:.4f}"
+        for n in pareto(n for n in notes if n.get("quality") is not None)[-4:]
+    )
 
 # %% ../nbs/12b_recipe.ipynb
 def _done(waiting, model, samples, evaluate, executor):
     "(key, note, the file's bytes) as they come. A worker that died is no result: its point is tried again next time."
     if executor is None:
-        for key, recipe in waiting.items(): yield key, *_safely(recipe, model, samples, evaluate)
+        for key, recipe in waiting.items():
+            yield key, *_safely(recipe, model, samples, evaluate)
         return
     with sent_once(executor, (model, samples, evaluate)) as shared:
         jobs = {executor.submit(_elsewhere, recipe, shared): key for key, recipe in waiting.items()}
         for job in as_completed(jobs):
-            key = jobs.pop(job)             # its file need not stay in memory
-            try: yield key, *job.result()
-            except Exception: yield key, {"error": traceback.format_exc(), "lost": True}, None
+            key = jobs.pop(job)  # its file need not stay in memory
+            try:
+                yield key, *job.result()
+            except Exception:
+                yield key, {"error": traceback.format_exc(), "lost": True}, None
 
-def _elsewhere(recipe, shared): return _safely(recipe, *received(shared))
+
+def _elsewhere(recipe, shared):
+    return _safely(recipe, *received(shared))
 
 # %% ../nbs/12b_recipe.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -19,8 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from .channels import (Group, Groups, Marks, Ties, Trace, Walks, dependency_graph, group_up, name_of, numbers_in, output_axis,
-                               tensors_of)
+from modelzip.channels import (
+    Group,
+    Groups,
+    Marks,
+    Ties,
+    Trace,
+    Walks,
+    dependency_graph,
+    group_up,
+    name_of,
+    numbers_in,
+    output_axis,
+    tensors_of,
+)
 from .data import eval_mode
 from .measure import latency, mac_rules, macs as count_macs, tensor_bytes
 from .prune import remove_masks
@@ -37,52 +49,65 @@ _all_ = ["Group", "Groups"]
 
 # %% ../nbs/08_structured.ipynb
 def layer_norm(
-    input: Tensor,            # [..., channels]
+    input: Tensor,  # [..., channels]
     normalized_shape: tuple,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    total: int,               # channels that there were once; those that are gone count as zeros
+    total: int,  # channels that there were once; those that are gone count as zeros
 ) -> Tensor:
     "LayerNorm that goes on counting the zeros."
     if has_torch_function((input,)):
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, total)
-    share, x = input.shape[-1]/total, input.to(torch.promote_types(input.dtype, torch.float32))      # PyTorch, too, rounds but once
+    share, x = (
+        input.shape[-1] / total,
+        input.to(torch.promote_types(input.dtype, torch.float32)),
+    )  # PyTorch, too, rounds but once
     variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    variance = share*(variance + (1 - share)*mean*mean)
-    y = (x - share*mean)*torch.rsqrt(variance + eps)
-    if weight is not None: y = y*weight
+    variance = share * (variance + (1 - share) * mean * mean)
+    y = (x - share * mean) * torch.rsqrt(variance + eps)
+    if weight is not None:
+        y = y * weight
     return (y if bias is None else y + bias).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     "What remains of a LayerNorm when channels were removed: it gives what the whole would give if those were zeros."
+
     in_state = ("total", "channels_first", "eps")
+
     def __init__(
         self,
-        channels: int,                      # that are there
-        total: int,                         # that were there
+        channels: int,  # that are there
+        total: int,  # that were there
         eps: float = 1e-5,
-        elementwise_affine: bool = True,    # with a factor a channel
-        bias: bool = True,                  # … and an offset
-        channels_first: bool = False,       # [n, channels, …] instead of […, channels]
+        elementwise_affine: bool = True,  # with a factor a channel
+        bias: bool = True,  # … and an offset
+        channels_first: bool = False,  # [n, channels, …] instead of […, channels]
         device=None,
         dtype=None,
     ):
         super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
         self.channels, self.total, self.channels_first = channels, total, channels_first
-    def check_settings(self, total, channels_first, eps) -> None: check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
-    def extra_repr(self) -> str: return f"{self.channels} of {self.total}, eps={self.eps}"
+
+    def check_settings(self, total, channels_first, eps) -> None:
+        check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} of {self.total}, eps={self.eps}"
 
 # %% ../nbs/08_structured.ipynb
 def _norm_forward(self, input: Tensor) -> Tensor:
     "Over the last axis, to which channels that come first are moved and back."
     n = input.dim()
-    if self.channels_first: input = input.permute(0, *range(2, n), 1)
+    if self.channels_first:
+        input = input.permute(0, *range(2, n), 1)
     y = layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, self.total)
     return y.permute(0, n - 1, *range(1, n - 1)) if self.channels_first else y
 
+
 RemainingLayerNorm.forward = _norm_forward
+
 
 def check_counting(m: nn.Module, total: Any, eps: Any, more: bool = True) -> None:
     "`ValueError` unless a norm can have these settings, which come from a state."
@@ -92,50 +117,63 @@ def check_counting(m: nn.Module, total: Any, eps: Any, more: bool = True) -> Non
 
 # %% ../nbs/08_structured.ipynb
 def rms_norm(
-    input: Tensor,            # [..., channels]
+    input: Tensor,  # [..., channels]
     normalized_shape: tuple,
     weight: Tensor | None,
-    eps: float | None,        # None: the smallest difference from 1 in the input's precision
-    total: int,               # channels that there were once
+    eps: float | None,  # None: the smallest difference from 1 in the input's precision
+    total: int,  # channels that there were once
 ) -> Tensor:
     "RMSNorm that goes on counting the zeros."
-    if has_torch_function((input,)): return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, total)
+    if has_torch_function((input,)):
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, total)
     x = input.to(torch.promote_types(input.dtype, torch.float32))
-    square = x.square().mean(-1, keepdim=True)*(input.shape[-1]/total)
-    y = x*torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
-    return (y if weight is None else y*weight).to(input.dtype)
+    square = x.square().mean(-1, keepdim=True) * (input.shape[-1] / total)
+    y = x * torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps))
+    return (y if weight is None else y * weight).to(input.dtype)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
     "What remains of an RMSNorm when channels were removed: it gives what the whole would give if those were zeros."
+
     in_state = ("total", "eps")
-    def check_settings(self, total, eps) -> None: check_counting(self, total, eps)
+
+    def check_settings(self, total, eps) -> None:
+        check_counting(self, total, eps)
+
     def __init__(
         self,
-        channels: int,                      # that are there
-        total: int,                         # that were there
-        eps: float | None = None,           # None: the smallest difference from 1 in the input's precision
-        elementwise_affine: bool = True,    # with a factor a channel
+        channels: int,  # that are there
+        total: int,  # that were there
+        eps: float | None = None,  # None: the smallest difference from 1 in the input's precision
+        elementwise_affine: bool = True,  # with a factor a channel
         device=None,
         dtype=None,
     ):
         super().__init__(channels, eps, elementwise_affine, device, dtype)
         self.channels, self.total = channels, total
-    def forward(self, input: Tensor) -> Tensor: return rms_norm(input, self.normalized_shape, self.weight, self.eps, self.total)
-    def extra_repr(self) -> str: return f"{self.channels} of {self.total}, eps={self.eps}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps, self.total)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} of {self.total}, eps={self.eps}"
 
 # %% ../nbs/08_structured.ipynb
 def multi_head_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor,      # [places, n, width]
-    *first: Any,                                    # as PyTorch's: embed_dim, num_heads, in_proj_weight … out_proj_bias
-    **more: Any,                                    # … training, key_padding_mask, need_weights, attn_mask, q_proj_weight …
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,  # [places, n, width]
+    *first: Any,  # as PyTorch's: embed_dim, num_heads, in_proj_weight … out_proj_bias
+    **more: Any,  # … training, key_padding_mask, need_weights, attn_mask, q_proj_weight …
 ) -> tuple[Tensor, Tensor | None]:
     "PyTorch's function of this name, for heads whose widths need not add up to the width of the model."
     if has_torch_function((query,)):
         return handle_torch_function(multi_head_attention_forward, (query,), query, key, value, *first, **more)
     _, heads, _, bias, *_, dropout, out_weight, out_bias = first
-    weights, biases = [more[f"{k}_proj_weight"] for k in "qkv"], [None]*3 if bias is None else bias.chunk(3)
-    split = lambda x, w, b: F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)      # [n, heads, places, width]
+    weights, biases = [more[f"{k}_proj_weight"] for k in "qkv"], [None] * 3 if bias is None else bias.chunk(3)
+    split = lambda x, w, b: (
+        F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    )  # [n, heads, places, width]
     q, k, v = map(split, (query, key, value), weights, biases)
     p = attention_weights(q, k, more["attn_mask"], more["key_padding_mask"])
     y = F.linear((F.dropout(p, dropout, more["training"]) @ v).permute(2, 0, 1, 3).flatten(2), out_weight, out_bias)
@@ -144,67 +182,118 @@ def multi_head_attention_forward(
 # %% ../nbs/08_structured.ipynb
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
     "softmax(q kᵀ/√width) over what the masks leave."
-    scores = q @ k.mT/math.sqrt(q.shape[-1])
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
     for m in (mask, None if padding is None else padding[:, None, None]):
-        if m is None: continue
-        if m.dim() == 3: m = m.view(-1, q.shape[1], *m.shape[1:])
+        if m is None:
+            continue
+        if m.dim() == 3:
+            m = m.view(-1, q.shape[1], *m.shape[1:])
         scores = scores.masked_fill(m, -math.inf) if m.dtype == torch.bool else scores + m
     return scores.softmax(-1)
 
 # %% ../nbs/08_structured.ipynb
 class RemainingAttention(SettingsInState, nn.Module):
-    "What remains of an `nn.MultiheadAttention` when heads, or channels of the model, were removed. It is called in the same way."
+    """What remains of an `nn.MultiheadAttention` when heads, or channels of the model, were removed. It is called
+    in the same way."""
+
     in_state = ("num_heads", "head_dim", "batch_first")
-    _qkv_same_embed_dim = False                        # so that a TransformerEncoderLayer calls it
+    _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
     in_proj_weight = bias_k = bias_v = None
     add_zero_attn = False
+
     def __init__(
         self,
-        embed_dim: int,             # width of what goes in as query and comes out
-        num_heads: int,             # heads that are there
-        head_dim: int,              # width of each
-        dropout: float = 0.,
+        embed_dim: int,  # width of what goes in as query and comes out
+        num_heads: int,  # heads that are there
+        head_dim: int,  # width of each
+        dropout: float = 0.0,
         bias: bool = True,
-        kdim: int | None = None,    # width of the keys; None: embed_dim
-        vdim: int | None = None,    # … of the values
+        kdim: int | None = None,  # width of the keys; None: embed_dim
+        vdim: int | None = None,  # … of the values
         batch_first: bool = False,  # [n, places, width]; False: [places, n, width]
         device=None,
         dtype=None,
     ):
         super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = embed_dim, num_heads, head_dim, dropout, batch_first
+        self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = (
+            embed_dim,
+            num_heads,
+            head_dim,
+            dropout,
+            batch_first,
+        )
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
-        self._make_parameters(num_heads*head_dim, bias, {"device": device, "dtype": dtype})
+        self._make_parameters(num_heads * head_dim, bias, {"device": device, "dtype": dtype})
+
     def check_settings(self, num_heads, head_dim, batch_first) -> None:
         inner = self.out_proj.in_features
-        if not (is_count(num_heads) and is_count(head_dim) and num_heads*head_dim == inner and isinstance(batch_first, bool)):
-            raise ValueError(f"this state says {num_heads!r} heads of {head_dim!r}; all heads of this {type(self).__name__} have {inner} together")
+        if not (
+            is_count(num_heads)
+            and is_count(head_dim)
+            and num_heads * head_dim == inner
+            and isinstance(batch_first, bool)
+        ):
+            raise ValueError(
+                f"this state says {num_heads!r} heads of {head_dim!r}; all heads of this {type(self).__name__} have"
+                f" {inner} together"
+            )
 
 # %% ../nbs/08_structured.ipynb
 def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
     "Three matrices in, one out; inner is the width of all heads."
     for k, n in zip("qkv", (self.embed_dim, self.kdim, self.vdim)):
-        self.register_parameter(f"{k}_proj_weight", nn.Parameter(torch.empty(inner, n, **like).normal_(0, n**-.5)))
-    self.in_proj_bias = nn.Parameter(torch.zeros(3*inner, **like)) if bias else None
+        self.register_parameter(f"{k}_proj_weight", nn.Parameter(torch.empty(inner, n, **like).normal_(0, n**-0.5)))
+    self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner, **like)) if bias else None
     self.out_proj = nn.Linear(inner, self.embed_dim, bias, **like)
+
 
 RemainingAttention._make_parameters = _make_parameters
 
 # %% ../nbs/08_structured.ipynb
-def _attend(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+def _attend(
+    self,
+    query,
+    key,
+    value,
+    key_padding_mask=None,
+    need_weights=True,
+    attn_mask=None,
+    average_attn_weights=True,
+    is_causal=False,
+):
     "As `nn.MultiheadAttention.forward`."
     lone, batch = query.dim() == 2, 0 if self.batch_first else 1
     if lone:
         query, key, value = (x.unsqueeze(batch) for x in (query, key, value))
-        if key_padding_mask is not None: key_padding_mask = key_padding_mask[None]
-    if self.batch_first: query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+    if self.batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     y, p = multi_head_attention_forward(
-        query, key, value, self.embed_dim, self.num_heads, None, self.in_proj_bias, None, None, False, self.dropout,
-        self.out_proj.weight, self.out_proj.bias, training=self.training, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-        need_weights=need_weights, average_attn_weights=average_attn_weights,
-        **{f"{k}_proj_weight": getattr(self, f"{k}_proj_weight") for k in "qkv"})
-    if self.batch_first: y = y.transpose(0, 1)
+        query,
+        key,
+        value,
+        self.embed_dim,
+        self.num_heads,
+        None,
+        self.in_proj_bias,
+        None,
+        None,
+        False,
+        self.dropout,
+        self.out_proj.weight,
+        self.out_proj.bias,
+        training=self.training,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        need_weights=need_weights,
+        average_attn_weights=average_attn_weights,
+        **{f"{k}_proj_weight": getattr(self, f"{k}_proj_weight") for k in "qkv"},
+    )
+    if self.batch_first:
+        y = y.transpose(0, 1)
     return (y.squeeze(batch), None if p is None else p[0]) if lone else (y, p)
+
 
 RemainingAttention.forward = _attend
 
@@ -212,43 +301,72 @@ RemainingAttention.forward = _attend
 def _attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
     query, key, value = x[:3]
     places = -2 if query.dim() == 2 or m.batch_first else 0
-    rows, keys, inner = query.shape[places], key.shape[places], m.num_heads*m.head_dim
-    n = query.numel()//(rows*query.shape[-1])
-    return n*inner*(2*rows*m.embed_dim + keys*(key.shape[-1] + value.shape[-1]) + 2*rows*keys)
+    rows, keys, inner = query.shape[places], key.shape[places], m.num_heads * m.head_dim
+    n = query.numel() // (rows * query.shape[-1])
+    return n * inner * (2 * rows * m.embed_dim + keys * (key.shape[-1] + value.shape[-1]) + 2 * rows * keys)
+
 
 mac_rules[RemainingAttention] = _attention_macs
 
 # %% ../nbs/08_structured.ipynb
-FRESH = {nn.Linear: lambda: nn.Linear(1, 1, device="meta"), nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"), nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
-         nn.RMSNorm: lambda: nn.RMSNorm(1, device="meta"), nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1, device="meta")}
+FRESH = {
+    nn.Linear: lambda: nn.Linear(1, 1, device="meta"),
+    nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"),
+    nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),
+    nn.RMSNorm: lambda: nn.RMSNorm(1, device="meta"),
+    nn.MultiheadAttention: lambda: nn.MultiheadAttention(1, 1, device="meta"),
+}
+
 
 def takes_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    "A layer takes the place of another: it calls its hooks, has the attributes that somebody gave it, and is in its mode."
+    """A layer takes the place of another: it calls its hooks, has the attributes that somebody gave it, and is in
+    its mode."""
     fresh = next((f() for kind, f in FRESH.items() if isinstance(old, kind)), old)
-    new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(fresh) and k not in vars(new) and not hasattr(type(new), k)})
+    new.__dict__.update(
+        {
+            k: v
+            for k, v in vars(old).items()
+            if k not in vars(fresh) and k not in vars(new) and not hasattr(type(new), k)
+        }
+    )
     return carry_hooks(old, new.train(old.training))
 
 # %% ../nbs/08_structured.ipynb
 def remaining_attention(
-    m: nn.Module,             # `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
-    head_dim: int,            # the width of a head
+    m: nn.Module,  # `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
+    head_dim: int,  # the width of a head
 ) -> RemainingAttention:
     "Put the parameters of an attention into a module that does not insist on how many they are."
     whole = m.in_proj_weight
-    weights = [getattr(m, f"{k}_proj_weight") for k in "qkv"] if whole is None else [nn.Parameter(w.clone(), whole.requires_grad) for w in whole.data.chunk(3)]
+    weights = (
+        [getattr(m, f"{k}_proj_weight") for k in "qkv"]
+        if whole is None
+        else [nn.Parameter(w.clone(), whole.requires_grad) for w in whole.data.chunk(3)]
+    )
     outputs, inner = m.out_proj.weight.shape
-    new = RemainingAttention(outputs, inner//head_dim, head_dim, m.dropout, m.in_proj_bias is not None, weights[1].shape[1],
-                             weights[2].shape[1], m.batch_first, "meta")
-    for k, w in zip("qkv", weights): setattr(new, f"{k}_proj_weight", w)
+    new = RemainingAttention(
+        outputs,
+        inner // head_dim,
+        head_dim,
+        m.dropout,
+        m.in_proj_bias is not None,
+        weights[1].shape[1],
+        weights[2].shape[1],
+        m.batch_first,
+        "meta",
+    )
+    for k, w in zip("qkv", weights):
+        setattr(new, f"{k}_proj_weight", w)
     new.in_proj_bias, new.out_proj.weight, new.out_proj.bias = m.in_proj_bias, m.out_proj.weight, m.out_proj.bias
-    takes_over(m, new); takes_over(m.out_proj, new.out_proj)
+    takes_over(m, new)
+    takes_over(m.out_proj, new.out_proj)
     return new
 
 # %% ../nbs/08_structured.ipynb
 def gone_among(
     t: Trace,
-    roots: Iterable[int],      # of the channels that are removed
-) -> np.ndarray:               # for every number whether it goes
+    roots: Iterable[int],  # of the channels that are removed
+) -> np.ndarray:  # for every number whether it goes
     table = np.zeros(len(t.ties.parent), bool)
     table[list(roots)] = True
     return table[t.ties.find(np.arange(len(table)))]
@@ -266,14 +384,16 @@ def masked(
     groups: Groups,
     roots: Iterable[int],
     share: bool = False,  # parameters that stay whole are the model's own: for a trial
-) -> nn.Module:           # a copy of the same size
+) -> nn.Module:  # a copy of the same size
     "Set the parameters of channels to zero."
     gone = places(groups, roots)
     new = copy.deepcopy(model, whole(model, {name for name, _ in gone})) if share else copied(model)
     tensors = dict(new.named_parameters())
     for (name, axis), here in gone.items():
-        if name in tensors: tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
+        if name in tensors:
+            tensors[name].data.movedim(axis, 0)[torch.from_numpy(here)] = 0
     return new
+
 
 def whole(model: nn.Module, but: Iterable[str] = ()) -> dict:
     "Parameters that a copy need not copy, for `copied`."
@@ -284,24 +404,34 @@ def removed(
     model: nn.Module,
     groups: Groups,
     roots: Iterable[int],
-    exact: bool = True,       # normalizations go on counting the channels that are gone
-    share: bool = False,      # parameters that stay whole are the model's own: for a trial
-) -> nn.Module:               # a copy with fewer channels
+    exact: bool = True,  # normalizations go on counting the channels that are gone
+    share: bool = False,  # parameters that stay whole are the model's own: for a trial
+) -> nn.Module:  # a copy with fewer channels
     "Take the parameters of channels away, and let the sizes that modules keep follow."
-    new, roots, left = copy.deepcopy(model, whole(model)) if share else copied(model), list(roots), collections.defaultdict(dict)
-    for (name, axis), gone in places(groups, roots).items(): left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
+    new, roots, left = (
+        copy.deepcopy(model, whole(model)) if share else copied(model),
+        list(roots),
+        collections.defaultdict(dict),
+    )
+    for (name, axis), gone in places(groups, roots).items():
+        left[name][axis] = torch.from_numpy(~gone).nonzero()[:, 0]
     made = {one: sliced(tensor_at(new, one), axes) for one, axes in left.items()}
     for name, one in first_names(model).items():
-        if one in made: setattr(new.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made[one])
+        if one in made:
+            setattr(new.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made[one])
     follow(new, groups.trace, gone_among(groups.trace, roots), exact)
     return new
 
 # %% ../nbs/08_structured.ipynb
 def first_names(model: nn.Module) -> dict[str, str]:
     "Every name of a tensor → the first name of the same tensor, which differ where weights are tied."
-    named = lambda again: [*model.named_parameters(remove_duplicate=again), *model.named_buffers(remove_duplicate=again)]
+    named = lambda again: [
+        *model.named_parameters(remove_duplicate=again),
+        *model.named_buffers(remove_duplicate=again),
+    ]
     first = {id(t): n for n, t in named(True)}
     return {n: first[id(t)] for n, t in named(False)}
+
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
     owner, _, key = name.rpartition(".")
@@ -311,12 +441,13 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
 def sliced(t: Tensor, left: dict[int, Tensor]) -> Tensor:
     "What remains of a tensor."
     new = t.detach()
-    for axis, index in left.items(): new = new.index_select(axis, index.to(t.device))
+    for axis, index in left.items():
+        new = new.index_select(axis, index.to(t.device))
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../nbs/08_structured.ipynb
 def follow(
-    model: nn.Module,       # changed in place
+    model: nn.Module,  # changed in place
     t: Trace,
     gone: np.ndarray,
     exact: bool,
@@ -324,11 +455,15 @@ def follow(
     "Sizes in attributes, and the layers that have to become others."
     for path, attribute, i, labels in t.tracks:
         m, n = model.get_submodule(path), int((~gone[labels]).sum())
-        if not hasattr(m, attribute): continue                     # it is made in the first call
-        if i is None: setattr(m, attribute, n)
-        else: setattr(m, attribute, type(old := getattr(m, attribute))([*old[:i], n, *old[i + 1:]]))
+        if not hasattr(m, attribute):
+            continue  # it is made in the first call
+        if i is None:
+            setattr(m, attribute, n)
+        else:
+            setattr(m, attribute, type(old := getattr(m, attribute))([*old[:i], n, *old[i + 1 :]]))
     for path, (labels, first) in t.norms.items():
-        if gone[labels].any(): put(model, path, smaller_norm(model.get_submodule(path), int((~gone[labels]).sum()), first, exact))
+        if gone[labels].any():
+            put(model, path, smaller_norm(model.get_submodule(path), int((~gone[labels]).sum()), first, exact))
     for path, (heads, columns) in t.heads.items():
         if gone[heads].any() or gone[columns].any():
             put(model, path, remaining_attention(model.get_submodule(path), heads.shape[1]))
@@ -338,22 +473,26 @@ def smaller_norm(m: nn.LayerNorm | nn.RMSNorm, n: int, first: bool, exact: bool)
     "The same norm for n channels (which come first or last), with the parameters that remain already in it."
     new = remaining_norm(m, n, first) if exact else ordinary_norm(m)
     new.normalized_shape, new.weight = (n,), m.weight
-    if isinstance(m, nn.LayerNorm): new.bias = m.bias
+    if isinstance(m, nn.LayerNorm):
+        new.bias = m.bias
     return takes_over(m, new) if exact else new.train(m.training)
 
 # %% ../nbs/08_structured.ipynb
 def remaining_norm(m: nn.Module, n: int, first: bool) -> nn.Module:
     "One that goes on counting."
     total, affine = getattr(m, "total", m.normalized_shape[0]), m.weight is not None
-    if isinstance(m, nn.RMSNorm): return RemainingRMSNorm(n, total, m.eps, affine, "meta")
+    if isinstance(m, nn.RMSNorm):
+        return RemainingRMSNorm(n, total, m.eps, affine, "meta")
     return RemainingLayerNorm(n, total, m.eps, affine, m.bias is not None, first, "meta")
 
 # %% ../nbs/08_structured.ipynb
 def ordinary_norm(m: nn.Module) -> nn.Module:
     "Of the class that it had, if we know it."
-    if not hasattr(m, "total") or getattr(m, "channels_first", False): return copy.copy(m)
+    if not hasattr(m, "total") or getattr(m, "channels_first", False):
+        return copy.copy(m)
     affine = m.weight is not None
-    if isinstance(m, nn.RMSNorm): return nn.RMSNorm(1, m.eps, affine, "meta")
+    if isinstance(m, nn.RMSNorm):
+        return nn.RMSNorm(1, m.eps, affine, "meta")
     return nn.LayerNorm(1, m.eps, affine, m.bias is not None, "meta")
 
 # %% ../nbs/08_structured.ipynb
@@ -362,122 +501,154 @@ def put(model: nn.Module, path: str, new: nn.Module) -> None:
     old = model.get_submodule(path)
     for owner in list(model.modules()):
         for name, m in owner._modules.items():
-            if m is old: owner._modules[name] = new
+            if m is old:
+                owner._modules[name] = new
         for key, x in [*vars(owner).items()]:
-            if key not in COPIED and not key.endswith("_hooks") and (y := swapped(x, old, new)) is not x: owner.__dict__[key] = y
+            if key not in COPIED and not key.endswith("_hooks") and (y := swapped(x, old, new)) is not x:
+                owner.__dict__[key] = y
+
 
 def swapped(x: Any, old: nn.Module, new: nn.Module) -> Any:
     "A plain attribute with one module in the place of another: lists and dicts change in place."
-    if x is old: return new
-    if type(x) is list: x[:] = [swapped(y, old, new) for y in x]
-    elif type(x) in (dict, collections.OrderedDict, collections.defaultdict): x.update({k: z for k, y in x.items() if (z := swapped(y, old, new)) is not y})
+    if x is old:
+        return new
+    if type(x) is list:
+        x[:] = [swapped(y, old, new) for y in x]
+    elif type(x) in (dict, collections.OrderedDict, collections.defaultdict):
+        x.update({k: z for k, y in x.items() if (z := swapped(y, old, new)) is not y})
     elif type(x) is tuple:
         y = tuple(swapped(z, old, new) for z in x)
-        if any(a is not b for a, b in zip(x, y)): return y
+        if any(a is not b for a, b in zip(x, y)):
+            return y
     return x
 
 # %% ../nbs/08_structured.ipynb
 class Mismatch(Exception):
     "The smaller model does not do what was expected of it."
-    def __init__(self, at: int, what: str): self.at, self.what = at, what; super().__init__(what)
+
+    def __init__(self, at: int, what: str):
+        self.at, self.what = at, what
+        super().__init__(what)
 
 # %% ../nbs/08_structured.ipynb
 class Replay(Walks, TorchFunctionMode):
     "Watches the smaller model run, and compares every step with the trace."
+
     def __init__(self, t: Trace, model: nn.Module, gone: np.ndarray):
         super().__init__()
         self.t, self.gone, self.at, self.path, self.modules, self.end = t, gone, 0, [""], dict(model.named_modules()), 0
+
     inside_attention = Trace.inside_attention
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = name_of(f)
-        try: output = f(*args, **kwargs)
-        except Exception as e: raise Mismatch(min(self.at, self.end - 1), f"`{name}` raised {type(e).__name__}: {e}".split("\n")[0]) from None
+        try:
+            output = f(*args, **kwargs)
+        except Exception as e:
+            raise Mismatch(
+                min(self.at, self.end - 1), f"`{name}` raised {type(e).__name__}: {e}".split("\n")[0]
+            ) from None
         outputs = tensors_of(output)
         if outputs and name not in ("detach_set", "requires_grad") and not self.inside_attention():
             self.compare(name, args, kwargs, outputs)
         return output
 
 # %% ../nbs/08_structured.ipynb
-def compare_step(
-    self: Replay,
-    name: str,
-    args: tuple,
-    kwargs: dict,
-    outputs: list[Tensor],
-) -> None:
+def compare_step(self: Replay, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     "`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same constants."
-    if self.at >= self.end: raise Mismatch(self.at - 1, "it goes on longer")
+    if self.at >= self.end:
+        raise Mismatch(self.at - 1, "it goes on longer")
     step = self.t.steps[self.at]
-    if name != step.name: raise Mismatch(self.at, f"`{name}` came instead of `{step.name}`")
+    if name != step.name:
+        raise Mismatch(self.at, f"`{name}` came instead of `{step.name}`")
     for o, m in zip(outputs, step.outputs):
-        if not m.free and tuple(o.shape) != (want := size_after(m, self.gone)) and not (0 in o.shape and 0 in want):      # what is empty carries nothing
+        if (
+            not m.free and tuple(o.shape) != (want := size_after(m, self.gone)) and not (0 in o.shape and 0 in want)
+        ):  # what is empty carries nothing
             raise Mismatch(self.at, f"`{name}` gave {list(o.shape)} instead of {list(want)}")
-    if not same_numbers(numbers_in(name, args, kwargs), step.numbers): raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
-    if step.made is not None and (o := outputs[0]).shape == step.made.shape and not torch.equal(o.nan_to_num(), step.made.nan_to_num()):
+    if not same_numbers(numbers_in(name, args, kwargs), step.numbers):
+        raise Mismatch(self.at, f"`{name}` has a constant that depends on the size")
+    if (
+        step.made is not None
+        and (o := outputs[0]).shape == step.made.shape
+        and not torch.equal(o.nan_to_num(), step.made.nan_to_num())
+    ):
         raise Mismatch(self.at, f"`{name}` makes numbers that depend on the size")
     self.at += 1
 
 # %% ../nbs/08_structured.ipynb
 Replay.compare = compare_step
 
+
 def same_numbers(a: tuple, b: tuple) -> bool:
     "Equal, and NaN like NaN."
     return len(a) == len(b) and all(x == y or x != x and y != y for x, y in zip(a, b))
+
 
 def size_after(m: Marks, gone: np.ndarray) -> tuple:
     "The shape that a tensor should have when channels are gone."
     shape = list(m.shape)
     for axes, labels in m.blocks.items():
         here = ~gone[labels]
-        for i, a in enumerate(axes): shape[a] = int(here.any(tuple(j for j in range(len(axes)) if j != i)).sum())
+        for i, a in enumerate(axes):
+            shape[a] = int(here.any(tuple(j for j in range(len(axes)) if j != i)).sum())
     return tuple(shape)
 
 # %% ../nbs/08_structured.ipynb
-def replayed(
-    groups: Groups,
-    roots: Iterable[int],
-    exact: bool = True,
-) -> Mismatch | None:        # where it goes wrong first
-    "Remove channels and see whether each step of each run has the sizes, the constants and the order that it should have."
+def replayed(groups: Groups, roots: Iterable[int], exact: bool = True) -> Mismatch | None:  # where it goes wrong first
+    """Remove channels and see whether each step of each run has the sizes, the constants and the order that it
+    should have."""
     t = groups.trace
-    try: small = removed(t.base, groups, roots, exact, True)
-    except Exception as e: return Mismatch(-1, f"{type(e).__name__}: {e}")
+    try:
+        small = removed(t.base, groups, roots, exact, True)
+    except Exception as e:
+        return Mismatch(-1, f"{type(e).__name__}: {e}")
     replay = Replay(t, small, gone_among(t, roots))
     for (training, x, first), (_, _, end) in zip(t.runs, [*t.runs[1:], (None, None, len(t.steps))]):
         replay.at, replay.end = first, end
-        try: watched(replay, ready(small, training), x)
-        except Mismatch as e: return e
-        except Exception as e: return Mismatch(min(replay.at, end - 1), f"{type(e).__name__}: {e}".split("\n")[0])
-        if replay.at < end: return Mismatch(replay.at, f"`{t.steps[replay.at].name}` is missing")
+        try:
+            watched(replay, ready(small, training), x)
+        except Mismatch as e:
+            return e
+        except Exception as e:
+            return Mismatch(min(replay.at, end - 1), f"{type(e).__name__}: {e}".split("\n")[0])
+        if replay.at < end:
+            return Mismatch(replay.at, f"`{t.steps[replay.at].name}` is missing")
     return None
 
 # %% ../nbs/08_structured.ipynb
 def rehearse(
-    model: nn.Module,
-    examples: list,
-    groups: Groups,
-    roots: Iterable[int],
-) -> Mismatch | None:        # where it goes wrong first
+    model: nn.Module, examples: list, groups: Groups, roots: Iterable[int]
+) -> Mismatch | None:  # where it goes wrong first
     "The same, and whether the outputs are those of the masked model, on other inputs and with other weights too."
-    if (wrong := replayed(groups, roots)) is not None: return wrong
-    what = disagreement(model, examples, lambda m: masked(m, groups, roots, True), lambda m: removed(m, groups, roots, share=True))
+    if (wrong := replayed(groups, roots)) is not None:
+        return wrong
+    what = disagreement(
+        model, examples, lambda m: masked(m, groups, roots, True), lambda m: removed(m, groups, roots, share=True)
+    )
     return None if what is None else Mismatch(-1, f"its outputs are not those of the masked model: {what}")
 
 # %% ../nbs/08_structured.ipynb
-SHARES = (1/2, 1/3, 1/4, 2/5, 3/5)      # of a group that goes in a rehearsal
+SHARES = (1 / 2, 1 / 3, 1 / 4, 2 / 5, 3 / 5)  # of a group that goes in a rehearsal
+
 
 def some(groups: Iterable[Group], number: int = 0) -> dict[str, list[int]]:
-    "Channels of each group, in numbers such that what remains differs from group to group, as far as there are enough of them."
+    """Channels of each group, in numbers such that what remains differs from group to group, as far as there are
+    enough of them."""
     taken, chosen = set(), {}
     for i, g in sorted(enumerate(groups), key=lambda p: len(p[1])):
-        aim, n = len(g)*(1 - SHARES[(i + 2*number) % 5]), len(g)
-        counts = sorted(range(1, n + (number > 1)), key=lambda k: (abs(k - aim), (k + number) % 2))      # in later ones, some may lose nothing
-        left = next((k for k in counts if not {k, k*g.width} & taken), counts[(i*3**number//2**number) % len(counts)])
-        taken |= {left, left*g.width}
-        chosen[g.name] = list(g.roots[::-1][:n - left])
+        aim, n = len(g) * (1 - SHARES[(i + 2 * number) % 5]), len(g)
+        counts = sorted(
+            range(1, n + (number > 1)), key=lambda k: (abs(k - aim), (k + number) % 2)
+        )  # in later ones, some may lose nothing
+        left = next(
+            (k for k in counts if not {k, k * g.width} & taken), counts[(i * 3**number // 2**number) % len(counts)]
+        )
+        taken |= {left, left * g.width}
+        chosen[g.name] = list(g.roots[::-1][: n - left])
     return chosen
+
 
 def rehearsals(groups: Iterable[Group]) -> list[dict[str, list[int]]]:
     "Two at least, and more until any two groups of one size have been told apart; six at most."
@@ -485,34 +656,40 @@ def rehearsals(groups: Iterable[Group]) -> list[dict[str, list[int]]]:
     for number in range(6):
         found.append(some(groups, number))
         seen = [(len(g), g.width, *(len(chosen[g.name]) for chosen in found)) for g in groups]
-        if number and len(set(seen)) == len(seen): break
+        if number and len(set(seen)) == len(seen):
+            break
     return found
 
-def all_of(chosen: dict[str, list[int]]) -> list[int]: return [r for roots in chosen.values() for r in roots]
+
+def all_of(chosen: dict[str, list[int]]) -> list[int]:
+    return [r for roots in chosen.values() for r in roots]
 
 # %% ../nbs/08_structured.ipynb
 def candidates(
     t: Trace,
-    path: str,         # of the module in which a step went wrong
-    upto: int,         # its number
-) -> list[tuple]:      # (path, attribute, position in it, numbers): what would follow which sizes
+    path: str,  # of the module in which a step went wrong
+    upto: int,  # its number
+) -> list[tuple]:  # (path, attribute, position in it, numbers): what would follow which sizes
     "Attributes of a module whose value is a size that changes within it."
     sizes, known = changing_sizes(t, path, upto), {(p, a, i) for p, a, i, _ in t.tracks}
     found = []
     for k, v in vars(t.modules[path]).items():
-        if k.startswith("_") or k == "training": continue
+        if k.startswith("_") or k == "training":
+            continue
         for i, n in [(None, v)] if type(v) is int else [*enumerate(v)] if isinstance(v, (tuple, list)) else []:
-            if type(n) is int and (path, k, i) not in known: found += [(path, k, i, l) for l in sizes.get(n, {}).values()]
+            if type(n) is int and (path, k, i) not in known:
+                found += [(path, k, i, l) for l in sizes.get(n, {}).values()]
     return found
 
 # %% ../nbs/08_structured.ipynb
 def changing_sizes(t: Trace, path: str, upto: int) -> dict[int, dict[bytes, np.ndarray]]:
     "Size → the different runs of numbers of that length that a module has seen, and of which some may go."
     sizes = collections.defaultdict(dict)
-    inside = [s for s in t.steps[:upto + 1] if s.path == path or s.path.startswith(path + ".") or not path]
+    inside = [s for s in t.steps[: upto + 1] if s.path == path or s.path.startswith(path + ".") or not path]
     for m in (m for s in inside for m in [*s.inputs, *s.outputs]):
         for l in (line(t.ties, labels, i) for labels in m.blocks.values() for i in range(labels.ndim)):
-            if len(np.unique(l)) > 1 and t.ties.free(l).any(): sizes[len(l)][l.tobytes()] = l
+            if len(np.unique(l)) > 1 and t.ties.free(l).any():
+                sizes[len(l)][l.tobytes()] = l
     return sizes
 
 # %% ../nbs/08_structured.ipynb
@@ -520,10 +697,7 @@ def line(ties: Ties, labels: np.ndarray, axis: int) -> np.ndarray:
     return ties.find(np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)[:, 0])
 
 # %% ../nbs/08_structured.ipynb
-def adapt(
-    groups: Groups,
-    wrong: Mismatch,
-) -> Mismatch | None | bool:      # what is wrong afterwards; False: nothing helped
+def adapt(groups: Groups, wrong: Mismatch) -> Mismatch | None | bool:  # what is wrong afterwards; False: nothing helped
     "Let attributes follow until the step comes out right, in all rehearsals."
     t = groups.trace
     path = t.steps[wrong.at].path
@@ -532,68 +706,95 @@ def adapt(
         for new in combinations(candidates(t, path, wrong.at)[:6]):
             t.tracks += new
             now = first_wrong(groups, wrong)
-            if now is None or now.at > wrong.at or now.at < 0: return now
-            del t.tracks[-len(new):]
-        if not path: t.hopeless.add(kind)
+            if now is None or now.at > wrong.at or now.at < 0:
+                return now
+            del t.tracks[-len(new) :]
+        if not path:
+            t.hopeless.add(kind)
         path = path.rpartition(".")[0]
     return False
 
+
 def first_wrong(groups: Groups, before: Mismatch | None = None) -> Mismatch | None:
-    "The first step that comes out wrong in any rehearsal. (One that is no better than before is enough, and probably the same one.)"
+    """The first step that comes out wrong in any rehearsal. (One that is no better than before is enough, and
+    probably the same one.)"""
     found, number = [], getattr(before, "rehearsal", 0)
     for i, chosen in sorted(enumerate(rehearsals(groups)), key=lambda p: p[0] != number):
-        if (w := replayed(groups, all_of(chosen))) is None: continue
+        if (w := replayed(groups, all_of(chosen))) is None:
+            continue
         w.rehearsal = i
         found.append(w)
-        if before is not None and 0 <= w.at <= before.at: break
+        if before is not None and 0 <= w.at <= before.at:
+            break
     return min(found, key=lambda w: w.at, default=None)
 
 # %% ../nbs/08_structured.ipynb
 def combinations(found: list[tuple]) -> list[list[tuple]]:
     "One alone, two together, all if no attribute comes twice."
-    pairs = [[f, g] for i, f in enumerate(found) for g in found[i + 1:] if f[:3] != g[:3]]
-    return [[f] for f in found] + pairs + [found]*(len({f[:3] for f in found}) == len(found) > 2)
+    pairs = [[f, g] for i, f in enumerate(found) for g in found[i + 1 :] if f[:3] != g[:3]]
+    return [[f] for f in found] + pairs + [found] * (len({f[:3] for f in found}) == len(found) > 2)
 
 # %% ../nbs/08_structured.ipynb
 def channel_groups(
-    model: nn.Module,          # any model; left as it is
-    example: Any,              # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    model: nn.Module,  # any model; left as it is
+    # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    example: Any,
     keep: Iterable[str] = (),  # layers whose outputs must stay; a block: all that is made within it
-) -> Groups:                   # what can be removed, and what was left alone and why
-    """Find the channels that can be removed, each with all that depends on it (after Fang et al. 2023, arXiv:2301.12900).
-    They are found, and rehearsed, in the code that the examples run through, in evaluation mode and (where it runs) in training; what they
-    never call stays whole. `TypeError` for what is no module and for outputs that hide their numbers, `ValueError` for a name in keep
-    that is no layer, NaN, and a model that cannot be copied."""
+) -> Groups:  # what can be removed, and what was left alone and why
+    """Find the channels that can be removed, each with all that depends on it (after Fang et al. 2023,
+    arXiv:2301.12900). They are found, and rehearsed, in the code that the examples run through, in evaluation mode
+    and (where it runs) in training; what they never call stays whole. `TypeError` for what is no module and for
+    outputs that hide their numbers, `ValueError` for a name in keep that is no layer, NaN, and a model that cannot
+    be copied."""
     return rehearsed(model, examples_of(example), dependency_graph(model, example, keep))
 
 # %% ../nbs/08_structured.ipynb
-def rehearsed(
-    model: nn.Module,
-    examples: list,
-    groups: Groups,
-) -> Groups:
+def rehearsed(model: nn.Module, examples: list, groups: Groups) -> Groups:
     "Remove some of everything, and leave alone what goes wrong."
     t = groups.trace
     for _ in range(len(groups) + 100):
         wrong = first_wrong(groups) if len(groups) else None
-        while wrong is not None and wrong.at >= 0 and (now := adapt(groups, wrong)) is not False: wrong = now
-        if wrong is None: wrong = next((w for c in rehearsals(groups)[:1] if len(groups) and (w := rehearse(model, examples, groups, all_of(c))) is not None), None)
-        if wrong is None: return groups
+        while wrong is not None and wrong.at >= 0 and (now := adapt(groups, wrong)) is not False:
+            wrong = now
+        if wrong is None:
+            wrong = next(
+                (
+                    w
+                    for c in rehearsals(groups)[:1]
+                    if len(groups) and (w := rehearse(model, examples, groups, all_of(c))) is not None
+                ),
+                None,
+            )
+        if wrong is None:
+            return groups
         labels = involved(t, wrong.at) if wrong.at >= 0 else []
-        for l in labels: t.ties.keep(l, f"in {t.steps[wrong.at].path or 'the model'}, {wrong.what}")
-        if not labels: one_by_one(model, examples, groups)
+        for l in labels:
+            t.ties.keep(l, f"in {t.steps[wrong.at].path or 'the model'}, {wrong.what}")
+        if not labels:
+            one_by_one(model, examples, groups)
         groups = group_up(t)
-    for g in groups: t.ties.keep(np.array(g.roots), "no rehearsal came to an end")
+    for g in groups:
+        t.ties.keep(np.array(g.roots), "no rehearsal came to an end")
     return group_up(t)
 
 # %% ../nbs/08_structured.ipynb
 def one_by_one(model: nn.Module, examples: list, groups: Groups) -> None:
-    "Where a step does not tell who is to blame: add one group after the other, and leave alone those with which it goes wrong."
+    """Where a step does not tell who is to blame: add one group after the other, and leave alone those with which
+    it goes wrong."""
     both, good = rehearsals(groups)[:1], []
     for g in groups:
-        wrong = next((w for c in both if (w := rehearse(model, examples, groups, [r for n in [*good, g.name] for r in c[n]])) is not None), None)
-        if wrong is None: good.append(g.name)
-        else: groups.trace.ties.keep(np.array(g.roots), wrong.what)
+        wrong = next(
+            (
+                w
+                for c in both
+                if (w := rehearse(model, examples, groups, [r for n in [*good, g.name] for r in c[n]])) is not None
+            ),
+            None,
+        )
+        if wrong is None:
+            good.append(g.name)
+        else:
+            groups.trace.ties.keep(np.array(g.roots), wrong.what)
 
 # %% ../nbs/08_structured.ipynb
 def involved(t: Trace, at: int) -> list[np.ndarray]:
@@ -604,10 +805,10 @@ def involved(t: Trace, at: int) -> list[np.ndarray]:
 
 # %% ../nbs/08_structured.ipynb
 def energy(
-    name: str,          # of a parameter
-    weight: Tensor,     # its values
-    axis: int,          # along which its channels lie
-) -> Tensor:            # a score a channel
+    name: str,  # of a parameter
+    weight: Tensor,  # its values
+    axis: int,  # along which its channels lie
+) -> Tensor:  # a score a channel
     "The sum of squares of each slice: added up over a group, the squared L2 norm of all that goes with a channel."
     return weight.float().square().movedim(axis, 0).reshape(weight.shape[axis], -1).sum(1)
 
@@ -621,97 +822,129 @@ CRITERIA: dict[str, Callable] = {
 # %% ../nbs/08_structured.ipynb
 def channel_scores(
     model: nn.Module,
-    groups: Groups,                       # from `channel_groups(model, …)`
-    criterion: str | Callable = "l2",     # "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
-) -> dict[str, np.ndarray]:               # group → a score for each of its channels, in their order
+    groups: Groups,  # from `channel_groups(model, …)`
+    criterion: (
+        str | Callable
+    ) = "l2",  # "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
+) -> dict[str, np.ndarray]:  # group → a score for each of its channels, in their order
     "How much the model would lose with each channel: the scores of all its slices added up."
-    if isinstance(criterion, str) and criterion not in CRITERIA or not isinstance(criterion, str) and not callable(criterion):
-        raise ValueError(f"criterion is {criterion!r}; it may be {', '.join(CRITERIA)} or a function of (name, weight, axis)")
+    if (
+        isinstance(criterion, str)
+        and criterion not in CRITERIA
+        or not isinstance(criterion, str)
+        and not callable(criterion)
+    ):
+        raise ValueError(
+            f"criterion is {criterion!r}; it may be {', '.join(CRITERIA)} or a function of (name, weight, axis)"
+        )
     score, parameters = CRITERIA[criterion] if isinstance(criterion, str) else criterion, dict(model.named_parameters())
     totals = np.zeros(len(groups.trace.ties.parent))
     with torch.no_grad():
         for name, axis in dict.fromkeys(m for g in groups for m in g.members if m[0] in parameters):
             s = np.asarray(torch.as_tensor(score(name, parameters[name].detach(), axis)).double().cpu())
             n = parameters[name].shape[axis]
-            if s.shape != (n,): raise ValueError(f"criterion gave {s.shape} scores for axis {axis} of {name!r}; there are {n}")
-            if np.isnan(s).any(): raise ValueError(f"criterion gave NaN for {name!r}" + (", which has NaN in it" if parameters[name].isnan().any() else ""))
+            if s.shape != (n,):
+                raise ValueError(f"criterion gave {s.shape} scores for axis {axis} of {name!r}; there are {n}")
+            if np.isnan(s).any():
+                raise ValueError(
+                    f"criterion gave NaN for {name!r}"
+                    + (", which has NaN in it" if parameters[name].isnan().any() else "")
+                )
             np.add.at(totals, groups.axes[name, axis], s)
     return {g.name: totals[list(g.roots)] for g in groups}
 
 # %% ../nbs/08_structured.ipynb
 def how_many(
-    n: int,             # channels of a group
-    width: int,         # slices of each
-    ratio: float,       # share that should go
+    n: int,  # channels of a group
+    width: int,  # slices of each
+    ratio: float,  # share that should go
     round_to: int,
-) -> int:               # … that remain
-    "At least one remains. Where there are enough of them, the number of slices that remain is a multiple of `round_to` (or none goes)."
-    step = round_to//math.gcd(round_to, width)
-    left = n*(1 - ratio)
-    if n >= 2*step: return min(n, max(step, round(left/step + 1e-9)*step)) if ratio else n
+) -> int:  # … that remain
+    """At least one remains. Where there are enough of them, the number of slices that remain is a multiple of
+    `round_to` (or none goes)."""
+    step = round_to // math.gcd(round_to, width)
+    left = n * (1 - ratio)
+    if n >= 2 * step:
+        return min(n, max(step, round(left / step + 1e-9) * step)) if ratio else n
     return max(1, min(n, math.ceil(left - 1e-9)))
 
 # %% ../nbs/08_structured.ipynb
 def pick(
-    groups: Groups,
-    scores: dict[str, np.ndarray],
-    ratio: float,
-    round_to: int,
-    scope: str,
-) -> list[int]:       # roots that go
+    groups: Groups, scores: dict[str, np.ndarray], ratio: float, round_to: int, scope: str
+) -> list[int]:  # roots that go
     "The lowest scores go: in each group the same share, or wherever they are lowest compared with their group's mean."
     gone, shares = [], dict.fromkeys(scores, ratio) if scope == "group" else global_shares(scores, ratio)
     for g in groups:
         left = how_many(len(g), g.width, shares[g.name], round_to)
         order = np.argsort(scores[g.name], kind="stable")
-        gone += [g.roots[i] for i in sorted(order[:len(g) - left])]
+        gone += [g.roots[i] for i in sorted(order[: len(g) - left])]
     return gone
 
 # %% ../nbs/08_structured.ipynb
 def global_shares(scores: dict[str, np.ndarray], ratio: float) -> dict[str, float]:
     "How much of each group lies below one limit for all, 90 % at most."
-    relative = {k: s/max(s.mean(), 1e-30) for k, s in scores.items()}
+    relative = {k: s / max(s.mean(), 1e-30) for k, s in scores.items()}
     limit = np.quantile(np.concatenate(list(relative.values())), ratio)
-    return {k: min(float((s < limit).mean()), .9) for k, s in relative.items()}
+    return {k: min(float((s < limit).mean()), 0.9) for k, s in relative.items()}
 
 # %% ../nbs/08_structured.ipynb
 @dataclass(repr=False)
 class Choice:
     "Which channels of a model go. `shrunk()` and `masked()` carry it out, in two ways that give the same outputs."
+
     model: nn.Module
     groups: Groups
     roots: list[int]
 
-    def shrunk(self, exact: bool = True) -> nn.Module: return removed(self.model, self.groups, self.roots, exact)
-    def masked(self) -> nn.Module: return masked(self.model, self.groups, self.roots)
+    def shrunk(self, exact: bool = True) -> nn.Module:
+        return removed(self.model, self.groups, self.roots, exact)
+
+    def masked(self) -> nn.Module:
+        return masked(self.model, self.groups, self.roots)
+
     @property
-    def remaining(self) -> dict[str, tuple[int, int]]:      # group → channels that remain, channels that there were
+    def remaining(self) -> dict[str, tuple[int, int]]:  # group → channels that remain, channels that there were
         return {g.name: (len(g) - len(set(g.roots) & set(self.roots)), len(g)) for g in self.groups}
+
     @property
-    def channels(self) -> dict[tuple[str, int], list[int]]:      # (name of a tensor, axis) → places that go
+    def channels(self) -> dict[tuple[str, int], list[int]]:  # (name of a tensor, axis) → places that go
         return {k: np.flatnonzero(gone).tolist() for k, gone in places(self.groups, self.roots).items()}
-    def __repr__(self) -> str: return "\n".join(f"{n}: {a} of {b} remain" for n, (a, b) in self.remaining.items())
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{n}: {a} of {b} remain" for n, (a, b) in self.remaining.items())
 
 # %% ../nbs/08_structured.ipynb
 def choose_channels(
     model: nn.Module,
-    example: Any,                             # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
-    ratio: float | None = None,               # share of the channels of each group that goes, 0 to below 1
-    macs: float | None = None,                # or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a share
-    bytes: float | None = None,               # or: with parameters and buffers of at most so many bytes; below 1: a share
-    milliseconds: float | None = None,        # or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
-    criterion: str | Callable = "l2",         # which go first: see `channel_scores`
-    round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
-    scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
-    keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
+    # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    example: Any,
+    ratio: float | None = None,  # share of the channels of each group that goes, 0 to below 1
+    macs: (
+        float | None
+        # or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a share
+    ) = None,
+    bytes: float | None = None,  # or: with parameters and buffers of at most so many bytes; below 1: a share
+    milliseconds: (
+        float | None
+    ) = None,  # or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
+    criterion: str | Callable = "l2",  # which go first: see `channel_scores`
+    round_to: int = 8,  # what remains is a multiple of this (or all) where there are at least twice as many
+    scope: str = "group",  # "group": each loses the same share; "global": the lowest scores go
+    keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
+    groups: Groups | None = None,  # from `channel_groups`, if they are known already; what is to be kept was said there
 ) -> Choice:
     "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
-    kind, value = the_wish({"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope)
-    if groups is not None and (keep or keep == ""): raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
+    kind, value = the_wish(
+        {"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope
+    )
+    if groups is not None and (keep or keep == ""):
+        raise ValueError("keep and groups are both given, and groups are made already: give keep to channel_groups")
     groups = channel_groups(model, example, keep) if groups is None else checked_groups(groups, model)
     if not len(groups):
-        raise ValueError("model has no channels that can be removed: " + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8]))
+        raise ValueError(
+            "model has no channels that can be removed: "
+            + "; ".join(f"{k}: {v}" for k, v in [*groups.left.items()][:8])
+        )
     scores = channel_scores(model, groups, criterion)
     at = lambda r: Choice(model, groups, pick(groups, scores, r, round_to, scope))
     return at(value) if kind == "ratio" else within(at, kind, value, examples_of(example)[0])
@@ -721,42 +954,55 @@ def checked_groups(groups: Groups, model: nn.Module) -> Groups:
     "Groups that were found earlier; `ValueError` if they are those of another model."
     have = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     other = next((n for n, m in groups.trace.owned.items() if have.get(n) != m.shape), None)
-    if other is not None: raise ValueError(f"groups are of another model: there, {other} is {list(groups.trace.owned[other].shape)}, here {list(have.get(other, ()))}")
+    if other is not None:
+        raise ValueError(
+            f"groups are of another model: there, {other} is {list(groups.trace.owned[other].shape)}, here"
+            f" {list(have.get(other, ()))}"
+        )
     return groups
 
 # %% ../nbs/08_structured.ipynb
 def the_wish(wishes: dict, round_to: int, scope: str) -> tuple[str, float]:
     "The one that was said, checked."
     said = {k: v for k, v in wishes.items() if v is not None}
-    if len(said) != 1: raise ValueError(f"exactly one of {', '.join(wishes)} may be given, not {', '.join(said) or 'none'}")
-    (kind, value), = said.items()
-    if isinstance(value, bool) or not isinstance(value, (int, float)): raise TypeError(f"{kind} is {value!r}; it may be a number")
+    if len(said) != 1:
+        raise ValueError(f"exactly one of {', '.join(wishes)} may be given, not {', '.join(said) or 'none'}")
+    ((kind, value),) = said.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{kind} is {value!r}; it may be a number")
     if kind == "ratio" and not 0 <= value < 1:
         raise ValueError(f"ratio is {value!r}; it may be from 0 to below 1, where nothing would remain")
-    if kind != "ratio" and not 0 < value < math.inf: raise ValueError(f"{kind} is {value!r}; it may be a number above 0")
-    if type(round_to) is not int or round_to < 1: raise ValueError(f"round_to is {round_to!r}; it may be a whole number from 1")
-    if scope not in ("group", "global"): raise ValueError(f"scope is {scope!r}; it may be 'group' or 'global'")
+    if kind != "ratio" and not 0 < value < math.inf:
+        raise ValueError(f"{kind} is {value!r}; it may be a number above 0")
+    if type(round_to) is not int or round_to < 1:
+        raise ValueError(f"round_to is {round_to!r}; it may be a whole number from 1")
+    if scope not in ("group", "global"):
+        raise ValueError(f"scope is {scope!r}; it may be 'group' or 'global'")
     return kind, value
 
 # %% ../nbs/08_structured.ipynb
 def within(
-    at: Callable,         # ratio → Choice
-    kind: str,            # "macs", "bytes" or "milliseconds"
+    at: Callable,  # ratio → Choice
+    kind: str,  # "macs", "bytes" or "milliseconds"
     budget: float,
     example: Any,
 ) -> Choice:
     "The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none does."
     cost = lambda m: COSTS[kind](m, example)
-    if kind == "macs" and not cost(at(0).shrunk()): raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
-    if kind != "milliseconds" and budget < 1: budget *= cost(at(0).shrunk())
+    if kind == "macs" and not cost(at(0).shrunk()):
+        raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
+    if kind != "milliseconds" and budget < 1:
+        budget *= cost(at(0).shrunk())
     ratios = np.linspace(0, 1, 33 if kind == "milliseconds" else 1025)[:-1]
     if (least := cost(at(ratios[-1]).shrunk())) > budget:
         raise ValueError(f"{kind} is {budget:,.4g}, but with the fewest channels there are still {least:,.4g}")
     low, high = 0, len(ratios) - 1
     while low < high:
-        middle = (low + high)//2
-        if cost(at(ratios[middle]).shrunk()) <= budget: high = middle
-        else: low = middle + 1
+        middle = (low + high) // 2
+        if cost(at(ratios[middle]).shrunk()) <= budget:
+            high = middle
+        else:
+            low = middle + 1
     return at(ratios[high])
 
 # %% ../nbs/08_structured.ipynb
@@ -765,293 +1011,476 @@ def median_time(model: nn.Module, example: Any) -> float:
     with eval_mode(model), torch.inference_mode():
         return latency({"": lambda: call(model, example)}, repeats=15, progress=False)[""].median
 
-COSTS = {"macs": lambda m, example: total_macs(m, example), "bytes": lambda m, example: tensor_bytes(m), "milliseconds": median_time}
+
+COSTS = {
+    "macs": lambda m, example: total_macs(m, example),
+    "bytes": lambda m, example: tensor_bytes(m),
+    "milliseconds": median_time,
+}
 
 # %% ../nbs/08_structured.ipynb
 def total_macs(model: nn.Module, example: Any) -> int:
     "Multiply-accumulates of all products that run, attention's too."
-    return sum(count_macs(model if not isinstance(example, dict) else ByName(model, list(example)),
-                          tuple(example.values()) if isinstance(example, dict) else example).values())
+    return sum(
+        count_macs(
+            model if not isinstance(example, dict) else ByName(model, list(example)),
+            tuple(example.values()) if isinstance(example, dict) else example,
+        ).values()
+    )
 
 # %% ../nbs/08_structured.ipynb
 class ByName(nn.Module):
     "A model whose named arguments are given in a row."
-    def __init__(self, model: nn.Module, names: list[str]): super().__init__(); self.model, self.names = model, names
-    def forward(self, *args): return self.model(**dict(zip(self.names, args)))
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args):
+        return self.model(**dict(zip(self.names, args)))
 
 # %% ../nbs/08_structured.ipynb
 def shrink(
-    model: nn.Module,                         # left as it is
-    example: Any,                             # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
-    ratio: float | None = None,               # share of the channels of each group that goes, 0 to below 1
-    macs: float | None = None,                # or: at most so many MACs for the example; below 1: a share
-    bytes: float | None = None,               # or: parameters and buffers of at most so many bytes; below 1: a share
-    milliseconds: float | None = None,        # or: a median time of at most so much for the example, on this machine
-    criterion: str | Callable = "l2",         # which go first: see `channel_scores`
-    round_to: int = 8,                        # what remains is a multiple of this (or all) where there are at least twice as many
-    scope: str = "group",                     # "group": each loses the same share; "global": the lowest scores go
-    keep: Iterable[str] = (),                 # layers whose outputs stay; a block: all that is made within it
-    groups: Groups | None = None,             # from `channel_groups`, if they are known already; what is to be kept was said there
-    exact: bool = True,                       # LayerNorms and RMSNorms go on counting the channels that are gone; False: ordinary ones
-) -> nn.Module:                               # a smaller ordinary model
-    """Remove channels and all that depends on them. On inputs that run through the same code as the examples, the outputs are those of the
-    masked model, which is tried before it is handed out: on the examples, on other inputs and with other weights, and in training mode where
-    that is deterministic. (With `exact=False` normalizations over channels change them, and only sizes and constants are tried.)
-    `RuntimeError` if they are not, `ValueError` for an impossible wish, or a model of which nothing can be removed."""
+    model: nn.Module,  # left as it is
+    # what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    example: Any,
+    ratio: float | None = None,  # share of the channels of each group that goes, 0 to below 1
+    macs: float | None = None,  # or: at most so many MACs for the example; below 1: a share
+    bytes: float | None = None,  # or: parameters and buffers of at most so many bytes; below 1: a share
+    milliseconds: float | None = None,  # or: a median time of at most so much for the example, on this machine
+    criterion: str | Callable = "l2",  # which go first: see `channel_scores`
+    round_to: int = 8,  # what remains is a multiple of this (or all) where there are at least twice as many
+    scope: str = "group",  # "group": each loses the same share; "global": the lowest scores go
+    keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
+    groups: Groups | None = None,  # from `channel_groups`, if they are known already; what is to be kept was said there
+    exact: bool = True,  # LayerNorms and RMSNorms go on counting the channels that are gone; False: ordinary ones
+) -> nn.Module:  # a smaller ordinary model
+    """Remove channels and all that depends on them. On inputs that run through the same code as the examples, the
+    outputs are those of the masked model, which is tried before it is handed out: on the examples, on other inputs
+    and with other weights, and in training mode where that is deterministic. (With `exact=False` normalizations
+    over channels change them, and only sizes and constants are tried.) `RuntimeError` if they are not, `ValueError`
+    for an impossible wish, or a model of which nothing can be removed."""
     choice = choose_channels(model, example, ratio, macs, bytes, milliseconds, criterion, round_to, scope, keep, groups)
-    wrong = replayed(choice.groups, choice.roots, exact) if not exact else rehearse(model, examples_of(example), choice.groups, choice.roots)
-    if wrong is not None: raise RuntimeError(f"the smaller model would not do what the masked one does: {wrong.what}; keep= or another ratio may help")
+    wrong = (
+        replayed(choice.groups, choice.roots, exact)
+        if not exact
+        else rehearse(model, examples_of(example), choice.groups, choice.roots)
+    )
+    if wrong is not None:
+        raise RuntimeError(
+            f"the smaller model would not do what the masked one does: {wrong.what}; keep= or another ratio may help"
+        )
     return choice.shrunk(exact)
 
 # %% ../nbs/08_structured.ipynb
 def fold(
-    weight: Tensor,             # of a Linear or a convolution
-    bias: Tensor | None,        # its bias
-    norm: nn.Module,            # the BatchNorm behind it, for its factor, offset and eps
-    mean: Tensor,               # running mean
-    variance: Tensor,           # running variance
-    axis: int = 0,              # of the outputs in the weight: 1 in a transposed convolution
-) -> tuple[Tensor, Tensor]:     # weight and bias of a layer that does both
-    "What a BatchNorm in evaluation mode does, the layer before it can do as well (Jacob et al. 2018, arXiv:1712.05877)."
+    weight: Tensor,  # of a Linear or a convolution
+    bias: Tensor | None,  # its bias
+    norm: nn.Module,  # the BatchNorm behind it, for its factor, offset and eps
+    mean: Tensor,  # running mean
+    variance: Tensor,  # running variance
+    axis: int = 0,  # of the outputs in the weight: 1 in a transposed convolution
+) -> tuple[Tensor, Tensor]:  # weight and bias of a layer that does both
+    """What a BatchNorm in evaluation mode does, the layer before it can do as well (Jacob et al. 2018,
+    arXiv:1712.05877)."""
     scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None: scale = scale*norm.weight
-    bias = -mean*scale if bias is None else (bias - mean)*scale
-    if norm.bias is not None: bias = bias + norm.bias
-    return weight*scale.reshape([-1 if a == axis else 1 for a in range(weight.dim())]), bias
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = -mean * scale if bias is None else (bias - mean) * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return weight * scale.reshape([-1 if a == axis else 1 for a in range(weight.dim())]), bias
 
 # %% ../nbs/08_structured.ipynb
-FOLDS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
-         nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
+FOLDS = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
+    nn.ConvTranspose3d: nn.BatchNorm3d,
+}
+
 
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    "A layer and the BatchNorm for its outputs, which are one axis of its weight; both with plain parameters, in evaluation mode, without hooks."
-    if FOLDS.get(type(layer)) is not type(norm) or norm.running_mean is None or norm.training or hooks_of(layer) or hooks_of(norm): return False
-    if output_axis(layer) == 1 and layer.groups > 1 or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias")): return False
-    if layer.weight is None: return False                    # it is compressed
-    outputs = layer.weight.shape[output_axis(layer)]*getattr(layer, "groups", 1)**output_axis(layer)
-    exact = norm.running_var.dtype == layer.weight.dtype or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
+    """A layer and the BatchNorm for its outputs, which are one axis of its weight; both with plain parameters, in
+    evaluation mode, without hooks."""
+    if (
+        FOLDS.get(type(layer)) is not type(norm)
+        or norm.running_mean is None
+        or norm.training
+        or hooks_of(layer)
+        or hooks_of(norm)
+    ):
+        return False
+    if (
+        output_axis(layer) == 1
+        and layer.groups > 1
+        or any(computed(m, k) for m in (layer, norm) for k in ("weight", "bias"))
+    ):
+        return False
+    if layer.weight is None:
+        return False  # it is compressed
+    outputs = layer.weight.shape[output_axis(layer)] * getattr(layer, "groups", 1) ** output_axis(layer)
+    exact = (
+        norm.running_var.dtype == layer.weight.dtype
+        or torch.finfo(norm.running_var.dtype).eps < torch.finfo(layer.weight.dtype).eps
+    )
     return outputs == norm.num_features and exact
+
 
 def _right_axes(layer: nn.Module, norm: nn.Module, axes: int | None) -> bool:
     "With another number of axes, a BatchNorm1d normalizes another axis than that of the layer's outputs."
-    if type(norm) is nn.BatchNorm1d: return axes == (2 if isinstance(layer, nn.Linear) else 3)
-    return True                              # the others refuse what has not as many axes as they expect
+    if type(norm) is nn.BatchNorm1d:
+        return axes == (2 if isinstance(layer, nn.Linear) else 3)
+    return True  # the others refuse what has not as many axes as they expect
 
 # %% ../nbs/08_structured.ipynb
 def _folded(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     "Weight and bias that do both, computed in double precision and rounded once, to the layer's precision."
     double = copy.deepcopy(norm).double()
     bias = None if layer.bias is None else layer.bias.double()
-    with torch.no_grad(): both = fold(layer.weight.double(), bias, double, double.running_mean, double.running_var, output_axis(layer))
+    with torch.no_grad():
+        both = fold(layer.weight.double(), bias, double, double.running_mean, double.running_var, output_axis(layer))
     return tuple(t.to(layer.weight.dtype) for t in both)
+
 
 def _fold_pairs(model: nn.Module, pairs: dict[str, str]) -> nn.Module:
     "Change a model in place. What was frozen remains so."
     for name, norm in pairs.items():
         layer = model.get_submodule(name)
-        frozen = [not layer.weight.requires_grad, not (layer.weight if layer.bias is None else layer.bias).requires_grad]
-        for key, t, still in zip(("weight", "bias"), _folded(layer, model.get_submodule(norm)), frozen): setattr(layer, key, nn.Parameter(t, not still))
+        frozen = [
+            not layer.weight.requires_grad,
+            not (layer.weight if layer.bias is None else layer.bias).requires_grad,
+        ]
+        for key, t, still in zip(("weight", "bias"), _folded(layer, model.get_submodule(norm)), frozen):
+            setattr(layer, key, nn.Parameter(t, not still))
         put(model, norm, nn.Identity().train(layer.training))
     return model
 
 # %% ../nbs/08_structured.ipynb
 def foldable(
     model: nn.Module,
-    example: Any = None,  # what it is called with, or several examples in a list: what its code alone does not tell, runs may
-) -> dict[str, str]:      # name of a layer → name of the BatchNorm that alone receives its output
-    """Pairs that can become one layer: nobody else reads the output or the tensors of either, and the BatchNorm runs over the outputs of the layer.
-    Without an example it must follow from the code for every input. (How many axes an input has mostly does not: then, a Linear or Conv1d with
-    a BatchNorm1d is a pair only where the code says it, such as behind a flatten.) With one, what runs show is enough, for inputs that take the same way with as many axes, and a trial on other
-    inputs and with other weights confirms it."""
+    # what it is called with, or several examples in a list: what its code alone does not tell, runs may
+    example: Any = None,
+) -> dict[str, str]:  # name of a layer → name of the BatchNorm that alone receives its output
+    """Pairs that can become one layer: nobody else reads the output or the tensors of either, and the BatchNorm
+    runs over the outputs of the layer. Without an example it must follow from the code for every input. (How many
+    axes an input has mostly does not: then, a Linear or Conv1d with a BatchNorm1d is a pair only where the code
+    says it, such as behind a flatten.) With one, what runs show is enough, for inputs that take the same way with
+    as many axes, and a trial on other inputs and with other weights confirms it."""
     base = ready(copied(model), False)
     examples = None if example is None else examples_of(example)
     modules = dict(base.named_modules())
     uses = collections.Counter(id(m) for _, m in base.named_modules(remove_duplicate=False))
     alone = lambda n: uses[id(modules[n])] == 1
-    maybe = {a: bs for a, m in modules.items() if alone(a) and type(m) in FOLDS and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])}
-    if not maybe: return {}
+    maybe = {
+        a: bs
+        for a, m in modules.items()
+        if alone(a)
+        and type(m) in FOLDS
+        and (bs := [b for b, n in modules.items() if FOLDS[type(m)] is type(n) and alone(b) and _fits(m, n)])
+    }
+    if not maybe:
+        return {}
     shown = pairs_shown(base, list(maybe), examples)
-    pairs = {a: b for a, (b, axes) in shown.items() if b in maybe.get(a, ()) and _right_axes(modules[a], modules[b], axes)
-             and all(t.isfinite().all() for t in _folded(modules[a], modules[b]))}
-    if examples is not None: return _tried(base, pairs, examples)
+    pairs = {
+        a: b
+        for a, (b, axes) in shown.items()
+        if b in maybe.get(a, ())
+        and _right_axes(modules[a], modules[b], axes)
+        and all(t.isfinite().all() for t in _folded(modules[a], modules[b]))
+    }
+    if examples is not None:
+        return _tried(base, pairs, examples)
     return pairs if not pairs or same_code(base, _fold_pairs(copy.deepcopy(base), pairs)) else {}
 
 # %% ../nbs/08_structured.ipynb
 def _tried(base: nn.Module, pairs: dict[str, str], examples: list) -> dict[str, str]:
     "Those with which outputs stay, all together or one after the other."
-    agree = lambda some: disagreement(base, examples, copy.deepcopy, lambda m: _fold_pairs(copy.deepcopy(m), some), training=False) is None
-    if not pairs or agree(pairs): return pairs
+    agree = lambda some: (
+        disagreement(base, examples, copy.deepcopy, lambda m: _fold_pairs(copy.deepcopy(m), some), training=False)
+        is None
+    )
+    if not pairs or agree(pairs):
+        return pairs
     good = {}
     for a, b in pairs.items():
-        if agree({**good, a: b}): good[a] = b
+        if agree({**good, a: b}):
+            good[a] = b
     return good
 
 # %% ../nbs/08_structured.ipynb
 def fold_batchnorm(
-    model: nn.Module,      # left as it is
-    example: Any = None,   # what it is called with, or several examples in a list; see `foldable`
-) -> nn.Module:            # a copy in evaluation mode, with `nn.Identity` where the BatchNorms were; without any, a copy
-    """Let layers do what the BatchNorms behind them do, where `foldable` shows that this is the same; masks become real. The outputs in
-    evaluation mode stay, up to rounding. What cannot be shown stays as it is, and so does a layer with hooks or with a computed weight."""
+    model: nn.Module,  # left as it is
+    example: Any = None,  # what it is called with, or several examples in a list; see `foldable`
+) -> nn.Module:  # a copy in evaluation mode, with `nn.Identity` where the BatchNorms were; without any, a copy
+    """Let layers do what the BatchNorms behind them do, where `foldable` shows that this is the same; masks become
+    real. The outputs in evaluation mode stay, up to rounding. What cannot be shown stays as it is, and so does a
+    layer with hooks or with a computed weight.
+    """
     check_ordinary(model)
     new = remove_masks(model).eval()
     return _fold_pairs(new, foldable(new, example))
 
 # %% ../nbs/08_structured.ipynb
 def split_ranks(
-    weight: Tensor,      # [outputs, …]
-) -> tuple[Tensor, Tensor, Tensor]:     # U, singular values, V of the matrix [outputs, all the rest]
+    weight: Tensor,  # [outputs, …]
+) -> tuple[Tensor, Tensor, Tensor]:  # U, singular values, V of the matrix [outputs, all the rest]
     u, s, v = torch.linalg.svd(weight.detach().flatten(1).double(), full_matrices=False)
     return u, s, v
 
 # %% ../nbs/08_structured.ipynb
 def rank_for(
-    s: Tensor,          # singular values, largest first
-    error: float,       # of the matrix, relative, in the Frobenius norm
-) -> int:               # at least 1
+    s: Tensor,  # singular values, largest first
+    error: float,  # of the matrix, relative, in the Frobenius norm
+) -> int:  # at least 1
     "The smallest rank with an error of at most so much (Eckart & Young 1936)."
-    tail = s.square().flip(0).cumsum(0).flip(0)/s.square().sum().clamp(min=1e-300)      # tail[r]: what rank r leaves out
+    tail = s.square().flip(0).cumsum(0).flip(0) / s.square().sum().clamp(min=1e-300)  # tail[r]: what rank r leaves out
     return max(1, int((tail.sqrt() > error).sum()))
 
 # %% ../nbs/08_structured.ipynb
 def shown(weight: Tensor) -> Tensor:
     "A product of two weights: what is written into it would be lost."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(weight): return weight
-    return read_only(weight, "this weight is a product of two thin ones, and what is written into it would be lost; write into those, or take a copy: weight.clone()")
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(weight) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    ):
+        return weight
+    return read_only(
+        weight,
+        "this weight is a product of two thin ones, and what is written into it would be lost; write into those, or"
+        " take a copy: weight.clone()",
+    )
+
 
 class ThinLinear(nn.Sequential):
-    "Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only), `bias` that of the second."
+    """Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only),
+    `bias` that of the second."""
+
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
         like = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
+
     @property
-    def weight(self) -> Tensor: return shown(self[1].weight @ self[0].weight)
+    def weight(self) -> Tensor:
+        return shown(self[1].weight @ self[0].weight)
+
     @property
-    def bias(self) -> Tensor | None: return self[1].bias
+    def bias(self) -> Tensor | None:
+        return self[1].bias
+
 
 class ThinConv2d(nn.Sequential):
     "The same for a convolution: one with few filters, then a 1×1."
+
     groups, transposed, output_padding = 1, False, (0, 0)
-    def __init__(self, in_channels: int, rank: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, bias: bool = True,
-                 padding_mode: str = "zeros", device=None, dtype=None):
+
+    def __init__(
+        self,
+        in_channels: int,
+        rank: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+    ):
         like = {"device": device, "dtype": dtype}
         first = nn.Conv2d(in_channels, rank, kernel_size, stride, padding, dilation, 1, False, padding_mode, **like)
         super().__init__(first, nn.Conv2d(rank, out_channels, 1, bias=bias, **like))
-        self.in_channels, self.rank, self.out_channels, self.padding_mode = in_channels, rank, out_channels, padding_mode
-        self.kernel_size, self.stride, self.padding, self.dilation = first.kernel_size, first.stride, first.padding, first.dilation
+        self.in_channels, self.rank, self.out_channels, self.padding_mode = (
+            in_channels,
+            rank,
+            out_channels,
+            padding_mode,
+        )
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            first.kernel_size,
+            first.stride,
+            first.padding,
+            first.dilation,
+        )
+
     @property
-    def weight(self) -> Tensor: return shown((self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
+    def weight(self) -> Tensor:
+        return shown((self[1].weight.flatten(1) @ self[0].weight.flatten(1)).unflatten(1, self[0].weight.shape[1:]))
+
     @property
-    def bias(self) -> Tensor | None: return self[1].bias
+    def bias(self) -> Tensor | None:
+        return self[1].bias
 
 # %% ../nbs/08_structured.ipynb
 def two_layers(
-    layer: nn.Module,     # `nn.Linear` or `nn.Conv2d`
+    layer: nn.Module,  # `nn.Linear` or `nn.Conv2d`
     rank: int,
-    svd: tuple,           # of its weight
+    svd: tuple,  # of its weight
 ) -> nn.Sequential:
-    "Into the `rank` most important directions, and out of them again. What was frozen remains so, and hooks are called as before."
+    """Into the `rank` most important directions, and out of them again. What was frozen remains so, and hooks are
+    called as before."""
     u, s, v = svd[0][:, :rank], svd[1][:rank].sqrt(), svd[2][:rank]
-    new = thin_pair(layer, rank, {"device": "meta", "dtype": layer.weight.dtype}).to_empty(device=layer.weight.device)      # no random numbers are used up
+    new = thin_pair(layer, rank, {"device": "meta", "dtype": layer.weight.dtype}).to_empty(
+        device=layer.weight.device
+    )  # no random numbers are used up
     with torch.no_grad():
-        new[0].weight.copy_((s[:, None]*v).reshape(new[0].weight.shape))
-        new[1].weight.copy_((u*s).reshape(new[1].weight.shape))
-        if layer.bias is not None: new[1].bias.copy_(layer.bias).requires_grad_(layer.bias.requires_grad)
-    for m in new: m.weight.requires_grad_(layer.weight.requires_grad)
+        new[0].weight.copy_((s[:, None] * v).reshape(new[0].weight.shape))
+        new[1].weight.copy_((u * s).reshape(new[1].weight.shape))
+        if layer.bias is not None:
+            new[1].bias.copy_(layer.bias).requires_grad_(layer.bias.requires_grad)
+    for m in new:
+        m.weight.requires_grad_(layer.weight.requires_grad)
     return takes_over(layer, new)
 
 # %% ../nbs/08_structured.ipynb
 def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
     "Two layers with `rank` channels between them; a convolution's second is 1×1."
     bias = m.bias is not None
-    if isinstance(m, nn.Linear): return ThinLinear(m.in_features, rank, m.out_features, bias, **like)
-    return ThinConv2d(m.in_channels, rank, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, bias, m.padding_mode, **like)
+    if isinstance(m, nn.Linear):
+        return ThinLinear(m.in_features, rank, m.out_features, bias, **like)
+    return ThinConv2d(
+        m.in_channels,
+        rank,
+        m.out_channels,
+        m.kernel_size,
+        m.stride,
+        m.padding,
+        m.dilation,
+        bias,
+        m.padding_mode,
+        **like,
+    )
 
 # %% ../nbs/08_structured.ipynb
 def factors_of(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
-    uses = collections.Counter(identity_of(p) for p in (*(p for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None), *(t for _, t in also_held(model))))
-    good = {n: m for n, m in model.named_modules() if n and type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1
-            and id(m) not in inside and plain(m) and uses[identity_of(m.weight)] == 1}
+    uses = collections.Counter(
+        identity_of(p)
+        for p in (
+            *(p for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None),
+            *(t for _, t in also_held(model)),
+        )
+    )
+    good = {
+        n: m
+        for n, m in model.named_modules()
+        if n
+        and type(m) in (nn.Linear, nn.Conv2d)
+        and getattr(m, "groups", 1) == 1
+        and id(m) not in inside
+        and plain(m)
+        and uses[identity_of(m.weight)] == 1
+    }
     for pattern in layers or ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in good):
             raise ValueError(f"layers names {pattern!r}, which can't be factorized; it may be {', '.join(good)}")
     found = {n: m for n, m in good.items() if layers is None or any(fnmatch.fnmatchcase(n, p) for p in layers)}
-    if not found: raise ValueError("model has no Linear or Conv2d that could be factorized")
+    if not found:
+        raise ValueError("model has no Linear or Conv2d that could be factorized")
     bad = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
-    if bad: raise ValueError(f"{bad}.weight has NaN or infinite values")
+    if bad:
+        raise ValueError(f"{bad}.weight has NaN or infinite values")
     return found
+
 
 def plain(m: nn.Linear | nn.Conv2d) -> bool:
     "With numbers, and with nothing that a pair of layers would not have: a computed weight, buffers, other parameters."
-    return bool(m.weight is not None and m.weight.numel()) and not computed(m, "weight") and not computed(m, "bias") and not m._buffers and not m._modules \
+    return (
+        bool(m.weight is not None and m.weight.numel())
+        and not computed(m, "weight")
+        and not computed(m, "bias")
+        and not m._buffers
+        and not m._modules
         and {*m._parameters} == {"weight", "bias"}
+    )
 
 # %% ../nbs/08_structured.ipynb
 def factorize(
-    model: nn.Module,                     # left as it is
-    error: float | None = None,           # relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
-    bytes: float | None = None,           # or: the smallest such error with tensors of at most so many bytes; below 1: a share
-    rank: int | dict | None = None,       # or: the rank of every layer, or of each by its name
-    layers: Iterable[str] | None = None,  # names or patterns such as "fc*" (not beside a dict); None: every Linear and Conv2d
-) -> nn.Module:                           # a copy, with two thin layers in place of each that becomes smaller by it
-    """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014, arXiv:1404.0736).
-    A layer whose weight others hold too, or is computed, stays as it is. The error is that before rounding to the type of the weights.
-    `ValueError` unless exactly one of error, bytes and rank says how much, for bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN."""
+    model: nn.Module,  # left as it is
+    error: float | None = None,  # relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
+    bytes: float | None = None,  # or: the smallest such error with tensors of at most so many bytes; below 1: a share
+    rank: int | dict | None = None,  # or: the rank of every layer, or of each by its name
+    layers: (
+        Iterable[str] | None
+    ) = None,  # names or patterns such as "fc*" (not beside a dict); None: every Linear and Conv2d
+) -> nn.Module:  # a copy, with two thin layers in place of each that becomes smaller by it
+    """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014,
+    arXiv:1404.0736). A layer whose weight others hold too, or is computed, stays as it is. The error is that before
+    rounding to the type of the weights. `ValueError` unless exactly one of error, bytes and rank says how much, for
+    bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN.
+    """
     check_thinness(error, bytes, rank)
-    if isinstance(rank, dict) and layers is not None: raise ValueError("rank names its layers, so layers may not be given too")
+    if isinstance(rank, dict) and layers is not None:
+        raise ValueError("rank names its layers, so layers may not be given too")
     check_ordinary(model)
     found, done = factors_of(model, [layers] if isinstance(layers, str) else layers), {}
     if isinstance(rank, dict):
-        if other := [n for n in rank if n not in found]: raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
+        if other := [n for n in rank if n not in found]:
+            raise ValueError(f"rank names {other[0]!r}, which can't be factorized; it may be {', '.join(found)}")
         found = {n: found[n] for n in rank}
     check_code(model, found.values())
     svds = {n: split_ranks(m.weight) for n, m in found.items()}
-    if bytes is not None: error = error_within(model, found, svds, bytes*tensor_bytes(model) if bytes < 1 else bytes)
+    if bytes is not None:
+        error = error_within(model, found, svds, bytes * tensor_bytes(model) if bytes < 1 else bytes)
     for n, m in found.items():
         r = rank_for(svds[n][1], error) if rank is None else rank[n] if isinstance(rank, dict) else rank
-        if cost_at(m, r) < m.weight.numel(): done[n] = two_layers(m, r, svds[n])
+        if cost_at(m, r) < m.weight.numel():
+            done[n] = two_layers(m, r, svds[n])
     return _copy_with(model, done)
 
 # %% ../nbs/08_structured.ipynb
 def check_thinness(error: float | None, bytes: float | None, rank: int | dict | None) -> None:
     said = [v for v in (error, bytes, rank) if v is not None]
-    if len(said) != 1: raise ValueError(f"exactly one of error, bytes and rank says how much goes, not {len(said)} of them")
-    if error is not None and not 0 <= error < 1: raise ValueError(f"error is {error!r}; it may be from 0 to below 1")
-    if bytes is not None and not 0 < bytes < math.inf: raise ValueError(f"bytes is {bytes!r}; it may be a number above 0")
+    if len(said) != 1:
+        raise ValueError(f"exactly one of error, bytes and rank says how much goes, not {len(said)} of them")
+    if error is not None and not 0 <= error < 1:
+        raise ValueError(f"error is {error!r}; it may be from 0 to below 1")
+    if bytes is not None and not 0 < bytes < math.inf:
+        raise ValueError(f"bytes is {bytes!r}; it may be a number above 0")
     for r in rank.values() if isinstance(rank, dict) else [rank]:
-        if r is not None and (type(r) is not int or r < 1): raise ValueError(f"rank is {r!r}; it may be a whole number from 1")
+        if r is not None and (type(r) is not int or r < 1):
+            raise ValueError(f"rank is {r!r}; it may be a whole number from 1")
 
 # %% ../nbs/08_structured.ipynb
 def cost_at(m: nn.Module, rank: int) -> int:
     "Weights of the two layers."
-    return rank*(len(m.weight) + m.weight[0].numel())
+    return rank * (len(m.weight) + m.weight[0].numel())
+
 
 def saved_at(m: nn.Module, rank: int) -> int:
     "Bytes that the two layers save; 0 where one is smaller."
-    return max(0, m.weight.numel() - cost_at(m, rank))*m.weight.element_size()
+    return max(0, m.weight.numel() - cost_at(m, rank)) * m.weight.element_size()
 
 # %% ../nbs/08_structured.ipynb
 def error_within(
     model: nn.Module,
     found: dict[str, nn.Module],
     svds: dict[str, tuple],
-    budget: float,           # bytes of the whole model
+    budget: float,  # bytes of the whole model
 ) -> float:
     "The smallest error, the same for all layers, that keeps to a budget."
     left = lambda e: tensor_bytes(model) - sum(saved_at(m, rank_for(svds[n][1], e)) for n, m in found.items())
-    if left(1) > budget: raise ValueError(f"bytes is {budget:,.0f}, but with rank 1 everywhere there are still {left(1):,}")
-    low, high = 0., 1.
+    if left(1) > budget:
+        raise ValueError(f"bytes is {budget:,.0f}, but with rank 1 everywhere there are still {left(1):,}")
+    low, high = 0.0, 1.0
     for _ in range(40):
-        middle = (low + high)/2
-        if left(middle) <= budget: high = middle
-        else: low = middle
+        middle = (low + high) / 2
+        if left(middle) <= budget:
+            high = middle
+        else:
+            low = middle
     return high
 
 # %% ../nbs/08_structured.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -38,33 +38,45 @@ from .workshop.models import copied
 # %% ../nbs/12_threads.ipynb
 def _method(cls: type) -> Callable:
     "Make a function a method of a class that grows over several cells; its name loses one underscore."
+
     def add(f):
-        if not f.__name__.endswith("__"): f.__name__ = f.__name__.removeprefix("_")
+        if not f.__name__.endswith("__"):
+            f.__name__ = f.__name__.removeprefix("_")
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, f)
         return f
+
     return add
 
+
 class CallError(RuntimeError):
-    "A call failed in its thread, or never began. `index` says which, `__cause__` why, `results` holds what the others gave."
+    """A call failed in its thread, or never began. `index` says which, `__cause__` why, `results` holds what the
+    others gave."""
+
     def __init__(self, index: int, cause: BaseException, results: list | None = None):
         super().__init__(f"Error in call {index}: {type(cause).__name__}: {cause}")
         self.index, self.results, self.__cause__ = index, results, cause
-    def __reduce__(self): return CallError, (self.index, self.__cause__, self.results)
+
+    def __reduce__(self):
+        return CallError, (self.index, self.__cause__, self.results)
 
 # %% ../nbs/12_threads.ipynb
-_PENDING = object()     # a call without a result
+_PENDING = object()  # a call without a result
+
 
 class _Job:
     "Calls that several threads take in order; whether another one begins is decided in one place."
+
     def __init__(self, func: Callable, calls: list, cancel: threading.Event | None, go_on: bool):
         self.func, self.calls, self.cancel, self.go_on = func, calls, cancel, go_on
         self.results, self.errors, self.finished = [_PENDING] * len(calls), {}, queue.SimpleQueue()
         self.lock, self.next, self.stopped = threading.Lock(), 0, False
+
     def take(self) -> int | None:
         "The next call to make; None when there is none, or no more shall begin."
         with self.lock:
-            if self.stopped or self.next == len(self.calls) or (self.cancel is not None and self.cancel.is_set()): return None
+            if self.stopped or self.next == len(self.calls) or (self.cancel is not None and self.cancel.is_set()):
+                return None
             self.next += 1
             return self.next - 1
 
@@ -75,29 +87,36 @@ def _run(self) -> None:
     try:
         while (i := self.take()) is not None:
             args, kwargs = self.calls[i]
-            try: self.results[i] = self.func(*args, **kwargs)
+            try:
+                self.results[i] = self.func(*args, **kwargs)
             except BaseException as e:
                 self.errors[i] = CallError(i, e)
-                if not self.go_on: self.stopped = True
+                if not self.go_on:
+                    self.stopped = True
             self.finished.put(i)
-    finally: self.finished.put(None)        # this thread has ended
+    finally:
+        self.finished.put(None)  # this thread has ended
 
 # %% ../nbs/12_threads.ipynb
 def _as_here(run: Callable) -> Callable:
     "`run`, for another thread, with this thread's context variables and PyTorch's gradient switches."
     grad, inference, context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), contextvars.copy_context()
+
     def there():
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad): context.run(run)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            context.run(run)
+
     return there
 
 # %% ../nbs/12_threads.ipynb
 def elsewhere(
-    f: Callable[[], Any],   # called once
-) -> Any:                   # what it gives
+    f: Callable[[], Any],  # called once
+) -> Any:  # what it gives
     "Call a function in a thread that lives only for this."
     out = []
     t = threading.Thread(target=lambda: out.append(f()))
-    t.start(); t.join()
+    t.start()
+    t.join()
     return out[0]
 
 # %% ../nbs/12_threads.ipynb
@@ -106,38 +125,52 @@ def _blas_libraries(modules: int) -> list:
     "BLAS libraries of this process; searched for again when more modules have been imported."
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
+
 class _Blas:
-    "Threads of NumPy's and SciPy's BLAS while blocks are open: one number for the process, the smallest that is asked for."
+    """Threads of NumPy's and SciPy's BLAS while blocks are open: one number for the process, the smallest that is
+    asked for."""
+
     lock, asked, before = threading.RLock(), [], []
+
     @classmethod
     def change(cls, step: Callable, n: int) -> None:
         with cls.lock:
-            if not cls.asked: cls.before = [(lib, lib.num_threads) for lib in _blas_libraries(len(sys.modules))]
+            if not cls.asked:
+                cls.before = [(lib, lib.num_threads) for lib in _blas_libraries(len(sys.modules))]
             step(cls.asked, n)
             for lib, old in cls.before:
-                if lib.num_threads != (now := min([old, *cls.asked])): lib.set_num_threads(now)
+                if lib.num_threads != (now := min([old, *cls.asked])):
+                    lib.set_num_threads(now)
 
 # %% ../nbs/12_threads.ipynb
 def _count(n: Any, name: str, least: int = 1, most: float = 1024) -> int:
     "A whole number, checked."
-    if isinstance(n, bool) or not isinstance(n, int): raise TypeError(f"{name} is {n!r}; it may be a whole number")
-    if n < least: raise ValueError(f"{name} is {n}; it may be {least} or more")
-    if n > most: raise ValueError(f"{name} is {n}; it may be at most {most}")
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"{name} is {n!r}; it may be a whole number")
+    if n < least:
+        raise ValueError(f"{name} is {n}; it may be {least} or more")
+    if n > most:
+        raise ValueError(f"{name} is {n}; it may be at most {most}")
     return n
 
 # %% ../nbs/12_threads.ipynb
 class intra_op_threads:
-    "A block in which operations of this thread (PyTorch's, and the process's BLAS) use `n` threads. Other threads keep theirs."
+    """A block in which operations of this thread (PyTorch's, and the process's BLAS) use `n` threads. Other threads
+    keep theirs."""
+
     lock = threading.Lock()
+
     def __init__(
         self,
-        n: int,     # at least 1
+        n: int,  # at least 1
     ):
         self.n = _count(n, "n")
+
     def __enter__(self) -> "intra_op_threads":
         self.old = self.set(self.n)
         _Blas.change(list.append, self.n)
         return self
+
     def __exit__(self, *error) -> None:
         _Blas.change(list.remove, self.n)
         self.set(self.old)
@@ -147,7 +180,8 @@ class intra_op_threads:
 def _set(self, n: int) -> int:
     "Set this thread's number and repair what threads to come begin with; gives the old number."
     old = torch.get_num_threads()
-    if n == old: return old
+    if n == old:
+        return old
     with self.lock:
         common = elsewhere(torch.get_num_threads)
         torch.set_num_threads(n)
@@ -155,72 +189,94 @@ def _set(self, n: int) -> int:
     return old
 
 # %% ../nbs/12_threads.ipynb
-def cores() -> int:     # at least 1
+def cores() -> int:  # at least 1
     "Cores that this process may use."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 # %% ../nbs/12_threads.ipynb
 def _calls(func: Callable, num_threads: int, args: Any, kwargs: Any) -> list[tuple[tuple, Mapping]]:
     "One (args, kwargs) a call."
-    if not callable(func): raise TypeError(f"func is a {type(func).__name__}; it may be a function")
+    if not callable(func):
+        raise TypeError(f"func is a {type(func).__name__}; it may be a function")
     if isinstance(args, (str, bytes, Mapping)):
         raise TypeError(f"args is a {type(args).__name__}; it may be a list with the arguments of each call")
     several = kwargs is not None and not isinstance(kwargs, Mapping)
-    if args is None: args = [()] * len(kwargs) if several else _numbers(func, num_threads, kwargs or {})
+    if args is None:
+        args = [()] * len(kwargs) if several else _numbers(func, num_threads, kwargs or {})
     args = [a if isinstance(a, tuple) else (a,) for a in args]
     kwargs = list(kwargs) if several else [kwargs or {}] * len(args)
-    if len(kwargs) != len(args): raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs both")
+    if len(kwargs) != len(args):
+        raise ValueError(f"kwargs has {len(kwargs)} entries and args {len(args)}; each call needs both")
     return list(zip(args, kwargs))
+
 
 def _numbers(func: Callable, n: int, kwargs: Mapping) -> list:
     "The number of each thread, if that can be given to the function."
-    try: signature(func).bind(0, **kwargs)
-    except TypeError: return [()] * n
-    except ValueError: pass             # a function of C that does not say what it takes
+    try:
+        signature(func).bind(0, **kwargs)
+    except TypeError:
+        return [()] * n
+    except ValueError:
+        pass  # a function of C that does not say what it takes
     return list(range(n))
 
 # %% ../nbs/12_threads.ipynb
 def run_in_threads(
-    func: Callable,                             # called in the threads
-    num_threads: int | None = None,             # threads that run side by side; None: one a core
-    args: Iterable | None = None,               # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
-    kwargs: Mapping | Sequence | None = None,   # keyword arguments: a dict for all calls, or a list with one for each
+    func: Callable,  # called in the threads
+    num_threads: int | None = None,  # threads that run side by side; None: one a core
+    args: Iterable | None = None,  # an entry a call, tuples unpacked. None: each thread calls func(number) or func()
+    kwargs: Mapping | Sequence | None = None,  # keyword arguments: a dict for all calls, or a list with one for each
     *,
-    intra_op: int = 1,                          # threads that an operation may use inside each of these threads
-    progress: bool = False,                     # show a bar
-    cancel: threading.Event | None = None,      # once it is set, no more calls begin
-    on_error: str = "raise",                    # 'raise' a `CallError`, or 'return' one in the place of each call that failed
-    timeout: float | None = None,               # seconds for all calls, then TimeoutError; what runs is left to end by itself
-) -> list:                                      # results in the order of `args`
-    "Make calls in several threads. After an error no more begin, those that run are waited for, the first in order is raised."
-    if on_error not in ("raise", "return"): raise ValueError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
+    intra_op: int = 1,  # threads that an operation may use inside each of these threads
+    progress: bool = False,  # show a bar
+    cancel: threading.Event | None = None,  # once it is set, no more calls begin
+    on_error: str = "raise",  # 'raise' a `CallError`, or 'return' one in the place of each call that failed
+    timeout: float | None = None,  # seconds for all calls, then TimeoutError; what runs is left to end by itself
+) -> list:  # results in the order of `args`
+    """Make calls in several threads. After an error no more begin, those that run are waited for, the first in
+    order is raised."""
+    if on_error not in ("raise", "return"):
+        raise ValueError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
     num_threads = cores() if num_threads is None else _count(num_threads, "num_threads")
     job = _Job(func, _calls(func, num_threads, args, kwargs), cancel, on_error == "return")
     intra_op, timeout = _count(intra_op, "intra_op"), _seconds(timeout, "timeout")
-    return _collect(job, on_error, timeout, _run_team(job, min(num_threads, len(job.calls)), intra_op, timeout, progress))
+    return _collect(
+        job, on_error, timeout, _run_team(job, min(num_threads, len(job.calls)), intra_op, timeout, progress)
+    )
 
 # %% ../nbs/12_threads.ipynb
 def _seconds(t: Any, name: str, most: float = math.inf) -> float | None:
     "A time, checked; None is for ever. Locks cannot wait for more than 2⁶³ nanoseconds: three years are for ever too."
-    if t is None: return None
-    if isinstance(t, bool) or not isinstance(t, (int, float)): raise TypeError(f"{name} is {t!r}; it may be seconds or None")
-    if not t >= 0: raise ValueError(f"{name} is {t}; it may be 0 or more seconds, or None")
-    if t > most: raise ValueError(f"{name} is {t}; it may be at most {most} seconds")
+    if t is None:
+        return None
+    if isinstance(t, bool) or not isinstance(t, (int, float)):
+        raise TypeError(f"{name} is {t!r}; it may be seconds or None")
+    if not t >= 0:
+        raise ValueError(f"{name} is {t}; it may be 0 or more seconds, or None")
+    if t > most:
+        raise ValueError(f"{name} is {t}; it may be at most {most} seconds")
     return float(min(t, 1e8))
+
 
 def _run_team(job: _Job, n: int, intra_op: int, timeout: float | None, progress: bool) -> bool:
     "Start n threads and wait for them; False when the time is up."
+
     def work():
-        with intra_op_threads(intra_op): job.run()
+        with intra_op_threads(intra_op):
+            job.run()
+
     team, in_time = [threading.Thread(target=_as_here(work), daemon=True) for _ in range(n)], True
     try:
-        for t in team: t.start()
+        for t in team:
+            t.start()
         in_time = _wait_for(job, n, timeout, progress)
     finally:
         job.stopped = True
         for t in team * in_time:
-            if t.ident is not None: t.join()
+            if t.ident is not None:
+                t.join()
     return in_time
 
 # %% ../nbs/12_threads.ipynb
@@ -229,35 +285,47 @@ def _wait_for(job: _Job, running: int, timeout: float | None, progress: bool) ->
     until = None if timeout is None else time.monotonic() + timeout
     with tqdm(total=len(job.calls), leave=False) if progress else contextlib.nullcontext() as bar:
         while running:
-            try: done = job.finished.get(timeout=None if until is None else max(0, until - time.monotonic()))
-            except queue.Empty: return False
-            if done is None: running -= 1
-            elif bar is not None: bar.update()
+            try:
+                done = job.finished.get(timeout=None if until is None else max(0, until - time.monotonic()))
+            except queue.Empty:
+                return False
+            if done is None:
+                running -= 1
+            elif bar is not None:
+                bar.update()
     return True
 
 # %% ../nbs/12_threads.ipynb
 def _collect(job: _Job, on_error: str, timeout: float | None, in_time: bool) -> list:
     "Results in order, with errors where there is no result."
-    missing = CancelledError("cancelled before it began") if in_time else TimeoutError(f"not finished after {timeout} s")
+    missing = (
+        CancelledError("cancelled before it began") if in_time else TimeoutError(f"not finished after {timeout} s")
+    )
     unfinished = [i for i, r in enumerate(job.results) if r is _PENDING]
     results = list(job.results)
-    for i in unfinished: results[i] = job.errors.get(i) or CallError(i, missing)
-    if on_error == "return" or not unfinished: return results
-    if not in_time: raise TimeoutError(f"{len(results) - len(unfinished)} of {len(results)} calls had ended after {timeout} s")
+    for i in unfinished:
+        results[i] = job.errors.get(i) or CallError(i, missing)
+    if on_error == "return" or not unfinished:
+        return results
+    if not in_time:
+        raise TimeoutError(f"{len(results) - len(unfinished)} of {len(results)} calls had ended after {timeout} s")
     results[unfinished[0]].results = results
     raise results[unfinished[0]]
 
 # %% ../nbs/12_threads.ipynb
 def multi_threading(
-    func: Callable | None = None,       # the function; None: use as a decorator with arguments
+    func: Callable | None = None,  # the function; None: use as a decorator with arguments
     *,
-    num_threads: int | None = None,     # threads that run side by side; None: one a core
-    intra_op: int = 1,                  # threads that an operation may use inside each of them
-    progress: bool = False,             # show a bar
-) -> Callable:                          # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
-    "Let a function run in threads over lists, ranges and iterators; any other argument is one. Errors as `run_in_threads`."
-    if func is None: return functools.partial(multi_threading, num_threads=num_threads, intra_op=intra_op, progress=progress)
-    if not callable(func): raise TypeError(f"func is a {type(func).__name__}; options have names: multi_threading(num_threads=4)")
+    num_threads: int | None = None,  # threads that run side by side; None: one a core
+    intra_op: int = 1,  # threads that an operation may use inside each of them
+    progress: bool = False,  # show a bar
+) -> Callable:  # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
+    """Let a function run in threads over lists, ranges and iterators; any other argument is one. Errors as
+    `run_in_threads`."""
+    if func is None:
+        return functools.partial(multi_threading, num_threads=num_threads, intra_op=intra_op, progress=progress)
+    if not callable(func):
+        raise TypeError(f"func is a {type(func).__name__}; options have names: multi_threading(num_threads=4)")
     num_threads = cores() if num_threads is None else _count(num_threads, "num_threads")
     options = dict(intra_op=_count(intra_op, "intra_op"), progress=progress)
     return _two_ways(func, lambda columns, kwargs: run_in_threads(func, num_threads, zip(*columns), kwargs, **options))
@@ -265,17 +333,21 @@ def multi_threading(
 # %% ../nbs/12_threads.ipynb
 def _two_ways(func: Callable, run: Callable) -> Callable:
     "A function that calls `func`, or runs it over lists."
+
     @functools.wraps(func)
     def call(*args, **kwargs):
         listed = [isinstance(a, (list, range, Iterator)) for a in args]
-        if not any(listed): return func(*args, **kwargs)
+        if not any(listed):
+            return func(*args, **kwargs)
         columns = [list(a) if many else a for a, many in zip(args, listed)]
         n = _same_length([c for c, many in zip(columns, listed) if many])
         return run([c if many else [c] * n for c, many in zip(columns, listed)], kwargs)
+
     def over(*iterables, **kwargs):
         columns = [list(i) for i in iterables]
         _same_length(columns)
         return run(columns, kwargs)
+
     call.map = over
     return call
 
@@ -283,30 +355,37 @@ def _two_ways(func: Callable, run: Callable) -> Callable:
 def _same_length(columns: list[list]) -> int:
     "How many calls lists stand for."
     lengths = {len(c) for c in columns}
-    if not columns: raise TypeError("map needs at least one iterable")
-    if len(lengths) > 1: raise ValueError(f"the lists have different lengths: {', '.join(str(len(c)) for c in columns)}")
+    if not columns:
+        raise TypeError("map needs at least one iterable")
+    if len(lengths) > 1:
+        raise ValueError(f"the lists have different lengths: {', '.join(str(len(c)) for c in columns)}")
     return lengths.pop()
 
 # %% ../nbs/12_threads.ipynb
 def amdahl(
-    n: Any,             # processors: a number, array or tensor of at least 1
-    serial: float,      # share of the work that cannot be split, 0 to 1
-) -> Any:               # how many times as fast as with one
+    n: Any,  # processors: a number, array or tensor of at least 1
+    serial: float,  # share of the work that cannot be split, 0 to 1
+) -> Any:  # how many times as fast as with one
     "Amdahl's law (Amdahl 1967, doi:10.1145/1465482.1465560)."
-    if not 0 <= serial <= 1: raise ValueError(f"serial is {serial}; it may be 0 to 1")
-    if not (n.min() if hasattr(n, "min") else n) >= 1: raise ValueError(f"n is {n}; it may be 1 or more")
-    return n * 1. if serial == 0 else 1 / (serial + (1 - serial) / n)
+    if not 0 <= serial <= 1:
+        raise ValueError(f"serial is {serial}; it may be 0 to 1")
+    if not (n.min() if hasattr(n, "min") else n) >= 1:
+        raise ValueError(f"n is {n}; it may be 1 or more")
+    return n * 1.0 if serial == 0 else 1 / (serial + (1 - serial) / n)
 
 # %% ../nbs/12_threads.ipynb
 def fit_amdahl(
-    n: Sequence[float],         # numbers of processors, at least one of them above 1
-    speedup: Sequence[float],   # what was measured with each: times as fast as with one
-) -> float:                     # serial share: below 0 when they did better than their number, above 1 when they did harm
+    n: Sequence[float],  # numbers of processors, at least one of them above 1
+    speedup: Sequence[float],  # what was measured with each: times as fast as with one
+) -> float:  # serial share: below 0 when they did better than their number, above 1 when they did harm
     "The serial share that fits measured speed-ups best, by least squares on 1/speed-up."
-    if len(n) != len(speedup): raise ValueError(f"n has {len(n)} entries and speedup {len(speedup)}; each needs the other")
-    if not all(k >= 1 for k in n) or not all(s > 0 for s in speedup): raise ValueError("n must be 1 or more and speedup above 0")
+    if len(n) != len(speedup):
+        raise ValueError(f"n has {len(n)} entries and speedup {len(speedup)}; each needs the other")
+    if not all(k >= 1 for k in n) or not all(s > 0 for s in speedup):
+        raise ValueError("n must be 1 or more and speedup above 0")
     x, y = [1 / k for k in n], [1 / s for s in speedup]
-    if not any(v < 1 for v in x): raise ValueError("n has no number above 1: one processor tells nothing of a law about several")
+    if not any(v < 1 for v in x):
+        raise ValueError("n has no number above 1: one processor tells nothing of a law about several")
     return sum((1 - a) * (b - a) for a, b in zip(x, y)) / sum((1 - a) ** 2 for a in x)
 
 # %% ../nbs/12_threads.ipynb
@@ -314,74 +393,103 @@ def _together(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
     "All samples in one product."
     return f(x, *rest)
 
+
 def _side_by_side(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     "A linear layer as n products in one operation, each with the rows of one sample."
     rows, w = x.reshape(n, -1, x.shape[-1]), w.t().expand(n, *w.t().shape)
     y = torch.bmm(rows, w) if b is None else torch.baddbmm(b.expand(n, rows.shape[1], -1), rows, w)
     return y.view(*x.shape[:-1], -1)
 
+
 def _one_by_one(n: int, f: Callable, x: Tensor, *rest: Any) -> Tensor:
     "A call for each sample: the truth."
     return torch.cat([f(part.clone(), *rest) for part in x.chunk(n)])
 
 # %% ../nbs/12_threads.ipynb
-WAYS = {F.linear: (_together, _side_by_side, _one_by_one),      # function → ways to compute n samples, the truth last
-        **{f: (_together, _one_by_one) for f in (F.conv1d, F.conv2d, F.conv3d)}}
+WAYS = {
+    F.linear: (_together, _side_by_side, _one_by_one),  # function → ways to compute n samples, the truth last
+    **{f: (_together, _one_by_one) for f in (F.conv1d, F.conv2d, F.conv3d)},
+}
+
 
 def _cancelling(x: tuple, w: tuple, at: int, dtype: torch.dtype, draw: torch.Generator) -> list[Tensor]:
-    "Random inputs, whose dimension `at` is summed over, weights and biases: in pairs, products add up to zero, so that roundings can be seen."
+    """Random inputs, whose dimension `at` is summed over, weights and biases: in pairs, products add up to zero, so
+    that roundings can be seen."""
     x, w, b = (32 * torch.randn(shape, generator=draw).to(dtype) for shape in (x, w, w[:1]))
-    one, other = torch.randperm(w.shape[1], generator=draw)[:w.shape[1] // 2 * 2].chunk(2) if w.shape[1] > 1 else ([], [])
+    one, other = (
+        torch.randperm(w.shape[1], generator=draw)[: w.shape[1] // 2 * 2].chunk(2) if w.shape[1] > 1 else ([], [])
+    )
     w[:, other] = w[:, one]
-    parts = x.movedim(at, -1).unflatten(-1, (-1, w.shape[1]))           # groups of channels
+    parts = x.movedim(at, -1).unflatten(-1, (-1, w.shape[1]))  # groups of channels
     parts[..., other] = -parts[..., one]
-    return [x, w, b * 2. ** -torch.randint(0, 16, b.shape, generator=draw).to(dtype)]
+    return [x, w, b * 2.0 ** -torch.randint(0, 16, b.shape, generator=draw).to(dtype)]
+
 
 @functools.lru_cache(4096)
-def _way(f: Callable, n: int, x: tuple, w: tuple, bias: bool, options: tuple, dtype: torch.dtype, threads: int) -> Callable:
+def _way(
+    f: Callable, n: int, x: tuple, w: tuple, bias: bool, options: tuple, dtype: torch.dtype, threads: int
+) -> Callable:
     "The quickest way that gives n samples the bits that they have alone, tried on random numbers of these shapes."
     draw, additions = torch.Generator().manual_seed(0), 0
     *quick, truth = WAYS[f]
     while quick and additions < 1024:
         inputs = _cancelling(x, w, -1 if f is F.linear else 1, dtype, draw)
-        if not bias: inputs[2] = None
+        if not bias:
+            inputs[2] = None
         y = truth(n, f, *inputs, *options)
         quick = [way for way in quick if torch.equal(way(n, f, *inputs, *options), y)]
-        additions += y.numel() * min(16, math.prod(w[1:])) or 1024          # of a long sum a few show the order
+        additions += y.numel() * min(16, math.prod(w[1:])) or 1024  # of a long sum a few show the order
     return (quick or [truth])[0]
 
 # %% ../nbs/12_threads.ipynb
-_samples = contextvars.ContextVar("samples", default=1)     # in the batch that this thread computes
+_samples = contextvars.ContextVar("samples", default=1)  # in the batch that this thread computes
+
 
 class AsAlone(TorchFunctionMode):
-    "A block for a batch of `n` samples, in which linear layers and convolutions give each the bits that it would get alone."
+    """A block for a batch of `n` samples, in which linear layers and convolutions give each the bits that it would
+    get alone."""
+
     def __init__(
         self,
-        n: int,     # samples in the batch; inputs hold them one after another along their first dimension
+        n: int,  # samples in the batch; inputs hold them one after another along their first dimension
     ):
         super().__init__()
         self.n = _count(n, "n", most=math.inf)
+
     def __enter__(self) -> "AsAlone":
         self.token = _samples.set(self.n)
         return super().__enter__()
+
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
         _samples.reset(self.token)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in WAYS or not _divides(n := _samples.get(), func, args): return func(*args, **(kwargs or {}))
+        if func not in WAYS or not _divides(n := _samples.get(), func, args):
+            return func(*args, **(kwargs or {}))
         return _one_by_one(n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(n, func, *args)
 
 # %% ../nbs/12_threads.ipynb
 def _divides(n: int, f: Callable, args: tuple) -> bool:
     "Do these arguments begin with several samples?"
-    if n == 1 or len(args) < 2: return False
+    if n == 1 or len(args) < 2:
+        return False
     batched = args[0].dim() > 1 if f is F.linear else args[0].dim() == args[1].dim()
     return batched and len(args[0]) > 0 and len(args[0]) % n == 0
 
+
 def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
-    "A product for n samples in the quickest way that is right here; what is laid out unusually, elsewhere than on the CPU or cast goes one by one."
-    usual = x.is_floating_point() and x.is_contiguous() and w.is_contiguous() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if not usual: return _one_by_one(n, f, x, w, b, *options)
+    """A product for n samples in the quickest way that is right here; what is laid out unusually, elsewhere than on
+    the CPU or cast goes one by one."""
+    usual = (
+        x.is_floating_point()
+        and x.is_contiguous()
+        and w.is_contiguous()
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not usual:
+        return _one_by_one(n, f, x, w, b, *options)
     plain = tuple(tuple(o) if isinstance(o, list) else o for o in options)
     way = _way(f, n, tuple(x.shape), tuple(w.shape), b is not None, plain, x.dtype, torch.get_num_threads())
     return way(n, f, x, w, b, *options)
@@ -389,65 +497,98 @@ def _apply_way(n: int, f: Callable, x: Tensor, w: Tensor, b: Tensor | None = Non
 # %% ../nbs/12_threads.ipynb
 def _one_at_a_time(n: int, f: Callable, x: Tensor) -> Tensor:
     "A layer for n samples, none of which sees another."
-    if not len(x) or len(x) % n: return f(x)
-    token = _samples.set(1)             # for what the layer calls, they come one at a time
-    try: return _one_by_one(n, f, x)
-    finally: _samples.reset(token)
+    if not len(x) or len(x) % n:
+        return f(x)
+    token = _samples.set(1)  # for what the layer calls, they come one at a time
+    try:
+        return _one_by_one(n, f, x)
+    finally:
+        _samples.reset(token)
+
 
 def _in_batch(forward: Callable, apart: bool) -> Callable:
     "A layer's forward that gives each sample of a batch the bits that it would get alone."
+
     @functools.wraps(forward)
     def careful(*args, **kwargs):
         n = _samples.get()
-        if n == 1: return forward(*args, **kwargs)
-        if apart: return _one_at_a_time(n, forward, *args, **kwargs)
-        with AsAlone(n): return forward(*args, **kwargs)
+        if n == 1:
+            return forward(*args, **kwargs)
+        if apart:
+            return _one_at_a_time(n, forward, *args, **kwargs)
+        with AsAlone(n):
+            return forward(*args, **kwargs)
+
     return careful
 
 # %% ../nbs/12_threads.ipynb
 def _apart(layer: nn.Module) -> bool | None:
     "Must a layer be called for each sample (True), do its products need care (False), or neither (None)?"
-    if isinstance(layer, (QLinear, QConv2d)): return layer.kernel not in ("tiny", "expand")
-    if isinstance(layer, Dequantize): return False
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)): return None
+    if isinstance(layer, (QLinear, QConv2d)):
+        return layer.kernel not in ("tiny", "expand")
+    if isinstance(layer, Dequantize):
+        return False
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return None
     return False if any(p is not None and p.dim() > 1 for p in layer._parameters.values()) else None
 
+
 def _serving_copy(model: Any) -> Any:
-    "A copy for a pool, with the same tensors; what cannot be copied, or would run the original's layers in their own mode, is served itself."
-    if not isinstance(model, nn.Module): return model
-    shared = [*model.parameters(), *model.buffers(), *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d)))]
-    try: twin = copied(model, {id(t): t for t in shared}).eval()
+    """A copy for a pool, with the same tensors; what cannot be copied, or would run the original's layers in their
+    own mode, is served itself."""
+    if not isinstance(model, nn.Module):
+        return model
+    shared = [
+        *model.parameters(),
+        *model.buffers(),
+        *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d))),
+    ]
+    try:
+        twin = copied(model, {id(t): t for t in shared}).eval()
     except Exception as e:
-        if any(m.training for m in model.modules()): raise ValueError(f"model is in training mode, wholly or in part, and cannot be copied ({e}): call model.eval() first") from e
+        if any(m.training for m in model.modules()):
+            raise ValueError(
+                f"model is in training mode, wholly or in part, and cannot be copied ({e}): call model.eval() first"
+            ) from e
         return model
     for m in twin.modules():
-        if (apart := _apart(m)) is not None: m.forward = _in_batch(m.forward, apart)
+        if (apart := _apart(m)) is not None:
+            m.forward = _in_batch(m.forward, apart)
     return twin
 
 # %% ../nbs/12_threads.ipynb
 def _tensor(x: Any) -> Tensor:
-    try: return x.detach() if isinstance(x, Tensor) else torch.as_tensor(x)
+    try:
+        return x.detach() if isinstance(x, Tensor) else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f"x holds a {type(x).__name__}, which is no tensor and cannot become one: {e}") from None
 
+
 def _sample(x: Any) -> tuple[Any, tuple]:
     "A sample as tensors, and the key that is the same for all that it can be stacked with."
-    if isinstance(x, Mapping): x = {k: _tensor(v) for k, v in x.items()}
-    else: x = tuple(map(_tensor, x)) if isinstance(x, tuple) else _tensor(x)
+    if isinstance(x, Mapping):
+        x = {k: _tensor(v) for k, v in x.items()}
+    else:
+        x = tuple(map(_tensor, x)) if isinstance(x, tuple) else _tensor(x)
     parts = sorted(x.items()) if isinstance(x, dict) else list(enumerate(x)) if isinstance(x, tuple) else [(None, x)]
-    if not parts: raise ValueError("x is empty; it may be a tensor, or a tuple or dict of tensors")
+    if not parts:
+        raise ValueError("x is empty; it may be a tensor, or a tuple or dict of tensors")
     return x, tuple((k, t.shape, t.dtype, t.device) for k, t in parts)
 
 # %% ../nbs/12_threads.ipynb
 def _stack(samples: list) -> Any:
     "One batch from samples of equal shapes: a tensor, a tuple or a dict like each of them."
     first = samples[0]
-    if isinstance(first, dict): return {k: _stack([s[k] for s in samples]) for k in first}
-    if isinstance(first, tuple): return tuple(_stack(list(column)) for column in zip(*samples))
+    if isinstance(first, dict):
+        return {k: _stack([s[k] for s in samples]) for k in first}
+    if isinstance(first, tuple):
+        return tuple(_stack(list(column)) for column in zip(*samples))
     return first[None] if len(samples) == 1 else torch.stack(samples)
 
+
 def _call(model: Callable, batch: Any) -> Any:
-    if isinstance(batch, Mapping): return model(**batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 # %% ../nbs/12_threads.ipynb
@@ -457,7 +598,8 @@ def _split(y: Any, n: int) -> list:
         if y.dim() == 0 or len(y) != n:
             raise ValueError(f"the model gave shape {tuple(y.shape)} for {n} samples; the first dimension must be {n}")
         return [y[0]] if n == 1 else [row.clone() for row in y.unbind()]
-    if y is None: return [None] * n
+    if y is None:
+        return [None] * n
     if isinstance(y, Mapping):
         parts = {k: _split(v, n) for k, v in y.items()}
         return [{k: v[i] for k, v in parts.items()} for i in range(n)]
@@ -469,31 +611,41 @@ def _split(y: Any, n: int) -> list:
 # %% ../nbs/12_threads.ipynb
 def _equal(a: Any, b: Any) -> bool:
     "The same numbers, NaN included (0 and −0 are one)."
-    if isinstance(a, Tensor): return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, Mapping): return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
     return a is b
 
 # %% ../nbs/12_threads.ipynb
 class Runner:
     "Computes samples: together where that changes no bit of an answer (or where `exact` is False), else one by one."
+
     def __init__(
         self,
-        model: Callable,                        # an nn.Module, which is copied but for its tensors, or any function of a batch
-        exact: bool = True,                     # answers as if each sample were alone
-        collate: Callable | None = None,        # makes a batch from a list of samples; None: stack them
+        model: Callable,  # an nn.Module, which is copied but for its tensors, or any function of a batch
+        exact: bool = True,  # answers as if each sample were alone
+        collate: Callable | None = None,  # makes a batch from a list of samples; None: stack them
     ):
         self.model, self.exact, self.collate = _serving_copy(model), exact, collate or _stack
-        self.careful = self.model is not model          # its layers are
+        self.careful = self.model is not model  # its layers are
         self.compared, self.batches, self.mixing = Counter(), Counter(), set()
+
     def batch(self, samples: list) -> list:
         "Answers from one call of the model."
         return _split(_call(self.model, self.collate(samples)), len(samples))
-    def alone(self, sample: Any) -> Any: return self.batch([sample])[0]
+
+    def alone(self, sample: Any) -> Any:
+        return self.batch([sample])[0]
+
     def for_another(self, model: Callable) -> "Runner":
-        "For another thread: what it knows is shared, and the tensors; what a model keeps in attributes while it runs is not."
+        """For another thread: what it knows is shared, and the tensors; what a model keeps in attributes while it
+        runs is not."""
         other = copy.copy(self)
-        if self.careful: other.model = _serving_copy(model)
+        if self.careful:
+            other.model = _serving_copy(model)
         return other
 
 # %% ../nbs/12_threads.ipynb
@@ -501,18 +653,25 @@ class Runner:
 def _as_alone(self, samples: list) -> list:
     "Answers from one call that leaves every sample its own products."
     if not self.careful:
-        with AsAlone(len(samples)): return self.batch(samples)
+        with AsAlone(len(samples)):
+            return self.batch(samples)
     token = _samples.set(len(samples))
-    try: return self.batch(samples)
-    finally: _samples.reset(token)
+    try:
+        return self.batch(samples)
+    finally:
+        _samples.reset(token)
+
 
 @_method(Runner)
 def _checked(self, samples: list, kind: tuple) -> list:
     "Serial answers, after which it is known whether this kind of sample may share a batch."
     answers = [self.alone(s) for s in samples]
-    try: same = _equal(self.as_alone(samples), answers)
-    except Exception: same = False
-    if not same: self.mixing.add(kind)
+    try:
+        same = _equal(self.as_alone(samples), answers)
+    except Exception:
+        same = False
+    if not same:
+        self.mixing.add(kind)
     self.compared[kind] += len(samples)
     return answers
 
@@ -520,9 +679,11 @@ def _checked(self, samples: list, kind: tuple) -> list:
 @_method(Runner)
 def _answers(self, samples: list) -> list:
     "Answers to several samples, however they may be computed."
-    if not self.exact: return self.batch(samples)
+    if not self.exact:
+        return self.batch(samples)
     kind = tuple((k, len(shape), dtype) for k, shape, dtype, _ in _sample(samples[0])[1])
-    if kind in self.mixing: return [self.alone(s) for s in samples]
+    if kind in self.mixing:
+        return [self.alone(s) for s in samples]
     self.batches[kind] += 1
     power_of_4 = self.batches[kind] & (self.batches[kind] - 1) == 0 and self.batches[kind].bit_length() % 2
     return self.checked(samples, kind) if self.compared[kind] < 64 or power_of_4 else self.as_alone(samples)
@@ -532,37 +693,50 @@ def _answers(self, samples: list) -> list:
 def __call__(self, samples: list) -> list[tuple[bool, Any]]:
     "For each sample (True, answer) or (False, error)."
     if len(samples) > 1:
-        try: return [(True, y) for y in self.answers(samples)]
-        except BaseException: pass          # SystemExit is nobody's in particular either
+        try:
+            return [(True, y) for y in self.answers(samples)]
+        except BaseException:
+            pass  # SystemExit is nobody's in particular either
     return [_attempt(self.alone, s) for s in samples]
 
+
 def _attempt(f: Callable, x: Any) -> tuple[bool, Any]:
-    try: return True, f(x)
-    except BaseException as e: return False, e
+    try:
+        return True, f(x)
+    except BaseException as e:
+        return False, e
 
 # %% ../nbs/12_threads.ipynb
 class PoolFull(queue.Full):
     "The queue of a pool had no room for a request in the time that the caller was ready to wait."
+
+
 class PoolClosed(RuntimeError):
     "A pool that has been closed takes no requests."
+
 
 @dataclass(eq=False)
 class _Request:
     "A sample, the future that its caller holds, and the time until which an answer is wanted."
+
     sample: Any
     key: tuple
     deadline: float | None = None
-    arrived: float = 0.
+    arrived: float = 0.0
     future: Future = field(default_factory=Future)
 
 # %% ../nbs/12_threads.ipynb
 class _Line:
     "Requests that wait: a queue for each shape."
+
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
         self.queues: dict[tuple, deque] = {}
-        self.askers, self.why = deque(), ""     # coroutines that wait for room; why the line is closed, if nobody closed it
-        lock = threading.RLock()        # one that its holder may take again: the garbage collector may close a pool anywhere
+        self.askers, self.why = (
+            deque(),
+            "",
+        )  # coroutines that wait for room; why the line is closed, if nobody closed it
+        lock = threading.RLock()  # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
 
 # %% ../nbs/12_threads.ipynb
@@ -572,12 +746,15 @@ def _put(self, requests: list[_Request], patience: float | None) -> None:
     until = None if patience is None else time.monotonic() + patience
     with self.work:
         for r in requests:
-            if self.waiting >= self.size: self.make_room(until)
-            if self.closed: raise PoolClosed("the pool is closed and takes no more requests" + self.why)
+            if self.waiting >= self.size:
+                self.make_room(until)
+            if self.closed:
+                raise PoolClosed("the pool is closed and takes no more requests" + self.why)
             r.arrived = time.monotonic()
             self.queues.setdefault(r.key, deque()).append(r)
             self.waiting += 1
         self.work.notify_all() if self.gathering else self.work.notify(len(requests))
+
 
 @_method(_Line)
 def _make_room(self, until: float | None) -> None:
@@ -585,7 +762,8 @@ def _make_room(self, until: float | None) -> None:
     self.forget_cancelled()
     while self.waiting >= self.size and not self.closed:
         left = None if until is None else until - time.monotonic()
-        if left is not None and left <= 0: raise PoolFull(f"{self.waiting} requests wait already, as many as queue_size allows")
+        if left is not None and left <= 0:
+            raise PoolFull(f"{self.waiting} requests wait already, as many as queue_size allows")
         self.work.notify_all()
         self.room.wait(left)
 
@@ -598,43 +776,54 @@ def _forget_cancelled(self) -> None:
             line.remove(r)
             r.future.set_running_or_notify_cancel()
             self.waiting, self.forgotten = self.waiting - 1, self.forgotten + 1
-        if not line: del self.queues[key]
+        if not line:
+            del self.queues[key]
+
 
 @_method(_Line)
 def _tell(self, n: int) -> None:
     "There is room for n more."
     self.room.notify(n)
-    for _ in range(min(n, len(self.askers))): self.askers.popleft()()
+    for _ in range(min(n, len(self.askers))):
+        self.askers.popleft()()
+
 
 @_method(_Line)
 def _pop(self, key: tuple, most: int) -> list[_Request]:
     "Up to `most` requests of one shape, oldest first."
     line = self.queues.get(key, ())
     taken = [line.popleft() for _ in range(min(most, len(line)))]
-    if taken and not line: del self.queues[key]
+    if taken and not line:
+        del self.queues[key]
     self.waiting -= len(taken)
     self.tell(len(taken))
     return taken
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
-def _take(self, most: int, hopes: int = 1, patience: float = 0., into: list | None = None) -> list[_Request] | None:
-    "A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed and empty."
+def _take(self, most: int, hopes: int = 1, patience: float = 0.0, into: list | None = None) -> list[_Request] | None:
+    """A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed and
+    empty."""
     batch = [] if into is None else into
     with self.work:
         self.idle += 1
         try:
-            while not self.waiting and not self.closed: self.work.wait()
+            while not self.waiting and not self.closed:
+                self.work.wait()
             share = min(most, -(-self.waiting // self.idle))
-        finally: self.idle -= 1
-        if not self.waiting: return None
+        finally:
+            self.idle -= 1
+        if not self.waiting:
+            return None
         key = min(self.queues, key=lambda k: self.queues[k][0].arrived)
         batch += self.pop(key, share)
         until = time.monotonic() + patience
         while len(batch) < min(most, hopes) and not self.closed and (left := until - time.monotonic()) > 0:
             self.gathering += 1
-            try: self.work.wait(left)
-            finally: self.gathering -= 1
+            try:
+                self.work.wait(left)
+            finally:
+                self.gathering -= 1
             batch += self.pop(key, most - len(batch))
         return batch
 
@@ -645,23 +834,32 @@ def _close(self, cancel: bool = False) -> list[_Request]:
     with self.work:
         self.closed = True
         rest = [r for line in self.queues.values() for r in line] if cancel else []
-        if cancel: self.queues, self.waiting = {}, 0
-        self.work.notify_all(); self.room.notify_all(); self.tell(len(self.askers))
+        if cancel:
+            self.queues, self.waiting = {}, 0
+        self.work.notify_all()
+        self.room.notify_all()
+        self.tell(len(self.askers))
     return rest
 
 # %% ../nbs/12_threads.ipynb
 class _Counts:
     "What a pool has done; several threads add to it."
-    def __init__(self): self.lock, self.values = threading.Lock(), Counter()
+
+    def __init__(self):
+        self.lock, self.values = threading.Lock(), Counter()
+
     def add(self, **more: int) -> None:
-        with self.lock: self.values.update(more)
+        with self.lock:
+            self.values.update(more)
+
 
 def _begin(request: _Request, counts: _Counts) -> bool:
     "Is the answer to a request still wanted?"
     if not request.future.set_running_or_notify_cancel():
         counts.add(cancelled=1)
         return False
-    if request.deadline is None or time.monotonic() <= request.deadline: return True
+    if request.deadline is None or time.monotonic() <= request.deadline:
+        return True
     counts.add(expired=1)
     request.future.set_exception(TimeoutError("the request waited longer than its timeout and was not run"))
     return False
@@ -670,32 +868,47 @@ def _begin(request: _Request, counts: _Counts) -> bool:
 def _answer(batch: list[_Request], run: Callable, counts: _Counts) -> None:
     "Compute a batch and keep all promises, whatever happens."
     ok, outcomes = _attempt(run, [r.sample for r in batch])
-    if not ok: outcomes = [(False, outcomes)] * len(batch)
+    if not ok:
+        outcomes = [(False, outcomes)] * len(batch)
     good = sum(fine for fine, _ in outcomes)
     counts.add(batches=1, served=good, failed=len(batch) - good)
     for r, (fine, value) in zip(batch, outcomes):
-        with contextlib.suppress(futures.InvalidStateError): (r.future.set_result if fine else r.future.set_exception)(value)
+        with contextlib.suppress(futures.InvalidStateError):
+            (r.future.set_result if fine else r.future.set_exception)(value)
+
 
 def _work(line: _Line, run: Callable, counts: _Counts, most: int, wait: float | None) -> None:
     "Batch after batch. What goes wrong outside the model belongs to the batch that was in hand."
-    hopes, patience = (1, 0.) if wait is None else (most, wait)
+    hopes, patience = (1, 0.0) if wait is None else (most, wait)
     while True:
-        batch = wanted = []                 # an idle worker holds nothing
+        batch = wanted = []  # an idle worker holds nothing
         try:
-            if line.take(most, hopes, patience, batch) is None: return
+            if line.take(most, hopes, patience, batch) is None:
+                return
             start, wanted = time.monotonic(), [r for r in batch if _begin(r, counts)]
-            if wanted: _answer(wanted, run, counts)
-            if wait is None: hopes, patience = len(wanted), (time.monotonic() - start) / 10
+            if wanted:
+                _answer(wanted, run, counts)
+            if wait is None:
+                hopes, patience = len(wanted), (time.monotonic() - start) / 10
         except BaseException as e:
-            if not batch: raise
-            _break([r for r in batch if not r.future.done()], WorkerDied, f"a worker failed outside the model: {type(e).__name__}: {e}", e)
+            if not batch:
+                raise
+            _break(
+                [r for r in batch if not r.future.done()],
+                WorkerDied,
+                f"a worker failed outside the model: {type(e).__name__}: {e}",
+                e,
+            )
+
 
 def _break(requests: list[_Request], kind: type, said: str, cause: BaseException) -> None:
     "Promises that cannot be kept."
     for r in requests:
         error = kind(said)
         error.__cause__ = cause
-        with contextlib.suppress(futures.InvalidStateError): r.future.set_exception(error)
+        with contextlib.suppress(futures.InvalidStateError):
+            r.future.set_exception(error)
+
 
 def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: queue.SimpleQueue) -> None:
     "The life of a worker. When it ends before its time, the pool is closed, and says why."
@@ -708,74 +921,110 @@ def _serve(line: _Line, run: Callable, counts: _Counts, settings: dict, ready: q
         _break(line.close(cancel=True), PoolClosed, "the pool is closed and answers no more" + line.why, e)
     finally:
         ready.put(None)
-        with contextlib.suppress(OSError): getattr(run, "close", lambda: None)()
+        with contextlib.suppress(OSError):
+            getattr(run, "close", lambda: None)()
 
 # %% ../nbs/12_threads.ipynb
-POOL_SETTINGS = {"workers": None, "max_batch": 32, "max_wait": None, "queue_size": 1024, "intra_op": 1,
-                 "exact": True, "processes": False}
+POOL_SETTINGS = {
+    "workers": None,
+    "max_batch": 32,
+    "max_wait": None,
+    "queue_size": 1024,
+    "intra_op": 1,
+    "exact": True,
+    "processes": False,
+}
+
 
 def pool_settings(
-    given: Mapping | None = None,   # any of `POOL_SETTINGS`
-) -> dict:                          # the same, checked
+    given: Mapping | None = None,  # any of `POOL_SETTINGS`
+) -> dict:  # the same, checked
     "Check settings of a pool. `ValueError` or `TypeError` names the one that is wrong."
     known = ", ".join(POOL_SETTINGS)
-    if not isinstance(given, Mapping | None): raise TypeError(f"pool is a {type(given).__name__}; it may be a dict of {known}")
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"pool is a {type(given).__name__}; it may be a dict of {known}")
     for name, value in (given or {}).items():
-        if name not in POOL_SETTINGS: raise ValueError(f"a pool has no setting {name!r}; it has {known}")
+        if name not in POOL_SETTINGS:
+            raise ValueError(f"a pool has no setting {name!r}; it has {known}")
         _check_setting(name, value)
     return dict(given or {})
 
+
 def _check_setting(name: str, value: Any) -> None:
     if name in ("exact", "processes"):
-        if not isinstance(value, bool): raise TypeError(f"{name} is {value!r}; it may be True or False")
-    elif name == "max_wait": _seconds(value, name, 60)
-    elif value is not None or name != "workers": _count(value, name, most=math.inf if name == "queue_size" else 1024)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it may be True or False")
+    elif name == "max_wait":
+        _seconds(value, name, 60)
+    elif value is not None or name != "workers":
+        _count(value, name, most=math.inf if name == "queue_size" else 1024)
 
 # %% ../nbs/12_threads.ipynb
 def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
-    "Settings: what the caller gives, else what the file says (of workers and threads at most four for each core), else the usual."
+    """Settings: what the caller gives, else what the file says (of workers and threads at most four for each core),
+    else the usual."""
     given, filed = pool_settings({k: v for k, v in given.items() if v is not None}), {}
     if isinstance(model, (str, os.PathLike)):
-        try: filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
-        except (TypeError, ValueError) as e: raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
-        filed |= {k: min(filed[k], 4 * cores()) for k in ("workers", "intra_op") if filed.get(k)}      # a file cannot know this machine
-    elif not callable(model): raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
+        try:
+            filed = pool_settings(inspect(model, entropy=False).info.get("pool"))
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{os.fsdecode(model)} asks for a pool that cannot be: {e}") from None
+        filed |= {
+            k: min(filed[k], 4 * cores()) for k in ("workers", "intra_op") if filed.get(k)
+        }  # a file cannot know this machine
+    elif not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
     s = {**POOL_SETTINGS, **filed, **given}
     if collate is not None and s["exact"]:
-        raise ValueError("collate changes samples' shapes, so answers are only close to serial ones: say exact=False with it")
+        raise ValueError(
+            "collate changes samples' shapes, so answers are only close to serial ones: say exact=False with it"
+        )
     return {**s, "workers": s["workers"] or max(1, cores() // s["intra_op"])}
+
 
 def _mapped(path: str | os.PathLike) -> nn.Module:
     "The model in a file, its tensors where they lie in the file if they can be used there."
-    try: return load(path, mmap=True)
-    except ValueError: return load(path)        # an archive
+    try:
+        return load(path, mmap=True)
+    except ValueError:
+        return load(path)  # an archive
 
 # %% ../nbs/12_threads.ipynb
-_open: "weakref.WeakKeyDictionary[_Line, list]" = weakref.WeakKeyDictionary()      # lines and their workers
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_open.clear)     # threads do not survive a fork
+_open: "weakref.WeakKeyDictionary[_Line, list]" = weakref.WeakKeyDictionary()  # lines and their workers
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)  # threads do not survive a fork
+
 
 def _hire(line: _Line, runs: list, counts: _Counts, settings: dict) -> list[threading.Thread]:
     "Start a thread for each runner; they are at work when this returns."
     ready = queue.SimpleQueue()
+
     def worker(i, run):
         return threading.Thread(target=_serve, args=(line, run, counts, settings, ready), name=f"pool-{i}", daemon=True)
+
     team = [worker(i, run) for i, run in enumerate(runs)]
     _open[line] = team
     try:
-        for t in team: t.start()
-        for _ in team: ready.get()
-        if line.closed: raise PoolClosed("the pool could not start" + line.why)
+        for t in team:
+            t.start()
+        for _ in team:
+            ready.get()
+        if line.closed:
+            raise PoolClosed("the pool could not start" + line.why)
     except BaseException:
         line.close()
         del _open[line]
-        for t, run in zip(team, runs): t.join() if t.ident is not None else getattr(run, "close", lambda: None)()
+        for t, run in zip(team, runs):
+            t.join() if t.ident is not None else getattr(run, "close", lambda: None)()
         raise
     return team
+
 
 @atexit.register
 def _close_all() -> None:
     "At the end of the program: what has not begun is cancelled, what runs is waited for."
-    for line, team in list(_open.items()): _dismiss(line.close(cancel=True), team)
+    for line, team in list(_open.items()):
+        _dismiss(line.close(cancel=True), team)
 
 # %% ../nbs/12_threads.ipynb
 def _dismiss(rest: list[_Request], team: list[threading.Thread]) -> int:
@@ -783,31 +1032,52 @@ def _dismiss(rest: list[_Request], team: list[threading.Thread]) -> int:
     for r in rest:
         r.future.cancel()
         r.future.set_running_or_notify_cancel()
-    for t in team if threading.current_thread() not in team else (): t.join()
+    for t in team if threading.current_thread() not in team else ():
+        t.join()
     return len(rest)
+
 
 def _abandon(line: _Line, pid: int) -> None:
     "Nobody holds the pool any more: serve what waits, then end."
-    if os.getpid() == pid: line.close()
+    if os.getpid() == pid:
+        line.close()
 
 # %% ../nbs/12_threads.ipynb
 class Pool:
     "Serves a model to many threads: batches, back-pressure, time-outs. Use it in a `with` block, or `close` it."
+
     def __init__(
         self,
-        model: nn.Module | Callable | str | os.PathLike,    # a module (tensors are shared), a `.mz` file, a function of a batch
-        workers: int | None = None,         # None: the file's, at most one a core, else as many as workers × intra_op = cores
+        model: (
+            nn.Module | Callable | str | os.PathLike
+        ),  # a module (tensors are shared), a `.mz` file, a function of a batch
+        workers: int | None = None,  # None: the file's, at most one a core, else as many as workers × intra_op = cores
         *,
-        max_batch: int | None = None,       # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
-        max_wait: float | None = None,      # seconds to wait for a full batch, at most 60; None: the file's, else a tenth of the last's time
-        queue_size: int | None = None,      # requests that may wait; None: the file's, else 1024
-        intra_op: int | None = None,        # threads in each operation; None: the file's, at most one a core, else 1
-        exact: bool | None = None,          # answers have the bits of serial ones; False: only close. None: the file's, else True
-        processes: bool | None = None,      # each worker has an interpreter of its own; None: the file's, else False
-        collate: Callable | None = None,    # makes a batch of a list of samples (with exact=False); None: stacks equal shapes
+        max_batch: (
+            int | None
+        ) = None,  # most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
+        max_wait: (
+            float | None
+        ) = None,  # seconds to wait for a full batch, at most 60; None: the file's, else a tenth of the last's time
+        queue_size: int | None = None,  # requests that may wait; None: the file's, else 1024
+        intra_op: int | None = None,  # threads in each operation; None: the file's, at most one a core, else 1
+        exact: (
+            bool | None
+        ) = None,  # answers have the bits of serial ones; False: only close. None: the file's, else True
+        processes: bool | None = None,  # each worker has an interpreter of its own; None: the file's, else False
+        collate: (
+            Callable | None
+        ) = None,  # makes a batch of a list of samples (with exact=False); None: stacks equal shapes
     ):
-        given = dict(workers=workers, max_batch=max_batch, max_wait=max_wait, queue_size=queue_size,
-                     intra_op=intra_op, exact=exact, processes=processes)
+        given = dict(
+            workers=workers,
+            max_batch=max_batch,
+            max_wait=max_wait,
+            queue_size=queue_size,
+            intra_op=intra_op,
+            exact=exact,
+            processes=processes,
+        )
         self.settings, self._pid = _merged(model, given, collate), os.getpid()
         self._sample = _sample if collate is None else lambda x: (x, ())
         self._runs = _runners(model, self.settings, collate)
@@ -818,7 +1088,8 @@ class Pool:
 # %% ../nbs/12_threads.ipynb
 def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
     "What the workers call: a runner for each thread, with the same tensors, or one in each process."
-    if settings["processes"]: return _start_processes(model, settings, collate)
+    if settings["processes"]:
+        return _start_processes(model, settings, collate)
     model = _mapped(model) if isinstance(model, (str, os.PathLike)) else model
     first = Runner(model, settings["exact"], collate)
     return [first, *(first.for_another(model) for _ in range(settings["workers"] - 1))]
@@ -827,43 +1098,54 @@ def _runners(model: Any, settings: dict, collate: Callable | None) -> list:
 @_method(Pool)
 def _submit(
     self,
-    x: Any,                         # a sample without batch dimension: tensor, tuple (arguments) or dict (names); left unchanged
+    x: Any,  # a sample without batch dimension: tensor, tuple (arguments) or dict (names); left unchanged
     *,
-    timeout: float | None = None,   # seconds; a request that has not begun by then gets TimeoutError and is not run
-    wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
-) -> Future:                        # result() is the answer, cancel() works until the model runs
-    "Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine, which must not wait, awaits `asubmit`."
+    timeout: float | None = None,  # seconds; a request that has not begun by then gets TimeoutError and is not run
+    wait: (
+        float | None
+    ) = None,  # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
+) -> Future:  # result() is the answer, cancel() works until the model runs
+    """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,
+    which must not wait, awaits `asubmit`."""
     request = self._request(x, _seconds(timeout, "timeout"))
-    wait = 0. if self._inside() else _seconds(timeout if wait is None else wait, "wait")
+    wait = 0.0 if self._inside() else _seconds(timeout if wait is None else wait, "wait")
     self._line.put([request], wait)
     return request.future
+
 
 @_method(Pool)
 def __request(self, x: Any, timeout: float | None) -> _Request:
     "What is put in line for a sample."
-    if os.getpid() != self._pid: raise RuntimeError("this pool's threads live in another process: make a pool in each process")
+    if os.getpid() != self._pid:
+        raise RuntimeError("this pool's threads live in another process: make a pool in each process")
     sample, key = self._sample(x)
     return _Request(sample, key, None if timeout is None else time.monotonic() + timeout)
 
+
 @_method(Pool)
-def __inside(self) -> bool: return threading.current_thread() in self._team     # is this one of the workers?
+def __inside(self) -> bool:
+    return threading.current_thread() in self._team  # is this one of the workers?
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
 def __call__(
     self,
-    x: Any,                         # a sample, as for `submit`
-    timeout: float | None = None,   # seconds to wait for the answer, then TimeoutError
-) -> Any:                           # the model's answer to it
+    x: Any,  # a sample, as for `submit`
+    timeout: float | None = None,  # seconds to wait for the answer, then TimeoutError
+) -> Any:  # the model's answer to it
     "Hand in a request and wait for its answer."
-    if self._inside(): raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
+    if self._inside():
+        raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
     until = None if timeout is None else time.monotonic() + _seconds(timeout, "timeout")
     future = self.submit(x, timeout=timeout)
-    try: return future.result(None if until is None else max(0, until - time.monotonic()))
+    try:
+        return future.result(None if until is None else max(0, until - time.monotonic()))
     except futures.TimeoutError:
-        if future.done() and not future.cancelled(): raise
+        if future.done() and not future.cancelled():
+            raise
         raise TimeoutError(f"no answer within {timeout} s") from None
-    finally: future.cancel()        # nobody waits for it any more; without effect when it is done
+    finally:
+        future.cancel()  # nobody waits for it any more; without effect when it is done
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
@@ -871,60 +1153,82 @@ def _ask(self) -> asyncio.Future:
     "For a coroutine: done when there may be room."
     loop = asyncio.get_running_loop()
     hope = loop.create_future()
-    def say(): hope.done() or hope.set_result(None)
+
+    def say():
+        hope.done() or hope.set_result(None)
+
     def tell():
-        with contextlib.suppress(RuntimeError): loop.call_soon_threadsafe(say)      # the loop may be over
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(say)  # the loop may be over
+
     hope.tell = tell
-    with self.work: self.askers.append(tell)
+    with self.work:
+        self.askers.append(tell)
     return hope
+
 
 @_method(_Line)
 def _leave(self, hope: asyncio.Future) -> None:
     "Asks no more; if it was told of room, which it may not have used, the next one is."
     with self.work:
-        if hope.tell in self.askers: self.askers.remove(hope.tell)
-        elif self.waiting < self.size: self.tell(1)
+        if hope.tell in self.askers:
+            self.askers.remove(hope.tell)
+        elif self.waiting < self.size:
+            self.tell(1)
+
 
 @_method(_Line)
 async def _room_for(self, request: _Request, until: float) -> None:
     "Put a request in line as soon as there is room."
     while True:
         hope = self.ask()
-        try: return self.put([request], 0.)
+        try:
+            return self.put([request], 0.0)
         except PoolFull:
-            if (left := until - time.monotonic()) <= 0: raise
+            if (left := until - time.monotonic()) <= 0:
+                raise
             await asyncio.wait([hope], timeout=None if left == math.inf else left)
-        finally: self.leave(hope)
+        finally:
+            self.leave(hope)
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
 async def _asubmit(
     self,
-    x: Any,                         # a sample, as for `submit`
+    x: Any,  # a sample, as for `submit`
     *,
-    timeout: float | None = None,   # seconds to wait for the answer, then TimeoutError
-    wait: float | None = None,      # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
-) -> Any:                           # the model's answer to it
-    "As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose task is cancelled is not run, unless the model has it already."
-    request, wait = self._request(x, timeout := _seconds(timeout, "timeout")), _seconds(timeout if wait is None else wait, "wait")
+    timeout: float | None = None,  # seconds to wait for the answer, then TimeoutError
+    wait: (
+        float | None
+    ) = None,  # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
+) -> Any:  # the model's answer to it
+    """As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose
+    task is cancelled is not run, unless the model has it already."""
+    request, wait = (
+        self._request(x, timeout := _seconds(timeout, "timeout")),
+        _seconds(timeout if wait is None else wait, "wait"),
+    )
     until, room_until = (math.inf if t is None else time.monotonic() + t for t in (timeout, wait))
     try:
         await self._line.room_for(request, min(until, room_until))
         answer = asyncio.wrap_future(request.future)
         await asyncio.wait([answer], timeout=None if until == math.inf else max(0, until - time.monotonic()))
-        if answer.done(): return answer.result()
+        if answer.done():
+            return answer.result()
         raise TimeoutError(f"no answer within {timeout} s")
-    finally: request.future.cancel()        # nobody waits for it any more; without effect when it is done
+    finally:
+        request.future.cancel()  # nobody waits for it any more; without effect when it is done
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
 def _map(
     self,
-    xs: Iterable,                   # samples, as for `submit`
-    timeout: float | None = None,   # seconds for each of them
-) -> list:                          # answers in the same order
+    xs: Iterable,  # samples, as for `submit`
+    timeout: float | None = None,  # seconds for each of them
+) -> list:  # answers in the same order
     "Answers to many samples. The first error is raised; what has not begun by then is cancelled."
-    if self._inside(): raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
+    if self._inside():
+        raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
     promises, xs, timeout = [], iter(xs), _seconds(timeout, "timeout")
     try:
         while some := [self._request(x, timeout) for x in itertools.islice(xs, 64)]:
@@ -932,65 +1236,84 @@ def _map(
             self._line.put(some, None)
         return [f.result() for f in promises]
     finally:
-        for f in promises: f.cancel()
+        for f in promises:
+            f.cancel()
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
 def _close(
     self,
-    wait: bool = True,      # return when the workers have ended
-    cancel: bool = False,   # cancel what has not begun; else it is served
+    wait: bool = True,  # return when the workers have ended
+    cancel: bool = False,  # cancel what has not begun; else it is served
 ) -> None:
-    "Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves the pool to the original."
-    if os.getpid() != self._pid: return
+    """Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves
+    the pool to the original."""
+    if os.getpid() != self._pid:
+        return
     self._counts.add(cancelled=_dismiss(self._line.close(cancel), self._team if wait else []))
+
 
 @_method(Pool)
 def __exit__(self, kind: type | None, *error: Any) -> None:
     "The end of a `with` block: after an error (or Ctrl-C) what has not begun is cancelled."
     self.close(cancel=kind is not None)
 
+
 @_method(Pool)
-def __enter__(self) -> Pool: return self
+def __enter__(self) -> Pool:
+    return self
 
 # %% ../nbs/12_threads.ipynb
 @dataclass(frozen=True)
 class PoolStats:
     "What a pool has done so far."
-    served: int         # answers given
-    failed: int         # errors given
-    cancelled: int      # requests that were cancelled before they began
-    expired: int        # requests whose time was over before they began
-    batches: int        # batches taken
-    mean_batch: float   # samples in an average batch
-    waiting: int        # requests in the queue now
-    apart: int          # kinds of samples computed one by one, since a batch would change their answers (threads only)
+
+    served: int  # answers given
+    failed: int  # errors given
+    cancelled: int  # requests that were cancelled before they began
+    expired: int  # requests whose time was over before they began
+    batches: int  # batches taken
+    mean_batch: float  # samples in an average batch
+    waiting: int  # requests in the queue now
+    apart: int  # kinds of samples computed one by one, since a batch would change their answers (threads only)
+
 
 def _stats(self) -> PoolStats:
-    with self._counts.lock: c = Counter(self._counts.values)
-    mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.
+    with self._counts.lock:
+        c = Counter(self._counts.values)
+    mean = (c["served"] + c["failed"]) / c["batches"] if c["batches"] else 0.0
     cancelled = c["cancelled"] + self._line.forgotten
     apart = len(getattr(self._runs[0], "mixing", ()))
     return PoolStats(c["served"], c["failed"], cancelled, c["expired"], c["batches"], mean, self._line.waiting, apart)
 
+
 Pool.stats = property(_stats, doc="Counts, as a `PoolStats`.")
-Pool.__repr__ = lambda self: f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"
+Pool.__repr__ = lambda self: (
+    f"Pool({', '.join(f'{k}={v}' for k, v in self.settings.items())}{', closed' * self._line.closed})"
+)
 
 # %% ../nbs/12_threads.ipynb
 class _Wire(pickle.Pickler):
     "Pickles for the pipe to a pool's process: tensors as NumPy arrays, or as integers of the same bits."
+
     def reducer_override(self, x: Any) -> Any:
-        if type(x) is not Tensor: return NotImplemented
+        if type(x) is not Tensor:
+            return NotImplemented
         x = x.detach().cpu().contiguous()
-        try: return torch.from_numpy, (x.numpy(),)
-        except TypeError: return Tensor.view, (x.view({1: torch.uint8, 2: torch.int16}[x.element_size()]), x.dtype)
+        try:
+            return torch.from_numpy, (x.numpy(),)
+        except TypeError:
+            return Tensor.view, (x.view({1: torch.uint8, 2: torch.int16}[x.element_size()]), x.dtype)
+
 
 def _wired(message: Any) -> memoryview:
     buffer = io.BytesIO()
     _Wire(buffer, protocol=5).dump(message)
     return buffer.getbuffer()
 
-def _send(pipe: Connection, message: Any) -> None: pipe.send_bytes(_wired(message))
+
+def _send(pipe: Connection, message: Any) -> None:
+    pipe.send_bytes(_wired(message))
 
 # %% ../nbs/12_threads.ipynb
 def _child(descriptor: int) -> None:
@@ -1000,28 +1323,39 @@ def _child(descriptor: int) -> None:
     try:
         _send(pipe, None if ok else _portable(run))
         with intra_op_threads(run.threads if ok else 1), torch.no_grad():
-            while ok and (data := pipe.recv_bytes()): _reply(pipe, run, data)       # nothing: the end
-    except (EOFError, ConnectionError): pass
+            while ok and (data := pipe.recv_bytes()):
+                _reply(pipe, run, data)  # nothing: the end
+    except (EOFError, ConnectionError):
+        pass
     for f in sys.stdout, sys.stderr:
-        with contextlib.suppress(Exception): f.flush()
-    os._exit(0)                                             # as children of multiprocessing do: taking PyTorch down takes a second
+        with contextlib.suppress(Exception):
+            f.flush()
+    os._exit(0)  # as children of multiprocessing do: taking PyTorch down takes a second
+
 
 def _reply(pipe: Connection, run: Runner, data: bytes) -> None:
     "Answer one batch, or say why not."
     ok, reply = _attempt(lambda d: [(fine, y if fine else _portable(y)) for fine, y in run(pickle.loads(d))], data)
     sent, error = _attempt(lambda r: _send(pipe, r), reply if ok else _portable(reply))
-    if not sent: _send(pipe, [*map(_sendable, reply)] if ok else _portable(error))
+    if not sent:
+        _send(pipe, [*map(_sendable, reply)] if ok else _portable(error))
+
 
 def _sendable(answer: tuple[bool, Any]) -> tuple[bool, Any]:
     "An answer that can be sent as it is, or why it cannot be, which is no fault of the others in its batch."
     sent, error = _attempt(_wired, answer)
     return answer if sent else (False, _portable(error))
 
+
 def _set_up(pipe: Connection) -> Runner:
     "A runner as the pool orders it."
-    try: model, exact, collate, threads = pickle.loads(pipe.recv_bytes())
+    try:
+        model, exact, collate, threads = pickle.loads(pipe.recv_bytes())
     except (AttributeError, ImportError) as e:
-        raise TypeError(f"processes is True, but a process that begins anew does not find what the model or collate consists of: {type(e).__name__}: {e}") from None
+        raise TypeError(
+            "processes is True, but a process that begins anew does not find what the model or collate consists of:"
+            f" {type(e).__name__}: {e}"
+        ) from None
     run = Runner(_mapped(model) if isinstance(model, str) else model, exact, collate)
     run.threads = threads
     return run
@@ -1029,65 +1363,110 @@ def _set_up(pipe: Connection) -> Runner:
 # %% ../nbs/12_threads.ipynb
 def _portable(error: BaseException) -> BaseException:
     "An error that can be sent."
-    try: return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(str(error))
-    except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(str(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 # %% ../nbs/12_threads.ipynb
 class WorkerDied(RuntimeError):
-    "A worker process ended while it had this sample, twice, or no new one could start; or a thread failed outside the model."
+    """A worker process ended while it had this sample, twice, or no new one could start; or a thread failed outside
+    the model."""
+
 
 class _Remote:
     "A runner in a process of its own."
+
     def __init__(self, order: bytes, threads: int):
         self.order, self.threads, self.alive = order, threads, False
         self.start()
+
     def start(self) -> None:
         self.pipe, theirs = Pipe()
-        code = (f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {sys.path!r}; "        # Ctrl-C is the parent's business;
-                f"from modelzip.threads import _child; _child({theirs.fileno()})")                                       # when it goes, the pipe closes
+        code = (
+            # Ctrl-C is the parent's business;
+            f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {sys.path!r}; "
+            f"from modelzip.threads import _child; _child({theirs.fileno()})"
+        )  # when it goes, the pipe closes
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        try: self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
-        except BaseException: self.pipe.close(); raise
-        finally: theirs.close()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env
+            )
+        except BaseException:
+            self.pipe.close()
+            raise
+        finally:
+            theirs.close()
         self.alive = True
+
     def ready(self) -> None:
         try:
             try:
                 self.pipe.send_bytes(self.order)
                 error = pickle.loads(self.pipe.recv_bytes())
-            except (EOFError, OSError): error = RuntimeError(f"a worker process could not start (exit code {self.close()})")
-            if error is not None: raise error
-        except BaseException: self.close(); raise
+            except (EOFError, OSError):
+                error = RuntimeError(f"a worker process could not start (exit code {self.close()})")
+            if error is not None:
+                raise error
+        except BaseException:
+            self.close()
+            raise
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Remote)
 def _close(self) -> int:
     "End the process; gives its exit code."
     self.alive = False
-    with contextlib.suppress(OSError): self.pipe.send_bytes(b"")        # a copy of this process by fork may hold the pipe open
+    with contextlib.suppress(OSError):
+        self.pipe.send_bytes(b"")  # a copy of this process by fork may hold the pipe open
     self.pipe.close()
-    try: return self.process.wait(10)
-    except subprocess.TimeoutExpired: self.process.kill()
+    try:
+        return self.process.wait(10)
+    except subprocess.TimeoutExpired:
+        self.process.kill()
     return self.process.wait()
+
 
 @_method(_Remote)
 def __call__(self, samples: list, again: bool = True) -> list[tuple[bool, Any]]:
     "As `Runner`. Each call begins with a process that is alive, or with the attempt to get one."
     one_by_one = lambda again: [self([s], again)[0] for s in samples]
-    try: data = _wired(samples)
-    except Exception as e: return one_by_one(again) if len(samples) > 1 else [(False, e)]
+    try:
+        data = _wired(samples)
+    except Exception as e:
+        return one_by_one(again) if len(samples) > 1 else [(False, e)]
     if not self.alive and not (now := _attempt(_Remote.restart, self))[0]:
-        return [(False, WorkerDied(f"the worker process had ended, and a new one could not start: {type(now[1]).__name__}: {now[1]}"))] * len(samples)
+        return [
+            (
+                False,
+                WorkerDied(
+                    f"the worker process had ended, and a new one could not start: {type(now[1]).__name__}: {now[1]}"
+                ),
+            )
+        ] * len(samples)
     try:
         self.pipe.send_bytes(data)
         data = self.pipe.recv_bytes()
-    except (EOFError, OSError): code = self.close()
-    except BaseException: self.close(); raise               # it would be out of step
-    else: return _delivered(data, len(samples))
-    return one_by_one(False) if again else [(False, WorkerDied(f"the worker process ended (exit code {code}) while it had this sample"))]
+    except (EOFError, OSError):
+        code = self.close()
+    except BaseException:
+        self.close()
+        raise  # it would be out of step
+    else:
+        return _delivered(data, len(samples))
+    return (
+        one_by_one(False)
+        if again
+        else [(False, WorkerDied(f"the worker process ended (exit code {code}) while it had this sample"))]
+    )
+
 
 @_method(_Remote)
-def _restart(self) -> None: self.start(); self.ready()
+def _restart(self) -> None:
+    self.start()
+    self.ready()
+
 
 def _delivered(data: bytes, n: int) -> list[tuple[bool, Any]]:
     "What a worker process has sent for n samples."
@@ -1097,82 +1476,126 @@ def _delivered(data: bytes, n: int) -> list[tuple[bool, Any]]:
 # %% ../nbs/12_threads.ipynb
 class _Order(pickle.Pickler):
     "Pickles what a process shall run, if it can find the code."
+
     def reducer_override(self, x: Any) -> Any:
-        if not isinstance(x, (type, FunctionType)) or x.__module__ != "__main__": return NotImplemented
-        raise TypeError(f"{x.__qualname__} is defined in the program or notebook itself, of which a process that begins anew knows nothing; "
-                        "move it to a module, or serve a .mz file of an architecture that a module registers")
+        if not isinstance(x, (type, FunctionType)) or x.__module__ != "__main__":
+            return NotImplemented
+        raise TypeError(
+            f"{x.__qualname__} is defined in the program or notebook itself, of which a process that begins anew knows"
+            " nothing; move it to a module, or serve a .mz file of an architecture that a module registers"
+        )
+
 
 def _start_processes(model: Any, settings: dict, collate: Callable | None) -> list[_Remote]:
     "The processes of a pool, all started before the first is waited for."
-    if os.name != "posix": raise ValueError("processes is True, which needs Linux or macOS")
+    if os.name != "posix":
+        raise ValueError("processes is True, which needs Linux or macOS")
     model = os.path.abspath(os.fsdecode(model)) if isinstance(model, (str, os.PathLike)) else model
     order, runs = io.BytesIO(), []
-    try: _Order(order).dump((model, settings["exact"], collate, settings["intra_op"]))
+    try:
+        _Order(order).dump((model, settings["exact"], collate, settings["intra_op"]))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise TypeError(f"processes is True, but the model or collate cannot be sent to a process: {e}") from e
     try:
-        for _ in range(settings["workers"]): runs.append(_Remote(order.getvalue(), settings["intra_op"]))
-        for run in runs: run.ready()
+        for _ in range(settings["workers"]):
+            runs.append(_Remote(order.getvalue(), settings["intra_op"]))
+        for run in runs:
+            run.ready()
     except BaseException:
-        for run in runs: run.close()
+        for run in runs:
+            run.close()
         raise
     return runs
 
-def _pids(self) -> list[int]: return [run.process.pid for run in self._runs if isinstance(run, _Remote)]
+
+def _pids(self) -> list[int]:
+    return [run.process.pid for run in self._runs if isinstance(run, _Remote)]
+
 
 Pool.pids = property(_pids, doc="Process ids of the workers; none with threads.")
 
 # %% ../nbs/12_threads.ipynb
 class Spread(NamedTuple):
     "A median with its quartiles."
+
     low: float
     median: float
     high: float
-    def __str__(self) -> str: return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
-def _spread(values: Iterable[float]) -> Spread: return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+
 
 @dataclass(frozen=True)
 class Way:
     "One way to share work out, as it was measured."
-    workers: int        # threads that call the model
-    intra_op: int       # threads in each of their operations
-    batch: int          # samples in a call
-    rate: Spread        # samples a second
-    milliseconds: Spread    # that a call takes
-    gain: Spread        # rate / the first way's rate in the same round
-    speedup: Spread     # rate / the rate of one worker with the same batch and intra_op
+
+    workers: int  # threads that call the model
+    intra_op: int  # threads in each of their operations
+    batch: int  # samples in a call
+    rate: Spread  # samples a second
+    milliseconds: Spread  # that a call takes
+    gain: Spread  # rate / the first way's rate in the same round
+    speedup: Spread  # rate / the rate of one worker with the same batch and intra_op
 
 # %% ../nbs/12_threads.ipynb
 @dataclass
 class Scaling:
     "What `scaling` found: a row a way; the first is what gains refer to."
+
     ways: list[Way]
+
     @property
-    def best(self) -> Way: return max(self.ways, key=lambda w: w.gain.median)       # most samples a second
+    def best(self) -> Way:
+        return max(self.ways, key=lambda w: w.gain.median)  # most samples a second
+
     def cells(self) -> list[list[str]]:
         head = ["workers", "intra-op", "batch", "samples a second, × first", "× one worker", "a call takes, × first"]
         first = self.ways[0].milliseconds.median
-        return [head] + [[str(w.workers), str(w.intra_op), str(w.batch), str(w.gain), str(w.speedup),
-                          f"{w.milliseconds.median / first:.2f}"] for w in self.ways]
+        return [head] + [
+            [
+                str(w.workers),
+                str(w.intra_op),
+                str(w.batch),
+                str(w.gain),
+                str(w.speedup),
+                f"{w.milliseconds.median / first:.2f}",
+            ]
+            for w in self.ways
+        ]
+
     def __repr__(self) -> str:
         rows = self.cells()
         width = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, width)) for row in rows)
+
     def _repr_html_(self) -> str:
-        line = lambda tag, row: "<tr>" + "".join(f'<{tag} style="text-align:right">{escape(c)}</{tag}>' for c in row) + "</tr>"
+        line = lambda tag, row: (
+            "<tr>" + "".join(f'<{tag} style="text-align:right">{escape(c)}</{tag}>' for c in row) + "</tr>"
+        )
         head, *body = self.cells()
-        return f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
+        return (
+            f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
+        )
 
 # %% ../nbs/12_threads.ipynb
 def _serial_fraction(self) -> dict[int, Spread]:
-    "For each batch size the serial share that Amdahl's law needs to explain what workers gained; its spread is the quartiles'."
+    """For each batch size the serial share that Amdahl's law needs to explain what workers gained; its spread is
+    the quartiles'."""
     found, first = {}, self.ways[0]
     for batch in {w.batch: None for w in self.ways} if first.workers == 1 else {}:
-        rows = [w for w in self.ways if (w.batch, w.intra_op) == (batch, first.intra_op) and w.workers <= max(2, cores())]
-        if not any(w.workers > 1 for w in rows): continue
+        rows = [
+            w for w in self.ways if (w.batch, w.intra_op) == (batch, first.intra_op) and w.workers <= max(2, cores())
+        ]
+        if not any(w.workers > 1 for w in rows):
+            continue
         found[batch] = Spread(*(fit_amdahl([w.workers for w in rows], [w.speedup[q] for w in rows]) for q in (2, 1, 0)))
     return found
+
 
 Scaling.serial_fraction = property(_serial_fraction)
 
@@ -1181,6 +1604,7 @@ Scaling.serial_fraction = property(_serial_fraction)
 def _plot(self, axes: Any = None) -> Any:
     "Left: samples a second over workers. Right: what they cost in waiting."
     import matplotlib.pyplot as plt
+
     left, right = plt.subplots(1, 2, figsize=(8, 3.2))[1] if axes is None else axes
     first = self.ways[0].milliseconds.median
     for i, (batch, intra) in enumerate({(w.batch, w.intra_op): None for w in self.ways}):
@@ -1190,7 +1614,9 @@ def _plot(self, axes: Any = None) -> Any:
         label = f"batch {batch}" + f", intra-op {intra}" * (len({w.intra_op for w in self.ways}) > 1)
         left.errorbar(x, middle, bars, marker="os^Dv"[i % 5], capsize=3, label=label)
         right.plot([w.milliseconds.median / first for w in rows], middle, marker="os^Dv"[i % 5])
-    left.set(xlabel="workers", ylabel="samples a second, × first", xticks=sorted({w.workers for w in self.ways}), ylim=0)
+    left.set(
+        xlabel="workers", ylabel="samples a second, × first", xticks=sorted({w.workers for w in self.ways}), ylim=0
+    )
     left.legend()
     right.set(xlabel="a call takes, × first", ylabel="samples a second, × first", xscale="log", ylim=0)
     return left, right
@@ -1198,12 +1624,16 @@ def _plot(self, axes: Any = None) -> Any:
 # %% ../nbs/12_threads.ipynb
 def _measure_way(model: Callable, batches: list, workers: int, intra_op: int, calls: int) -> tuple[float, float]:
     "Calls a second, and the median milliseconds of one."
+
     def timed(batch):
-        start = time.perf_counter(); _call(model, batch)
+        start = time.perf_counter()
+        _call(model, batch)
         return (time.perf_counter() - start) * 1e3
+
     start = time.perf_counter()
     times = run_in_threads(timed, workers, [(batches[i % len(batches)],) for i in range(calls)], intra_op=intra_op)
     return calls / (time.perf_counter() - start), statistics.median(times)
+
 
 def _batches(data: Any, size: int, most: int = 16) -> list:
     "A few batches of one size, cut from tensors whose first dimension counts samples."
@@ -1214,25 +1644,30 @@ def _batches(data: Any, size: int, most: int = 16) -> list:
 
 # %% ../nbs/12_threads.ipynb
 def scaling(
-    model: Callable,                            # called with batches, from several threads
-    data: Any,                                  # samples: a tensor [n, …], a tuple or dict of them, or a `Split`
-    threads: Sequence[int] = (1, 2),            # numbers of workers; the first is what speed-ups refer to, so let it be 1
-    batches: Sequence[int] = (1, 8, 64),        # batch sizes
-    intra_op: Sequence[int] = (1,),             # threads in each operation
-    rounds: int = 5,                            # each measures every way once, in random order
-    seconds: float = .05,                       # that a measurement should take
-    seed: int = 0,                              # of the order
-    progress: bool = False,                     # show a bar
-) -> Scaling:                                   # a table with `plot()`, `best` way and the `serial_fraction` of Amdahl's law
+    model: Callable,  # called with batches, from several threads
+    data: Any,  # samples: a tensor [n, …], a tuple or dict of them, or a `Split`
+    threads: Sequence[int] = (1, 2),  # numbers of workers; the first is what speed-ups refer to, so let it be 1
+    batches: Sequence[int] = (1, 8, 64),  # batch sizes
+    intra_op: Sequence[int] = (1,),  # threads in each operation
+    rounds: int = 5,  # each measures every way once, in random order
+    seconds: float = 0.05,  # that a measurement should take
+    seed: int = 0,  # of the order
+    progress: bool = False,  # show a bar
+) -> Scaling:  # a table with `plot()`, `best` way and the `serial_fraction` of Amdahl's law
     "Measure how a model's throughput and latency depend on workers, intra-op threads and batch size."
     for name, values in (("threads", threads), ("batches", batches), ("intra_op", intra_op)):
-        if not len(values): raise ValueError(f"{name} is empty; it may be a list of whole numbers")
-        for v in values: _count(v, name, most=2**20 if name == "batches" else 1024)
-    if _seconds(seconds, "seconds", 3600) is None: raise TypeError("seconds is None; it may be seconds")
+        if not len(values):
+            raise ValueError(f"{name} is empty; it may be a list of whole numbers")
+        for v in values:
+            _count(v, name, most=2**20 if name == "batches" else 1024)
+    if _seconds(seconds, "seconds", 3600) is None:
+        raise TypeError("seconds is None; it may be seconds")
     ways = [(w, i, b) for b in batches for i in intra_op for w in threads]
     with torch.no_grad():
         cut = {b: _batches(data, b) for b in batches}
-        found = _scaling_rounds(model, cut, ways, _count(rounds, "rounds", 2, math.inf), seconds, random.Random(seed), progress)
+        found = _scaling_rounds(
+            model, cut, ways, _count(rounds, "rounds", 2, math.inf), seconds, random.Random(seed), progress
+        )
     return Scaling([_way_of(way, found, ways[0], threads[0]) for way in ways])
 
 # %% ../nbs/12_threads.ipynb
@@ -1244,8 +1679,10 @@ def _scaling_rounds(model, cut, ways, rounds, seconds, draw, progress) -> dict[t
         once = _measure_way(model, cut[b], w, i, 2 * w)[0]
         calls[way] = w * max(1, math.ceil(seconds * once / w))
     for _ in tqdm(range(rounds), desc="scaling", leave=False) if progress else range(rounds):
-        for w, i, b in draw.sample(ways, len(ways)): found[w, i, b].append(_measure_way(model, cut[b], w, i, calls[w, i, b]))
+        for w, i, b in draw.sample(ways, len(ways)):
+            found[w, i, b].append(_measure_way(model, cut[b], w, i, calls[w, i, b]))
     return found
+
 
 def _way_of(way: tuple, found: dict, first: tuple, one: int) -> Way:
     "A row of the table, with ratios taken round by round."
@@ -1255,12 +1692,12 @@ def _way_of(way: tuple, found: dict, first: tuple, one: int) -> Way:
 
 # %% ../nbs/12_threads.ipynb
 def save_multi_threaded_model(
-    model: nn.Module,               # any model
-    path: str | os.PathLike,        # the file to write or replace, usually *.mz
-    threads: int | None = None,     # that code tensors side by side; None: as many as there are processors, at most 4
-    pool: Mapping | None = None,    # settings for `Pool(path)`, any of `POOL_SETTINGS`
-    **info: Any,                    # what else the file should say, as for `save`
-) -> Path:                          # the path
+    model: nn.Module,  # any model
+    path: str | os.PathLike,  # the file to write or replace, usually *.mz
+    threads: int | None = None,  # that code tensors side by side; None: as many as there are processors, at most 4
+    pool: Mapping | None = None,  # settings for `Pool(path)`, any of `POOL_SETTINGS`
+    **info: Any,  # what else the file should say, as for `save`
+) -> Path:  # the path
     "Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and `pool_settings`."
     settings = {} if pool is None else {"pool": pool_settings(pool)}
     return save(model, path, archive=True, threads=threads, **settings, **info)
@@ -1268,4 +1705,4 @@ def save_multi_threaded_model(
 # %% ../nbs/12_threads.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -27,152 +27,217 @@ from .structured import factorize, shrink
 # %% ../nbs/14_tour.ipynb
 TECHNIQUES: dict[str, Callable[[nn.Module, Data], nn.Module]] = {}
 
+
 def technique(
-    name: str,                 # what the table calls it
-    archive: bool | str = True,  # its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
-) -> Callable:                 # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
+    name: str,  # what the table calls it
+    archive: (
+        bool | str
+    ) = True,  # its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
+) -> Callable:  # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
     "Add a technique to the tour. `ValueError` when the name is taken."
+
     def add(f):
-        if name in TECHNIQUES: raise ValueError(f"name is {name!r}, and there is a technique of that name already")
+        if name in TECHNIQUES:
+            raise ValueError(f"name is {name!r}, and there is a technique of that name already")
         TECHNIQUES[name], f.archive = f, archive
         return f
+
     return add
 
 # %% ../nbs/14_tour.ipynb
 @technique("float32, entropy-coded")
-def _coded(model, data): return copy.deepcopy(model)
+def _coded(model, data):
+    return copy.deepcopy(model)
 
 # %% ../nbs/14_tour.ipynb
 @technique("8-bit weights, per tensor")
-def _tensor8(model, data): return quantize_model(model, 8, per_channel=False)
+def _tensor8(model, data):
+    return quantize_model(model, 8, per_channel=False)
+
 
 @technique("8-bit weights, per channel")
-def _channel8(model, data): return quantize_model(model, 8)
+def _channel8(model, data):
+    return quantize_model(model, 8)
+
 
 @technique("8-bit weights, int8 kernels")
-def _kernels8(model, data): return use_kernels(quantize_model(model, 8))
+def _kernels8(model, data):
+    return use_kernels(quantize_model(model, 8))
 
 # %% ../nbs/14_tour.ipynb
 @technique("6-bit weights, per channel")
-def _channel6(model, data): return quantize_model(model, 6)
+def _channel6(model, data):
+    return quantize_model(model, 6)
+
 
 @technique("4-bit weights, group 64")
-def _group4(model, data): return quantize_model(model, 4, group=64)
+def _group4(model, data):
+    return quantize_model(model, 4, group=64)
+
 
 @technique("4-bit weights, group 64, mapped", archive=False)
-def _mapped4(model, data): return _group4(model, data)
+def _mapped4(model, data):
+    return _group4(model, data)
+
 
 @technique("4-bit weights, asymmetric")
-def _asymmetric4(model, data): return quantize_model(model, 4, group=64, symmetric=False)
+def _asymmetric4(model, data):
+    return quantize_model(model, 4, group=64, symmetric=False)
+
 
 @technique("3-bit weights, MSE range")
-def _group3(model, data): return quantize_model(model, 3, group=64, observer="mse")
+def _group3(model, data):
+    return quantize_model(model, 3, group=64, observer="mse")
 
 # %% ../nbs/14_tour.ipynb
 @technique("NF4, group 64")
-def _nf4(model, data): return quantize_model(model, codebook="nf4", group=64)
+def _nf4(model, data):
+    return quantize_model(model, codebook="nf4", group=64)
+
 
 @technique("k-means, 16 values a layer")
-def _shared(model, data): return quantize_model(model, 4, codebook="kmeans", per_channel=False)
+def _shared(model, data):
+    return quantize_model(model, 4, codebook="kmeans", per_channel=False)
 
 # %% ../nbs/14_tour.ipynb
 @technique("3-bit weights, GPTQ")
-def _gptq3(model, data): return gptq(model, calibration(data), 3, group=64, symmetric=False)
+def _gptq3(model, data):
+    return gptq(model, calibration(data), 3, group=64, symmetric=False)
+
 
 @technique("2-bit weights, HQQ")
-def _hqq2(model, data): return hqq(model, 2, group=64)
+def _hqq2(model, data):
+    return hqq(model, 2, group=64)
+
 
 @technique("2-bit weights, GPTQ")
-def _gptq2(model, data): return gptq(model, calibration(data), 2, group=64, symmetric=False)
+def _gptq2(model, data):
+    return gptq(model, calibration(data), 2, group=64, symmetric=False)
 
-def calibration(
-    data: Data,
-) -> list:         # 10 batches of 100 digits from the training part
+
+def calibration(data: Data) -> list:  # 10 batches of 100 digits from the training part
     "What the techniques that look at data may look at."
-    return [data.train.x[i:i + 100] for i in range(0, 1000, 100)]
+    return [data.train.x[i : i + 100] for i in range(0, 1000, 100)]
 
 # %% ../nbs/14_tour.ipynb
 @technique("ternary weights, MSE range")
-def _ternary(model, data): return quantize_model(model, levels=3, group=64, observer="mse")
+def _ternary(model, data):
+    return quantize_model(model, levels=3, group=64, observer="mse")
+
 
 @technique("binary weights")
-def _binary(model, data): return quantize_model(model, 1, group=64)
+def _binary(model, data):
+    return quantize_model(model, 1, group=64)
 
 # %% ../nbs/14_tour.ipynb
 @technique("4-bit weights and 8-bit activations, trained")
-def _trained4(model, data): return through_rounding(model, data, bits=4)
+def _trained4(model, data):
+    return through_rounding(model, data, bits=4)
+
 
 @technique("2-bit weights and 8-bit activations, trained")
-def _trained2(model, data): return through_rounding(model, data, bits=2)
+def _trained2(model, data):
+    return through_rounding(model, data, bits=2)
+
 
 def through_rounding(
-    model: nn.Module,   # trained
+    model: nn.Module,  # trained
     data: Data,
-    **how: int,         # of `prepare`
-) -> nn.Module:         # of integers
+    **how: int,  # of `prepare`
+) -> nn.Module:  # of integers
     "Four epochs of training through rounding; learning rate and number chosen on validation digits in `bench/qat.py`."
     return convert(train(prepare(model, batches=calibration(data), **how), data.fit, epochs=4, lr=1e-3, progress=False))
 
 # %% ../nbs/14_tour.ipynb
 @technique("95 % pruned, retrained")
-def _pruned(model, data): return sparsify_model(pruned(model, data))
+def _pruned(model, data):
+    return sparsify_model(pruned(model, data))
+
 
 @technique("95 % pruned, 4-bit weights")
-def _pruned4(model, data): return sparsify_model(pruned(model, data), bits=4, codebook="kmeans")
+def _pruned4(model, data):
+    return sparsify_model(pruned(model, data), bits=4, codebook="kmeans")
+
 
 @functools.lru_cache(1)
 def pruned(
-    model: nn.Module,         # trained
+    model: nn.Module,  # trained
     data: Data,
-    sparsity: float = 0.95,   # share of the weights that goes
-) -> nn.Module:               # with masks
+    sparsity: float = 0.95,  # share of the weights that goes
+) -> nn.Module:  # with masks
     "Eight epochs, in the first five of which the masks tighten."
     model = copy.deepcopy(model)
     pruner = Pruner(model, sparsity, schedule="cubic")
-    return train(model, data.fit, epochs=8, lr=2e-3, progress=False, after_epoch=lambda done, loss: pruner.step(min(1., done / 5)))
+    return train(
+        model,
+        data.fit,
+        epochs=8,
+        lr=2e-3,
+        progress=False,
+        after_epoch=lambda done, loss: pruner.step(min(1.0, done / 5)),
+    )
 
 # %% ../nbs/14_tour.ipynb
 @technique("half the multiplications, retrained")
 @functools.lru_cache(1)
-def _shrunk(model, data): return train(shrink(model, data.train.x[:1], macs=0.5, round_to=2), data.fit, epochs=4, lr=1e-3, progress=False)
+def _shrunk(model, data):
+    return train(shrink(model, data.train.x[:1], macs=0.5, round_to=2), data.fit, epochs=4, lr=1e-3, progress=False)
+
 
 @technique("half the multiplications, 4-bit weights")
-def _shrunk4(model, data): return quantize_model(_shrunk(model, data), 4, group=64)
+def _shrunk4(model, data):
+    return quantize_model(_shrunk(model, data), 4, group=64)
+
 
 @technique("low rank, a quarter of the bytes, retrained")
-def _low_rank(model, data): return train(factorize(model, bytes=0.25), data.fit, epochs=4, lr=1e-3, progress=False)
+def _low_rank(model, data):
+    return train(factorize(model, bytes=0.25), data.fit, epochs=4, lr=1e-3, progress=False)
 
 # %% ../nbs/14_tour.ipynb
 @technique("student of 19,454 parameters, distilled")
 @functools.lru_cache(1)
-def _student(model, data): return taught(LeNet5(channels=[8, 16], hidden=60), model, data)
+def _student(model, data):
+    return taught(LeNet5(channels=[8, 16], hidden=60), model, data)
+
 
 @technique("the student with 4-bit weights")
-def _student4(model, data): return taught(prepare(_student(model, data), bits=4, batches=calibration(data)), model, data, epochs=4, lr=1e-3)
+def _student4(model, data):
+    return taught(prepare(_student(model, data), bits=4, batches=calibration(data)), model, data, epochs=4, lr=1e-3)
+
 
 @technique("the student, every bit at a price", archive="solid")
-def _priced(model, data): return taught(prepare(_student(model, data), levels=15, activations=None, per_channel=False), model, data, epochs=8, price=0.02)
+def _priced(model, data):
+    return taught(
+        prepare(_student(model, data), levels=15, activations=None, per_channel=False),
+        model,
+        data,
+        epochs=8,
+        price=0.02,
+    )
+
 
 def taught(
     student: nn.Module,
     teacher: nn.Module,
     data: Data,
-    epochs: int = 15,    # times that each digit is seen
-    lr: float = 5e-3,    # highest learning rate
-    price: float = 0.,   # of a thousand bits of the codes' entropy, in the loss; for a student that was prepared
-) -> nn.Module:          # in eval mode; of integers or codes, if it was prepared for that
+    epochs: int = 15,  # times that each digit is seen
+    lr: float = 5e-3,  # highest learning rate
+    price: float = 0.0,  # of a thousand bits of the codes' entropy, in the loss; for a student that was prepared
+) -> nn.Module:  # in eval mode; of integers or codes, if it was prepared for that
     "Distil into a student, with augmentation."
     loss, options = 0.5 * SoftTargets(2) + 0.5 * Labels(), {}
-    if price: loss, options = loss + price * EntropyBits(student), {"optimizer": functools.partial(StepAdam, model=student)}
-    with seeded(0): distill(student, teacher, data.fit, loss, epochs=epochs, lr=lr, augment=affine, progress=False, **options)
+    if price:
+        loss, options = loss + price * EntropyBits(student), {"optimizer": functools.partial(StepAdam, model=student)}
+    with seeded(0):
+        distill(student, teacher, data.fit, loss, epochs=epochs, lr=lr, augment=affine, progress=False, **options)
     return convert(student) if any(isinstance(m, WeightQuantizer) for m in student.modules()) else student
 
 # %% ../nbs/14_tour.ipynb
 def compressed(
-    model: nn.Module,        # trained
-    data: Data,              # what it was trained on, for the techniques that look at data
-    progress: bool = True,   # show a bar; a line a technique where none can be drawn
-) -> dict[str, nn.Module]:   # the model itself as 'fp32', then one model for each technique
+    model: nn.Module,  # trained
+    data: Data,  # what it was trained on, for the techniques that look at data
+    progress: bool = True,  # show a bar; a line a technique where none can be drawn
+) -> dict[str, nn.Module]:  # the model itself as 'fp32', then one model for each technique
     "Apply every technique of the list to one model."
     models = {"fp32": model}
     for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and _draws())), 1):
@@ -180,40 +245,52 @@ def compressed(
         models[name] = f(model, data)
     return models
 
+
 def _draws():
     "Whether a bar can be drawn: in a terminal and in a notebook, not in a file or a pipe."
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
 
+
 def _say(progress, line):
     "What a bar would show, as a line that is there at once."
-    if progress and not _draws() and not os.environ.get("TQDM_DISABLE"): print(line, file=sys.stderr, flush=True)
+    if progress and not _draws() and not os.environ.get("TQDM_DISABLE"):
+        print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/14_tour.ipynb
 def load_alone(path, model=None) -> nn.Module:
     "Load a file with nothing else at hand: the model that it was saved from is not looked at."
     return load(path)
 
+
 def tour(
-    folder: str | Path = "tour",   # where report.html and the .mz files go; made when missing
-    seed: int = 0,                 # of the training
-    repeats: int = 20,             # timing rounds
-    progress: bool = True,         # show bars; in a file or a pipe a line a step
-) -> Report:                       # one row for each technique, the fp32 model first
-    "Train LeNet-5 on 4,000 real digits, compress it by every technique, save, load, measure on 1,000 others, write `report.html`."
+    folder: str | Path = "tour",  # where report.html and the .mz files go; made when missing
+    seed: int = 0,  # of the training
+    repeats: int = 20,  # timing rounds
+    progress: bool = True,  # show bars; in a file or a pipe a line a step
+) -> Report:  # one row for each technique, the fp32 model first
+    """Train LeNet-5 on 4,000 real digits, compress it by every technique, save, load, measure on 1,000 others,
+    write `report.html`."""
     folder, data = Path(folder), mnist5k()
     folder.mkdir(parents=True, exist_ok=True)
     _say(progress, "training LeNet-5")
     model = train(LeNet5(), data.fit, seed=seed, progress=progress and _draws())
     models = compressed(model, data, progress)
-    how = {id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and TECHNIQUES[name].archive) for i, (name, m) in enumerate(models.items(), 1)}
+    how = {
+        id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and TECHNIQUES[name].archive)
+        for i, (name, m) in enumerate(models.items(), 1)
+    }
+
     def store(m, path):
         _say(progress, how[id(m)][0])
         return save(m, path, archive=how[id(m)][1])
-    report = compare(models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and _draws())
+
+    report = compare(
+        models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and _draws()
+    )
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report
 
 # %% ../nbs/14_tour.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())      # errors name the argument
+name_arguments(globals())  # errors name the argument

@@ -1,4 +1,6 @@
-"Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for new ones."
+"""Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
+new ones."""
+
 from hypothesis import HealthCheck, settings
 
 from guards import FUZZ

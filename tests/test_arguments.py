@@ -1,4 +1,5 @@
 "A wrong argument is an error that names it as the caller wrote it: never one from deep inside."
+
 import contextlib, copy, importlib, inspect, io, pickle, pkgutil, warnings
 
 import numpy as np
@@ -7,7 +8,23 @@ import torch
 from torch import nn
 
 import modelzip
-from modelzip import auto, channels, data, distill, exchange, kernels, measure, pack, prune, ptq, qat, quant, recipe, structured, threads
+from modelzip import (
+    auto,
+    channels,
+    data,
+    distill,
+    exchange,
+    kernels,
+    measure,
+    pack,
+    prune,
+    ptq,
+    qat,
+    quant,
+    recipe,
+    structured,
+    threads,
+)
 from modelzip.data import Data, LeNet5, Split
 from modelzip.workshop.arguments import fits, in_words
 
@@ -17,37 +34,98 @@ X, Y = torch.randn(20, 6), torch.arange(20) % 3
 SPLIT = Split(X, Y)
 DATA, W, H = Data(SPLIT, SPLIT, SPLIT), torch.randn(4, 6), X.T @ X
 SMALL, STATISTICS = quant.quantize_model(NET, 8), ptq.calibrate(NET, [X], second_moments=True)
-MASKED, PREPARED = prune.prune_model(NET, .5), qat.prepare(NET, bits=4, batches=[X])
+MASKED, PREPARED = prune.prune_model(NET, 0.5), qat.prepare(NET, bits=4, batches=[X])
 SPARSE, IMAGES = prune.sparsify_model(MASKED, bits=4), nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
 
-CALLS = {          # a call that works, from which one argument after the other is spoilt
-    quant: dict(quantize=dict(x=W, bits=4), quantize_layer=dict(layer=NET[0]), quantize_model=dict(model=NET), dequantize_model=dict(model=SMALL), Dequantize=dict(layer=nn.Linear(6, 4), q=quant.quantize(W)), pack_bits=dict(codes=torch.arange(8, dtype=torch.uint8), bits=3)),
-    prune: dict(mask_layer=dict(layer=nn.Linear(6, 4), keep=W > 0), masks=dict(model=MASKED), remove_masks=dict(model=MASKED), prunable_layers=dict(model=NET), prune_model=dict(model=NET, sparsity=.5), sparsity_table=dict(model=NET), left_whole=dict(model=NET), sparsify_model=dict(model=MASKED),
-                sensitivity=dict(model=NET, evaluate=lambda m: .5, sparsities=(.5,)), rewind=dict(model=copy.deepcopy(NET), state=NET.state_dict()), lottery_ticket=dict(model=NET, retrain=lambda m, i: None, sparsity=.5, rounds=1), fill_zeros=dict(model=SPARSE),
-                use_sparse_products=dict(model=SPARSE), surgeon_weight=dict(weight=W, moment=H, sparsity=.5), collect=dict(model=NET, batches=[X], needs="power")),
-    ptq: dict(calibrate=dict(model=NET, batches=[X]), gptq=dict(model=NET, batches=[X]), awq=dict(model=NET, statistics=STATISTICS), smooth=dict(model=NET, statistics=STATISTICS), hqq=dict(model=NET),
-              correct_bias=dict(quantized=SMALL, model=NET, statistics=STATISTICS)),
-    qat: dict(prepare=dict(model=NET, batches=[X]), convert=dict(model=PREPARED), set_bits=dict(model=copy.deepcopy(PREPARED), bits=3), WeightQuantizer=dict(weight=W, levels=15), ActivationQuantizer={}),
+CALLS = {  # a call that works, from which one argument after the other is spoilt
+    quant: dict(
+        quantize=dict(x=W, bits=4),
+        quantize_layer=dict(layer=NET[0]),
+        quantize_model=dict(model=NET),
+        dequantize_model=dict(model=SMALL),
+        Dequantize=dict(layer=nn.Linear(6, 4), q=quant.quantize(W)),
+        pack_bits=dict(codes=torch.arange(8, dtype=torch.uint8), bits=3),
+    ),
+    prune: dict(
+        mask_layer=dict(layer=nn.Linear(6, 4), keep=W > 0),
+        masks=dict(model=MASKED),
+        remove_masks=dict(model=MASKED),
+        prunable_layers=dict(model=NET),
+        prune_model=dict(model=NET, sparsity=0.5),
+        sparsity_table=dict(model=NET),
+        left_whole=dict(model=NET),
+        sparsify_model=dict(model=MASKED),
+        sensitivity=dict(model=NET, evaluate=lambda m: 0.5, sparsities=(0.5,)),
+        rewind=dict(model=copy.deepcopy(NET), state=NET.state_dict()),
+        lottery_ticket=dict(model=NET, retrain=lambda m, i: None, sparsity=0.5, rounds=1),
+        fill_zeros=dict(model=SPARSE),
+        use_sparse_products=dict(model=SPARSE),
+        surgeon_weight=dict(weight=W, moment=H, sparsity=0.5),
+        collect=dict(model=NET, batches=[X], needs="power"),
+    ),
+    ptq: dict(
+        calibrate=dict(model=NET, batches=[X]),
+        gptq=dict(model=NET, batches=[X]),
+        awq=dict(model=NET, statistics=STATISTICS),
+        smooth=dict(model=NET, statistics=STATISTICS),
+        hqq=dict(model=NET),
+        correct_bias=dict(quantized=SMALL, model=NET, statistics=STATISTICS),
+    ),
+    qat: dict(
+        prepare=dict(model=NET, batches=[X]),
+        convert=dict(model=PREPARED),
+        set_bits=dict(model=copy.deepcopy(PREPARED), bits=3),
+        WeightQuantizer=dict(weight=W, levels=15),
+        ActivationQuantizer={},
+    ),
     kernels: dict(use_kernels=dict(model=SMALL), what_runs=dict(model=SMALL), quantize_rows=dict(x=X)),
-    structured: dict(shrink=dict(model=NET, example=X[:2], ratio=.5), fold_batchnorm=dict(model=IMAGES, example=torch.rand(2, 1, 6, 6)), factorize=dict(model=NET, rank=2)),
+    structured: dict(
+        shrink=dict(model=NET, example=X[:2], ratio=0.5),
+        fold_batchnorm=dict(model=IMAGES, example=torch.rand(2, 1, 6, 6)),
+        factorize=dict(model=NET, rank=2),
+    ),
     channels: dict(dependency_graph=dict(model=NET, example=X[:2])),
-    measure: dict(file_bytes=dict(path="a.mz"), count_parameters=dict(model=NET), macs=dict(model=NET, example=X), sqnr=dict(x=W, x_hat=W), wilson=dict(correct=5, n=10)),
+    measure: dict(
+        file_bytes=dict(path="a.mz"),
+        count_parameters=dict(model=NET),
+        macs=dict(model=NET, example=X),
+        sqnr=dict(x=W, x_hat=W),
+        wilson=dict(correct=5, n=10),
+    ),
     data: dict(Split=dict(x=X, y=Y), accuracy=dict(model=NET, split=SPLIT), LeNet5={}),
     distill: dict(SoftTargets={}),
-    pack: dict(save=dict(model=NET, path="b.mz"), load=dict(path="a.mz", model=NET), read_tensor=dict(path="a.mz", name="0.weight"), inspect=dict(path="a.mz"), diff=dict(a="a.mz", b="a.mz")),
+    pack: dict(
+        save=dict(model=NET, path="b.mz"),
+        load=dict(path="a.mz", model=NET),
+        read_tensor=dict(path="a.mz", name="0.weight"),
+        inspect=dict(path="a.mz"),
+        diff=dict(a="a.mz", b="a.mz"),
+    ),
     exchange: dict(to_safetensors=dict(model=NET, path="b.safetensors"), from_npz=dict(path="a.npz", model=NET)),
-    recipe: dict(Recipe=dict(steps=["fold_batchnorm"]), samples_of=dict(data=DATA), grid_points=dict(grid={"bits": [4]})),
-    auto: dict(output_change=dict(model=NET, values={}, batches=[X]), allocate=dict(bytes=[[1, 2]], errors=[[2, 1]], budget=3.), compress=dict(model=NET, data=DATA, bytes=600)),
-    threads: dict(amdahl=dict(n=2, serial=.1), save_multi_threaded_model=dict(model=NET, path="c.mz")),
+    recipe: dict(
+        Recipe=dict(steps=["fold_batchnorm"]), samples_of=dict(data=DATA), grid_points=dict(grid={"bits": [4]})
+    ),
+    auto: dict(
+        output_change=dict(model=NET, values={}, batches=[X]),
+        allocate=dict(bytes=[[1, 2]], errors=[[2, 1]], budget=3.0),
+        compress=dict(model=NET, data=DATA, bytes=600),
+    ),
+    threads: dict(amdahl=dict(n=2, serial=0.1), save_multi_threaded_model=dict(model=NET, path="c.mz")),
 }
-class Odd: pass
+
+
+class Odd:
+    pass
+
+
 BAD = {"text": "nonsense", "object": Odd(), "None": None, "empty": []}
 
 
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pack.save(NET, "a.mz"); exchange.to_npz(NET, "a.npz")
+    pack.save(NET, "a.mz")
+    exchange.to_npz(NET, "a.npz")
 
 
 @pytest.mark.parametrize("module", CALLS, ids=lambda m: m.__name__.rpartition(".")[2])
@@ -57,36 +135,71 @@ def test_no_wrong_argument_is_an_error_from_deep_inside(module):
         f = getattr(module, name)
         for p in inspect.signature(f).parameters.values():
             for kind, bad in BAD.items():
-                if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or bad is p.default or p.name not in good and fits(bad, p.annotation) or p.annotation is bool or name == "compress" and (p.name not in good or kind != "text"): continue
+                if (
+                    p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                    or bad is p.default
+                    or p.name not in good
+                    and fits(bad, p.annotation)
+                    or p.annotation is bool
+                    or name == "compress"
+                    and (p.name not in good or kind != "text")
+                ):
+                    continue
                 try:
-                    with contextlib.redirect_stderr(io.StringIO()): f(**{**good, p.name: bad})
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        f(**{**good, p.name: bad})
                 except (TypeError, ValueError, OSError, pack.PackError) as e:
-                    if p.name.rstrip("s") not in str(e) and not isinstance(e, OSError) and {"text": "nonsense", "None": "None", "object": "Odd"}.get(kind, "?") not in str(e): wrong.append(f"{name}({p.name}={kind}): {e}")
-                except Exception as e: wrong.append(f"{name}({p.name}={kind}): {type(e).__name__}: {e}")
+                    if (
+                        p.name.rstrip("s") not in str(e)
+                        and not isinstance(e, OSError)
+                        and {"text": "nonsense", "None": "None", "object": "Odd"}.get(kind, "?") not in str(e)
+                    ):
+                        wrong.append(f"{name}({p.name}={kind}): {e}")
+                except Exception as e:
+                    wrong.append(f"{name}({p.name}={kind}): {type(e).__name__}: {e}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_every_public_function_says_what_its_arguments_may_be():
     for found in pkgutil.iter_modules(modelzip.__path__):
-        if found.name.startswith("_") or found.name in ("cli", "workshop"): continue
+        if found.name.startswith("_") or found.name in ("cli", "workshop"):
+            continue
         module = importlib.import_module(f"modelzip.{found.name}")
         for name in module.__all__:
             f = getattr(module, name)
-            if not inspect.isfunction(f) or f.__module__ != module.__name__: continue
+            if not inspect.isfunction(f) or f.__module__ != module.__name__:
+                continue
             assert hasattr(f, "__wrapped__"), f
-            assert all(d is getattr(module, d.__name__, d) for p in inspect.signature(f).parameters.values() for d in [p.default] if inspect.isfunction(d)), f
+            assert all(
+                d is getattr(module, d.__name__, d)
+                for p in inspect.signature(f).parameters.values()
+                for d in [p.default]
+                if inspect.isfunction(d)
+            ), f
             assert pickle.loads(pickle.dumps(f)) is f and inspect.getsource(f).lstrip("@").strip()
-            for p in inspect.signature(f).parameters.values(): assert p.annotation is p.empty or in_words(p.annotation)
+            for p in inspect.signature(f).parameters.values():
+                assert p.annotation is p.empty or in_words(p.annotation)
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: pack.load("a.mz", nn.Sequential), "model is the class Sequential; it may be an nn.Module or None; call it: Sequential()"),
-    (lambda: quant.quantize_model(LeNet5), "model is the class LeNet5; it may be an nn.Module; call it: LeNet5()"),
-    (lambda: ptq.gptq(NET, X), "batches is a Tensor"), (lambda: auto.compress(NET, X, bytes=600), "^data is a Tensor; it may be an iterable of batches, such as"),
-    (lambda: data.train(NET, SPLIT, epochs="two"), "epochs is 'two'; it may be a whole number"), (lambda: prune.masks(None), "model is None; it may be an nn.Module"),
-    (lambda: measure.macs(NET, "x"), "example is 'x'; it may be what the model is called with"), (lambda: pack.save(NET, None), "path is None; it may be a path")])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (
+            lambda: pack.load("a.mz", nn.Sequential),
+            "model is the class Sequential; it may be an nn.Module or None; call it: Sequential()",
+        ),
+        (lambda: quant.quantize_model(LeNet5), "model is the class LeNet5; it may be an nn.Module; call it: LeNet5()"),
+        (lambda: ptq.gptq(NET, X), "batches is a Tensor"),
+        (lambda: auto.compress(NET, X, bytes=600), "^data is a Tensor; it may be an iterable of batches, such as"),
+        (lambda: data.train(NET, SPLIT, epochs="two"), "epochs is 'two'; it may be a whole number"),
+        (lambda: prune.masks(None), "model is None; it may be an nn.Module"),
+        (lambda: measure.macs(NET, "x"), "example is 'x'; it may be what the model is called with"),
+        (lambda: pack.save(NET, None), "path is None; it may be a path"),
+    ],
+)
 def test_the_argument_is_named_as_the_caller_wrote_it(call, said):
-    with pytest.raises(TypeError, match=said): call()
+    with pytest.raises(TypeError, match=said):
+        call()
 
 
 def test_a_file_decides_the_sizes_of_what_is_loaded():
@@ -97,10 +210,18 @@ def test_a_file_decides_the_sizes_of_what_is_loaded():
 
 def test_a_warning_points_to_the_callers_line():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
     class First(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        def forward(self, x): return self.a(x)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x)
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        prune.prune_model(model, .5); quant.quantize(torch.tensor([1., float("nan")]), nonfinite="zero"); ptq.gptq(First(), [torch.randn(3, 4)])
+        prune.prune_model(model, 0.5)
+        quant.quantize(torch.tensor([1.0, float("nan")]), nonfinite="zero")
+        ptq.gptq(First(), [torch.randn(3, 4)])
     assert len(said) == 3 and {w.filename for w in said} == {__file__}

@@ -1,4 +1,6 @@
-"""What a small file may demand: every reader, on files that claim too much, in 2 GiB and 10 seconds, with a `PackError` of some lines or an answer."""
+"""What a small file may demand: every reader, on files that claim too much, in 2 GiB and 10 seconds, with a
+`PackError` of some lines or an answer."""
+
 import copy, io, json, math, os, random, select, struct, subprocess, sys, zipfile, zlib
 from pathlib import Path
 
@@ -21,113 +23,223 @@ HERE = Path(__file__).parent
 
 class Child:
     "A process that reads files; another one takes its place when it dies or is not done in time."
-    def __init__(self, good): self.good, self.process = good, None
+
+    def __init__(self, good):
+        self.good, self.process = good, None
+
     def start(self):
-        self.process = subprocess.Popen([sys.executable, HERE/"bounds_child.py", self.good], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "bounds_child.py", self.good],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"},
+        )
         assert self.line(120) == "ready"
+
     def line(self, seconds):
         assert select.select([self.process.stdout], [], [], seconds)[0], "it takes too long"
         return self.process.stdout.readline().rstrip("\n")
+
     def __call__(self, path):
-        if self.process is None or self.process.poll() is not None: self.start()
+        if self.process is None or self.process.poll() is not None:
+            self.start()
         print(path, file=self.process.stdin, flush=True)
-        try: text = self.line(90)
-        except AssertionError: self.close(); raise
-        if not text: raise AssertionError(f"the process died: {self.process.wait()}")
+        try:
+            text = self.line(90)
+        except AssertionError:
+            self.close()
+            raise
+        if not text:
+            raise AssertionError(f"the process died: {self.process.wait()}")
         return json.loads(text)
+
     def close(self):
-        if self.process: self.process.kill(); self.process.wait(); self.process = None
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
-    c = Child(save(Sample(None), tmp_path_factory.mktemp("good")/"good.mz"))
+    c = Child(save(Sample(None), tmp_path_factory.mktemp("good") / "good.mz"))
     yield c
     c.close()
+
 
 def judged(child, path, what):
     "Every reader answers or refuses, in a few lines and in time."
     for way, (said, length, seconds) in child(path).items():
         good = said in ("read", "exit", "PackError") or said == "ValueError" and way == "open"
-        assert good and length < 2500 and seconds < 10, f"{what}, {way}: {said} ({length:,} characters, {seconds:.1f} s of {path})"
+        assert good and length < 2500 and seconds < 10, (
+            f"{what}, {way}: {said} ({length:,} characters, {seconds:.1f} s of {path})"
+        )
 
 
 # ---- files that were found ----------------------------------------------------------------------------------------
-def plain(shape=(), offset=0, dtype="float32", **more): return {"dtype": dtype, "shape": [*shape], "offset": offset} | more
-def mz(tensors, payload=b"", version=5, **more): return sealed({"modelzip": version, "architecture": None, "tensors": tensors} | more, payload)
+def plain(shape=(), offset=0, dtype="float32", **more):
+    return {"dtype": dtype, "shape": [*shape], "offset": offset} | more
+
+
+def mz(tensors, payload=b"", version=5, **more):
+    return sealed({"modelzip": version, "architecture": None, "tensors": tensors} | more, payload)
+
 
 def gaps(n, gap, of=b"\xff", size=13_000_000):
     "Few bytes of gaps, and as many weights left out as one likes."
     stream = encode(np.full(size, of[0], np.uint8))
     parts = {"positions": plain([size], 0, "uint8", coded=len(stream)), "values": plain([0], -(-len(stream) // 4) * 4)}
-    meta = {"shape": [n], "dtype": "float32", "layout": "gaps", "count": 0, "gap": gap, "gaps": 8*size//gap}
-    return mz({"w": {"dtype": "float32", "shape": [n], "kind": "sparse", "meta": meta, "parts": parts, "layer": "Dequantize"}}, stream + bytes(-len(stream) % 4))
+    meta = {"shape": [n], "dtype": "float32", "layout": "gaps", "count": 0, "gap": gap, "gaps": 8 * size // gap}
+    return mz(
+        {
+            "w": {
+                "dtype": "float32",
+                "shape": [n],
+                "kind": "sparse",
+                "meta": meta,
+                "parts": parts,
+                "layer": "Dequantize",
+            }
+        },
+        stream + bytes(-len(stream) % 4),
+    )
+
 
 def stream(bits, kind, count, *chunks, lengths=None):
-    text = bytes([bits]) + write_varint(kind) + write_varint(count) + b"".join(map(write_varint, lengths or map(len, chunks))) + b"".join(chunks)
+    text = (
+        bytes([bits])
+        + write_varint(kind)
+        + write_varint(count)
+        + b"".join(map(write_varint, lengths or map(len, chunks)))
+        + b"".join(chunks)
+    )
     return text + zlib.crc32(text).to_bytes(4, "little")
 
-def frame(claim): return bytes([0b11100000]) + claim.to_bytes(8, "little") + b"\1\0\0"      # zstandard, its size in the header, one empty block
 
-def coded(data, size): return mz({"w": plain([size], 0, "uint8", coded=len(data))}, data)
+def frame(claim):
+    return (
+        bytes([0b11100000]) + claim.to_bytes(8, "little") + b"\1\0\0"
+    )  # zstandard, its size in the header, one empty block
 
-NOISE = random.Random(0).randbytes(24_000).hex()      # in `info`: more text gets past the ratio of deflate
+
+def coded(data, size):
+    return mz({"w": plain([size], 0, "uint8", coded=len(data))}, data)
+
+
+NOISE = random.Random(0).randbytes(24_000).hex()  # in `info`: more text gets past the ratio of deflate
 FOUND = {
-    "a shape without end": lambda: mz({"w": plain([2**62]*45_000)}), "… that may be inflated": lambda: mz({"w": plain([2**62]*60_000)}, info={"n": NOISE}),
-    "a shape in meta": lambda: mz({"w": {"dtype": "float32", "shape": [4], "kind": "quantized", "meta": {"shape": [2**47]*45_000, "dtype": "float32", "levels": 16}, "parts": {"codes": plain([2], 0, "uint8")}, "layer": "Dequantize"}}, bytes(2)),
-    "a name of 2,000 parts": lambda: mz({".".join(["a"*250]*2000): plain()}, bytes(4)), "names without end": lambda: mz({".".join("a"*i): plain((), 4*i - 4) for i in range(1, 1000)}, bytes(3996)),
-    "a tree of empty modules": lambda: mz({".".join([str(i)] + ["a"]*62): plain((), 4*i) for i in range(1700)}, bytes(6800), info={"n": NOISE}),
-    "layers without end": lambda: mz({}, layers={".".join("0"*i): {"class": "Sequential"} for i in range(1000)}), "a long type": lambda: mz({"w": plain(dtype="x"*500_000)}, bytes(4)),
-    "a long name beside short ones": lambda: mz({"a"*60_000: plain()} | {str(i): plain((), 4*i + 4) for i in range(500)}, bytes(2004), info={"n": NOISE}),
-    "a long builder": lambda: sealed({"modelzip": 5, "architecture": {"name": "x"*500_000, "options": {}}, "tensors": {}}, b""), "long hooks": lambda: mz({}, layers={"": {"class": "Linear", "hooks": ["x"*1000]*800}}),
-    "2**47 weights left out": lambda: gaps(2**47, 16), "2**31 weights left out": lambda: gaps(2**31, 1), "2**31 by wide gaps": lambda: gaps(2**31, 16, size=3000),
-    "a frame of 1 TB": lambda: coded(data := stream(0, 1, 10**5, b"\1" + frame(10**12)), 10**5), "a stream of 2**62": lambda: coded(stream(0, 1, 2**62, b"\0"), 10**5),
-    "deep info": lambda: sealed(b'{"modelzip":5,"architecture":null,"tensors":{},"info":' + b'{"a":'*150_000, b""), "a number of a million digits": lambda: sealed(b'{"modelzip":' + b"9"*10**6 + b"}", b""),
-    "many values": lambda: mz({}, info={"a": [{"a": 1}]*40_000})}
+    "a shape without end": lambda: mz({"w": plain([2**62] * 45_000)}),
+    "… that may be inflated": lambda: mz({"w": plain([2**62] * 60_000)}, info={"n": NOISE}),
+    "a shape in meta": lambda: mz(
+        {
+            "w": {
+                "dtype": "float32",
+                "shape": [4],
+                "kind": "quantized",
+                "meta": {"shape": [2**47] * 45_000, "dtype": "float32", "levels": 16},
+                "parts": {"codes": plain([2], 0, "uint8")},
+                "layer": "Dequantize",
+            }
+        },
+        bytes(2),
+    ),
+    "a name of 2,000 parts": lambda: mz({".".join(["a" * 250] * 2000): plain()}, bytes(4)),
+    "names without end": lambda: mz({".".join("a" * i): plain((), 4 * i - 4) for i in range(1, 1000)}, bytes(3996)),
+    "a tree of empty modules": lambda: mz(
+        {".".join([str(i)] + ["a"] * 62): plain((), 4 * i) for i in range(1700)}, bytes(6800), info={"n": NOISE}
+    ),
+    "layers without end": lambda: mz({}, layers={".".join("0" * i): {"class": "Sequential"} for i in range(1000)}),
+    "a long type": lambda: mz({"w": plain(dtype="x" * 500_000)}, bytes(4)),
+    "a long name beside short ones": lambda: mz(
+        {"a" * 60_000: plain()} | {str(i): plain((), 4 * i + 4) for i in range(500)}, bytes(2004), info={"n": NOISE}
+    ),
+    "a long builder": lambda: sealed(
+        {"modelzip": 5, "architecture": {"name": "x" * 500_000, "options": {}}, "tensors": {}}, b""
+    ),
+    "long hooks": lambda: mz({}, layers={"": {"class": "Linear", "hooks": ["x" * 1000] * 800}}),
+    "2**47 weights left out": lambda: gaps(2**47, 16),
+    "2**31 weights left out": lambda: gaps(2**31, 1),
+    "2**31 by wide gaps": lambda: gaps(2**31, 16, size=3000),
+    "a frame of 1 TB": lambda: coded(data := stream(0, 1, 10**5, b"\1" + frame(10**12)), 10**5),
+    "a stream of 2**62": lambda: coded(stream(0, 1, 2**62, b"\0"), 10**5),
+    "deep info": lambda: sealed(b'{"modelzip":5,"architecture":null,"tensors":{},"info":' + b'{"a":' * 150_000, b""),
+    "a number of a million digits": lambda: sealed(b'{"modelzip":' + b"9" * 10**6 + b"}", b""),
+    "many values": lambda: mz({}, info={"a": [{"a": 1}] * 40_000}),
+}
+
 
 @pytest.mark.parametrize("what", FOUND)
 def test_files_that_claim_too_much(tmp_path, child, what):
-    (tmp_path/"x.mz").write_bytes(FOUND[what]())
-    judged(child, tmp_path/"x.mz", what)
+    (tmp_path / "x.mz").write_bytes(FOUND[what]())
+    judged(child, tmp_path / "x.mz", what)
+
 
 def npz(**entries):
     with zipfile.ZipFile(f := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as z:
-        for name, data in entries.items(): z.writestr(f"{name}.npy", data)
+        for name, data in entries.items():
+            z.writestr(f"{name}.npy", data)
     return f.getvalue()
 
-def npy(header, data=b"", version=2): return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2*version, "little") + header + data
+
+def npy(header, data=b"", version=2):
+    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2 * version, "little") + header + data
+
 
 def bombs(folder):
     "Files of other formats that expand to gigabytes."
     said = lambda shape: f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    (folder/"header.npz").write_bytes(npz(a=npy(b" "*10**7)))                                                   # a header of 10 MB
-    (folder/"note.npz").write_bytes(npz(__modelzip__=npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000,), }\n", b"["*10**7)))
-    (folder/"shape.npz").write_bytes(npz(a=npy(said((2**40, 2**40)), bytes(100))))
-    (folder/"dims.npz").write_bytes(npz(a=npy(said((1,)*3000), bytes(4))))
-    for name, text in ("values", b"{" + b'"a":[],'*100_000 + b'"b":[]}'), ("deep", b'{"a":' + b"["*10**5), ("shape", json.dumps({"w": {"dtype": "F32", "shape": [2**62]*60_000, "data_offsets": [0, 4]}}).encode()), \
-            ("name", json.dumps({"a."*50_000: {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).encode()): (folder/f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with h5py.File(folder/"fill.h5", "w") as h: h.create_dataset("w", (2**20, 2**20), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.)[0, 0] = 1
-    with h5py.File(folder/"unwritten.h5", "w") as h: h.create_dataset("w", (2**13, 2**12), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.)[:2**9, :2**9] = np.random.default_rng(0).random((2**9, 2**9))
-    with h5py.File(folder/"huge.h5", "w") as h: h.create_dataset("w", (2**30, 2**20), "f4", fillvalue=3.)
+    (folder / "header.npz").write_bytes(npz(a=npy(b" " * 10**7)))  # a header of 10 MB
+    (folder / "note.npz").write_bytes(
+        npz(__modelzip__=npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000,), }\n", b"[" * 10**7))
+    )
+    (folder / "shape.npz").write_bytes(npz(a=npy(said((2**40, 2**40)), bytes(100))))
+    (folder / "dims.npz").write_bytes(npz(a=npy(said((1,) * 3000), bytes(4))))
+    for name, text in (
+        ("values", b"{" + b'"a":[],' * 100_000 + b'"b":[]}'),
+        ("deep", b'{"a":' + b"[" * 10**5),
+        ("shape", json.dumps({"w": {"dtype": "F32", "shape": [2**62] * 60_000, "data_offsets": [0, 4]}}).encode()),
+        ("name", json.dumps({"a." * 50_000: {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).encode()),
+    ):
+        (folder / f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with h5py.File(folder / "fill.h5", "w") as h:
+        h.create_dataset("w", (2**20, 2**20), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.0)[0, 0] = 1
+    with h5py.File(folder / "unwritten.h5", "w") as h:
+        h.create_dataset("w", (2**13, 2**12), "f4", chunks=(2**9, 2**9), compression="gzip", fillvalue=3.0)[
+            : 2**9, : 2**9
+        ] = np.random.default_rng(0).random((2**9, 2**9))
+    with h5py.File(folder / "huge.h5", "w") as h:
+        h.create_dataset("w", (2**30, 2**20), "f4", fillvalue=3.0)
+
 
 def test_other_formats_that_claim_too_much(tmp_path, child):
     bombs(tmp_path)
-    for path in sorted(tmp_path.iterdir()): judged(child, path, path.name)
+    for path in sorted(tmp_path.iterdir()):
+        judged(child, path, path.name)
 
 
 # ---- files that nobody thought of ---------------------------------------------------------------------------------
 HUGE = [2**15, 2**20, 2**31, 2**40, 2**47, 2**62, 10**400]
 
+
 def larger(x, rng):
     "A number, text, list or table that has become large."
-    if type(x) is int: return rng.choice([*HUGE, x << 15, x*1000])
-    if isinstance(x, str): return rng.choice([x*rng.choice([10, 10_000]), ".".join([x]*rng.choice([3, 70, 2000])), "\u2028"*1000])
-    if isinstance(x, list): return x*rng.choice([2, 65, 5000])
-    if isinstance(x, dict) and x: return x | {f"{k}{i}": v for k, v in [rng.choice([*x.items()])] for i in range(rng.choice([1, 2000]))}
-    return rng.choice([HUGE, [[]]*10_000, {"a": {"a": {}}}])
+    if type(x) is int:
+        return rng.choice([*HUGE, x << 15, x * 1000])
+    if isinstance(x, str):
+        return rng.choice([x * rng.choice([10, 10_000]), ".".join([x] * rng.choice([3, 70, 2000])), "\u2028" * 1000])
+    if isinstance(x, list):
+        return x * rng.choice([2, 65, 5000])
+    if isinstance(x, dict) and x:
+        return x | {f"{k}{i}": v for k, v in [rng.choice([*x.items()])] for i in range(rng.choice([1, 2000]))}
+    return rng.choice([HUGE, [[]] * 10_000, {"a": {"a": {}}}])
+
 
 def nested(x, n):
-    for _ in range(n): x = {"a": x} if n % 2 else [x]
+    for _ in range(n):
+        x = {"a": x} if n % 2 else [x]
     return x
+
 
 def grown(manifest, payload, rng):
     "Some fields of a manifest, larger; sizes that belong together grow together now and then."
@@ -136,47 +248,86 @@ def grown(manifest, payload, rng):
         at = rng.choice([*places(m)][1:])
         owner = follow(m, at[:-1])
         how = rng.randrange(5)
-        if how == 0 and isinstance(owner, dict): owner[rng.choice([".".join("a"*60), "n"*50_000, "", "a.b"])] = owner.pop(at[-1])
-        elif how == 1: owner[at[-1]] = nested(owner[at[-1]], rng.choice([3, 62, 400]))
-        elif how == 2: owner[at[-1]] = other_value(owner[at[-1]], rng)
-        else: owner[at[-1]] = larger(owner[at[-1]], rng)
-    if rng.random() < .3:                                                                # every mention of a shape
+        if how == 0 and isinstance(owner, dict):
+            owner[rng.choice([".".join("a" * 60), "n" * 50_000, "", "a.b"])] = owner.pop(at[-1])
+        elif how == 1:
+            owner[at[-1]] = nested(owner[at[-1]], rng.choice([3, 62, 400]))
+        elif how == 2:
+            owner[at[-1]] = other_value(owner[at[-1]], rng)
+        else:
+            owner[at[-1]] = larger(owner[at[-1]], rng)
+    if rng.random() < 0.3:  # every mention of a shape
         d = rng.choice(HUGE[:6])
         for at in [*places(m)]:
-            if at and at[-1] == "shape" and isinstance(s := follow(m, at), list) and s and rng.random() < .8: s[0] = d
+            if at and at[-1] == "shape" and isinstance(s := follow(m, at), list) and s and rng.random() < 0.8:
+                s[0] = d
     return sealed(m, payload)
 
+
 def streams(manifest, payload, rng):
-    "Other streams in the place of those that are there, each with its checksum: headers, methods, frames, tables, lengths."
+    """Other streams in the place of those that are there, each with its checksum: headers, methods, frames, tables,
+    lengths."""
     m, data = copy.deepcopy(manifest), b""
     for e in [e for at in places(m) for e in [follow(m, at)] if isinstance(e, dict) and "offset" in e]:
-        n = math.prod(e["shape"])*pack.DTYPES[e["dtype"]].itemsize
-        old = payload[e["offset"]:e["offset"] + e.get("coded", n)]
-        if "coded" in e or rng.random() < .3:
-            bits, kind, count = rng.choice([(0, 1, n), (0, 4, n), (8, 256, n), (4, 16, 2*n), (3, 5, 2*n), (12, 4096, n//2), (1, 2, 8*n), (rng.randrange(18), rng.choice([0, 1, 2, 256, 65_536]), rng.choice([n, 2**20, 2**40]))])
-            body = rng.choice([frame(rng.choice([n, 10**6, 10**12])), write_varint(rng.choice([0, n, 2**40])) + b"\1" + rng.randbytes(9), rng.randbytes(rng.choice([0, 20, 300])), b"".join(write_varint(rng.choice([0, 1, 4096])) for _ in range(kind if kind < 300 else 9)) + rng.randbytes(8), old[6:-4]])
+        n = math.prod(e["shape"]) * pack.DTYPES[e["dtype"]].itemsize
+        old = payload[e["offset"] : e["offset"] + e.get("coded", n)]
+        if "coded" in e or rng.random() < 0.3:
+            bits, kind, count = rng.choice(
+                [
+                    (0, 1, n),
+                    (0, 4, n),
+                    (8, 256, n),
+                    (4, 16, 2 * n),
+                    (3, 5, 2 * n),
+                    (12, 4096, n // 2),
+                    (1, 2, 8 * n),
+                    (rng.randrange(18), rng.choice([0, 1, 2, 256, 65_536]), rng.choice([n, 2**20, 2**40])),
+                ]
+            )
+            body = rng.choice(
+                [
+                    frame(rng.choice([n, 10**6, 10**12])),
+                    write_varint(rng.choice([0, n, 2**40])) + b"\1" + rng.randbytes(9),
+                    rng.randbytes(rng.choice([0, 20, 300])),
+                    b"".join(write_varint(rng.choice([0, 1, 4096])) for _ in range(kind if kind < 300 else 9))
+                    + rng.randbytes(8),
+                    old[6:-4],
+                ]
+            )
             chunk = bytes([rng.randrange(9)]) + body
-            new = old if rng.random() < .2 else stream(bits, max(kind, 0), count, *[chunk]*rng.choice([1, 1, 2, 40]))
-            e.pop("crc", None); e["coded"], e["offset"] = len(new), len(data)
-            if rng.random() < .3: e["shape"] = [len(new) << rng.choice([10, 14, 15])]
+            new = old if rng.random() < 0.2 else stream(bits, max(kind, 0), count, *[chunk] * rng.choice([1, 1, 2, 40]))
+            e.pop("crc", None)
+            e["coded"], e["offset"] = len(new), len(data)
+            if rng.random() < 0.3:
+                e["shape"] = [len(new) << rng.choice([10, 14, 15])]
         else:
-            data += bytes(-len(data) % 8); new, e["offset"] = old, len(data)
+            data += bytes(-len(data) % 8)
+            new, e["offset"] = old, len(data)
         data += new
     return sealed(m, data)
+
 
 def flags(manifest, payload, rng):
     "Numbers in the headers of the archive, in both places or in one."
     data = bytearray(sealed(manifest, payload))
     for _ in range(rng.choice([1, 2])):
-        at = data.find(rng.choice([b"PK\3\4", b"PK\1\2", b"PK\5\6"]), rng.choice([0, len(data)//2]))
-        if at >= 0: struct.pack_into("<I", data, min(len(data) - 4, at + rng.randrange(4, 46)), rng.choice([0, 1, 8, 2**31, 2**32 - 1, len(data)]))
+        at = data.find(rng.choice([b"PK\3\4", b"PK\1\2", b"PK\5\6"]), rng.choice([0, len(data) // 2]))
+        if at >= 0:
+            struct.pack_into(
+                "<I",
+                data,
+                min(len(data) - 4, at + rng.randrange(4, 46)),
+                rng.choice([0, 1, 8, 2**31, 2**32 - 1, len(data)]),
+            )
     return bytes(data)
+
 
 def test_a_mutator_that_knows_the_format(tmp_path, child):
     seed = int(os.environ.get("MODELZIP_FUZZ") or 11)
-    rng, files, path = random.Random(seed), [], tmp_path/"x.mz"
+    rng, files, path = random.Random(seed), [], tmp_path / "x.mz"
     for name, model in sorts():
-        for archive in False, True: files.append(opened(save(model, tmp_path/"good.mz", archive=archive)))
+        for archive in False, True:
+            files.append(opened(save(model, tmp_path / "good.mz", archive=archive)))
     for i in range(examples(12)):
         how = [grown, streams, grown, streams, flags][i % 5]
         path.write_bytes(how(*files[rng.randrange(len(files))], rng))
@@ -186,40 +337,60 @@ def test_a_mutator_that_knows_the_format(tmp_path, child):
 # ---- work that grows with the number of tensors, not with its square ----------------------------------------------
 def test_a_manifest_is_read_once(tmp_path, monkeypatch):
     from modelzip import cli, threads
+
     m = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
-    for i, n in enumerate(["a.mz", "b.mz"]): save(m, tmp_path/n, archive=bool(i), note=i)
+    for i, n in enumerate(["a.mz", "b.mz"]):
+        save(m, tmp_path / n, archive=bool(i), note=i)
     read, count = pack.read_manifest, []
     monkeypatch.setattr(pack, "read_manifest", lambda f: count.append(1) or read(f))
-    for times, f in (1, lambda: inspect(tmp_path/"a.mz")), (2, lambda: diff(tmp_path/"a.mz", tmp_path/"b.mz")), (2, lambda: cli.open_model(str(tmp_path/"a.mz"))), (1, lambda: load(tmp_path/"a.mz", m)):
-        count.clear(); f(); assert len(count) <= times
+    for times, f in (
+        (1, lambda: inspect(tmp_path / "a.mz")),
+        (2, lambda: diff(tmp_path / "a.mz", tmp_path / "b.mz")),
+        (2, lambda: cli.open_model(str(tmp_path / "a.mz"))),
+        (1, lambda: load(tmp_path / "a.mz", m)),
+    ):
+        count.clear()
+        f()
+        assert len(count) <= times
+
 
 def test_what_is_tied_stays_so_without_an_architecture(tmp_path):
     from modelzip import cli
+
     m = Sample(None)
     for model in m, quantize_model(m, 4, group=8):
-        back = cli.open_model(str(save(model, tmp_path/"x.mz")))
+        back = cli.open_model(str(save(model, tmp_path / "x.mz")))
         found = {i.name: pack.identity(i) for i in pack.items(back)}
         assert found["embed.weight"] == found["out.weight"] and len(set(found.values())) == len(found) - 1
 
+
 def test_messages_and_tables_are_short(tmp_path):
     m = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
-    with pytest.raises(PackError, match="592 more") as e: pack.check_match(m, {})
+    with pytest.raises(PackError, match="592 more") as e:
+        pack.check_match(m, {})
     assert len(str(e.value)) < 1000
     with pytest.raises(ValueError, match="parts"):
         deep = nn.Linear(1, 1)
-        for _ in range(MAX_PARTS): deep = nn.Sequential(deep)
-        save(deep, tmp_path/"x.mz")
+        for _ in range(MAX_PARTS):
+            deep = nn.Sequential(deep)
+        save(deep, tmp_path / "x.mz")
+
 
 def test_ties_are_compared_once(tmp_path, monkeypatch):
     "2 kB of 200 names for one tensor of 16 MB: `diff` expanded it 400 times."
-    m = nn.Module(); m.w0 = nn.Parameter(torch.zeros(50, 50))
-    for i in range(1, 30): m.register_parameter(f"w{i}", m.w0)
-    path, read, calls = save(m, tmp_path/"ties.mz"), pack.read_row, []
+    m = nn.Module()
+    m.w0 = nn.Parameter(torch.zeros(50, 50))
+    for i in range(1, 30):
+        m.register_parameter(f"w{i}", m.w0)
+    path, read, calls = save(m, tmp_path / "ties.mz"), pack.read_row, []
     monkeypatch.setattr(pack, "read_row", lambda *a: calls.append(a) or read(*a))
     assert diff(path, path).same and len(diff(path, path).changes) == 30 and len(calls) == 4
 
+
 def test_many_compressed_tensors_in_one_module_are_refused():
     from modelzip.cli import MOST_BESIDE, as_model, quantize_weights
+
     names = [f"w{i}" for i in range(MOST_BESIDE + 1)]
-    with pytest.raises(ValueError, match=f"{MOST_BESIDE + 1} tensors beside each other"): quantize_weights(as_model({n: torch.ones(2, 2) for n in names}))
+    with pytest.raises(ValueError, match=f"{MOST_BESIDE + 1} tensors beside each other"):
+        quantize_weights(as_model({n: torch.ones(2, 2) for n in names}))
     quantize_weights(as_model({n: torch.ones(2, 2) for n in names[1:]} | {"w0": torch.ones(2)}))

@@ -1,4 +1,5 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
+
 import contextlib, io, itertools, json, os, signal, stat, subprocess, sys
 from pathlib import Path
 
@@ -29,26 +30,41 @@ def place(tmp_path_factory):
     save_file(state, folder / "foreign.safetensors")
     torch.save(state, folder / "state.pt")
     torch.save({"state_dict": state, "epoch": 3}, folder / "checkpoint.pth")
-    hub = folder / "hub"; hub.mkdir()
+    hub = folder / "hub"
+    hub.mkdir()
     names = sorted(state)
     save_file({n: state[n] for n in names[:3]}, hub / "model-00001-of-00002.safetensors")
     save_file({n: state[n] for n in names[3:]}, hub / "model-00002-of-00002.safetensors")
-    index = {"metadata": {}, "weight_map": {n: f"model-0000{1 + (i >= 3)}-of-00002.safetensors" for i, n in enumerate(names)}}
+    index = {
+        "metadata": {},
+        "weight_map": {n: f"model-0000{1 + (i >= 3)}-of-00002.safetensors" for i, n in enumerate(names)},
+    }
     (hub / "model.safetensors.index.json").write_text(json.dumps(index))
-    single = folder / "single"; single.mkdir()
+    single = folder / "single"
+    single.mkdir()
     save_file(state, single / "model.safetensors")
-    (folder / "mine.py").write_text("import torch\nfrom torch import nn\ndef net():\n    torch.manual_seed(1)\n    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))\ndef number(): return 3\n")
+    (folder / "mine.py").write_text(
+        "import torch\nfrom torch import nn\ndef net():\n    torch.manual_seed(1)\n    return"
+        " nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))\ndef number(): return 3\n"
+    )
     return folder
 
 
 def run(place, line, **environment):
     "A process of its own: status, standard output, standard error."
-    done = subprocess.run([sys.executable, "-c", "import sys; from modelzip.cli import cli; sys.exit(cli())", *line.split()], cwd=place, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from modelzip.cli import cli; sys.exit(cli())", *line.split()],
+        cwd=place,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("source", ["own.mz", "own.safetensors", "foreign.safetensors", "state.pt", "checkpoint.pth", "hub", "single"])
+@pytest.mark.parametrize(
+    "source", ["own.mz", "own.safetensors", "foreign.safetensors", "state.pt", "checkpoint.pth", "hub", "single"]
+)
 def test_every_source_gives_the_same_numbers(place, source, monkeypatch):
     monkeypatch.chdir(place)
     want, found = LeNet5().state_dict().keys(), open_model(source)
@@ -69,7 +85,9 @@ def test_a_builder_of_ones_own(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert cli(["compress", "mine:net", "-o", "net.mz", "--bits", "8"]) == 0
     assert "times smaller" in capsys.readouterr().out
-    assert cli(["bench", "mine:net", "net.mz", "--input", "2x64", "--repeats", "3", "--json"]) == 2         # net.mz does not say how it runs
+    assert (
+        cli(["bench", "mine:net", "net.mz", "--input", "2x64", "--repeats", "3", "--json"]) == 2
+    )  # net.mz does not say how it runs
     assert "without the code" in capsys.readouterr().err
     for wrong in "mine:number", "mine:absent", "absent:net":
         assert cli(["compress", wrong, "-o", "net.mz"]) == 2
@@ -101,12 +119,19 @@ def test_there_and_back(place, ending, tmp_path):
 
 
 def test_weights_without_code_are_converted(place, tmp_path):
-    tensors = {"cls": torch.randn(1, 1, 64), "block.gain": torch.randn(16, 16), "block.fc.weight": torch.randn(32, 16), "block.fc.bias": torch.randn(32), "count": torch.tensor(3)}
+    tensors = {
+        "cls": torch.randn(1, 1, 64),
+        "block.gain": torch.randn(16, 16),
+        "block.fc.weight": torch.randn(32, 16),
+        "block.fc.bias": torch.randn(32),
+        "count": torch.tensor(3),
+    }
     save(quantize_weights(as_model(tensors), 8), tmp_path / "tree.mz")
     found = open_model(str(tmp_path / "tree.mz"))
     assert sum(isinstance(m, Dequantize) for m in found.modules()) == 3
     assert cli(["convert", str(tmp_path / "tree.mz"), str(tmp_path / "tree.safetensors"), "--expand"]) == 0
     from safetensors.torch import load_file
+
     back = load_file(tmp_path / "tree.safetensors")
     assert back.keys() == tensors.keys()
     for name, t in tensors.items():
@@ -121,12 +146,16 @@ def test_onnx(place, tmp_path):
     save(quantize_model(model, 8), tmp_path / "small.mz")
     assert cli(["convert", str(tmp_path / "small.mz"), str(tmp_path / "small.onnx"), "--input", "1x1x28x28"]) == 0
     from modelzip.onnx_export import onnx_model
+
     x = torch.rand(3, 1, 28, 28)
-    with torch.no_grad(): want = model(x)
+    with torch.no_grad():
+        want = model(x)
     assert (onnx_model(tmp_path / "small.onnx")(x) - want).abs().max() < 0.05 * want.abs().max()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no model at all", b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03."])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"no model at all", b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03."]
+)
 @pytest.mark.parametrize("ending", [".mz", ".safetensors", ".h5", ".npz", ".pt"])
 def test_files_that_are_none(place, tmp_path, capsys, content, ending):
     path = tmp_path / f"bad{ending}"
@@ -144,9 +173,11 @@ def test_hostile_index(place, tmp_path, capsys):
 
 
 def test_eval_sets_a_limit(place, capsys):
-    assert cli(["eval", str(place / "own.mz"), "--data", "digits"]) == 2      # LeNet-5 reads 28 × 28, these are 8 × 8
+    assert cli(["eval", str(place / "own.mz"), "--data", "digits"]) == 2  # LeNet-5 reads 28 × 28, these are 8 × 8
     assert "size" in capsys.readouterr().err
-    assert cli(["eval", str(place / "own.mz"), "--data", "mnist5k", "--json", "--at-least", "0.9"]) == 1     # it is not trained
+    assert (
+        cli(["eval", str(place / "own.mz"), "--data", "mnist5k", "--json", "--at-least", "0.9"]) == 1
+    )  # it is not trained
     found = json.loads(capsys.readouterr().out)
     assert 0.02 < found["accuracy"] < 0.3 and found["low"] < found["accuracy"] < found["high"] and found["n"] == 1000
 
@@ -160,7 +191,9 @@ def test_help_of_every_command_has_its_example(capsys):
 
 def test_examples_are_commands_that_parse():
     from modelzip.cli import parser
-    for f in COMMANDS.values(): parser().parse_args(f.example.split(">")[0].split()[1:])
+
+    for f in COMMANDS.values():
+        parser().parse_args(f.example.split(">")[0].split()[1:])
 
 
 def test_colours_on_a_terminal_alone(place, monkeypatch, capsys):
@@ -172,7 +205,13 @@ def test_colours_on_a_terminal_alone(place, monkeypatch, capsys):
 
 def test_a_reader_that_has_seen_enough(place):
     line = f'{sys.executable} -c "import sys; from modelzip.cli import cli; sys.exit(cli())" inspect own.mz | head -1'
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=place, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=place,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("own.mz")
 
 
@@ -187,24 +226,31 @@ def test_completion(capsys):
 
 # --- right, or refused
 
+
 class Mine(nn.Module):
     "Whose architecture nobody has registered."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(64, 32), nn.Linear(32, 8)
-    def forward(self, x): return self.b(self.a(x).relu())
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
 
 
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory):
     "A compressed model of unknown code, in every format."
     from modelzip.exchange import to_hdf5, to_npz
+
     folder = tmp_path_factory.mktemp("coded")
     torch.manual_seed(0)
     small = quantize_model(Mine().eval(), 4, group=16)
-    for name, write in ("mz", save), ("safetensors", to_safetensors), ("npz", to_npz), ("h5", to_hdf5): write(small, folder / f"coded.{name}")
+    for name, write in ("mz", save), ("safetensors", to_safetensors), ("npz", to_npz), ("h5", to_hdf5):
+        write(small, folder / f"coded.{name}")
     plain = Mine().eval()
-    for name, write in ("npz", to_npz), ("h5", to_hdf5), ("safetensors", to_safetensors): write(plain, folder / f"plain.{name}")
+    for name, write in ("npz", to_npz), ("h5", to_hdf5), ("safetensors", to_safetensors):
+        write(plain, folder / f"plain.{name}")
     return folder, small, plain
 
 
@@ -216,9 +262,14 @@ def test_codes_are_no_weights(coded, ending, monkeypatch, capsys, tmp_path):
     values = expanded_tensors(found)
     assert values.keys() == want
     assert all(torch.equal(values[n], expanded_tensors(small)[n]) for n in want)
-    assert cli(["compress", str(folder / f"coded.{ending}"), "-o", "twice.mz"]) == 2 and "compressed already" in capsys.readouterr().err and not Path("twice.mz").exists()
+    assert (
+        cli(["compress", str(folder / f"coded.{ending}"), "-o", "twice.mz"]) == 2
+        and "compressed already" in capsys.readouterr().err
+        and not Path("twice.mz").exists()
+    )
     assert cli(["convert", str(folder / f"coded.{ending}"), "floats.safetensors", "--expand"]) == 0
     from safetensors.torch import load_file
+
     floats = load_file("floats.safetensors")
     assert floats.keys() == want and all(torch.equal(floats[n], values[n]) for n in want)
     assert cli(["convert", str(folder / f"coded.{ending}"), "same.npz"]) == 0
@@ -233,23 +284,59 @@ def test_what_convert_wrote_without_code_is_read(coded, ending):
     assert all(torch.equal(found[n], p) for n, p in plain.named_parameters())
 
 
-@pytest.mark.parametrize("line, says", [
-    ("compress own.mz -o x.mz --bytes 200000 --bits 3", "--bits does not act"), ("compress own.mz -o x.mz --bytes 200000 --group 16", "--group does not act"), ("compress own.mz -o x.mz --recipe 4-bit --mapped", "--mapped does not act"),
-    ("compress own.mz -o x.mz --bytes 200000 --codebook nf4", "--codebook does not act"), ("compress own.mz -o x.mz --recipe 4-bit --asymmetric", "--asymmetric does not act"), ("compress own.mz -o x.mz --recipe 4-bit --observer minmax", "--observer does not act"),
-    ("compress foreign.safetensors -o x.mz --codebook kmeans --asymmetric", "--asymmetric does not act"), ("compress foreign.safetensors -o x.mz --codebook kmeans --observer minmax", "--observer does not act"),
-    ("compress foreign.safetensors -o x.mz --codebook nf4 --bits 3", "nf4 has 4 bits"), ("compress foreign.safetensors -o x.mz --codebook nf4 --bytes 300000", "nf4 always has 4"),
-    ("compress foreign.safetensors -o x.mz --seed 3", "--seed does not act"), ("compress foreign.safetensors -o x.mz --data digits", "--data does not act"),
-    ("compress own.mz -o own.mz", "is the input"), ("compress state.pt -o ./state.pt", "is the input"), ("compress own.mz -o x.pt", "ends in '.pt'"), ("compress own.mz -o x.safetensors", "ends in '.safetensors'"),
-    ("convert own.mz own.mz", "is the input"), ("convert own.mz x.safetensors --input 1x1x28x28", "--input does not act"), ("compress sys:exit -o x.mz", "ends the program"), ("compress os:getcwd -o x.mz", "returns a str"),
-    ("eval own.mz --data digits --at-least nan", "may be a share"), ("eval own.mz --data digits --at-least 94", "may be a share"), ("eval own.mz --data digits --at-least -1", "may be a share"),
-    ("compress hub -o hub/model-00001-of-00002.safetensors", "is the input"), ("convert hub hub/model-00001-of-00002.safetensors", "is the input"), ("convert single single/model.safetensors", "is the input"), ("compress mine:net -o source.mz", "is the input"),
-    ("compress own.mz -o recipe.mz --recipe recipe.mz", "is the input"), ("compress state.pt -o hard.mz", "is the input"), ("compress own.mz -o x.zzz", "ends in '.zzz'"), ("compress own.mz -o x", "ends in ''"), ("compress own.mz -o ", "ends in ''"),
-    ("compress own.mz -o x.mz --bits 0", "bits is 0"), ("compress own.mz -o x.mz --recipe 4-bit --seed 3", "--seed does not act"), ("compress own.mz -o x.mz --bits 3 --bits 4", "--bits is there twice"), ("convert own.mz x.safetensors --expand", "--expand does not act"),
-    ("convert foreign.safetensors x.npz --expand", "--expand does not act"), ("bench own.mz --input 1x1x28x28 --kernels", "--kernels does not act"), ("eval own.mz --data mnist5k --kernels", "--kernels does not act"), ("bench own.mz --input 9999999999999999999x1", "no such tensor"),
-    ("bench own.mz own.mz --input 1x1x28x28", "there twice"), ("bench own.mz --input 1x1x28x28 --threads 0", "--threads is 0")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("compress own.mz -o x.mz --bytes 200000 --bits 3", "--bits does not act"),
+        ("compress own.mz -o x.mz --bytes 200000 --group 16", "--group does not act"),
+        ("compress own.mz -o x.mz --recipe 4-bit --mapped", "--mapped does not act"),
+        ("compress own.mz -o x.mz --bytes 200000 --codebook nf4", "--codebook does not act"),
+        ("compress own.mz -o x.mz --recipe 4-bit --asymmetric", "--asymmetric does not act"),
+        ("compress own.mz -o x.mz --recipe 4-bit --observer minmax", "--observer does not act"),
+        ("compress foreign.safetensors -o x.mz --codebook kmeans --asymmetric", "--asymmetric does not act"),
+        ("compress foreign.safetensors -o x.mz --codebook kmeans --observer minmax", "--observer does not act"),
+        ("compress foreign.safetensors -o x.mz --codebook nf4 --bits 3", "nf4 has 4 bits"),
+        ("compress foreign.safetensors -o x.mz --codebook nf4 --bytes 300000", "nf4 always has 4"),
+        ("compress foreign.safetensors -o x.mz --seed 3", "--seed does not act"),
+        ("compress foreign.safetensors -o x.mz --data digits", "--data does not act"),
+        ("compress own.mz -o own.mz", "is the input"),
+        ("compress state.pt -o ./state.pt", "is the input"),
+        ("compress own.mz -o x.pt", "ends in '.pt'"),
+        ("compress own.mz -o x.safetensors", "ends in '.safetensors'"),
+        ("convert own.mz own.mz", "is the input"),
+        ("convert own.mz x.safetensors --input 1x1x28x28", "--input does not act"),
+        ("compress sys:exit -o x.mz", "ends the program"),
+        ("compress os:getcwd -o x.mz", "returns a str"),
+        ("eval own.mz --data digits --at-least nan", "may be a share"),
+        ("eval own.mz --data digits --at-least 94", "may be a share"),
+        ("eval own.mz --data digits --at-least -1", "may be a share"),
+        ("compress hub -o hub/model-00001-of-00002.safetensors", "is the input"),
+        ("convert hub hub/model-00001-of-00002.safetensors", "is the input"),
+        ("convert single single/model.safetensors", "is the input"),
+        ("compress mine:net -o source.mz", "is the input"),
+        ("compress own.mz -o recipe.mz --recipe recipe.mz", "is the input"),
+        ("compress state.pt -o hard.mz", "is the input"),
+        ("compress own.mz -o x.zzz", "ends in '.zzz'"),
+        ("compress own.mz -o x", "ends in ''"),
+        ("compress own.mz -o ", "ends in ''"),
+        ("compress own.mz -o x.mz --bits 0", "bits is 0"),
+        ("compress own.mz -o x.mz --recipe 4-bit --seed 3", "--seed does not act"),
+        ("compress own.mz -o x.mz --bits 3 --bits 4", "--bits is there twice"),
+        ("convert own.mz x.safetensors --expand", "--expand does not act"),
+        ("convert foreign.safetensors x.npz --expand", "--expand does not act"),
+        ("bench own.mz --input 1x1x28x28 --kernels", "--kernels does not act"),
+        ("eval own.mz --data mnist5k --kernels", "--kernels does not act"),
+        ("bench own.mz --input 9999999999999999999x1", "no such tensor"),
+        ("bench own.mz own.mz --input 1x1x28x28", "there twice"),
+        ("bench own.mz --input 1x1x28x28 --threads 0", "--threads is 0"),
+    ],
+)
 def test_what_would_not_act_is_refused(place, line, says, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    if not os.path.exists("hard.mz"): os.link("state.pt", "hard.mz"); os.symlink("mine.py", "source.mz"); Path("recipe.mz").write_text(RECIPES["4-bit"].to_json())
+    if not os.path.exists("hard.mz"):
+        os.link("state.pt", "hard.mz")
+        os.symlink("mine.py", "source.mz")
+        Path("recipe.mz").write_text(RECIPES["4-bit"].to_json())
     before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
     assert cli(line.split(" ")) == 2
     assert says in capsys.readouterr().err
@@ -276,47 +363,99 @@ def test_force_writes_over_the_input(place, tmp_path, capsys):
     assert cli(["compress", str(tmp_path / "m.mz"), "-o", str(tmp_path / "m.mz"), "--force"]) == 0
 
 
-RIVALS = {"bits": ["3"], "group": ["8"], "codebook": ["kmeans"], "asymmetric": [], "observer": ["minmax"], "mapped": [], "bytes": ["2000"], "cosine": [".9"], "accuracy-loss": ["5"], "milliseconds": ["9"], "data": ["digits"], "recipe": ["4-bit"], "seed": ["3"]}
-ROUNDING, TARGETS = {"bits", "group", "codebook", "asymmetric", "observer", "mapped"}, {"cosine", "accuracy-loss", "milliseconds", "recipe"}
+RIVALS = {
+    "bits": ["3"],
+    "group": ["8"],
+    "codebook": ["kmeans"],
+    "asymmetric": [],
+    "observer": ["minmax"],
+    "mapped": [],
+    "bytes": ["2000"],
+    "cosine": [".9"],
+    "accuracy-loss": ["5"],
+    "milliseconds": ["9"],
+    "data": ["digits"],
+    "recipe": ["4-bit"],
+    "seed": ["3"],
+}
+ROUNDING, TARGETS = (
+    {"bits", "group", "codebook", "asymmetric", "observer", "mapped"},
+    {"cosine", "accuracy-loss", "milliseconds", "recipe"},
+)
+
 
 @pytest.mark.parametrize("source", ["mine:net", "foreign.safetensors"])
 def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
-    "Every pair of options of compress: both act, or one is refused by name. (Nothing is searched for: that both are let through is enough.)"
+    """Every pair of options of compress: both act, or one is refused by name. (Nothing is searched for: that both
+    are let through is enough.)"""
     monkeypatch.chdir(place)
     monkeypatch.setattr("modelzip.cli._by_bits", lambda model, o: save(model, o.output) and "")
     monkeypatch.setattr("modelzip.cli._by_target", lambda model, o: save(model, o.output) and "")
     known = source == "mine:net"
     for a, b in itertools.combinations(RIVALS, 2):
-        status = cli(["compress", source, "-o", str(tmp_path / "x.mz"), *sum(([f"--{k}", *RIVALS[k]] for k in (a, b)), [])])
+        status = cli(
+            ["compress", source, "-o", str(tmp_path / "x.mz"), *sum(([f"--{k}", *RIVALS[k]] for k in (a, b)), [])]
+        )
         searched = {a, b} & TARGETS or known and "bytes" in (a, b)
-        idle = searched and {a, b} & ROUNDING or not searched and {a, b} & {"data", "seed"} or {"recipe", "seed"} == {a, b} or "codebook" in (a, b) and {a, b} & {"asymmetric", "observer"}
+        idle = (
+            searched
+            and {a, b} & ROUNDING
+            or not searched
+            and {a, b} & {"data", "seed"}
+            or {"recipe", "seed"} == {a, b}
+            or "codebook" in (a, b)
+            and {a, b} & {"asymmetric", "observer"}
+        )
         assert (status, bool(idle)) in ((0, False), (2, True)), (a, b)
         err = capsys.readouterr().err
         assert not idle or any(f"--{k}" in err for k in (a, b)), err
+
 
 def test_a_shared_storage_is_stored_once(tmp_path, monkeypatch, capsys):
     "What is the same tensor is one; views that are turned, cut or spread out keep their own values."
     monkeypatch.chdir(tmp_path)
     w = torch.randn(64, 64)
-    state = {"a.weight": w, "b.weight": w, "c.weight": w.view(64, 64), "turned.weight": w.t(), "head.weight": w[:40], "tail.weight": w[20:], "flat.weight": w.view(32, 128), "wide.weight": w[:1].expand(8, 64)}
+    state = {
+        "a.weight": w,
+        "b.weight": w,
+        "c.weight": w.view(64, 64),
+        "turned.weight": w.t(),
+        "head.weight": w[:40],
+        "tail.weight": w[20:],
+        "flat.weight": w.view(32, 128),
+        "wide.weight": w[:1].expand(8, 64),
+    }
     torch.save(state, "m.pt")
-    once = 4*sum(state[n].numel() for n in state if n[0] not in "bc" or n[1] != ".")
+    once = 4 * sum(state[n].numel() for n in state if n[0] not in "bc" or n[1] != ".")
     for path in "c.mz", "c.npz", "c.h5", "c.safetensors":
         assert cli(["convert", "m.pt", path]) == 0 and os.path.getsize(path) < once + 5000
         assert all(torch.equal(expanded_tensors(open_model(path))[n], t) for n, t in state.items())
-    assert cli(["compress", "m.pt", "-o", "q.mz"]) == 0 and [l.kind for l in inspect("q.mz").lines].count("= a.weight") == 2
+    assert (
+        cli(["compress", "m.pt", "-o", "q.mz"]) == 0
+        and [l.kind for l in inspect("q.mz").lines].count("= a.weight") == 2
+    )
     small = expanded_tensors(open_model("q.mz"))
-    assert all((small[n] - t).abs().max() < .05 for n, t in state.items())
+    assert all((small[n] - t).abs().max() < 0.05 for n, t in state.items())
     for there in "q.safetensors", "q.h5", "q.npz":
-        assert cli(["convert", "q.mz", there]) == cli(["convert", there, "back.mz"]) == cli(["diff", "q.mz", "back.mz"]) == 0
+        assert (
+            cli(["convert", "q.mz", there])
+            == cli(["convert", there, "back.mz"])
+            == cli(["diff", "q.mz", "back.mz"])
+            == 0
+        )
     assert cli(["convert", "q.mz", "e.safetensors", "--expand"]) == 0 and os.path.getsize("e.safetensors") < once + 5000
+
 
 class Strided(Mine):
     "Whose layers are not what their class makes."
+
     def __init__(self, stride=1, eps=1e-5):
         super().__init__()
         self.conv, self.norm = nn.Conv1d(1, 4, 3, stride=stride), nn.BatchNorm1d(4, eps=eps)
-    def forward(self, x): return super().forward(self.norm(self.conv(x)).flatten(1)[:, :64])
+
+    def forward(self, x):
+        return super().forward(self.norm(self.conv(x)).flatten(1)[:, :64])
+
 
 @pytest.mark.parametrize("ending", ["mz", "safetensors", "npz", "h5"])
 def test_what_a_file_says_goes_along(tmp_path, ending, monkeypatch):
@@ -324,72 +463,163 @@ def test_what_a_file_says_goes_along(tmp_path, ending, monkeypatch):
     from modelzip.exchange import from_hdf5, from_npz, from_safetensors
     from modelzip.kernels import use_kernels
     from modelzip.qat import convert, prepare
+
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    m, x = Strided(2, .5).eval(), torch.randn(3, 1, 80)
+    m, x = Strided(2, 0.5).eval(), torch.randn(3, 1, 80)
     read = {"mz": load, "safetensors": from_safetensors, "npz": from_npz, "h5": from_hdf5}[ending]
     for q in m, quantize_model(m, 4, group=8), use_kernels(quantize_model(m, 8)), convert(prepare(m, 8, batches=[x])):
         save(q, "a.mz", note={"x": [1]})
-        assert cli(["convert", "a.mz", f"b.{ending}"]) == cli(["convert", f"b.{ending}", "c.mz"]) == cli(["diff", "a.mz", "c.mz"]) == 0
-        with torch.no_grad(): assert all(torch.equal(r(p, Strided())(x), q(x)) for r, p in ((read, f"b.{ending}"), (load, "c.mz")))
+        assert (
+            cli(["convert", "a.mz", f"b.{ending}"])
+            == cli(["convert", f"b.{ending}", "c.mz"])
+            == cli(["diff", "a.mz", "c.mz"])
+            == 0
+        )
+        with torch.no_grad():
+            assert all(torch.equal(r(p, Strided())(x), q(x)) for r, p in ((read, f"b.{ending}"), (load, "c.mz")))
     assert cli(["convert", "a.mz", "e.npz", "--expand"]) == cli(["compress", "e.npz", "-o", "d.mz"]) == 0
     assert load("d.mz", Strided()).conv.stride == (2,)
 
-@pytest.mark.parametrize("change, says", [
-    (lambda hub, w: save_file({"more": torch.ones(2), "fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "does not list"), (lambda hub, w: w.update({"fc9.weight": "b.safetensors"}), "lacks 'fc9.weight'"), (lambda hub, w: w.update({"fc9.weight": "c.safetensors"}), "c.safetensors"),
-    (lambda hub, w: save_file({"fc1.weight": torch.zeros(2)} | {"fc2.weight": torch.ones(3)}, hub / "b.safetensors"), "says is in a.safetensors"), *[(lambda hub, w, bad=bad: w.update({"x": bad}), "no file beside it") for bad in ("../a.safetensors", "..", "", ".", "/etc/a.safetensors", "sub/a.safetensors", "c:\\a.safetensors", "a\0.safetensors", 3, None, ["a.safetensors"])],
-    (lambda hub, w: (hub / "model.safetensors").write_bytes(b""), "which of them"), (lambda hub, w: to_safetensors(Mine(), hub / "b.safetensors"), "whole model"), (lambda hub, w: (hub / "b.safetensors").write_bytes(b"version https://git-lfs"), "b.safetensors")])
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda hub, w: save_file({"more": torch.ones(2), "fc2.weight": torch.ones(3)}, hub / "b.safetensors"),
+            "does not list",
+        ),
+        (lambda hub, w: w.update({"fc9.weight": "b.safetensors"}), "lacks 'fc9.weight'"),
+        (lambda hub, w: w.update({"fc9.weight": "c.safetensors"}), "c.safetensors"),
+        (
+            lambda hub, w: save_file(
+                {"fc1.weight": torch.zeros(2)} | {"fc2.weight": torch.ones(3)}, hub / "b.safetensors"
+            ),
+            "says is in a.safetensors",
+        ),
+        *[
+            (lambda hub, w, bad=bad: w.update({"x": bad}), "no file beside it")
+            for bad in (
+                "../a.safetensors",
+                "..",
+                "",
+                ".",
+                "/etc/a.safetensors",
+                "sub/a.safetensors",
+                "c:\\a.safetensors",
+                "a\0.safetensors",
+                3,
+                None,
+                ["a.safetensors"],
+            )
+        ],
+        (lambda hub, w: (hub / "model.safetensors").write_bytes(b""), "which of them"),
+        (lambda hub, w: to_safetensors(Mine(), hub / "b.safetensors"), "whole model"),
+        (lambda hub, w: (hub / "b.safetensors").write_bytes(b"version https://git-lfs"), "b.safetensors"),
+    ],
+)
 def test_the_index_decides(tmp_path, change, says):
-    save_file({"fc1.weight": torch.ones(2)}, tmp_path / "a.safetensors"); save_file({"fc2.weight": torch.ones(3)}, tmp_path / "b.safetensors")
+    save_file({"fc1.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file({"fc2.weight": torch.ones(3)}, tmp_path / "b.safetensors")
     where = {"fc1.weight": "a.safetensors", "fc2.weight": "b.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert dict(open_model(str(tmp_path)).named_parameters()).keys() == where.keys()
     change(tmp_path, where)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises((ValueError, OSError, PackError), match=says): open_model(str(tmp_path))
+    with pytest.raises((ValueError, OSError, PackError), match=says):
+        open_model(str(tmp_path))
 
 
 # --- whatever the file, wherever the output, whenever the interrupt
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid"
+    b" sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
 
 def spoil(path, good, kind):
     "Put a bad file of some kind at a path."
-    if kind == "folder": path.mkdir()
-    elif kind == "FIFO": os.mkfifo(path)
-    elif kind == "device": path.symlink_to("/dev/zero")
-    elif kind == "nowhere": path.symlink_to(path.parent / "absent")
-    elif kind == "loop": path.symlink_to(path)
-    elif kind == "unreadable": path.write_bytes(good); path.chmod(0)
-    elif kind != "missing": path.write_bytes({"empty": b"", "text": b"no model at all, but a letter to somebody\n" * 9, "cut": good[:len(good) // 2], "pointer": POINTER, "zip": b"PK\3\4" + bytes(99)}[kind])
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "nowhere":
+        path.symlink_to(path.parent / "absent")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "unreadable":
+        path.write_bytes(good)
+        path.chmod(0)
+    elif kind != "missing":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "text": b"no model at all, but a letter to somebody\n" * 9,
+                "cut": good[: len(good) // 2],
+                "pointer": POINTER,
+                "zip": b"PK\3\4" + bytes(99),
+            }[kind]
+        )
 
 
 @contextlib.contextmanager
 def within(seconds):
-    def late(*_): raise AssertionError(f"it has not ended after {seconds} s")
+    def late(*_):
+        raise AssertionError(f"it has not ended after {seconds} s")
+
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    try: yield
-    finally: signal.alarm(0); signal.signal(signal.SIGALRM, before)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "zip", "pointer", "folder", "FIFO", "device", "nowhere", "loop", "unreadable"])
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "empty", "text", "cut", "zip", "pointer", "folder", "FIFO", "device", "nowhere", "loop", "unreadable"],
+)
 def test_every_command_with_every_bad_file(coded, place, kind, tmp_path, monkeypatch, capsys):
     "One line, status 2, nothing written, nobody waits for ever."
-    if kind == "unreadable" and os.geteuid() == 0: pytest.skip("root reads everything")
+    if kind == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads everything")
     monkeypatch.chdir(tmp_path)
     good, (folder, _, _) = str(place / "own.mz"), coded
-    sources = [folder / "plain.npz", folder / "plain.h5", place / "foreign.safetensors", place / "state.pt", place / "own.mz"]
-    for source in sources: spoil(Path(f"bad{source.suffix}"), source.read_bytes(), kind)
+    sources = [
+        folder / "plain.npz",
+        folder / "plain.h5",
+        place / "foreign.safetensors",
+        place / "state.pt",
+        place / "own.mz",
+    ]
+    for source in sources:
+        spoil(Path(f"bad{source.suffix}"), source.read_bytes(), kind)
     spoil(Path("bad.json"), b'{"seed": 0, "steps": ["convert"]}', kind)
-    hub = Path("hub"); hub.mkdir()
+    hub = Path("hub")
+    hub.mkdir()
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
     spoil(hub / "part.safetensors", (place / "foreign.safetensors").read_bytes(), kind)
     models = [f"bad{s.suffix}" for s in sources] + ["hub"]
-    lines = [[*words, *more] for m in models for words, more in ((["compress", m], ["-o", "out.mz"]), (["convert", m], ["out.npz"]))]
-    lines += [["bench", "bad.mz", "--input", "1x1x28x28"], ["eval", "bad.mz", "--data", "mnist5k"], ["inspect", "bad.mz"], ["diff", "bad.mz", good], ["diff", good, "bad.mz"], ["compress", good, "-o", "out.mz", "--recipe", "bad.json"]]
+    lines = [
+        [*words, *more]
+        for m in models
+        for words, more in ((["compress", m], ["-o", "out.mz"]), (["convert", m], ["out.npz"]))
+    ]
+    lines += [
+        ["bench", "bad.mz", "--input", "1x1x28x28"],
+        ["eval", "bad.mz", "--data", "mnist5k"],
+        ["inspect", "bad.mz"],
+        ["diff", "bad.mz", good],
+        ["diff", good, "bad.mz"],
+        ["compress", good, "-o", "out.mz", "--recipe", "bad.json"],
+    ]
     for line in lines:
-        with within(30): assert cli(line) == 2, line
+        with within(30):
+            assert cli(line) == 2, line
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("modelzip: ") and err.count("\n") == 1 and len(err) < 600, (line, err)
         assert any(name in err for name in ("bad.", "part.safetensors")), (line, err)
@@ -400,7 +630,8 @@ def test_every_command_with_every_bad_file(coded, place, kind, tmp_path, monkeyp
 def written(line, out, err=None):
     "Status and what stands on standard error."
     err = err or io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): return cli(line.split()), err.getvalue()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return cli(line.split()), err.getvalue()
 
 
 def test_outputs_of_every_sort(place, monkeypatch):
@@ -409,34 +640,65 @@ def test_outputs_of_every_sort(place, monkeypatch):
         raw = io.BytesIO()
         plain = io.TextIOWrapper(raw, encoding="ascii")
         assert written(line, plain) == (0, "") and raw.getvalue().isascii()
-        if "json" in line: assert json.loads(raw.getvalue())["bytes"] == os.path.getsize("own.mz")
-        with open("/dev/full", "w") as full: status, err = written(line, full)
+        if "json" in line:
+            assert json.loads(raw.getvalue())["bytes"] == os.path.getsize("own.mz")
+        with open("/dev/full", "w") as full:
+            status, err = written(line, full)
         assert (status, err) == (2, "modelzip: standard output: No space left on device\n")
-        reader, writer = os.pipe(); os.close(reader)
-        with os.fdopen(writer, "w") as pipe: assert written(line, pipe) == (0, "")      # and closing it is silent
-        if "--" not in line: assert written(line, None) == (2, "modelzip: standard output is closed\n")
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            assert written(line, pipe) == (0, "")  # and closing it is silent
+        if "--" not in line:
+            assert written(line, None) == (2, "modelzip: standard output is closed\n")
     for nobody in open("/dev/full", "w"), open(os.devnull, "w"):
-        with nobody, contextlib.redirect_stderr(nobody): assert cli(["inspect", "absent.mz"]) == 2
-    with contextlib.redirect_stderr(None): assert cli(["inspect", "absent.mz"]) == 2
+        with nobody, contextlib.redirect_stderr(nobody):
+            assert cli(["inspect", "absent.mz"]) == 2
+    with contextlib.redirect_stderr(None):
+        assert cli(["inspect", "absent.mz"]) == 2
     odd = "a\nb\033[31m\udcff.mz"
     status, err = written("inspect x", io.StringIO())
-    with contextlib.redirect_stderr(said := io.StringIO()): assert cli(["inspect", odd]) == 2
+    with contextlib.redirect_stderr(said := io.StringIO()):
+        assert cli(["inspect", odd]) == 2
     assert said.getvalue() == "modelzip: a b\\x1b[31m\\udcff.mz: No such file or directory\n"
 
 
-@pytest.mark.parametrize("error, status, says", [("KeyboardInterrupt()", 130, "interrupted"), ("MemoryError()", 2, "not enough memory"), ("SystemExit(3)", 2, "ends the program"), ("ZeroDivisionError('zero')", 2, "ZeroDivisionError: zero (broken.py, line 4)"), ("AssertionError()", 2, "AssertionError")])
+@pytest.mark.parametrize(
+    "error, status, says",
+    [
+        ("KeyboardInterrupt()", 130, "interrupted"),
+        ("MemoryError()", 2, "not enough memory"),
+        ("SystemExit(3)", 2, "ends the program"),
+        ("ZeroDivisionError('zero')", 2, "ZeroDivisionError: zero (broken.py, line 4)"),
+        ("AssertionError()", 2, "AssertionError"),
+    ],
+)
 def test_what_a_builder_raises(tmp_path, monkeypatch, capsys, error, status, says):
-    monkeypatch.chdir(tmp_path); monkeypatch.delitem(sys.modules, "broken", raising=False); monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     where = "    " if "Zero" in error else ""
-    Path("broken.py").write_text(f"import torch\n\ndef net():\n    {'raise ' + error if where else 'pass'}\n" + ("" if where else f"raise {error}\n"))
+    Path("broken.py").write_text(
+        f"import torch\n\ndef net():\n    {'raise ' + error if where else 'pass'}\n"
+        + ("" if where else f"raise {error}\n")
+    )
     assert cli(["compress", "broken:net", "-o", "x.mz"]) == status
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.count("\n") == 1
 
 
 def test_interrupted_while_it_is_imported(place):
-    code = "import os, signal, sys, threading; from modelzip.workshop.terminal import main; threading.Timer(.2, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "inspect", "own.mz"], cwd=place, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    code = (
+        "import os, signal, sys, threading; from modelzip.workshop.terminal import main; threading.Timer(.2, os.kill,"
+        " (os.getpid(), signal.SIGINT)).start(); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", "own.mz"],
+        cwd=place,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "modelzip: interrupted\n")
 
 
@@ -446,18 +708,29 @@ def test_float8_stays_and_is_named(tmp_path, monkeypatch, capsys):
     save_file(state, "mixed.safetensors")
     assert cli(["compress", "mixed.safetensors", "-o", "x.mz"]) == 0
     assert "left as they are: b (float8_e4m3fn)" in capsys.readouterr().out
-    assert torch.equal(read_tensor("x.mz", "b").view(torch.uint8), state["b"].view(torch.uint8)) and torch.equal(read_tensor("x.mz", "c"), state["c"])
+    assert torch.equal(read_tensor("x.mz", "b").view(torch.uint8), state["b"].view(torch.uint8)) and torch.equal(
+        read_tensor("x.mz", "c"), state["c"]
+    )
 
 
 def test_a_state_dict_among_other_things(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    state, rest = {"a.weight": torch.randn(8, 8)}, {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": .1}]}}
+    state, rest = (
+        {"a.weight": torch.randn(8, 8)},
+        {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": 0.1}]}},
+    )
     for key in "model", "model_state_dict", "state_dict":
         torch.save({key: state, **rest}, "c.pt")
         assert torch.equal(dict(open_model("c.pt").named_parameters())["a.weight"], state["a.weight"])
-    for odd in torch.eye(4).to_sparse(), torch.ones(4, 4, device="meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged):
+    for odd in (
+        torch.eye(4).to_sparse(),
+        torch.ones(4, 4, device="meta"),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ):
         torch.save({"odd": odd}, "c.pt")
-        assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and (("'odd', which is no dense" in (err := capsys.readouterr().err)) or "without running code" in err)
+        assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and (
+            ("'odd', which is no dense" in (err := capsys.readouterr().err)) or "without running code" in err
+        )
     torch.save({".".join("a" * 3000): torch.ones(4, 4)}, "c.pt")
     assert cli(["compress", "c.pt", "-o", "x.mz"]) == 2 and "a name in 3,000 parts" in capsys.readouterr().err
     torch.save({"model": state, "ema": state, **rest}, "c.pt")
@@ -476,24 +749,45 @@ def test_an_old_checkpoint_is_read_and_not_unpickled(tmp_path, monkeypatch, caps
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
 def test_a_replaced_file_keeps_its_owner(tmp_path):
     from modelzip.measure import write_whole
-    for name, write in (("m.mz", lambda p: save(nn.Linear(2, 2), p)), ("t.safetensors", lambda p: to_safetensors(nn.Linear(2, 2), p)), ("r.html", lambda p: write_whole(p, "text"))):
+
+    for name, write in (
+        ("m.mz", lambda p: save(nn.Linear(2, 2), p)),
+        ("t.safetensors", lambda p: to_safetensors(nn.Linear(2, 2), p)),
+        ("r.html", lambda p: write_whole(p, "text")),
+    ):
         path, link = tmp_path / name, tmp_path / f"link-{name}"
-        path.write_bytes(b"before"); os.chown(path, 1234, 2345); path.chmod(0o640); link.symlink_to(path)
+        path.write_bytes(b"before")
+        os.chown(path, 1234, 2345)
+        path.chmod(0o640)
+        link.symlink_to(path)
         write(link)
         now = path.stat()
-        assert (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (1234, 2345, 0o640) and link.is_symlink() and path.read_bytes() != b"before"
+        assert (
+            (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (1234, 2345, 0o640)
+            and link.is_symlink()
+            and path.read_bytes() != b"before"
+        )
 
 
 def test_the_tour_says_what_it_does_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path):
     from modelzip import tour
     from modelzip.data import Data, Split
+
     few = Split(torch.rand(4, 1, 28, 28), torch.arange(4))
     monkeypatch.setattr(tour, "mnist5k", lambda: Data(few, few, few))
     monkeypatch.setattr(tour, "train", lambda model, *args, **kwargs: model.eval())
-    monkeypatch.setattr(tour, "TECHNIQUES", {n: tour.TECHNIQUES[n] for n in ("float32, entropy-coded", "8-bit weights, per channel")})
+    monkeypatch.setattr(
+        tour, "TECHNIQUES", {n: tour.TECHNIQUES[n] for n in ("float32, entropy-coded", "8-bit weights, per channel")}
+    )
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     tour.tour(tmp_path, repeats=2)
-    assert capsys.readouterr().err.splitlines() == ["training LeNet-5", "compressing 1/2: float32, entropy-coded", "compressing 2/2: 8-bit weights, per channel",
-                                                    "measuring 1/3: fp32", "measuring 2/3: float32, entropy-coded", "measuring 3/3: 8-bit weights, per channel"]
+    assert capsys.readouterr().err.splitlines() == [
+        "training LeNet-5",
+        "compressing 1/2: float32, entropy-coded",
+        "compressing 2/2: 8-bit weights, per channel",
+        "measuring 1/3: fp32",
+        "measuring 2/3: float32, entropy-coded",
+        "measuring 3/3: 8-bit weights, per channel",
+    ]
     tour.tour(tmp_path, repeats=2, progress=False)
     assert capsys.readouterr().err == ""

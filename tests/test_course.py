@@ -1,4 +1,6 @@
-"The course's pages: terms that lead to where they are derived, papers that are those of the chapters, numbers that agree."
+"""The course's pages: terms that lead to where they are derived, papers that are those of the chapters, numbers
+that agree."""
+
 import configparser, json, re
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,10 @@ SETTINGS = SETTINGS["DEFAULT"]
 
 @cache
 def cells(name):
-    return [(c["cell_type"], "".join(c["source"])) for c in json.loads((ROOT / f"nbs/{name}").read_text(encoding="utf-8"))["cells"]]
+    return [
+        (c["cell_type"], "".join(c["source"]))
+        for c in json.loads((ROOT / f"nbs/{name}").read_text(encoding="utf-8"))["cells"]
+    ]
 
 
 def markdown(name):
@@ -35,7 +40,8 @@ def sections(name):
         for line in t.split("\n"):
             if kind == "markdown" and (m := re.match(r"(#+) (.*)", line)):
                 within = [(rank, s) for rank, s in within if rank < len(m[1])] + [(len(m[1]), slug(m[2]))]
-            for _, s in within: found[s] = found.get(s, "") + line + "\n"
+            for _, s in within:
+                found[s] = found.get(s, "") + line + "\n"
     return found
 
 
@@ -62,7 +68,8 @@ def test_terms_stand_in_order_and_once():
 
 @pytest.mark.parametrize("term, entry", TERMS, ids=[t for t, _ in TERMS])
 def test_the_section_behind_a_term_speaks_of_it(term, entry):
-    if re.search(r": see \*", entry): return
+    if re.search(r": see \*", entry):
+        return
     places = [(n, p) for n, p in links(entry) if p]
     assert places, f"{term} links to no section"
     said = "".join(sections(n)[p] for n, p in places).lower()
@@ -72,7 +79,8 @@ def test_the_section_behind_a_term_speaks_of_it(term, entry):
 def test_italic_words_are_terms():
     names = {t.strip("`").lower() for t, _ in TERMS}
     for word in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", "\n".join(e for _, e in TERMS)):
-        if word in ("as before", "where"): continue       # quoted, stressed
+        if word in ("as before", "where"):
+            continue  # quoted, stressed
         assert {word.lower(), word.lower().removesuffix("s")} & names, f"{word} is set as a term, and is none"
 
 
@@ -99,7 +107,9 @@ def test_every_paper_of_a_chapter_is_a_reference(name):
         assert len(mine) == 1, f"{name} cites arXiv:{n}: {len(mine)} references have it"
         assert f"({name})" in mine[0], f"the reference arXiv:{n} does not lead to {name}"
     for title in re.findall(r"(?<!\*)\*([A-Z0-9][^*]{8,})\*(?!\*)", papers(name)):
-        assert any(plain(title) in plain(e) and f"({name})" in e for e in ENTRIES), f"{name} lists *{title}*, and no reference does so for it"
+        assert any(plain(title) in plain(e) and f"({name})" in e for e in ENTRIES), (
+            f"{name} lists *{title}*, and no reference does so for it"
+        )
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[re.search(r"\*(.*?)\*", e)[1][:40] for e in ENTRIES])
@@ -118,6 +128,7 @@ def test_references_stand_once():
 
 
 # ---------------------------------------------------------------------------------- around the book
+
 
 def test_citation_agrees_with_the_settings():
     cite = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -154,13 +165,18 @@ def test_workflows_use_the_targets_of_make():
         runs = " ".join(s.get("run", "") for job in flow["jobs"].values() for s in job["steps"])
         used = set(re.findall(r"\bmake ([a-z]+)", runs))
         assert used and used <= targets, f"{name}.yml calls make {used - targets}"
-    assert "make test" in (ROOT / ".github/workflows/test.yml").read_text() and "make docs" in (ROOT / ".github/workflows/deploy.yml").read_text()
+    assert (
+        "make test" in (ROOT / ".github/workflows/test.yml").read_text()
+        and "make docs" in (ROOT / ".github/workflows/deploy.yml").read_text()
+    )
 
 
 def test_binder_installs_the_book_with_the_tested_versions():
     lines = [l for l in (ROOT / ".binder/requirements.txt").read_text().splitlines() if l and not l.startswith("#")]
     assert lines[:2] == ["-c ../constraints.txt", ".[all]"] and (ROOT / "constraints.txt").exists()
-    assert {l for l in lines if "==" in l} == {r for r in SETTINGS["dev_requirements"].split() if "==" in r and not r.startswith("smalldocs")}
+    assert {l for l in lines if "==" in l} == {
+        r for r in SETTINGS["dev_requirements"].split() if "==" in r and not r.startswith("smalldocs")
+    }
 
 
 @pytest.mark.parametrize("name", [*CHAPTERS, "index.ipynb"])
@@ -170,6 +186,9 @@ def test_set_up_for_colab(name):
     assert kind == "code" and code.startswith("#| hide\n") and f"git clone -q --depth 1 {SETTINGS['git_url']}\n" in code
     lines = code.splitlines()
     asks = next(i for i, l in enumerate(lines) if l.startswith('if "google.colab" in sys.modules:'))
-    assert all(l.startswith(("#", "import sys")) for l in lines[:asks]) and all(l.startswith("    ") for l in lines[asks + 1:])
+    assert all(l.startswith(("#", "import sys")) for l in lines[:asks]) and all(
+        l.startswith("    ") for l in lines[asks + 1 :]
+    )
     for r in SETTINGS["dev_requirements"].split():
-        if "==" in r and not r.startswith("smalldocs"): assert r in code
+        if "==" in r and not r.startswith("smalldocs"):
+            assert r in code

@@ -1,8 +1,12 @@
-"""Each exercise of the book, done right and done wrong: the check must accept the first and say what is wrong with the second.
+"""Each exercise of the book, done right and done wrong: the check must accept the first and say what is wrong with
+the second.
 
-A notebook is not executed here. Of its cells only these are: imports, the check, the definitions that it mentions, the stub
-and the solution. Where a check looks at something that the chapter has made (a trained model, a file), `SETUP` makes a small
-one. `WRONG` has at least two typical mistakes for every exercise, each with a piece of what the check should say to it."""
+A notebook is not executed here. Of its cells only these are: imports, the check, the definitions that it mentions,
+the stub and the solution. Where a check looks at something that the chapter has made (a trained model, a file),
+`SETUP` makes a small one. `WRONG` has at least two typical mistakes for every exercise, each with a piece of what
+the check should say to it.
+"""
+
 import ast, importlib, json, re, textwrap
 from pathlib import Path
 
@@ -17,24 +21,37 @@ def cells(chapter):
     "The code cells of a chapter: text and syntax tree; a cell that is not plain Python has an empty one."
     if chapter not in TREES:
         book = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))
-        TREES[chapter] = [(t, parsed(t)) for c in book["cells"] if c["cell_type"] == "code" for t in ["".join(c["source"])]]
+        TREES[chapter] = [
+            (t, parsed(t)) for c in book["cells"] if c["cell_type"] == "code" for t in ["".join(c["source"])]
+        ]
     return TREES[chapter]
 
 
 def parsed(source):
-    try: return ast.parse(source)
-    except SyntaxError: return ast.parse("")
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.parse("")
 
 
 def exercises():
     "Chapter and number of the check's cell; the stub and the solution are the two cells behind it."
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
         for i, (text, _) in enumerate(cells(path.stem)):
-            if re.search(r"^@exercise$", text, re.M) and not text.startswith("#| export") and "your turn" in cells(path.stem)[i + 1][0]: yield path.stem, i
+            if (
+                re.search(r"^@exercise$", text, re.M)
+                and not text.startswith("#| export")
+                and "your turn" in cells(path.stem)[i + 1][0]
+            ):
+                yield path.stem, i
 
 
 def check_name(chapter, i):
-    return next(n.name for n in cells(chapter)[i][1].body if isinstance(n, ast.FunctionDef) and any(ast.unparse(d) == "exercise" for d in n.decorator_list))
+    return next(
+        n.name
+        for n in cells(chapter)[i][1].body
+        if isinstance(n, ast.FunctionDef) and any(ast.unparse(d) == "exercise" for d in n.decorator_list)
+    )
 
 
 EXERCISES = {f"{c}:{check_name(c, i)}": (c, i) for c, i in exercises()}
@@ -49,7 +66,8 @@ def run(nodes, space, chapter):
 
 
 def define(wanted, space, chapter, before):
-    "Execute the functions and classes of earlier cells that are mentioned and not there yet, and what they mention in turn."
+    """Execute the functions and classes of earlier cells that are mentioned and not there yet, and what they
+    mention in turn."""
     for name in wanted - space.keys():
         for _, tree in reversed(cells(chapter)[:before]):
             found = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
@@ -67,10 +85,14 @@ def namespace(chapter, tmp):
     "What the chapter's module defines, all that its cells import, and what `SETUP` makes."
     if chapter not in SPACES:
         space = dict(vars(fastcore.test))
-        module = next((m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp (\w+)", text, re.M))), None)
-        if module: space |= vars(importlib.import_module(f"modelzip.{module}"))
+        module = next(
+            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp (\w+)", text, re.M))), None
+        )
+        if module:
+            space |= vars(importlib.import_module(f"modelzip.{module}"))
         for text, tree in cells(chapter):
-            if "#| export" not in text: run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
+            if "#| export" not in text:
+                run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
         space["folder"] = tmp.mktemp(chapter)
         exec(textwrap.dedent(SETUP.get(chapter, "")), space)
         SPACES[chapter] = space
@@ -90,294 +112,592 @@ def place(request, tmp_path_factory):
 def attempt(source, space):
     "A wrong answer: an expression, or definitions the last of which is the answer."
     source = textwrap.dedent(source).strip()
-    if not source.startswith(("def ", "class ")): return eval(source, space)
+    if not source.startswith(("def ", "class ")):
+        return eval(source, space)
     exec(source, space)
     return space[ast.parse(source).body[-1].name]
 
 
 SETUP = {
     "04b_archive": "mz = bytes(range(256)) * 5",
-    "05_pack": """
+    "05_pack": (
+        """
         from modelzip.quant import quantize_model
         model = LeNet5()
         save(model, folder / "mapped.mz", archive=False)
         save(model, folder / "archived.mz")
-        save(quantize_model(model, 4), folder / "archived4.mz")""",
-    "05b_exchange": """
+        save(quantize_model(model, 4), folder / "archived4.mz")"""
+    ),
+    "05b_exchange": (
+        """
         from modelzip.data import LeNet5
         model = LeNet5()
         state = model.state_dict()
-        to_safetensors(model, folder / "l.safetensors")""",
-    "12b_recipe": """
+        to_safetensors(model, folder / "l.safetensors")"""
+    ),
+    "12b_recipe": (
+        """
         import copy, torch
         from modelzip.data import LeNet5
         net = LeNet5().eval()
-        with torch.no_grad(): net.fc1.weight.mul_(4)""",
-    "10_ptq": """
+        with torch.no_grad(): net.fc1.weight.mul_(4)"""
+    ),
+    "10_ptq": (
+        """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
-        statistics = calibrate(model, [torch.arange(48).reshape(4, 12)])""",
+        statistics = calibrate(model, [torch.arange(48).reshape(4, 12)])"""
+    ),
 }
 
 WRONG = {
     "00_data:check_count": [
-        ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),                     # no biases
-        ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),                 # one for each input
-        ("lambda s: s[1] * (s[0] + 1)", "LeNet-300-100 has 266,610")],                             # the first layer alone
+        ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # no biases
+        ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # one for each input
+        ("lambda s: s[1] * (s[0] + 1)", "LeNet-300-100 has 266,610"),
+    ],  # the first layer alone
     "00_data:check_pool": [
-        ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),                      # padding included
-        ("lambda x, mask: (x * mask[..., None]).mean(1)", "the mean of the first two is [2, 3]"),  # divided by the length
+        ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),  # padding included
+        (
+            "lambda x, mask: (x * mask[..., None]).mean(1)",
+            "the mean of the first two is [2, 3]",
+        ),  # divided by the length
         ("lambda x, mask: (x * mask[..., None]).sum((1, 2)) / mask.sum(1)", "the shape must be [n, width]"),
-        ("lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum()", "each text has a mask of its own")],
+        ("lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum()", "each text has a mask of its own"),
+    ],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),         # the root forgotten
-        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models")],
+        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),  # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models"),
+    ],
     "01_measure:check_per_example": [
         ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
-        ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each")],
+        ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each"),
+    ],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
         ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
-        ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits")],
+        ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits"),
+    ],
     "01_measure:check_smallest": [
-        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),     # one-sided
-        ("lambda limit: 6", "for 0.001 it is 11")],
+        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),  # one-sided
+        ("lambda limit: 6", "for 0.001 it is 11"),
+    ],
     "02_explore:check_weight": [
         ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
         ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
         ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
-        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own")],
+        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own"),
+    ],
     "02_explore:check_positions": [
-        ("lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]", "your positions"),     # first turns fastest
+        (
+            "lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]",
+            "your positions",
+        ),  # first turns fastest
         ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
-        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's")],
+        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's"),
+    ],
     "02_explore:check_two_pages": [
-        ("lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'", "does the text say more than above or below?"),
-        ("lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'", "draw the numbers with np.random.default_rng"),
-        ("lambda seed: 'above'", "there are 1 different pages")],
+        (
+            "lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'",
+            "does the text say more than above or below?",
+        ),
+        (
+            "lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'",
+            "draw the numbers with np.random.default_rng",
+        ),
+        ("lambda seed: 'above'", "there are 1 different pages"),
+    ],
     "03_quant:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
         ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "up to 127 at 8 bits the step is 1"),
-        ("lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2", "the codes above zero are just one"),
-        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits")],                                      # a constant
+        (
+            "lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2",
+            "the codes above zero are just one",
+        ),
+        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits"),
+    ],  # a constant
     "03_quant:check_group": [
-        ("lambda budget: 16 / (budget - 4)", "for 4.1 bits the group is 256"),                     # no power of two
-        ("lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))", "for 4.1 bits the group is 256; yours is 128")],
+        ("lambda budget: 16 / (budget - 4)", "for 4.1 bits the group is 256"),  # no power of two
+        ("lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))", "for 4.1 bits the group is 256; yours is 128"),
+    ],
     "03_quant:check_observer": [
-        ("lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())", "one low and one high for each block"),
+        (
+            "lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())",
+            "one low and one high for each block",
+        ),
         ("lambda k: lambda blocks, levels, symmetric: (-blocks.std(1), blocks.std(1))", "±k standard deviations"),
-        ("lambda k: lambda blocks, levels, symmetric: (0 * blocks.std(1), k * blocks.std(1))", "±k standard deviations"),
-        ("lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))", "for every k, not for 3 alone")],
+        (
+            "lambda k: lambda blocks, levels, symmetric: (0 * blocks.std(1), k * blocks.std(1))",
+            "±k standard deviations",
+        ),
+        (
+            "lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))",
+            "for every k, not for 3 alone",
+        ),
+    ],
     "04_coding:check_wrong_table": [
-        ("lambda counts, model: sum(n * math.log2(sum(counts) / n) for n in counts) / sum(counts)", "take 1.2075 bits"),     # the entropy
-        ("lambda counts, model: sum(n * math.log(sum(model) / q) for n, q in zip(counts, model)) / sum(counts)", "take 1 bit each"),
-        ("lambda counts, model: sum(n * math.log2(n / sum(counts) * sum(model) / q) for n, q in zip(counts, model)) / sum(counts)", "take 1 bit each")],
+        (
+            "lambda counts, model: sum(n * math.log2(sum(counts) / n) for n in counts) / sum(counts)",
+            "take 1.2075 bits",
+        ),  # the entropy
+        (
+            "lambda counts, model: sum(n * math.log(sum(model) / q) for n, q in zip(counts, model)) / sum(counts)",
+            "take 1 bit each",
+        ),
+        (
+            (
+                "lambda counts, model: sum(n * math.log2(n / sum(counts) * sum(model) / q) for n, q in zip(counts,"
+                " model)) / sum(counts)"
+            ),
+            "take 1 bit each",
+        ),
+    ],
     "04_coding:check_worth": [
-        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 51 symbols"),                            # a tie saves nothing
-        ("lambda H: round(25 / H)", "at 4.7 bits each, 6 symbols")],
+        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 51 symbols"),  # a tie saves nothing
+        ("lambda H: round(25 / H)", "at 4.7 bits each, 6 symbols"),
+    ],
     "04_coding:check_pop": [
-        ("lambda x, shares: (next(s for s in range(len(shares)) if x % sum(shares) < sum(shares[:s + 1])), x // sum(shares))", "14 is b's (symbol 1), its number 3"),
-        ("lambda x, shares: (x // sum(shares), x % sum(shares))", "digit 4 on 31")],
+        (
+            (
+                "lambda x, shares: (next(s for s in range(len(shares)) if x % sum(shares) < sum(shares[:s + 1])), x //"
+                " sum(shares))"
+            ),
+            "14 is b's (symbol 1), its number 3",
+        ),
+        ("lambda x, shares: (x // sum(shares), x % sum(shares))", "digit 4 on 31"),
+    ],
     "04b_archive:check_pad": [
         ("lambda offset, align: align - offset % align", "from 0 to a multiple of 64 it is 0 bytes"),
-        ("lambda offset, align: offset % align", "from 1 to a multiple of 64 it is 63 bytes")],
+        ("lambda offset, align: offset % align", "from 1 to a multiple of 64 it is 63 bytes"),
+    ],
     "04b_archive:check_forge": [
         ("lambda data, crc: b''", "it should be 4 bytes, yours are 0"),
         ("lambda data, crc: crc.to_bytes(4, 'little')", "the checksum should be"),
-        ("lambda data, crc: (zlib.crc32(data) ^ crc).to_bytes(4, 'little')", "the checksum should be")],
+        ("lambda data, crc: (zlib.crc32(data) ^ crc).to_bytes(4, 'little')", "the checksum should be"),
+    ],
     "05_pack:check_read_one": [
-        ("""def read(path, name):                                                  # the payload's beginning forgotten
+        (
+            """def read(path, name):                                                  # the payload's beginning forgotten
             with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
-            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=e["offset"]).reshape(e["shape"])""", "is the offset right?"),
-        ("""def read(path, name):                                                  # flat
+            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=e["offset"]).reshape(e["shape"])""",
+            "is the offset right?",
+        ),
+        (
+            """def read(path, name):                                                  # flat
             with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
-            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""", "has the shape (20, 1, 5, 5), yours has (500,)"),
-        ("""def read(path, name):                                                  # all of the payload
+            return np.fromfile(path, e["dtype"], math.prod(e["shape"]), offset=64 + e["offset"])""",
+            "has the shape (20, 1, 5, 5), yours has (500,)",
+        ),
+        (
+            """def read(path, name):                                                  # all of the payload
             with zipfile.ZipFile(path) as z: e, payload = json.loads(z.read("manifest.json"))["tensors"][name], z.read("payload")
-            return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])""", "leave the rest of the payload in the file")],
+            return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])""",
+            "leave the rest of the payload in the file",
+        ),
+    ],
     "05_pack:check_estimate": [
-        ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)", "entropy is in bits a weight"),
+        (
+            "lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)",
+            "entropy is in bits a weight",
+        ),
         ("lambda path: sum(l.entropy for l in inspect(path).lines if l.entropy is not None) / 8", "need"),
         ("lambda path: os.path.getsize(path)", "need"),
-        ("lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(folder / 'archived4.mz').lines if l.entropy is not None) / 8", "the streams of archived.mz need")],
+        (
+            (
+                "lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(folder / 'archived4.mz').lines if"
+                " l.entropy is not None) / 8"
+            ),
+            "the streams of archived.mz need",
+        ),
+    ],
     "05b_exchange:check_floats": [
         ("lambda bits: bits.view(np.float16)", "should be float32, yours is float16"),
-        ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),                   # not moved to the upper half
-        ("lambda bits: bits.astype(np.float32)", "come out as")],
+        ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),  # not moved to the upper half
+        ("lambda bits: bits.astype(np.float32)", "come out as"),
+    ],
     "05b_exchange:check_fetch": [
-        ("""def fetch(get, name):                                                  # all of it
+        (
+            """def fetch(get, name):                                                  # all of it
             whole = get(0, 10**9); n = int.from_bytes(whole[:8], "little"); e = json.loads(whole[8:8 + n])[name]
-            return np.frombuffer(whole[8 + n:][slice(*e["data_offsets"])], np.float32)""", "the header and 40 bytes of numbers are enough"),
-        ("""def fetch(get, name):                                                  # offsets count from the end of the header
+            return np.frombuffer(whole[8 + n:][slice(*e["data_offsets"])], np.float32)""",
+            "the header and 40 bytes of numbers are enough",
+        ),
+        (
+            """def fetch(get, name):                                                  # offsets count from the end of the header
             n = int.from_bytes(get(0, 8), "little"); e = json.loads(get(8, 8 + n))[name]
-            return np.frombuffer(get(*e["data_offsets"]), np.float32)""", "not the ten numbers of fc2.bias")],
+            return np.frombuffer(get(*e["data_offsets"]), np.float32)""",
+            "not the ten numbers of fc2.bias",
+        ),
+    ],
     "05b_exchange:check_repeated": [
-        ("lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if np.array_equal(arrays[n], arrays[m])}", "−0 is not 0"),
-        ("lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if arrays[n].tobytes() == arrays[m].tobytes()}", "nothing else does"),
-        ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'")],
+        (
+            (
+                "lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if np.array_equal(arrays[n],"
+                " arrays[m])}"
+            ),
+            "−0 is not 0",
+        ),
+        (
+            (
+                "lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if arrays[n].tobytes() =="
+                " arrays[m].tobytes()}"
+            ),
+            "nothing else does",
+        ),
+        ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
+    ],
     "06_kernels:check_longest": [
         ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "66,311 terms"),
-        ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "66,311 terms"),         # the accumulator has a sign
+        ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "66,311 terms"),  # the accumulator has a sign
         ("lambda w, a, c: 66_311 if c == 32 else 1", "4-bit weights in int16: 18 terms"),
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "312 terms")],         # activations of 8 bits always
+        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "312 terms"),
+    ],  # activations of 8 bits always
     "06_kernels:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) + len(u) * t * z", "with zero points 3 of the weight and 0"),
-        ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum() + 30 * t * z", "with zero points 3 of the weight and 7"),
-        ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix")],
+        (
+            "lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum() + 30 * t * z",
+            "with zero points 3 of the weight and 7",
+        ),
+        ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix"),
+    ],
     "06_kernels:check_ridge": [
-        ("lambda n, width, r: math.ceil(r * width / 2)", "batch 21, yours is 20"),                 # inputs and outputs forgotten
+        ("lambda n, width, r: math.ceil(r * width / 2)", "batch 21, yours is 20"),  # inputs and outputs forgotten
         ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
-        ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21")],
+        ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21"),
+    ],
     "06b_onnx:check_block_bytes": [
-        ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),                                # no zero points
-        ("lambda o, i, b: o * i // 2 + 3 * (o * i // b)", "takes"),                                # a byte for each zero point
+        ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),  # no zero points
+        ("lambda o, i, b: o * i // 2 + 3 * (o * i // b)", "takes"),  # a byte for each zero point
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b) + o * i // b // 2", "3×32 in blocks of 32 takes"),
-        ("lambda o, i, b: -(-o * i // 2) + 2 * (o * i // 32) + -(-(o * i // 32) // 2)", "in blocks of 16 takes")],     # rounded down
+        ("lambda o, i, b: -(-o * i // 2) + 2 * (o * i // 32) + -(-(o * i // 32) // 2)", "in blocks of 16 takes"),
+    ],  # rounded down
     "06b_onnx:check_dynamic": [
-        ("lambda x: (((x - x.min()) / (s := (x.max() - x.min()) / 255)).round(), s, (-x.min() / s).round())", "the codes are [0, 43, 85"),
+        (
+            "lambda x: (((x - x.min()) / (s := (x.max() - x.min()) / 255)).round(), s, (-x.min() / s).round())",
+            "the codes are [0, 43, 85",
+        ),
         ("lambda x: (x, (x.max().clamp(min=0) - x.min().clamp(max=0)) / 256, torch.tensor(0.))", "the scale is"),
-        ("lambda x: (((x / (s := (x.max().clamp(min=0) - (low := x.min().clamp(max=0))) / 255)).floor() + (z := (-low / s).round())).clamp(0, 255), s, z)", "the codes are")],
+        (
+            (
+                "lambda x: (((x / (s := (x.max().clamp(min=0) - (low := x.min().clamp(max=0))) / 255)).floor() + (z :="
+                " (-low / s).round())).clamp(0, 255), s, z)"
+            ),
+            "the codes are",
+        ),
+    ],
     "07_prune:check_remaining": [
-        ("lambda w, variance, mean: w ** 2 * (variance + mean ** 2)", "yours is"),                 # the bias not used
+        ("lambda w, variance, mean: w ** 2 * (variance + mean ** 2)", "yours is"),  # the bias not used
         ("lambda w, variance, mean: w * variance", "yours is"),
-        ("lambda w, variance, mean: (w * mean) ** 2", "yours is")],
+        ("lambda w, variance, mean: (w * mean) ** 2", "yours is"),
+    ],
     "07_prune:check_lamp": [
         ("lambda w: w.square() / w.square().sum()", "for [[3, -1], [2, 0.5]] it is"),
-        ("lambda w: w.square() / w.square().flatten().sort().values.cumsum(0)[w.square().flatten().argsort().argsort()].view(w.shape)", "it is"),   # those that are smaller
-        ("lambda w: w.square().flatten() / w.square().sum()", "should have the shape of the weight")],
+        (
+            (
+                "lambda w: w.square() /"
+                " w.square().flatten().sort().values.cumsum(0)[w.square().flatten().argsort().argsort()].view(w.shape)"
+            ),
+            "it is",
+        ),  # those that are smaller
+        ("lambda w: w.square().flatten() / w.square().sum()", "should have the shape of the weight"),
+    ],
     "07_prune:check_break_even": [
         ("lambda bits: 1 / bits", "at 4 bits"),
         ("lambda bits: 1.", "at 2 bits"),
-        ("lambda bits: 0.5", "at 4 bits")],
+        ("lambda bits: 0.5", "at 4 bits"),
+    ],
     "07b_channels:check_columns": [
-        ("lambda c, h, w: range(c, 8 * h * w, 8)", "channel 0 of 4×4 positions has the columns [0, 1, 2"),      # channels last
-        ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4")],
+        (
+            "lambda c, h, w: range(c, 8 * h * w, 8)",
+            "channel 0 of 4×4 positions has the columns [0, 1, 2",
+        ),  # channels last
+        ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
+    ],
     "07b_channels:check_families": [
-        ("lambda n, pairs: n - len(pairs)", "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1"),              # a ring counted thrice
-        ("""def families(n, pairs):                                                 # who was tied before is forgotten
+        (
+            "lambda n, pairs: n - len(pairs)",
+            "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1",
+        ),  # a ring counted thrice
+        (
+            """def families(n, pairs):                                                 # who was tied before is forgotten
             label = list(range(n))
             for a, b in pairs: label[b] = label[a]
-            return len(set(label))""", "make 2 sets, yours are 4")],
+            return len(set(label))""",
+            "make 2 sets, yours are 4",
+        ),
+    ],
     "08_structured:check_largest_rank": [
-        ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),     # as many are not fewer
+        ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
-        ("lambda i, o: min(i, o)", "for 800 inputs")],
+        ("lambda i, o: min(i, o)", "for 800 inputs"),
+    ],
     "08_structured:check_slimming": [
-        ("lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
-        ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),  # biases too
-        ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn1.w' in name else torch.zeros(weight.shape[axis])", "the scores of stem should be"),
-        ("lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn' in name else torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
-        ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be")],
+        (
+            (
+                "lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else"
+                " torch.zeros(weight.shape[axis])"
+            ),
+            "the scores of conv1 should be",
+        ),
+        (
+            "lambda name, weight, axis: weight.abs() if weight.dim() == 1 else torch.zeros(weight.shape[axis])",
+            "the scores of conv1 should be",
+        ),  # biases too
+        (
+            (
+                "lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn1.w' in name else"
+                " torch.zeros(weight.shape[axis])"
+            ),
+            "the scores of stem should be",
+        ),
+        (
+            (
+                "lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn' in name else"
+                " torch.zeros(weight.shape[axis])"
+            ),
+            "the scores of conv1 should be",
+        ),
+        ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
+    ],
     "09_distill:check_gradient": [
         ("lambda z, v, T: (z / T).softmax(0) - (v / T).softmax(0)", "nearly: there is a factor of T²"),
         ("lambda z, v, T: T * ((v / T).softmax(0) - (z / T).softmax(0))", "the sign"),
-        ("lambda z, v, T: z - v", "at T = 1.0 it is")],
+        ("lambda z, v, T: z - v", "at T = 1.0 it is"),
+    ],
     "09_distill:check_margin": [
-        ("""class Margin:
-            def __call__(self, a, b, y): return torch.tensor(5.)""", "derive it from Loss"),
-        ("""class Margin(Loss):
-            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum")""", "(1 + 9) / 2 = 5"),
-        ("""class Margin(Loss):
-            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum") / 2""", "a batch of one"),
-        ("""class Margin(Loss):                                                    # the first two, whichever are largest
-            def forward(self, a, b, y): return F.mse_loss(*(s.outputs[:, 0] - s.outputs[:, 1] for s in (a, b)))""", "gaps are 2 and 4 against 1 and 7")],
+        (
+            """class Margin:
+            def __call__(self, a, b, y): return torch.tensor(5.)""",
+            "derive it from Loss",
+        ),
+        (
+            """class Margin(Loss):
+            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum")""",
+            "(1 + 9) / 2 = 5",
+        ),
+        (
+            """class Margin(Loss):
+            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum") / 2""",
+            "a batch of one",
+        ),
+        (
+            """class Margin(Loss):                                                    # the first two, whichever are largest
+            def forward(self, a, b, y): return F.mse_loss(*(s.outputs[:, 0] - s.outputs[:, 1] for s in (a, b)))""",
+            "gaps are 2 and 4 against 1 and 7",
+        ),
+    ],
     "10_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
-        ("lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])", "leave the given row as it is"),
-        ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] / H.diagonal())", "there Hδ should be 0")],       # each of the others as if it were alone
+        (
+            "lambda w, H, j, value: w.add_((value - w[j]) / H.inverse()[j, j] * H.inverse()[:, j])",
+            "leave the given row as it is",
+        ),
+        (
+            (
+                "lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] /"
+                " H.diagonal())"
+            ),
+            "there Hδ should be 0",
+        ),
+    ],  # each of the others as if it were alone
     "10_ptq:check_rescale": [
-        ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),                              # nearest weights, not outputs
+        ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),  # nearest weights, not outputs
         ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
-        ("lambda w, d, H, X=torch.randn(50, 6, generator=torch.Generator().manual_seed(1)): d @ X.T @ X @ w / (d @ X.T @ X @ d)", "least squares gives")],      # other inputs than those that were given
+        (
+            (
+                "lambda w, d, H, X=torch.randn(50, 6, generator=torch.Generator().manual_seed(1)): d @ X.T @ X @ w / (d"
+                " @ X.T @ X @ d)"
+            ),
+            "least squares gives",
+        ),
+    ],  # other inputs than those that were given
     "10_ptq:check_rule": [
-        ("lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}", "words has no statistics and gets 5 bits"),
-        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}", "should get"),
-        ("lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8} if output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > 1e-3 else {}", "with the limit")],
+        (
+            "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
+            "words has no statistics and gets 5 bits",
+        ),
+        (
+            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}",
+            "should get",
+        ),
+        (
+            (
+                "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
+                " if output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(),"
+                " statistics[name]) > 1e-3 else {}"
+            ),
+            "with the limit",
+        ),
+    ],
     "11_qat:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
-        ("lambda w, s, low, high: low if w / s < low else high if w / s > high else round(w / s) - w / s", "w=1.0, s=1.0"),      # on the last code
-        ("lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s", "codes from -8 to 7"),
-        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded")],               # straight through nothing
+        (
+            "lambda w, s, low, high: low if w / s < low else high if w / s > high else round(w / s) - w / s",
+            "w=1.0, s=1.0",
+        ),  # on the last code
+        (
+            "lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s",
+            "codes from -8 to 7",
+        ),
+        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),
+    ],  # straight through nothing
     "11_qat:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
-        ("lambda step, zero, bits: (-1., 2., 5)", "three bits")],
+        ("lambda step, zero, bits: (-1., 2., 5)", "three bits"),
+    ],
     "11_qat:check_progressive": [
-        ("""def progressive(model, widths, train_some):
+        (
+            """def progressive(model, widths, train_some):
             for _ in widths: train_some(model)
-            return model""", "yours were [{256}, {256}, {256}] levels"),
-        ("""def progressive(model, widths, train_some):
+            return model""",
+            "yours were [{256}, {256}, {256}] levels",
+        ),
+        (
+            """def progressive(model, widths, train_some):
             for bits in widths: train_some(model := prepare(small(), bits))
-            return model""", "preparing anew forgets"),
-        ("""def progressive(model, widths, train_some):
+            return model""",
+            "preparing anew forgets",
+        ),
+        (
+            """def progressive(model, widths, train_some):
             for bits in sorted(widths): set_bits(model, bits); train_some(model)
-            return model""", "yours were [{4}, {16}, {256}] levels"),
-        ("""def progressive(model, widths, train_some):                              # one layer alone
+            return model""",
+            "yours were [{4}, {16}, {256}] levels",
+        ),
+        (
+            """def progressive(model, widths, train_some):                              # one layer alone
             for bits in widths: set_bits(model, bits, layers="0"); train_some(model)
-            return model""", "in all layers"),
-        ("""def progressive(model, widths, train_some):
+            return model""",
+            "in all layers",
+        ),
+        (
+            """def progressive(model, widths, train_some):
             import copy
             for bits in widths: set_bits(model, bits); train_some(copy.deepcopy(model))
-            return model""", "and so does a copy")],
+            return model""",
+            "and so does a copy",
+        ),
+    ],
     "12_threads:check_processors": [
-        ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),                       # nothing serial
-        ("lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)", "5 is never reached"),
+        ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),  # nothing serial
+        (
+            "lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)",
+            "5 is never reached",
+        ),
         ("lambda goal, serial: None", "once as fast needs one processor"),
-        ("lambda goal, serial: 1 if goal == 1 else round((1 - serial) / (1 / goal - serial)) if 1 / goal - serial > 1e-9 else None", "twice as fast needs 3")],
+        (
+            (
+                "lambda goal, serial: 1 if goal == 1 else round((1 - serial) / (1 / goal - serial)) if 1 / goal -"
+                " serial > 1e-9 else None"
+            ),
+            "twice as fast needs 3",
+        ),
+    ],
     "12_threads:check_closed": [
-        ("lambda callers, fixed, each: (1 / (fixed + each * callers), fixed + each * callers)", "a batch of 16 takes 1.9 s"),
-        ("lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)", "λW must be the 16 callers")],
+        (
+            "lambda callers, fixed, each: (1 / (fixed + each * callers), fixed + each * callers)",
+            "a batch of 16 takes 1.9 s",
+        ),
+        (
+            "lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)",
+            "λW must be the 16 callers",
+        ),
+    ],
     "12_threads:check_once": [
         ("lambda f: f", "two threads that call at the same time should call f once"),
-        ("""def once(f):                                                           # asks, then calls: two may ask before one has called
+        (
+            """def once(f):                                                           # asks, then calls: two may ask before one has called
             kept = []
             def g():
                 if not kept: kept.append(f())
                 return kept[0]
-            return g""", "yours called it 2 times"),
-        ("""def once(f):                                                           # who comes second gets nothing
+            return g""",
+            "yours called it 2 times",
+        ),
+        (
+            """def once(f):                                                           # who comes second gets nothing
             lock = threading.Lock()
-            return lambda: f() if lock.acquire(blocking=False) else None""", "both should get f's result")],
+            return lambda: f() if lock.acquire(blocking=False) else None""",
+            "both should get f's result",
+        ),
+    ],
     "13b_record:check_affordable": [
-        ("lambda budget, overhead, p, value: int(8 * (budget - overhead) / (p * value))", "weights, yours is"),              # where they are is free
-        ("lambda budget, overhead, p, value: int((budget - overhead) / (p * value - p * math.log2(p) - (1 - p) * math.log2(1 - p)))", "weights, yours is"),
-        ("lambda budget, overhead, p, value: int(8 * budget / (p * value - p * math.log2(p) - (1 - p) * math.log2(1 - p)))", "weights, yours is")],
+        (
+            "lambda budget, overhead, p, value: int(8 * (budget - overhead) / (p * value))",
+            "weights, yours is",
+        ),  # where they are is free
+        (
+            (
+                "lambda budget, overhead, p, value: int((budget - overhead) / (p * value - p * math.log2(p) - (1 - p) *"
+                " math.log2(1 - p)))"
+            ),
+            "weights, yours is",
+        ),
+        (
+            (
+                "lambda budget, overhead, p, value: int(8 * budget / (p * value - p * math.log2(p) - (1 - p) *"
+                " math.log2(1 - p)))"
+            ),
+            "weights, yours is",
+        ),
+    ],
     "13b_record:check_moved": [
         ("lambda bias1, weight2, bias2: bias2", "the network puts out something else"),
-        ("lambda bias1, weight2, bias2: bias2 + weight2.mean((2, 3)) @ bias1", "the network puts out something else")],
+        ("lambda bias1, weight2, bias2: bias2 + weight2.mean((2, 3)) @ bias1", "the network puts out something else"),
+    ],
     "14_tour:check_mixed": [
         ("lambda model, data: quantize_model(model, 3, group=64)", "the widths are"),
-        ("lambda model, data: quantize_model(model, 3, overrides={'conv*': {'bits': 8}})", "fc1's group is None")],
+        ("lambda model, data: quantize_model(model, 3, overrides={'conv*': {'bits': 8}})", "fc1's group is None"),
+    ],
     "14_tour:check_coin": [
-        ("lambda a, b: sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)", "an even split is no evidence"),      # one-sided
-        ("lambda a, b: 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)", "an even split is no evidence"),  # above 1
-        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * (a + b)))", "ten to none happens twice in 1,024")],                      # approximately
+        (
+            "lambda a, b: sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)",
+            "an even split is no evidence",
+        ),  # one-sided
+        (
+            "lambda a, b: 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)",
+            "an even split is no evidence",
+        ),  # above 1
+        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * (a + b)))", "ten to none happens twice in 1,024"),
+    ],  # approximately
     "90_article:check_exact_step": [
         ("lambda weights: Fraction(min(weights))", "for 3, −6 and 12 it is 3"),
         ("lambda weights: Fraction(1, max(Fraction(w).denominator for w in weights))", "for 3, −6 and 12 it is 3"),
-        ("""def step(weights):                                                     # 0.1 taken for a tenth
+        (
+            """def step(weights):                                                     # 0.1 taken for a tenth
             from math import gcd, lcm
             f = [Fraction(w).limit_denominator(1000) for w in weights]; below = lcm(*(x.denominator for x in f))
-            return Fraction(gcd(*(int(x * below) for x in f)), below)""", "no multiples of a tenth")],
+            return Fraction(gcd(*(int(x * below) for x in f)), below)""",
+            "no multiples of a tenth",
+        ),
+    ],
     "90_article:check_threads": [
-        ("""def run(func, args):                                                   # as in the article
+        (
+            """def run(func, args):                                                   # as in the article
             results = []
             for a in args:
                 t = threading.Thread(target=lambda: results.append(func(a))); t.start(); t.join()
-            return results""", "never two at a time"),
-        ("""def run(func, args):                                                   # in the order of their ends
+            return results""",
+            "never two at a time",
+        ),
+        (
+            """def run(func, args):                                                   # in the order of their ends
             results = []
             threads = [threading.Thread(target=lambda a=a: results.append(func(a))) for a in args]
             for t in threads: t.start()
             for t in threads: t.join()
-            return results""", "results must be in the order of args"),
-        ("""def run(func, args):                                                   # errors swallowed
+            return results""",
+            "results must be in the order of args",
+        ),
+        (
+            """def run(func, args):                                                   # errors swallowed
             results = [None] * len(args)
             def call(i, a):
                 try: results[i] = func(a)
@@ -385,97 +705,212 @@ WRONG = {
             threads = [threading.Thread(target=call, args=p) for p in enumerate(args)]
             for t in threads: t.start()
             for t in threads: t.join()
-            return results""", "an error in a thread was lost")],
+            return results""",
+            "an error in a thread was lost",
+        ),
+    ],
     "15_cli:check_zeros": [
-        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3}, '%'))(open_model(o.model))", "3 of the 7 numbers are zero"),   # counts, not a share
-        ("lambda o: (lambda m: Done({'share': sum((p == 0).float().mean().item() for p in m.parameters()) / 2}, '%'))(open_model(o.model))", "3 of the 7 numbers are zero"),   # by tensor
-        ("lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 7}, 'half'))(open_model(o.model))", "no percent sign"),
-        ("lambda o: (lambda v: Done({'share': (v == 0).float().mean().item() if len(v) else 0.}, '%'))(torch.cat([p.flatten() for p in open_model(o.model).parameters()] or [torch.zeros(0)]))",
-         "expand them first")],                                                                                          # compressed tensors are no parameters
+        (
+            (
+                "lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3},"
+                " '%'))(open_model(o.model))"
+            ),
+            "3 of the 7 numbers are zero",
+        ),  # counts, not a share
+        (
+            (
+                "lambda o: (lambda m: Done({'share': sum((p == 0).float().mean().item() for p in m.parameters()) / 2},"
+                " '%'))(open_model(o.model))"
+            ),
+            "3 of the 7 numbers are zero",
+        ),  # by tensor
+        (
+            (
+                "lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 7},"
+                " 'half'))(open_model(o.model))"
+            ),
+            "no percent sign",
+        ),
+        (
+            (
+                "lambda o: (lambda v: Done({'share': (v == 0).float().mean().item() if len(v) else 0.},"
+                " '%'))(torch.cat([p.flatten() for p in open_model(o.model).parameters()] or [torch.zeros(0)]))"
+            ),
+            "expand them first",
+        ),
+    ],  # compressed tensors are no parameters
     "15_cli:check_gate": [
-        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "not a percentage"),
-        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, 'blessed.mz']) == 0", "nothing was measured"),
-        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0", "not eval and diff"),
-        ("lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and run(['diff', model, model]) == 0", "compares the model with blessed.mz")],
+        (
+            (
+                "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff',"
+                " model, 'blessed.mz']) == 0"
+            ),
+            "not a percentage",
+        ),
+        (
+            (
+                "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and"
+                " run(['diff', model, 'blessed.mz']) == 0"
+            ),
+            "nothing was measured",
+        ),
+        (
+            "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0",
+            "not eval and diff",
+        ),
+        (
+            (
+                "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '0.96']) == 0 and"
+                " run(['diff', model, model]) == 0"
+            ),
+            "compares the model with blessed.mz",
+        ),
+    ],
     "12b_recipe:check_front3": [
-        ("lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]", "equal in two, worse in one"),
-        ("lambda rows: [r for i, r in enumerate(rows) if not any(j != i and all(x <= y for x, y in zip(o, r)) for j, o in enumerate(rows))]", "both stay"),
+        (
+            "lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]",
+            "equal in two, worse in one",
+        ),
+        (
+            (
+                "lambda rows: [r for i, r in enumerate(rows) if not any(j != i and all(x <= y for x, y in zip(o, r))"
+                " for j, o in enumerate(rows))]"
+            ),
+            "both stay",
+        ),
         ("lambda rows: rows", "is dominated by (2, 2, 2)"),
-        ("lambda rows: [(1, 9, 5), (2, 2, 2), (9, 1, 5), (2, 2, 2)]", "of the rows"),             # a constant
-        ("lambda rows: [r for r in rows if r not in ((3, 3, 3), (1, 10, 5))]", "of the rows"),     # a filter
-        ("lambda rows: [r for r in rows if sum(r) < 9 or 1 in r and max(r) < 10]", "of the rows"), # a sum
+        ("lambda rows: [(1, 9, 5), (2, 2, 2), (9, 1, 5), (2, 2, 2)]", "of the rows"),  # a constant
+        ("lambda rows: [r for r in rows if r not in ((3, 3, 3), (1, 10, 5))]", "of the rows"),  # a filter
+        ("lambda rows: [r for r in rows if sum(r) < 9 or 1 in r and max(r) < 10]", "of the rows"),  # a sum
         ("lambda rows: list(dict.fromkeys(rows))", "is dominated by"),
-        ("lambda rows: sorted(r for r in rows if not any(o != r and all(x <= y for x, y in zip(o, r)) for o in rows))", "yours is")],     # in another order
+        (
+            (
+                "lambda rows: sorted(r for r in rows if not any(o != r and all(x <= y for x, y in zip(o, r)) for o in"
+                " rows))"
+            ),
+            "yours is",
+        ),
+    ],  # in another order
     "12b_recipe:check_step": [
-        ("""
+        (
+            """
         def zero_small(model, threshold=0.01):                                                        # whatever the threshold
             new = copy.deepcopy(model)
             with torch.no_grad():
                 for p in new.parameters():
                     if p.dim() > 1: p[p.abs() < 0.05] = 0
-            return new""", "with a threshold of 0.02"),
-        ("""
+            return new""",
+            "with a threshold of 0.02",
+        ),
+        (
+            """
         def zero_small(model, threshold=0.01):                                                        # one layer alone
             new = copy.deepcopy(model)
             with torch.no_grad(): new.fc1.weight[new.fc1.weight.abs() < threshold] = 0
-            return new""", "conv1.weight's weights are not as they should be"),
-        ("""
+            return new""",
+            "conv1.weight's weights are not as they should be",
+        ),
+        (
+            """
         def zero_small(model, threshold=0.01):                                                        # <=
             new = copy.deepcopy(model)
             with torch.no_grad():
                 for p in new.parameters():
                     if p.dim() > 1: p[p.abs() <= threshold] = 0
-            return new""", "not as they should be"),
-        ("""
+            return new""",
+            "not as they should be",
+        ),
+        (
+            """
         def zero_small(model, threshold=0.01):                                                        # in place, and a copy handed out
             with torch.no_grad():
                 for p in model.parameters():
                     if p.dim() > 1: p[p.abs() < threshold] = 0
-            return copy.deepcopy(model)""", "work on copy.deepcopy(model)"),
-        ("""
+            return copy.deepcopy(model)""",
+            "work on copy.deepcopy(model)",
+        ),
+        (
+            """
         def hqq(model, threshold=0.01):                                                               # another step's name
             new = copy.deepcopy(model)
             with torch.no_grad():
                 for p in new.parameters():
                     if p.dim() > 1: p[p.abs() < threshold] = 0
-            return new""", "there is a step 'hqq' already"),
-        ("""
-        def zero_small(model, threshold=0.01): return model""", "work on copy.deepcopy(model)"),
-        ("""
+            return new""",
+            "there is a step 'hqq' already",
+        ),
+        (
+            """
+        def zero_small(model, threshold=0.01): return model""",
+            "work on copy.deepcopy(model)",
+        ),
+        (
+            """
         def zero_small(model, threshold=0.01):
             new = copy.deepcopy(model)
             with torch.no_grad():
                 for p in new.parameters(): p[p < threshold] = 0
-            return new""", "not as they should be"),                                                  # negative weights gone
-        ("""
+            return new""",
+            "not as they should be",
+        ),  # negative weights gone
+        (
+            """
         def zero_small(model, threshold=0.01):
             new = copy.deepcopy(model)
             with torch.no_grad():
                 for p in new.parameters(): p[p.abs() < threshold] = 0
-            return new""", "biases are no matrices")],
+            return new""",
+            "biases are no matrices",
+        ),
+    ],
     "13_auto:check_cheapest": [
-        ("lambda R, D, price: [0] * len(R)", "has less D + λR"),                                      # the smallest, whatever the price
-        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] + 0.003 * r[o]) for r, d in zip(R, D)]", "has less D + λR"),
-        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o]) for r, d in zip(R, D)][:3]", "one option for each layer"),
+        ("lambda R, D, price: [0] * len(R)", "has less D + λR"),  # the smallest, whatever the price
+        (
+            "lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] + 0.003 * r[o]) for r, d in zip(R, D)]",
+            "has less D + λR",
+        ),
+        (
+            "lambda R, D, price: [min(range(len(r)), key=lambda o: d[o]) for r, d in zip(R, D)][:3]",
+            "one option for each layer",
+        ),
         ("lambda R, D, price: [len(r) // 2 for r in R]", "as many bytes and less error"),
-        ("lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] * r[o]) for r, d in zip(R, D)]", "as many bytes and less error")],
+        (
+            "lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] * r[o]) for r, d in zip(R, D)]",
+            "as many bytes and less error",
+        ),
+    ],
     "13_auto:check_bit_by_bit": [
-        ("lambda c, n, bits: {4: [3, 1], 20: [2, 1], 240: [5, 2, 4, 3]}.get(bits, [0] * len(c))", "it should be"),     # those that were asked for
-        ("lambda c, n, bits: [3, 1] if bits == 4 else [2, 1] if bits == 20 else [int(b) for b in waterfill(c, n, bits)]", "it should be"),   # the level, rounded down
-        ("lambda c, n, bits: [bits // sum(n)] * len(c)", "3 and 1"),                                  # the same for all
-        ("""
+        (
+            "lambda c, n, bits: {4: [3, 1], 20: [2, 1], 240: [5, 2, 4, 3]}.get(bits, [0] * len(c))",
+            "it should be",
+        ),  # those that were asked for
+        (
+            (
+                "lambda c, n, bits: [3, 1] if bits == 4 else [2, 1] if bits == 20 else [int(b) for b in waterfill(c, n,"
+                " bits)]"
+            ),
+            "it should be",
+        ),  # the level, rounded down
+        ("lambda c, n, bits: [bits // sum(n)] * len(c)", "3 and 1"),  # the same for all
+        (
+            """
         def bit_by_bit(c, n, bits):
             b, left = [0] * len(c), bits
             while fits := [i for i in range(len(c)) if n[i] <= left]:
                 i = max(fits, key=lambda i: n[i] * c[i] * 4.0 ** -b[i])
                 b[i] += 1; left -= n[i]
-            return b""", "dearer and more useful in the same measure")],
+            return b""",
+            "dearer and more useful in the same measure",
+        ),
+    ],
 }
 
 
 def test_every_exercise_has_two_wrong_answers_or_more():
     assert len(EXERCISES) >= 40
-    assert {e: len(WRONG.get(e, [])) for e in EXERCISES if len(WRONG.get(e, [])) < 2} == {}, "write typical mistakes for them in WRONG"
+    assert {e: len(WRONG.get(e, [])) for e in EXERCISES if len(WRONG.get(e, [])) < 2} == {}, (
+        "write typical mistakes for them in WRONG"
+    )
     assert sorted(WRONG.keys() - EXERCISES.keys()) == [], "there are no such exercises"
 
 
@@ -486,7 +921,9 @@ def test_every_chapter_has_exercises():
         assert len(mine) >= 2, f"{path.name} has {len(mine)} exercises"
         for i in mine:
             stub, solution = (cells(path.stem)[i + k][0] for k in (1, 2))
-            assert "raise NotImplementedError" in stub and solution.startswith('#| code-fold: true\n#| code-summary: "Solution"'), f"{path.name}: {check_name(path.stem, i)}"
+            assert "raise NotImplementedError" in stub and solution.startswith(
+                '#| code-fold: true\n#| code-summary: "Solution"'
+            ), f"{path.name}: {check_name(path.stem, i)}"
 
 
 @pytest.mark.parametrize("place", EXERCISES, indirect=True)
@@ -496,11 +933,19 @@ def test_right(place):
     answer = next(n.name for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
     run([n for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))], space, chapter)
     assert check(space[answer]).state == "not yet"
-    run([n for n in solution.body if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))], space, chapter)
+    run(
+        [n for n in solution.body if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))],
+        space,
+        chapter,
+    )
     assert check(space[answer]), check(space[answer]).message
 
 
-@pytest.mark.parametrize("place, source, says", [(e, source, says) for e, wrong in WRONG.items() if e in EXERCISES for source, says in wrong], indirect=["place"])
+@pytest.mark.parametrize(
+    "place, source, says",
+    [(e, source, says) for e, wrong in WRONG.items() if e in EXERCISES for source, says in wrong],
+    indirect=["place"],
+)
 def test_wrong(place, source, says):
     space, check, *_ = place
     verdict = check(attempt(source, space))

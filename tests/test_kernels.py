@@ -1,4 +1,5 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
+
 import copy, subprocess, sys, threading, warnings
 
 import pytest
@@ -9,8 +10,20 @@ from torch import nn
 
 from modelzip import kernels
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
-from modelzip.kernels import (QConv2d, QEmbedding, QLinear, accumulator_fits, as_int8, capabilities, gather_rows, integer_conv2d,
-                              integer_linear, quantize_activations, use_kernels, what_runs)
+from modelzip.kernels import (
+    QConv2d,
+    QEmbedding,
+    QLinear,
+    accumulator_fits,
+    as_int8,
+    capabilities,
+    gather_rows,
+    integer_conv2d,
+    integer_linear,
+    quantize_activations,
+    use_kernels,
+    what_runs,
+)
 from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
 from guards import codes_alone, examples, unchanged
@@ -21,16 +34,21 @@ FAST = settings(max_examples=examples(30), deadline=None)
 def both(layer, cls, x, **options):
     "The outputs of the kernel chosen here, and of exact integers."
     fast = cls(layer.layer, layer.packed, **options)
-    if fast.kernel == "tiny": fast.kernel = {QLinear: "int8" if capabilities().linear else "plain",
-                                             QConv2d: "onednn" if capabilities().convolution else "plain"}[cls]
+    if fast.kernel == "tiny":
+        fast.kernel = {
+            QLinear: "int8" if capabilities().linear else "plain",
+            QConv2d: "onednn" if capabilities().convolution else "plain",
+        }[cls]
     plain = copy.deepcopy(fast)
     plain.kernel = "plain"
-    with torch.no_grad(): return fast(x), plain(x)
+    with torch.no_grad():
+        return fast(x), plain(x)
 
 
 def close(a, b):
-    """Sums of integers are exact on both sides. What may differ is the final product of sum and scales in float32 (a few 2^-24 of the
-    value) and adding the bias, so the tolerance is relative to the largest value that went into the addition."""
+    """Sums of integers are exact on both sides. What may differ is the final product of sum and scales in float32
+    (a few 2^-24 of the value) and adding the bias, so the tolerance is relative to the largest value that went into
+    the addition."""
     scale = b.abs().max().item() if b.numel() else 0
     assert a.shape == b.shape and a.dtype == b.dtype
     assert torch.allclose(a, b, rtol=2e-6, atol=4e-6 * scale + 1e-30)
@@ -38,18 +56,19 @@ def close(a, b):
 
 # ---------------------------------------------------------------- products
 
+
 def test_product_by_hand():
-    x, w = torch.tensor([[0., 1., 2.55]]), torch.tensor([[1, -2, 3], [127, 0, -127]], dtype=torch.int8)
+    x, w = torch.tensor([[0.0, 1.0, 2.55]]), torch.tensor([[1, -2, 3], [127, 0, -127]], dtype=torch.int8)
     codes, scale, zero = quantize_activations(x)
     assert codes.tolist() == [[0, 100, 255]] and zero == 0 and scale == pytest.approx(0.01)
-    y = integer_linear(x, w, torch.tensor([0.5, 2.]))
+    y = integer_linear(x, w, torch.tensor([0.5, 2.0]))
     assert y[0, 0].item() == pytest.approx(0.5 * 0.01 * (-200 + 765), rel=1e-6)
     assert y[0, 1].item() == pytest.approx(2 * 0.01 * (-127 * 255), rel=1e-6)
 
 
 def test_activation_codes_are_those_of_torch():
     torch.manual_seed(0)
-    for shift in (-3., 0., 3.):
+    for shift in (-3.0, 0.0, 3.0):
         x = torch.randn(50, 40) + shift
         codes, scale, zero = quantize_activations(x)
         s, z = torch._choose_qparams_per_tensor(x, False)
@@ -60,8 +79,17 @@ def test_activation_codes_are_those_of_torch():
 
 
 @FAST
-@given(rows=st.integers(1, 70), inputs=st.integers(1, 200), outputs=st.integers(1, 130), bits=st.sampled_from([1, 2, 3, 4, 5, 8]),
-       symmetric=st.booleans(), axis=st.sampled_from([0, None]), bias=st.booleans(), activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 130),
+    bits=st.sampled_from([1, 2, 3, 4, 5, 8]),
+    symmetric=st.booleans(),
+    axis=st.sampled_from([0, None]),
+    bias=st.booleans(),
+    activations=st.sampled_from(["row", "tensor"]),
+    seed=st.integers(0, 99),
+)
 def test_linear_kernel_equals_integers(rows, inputs, outputs, bits, symmetric, axis, bias, activations, seed):
     torch.manual_seed(seed)
     layer = quantize_layer(nn.Linear(inputs, outputs, bias=bias), bits, per_channel=axis == 0, symmetric=symmetric)
@@ -69,32 +97,67 @@ def test_linear_kernel_equals_integers(rows, inputs, outputs, bits, symmetric, a
 
 
 @FAST
-@given(batch=st.integers(1, 5), channels=st.integers(1, 5), out=st.integers(1, 20), size=st.integers(7, 14), k=st.integers(1, 3), stride=st.integers(1, 2),
-       padding=st.integers(0, 2), dilation=st.integers(1, 2), groups=st.sampled_from([1, 2, 4]), bits=st.sampled_from([2, 4, 8]),
-       activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
-def test_convolution_kernel_equals_integers(batch, channels, out, size, k, stride, padding, dilation, groups, bits, activations, seed):
+@given(
+    batch=st.integers(1, 5),
+    channels=st.integers(1, 5),
+    out=st.integers(1, 20),
+    size=st.integers(7, 14),
+    k=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    bits=st.sampled_from([2, 4, 8]),
+    activations=st.sampled_from(["row", "tensor"]),
+    seed=st.integers(0, 99),
+)
+def test_convolution_kernel_equals_integers(
+    batch, channels, out, size, k, stride, padding, dilation, groups, bits, activations, seed
+):
     torch.manual_seed(seed)
     conv = nn.Conv2d(channels * groups, out * groups, k, stride, padding, dilation, groups)
-    close(*both(quantize_layer(conv, bits), QConv2d, torch.randn(batch, channels * groups, size, size) + 0.3, activations=activations))
+    close(
+        *both(
+            quantize_layer(conv, bits),
+            QConv2d,
+            torch.randn(batch, channels * groups, size, size) + 0.3,
+            activations=activations,
+        )
+    )
 
 
 @pytest.mark.parametrize("activations", ["row", "tensor"])
-@pytest.mark.parametrize("batch, inputs, outputs, groups, kernel, stride, padding, dilation, size", [
-    (1, 1, 1, 1, (2, 2), 1, 2, 1, (8, 8)),                    # windows of padding alone: numbers from anywhere, up to 10⁷
-    (8, 16, 16, 1, (4, 5), (1, 3), (6, 0), (3, 3), (18, 14)), # an output of one column behind a stride
-    (2, 24, 24, 10, 3, 1, 1, 1, (7, 7)),                      # RegNet's groups: all but the first were wrong
-    (2, 48, 48, 2, 3, 1, 0, 1, (14, 14)), (2, 3, 80, 3, (1, 2), (2, 3), 0, (3, 1), (5, 8)),
-    (2, 8, 16, 1, (6, 5), (2, 1), (7, 4), (2, 1), (1, 1)),    # an image smaller than the kernel: the process died
-    (3, 1, 32, 1, (2, 4), 1, (1, 6), (2, 3), (1, 6))])
-def test_convolutions_that_onednn_gets_wrong(activations, batch, inputs, outputs, groups, kernel, stride, padding, dilation, size):
+@pytest.mark.parametrize(
+    "batch, inputs, outputs, groups, kernel, stride, padding, dilation, size",
+    [
+        (1, 1, 1, 1, (2, 2), 1, 2, 1, (8, 8)),  # windows of padding alone: numbers from anywhere, up to 10⁷
+        (8, 16, 16, 1, (4, 5), (1, 3), (6, 0), (3, 3), (18, 14)),  # an output of one column behind a stride
+        (2, 24, 24, 10, 3, 1, 1, 1, (7, 7)),  # RegNet's groups: all but the first were wrong
+        (2, 48, 48, 2, 3, 1, 0, 1, (14, 14)),
+        (2, 3, 80, 3, (1, 2), (2, 3), 0, (3, 1), (5, 8)),
+        (2, 8, 16, 1, (6, 5), (2, 1), (7, 4), (2, 1), (1, 1)),  # an image smaller than the kernel: the process died
+        (3, 1, 32, 1, (2, 4), 1, (1, 6), (2, 3), (1, 6)),
+    ],
+)
+def test_convolutions_that_onednn_gets_wrong(
+    activations, batch, inputs, outputs, groups, kernel, stride, padding, dilation, size
+):
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups), torch.randn(batch, inputs * groups, *size) + 0.3
-    for images in x, x.relu(): close(*both(quantize_layer(conv, 8), QConv2d, images, activations=activations))
+    conv, x = (
+        nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups),
+        torch.randn(batch, inputs * groups, *size) + 0.3,
+    )
+    for images in x, x.relu():
+        close(*both(quantize_layer(conv, 8), QConv2d, images, activations=activations))
 
 
 def test_depthwise_and_rectangular():
     torch.manual_seed(0)
-    for conv in (nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(3, 8, (1, 5), stride=(1, 2), padding=(0, 2)), nn.Conv2d(3, 8, 3, padding="valid")):
+    for conv in (
+        nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        nn.Conv2d(3, 8, (1, 5), stride=(1, 2), padding=(0, 2)),
+        nn.Conv2d(3, 8, 3, padding="valid"),
+    ):
         small, x = quantize_layer(conv), torch.randn(3, conv.in_channels, 11, 12)
         a, b = both(small, QConv2d, x)
         close(a, b)
@@ -102,8 +165,15 @@ def test_depthwise_and_rectangular():
 
 
 @FAST
-@given(rows=st.integers(1, 30), width=st.sampled_from([8, 16, 24, 64]), bits=st.integers(1, 8), layout=st.sampled_from([dict(axis=0), dict(group=8), {}]),
-       symmetric=st.booleans(), n=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 30),
+    width=st.sampled_from([8, 16, 24, 64]),
+    bits=st.integers(1, 8),
+    layout=st.sampled_from([dict(axis=0), dict(group=8), {}]),
+    symmetric=st.booleans(),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_gathered_rows_equal_expanded_rows(rows, width, bits, layout, symmetric, n, seed):
     torch.manual_seed(seed)
     q, at = quantize(torch.randn(rows, width), bits, symmetric=symmetric, **layout), torch.randint(0, rows, (n,))
@@ -112,8 +182,10 @@ def test_gathered_rows_equal_expanded_rows(rows, width, bits, layout, symmetric,
 
 def test_extremes_do_not_saturate():
     "All codes at the ends of their ranges: where 16-bit sums would clip, 32-bit sums must not."
-    w = torch.full((64, 512), 127, dtype=torch.int8); w[::2] = -127
-    x = torch.full((3, 512), 5.); x[:, ::3] = 0.
+    w = torch.full((64, 512), 127, dtype=torch.int8)
+    w[::2] = -127
+    x = torch.full((3, 512), 5.0)
+    x[:, ::3] = 0.0
     q = quantize(w.float(), 8, axis=0, scale=torch.ones(64))
     layer = Dequantize(nn.Linear(512, 64), q)
     fast, plain = both(layer, QLinear, x)
@@ -124,12 +196,14 @@ def test_extremes_do_not_saturate():
 def test_accumulator_bound():
     assert accumulator_fits(66_311) and not accumulator_fits(66_312)
     q = quantize(torch.randn(1, 70_000), 8, axis=0)
-    with pytest.raises(ValueError, match="overflow 32 bits"): as_int8(q)
+    with pytest.raises(ValueError, match="overflow 32 bits"):
+        as_int8(q)
     assert type(use_kernels(quantize_model(nn.Linear(70_000, 1)))) is Dequantize
 
 
 def test_close_to_torch_ao():
-    "PyTorch's own dynamic quantization rounds weights and activations likewise (per tensor): outputs agree within both roundings."
+    """PyTorch's own dynamic quantization rounds weights and activations likewise (per tensor): outputs agree within
+    both roundings."""
     torch.manual_seed(0)
     layer, x = nn.Linear(256, 300), torch.randn(40, 256)
     with warnings.catch_warnings():
@@ -149,6 +223,7 @@ def _parts(layer, **options):
 
 # ---------------------------------------------------------------- inputs of every sort
 
+
 @pytest.fixture
 def linear():
     torch.manual_seed(0)
@@ -166,7 +241,7 @@ def test_shapes_and_precisions(linear, conv):
     full = linear(x)
     assert full.shape == (6, 4, 150)
     assert torch.allclose(linear(x[2, 1]), full[2, 1], rtol=0.05, atol=0.03) and linear(x[2, 1]).shape == (150,)
-    assert torch.allclose(linear(x[:, ::2]), full[:, ::2], atol=1e-5)                        # not contiguous
+    assert torch.allclose(linear(x[:, ::2]), full[:, ::2], atol=1e-5)  # not contiguous
     assert torch.allclose(linear(x.permute(1, 0, 2)), full.permute(1, 0, 2), atol=1e-5)
     for dtype in (torch.half, torch.bfloat16, torch.double):
         y = linear(x.to(dtype))
@@ -175,7 +250,9 @@ def test_shapes_and_precisions(linear, conv):
     image = torch.randn(3, 16, 8, 9)
     assert conv(image[:0]).shape == (0, 80, 6, 7) and conv(image[0]).shape == (80, 6, 7)
     assert torch.allclose(conv(image.contiguous(memory_format=torch.channels_last)), conv(image), atol=1e-6)
-    assert torch.allclose(conv(image.transpose(2, 3)), F.conv2d(image.transpose(2, 3), conv.weight, conv.bias), atol=0.1)
+    assert torch.allclose(
+        conv(image.transpose(2, 3)), F.conv2d(image.transpose(2, 3), conv.weight, conv.bias), atol=0.1
+    )
 
 
 def test_low_precision_layers():
@@ -229,27 +306,42 @@ def test_rows_do_not_depend_on_their_batch(linear):
 def test_gradients_are_refused_not_invented(linear):
     x = torch.randn(3, 200, requires_grad=True)
     y = linear(x)
-    with pytest.raises(RuntimeError, match="QLinear computes with integers"): y.sum().backward()
+    with pytest.raises(RuntimeError, match="QLinear computes with integers"):
+        y.sum().backward()
     assert not linear(x.detach()).requires_grad
 
 
 def test_errors_name_what_is_wrong(linear, conv):
-    with pytest.raises(ValueError, match="last dimension must be 200"): linear(torch.randn(3, 7))
-    with pytest.raises(TypeError, match="dtype torch.int64"): linear(torch.zeros(3, 200, dtype=torch.long))
-    with pytest.raises(TypeError, match="is a list"): linear([1.])
-    with pytest.raises(ValueError, match="height and width"): conv(torch.randn(1, 16, 2, 2))
-    with pytest.raises(ValueError, match=r"\[batch, 16"): conv(torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="activations is 'column'"): QLinear(*_parts(nn.Linear(3, 3)), activations="column")
-    with pytest.raises(ValueError, match="groups of 4"): QLinear(*_parts(nn.Linear(8, 8), group=4))
-    with pytest.raises(ValueError, match="activations names 'up'"): use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"up": "row"})
-    with pytest.raises(ValueError, match="activations is 'rows'"): use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"*": "rows"})
-    with pytest.raises(ValueError, match="padding is 'same'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding="same")))
-    with pytest.raises(ValueError, match="padding_mode is 'reflect'"): QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")))
-    with pytest.raises(ValueError, match="max_norm"): QEmbedding(*_parts(nn.Embedding(8, 8, max_norm=1.)))
+    with pytest.raises(ValueError, match="last dimension must be 200"):
+        linear(torch.randn(3, 7))
+    with pytest.raises(TypeError, match="dtype torch.int64"):
+        linear(torch.zeros(3, 200, dtype=torch.long))
+    with pytest.raises(TypeError, match="is a list"):
+        linear([1.0])
+    with pytest.raises(ValueError, match="height and width"):
+        conv(torch.randn(1, 16, 2, 2))
+    with pytest.raises(ValueError, match=r"\[batch, 16"):
+        conv(torch.randn(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="activations is 'column'"):
+        QLinear(*_parts(nn.Linear(3, 3)), activations="column")
+    with pytest.raises(ValueError, match="groups of 4"):
+        QLinear(*_parts(nn.Linear(8, 8), group=4))
+    with pytest.raises(ValueError, match="activations names 'up'"):
+        use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"up": "row"})
+    with pytest.raises(ValueError, match="activations is 'rows'"):
+        use_kernels(quantize_model(nn.Sequential(nn.Linear(8, 8))), activations={"*": "rows"})
+    with pytest.raises(ValueError, match="padding is 'same'"):
+        QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding="same")))
+    with pytest.raises(ValueError, match="padding_mode is 'reflect'"):
+        QConv2d(*_parts(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")))
+    with pytest.raises(ValueError, match="max_norm"):
+        QEmbedding(*_parts(nn.Embedding(8, 8, max_norm=1.0)))
     table = QEmbedding(*_parts(nn.Embedding(8, 8)))
     for row in (8, -1):
-        with pytest.raises((IndexError, RuntimeError)): table(torch.tensor([row]))
-    with pytest.raises(TypeError, match="float32"): table(torch.randn(3))
+        with pytest.raises((IndexError, RuntimeError)):
+            table(torch.tensor([row]))
+    with pytest.raises(TypeError, match="float32"):
+        table(torch.randn(3))
 
 
 def test_embedding_is_exact():
@@ -257,24 +349,47 @@ def test_embedding_is_exact():
     for options in (dict(bits=8), dict(bits=4), dict(bits=3), dict(bits=8, symmetric=False), dict(bits=4, group=16)):
         small = quantize_layer(nn.Embedding(40, 32, padding_idx=0), **options)
         quick = QEmbedding(small.layer, small.packed)
-        for ids in (torch.randint(0, 40, (3, 5)), torch.tensor(7), torch.empty(0, 4, dtype=torch.long), torch.randint(0, 40, (6,), dtype=torch.int32)):
+        for ids in (
+            torch.randint(0, 40, (3, 5)),
+            torch.tensor(7),
+            torch.empty(0, 4, dtype=torch.long),
+            torch.randint(0, 40, (6,), dtype=torch.int32),
+        ):
             assert torch.equal(quick(ids), small(ids))
 
 
 # ---------------------------------------------------------------- rows, columns, many rows, groups
 
+
 @FAST
-@given(rows=st.integers(1, 40), n=st.integers(1, 60), scale=st.floats(-20, 20), shift=st.floats(-100, 100), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 40),
+    n=st.integers(1, 60),
+    scale=st.floats(-20, 20),
+    shift=st.floats(-100, 100),
+    seed=st.integers(0, 99),
+)
 def test_stretched_rows_reach_from_zero_to_one(rows, n, scale, shift, seed):
     torch.manual_seed(seed)
-    x = (torch.randn(rows, n) + shift) * 2. ** scale
+    x = (torch.randn(rows, n) + shift) * 2.0**scale
     stretched, low, width = kernels.stretch_rows(x.clone())
-    assert stretched.min() == 0 and stretched.max() <= 1 and torch.allclose(stretched * width + low, x, rtol=1e-5, atol=1e-5 * x.abs().max().item())
+    assert (
+        stretched.min() == 0
+        and stretched.max() <= 1
+        and torch.allclose(stretched * width + low, x, rtol=1e-5, atol=1e-5 * x.abs().max().item())
+    )
 
 
 @FAST
-@given(rows=st.integers(1, 300), inputs=st.sampled_from([16, 60]), outputs=st.integers(1, 80), symmetric=st.booleans(), kept=st.sampled_from([torch.float16, torch.float32]),
-       activations=st.sampled_from(["row", "tensor"]), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 300),
+    inputs=st.sampled_from([16, 60]),
+    outputs=st.integers(1, 80),
+    symmetric=st.booleans(),
+    kept=st.sampled_from([torch.float16, torch.float32]),
+    activations=st.sampled_from(["row", "tensor"]),
+    seed=st.integers(0, 99),
+)
 def test_columns_multiply_the_input(rows, inputs, outputs, symmetric, kept, activations, seed):
     "A layer with column scales is the layer without them on a scaled input, in integers too."
     torch.manual_seed(seed)
@@ -294,47 +409,72 @@ def test_columns_of_convolutions_and_tables():
     a, b = both(small, QConv2d, x)
     close(a, b)
     assert (a - small(x)).norm() / small(x).norm() < 0.02
-    for layer, x in ((nn.Linear(8, 6), torch.randn(3, 8)), (nn.Conv2d(8, 6, 3), torch.randn(2, 8, 5, 5))):      # so few weights that they are expanded
+    for layer, x in (
+        (nn.Linear(8, 6), torch.randn(3, 8)),
+        (nn.Conv2d(8, 6, 3), torch.randn(2, 8, 5, 5)),
+    ):  # so few weights that they are expanded
         small = quantize_layer(layer, columns=c)
         assert "too small" in repr(use_kernels(small)) and torch.allclose(use_kernels(small)(x), small(x), atol=1e-6)
     table = quantize_layer(nn.Embedding(50, 8), columns=c)
     assert torch.equal(QEmbedding(table.layer, table.packed)(torch.arange(50)), table(torch.arange(50)))
-    with pytest.raises(ValueError, match="between its groups"): QConv2d(*_parts(nn.Conv2d(8, 8, 3, groups=2), columns=torch.ones(4)))
+    with pytest.raises(ValueError, match="between its groups"):
+        QConv2d(*_parts(nn.Conv2d(8, 8, 3, groups=2), columns=torch.ones(4)))
 
 
 def test_smoothing_makes_outliers_harmless():
-    "SmoothQuant's case: a few channels are a hundred times the others; scales that move over to the weight save the rest."
+    """SmoothQuant's case: a few channels are a hundred times the others; scales that move over to the weight save
+    the rest."""
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 196, bias=False), torch.randn(40, 64)
     x[:, ::16] *= 100
     c = (layer.weight.detach().abs().amax(0) / x.abs().amax(0)).sqrt()
+
     def off(**how):
-        with torch.no_grad(): return ((QLinear(*_parts(layer, **how), activations="tensor")(x) - layer(x)).norm() / layer(x).norm()).item()
+        with torch.no_grad():
+            return (
+                (QLinear(*_parts(layer, **how), activations="tensor")(x) - layer(x)).norm() / layer(x).norm()
+            ).item()
+
     assert off(columns=c) < 0.5 * off()
 
 
 def test_many_rows_use_another_kernel_and_the_same_integers():
     torch.manual_seed(0)
     for bias in (True, False):
-        quick, x = QLinear(*_parts(nn.Linear(100, 150, bias=bias)), activations="tensor"), torch.randn(2 * kernels.LARGE, 100)
+        quick, x = (
+            QLinear(*_parts(nn.Linear(100, 150, bias=bias)), activations="tensor"),
+            torch.randn(2 * kernels.LARGE, 100),
+        )
         few = copy.deepcopy(quick)
-        if capabilities().large: assert quick(x) is not None and set(quick.prepared.entry[2]) == {"whole"}
+        if capabilities().large:
+            assert quick(x) is not None and set(quick.prepared.entry[2]) == {"whole"}
         few.kernel = "plain"
         close(quick(x), few(x))
-        for rows in (kernels.LARGE - 1, kernels.LARGE):                            # either way the answer is the weight's
-            assert (quick(x[:rows]) - F.linear(x[:rows], quick.weight, quick.bias)).norm() < 0.01 * quick(x[:rows]).norm()
+        for rows in (kernels.LARGE - 1, kernels.LARGE):  # either way the answer is the weight's
+            assert (quick(x[:rows]) - F.linear(x[:rows], quick.weight, quick.bias)).norm() < 0.01 * quick(
+                x[:rows]
+            ).norm()
 
 
 @FAST
-@given(rows=st.integers(1, 60), n=st.integers(1, 90), scale=st.floats(-6, 20), shift=st.floats(-30, 30), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 60),
+    n=st.integers(1, 90),
+    scale=st.floats(-6, 20),
+    shift=st.floats(-30, 30),
+    seed=st.integers(0, 99),
+)
 def test_rows_in_one_pass(rows, n, scale, shift, seed):
-    "What PyTorch packs is what the formula says: a code may differ where a tie is rounded, never a step or a smallest value."
+    """What PyTorch packs is what the formula says: a code may differ where a tie is rounded, never a step or a
+    smallest value."""
     torch.manual_seed(seed)
-    x = (torch.randn(rows, n) + shift) * 2. ** scale
+    x = (torch.randn(rows, n) + shift) * 2.0**scale
     packed, step, low = kernels._rows_in_one_pass(x)
     codes, *same = kernels.quantize_rows(x)
     assert torch.equal(step, same[0]) and torch.equal(low, same[1])
-    assert (packed[:, :n].int() - codes.int()).abs().max() <= 1 and (packed[:, :n] != codes).float().mean() < 0.01 + 1 / codes.numel()
+    assert (packed[:, :n].int() - codes.int()).abs().max() <= 1 and (
+        packed[:, :n] != codes
+    ).float().mean() < 0.01 + 1 / codes.numel()
     assert ((codes * step + low - x).abs() <= 0.51 * step + 1e-6 * x.abs().max()).all()
 
 
@@ -345,21 +485,29 @@ def test_an_input_is_quantized_once_for_layers_that_share_it(activations, monkey
     ready = QLinear._ready
     monkeypatch.setattr(QLinear, "_ready", lambda self, x, way: counted.append(way) or ready(self, x, way))
     for c, rows in ((None, 300), (torch.rand(100) + 0.5, 300), (torch.rand(100) + 0.5, 30)):
-        layers = [QLinear(*_parts(nn.Linear(100, 150), **({} if c is None else {"columns": c})), activations=activations) for _ in range(3)]
+        layers = [
+            QLinear(*_parts(nn.Linear(100, 150), **({} if c is None else {"columns": c})), activations=activations)
+            for _ in range(3)
+        ]
         apart, x = [copy.deepcopy(l) for l in layers], torch.randn(rows, 100)
         want = [l(x.clone()) for l in apart]
         counted.clear()
-        with torch.no_grad(): assert all(torch.equal(l(x), w) for l, w in zip(layers, want)) and len(counted) == 1
-        with torch.no_grad():                                                       # written to in place, by PyTorch or by NumPy
-            for write in (lambda: x.mul_(2), lambda: x.__setitem__(0, 7.), lambda: x.numpy().__imul__(3)):
-                layers[0](x); write()
+        with torch.no_grad():
+            assert all(torch.equal(l(x), w) for l, w in zip(layers, want)) and len(counted) == 1
+        with torch.no_grad():  # written to in place, by PyTorch or by NumPy
+            for write in (lambda: x.mul_(2), lambda: x.__setitem__(0, 7.0), lambda: x.numpy().__imul__(3)):
+                layers[0](x)
+                write()
                 assert torch.equal(layers[1](x), apart[1](x.clone()))
         other = QLinear(*_parts(nn.Linear(100, 150), columns=torch.rand(100) + 0.5), activations=activations)
         x = torch.randn(rows, 100)
-        with torch.no_grad(): layers[0](x); assert torch.equal(other(x), copy.deepcopy(other)(x.clone()))     # other column scales
+        with torch.no_grad():
+            layers[0](x)
+            assert torch.equal(other(x), copy.deepcopy(other)(x.clone()))  # other column scales
         with torch.inference_mode():
             y = torch.randn(rows, 100)
-            layers[0](y); y.mul_(2)
+            layers[0](y)
+            y.mul_(2)
             assert torch.equal(layers[1](y), apart[1](y.clone()))
 
 
@@ -376,12 +524,17 @@ def test_threads_share_layers_and_inputs():
     layers, xs = [QLinear(*_parts(nn.Linear(100, 150))) for _ in range(3)], [torch.randn(40, 100) for _ in range(4)]
     want = [[l(x.clone()) for l in layers] for x in xs]
     wrong = []
+
     def work(seed):
         order = torch.randperm(4, generator=torch.Generator().manual_seed(seed)).tolist() * 10
-        with torch.no_grad(): wrong.extend((i, j) for i in order for j, l in enumerate(layers) if not torch.equal(l(xs[i]), want[i][j]))
+        with torch.no_grad():
+            wrong.extend((i, j) for i in order for j, l in enumerate(layers) if not torch.equal(l(xs[i]), want[i][j]))
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert not wrong
 
 
@@ -390,26 +543,46 @@ def test_rows_of_extreme_sizes():
     torch.manual_seed(0)
     small = quantize_layer(nn.Linear(200, 150, bias=False))
     quick, x = QLinear(small.layer, small.packed), torch.randn(6, 200)
-    x *= torch.tensor([1., 1e-9, 1e-30, 1e15, 1e25, 0.])[:, None]
+    x *= torch.tensor([1.0, 1e-9, 1e-30, 1e15, 1e25, 0.0])[:, None]
     with torch.no_grad():
         for part in (x, x[[0, 5]], x[[0, 1]], x[[0, 4]]):
             y, want = quick(part), small(part)
             assert ((y - want).norm(dim=1) <= 0.01 * want.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("options", [dict(bits=4, group=32), dict(bits=4, group=32, symmetric=False), dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)), dict(bits=3, group=32), dict(bits=2, group=32, symmetric=False),
-                                     dict(bits=4, group=128, symmetric=False)], ids=lambda o: " ".join(f"{k}={v}" if k != "columns" else k for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bits=4, group=32),
+        dict(bits=4, group=32, symmetric=False),
+        dict(bits=4, group=64, columns=torch.linspace(0.5, 1.5, 128)),
+        dict(bits=3, group=32),
+        dict(bits=2, group=32, symmetric=False),
+        dict(bits=4, group=128, symmetric=False),
+    ],
+    ids=lambda o: " ".join(f"{k}={v}" if k != "columns" else k for k, v in o.items()),
+)
 def test_groups_of_four_bits(options):
     torch.manual_seed(0)
     for bias in (True, False):
         small = quantize_layer(nn.Linear(128, 64, bias=bias), **options)
         quick = QLinear(small.layer, small.packed)
-        for x in (torch.randn(128), torch.randn(1, 128), torch.randn(2, 3, 128), torch.randn(30, 128), torch.randn(0, 128), torch.randn(3, 128).half()):
+        for x in (
+            torch.randn(128),
+            torch.randn(1, 128),
+            torch.randn(2, 3, 128),
+            torch.randn(30, 128),
+            torch.randn(0, 128),
+            torch.randn(3, 128).half(),
+        ):
             want = small.float()(x.float())
             got = quick(x)
             assert got.shape == want.shape and got.dtype == x.dtype
-            assert not x.numel() or (got.float() - want).norm() <= 0.005 * want.norm()      # bfloat16 has 8 significant bits
-        x = torch.randn(3, 128); x[1, 5] = float("nan")
+            assert (
+                not x.numel() or (got.float() - want).norm() <= 0.005 * want.norm()
+            )  # bfloat16 has 8 significant bits
+        x = torch.randn(3, 128)
+        x[1, 5] = float("nan")
         assert torch.equal(quick(x).isnan(), small(x).isnan())
     assert ("bfloat16" in repr(quick)) == capabilities().int4
 
@@ -417,10 +590,21 @@ def test_groups_of_four_bits(options):
 def test_requantized_layers_run_as_int8():
     torch.manual_seed(0)
     x = torch.randn(50, 96)
-    for options in (dict(bits=4, group=32), dict(codebook="nf4", group=32), dict(bits=12), dict(bits=4, group=32, columns=torch.rand(96) + 0.5), dict(bits=3, group=20)):
+    for options in (
+        dict(bits=4, group=32),
+        dict(codebook="nf4", group=32),
+        dict(bits=12),
+        dict(bits=4, group=32, columns=torch.rand(96) + 0.5),
+        dict(bits=3, group=20),
+    ):
         small = quantize_layer(nn.Linear(96, 130), **options)
         quick = use_kernels(small, requantize=True)
-        assert type(quick) is QLinear and quick.options()["requantize"] and "requantized" in repr(quick) and quick.packed is small.packed
+        assert (
+            type(quick) is QLinear
+            and quick.options()["requantize"]
+            and "requantized" in repr(quick)
+            and quick.packed is small.packed
+        )
         close(*both(small, QLinear, x, requantize=True))
         assert (quick(x) - small(x)).norm() / small(x).norm() < 0.02
     conv = quantize_layer(nn.Conv2d(8, 200, 3), 4, group=8)
@@ -437,14 +621,24 @@ def test_activations_by_pattern():
 
 # ---------------------------------------------------------------- compiled
 
+
 def test_compiled_layers_give_the_same_numbers():
     "No C++ compiler is needed: the graph is captured as a whole and run as it is."
     torch.manual_seed(0)
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.conv, self.a, self.b = nn.Embedding(300, 64), nn.Conv2d(1, 8, 3, padding=1), nn.Linear(512, 128), nn.Linear(128, 48)
-        def forward(self, ids): return self.b(F.gelu(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2))))
+            self.words, self.conv, self.a, self.b = (
+                nn.Embedding(300, 64),
+                nn.Conv2d(1, 8, 3, padding=1),
+                nn.Linear(512, 128),
+                nn.Linear(128, 48),
+            )
+
+        def forward(self, ids):
+            return self.b(F.gelu(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2))))
+
     ids = torch.randint(0, 300, (3, 7))
     for options in (dict(bits=8), dict(bits=4, group=32)):
         quick = use_kernels(quantize_model(Model().eval(), **options))
@@ -453,10 +647,14 @@ def test_compiled_layers_give_the_same_numbers():
             compiled = torch.compile(quick, backend="eager", fullgraph=True)
             assert torch.equal(compiled(ids), want) and torch.equal(compiled(ids[:2]), quick(ids[:2]))
             other = copy.deepcopy(quick)
-            assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(ids), want) and other.a.key != quick.a.key
+            assert (
+                torch.equal(torch.compile(other, backend="eager", fullgraph=True)(ids), want)
+                and other.a.key != quick.a.key
+            )
 
 
 # ---------------------------------------------------------------- modules
+
 
 def test_copies_states_and_threads(linear):
     x = torch.randn(9, 200)
@@ -464,28 +662,47 @@ def test_copies_states_and_threads(linear):
     assert torch.equal(copy.deepcopy(linear)(x), want)
     torch.manual_seed(1)
     other = QLinear(*_parts(nn.Linear(200, 150)))
-    other(x)                                               # prepared for its first weight
+    other(x)  # prepared for its first weight
     other.load_state_dict(linear.state_dict())
     assert torch.equal(other(x), want)
     fresh, results = copy.deepcopy(linear), [None] * 8
-    def work(i): results[i] = fresh(x)
+
+    def work(i):
+        results[i] = fresh(x)
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert all(torch.equal(r, want) for r in results)
-    with torch.inference_mode(): assert torch.equal(copy.deepcopy(linear)(x), want)
-    assert linear.nbytes < 4 * 200 * 150 * 0.9 and "200→150" in repr(linear) and linear.options() == {"activations": "row"}
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(linear)(x), want)
+    assert (
+        linear.nbytes < 4 * 200 * 150 * 0.9 and "200→150" in repr(linear) and linear.options() == {"activations": "row"}
+    )
 
 
 def test_no_float_copy_is_kept(linear):
     linear(torch.randn(2, 200))
     assert all(t.dtype != torch.float32 or t.numel() <= 150 for t in (*linear.parameters(), *linear.buffers()))
-    assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.numel() <= 150 for made in linear.prepared.entry[2].values() for t in (made if isinstance(made, tuple) else (made,)))
+    assert all(
+        not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.numel() <= 150
+        for made in linear.prepared.entry[2].values()
+        for t in (made if isinstance(made, tuple) else (made,))
+    )
 
 
 def test_use_kernels_leaves_what_it_cannot_do():
-    model = nn.Sequential(nn.Linear(64, 64), nn.MultiheadAttention(64, 4), nn.TransformerEncoderLayer(64, 4, 64), nn.Conv1d(4, 4, 3),
-                          nn.Conv2d(4, 4, 3, padding_mode="circular"), nn.EmbeddingBag(10, 8), nn.Embedding(10, 8))
+    model = nn.Sequential(
+        nn.Linear(64, 64),
+        nn.MultiheadAttention(64, 4),
+        nn.TransformerEncoderLayer(64, 4, 64),
+        nn.Conv1d(4, 4, 3),
+        nn.Conv2d(4, 4, 3, padding_mode="circular"),
+        nn.EmbeddingBag(10, 8),
+        nn.Embedding(10, 8),
+    )
     q = quantize_model(model)
     before = str(what_runs(q))
     quick = use_kernels(q)
@@ -493,12 +710,18 @@ def test_use_kernels_leaves_what_it_cannot_do():
     assert kinds["0"] == "QLinear" and kinds["6"] == "QEmbedding"
     assert all(k == "Dequantize" for n, k in kinds.items() if n not in "06")
     reasons = {n: r for n, _, r in what_runs(quick)}
-    assert "MultiheadAttention" in reasons["1.out_proj"] and "TransformerEncoderLayer" in reasons["2.linear1"] and "circular" in reasons["4"]
+    assert (
+        "MultiheadAttention" in reasons["1.out_proj"]
+        and "TransformerEncoderLayer" in reasons["2.linear1"]
+        and "circular" in reasons["4"]
+    )
     assert str(what_runs(q)) == before and type(q[0]) is Dequantize and quick[0].packed is q[0].packed
     x = torch.randn(2, 5, 64)
     assert torch.allclose(quick[2].eval()(x), q[2].eval()(x), atol=1e-5)
-    with pytest.raises(ValueError, match="no compressed layer"): use_kernels(model)
-    with pytest.raises(TypeError, match="model is a str"): use_kernels("model")
+    with pytest.raises(ValueError, match="no compressed layer"):
+        use_kernels(model)
+    with pytest.raises(TypeError, match="model is a str"):
+        use_kernels("model")
 
 
 def test_tied_weights_stay_tied():
@@ -507,7 +730,10 @@ def test_tied_weights_stay_tied():
             super().__init__()
             self.words, self.head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
             self.head.weight = self.words.weight
-        def forward(self, ids): return self.head(self.words(ids))
+
+        def forward(self, ids):
+            return self.head(self.words(ids))
+
     quick = use_kernels(quantize_model(Tied()))
     assert quick.words.packed is quick.head.packed and type(quick.head) is QLinear and type(quick.words) is QEmbedding
     assert quick(torch.tensor([3])).shape == (1, 300)
@@ -517,20 +743,27 @@ def test_without_kernels_the_same_numbers(monkeypatch):
     "On a machine that has no int8 kernel a layer from a file computes the same integers."
     torch.manual_seed(0)
     model, x = quantize_model(nn.Sequential(nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 100))), torch.randn(4, 200)
-    with torch.no_grad(): here = use_kernels(model)(x)
-    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False, False, False))
+    with torch.no_grad():
+        here = use_kernels(model)(x)
+    monkeypatch.setattr(
+        kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False, False, False)
+    )
     assert all(type(m) is not QLinear for m in use_kernels(model).modules())
     there = nn.Sequential(QLinear(model[0].layer, model[0].packed), nn.ReLU(), QLinear(model[2].layer, model[2].packed))
     assert there[0].kernel == "plain"
-    with torch.no_grad(): assert (there(x) - here).norm() / here.norm() < 2e-3   # a last bit may tip a code of the second layer
+    with torch.no_grad():
+        assert (there(x) - here).norm() / here.norm() < 2e-3  # a last bit may tip a code of the second layer
 
 
 # ---------------------------------------------------------------- right, or refused
 
-HOOKS = {"forward": lambda l: l.register_forward_hook(lambda m, i, o: 2 * o), "pre": lambda l: l.register_forward_pre_hook(lambda m, i: (3 * i[0],)),
-         "keywords": lambda l: l.register_forward_pre_hook(lambda m, i, k: ((3 * i[0],), k), with_kwargs=True),
-         "always": lambda l: l.register_forward_hook(lambda m, i, o: o + 1, always_call=True),
-         "reads the weight": lambda l: l.register_forward_hook(lambda m, i, o: o + m.weight.sum())}
+HOOKS = {
+    "forward": lambda l: l.register_forward_hook(lambda m, i, o: 2 * o),
+    "pre": lambda l: l.register_forward_pre_hook(lambda m, i: (3 * i[0],)),
+    "keywords": lambda l: l.register_forward_pre_hook(lambda m, i, k: ((3 * i[0],), k), with_kwargs=True),
+    "always": lambda l: l.register_forward_hook(lambda m, i, o: o + 1, always_call=True),
+    "reads the weight": lambda l: l.register_forward_hook(lambda m, i, o: o + m.weight.sum()),
+}
 
 
 @pytest.mark.parametrize("kind", HOOKS)
@@ -538,9 +771,11 @@ HOOKS = {"forward": lambda l: l.register_forward_hook(lambda m, i, o: 2 * o), "p
 def test_hooks_go_on(kind, where):
     torch.manual_seed(0)
     for layer, x in ((nn.Linear(64, 200), torch.randn(5, 64)), (nn.Conv2d(16, 96, 3), torch.randn(2, 16, 6, 6))):
-        if where != "wrapper": HOOKS[kind](layer)
+        if where != "wrapper":
+            HOOKS[kind](layer)
         q = quantize_model(nn.Sequential(layer))
-        if where != "layer": HOOKS["pre" if kind == "pre" else "forward"](q[0])
+        if where != "layer":
+            HOOKS["pre" if kind == "pre" else "forward"](q[0])
         with torch.no_grad(), unchanged(q, x):
             quick, want = use_kernels(q), q(x)
             assert type(quick[0]) in (QLinear, QConv2d) and (quick(x) - want).norm() < 0.02 * want.norm()
@@ -551,10 +786,15 @@ def test_a_hook_that_is_a_method_belongs_to_the_copy():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.factor = quantize_layer(nn.Linear(64, 200)), nn.Parameter(torch.tensor(2.))
+            self.layer, self.factor = quantize_layer(nn.Linear(64, 200)), nn.Parameter(torch.tensor(2.0))
             self.layer.register_forward_hook(self.scale)
-        def scale(self, layer, args, y): return y * self.factor
-        def forward(self, x): return self.layer(x)
+
+        def scale(self, layer, args, y):
+            return y * self.factor
+
+        def forward(self, x):
+            return self.layer(x)
+
     model, x = Scaled(), torch.randn(3, 64)
     quick = use_kernels(model)
     with torch.no_grad():
@@ -568,35 +808,63 @@ def test_a_hook_that_is_a_method_belongs_to_the_copy():
 def test_an_own_forward_is_refused():
     model = quantize_model(nn.Sequential(nn.Linear(64, 64)))
     model[0].forward = lambda x: x
-    with pytest.raises(ValueError, match="forward of its own instance"): use_kernels(model)
+    with pytest.raises(ValueError, match="forward of its own instance"):
+        use_kernels(model)
 
 
 def test_programs_hold_their_weights(tmp_path):
     "Exported, saved, and run in a process that has never seen the models; compiled, and changed afterwards."
     torch.manual_seed(0)
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.conv, self.a, self.up = nn.Embedding(60, 32), nn.Conv2d(1, 96, (3, 4), padding=(1, 0)), nn.Linear(96 * 29, 48), nn.ConvTranspose1d(48, 8, 3)
-        def forward(self, ids): return self.up(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2).relu()).transpose(1, 2))
+            self.words, self.conv, self.a, self.up = (
+                nn.Embedding(60, 32),
+                nn.Conv2d(1, 96, (3, 4), padding=(1, 0)),
+                nn.Linear(96 * 29, 48),
+                nn.ConvTranspose1d(48, 8, 3),
+            )
+
+        def forward(self, ids):
+            return self.up(
+                self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2).relu()).transpose(1, 2)
+            )
+
     ids, images = torch.randint(0, 60, (3, 7)), torch.randn(3, 2, 6, 6)
-    static = nn.Sequential(nn.Conv2d(2, 96, 3, padding="same", padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 36, 10)).eval()
-    models = [(quantize_model(Model().eval(), 4, group=32), ids), (use_kernels(quantize_model(Model().eval())), ids), (use_kernels(quantize_model(Model().eval(), symmetric=False)), ids),
-              (use_kernels(quantize_model(Model().eval(), 4, group=16), activations="row", requantize=True), ids), (convert(prepare(static, 4, batches=[images], activations=6)), images)]
+    static = nn.Sequential(
+        nn.Conv2d(2, 96, 3, padding="same", padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 36, 10)
+    ).eval()
+    models = [
+        (quantize_model(Model().eval(), 4, group=32), ids),
+        (use_kernels(quantize_model(Model().eval())), ids),
+        (use_kernels(quantize_model(Model().eval(), symmetric=False)), ids),
+        (use_kernels(quantize_model(Model().eval(), 4, group=16), activations="row", requantize=True), ids),
+        (convert(prepare(static, 4, batches=[images], activations=6)), images),
+    ]
     with torch.no_grad():
         for i, (model, x) in enumerate(models):
-            torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)), tmp_path / f"{i}.pt2")
+            torch.export.save(
+                torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)),
+                tmp_path / f"{i}.pt2",
+            )
             x = x[[0, 1, 2, 0]]
             torch.save((x, model(x)), tmp_path / f"{i}.pt")
         torch._dynamo.reset()
         quick = models[1][0]
         compiled = torch.compile(quick, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids), quick(ids))
-        quick.a.activations = "tensor"; assert torch.equal(compiled(ids), quick(ids))
-        quick.a.layer.bias.add_(1); assert torch.equal(compiled(ids), quick(ids))
-        quick.load_state_dict(use_kernels(quantize_model(Model().eval())).state_dict()); assert torch.equal(compiled(ids), quick(ids))
-    code = ("import sys, torch, modelzip.kernels\nfor i in range(int(sys.argv[2])):\n    x, y = torch.load(f'{sys.argv[1]}/{i}.pt')\n"
-            "    assert torch.equal(torch.export.load(f'{sys.argv[1]}/{i}.pt2').module()(x), y), i")
+        quick.a.activations = "tensor"
+        assert torch.equal(compiled(ids), quick(ids))
+        quick.a.layer.bias.add_(1)
+        assert torch.equal(compiled(ids), quick(ids))
+        quick.load_state_dict(use_kernels(quantize_model(Model().eval())).state_dict())
+        assert torch.equal(compiled(ids), quick(ids))
+    code = (
+        "import sys, torch, modelzip.kernels\nfor i in range(int(sys.argv[2])):\n    x, y ="
+        " torch.load(f'{sys.argv[1]}/{i}.pt')\n    assert"
+        " torch.equal(torch.export.load(f'{sys.argv[1]}/{i}.pt2').module()(x), y), i"
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(len(models))], check=True)
 
 
@@ -604,22 +872,34 @@ def test_states_carry_options():
     small, x = quantize_layer(nn.Linear(200, 150)), torch.randn(5, 200) + 2
     a, b = (QLinear(small.layer, small.packed, activations=how) for how in ("row", "tensor"))
     b.load_state_dict(a.state_dict())
-    with torch.no_grad(): assert b.activations == "row" and torch.equal(a(x), b(x))
+    with torch.no_grad():
+        assert b.activations == "row" and torch.equal(a(x), b(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_no_integer(dtype):
     torch.manual_seed(0)
-    layers = [(use_kernels(quantize_layer(nn.Linear(n, 150), **how), activations=a), torch.randn(5, n) * 300) for n, how in ((200, {}), (200, {"symmetric": False}), (8, {}), (64, {"bits": 4, "group": 32})) for a in ("row", "tensor")
-              if not (how.get("group") and 150 % 16)]
+    layers = [
+        (use_kernels(quantize_layer(nn.Linear(n, 150), **how), activations=a), torch.randn(5, n) * 300)
+        for n, how in ((200, {}), (200, {"symmetric": False}), (8, {}), (64, {"bits": 4, "group": 32}))
+        for a in ("row", "tensor")
+        if not (how.get("group") and 150 % 16)
+    ]
     layers += [(use_kernels(quantize_layer(nn.Linear(64, 160), 4, group=32)), torch.randn(3, 64) * 300)]
-    layers += [(use_kernels(quantize_layer(nn.Conv2d(8, n, 3)), activations=a), torch.randn(2, 8, 6, 6) * 300) for n in (4, 200) for a in ("row", "tensor")]
+    layers += [
+        (use_kernels(quantize_layer(nn.Conv2d(8, n, 3)), activations=a), torch.randn(2, 8, 6, 6) * 300)
+        for n in (4, 200)
+        for a in ("row", "tensor")
+    ]
     with torch.no_grad():
         for layer, x in layers:
             want = layer(x)
-            with torch.autocast("cpu", dtype=dtype): got, wide = layer(x), layer(x.double())
-            hole = x.clone(); hole[1].view(-1)[0] = float("nan")
-            with torch.autocast("cpu", dtype=dtype): assert layer(hole)[1].isnan().any() and not layer(hole)[0].isnan().any()
+            with torch.autocast("cpu", dtype=dtype):
+                got, wide = layer(x), layer(x.double())
+            hole = x.clone()
+            hole[1].view(-1)[0] = float("nan")
+            with torch.autocast("cpu", dtype=dtype):
+                assert layer(hole)[1].isnan().any() and not layer(hole)[0].isnan().any()
             assert got.dtype == dtype and wide.dtype == torch.float64 and torch.equal(got, want.to(dtype))
 
 
@@ -628,17 +908,30 @@ def test_what_the_caller_has_set_does_not_matter():
     assert found == capabilities()
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
-        try: assert capabilities.__wrapped__() == found
-        finally: torch.set_default_dtype(torch.float32)
-    with torch.device("meta"): assert capabilities.__wrapped__() == found
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(): assert capabilities.__wrapped__() == found
+        try:
+            assert capabilities.__wrapped__() == found
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert capabilities.__wrapped__() == found
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert capabilities.__wrapped__() == found
     small, conv = quantize_layer(nn.Linear(33, 270)), quantize_layer(nn.Conv2d(7, 231, 3))
     x, image = torch.randn(3, 33), torch.randn(2, 7, 5, 5)
     with torch.no_grad():
-        want = QLinear(small.layer, small.packed)(x), QConv2d(conv.layer, conv.packed)(image), QConv2d(conv.layer, conv.packed, activations="row")(image)
+        want = (
+            QLinear(small.layer, small.packed)(x),
+            QConv2d(conv.layer, conv.packed)(image),
+            QConv2d(conv.layer, conv.packed, activations="row")(image),
+        )
         for state in (lambda: torch.device("meta"), lambda: torch.autocast("cpu", enabled=False)):
-            linear, convolution, images = QLinear(small.layer, small.packed), QConv2d(conv.layer, conv.packed), QConv2d(conv.layer, conv.packed, activations="row")
-            with state(): got = linear(x), convolution(image), images(image)
+            linear, convolution, images = (
+                QLinear(small.layer, small.packed),
+                QConv2d(conv.layer, conv.packed),
+                QConv2d(conv.layer, conv.packed, activations="row"),
+            )
+            with state():
+                got = linear(x), convolution(image), images(image)
             assert all(map(torch.equal, got, want))
 
 
@@ -648,13 +941,22 @@ def test_writes_that_nobody_counts_are_seen():
         a, b = (QLinear(*_parts(nn.Linear(100, 150), **how)) for _ in range(2))
         alone = copy.deepcopy(b)
         with torch.no_grad():
-            for write in (lambda x: x.data.mul_(3), lambda x: x.data[0].neg_(), lambda x: x.numpy().__imul__(3), lambda x: torch.from_dlpack(x)[-1].zero_(), lambda x: x.data.copy_(x.flip(0).clone()), lambda x: x.untyped_storage().fill_(0)):
+            for write in (
+                lambda x: x.data.mul_(3),
+                lambda x: x.data[0].neg_(),
+                lambda x: x.numpy().__imul__(3),
+                lambda x: torch.from_dlpack(x)[-1].zero_(),
+                lambda x: x.data.copy_(x.flip(0).clone()),
+                lambda x: x.untyped_storage().fill_(0),
+            ):
                 x = torch.randn(rows, 100)
-                a(x); write(x)
+                a(x)
+                write(x)
                 assert torch.equal(b(x), alone(x.clone()))
         with torch.inference_mode():
             x = torch.randn(rows, 100)
-            a(x); x.mul_(3)
+            a(x)
+            x.mul_(3)
             assert torch.equal(b(x), alone(x.clone()))
     with torch.no_grad():
         x = torch.randn(5, 100)
@@ -666,112 +968,216 @@ def test_writes_that_nobody_counts_are_seen():
 
 
 @settings(max_examples=examples(25))
-@given(rows=st.integers(3, 30), inputs=st.integers(1, 120), outputs=st.integers(1, 90), symmetric=st.booleans(), bias=st.booleans(), columns=st.booleans(), odd=st.sampled_from(["", "nan", "tiny", "huge", "zero"]), seed=st.integers(0, 9999))
+@given(
+    rows=st.integers(3, 30),
+    inputs=st.integers(1, 120),
+    outputs=st.integers(1, 90),
+    symmetric=st.booleans(),
+    bias=st.booleans(),
+    columns=st.booleans(),
+    odd=st.sampled_from(["", "nan", "tiny", "huge", "zero"]),
+    seed=st.integers(0, 9999),
+)
 @example(3, 49, 1, False, False, False, "huge", 0)
-def test_what_becomes_of_a_row_does_not_depend_on_the_others(rows, inputs, outputs, symmetric, bias, columns, odd, seed):
+def test_what_becomes_of_a_row_does_not_depend_on_the_others(
+    rows, inputs, outputs, symmetric, bias, columns, odd, seed
+):
     "To the last bit, for batches of two rows and more."
     torch.manual_seed(seed)
-    small = quantize_layer(nn.Linear(inputs, outputs, bias=bias), symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
+    small = quantize_layer(
+        nn.Linear(inputs, outputs, bias=bias),
+        symmetric=symmetric,
+        **({"columns": torch.rand(inputs) + 0.5} if columns else {}),
+    )
     layer, x = QLinear(small.layer, small.packed), torch.randn(rows, inputs) * torch.logspace(-3, 2, rows)[:, None]
-    if capabilities().linear: layer.kernel = "int8"
-    if odd: x[0] = {"nan": float("nan"), "tiny": x[0] * 1e-12, "huge": 3e38, "zero": 0.}[odd]
-    if odd == "huge": x[0, 0] = -3e38
-    some = torch.randperm(rows)[:max(2, rows // 2)]
-    with torch.no_grad(): y, part = layer(x)[some], layer(x[some])
-    wide = (x[some].amax(1) - x[some].amin(1)).isinf()      # a range that float32 cannot hold: the row is computed in floats, whose sums depend on the batch
+    if capabilities().linear:
+        layer.kernel = "int8"
+    if odd:
+        x[0] = {"nan": float("nan"), "tiny": x[0] * 1e-12, "huge": 3e38, "zero": 0.0}[odd]
+    if odd == "huge":
+        x[0, 0] = -3e38
+    some = torch.randperm(rows)[: max(2, rows // 2)]
+    with torch.no_grad():
+        y, part = layer(x)[some], layer(x[some])
+    wide = (
+        x[some].amax(1) - x[some].amin(1)
+    ).isinf()  # a range that float32 cannot hold: the row is computed in floats, whose sums depend on the batch
     assert torch.allclose(y[wide], part[wide], rtol=1e-5)
     assert torch.equal(y.isnan(), part.isnan()) and torch.equal(y[~wide].nan_to_num(), part[~wide].nan_to_num())
 
 
 @settings(max_examples=examples(20))
-@given(channels=st.sampled_from([4, 8, 12]), out=st.integers(1, 12), kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 2), groups=st.sampled_from([1, 2, 4]), relu=st.sampled_from(["none", "all", "some"]), seed=st.integers(0, 9999))
+@given(
+    channels=st.sampled_from([4, 8, 12]),
+    out=st.integers(1, 12),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    relu=st.sampled_from(["none", "all", "some"]),
+    seed=st.integers(0, 9999),
+)
 def test_an_image_is_answered_the_same_in_any_batch(channels, out, kernel, stride, padding, groups, relu, seed):
     "To the last bit, alone too; and with 255 steps for its own range."
     torch.manual_seed(seed)
     small = quantize_layer(nn.Conv2d(channels, out * groups, kernel, stride, padding, groups=groups))
-    layer, x = QConv2d(small.layer, small.packed, activations="row"), torch.randn(5, channels, 7, 8) * torch.logspace(-3, 2, 5).view(-1, 1, 1, 1)
-    if capabilities().convolution: layer.kernel = "onednn"
-    if relu != "none": x[:5 if relu == "all" else 3].relu_()
+    layer, x = (
+        QConv2d(small.layer, small.packed, activations="row"),
+        torch.randn(5, channels, 7, 8) * torch.logspace(-3, 2, 5).view(-1, 1, 1, 1),
+    )
+    if capabilities().convolution:
+        layer.kernel = "onednn"
+    if relu != "none":
+        x[: 5 if relu == "all" else 3].relu_()
     with torch.no_grad():
         y, exact = layer(x), small(x)
-        for some in ([0], [4, 1], [2, 0, 3]): assert torch.equal(y[some], layer(x[some]))
+        for some in ([0], [4, 1], [2, 0, 3]):
+            assert torch.equal(y[some], layer(x[some]))
     step = (x.amax((1, 2, 3)).clamp(min=0) - x.amin((1, 2, 3)).clamp(max=0)) / 255
-    assert ((y - exact).abs().amax((2, 3)) <= 0.505 * step[:, None] * small.weight.abs().sum((1, 2, 3)) + 1e-5 * exact.abs().amax((1, 2, 3))[:, None]).all()
+    assert (
+        (y - exact).abs().amax((2, 3))
+        <= 0.505 * step[:, None] * small.weight.abs().sum((1, 2, 3)) + 1e-5 * exact.abs().amax((1, 2, 3))[:, None]
+    ).all()
 
 
 @settings(max_examples=examples(60))
-@given(rows=st.integers(1, 30), inputs=st.integers(1, 100), outputs=st.integers(1, 60), bits=st.integers(1, 8), symmetric=st.booleans(), activations=st.sampled_from(["row", "tensor"]), shift=st.sampled_from([0., 3., -20.]),
-       columns=st.booleans(), requantize=st.booleans(), kernel=st.sampled_from(["int8", "plain", "own"]), seed=st.integers(0, 9999))
-def test_the_answer_is_within_the_promised_rounding(rows, inputs, outputs, bits, symmetric, activations, shift, columns, requantize, kernel, seed):
+@given(
+    rows=st.integers(1, 30),
+    inputs=st.integers(1, 100),
+    outputs=st.integers(1, 60),
+    bits=st.integers(1, 8),
+    symmetric=st.booleans(),
+    activations=st.sampled_from(["row", "tensor"]),
+    shift=st.sampled_from([0.0, 3.0, -20.0]),
+    columns=st.booleans(),
+    requantize=st.booleans(),
+    kernel=st.sampled_from(["int8", "plain", "own"]),
+    seed=st.integers(0, 9999),
+)
+def test_the_answer_is_within_the_promised_rounding(
+    rows, inputs, outputs, bits, symmetric, activations, shift, columns, requantize, kernel, seed
+):
     "Half a step of its row's range for each input; of the range of all, extended to hold zero, with one scale."
     torch.manual_seed(seed)
-    small = quantize_layer(nn.Linear(inputs, outputs), bits, symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
-    layer, x = QLinear(small.layer, small.packed, activations=activations, requantize=requantize), (torch.randn(rows, inputs) + shift) * torch.logspace(-2, 2, rows)[:, None]
-    if kernel != "own" and (kernel == "plain" or capabilities().linear): layer.kernel = kernel
+    small = quantize_layer(
+        nn.Linear(inputs, outputs),
+        bits,
+        symmetric=symmetric,
+        **({"columns": torch.rand(inputs) + 0.5} if columns else {}),
+    )
+    layer, x = (
+        QLinear(small.layer, small.packed, activations=activations, requantize=requantize),
+        (torch.randn(rows, inputs) + shift) * torch.logspace(-2, 2, rows)[:, None],
+    )
+    if kernel != "own" and (kernel == "plain" or capabilities().linear):
+        layer.kernel = kernel
     scaled = x if not columns else x * small.q.columns
     weight, y = (kernels._one_scale_an_output(small.q) if requantize else small.q).dequantize(), layer(x)
     exact = F.linear(x.double(), weight.double(), layer.bias.double())
-    if activations == "row": step = (scaled.amax(1) - scaled.amin(1)) / 255
-    else: step = ((scaled.max().clamp(min=0) - scaled.min().clamp(max=0)) / 255).expand(rows)
+    if activations == "row":
+        step = (scaled.amax(1) - scaled.amin(1)) / 255
+    else:
+        step = ((scaled.max().clamp(min=0) - scaled.min().clamp(max=0)) / 255).expand(rows)
     bare = weight / small.q.columns if columns else weight
-    assert ((y - exact).abs() <= 0.505 * step[:, None] * bare.abs().sum(1) + 1e-5 * (scaled.abs() @ bare.abs().t()) + 1e-6).all()
+    assert (
+        (y - exact).abs() <= 0.505 * step[:, None] * bare.abs().sum(1) + 1e-5 * (scaled.abs() @ bare.abs().t()) + 1e-6
+    ).all()
     codes_alone(small.layer, copy.deepcopy(layer), x)
 
 
 def test_activation_codes_at_ties_and_at_the_ends_of_floats():
     for reduced in (False, True):
-        for x in (torch.arange(-255, 256) / 2., torch.randint(-20, 20, (50,)) / 4., torch.tensor([0., 127.5, 255.])):
+        for x in (
+            torch.arange(-255, 256) / 2.0,
+            torch.randint(-20, 20, (50,)) / 4.0,
+            torch.tensor([0.0, 127.5, 255.0]),
+        ):
             scale, zero = torch._choose_qparams_per_tensor(x, reduced)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                assert torch.equal(quantize_activations(x, reduced)[0], torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr())
-    for size in (0., 1e-45, 1e-39, 1e-37, 1e30):
-        codes, scale, zero = quantize_activations(torch.tensor([0., -size, size]))
-        assert codes[0] == zero and (scale * (codes.double() - zero) - torch.tensor([0., -size, size]).double()).abs().max() <= 0.51 * max(scale, 1e-36)
+                assert torch.equal(
+                    quantize_activations(x, reduced)[0],
+                    torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr(),
+                )
+    for size in (0.0, 1e-45, 1e-39, 1e-37, 1e30):
+        codes, scale, zero = quantize_activations(torch.tensor([0.0, -size, size]))
+        assert codes[0] == zero and (
+            scale * (codes.double() - zero) - torch.tensor([0.0, -size, size]).double()
+        ).abs().max() <= 0.51 * max(scale, 1e-36)
 
 
 def test_bytes_and_words_say_what_is(monkeypatch):
     small, x = quantize_layer(nn.Linear(800, 500)), torch.randn(1, 800)
     layer = QLinear(small.layer, small.packed, activations="tensor")
-    if layer.kernel != "int8": pytest.skip("no int8 kernel here")
+    if layer.kernel != "int8":
+        pytest.skip("no int8 kernel here")
     layer(x)
-    assert layer.nbytes == small.q.nbytes + 800 * 500 + 8 * 500                 # one copy, however it was come by
+    assert layer.nbytes == small.q.nbytes + 800 * 500 + 8 * 500  # one copy, however it was come by
     assert "oneDNN" in layer.runs and "oneDNN" not in QLinear(*_parts(nn.Linear(800, 500), symmetric=False)).runs
     monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", True, False, False, False, False))
     assert "oneDNN" not in layer.runs
 
 
-@pytest.mark.parametrize("layer, x", [(nn.Linear(100, 100), torch.randn(2, 100)), (nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5)), (nn.Embedding(9, 8), torch.zeros(2, dtype=torch.long))])
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(100, 100), torch.randn(2, 100)),
+        (nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5)),
+        (nn.Embedding(9, 8), torch.zeros(2, dtype=torch.long)),
+    ],
+)
 def test_torch_jit_is_refused_by_name(layer, x):
     quick = use_kernels(quantize_model(nn.Sequential(layer)))
     for f in (lambda: torch.jit.trace(quick, (x,)), lambda: torch.jit.script(quick)):
-        with pytest.raises(RuntimeError, match=f"{type(quick[0]).__name__} '0' cannot be traced or scripted"): f()
+        with pytest.raises(RuntimeError, match=f"{type(quick[0]).__name__} '0' cannot be traced or scripted"):
+            f()
 
 
 def test_empty_inputs_and_layers():
-    for layer, x in ((nn.Linear(0, 5), torch.randn(3, 0)), (nn.Linear(5, 0), torch.randn(3, 5)), (nn.Linear(64, 200), torch.randn(2, 0, 64)), (nn.Conv2d(4, 96, 3, padding=1), torch.randn(0, 4, 5, 5)),
-                     (nn.Embedding(8, 0), torch.zeros(3, dtype=torch.long)), (nn.Embedding(8, 8), torch.zeros(0, 4, dtype=torch.long)), (nn.Conv2d(4, 2, 1), torch.randn(0, 4, 3, 3))):
+    for layer, x in (
+        (nn.Linear(0, 5), torch.randn(3, 0)),
+        (nn.Linear(5, 0), torch.randn(3, 5)),
+        (nn.Linear(64, 200), torch.randn(2, 0, 64)),
+        (nn.Conv2d(4, 96, 3, padding=1), torch.randn(0, 4, 5, 5)),
+        (nn.Embedding(8, 0), torch.zeros(3, dtype=torch.long)),
+        (nn.Embedding(8, 8), torch.zeros(0, 4, dtype=torch.long)),
+        (nn.Conv2d(4, 2, 1), torch.randn(0, 4, 3, 3)),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small = quantize_layer(layer)
-        for activations in ("row", "tensor"): assert use_kernels(small, activations=activations)(x).shape == layer(x).shape
+        for activations in ("row", "tensor"):
+            assert use_kernels(small, activations=activations)(x).shape == layer(x).shape
 
 
 def test_what_runs_lists_what_stays_float():
     model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 32), nn.Linear(32, 8)), overrides={"2": None})
     rows = {n: (kind, why) for n, kind, why in what_runs(use_kernels(model))}
-    assert rows["0"][0] == "QLinear" and rows["1.weight_ih_l0"][0] == "Dequantize" and "LSTM" in rows["1.weight_ih_l0"][1]
+    assert (
+        rows["0"][0] == "QLinear" and rows["1.weight_ih_l0"][0] == "Dequantize" and "LSTM" in rows["1.weight_ih_l0"][1]
+    )
     assert rows["2.weight"][0] == "float" and "Linear" in rows["2.weight"][1] and not any("bias" in n for n in rows)
 
 
 def test_errors_name_the_layer():
-    quick = use_kernels(quantize_model(nn.ModuleDict({"head": nn.Linear(64, 64), "stem": nn.Conv2d(3, 8, 3), "words": nn.Embedding(9, 8)})))
-    for name, x, kind in (("head", torch.randn(2, 3), ValueError), ("stem", torch.randn(2, 2, 5, 5), ValueError), ("words", torch.randn(3), TypeError)):
-        with pytest.raises(kind, match=f"'{name}'"): quick[name](x)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="QLinear 'head' computes with integers"): quick["head"](torch.randn(2, 64, requires_grad=True)).sum().backward()
+    quick = use_kernels(
+        quantize_model(
+            nn.ModuleDict({"head": nn.Linear(64, 64), "stem": nn.Conv2d(3, 8, 3), "words": nn.Embedding(9, 8)})
+        )
+    )
+    for name, x, kind in (
+        ("head", torch.randn(2, 3), ValueError),
+        ("stem", torch.randn(2, 2, 5, 5), ValueError),
+        ("words", torch.randn(3), TypeError),
+    ):
+        with pytest.raises(kind, match=f"'{name}'"):
+            quick[name](x)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="QLinear 'head' computes with integers"):
+        quick["head"](torch.randn(2, 64, requires_grad=True)).sum().backward()
 
 
 # ---------------------------------------------------------------- models
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -784,7 +1190,8 @@ def test_lenet(digits):
     expanding = quantize_model(net)
     quick = use_kernels(expanding)
     assert abs(accuracy(quick, test) - accuracy(expanding, test)) <= 0.006
-    with torch.no_grad(): a, b = quick(test.x[:100]), expanding(test.x[:100])
+    with torch.no_grad():
+        a, b = quick(test.x[:100]), expanding(test.x[:100])
     assert F.cosine_similarity(a, b).min() > 0.999
 
 
@@ -795,19 +1202,26 @@ def test_pack_round_trip(digits, tmp_path):
     pack.save(quick, tmp_path / "lenet.mz")
     back = pack.load(tmp_path / "lenet.mz")
     assert [type(m) for m in back.modules()] == [type(m) for m in quick.modules()] and back.conv2.activations == "row"
-    with torch.no_grad(): assert torch.equal(back(test.x[:50]), quick(test.x[:50]))
+    with torch.no_grad():
+        assert torch.equal(back(test.x[:50]), quick(test.x[:50]))
 
 
 def test_minilm():
     model = minilm()
     expanding = quantize_model(model)
-    texts = ["Return the sum of the elements.", "Open a file and read its lines one by one.", "A matrix is positive definite."]
+    texts = [
+        "Return the sum of the elements.",
+        "Open a file and read its lines one by one.",
+        "A matrix is positive definite.",
+    ]
     exact, quick = model.encode(texts), use_kernels(expanding)
     assert F.cosine_similarity(quick.encode(texts), exact).min() > 0.997
     assert F.cosine_similarity(use_kernels(expanding, activations="tensor").encode(texts), exact).min() > 0.98
 
 
-@pytest.mark.parametrize("geometry", [dict(padding=2), dict(padding=(0, 1), stride=2, dilation=2), dict(padding=1, groups=2, bias=False)])
+@pytest.mark.parametrize(
+    "geometry", [dict(padding=2), dict(padding=(0, 1), stride=2, dilation=2), dict(padding=1, groups=2, bias=False)]
+)
 def test_images_of_any_range_have_the_integers_that_they_have_alone(geometry):
     small = quantize_layer(nn.Conv2d(16, 64, 5, **geometry))
     quick, plain = (QConv2d(small.layer, small.packed, activations="row") for _ in range(2))
@@ -816,7 +1230,8 @@ def test_images_of_any_range_have_the_integers_that_they_have_alone(geometry):
     x[1], x[2], x[5] = x[1].relu(), -x[2].abs(), 0
     with torch.no_grad():
         y, exact = quick(x), plain(x)
-        for i in range(6): assert torch.equal(quick(x[i:i + 1])[0], y[i])
+        for i in range(6):
+            assert torch.equal(quick(x[i : i + 1])[0], y[i])
     assert ((y - exact).flatten(1).norm(dim=1) <= 1e-6 * exact.flatten(1).norm(dim=1)).all()
 
 
@@ -825,13 +1240,19 @@ def test_4_bit_products_of_any_strides(rows):
     small = quantize_model(nn.Sequential(nn.Linear(64, 16)), 4, group=32)
     fast = use_kernels(small)
     for x in torch.randn(64, rows).t(), torch.randn(rows, 128)[:, ::2], torch.randn(1, 64).expand(rows, 64):
-        with torch.no_grad(): assert torch.equal(fast(x), fast(x.clone(memory_format=torch.contiguous_format))) and (fast(x) - small(x)).abs().max() < .05
+        with torch.no_grad():
+            assert (
+                torch.equal(fast(x), fast(x.clone(memory_format=torch.contiguous_format)))
+                and (fast(x) - small(x)).abs().max() < 0.05
+            )
 
 
 # ---------------------------------------------------------------- tensors that are more than numbers
 
+
 def _integers():
     from modelzip.prune import prune_model, sparsify_model, use_sparse_products
+
     torch.manual_seed(0)
     lin, conv = nn.Sequential(nn.Linear(128, 96)).eval(), nn.Sequential(nn.Conv2d(16, 64, 3, padding=1)).eval()
     x, image = torch.randn(3, 128), torch.randn(2, 16, 5, 5)
@@ -840,42 +1261,68 @@ def _integers():
         yield use_kernels(quantize_model(conv), activations=how), image
     yield convert(_trained(lin, x)), x
     yield use_kernels(quantize_model(nn.Sequential(nn.Linear(128, 8)).eval())), x
-    yield use_sparse_products(sparsify_model(prune_model(lin, .9))), x
+    yield use_sparse_products(sparsify_model(prune_model(lin, 0.9))), x
+
 
 def _trained(model, x):
     p = prepare(model, bits=4)
     p.train()(x)
     return p.eval()
 
+
 def test_functions_that_map_or_derive():
-    "What is mapped is what each part gives; a derivative of integers is refused, however it is asked for; nothing that was made on the way stays."
+    """What is mapped is what each part gives; a derivative of integers is refused, however it is asked for; nothing
+    that was made on the way stays."""
     import torch.autograd.forward_ad as forward
+
     for model, x in _integers():
         sparse, seen = type(model[0]).__name__ == "SparseLinear", torch.stack([x, 2 * x, -x])
-        with torch.no_grad(): want = [model(v) for v in seen]
+        with torch.no_grad():
+            want = [model(v) for v in seen]
         fresh = copy.deepcopy(model)
-        with torch.no_grad(): assert torch.allclose(torch.func.vmap(fresh)(seen), torch.stack(want), atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(torch.func.vmap(fresh)(seen), torch.stack(want), atol=1e-5)
         head = nn.Linear(want[0].shape[-1], 2)
-        torch.func.grad(lambda w: torch.func.functional_call(head, {"weight": w}, (fresh(x),)).sum())(head.weight.detach())      # x itself is not derived
-        with torch.no_grad(): assert torch.allclose(copy.deepcopy(fresh)(x), want[0], atol=1e-5) and torch.equal(fresh(x), want[0])
+        torch.func.grad(lambda w: torch.func.functional_call(head, {"weight": w}, (fresh(x),)).sum())(
+            head.weight.detach()
+        )  # x itself is not derived
+        with torch.no_grad():
+            assert torch.allclose(copy.deepcopy(fresh)(x), want[0], atol=1e-5) and torch.equal(fresh(x), want[0])
+
         def dual(f):
-            with forward.dual_level(): return forward.unpack_dual(f(forward.make_dual(x, torch.ones_like(x)))).tangent
+            with forward.dual_level():
+                return forward.unpack_dual(f(forward.make_dual(x, torch.ones_like(x)))).tangent
+
         total = lambda v: model(v).sum()
-        ways = (lambda: torch.func.grad(total)(x), lambda: torch.func.jvp(model, (x,), (x,)), lambda: dual(model), lambda: torch.func.vmap(torch.func.grad(total))(seen), lambda: torch.func.jacrev(model)(x),
-                lambda: torch.autograd.grad(total(y := x.clone().requires_grad_()), y))
+        ways = (
+            lambda: torch.func.grad(total)(x),
+            lambda: torch.func.jvp(model, (x,), (x,)),
+            lambda: dual(model),
+            lambda: torch.func.vmap(torch.func.grad(total))(seen),
+            lambda: torch.func.jacrev(model)(x),
+            lambda: torch.autograd.grad(total(y := x.clone().requires_grad_()), y),
+        )
         for way in ways:
-            if sparse: way(); continue
-            with pytest.raises(RuntimeError, match="computes with integers and has no gradient"): way()
+            if sparse:
+                way()
+                continue
+            with pytest.raises(RuntimeError, match="computes with integers and has no gradient"):
+                way()
 
 
 def test_an_ensemble_of_states_is_mapped():
     models = [use_kernels(quantize_model(nn.Sequential(nn.Linear(128, 96)).eval())) for _ in range(3)]
-    states = {k: torch.stack([dict([*m.named_parameters(), *m.named_buffers()])[k].detach() for m in models]) for k, _ in [*models[0].named_parameters(), *models[0].named_buffers()]}
+    states = {
+        k: torch.stack([dict([*m.named_parameters(), *m.named_buffers()])[k].detach() for m in models])
+        for k, _ in [*models[0].named_parameters(), *models[0].named_buffers()]
+    }
     x = torch.randn(3, 4, 128)
     with torch.no_grad():
         got = torch.func.vmap(lambda state, x: torch.func.functional_call(models[0], state, (x,)))(states, x)
-        for y, m, v in zip(got, models, x): assert torch.allclose(y, m(v), atol=1e-6)
-    with pytest.raises(AttributeError, match="weight of this Linear is compressed and cannot be set"): torch.func.functional_call(models[0], {"0.weight": torch.zeros(96, 128)}, (x[0],))
+        for y, m, v in zip(got, models, x):
+            assert torch.allclose(y, m(v), atol=1e-6)
+    with pytest.raises(AttributeError, match="weight of this Linear is compressed and cannot be set"):
+        torch.func.functional_call(models[0], {"0.weight": torch.zeros(96, 128)}, (x[0],))
 
 
 def test_jagged_rows_replicas_and_meta():
@@ -883,19 +1330,26 @@ def test_jagged_rows_replicas_and_meta():
     for model, x in _integers():
         if x.dim() == 2:
             y = model(torch.nested.nested_tensor(rows, layout=torch.jagged))
-            if type(model[0]).__name__ != "QLinear" or model[0].activations == "row": assert all(torch.allclose(a, model(r), atol=1e-5) for a, r in zip(y.unbind(), rows))
+            if type(model[0]).__name__ != "QLinear" or model[0].activations == "row":
+                assert all(torch.allclose(a, model(r), atol=1e-5) for a, r in zip(y.unbind(), rows))
         if type(model[0]).__name__ != "SparseLinear":
-            with pytest.raises(TypeError, match="is a nested tensor"): model(torch.nested.nested_tensor(rows))
+            with pytest.raises(TypeError, match="is a nested tensor"):
+                model(torch.nested.nested_tensor(rows))
         with torch.no_grad():
             want, parts = model(x), [m._replicate_for_data_parallel() for m in model.modules()]
-            for m, r in zip(model.modules(), parts):                          # as torch.nn.parallel.replicate does it
-                for k, child in m._modules.items(): setattr(r, k, parts[[*model.modules()].index(child)])
-                for k, p in (*m._parameters.items(), *m._buffers.items()): setattr(r, k, None if p is None else p.detach().clone())
+            for m, r in zip(model.modules(), parts):  # as torch.nn.parallel.replicate does it
+                for k, child in m._modules.items():
+                    setattr(r, k, parts[[*model.modules()].index(child)])
+                for k, p in (*m._parameters.items(), *m._buffers.items()):
+                    setattr(r, k, None if p is None else p.detach().clone())
             assert torch.equal(parts[0](x), want)
             assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == want.shape
     table = QEmbedding(*_parts(nn.Embedding(20, 16)))
     ids = [torch.tensor([1, 2]), torch.tensor([3, 4, 5])]
-    assert all(torch.equal(a, table(i)) for a, i in zip(table(torch.nested.nested_tensor(ids, layout=torch.jagged)).unbind(), ids))
+    assert all(
+        torch.equal(a, table(i))
+        for a, i in zip(table(torch.nested.nested_tensor(ids, layout=torch.jagged)).unbind(), ids)
+    )
     assert torch.equal(torch.func.vmap(table)(torch.tensor([[1, 2], [3, 4]])), table(torch.tensor([[1, 2], [3, 4]])))
 
 
@@ -905,7 +1359,10 @@ def test_recording_a_program_leaves_no_class_behind():
             super().__init__()
             self.e, self.l = nn.Embedding(30, 12), nn.Linear(12, 30)
             self.l.weight = self.e.weight
-        def forward(self, x): return self.l(self.e(x))
+
+        def forward(self, x):
+            return self.l(self.e(x))
+
     known = dict(Dequantize.kinds)
     for i in range(2):
         model, x = use_kernels(quantize_model(Tied().eval(), 8)), torch.randint(0, 30, (3, 5))

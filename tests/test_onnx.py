@@ -1,4 +1,6 @@
-"ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed weight is in them."
+"""ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
+weight is in them."""
+
 import os
 
 import pytest
@@ -15,7 +17,18 @@ helper, TensorProto = onnx.helper, onnx.TensorProto
 from modelzip import onnx_export
 from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
-from modelzip.onnx_export import Graph, _embedding, _expanded, _fits_rows, _float_linear, _integer_conv, _integer_linear, onnx_bytes, onnx_model, to_onnx
+from modelzip.onnx_export import (
+    Graph,
+    _embedding,
+    _expanded,
+    _fits_rows,
+    _float_linear,
+    _integer_conv,
+    _integer_linear,
+    onnx_bytes,
+    onnx_model,
+    to_onnx,
+)
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop import onnx_files
@@ -25,75 +38,163 @@ FAST = settings(max_examples=examples(40), deadline=None)
 
 @pytest.fixture(autouse=True)
 def no_gradients():
-    with torch.no_grad(): yield
+    with torch.no_grad():
+        yield
 
 
 def computed(g, out, inputs=(), exact=True):
     "What ONNX Runtime makes of a graph."
     kinds = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
     g.nodes.append(helper.make_node("Identity", [out], ["result"]))
-    graph = helper.make_graph(g.nodes, "g", [helper.make_tensor_value_info(n, kinds[x.dtype], [None] * x.dim()) for n, x in inputs],
-                              [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)], list(g.stored.values()))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    graph = helper.make_graph(
+        g.nodes,
+        "g",
+        [helper.make_tensor_value_info(n, kinds[x.dtype], [None] * x.dim()) for n, x in inputs],
+        [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)],
+        list(g.stored.values()),
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return torch.from_numpy(runtime.InferenceSession(model.SerializeToString(), options).run(None, {n: x.numpy() for n, x in inputs})[0])
+    return torch.from_numpy(
+        runtime.InferenceSession(model.SerializeToString(), options).run(None, {n: x.numpy() for n, x in inputs})[0]
+    )
 
 
-def near(a, b, relative=1e-5): assert a.shape == b.shape and (a - b).norm() <= relative * b.norm() + 1e-12
+def near(a, b, relative=1e-5):
+    assert a.shape == b.shape and (a - b).norm() <= relative * b.norm() + 1e-12
 
 
 @FAST
-@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), bits=st.integers(1, 16), symmetric=st.booleans(), where=st.sampled_from(["tensor", "first", "last", "group"]),
-       group=st.integers(1, 20), table=st.sampled_from([None, None, "nf4", "kmeans"]), columns=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    bits=st.integers(1, 16),
+    symmetric=st.booleans(),
+    where=st.sampled_from(["tensor", "first", "last", "group"]),
+    group=st.integers(1, 20),
+    table=st.sampled_from([None, None, "nf4", "kmeans"]),
+    columns=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_expanded_weights(shape, bits, symmetric, where, group, table, columns, seed):
     torch.manual_seed(seed)
     how = {"tensor": {}, "first": {"axis": 0}, "last": {"axis": -1}, "group": {"group": group}}[where]
-    if table: bits, symmetric, how = 4 if table == "nf4" else min(bits, 4), True, how | {"codebook": table}
-    if columns and len(shape) > 1: how |= {"columns": torch.rand(shape[1]) + 0.5}
+    if table:
+        bits, symmetric, how = 4 if table == "nf4" else min(bits, 4), True, how | {"codebook": table}
+    if columns and len(shape) > 1:
+        how |= {"columns": torch.rand(shape[1]) + 0.5}
     q, g = quantize(torch.randn(shape), bits, symmetric=symmetric, **how), Graph(onnx)
     near(computed(g, _expanded(g, "w", q)), q.dequantize())
 
 
 @FAST
-@given(inputs=st.sampled_from([32, 64, 96]), outputs=st.integers(1, 40), bits=st.integers(1, 8), symmetric=st.booleans(), how=st.sampled_from([{}, {"axis": 0}, {"axis": 1}, {"group": 16}, {"group": 32}]),
-       microsoft=st.booleans(), columns=st.booleans(), seed=st.integers(0, 99))
+@given(
+    inputs=st.sampled_from([32, 64, 96]),
+    outputs=st.integers(1, 40),
+    bits=st.integers(1, 8),
+    symmetric=st.booleans(),
+    how=st.sampled_from([{}, {"axis": 0}, {"axis": 1}, {"group": 16}, {"group": 32}]),
+    microsoft=st.booleans(),
+    columns=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_products_with_expanded_weights(inputs, outputs, bits, symmetric, how, microsoft, columns, seed):
     torch.manual_seed(seed)
-    q, g, x = quantize(torch.randn(outputs, inputs), bits, symmetric=symmetric, **how, **({"columns": torch.rand(inputs) + 0.5} if columns else {})), Graph(onnx), torch.randn(3, 2, inputs)
-    near(computed(g, _float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5)
+    q, g, x = (
+        quantize(
+            torch.randn(outputs, inputs),
+            bits,
+            symmetric=symmetric,
+            **how,
+            **({"columns": torch.rand(inputs) + 0.5} if columns else {}),
+        ),
+        Graph(onnx),
+        torch.randn(3, 2, inputs),
+    )
+    near(
+        computed(g, _float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5
+    )
 
 
 @FAST
-@given(inputs=st.integers(1, 90), outputs=st.integers(1, 60), bits=st.integers(2, 8), symmetric=st.booleans(), activations=st.sampled_from(["row", "tensor"]), columns=st.booleans(), seed=st.integers(0, 99))
+@given(
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 60),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    activations=st.sampled_from(["row", "tensor"]),
+    columns=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_integer_products(inputs, outputs, bits, symmetric, activations, columns, seed):
     "Both sides round the input to 8 bits; each is within that of the exact product."
     torch.manual_seed(seed)
-    small = quantize_layer(nn.Linear(inputs, outputs, bias=False), bits, symmetric=symmetric, **({"columns": torch.rand(inputs) + 0.5} if columns else {}))
-    layer, g, x = QLinear(small.layer, small.packed, activations=activations), Graph(onnx), torch.randn(7, inputs) * 2 + 1
+    small = quantize_layer(
+        nn.Linear(inputs, outputs, bias=False),
+        bits,
+        symmetric=symmetric,
+        **({"columns": torch.rand(inputs) + 0.5} if columns else {}),
+    )
+    layer, g, x = (
+        QLinear(small.layer, small.packed, activations=activations),
+        Graph(onnx),
+        torch.randn(7, inputs) * 2 + 1,
+    )
     exact, got = small(x), computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)])
     scaled = x if small.q.columns is None else x * small.q.columns
-    ranges = (scaled.amax(1).clamp(min=0) - scaled.amin(1).clamp(max=0)) if activations == "row" else (scaled.max().clamp(min=0) - scaled.min().clamp(max=0)).expand(7)
+    ranges = (
+        (scaled.amax(1).clamp(min=0) - scaled.amin(1).clamp(max=0))
+        if activations == "row"
+        else (scaled.max().clamp(min=0) - scaled.min().clamp(max=0)).expand(7)
+    )
     weight = small.weight if small.q.columns is None else small.weight / small.q.columns
-    assert ((got - exact).abs() <= (0.51 * ranges / 255 * 1.01)[:, None] * weight.abs().sum(1) + 1e-4 * exact.abs().max()).all()     # half a step for each input
+    assert (
+        (got - exact).abs() <= (0.51 * ranges / 255 * 1.01)[:, None] * weight.abs().sum(1) + 1e-4 * exact.abs().max()
+    ).all()  # half a step for each input
 
 
 @pytest.mark.parametrize("activations", ["row", "tensor"])
 def test_integer_convolutions(activations):
     torch.manual_seed(0)
-    for conv in (nn.Conv2d(8, 200, 3, 2, 1, bias=False), nn.Conv2d(8, 400, (3, 2), 1, (1, 0), 2, groups=2, bias=False), nn.Conv2d(900, 900, 3, padding=1, groups=900, bias=False)):
-        layer, g, x = use_kernels(quantize_layer(conv), activations=activations), Graph(onnx), torch.randn(3, conv.in_channels, 9, 10)
+    for conv in (
+        nn.Conv2d(8, 200, 3, 2, 1, bias=False),
+        nn.Conv2d(8, 400, (3, 2), 1, (1, 0), 2, groups=2, bias=False),
+        nn.Conv2d(900, 900, 3, padding=1, groups=900, bias=False),
+    ):
+        layer, g, x = (
+            use_kernels(quantize_layer(conv), activations=activations),
+            Graph(onnx),
+            torch.randn(3, conv.in_channels, 9, 10),
+        )
         assert type(layer) is QConv2d
-        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03)      # two roundings of nine inputs each
+        near(
+            computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03
+        )  # two roundings of nine inputs each
 
 
 @FAST
-@given(rows=st.integers(1, 20), width=st.sampled_from([8, 16, 24]), bits=st.integers(1, 8), how=st.sampled_from([{"axis": 0}, {}, {"group": 8}]), symmetric=st.booleans(), columns=st.booleans(),
-       shape=st.sampled_from([(3,), (2, 3), (1, 2, 2)]), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 20),
+    width=st.sampled_from([8, 16, 24]),
+    bits=st.integers(1, 8),
+    how=st.sampled_from([{"axis": 0}, {}, {"group": 8}]),
+    symmetric=st.booleans(),
+    columns=st.booleans(),
+    shape=st.sampled_from([(3,), (2, 3), (1, 2, 2)]),
+    seed=st.integers(0, 99),
+)
 def test_embeddings_fetch_rows_of_codes(rows, width, bits, how, symmetric, columns, shape, seed):
     torch.manual_seed(seed)
-    q = quantize(torch.randn(rows, width), bits, symmetric=symmetric, **how, **({"columns": torch.rand(width) + 0.5} if columns else {}))
+    q = quantize(
+        torch.randn(rows, width),
+        bits,
+        symmetric=symmetric,
+        **how,
+        **({"columns": torch.rand(width) + 0.5} if columns else {}),
+    )
     g, ids = Graph(onnx), torch.randint(0, rows, shape)
     assert _fits_rows(q)
     near(computed(g, _embedding(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
@@ -101,12 +202,17 @@ def test_embeddings_fetch_rows_of_codes(rows, width, bits, how, symmetric, colum
 
 class Everything(nn.Module):
     "Layers of every sort, some of which share a weight."
+
     def __init__(self):
         super().__init__()
         self.words, self.head = nn.Embedding(120, 64), nn.Linear(64, 120, bias=False)
         self.head.weight = self.words.weight
-        self.block, self.lstm = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, dropout=0.), nn.LSTM(64, 32, batch_first=True, bidirectional=True)
+        self.block, self.lstm = (
+            nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, dropout=0.0),
+            nn.LSTM(64, 32, batch_first=True, bidirectional=True),
+        )
         self.conv, self.up = nn.Conv1d(64, 48, 3, padding=1), nn.ConvTranspose1d(48, 64, 1)
+
     def forward(self, ids):
         x = self.lstm(self.block(self.words(ids)))[0]
         return self.head(self.up(self.conv(x.transpose(1, 2)).relu()).transpose(1, 2))
@@ -125,18 +231,24 @@ def test_whole_models(everything, tmp_path):
     for shape in ((2, 5), (1, 9), (4, 3)):
         ids = torch.randint(0, 120, shape)
         near(run(ids), model(ids), 1e-4)
-    compressed = sum(m.q.numel() for m in {id(m.packed): m for m in model.modules() if isinstance(m, Dequantize)}.values())
+    compressed = sum(
+        m.q.numel() for m in {id(m.packed): m for m in model.modules() if isinstance(m, Dequantize)}.values()
+    )
     plain = sum(p.numel() for n, p in everything.named_parameters()) - compressed
     stored = onnx_bytes(path)
-    assert stored["float"] <= 4 * (plain + compressed // 8)                           # the rest of the model, scales and nothing else
-    assert all(not n.name.endswith("weight") or "lstm" in n.name or "norm" in n.name for n in onnx.load(path).graph.initializer)
+    assert stored["float"] <= 4 * (plain + compressed // 8)  # the rest of the model, scales and nothing else
+    assert all(
+        not n.name.endswith("weight") or "lstm" in n.name or "norm" in n.name for n in onnx.load(path).graph.initializer
+    )
 
 
 class Recurrent(nn.Module):
     "A recurrent layer that starts from given states."
+
     def __init__(self, layer):
         super().__init__()
         self.words, self.layer, self.head = nn.Embedding(120, 64), layer, nn.Linear(32 * (1 + layer.bidirectional), 10)
+
     def forward(self, ids, *starts):
         x = self.words(ids if self.layer.batch_first else ids.t())
         y, ends = self.layer(x, starts if len(starts) > 1 else starts[0] if starts else None)
@@ -144,33 +256,50 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("options", [dict(batch_first=True), dict(num_layers=2, bidirectional=True, bias=False)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "options", [dict(batch_first=True), dict(num_layers=2, bidirectional=True, bias=False)], ids=["one", "two"]
+)
 def test_recurrent_layers_of_any_length(cls, options, tmp_path):
     torch.manual_seed(0)
     model = quantize_model(Recurrent(cls(64, 32, **options)).eval(), 4, group=32)
     start = torch.randn(options.get("num_layers", 1) * (1 + options.get("bidirectional", False)), 2, 32)
-    ids, starts = torch.randint(0, 120, (2, 5)), (start, -start)[:1 + (cls is nn.LSTM)]
+    ids, starts = torch.randint(0, 120, (2, 5)), (start, -start)[: 1 + (cls is nn.LSTM)]
     for given, free in (((), ()), (starts, [{1: "batch"}] * len(starts))):
-        if given and options.get("bias", True): continue
-        run = onnx_model(to_onnx(model, tmp_path / "m.onnx", (ids, *given), dynamic=({0: "batch", 1: "length"}, *free) if given else {0: "batch", 1: "length"}))
+        if given and options.get("bias", True):
+            continue
+        run = onnx_model(
+            to_onnx(
+                model,
+                tmp_path / "m.onnx",
+                (ids, *given),
+                dynamic=({0: "batch", 1: "length"}, *free) if given else {0: "batch", 1: "length"},
+            )
+        )
         for shape in ((2, 5), (2, 9)):
             ids = torch.randint(0, 120, shape)
-            for got, want in zip(run(ids, *given), model(ids, *given)): near(got, want, 1e-4)
+            for got, want in zip(run(ids, *given), model(ids, *given)):
+                near(got, want, 1e-4)
 
 
 def test_four_bits_with_every_sort_of_layer(tmp_path):
     "Attention, an LSTM and convolutions around layers of 4 bits."
     torch.manual_seed(0)
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.words, self.conv = nn.Embedding(100, 64), nn.Conv1d(64, 64, 3, padding=1)
             self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
             self.lstm, self.head = nn.LSTM(64, 64, batch_first=True), nn.Linear(64, 10)
-        def forward(self, ids): return self.head(self.lstm(self.blocks(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)))[0])
+
+        def forward(self, ids):
+            return self.head(self.lstm(self.blocks(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)))[0])
+
     model = quantize_model(Model().eval(), 4, group=32)
     for m in (model, use_kernels(model)):
-        run = onnx_model(to_onnx(m, tmp_path / "m.onnx", torch.randint(0, 100, (2, 7)), dynamic={0: "batch", 1: "length"}))
+        run = onnx_model(
+            to_onnx(m, tmp_path / "m.onnx", torch.randint(0, 100, (2, 7)), dynamic={0: "batch", 1: "length"})
+        )
         for shape in ((2, 7), (1, 12)):
             ids = torch.randint(0, 100, shape)
             near(run(ids), model(ids), 1e-4)
@@ -178,16 +307,34 @@ def test_four_bits_with_every_sort_of_layer(tmp_path):
 
 class Zoo(nn.Module):
     "Every layer beside the usual ones, each with an output of its own."
+
     def __init__(self):
         super().__init__()
-        self.lstm, self.gru, self.rnn, self.pair = nn.LSTMCell(16, 16), nn.GRUCell(16, 16), nn.RNNCell(16, 16, nonlinearity="relu"), nn.Bilinear(16, 16, 8)
+        self.lstm, self.gru, self.rnn, self.pair = (
+            nn.LSTMCell(16, 16),
+            nn.GRUCell(16, 16),
+            nn.RNNCell(16, 16, nonlinearity="relu"),
+            nn.Bilinear(16, 16, 8),
+        )
         self.bags = nn.ModuleList(nn.EmbeddingBag(20, 16, mode=mode, padding_idx=3) for mode in ("sum", "mean", "max"))
         self.table, self.head = nn.Embedding(20, 16, padding_idx=2), nn.Linear(16, 20, bias=False)
         self.head.weight = self.table.weight
         self.attention = nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
-        self.convs = nn.ModuleList(cls(2, 4, 3, padding=2, dilation=2, padding_mode=mode) for cls, mode in [(nn.Conv1d, "reflect"), (nn.Conv1d, "circular"), *((nn.Conv2d, m) for m in ("zeros", "reflect", "replicate", "circular")), (nn.Conv3d, "replicate")])
+        self.convs = nn.ModuleList(
+            cls(2, 4, 3, padding=2, dilation=2, padding_mode=mode)
+            for cls, mode in [
+                (nn.Conv1d, "reflect"),
+                (nn.Conv1d, "circular"),
+                *((nn.Conv2d, m) for m in ("zeros", "reflect", "replicate", "circular")),
+                (nn.Conv3d, "replicate"),
+            ]
+        )
         self.same = nn.ModuleList(cls(2, 4, 2, padding="same", groups=2) for cls in (nn.Conv1d, nn.Conv2d))
-        self.ups = nn.ModuleList(cls(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        self.ups = nn.ModuleList(
+            cls(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
+            for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        )
+
     def forward(self, x, ids):
         seen = {1: x.reshape(-1, 2, 64), 2: x.reshape(-1, 2, 8, 8), 3: x.reshape(-1, 2, 4, 4, 4)}
         h, c = self.lstm(x[:, :16])
@@ -196,22 +343,54 @@ class Zoo(nn.Module):
         r = self.rnn(g)
         k = x.reshape(-1, 16, 8)
         drawn = [layer(seen[layer.weight.dim() - 2]) for layer in (*self.convs, *self.same, *self.ups)]
-        return h, c, g, r, self.pair(c, r), *(bag(ids) for bag in self.bags), self.head(self.table(ids)), self.attention(x.reshape(-1, 8, 16), k, k)[0], *drawn
+        return (
+            h,
+            c,
+            g,
+            r,
+            self.pair(c, r),
+            *(bag(ids) for bag in self.bags),
+            self.head(self.table(ids)),
+            self.attention(x.reshape(-1, 8, 16), k, k)[0],
+            *drawn,
+        )
 
 
 def test_every_other_layer(tmp_path):
-    "At 1 to 8 bits, in groups and with codebooks, with a batch of any size; what is small is rounded once more, as the model does it."
+    """At 1 to 8 bits, in groups and with codebooks, with a batch of any size; what is small is rounded once more,
+    as the model does it."""
     torch.manual_seed(0)
-    zoo, some = Zoo().eval(), [{"bits": b} for b in range(1, 9)] + [{"bits": 3, "group": 4}, {"bits": 4, "codebook": "nf4"}, {"bits": 5, "symmetric": False}, {"bits": 2, "codebook": "kmeans"}]
-    names = [n for n, m in zoo.named_modules() if isinstance(m, QUANTIZABLE) or n in ("lstm", "gru", "rnn", "pair", "attention")]
-    model = quantize_model(zoo, overrides={n: {"bits": 4, "group": 8} if n in ("table", "head") else some[i % len(some)] for i, n in enumerate(names) if not n.startswith("attention.")})
+    zoo, some = (
+        Zoo().eval(),
+        [{"bits": b} for b in range(1, 9)]
+        + [
+            {"bits": 3, "group": 4},
+            {"bits": 4, "codebook": "nf4"},
+            {"bits": 5, "symmetric": False},
+            {"bits": 2, "codebook": "kmeans"},
+        ],
+    )
+    names = [
+        n
+        for n, m in zoo.named_modules()
+        if isinstance(m, QUANTIZABLE) or n in ("lstm", "gru", "rnn", "pair", "attention")
+    ]
+    model = quantize_model(
+        zoo,
+        overrides={
+            n: {"bits": 4, "group": 8} if n in ("table", "head") else some[i % len(some)]
+            for i, n in enumerate(names)
+            if not n.startswith("attention.")
+        },
+    )
     model = use_kernels(model, requantize=True)
     inputs = lambda n: (torch.randn(n, 128), torch.randint(0, 20, (n, 7)))
     path = to_onnx(model, tmp_path / "m.onnx", inputs(2), check=False)
     onnx.checker.check_model(os.fspath(path), full_check=True)
     run = onnx_model(path)
     for x in map(inputs, (1, 2, 5)):
-        for got, want in zip(run(*x), model(*x), strict=True): near(got, want, 1e-4)
+        for got, want in zip(run(*x), model(*x), strict=True):
+            near(got, want, 1e-4)
 
 
 def test_integer_models(tmp_path):
@@ -219,7 +398,7 @@ def test_integer_models(tmp_path):
     net, x = LeNet5().eval(), torch.rand(5, 1, 28, 28)
     for activations in ("row", "tensor"):
         quick = use_kernels(quantize_model(net), activations=activations)
-        path = to_onnx(quick, tmp_path / "m.onnx", x[:1])                             # an example of one: the batch is free nevertheless
+        path = to_onnx(quick, tmp_path / "m.onnx", x[:1])  # an example of one: the batch is free nevertheless
         kinds = {n.op_type for n in onnx.load(path).graph.node}
         assert {"MatMulInteger", "ConvInteger"} <= kinds and os.path.getsize(path) < 0.27 * 4 * 431_080
         near(onnx_model(path)(x), quick(x), 0.01)
@@ -230,10 +409,17 @@ def test_inputs_are_quantized_once_for_layers_that_share_them(tmp_path):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = (nn.Linear(128, 128) for _ in range(3))
-        def forward(self, x): return self.a(x) + self.b(x) * self.c(x)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x) * self.c(x)
+
     model, c = Three(), torch.rand(128) + 0.5
     for options, count in ((dict(columns=c), 1), (dict(columns=c, overrides={"b": {"columns": 2 * c}}), 2)):
-        path = to_onnx(use_kernels(quantize_model(model, **options), activations="tensor"), tmp_path / "m.onnx", torch.randn(3, 128))
+        path = to_onnx(
+            use_kernels(quantize_model(model, **options), activations="tensor"),
+            tmp_path / "m.onnx",
+            torch.randn(3, 128),
+        )
         assert sum(n.op_type == "DynamicQuantizeLinear" for n in onnx.load(path).graph.node) == count
 
 
@@ -253,39 +439,68 @@ def test_errors_and_atomic_writing(everything, tmp_path, monkeypatch):
     small, x = quantize_layer(nn.Linear(32, 32)), torch.randn(2, 32)
     path = tmp_path / "m.onnx"
     path.write_bytes(b"before")
-    for model, example, options, kind, text in ((nn.Linear(3, 3), x, {}, ValueError, "no compressed layer"), ("model", x, {}, TypeError, "model is a str"), (small, [1.], {}, TypeError, "example holds list"),
-                                                (small, x, dict(opset=12), ValueError, "opset is 12"), (small, x, dict(opset="21"), ValueError, "opset"), (small, x, dict(dynamic=({}, {})), ValueError, "describes 2 inputs"),
-                                                (quantize_layer(nn.Linear(32, 32).half()), x.half(), {}, ValueError, "float32")):
-        with pytest.raises(kind, match=text): to_onnx(model, path, example, **options)
+    for model, example, options, kind, text in (
+        (nn.Linear(3, 3), x, {}, ValueError, "no compressed layer"),
+        ("model", x, {}, TypeError, "model is a str"),
+        (small, [1.0], {}, TypeError, "example holds list"),
+        (small, x, dict(opset=12), ValueError, "opset is 12"),
+        (small, x, dict(opset="21"), ValueError, "opset"),
+        (small, x, dict(dynamic=({}, {})), ValueError, "describes 2 inputs"),
+        (quantize_layer(nn.Linear(32, 32).half()), x.half(), {}, ValueError, "float32"),
+    ):
+        with pytest.raises(kind, match=text):
+            to_onnx(model, path, example, **options)
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError): to_onnx(small, path, x)
+    with pytest.raises(OSError):
+        to_onnx(small, path, x)
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["m.onnx"]
     monkeypatch.undo()
-    with pytest.raises(OSError): to_onnx(small, tmp_path / "nowhere" / "m.onnx", x)
+    with pytest.raises(OSError):
+        to_onnx(small, tmp_path / "nowhere" / "m.onnx", x)
     run = onnx_model(to_onnx(small, path, x))
-    with pytest.raises(TypeError, match="0 inputs are given"): run()
+    with pytest.raises(TypeError, match="0 inputs are given"):
+        run()
 
 
 def test_without_onnx_the_error_says_what_to_install(monkeypatch):
     import importlib
+
     real = importlib.import_module
+
     def without(name, *a):
-        if name.startswith("onnx"): raise ImportError("no", name=name)
+        if name.startswith("onnx"):
+            raise ImportError("no", name=name)
         return real(name, *a)
+
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ImportError, match=r"modelzip\[onnx\]"): to_onnx(quantize_layer(nn.Linear(4, 4)), "m.onnx", torch.randn(1, 4))
+    with pytest.raises(ImportError, match=r"modelzip\[onnx\]"):
+        to_onnx(quantize_layer(nn.Linear(4, 4)), "m.onnx", torch.randn(1, 4))
 
 
 # ---------------------------------------------------------------- right, or refused
+
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_trained_convolutions_with_every_option(mode):
     "Ranges that were trained, and padding of every kind, to the last bit but for the order of one multiplication."
     torch.manual_seed(0)
-    for stride, padding, dilation, groups, kernel in ((1, "same", 1, 1, 3), (1, "same", 2, 1, (2, 4)), (2, (2, 1), 1, 1, 3), (1, "valid", 1, 2, (3, 2)), (1, (0, 2), 2, 4, 2), (2, 0, 1, 1, 1)):
+    for stride, padding, dilation, groups, kernel in (
+        (1, "same", 1, 1, 3),
+        (1, "same", 2, 1, (2, 4)),
+        (2, (2, 1), 1, 1, 3),
+        (1, "valid", 1, 2, (3, 2)),
+        (1, (0, 2), 2, 4, 2),
+        (2, 0, 1, 1, 1),
+    ):
         for out, levels, columns in ((8, 256, None), (200, 16, None), (200, 200, None)):
-            small = quantize_layer(nn.Conv2d(8, out, kernel, stride, padding, dilation, groups, padding_mode=mode, bias=False), 8)
-            layer, g, x = StaticConv2d(small.layer, small.packed, scale=0.03, zero_point=7, levels=levels), Graph(onnx), torch.randn(3, 8, 9, 10) + 0.3
+            small = quantize_layer(
+                nn.Conv2d(8, out, kernel, stride, padding, dilation, groups, padding_mode=mode, bias=False), 8
+            )
+            layer, g, x = (
+                StaticConv2d(small.layer, small.packed, scale=0.03, zero_point=7, levels=levels),
+                Graph(onnx),
+                torch.randn(3, 8, 9, 10) + 0.3,
+            )
             near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
@@ -294,28 +509,49 @@ def test_convolutions_with_a_range_for_each_image():
     torch.manual_seed(0)
     for stride, padding, dilation, groups in ((1, 0, 1, 1), (2, (2, 1), 1, 1), (1, 1, 2, 2)):
         small = quantize_layer(nn.Conv2d(8, 400, 3, stride, padding, dilation, groups, bias=False))
-        layer, x = QConv2d(small.layer, small.packed, activations="row"), torch.randn(4, 8, 9, 10) * torch.tensor([1., 1e-3, 50., 0.]).view(-1, 1, 1, 1)
+        layer, x = (
+            QConv2d(small.layer, small.packed, activations="row"),
+            torch.randn(4, 8, 9, 10) * torch.tensor([1.0, 1e-3, 50.0, 0.0]).view(-1, 1, 1, 1),
+        )
         x[1:].relu_()
         g = Graph(onnx)
         got, want = computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
-        for a, b in zip(got, want): near(a, b, 2e-3)
+        for a, b in zip(got, want):
+            near(a, b, 2e-3)
         g = Graph(onnx)
         near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
 
 
 def test_trained_linear_layers():
     torch.manual_seed(0)
-    for inputs, outputs, levels, columns in ((5, 7, 256, None), (130, 90, 32, None), (64, 1, 256, torch.rand(64) + 0.5)):
-        small = quantize_layer(nn.Linear(inputs, outputs, bias=False), **({} if columns is None else {"columns": columns}))
-        layer, g, x = StaticLinear(small.layer, small.packed, scale=0.04, zero_point=3, levels=levels), Graph(onnx), torch.randn(2, 5, inputs)
+    for inputs, outputs, levels, columns in (
+        (5, 7, 256, None),
+        (130, 90, 32, None),
+        (64, 1, 256, torch.rand(64) + 0.5),
+    ):
+        small = quantize_layer(
+            nn.Linear(inputs, outputs, bias=False), **({} if columns is None else {"columns": columns})
+        )
+        layer, g, x = (
+            StaticLinear(small.layer, small.packed, scale=0.04, zero_point=3, levels=levels),
+            Graph(onnx),
+            torch.randn(2, 5, inputs),
+        )
         near(computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
 class Branches(nn.Module):
     "One compressed weight in two layers; bags of embeddings, whose graph has a loop; an LSTM."
+
     def __init__(self, first, second):
         super().__init__()
-        self.first, self.second, self.bags, self.lstm = first, second, quantize_layer(nn.EmbeddingBag(50, 64)), quantize_layer(nn.LSTM(64, 32, 2, batch_first=True, bidirectional=True), 4)
+        self.first, self.second, self.bags, self.lstm = (
+            first,
+            second,
+            quantize_layer(nn.EmbeddingBag(50, 64)),
+            quantize_layer(nn.LSTM(64, 32, 2, batch_first=True, bidirectional=True), 4),
+        )
+
     def forward(self, ids):
         x = self.bags(ids)
         return self.first(x), self.second(x), self.lstm(x[:, None])[0]
@@ -328,21 +564,32 @@ def test_one_weight_in_layers_of_two_kinds(tmp_path):
     for pair in ((small, quick), (quick, small)):
         model = Branches(*pair).eval()
         path = to_onnx(model, tmp_path / "m.onnx", ids, check=False)
-        for got, want, off in zip(onnx_model(path)(ids), model(ids), (0.01, 0.01, 1e-4)): near(got, want, off)
+        for got, want, off in zip(onnx_model(path)(ids), model(ids), (0.01, 0.01, 1e-4)):
+            near(got, want, off)
 
 
 def test_trained_models_hooks_and_callers(tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding="same"), nn.ReLU(), nn.Conv2d(8, 96, (2, 3), padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 7 * 6, 10)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding="same"),
+        nn.ReLU(),
+        nn.Conv2d(8, 96, (2, 3), padding=1, padding_mode="circular"),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96 * 7 * 6, 10),
+    ).eval()
     x = torch.randn(3, 2, 6, 6)
     model = convert(prepare(net, 4, batches=[x], activations=5))
     model[0].register_forward_hook(lambda l, i, o: 2 * o)
     model[5].register_forward_pre_hook(lambda l, i, k: ((i[0] + 1,), k), with_kwargs=True)
-    with unchanged(model, x): path = to_onnx(model, tmp_path / "m.onnx", x)
+    with unchanged(model, x):
+        path = to_onnx(model, tmp_path / "m.onnx", x)
     near(onnx_model(path)(x), model(x), 1e-3)
-    with pytest.raises(ValueError, match="prepared for training; modelzip.qat.convert"): to_onnx(nn.Sequential(prepare(net, 4, batches=[x]), quantize_layer(nn.Linear(10, 10))), path, x)
+    with pytest.raises(ValueError, match="prepared for training; modelzip.qat.convert"):
+        to_onnx(nn.Sequential(prepare(net, 4, batches=[x]), quantize_layer(nn.Linear(10, 10))), path, x)
     model[0].forward = lambda x: x
-    with pytest.raises(ValueError, match="forward of its own"): to_onnx(model, path, x)
+    with pytest.raises(ValueError, match="forward of its own"):
+        to_onnx(model, path, x)
 
 
 def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
@@ -351,19 +598,28 @@ def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
     whole = onnx_bytes(to_onnx(model, tmp_path / "m.onnx", x))
     monkeypatch.setattr(onnx_files, "LIMIT", 20_000)
     path = to_onnx(model, tmp_path / "n.onnx", x)
-    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "n.onnx", "n.onnx.data"] and path.stat().st_size < 6_000 < 2 * 64 * 200 <= (tmp_path / "n.onnx.data").stat().st_size
+    assert (
+        sorted(os.listdir(tmp_path)) == ["m.onnx", "n.onnx", "n.onnx.data"]
+        and path.stat().st_size < 6_000 < 2 * 64 * 200 <= (tmp_path / "n.onnx.data").stat().st_size
+    )
     near(onnx_model(path)(x), model(x))
     assert onnx_bytes(path) == whole
     monkeypatch.setattr(onnx_export, "_compare", lambda *a: (_ for _ in ()).throw(ValueError("no")))
-    with pytest.raises(ValueError): to_onnx(model, tmp_path / "o.onnx", x)
+    with pytest.raises(ValueError):
+        to_onnx(model, tmp_path / "o.onnx", x)
     assert len(os.listdir(tmp_path)) == 3
 
 
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     right = onnx_export._float_linear
-    monkeypatch.setattr(onnx_export, "_float_linear", lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), onnx_export._number(g, 1.1)))
-    model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)          # zeros would not tell
-    with pytest.raises(ValueError, match="off the model's own output"): to_onnx(model, tmp_path / "m.onnx", x)
+    monkeypatch.setattr(
+        onnx_export,
+        "_float_linear",
+        lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), onnx_export._number(g, 1.1)),
+    )
+    model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)  # zeros would not tell
+    with pytest.raises(ValueError, match="off the model's own output"):
+        to_onnx(model, tmp_path / "m.onnx", x)
     assert not os.listdir(tmp_path)
 
 
@@ -372,10 +628,17 @@ def test_what_onnx_cannot_say_is_named(tmp_path):
         def __init__(self, layer):
             super().__init__()
             self.odd = layer
-        def forward(self, x): return self.odd(x)
-    for layer, x, text in ((nn.LSTM(6, 8, proj_size=4), torch.randn(4, 3, 6), "odd is an LSTM with proj_size"), (nn.Embedding(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm"),
-                           (nn.EmbeddingBag(9, 8, max_norm=1.), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm")):
-        with pytest.raises(ValueError, match=text): to_onnx(quantize_model(Model(layer)), tmp_path / "m.onnx", x)
+
+        def forward(self, x):
+            return self.odd(x)
+
+    for layer, x, text in (
+        (nn.LSTM(6, 8, proj_size=4), torch.randn(4, 3, 6), "odd is an LSTM with proj_size"),
+        (nn.Embedding(9, 8, max_norm=1.0), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm"),
+        (nn.EmbeddingBag(9, 8, max_norm=1.0), torch.zeros(2, 3, dtype=torch.long), "odd has max_norm"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            to_onnx(quantize_model(Model(layer)), tmp_path / "m.onnx", x)
 
 
 def test_where_two_files_cannot_be_written_the_error_names_the_path(tmp_path, monkeypatch):
@@ -383,6 +646,7 @@ def test_where_two_files_cannot_be_written_the_error_names_the_path(tmp_path, mo
     model = quantize_model(nn.Sequential(nn.Linear(8, 8)).eval())
     (tmp_path / "folder.onnx").mkdir()
     for path in tmp_path / "nowhere" / "m.onnx", tmp_path / "folder.onnx":
-        with pytest.raises(OSError) as e: to_onnx(model, path, torch.randn(2, 8))
+        with pytest.raises(OSError) as e:
+            to_onnx(model, path, torch.randn(2, 8))
         assert e.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]

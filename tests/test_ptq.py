@@ -1,4 +1,5 @@
 """Quantization without training: what must hold for any layer, any architecture, any batch; and what must be refused."""
+
 import copy, math
 
 import pytest
@@ -10,24 +11,62 @@ from torch import nn
 from inputs import related
 from modelzip.data import LeNet5
 from modelzip.pack import load, save
-from modelzip.ptq import (CALIBRATED, LayerStatistics, Replay, as_matrices, awq, awq_columns, calibrate, caught_up, correct_bias, equalize, feed, find_pairs, fitted_scales,
-                          gptq, gptq_codes, gptq_weight, half_quadratic, hqq, hqq_weight, input_rows, inverse_factor, mean_shift, nearest_weight, output_error,
-                          quantize_with, shrink, smooth, smooth_columns)
+from modelzip.ptq import (
+    CALIBRATED,
+    LayerStatistics,
+    Replay,
+    as_matrices,
+    awq,
+    awq_columns,
+    calibrate,
+    caught_up,
+    correct_bias,
+    equalize,
+    feed,
+    find_pairs,
+    fitted_scales,
+    gptq,
+    gptq_codes,
+    gptq_weight,
+    half_quadratic,
+    hqq,
+    hqq_weight,
+    input_rows,
+    inverse_factor,
+    mean_shift,
+    nearest_weight,
+    output_error,
+    quantize_with,
+    shrink,
+    smooth,
+    smooth_columns,
+)
 from modelzip.quant import Dequantize, quantize, quantize_model
 from guards import examples
 
 
 @pytest.fixture(autouse=True)
-def seeded(): torch.manual_seed(0)
+def seeded():
+    torch.manual_seed(0)
 
 
-def seen_by(layer, x): return calibrate(layer, [x])[""]
+def seen_by(layer, x):
+    return calibrate(layer, [x])[""]
 
 
 # ---- one layer ----
 
+
 @settings(max_examples=examples(40), deadline=None)
-@given(st.integers(1, 6), st.integers(2, 40), st.integers(2, 12), st.booleans(), st.sampled_from([None, 5, 16]), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 6),
+    st.integers(2, 40),
+    st.integers(2, 12),
+    st.booleans(),
+    st.sampled_from([None, 5, 16]),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_gptq_is_no_worse_than_nearest_on_what_it_saw(bits, inputs, outputs, symmetric, group, act_order, seed):
     torch.manual_seed(seed)
     layer = nn.Linear(inputs, outputs)
@@ -35,7 +74,7 @@ def test_gptq_is_no_worse_than_nearest_on_what_it_saw(bits, inputs, outputs, sym
     how = dict(bits=bits, group=group, symmetric=symmetric)
     near = output_error(layer.weight, nearest_weight(layer.weight, s, **how).dequantize(), s)
     ours = output_error(layer.weight, gptq_weight(layer.weight, s, act_order=act_order, **how).dequantize(), s)
-    assert ours <= near * 1.25 + 1e-9     # greedy: on a tiny layer it may lose by chance
+    assert ours <= near * 1.25 + 1e-9  # greedy: on a tiny layer it may lose by chance
 
 
 def test_gptq_beats_nearest_clearly_on_average():
@@ -43,7 +82,10 @@ def test_gptq_beats_nearest_clearly_on_average():
     for seed in range(12):
         layer = nn.Linear(64, 16)
         s = seen_by(layer, related(300, 64, seed))
-        ratios.append(output_error(layer.weight, gptq_weight(layer.weight, s).dequantize(), s) / output_error(layer.weight, nearest_weight(layer.weight, s).dequantize(), s))
+        ratios.append(
+            output_error(layer.weight, gptq_weight(layer.weight, s).dequantize(), s)
+            / output_error(layer.weight, nearest_weight(layer.weight, s).dequantize(), s)
+        )
     assert max(ratios) < 1 and sum(ratios) / 12 < 0.6
 
 
@@ -65,7 +107,7 @@ def test_cholesky_form_is_the_naive_surgeon(block):
     x = related(100, 24).double()
     H, W = x.T @ x + torch.eye(24).double(), torch.randn(7, 24).double()
     scale, zero = torch.rand(7, 24).double() * 0.2 + 0.1, torch.randint(0, 16, (7, 24)).double()
-    fast = gptq_codes(W, inverse_factor(H, 0.), scale, zero, 16, block)
+    fast = gptq_codes(W, inverse_factor(H, 0.0), scale, zero, 16, block)
     slow = torch.stack([naive(w, H, s, z, 16) for w, s, z in zip(W, scale, zero)])
     assert torch.equal(fast, slow)
 
@@ -73,25 +115,33 @@ def test_cholesky_form_is_the_naive_surgeon(block):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_unrelated_inputs_leave_rounding_to_nearest(act_order):
     w, s = torch.randn(5, 48), LayerStatistics(1, moment=torch.eye(48)[None])
-    assert gptq_weight(w, s, act_order=act_order, damping=0.) == nearest_weight(w, s)
+    assert gptq_weight(w, s, act_order=act_order, damping=0.0) == nearest_weight(w, s)
 
 
 def test_inverse_factor_of_nothing():
-    "Inputs that are always zero: with damping 0 there is no share of anything to add, and float32 (more than 1,024 inputs) has less room."
+    """Inputs that are always zero: with damping 0 there is no share of anything to add, and float32 (more than
+    1,024 inputs) has less room."""
     for n, damping in (1, 0), (3, 0), (1025, 0), (1025, 0.01), (1025, 1e-9), (3, 1e-30):
-        for H in torch.zeros(n, n), 1e-39 * torch.eye(n): assert inverse_factor(H, damping).isfinite().all(), (n, damping)
+        for H in torch.zeros(n, n), 1e-39 * torch.eye(n):
+            assert inverse_factor(H, damping).isfinite().all(), (n, damping)
     layer, zeros = nn.Linear(1100, 3, bias=False), LayerStatistics()
     zeros.add(torch.zeros(1, 4, 1100))
-    for damping in 0, 0.01: assert gptq_weight(layer.weight.detach(), zeros, damping=damping) == nearest_weight(layer.weight.detach(), zeros)
+    for damping in 0, 0.01:
+        assert gptq_weight(layer.weight.detach(), zeros, damping=damping) == nearest_weight(
+            layer.weight.detach(), zeros
+        )
+
 
 def test_inverse_factor_ends():
     for damping in -1, math.nan, math.inf:
-        with pytest.raises(ValueError, match="damping is"): inverse_factor(torch.eye(3), damping)
-    with pytest.raises(ValueError, match="too large for torch.float32"): inverse_factor(torch.full((1025, 1025), 3e38))
+        with pytest.raises(ValueError, match="damping is"):
+            inverse_factor(torch.eye(3), damping)
+    with pytest.raises(ValueError, match="too large for torch.float32"):
+        inverse_factor(torch.full((1025, 1025), 3e38))
 
 
 def test_inverse_factor_of_singular_matrices():
-    for H in torch.zeros(4, 4), torch.ones(4, 4), torch.diag(torch.tensor([0., 1., 1e-20, 1e20])):
+    for H in torch.zeros(4, 4), torch.ones(4, 4), torch.diag(torch.tensor([0.0, 1.0, 1e-20, 1e20])):
         U = inverse_factor(H)
         assert U.isfinite().all() and (U.diagonal() > 0).all() and torch.equal(U, U.triu())
 
@@ -103,20 +153,25 @@ def test_inverse_factor_of_singular_matrices():
 def test_methods_keep_shape_and_dtype(method, shape, dtype, bits):
     w, n = torch.randn(shape).to(dtype), math.prod(shape[1:])
     x = torch.randn(50, n)
-    s = LayerStatistics(); s.add(x[None])
+    s = LayerStatistics()
+    s.add(x[None])
     for group in (None, 8):
         q = method(w, s, bits=bits, group=group, columns=torch.rand(shape[1]) + 0.5)
         back = q.dequantize()
         assert back.shape == w.shape and back.dtype == dtype and back.isfinite().all()
         assert type(q).from_parts(q.parts(), q.meta()) == q
-        if bits == 8: assert (back - w).float().norm() <= 0.05 * w.float().norm() + 1e-6
+        if bits == 8:
+            assert (back - w).float().norm() <= 0.05 * w.float().norm() + 1e-6
 
 
 @given(st.integers(2, 16), st.booleans(), st.integers(0, 50))
 @settings(max_examples=examples(30), deadline=None)
 def test_half_quadratic_does_not_raise_its_own_loss(levels, symmetric, seed):
     blocks = torch.randn(20, 24, generator=torch.manual_seed(seed)) ** 3
-    loss = lambda s, z: ((blocks - s[:, None] * ((blocks / s[:, None] + z[:, None]).round().clamp(0, levels - 1) - z[:, None])).abs() ** 0.7).sum(1)
+    loss = lambda s, z: (
+        (blocks - s[:, None] * ((blocks / s[:, None] + z[:, None]).round().clamp(0, levels - 1) - z[:, None])).abs()
+        ** 0.7
+    ).sum(1)
     start = fitted_scales(blocks, None, levels, symmetric, steps=12)
     s, z = half_quadratic(blocks, levels, symmetric)
     assert (loss(s, z) <= loss(*start) * (1 + 1e-4) + 1e-6).all() and (s > 0).all()
@@ -125,26 +180,34 @@ def test_half_quadratic_does_not_raise_its_own_loss(levels, symmetric, seed):
 
 def test_shrinkage_minimizes_for_p_one():
     r, e = torch.linspace(-2, 2, 81), torch.linspace(-2, 2, 4001)
-    for beta in (0.7, 2., 10.):
+    for beta in (0.7, 2.0, 10.0):
         best = e[(e.abs() + beta / 2 * (e - r[:, None]) ** 2).argmin(1)]
-        assert (best - shrink(r, beta, 1.)).abs().max() < 1e-3
+        assert (best - shrink(r, beta, 1.0)).abs().max() < 1e-3
 
 
 def test_fitted_scales_of_zeros_and_constants():
-    for blocks in torch.zeros(2, 8), torch.full((2, 8), 3.), torch.full((2, 8), -1e-20):
+    for blocks in torch.zeros(2, 8), torch.full((2, 8), 3.0), torch.full((2, 8), -1e-20):
         s, z = fitted_scales(blocks, None, 16, False)
         assert s.isfinite().all() and (s > 0).all()
 
 
 # ---- column scales ----
 
-@pytest.mark.parametrize("make", [lambda: (nn.Linear(24, 8), torch.randn(60, 24) * torch.logspace(-2, 2, 24)), lambda: (nn.Conv2d(6, 8, 3, padding=1), torch.randn(4, 6, 9, 9).abs()),
-                                  lambda: (nn.Conv2d(6, 8, 3, groups=2), torch.randn(4, 6, 9, 9))])
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Linear(24, 8), torch.randn(60, 24) * torch.logspace(-2, 2, 24)),
+        lambda: (nn.Conv2d(6, 8, 3, padding=1), torch.randn(4, 6, 9, 9).abs()),
+        lambda: (nn.Conv2d(6, 8, 3, groups=2), torch.randn(4, 6, 9, 9)),
+    ],
+)
 def test_columns_cancel(make):
     layer, x = make()
     s = seen_by(layer, x)
     for c in smooth_columns(layer.weight, s, 0.5), awq_columns(layer.weight, s, bits=4, group=8):
-        if c is None: continue
+        if c is None:
+            continue
         q = quantize(layer.weight, 12, axis=0, columns=c)
         assert c.shape == (layer.weight.shape[1],) and (c > 0).all()
         assert output_error(layer.weight, q.dequantize(), s) < 1e-4
@@ -162,13 +225,27 @@ def test_awq_is_no_worse_than_nearest():
         layer = nn.Linear(48, 16)
         s = seen_by(layer, related(200, 48, seed))
         plain = output_error(layer.weight, nearest_weight(layer.weight, s).dequantize(), s)
-        assert output_error(layer.weight, nearest_weight(layer.weight, s, columns=awq_columns(layer.weight, s, bits=4, group=32)).dequantize(), s) <= plain * 1.0001
+        assert (
+            output_error(
+                layer.weight,
+                nearest_weight(layer.weight, s, columns=awq_columns(layer.weight, s, bits=4, group=32)).dequantize(),
+                s,
+            )
+            <= plain * 1.0001
+        )
 
 
 # ---- bias and equalization ----
 
-@pytest.mark.parametrize("make", [lambda: (nn.Linear(12, 5), torch.rand(40, 12)), lambda: (nn.Conv2d(4, 6, 3, 2, 1, groups=2), torch.rand(5, 4, 9, 9)),
-                                  lambda: (nn.Conv1d(4, 6, 3, padding="same"), torch.rand(5, 4, 9))])
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Linear(12, 5), torch.rand(40, 12)),
+        lambda: (nn.Conv2d(4, 6, 3, 2, 1, groups=2), torch.rand(5, 4, 9, 9)),
+        lambda: (nn.Conv1d(4, 6, 3, padding="same"), torch.rand(5, 4, 9)),
+    ],
+)
 def test_bias_correction_removes_the_mean_error(make):
     layer, x = make()
     model = nn.Sequential(layer).eval()
@@ -176,14 +253,36 @@ def test_bias_correction_removes_the_mean_error(make):
     fixed = correct_bias(rough, model, calibrate(model, [x]))
     mean = lambda m: (m(x) - model(x)).transpose(0, 1).flatten(1).mean(1) if x.dim() > 2 else (m(x) - model(x)).mean(0)
     assert mean(fixed).abs().max() < 1e-5 < mean(rough).abs().max()
-    assert fixed[0].packed is not None and torch.equal(fixed[0].q.codes, rough[0].q.codes) and not torch.equal(fixed[0].bias, rough[0].bias)
+    assert (
+        fixed[0].packed is not None
+        and torch.equal(fixed[0].q.codes, rough[0].q.codes)
+        and not torch.equal(fixed[0].bias, rough[0].bias)
+    )
 
 
 NETS = {
-    "linear": lambda: (nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7, bias=False), nn.LeakyReLU(), nn.Linear(7, 3)), torch.randn(8, 6)),
-    "conv": lambda: (nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), torch.randn(4, 2, 10, 10)),
-    "depthwise": lambda: (nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 2, 1)), torch.randn(4, 2, 6, 6)),
+    "linear": lambda: (
+        nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7, bias=False), nn.LeakyReLU(), nn.Linear(7, 3)),
+        torch.randn(8, 6),
+    ),
+    "conv": lambda: (
+        nn.Sequential(
+            nn.Conv2d(2, 6, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 4, 3, groups=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        torch.randn(4, 2, 10, 10),
+    ),
+    "depthwise": lambda: (
+        nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 2, 1)),
+        torch.randn(4, 2, 6, 6),
+    ),
 }
+
 
 @pytest.mark.parametrize("name", NETS)
 def test_equalization_is_exact_in_float(name):
@@ -194,12 +293,15 @@ def test_equalization_is_exact_in_float(name):
     assert len(find_pairs(net)) == 2 and not torch.equal(even[0].weight, net[0].weight)
     a, b = (even.get_submodule(n) for n in find_pairs(net)[0])
     r1 = a.weight.abs().flatten(1).amax(1)
-    if not isinstance(b, nn.Conv2d) or b.groups == 1: assert torch.allclose(r1, b.weight.abs().transpose(0, 1).flatten(1).amax(1))
+    if not isinstance(b, nn.Conv2d) or b.groups == 1:
+        assert torch.allclose(r1, b.weight.abs().transpose(0, 1).flatten(1).amax(1))
 
 
 def test_equalization_leaves_the_model_and_dead_channels():
     net = NETS["linear"]()[0]
-    with torch.no_grad(): net[0].weight[0] = 0; net[2].weight[:, 1] = 0
+    with torch.no_grad():
+        net[0].weight[0] = 0
+        net[2].weight[:, 1] = 0
     old = copy.deepcopy(net.state_dict())
     even = equalize(net)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in old.items())
@@ -208,12 +310,15 @@ def test_equalization_leaves_the_model_and_dead_channels():
 
 # ---- architectures ----
 
+
 class Skips(nn.Module):
     "Outputs that are used long after, in place and twice."
+
     def __init__(self):
         super().__init__()
         box = lambda: nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
         self.a, self.b, self.c, self.d = box(), box(), box(), box()
+
     def forward(self, x):
         first = self.a(x)
         y = self.b(first)
@@ -221,42 +326,82 @@ class Skips(nn.Module):
         z = self.c(y).relu_()
         return self.d(z + y) + first
 
+
 class Shared(nn.Module):
     "One layer called twice, and a tied one."
+
     def __init__(self):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
         self.two.weight = self.one.weight
-    def forward(self, x): return self.three(self.one(self.two(self.one(x).tanh())))
+
+    def forward(self, x):
+        return self.three(self.one(self.two(self.one(x).tanh())))
+
 
 class Tied(nn.Module):
     "The table of words is the output layer too."
+
     def __init__(self):
         super().__init__()
         self.words, self.mix, self.out = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
         self.out.weight = self.words.weight
-    def forward(self, ids): return self.out(self.mix(self.words(ids)))
+
+    def forward(self, ids):
+        return self.out(self.mix(self.words(ids)))
+
 
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
         self.lstm, self.out = nn.LSTM(12, 8, batch_first=True), nn.Linear(8, 3)
-    def forward(self, x): return self.out(self.lstm(x)[0])
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0])
+
 
 class Attends(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention, self.out = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 4)
-    def forward(self, x): return self.out(self.attention(x, x, x)[0])
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
 
 ARCHITECTURES = {
-    "skips": (Skips, lambda: torch.randn(16, 12)), "shared": (Shared, lambda: torch.randn(16, 12)), "tied": (Tied, lambda: torch.randint(0, 20, (6, 5))),
-    "lstm": (Recurrent, lambda: torch.randn(4, 5, 12)), "attention": (Attends, lambda: torch.randn(4, 5, 12)),
-    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 3, enable_nested_tensor=False), lambda: torch.randn(4, 5, 12)),
-    "convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3, groups=2, padding="same"),
-                                           nn.ConvTranspose2d(6, 4, 2, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)), lambda: torch.randn(8, 3, 8, 8)),
-    "one layer": (lambda: nn.Linear(12, 5), lambda: torch.randn(30, 12)), "1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.GELU(), nn.Conv1d(6, 4, 3, dilation=2)), lambda: torch.randn(4, 4, 16)),
+    "skips": (Skips, lambda: torch.randn(16, 12)),
+    "shared": (Shared, lambda: torch.randn(16, 12)),
+    "tied": (Tied, lambda: torch.randint(0, 20, (6, 5))),
+    "lstm": (Recurrent, lambda: torch.randn(4, 5, 12)),
+    "attention": (Attends, lambda: torch.randn(4, 5, 12)),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 3, enable_nested_tensor=False
+        ),
+        lambda: torch.randn(4, 5, 12),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 6, 3, groups=2, padding="same"),
+            nn.ConvTranspose2d(6, 4, 2, 2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        lambda: torch.randn(8, 3, 8, 8),
+    ),
+    "one layer": (lambda: nn.Linear(12, 5), lambda: torch.randn(30, 12)),
+    "1d": (
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.GELU(), nn.Conv1d(6, 4, 3, dilation=2)),
+        lambda: torch.randn(4, 4, 16),
+    ),
 }
+
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
@@ -264,14 +409,19 @@ def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
     model = build().eval()
     batches = [data() for _ in range(3)]
     before = copy.deepcopy(model.state_dict())
-    made = {"gptq": gptq(model, batches, 8, group=None), "rule": gptq(model, batches, 4, group=6, symmetric=False, columns="awq"), "hqq": hqq(model, 8, group=8)}
+    made = {
+        "gptq": gptq(model, batches, 8, group=None),
+        "rule": gptq(model, batches, 4, group=6, symmetric=False, columns="awq"),
+        "hqq": hqq(model, 8, group=8),
+    }
     if name != "lstm" and any(isinstance(m, CALIBRATED) for m in model.modules()):
         s = calibrate(model, batches)
         made |= {"awq": awq(model, s, 8, group=8), "smooth": smooth(model, s)}
     for how, q in made.items():
         y, exact = q(batches[0]), model(batches[0])
         assert y.shape == exact.shape and y.isfinite().all()
-        if how != "rule": assert (y - exact).norm() < 0.1 * exact.norm() + 1e-6, (how, ((y - exact).norm() / exact.norm()).item())
+        if how != "rule":
+            assert (y - exact).norm() < 0.1 * exact.norm() + 1e-6, (how, ((y - exact).norm() / exact.norm()).item())
         save(q, tmp_path / "m.mz")
         again = load(tmp_path / "m.mz", model)
         assert torch.allclose(again(batches[0]), y, atol=1e-6)
@@ -297,20 +447,29 @@ def test_memory_gives_the_same_rows_as_running_everything(name, monkeypatch):
     monkeypatch.setattr(Replay, "remember", lambda *args: None)
     slow = gptq(model, batches, 3, group=6)
     for (n, a), (_, b) in zip(quick.named_modules(), slow.named_modules()):
-        if isinstance(a, Dequantize): assert a.q == b.q, n
+        if isinstance(a, Dequantize):
+            assert a.q == b.q, n
 
 
 def test_memory_forgets_what_is_not_needed():
     held = []
+
     class Watch(Replay):
         def remember(self, *args):
             super().remember(*args)
             held.append(sum(t.numel() for outputs in self.memory.values() for t in outputs.values()))
+
     import modelzip.ptq as module
-    net, x = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(8)]), [torch.randn(10, 8)]
+
+    net, x = (
+        nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(8)]),
+        [torch.randn(10, 8)],
+    )
     old, module.Replay = module.Replay, Watch
-    try: gptq(net, x, catch_up=0.)
-    finally: module.Replay = old
+    try:
+        gptq(net, x, catch_up=0.0)
+    finally:
+        module.Replay = old
     assert max(held) <= 2 * 80
 
 
@@ -325,7 +484,7 @@ def test_catching_up_helps():
     model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(32, 32), nn.Tanh())]).eval()
     x, fresh = [torch.randn(400, 32) for _ in range(2)], torch.randn(400, 32)
     off = lambda share: (gptq(model, x, 3, group=None, catch_up=share)(fresh) - model(fresh)).square().mean().item()
-    assert off(0.75) < off(0.)
+    assert off(0.75) < off(0.0)
 
 
 def test_order_of_a_model_in_training_mode():
@@ -335,76 +494,141 @@ def test_order_of_a_model_in_training_mode():
     assert model.training and q.training and torch.equal(model[2].running_mean, mean)
 
 
-@pytest.mark.parametrize("batch", [torch.ones(3, 1, 28, 28), (torch.ones(3, 1, 28, 28), torch.zeros(3)), [torch.ones(3, 1, 28, 28)], {"x": torch.ones(3, 1, 28, 28), "labels": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(3, 1, 28, 28),
+        (torch.ones(3, 1, 28, 28), torch.zeros(3)),
+        [torch.ones(3, 1, 28, 28)],
+        {"x": torch.ones(3, 1, 28, 28), "labels": torch.zeros(3)},
+    ],
+)
 def test_batches_of_any_form(batch):
     assert calibrate(LeNet5(), [batch])["fc1"].count == 3 and isinstance(gptq(LeNet5(), [batch, batch]).fc1, Dequantize)
 
 
-@pytest.mark.parametrize("make", [lambda: (nn.Linear(7, 5), torch.randn(2, 3, 7)), lambda: (nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), 2, padding_mode="reflect"), torch.randn(2, 4, 9, 9)),
-                                  lambda: (nn.Conv2d(4, 4, 3, groups=4, padding="same"), torch.randn(4, 9, 9)), lambda: (nn.Conv1d(3, 6, 4, 2, 3, 2, 3), torch.randn(2, 3, 20))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Linear(7, 5), torch.randn(2, 3, 7)),
+        lambda: (nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), 2, padding_mode="reflect"), torch.randn(2, 4, 9, 9)),
+        lambda: (nn.Conv2d(4, 4, 3, groups=4, padding="same"), torch.randn(4, 9, 9)),
+        lambda: (nn.Conv1d(3, 6, 4, 2, 3, 2, 3), torch.randn(2, 3, 20)),
+    ],
+)
 def test_rows_times_matrices_are_the_layer(make):
     layer, x = make()
-    y = torch.einsum("gni,goi->gno", input_rows(layer, x), as_matrices(layer.weight, getattr(layer, "groups", 1))).permute(1, 0, 2).flatten(1) + layer.bias
-    real = layer(x) if isinstance(layer, nn.Linear) else layer(x if x.dim() == layer.weight.dim() else x[None]).movedim(1, -1)
+    y = (
+        torch.einsum("gni,goi->gno", input_rows(layer, x), as_matrices(layer.weight, getattr(layer, "groups", 1)))
+        .permute(1, 0, 2)
+        .flatten(1)
+        + layer.bias
+    )
+    real = (
+        layer(x)
+        if isinstance(layer, nn.Linear)
+        else layer(x if x.dim() == layer.weight.dim() else x[None]).movedim(1, -1)
+    )
     assert torch.allclose(y.reshape(-1), real.reshape(-1), atol=1e-5)
 
 
 def test_statistics_do_not_depend_on_batches():
     layer, x = nn.Linear(6, 3), torch.randn(300, 6)
     one, many = calibrate(layer, [x])[""], calibrate(layer, x.split(7))[""]
-    for name in "low", "high", "total", "magnitude", "moment": assert torch.allclose(getattr(one, name), getattr(many, name), rtol=1e-4, atol=1e-3), name
+    for name in "low", "high", "total", "magnitude", "moment":
+        assert torch.allclose(getattr(one, name), getattr(many, name), rtol=1e-4, atol=1e-3), name
     assert torch.equal(one.sample, many.sample) and one.count == many.count == 300
 
 
 def test_sample_stays_small_and_even():
     s = LayerStatistics()
-    for part in torch.arange(3_000_000.).reshape(1, -1, 10).split(12345, 1): s.add(part, moment=False)
-    assert 18_000 < len(s.sample) <= 1 << 17 and torch.equal(s.sample, torch.arange(0., 3_000_000, s.stride))
+    for part in torch.arange(3_000_000.0).reshape(1, -1, 10).split(12345, 1):
+        s.add(part, moment=False)
+    assert 18_000 < len(s.sample) <= 1 << 17 and torch.equal(s.sample, torch.arange(0.0, 3_000_000, s.stride))
 
 
 # ---- what is refused ----
 
 NET = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
 
+
 class Breaks(nn.Module):
     def __init__(self):
         super().__init__()
         self.fine, self.after = nn.Linear(4, 4), nn.Linear(4, 2)
-    def forward(self, x): return self.after(self.fine(x) / 0)
+
+    def forward(self, x):
+        return self.after(self.fine(x) / 0)
+
 
 @pytest.mark.parametrize("run", [calibrate, gptq])
-@pytest.mark.parametrize("model, batches, error, says", [
-    (NET, [], ValueError, "no data"), (NET, [torch.zeros(0, 4)], ValueError, "no data"), (NET, torch.zeros(3, 4), TypeError, "iterable of batches"),
-    (NET, {"x": torch.zeros(3, 4)}, TypeError, "iterable of batches"), (NET, 7, TypeError, "iterable of batches"), (NET, [torch.zeros(3, 5)], ValueError, "cannot take batch 0"),
-    (NET, [torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, "cannot take batch 1"), (NET, [torch.zeros(3, 4, device="meta")], ValueError, "on meta"), (NET, ["text"], ValueError, "cannot take batch 0"),
-    (NET, [torch.full((2, 4), math.nan)], ValueError, "layer 0 holds NaN"), (Breaks, [torch.ones(2, 4)], ValueError, "layer after holds NaN"),
-    (nn.ReLU, [torch.zeros(3)], ValueError, "no layer"), (lambda: 3, [torch.zeros(3)], TypeError, "nn.Module")])
+@pytest.mark.parametrize(
+    "model, batches, error, says",
+    [
+        (NET, [], ValueError, "no data"),
+        (NET, [torch.zeros(0, 4)], ValueError, "no data"),
+        (NET, torch.zeros(3, 4), TypeError, "iterable of batches"),
+        (NET, {"x": torch.zeros(3, 4)}, TypeError, "iterable of batches"),
+        (NET, 7, TypeError, "iterable of batches"),
+        (NET, [torch.zeros(3, 5)], ValueError, "cannot take batch 0"),
+        (NET, [torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, "cannot take batch 1"),
+        (NET, [torch.zeros(3, 4, device="meta")], ValueError, "on meta"),
+        (NET, ["text"], ValueError, "cannot take batch 0"),
+        (NET, [torch.full((2, 4), math.nan)], ValueError, "layer 0 holds NaN"),
+        (Breaks, [torch.ones(2, 4)], ValueError, "layer after holds NaN"),
+        (nn.ReLU, [torch.zeros(3)], ValueError, "no layer"),
+        (lambda: 3, [torch.zeros(3)], TypeError, "nn.Module"),
+    ],
+)
 def test_errors_say_what_is_wrong(run, model, batches, error, says):
     model = model()
-    with pytest.raises(error, match=says): run(model, batches)
-    if isinstance(model, nn.Module): assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    with pytest.raises(error, match=says):
+        run(model, batches)
+    if isinstance(model, nn.Module):
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: gptq(NET(), [torch.ones(2, 4)], bits=9), "bits is 9"), (lambda: gptq(NET(), [torch.ones(2, 4)], overrides={"nothing": {}}), "'nothing'"),
-    (lambda: gptq(NET(), [torch.ones(2, 4)], columns="best"), "columns is 'best'"), (lambda: gptq(NET(), [torch.ones(2, 4)], catch_up=2), "catch_up is 2"),
-    (lambda: gptq(NET(), [torch.ones(2, 4)], overrides=lambda n, m: None), "nothing to quantize"), (lambda: smooth(NET(), {}, alpha=2), "alpha is 2"),
-    (lambda: quantize_with(nearest_weight, NET(), [torch.ones(2, 4)], statistics={}), "both given"), (lambda: equalize(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))), "no pair"),
-    (lambda: equalize(NET(), [("0", "1")]), "1 is ReLU, and may be Linear"), (lambda: correct_bias(NET(), NET(), {}), "nothing to correct"), (lambda: hqq(NET(), p=0), "p is 0"),
-    (lambda: output_error(torch.ones(2, 4), torch.ones(2, 4), calibrate(NET(), [torch.ones(2, 4)], second_moments=False)["0"]), "second_moments")])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: gptq(NET(), [torch.ones(2, 4)], bits=9), "bits is 9"),
+        (lambda: gptq(NET(), [torch.ones(2, 4)], overrides={"nothing": {}}), "'nothing'"),
+        (lambda: gptq(NET(), [torch.ones(2, 4)], columns="best"), "columns is 'best'"),
+        (lambda: gptq(NET(), [torch.ones(2, 4)], catch_up=2), "catch_up is 2"),
+        (lambda: gptq(NET(), [torch.ones(2, 4)], overrides=lambda n, m: None), "nothing to quantize"),
+        (lambda: smooth(NET(), {}, alpha=2), "alpha is 2"),
+        (lambda: quantize_with(nearest_weight, NET(), [torch.ones(2, 4)], statistics={}), "both given"),
+        (lambda: equalize(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))), "no pair"),
+        (lambda: equalize(NET(), [("0", "1")]), "1 is ReLU, and may be Linear"),
+        (lambda: correct_bias(NET(), NET(), {}), "nothing to correct"),
+        (lambda: hqq(NET(), p=0), "p is 0"),
+        (
+            lambda: output_error(
+                torch.ones(2, 4), torch.ones(2, 4), calibrate(NET(), [torch.ones(2, 4)], second_moments=False)["0"]
+            ),
+            "second_moments",
+        ),
+    ],
+)
 def test_arguments_that_make_no_sense(call, says):
-    with pytest.raises(ValueError, match=says): call()
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 def test_layers_with_the_same_input_are_smoothed_alike():
-    "Query, key and value share their column scales, so that a kernel quantizes their input once; others have their own."
+    """Query, key and value share their column scales, so that a kernel quantizes their input once; others have
+    their own."""
     torch.manual_seed(0)
+
     class Three(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = nn.Linear(32, 16), nn.Linear(32, 48), nn.Linear(16, 8)
-        def forward(self, x): return self.c(self.a(x)), self.b(x)
+
+        def forward(self, x):
+            return self.c(self.a(x)), self.b(x)
+
     model, x = Three(), torch.randn(40, 32) * torch.logspace(-1, 1, 32)
     seen = calibrate(model, [x])
     small = smooth(model, seen, alpha=0.6)

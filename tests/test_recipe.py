@@ -1,4 +1,5 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
+
 import json, multiprocessing, os, random, signal, subprocess, sys, time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,21 @@ from torch import nn
 from modelzip.data import LeNet5, digits, mnist5k, train
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
-from modelzip.recipe import RECIPES, STEPS, Cache, Judge, Recipe, Results, file_of, fingerprint, pareto, quantize_others, register_step, samples_of, sweep
+from modelzip.recipe import (
+    RECIPES,
+    STEPS,
+    Cache,
+    Judge,
+    Recipe,
+    Results,
+    file_of,
+    fingerprint,
+    pareto,
+    quantize_others,
+    register_step,
+    samples_of,
+    sweep,
+)
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -22,11 +37,13 @@ def net(seed=0):
 
 
 @pytest.fixture(scope="module")
-def data(): return digits()
+def data():
+    return digits()
 
 
 @pytest.fixture(scope="module")
-def trained(data): return train(net(), data.train, epochs=5, progress=False)
+def trained(data):
+    return train(net(), data.train, epochs=5, progress=False)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -36,7 +53,7 @@ def test_named_recipes_repeat_to_the_last_bit(name, tmp_path):
     model = LeNet5(channels=[4, 8], hidden=32)
     before = fingerprint(model)
     for f in "a", "b":
-        torch.manual_seed(random.randrange(1000))                       # whatever the world's random state is
+        torch.manual_seed(random.randrange(1000))  # whatever the world's random state is
         size, back = file_of(RECIPES[name](model, some), tmp_path / f, RECIPES[name])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert fingerprint(model) == before
@@ -50,31 +67,59 @@ def test_another_seed_is_another_result(data, trained, tmp_path):
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("steps, says", [
-    ([], "empty"), (["nothing"], "'nothing'"), ([("gptq", {"bitz": 3})], "'bitz'"), ([("gptq", {"batches": []})], "'batches'"), ([("gptq", {"bits": float("inf")})], "JSON"),
-    ([("quantize_model", {"scale": 1})], "'scale'"), ("gptq", "list"), ([("gptq", 4)], "step 1"), ([3], "step 1")])
+@pytest.mark.parametrize(
+    "steps, says",
+    [
+        ([], "empty"),
+        (["nothing"], "'nothing'"),
+        ([("gptq", {"bitz": 3})], "'bitz'"),
+        ([("gptq", {"batches": []})], "'batches'"),
+        ([("gptq", {"bits": float("inf")})], "JSON"),
+        ([("quantize_model", {"scale": 1})], "'scale'"),
+        ("gptq", "list"),
+        ([("gptq", 4)], "step 1"),
+        ([3], "step 1"),
+    ],
+)
 def test_wrong_recipes_are_refused_when_written(steps, says):
-    with pytest.raises((ValueError, TypeError), match=says): Recipe(steps)
+    with pytest.raises((ValueError, TypeError), match=says):
+        Recipe(steps)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seed": 0}', '{"seed": "x", "steps": ["convert"]}', '{"seed": 0, "steps": [["os.system", {}]]}', '{"seed": 0, "steps": "convert"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"seed": 0}',
+        '{"seed": "x", "steps": ["convert"]}',
+        '{"seed": 0, "steps": [["os.system", {}]]}',
+        '{"seed": 0, "steps": "convert"}',
+    ],
+)
 def test_json_that_is_no_recipe(text):
-    with pytest.raises((ValueError, TypeError)): Recipe.from_json(text)
+    with pytest.raises((ValueError, TypeError)):
+        Recipe.from_json(text)
 
 
 def test_missing_data_names_the_step(trained):
-    with pytest.raises(ValueError, match="step 2, learn, needs data.*labels"): Recipe(["fold_batchnorm", "learn"])(trained, [torch.randn(8, 64)])
-    with pytest.raises(ValueError, match="step 1, gptq, needs batches"): Recipe(["gptq"])(trained)
+    with pytest.raises(ValueError, match="step 2, learn, needs data.*labels"):
+        Recipe(["fold_batchnorm", "learn"])(trained, [torch.randn(8, 64)])
+    with pytest.raises(ValueError, match="step 1, gptq, needs batches"):
+        Recipe(["gptq"])(trained)
 
 
 def test_a_step_that_fails_says_which(trained, data):
-    with pytest.raises(ValueError) as e: Recipe(["fold_batchnorm", ("quantize_model", {"bits": 99})])(trained)
+    with pytest.raises(ValueError) as e:
+        Recipe(["fold_batchnorm", ("quantize_model", {"bits": 99})])(trained)
     assert any("step 2" in n for n in getattr(e.value, "__notes__", ["step 2"]))
 
 
 def test_a_file_without_a_recipe(trained, tmp_path):
     save(trained, tmp_path / "m.mz")
-    with pytest.raises(ValueError, match="holds no recipe"): Recipe.from_file(tmp_path / "m.mz")
+    with pytest.raises(ValueError, match="holds no recipe"):
+        Recipe.from_file(tmp_path / "m.mz")
 
 
 def test_judge_never_looks_at_the_test_part(data, trained):
@@ -91,8 +136,10 @@ def test_held_out_is_not_learned_from(data):
 
 
 def test_judge_refuses_a_model_without_sense():
-    model = net(); model[1].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"): Judge(model, samples_of([torch.randn(9, 64)]))
+    model = net()
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        Judge(model, samples_of([torch.randn(9, 64)]))
 
 
 def test_recurrent_and_attention_matrices(tmp_path):
@@ -113,51 +160,98 @@ def test_recurrent_and_attention_matrices(tmp_path):
 
 
 def test_a_name_that_is_taken():
-    def gptq(model): return model
-    with pytest.raises(ValueError, match="'gptq'"): register_step(gptq)
+    def gptq(model):
+        return model
+
+    with pytest.raises(ValueError, match="'gptq'"):
+        register_step(gptq)
 
 
 # --- fingerprints
 
+
 def test_fingerprints_tell_apart(data, trained):
-    other = net(); other.load_state_dict(trained.state_dict())
+    other = net()
+    other.load_state_dict(trained.state_dict())
     assert fingerprint(other) == fingerprint(trained)
     other[1].bias.data[0] += 1e-6
     assert fingerprint(other) != fingerprint(trained)
     assert fingerprint(data.train) != fingerprint(data.valid)
     assert fingerprint({"a": 1}) != fingerprint({"a": 2}) != fingerprint({"b": 2})
-    assert fingerprint(torch.zeros(4)) != fingerprint(torch.zeros(2, 2)) != fingerprint(torch.zeros(2, 2, dtype=torch.float64))
+    assert (
+        fingerprint(torch.zeros(4))
+        != fingerprint(torch.zeros(2, 2))
+        != fingerprint(torch.zeros(2, 2, dtype=torch.float64))
+    )
 
 
 def test_fingerprints_read_what_code_imports_where_it_is_used(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path); monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    def a(m): import ours; return ours.K
-    def b(m): from ours import f; return f()
-    def c(m): import pack.sub as s; return s.K
-    def d(m): from pack import sub; return sub.K
-    def e(m): import pack.sub; return pack.sub.K
-    def none(m): import absent_from_here, math; return math.pi
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def a(m):
+        import ours
+
+        return ours.K
+
+    def b(m):
+        from ours import f
+
+        return f()
+
+    def c(m):
+        import pack.sub as s
+
+        return s.K
+
+    def d(m):
+        from pack import sub
+
+        return sub.K
+
+    def e(m):
+        import pack.sub
+
+        return pack.sub.K
+
+    def none(m):
+        import absent_from_here, math
+
+        return math.pi
+
     found = []
     for k in 1, 2:
-        (tmp_path / "pack").mkdir(exist_ok=True); (tmp_path / "pack/__init__.py").touch()
-        for name in "ours.py", "pack/sub.py": (tmp_path / name).write_text(f"K = {k}\ndef f(): return K\n")
-        for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+        (tmp_path / "pack").mkdir(exist_ok=True)
+        (tmp_path / "pack/__init__.py").touch()
+        for name in "ours.py", "pack/sub.py":
+            (tmp_path / name).write_text(f"K = {k}\ndef f(): return K\n")
+        for name in "ours", "pack", "pack.sub":
+            sys.modules.pop(name, None)
         found.append([fingerprint(f) for f in (none, a, b, c, d, e)])
     assert [x != y for x, y in zip(*found)] == [False, True, True, True, True, True]
-    for name in "ours", "pack", "pack.sub": sys.modules.pop(name, None)
+    for name in "ours", "pack", "pack.sub":
+        sys.modules.pop(name, None)
     assert fingerprint(defaultdict(int, a=1)) != fingerprint(defaultdict(float, a=1))
     for hidden in lambda m: eval("K"), lambda m: globals()["K"]:
-        with pytest.raises(TypeError, match="nobody can tell what it reads"): fingerprint(hidden)
+        with pytest.raises(TypeError, match="nobody can tell what it reads"):
+            fingerprint(hidden)
 
 
 # --- the front
 
+
 def test_front_against_brute_force():
     rng = random.Random(0)
     for _ in range(200):
-        rows = [dict(bytes=rng.randint(1, 9), ms=rng.randint(1, 9), quality=rng.choice([None, *range(9)])) for _ in range(rng.randint(1, 25))]
+        rows = [
+            dict(bytes=rng.randint(1, 9), ms=rng.randint(1, 9), quality=rng.choice([None, *range(9)]))
+            for _ in range(rng.randint(1, 25))
+        ]
         known = [r for r in rows if r["quality"] is not None]
-        def dominates(a, b): return a["bytes"] <= b["bytes"] and a["ms"] <= b["ms"] and a["quality"] >= b["quality"] and a != b
+
+        def dominates(a, b):
+            return a["bytes"] <= b["bytes"] and a["ms"] <= b["ms"] and a["quality"] >= b["quality"] and a != b
+
         brute = [r for r in known if not any(dominates(o, r) for o in known)]
         got = pareto(rows, smaller=("bytes", "ms"))
         assert sorted(map(id, got)) == sorted(map(id, brute))
@@ -165,17 +259,27 @@ def test_front_against_brute_force():
 
 # --- sweeps
 
-def make(bits, group=None): return [("quantize_model", {"bits": bits, "group": group})]
+
+def make(bits, group=None):
+    return [("quantize_model", {"bits": bits, "group": group})]
+
 
 GRID = {"bits": [2, 4, 6, 8, 99], "group": [None, 16]}
 
+
 class Travelling:
     "A judge who notes where he arrives."
-    def __init__(self, book): self.book = book
+
+    def __init__(self, book):
+        self.book = book
+
     def __setstate__(self, state):
         vars(self).update(state)
-        with open(self.book, "a") as f: f.write("x")
-    def __call__(self, model): return float(sum(p.detach().abs().sum() for p in model.parameters()))
+        with open(self.book, "a") as f:
+            f.write("x")
+
+    def __call__(self, model):
+        return float(sum(p.detach().abs().sum() for p in model.parameters()))
 
 
 def test_serial_and_processes_agree(trained, data, tmp_path):
@@ -183,12 +287,13 @@ def test_serial_and_processes_agree(trained, data, tmp_path):
     one = sweep(make, GRID, trained, data, folder=tmp_path / "one", evaluate=judge, progress=False)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", evaluate=judge, progress=False)
-    assert 1 <= len((tmp_path / "arrivals").read_text()) <= 2       # not with each of ten points
+    assert 1 <= len((tmp_path / "arrivals").read_text()) <= 2  # not with each of ten points
     strip = lambda rs: [(r.options, r.recipe, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
     assert strip(one) == strip(two) and len(one.failed) == 2
     assert "bits is 99" in one.failed[0].error and "Traceback" in two.failed[0].error
     for r in one:
-        if not r.error: assert one.file(r).read_bytes() == two.file(r).read_bytes() and one.file(r).stat().st_size == r.bytes
+        if not r.error:
+            assert one.file(r).read_bytes() == two.file(r).read_bytes() and one.file(r).stat().st_size == r.bytes
     best = one.best(bytes=4000)
     assert best.bytes <= 4000 and all(r.quality <= best.quality for r in one if not r.error and r.bytes <= 4000)
     assert one.best(bytes=1) is None
@@ -196,40 +301,57 @@ def test_serial_and_processes_agree(trained, data, tmp_path):
 
 def test_a_broken_cache_is_computed_again(trained, data, tmp_path):
     first = sweep(make, {"bits": [3, 5]}, trained, data, folder=tmp_path, progress=False)
-    (tmp_path / f"{first[0].key}.json").write_text('{"bytes": 1')                       # torn
-    (tmp_path / f"{first[1].key}.mz").write_bytes(b"short")                             # not the file that was noted
+    (tmp_path / f"{first[0].key}.json").write_text('{"bytes": 1')  # torn
+    (tmp_path / f"{first[1].key}.mz").write_bytes(b"short")  # not the file that was noted
     again = sweep(make, {"bits": [3, 5]}, trained, data, folder=tmp_path, progress=False)
     assert [(r.bytes, r.quality) for r in again] == [(r.bytes, r.quality) for r in first]
     assert all(again.file(r).stat().st_size == r.bytes for r in again)
 
 
 def test_failures_are_remembered_until_retried(trained, tmp_path):
-    calls, bad = tmp_path / "calls", tmp_path / "bad"                                   # what changes while a judge works must not be part of it
+    calls, bad = tmp_path / "calls", tmp_path / "bad"  # what changes while a judge works must not be part of it
+
     def judge(m):
-        with open(calls, "a") as f: f.write(".")
-        if bad.exists() and len(calls.read_text()) > 1: raise RuntimeError("no luck")
-        return 1.
+        with open(calls, "a") as f:
+            f.write(".")
+        if bad.exists() and len(calls.read_text()) > 1:
+            raise RuntimeError("no luck")
+        return 1.0
+
     bad.touch()
     for retry, failed in (False, 1), (False, 1), (True, 0):
-        if retry: bad.unlink()
+        if retry:
+            bad.unlink()
         got = sweep(make, {"bits": [4]}, trained, folder=tmp_path / "s", evaluate=judge, retry=retry, progress=False)
         assert len(got.failed) == failed
-    assert len(calls.read_text()) == 4                                                  # two for each time that it was really tried
+    assert len(calls.read_text()) == 4  # two for each time that it was really tried
 
 
 def test_a_make_that_fails_is_a_result(trained, tmp_path):
-    def odd(bits): return make(bits) if bits != 5 else 1 / 0
+    def odd(bits):
+        return make(bits) if bits != 5 else 1 / 0
+
     got = sweep(odd, {"bits": [4, 5]}, trained, folder=tmp_path, progress=False)
     assert got[0].bytes and "ZeroDivisionError" in got[1].error and "ZeroDivisionError" in repr(got[1])
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(grid={}), "no point"), (dict(grid={"bits": 3}), "bits"), (dict(executor=3), "executor"), (dict(data=torch.zeros(3)), "batches")])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(grid={}), "no point"),
+        (dict(grid={"bits": 3}), "bits"),
+        (dict(executor=3), "executor"),
+        (dict(data=torch.zeros(3)), "batches"),
+    ],
+)
 def test_wrong_arguments(trained, tmp_path, wrong, says):
-    with pytest.raises((ValueError, TypeError), match=says): sweep(make, **{"grid": GRID, "model": trained, "folder": tmp_path, "progress": False} | wrong)
+    with pytest.raises((ValueError, TypeError), match=says):
+        sweep(make, **{"grid": GRID, "model": trained, "folder": tmp_path, "progress": False} | wrong)
 
 
 def test_nothing_is_unpickled():
     import modelzip.recipe
+
     source = Path(modelzip.recipe.__file__).read_text()
     assert "pickle" not in source.replace("unpickled", "") and "torch.load" not in source
 
@@ -261,29 +383,50 @@ if __name__ == "__main__":
 
 def killed_and_continued(tmp_path, how, path=()):
     "Kill a sweep with SIGKILL when some of it is done; what is there must be whole, and only the rest be computed."
-    (tmp_path / "slow.py").write_text(SLOW); (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "driver.py").write_text(DRIVER)
     env = ENV | {"ASKED": str(tmp_path / "asked"), "PYTHONPATH": os.pathsep.join([str(tmp_path), *path, *sys.path])}
     folder = tmp_path / "sweep"
-    run = subprocess.Popen([sys.executable, "driver.py", str(folder), how], cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "driver.py", str(folder), how],
+        cwd=tmp_path,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     notes = lambda: [f for f in folder.glob("*.json") if not f.name.startswith(".")] if folder.exists() else []
     until = time.time() + 120
-    while len(notes()) < 3 and time.time() < until and run.poll() is None: time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL); run.wait()
+    while len(notes()) < 3 and time.time() < until and run.poll() is None:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
     done = notes()
     assert 3 <= len(done) < 12, "it should have been killed in the middle"
-    for f in done: assert f.with_suffix(".mz").stat().st_size == json.loads(f.read_text())["bytes"]
+    for f in done:
+        assert f.with_suffix(".mz").stat().st_size == json.loads(f.read_text())["bytes"]
     (tmp_path / "asked").write_text("")
-    os.environ["ASKED"] = str(tmp_path / "asked"); sys.path.insert(0, str(tmp_path)); sys.modules.pop("slow", None)
+    os.environ["ASKED"] = str(tmp_path / "asked")
+    sys.path.insert(0, str(tmp_path))
+    sys.modules.pop("slow", None)
     try:
         import slow
-        results = sweep(slow.make, {"bits": list(range(2, 14))}, slow.model(), folder=folder, evaluate=slow.judge, progress=False)
-    finally: sys.path.remove(str(tmp_path)); sys.modules.pop("slow", None); del os.environ["ASKED"]
+
+        results = sweep(
+            slow.make, {"bits": list(range(2, 14))}, slow.model(), folder=folder, evaluate=slow.judge, progress=False
+        )
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("slow", None)
+        del os.environ["ASKED"]
     assert len((tmp_path / "asked").read_text()) == 2 * (12 - len(done))
     assert not results.failed and len({r.key for r in results}) == 12
-    for r in results: assert load(results.file(r)) is not None
+    for r in results:
+        assert load(results.file(r)) is not None
 
 
-def test_kill_9_and_continue(tmp_path): killed_and_continued(tmp_path, "serial")
+def test_kill_9_and_continue(tmp_path):
+    killed_and_continued(tmp_path, "serial")
 
 
 def test_kill_9_on_a_dask_cluster(tmp_path):
@@ -294,21 +437,36 @@ def test_kill_9_on_a_dask_cluster(tmp_path):
 def test_dask_agrees_and_survives_a_worker(trained, data, tmp_path):
     distributed = pytest.importorskip("distributed")
     one = sweep(make, GRID, trained, data, folder=tmp_path / "one", progress=False)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         pids = list(client.run(os.getpid).values())
         assert len(set(pids)) == 2 and os.getpid() not in pids
         two = sweep(make, GRID, trained, data, executor=client.get_executor(), folder=tmp_path / "two", progress=False)
         strip = lambda rs: [(r.options, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
         assert strip(one) == strip(two)
-        sweep(make, {"bits": [2, 3, 4, 5, 6, 7]}, trained, executor=client.get_executor(), folder=tmp_path / "few", evaluate=Travelling(str(tmp_path / "arrivals")), progress=False)
-        assert 1 <= len((tmp_path / "arrivals").read_text()) <= 4   # once to each worker, and on the way
+        sweep(
+            make,
+            {"bits": [2, 3, 4, 5, 6, 7]},
+            trained,
+            executor=client.get_executor(),
+            folder=tmp_path / "few",
+            evaluate=Travelling(str(tmp_path / "arrivals")),
+            progress=False,
+        )
+        assert 1 <= len((tmp_path / "arrivals").read_text()) <= 4  # once to each worker, and on the way
         executor = client.get_executor()
-        class Killing(type(executor)):                                          # kills a worker once the work is under way
+
+        class Killing(type(executor)):  # kills a worker once the work is under way
             submitted = 0
+
             def submit(self, f, *a, **k):
                 job = super().submit(f, *a, **k)
                 Killing.submitted += 1
-                if Killing.submitted == 8: os.kill(pids[0], signal.SIGKILL)
+                if Killing.submitted == 8:
+                    os.kill(pids[0], signal.SIGKILL)
                 return job
+
         three = sweep(make, GRID, trained, data, executor=Killing(client), folder=tmp_path / "three", progress=False)
         assert strip(one) == strip(three)

@@ -1,4 +1,5 @@
 "The site as a reader meets it: built once, checked page by page, and opened in Chromium with the network cut."
+
 import functools, http.server, importlib.util, json, re, shutil, threading
 from pathlib import Path
 
@@ -9,19 +10,33 @@ spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/sit
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 CHAPTERS = site.chapters(ROOT / "nbs")
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000").split()
-CHROMIUM, DRIVER = (shutil.which(n) or shutil.which(m) for n, m in (("chromium", "chromium-browser"), ("chromedriver", "chromium.chromedriver")))
-browser_only = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000"
+).split()
+CHROMIUM, DRIVER = (
+    shutil.which(n) or shutil.which(m)
+    for n, m in (("chromium", "chromium-browser"), ("chromedriver", "chromium.chromedriver"))
+)
+browser_only = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)",
+)
 
 
 def has(path, word, kind="text/html"):
     "Whether a notebook's saved outputs hold a word."
-    return any(word in "".join(o.get("data", {}).get(kind, "")) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", []))
+    return any(
+        word in "".join(o.get("data", {}).get(kind, ""))
+        for c in json.loads(path.read_text())["cells"]
+        for o in c.get("outputs", [])
+    )
 
 
 def markdown(path):
-    return "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    return "\n\n".join(
+        "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"
+    )
 
 
 EXPLORED = [p.stem for p in CHAPTERS if has(p, "mz-explore")]
@@ -34,6 +49,7 @@ def built(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------- the files
+
 
 def test_nothing_is_wrong(built):
     assert site.check(built, ROOT / "nbs") == []
@@ -48,6 +64,7 @@ def test_every_chapter_has_a_page_and_a_place_in_the_sidebar(built):
 
 def test_every_public_name_has_its_place_in_the_reference(built):
     import importlib
+
     missing = []
     for name in site.api().modules(ROOT):
         page = built / f"api_{name}.html"
@@ -59,7 +76,12 @@ def test_every_public_name_has_its_place_in_the_reference(built):
 
 def test_parts_stand_in_order(built):
     bar = (built / f"{CHAPTERS[0].stem}.html").read_text().split('id="quarto-sidebar"')[1]
-    found = [int(n) for n in re.findall(r'sidebar-link[^>]*href="(\d\d)[a-z]?_|href="(\d\d)[a-z]?_\w+\.html"[^>]*sidebar-link', bar) for n in n if n]
+    found = [
+        int(n)
+        for n in re.findall(r'sidebar-link[^>]*href="(\d\d)[a-z]?_|href="(\d\d)[a-z]?_\w+\.html"[^>]*sidebar-link', bar)
+        for n in n
+        if n
+    ]
     assert found == sorted(found) and len(found) == sum(p.name[0].isdigit() for p in CHAPTERS)
 
 
@@ -77,21 +99,45 @@ def test_a_second_build_gives_the_same_pages(built, tmp_path):
 
 def test_a_folder_that_is_no_site_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(SystemExit, match="not empty and not a site"): site.build(tmp_path, ROOT / "nbs")
+    with pytest.raises(SystemExit, match="not empty and not a site"):
+        site.build(tmp_path, ROOT / "nbs")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 # ---------------------------------------------------------------------------------- preparing notebooks
 
+
 def book(folder, *cells):
     "A small notebook: strings are markdown, pairs are code and its outputs."
-    made = [dict(cell_type="markdown", metadata={}, source=c) if isinstance(c, str) else dict(cell_type="code", metadata={}, execution_count=1, source=c[0], outputs=list(c[1:])) for c in cells]
+    made = [
+        (
+            dict(cell_type="markdown", metadata={}, source=c)
+            if isinstance(c, str)
+            else dict(cell_type="code", metadata={}, execution_count=1, source=c[0], outputs=list(c[1:]))
+        )
+        for c in cells
+    ]
     folder.mkdir(exist_ok=True)
-    (folder / "02_explore.ipynb").write_text(json.dumps(dict(cells=made, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")), nbformat=4, nbformat_minor=5)))
+    (folder / "02_explore.ipynb").write_text(
+        json.dumps(
+            dict(
+                cells=made,
+                metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")),
+                nbformat=4,
+                nbformat_minor=5,
+            )
+        )
+    )
     return folder
 
 
-FIGURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="})
+FIGURE = dict(
+    output_type="display_data",
+    metadata={},
+    data={
+        "image/png": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    },
+)
 
 
 def page_of(tmp_path, *cells):
@@ -101,9 +147,16 @@ def page_of(tmp_path, *cells):
 
 
 def test_cells_and_directives(tmp_path):
-    page, problems = page_of(tmp_path, "# A title\n> what it says", ("#| hide\nimport secret_helper_that_nobody_needs_to_see_on_the_site",), ("#| default_exp explore",), ("", FIGURE),
-                             ("#| export\ndef hop(n: int): return n", FIGURE), "Then `hop` and `hop()` and `other`.",
-                             ("#| code-fold: true\n#| code-summary: \"Solution\"\nanswer = 42",))
+    page, problems = page_of(
+        tmp_path,
+        "# A title\n> what it says",
+        ("#| hide\nimport secret_helper_that_nobody_needs_to_see_on_the_site",),
+        ("#| default_exp explore",),
+        ("", FIGURE),
+        ("#| export\ndef hop(n: int): return n", FIGURE),
+        "Then `hop` and `hop()` and `other`.",
+        ("#| code-fold: true\n#| code-summary: \"Solution\"\nanswer = 42",),
+    )
     assert "<h1" in page and "A title" in page and "what it says" in page
     assert "secret_helper" not in page and "default_exp" not in page and "#|" not in page
     assert 'id="def-hop"' in page and '<a href="#def-hop"><code>hop</code></a>' in page
@@ -113,19 +166,40 @@ def test_cells_and_directives(tmp_path):
 
 def test_printed_lines_are_one_output():
     line = lambda t, kind="stream": dict(output_type=kind, name="stdout", text=[t])
-    assert [o["text"] for o in site.joined([line("a\n"), line("b\n"), line("x", "other"), line("c")])] == ["a\nb\n", ["x"], ["c"]]
+    assert [o["text"] for o in site.joined([line("a\n"), line("b\n"), line("x", "other"), line("c")])] == [
+        "a\nb\n",
+        ["x"],
+        ["c"],
+    ]
 
 
 def test_linked():
     where = {"quantize": "03_quant.ipynb#def-quantize"}
     text = "# `quantize`\n`quantize` twice `quantize`\n```\n`quantize`\n```\n[`quantize`](x)"
-    assert site.linked(text, where, "00_data.ipynb") == text.replace("\n`quantize` twice", "\n[`quantize`](03_quant.ipynb#def-quantize) twice", 1)
+    assert site.linked(text, where, "00_data.ipynb") == text.replace(
+        "\n`quantize` twice", "\n[`quantize`](03_quant.ipynb#def-quantize) twice", 1
+    )
     assert site.linked("`quantize()`", where, "03_quant.ipynb") == "[`quantize()`](#def-quantize)"
 
 
 def test_show_doc_is_set_as_documentation(tmp_path):
-    saved = "---\n\n### hop\n\n>      hop (n:int)\n\n*Hops.*\n\n|    | **Type** | **Details** |\n| -- | -------- | ----------- |\n| n | int | how far |"
-    page, _ = page_of(tmp_path, "# t", ("show_doc(hop)", dict(output_type="execute_result", execution_count=1, metadata={}, data={"text/markdown": saved, "text/plain": saved})))
+    saved = (
+        "---\n\n### hop\n\n>      hop (n:int)\n\n*Hops.*\n\n|    | **Type** | **Details** |\n| -- | -------- |"
+        " ----------- |\n| n | int | how far |"
+    )
+    page, _ = page_of(
+        tmp_path,
+        "# t",
+        (
+            "show_doc(hop)",
+            dict(
+                output_type="execute_result",
+                execution_count=1,
+                metadata={},
+                data={"text/markdown": saved, "text/plain": saved},
+            ),
+        ),
+    )
     assert 'class="api"' in page and "how far" in page and "show_doc" not in page and "<hr" not in page
     assert "hop(n: int)" in bare(page)
 
@@ -140,16 +214,21 @@ def test_long_lines_hang():
     argument = "    bits: int = 8,     # width of a code, which may be anything from one to sixteen"
     page = code(f"def f(\n\n{argument}\n):\n{long}\nx")
     made = site.hang(page)
-    assert bare(made) == bare(page)                                                     # nothing is lost, nothing comes in
-    assert re.findall(r"--by:(\d+)ch", made) == ["25", "8"]                              # under the comment; four to the right of `return`
-    assert site.hang(code("short\nlines")).count("hang") == 1                           # the code alone is marked: its lines fit everywhere
+    assert bare(made) == bare(page)  # nothing is lost, nothing comes in
+    assert re.findall(r"--by:(\d+)ch", made) == ["25", "8"]  # under the comment; four to the right of `return`
+    assert site.hang(code("short\nlines")).count("hang") == 1  # the code alone is marked: its lines fit everywhere
     text = code('a = <span class="st">"""' + "one " * 15 + "\n" + "two " * 15 + '"""</span>\nb')
     assert bare(site.hang(text)) == bare(text)
-    for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S): assert line.count("<span") == line.count("</span")
+    for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S):
+        assert line.count("<span") == line.count("</span")
     table = code("a" + "  1" * 30 + "\nb" + "  2" * 30, "")
     note = code("a  1\nb  2\nEach of them was saved, loaded and measured, which takes a while to say", "")
-    assert "data-hang" not in site.hang(note) and re.findall(r'class="hang"[^>]*>(\w+)', site.hang(note)) == ["Each"]       # a note under a table wraps
-    assert site.hang(table) == table and site.hang(code("word " * 30, "")) != code("word " * 30, "")     # columns stay columns
+    assert "data-hang" not in site.hang(note) and re.findall(r'class="hang"[^>]*>(\w+)', site.hang(note)) == [
+        "Each"
+    ]  # a note under a table wraps
+    assert site.hang(table) == table and site.hang(code("word " * 30, "")) != code(
+        "word " * 30, ""
+    )  # columns stay columns
 
 
 def test_signatures_are_short():
@@ -157,26 +236,83 @@ def test_signatures_are_short():
 >         'torch.nn.modules.linear.Linear'>, <class
 >         'torch.nn.modules.conv.Conv1d'>), batches:co
 >         llections.abc.Iterable|__main__.Split|None=None, how:str='a.B')"""
-    assert site.signature(broken) == "f(model: Module, layers: tuple=(Linear, Conv1d), batches: Iterable|Split|None=None, how: str='a.B')"
+    assert (
+        site.signature(broken)
+        == "f(model: Module, layers: tuple=(Linear, Conv1d), batches: Iterable|Split|None=None, how: str='a.B')"
+    )
 
 
 def test_methods_are_no_places():
-    assert site.definitions("@patch_onto(Q)\ndef bits(self): 1\ndef free(): 2\nclass C: pass\ndef _own(): 3") == ["free", "C"]
+    assert site.definitions("@patch_onto(Q)\ndef bits(self): 1\ndef free(): 2\nclass C: pass\ndef _own(): 3") == [
+        "free",
+        "C",
+    ]
 
 
-@pytest.mark.parametrize("cells, says", [
-    (["# t", "[x](nowhere.html)"], "broken link nowhere.html"), (["# t", "[x](#nowhere)"], "has no such place"), (["# t", "![x](https://example.org/x.png)"], "loads https://example.org/x.png"),
-    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<script src="//example.org/x.js"></script>'}))], "loads //example.org/x.js"),
-    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<style>@import "https://example.org/x.css"</style>'}))], "loads https://example.org/x.css"),
-    (["# t", ("1", dict(output_type="stream", name="stdout", text="/home/me/book/x.py:3"))], "somebody's machine: /home/me/"), (["# t"], "has no figure"),
-    (["# t", ("1", dict(output_type="display_data", metadata={}, data={"text/html": '<div class="mz-explore">' + "x" * 2_000_001 + "</script></div>"}))], "its explorers take 2,000,0")])
+@pytest.mark.parametrize(
+    "cells, says",
+    [
+        (["# t", "[x](nowhere.html)"], "broken link nowhere.html"),
+        (["# t", "[x](#nowhere)"], "has no such place"),
+        (["# t", "![x](https://example.org/x.png)"], "loads https://example.org/x.png"),
+        (
+            [
+                "# t",
+                (
+                    "1",
+                    dict(
+                        output_type="display_data",
+                        metadata={},
+                        data={"text/html": '<script src="//example.org/x.js"></script>'},
+                    ),
+                ),
+            ],
+            "loads //example.org/x.js",
+        ),
+        (
+            [
+                "# t",
+                (
+                    "1",
+                    dict(
+                        output_type="display_data",
+                        metadata={},
+                        data={"text/html": '<style>@import "https://example.org/x.css"</style>'},
+                    ),
+                ),
+            ],
+            "loads https://example.org/x.css",
+        ),
+        (
+            ["# t", ("1", dict(output_type="stream", name="stdout", text="/home/me/book/x.py:3"))],
+            "somebody's machine: /home/me/",
+        ),
+        (["# t"], "has no figure"),
+        (
+            [
+                "# t",
+                (
+                    "1",
+                    dict(
+                        output_type="display_data",
+                        metadata={},
+                        data={"text/html": '<div class="mz-explore">' + "x" * 2_000_001 + "</script></div>"},
+                    ),
+                ),
+            ],
+            "its explorers take 2,000,0",
+        ),
+    ],
+)
 def test_check_finds(tmp_path, cells, says):
     _, problems = page_of(tmp_path, *cells)
     assert any(says in p for p in problems), problems
 
 
 def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
-    nbs = book(tmp_path / "nbs", "# t\n\n$x^2$", ("a_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
+    nbs = book(
+        tmp_path / "nbs", "# t\n\n$x^2$", ("a_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE)
+    )
     out = site.build(tmp_path / "out", nbs)
     assert site.check(out, nbs) == []
     book(nbs, "# t\n\n$x^2$", ("#| hide\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
@@ -191,7 +327,8 @@ def test_each_chapter_says_how_long_it_takes_and_where_it_runs(built, chapter):
     head = re.search(r'<div[^>]*class="[^"]*at-a-glance.*?</div>', (built / f"{chapter}.html").read_text(), re.S)[0]
     minutes = int(re.search(r"(\d+) min to read", head)[1])
     assert 5 <= minutes <= 120
-    for start in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/", "https://github.com/"): assert re.search(rf'href="{start}[^"]*{chapter}\.ipynb"', head)
+    for start in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/", "https://github.com/"):
+        assert re.search(rf'href="{start}[^"]*{chapter}\.ipynb"', head)
     times = json.loads((ROOT / "bench/results/chapter_times.json").read_text())
     assert ("to run" in head) == (chapter in times)
 
@@ -209,13 +346,16 @@ def test_duration(seconds, says):
 
 def test_course_pages_are_pages(built):
     index = (built / "index.html").read_text()
-    for name in ("course", "glossary", "references"): assert f'href="{name}.html"' in index and (built / f"{name}.html").is_file()
+    for name in ("course", "glossary", "references"):
+        assert f'href="{name}.html"' in index and (built / f"{name}.html").is_file()
 
 
 # ---------------------------------------------------------------------------------- in a browser
 
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *a): pass
+    def log_message(self, *a):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -229,9 +369,11 @@ def address(built):
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
     from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in FLAGS: options.add_argument(flag)
+    for flag in FLAGS:
+        options.add_argument(flag)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -243,7 +385,8 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def browser(chromium):
     "A browser whose console must stay empty and which asks nobody but the local server."
-    for kind in ("browser", "performance"): chromium.get_log(kind)
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)
     yield chromium
     assert [e["message"] for e in chromium.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
     asked = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
@@ -253,7 +396,8 @@ def browser(chromium):
 
 def wait(browser, script, *arguments, seconds=5):
     from selenium.webdriver.support.ui import WebDriverWait
-    return WebDriverWait(browser, seconds, poll_frequency=.05).until(lambda b: b.execute_script(script, *arguments))
+
+    return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda b: b.execute_script(script, *arguments))
 
 
 EVERY_FRAME = """
@@ -276,6 +420,7 @@ PICTURE = "return arguments[0].querySelector('.mz-frame').innerHTML"
 def test_explorers_turn(browser, address, chapter):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
+
     browser.get(f"{address}/{chapter}.html")
     explorers = browser.find_elements(By.CSS_SELECTOR, ".mz-explore")
     assert explorers
@@ -289,9 +434,12 @@ def test_explorers_turn(browser, address, chapter):
                 shown = knob.find_element(By.XPATH, "./following-sibling::output")
                 before = shown.text
                 knob.send_keys(Keys.ARROW_LEFT if at == last else Keys.ARROW_RIGHT)
-                if last: assert shown.text != before and knob.get_attribute("aria-valuetext") == shown.text
-            elif kind == "checkbox": knob.send_keys(Keys.SPACE)
-            else: knob.send_keys(Keys.ARROW_UP if knob.get_property("selectedIndex") else Keys.ARROW_DOWN)
+                if last:
+                    assert shown.text != before and knob.get_attribute("aria-valuetext") == shown.text
+            elif kind == "checkbox":
+                knob.send_keys(Keys.SPACE)
+            else:
+                knob.send_keys(Keys.ARROW_UP if knob.get_property("selectedIndex") else Keys.ARROW_DOWN)
             moved = moved or browser.execute_script(PICTURE, e) != first
         assert moved, "no control changes what is shown"
     assert browser.execute_async_script(EVERY_FRAME) == []
@@ -303,11 +451,16 @@ def test_mathematics_is_typeset(browser, address, chapter):
     browser.get(f"{address}/{chapter}.html")
     wait(browser, "return document.querySelectorAll('main .katex').length > 0")
     written, typeset, errors, flat = browser.execute_script(
-        "const all = s => [...document.querySelectorAll(s)];"
-        "return [all('main .math').length, all('main .math .katex').length, all('.katex-error').map(e => e.textContent),"
-        " all('main .math .katex').filter(e => e.closest('details:not([open])') == null && (!e.offsetWidth || !e.offsetHeight)).length]")
+        "const all = s => [...document.querySelectorAll(s)];return [all('main .math').length, all('main .math"
+        " .katex').length, all('.katex-error').map(e => e.textContent), all('main .math .katex').filter(e =>"
+        " e.closest('details:not([open])') == null && (!e.offsetWidth || !e.offsetHeight)).length]"
+    )
     assert typeset >= written > 0 and errors == [] and flat == 0
-    assert wait(browser, "return document.fonts.status == 'loaded' && [...document.fonts].some(f => f.family.includes('KaTeX') && f.status == 'loaded')")
+    assert wait(
+        browser,
+        "return document.fonts.status == 'loaded' && [...document.fonts].some(f => f.family.includes('KaTeX') &&"
+        " f.status == 'loaded')",
+    )
 
 
 @browser_only
@@ -315,7 +468,9 @@ def test_mathematics_is_typeset(browser, address, chapter):
 def test_pages_fit_the_window(browser, address, chapter):
     browser.get(f"{address}/{chapter}.html")
     for width in (1280, 390):
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500))
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        )
         wide = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert wide[0] <= width and wide[1] == width
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -348,7 +503,11 @@ def test_search_and_mathematics_without_a_server(browser, built):
 @browser_only
 def test_sidebar_leads_everywhere(browser, address):
     browser.get(f"{address}/index.html")
-    links = [a.get_attribute("href") for a in browser.find_elements("css selector", "#quarto-sidebar a.sidebar-link") if a.get_attribute("href")]
+    links = [
+        a.get_attribute("href")
+        for a in browser.find_elements("css selector", "#quarto-sidebar a.sidebar-link")
+        if a.get_attribute("href")
+    ]
     assert {l.rsplit("/")[-1] for l in links} >= {f"{p.stem}.html" for p in CHAPTERS if p.name[0].isdigit()}
     browser.find_element("css selector", "#quarto-sidebar a[href='02_explore.html']").click()
     assert browser.current_url.endswith("/02_explore.html")
@@ -358,12 +517,18 @@ def test_sidebar_leads_everywhere(browser, address):
 
 @browser_only
 def test_sidebar_opens_on_a_phone(browser, address):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=390, height=800, deviceScaleFactor=1, mobile=True))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", dict(width=390, height=800, deviceScaleFactor=1, mobile=True)
+    )
     browser.get(f"{address}/02_explore.html")
     bar = browser.find_element("css selector", "#quarto-sidebar")
     assert not bar.is_displayed()
     next(b for b in browser.find_elements("css selector", ".quarto-btn-toggle") if b.is_displayed()).click()
-    wait(browser, "return arguments[0].getBoundingClientRect().width > 100 && arguments[0].getBoundingClientRect().left >= 0", bar)
+    wait(
+        browser,
+        "return arguments[0].getBoundingClientRect().width > 100 && arguments[0].getBoundingClientRect().left >= 0",
+        bar,
+    )
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

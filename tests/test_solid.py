@@ -1,4 +1,6 @@
-"""Solid files: what comes back, and what happens to files that are damaged or forged. And the bets that learn, and the price of bits."""
+"""Solid files: what comes back, and what happens to files that are damaged or forged. And the bets that learn, and
+the price of bits."""
+
 import copy, io, itertools, json, math, random, sys, zlib
 
 import numpy as np
@@ -27,9 +29,12 @@ def forged(text, numbers):
     zips.seal_solid(f := io.BytesIO(), pack.pack_text(json.dumps(text).encode()) + numbers)
     return f.getvalue()
 
+
 def opened(path):
-    with open(path, "rb") as f: text, numbers = pack.unpack_text(zips.unseal_solid(f))
+    with open(path, "rb") as f:
+        text, numbers = pack.unpack_text(zips.unseal_solid(f))
     return json.loads(text), numbers
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -39,103 +44,163 @@ def tiny():
 
 # ---- what comes back ----------------------------------------------------------------------------------------------
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k)), tensors(), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda k: "." not in k and not hasattr(nn.Module(), k)),
+        tensors(),
+        max_size=5,
+    )
+)
 def test_any_tensor_under_any_name(tmp_path, named):
     "Random bits, all types, empty and scalar shapes, any Unicode name."
     m, empty = Holder(**named), Holder(**{k: torch.zeros_like(t) for k, t in named.items()})
-    assert state(load(save(m, tmp_path/"x.mz", "solid"), empty)) == state(m)
+    assert state(load(save(m, tmp_path / "x.mz", "solid"), empty)) == state(m)
 
-@pytest.mark.parametrize("name, model", [s for s in sorts() if "large" not in s[0]], ids=lambda x: x if isinstance(x, str) else "")
+
+@pytest.mark.parametrize(
+    "name, model", [s for s in sorts() if "large" not in s[0]], ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_every_sort_of_model(tmp_path, name, model):
-    solid, mapped = save(model, tmp_path/"solid.mz", "solid"), save(model, tmp_path/"mapped.mz", False)
+    solid, mapped = save(model, tmp_path / "solid.mz", "solid"), save(model, tmp_path / "mapped.mz", False)
     assert state(load(solid, model)) == state(model) and diff(solid, mapped).same
     i = random.Random(name).choice([*pack.items(model)])
     assert stored(read_tensor(solid, i.name)) == stored(i.value)
     contents = inspect(solid)
-    assert sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == solid.stat().st_size and contents.version == 5
-    assert solid.read_bytes() == save(copy.deepcopy(model), tmp_path/"again.mz", "solid").read_bytes()
+    assert (
+        sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == solid.stat().st_size
+        and contents.version == 5
+    )
+    assert solid.read_bytes() == save(copy.deepcopy(model), tmp_path / "again.mz", "solid").read_bytes()
+
 
 def test_lean(tmp_path, tiny):
-    "Beside its numbers a file that a builder knows has about 150 bytes, and its numbers take their entropy and little more."
-    contents = inspect(save(tiny, tmp_path/"x.mz", "solid"))
+    """Beside its numbers a file that a builder knows has about 150 bytes, and its numbers take their entropy and
+    little more."""
+    contents = inspect(save(tiny, tmp_path / "x.mz", "solid"))
     assert contents.rest <= 150
     codes = [m.q.unpack().flatten() for m in tiny.children()]
     ideal = sum(float(entropy(c)) * c.numel() for c in codes) / 8
-    assert sum(l.bytes for l in contents.lines if "weight" in l.name) <= ideal + 4 * (4 + 8)      # a scale and a learned histogram each
-    assert state(load(tmp_path/"x.mz")) == state(tiny)
+    assert sum(l.bytes for l in contents.lines if "weight" in l.name) <= ideal + 4 * (
+        4 + 8
+    )  # a scale and a learned histogram each
+    assert state(load(tmp_path / "x.mz")) == state(tiny)
+
 
 def test_layers_that_differ(tmp_path):
     model = LeNet5(channels=[2, 3], hidden=4)
-    model.conv2 = nn.Conv2d(2, 5, 5); model.fc1 = nn.Sequential(nn.Linear(80, 3, bias=False), nn.Linear(3, 4))
-    assert state(load(save(model, tmp_path/"x.mz", "solid"))) == state(model)
+    model.conv2 = nn.Conv2d(2, 5, 5)
+    model.fc1 = nn.Sequential(nn.Linear(80, 3, bias=False), nn.Linear(3, 4))
+    assert state(load(save(model, tmp_path / "x.mz", "solid"))) == state(model)
+
 
 def test_what_cannot_be_solid(tmp_path, tiny):
-    with pytest.raises(ValueError, match="more numbers"): save(LeNet5(), tmp_path/"x.mz", "solid")
-    assert not (tmp_path/"x.mz").exists()
-    with pytest.raises(ValueError, match="mmap"): load(save(tiny, tmp_path/"x.mz", "solid"), mmap=True)
-    with pytest.raises(TypeError, match="archive"): save(tiny, tmp_path/"x.mz", "tight")
+    with pytest.raises(ValueError, match="more numbers"):
+        save(LeNet5(), tmp_path / "x.mz", "solid")
+    assert not (tmp_path / "x.mz").exists()
+    with pytest.raises(ValueError, match="mmap"):
+        load(save(tiny, tmp_path / "x.mz", "solid"), mmap=True)
+    with pytest.raises(TypeError, match="archive"):
+        save(tiny, tmp_path / "x.mz", "tight")
 
 
 # ---- damage and forgery -------------------------------------------------------------------------------------------
 def test_every_byte_flipped_and_every_length(tmp_path, tiny):
-    good, rng = save(tiny, tmp_path/"good.mz", "solid").read_bytes(), random.Random(0)
+    good, rng = save(tiny, tmp_path / "good.mz", "solid").read_bytes(), random.Random(0)
     for i in range(len(good)):
-        for bad in good[:i], good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:]:
-            (tmp_path/"x.mz").write_bytes(bad)
-            with pytest.raises(PackError, match="x.mz"): load(tmp_path/"x.mz")
+        for bad in good[:i], good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1 :]:
+            (tmp_path / "x.mz").write_bytes(bad)
+            with pytest.raises(PackError, match="x.mz"):
+                load(tmp_path / "x.mz")
+
 
 def test_random_damage(tmp_path, tiny):
-    good, rng, want = save(tiny, tmp_path/"good.mz", "solid").read_bytes(), random.Random(1), state(tiny)
+    good, rng, want = save(tiny, tmp_path / "good.mz", "solid").read_bytes(), random.Random(1), state(tiny)
     for n, damage in zip(range(600), itertools.cycle(DAMAGE.values())):
-        (tmp_path/"x.mz").write_bytes(bad := damage(good, rng))
-        try: got = load(tmp_path/"x.mz")
-        except PackError: continue
+        (tmp_path / "x.mz").write_bytes(bad := damage(good, rng))
+        try:
+            got = load(tmp_path / "x.mz")
+        except PackError:
+            continue
         assert bad == good and state(got) == want
 
+
 def test_forged_manifests_and_numbers(tmp_path, tiny):
-    "Checksums are right, the rest is nonsense: a PackError or some model, never another exception, and never long or large."
-    good, numbers = opened(save(tiny, tmp_path/"good.mz", "solid"))
-    rng, path, loaded = random.Random(2), tmp_path/"x.mz", 0
+    """Checksums are right, the rest is nonsense: a PackError or some model, never another exception, and never long
+    or large."""
+    good, numbers = opened(save(tiny, tmp_path / "good.mz", "solid"))
+    rng, path, loaded = random.Random(2), tmp_path / "x.mz", 0
     every = list(places(good))
     for n in range(700):
         m, at = copy.deepcopy(good), every[n % len(every)] if n < 2 * len(every) else rng.choice(every)
-        if not at: m = rng.choice(JUNK)
+        if not at:
+            m = rng.choice(JUNK)
         else:
             owner = m
-            for k in at[:-1]: owner = owner[k]
-            if rng.random() < 0.2: del owner[at[-1]]
-            else: owner[at[-1]] = rng.choice([*JUNK, 15, [15, 3], "float16", {"dtype": "float32", "shape": [2]}])
-        data = numbers if rng.random() < 0.7 else bytes(rng.randrange(256) if rng.random() < 0.1 else b for b in numbers)
+            for k in at[:-1]:
+                owner = owner[k]
+            if rng.random() < 0.2:
+                del owner[at[-1]]
+            else:
+                owner[at[-1]] = rng.choice([*JUNK, 15, [15, 3], "float16", {"dtype": "float32", "shape": [2]}])
+        data = (
+            numbers if rng.random() < 0.7 else bytes(rng.randrange(256) if rng.random() < 0.1 else b for b in numbers)
+        )
         path.write_bytes(forged(m, data))
-        try: load(path); loaded += 1
-        except PackError as e: assert str(path) in str(e)
-        try: inspect(path)
-        except PackError: pass
+        try:
+            load(path)
+            loaded += 1
+        except PackError as e:
+            assert str(path) in str(e)
+        try:
+            inspect(path)
+        except PackError:
+            pass
     assert 3 < loaded < 500
 
-@pytest.mark.parametrize("change, words", [
-    (lambda m: m | {"modelzip": 6}, "newer modelzip"), (lambda m: m | {"modelzip": "4"}, "which version"), (lambda m: m | {"x": 1}, "fields"),
-    (lambda m: m | {"tensors": m["tensors"][:-1]}, "another length"), (lambda m: m | {"tensors": [*m["tensors"][:-1], {"dtype": "uint8", "shape": [2**40]}]}, "more numbers"),
-    (lambda m: m | {"architecture": {"name": "Unheard", "options": {}}}, "cannot be built"), (lambda m: {k: v for k, v in m.items() if k != "kind"} | {"architecture": None}, "another length"),
-    (lambda m: m | {"tensors": [*m["tensors"][:-1], {"offset": 3}]}, "unknown form")])
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: m | {"modelzip": 6}, "newer modelzip"),
+        (lambda m: m | {"modelzip": "4"}, "which version"),
+        (lambda m: m | {"x": 1}, "fields"),
+        (lambda m: m | {"tensors": m["tensors"][:-1]}, "another length"),
+        (lambda m: m | {"tensors": [*m["tensors"][:-1], {"dtype": "uint8", "shape": [2**40]}]}, "more numbers"),
+        (lambda m: m | {"architecture": {"name": "Unheard", "options": {}}}, "cannot be built"),
+        (lambda m: {k: v for k, v in m.items() if k != "kind"} | {"architecture": None}, "another length"),
+        (lambda m: m | {"tensors": [*m["tensors"][:-1], {"offset": 3}]}, "unknown form"),
+    ],
+)
 def test_manifests_that_lie(tmp_path, tiny, change, words):
-    good, numbers = opened(save(tiny, tmp_path/"x.mz", "solid"))
-    (tmp_path/"x.mz").write_bytes(forged(change(good), numbers))
-    with pytest.raises(PackError, match=words): load(tmp_path/"x.mz")
+    good, numbers = opened(save(tiny, tmp_path / "x.mz", "solid"))
+    (tmp_path / "x.mz").write_bytes(forged(change(good), numbers))
+    with pytest.raises(PackError, match=words):
+        load(tmp_path / "x.mz")
+
 
 def test_numbers_too_long_or_strange(tmp_path, tiny):
-    good, numbers = opened(save(tiny, tmp_path/"x.mz", "solid"))
-    for bad in numbers + bytes(9) + b"1", numbers + b"123456", numbers * 2:      # (a byte or two more may name another point of the same interval)
-        (tmp_path/"x.mz").write_bytes(forged(good, bad))
-        with pytest.raises(PackError, match="left over"): load(tmp_path/"x.mz")
+    good, numbers = opened(save(tiny, tmp_path / "x.mz", "solid"))
+    for bad in (
+        numbers + bytes(9) + b"1",
+        numbers + b"123456",
+        numbers * 2,
+    ):  # (a byte or two more may name another point of the same interval)
+        (tmp_path / "x.mz").write_bytes(forged(good, bad))
+        with pytest.raises(PackError, match="left over"):
+            load(tmp_path / "x.mz")
+
 
 def test_bombs(tmp_path):
-    path = tmp_path/"x.mz"
-    for text in bytes(2**25), b"[" + b"[],"*2**18 + b"0]", b'{"modelzip":' + b"["*10**5:
-        zips.seal_solid(f := io.BytesIO(), pack.pack_text(text)); path.write_bytes(f.getvalue())
-        with pytest.raises(PackError): load(path)
-    zips.seal_solid(f := io.BytesIO(), bytes(2**21)); path.write_bytes(f.getvalue())
-    with pytest.raises(PackError, match="too large"): load(path)
+    path = tmp_path / "x.mz"
+    for text in bytes(2**25), b"[" + b"[]," * 2**18 + b"0]", b'{"modelzip":' + b"[" * 10**5:
+        zips.seal_solid(f := io.BytesIO(), pack.pack_text(text))
+        path.write_bytes(f.getvalue())
+        with pytest.raises(PackError):
+            load(path)
+    zips.seal_solid(f := io.BytesIO(), bytes(2**21))
+    path.write_bytes(f.getvalue())
+    with pytest.raises(PackError, match="too large"):
+        load(path)
 
 
 # ---- bets that learn ----------------------------------------------------------------------------------------------
@@ -143,27 +208,35 @@ def test_bombs(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), max_size=400))
 def test_bits_in_contexts(pairs):
     encoder = AdaptiveEncoder()
-    for context, bit in pairs: assert encoder.bit(context, bit) == bit
+    for context, bit in pairs:
+        assert encoder.bit(context, bit) == bit
     decoder = AdaptiveDecoder(encoder.finish())
     assert [decoder.bit(context) for context, _ in pairs] == [bit for _, bit in pairs]
     decoder.finish()
+
 
 @settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.integers(0, 1), max_size=60), st.binary(max_size=12), st.integers(0, 2**32))
 def test_only_the_encoders_own_data_is_accepted(bits, noise, seed):
     "Whatever else gives bits as well: longer, shorter, another point of the same interval."
     encoder = AdaptiveEncoder()
-    for b in bits: encoder.bit("c", b)
+    for b in bits:
+        encoder.bit("c", b)
     true = encoder.finish()
     rng = random.Random(seed)
-    near = bytearray(true or b"\0"); near[rng.randrange(len(near))] ^= 1 << rng.randrange(8)
+    near = bytearray(true or b"\0")
+    near[rng.randrange(len(near))] ^= 1 << rng.randrange(8)
     for data in true, true + noise, true[:-1], bytes(near), noise, b"abcd":
         decoder = AdaptiveDecoder(data)
         got, again = [decoder.bit("c") for _ in bits], AdaptiveEncoder()
-        for b in got: again.bit("c", b)
-        if again.finish() == data: decoder.finish()
+        for b in got:
+            again.bit("c", b)
+        if again.finish() == data:
+            decoder.finish()
         else:
-            with pytest.raises(CodingError): decoder.finish()
+            with pytest.raises(CodingError):
+                decoder.finish()
+
 
 def test_carries():
     "Long runs of the likelier bit, then the unlikely one: the low end runs into the next byte again and again."
@@ -171,34 +244,49 @@ def test_carries():
         rng = random.Random(seed)
         bits = [int(rng.random() < rng.choice([0.001, 0.5, 0.999])) for _ in range(3000)]
         encoder = AdaptiveEncoder()
-        for i, bit in enumerate(bits): encoder.bit(i % 3, bit)
+        for i, bit in enumerate(bits):
+            encoder.bit(i % 3, bit)
         decoder = AdaptiveDecoder(encoder.finish())
         assert [decoder.bit(i % 3) for i in range(3000)] == bits
         decoder.finish()
 
+
 @settings(max_examples=examples(60), deadline=None)
-@given(st.integers(2, 256).flatmap(lambda levels: st.tuples(st.just(levels), st.lists(st.integers(0, levels - 1), max_size=60))), st.binary(max_size=60), st.integers(1, 8))
+@given(
+    st.integers(2, 256).flatmap(
+        lambda levels: st.tuples(st.just(levels), st.lists(st.integers(0, levels - 1), max_size=60))
+    ),
+    st.binary(max_size=60),
+    st.integers(1, 8),
+)
 def test_codes_and_bytes(case, data, width):
     levels, codes = case
     encoder = AdaptiveEncoder()
-    adaptive_codes(encoder, len(codes), levels, "w", codes); adaptive_bytes(encoder, len(data), width, "b", data)
+    adaptive_codes(encoder, len(codes), levels, "w", codes)
+    adaptive_bytes(encoder, len(data), width, "b", data)
     decoder = AdaptiveDecoder(encoder.finish())
-    assert adaptive_codes(decoder, len(codes), levels, "w") == codes and adaptive_bytes(decoder, len(data), width, "b") == data
+    assert (
+        adaptive_codes(decoder, len(codes), levels, "w") == codes
+        and adaptive_bytes(decoder, len(data), width, "b") == data
+    )
     decoder.finish()
+
 
 @pytest.mark.parametrize("p", [0.02, 0.2, 0.5])
 def test_within_the_cost_of_learning(p):
     "Krichevsky and Trofimov's bound: half a logarithm and a bit above the entropy."
     bits = (np.random.default_rng(0).random(250) < p).astype(int)
     encoder = AdaptiveEncoder()
-    for bit in bits.tolist(): encoder.bit("c", bit)
+    for bit in bits.tolist():
+        encoder.bit("c", bit)
     assert 8 * len(encoder.finish()) <= float(entropy(bits)) * 250 + 0.5 * math.log2(250) + 1 + 8
 
 
 # ---- the price of bits --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", [dict(per_channel=False), dict(), dict(group=5)])
 def test_gradient_of_entropy(how):
-    "That of the soft counts, against central differences away from the codes themselves; the value is that of the codes."
+    """That of the soft counts, against central differences away from the codes themselves; the value is that of the
+    codes."""
     torch.manual_seed(0)
     model = prepare(nn.Linear(20, 6), levels=7, activations=None, **how)
     w = model.parametrizations.weight.original
@@ -208,13 +296,17 @@ def test_gradient_of_entropy(how):
     for i, j in ((0, 0), (3, 7), (5, 19)):
         values = []
         with torch.no_grad():
-            for step in (1e-3, -2e-3): w[i, j] += step; values.append(entropy(soft_counts(quantizer, w)))
+            for step in (1e-3, -2e-3):
+                w[i, j] += step
+                values.append(entropy(soft_counts(quantizer, w)))
             w[i, j] += 1e-3
         assert math.isclose((values[0] - values[1]) / 2e-3, w.grad[i, j].item(), rel_tol=0.05, abs_tol=0.5), (i, j)
+
 
 def test_entropy_of_weights_on_codes():
     "Where all weights lie on codes, the estimate is the true entropy."
     model = prepare(nn.Conv2d(3, 4, 5), levels=15, activations=None, per_channel=False)
-    with torch.no_grad(): model.parametrizations.weight.original.copy_(model.weight)
+    with torch.no_grad():
+        model.parametrizations.weight.original.copy_(model.weight)
     codes = model.parametrizations.weight[0].as_qtensor(model.weight).unpack().flatten()
     assert math.isclose(entropy_bits(model).item(), float(entropy(codes)) * codes.numel(), rel_tol=1e-3)

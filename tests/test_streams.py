@@ -1,4 +1,5 @@
 """encode and decode: exact for whatever goes in, near the entropy, and never surprised by what comes back."""
+
 import random, resource, zlib
 
 import numpy as np
@@ -17,16 +18,24 @@ torch.set_num_threads(1)
 
 def codes_of(rng, levels, n, kind):
     "Streams of every character: flat, bell, one common value, nothing else, runs."
-    if kind == "flat": return rng.integers(0, levels, n)
-    if kind == "bell": return np.clip(np.round(rng.normal(levels/2, levels/8 + .3, n)), 0, levels - 1)
-    if kind == "sparse": return np.where(rng.random(n) < .05, rng.integers(0, levels, n), levels//2)
-    if kind == "rare": return np.where(rng.random(n) < .002, rng.integers(0, levels, n), levels//2)
-    if kind == "constant": return np.full(n, levels - 1)
-    return np.repeat(rng.integers(0, levels, n//50 + 1), 50)[:n]
+    if kind == "flat":
+        return rng.integers(0, levels, n)
+    if kind == "bell":
+        return np.clip(np.round(rng.normal(levels / 2, levels / 8 + 0.3, n)), 0, levels - 1)
+    if kind == "sparse":
+        return np.where(rng.random(n) < 0.05, rng.integers(0, levels, n), levels // 2)
+    if kind == "rare":
+        return np.where(rng.random(n) < 0.002, rng.integers(0, levels, n), levels // 2)
+    if kind == "constant":
+        return np.full(n, levels - 1)
+    return np.repeat(rng.integers(0, levels, n // 50 + 1), 50)[:n]
+
 
 KINDS = ["flat", "bell", "sparse", "rare", "constant", "runs"]
 
-def packed(codes, bits): return pack_bits(torch.from_numpy(codes.astype(np.int32)), bits)
+
+def packed(codes, bits):
+    return pack_bits(torch.from_numpy(codes.astype(np.int32)), bits)
 
 
 # ---- exact --------------------------------------------------------------------------------------------------------
@@ -37,6 +46,7 @@ def test_any_bytes(data):
     assert decode(coded).tobytes() == decode(coded, len(data)).tobytes() == data
     assert len(coded) <= len(data) + 16
 
+
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(2, 1 << 16), st.integers(0, 3000), st.sampled_from(KINDS), st.integers(0, 2**32))
 def test_any_codes(levels, n, kind, seed):
@@ -45,6 +55,7 @@ def test_any_codes(levels, n, kind, seed):
     coded = encode(x, bits, n, levels)
     assert np.array_equal(decode(coded, len(x)), x.numpy())
     assert len(coded) <= len(x) + 24
+
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 7, 16, 40, 100, 256, 3000])
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,18 +69,40 @@ def test_more_than_one_chunk(levels, kind, monkeypatch):
         assert encode(x, bits, n, levels, map=pool.map) == coded
         assert np.array_equal(decode(coded, map=pool.map), x.numpy())
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int64, torch.int16, torch.uint8, torch.bool])
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.complex64,
+        torch.int64,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+    ],
+)
 def test_any_type(dtype):
     x = torch.randn(777, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
     assert decode(encode(x)).tobytes() == bytes(x.view(torch.uint8).numpy())
     assert decode(encode(x[::2])).tobytes() == bytes(x[::2].contiguous().view(torch.uint8).numpy())
 
+
 def test_large_elements_and_many_chunks():
     x = torch.arange(400_000, dtype=torch.float64)
     assert decode(encode(x)).tobytes() == x.numpy().tobytes()
 
+
 def test_numpy_arrays_of_any_shape():
-    for x in np.zeros((3, 0)), np.arange(12, dtype=">i4").reshape(3, 4)[::-1], np.float32(1.5), np.asfortranarray(np.eye(3)):
+    for x in (
+        np.zeros((3, 0)),
+        np.arange(12, dtype=">i4").reshape(3, 4)[::-1],
+        np.float32(1.5),
+        np.asfortranarray(np.eye(3)),
+    ):
         assert decode(encode(np.asarray(x))).tobytes() == np.ascontiguousarray(x).tobytes()
 
 
@@ -80,57 +113,95 @@ def test_within_a_percent_of_the_entropy(levels, kind):
     "…and what a table and a header cost."
     n, bits = 300_000, (levels - 1).bit_length()
     codes = codes_of(np.random.default_rng(0), levels, n, kind)
-    ideal = float(entropy(torch.from_numpy(codes.astype(np.int64))))*n/8
+    ideal = float(entropy(torch.from_numpy(codes.astype(np.int64)))) * n / 8
     size = len(encode(packed(codes, bits), bits, n, levels))
-    assert size <= 1.01*ideal + 2*levels + 120, (size/ideal, coders(encode(packed(codes, bits), bits, n, levels)))
+    assert size <= 1.01 * ideal + 2 * levels + 120, (size / ideal, coders(encode(packed(codes, bits), bits, n, levels)))
+
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 SHAPES = ["ones among zeros", "few", "few and far", "skewed", "bell", "range", "two clusters", "signs", "sorted"]
+
 
 def array_of(rng, dtype, shape, n):
     "An array of integers with this character, whatever range its type has."
     info = np.iinfo("u1" if dtype == "bool" else dtype)
     top, low = int(info.max), int(info.min)
-    if shape == "ones among zeros": x = rng.random(n) < rng.choice([.0005, .01, .03, .2, .5])
-    elif shape == "few": x = rng.integers(0, rng.integers(1, 12) + 1, n)
-    elif shape == "few and far": x = rng.choice([low, top, 0, top//3, low//2 + 7, 5], n, p=[.4, .3, .1, .1, .05, .05])
-    elif shape == "skewed": x = rng.geometric(rng.choice([.01, .1, .5, .9]), n)
-    elif shape == "bell": x = np.round(rng.normal(0 if low else min(top//2, 2**62), min(top/8, rng.choice([2, 30, 900])), n))
-    elif shape == "range": x = rng.integers(0, min(top, rng.choice([3, 100, 1000])), n)
-    elif shape == "two clusters": x = np.where(rng.random(n) < .5, rng.integers(0, 20, n), top - 50 + rng.integers(0, 20, n).astype(info.dtype))
-    elif shape == "signs": x = rng.choice([-1, 0, 1] if low else [0, 1, top], n)
-    else: x = np.sort(rng.integers(0, min(top, 200), n))
-    if dtype == "bool": return (x.astype("i8") & 1).astype(bool)
+    if shape == "ones among zeros":
+        x = rng.random(n) < rng.choice([0.0005, 0.01, 0.03, 0.2, 0.5])
+    elif shape == "few":
+        x = rng.integers(0, rng.integers(1, 12) + 1, n)
+    elif shape == "few and far":
+        x = rng.choice([low, top, 0, top // 3, low // 2 + 7, 5], n, p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.05])
+    elif shape == "skewed":
+        x = rng.geometric(rng.choice([0.01, 0.1, 0.5, 0.9]), n)
+    elif shape == "bell":
+        x = np.round(rng.normal(0 if low else min(top // 2, 2**62), min(top / 8, rng.choice([2, 30, 900])), n))
+    elif shape == "range":
+        x = rng.integers(0, min(top, rng.choice([3, 100, 1000])), n)
+    elif shape == "two clusters":
+        x = np.where(rng.random(n) < 0.5, rng.integers(0, 20, n), top - 50 + rng.integers(0, 20, n).astype(info.dtype))
+    elif shape == "signs":
+        x = rng.choice([-1, 0, 1] if low else [0, 1, top], n)
+    else:
+        x = np.sort(rng.integers(0, min(top, 200), n))
+    if dtype == "bool":
+        return (x.astype("i8") & 1).astype(bool)
     return x.astype(np.int64).astype(dtype) if x.dtype.kind == "f" else x.astype(dtype)
 
+
 @settings(max_examples=examples(120), deadline=None)
-@given(st.sampled_from(INTEGERS), st.sampled_from(SHAPES), st.sampled_from([0, 1, 7, 300, 5000, 60_000]), st.integers(0, 2**32))
+@given(
+    st.sampled_from(INTEGERS),
+    st.sampled_from(SHAPES),
+    st.sampled_from([0, 1, 7, 300, 5000, 60_000]),
+    st.integers(0, 2**32),
+)
 def test_integers_are_within_a_percent_of_their_entropy(dtype, shape, n, seed):
-    "…and a table of the values that occur; exact, and never above what zstandard makes of the bytes or of their planes."
+    """…and a table of the values that occur; exact, and never above what zstandard makes of the bytes or of their
+    planes."""
     x = array_of(np.random.default_rng(seed), dtype, shape, n)
     coded, used, width = encode(x), len(np.unique(x)), x.itemsize
     assert decode(coded).tobytes() == x.tobytes()
-    ideal = float(entropy(x.view("u1") if x.dtype == bool else x.astype("i8")))*n/8
-    assert len(coded) <= 1.01*ideal + min(used, n)*(width + 2) + 40, (len(coded), ideal, used, coders(coded))
+    ideal = float(entropy(x.view("u1") if x.dtype == bool else x.astype("i8"))) * n / 8
+    assert len(coded) <= 1.01 * ideal + min(used, n) * (width + 2) + 40, (len(coded), ideal, used, coders(coded))
     raw = np.frombuffer(x.tobytes(), "u1")
-    if 0 < len(raw) <= coding.BYTES: assert len(coded) <= min(len(coding.code_bytes(raw)), 1 + len(coding.pieces(*(coding.code_bytes(p) for p in coding.byte_planes(raw, width))))) + 16
+    if 0 < len(raw) <= coding.BYTES:
+        assert (
+            len(coded)
+            <= min(
+                len(coding.code_bytes(raw)),
+                1 + len(coding.pieces(*(coding.code_bytes(p) for p in coding.byte_planes(raw, width)))),
+            )
+            + 16
+        )
+
 
 def test_three_percent_of_ones():
     "The example that was 58 % above."
-    x = (np.random.default_rng(0).random(100_000) < .03).astype(np.int64)
-    for y in x, x.astype("i1"), x.astype("u2"), torch.from_numpy(x), torch.from_numpy(x).bool(), x.astype("i4")*70_000 - 5:
-        assert 8*len(encode(y)) <= 1.01*float(entropy(x))*len(x) + 8*40
-    q = packed(np.where(x == 1, 3000, 17), 12)      # the same as codes of twelve bits
+    x = (np.random.default_rng(0).random(100_000) < 0.03).astype(np.int64)
+    for y in (
+        x,
+        x.astype("i1"),
+        x.astype("u2"),
+        torch.from_numpy(x),
+        torch.from_numpy(x).bool(),
+        x.astype("i4") * 70_000 - 5,
+    ):
+        assert 8 * len(encode(y)) <= 1.01 * float(entropy(x)) * len(x) + 8 * 40
+    q = packed(np.where(x == 1, 3000, 17), 12)  # the same as codes of twelve bits
     coded = encode(q, 12, len(x))
-    assert np.array_equal(decode(coded), q.numpy()) and 8*len(coded) <= 1.01*float(entropy(x))*len(x) + 8*40
+    assert np.array_equal(decode(coded), q.numpy()) and 8 * len(coded) <= 1.01 * float(entropy(x)) * len(x) + 8 * 40
+
 
 def test_runs_go_below_the_entropy():
     codes = codes_of(np.random.default_rng(0), 16, 100_000, "runs")
-    assert len(encode(packed(codes, 4), 4, len(codes))) < .1*float(entropy(torch.from_numpy(codes)))*len(codes)/8
+    assert len(encode(packed(codes, 4), 4, len(codes))) < 0.1 * float(entropy(torch.from_numpy(codes))) * len(codes) / 8
+
 
 def test_floats_lose_their_exponents():
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    assert set(coders(encode(x))) == {"byte planes"} and len(encode(x)) < .87*x.nbytes
+    assert set(coders(encode(x))) == {"byte planes"} and len(encode(x)) < 0.87 * x.nbytes
+
 
 def test_all_methods_occur():
     rng, found = np.random.default_rng(0), set()
@@ -139,7 +210,9 @@ def test_all_methods_occur():
             for n in 200, 3000, 100_000:
                 bits = (levels - 1).bit_length()
                 found |= set(coders(encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)))
-    found |= set(coders(encode(torch.randn(1000)))) | set(coders(encode(np.clip(rng.geometric(.45, 20_000), 0, 63).astype("u1"), 8, 20_000)))
+    found |= set(coders(encode(torch.randn(1000)))) | set(
+        coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000))
+    )
     assert found == set(coding.METHODS), found ^ set(coding.METHODS)
 
 
@@ -150,16 +223,28 @@ def samples():
         for kind in KINDS:
             bits, n = (levels - 1).bit_length(), 2000
             yield encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)
-    yield encode(torch.randn(300)); yield encode(b"to be or not to be "*50); yield encode(bytes(3000)); yield encode(b"")
-    yield encode((rng.random(3000) < .03).astype("i8")); yield encode(rng.normal(0, 900, 3000).astype("i4")); yield encode(rng.choice([1, 2**60, -5], 3000)); yield encode((rng.random(3000) < .03))
-    x = packed(np.where(rng.random(3000) < .03, 3000, 17), 12); yield encode(x, 12, 3000)
-    x = packed(rng.geometric(.3, 3000).clip(0, 99), 7); yield encode(x, 7, 3000, 100)
+    yield encode(torch.randn(300))
+    yield encode(b"to be or not to be " * 50)
+    yield encode(bytes(3000))
+    yield encode(b"")
+    yield encode((rng.random(3000) < 0.03).astype("i8"))
+    yield encode(rng.normal(0, 900, 3000).astype("i4"))
+    yield encode(rng.choice([1, 2**60, -5], 3000))
+    yield encode((rng.random(3000) < 0.03))
+    x = packed(np.where(rng.random(3000) < 0.03, 3000, 17), 12)
+    yield encode(x, 12, 3000)
+    x = packed(rng.geometric(0.3, 3000).clip(0, 99), 7)
+    yield encode(x, 7, 3000, 100)
+
 
 def test_every_truncation_and_every_flipped_bit():
     for s in list(samples())[::7]:
         for n in range(len(s)):
-            with pytest.raises(CodingError): decode(s[:n])
-            with pytest.raises(CodingError): decode(s[:n] + bytes([s[n] ^ 1 << n % 8]) + s[n + 1:])
+            with pytest.raises(CodingError):
+                decode(s[:n])
+            with pytest.raises(CodingError):
+                decode(s[:n] + bytes([s[n] ^ 1 << n % 8]) + s[n + 1 :])
+
 
 def test_nonsense_with_the_right_checksum():
     "The decoder itself is safe: whatever the bytes, a CodingError or so many bytes as were asked for."
@@ -170,60 +255,113 @@ def test_nonsense_with_the_right_checksum():
             data = bytearray(s[:-4])
             for _ in range(rng.choice([1, 1, 3])):
                 at = rng.randrange(min(len(data), rng.choice([12, 60, 10**9])))
-                if rng.random() < .7: data[at] = rng.choice([0, 1, 2, 127, 128, 254, 255, rng.randrange(256)])
-                elif rng.random() < .5: del data[at:at + rng.choice([1, 4, 50])]
-                else: data[at:at] = rng.randbytes(rng.choice([1, 4, 50]))
-                if not data: data = bytearray(b"\0")
+                if rng.random() < 0.7:
+                    data[at] = rng.choice([0, 1, 2, 127, 128, 254, 255, rng.randrange(256)])
+                elif rng.random() < 0.5:
+                    del data[at : at + rng.choice([1, 4, 50])]
+                else:
+                    data[at:at] = rng.randbytes(rng.choice([1, 4, 50]))
+                if not data:
+                    data = bytearray(b"\0")
             data += zlib.crc32(data).to_bytes(4, "little")
-            try: assert len(decode(bytes(data), size)) == size; fine += 1
-            except CodingError: pass
-            try: decode(bytes(data))
-            except CodingError: pass
-    assert fine > 100 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+            try:
+                assert len(decode(bytes(data), size)) == size
+                fine += 1
+            except CodingError:
+                pass
+            try:
+                decode(bytes(data))
+            except CodingError:
+                pass
+    assert fine > 100 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
 
 def test_a_frame_that_says_how_large_it_is():
     "Memory is taken for what is expected, not for what a frame claims; one that tells the truth is read."
     import zstandard
-    make = lambda data: zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(1, format=zstandard.FORMAT_ZSTD1_MAGICLESS)).compress(data)
+
+    make = lambda data: zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters.from_level(1, format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+    ).compress(data)
     boast, before = make(bytes(2**28)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for data in boast, bytes([0xE0]) + (2**40).to_bytes(8, "little") + boast[9:], bytes([0xE0]) + b"\xff"*8 + bytes(29), b"", b"\0":
+    for data in (
+        boast,
+        bytes([0xE0]) + (2**40).to_bytes(8, "little") + boast[9:],
+        bytes([0xE0]) + b"\xff" * 8 + bytes(29),
+        b"",
+        b"\0",
+    ):
         for size in 0, 100, 100_000:
-            with pytest.raises(CodingError): coding.zstd_expand(data, size)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15      # KiB
-    assert coding.zstd_expand(make(b"honest"*50), 300) == b"honest"*50
+            with pytest.raises(CodingError):
+                coding.zstd_expand(data, size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # KiB
+    assert coding.zstd_expand(make(b"honest" * 50), 300) == b"honest" * 50
+
 
 def test_a_stream_cannot_claim_the_moon():
     for bits, kind in (0, 1), (4, 16), (8, 256):
         body = bytes([bits]) + coding.write_varint(kind) + coding.write_varint(2**50)
-        with pytest.raises(CodingError): decode(body + zlib.crc32(body).to_bytes(4, "little"))
+        with pytest.raises(CodingError):
+            decode(body + zlib.crc32(body).to_bytes(4, "little"))
+
 
 def test_codes_beyond_the_levels_never_come_out():
-    "Ternary codes have two bits; a forged stream must not smuggle in a fourth value through joined, sparse or rans chunks."
+    """Ternary codes have two bits; a forged stream must not smuggle in a fourth value through joined, sparse or
+    rans chunks."""
     rng = random.Random(1)
     for kind in "flat", "sparse", "rare":
         s = encode(packed(codes_of(np.random.default_rng(0), 3, 5000, kind), 2), 2, 5000, 3)
         for _ in range(200):
-            data = bytearray(s[:-4]); data[rng.randrange(8, len(data))] = rng.randrange(256)
+            data = bytearray(s[:-4])
+            data[rng.randrange(8, len(data))] = rng.randrange(256)
             data += zlib.crc32(data).to_bytes(4, "little")
-            try: out = decode(bytes(data), packed_bytes(5000, 2))
-            except CodingError: continue
-            if set(coders(bytes(data))) <= {"zstd, joined", "sparse", "rans"}: assert int(unpack_bits(torch.from_numpy(out.copy()), 2, 5000).max()) <= 2
+            try:
+                out = decode(bytes(data), packed_bytes(5000, 2))
+            except CodingError:
+                continue
+            if set(coders(bytes(data))) <= {"zstd, joined", "sparse", "rans"}:
+                assert int(unpack_bits(torch.from_numpy(out.copy()), 2, 5000).max()) <= 2
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("args, words", [
-    ((b"abc", 4, 7), "count is 7"), ((b"abc", 4), "count is None"), ((b"abc", 0, 6), "bits is 0"), ((b"abc", 17, 6), "bits is 17"), ((b"abc", 4, 6, 17), "levels is 17"),
-    ((b"abc", 4, 6, 8), "levels is 8"), ((b"\xff", 2, 4, 3), "holds the code 3"), (("text",), "x is a str"), (([1.5],), "x is a list"), ((np.array(["a"]),), "array of <U1"), ((b"abc", 4, True), "count is True")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ((b"abc", 4, 7), "count is 7"),
+        ((b"abc", 4), "count is None"),
+        ((b"abc", 0, 6), "bits is 0"),
+        ((b"abc", 17, 6), "bits is 17"),
+        ((b"abc", 4, 6, 17), "levels is 17"),
+        ((b"abc", 4, 6, 8), "levels is 8"),
+        ((b"\xff", 2, 4, 3), "holds the code 3"),
+        (("text",), "x is a str"),
+        (([1.5],), "x is a list"),
+        ((np.array(["a"]),), "array of <U1"),
+        ((b"abc", 4, True), "count is True"),
+    ],
+)
 def test_arguments(args, words):
-    with pytest.raises((TypeError, ValueError), match=words): encode(*args)
+    with pytest.raises((TypeError, ValueError), match=words):
+        encode(*args)
+
 
 def test_wrong_size_and_type():
-    with pytest.raises(CodingError, match="3 bytes instead of 4"): decode(encode(b"abc"), 4)
-    with pytest.raises(TypeError, match="data is a str"): decode("abc")
+    with pytest.raises(CodingError, match="3 bytes instead of 4"):
+        decode(encode(b"abc"), 4)
+    with pytest.raises(TypeError, match="data is a str"):
+        decode("abc")
+
 
 def test_quantized_tensor_of_every_kind():
     w = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
-    for how in dict(bits=8, axis=0), dict(bits=1), dict(bits=5, group=25, symmetric=False), dict(levels=3), dict(bits=12), dict(codebook="nf4", group=50):
+    for how in (
+        dict(bits=8, axis=0),
+        dict(bits=1),
+        dict(bits=5, group=25, symmetric=False),
+        dict(levels=3),
+        dict(bits=12),
+        dict(codebook="nf4", group=50),
+    ):
         q = quantize(w, **how)
         for name, (bits, count, levels) in q.packed_parts().items():
             part = q.parts()[name]

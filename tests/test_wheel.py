@@ -1,4 +1,5 @@
 "The wheel, in an environment that holds the declared requirements and nothing else."
+
 import functools
 import importlib.metadata as metadata
 import re, shutil, subprocess, sys
@@ -31,12 +32,16 @@ print("wheel works")
 def closure(name, seen, extras=()):
     "A distribution and all that it requires here, with some of its extras."
     key = re.sub(r"[-_.]+", "-", name).lower()
-    if key in seen: return seen
-    try: dist = metadata.distribution(name)
-    except metadata.PackageNotFoundError: return seen          # a requirement of another platform
+    if key in seen:
+        return seen
+    try:
+        dist = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return seen  # a requirement of another platform
     seen[key] = dist
     for r in dist.requires or []:
-        if "extra ==" not in r or re.search(r'extra == [\'"](\w+)', r)[1] in extras: closure(re.match(r"[\w.-]+", r)[0], seen)
+        if "extra ==" not in r or re.search(r'extra == [\'"](\w+)', r)[1] in extras:
+            closure(re.match(r"[\w.-]+", r)[0], seen)
     return seen
 
 
@@ -44,33 +49,55 @@ def install(wheel, place, extras=()):
     "An empty environment with the wheel and what it requires: its Python, and the distributions."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     python = place / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--quiet", "install", "--no-deps", "--no-index", str(wheel)], check=True)
-    site, = (place / "lib").glob("python*/site-packages")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "--disable-pip-version-check",
+            "--quiet",
+            "install",
+            "--no-deps",
+            "--no-index",
+            str(wheel),
+        ],
+        check=True,
+    )
+    (site,) = (place / "lib").glob("python*/site-packages")
     required = closure("modelzip", {}, extras)
     required.pop("modelzip")
     for dist in required.values():
         for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
             target = site / top
-            if not target.exists(): target.symlink_to(dist.locate_file(top))
+            if not target.exists():
+                target.symlink_to(dist.locate_file(top))
     return python, required
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("wheel")
-    source = tmp / "source"                       # a copy: building leaves files, and several workers build at the same time
+    source = tmp / "source"  # a copy: building leaves files, and several workers build at the same time
     shutil.copytree(ROOT / "modelzip", source / "modelzip", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE": shutil.copy(ROOT / name, source / name)
+    for name in "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE":
+        shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(source)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(source)], check=True
+    )
     return next(tmp.glob("modelzip-*.whl"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     "An environment for some extras; the tests that need the same share it."
+
     @functools.cache
-    def made(extras=()): return install(wheel, tmp_path_factory.mktemp("env") / "env", extras)
+    def made(extras=()):
+        return install(wheel, tmp_path_factory.mktemp("env") / "env", extras)
+
     return made
 
 
@@ -82,7 +109,9 @@ def environment(wheel, installed):
 
 def test_requirements_are_few(environment):
     _, _, required = environment
-    assert {"numpy", "torch", "matplotlib", "ipywidgets", "safetensors", "zstandard", "constriction", "tqdm"} <= set(required)
+    assert {"numpy", "torch", "matplotlib", "ipywidgets", "safetensors", "zstandard", "constriction", "tqdm"} <= set(
+        required
+    )
     assert not {"nbdev", "fastcore", "execnb", "jupyterlab", "transformers"} & set(required)
 
 
@@ -95,6 +124,7 @@ def test_wheel_works_in_an_empty_environment(environment, tmp_path):
 
 def test_wheel_holds_the_library_alone(environment):
     import zipfile
+
     names = zipfile.ZipFile(environment[1]).namelist()
     assert all(n.startswith(("modelzip/", "modelzip-")) for n in names), names
     assert "modelzip/quant.py" in names and not any(n.endswith(".ipynb") for n in names)
@@ -102,12 +132,17 @@ def test_wheel_holds_the_library_alone(environment):
 
 # ---------------------------------------------------------------------------------- the readme, pasted
 
+
 def blocks():
     "Each block of Python in the README, with the extras that its shell blocks have installed up to there."
     extras, found = (), []
-    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
-        if language == "python": found.append((text, extras))
-        for more in re.findall(r"pip install '?\.\[([\w,]+)\]", text) if language == "sh" else (): extras = (*extras, *more.split(","))
+    for language, text in re.findall(
+        r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    ):
+        if language == "python":
+            found.append((text, extras))
+        for more in re.findall(r"pip install '?\.\[([\w,]+)\]", text) if language == "sh" else ():
+            extras = (*extras, *more.split(","))
     return found
 
 

@@ -2,11 +2,13 @@
 
     python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
     python tools/book.py time [nbs/03_quant.ipynb …]    execute without saving, to note how long chapters take
-    python tools/book.py test                           execute all without saving, as nbdev_test does, the longest first
+    python tools/book.py test                           execute all without saving, as nbdev_test does, the longest
+    first
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
 
 How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
 """
+
 import configparser, filecmp, json, multiprocessing, multiprocessing.connection, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -16,9 +18,12 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
-STATIC = {"MODELZIP_STATIC": "1",      # explorers as HTML alone: what is saved must outlive its kernel
-          "TQDM_DISABLE": "1",         # no progress bars in saved outputs
-          "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+STATIC = {
+    "MODELZIP_STATIC": "1",  # explorers as HTML alone: what is saved must outlive its kernel
+    "TQDM_DISABLE": "1",  # no progress bars in saved outputs
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def notebooks(root=ROOT):
@@ -31,19 +36,29 @@ def execute(path, save=True):
     nb = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     env = {**os.environ, **STATIC, "PYTHONPATH": str(ROOT)}
-    client = NotebookClient(nb, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT / "nbs")}})
+    client = NotebookClient(
+        nb,
+        timeout=600,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(ROOT / "nbs")}},
+    )
     client.execute(env=env)
     took = time.perf_counter() - began
-    if save: nbformat.write(nb, path)
+    if save:
+        nbformat.write(nb, path)
     note_time(path, took)
     return took
 
 
 def note_time(path, seconds):
     "Remember how long a chapter took."
-    if not path.name[0].isdigit(): return
+    if not path.name[0].isdigit():
+        return
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    TIMES.write_text(json.dumps(dict(sorted((times | {path.stem: round(seconds)}).items())), indent=1) + "\n", encoding="utf-8")
+    TIMES.write_text(
+        json.dumps(dict(sorted((times | {path.stem: round(seconds)}).items())), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def setup_cell(root=ROOT):
@@ -54,7 +69,8 @@ def setup_cell(root=ROOT):
     name, pins = url.rpartition("/")[2], " ".join(r for r in dev if "==" in r and not r.startswith("smalldocs"))
     return f"""#| hide
 import sys
-if "google.colab" in sys.modules:      # in Colab: fetch the book and install it; anywhere else nothing happens
+
+if "google.colab" in sys.modules:  # in Colab: fetch the book and install it; anywhere else nothing happens
     !git clone -q --depth 1 {url}
     !pip install -q "./{name}[all]" {pins}
     %cd -q {name}/nbs"""
@@ -63,15 +79,17 @@ if "google.colab" in sys.modules:      # in Colab: fetch the book and install it
 def add_setup(path):
     "Give a notebook that has code its set-up cell, behind the title."
     nb, cell = nbformat.read(path, as_version=4), setup_cell()
-    if not any(c.cell_type == "code" for c in nb.cells): return
+    if not any(c.cell_type == "code" for c in nb.cells):
+        return
     others = [c for c in nb.cells if '"google.colab" in sys.modules' not in c.source]
-    if len(others) == len(nb.cells) - 1 and nb.cells[1].source == cell: return
+    if len(others) == len(nb.cells) - 1 and nb.cells[1].source == cell:
+        return
     nb.cells = [others[0], nbformat.v4.new_code_cell(cell, id="setup"), *others[1:]]
     nbformat.write(nb, path)
 
 
-def nbdev(*command):
-    "Run a command of nbdev from the project's root."
+def tool(*command):
+    "Run a command of nbdev or ruff from the project's root."
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True, cwd=ROOT)
 
 
@@ -82,15 +100,24 @@ def export(paths):
 
 
 def readme(root=ROOT):
-    "README.md from nbs/index.ipynb (nbdev's own command needs Quarto): no hidden cells, no directives, links that work from here."
+    """README.md from nbs/index.ipynb (nbdev's own command needs Quarto): no hidden cells, no directives, links that
+    work from here."""
     nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
-    explorer = lambda c: any("mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for o in c.get("outputs", []))      # needs a script: for the site
-    nb.cells = [c for i, c in enumerate(nb.cells) if not (re.search(r"^#\| ?hide$", c.source, re.M) or explorer(c) or any(map(explorer, nb.cells[i + 1:i + 2])))]
+    explorer = lambda c: any(
+        "mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for o in c.get("outputs", [])
+    )  # needs a script: for the site
+    nb.cells = [
+        c
+        for i, c in enumerate(nb.cells)
+        if not (re.search(r"^#\| ?hide$", c.source, re.M) or explorer(c) or any(map(explorer, nb.cells[i + 1 : i + 2])))
+    ]
     for c in nb.cells:
         for o in c.get("outputs", []):
-            if {"text/plain", "text/html"} <= o.get("data", {}).keys(): del o["data"]["text/html"]      # a table that is aligned reads better here
-        if re.search(r"^#\| ?echo: false$", c.source, re.M): c.source = ""
+            if {"text/plain", "text/html"} <= o.get("data", {}).keys():
+                del o["data"]["text/html"]  # a table that is aligned reads better here
+        if re.search(r"^#\| ?echo: false$", c.source, re.M):
+            c.source = ""
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\s*```\n", "", text)
@@ -99,25 +126,31 @@ def readme(root=ROOT):
 
 
 def run(paths):
-    for p in paths: add_setup(p)
+    for p in paths:
+        add_setup(p)
     export(paths)
     for p in paths:
         print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
-        nbdev("nbdev_clean", "--fname", str(p))
-    nbdev("nbdev_export")
+        tool("nbdev_clean", "--fname", str(p))
+    tool("ruff", "format", "--quiet")
+    tool("nbdev_export")
     readme()
 
 
 def test(workers=2):
-    "Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no processor waits at the end."
+    """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
+    processor waits at the end."""
     from nbdev.test import test_nb
-    import matplotlib.pyplot, pandas, torch      # noqa: F401  each notebook's process is a copy of this one: they are imported once
+
+    import matplotlib.pyplot, pandas, torch  # each notebook's process is a copy of this one: they are imported once
+
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
     waiting = sorted(notebooks(), key=lambda p: times.get(p.stem, 2 if p.parent.name == "workshop" else 20))
     os.chdir(ROOT / "nbs")
     fork, running, failed = multiprocessing.get_context("fork"), {}, []
 
-    def one(path): sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
+    def one(path):
+        sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
 
     while waiting or running:
         while waiting and len(running) < workers:
@@ -128,8 +161,13 @@ def test(workers=2):
         for ended in multiprocessing.connection.wait(running):
             process, path, began = running.pop(ended)
             process.join()
-            if process.exitcode: failed.append(path)
-            print(f"{path.relative_to(ROOT / 'nbs').as_posix():<28} {'FAILED' if process.exitcode else 'passed'} {time.perf_counter() - began:6.1f} s", flush=True)
+            if process.exitcode:
+                failed.append(path)
+            print(
+                f"{path.relative_to(ROOT / 'nbs').as_posix():<28} {'FAILED' if process.exitcode else 'passed'}"
+                f" {time.perf_counter() - began:6.1f} s",
+                flush=True,
+            )
     return not failed
 
 
@@ -137,27 +175,49 @@ def check():
     "Compare what the notebooks would make with what is there; report every difference."
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp) / "modelzip"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "tour", "bench", "__pycache__", "build"))
+        shutil.copytree(
+            ROOT,
+            copy,
+            ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "tour", "bench", "__pycache__", "build"),
+        )
         shutil.rmtree(copy / "modelzip")
         for command in "nbdev_export", "nbdev_clean":
-            subprocess.run([str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL
+            )
         readme(copy)
-        made = {p.relative_to(copy) for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "README.md") for p in copy.glob(pattern)}
+        made = {
+            p.relative_to(copy)
+            for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "README.md")
+            for p in copy.glob(pattern)
+        }
         made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("**/*.py")}
-        wrong = [p for p in sorted(made) if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))]
+        wrong = [
+            p
+            for p in sorted(made)
+            if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))
+        ]
     cell = setup_cell()
     for p in notebooks():
         cells = nbformat.read(p, as_version=4).cells
-        if any(c.cell_type == "code" for c in cells) and cells[1].source != cell: wrong.append(p.relative_to(ROOT))
-    for p in wrong: print(f"out of date: {p} (edit the notebook, then `make book`)")
-    return not wrong
+        if any(c.cell_type == "code" for c in cells) and cells[1].source != cell:
+            wrong.append(p.relative_to(ROOT))
+    style = subprocess.run([str(Path(sys.executable).parent / "ruff"), "format", "--quiet", "--check"], cwd=ROOT)
+    for p in wrong:
+        print(f"out of date: {p} (edit the notebook, then `make book`)")
+    return not wrong and style.returncode == 0
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["run", *paths]: run([Path(p).resolve() for p in paths] or notebooks())
+        case ["run", *paths]:
+            run([Path(p).resolve() for p in paths] or notebooks())
         case ["time", *paths]:
-            for p in [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")): print(f"{p.name:<22} {execute(p, save=False):6.1f} s", flush=True)
-        case ["test"]: sys.exit(not test())
-        case ["check"]: sys.exit(not check())
-        case _: sys.exit(__doc__)
+            for p in [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+                print(f"{p.name:<22} {execute(p, save=False):6.1f} s", flush=True)
+        case ["test"]:
+            sys.exit(not test())
+        case ["check"]:
+            sys.exit(not check())
+        case _:
+            sys.exit(__doc__)

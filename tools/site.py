@@ -8,6 +8,7 @@ directives dropped, the output of `show_doc` set as documentation, names in back
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
 """
+
 import ast, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
 from functools import cache, cached_property
 from html import unescape
@@ -22,11 +23,12 @@ ASSETS = Path(__file__).resolve().parent / "site"
 KATEX = "site_libs/katex"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
-SHORT = 44                                                   # characters of code that fit on a telephone
+SHORT = 44  # characters of code that fit on a telephone
 QUARTO = re.compile(r"^\s*#\|\s*(code-[\w-]+|fig-[\w-]+|tbl-[\w-]+|layout-[\w-]+|column|echo|output|include|label)\s*:")
 
 
 # ------------------------------------------------------------------------------------------------ preparing notebooks
+
 
 def directives(source):
     "The names of the `#| …` lines of a cell."
@@ -43,11 +45,23 @@ def text(cell):
 
 
 def definitions(source):
-    "The public functions and classes that a cell defines; methods are left out, those too that are patched onto a class."
-    try: tree = ast.parse(source)
-    except SyntaxError: return []
-    def is_patch(d): return "patch" in ast.unparse(d)
-    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not any(map(is_patch, n.decorator_list))]
+    """The public functions and classes that a cell defines; methods are left out, those too that are patched onto a
+    class."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+
+    def is_patch(d):
+        return "patch" in ast.unparse(d)
+
+    return [
+        n.name
+        for n in tree.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+        and not any(map(is_patch, n.decorator_list))
+    ]
 
 
 def chapters(folder):
@@ -62,13 +76,16 @@ def symbols(folder):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code" and directives(text(cell)) & {"export", "exporti", "exports"}:
                 names = definitions(text(cell))
-                if names: where.update({n: f"{path.name}#def-{names[0]}" for n in names})
+                if names:
+                    where.update({n: f"{path.name}#def-{names[0]}" for n in names})
     return where
 
 
 def titles(folder):
     "The title of each chapter, by its file."
-    first = lambda p: next("".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    first = lambda p: next(
+        "".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"
+    )
     return {p.name: (front_matter(first(p))[0] or {"title": p.stem})["title"] for p in chapters(folder)}
 
 
@@ -84,13 +101,14 @@ def api():
 def front_matter(source):
     "nbdev's first cell (`# Title`, `> description`) as YAML front matter, and the rest of the cell."
     title = re.search(r"^# +(.+)$", source, re.M)
-    if not title: return None, source
-    rest = source[:title.start()] + source[title.end():]
+    if not title:
+        return None, source
+    rest = source[: title.start()] + source[title.end() :]
     quote = re.match(r"\s*((?:>.*\n?)+)", rest)
     head = {"title": title[1].strip()}
     if quote:
         head["description"] = " ".join(line.lstrip("> ").strip() for line in quote[1].strip().splitlines())
-        rest = rest[quote.end():]
+        rest = rest[quote.end() :]
     return head, rest
 
 
@@ -113,14 +131,17 @@ def repository():
 
 
 def at_a_glance(path, cells):
-    "The line under a chapter's title: how long it takes to read and to run, and where it can be run without installing anything."
+    """The line under a chapter's title: how long it takes to read and to run, and where it can be run without
+    installing anything."""
     url, branch = repository()
     where, times = urlsplit(url).path.strip("/"), ROOT / "bench/results/chapter_times.json"
     seconds = json.loads(times.read_text(encoding="utf-8")).get(path.stem) if times.exists() else None
     facts = [f"{minutes_to_read(cells)} min to read"] + ([] if seconds is None else [f"{duration(seconds)} to run"])
-    places = {"Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/nbs/{path.name}",
-              "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/nbs/{path.name}', safe='')}",
-              "GitHub": f"{url}/blob/{branch}/nbs/{path.name}"}
+    places = {
+        "Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/nbs/{path.name}",
+        "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/nbs/{path.name}', safe='')}",
+        "GitHub": f"{url}/blob/{branch}/nbs/{path.name}",
+    }
     links = " · ".join(f"[{name}]({address})" for name, address in places.items())
     return "::: {.at-a-glance}\n\n" + " · ".join(facts) + f" · open in {links}\n\n:::\n"
 
@@ -129,14 +150,22 @@ def linked(source, where, page):
     "Link the first mention of every exported name in backticks; headings, code blocks and links stay as they are."
     done, fenced, lines = set(), False, []
     for line in source.split("\n"):
-        if line.lstrip().startswith(("```", "~~~")): fenced = not fenced
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
         if not fenced and not line.startswith(("#", "    ")):
+
             def link(m):
                 name = m[2].removesuffix("()")
-                if m[1] or name not in where or name in done: return m[0]
+                if m[1] or name not in where or name in done:
+                    return m[0]
                 done.add(name)
                 return f"[`{m[2]}`]({where[name].removeprefix(page)})"
-            line = re.sub(r"(\[[^\]]*\]\([^)]*\)|\[[^\]]*\])|(?<!`)`([\w.]+(?:\(\))?)`(?!`)", lambda m: m[0] if m[1] else link(m), line)
+
+            line = re.sub(
+                r"(\[[^\]]*\]\([^)]*\)|\[[^\]]*\])|(?<!`)`([\w.]+(?:\(\))?)`(?!`)",
+                lambda m: m[0] if m[1] else link(m),
+                line,
+            )
         lines.append(line)
     return "\n".join(lines)
 
@@ -148,8 +177,17 @@ def documentation(markdown):
     body = re.sub(r"^\[source\]\(.*?\).*$", "", body, flags=re.M)
     body = re.sub(r"^#+ +.*$", "", body, count=1, flags=re.M)
     body = re.sub(r"(?:^> {2,}.*\n?)+", lambda m: f"\n```python\n{signature(m[0])}\n```\n", body, count=1, flags=re.M)
-    body = re.sub(r"\| \*\*(.*?)\*\* (?=\|)", lambda m: "| " + m[1].replace("**", r"\*\*") + " ", body)      # no bold: it may hold a power such as 2**bits
-    body = "\n".join(short_names(l).replace("| VAR_KEYWORD |", "| keywords |").replace("| VAR_POSITIONAL |", "| values |") if l.startswith("|") else l for l in body.split("\n"))
+    body = re.sub(
+        r"\| \*\*(.*?)\*\* (?=\|)", lambda m: "| " + m[1].replace("**", r"\*\*") + " ", body
+    )  # no bold: it may hold a power such as 2**bits
+    body = "\n".join(
+        (
+            short_names(l).replace("| VAR_KEYWORD |", "| keywords |").replace("| VAR_POSITIONAL |", "| values |")
+            if l.startswith("|")
+            else l
+        )
+        for l in body.split("\n")
+    )
     return f"::: {{.api}}\n\n{body.strip()}\n\n:::\n" if name else body
 
 
@@ -172,18 +210,32 @@ def prepare(path, where):
     cells, labelled = [], set()
     for i, cell in enumerate(book["cells"]):
         source = text(cell)
-        if is_hidden(cell) or not source.strip(): continue
+        if is_hidden(cell) or not source.strip():
+            continue
         if cell["cell_type"] == "markdown":
             if not cells:
                 head, source = front_matter(source)
-                if head: cells.append({"cell_type": "raw", "metadata": {}, "source": "---\n" + yaml.safe_dump(head, allow_unicode=True, sort_keys=False) + "---\n"})
-                if head and path.name[0].isdigit(): cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
-                if not source.strip(): continue
+                if head:
+                    cells.append(
+                        {
+                            "cell_type": "raw",
+                            "metadata": {},
+                            "source": "---\n" + yaml.safe_dump(head, allow_unicode=True, sort_keys=False) + "---\n",
+                        }
+                    )
+                if head and path.name[0].isdigit():
+                    cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
+                if not source.strip():
+                    continue
             source = linked(source.replace("](nbs/", "]("), where, path.name)
-            source = source.replace("](workshop/", "]({}/blob/{}/nbs/workshop/".format(*repository()))      # the workshop is read where it is worked on
+            source = source.replace(
+                "](workshop/", "]({}/blob/{}/nbs/workshop/".format(*repository())
+            )  # the workshop is read where it is worked on
             cells.append({**cell, "source": source})
-        elif cell["cell_type"] == "code": cells.append(prepare_code(cell, source, where, path.name, labelled))
-        else: cells.append(cell)
+        elif cell["cell_type"] == "code":
+            cells.append(prepare_code(cell, source, where, path.name, labelled))
+        else:
+            cells.append(cell)
     return {**book, "cells": cells}
 
 
@@ -193,8 +245,10 @@ def prepare_code(cell, source, where, page, labelled):
     keep = [l for l in lines if QUARTO.match(l)]
     code = "\n".join(l for l in lines if not DIRECTIVE.match(l)).strip("\n")
     shown = re.match(r"\s*show_doc\(", code)
-    if "hide_input" in names or shown: keep.append("#| echo: false")
-    if "hide_output" in names: keep.append("#| output: false")
+    if "hide_input" in names or shown:
+        keep.append("#| echo: false")
+    if "hide_output" in names:
+        keep.append("#| output: false")
     defined = definitions(code)
     if defined and where.get(defined[0]) == f"{page}#def-{defined[0]}" and defined[0] not in labelled:
         labelled.add(defined[0])
@@ -207,8 +261,10 @@ def joined(outputs):
     "Texts that were printed one after the other as one output."
     out = []
     for o in outputs:
-        if out and "stream" == o.get("output_type") == out[-1].get("output_type"): out[-1] = {**o, "text": "".join(out[-1]["text"]) + "".join(o["text"])}
-        else: out.append(o)
+        if out and "stream" == o.get("output_type") == out[-1].get("output_type"):
+            out[-1] = {**o, "text": "".join(out[-1]["text"]) + "".join(o["text"])}
+        else:
+            out.append(o)
     return out
 
 
@@ -220,21 +276,27 @@ def is_noise(output):
 def document_output(output):
     "The output of show_doc, made ready for the page."
     data = output.get("data", {})
-    if "text/markdown" not in data: return output
+    if "text/markdown" not in data:
+        return output
     return {**output, "data": {"text/markdown": documentation("".join(data["text/markdown"]))}}
 
 
 # ------------------------------------------------------------------------------------------------ rendering
 
+
 def config(present):
     "`_quarto.yml` with the chapters that are there."
     settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+
     def pruned(items):
         out = []
         for item in items:
-            if isinstance(item, str) and item in present: out.append(item)
-            elif isinstance(item, dict) and (inside := pruned(item["contents"])): out.append({**item, "contents": inside})
+            if isinstance(item, str) and item in present:
+                out.append(item)
+            elif isinstance(item, dict) and (inside := pruned(item["contents"])):
+                out.append({**item, "contents": inside})
         return out
+
     bar = settings["website"]["sidebar"]
     bar["contents"] = pruned(bar["contents"])
     return settings
@@ -251,18 +313,24 @@ def stage(nbs, folder):
     for path in chapters(nbs):
         (folder / path.name).write_text(json.dumps(prepare(path, where), ensure_ascii=False), encoding="utf-8")
     if "index.ipynb" not in present:
-        (folder / "index.md").write_text("---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)), encoding="utf-8")
+        (folder / "index.md").write_text(
+            "---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)),
+            encoding="utf-8",
+        )
     reference = api().pages(where, titles(nbs), documentation)
-    for name, page in reference.items(): (folder / name).write_text(page, encoding="utf-8")
+    for name, page in reference.items():
+        (folder / name).write_text(page, encoding="utf-8")
     settings = config(present | reference.keys())
     (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
-    for name in ("book.css", "favicon.svg"): shutil.copy(ASSETS / name, folder / name)
+    for name in ("book.css", "favicon.svg"):
+        shutil.copy(ASSETS / name, folder / name)
 
 
 @cache
 def quick_colors():
     "Let smalldocs remember what it has coloured, and the class of a token: both are asked for over and over."
     from smalldocs import highlight, markdown
+
     highlight.css_class = cache(highlight.css_class)
     markdown.highlight = cache(highlight.highlight)
 
@@ -271,50 +339,66 @@ def by_smalldocs(folder, out):
     "Render with smalldocs, then take its pages off the network."
     from smalldocs.config import load
     from smalldocs.site import Site
+
     quick_colors()
     site = Site(load(folder), quiet=True)
     site.out = out.resolve()
     site.build()
-    for warning in site.warnings: print("warning:", warning, file=sys.stderr)
+    for warning in site.warnings:
+        print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
-    for page in out.glob("*.html"): page.write_text(hang(page.read_text(encoding="utf-8")), encoding="utf-8")
-    for page in out.glob("*.html"): replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
-    for css in out.glob("site_libs/**/*.css"): replace(css, {r"@import\s+url\([^)]*\);?": ""})
+    for page in out.glob("*.html"):
+        page.write_text(hang(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in out.glob("*.html"):
+        replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
+    for css in out.glob("site_libs/**/*.css"):
+        replace(css, {r"@import\s+url\([^)]*\);?": ""})
     offline_search(out)
 
 
 def replace(path, patterns):
     old = new = path.read_text(encoding="utf-8")
-    for pattern, by in patterns.items(): new = re.sub(pattern, by, new)
-    if new != old: path.write_text(new, encoding="utf-8")
+    for pattern, by in patterns.items():
+        new = re.sub(pattern, by, new)
+    if new != old:
+        path.write_text(new, encoding="utf-8")
 
 
 def hang(page):
-    "Long lines of code, and of outputs that are no table, in spans that wrap with a hanging indent: no line is cut off, no indent lost."
+    """Long lines of code, and of outputs that are no table, in spans that wrap with a hanging indent: no line is
+    cut off, no indent lost."""
+
     def block(m):
         lines = m[2].split("\n")
         bare = [unescape(re.sub(r"<[^>]*>", "", l)) for l in lines]
         columns = [bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare]
         table = "sourceCode" not in m[1] and sum(columns) > 1
-        out, still = [], []                                  # `still`: tags that a line leaves open, as a text of several lines does
+        out, still = [], []  # `still`: tags that a line leaves open, as a text of several lines does
         for line, text, column in zip(lines, bare, columns):
             line = "".join(still) + line
             still = unclosed(line)
             line += "</span>" * len(still) + "\n"
-            out.append(line if len(text) <= SHORT or table and column else f'<span class="hang" style="--by:{continued(text)}ch">{line}</span>')
+            out.append(
+                line
+                if len(text) <= SHORT or table and column
+                else f'<span class="hang" style="--by:{continued(text)}ch">{line}</span>'
+            )
         return (m[1] if table else m[1].replace("<code", "<code data-hang", 1)) + "".join(out).removesuffix("\n") + m[3]
+
     return re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", block, page, flags=re.S)
 
 
 def unclosed(line):
     "The tags `<span …>` of a line that it does not close."
     still = []
-    for tag in re.findall(r"<span[^>]*>|</span>", line): still.pop() if tag == "</span>" else still.append(tag)
+    for tag in re.findall(r"<span[^>]*>|</span>", line):
+        still.pop() if tag == "</span>" else still.append(tag)
     return still
 
 
 def continued(line):
-    "In which column a line goes on: under its comment where one stands to the right with room to spare, else four to the right of its start."
+    """In which column a line goes on: under its comment where one stands to the right with room to spare, else four
+    to the right of its start."""
     comment = re.search(r"\S\s{2,}(?=# )", line)
     return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
@@ -323,12 +407,17 @@ def offline_search(out):
     "The search index as a script: unlike fetch, it also loads from file://."
     index = (out / "search.json").read_text(encoding="utf-8")
     (out / "search.js").write_text(f"window.searchIndex = {index};\n", encoding="utf-8")
-    load = ('index = await new Promise((good, bad) => { const s = document.createElement("script"); s.src = offset + "search.js"; '
-            "s.onload = () => good(window.searchIndex); s.onerror = bad; document.head.append(s); });")
+    load = (
+        'index = await new Promise((good, bad) => { const s = document.createElement("script"); s.src = offset +'
+        ' "search.js"; s.onload = () => good(window.searchIndex); s.onerror = bad; document.head.append(s); });'
+    )
     script = out / "site_libs/smalldocs.js"
     old = script.read_text(encoding="utf-8")
-    new = re.sub(r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);', lambda m: load, old)
-    if new == old: raise SystemExit("smalldocs.js reads its search index in a new way: adapt offline_search in tools/site.py")
+    new = re.sub(
+        r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);', lambda m: load, old
+    )
+    if new == old:
+        raise SystemExit("smalldocs.js reads its search index in a new way: adapt offline_search in tools/site.py")
     script.write_text(new, encoding="utf-8")
 
 
@@ -348,13 +437,15 @@ def by_quarto(folder, out):
 def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     "Render all chapters into a folder; what was there is replaced only when everything went well."
     out = Path(out).resolve()
-    if out.is_dir() and any(out.iterdir()) and not (out / "site_libs").is_dir(): raise SystemExit(f"{out} is not empty and not a site: give another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "site_libs").is_dir():
+        raise SystemExit(f"{out} is not empty and not a site: give another folder")
     with tempfile.TemporaryDirectory() as tmp:
         source, made = Path(tmp) / "book", Path(tmp) / "made"
         source.mkdir()
         stage(nbs, source)
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
-        if out.exists(): shutil.rmtree(out)
+        if out.exists():
+            shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, out)
     return out
@@ -362,16 +453,26 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
 
 # ------------------------------------------------------------------------------------------------ checking
 
-LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
-         "object": "data", "input": "src"}                   # attributes that a browser fetches
+LOADS = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+    "object": "data",
+    "input": "src",
+}  # attributes that a browser fetches
 LINK_RELS = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "preconnect", "dns-prefetch", "manifest"}
 OUTSIDE = re.compile(r"^\s*(https?:)?//", re.I)
 PLACES = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users)/[\w.-]+/")
-EXPLORERS = 2_000_000                                        # bytes of all explorers on a page
+EXPLORERS = 2_000_000  # bytes of all explorers on a page
 
 
 class Page(HTMLParser):
     "What the checks need to know of one page."
+
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
         self.path, self.raw = path, path.read_text(encoding="utf-8")
@@ -382,26 +483,40 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         a = {k: v or "" for k, v in attributes}
-        if "id" in a: self.ids.add(a["id"])
-        if tag == "a" and "href" in a: self.links.append(a["href"])
-        if tag in LOADS and a.get(LOADS[tag]): self.loads.append(a[LOADS[tag]])
-        if tag == "link" and set(a.get("rel", "").split()) & LINK_RELS: self.loads.append(a.get("href", ""))
-        if "style" in a: self.styles.append(a["style"])
-        if "math" in a.get("class", "").split(): self.math += 1
-        if tag == "main": self._main += 1
-        if self._main and tag in ("img", "svg"): self.figures += 1
-        if tag in ("pre", "script", "style", "main"): self._inside.append(tag)
+        if "id" in a:
+            self.ids.add(a["id"])
+        if tag == "a" and "href" in a:
+            self.links.append(a["href"])
+        if tag in LOADS and a.get(LOADS[tag]):
+            self.loads.append(a[LOADS[tag]])
+        if tag == "link" and set(a.get("rel", "").split()) & LINK_RELS:
+            self.loads.append(a.get("href", ""))
+        if "style" in a:
+            self.styles.append(a["style"])
+        if "math" in a.get("class", "").split():
+            self.math += 1
+        if tag == "main":
+            self._main += 1
+        if self._main and tag in ("img", "svg"):
+            self.figures += 1
+        if tag in ("pre", "script", "style", "main"):
+            self._inside.append(tag)
 
     def handle_endtag(self, tag):
-        if tag in self._inside: del self._inside[len(self._inside) - 1 - self._inside[::-1].index(tag):]
-        if tag == "main": self._main -= 1
+        if tag in self._inside:
+            del self._inside[len(self._inside) - 1 - self._inside[::-1].index(tag) :]
+        if tag == "main":
+            self._main -= 1
 
     def handle_data(self, data):
-        if "script" in self._inside: self.scripts.append(data)
-        elif "style" in self._inside: self.styles.append(data)
+        if "script" in self._inside:
+            self.scripts.append(data)
+        elif "style" in self._inside:
+            self.styles.append(data)
         else:
             self.words.append(data)
-            if "pre" in self._inside: self.code.append(data)
+            if "pre" in self._inside:
+                self.code.append(data)
 
     @cached_property
     def explorers(self):
@@ -417,28 +532,40 @@ def broken_links(page, pages, out):
     "Links to files or places that are not there."
     for href in page.links:
         url = urlsplit(href)
-        if url.scheme or url.netloc or not href.strip("#"): continue
+        if url.scheme or url.netloc or not href.strip("#"):
+            continue
         target = (page.path.parent / unquote(url.path)).resolve() if url.path else page.path
-        if target.is_dir(): target = target / "index.html"
-        if not target.is_file(): yield f"broken link {href}"
-        elif out not in target.parents: yield f"link {href} leaves the site"
-        elif url.fragment and target.name in pages and unquote(url.fragment) not in pages[target.name].ids: yield f"link {href}: {target.name} has no such place"
+        if target.is_dir():
+            target = target / "index.html"
+        if not target.is_file():
+            yield f"broken link {href}"
+        elif out not in target.parents:
+            yield f"link {href} leaves the site"
+        elif url.fragment and target.name in pages and unquote(url.fragment) not in pages[target.name].ids:
+            yield f"link {href}: {target.name} has no such place"
 
 
 def outside(page, out):
     "Files that a browser would fetch from elsewhere, or that are not there."
     for address in page.loads:
-        if OUTSIDE.match(address): yield f"loads {address}"
-        elif not address.startswith("data:") and not (page.path.parent / unquote(urlsplit(address).path)).is_file(): yield f"loads {address}, which is not there"
-    for css in page.styles: yield from css_loads(css, "a style")
+        if OUTSIDE.match(address):
+            yield f"loads {address}"
+        elif not address.startswith("data:") and not (page.path.parent / unquote(urlsplit(address).path)).is_file():
+            yield f"loads {address}, which is not there"
+    for css in page.styles:
+        yield from css_loads(css, "a style")
     for code in page.scripts:
-        for m in re.finditer(r"""(?:import|fetch|importScripts)\s*\(?\s*(?:[\w{},*\s]+from\s*)?["'](https?:[^"']+)""", code): yield f"a script loads {m[1]}"
+        for m in re.finditer(
+            r"""(?:import|fetch|importScripts)\s*\(?\s*(?:[\w{},*\s]+from\s*)?["'](https?:[^"']+)""", code
+        ):
+            yield f"a script loads {m[1]}"
 
 
 def css_loads(css, where):
     for m in re.finditer(r"""@import\s+(?:url\()?["']?([^"')\s;]+)|url\(\s*["']?([^"')]+)""", css):
         address = m[1] or m[2]
-        if OUTSIDE.match(address): yield f"{where} loads {address}"
+        if OUTSIDE.match(address):
+            yield f"{where} loads {address}"
 
 
 def stylesheets(out):
@@ -446,9 +573,15 @@ def stylesheets(out):
     for path in out.rglob("*.css"):
         css = path.read_text(encoding="utf-8")
         name = path.relative_to(out)
-        for problem in css_loads(css, name): yield str(problem)
+        for problem in css_loads(css, name):
+            yield str(problem)
         for m in re.finditer(r"""url\(\s*["']?([^"')]+)""", css):
-            if not m[1].startswith(("data:", "#")) and not OUTSIDE.match(m[1]) and not (path.parent / urlsplit(m[1]).path).is_file(): yield f"{name}: {m[1]} is not there"
+            if (
+                not m[1].startswith(("data:", "#"))
+                and not OUTSIDE.match(m[1])
+                and not (path.parent / urlsplit(m[1]).path).is_file()
+            ):
+                yield f"{name}: {m[1]} is not there"
 
 
 def against_notebook(page, path):
@@ -458,39 +591,57 @@ def against_notebook(page, path):
     for i, cell in enumerate(book["cells"]):
         if is_hidden(cell) and len(squeeze(text(cell))) > 40:
             code = squeeze("\n".join(l for l in text(cell).splitlines() if not DIRECTIVE.match(l)))
-            if code and code in shown: yield f"shows hidden cell {i}"
-    if re.search(r"^#\|", "".join(page.code), re.M): yield "shows a directive (#| …)"
-    if re.match(r"\d", path.name) and not page.figures: yield "has no figure"
+            if code and code in shown:
+                yield f"shows hidden cell {i}"
+    if re.search(r"^#\|", "".join(page.code), re.M):
+        yield "shows a directive (#| …)"
+    if re.match(r"\d", path.name) and not page.figures:
+        yield "has no figure"
     math = any(re.search(r"\$[^$\n]+\$", text(c)) for c in book["cells"] if c["cell_type"] == "markdown")
-    if math and not (page.math and any("katex" in a for a in page.loads)): yield "has mathematics, and nothing to typeset it"
-    wanted = sum("mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for c in book["cells"] for o in c.get("outputs", []) if not is_hidden(c))
-    if wanted > len(page.explorers): yield f"has lost {wanted - len(page.explorers)} of {wanted} explorers"
+    if math and not (page.math and any("katex" in a for a in page.loads)):
+        yield "has mathematics, and nothing to typeset it"
+    wanted = sum(
+        "mz-explore" in "".join(o.get("data", {}).get("text/html", ""))
+        for c in book["cells"]
+        for o in c.get("outputs", [])
+        if not is_hidden(c)
+    )
+    if wanted > len(page.explorers):
+        yield f"has lost {wanted - len(page.explorers)} of {wanted} explorers"
 
 
 def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     "Everything that is wrong with a built site, one line each."
     out = Path(out).resolve()
     pages = {p.name: Page(p) for p in sorted(out.glob("*.html"))}
-    if "index.html" not in pages: return [f"{out} has no index.html: build it first"]
+    if "index.html" not in pages:
+        return [f"{out} has no index.html: build it first"]
     problems = list(stylesheets(out))
     for name, page in pages.items():
         found = [*broken_links(page, pages, out), *outside(page, out)]
         notebook = Path(nbs) / f"{Path(name).stem}.ipynb"
-        if notebook.exists(): found += against_notebook(page, notebook)
-        if (size := sum(map(len, page.explorers))) > EXPLORERS: found.append(f"its explorers take {size:,} bytes, more than {EXPLORERS:,}")
-        if m := PLACES.search(" ".join(page.words)): found.append(f"names a place on somebody's machine: {m[0]}")
+        if notebook.exists():
+            found += against_notebook(page, notebook)
+        if (size := sum(map(len, page.explorers))) > EXPLORERS:
+            found.append(f"its explorers take {size:,} bytes, more than {EXPLORERS:,}")
+        if m := PLACES.search(" ".join(page.words)):
+            found.append(f"names a place on somebody's machine: {m[0]}")
         problems += [f"{name}: {p}" for p in found]
     missing = [p.name for p in chapters(nbs) if f"{p.stem}.html" not in pages]
     named = listed(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
-    problems += [f"{n} has no page" for n in missing] + [f"{p.name} is not in the sidebar of _quarto.yml" for p in chapters(nbs) if p.name not in named]
+    problems += [f"{n} has no page" for n in missing] + [
+        f"{p.name} is not in the sidebar of _quarto.yml" for p in chapters(nbs) if p.name not in named
+    ]
     return list(dict.fromkeys(problems))
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["build", *folder]: print(build(*folder))
+        case ["build", *folder]:
+            print(build(*folder))
         case ["check", *folder]:
             problems = check(*folder)
             print("\n".join(problems) or "nothing is wrong")
             sys.exit(bool(problems))
-        case _: sys.exit(__doc__)
+        case _:
+            sys.exit(__doc__)

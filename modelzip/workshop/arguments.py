@@ -15,27 +15,43 @@ from typing import Any
 # %% ../../nbs/workshop/arguments.ipynb
 def fits(
     x: Any,
-    kind: Any,     # an annotation: a class, a union, a generic alias
+    kind: Any,  # an annotation: a class, a union, a generic alias
 ) -> bool:
     "Whether an argument is of the kind that a signature names. What cannot be told fits."
-    if kind in (Any, inspect.Parameter.empty): return True
-    if kind is None or kind is types.NoneType: return x is None
+    if kind in (Any, inspect.Parameter.empty):
+        return True
+    if kind is None or kind is types.NoneType:
+        return x is None
     of = typing.get_origin(kind)
-    if of in (typing.Union, types.UnionType): return any(fits(x, k) for k in typing.get_args(kind))
-    if of is typing.Literal: return any(isinstance(x, type(k)) and x == k for k in typing.get_args(kind))      # an array has no one answer to ==
+    if of in (typing.Union, types.UnionType):
+        return any(fits(x, k) for k in typing.get_args(kind))
+    if of is typing.Literal:
+        return any(isinstance(x, type(k)) and x == k for k in typing.get_args(kind))  # an array has no one answer to ==
     kind = of or kind
-    if not isinstance(kind, type): return True
-    if kind is Callable: return callable(x)
-    if kind is bool: return isinstance(x, (bool, Integral)) or _number(x)
-    if kind is int: return isinstance(x, Integral) or _number(x, whole=True)
-    if kind in (float, Real): return isinstance(x, Real) or _number(x)
-    if kind in (Path, os.PathLike): return isinstance(x, (str, os.PathLike))
-    if kind is tuple: return isinstance(x, (tuple, type))                                     # a class where classes are asked for
-    if kind in (list, Sequence): return hasattr(x, "__len__") and not isinstance(x, (str, bytes, Mapping))
-    if kind is dict: return isinstance(x, Mapping)
-    if kind in (Iterable, Container): return isinstance(x, kind) and not isinstance(x, (str, bytes))
-    if kind is bytes: return isinstance(x, (bytes, bytearray, memoryview))
+    if not isinstance(kind, type):
+        return True
+    if kind is Callable:
+        return callable(x)
+    if kind is bool:
+        return isinstance(x, (bool, Integral)) or _number(x)
+    if kind is int:
+        return isinstance(x, Integral) or _number(x, whole=True)
+    if kind in (float, Real):
+        return isinstance(x, Real) or _number(x)
+    if kind in (Path, os.PathLike):
+        return isinstance(x, (str, os.PathLike))
+    if kind is tuple:
+        return isinstance(x, (tuple, type))  # a class where classes are asked for
+    if kind in (list, Sequence):
+        return hasattr(x, "__len__") and not isinstance(x, (str, bytes, Mapping))
+    if kind is dict:
+        return isinstance(x, Mapping)
+    if kind in (Iterable, Container):
+        return isinstance(x, kind) and not isinstance(x, (str, bytes))
+    if kind is bytes:
+        return isinstance(x, (bytes, bytearray, memoryview))
     return isinstance(x, kind)
+
 
 def _number(x, whole=False):
     "A number that is a tensor or an array without dimensions."
@@ -43,74 +59,124 @@ def _number(x, whole=False):
     return kind is not None and getattr(x, "shape", None) == () and not (whole and "float" in str(kind))
 
 # %% ../../nbs/workshop/arguments.ipynb
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", Real: "a number", str: "text", Path: "a path", os.PathLike: "a path", Callable: "a function", Iterable: "an iterable", Sequence: "a list", list: "a list", tuple: "a tuple", dict: "a dict", Mapping: "a dict",
-         bytes: "bytes", types.NoneType: "None", "Module": "an nn.Module", "Tensor": "a tensor"}      # PyTorch's by name: pages of explorers do without it
+WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    Real: "a number",
+    str: "text",
+    Path: "a path",
+    os.PathLike: "a path",
+    Callable: "a function",
+    Iterable: "an iterable",
+    Sequence: "a list",
+    list: "a list",
+    tuple: "a tuple",
+    dict: "a dict",
+    Mapping: "a dict",
+    bytes: "bytes",
+    types.NoneType: "None",
+    "Module": "an nn.Module",
+    "Tensor": "a tensor",
+}  # PyTorch's by name: pages of explorers do without it
+
 
 def in_words(
-    kind: Any,     # an annotation
-) -> str:          # such as 'a number or None'
+    kind: Any,  # an annotation
+) -> str:  # such as 'a number or None'
     "What an argument may be."
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         said = list(dict.fromkeys(map(in_words, typing.get_args(kind))))
-        if {"text", "a path"} <= {*said}: said.remove("text")
+        if {"text", "a path"} <= {*said}:
+            said.remove("text")
         return " or ".join([", ".join(said[:-1])] * bool(said[:-1]) + said[-1:])
-    if typing.get_origin(kind) is typing.Literal: return " or ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
     kind = types.NoneType if kind is None else typing.get_origin(kind) or kind
     return WORDS.get(kind) or WORDS.get(kind.__name__) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
 
-def unfit(
-    f: Callable,
-    args: tuple,
-    kwargs: dict,
-) -> str | None:     # None when all fit, or nobody can tell
+
+def unfit(f: Callable, args: tuple, kwargs: dict) -> str | None:  # None when all fit, or nobody can tell
     "Which argument of a call does not fit its signature, in words."
-    try: given = inspect.signature(f).bind(*args, **kwargs)
-    except (TypeError, ValueError): return None
+    try:
+        given = inspect.signature(f).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return None
     for name, x in given.arguments.items():
         p = given.signature.parameters[name]
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or x is p.default: continue
-        if name == "example" and p.annotation is Any and not _holds_tensors(x): return f"example is {_short(x)}; it may be what the model is called with: a tensor, a tuple of arguments, a dict of named ones"
-        if fits(x, p.annotation): continue
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or x is p.default:
+            continue
+        if name == "example" and p.annotation is Any and not _holds_tensors(x):
+            return (
+                f"example is {_short(x)}; it may be what the model is called with: a tensor, a tuple of arguments, a"
+                " dict of named ones"
+            )
+        if fits(x, p.annotation):
+            continue
         calls = f"; call it: {x.__name__}()" if isinstance(x, type) and fits_instance(x, p.annotation) else ""
         return f"{name} is {_short(x)}; it may be {in_words(p.annotation)}{calls}"
     return None
 
+
 def _holds_tensors(x):
     "Whether there is a tensor in an example, or something that may hold one."
     from torch.utils._pytree import tree_leaves
-    return any(isinstance(t, Mapping) or type(t).__name__ == "Tensor" or getattr(t, "__dict__", None) for t in tree_leaves(x))
+
+    return any(
+        isinstance(t, Mapping) or type(t).__name__ == "Tensor" or getattr(t, "__dict__", None) for t in tree_leaves(x)
+    )
+
 
 def fits_instance(c: type, kind: Any) -> bool:
     "Whether what a class makes would fit."
-    return any(isinstance(k, type) and k is not type and issubclass(c, k) for k in (typing.get_args(kind) or (kind,)))
+    return any(isinstance(k, type) and k is not type and issubclass(c, k) for k in typing.get_args(kind) or (kind,))
+
 
 def _short(x):
-    if isinstance(x, type): return f"the class {x.__name__}"
-    if x is None or isinstance(x, (str, bytes, Real)): return f"{x!r:.60}"
-    return f"a{'n' * (type(x).__name__[0] in 'AEIOUaeiou')} {type(x).__name__}" + (" without anything in it" if isinstance(x, (list, tuple, set, dict)) and not x else "")
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    if x is None or isinstance(x, (str, bytes, Real)):
+        return f"{x!r:.60}"
+    return f"a{'n' * (type(x).__name__[0] in 'AEIOUaeiou')} {type(x).__name__}" + (
+        " without anything in it" if isinstance(x, (list, tuple, set, dict)) and not x else ""
+    )
 
 # %% ../../nbs/workshop/arguments.ipynb
 def with_names(
-    f: Callable,     # a function, or a method
-) -> Callable:       # the same, with errors that name the argument that does not fit
+    f: Callable,  # a function, or a method
+) -> Callable:  # the same, with errors that name the argument that does not fit
     "See above; generators and coroutines, which fail later than they are called, stay as they are."
-    if inspect.isgeneratorfunction(plain := inspect.unwrap(f)) or inspect.iscoroutinefunction(plain): return f
+    if inspect.isgeneratorfunction(plain := inspect.unwrap(f)) or inspect.iscoroutinefunction(plain):
+        return f
+
     @functools.wraps(f)
     def call(*args, **kwargs):
-        try: return f(*args, **kwargs)
+        try:
+            return f(*args, **kwargs)
         except Exception as e:
             why = unfit(f, args, kwargs)
-            if why is None or "; call it" not in why and (_judged(e, plain) or _names(e, why.partition(" ")[0])): raise
+            if why is None or "; call it" not in why and (_judged(e, plain) or _names(e, why.partition(" ")[0])):
+                raise
             raise TypeError(why) from e
+
     return call
 
+
 def _judged(e, f):
-    "Whether an error is a judgement: a `ValueError` that a line of ours raises, or a `TypeError` of the function's own."
+    """Whether an error is a judgement: a `ValueError` that a line of ours raises, or a `TypeError` of the
+    function's own."""
     at = e.__traceback__
-    while at.tb_next is not None: at = at.tb_next
+    while at.tb_next is not None:
+        at = at.tb_next
     code = at.tb_frame.f_code
-    if isinstance(e, TypeError) and code is not getattr(f, "__code__", None): return False      # it speaks of the arguments of another
-    return isinstance(e, (TypeError, ValueError)) and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0] and dis.opname[code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+    if isinstance(e, TypeError) and code is not getattr(f, "__code__", None):
+        return False  # it speaks of the arguments of another
+    return (
+        isinstance(e, (TypeError, ValueError))
+        and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+        and dis.opname[code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+    )
+
 
 def _names(e, name):
     "Whether an error has the name of an argument as a word."
@@ -118,19 +184,29 @@ def _names(e, name):
 
 # %% ../../nbs/workshop/arguments.ipynb
 def name_arguments(
-    module: dict,     # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
+    module: dict,  # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
 ) -> None:
-    """Let all public functions of a module, and the classes that are no dataclasses, name the argument that does not fit.
-    A default and an entry of a table that is one of them stays the same object as the function of that name."""
-    told = {}                                                        # `id` of a function → what stands for it now
+    """Let all public functions of a module, and the classes that are no dataclasses, name the argument that does
+    not fit. A default and an entry of a table that is one of them stays the same object as the function of that
+    name."""
+    told = {}  # `id` of a function → what stands for it now
     for name in module.get("__all__", ()):
         x = module[name]
-        if getattr(x, "__module__", None) != module["__name__"]: continue
-        if isinstance(x, types.FunctionType): told[id(x)] = module[name] = with_names(x)
-        elif isinstance(x, type) and "__init__" in vars(x) and not issubclass(x, Exception) and not hasattr(x, "__dataclass_fields__"): x.__init__ = with_names(x.__init__)
+        if getattr(x, "__module__", None) != module["__name__"]:
+            continue
+        if isinstance(x, types.FunctionType):
+            told[id(x)] = module[name] = with_names(x)
+        elif (
+            isinstance(x, type)
+            and "__init__" in vars(x)
+            and not issubclass(x, Exception)
+            and not hasattr(x, "__dataclass_fields__")
+        ):
+            x.__init__ = with_names(x.__init__)
     for x in list(module.values()):
         if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]:
             f = inspect.unwrap(x)
             f.__defaults__ = f.__defaults__ and tuple(told.get(id(d), d) for d in f.__defaults__)
             f.__kwdefaults__ = f.__kwdefaults__ and {k: told.get(id(d), d) for k, d in f.__kwdefaults__.items()}
-        elif isinstance(x, dict) and x is not module: x.update({k: told[id(v)] for k, v in x.items() if id(v) in told})
+        elif isinstance(x, dict) and x is not module:
+            x.update({k: told[id(v)] for k, v in x.items() if id(v) in told})

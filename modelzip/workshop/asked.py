@@ -21,163 +21,311 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 # %% ../../nbs/workshop/asked.ipynb
 WIDE = 2**31 - 1
-MOST_PLACES, MOST_ADDED, MOST_TIMES = 2**24, 2**20, 2**12      # of an image that is put out whatever comes in; that padding and pooling add; how many times larger an output may be
+MOST_PLACES, MOST_ADDED, MOST_TIMES = (
+    2**24,
+    2**20,
+    2**12,
+)  # of an image that is put out whatever comes in; that padding and pooling add; how many times larger an output may be
 
-def is_whole(v: Any, low: int, high: int = WIDE) -> bool: return type(v) is int and low <= v <= high
-def is_number(v: Any) -> bool: return type(v) in (int, float)
+
+def is_whole(v: Any, low: int, high: int = WIDE) -> bool:
+    return type(v) is int and low <= v <= high
+
+
+def is_number(v: Any) -> bool:
+    return type(v) in (int, float)
+
 
 def whole(low: int, high: int = WIDE) -> tuple[str, Callable]:
     return f"a whole number from {low:,} to {high:,}", lambda v, n: is_whole(v, low, high)
 
+
 def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callable]:
     "One number, or one for each dimension; `total` bounds the product over all of them."
+
     def right(v, n):
-        found = [*v] if isinstance(v, (list, tuple)) else [v]*n
-        return len(found) in (1, n) and all(is_whole(x, low) or none and x is None for x in found) and math.prod(max(1, x or 1) for x in found) <= total
-    return f"a whole number from {low:,}, or one for each dimension" + f", {total:,} places at most"*(total < 2**80), right
+        found = [*v] if isinstance(v, (list, tuple)) else [v] * n
+        return (
+            len(found) in (1, n)
+            and all(is_whole(x, low) or none and x is None for x in found)
+            and math.prod(max(1, x or 1) for x in found) <= total
+        )
 
-def one_of(*words: str) -> tuple[str, Callable]: return " or ".join(map(repr, words)), lambda v, n: isinstance(v, str) and v in words
+    return (
+        f"a whole number from {low:,}, or one for each dimension" + f", {total:,} places at most" * (total < 2**80),
+        right,
+    )
 
-def or_none(rule: tuple[str, Callable]) -> tuple[str, Callable]: return f"None or {rule[0]}", lambda v, n: v is None or rule[1](v, n)
 
-def either(a: tuple[str, Callable], b: tuple[str, Callable]) -> tuple[str, Callable]: return f"{a[0]}; or {b[0]}", lambda v, n: a[1](v, n) or b[1](v, n)
+def one_of(*words: str) -> tuple[str, Callable]:
+    return " or ".join(map(repr, words)), lambda v, n: isinstance(v, str) and v in words
+
+
+def or_none(rule: tuple[str, Callable]) -> tuple[str, Callable]:
+    return f"None or {rule[0]}", lambda v, n: v is None or rule[1](v, n)
+
+
+def either(a: tuple[str, Callable], b: tuple[str, Callable]) -> tuple[str, Callable]:
+    return f"{a[0]}; or {b[0]}", lambda v, n: a[1](v, n) or b[1](v, n)
 
 # %% ../../nbs/workshop/asked.ipynb
 NUMBER = "a number", lambda v, n: is_number(v)
 SWITCH = "True or False", lambda v, n: type(v) is bool or is_whole(v, 0, 1)
-SIZES = "a whole number from 0, or a list of at most 8", lambda v, n: is_whole(v, 0) or isinstance(v, (list, tuple)) and len(v) <= 8 and all(is_whole(x, 0) for x in v)
+SIZES = (
+    "a whole number from 0, or a list of at most 8",
+    lambda v, n: is_whole(v, 0) or isinstance(v, (list, tuple)) and len(v) <= 8 and all(is_whole(x, 0) for x in v),
+)
+
 
 def _around(v, n):
     "Padding in front of and behind each dimension, which may be negative and then cuts off."
-    found = [*v] if isinstance(v, (list, tuple)) else [v]*2*n
-    return len(found) == 2*n and all(is_whole(x, -WIDE) for x in found) and math.prod(max(1, 1 + a + b) for a, b in zip(found[::2], found[1::2])) <= MOST_ADDED
+    found = [*v] if isinstance(v, (list, tuple)) else [v] * 2 * n
+    return (
+        len(found) == 2 * n
+        and all(is_whole(x, -WIDE) for x in found)
+        and math.prod(max(1, 1 + a + b) for a, b in zip(found[::2], found[1::2])) <= MOST_ADDED
+    )
+
 
 def _times(v, n):
     found = [*v] if isinstance(v, (list, tuple)) else [v]
-    return 0 < len(found) <= 3 and all(is_number(x) and 0 < x <= MOST_TIMES for x in found) and math.prod(found*(2 if len(found) == 1 else 1)) <= MOST_TIMES
+    return (
+        0 < len(found) <= 3
+        and all(is_number(x) and 0 < x <= MOST_TIMES for x in found)
+        and math.prod(found * (2 if len(found) == 1 else 1)) <= MOST_TIMES
+    )
 
-def _resized(v, n): return any(each(1, total=MOST_PLACES)[1](v, m) for m in (1, 2, 3))
+
+def _resized(v, n):
+    return any(each(1, total=MOST_PLACES)[1](v, m) for m in (1, 2, 3))
+
 
 def _rules():
     "Argument → what it may be."
     of = lambda names, rule: dict.fromkeys(names.split(), rule)
-    return (of("in_features out_features in1_features in2_features num_features in_channels out_channels num_channels num_embeddings embedding_dim proj_size num_parameters channels", whole(0))
-        | of("input_size hidden_size embed_dim num_heads head_dim num_groups groups rank total num_layers", whole(1)) | of("kdim vdim", or_none(whole(1))) | of("upscale_factor downscale_factor", whole(1, 2**12))
-        | of("kernel_size dilation", each(1)) | of("stride", or_none(each(1))) | of("output_padding", each(0)) | {"padding": each(0, total=MOST_ADDED), "output_size": each(0, none=True, total=MOST_ADDED), "size": whole(1, 2**12)}
-        | of("bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse include_last_offset batch_first bidirectional add_bias_kv add_zero_attn keepdim return_indices ceil_mode count_include_pad channels_first", SWITCH)
-        | of("align_corners recompute_scale_factor", or_none(SWITCH)) | of("alpha beta k p lambd lower upper negative_slope min_val max_val threshold value norm_type dropout", NUMBER) | of("eps momentum max_norm", or_none(NUMBER))
-        | of("dim start_dim end_dim", or_none(whole(-64, 63))) | {"padding_idx": or_none(whole(-WIDE)), "normalized_shape": SIZES, "divisor_override": or_none(("a whole number other than 0", lambda v, n: is_whole(v, -WIDE) and v != 0)),
-           "scale_factor": or_none((f"a number above 0, or one for each dimension, so that an image becomes at most {MOST_TIMES:,} times as large", _times)),
-           "padding_mode": one_of("zeros", "reflect", "replicate", "circular"), "nonlinearity": one_of("tanh", "relu"), "approximate": one_of("none", "tanh"), "mode": one_of("sum", "mean", "max")})
+    return (
+        of(
+            "in_features out_features in1_features in2_features num_features in_channels out_channels num_channels"
+            " num_embeddings embedding_dim proj_size num_parameters channels",
+            whole(0),
+        )
+        | of("input_size hidden_size embed_dim num_heads head_dim num_groups groups rank total num_layers", whole(1))
+        | of("kdim vdim", or_none(whole(1)))
+        | of("upscale_factor downscale_factor", whole(1, 2**12))
+        | of("kernel_size dilation", each(1))
+        | of("stride", or_none(each(1)))
+        | of("output_padding", each(0))
+        | {
+            "padding": each(0, total=MOST_ADDED),
+            "output_size": each(0, none=True, total=MOST_ADDED),
+            "size": whole(1, 2**12),
+        }
+        | of(
+            "bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse include_last_offset"
+            " batch_first bidirectional add_bias_kv add_zero_attn keepdim return_indices ceil_mode count_include_pad"
+            " channels_first",
+            SWITCH,
+        )
+        | of("align_corners recompute_scale_factor", or_none(SWITCH))
+        | of(
+            "alpha beta k p lambd lower upper negative_slope min_val max_val threshold value norm_type dropout", NUMBER
+        )
+        | of("eps momentum max_norm", or_none(NUMBER))
+        | of("dim start_dim end_dim", or_none(whole(-64, 63)))
+        | {
+            "padding_idx": or_none(whole(-WIDE)),
+            "normalized_shape": SIZES,
+            "divisor_override": or_none(("a whole number other than 0", lambda v, n: is_whole(v, -WIDE) and v != 0)),
+            "scale_factor": or_none(
+                (
+                    (
+                        f"a number above 0, or one for each dimension, so that an image becomes at most {MOST_TIMES:,}"
+                        " times as large"
+                    ),
+                    _times,
+                )
+            ),
+            "padding_mode": one_of("zeros", "reflect", "replicate", "circular"),
+            "nonlinearity": one_of("tanh", "relu"),
+            "approximate": one_of("none", "tanh"),
+            "mode": one_of("sum", "mean", "max"),
+        }
+    )
+
 
 RULES = _rules()
 
+
 def rule_of(
-    cls: str,     # name of a class
-    key: str,     # of an argument
-) -> tuple[str, Callable]:      # in words, and as a function of the value and the number of dimensions
+    cls: str,  # name of a class
+    key: str,  # of an argument
+) -> tuple[str, Callable]:  # in words, and as a function of the value and the number of dimensions
     "What an argument of a class may be."
-    if key == "padding" and "Pad" in cls: return f"a whole number, or two for each dimension, {MOST_ADDED:,} places at most", _around
-    if key == "padding" and cls.startswith(("Conv", "ThinConv")) and "Transpose" not in cls: return either(RULES[key], one_of("same", "valid"))
-    if cls.startswith("ConvTranspose") and key in ("stride", "dilation"): return each(1, total=MOST_TIMES)
-    if cls == "Unfold" and key in ("kernel_size", "padding"): return each(key == "kernel_size", total=MOST_TIMES)
-    if cls == "Fold" and key == "output_size": return each(1, total=MOST_PLACES)
-    if key == "stride" and ("Conv" in cls or "old" in cls): return each(1)
-    if key == "size" and cls == "Upsample": return or_none((f"a whole number from 1, or one for each dimension, {MOST_PLACES:,} places at most", _resized))
-    if key == "mode" and cls == "Upsample": return one_of("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")
+    if key == "padding" and "Pad" in cls:
+        return f"a whole number, or two for each dimension, {MOST_ADDED:,} places at most", _around
+    if key == "padding" and cls.startswith(("Conv", "ThinConv")) and "Transpose" not in cls:
+        return either(RULES[key], one_of("same", "valid"))
+    if cls.startswith("ConvTranspose") and key in ("stride", "dilation"):
+        return each(1, total=MOST_TIMES)
+    if cls == "Unfold" and key in ("kernel_size", "padding"):
+        return each(key == "kernel_size", total=MOST_TIMES)
+    if cls == "Fold" and key == "output_size":
+        return each(1, total=MOST_PLACES)
+    if key == "stride" and ("Conv" in cls or "old" in cls):
+        return each(1)
+    if key == "size" and cls == "Upsample":
+        return or_none((f"a whole number from 1, or one for each dimension, {MOST_PLACES:,} places at most", _resized))
+    if key == "mode" and cls == "Upsample":
+        return one_of("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")
     return RULES[key]
 
-def dimensions(cls: str) -> int: return int(cls[-2]) if cls[-1] == "d" and cls[-2:-1].isdecimal() else 2      # "Conv3d": 3
+
+def dimensions(cls: str) -> int:
+    return int(cls[-2]) if cls[-1] == "d" and cls[-2:-1].isdecimal() else 2  # "Conv3d": 3
+
 
 def unfit(
-    cls: str,           # name of a class
-    arguments: dict,    # what it is to be made with
-) -> str | None:        # None: nothing is wrong
+    cls: str,  # name of a class
+    arguments: dict,  # what it is to be made with
+) -> str | None:  # None: nothing is wrong
     "What is wrong with arguments: which, what it is, what it may be."
     for k, v in arguments.items():
         words, right = rule_of(cls, k)
-        if not right(v, dimensions(cls)): return f"({cls}) has {k}={ascii(v)[:60]}; it may be {words}"
+        if not right(v, dimensions(cls)):
+            return f"({cls}) has {k}={ascii(v)[:60]}; it may be {words}"
 
 # %% ../../nbs/workshop/asked.ipynb
 class TooMuch(Exception):
     "More than was allowed."
 
+
 @contextmanager
 def counted(
-    most: int,      # modules, parameters and buffers
+    most: int,  # modules, parameters and buffers
 ) -> Iterator[None]:
     "A block in which this thread may register so many; `TooMuch` at the next."
     me, seen = threading.get_ident(), [0]
+
     def count(*_):
-        if threading.get_ident() != me: return
+        if threading.get_ident() != me:
+            return
         seen[0] += 1
-        if seen[0] > most: raise TooMuch(f"it has more than {most:,} layers and tensors")
+        if seen[0] > most:
+            raise TooMuch(f"it has more than {most:,} layers and tensors")
+
     register = nn.modules.module
-    handles = [f(count) for f in (register.register_module_module_registration_hook, register.register_module_parameter_registration_hook, register.register_module_buffer_registration_hook)]
-    try: yield
+    handles = [
+        f(count)
+        for f in (
+            register.register_module_module_registration_hook,
+            register.register_module_parameter_registration_hook,
+            register.register_module_buffer_registration_hook,
+        )
+    ]
+    try:
+        yield
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 # %% ../../nbs/workshop/asked.ipynb
 _aten = torch.ops.aten
-BY_NUMBERS = {      # operation → bytes of a result that may be much larger than what comes in, and that the meta device doesn't tell
-    _aten.bincount.default: lambda x, weights=None, minlength=0: 8 * max(minlength, int(x.max()) + 1 if x.numel() else 0),
+# operation → bytes of a result that may be much larger than what comes in, and that the meta device doesn't tell
+BY_NUMBERS = {
+    _aten.bincount.default: (
+        lambda x, weights=None, minlength=0: 8 * max(minlength, int(x.max()) + 1 if x.numel() else 0)
+    ),
     _aten.repeat_interleave.Tensor: lambda repeats, output_size=None: 8 * int(repeats.sum()),
     _aten._to_dense.default: lambda x, dtype=None, masked_grad=None: x.numel() * (dtype or x.dtype).itemsize,
-    _aten.resize_.default: lambda x, size, memory_format=None: 0 if x.is_meta else math.prod(size) * x.element_size()}
+    _aten.resize_.default: (lambda x, size, memory_format=None: 0 if x.is_meta else math.prod(size) * x.element_size()),
+}
+
 
 class Weighed(TorchDispatchMode):
-    "A block in which new tensors outside of the meta device may have so many bytes, all together; `TooMuch` before the first that is too many. It remembers the memory of those on the meta device."
-    def __init__(self, most: int): super().__init__(); self.most, self.left, self.made = most, most, []
+    """A block in which new tensors outside of the meta device may have so many bytes, all together; `TooMuch`
+    before the first that is too many. It remembers the memory of those on the meta device."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.left, self.made = most, most, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        if func in BY_NUMBERS: self.take(BY_NUMBERS[func](*args, **kwargs))
-        elif not (func._schema.is_mutable or any(r.alias_info for r in func._schema.returns) or any(t.is_meta for t in tensors)): self.weigh(func, args, kwargs)
+        if func in BY_NUMBERS:
+            self.take(BY_NUMBERS[func](*args, **kwargs))
+        elif not (
+            func._schema.is_mutable
+            or any(r.alias_info for r in func._schema.returns)
+            or any(t.is_meta for t in tensors)
+        ):
+            self.weigh(func, args, kwargs)
         out = func(*args, **kwargs)
-        self.made += [StorageWeakRef(t.untyped_storage()) for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_meta and t.layout == torch.strided]
+        self.made += [
+            StorageWeakRef(t.untyped_storage())
+            for t in tree_flatten(out)[0]
+            if isinstance(t, Tensor) and t.is_meta and t.layout == torch.strided
+        ]
         return out
 
     def weigh(self, func, args, kwargs):
         "What the results will take, by letting the operation run on tensors without memory."
-        if torch.device(kwargs.get("device") or "cpu").type == "meta": return
-        ghost = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+        if torch.device(kwargs.get("device") or "cpu").type == "meta":
+            return
+        ghost = lambda t: (
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+        )
         where = {"device": torch.device("meta")} if any(a.name == "device" for a in func._schema.arguments) else {}
-        try: out = func(*tree_map(ghost, args), **tree_map(ghost, kwargs) | where)
-        except Exception: return      # its result's size depends on numbers, but is no larger than there are of them: see BY_NUMBERS
+        try:
+            out = func(*tree_map(ghost, args), **tree_map(ghost, kwargs) | where)
+        except Exception:
+            return  # its result's size depends on numbers, but is no larger than there are of them: see BY_NUMBERS
         self.take(sum(t.numel() * t.element_size() for t in tree_flatten(out)[0] if isinstance(t, Tensor)))
 
     def take(self, n):
         self.left -= n
-        if self.left < 0: raise TooMuch(f"building it takes more than {self.most:,} bytes")
+        if self.left < 0:
+            raise TooMuch(f"building it takes more than {self.most:,} bytes")
+
 
 def is_whole_on_meta(
     model: nn.Module,
-    made: list,         # `Weighed.made`
+    made: list,  # `Weighed.made`
 ) -> bool:
-    "Whether all that was made and is still there are parameters and buffers that a state dict has: then nothing is missing when they are filled."
-    kept = [t for m in model.modules() for k, t in (*m._parameters.items(), *m._buffers.items()) if t is not None and k not in m._non_persistent_buffers_set]
+    """Whether all that was made and is still there are parameters and buffers that a state dict has: then nothing
+    is missing when they are filled."""
+    kept = [
+        t
+        for m in model.modules()
+        for k, t in (*m._parameters.items(), *m._buffers.items())
+        if t is not None and k not in m._non_persistent_buffers_set
+    ]
     known = {t.untyped_storage()._cdata for t in kept if t.layout == torch.strided}
     return all(t.is_meta for t in kept) and not any(not s.expired() and s.cdata not in known for s in made)
 
 # %% ../../nbs/workshop/asked.ipynb
-SPARE_THINGS, SPARE_BYTES = 1000, 2**28      # of a network, whatever the file holds
+SPARE_THINGS, SPARE_BYTES = 1000, 2**28  # of a network, whatever the file holds
+
 
 def within(
     build: Callable[[], nn.Module],
-    tensors: int | None = None,     # that the network may have, by what a file says; None: nothing is bounded
-    held: int = 0,                  # bytes of them
-) -> nn.Module:                     # on the meta device if that is the same
-    "Call a builder. `TooMuch` when it registers more than 1,000 layers and tensors and 64 for each of `tensors`, or when PyTorch takes more than 2²⁸ bytes and 16 for each of `held`; else what it raises."
-    things = 2**62 if tensors is None else SPARE_THINGS + 64*tensors
-    most = 2**62 if tensors is None else SPARE_BYTES + 16*held
+    tensors: int | None = None,  # that the network may have, by what a file says; None: nothing is bounded
+    held: int = 0,  # bytes of them
+) -> nn.Module:  # on the meta device if that is the same
+    """Call a builder. `TooMuch` when it registers more than 1,000 layers and tensors and 64 for each of `tensors`,
+    or when PyTorch takes more than 2²⁸ bytes and 16 for each of `held`; else what it raises."""
+    things = 2**62 if tensors is None else SPARE_THINGS + 64 * tensors
+    most = 2**62 if tensors is None else SPARE_BYTES + 16 * held
     try:
         with counted(things), torch.device("meta"), Weighed(most) as w, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = build()
-        if isinstance(model, nn.Module) and is_whole_on_meta(model, w.made): return model
-    except TooMuch: raise
-    except Exception: pass      # it computes with numbers
+        if isinstance(model, nn.Module) and is_whole_on_meta(model, w.made):
+            return model
+    except TooMuch:
+        raise
+    except Exception:
+        pass  # it computes with numbers
     model = None
-    with counted(things), torch.device("cpu"), Weighed(most): return build()
+    with counted(things), torch.device("cpu"), Weighed(most):
+        return build()

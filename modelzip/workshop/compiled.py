@@ -16,26 +16,51 @@ from torch.autograd import forward_ad
 from ..quant import CompressedTensor, Dequantize
 
 # %% ../../nbs/workshop/compiled.ipynb
-ARGUMENTS = {nn.Linear: ("in_features", "out_features"),
-             nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")}
+ARGUMENTS = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ),
+}
+
 
 def described(
-    layer: Dequantize,   # of a kind whose `layer` is a Linear or a Conv2d
-) -> str:                # JSON
+    layer: Dequantize,  # of a kind whose `layer` is a Linear or a Conv2d
+) -> str:  # JSON
     "All that makes a layer what it is, but for its tensors."
     inner = layer.layer
-    cls = next(c for c in type(inner).__mro__ if c in ARGUMENTS)      # a parametrized bias makes a class of its own
+    cls = next(c for c in type(inner).__mro__ if c in ARGUMENTS)  # a parametrized bias makes a class of its own
     arguments = {a: getattr(inner, a) for a in ARGUMENTS[cls]}
-    return json.dumps({"kind": type(layer).__name__, "home": type(layer).__module__, "layer": cls.__name__, "arguments": arguments, "options": layer.options()})
+    return json.dumps(
+        {
+            "kind": type(layer).__name__,
+            "home": type(layer).__module__,
+            "layer": cls.__name__,
+            "arguments": arguments,
+            "options": layer.options(),
+        }
+    )
+
 
 def _plain_layer(how):
     "The ordinary layer, without numbers."
     return getattr(nn, how["layer"])(**how["arguments"], bias=False, device="meta")
 
-def bias_of(layer: nn.Module) -> Tensor | None:      # of the replicas of `nn.DataParallel` it is an attribute, and of parametrized layers a property
+
+def bias_of(
+    layer: nn.Module,
+) -> Tensor | None:  # of the replicas of `nn.DataParallel` it is an attribute, and of parametrized layers a property
     "The bias of an ordinary layer."
     bias = layer._parameters.get("bias", layer)
     return layer.bias if bias is layer else bias
+
 
 def autocasting(x: Tensor) -> bool:
     "Whether autocast is on where a tensor is."
@@ -44,25 +69,37 @@ def autocasting(x: Tensor) -> bool:
 # %% ../../nbs/workshop/compiled.ipynb
 _MADE = {}
 
+
 def rebuilt(
-    parts: list[Tensor],    # of the compressed weight
-    names: str,             # of these parts, with commas between
-    said: str,              # what the parts mean, as `Packed.said`
+    parts: list[Tensor],  # of the compressed weight
+    names: str,  # of these parts, with commas between
+    said: str,  # what the parts mean, as `Packed.said`
     bias: Tensor | None,
-    how: str,               # from `described`
+    how: str,  # from `described`
 ) -> Dequantize:
     "The layer that an operation's arguments describe; the same object for the same tensors."
     tensors = parts if bias is None else [*parts, bias]
-    key, state = (*map(id, tensors), bias is None, names, said, how), [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    key, state = (
+        (*map(id, tensors), bias is None, names, said, how),
+        [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors],
+    )
     made = _MADE.get(key)
     if made is None or made[2] != state or any(r() is not t for r, t in zip(made[1], tensors)):
-        layer, drop = _built([p.detach() for p in parts], names, said, None if bias is None else bias.detach(), json.loads(how)), lambda _: _MADE.pop(key, None)
+        layer, drop = (
+            _built([p.detach() for p in parts], names, said, None if bias is None else bias.detach(), json.loads(how)),
+            lambda _: _MADE.pop(key, None),
+        )
         made = _MADE[key] = layer, [weakref.ref(t, drop) for t in tensors], state
     return made[0]
 
+
 def _built(parts, names, said, bias, how):
-    if how["kind"] not in Dequantize.kinds and how["home"].startswith(__name__.partition(".")[0] + "."): importlib.import_module(how["home"])
-    if how["kind"] not in Dequantize.kinds: raise ValueError(f"a program holds a {how['kind']}, which nothing that is imported defines; it comes from {how['home']}")
+    if how["kind"] not in Dequantize.kinds and how["home"].startswith(__name__.partition(".")[0] + "."):
+        importlib.import_module(how["home"])
+    if how["kind"] not in Dequantize.kinds:
+        raise ValueError(
+            f"a program holds a {how['kind']}, which nothing that is imported defines; it comes from {how['home']}"
+        )
     layer, meta = _plain_layer(how), json.loads(said)
     layer._parameters["bias"] = bias
     q = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta)
@@ -72,28 +109,37 @@ def _built(parts, names, said, bias, how):
 @torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::integer_layer", mutates_args=())
 def integer_layer(x: Tensor, parts: list[Tensor], names: str, said: str, bias: Tensor | None, how: str) -> Tensor:
     "The forward pass of a layer, as one opaque operation of a graph."
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False): y = rebuilt(parts, names, said, bias, how).forward(x)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y = rebuilt(parts, names, said, bias, how).forward(x)
     return y.clone() if y is x else y
+
 
 @integer_layer.register_fake
 def _(x, parts, names, said, bias, how):
     how = json.loads(how)
     layer = _plain_layer(how)
-    if isinstance(layer, nn.Linear): return x.new_empty(*x.shape[:-1], layer.out_features)
+    if isinstance(layer, nn.Linear):
+        return x.new_empty(*x.shape[:-1], layer.out_features)
     return layer._conv_forward(x, x.new_empty(layer.weight.shape), None)
 
-def _no_gradient(ctx, grad): _refuse_gradient(ctx.kind)
 
-def _keep_kind(ctx, inputs, output): ctx.kind = json.loads(inputs[5])["kind"]
+def _no_gradient(ctx, grad):
+    _refuse_gradient(ctx.kind)
+
+
+def _keep_kind(ctx, inputs, output):
+    ctx.kind = json.loads(inputs[5])["kind"]
+
 
 integer_layer.register_autograd(_no_gradient, setup_context=_keep_kind)
 
 # %% ../../nbs/workshop/compiled.ipynb
 def traced(
-    layer: Dequantize,   # with `said`, from `described`
+    layer: Dequantize,  # with `said`, from `described`
     x: Tensor,
 ) -> Tensor:
-    "The forward pass of a layer as a compiler or exporter can follow it; under autocast the result is cast as that of PyTorch's own layers."
+    """The forward pass of a layer as a compiler or exporter can follow it; under autocast the result is cast as
+    that of PyTorch's own layers."""
     packed = layer._modules["packed"]
     bias = bias_of(layer._modules["layer"])
     y = integer_layer(x, list(packed._buffers.values()), ",".join(packed._buffers), packed.said, bias, layer.said)
@@ -105,52 +151,89 @@ def _mapped(info, dims, x, parts, names, said, bias, how):
     dims = [dims[0], *(dims[1] or [None] * len(parts)), dims[4]]
     rows = json.loads(how)
     rows = rows["layer"] == "Linear" and rows["options"].get("activations") == "row"
-    if rows and x.dim() > 1 and all(d is None for d in dims[1:]): return integer_layer(x.movedim(dims[0], 0), parts, names, said, bias, how), 0
+    if rows and x.dim() > 1 and all(d is None for d in dims[1:]):
+        return integer_layer(x.movedim(dims[0], 0), parts, names, said, bias, how), 0
     one = lambda t, d, i: t if d is None else t.select(d, i)
     each = ([one(t, d, i) for t, d in zip([x, *parts, bias], dims)] for i in range(info.batch_size))
     return torch.stack([integer_layer(x, parts, names, said, bias, how) for x, *parts, bias in each]), 0
 
-def _refuse_gradient(who): raise RuntimeError(f"{who} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before training")
+
+def _refuse_gradient(who):
+    raise RuntimeError(
+        f"{who} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before training"
+    )
+
 
 def derived_or_mapped() -> bool:
-    "Whether `torch.func` or forward-mode differentiation is at work: then a tensor may be more than numbers, and one that is made here may belong to them."
+    """Whether `torch.func` or forward-mode differentiation is at work: then a tensor may be more than numbers, and
+    one that is made here may belong to them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
 
 def _levels(t):
     "A tensor, and what stands behind it for `torch.func`."
     yield t
-    while torch._C._functorch.is_functorch_wrapped_tensor(t): yield (t := torch._C._functorch.get_unwrapped(t))
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        yield (t := torch._C._functorch.get_unwrapped(t))
+
 
 def _derived(t):
     dual = forward_ad._current_level >= 0 and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
-    return dual or torch.is_grad_enabled() and any(torch._C._functorch.is_gradtrackingtensor(l) and l.requires_grad for l in _levels(t))
+    return (
+        dual
+        or torch.is_grad_enabled()
+        and any(torch._C._functorch.is_gradtrackingtensor(l) and l.requires_grad for l in _levels(t))
+    )
+
 
 def unusually(
-    layer: Dequantize,       # with `said`, from `described`
+    layer: Dequantize,  # with `said`, from `described`
     x: Tensor,
-) -> Tensor | None:          # None: there is nothing unusual about it
-    "The forward pass for tensors that are more than numbers: mapped, derived or nested. `RuntimeError` where a derivative is wanted, `TypeError` for a nested tensor of no rows."
-    if not isinstance(x, Tensor): return None
-    if x.is_nested: return by_rows(layer, x, 3)
-    tensors = [t for t in (x, *layer._modules["packed"]._buffers.values(), bias_of(layer._modules["layer"])) if t is not None]
-    if any(map(_derived, tensors)): _refuse_gradient(layer._who())
+) -> Tensor | None:  # None: there is nothing unusual about it
+    """The forward pass for tensors that are more than numbers: mapped, derived or nested. `RuntimeError` where a
+    derivative is wanted, `TypeError` for a nested tensor of no rows."""
+    if not isinstance(x, Tensor):
+        return None
+    if x.is_nested:
+        return by_rows(layer, x, 3)
+    tensors = [
+        t for t in (x, *layer._modules["packed"]._buffers.values(), bias_of(layer._modules["layer"])) if t is not None
+    ]
+    if any(map(_derived, tensors)):
+        _refuse_gradient(layer._who())
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-        with torch.no_grad(): return traced(layer, x)
+        with torch.no_grad():
+            return traced(layer, x)
+
 
 def by_rows(
     layer: Dequantize,
-    x: Tensor,           # nested
-    least: int,          # dimensions that it must have
-) -> Tensor:             # nested alike
+    x: Tensor,  # nested
+    least: int,  # dimensions that it must have
+) -> Tensor:  # nested alike
     "What a layer makes of the rows of a jagged tensor."
-    if isinstance(layer._modules["layer"], nn.Conv2d) or x.layout is not torch.jagged or x.dim() < least or x._ragged_idx != 1 or x.lengths() is not None:
-        raise TypeError(f"input of {layer._who()} is a nested tensor; a layer of integers takes rows that lie one after the other, [batch, jagged, …] of layout torch.jagged: call it for each part")
+    if (
+        isinstance(layer._modules["layer"], nn.Conv2d)
+        or x.layout is not torch.jagged
+        or x.dim() < least
+        or x._ragged_idx != 1
+        or x.lengths() is not None
+    ):
+        raise TypeError(
+            f"input of {layer._who()} is a nested tensor; a layer of integers takes rows that lie one after the other,"
+            " [batch, jagged, …] of layout torch.jagged: call it for each part"
+        )
     return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())
 
+
 def looked_up(
-    table: Dequantize,       # an embedding
+    table: Dequantize,  # an embedding
     x: Tensor,
-) -> Tensor | None:          # None: there is nothing unusual about it
+) -> Tensor | None:  # None: there is nothing unusual about it
     "The same for an embedding, which computes with floats: what is mapped is looked up in the expanded table."
-    if x.is_nested: return by_rows(table, x, 2)
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, *table._modules["packed"]._buffers.values())): return nn.functional.embedding(x, table.q.dequantize())
+    if x.is_nested:
+        return by_rows(table, x, 2)
+    if any(
+        torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, *table._modules["packed"]._buffers.values())
+    ):
+        return nn.functional.embedding(x, table.q.dequantize())

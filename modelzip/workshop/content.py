@@ -19,153 +19,284 @@ from ..data import Data
 from .models import slots_of
 
 # %% ../../nbs/workshop/content.ipynb
-_INSTALLED = tuple({os.path.realpath(sysconfig.get_path(k)) + os.sep for k in ("purelib", "platlib", "stdlib", "platstdlib")})
+_INSTALLED = tuple(
+    {os.path.realpath(sysconfig.get_path(k)) + os.sep for k in ("purelib", "platlib", "stdlib", "platstdlib")}
+)
+
 
 @functools.lru_cache(None)
 def _library(
-    name: str | None,     # of a module
-) -> str | None:          # the version of what it belongs to; None: it is somebody's own code
+    name: str | None,  # of a module
+) -> str | None:  # the version of what it belongs to; None: it is somebody's own code
     "Python's own modules, this library's, and installed ones."
     top = (name or "").partition(".")[0]
-    if top == "modelzip": return __version__
-    if top == "__main__": return None      # whatever program it is that runs there
-    if top in sys.stdlib_module_names or top == "builtins": return ""
+    if top == "modelzip":
+        return __version__
+    if top == "__main__":
+        return None  # whatever program it is that runs there
+    if top in sys.stdlib_module_names or top == "builtins":
+        return ""
     where = getattr(sys.modules.get(top), "__file__", None)
-    return str(getattr(sys.modules[top], "__version__", "")) if where and os.path.realpath(where).startswith(_INSTALLED) else None
+    return (
+        str(getattr(sys.modules[top], "__version__", ""))
+        if where and os.path.realpath(where).startswith(_INSTALLED)
+        else None
+    )
 
 # %% ../../nbs/workshop/content.ipynb
-_SKIPPED = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__", "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__slotnames__",
-            "__parameters__", "__orig_bases__", "__annotate__", "__annotate_func__"}      # of a class: where it is from, and what Python notes for itself
+_SKIPPED = {
+    "__dict__",
+    "__weakref__",
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__qualname__",
+    "__abstractmethods__",
+    "_abc_impl",
+    "__firstlineno__",
+    "__static_attributes__",
+    "__slotnames__",
+    "__parameters__",
+    "__orig_bases__",
+    "__annotate__",
+    "__annotate_func__",
+}  # of a class: where it is from, and what Python notes for itself
+
 
 class _Walk:
     "Digests of objects: `walk(x)`. `TypeError` for what cannot be looked into."
-    def __init__(self): self.known, self.above = {}, {}
+
+    def __init__(self):
+        self.known, self.above = {}, {}
+
     def __call__(self, x: Any) -> bytes:
-        if (atom := _atom(x)) is not None: return _hash(b"atom", type(x).__qualname__.encode(), atom)
-        if id(x) in self.known: return self.known[id(x)][1]
-        if id(x) in self.above: return _hash(b"above", str(len(self.above) - self.above[id(x)]).encode())
+        if (atom := _atom(x)) is not None:
+            return _hash(b"atom", type(x).__qualname__.encode(), atom)
+        if id(x) in self.known:
+            return self.known[id(x)][1]
+        if id(x) in self.above:
+            return _hash(b"above", str(len(self.above) - self.above[id(x)]).encode())
         self.above[id(x)] = len(self.above)
-        try: found = _hash(*self.parts(x))
-        finally: del self.above[id(x)]
+        try:
+            found = _hash(*self.parts(x))
+        finally:
+            del self.above[id(x)]
         self.known[id(x)] = x, found
         return found
-    def all(self, *things): return [self(x) for x in things]
+
+    def all(self, *things):
+        return [self(x) for x in things]
+
     def parts(self, x):
         for kinds, look in KINDS:
-            if isinstance(x, kinds): return look(self, x)
+            if isinstance(x, kinds):
+                return look(self, x)
         return self.instance(x)
+
 
 def _hash(*parts: bytes) -> bytes:
     h = hashlib.sha256()
-    for p in parts: h.update(len(p).to_bytes(8, "little")); h.update(p)
+    for p in parts:
+        h.update(len(p).to_bytes(8, "little"))
+        h.update(p)
     return h.digest()
+
 
 def _atom(x) -> bytes | None:
     "What is its own content; None for everything else."
-    if type(x) is str: return x.encode("utf-8", "surrogatepass")
-    if type(x) is bytes: return x
-    if type(x) is int: return hex(x).encode()
-    if type(x) in (float, complex, bool, type(None), type(...), type(NotImplemented), range, torch.dtype, torch.device, torch.layout, torch.memory_format): return repr(x).encode()
+    if type(x) is str:
+        return x.encode("utf-8", "surrogatepass")
+    if type(x) is bytes:
+        return x
+    if type(x) is int:
+        return hex(x).encode()
+    if type(x) in (
+        float,
+        complex,
+        bool,
+        type(None),
+        type(...),
+        type(NotImplemented),
+        range,
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+    ):
+        return repr(x).encode()
     return None
 
 # %% ../../nbs/workshop/content.ipynb
 def _tensor(walk, x):
-    about = [b"tensor", type(x).__qualname__.encode(), str((x.dtype, tuple(x.shape), x.requires_grad, x.layout, x.device.type == "meta")).encode(), walk(dict(x.__dict__))]
-    if x.device.type == "meta": return about
-    if x.is_sparse: t = x.detach().coalesce(); return about + walk.all(t.indices(), t.values())
-    if x.layout is not torch.strided: return about + walk.all(x.detach().to_dense())
-    if x.is_quantized: return about + walk.all(x.detach().int_repr(), repr(x.qscheme()), x.detach().dequantize())
+    about = [
+        b"tensor",
+        type(x).__qualname__.encode(),
+        str((x.dtype, tuple(x.shape), x.requires_grad, x.layout, x.device.type == "meta")).encode(),
+        walk(dict(x.__dict__)),
+    ]
+    if x.device.type == "meta":
+        return about
+    if x.is_sparse:
+        t = x.detach().coalesce()
+        return about + walk.all(t.indices(), t.values())
+    if x.layout is not torch.strided:
+        return about + walk.all(x.detach().to_dense())
+    if x.is_quantized:
+        return about + walk.all(x.detach().int_repr(), repr(x.qscheme()), x.detach().dequantize())
     return about + [_bytes(x)]
+
 
 def _bytes(x):
     t = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
 
 def _array(walk, x):
     about = [b"array", str((x.dtype.descr if x.dtype.names else x.dtype.str, x.shape)).encode()]
     return about + (walk.all(*x.reshape(-1).tolist()) if x.dtype.hasobject else [np.ascontiguousarray(x).tobytes()])
 
 # %% ../../nbs/workshop/content.ipynb
-def _items(walk, x): return [b"items", walk(type(x)), *walk.all(*x), *_more(walk, x)]
+def _items(walk, x):
+    return [b"items", walk(type(x)), *walk.all(*x), *_more(walk, x)]
 
-def _mapping(walk, x): return [b"dict", walk(type(x)), *(d for k, v in x.items() for d in walk.all(k, v)), *_more(walk, x)]
 
-def _set(walk, x): return [b"set", walk(type(x)), *sorted(walk.all(*x)), *_more(walk, x)]
+def _mapping(walk, x):
+    return [b"dict", walk(type(x)), *(d for k, v in x.items() for d in walk.all(k, v)), *_more(walk, x)]
+
+
+def _set(walk, x):
+    return [b"set", walk(type(x)), *sorted(walk.all(*x)), *_more(walk, x)]
+
 
 def _more(walk, x):
     "Attributes that a subclass of a container has; and what a `defaultdict` makes."
     held = _held(x) | ({"default_factory": x.default_factory} if isinstance(x, collections.defaultdict) else {})
     return [walk(held)] if held else []
 
+
 def _held(x):
     "An object's attributes, in its dict and in slots."
     held = dict(sorted(getattr(x, "__dict__", {}).items(), key=lambda kv: str(kv[0])))
     return held | {s: getattr(x, s) for s in slots_of(type(x)) if hasattr(x, s)}
 
+
 def _module(walk, x):
     tied, first = [], {}
-    for n, t in (*x.named_parameters(remove_duplicate=False), *x.named_buffers(remove_duplicate=False), *x.named_modules(remove_duplicate=False)):
-        if first.setdefault(id(t), n) != n: tied.append((first[id(t)], n))
-    return [b"module", walk(tied), walk([n for n, m in x.named_modules() if m.training != x.training]), *_layer(walk, x)]
+    for n, t in (
+        *x.named_parameters(remove_duplicate=False),
+        *x.named_buffers(remove_duplicate=False),
+        *x.named_modules(remove_duplicate=False),
+    ):
+        if first.setdefault(id(t), n) != n:
+            tied.append((first[id(t)], n))
+    return [
+        b"module",
+        walk(tied),
+        walk([n for n, m in x.named_modules() if m.training != x.training]),
+        *_layer(walk, x),
+    ]
+
 
 def _layer(walk, x):
     "A module without what belongs to the whole: its class, its attributes, and its parts in order."
     found = [walk(type(x))]
     for k, v in sorted(vars(x).items()):
-        if k == "training": continue
-        if k == "_modules": found += [d for n, m in v.items() for d in (walk(n), b"none" if m is None else _hash(*_layer(walk, m)))]
-        else: found += [k.encode(), walk(list(v.values()) if k.endswith("hooks") or "_hooks_" in k else v)]
+        if k == "training":
+            continue
+        if k == "_modules":
+            found += [d for n, m in v.items() for d in (walk(n), b"none" if m is None else _hash(*_layer(walk, m)))]
+        else:
+            found += [k.encode(), walk(list(v.values()) if k.endswith("hooks") or "_hooks_" in k else v)]
     return found
 
-def _data(walk, x): return [b"data", *walk.all(x.train, x.valid)]      # the test part is nobody's business
+
+def _data(walk, x):
+    return [b"data", *walk.all(x.train, x.valid)]  # the test part is nobody's business
 
 # %% ../../nbs/workshop/content.ipynb
 def _function(walk, f):
-    if _library(f.__module__) is not None and "<locals>" not in f.__qualname__: return _named(f)
+    if _library(f.__module__) is not None and "<locals>" not in f.__qualname__:
+        return _named(f)
     cells = [c.cell_contents if c != types.CellType() else ... for c in f.__closure__ or ()]
-    return [b"function", *walk.all(f.__code__, f.__defaults__, f.__kwdefaults__, cells, dict(vars(f)), _read(f.__code__, f.__globals__))]
+    return [
+        b"function",
+        *walk.all(f.__code__, f.__defaults__, f.__kwdefaults__, cells, dict(vars(f)), _read(f.__code__, f.__globals__)),
+    ]
 
-def _named(x): return [b"name", str((getattr(x, "__module__", None), x.__qualname__, _library(getattr(x, "__module__", None)))).encode()]
+
+def _named(x):
+    return [
+        b"name",
+        str((getattr(x, "__module__", None), x.__qualname__, _library(getattr(x, "__module__", None)))).encode(),
+    ]
+
 
 def _code(walk, c):
-    shape = c.co_argcount, c.co_posonlyargcount, c.co_kwonlyargcount, c.co_flags, c.co_varnames, c.co_freevars, c.co_cellvars, c.co_names
+    shape = (
+        c.co_argcount,
+        c.co_posonlyargcount,
+        c.co_kwonlyargcount,
+        c.co_flags,
+        c.co_varnames,
+        c.co_freevars,
+        c.co_cellvars,
+        c.co_names,
+    )
     return [b"code", c.co_code, getattr(c, "co_exceptiontable", b""), repr(shape).encode(), *walk.all(*c.co_consts)]
+
 
 def _read(code, space):
     "The globals that code names, as far as they are there: name → value."
     found, steps = {}, list(dis.get_instructions(code))
     for at, i in enumerate(steps):
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in BY_NAME and i.argval not in space: raise TypeError(f"{code.co_name} calls {i.argval}(), and nobody can tell what it reads")
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in space: found[i.argval] = space[i.argval]
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in BY_NAME and i.argval not in space:
+            raise TypeError(f"{code.co_name} calls {i.argval}(), and nobody can tell what it reads")
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in space:
+            found[i.argval] = space[i.argval]
         if i.opname == "IMPORT_NAME" and (m := _imported(i.argval, steps[at - 2].argval, space)) is not None:
-            for n in () if _library(m.__name__) is not None else steps[at - 1].argval or (): _imported(f"{i.argval}.{n}", steps[at - 2].argval, space)     # from m import n may mean a module
+            for n in () if _library(m.__name__) is not None else steps[at - 1].argval or ():
+                _imported(f"{i.argval}.{n}", steps[at - 2].argval, space)  # from m import n may mean a module
             found[f"import {i.argval}"] = m
     waiting, seen = list(found.items()), set()
-    while waiting:                          # modules, and modules in them
+    while waiting:  # modules, and modules in them
         name, v = waiting.pop()
-        if not isinstance(v, types.ModuleType) or _library(v.__name__) is not None or id(v) in seen: continue
+        if not isinstance(v, types.ModuleType) or _library(v.__name__) is not None or id(v) in seen:
+            continue
         seen.add(id(v))
         held = {f"{name}.{n}": vars(v)[n] for n in code.co_names if n in vars(v)}
         found |= held
         waiting += held.items()
     for c in code.co_consts:
-        if isinstance(c, types.CodeType): found |= _read(c, space)
+        if isinstance(c, types.CodeType):
+            found |= _read(c, space)
     return dict(sorted(found.items()))
 
-BY_NAME = ("globals", "eval", "exec", "__import__")      # what they read stands in no code
+
+BY_NAME = ("globals", "eval", "exec", "__import__")  # what they read stands in no code
+
 
 def _imported(name, level, space):
     "A module that is imported where it is used; None for one that is not there."
-    try: importlib.import_module("." * (level or 0) + name, space.get("__package__") or None)
-    except Exception: return None
+    try:
+        importlib.import_module("." * (level or 0) + name, space.get("__package__") or None)
+    except Exception:
+        return None
     full = importlib.util.resolve_name("." * (level or 0) + name, space.get("__package__") or None)
     return sys.modules.get(full)
 
-def _method(walk, f): return [b"method", *walk.all(f.__func__, f.__self__)]
 
-def _builtin(walk, f): return [b"builtin", *_named(f)] + ([] if f.__self__ is None or isinstance(f.__self__, types.ModuleType) else walk.all(f.__self__))
+def _method(walk, f):
+    return [b"method", *walk.all(f.__func__, f.__self__)]
 
-def _partial(walk, f): return [b"partial", walk(type(f)), *walk.all(f.func, f.args, f.keywords), *_more(walk, f)]
+
+def _builtin(walk, f):
+    return [b"builtin", *_named(f)] + (
+        [] if f.__self__ is None or isinstance(f.__self__, types.ModuleType) else walk.all(f.__self__)
+    )
+
+
+def _partial(walk, f):
+    return [b"partial", walk(type(f)), *walk.all(f.func, f.args, f.keywords), *_more(walk, f)]
 
 # %% ../../nbs/workshop/content.ipynb
 def _class(walk, c):
@@ -174,38 +305,85 @@ def _class(walk, c):
         own = _library(k.__module__) is None
         for n, v in sorted(vars(k).items()):
             f = getattr(v, "__func__", v)
-            if own and n not in _SKIPPED and not isinstance(v, (types.GetSetDescriptorType, types.MemberDescriptorType)): found += [n.encode(), walk(v)]
-            elif not own and isinstance(f, types.FunctionType) and _library(f.__globals__.get("__name__")) is None and f.__globals__.get("__name__"): found += [n.encode(), walk(f)]
+            if (
+                own
+                and n not in _SKIPPED
+                and not isinstance(v, (types.GetSetDescriptorType, types.MemberDescriptorType))
+            ):
+                found += [n.encode(), walk(v)]
+            elif (
+                not own
+                and isinstance(f, types.FunctionType)
+                and _library(f.__globals__.get("__name__")) is None
+                and f.__globals__.get("__name__")
+            ):
+                found += [n.encode(), walk(f)]
     return found
+
 
 def _instance(walk, x):
     found = [b"instance", walk(type(x))]
-    if isinstance(x, enum.Enum): return found + [walk(x.name)]
+    if isinstance(x, enum.Enum):
+        return found + [walk(x.name)]
     found.append(walk(_held(x)))
-    try: how = x.__reduce_ex__(4)
-    except Exception as e: raise TypeError(f"a {type(x).__module__}.{type(x).__qualname__} cannot be looked into: {e}") from None
-    if isinstance(how, str): return found + [how.encode()]
+    try:
+        how = x.__reduce_ex__(4)
+    except Exception as e:
+        raise TypeError(f"a {type(x).__module__}.{type(x).__qualname__} cannot be looked into: {e}") from None
+    if isinstance(how, str):
+        return found + [how.encode()]
     _, arguments, state, items, pairs, *_ = *how, None, None, None
     plain = type(state) is dict and state.keys() == getattr(x, "__dict__", {}).keys()
-    return found + walk.all([a for a in arguments if a is not type(x)], None if plain else state, list(items or ()), list(pairs or ()))
+    return found + walk.all(
+        [a for a in arguments if a is not type(x)], None if plain else state, list(items or ()), list(pairs or ())
+    )
+
 
 _Walk.instance = _instance
 
-KINDS = [      # the first that fits
-    (nn.Module, _module), (Tensor, _tensor), (np.ndarray, _array), (Data, _data), (type, _class), (types.FunctionType, _function), (types.MethodType, _method),
-    (types.BuiltinFunctionType, _builtin), ((types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.MethodWrapperType), lambda walk, x: _named(x)),
-    (functools.partial, _partial), (types.CodeType, _code), (types.CellType, lambda walk, x: [b"cell", walk(x.cell_contents)]),
+KINDS = [  # the first that fits
+    (nn.Module, _module),
+    (Tensor, _tensor),
+    (np.ndarray, _array),
+    (Data, _data),
+    (type, _class),
+    (types.FunctionType, _function),
+    (types.MethodType, _method),
+    (types.BuiltinFunctionType, _builtin),
+    (
+        (
+            types.MethodDescriptorType,
+            types.WrapperDescriptorType,
+            types.ClassMethodDescriptorType,
+            types.MethodWrapperType,
+        ),
+        lambda walk, x: _named(x),
+    ),
+    (functools.partial, _partial),
+    (types.CodeType, _code),
+    (types.CellType, lambda walk, x: [b"cell", walk(x.cell_contents)]),
     (types.ModuleType, lambda walk, x: [b"python module", x.__name__.encode(), str(_library(x.__name__)).encode()]),
-    ((staticmethod, classmethod), lambda walk, x: [type(x).__name__.encode(), walk(x.__func__)]), (property, lambda walk, x: [b"property", *walk.all(x.fget, x.fset, x.fdel)]),
-    (pathlib.PurePath, lambda walk, x: [b"path", type(x).__name__.encode(), os.fsencode(x)]), (types.UnionType, lambda walk, x: [b"union", *walk.all(*x.__args__)]),
-    (weakref.ReferenceType, lambda walk, x: [b"weak", walk(x())]), (bytearray, lambda walk, x: [b"bytearray", bytes(x)]), (np.generic, lambda walk, x: [b"number", str(x.dtype).encode(), x.tobytes()]),
-    (Mapping, _mapping), ((set, frozenset), _set), ((list, tuple), _items)]
+    ((staticmethod, classmethod), lambda walk, x: [type(x).__name__.encode(), walk(x.__func__)]),
+    (property, lambda walk, x: [b"property", *walk.all(x.fget, x.fset, x.fdel)]),
+    (pathlib.PurePath, lambda walk, x: [b"path", type(x).__name__.encode(), os.fsencode(x)]),
+    (types.UnionType, lambda walk, x: [b"union", *walk.all(*x.__args__)]),
+    (weakref.ReferenceType, lambda walk, x: [b"weak", walk(x())]),
+    (bytearray, lambda walk, x: [b"bytearray", bytes(x)]),
+    (np.generic, lambda walk, x: [b"number", str(x.dtype).encode(), x.tobytes()]),
+    (Mapping, _mapping),
+    ((set, frozenset), _set),
+    ((list, tuple), _items),
+]
 
 # %% ../../nbs/workshop/content.ipynb
 def fingerprint(
-    *things: Any,     # tensors, modules, data, functions and other objects, nested as you like
-) -> str:             # 32 hexadecimal digits: other digits for other content
-    """A hash (SHA-256) of what things are made of, wherever they lie in memory: numbers, attributes, hooks, code, and what code reads.
-    Of a `Data`, its test part does not count. `TypeError` for what nobody can look into, such as a generator, a lock or an open file."""
-    try: return _Walk()(list(things)).hex()[:32]
-    except RecursionError: raise TypeError("things are nested too deeply for a fingerprint") from None
+    *things: Any,  # tensors, modules, data, functions and other objects, nested as you like
+) -> str:  # 32 hexadecimal digits: other digits for other content
+    """A hash (SHA-256) of what things are made of, wherever they lie in memory: numbers, attributes, hooks, code,
+    and what code reads. Of a `Data`, its test part does not count. `TypeError` for what nobody can look into, such
+    as a generator, a lock or an open file.
+    """
+    try:
+        return _Walk()(list(things)).hex()[:32]
+    except RecursionError:
+        raise TypeError("things are nested too deeply for a fingerprint") from None

@@ -14,69 +14,101 @@ from torch.nn import functional as F
 
 # %% ../../nbs/workshop/convolutions.ipynb
 def pack_weight(
-    weight: Tensor,         # [outputs, inputs of a group, height, width] int8
-    scale: Tensor,          # [outputs] float32
+    weight: Tensor,  # [outputs, inputs of a group, height, width] int8
+    scale: Tensor,  # [outputs] float32
     stride: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:                # opaque, for `convolve`
+) -> Tensor:  # opaque, for `convolve`
     "A weight in oneDNN's own layout."
-    return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1., 0, stride, [0, 0], dilation, groups, None)
+    return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, 0, stride, [0, 0], dilation, groups, None)
+
 
 def _run(codes, step, zero, packed, scale, stride, padding, dilation, groups):
     "oneDNN's u8·s8→s32 convolution with float output."
     return torch.ops.onednn.qconv_pointwise.default(
-        codes, step, zero, packed, scale, no_offset(len(scale)), None, stride, padding, dilation, groups, 1., 0, torch.float32, "none", [], "")
+        codes,
+        step,
+        zero,
+        packed,
+        scale,
+        no_offset(len(scale)),
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
 
 @functools.lru_cache(256)
 def no_offset(
-    n: int,       # outputs
-) -> Tensor:      # [n] int32
+    n: int,  # outputs
+) -> Tensor:  # [n] int32
     "Zero points of a symmetric weight."
     return torch.zeros(n, dtype=torch.int32, device="cpu")
 
 # %% ../../nbs/workshop/convolutions.ipynb
 @functools.lru_cache(1 << 14)
 def is_right(
-    images: tuple[int, ...],     # shape of the codes: batch, channels, height, width
-    weight: tuple[int, ...],     # shape of the weight
+    images: tuple[int, ...],  # shape of the codes: batch, channels, height, width
+    weight: tuple[int, ...],  # shape of the weight
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-    threads: int,                # of PyTorch
+    threads: int,  # of PyTorch
 ) -> bool:
     "Whether oneDNN gives the sums of the integers for these shapes. Runs once for each; nobody's random numbers move."
     column = (images[3] + 2 * padding[1] - dilation[1] * (weight[3] - 1) - 1) // stride[1] == 0
-    if weight[1] * weight[2] * weight[3] > 1 << 16 or column and stride[1] > 1: return False
+    if weight[1] * weight[2] * weight[3] > 1 << 16 or column and stride[1] > 1:
+        return False
     dice = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         w = torch.randint(-2, 3, weight, dtype=torch.int8, device="cpu", generator=dice)
         x = torch.randint(0, 16, images, dtype=torch.uint8, device="cpu", generator=dice)
         how = list(stride), list(padding), list(dilation), groups
         ones = torch.ones(len(w), dtype=torch.float32, device="cpu")
-        got = _run(x, 1., 7, pack_weight(w, ones, how[0], *how[2:]), ones, *how)
+        got = _run(x, 1.0, 7, pack_weight(w, ones, how[0], *how[2:]), ones, *how)
         return torch.equal(got, F.conv2d(x.float() - 7, w.float(), None, *how))
 
 # %% ../../nbs/workshop/convolutions.ipynb
 def convolve(
-    codes: Tensor,           # [batch, channels, height, width] uint8
-    step: float,             # value of a code's step
-    zero: int,               # code of the value 0, and of the padding
-    weight: Tensor,          # [outputs, inputs of a group, height, width] int8
-    packed: Tensor,          # the same weight, from `pack_weight`
-    scale: Tensor,           # [outputs] float32
+    codes: Tensor,  # [batch, channels, height, width] uint8
+    step: float,  # value of a code's step
+    zero: int,  # code of the value 0, and of the padding
+    weight: Tensor,  # [outputs, inputs of a group, height, width] int8
+    packed: Tensor,  # the same weight, from `pack_weight`
+    scale: Tensor,  # [outputs] float32
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:                 # [batch, outputs, height, width] float32: step·scale·Σ (code − zero)·weight
+) -> Tensor:  # [batch, outputs, height, width] float32: step·scale·Σ (code − zero)·weight
     "Sums of products of bytes: by oneDNN where it's right, in float64 elsewhere."
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
     if any(p >= r or p and n < r for p, r, n in zip(padding, reach, codes.shape[2:])):
         (a, b), padding = padding, [0, 0]
         codes = F.pad(codes, (b, b, a, a), value=zero)
-    if is_right(tuple(codes.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, torch.get_num_threads()):
+    if is_right(
+        tuple(codes.shape),
+        tuple(weight.shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        torch.get_num_threads(),
+    ):
         return _run(codes, step, zero, packed, scale, stride, padding, dilation, groups)
     with torch.autocast("cpu", enabled=False):
-        return F.conv2d(codes.double() - zero, weight.double(), None, stride, padding, dilation, groups).float().mul_((scale * step)[:, None, None])
+        return (
+            F.conv2d(codes.double() - zero, weight.double(), None, stride, padding, dilation, groups)
+            .float()
+            .mul_((scale * step)[:, None, None])
+        )

@@ -19,16 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # %% ../../nbs/workshop/counting.ipynb
 def _stored(t: Tensor) -> int:
     "How many numbers a matrix holds."
-    return t.numel() if t.layout == torch.strided else (t._values() if t.layout == torch.sparse_coo else t.values()).numel()
+    return (
+        t.numel()
+        if t.layout == torch.strided
+        else (t._values() if t.layout == torch.sparse_coo else t.values()).numel()
+    )
+
 
 def _product(a: Tensor, b: Tensor) -> int:
     "[…, n, k] times […, k, m], or vectors."
-    if b.layout != torch.strided: return _stored(b) * a.shape[-2]
+    if b.layout != torch.strided:
+        return _stored(b) * a.shape[-2]
     return _stored(a) * (b.shape[-1] if b.dim() > 1 else 1)
+
 
 def _convolved(args: tuple, y: Tensor) -> int:
     x, weight = args[:2]
     return (x if len(args) > 7 and args[6] else y).numel() * math.prod(weight.shape[1:])
+
 
 def _attended(args: tuple, y: Any) -> int:
     "Scores and their sum of values: all pairs, masked or not."
@@ -40,16 +48,21 @@ def _recurrent(args: tuple, y: Any) -> int:
     x, inputs, hidden = args[:3]
     return math.prod(x.shape[:-1]) * (inputs.numel() + hidden.numel())
 
+
 def _trilinear(args: tuple, y: Tensor) -> int:
     "What `nn.Bilinear` runs: a product with the first input, then one with the second."
-    *expanded, contracted = ([tuple(d) for d in args[3:6]] + [args[6]])
+    *expanded, contracted = [tuple(d) for d in args[3:6]] + [args[6]]
     tensors = [t for t in args[:3]]
     for i, where in enumerate(expanded):
-        for d in where: tensors[i] = tensors[i].unsqueeze(d)
+        for d in where:
+            tensors[i] = tensors[i].unsqueeze(d)
     whole = torch.broadcast_shapes(*(t.shape for t in tensors))
     return math.prod(whole) + math.prod(whole) // max(1, whole[contracted[0]])
 
-def _rows(args: tuple, y: Tensor) -> int: return y.numel() * args[0].shape[-1]
+
+def _rows(args: tuple, y: Tensor) -> int:
+    return y.numel() * args[0].shape[-1]
+
 
 def _grouped(args: tuple, y: Tensor) -> int:
     "Each group of rows, or of columns, with its own matrix."
@@ -59,57 +72,155 @@ def _grouped(args: tuple, y: Tensor) -> int:
 # %% ../../nbs/workshop/counting.ipynb
 _at = lambda i: lambda args, y: _product(args[i], args[i + 1])
 _flash = "_scaled_dot_product_{}attention{}"
-PRODUCTS: dict[str, Callable] = {      # operation → MACs, from its arguments and its result
-    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm", "aten::_scaled_mm", "aten::hspmm"), _at(0)),
-    **dict.fromkeys(("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv", "aten::_addmm_activation", "aten::sspaddmm", "aten::_sparse_addmm"), _at(1)),
-    **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::convolution_overrideable", "aten::cudnn_convolution", "aten::mkldnn_convolution"), _convolved),
+PRODUCTS: dict[str, Callable] = {  # operation → MACs, from its arguments and its result
+    **dict.fromkeys(
+        (
+            "aten::mm",
+            "aten::bmm",
+            "aten::mv",
+            "aten::dot",
+            "aten::vdot",
+            "aten::_int_mm",
+            "aten::_scaled_mm",
+            "aten::hspmm",
+        ),
+        _at(0),
+    ),
+    **dict.fromkeys(
+        (
+            "aten::addmm",
+            "aten::baddbmm",
+            "aten::addbmm",
+            "aten::addmv",
+            "aten::_addmm_activation",
+            "aten::sspaddmm",
+            "aten::_sparse_addmm",
+        ),
+        _at(1),
+    ),
+    **dict.fromkeys(
+        (
+            "aten::convolution",
+            "aten::_convolution",
+            "aten::convolution_overrideable",
+            "aten::cudnn_convolution",
+            "aten::mkldnn_convolution",
+        ),
+        _convolved,
+    ),
     "aten::conv_tbc": lambda args, y: y.numel() * math.prod(args[1].shape[:2]),
-    **dict.fromkeys(("aten::" + _flash.format(*n) for n in (("flash_", ""), ("flash_", "_for_cpu"), ("efficient_", ""), ("cudnn_", ""), ("fused_", "_overrideable"))), _attended),
-    "aten::_grouped_mm": _grouped, "aten::_scaled_grouped_mm": _grouped, "aten::mkldnn_rnn_layer": _recurrent, "aten::_trilinear": _trilinear,
-    **dict.fromkeys(("aten::linear", "aten::mkldnn_linear", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm", "aten::_weight_int4pack_mm_for_cpu", "aten::_dyn_quant_matmul_4bit",
-                     "quantized::linear", "quantized::linear_relu", "quantized::linear_dynamic", "quantized::linear_relu_dynamic", "quantized::linear_dynamic_fp16"), _rows)}
+    **dict.fromkeys(
+        (
+            "aten::" + _flash.format(*n)
+            for n in (
+                ("flash_", ""),
+                ("flash_", "_for_cpu"),
+                ("efficient_", ""),
+                ("cudnn_", ""),
+                ("fused_", "_overrideable"),
+            )
+        ),
+        _attended,
+    ),
+    "aten::_grouped_mm": _grouped,
+    "aten::_scaled_grouped_mm": _grouped,
+    "aten::mkldnn_rnn_layer": _recurrent,
+    "aten::_trilinear": _trilinear,
+    **dict.fromkeys(
+        (
+            "aten::linear",
+            "aten::mkldnn_linear",
+            "aten::_weight_int8pack_mm",
+            "aten::_weight_int4pack_mm",
+            "aten::_weight_int4pack_mm_for_cpu",
+            "aten::_dyn_quant_matmul_4bit",
+            "quantized::linear",
+            "quantized::linear_relu",
+            "quantized::linear_dynamic",
+            "quantized::linear_relu_dynamic",
+            "quantized::linear_dynamic_fp16",
+        ),
+        _rows,
+    ),
+}
 
 # %% ../../nbs/workshop/counting.ipynb
-_SOLVED = r"linalg_\w*(exp|solve|inv|lu|qr|svd|eig|cholesky|ldl|lstsq|householder)\w*|cholesky\w*|triangular_solve\w*|lu_solve|geqrf|ormqr|\w*(cdist|euclidean_dist)\w*"      # products inside
-_SUSPECT = re.compile(rf"(_|^)(mm|linear|conv\w*|\w*attention\w*|\w*rnn\w*|\w*lstm\w*|\w*gru\w*|\w*matmul\w*|{_SOLVED})(_|$|\d)|mm$")
-_QUIET = re.compile(r"prepack|unpack|pack$|_pack_|packed$|quantize_per|backward|upsample")     # they prepare, and multiply nothing
-KERNELS = ("aten::_weight_int", "aten::_dyn_quant", "quantized::", "onednn::")                 # of layers that know better what they do: padded widths, corrections
+# products inside
+_SOLVED = r"linalg_\w*(exp|solve|inv|lu|qr|svd|eig|cholesky|ldl|lstsq|householder)\w*|cholesky\w*|triangular_solve\w*|lu_solve|geqrf|ormqr|\w*(cdist|euclidean_dist)\w*"
+_SUSPECT = re.compile(
+    rf"(_|^)(mm|linear|conv\w*|\w*attention\w*|\w*rnn\w*|\w*lstm\w*|\w*gru\w*|\w*matmul\w*|{_SOLVED})(_|$|\d)|mm$"
+)
+_QUIET = re.compile(
+    r"prepack|unpack|pack$|_pack_|packed$|quantize_per|backward|upsample"
+)  # they prepare, and multiply nothing
+KERNELS = (
+    "aten::_weight_int",
+    "aten::_dyn_quant",
+    "quantized::",
+    "onednn::",
+)  # of layers that know better what they do: padded widths, corrections
+
 
 def hidden(name: str) -> bool:
     "Whether an operation may multiply, and nobody knows how much: `aten::some_mm`, `mylib::anything`."
     space, _, op = name.partition("::")
-    if space in ("aten", "prim", "prims", "inductor", "c10d", "profiler", "_c10d_functional") and not _SUSPECT.search(op) or _QUIET.search(op): return False
+    if (
+        space in ("aten", "prim", "prims", "inductor", "c10d", "profiler", "_c10d_functional")
+        and not _SUSPECT.search(op)
+        or _QUIET.search(op)
+    ):
+        return False
     return space not in ("quantized", "onednn") or bool(_SUSPECT.search(op) or re.match(r"q?(linear|conv)", op))
 
 # %% ../../nbs/workshop/counting.ipynb
 class _Run:
     "One call of a module."
-    def __init__(self, module, owner): self.module, self.owner, self.count, self.hides = module, owner, 0, None
+
+    def __init__(self, module, owner):
+        self.module, self.owner, self.count, self.hides = module, owner, 0, None
+
 
 class SlowPath(TorchFunctionMode):
-    "A block in which attention calls its layers one by one: its fast path steps aside for any mode. Nothing outside of this thread notices."
-    def __torch_function__(self, function, types, args=(), kwargs=None): return function(*args, **(kwargs or {}))
+    """A block in which attention calls its layers one by one: its fast path steps aside for any mode. Nothing
+    outside of this thread notices."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 # %% ../../nbs/workshop/counting.ipynb
 class Work(TorchDispatchMode):
     "A block in which the products that a model runs are summed up in `counts`, by owner."
+
     def __init__(
         self,
-        owners: dict[nn.Module, str],   # module → whom its work is booked to
-        own: Callable,                  # module → the formula of its class, which is believed without looking, or None
-        formula: Callable,              # module → a formula (inputs, output) → MACs for kernels that hide their work, or None
+        owners: dict[nn.Module, str],  # module → whom its work is booked to
+        own: Callable,  # module → the formula of its class, which is believed without looking, or None
+        formula: Callable,  # module → a formula (inputs, output) → MACs for kernels that hide their work, or None
     ):
         super().__init__()
-        self.owners, self.own, self.formula, self.counts, self.runs, self.believed = owners, own, formula, {}, [_Run(None, "")], 0
+        self.owners, self.own, self.formula, self.counts, self.runs, self.believed = (
+            owners,
+            own,
+            formula,
+            {},
+            [_Run(None, "")],
+            0,
+        )
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = f"{op.namespace}::{op.overloadpacket.__name__}"
         if name not in PRODUCTS:
-            with self: y = op.decompose(*args, **(kwargs or {})) if op.namespace != "prim" else NotImplemented
-            if y is not NotImplemented: return y
+            with self:
+                y = op.decompose(*args, **(kwargs or {})) if op.namespace != "prim" else NotImplemented
+            if y is not NotImplemented:
+                return y
         y, run = op(*args, **(kwargs or {})), self.runs[-1]
-        if name.startswith(KERNELS) and self.formula(run.module) is not None: run.hides = name
-        elif name in PRODUCTS: run.count += PRODUCTS[name](args, y)
-        elif hidden(name): run.hides = name
+        if name.startswith(KERNELS) and self.formula(run.module) is not None:
+            run.hides = name
+        elif name in PRODUCTS:
+            run.count += PRODUCTS[name](args, y)
+        elif hidden(name):
+            run.hides = name
         return y
 
 # %% ../../nbs/workshop/counting.ipynb
@@ -117,27 +228,40 @@ def _before(self, module, *_):
     self.runs.append(_Run(module, self.owners[module] if module in self.owners else self.runs[-1].owner))
     self.believed += self.own(module) is not None
 
+
 def _after(self, module, args, kwargs, y):
     "Book what a module did itself."
     run, own = self.runs.pop(), self.own(module)
-    if own is not None: self.believed -= 1
-    if self.believed or y is None and (own is not None or run.hides): return      # within a module whose formula is believed, or after an error
-    if own is not None: run.count = int(own(in_order(module, args, kwargs), y))
-    elif run.hides: run.count = self._unhidden(run, args, kwargs, y)
+    if own is not None:
+        self.believed -= 1
+    if self.believed or y is None and (own is not None or run.hides):
+        return  # within a module whose formula is believed, or after an error
+    if own is not None:
+        run.count = int(own(in_order(module, args, kwargs), y))
+    elif run.hides:
+        run.count = self._unhidden(run, args, kwargs, y)
     self.counts[run.owner] = self.counts.get(run.owner, 0) + run.count
+
 
 def _unhidden(self, run, args, kwargs, y):
     formula = self.formula(run.module)
-    if formula is not None: return int(formula(in_order(run.module, args, kwargs), y))
-    raise ValueError(f"{run.owner or 'the model'} ({type(run.module).__name__}) runs {run.hides}, whose products cannot be seen; mac_rules[{type(run.module).__name__}] may say how many there are")
+    if formula is not None:
+        return int(formula(in_order(run.module, args, kwargs), y))
+    raise ValueError(
+        f"{run.owner or 'the model'} ({type(run.module).__name__}) runs {run.hides}, whose products cannot be seen;"
+        f" mac_rules[{type(run.module).__name__}] may say how many there are"
+    )
+
 
 Work._before, Work._after, Work._unhidden = _before, _after, _unhidden
 
 # %% ../../nbs/workshop/counting.ipynb
 def in_order(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
     "The arguments of a call as positions."
-    try: bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError): return (*args, *kwargs.values())
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return (*args, *kwargs.values())
     star = next((n for n, p in bound.signature.parameters.items() if p.kind is p.VAR_POSITIONAL), None)
     return tuple(y for n, x in bound.arguments.items() for y in (x if n == star else (x,)))
 
@@ -145,7 +269,9 @@ def in_order(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
 @contextmanager
 def same_dice() -> Iterator[None]:
     "A block after which random numbers go on as if nothing had been drawn."
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []): yield
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        yield
+
 
 @contextmanager
 def listening(model: nn.Module, work: Work) -> Iterator[None]:
@@ -155,6 +281,8 @@ def listening(model: nn.Module, work: Work) -> Iterator[None]:
         hooks.append(m.register_forward_pre_hook(work._before, prepend=True))
         hooks.append(m.register_forward_hook(work._after, with_kwargs=True, always_call=True))
     try:
-        with same_dice(), torch.no_grad(), SlowPath(), work: yield
+        with same_dice(), torch.no_grad(), SlowPath(), work:
+            yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()

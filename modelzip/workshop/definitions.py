@@ -11,69 +11,125 @@ from collections.abc import Callable
 from typing import Any
 
 # %% ../../nbs/workshop/definitions.ipynb
-def installed(
-    cls: type,
-) -> bool:
+def installed(cls: type) -> bool:
     "Whether a class belongs to a library that others use too."
     module = sys.modules.get(cls.__module__)
-    here = getattr(module, cls.__name__, None) is cls           # a decorator runs before the name is there
-    return here and not cls.__module__.startswith(__name__.split(".")[0] + ".") and bool(re.search(r"(site|dist)-packages", getattr(module, "__file__", None) or ""))
+    here = getattr(module, cls.__name__, None) is cls  # a decorator runs before the name is there
+    return (
+        here
+        and not cls.__module__.startswith(__name__.split(".")[0] + ".")
+        and bool(re.search(r"(site|dist)-packages", getattr(module, "__file__", None) or ""))
+    )
 
 # %% ../../nbs/workshop/definitions.ipynb
-MARKS = weakref.WeakKeyDictionary()        # wrapper → the function in it
+MARKS = weakref.WeakKeyDictionary()  # wrapper → the function in it
+
 
 def unmarked(f: Callable) -> Callable:
     "A function without the wrappers that are noted in `MARKS`."
-    while isinstance(f, types.FunctionType) and f in MARKS: f = MARKS[f]
+    while isinstance(f, types.FunctionType) and f in MARKS:
+        f = MARKS[f]
     return f
 
 # %% ../../nbs/workshop/definitions.ipynb
-def same_definition(
-    old: Any,
-    new: Any,
-) -> bool:
-    "Whether `new` is `old`, run again: the same place in a module or, for what a function, a decorator or a lambda made, the same code over the same values."
+def same_definition(old: Any, new: Any) -> bool:
+    """Whether `new` is `old`, run again: the same place in a module or, for what a function, a decorator or a
+    lambda made, the same code over the same values."""
     place = lambda f: (getattr(f, "__module__", None), getattr(f, "__qualname__", None))
-    if old is new: return True
-    if isinstance(old, functools.partial) and isinstance(new, functools.partial): return same_definition(old.func, new.func) and _equal((old.args, old.keywords), (new.args, new.keywords))
-    if isinstance(old, types.MethodType) and isinstance(new, types.MethodType): return old.__self__ is new.__self__ and same_definition(old.__func__, new.__func__)
-    if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new): return False
-    if isinstance(old, type): return "<" not in place(old)[1] or old.__bases__ == new.__bases__ and _equal(_contents(old), _contents(new))
-    if not isinstance(old, types.FunctionType): return False
-    return not (old.__closure__ or new.__closure__ or "<" in place(old)[1]) or _equal(_meaning(old), _meaning(new))      # who has no closure was written where it says
+    if old is new:
+        return True
+    if isinstance(old, functools.partial) and isinstance(new, functools.partial):
+        return same_definition(old.func, new.func) and _equal((old.args, old.keywords), (new.args, new.keywords))
+    if isinstance(old, types.MethodType) and isinstance(new, types.MethodType):
+        return old.__self__ is new.__self__ and same_definition(old.__func__, new.__func__)
+    if place(old) != place(new) or place(old)[1] is None or type(old) is not type(new):
+        return False
+    if isinstance(old, type):
+        return "<" not in place(old)[1] or old.__bases__ == new.__bases__ and _equal(_contents(old), _contents(new))
+    if not isinstance(old, types.FunctionType):
+        return False
+    return not (old.__closure__ or new.__closure__ or "<" in place(old)[1]) or _equal(
+        _meaning(old), _meaning(new)
+    )  # who has no closure was written where it says
 
 # %% ../../nbs/workshop/definitions.ipynb
 def _equal(a: Any, b: Any) -> bool:
     "Whether two values are one; what cannot say so is not."
-    if a is b: return True
-    if type(a) is not type(b): return False
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_equal, a, b))
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, (dict, set, frozenset)):
-        theirs = {k: k for k in b}                               # 1 and 1.0 are one key, and two values
-        return len(a) == len(b) and all(k in theirs and _equal(k, theirs[k]) and (not isinstance(a, dict) or _equal(a[k], b[k])) for k in a)
-    if isinstance(a, (float, complex)): return repr(a) == repr(b)          # nor is 0 the same as -0
+        theirs = {k: k for k in b}  # 1 and 1.0 are one key, and two values
+        return len(a) == len(b) and all(
+            k in theirs and _equal(k, theirs[k]) and (not isinstance(a, dict) or _equal(a[k], b[k])) for k in a
+        )
+    if isinstance(a, (float, complex)):
+        return repr(a) == repr(b)  # nor is 0 the same as -0
     try:
-        if hasattr(a, "dtype") and hasattr(a, "shape"): return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        if hasattr(a, "dtype") and hasattr(a, "shape"):
+            return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
         return bool(a == b) or isinstance(a, types.FunctionType) and same_definition(a, b)
-    except Exception: return False
+    except Exception:
+        return False
+
 
 def _meaning(f: Callable, cls: type | None = None) -> list:
     "Code, defaults and closed-over values of a function; `cls` is the class that it is a method of."
     f = unmarked(f)
     cells = [_held(c) for c in f.__closure__ or ()]
-    return [_code(f.__code__), f.__defaults__, f.__kwdefaults__, ["class" if isinstance(c, type) and c is cls else c for c in cells]]
+    return [
+        _code(f.__code__),
+        f.__defaults__,
+        f.__kwdefaults__,
+        ["class" if isinstance(c, type) and c is cls else c for c in cells],
+    ]
+
 
 def _held(cell):
     "What a function has closed over; what has no value yet is like nothing else."
-    try: return cell.cell_contents
-    except ValueError: return object()
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return object()
+
 
 def _code(c: types.CodeType) -> list:
     "What a function does, and what the functions in it do."
-    return [c.co_code, c.co_names, c.co_varnames, [_code(k) if isinstance(k, types.CodeType) else k for k in c.co_consts]]
+    return [
+        c.co_code,
+        c.co_names,
+        c.co_varnames,
+        [_code(k) if isinstance(k, types.CodeType) else k for k in c.co_consts],
+    ]
+
 
 def _contents(cls: type) -> dict:
     "Methods and attributes of a class."
-    parts = lambda v: (v.fget, v.fset, v.fdel) if isinstance(v, property) else (v.__func__,) if isinstance(v, (staticmethod, classmethod)) else (v,)
-    said = {k: v for k, v in vars(cls).items() if k not in ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__")} | {"__init__": cls.__init__}
-    return {k: [type(v), *(_meaning(p, cls) if isinstance(p, types.FunctionType) else p for p in parts(v))] for k, v in said.items()}
+    parts = lambda v: (
+        (v.fget, v.fset, v.fdel)
+        if isinstance(v, property)
+        else (v.__func__,)
+        if isinstance(v, (staticmethod, classmethod))
+        else (v,)
+    )
+    said = {
+        k: v
+        for k, v in vars(cls).items()
+        if k
+        not in (
+            "__module__",
+            "__qualname__",
+            "__doc__",
+            "__dict__",
+            "__weakref__",
+            "__firstlineno__",
+            "__static_attributes__",
+        )
+    } | {"__init__": cls.__init__}
+    return {
+        k: [type(v), *(_meaning(p, cls) if isinstance(p, types.FunctionType) else p for p in parts(v))]
+        for k, v in said.items()
+    }

@@ -16,87 +16,122 @@ from torch.utils._pytree import tree_leaves
 from .models import Inputs, feed, output_tensors, own_copy
 
 # %% ../../nbs/workshop/judging.ipynb
-fresh = own_copy      # a batch that a model may spoil
+fresh = own_copy  # a batch that a model may spoil
+
 
 def as_called(
     model: nn.Module,
-    batch: Any,     # see `feed`
-) -> Any:           # a tensor, a tuple of all arguments, a dict of named ones, or `Inputs`
+    batch: Any,  # see `feed`
+) -> Any:  # a tensor, a tuple of all arguments, a dict of named ones, or `Inputs`
     "What of a batch the model is called with: an example, without labels. `ValueError` where nobody can tell."
     found = feed(Inputs, batch, model.forward)
-    if found.args and found.kwargs: return found
+    if found.args and found.kwargs:
+        return found
     return found.kwargs if found.kwargs else found.args[0] if len(found.args) == 1 else found.args
 
-def length_of(
-    batch: Any,
-) -> int | None:    # how many examples are in it, as far as one can see
+
+def length_of(batch: Any) -> int | None:  # how many examples are in it, as far as one can see
     "The number of rows that all tensors of a batch have in common; None when they differ, or have none."
-    sizes = {len(t) for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(t, Tensor) and t.dim()}
+    sizes = {
+        len(t)
+        for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        if isinstance(t, Tensor) and t.dim()
+    }
     return sizes.pop() if len(sizes) == 1 else None
 
 # %% ../../nbs/workshop/judging.ipynb
 def rows_of(
-    model: nn.Module,        # called as it is, without gradients or with, as the caller has it
-    batches: Iterable,       # see `feed`
-) -> dict[str, list[Tensor]]:     # name of an output → for each batch its rows [n, numbers]
+    model: nn.Module,  # called as it is, without gradients or with, as the caller has it
+    batches: Iterable,  # see `feed`
+) -> dict[str, list[Tensor]]:  # name of an output → for each batch its rows [n, numbers]
     "What a model puts out, as rows to be compared. `ValueError` or `TypeError` when there is nothing to compare."
     found = {}
     for b in batches:
         n = length_of(b)
-        for name, t in _answers(feed(model, fresh(b))).items(): found.setdefault(name, []).append(_as_rows(t, n))
+        for name, t in _answers(feed(model, fresh(b))).items():
+            found.setdefault(name, []).append(_as_rows(t, n))
     return found
 
+
 def _answers(output):
-    try: found = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in output_tensors(output).items() if t.is_floating_point() or t.is_complex()}
-    except (TypeError, ValueError) as e: raise type(e)(f"{e}; or give evaluate=, a function of the model") from None
-    if not found: raise ValueError(f"the model puts out {type(output).__name__} without a float tensor: give evaluate=, a function of the model")
+    try:
+        found = {
+            k: torch.view_as_real(t) if t.is_complex() else t
+            for k, t in output_tensors(output).items()
+            if t.is_floating_point() or t.is_complex()
+        }
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{e}; or give evaluate=, a function of the model") from None
+    if not found:
+        raise ValueError(
+            f"the model puts out {type(output).__name__} without a float tensor: give evaluate=, a function of the"
+            " model"
+        )
     return {k: t for k, t in found.items() if t.dim() and t.numel()} or found
+
 
 def _as_rows(t, n):
     "A tensor of one dimension is a number for each example if it is as long as the batch, and else one row."
-    if t.dim() > 1: return t.flatten(1)
+    if t.dim() > 1:
+        return t.flatten(1)
     return t.reshape(-1, 1) if t.dim() == 0 or len(t) == n else t.reshape(1, -1)
 
 # %% ../../nbs/workshop/judging.ipynb
 def likeness(
-    now: dict[str, list[Tensor]],    # of `rows_of`
-    was: dict[str, list[Tensor]],    # the same of the original
-) -> float:                          # −1 to 1; of several outputs the least alike counts
-    "How alike outputs are: the mean cosine of the rows, or Lin's concordance where rows have a single number. `ValueError` when they do not fit together."
-    if now.keys() != was.keys(): raise ValueError(f"the model puts out {', '.join(now)}, the original {', '.join(was)}")
+    now: dict[str, list[Tensor]],  # of `rows_of`
+    was: dict[str, list[Tensor]],  # the same of the original
+) -> float:  # −1 to 1; of several outputs the least alike counts
+    """How alike outputs are: the mean cosine of the rows, or Lin's concordance where rows have a single number.
+    `ValueError` when they do not fit together."""
+    if now.keys() != was.keys():
+        raise ValueError(f"the model puts out {', '.join(now)}, the original {', '.join(was)}")
     return min(_alike(now[k], was[k], k) for k in was)
+
 
 def _alike(now, was, name):
     for a, b in zip(now, was, strict=True):
-        if a.shape != b.shape: raise ValueError(f"{name} has the shape {list(a.shape)} (rows, numbers), the original's {list(b.shape)}")
-    if not sum(map(len, was)): raise ValueError(f"{name} has no row to be compared: the data are empty")
+        if a.shape != b.shape:
+            raise ValueError(f"{name} has the shape {list(a.shape)} (rows, numbers), the original's {list(b.shape)}")
+    if not sum(map(len, was)):
+        raise ValueError(f"{name} has no row to be compared: the data are empty")
     single = all(b.shape[1] == 1 for b in was)
     rows = [(_cosines(a.detach().double(), b.detach().double()) if not single else None) for a, b in zip(now, was)]
-    if single: return _concordance(torch.cat(list(now)).detach().double().flatten(), torch.cat(list(was)).detach().double().flatten())
+    if single:
+        return _concordance(
+            torch.cat(list(now)).detach().double().flatten(), torch.cat(list(was)).detach().double().flatten()
+        )
     return torch.cat(rows).mean().item()
+
 
 def _cosines(a, b):
     "Of each pair of rows. Two rows of zeros are alike, one is like nothing."
-    unit = lambda t: (t := t / (most := t.abs().amax(1, keepdim=True)).where(most > 0, 1.)) / (norm := t.norm(dim=1, keepdim=True)).where(norm > 0, 1.)
-    cosines = (unit(a) * unit(b)).sum(1).clamp(-1, 1).where((a != b).any(1), 1.)
-    return cosines.where(a.isfinite().all(1), -1.)
+    unit = lambda t: (
+        (t := t / (most := t.abs().amax(1, keepdim=True)).where(most > 0, 1.0))
+        / (norm := t.norm(dim=1, keepdim=True)).where(norm > 0, 1.0)
+    )
+    cosines = (unit(a) * unit(b)).sum(1).clamp(-1, 1).where((a != b).any(1), 1.0)
+    return cosines.where(a.isfinite().all(1), -1.0)
+
 
 def _concordance(a, b):
-    if not bool(a.isfinite().all()): return -1.
-    if bool((a == b).all()): return 1.
+    if not bool(a.isfinite().all()):
+        return -1.0
+    if bool((a == b).all()):
+        return 1.0
     a, b = a - b.mean(), b - b.mean()
     return (2 * (a @ b) / (a @ a + b @ b)).item()
 
 # %% ../../nbs/workshop/judging.ipynb
 def energies(
-    was: list[Tensor],     # rows of an output, for each batch
-) -> list[Tensor]:         # [n] for each batch, above 0
-    "What squared errors of rows are divided by: ‖y‖², but at least a thousandth of its mean; for single numbers their variance."
-    rows = [b.detach().double().nan_to_num(0., 0., 0.) for b in was]      # −inf is a mask, as of classes that cannot be
+    was: list[Tensor],  # rows of an output, for each batch
+) -> list[Tensor]:  # [n] for each batch, above 0
+    """What squared errors of rows are divided by: ‖y‖², but at least a thousandth of its mean; for single numbers
+    their variance."""
+    rows = [b.detach().double().nan_to_num(0.0, 0.0, 0.0) for b in was]  # −inf is a mask, as of classes that cannot be
     if all(b.shape[1] == 1 for b in rows):
         y = torch.cat(rows)
         usual = y.var(correction=0) if len(y) > 1 and bool(y.var() > 0) else y.square().mean()
-        return [torch.full((len(b),), usual.item() or 1.) for b in rows]
+        return [torch.full((len(b),), usual.item() or 1.0) for b in rows]
     squares = [b.square().sum(1) for b in rows]
-    usual = torch.cat(squares).mean().item() or 1.
+    usual = torch.cat(squares).mean().item() or 1.0
     return [s.clamp(min=usual / 1000).float().clamp(min=1e-30) for s in squares]

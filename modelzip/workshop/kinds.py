@@ -28,193 +28,435 @@ from .models import HOOKS, carry_hooks, slots_of
 
 # %% ../../nbs/workshop/kinds.ipynb
 MISSING = object()
-LIBRARIES = ("torch", "torchvision", "torchaudio", "transformers", "timm", "diffusers")      # what their modules keep beside their arguments changes from version to version
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "transformers",
+    "timm",
+    "diffusers",
+)  # what their modules keep beside their arguments changes from version to version
 SMALL = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-MOST = 256      # entries of a list or table that count as a fact; what is longer is data
+MOST = 256  # entries of a list or table that count as a fact; what is longer is data
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 
-def said(
-    value: Any,
-    depth: int = 0,
-) -> Any:      # as JSON has it; `MISSING` for what is no fact
+
+def said(value: Any, depth: int = 0) -> Any:  # as JSON has it; `MISSING` for what is no fact
     "A plain value as data."
-    if value is None or isinstance(value, bool): return value
-    if isinstance(value, enum.Enum): return {"function": f"{type(value).__qualname__}.{value.name}"}
-    if isinstance(value, int): return int(value) if abs(value) < 2**63 else _digest(str(value))
-    if isinstance(value, float): return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    if isinstance(value, str): return MISSING if DEVICE.fullmatch(value) else value if len(value) <= MOST else _digest(value)
-    if isinstance(value, torch.dtype): return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)): return {"function": name_of(value)}
-    if isinstance(value, Tensor): return _said_tensor(value)
-    if isinstance(value, np.ndarray): return _said_array(value)
-    if isinstance(value, np.generic): return said(value.item(), depth) if type(value.item()) is not type(value) else MISSING
-    if isinstance(value, (complex, bytes, range, slice, set, frozenset, fractions.Fraction)): return _said_plain(value, depth)
-    if depth < 4 and type(value).__module__.partition(".")[0] not in LIBRARIES and (dataclasses.is_dataclass(value) or type(value) is types.SimpleNamespace):
-        fields = [[k, x] for k, v in vars(value).items() if (x := said(v, depth + 1)) is not MISSING] if hasattr(value, "__dict__") else []
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, enum.Enum):
+        return {"function": f"{type(value).__qualname__}.{value.name}"}
+    if isinstance(value, int):
+        return int(value) if abs(value) < 2**63 else _digest(str(value))
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    if isinstance(value, str):
+        return MISSING if DEVICE.fullmatch(value) else value if len(value) <= MOST else _digest(value)
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return {"function": name_of(value)}
+    if isinstance(value, Tensor):
+        return _said_tensor(value)
+    if isinstance(value, np.ndarray):
+        return _said_array(value)
+    if isinstance(value, np.generic):
+        return said(value.item(), depth) if type(value.item()) is not type(value) else MISSING
+    if isinstance(value, (complex, bytes, range, slice, set, frozenset, fractions.Fraction)):
+        return _said_plain(value, depth)
+    if (
+        depth < 4
+        and type(value).__module__.partition(".")[0] not in LIBRARIES
+        and (dataclasses.is_dataclass(value) or type(value) is types.SimpleNamespace)
+    ):
+        fields = (
+            [[k, x] for k, v in vars(value).items() if (x := said(v, depth + 1)) is not MISSING]
+            if hasattr(value, "__dict__")
+            else []
+        )
         return {"fields": sorted(fields, key=lambda f: f[0])} if fields else MISSING
     if isinstance(value, functools.partial) and depth < 4:
         inside = [said(v, depth + 1) for v in (value.func, value.args, value.keywords)]
-        return MISSING if any(v is MISSING for v in inside) else {"function": f"partial({json.dumps(inside, sort_keys=True)})"}
-    if isinstance(value, (list, tuple)) and len(value) <= MOST**2 and depth < 4: found = [said(v, depth + 1) for v in value]
+        return (
+            MISSING
+            if any(v is MISSING for v in inside)
+            else {"function": f"partial({json.dumps(inside, sort_keys=True)})"}
+        )
+    if isinstance(value, (list, tuple)) and len(value) <= MOST**2 and depth < 4:
+        found = [said(v, depth + 1) for v in value]
     elif isinstance(value, dict) and len(value) <= MOST and depth < 4 and all(isinstance(k, str) for k in value):
         found = {"table": [[k, said(v, depth + 1)] for k, v in value.items()]}
         return MISSING if any(v is MISSING for _, v in found["table"]) else found
     elif isinstance(value, Mapping) and len(value) <= MOST and depth < 4:
         found = [[said(k, depth + 1), said(v, depth + 1)] for k, v in value.items()]
         return MISSING if any(v is MISSING for pair in found for v in pair) else {"items": found}
-    else: return _said_object(value, depth)
-    return MISSING if any(v is MISSING for v in found) else found if len(found) <= MOST else _digest(json.dumps(found, sort_keys=True))
+    else:
+        return _said_object(value, depth)
+    return (
+        MISSING
+        if any(v is MISSING for v in found)
+        else found
+        if len(found) <= MOST
+        else _digest(json.dumps(found, sort_keys=True))
+    )
 
-def _digest(text): return {"digest": f"{len(text)} {zlib.crc32(text.encode(errors='surrogatepass')):08x}"}
+
+def _digest(text):
+    return {"digest": f"{len(text)} {zlib.crc32(text.encode(errors='surrogatepass')):08x}"}
+
 
 def _said_plain(value, depth):
     "What has a spelling in Python, and none in JSON."
-    if isinstance(value, complex): return {"complex": [said(value.real), said(value.imag)]}
-    if isinstance(value, bytes): return {"bytes": value.hex()} if len(value) <= MOST else _digest(value.hex())
-    if isinstance(value, fractions.Fraction): return {"fraction": str(value)}
-    parts = [value.start, value.stop, value.step] if isinstance(value, (range, slice)) else list(value) if len(value) <= MOST else [MISSING]
+    if isinstance(value, complex):
+        return {"complex": [said(value.real), said(value.imag)]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()} if len(value) <= MOST else _digest(value.hex())
+    if isinstance(value, fractions.Fraction):
+        return {"fraction": str(value)}
+    parts = (
+        [value.start, value.stop, value.step]
+        if isinstance(value, (range, slice))
+        else list(value)
+        if len(value) <= MOST
+        else [MISSING]
+    )
     found = [v if v is MISSING else said(v, depth + 1) for v in parts] if depth < 4 else [MISSING]
-    if any(v is MISSING for v in found): return MISSING
-    return {type(value).__name__: found} if isinstance(value, (range, slice)) else {"set": sorted(found, key=json.dumps)}
+    if any(v is MISSING for v in found):
+        return MISSING
+    return (
+        {type(value).__name__: found} if isinstance(value, (range, slice)) else {"set": sorted(found, key=json.dumps)}
+    )
 
-SPELLED = (decimal.Decimal, pathlib.PurePath, re.Pattern, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, bytearray, operator.itemgetter, operator.attrgetter, operator.methodcaller,
-           np.ufunc, np.dtype, torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket)      # what has a spelling that says all
+
+SPELLED = (
+    decimal.Decimal,
+    pathlib.PurePath,
+    re.Pattern,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+    bytearray,
+    operator.itemgetter,
+    operator.attrgetter,
+    operator.methodcaller,
+    np.ufunc,
+    np.dtype,
+    torch.layout,
+    torch.memory_format,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)  # what has a spelling that says all
+
 
 def _said_module(module, depth):
     "Class, plain attributes and children of a module that has no numbers."
-    facts = [[k, x] for k, v in sorted(vars(module).items()) if k[0] != "_" and k not in ("training", "inplace") and (x := said(v, depth + 1)) is not MISSING]
-    return [type(module).__name__, facts, [[k, _said_module(m, depth + 1)] for k, m in module._modules.items() if m is not None]]
+    facts = [
+        [k, x]
+        for k, v in sorted(vars(module).items())
+        if k[0] != "_" and k not in ("training", "inplace") and (x := said(v, depth + 1)) is not MISSING
+    ]
+    return [
+        type(module).__name__,
+        facts,
+        [[k, _said_module(m, depth + 1)] for k, m in module._modules.items() if m is not None],
+    ]
+
 
 def _said_object(value, depth):
-    """An object of the user's own: its class, and those of its fields that are facts. One bound to a method counts with it.
-    A module outside the tree of modules, such as an activation in a plain list, is no data, but it is known when it is another."""
+    """An object of the user's own: its class, and those of its fields that are facts. One bound to a method counts
+    with it. A module outside the tree of modules, such as an activation in a plain list, is no data, but it is
+    known when it is another.
+    """
     if isinstance(value, SPELLED):
         spelled = f"{value.pattern!r} {value.flags}" if isinstance(value, re.Pattern) else repr(value)
         return {"function": spelled} if len(spelled) <= MOST else _digest(spelled)
-    if isinstance(value, collections.deque) and depth < 4: return MISSING if (x := said(list(value), depth + 1)) is MISSING else {"function": f"deque({json.dumps(x)}, {value.maxlen})"}
-    if isinstance(value, nn.Module): return MISSING if depth >= 4 or [*value.parameters(), *value.buffers()] else {"function": f"{type(value).__name__} {zlib.crc32(json.dumps(_said_module(value, depth)).encode()):08x}"}
+    if isinstance(value, collections.deque) and depth < 4:
+        return (
+            MISSING
+            if (x := said(list(value), depth + 1)) is MISSING
+            else {"function": f"deque({json.dumps(x)}, {value.maxlen})"}
+        )
+    if isinstance(value, nn.Module):
+        return (
+            MISSING
+            if depth >= 4 or [*value.parameters(), *value.buffers()]
+            else {
+                "function": f"{type(value).__name__} {zlib.crc32(json.dumps(_said_module(value, depth)).encode()):08x}"
+            }
+        )
     if isinstance(value, types.MethodType):
         owner = MISSING if depth >= 4 or isinstance(value.__self__, nn.Module) else said(value.__self__, depth + 1)
-        return {"function": name_of(value.__func__) + ("" if owner is MISSING else f"({json.dumps(owner, sort_keys=True)})")}
+        return {
+            "function": name_of(value.__func__) + ("" if owner is MISSING else f"({json.dumps(owner, sort_keys=True)})")
+        }
     home = type(value).__module__.partition(".")[0]
-    if depth >= 4 or isinstance(value, nn.Module) or home in (*LIBRARIES, "numpy", "modelzip", "builtins") or home in sys.stdlib_module_names - {"__main__"}: return MISSING
+    if (
+        depth >= 4
+        or isinstance(value, nn.Module)
+        or home in (*LIBRARIES, "numpy", "modelzip", "builtins")
+        or home in sys.stdlib_module_names - {"__main__"}
+    ):
+        return MISSING
     held = {k: getattr(value, k) for k in slots_of(type(value)) if hasattr(value, k)} | getattr(value, "__dict__", {})
     fields = [[k, x] for k, v in held.items() if (x := said(v, depth + 1)) is not MISSING] if len(held) <= MOST else []
     return {"object": [type(value).__qualname__, sorted(fields, key=lambda f: f[0])]}
 
+
 def name_of(f: Any) -> str:
-    "The name of a function; of one that was made inside another, also what it is made of, since there may be several of this name."
+    """The name of a function; of one that was made inside another, also what it is made of, since there may be
+    several of this name."""
     name = f.__qualname__
-    if not isinstance(f, types.FunctionType) or "<" not in name: return name
-    held = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()] + list(f.__defaults__ or ()) + list((f.__kwdefaults__ or {}).values())
-    facts = [x for v in held if isinstance(v, (bool, int, float, complex, str, bytes, tuple, Tensor, np.generic, torch.dtype, types.BuiltinFunctionType, types.MethodType)) or v is None or isinstance(v, types.FunctionType) and v is not f if (x := said(v, 3)) is not MISSING]
+    if not isinstance(f, types.FunctionType) or "<" not in name:
+        return name
+    held = (
+        [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
+        + list(f.__defaults__ or ())
+        + list((f.__kwdefaults__ or {}).values())
+    )
+    facts = [
+        x
+        for v in held
+        if isinstance(
+            v,
+            (
+                bool,
+                int,
+                float,
+                complex,
+                str,
+                bytes,
+                tuple,
+                Tensor,
+                np.generic,
+                torch.dtype,
+                types.BuiltinFunctionType,
+                types.MethodType,
+            ),
+        )
+        or v is None
+        or isinstance(v, types.FunctionType)
+        and v is not f
+        if (x := said(v, 3)) is not MISSING
+    ]
     return f"{name} {zlib.crc32(json.dumps([_code_of(f.__code__), facts]).encode()):08x}"
+
 
 def _code_of(code):
     "Names, constants and operators, which differ less from one Python to the next than what they are compiled to."
     found = sorted(code.co_names)
     for i in dis.get_instructions(code):
-        if isinstance(i.argval, types.CodeType): found.append(_code_of(i.argval))
+        if isinstance(i.argval, types.CodeType):
+            found.append(_code_of(i.argval))
         elif i.opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST", "KW_NAMES")):
-            if i.argval is not None and (x := said(i.argval)) is not MISSING: found.append(x)
-        elif i.opname.startswith(("BINARY", "INPLACE", "COMPARE", "UNARY")): found.append(OPERATORS.get(i.opname, i.argrepr.removeprefix("bool(").removesuffix(")") or i.opname))
+            if i.argval is not None and (x := said(i.argval)) is not MISSING:
+                found.append(x)
+        elif i.opname.startswith(("BINARY", "INPLACE", "COMPARE", "UNARY")):
+            found.append(OPERATORS.get(i.opname, i.argrepr.removeprefix("bool(").removesuffix(")") or i.opname))
     return found
 
-OPERATORS = {"BINARY_SUBSCR": "[]"} | {f"{how}_{name}": sign + "=" * (how == "INPLACE") for how in ("BINARY", "INPLACE") for name, sign in
-    dict(ADD="+", AND="&", FLOOR_DIVIDE="//", LSHIFT="<<", MATRIX_MULTIPLY="@", MULTIPLY="*", MODULO="%", OR="|", POWER="**", RSHIFT=">>", SUBTRACT="-", TRUE_DIVIDE="/", XOR="^").items()}
+
+OPERATORS = {"BINARY_SUBSCR": "[]"} | {
+    f"{how}_{name}": sign + "=" * (how == "INPLACE")
+    for how in ("BINARY", "INPLACE")
+    for name, sign in dict(
+        ADD="+",
+        AND="&",
+        FLOOR_DIVIDE="//",
+        LSHIFT="<<",
+        MATRIX_MULTIPLY="@",
+        MULTIPLY="*",
+        MODULO="%",
+        OR="|",
+        POWER="**",
+        RSHIFT=">>",
+        SUBTRACT="-",
+        TRUE_DIVIDE="/",
+        XOR="^",
+    ).items()
+}
 
 # %% ../../nbs/workshop/kinds.ipynb
 def _said_tensor(t):
     "A small tensor by its numbers, a large one by a checksum."
     kind = str(t.dtype).removeprefix("torch.")
-    if type(t) is not Tensor or t.layout != torch.strided or t.is_meta or t.is_nested or t.is_quantized or kind not in SMALL or nn.parameter.is_lazy(t): return MISSING
+    if (
+        type(t) is not Tensor
+        or t.layout != torch.strided
+        or t.is_meta
+        or t.is_nested
+        or t.is_quantized
+        or kind not in SMALL
+        or nn.parameter.is_lazy(t)
+    ):
+        return MISSING
     t = t.detach().cpu().contiguous()
-    if t.numel() <= 64: return {"tensor": [kind, list(t.shape), [said(x) for x in t.reshape(-1).tolist()]]}
+    if t.numel() <= 64:
+        return {"tensor": [kind, list(t.shape), [said(x) for x in t.reshape(-1).tolist()]]}
     return {"digest": f"{kind} {list(t.shape)} {zlib.crc32(t.reshape(-1).view(torch.uint8).numpy()):08x}"}
 
+
 def _said_array(a):
-    try: t = _said_tensor(torch.from_numpy(np.array(a)))
-    except TypeError: return MISSING
+    try:
+        t = _said_tensor(torch.from_numpy(np.array(a)))
+    except TypeError:
+        return MISSING
     return t if t is MISSING or "digest" in t else {"array": t["tensor"]}
 
+
 def _meant_tensor(x):
-    demand(isinstance(x, list) and len(x) == 3 and x[0] in SMALL and isinstance(x[1], list) and all(type(d) is int and 0 <= d <= 64 for d in x[1]) and isinstance(x[2], list) and len(x[2]) == math.prod(x[1]),
-           "it describes an attribute in an unknown form")
+    demand(
+        isinstance(x, list)
+        and len(x) == 3
+        and x[0] in SMALL
+        and isinstance(x[1], list)
+        and all(type(d) is int and 0 <= d <= 64 for d in x[1])
+        and isinstance(x[2], list)
+        and len(x[2]) == math.prod(x[1]),
+        "it describes an attribute in an unknown form",
+    )
     numbers = [meant(v) for v in x[2]]
     demand(all(type(v) in (int, float, bool) for v in numbers), "it describes an attribute in an unknown form")
-    try: return torch.tensor(numbers, dtype=getattr(torch, x[0]), device="cpu").reshape(x[1])
-    except (RuntimeError, OverflowError, TypeError, ValueError): raise PackError("it describes an attribute in an unknown form") from None
+    try:
+        return torch.tensor(numbers, dtype=getattr(torch, x[0]), device="cpu").reshape(x[1])
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        raise PackError("it describes an attribute in an unknown form") from None
+
 
 def _meant_fields(x, like):
     "A copy of an object with other fields."
     new = copy.copy(like)
     for k, v in x:
-        here = getattr(like, k, MISSING) if hasattr(type(like), "__slots__") else getattr(like, "__dict__", {}).get(k, MISSING)
-        if here is MISSING: return MISSING
-        if (now := said(here)) is not MISSING and json.dumps(v, sort_keys=True) == json.dumps(now, sort_keys=True): continue
+        here = (
+            getattr(like, k, MISSING)
+            if hasattr(type(like), "__slots__")
+            else getattr(like, "__dict__", {}).get(k, MISSING)
+        )
+        if here is MISSING:
+            return MISSING
+        if (now := said(here)) is not MISSING and json.dumps(v, sort_keys=True) == json.dumps(now, sort_keys=True):
+            continue
         value = meant(v, here)
-        if value is MISSING: return MISSING
+        if value is MISSING:
+            return MISSING
         object.__setattr__(new, k, value)
     return new
 
+
 def meant(
-    value: Any,       # what `said` gives
-    like: Any = None, # what stands there now: a tuple remains one
-) -> Any:             # `MISSING` for a function, which no data can bring
+    value: Any,  # what `said` gives
+    like: Any = None,  # what stands there now: a tuple remains one
+) -> Any:  # `MISSING` for a function, which no data can bring
     "The inverse; `PackError` for what `said` never says."
     if isinstance(value, list):
-        found = [meant(v, like[i] if isinstance(like, (list, tuple)) and i < len(like) else None) for i, v in enumerate(value)]
-        return MISSING if any(v is MISSING for v in found) else found if isinstance(like, list) or like is None else tuple(found)
+        found = [
+            meant(v, like[i] if isinstance(like, (list, tuple)) and i < len(like) else None)
+            for i, v in enumerate(value)
+        ]
+        return (
+            MISSING
+            if any(v is MISSING for v in found)
+            else found
+            if isinstance(like, list) or like is None
+            else tuple(found)
+        )
     if isinstance(like, np.generic) and type(value) in (bool, int, float):
-        try: return type(like)(value)
-        except (OverflowError, ValueError, TypeError): return MISSING
-    if not isinstance(value, dict): return value
+        try:
+            return type(like)(value)
+        except (OverflowError, ValueError, TypeError):
+            return MISSING
+    if not isinstance(value, dict):
+        return value
     demand(len(value) == 1, "it describes an attribute in an unknown form")
-    (form, x), = value.items()
-    if form == "float" and x in ("inf", "-inf", "nan"): return float(x)
-    if form == "dtype" and isinstance(x, str) and isinstance(t := getattr(torch, x, None), torch.dtype): return t
-    if form in ("function", "digest") and isinstance(x, str): return MISSING
-    if form == "tensor": return _meant_tensor(x)
+    ((form, x),) = value.items()
+    if form == "float" and x in ("inf", "-inf", "nan"):
+        return float(x)
+    if form == "dtype" and isinstance(x, str) and isinstance(t := getattr(torch, x, None), torch.dtype):
+        return t
+    if form in ("function", "digest") and isinstance(x, str):
+        return MISSING
+    if form == "tensor":
+        return _meant_tensor(x)
     if form == "array":
         demand(isinstance(x, list) and x[:1] != ["bfloat16"], "it describes an attribute in an unknown form")
         return _meant_tensor(x).numpy()
-    if form in ("complex", "bytes", "range", "slice", "set", "fraction"): return _meant_plain(form, x, like)
+    if form in ("complex", "bytes", "range", "slice", "set", "fraction"):
+        return _meant_plain(form, x, like)
     if form == "object":
-        demand(isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and isinstance(x[1], list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in x[1]),
-               "it describes an attribute in an unknown form")
+        demand(
+            isinstance(x, list)
+            and len(x) == 2
+            and isinstance(x[0], str)
+            and isinstance(x[1], list)
+            and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in x[1]),
+            "it describes an attribute in an unknown form",
+        )
         return MISSING if said(like) is MISSING or type(like).__qualname__ != x[0] else _meant_fields(x[1], like)
     if form == "items":
-        demand(isinstance(x, list) and all(isinstance(p, list) and len(p) == 2 for p in x), "it describes an attribute in an unknown form")
+        demand(
+            isinstance(x, list) and all(isinstance(p, list) and len(p) == 2 for p in x),
+            "it describes an attribute in an unknown form",
+        )
         return _like(like, [(meant(k, ()), v) for k, v in x])
-    demand(form in ("table", "fields") and isinstance(x, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in x),
-           "it describes an attribute in an unknown form")
-    if form == "fields": return MISSING if not dataclasses.is_dataclass(like) and type(like) is not types.SimpleNamespace else _meant_fields(x, like)
+    demand(
+        form in ("table", "fields")
+        and isinstance(x, list)
+        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in x),
+        "it describes an attribute in an unknown form",
+    )
+    if form == "fields":
+        return (
+            MISSING
+            if not dataclasses.is_dataclass(like) and type(like) is not types.SimpleNamespace
+            else _meant_fields(x, like)
+        )
     return _like(like, x)
+
 
 def _like(like, pairs):
     "A dict of the kind that is there."
-    try: found = {k: meant(v, like.get(k) if isinstance(like, dict) else None) for k, v in pairs}
-    except TypeError: raise PackError("it describes an attribute in an unknown form") from None      # a key that is a list
-    if any(v is MISSING for pair in found.items() for v in pair) or isinstance(like, Mapping) and not isinstance(like, dict): return MISSING
-    if not isinstance(like, dict): return found
+    try:
+        found = {k: meant(v, like.get(k) if isinstance(like, dict) else None) for k, v in pairs}
+    except TypeError:
+        raise PackError("it describes an attribute in an unknown form") from None  # a key that is a list
+    if (
+        any(v is MISSING for pair in found.items() for v in pair)
+        or isinstance(like, Mapping)
+        and not isinstance(like, dict)
+    ):
+        return MISSING
+    if not isinstance(like, dict):
+        return found
     new = copy.copy(like)
-    new.clear(); new.update(found)
+    new.clear()
+    new.update(found)
     return new
+
 
 def _meant_plain(form, x, like):
     "The inverse of `_said_plain`."
     try:
-        if form == "bytes": return bytes.fromhex(x)
-        if form == "fraction": return fractions.Fraction(x if isinstance(x, str) and len(x) <= MOST and re.fullmatch(r"-?\d+(/\d+)?", x) else None)
+        if form == "bytes":
+            return bytes.fromhex(x)
+        if form == "fraction":
+            return fractions.Fraction(
+                x if isinstance(x, str) and len(x) <= MOST and re.fullmatch(r"-?\d+(/\d+)?", x) else None
+            )
         demand(isinstance(x, list) and len(x) <= MOST, "it describes an attribute in an unknown form")
         found = [meant(v, ()) for v in x]
-        if any(v is MISSING for v in found): return MISSING
-        if form == "set": return frozenset(found) if isinstance(like, frozenset) else set(found)
+        if any(v is MISSING for v in found):
+            return MISSING
+        if form == "set":
+            return frozenset(found) if isinstance(like, frozenset) else set(found)
         demand(len(found) == {"complex": 2}.get(form, 3), "it describes an attribute in an unknown form")
         return {"complex": complex, "range": range, "slice": slice}[form](*found)
-    except (TypeError, ValueError, ZeroDivisionError): raise PackError("it describes an attribute in an unknown form") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise PackError("it describes an attribute in an unknown form") from None
 
-def text(value: Any) -> str: return json.dumps(value, sort_keys=True)      # 1, 1.0 and True are three things
+
+def text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # 1, 1.0 and True are three things
 
 # %% ../../nbs/workshop/kinds.ipynb
 def _table():
@@ -222,304 +464,512 @@ def _table():
     conv = "in_channels out_channels kernel_size stride padding {}groups bias {}padding_mode"
     table = {"Linear": "in_features out_features bias", "Bilinear": "in1_features in2_features out_features bias"}
     for n in (1, 2, 3):
-        table |= {f"Conv{n}d": conv.format("dilation ", ""), f"ConvTranspose{n}d": conv.format("output_padding ", "dilation "),
-                  f"BatchNorm{n}d": norm, f"InstanceNorm{n}d": norm, f"Dropout{n}d": "p", f"ZeroPad{n}d": "padding", f"ConstantPad{n}d": "padding value",
-                  f"MaxPool{n}d": "kernel_size stride padding dilation return_indices ceil_mode", f"LPPool{n}d": "norm_type kernel_size stride ceil_mode",
-                  f"AvgPool{n}d": "kernel_size stride padding ceil_mode count_include_pad" + " divisor_override"*(n > 1),
-                  f"AdaptiveAvgPool{n}d": "output_size", f"AdaptiveMaxPool{n}d": "output_size return_indices",
-                  **{f"{kind}Pad{n}d": "padding" for kind in ("Reflection", "Replication", "Circular")}}
+        table |= {
+            f"Conv{n}d": conv.format("dilation ", ""),
+            f"ConvTranspose{n}d": conv.format("output_padding ", "dilation "),
+            f"BatchNorm{n}d": norm,
+            f"InstanceNorm{n}d": norm,
+            f"Dropout{n}d": "p",
+            f"ZeroPad{n}d": "padding",
+            f"ConstantPad{n}d": "padding value",
+            f"MaxPool{n}d": "kernel_size stride padding dilation return_indices ceil_mode",
+            f"LPPool{n}d": "norm_type kernel_size stride ceil_mode",
+            f"AvgPool{n}d": "kernel_size stride padding ceil_mode count_include_pad" + " divisor_override" * (n > 1),
+            f"AdaptiveAvgPool{n}d": "output_size",
+            f"AdaptiveMaxPool{n}d": "output_size return_indices",
+            **{f"{kind}Pad{n}d": "padding" for kind in ("Reflection", "Replication", "Circular")},
+        }
     recurrent = "input_size hidden_size num_layers {}bias batch_first dropout bidirectional"
     return table | {
-        "LayerNorm": "normalized_shape eps elementwise_affine bias", "RMSNorm": "normalized_shape eps elementwise_affine", "GroupNorm": "num_groups num_channels eps affine bias",
-        "LocalResponseNorm": "size alpha beta k", "CrossMapLRN2d": "size alpha beta k", "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
-        "EmbeddingBag": "num_embeddings embedding_dim max_norm norm_type scale_grad_by_freq mode sparse include_last_offset padding_idx",
-        "LSTM": recurrent.format("") + " proj_size", "GRU": recurrent.format(""), "RNN": recurrent.format("nonlinearity "),
-        "LSTMCell": "input_size hidden_size bias", "GRUCell": "input_size hidden_size bias", "RNNCell": "input_size hidden_size bias nonlinearity",
+        "LayerNorm": "normalized_shape eps elementwise_affine bias",
+        "RMSNorm": "normalized_shape eps elementwise_affine",
+        "GroupNorm": "num_groups num_channels eps affine bias",
+        "LocalResponseNorm": "size alpha beta k",
+        "CrossMapLRN2d": "size alpha beta k",
+        "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
+        "EmbeddingBag": (
+            "num_embeddings embedding_dim max_norm norm_type scale_grad_by_freq mode sparse include_last_offset"
+            " padding_idx"
+        ),
+        "LSTM": recurrent.format("") + " proj_size",
+        "GRU": recurrent.format(""),
+        "RNN": recurrent.format("nonlinearity "),
+        "LSTMCell": "input_size hidden_size bias",
+        "GRUCell": "input_size hidden_size bias",
+        "RNNCell": "input_size hidden_size bias nonlinearity",
         "MultiheadAttention": "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first",
-        "PReLU": "num_parameters", "ELU": "alpha", "CELU": "alpha", "GELU": "approximate", "GLU": "dim", "Hardtanh": "min_val max_val", "LeakyReLU": "negative_slope",
-        "Hardshrink": "lambd", "Softshrink": "lambd", "RReLU": "lower upper", "Softplus": "beta threshold", "Threshold": "threshold value",
-        "Softmax": "dim", "Softmin": "dim", "LogSoftmax": "dim", "CosineSimilarity": "dim eps", "PairwiseDistance": "p eps keepdim",
-        **dict.fromkeys(["ReLU", "ReLU6", "SELU", "SiLU", "Mish", "Sigmoid", "Hardsigmoid", "Hardswish", "LogSigmoid", "Tanh", "Tanhshrink", "Softsign", "Softmax2d", "Identity", "Sequential"], ""),
+        "PReLU": "num_parameters",
+        "ELU": "alpha",
+        "CELU": "alpha",
+        "GELU": "approximate",
+        "GLU": "dim",
+        "Hardtanh": "min_val max_val",
+        "LeakyReLU": "negative_slope",
+        "Hardshrink": "lambd",
+        "Softshrink": "lambd",
+        "RReLU": "lower upper",
+        "Softplus": "beta threshold",
+        "Threshold": "threshold value",
+        "Softmax": "dim",
+        "Softmin": "dim",
+        "LogSoftmax": "dim",
+        "CosineSimilarity": "dim eps",
+        "PairwiseDistance": "p eps keepdim",
+        **dict.fromkeys(
+            [
+                "ReLU",
+                "ReLU6",
+                "SELU",
+                "SiLU",
+                "Mish",
+                "Sigmoid",
+                "Hardsigmoid",
+                "Hardswish",
+                "LogSigmoid",
+                "Tanh",
+                "Tanhshrink",
+                "Softsign",
+                "Softmax2d",
+                "Identity",
+                "Sequential",
+            ],
+            "",
+        ),
         **dict.fromkeys(["Dropout", "AlphaDropout", "FeatureAlphaDropout"], "p"),
-        "Flatten": "start_dim end_dim", "PixelShuffle": "upscale_factor", "PixelUnshuffle": "downscale_factor", "ChannelShuffle": "groups",
-        "Upsample": "size scale_factor mode align_corners recompute_scale_factor", "Fold": "output_size kernel_size dilation padding stride", "Unfold": "kernel_size dilation padding stride",
-        "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first", "RemainingRMSNorm": "channels total eps elementwise_affine",
+        "Flatten": "start_dim end_dim",
+        "PixelShuffle": "upscale_factor",
+        "PixelUnshuffle": "downscale_factor",
+        "ChannelShuffle": "groups",
+        "Upsample": "size scale_factor mode align_corners recompute_scale_factor",
+        "Fold": "output_size kernel_size dilation padding stride",
+        "Unfold": "kernel_size dilation padding stride",
+        "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first",
+        "RemainingRMSNorm": "channels total eps elementwise_affine",
         "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
-        "ThinLinear": "in_features rank out_features bias", "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
+        "ThinLinear": "in_features rank out_features bias",
+        "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
 
+
 LAYERS = _table()
-HOMES_OF_LAYERS = dict.fromkeys(["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured")      # all others: torch.nn
+HOMES_OF_LAYERS = dict.fromkeys(
+    ["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured"
+)  # all others: torch.nn
+
 
 def layer_class(
-    name: str,       # in `LAYERS`
+    name: str,  # in `LAYERS`
 ) -> type:
-    "A class of the table; modelzip's own are imported when they are needed. `PackError` for one that this PyTorch or modelzip does not have."
-    found = getattr(importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name, None)
+    """A class of the table; modelzip's own are imported when they are needed. `PackError` for one that this PyTorch
+    or modelzip does not have."""
+    found = getattr(
+        importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name, None
+    )
     demand(found is not None, f"it has a layer {name}, which is not known here: update torch or modelzip")
     return found
 
 # %% ../../nbs/workshop/kinds.ipynb
-def plain_layer(
-    layer: nn.Module,
-) -> nn.Module:      # the layer inside, if it is compressed
+def plain_layer(layer: nn.Module) -> nn.Module:  # the layer inside, if it is compressed
     "What a layer was before it was compressed."
     return plain_layer(layer.layer) if isinstance(layer, Dequantize) else layer
 
-def argument(
-    layer: nn.Module,
-    key: str,
-) -> Any:        # as JSON has it
+
+def argument(layer: nn.Module, key: str) -> Any:  # as JSON has it
     "With what a layer was made."
-    if key == "bias": value = getattr(layer, next((k for k in ("in_proj_bias", "bias_ih") if hasattr(layer, k)), "bias"), True)
-    elif key == "p" and isinstance(layer, nn.PairwiseDistance): value = layer.norm
-    else: value = layer.bias_k is not None if key == "add_bias_kv" else getattr(layer, key)
-    if key == "bias" and not isinstance(value, bool): value = value is not None
+    if key == "bias":
+        value = getattr(layer, next((k for k in ("in_proj_bias", "bias_ih") if hasattr(layer, k)), "bias"), True)
+    elif key == "p" and isinstance(layer, nn.PairwiseDistance):
+        value = layer.norm
+    else:
+        value = layer.bias_k is not None if key == "add_bias_kv" else getattr(layer, key)
+    if key == "bias" and not isinstance(value, bool):
+        value = value is not None
     return said(value)
+
 
 @functools.lru_cache(None)
 def _defaults(cls):
     base = nn.RNNBase if issubclass(cls, nn.RNNBase) else cls
-    return {k: said(p.default) if p.default is not p.empty else MISSING for k, p in signature(base).parameters.items()} | ({"nonlinearity": "tanh"} if cls is nn.RNN else {})
+    return {
+        k: said(p.default) if p.default is not p.empty else MISSING for k, p in signature(base).parameters.items()
+    } | ({"nonlinearity": "tanh"} if cls is nn.RNN else {})
+
 
 def _is_default(v, default):
     simple = v[0] if isinstance(v, list) and v and all(x == v[0] for x in v) else v
     return any(json.dumps(x) == json.dumps(default) for x in (v, simple))
 
+
 def layer_entry(
-    layer: nn.Module,      # not compressed
-) -> dict | None:          # {"class": …, arguments that are not the default}; None: it is of no class of the table
+    layer: nn.Module,  # not compressed
+) -> dict | None:  # {"class": …, arguments that are not the default}; None: it is of no class of the table
     "What a file says of a layer that it can make."
     name = type(layer).__name__
-    if name not in LAYERS or type(layer).__module__.partition(".")[0] not in ("torch", "modelzip") or type(layer) is not layer_class(name): return None
+    if (
+        name not in LAYERS
+        or type(layer).__module__.partition(".")[0] not in ("torch", "modelzip")
+        or type(layer) is not layer_class(name)
+    ):
+        return None
     default = _defaults(type(layer))
     values = {k: argument(layer, k) for k in LAYERS[name].split() if k in default}
-    if not values.get("affine", values.get("elementwise_affine", True)): values.pop("bias", None)      # goes with the factor
-    if any(v is MISSING for v in values.values()): return None
-    return {"class": name} | {k: v for k, v in values.items() if default[k] is MISSING or not _is_default(v, default[k])}
+    if not values.get("affine", values.get("elementwise_affine", True)):
+        values.pop("bias", None)  # goes with the factor
+    if any(v is MISSING for v in values.values()):
+        return None
+    return {"class": name} | {
+        k: v for k, v in values.items() if default[k] is MISSING or not _is_default(v, default[k])
+    }
 
 # %% ../../nbs/workshop/kinds.ipynb
 OURS = {*vars(nn.Module()), "architecture", "inplace", "training", "device"}
 
-def of_torch(module: nn.Module) -> bool: return type(module).__module__.partition(".")[0] == "torch"
 
-def attributes_of(
-    module: nn.Module,
-) -> dict:      # name → value, as `said` says it
+def of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
+def attributes_of(module: nn.Module) -> dict:  # name → value, as `said` says it
     "The plain attributes of a module that may change what it computes."
-    takes, library = signature(type(module)).parameters if of_torch(module) else None, type(module).__module__.partition(".")[0] in LIBRARIES
+    takes, library = (
+        signature(type(module)).parameters if of_torch(module) else None,
+        type(module).__module__.partition(".")[0] in LIBRARIES,
+    )
     out = {}
     for k, v in vars(module).items():
-        if k in OURS or library and k.startswith("_") or takes is not None and k not in takes: continue
-        if (x := said(v)) is not MISSING: out[k] = x
+        if k in OURS or library and k.startswith("_") or takes is not None and k not in takes:
+            continue
+        if (x := said(v)) is not MISSING:
+            out[k] = x
     return out | small_buffers(module)
 
+
 def small_buffers(module: nn.Module) -> dict:
-    "Buffers of the user's own that no state dict keeps, by their numbers: a large one is a table that the builder makes, maybe to another last bit on another machine."
-    if type(module).__module__.partition(".")[0] in LIBRARIES: return {}
-    found = {k: said(b.detach()) for k in sorted(module._non_persistent_buffers_set) for b in [module._buffers.get(k)] if b is not None}
+    """Buffers of the user's own that no state dict keeps, by their numbers: a large one is a table that the builder
+    makes, maybe to another last bit on another machine."""
+    if type(module).__module__.partition(".")[0] in LIBRARIES:
+        return {}
+    found = {
+        k: said(b.detach())
+        for k in sorted(module._non_persistent_buffers_set)
+        for b in [module._buffers.get(k)]
+        if b is not None
+    }
     return {k: v for k, v in found.items() if v is not MISSING and "tensor" in v}
 
+
 def shapes_of(
-    module: nn.Module,      # compressed or not
-) -> dict:                  # name → shape of each tensor of its own, as if none were compressed
-    if isinstance(module, Dequantize): return shapes_of(module.layer) | {module.name: list(module.packed.meta["shape"] if "shape" in module.packed.meta else module.q.shape)}
+    module: nn.Module,  # compressed or not
+) -> dict:  # name → shape of each tensor of its own, as if none were compressed
+    if isinstance(module, Dequantize):
+        return shapes_of(module.layer) | {
+            module.name: list(module.packed.meta["shape"] if "shape" in module.packed.meta else module.q.shape)
+        }
     buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-    return {k: list(t.shape) for k, t in {**module._parameters, **buffers}.items() if t is not None and not nn.parameter.is_lazy(t)}
+    return {
+        k: list(t.shape)
+        for k, t in {**module._parameters, **buffers}.items()
+        if t is not None and not nn.parameter.is_lazy(t)
+    }
+
 
 def hooks_named(
-    module: nn.Module,       # compressed or not: hooks on its wrappers count
+    module: nn.Module,  # compressed or not: hooks on its wrappers count
 ) -> list[str]:
     "What hangs on a layer and is run with it, by name."
-    own = [f"{what} {getattr(h, '__qualname__', type(h).__name__)}" for key, what in HOOKS.items() if "backward" not in what for h in getattr(module, key, {}).values()]
+    own = [
+        f"{what} {getattr(h, '__qualname__', type(h).__name__)}"
+        for key, what in HOOKS.items()
+        if "backward" not in what
+        for h in getattr(module, key, {}).values()
+    ]
     return own + ([h for h in hooks_named(module.layer) if h not in own] if isinstance(module, Dequantize) else [])
 
+
 def module_entry(
-    module: nn.Module,      # compressed or not
-) -> dict:                  # {"module": its class's name, "attributes", "shapes"}
+    module: nn.Module,  # compressed or not
+) -> dict:  # {"module": its class's name, "attributes", "shapes"}
     "What a file says of a module that it cannot make."
     more = {"attributes": attributes_of(plain_layer(module)), "shapes": shapes_of(module)}
     return {"module": type(plain_layer(module)).__name__} | {k: v for k, v in more.items() if v}
 
 # %% ../../nbs/workshop/kinds.ipynb
 def check_nothing_hidden(model: nn.Module) -> None:
-    "`ValueError` that names a module with numbers which stands in a plain list or dict, where neither PyTorch nor a file sees it."
+    """`ValueError` that names a module with numbers which stands in a plain list or dict, where neither PyTorch nor
+    a file sees it."""
     seen = {id(m) for m in model.modules()}
     for name, m in model.named_modules():
         for key, value in vars(m).items():
-            if key in OURS: continue
+            if key in OURS:
+                continue
             inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             for x in inside:
-                if isinstance(x, nn.Module) and id(x) not in seen and (any(True for _ in x.parameters()) or any(True for _ in x.buffers())):
-                    raise ValueError(f"{name or 'the model'}.{key} holds a {type(x).__name__} in a plain {type(value).__name__}, where its numbers are not part of the model: use nn.ModuleList or nn.ModuleDict")
+                if (
+                    isinstance(x, nn.Module)
+                    and id(x) not in seen
+                    and (any(True for _ in x.parameters()) or any(True for _ in x.buffers()))
+                ):
+                    raise ValueError(
+                        f"{name or 'the model'}.{key} holds a {type(x).__name__} in a plain {type(value).__name__},"
+                        " where its numbers are not part of the model: use nn.ModuleList or nn.ModuleDict"
+                    )
+
 
 def computes_nothing(model: nn.Module) -> bool:
     model = plain_layer(model)
-    return type(model) is nn.Module or getattr(type(model), "weights_alone", False) is True      # such as the command line's `Weights`
+    return (
+        type(model) is nn.Module or getattr(type(model), "weights_alone", False) is True
+    )  # such as the command line's `Weights`
+
 
 def walk(
-    model: nn.Module,
-    name: str = "",
-) -> Iterator[tuple[str, nn.Module]]:      # each module under each of its names; compressed ones with their wrapper
+    model: nn.Module, name: str = ""
+) -> Iterator[tuple[str, nn.Module]]:  # each module under each of its names; compressed ones with their wrapper
     yield name, model
     for key, child in plain_layer(model)._modules.items():
-        if child is not None: yield from walk(child, f"{name}.{key}" if name else key)
+        if child is not None:
+            yield from walk(child, f"{name}.{key}" if name else key)
+
 
 def entry_of(module: nn.Module) -> dict:
     "What is to be said of one module."
     plain, hooks = plain_layer(module), hooks_named(module)
     return (layer_entry(plain) or module_entry(module)) | ({"hooks": hooks} if hooks else {})
 
-def kinds_of(
-    model: nn.Module,
-) -> dict:      # name → entry, in the order of the model
+
+def kinds_of(model: nn.Module) -> dict:  # name → entry, in the order of the model
     "Of which classes a model consists, and with which facts."
     return {name: entry_of(m) for name, m in walk(model)}
 
 # %% ../../nbs/workshop/kinds.ipynb
-def seal(
-    model: nn.Module,
-) -> str:      # four characters
+def seal(model: nn.Module) -> str:  # four characters
     "A checksum of what a model is made of."
     library = lambda m: type(plain_layer(m)).__module__.partition(".")[0] in LIBRARIES
     kept = lambda m, a: {k: v for k, v in a.items() if k not in plain_layer(m)._buffers}
-    told = [[n, {k: kept(m, v) if k == "attributes" else v for k, v in e.items() if k != "attributes" or not library(m) and kept(m, v)}] for n, m in walk(model) for e in [entry_of(m)]]
+    told = [
+        [
+            n,
+            {
+                k: kept(m, v) if k == "attributes" else v
+                for k, v in e.items()
+                if k != "attributes" or not library(m) and kept(m, v)
+            },
+        ]
+        for n, m in walk(model)
+        for e in [entry_of(m)]
+    ]
     return base64.b64encode(zlib.crc32(text(told).encode()).to_bytes(4, "big")[:3]).decode()
 
 # %% ../../nbs/workshop/kinds.ipynb
 def _same_class(a, b):
     "Whether two classes compute the same: one class, or two that were made by the same lines."
     code = lambda c: {k: f.__code__ for k, f in vars(c).items() if isinstance(f, types.FunctionType)}
-    if a is b: return True
-    if (a.__module__, a.__qualname__) != (b.__module__, b.__qualname__) or len(a.__mro__) != len(b.__mro__): return False
-    return a.__module__.partition(".")[0] in LIBRARIES or code(a) == code(b) and all(map(_same_class, a.__mro__[1:], b.__mro__[1:]))
+    if a is b:
+        return True
+    if (a.__module__, a.__qualname__) != (b.__module__, b.__qualname__) or len(a.__mro__) != len(b.__mro__):
+        return False
+    return (
+        a.__module__.partition(".")[0] in LIBRARIES
+        or code(a) == code(b)
+        and all(map(_same_class, a.__mro__[1:], b.__mro__[1:]))
+    )
+
 
 def _same_value(a, b):
     "Whether two values that have no word in a file are equal, as far as anybody can tell."
-    if a is b or b is None: return True      # what is kept from the last call is nobody's business
-    if type(a) is not type(b): return False
-    if isinstance(a, nn.Module): return text(kinds_of(a)) == text(kinds_of(b))
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_same_value, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and all(_same_value(v, b[k]) for k, v in a.items())
+    if a is b or b is None:
+        return True  # what is kept from the last call is nobody's business
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, nn.Module):
+        return text(kinds_of(a)) == text(kinds_of(b))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_value, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same_value(v, b[k]) for k, v in a.items())
     try:
-        if bool(a == b): return True
-    except Exception: pass
-    try: return pickle.dumps(a) == pickle.dumps(b)
-    except Exception: return True      # a lock, a generator
+        if bool(a == b):
+            return True
+    except Exception:
+        pass
+    try:
+        return pickle.dumps(a) == pickle.dumps(b)
+    except Exception:
+        return True  # a lock, a generator
+
 
 def alike(
-    made: nn.Module,     # by a builder
-    model: nn.Module,    # of the same kinds
+    made: nn.Module,  # by a builder
+    model: nn.Module,  # of the same kinds
 ) -> bool:
-    "Whether two models of the same kinds are also of the same classes, and equal in those attributes for which a file has no word."
+    """Whether two models of the same kinds are also of the same classes, and equal in those attributes for which a
+    file has no word."""
     for (_, a), (_, b) in zip(walk(model), walk(made)):
         a, b = plain_layer(a), plain_layer(b)
-        if not _same_class(type(a), type(b)): return False
-        if type(a).__module__.partition(".")[0] in LIBRARIES: continue
+        if not _same_class(type(a), type(b)):
+            return False
+        if type(a).__module__.partition(".")[0] in LIBRARIES:
+            continue
         said_of = {*attributes_of(a), *attributes_of(b), *OURS}
-        if any(not _same_value(v, vars(b).get(k)) for k, v in vars(a).items() if k not in said_of): return False
+        if any(not _same_value(v, vars(b).get(k)) for k, v in vars(a).items() if k not in said_of):
+            return False
     return True
 
 # %% ../../nbs/workshop/kinds.ipynb
 def _same(said, here):
     "Whether an attribute is what was said; a large tensor that is not there yet may come, as in a cache."
-    if isinstance(said, dict) and "digest" in said and (here is None or here is MISSING): return True
+    if isinstance(said, dict) and "digest" in said and (here is None or here is MISSING):
+        return True
     return here is not MISSING and text(said) == text(here)
 
+
 def fits(
-    want: dict,      # an entry of a file
-    have: dict,      # of a module that is there
+    want: dict,  # an entry of a file
+    have: dict,  # of a module that is there
 ) -> bool:
     "Whether a module is what a file says."
     rest = lambda e: text({k: v for k, v in e.items() if k != "attributes"})
     there = have.get("attributes", {})
-    return rest(want) == rest(have) and all(_same(v, there.get(k, MISSING)) for k, v in want.get("attributes", {}).items())
+    return rest(want) == rest(have) and all(
+        _same(v, there.get(k, MISSING)) for k, v in want.get("attributes", {}).items()
+    )
 
-def parent_of(name: str) -> str: return name.rpartition(".")[0]
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
 
 def children_in(kinds: dict) -> dict[str, list[str]]:
     "The names of what stands in each module, in order."
     out = {}
     for name in kinds:
-        if name: out.setdefault(parent_of(name), []).append(name.rpartition(".")[2])
+        if name:
+            out.setdefault(parent_of(name), []).append(name.rpartition(".")[2])
     return out
 
+
 def differing(
-    want: dict,      # from `kinds_of`
-    have: dict,      # … of another model
-) -> dict:           # name → entry of `want`, where the other differs or lacks it
+    want: dict,  # from `kinds_of`
+    have: dict,  # … of another model
+) -> dict:  # name → entry of `want`, where the other differs or lacks it
     "What would have to change."
     ours, theirs, out, anew = children_in(want), children_in(have), {}, set()
     for name, entry in want.items():
         order = entry.get("class") == "Sequential" and ours.get(name) != theirs.get(name)
         if name and parent_of(name) in anew or name not in have or order or not fits(entry, have[name]):
             out[name] = entry
-            if entry.get("class") == "Sequential": anew.add(name)
+            if entry.get("class") == "Sequential":
+                anew.add(name)
     return out
 
 # %% ../../nbs/workshop/kinds.ipynb
-MAX_LAYERS = 1000      # of a recurrent layer
+MAX_LAYERS = 1000  # of a recurrent layer
 
-def check_argument(
-    value: Any,
-) -> Any:        # lists as tuples
+
+def check_argument(value: Any) -> Any:  # lists as tuples
     "`PackError` unless it is a value that the constructor of a layer can have."
     if isinstance(value, list):
-        demand(len(value) <= 8 and not any(isinstance(v, list) for v in value), "it has a layer with an impossible argument")
+        demand(
+            len(value) <= 8 and not any(isinstance(v, list) for v in value),
+            "it has a layer with an impossible argument",
+        )
         return tuple(map(check_argument, value))
-    if isinstance(value, dict): value = meant(value)
-    demand(value is None or type(value) in (bool, float) or type(value) is int and -2**40 < value < 2**40 or isinstance(value, str) and len(value) < 20,
-           f"it has a layer with the impossible argument {ascii(value)[:40]}")
+    if isinstance(value, dict):
+        value = meant(value)
+    demand(
+        value is None
+        or type(value) in (bool, float)
+        or type(value) is int
+        and -(2**40) < value < 2**40
+        or isinstance(value, str)
+        and len(value) < 20,
+        f"it has a layer with the impossible argument {ascii(value)[:40]}",
+    )
     return value
+
 
 def make_plain(
     name: str,
-    entry: dict,         # {"class", arguments}
-    most: int = 2**40,   # tensors that it may have
-) -> nn.Module:          # hollow
-    "Make a layer of the table; `PackError` that names the argument which it cannot have, or if its constructor does not want to."
+    entry: dict,  # {"class", arguments}
+    most: int = 2**40,  # tensors that it may have
+) -> nn.Module:  # hollow
+    """Make a layer of the table; `PackError` that names the argument which it cannot have, or if its constructor
+    does not want to."""
     arguments, where = arguments_of(entry), f"the layer {ascii(name)[:80]}"
     demand(not (why := unfit(entry["class"], arguments)), f"{where} {why}")
     n, top = arguments.get("num_layers", 0), max(1, min(MAX_LAYERS, most))
-    demand(n <= top, f"{where} ({entry['class']}) has num_layers={n}; it may be 1 to {top:,}, by the number of tensors in the file")
-    try: return _on_meta(layer_class(entry["class"]), arguments)
-    except Exception as e: raise PackError(f"{where} cannot be made ({entry['class']}: {e})"[:400]) from None
+    demand(
+        n <= top,
+        f"{where} ({entry['class']}) has num_layers={n}; it may be 1 to {top:,}, by the number of tensors in the file",
+    )
+    try:
+        return _on_meta(layer_class(entry["class"]), arguments)
+    except Exception as e:
+        raise PackError(f"{where} cannot be made ({entry['class']}: {e})"[:400]) from None
 
-def arguments_of(entry: dict) -> dict: return {k: check_argument(v) for k, v in entry.items() if k not in ("class", "hooks")}
+
+def arguments_of(entry: dict) -> dict:
+    return {k: check_argument(v) for k, v in entry.items() if k not in ("class", "hooks")}
+
 
 def _on_meta(cls, arguments):
     device = {"device": "meta"} if "device" in signature(cls).parameters or issubclass(cls, nn.RNNBase) else {}
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")      # that a layer is empty
+        warnings.simplefilter("ignore")  # that a layer is empty
         return cls(**arguments, **device)
 
 # %% ../../nbs/workshop/kinds.ipynb
 def table_class(layer: nn.Module) -> type | None:
     "The nearest class of the table that a layer is of, or inherits from."
     homes = ("torch", "modelzip")
-    return next((c for c in type(layer).__mro__ if c.__name__ in LAYERS and c.__module__.partition(".")[0] in homes and c is layer_class(c.__name__)), None)
+    return next(
+        (
+            c
+            for c in type(layer).__mro__
+            if c.__name__ in LAYERS and c.__module__.partition(".")[0] in homes and c is layer_class(c.__name__)
+        ),
+        None,
+    )
+
 
 def unsound(
-    layer: nn.Module,      # not compressed
-) -> str | None:           # None: nothing is wrong, or it inherits from no layer of the table
+    layer: nn.Module,  # not compressed
+) -> str | None:  # None: nothing is wrong, or it inherits from no layer of the table
     "What of a layer does not fit together: its attributes, what follows from them, or the shapes of its tensors."
-    if (cls := table_class(layer)) is None: return None
-    try: entry = {k: argument(layer, k) for k in LAYERS[cls.__name__].split() if k in _defaults(cls)}
-    except AttributeError as e: return f"({cls.__name__}) lacks an attribute ({e})"[:200]
-    if not entry.get("affine", entry.get("elementwise_affine", True)): entry.pop("bias", None)
-    if missing := [k for k, v in entry.items() if v is MISSING]: return f"({cls.__name__}) has a {missing[0]} that no file can say"
-    try: arguments = arguments_of(entry)
-    except PackError as e: return str(e)
-    if why := unfit(cls.__name__, arguments): return why
-    try: made = _on_meta(cls, arguments)
-    except Exception as e: return f"({cls.__name__}) cannot be made: {e}"[:300]
+    if (cls := table_class(layer)) is None:
+        return None
+    try:
+        entry = {k: argument(layer, k) for k in LAYERS[cls.__name__].split() if k in _defaults(cls)}
+    except AttributeError as e:
+        return f"({cls.__name__}) lacks an attribute ({e})"[:200]
+    if not entry.get("affine", entry.get("elementwise_affine", True)):
+        entry.pop("bias", None)
+    if missing := [k for k, v in entry.items() if v is MISSING]:
+        return f"({cls.__name__}) has a {missing[0]} that no file can say"
+    try:
+        arguments = arguments_of(entry)
+    except PackError as e:
+        return str(e)
+    if why := unfit(cls.__name__, arguments):
+        return why
+    try:
+        made = _on_meta(cls, arguments)
+    except Exception as e:
+        return f"({cls.__name__}) cannot be made: {e}"[:300]
     have = {**layer._parameters, **layer._buffers}
     for k, shape in shapes_of(made).items():
         there = None if have.get(k) is None else list(have[k].shape)
-        if there != shape: return f"({cls.__name__}) has the tensor {k} of shape {there}; by its attributes it may be {shape}"
+        if there != shape:
+            return f"({cls.__name__}) has the tensor {k} of shape {there}; by its attributes it may be {shape}"
     for k, v in vars(made).items():
-        if k in OURS or k in entry or (right := said(v)) is MISSING: continue
-        if text(right) != text(said(vars(layer).get(k))): return f"({cls.__name__}) has {k}={text_of(said(vars(layer).get(k)))}; by its other attributes it may be {text_of(right)}"
+        if k in OURS or k in entry or (right := said(v)) is MISSING:
+            continue
+        if text(right) != text(said(vars(layer).get(k))):
+            return (
+                f"({cls.__name__}) has {k}={text_of(said(vars(layer).get(k)))}; by its other attributes it may be"
+                f" {text_of(right)}"
+            )
+
 
 def check_arguments(model: nn.Module) -> None:
     "`PackError` that names a layer of the table with an argument that it cannot have."
@@ -532,126 +982,197 @@ def check_arguments(model: nn.Module) -> None:
 def change_module(
     name: str,
     module: nn.Module,
-    entry: dict,           # {"attributes", "shapes"}
-    add: bool = False,     # attributes may be new
+    entry: dict,  # {"attributes", "shapes"}
+    add: bool = False,  # attributes may be new
 ) -> None:
     "Give a module other values of plain attributes, and hollow tensors of other shapes."
     have, where = attributes_of(module), f"the module {ascii_name(name)[:80]}"
     was_sound = unsound(module) is None
     for k, v in entry.get("attributes", {}).items():
-        if _same(v, have.get(k, MISSING)): continue
+        if _same(v, have.get(k, MISSING)):
+            continue
         new = add and k not in vars(module) and not hasattr(type(module), k) and k.isidentifier()
         demand(k in have and _alike(v, have[k], add) or new, f"{where} has no attribute {ascii(k)[:40]} of this type")
         old = vars(module).get(k)
         value = meant(v, old)
         unsaved = k in module._non_persistent_buffers_set and isinstance(value, Tensor | None)
-        demand(unsaved or not any(k in there for there in (module._parameters, module._buffers, module._modules)) or value is MISSING, f"{where} has no attribute {ascii(k)[:40]} of this type")
-        demand(value is not MISSING and not of_torch(module), f"{where} has another {ascii(k)[:40]} than {text_of(v)}: pass a model that has this one, load(path, model)")
+        demand(
+            unsaved
+            or not any(k in there for there in (module._parameters, module._buffers, module._modules))
+            or value is MISSING,
+            f"{where} has no attribute {ascii(k)[:40]} of this type",
+        )
+        demand(
+            value is not MISSING and not of_torch(module),
+            f"{where} has another {ascii(k)[:40]} than {text_of(v)}: pass a model that has this one, load(path, model)",
+        )
         setattr(module, k, value)
     tensors = {k: t for k, t in {**module._parameters, **module._buffers}.items() if t is not None}
     for k, shape in entry.get("shapes", {}).items():
-        good = k in tensors and isinstance(shape, list) and all(type(d) is int and 0 <= d < 2**63 for d in shape) and math.prod(d or 1 for d in shape) < 2**59
+        good = (
+            k in tensors
+            and isinstance(shape, list)
+            and all(type(d) is int and 0 <= d < 2**63 for d in shape)
+            and math.prod(d or 1 for d in shape) < 2**59
+        )
         demand(good and (len(shape) == tensors[k].dim() or add), f"{where} has no such tensor {ascii(k)[:40]}")
-        if list(tensors[k].shape) == shape: continue
+        if list(tensors[k].shape) == shape:
+            continue
         g = torch.empty(shape, dtype=tensors[k].dtype, device="meta")
-        setattr(module, k, nn.Parameter(g, requires_grad=tensors[k].requires_grad) if isinstance(tensors[k], nn.Parameter) else g)
+        setattr(
+            module,
+            k,
+            nn.Parameter(g, requires_grad=tensors[k].requires_grad) if isinstance(tensors[k], nn.Parameter) else g,
+        )
     if was_sound and (entry.get("attributes") or entry.get("shapes")):
         why = unsound(module)
         demand(why is None, f"{where} {why}")
 
+
 def _alike(a, b, numbers):
-    "Whether one fact may take the place of another; `numbers`: whole and broken ones are alike, and nothing is like everything."
+    """Whether one fact may take the place of another; `numbers`: whole and broken ones are alike, and nothing is
+    like everything."""
     kind = lambda v: float if isinstance(v, dict) and "float" in v else type(v)
     return kind(a) is kind(b) or numbers and (a is None or b is None or {kind(a), kind(b)} == {int, float})
 
+
 def text_of(value: Any) -> str:
     "An entry, or a value in one, for an error."
-    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("float", "dtype", "function", "digest"): return str(next(iter(value.values())))[:80]
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("float", "dtype", "function", "digest"):
+        return str(next(iter(value.values())))[:80]
     if isinstance(value, dict) and ("class" in value or "module" in value):
-        facts = value.get("attributes", {k: v for k, v in value.items() if k not in ("class", "module", "shapes", "hooks")})
+        facts = value.get(
+            "attributes", {k: v for k, v in value.items() if k not in ("class", "module", "shapes", "hooks")}
+        )
         hooks = f" with a {', a '.join(map(str, value['hooks']))}" if value.get("hooks") else ""
-        return f"{value.get('class', value.get('module'))}({', '.join(f'{k}={text_of(v)}' for k, v in facts.items())})"[:200] + hooks
+        return (
+            f"{value.get('class', value.get('module'))}({', '.join(f'{k}={text_of(v)}' for k, v in facts.items())})"[
+                :200
+            ]
+            + hooks
+        )
     return ascii(value)[:80]
 
 # %% ../../nbs/workshop/kinds.ipynb
-MAX_PARTS = 200      # of a name
+MAX_PARTS = 200  # of a name
 
-PUT_THERE = {"Identity", "Sequential", *HOMES_OF_LAYERS}      # by transformations of this library, for something else
+PUT_THERE = {"Identity", "Sequential", *HOMES_OF_LAYERS}  # by transformations of this library, for something else
+
 
 def remade(
-    skeleton: nn.Module,     # hollow
-    kinds: dict,             # what differs, or all there is, from a file
-    strict: bool = False,    # a layer takes the place of one of its own class only, or of what transformations put there
-    tensors: int = 2**40,    # that the file holds: no more can be in layers that are made
-) -> nn.Module:              # changed in place, or what has replaced it
-    "Put the layers that a file describes into their places, where others stand. `PackError` for those that cannot be made."
+    skeleton: nn.Module,  # hollow
+    kinds: dict,  # what differs, or all there is, from a file
+    strict: bool = False,  # a layer takes the place of one of its own class only, or of what transformations put there
+    tensors: int = 2**40,  # that the file holds: no more can be in layers that are made
+) -> nn.Module:  # changed in place, or what has replaced it
+    """Put the layers that a file describes into their places, where others stand. `PackError` for those that cannot
+    be made."""
     done, inside = {}, children_in(kinds)
     for name, entry in kinds.items():
-        demand(name.count(".") < MAX_PARTS, f"it describes a layer {ascii_name(name[:80])} with a name of more than {MAX_PARTS} parts")
+        demand(
+            name.count(".") < MAX_PARTS,
+            f"it describes a layer {ascii_name(name[:80])} with a name of more than {MAX_PARTS} parts",
+        )
         parent, _, child = name.rpartition(".")
-        try: owner = skeleton.get_submodule(parent)
-        except AttributeError: owner = None
+        try:
+            owner = skeleton.get_submodule(parent)
+        except AttributeError:
+            owner = None
         here = skeleton if name == "" else owner._modules.get(child) if owner is not None else None
-        if here is None: raise PackError(f"it describes a layer {ascii_name(name)[:80]} ({text_of(entry)}) that the model does not have: pass a model that has it, load(path, model)")
+        if here is None:
+            raise PackError(
+                f"it describes a layer {ascii_name(name)[:80]} ({text_of(entry)}) that the model does not have: pass a"
+                " model that has it, load(path, model)"
+            )
         if here is not None and fits(entry, entry_of(here)):
-            if type(here) is nn.Sequential and not strict: _rearranged(here, inside.get(name, []))
+            if type(here) is nn.Sequential and not strict:
+                _rearranged(here, inside.get(name, []))
             continue
-        if entry.get("hooks") and hooks_named(here) != entry["hooks"]: raise PackError(f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, which no file can hold: pass a model that has it, load(path, model)")
+        if entry.get("hooks") and hooks_named(here) != entry["hooks"]:
+            raise PackError(
+                f"the layer {ascii_name(name)[:80]} was saved as {text_of(entry)}, which no file can hold: pass a model"
+                " that has it, load(path, model)"
+            )
         if "class" in entry:
             a, b = type(here).__name__, entry["class"]
-            if strict and a != b and not {a, b} & PUT_THERE: raise otherwise(name, entry, entry_of(here))
-            key = (id(here), text(entry)) if here is not None else name      # what stood at two places stands there again
+            if strict and a != b and not {a, b} & PUT_THERE:
+                raise otherwise(name, entry, entry_of(here))
+            key = (id(here), text(entry)) if here is not None else name  # what stood at two places stands there again
             if key not in done:
                 done[key] = here, make_plain(name, entry, tensors)
                 tensors -= len(list(done[key][1].parameters()))
                 demand(tensors >= 0, "it describes layers that have more tensors than it holds")
             skeleton = _placed(skeleton, owner, child, here, done[key][1])
-            if entry["class"] == "Sequential": _rearranged(done[key][1], inside.get(name, []))
+            if entry["class"] == "Sequential":
+                _rearranged(done[key][1], inside.get(name, []))
         elif "module" in entry:
-            if type(here).__name__ != entry["module"]: raise otherwise(name, entry, entry_of(here))
+            if type(here).__name__ != entry["module"]:
+                raise otherwise(name, entry, entry_of(here))
             change_module(name, here, entry, add=True)
-        else: change_module(name, here, entry)
+        else:
+            change_module(name, here, entry)
     return skeleton
+
 
 def _rearranged(here, names):
     "Give a Sequential the layers of these names, in this order; a new one is a place that is filled later."
     there = dict(here._modules)
-    for n in names: demand(n in there or (n.isidentifier() or n.isdecimal()) and not hasattr(nn.Sequential, n), f"it describes a layer {ascii(n)[:80]}, which is no name for one")
+    for n in names:
+        demand(
+            n in there or (n.isidentifier() or n.isdecimal()) and not hasattr(nn.Sequential, n),
+            f"it describes a layer {ascii(n)[:80]}, which is no name for one",
+        )
     here._modules.clear()
     here._modules.update({n: there.get(n, nn.Identity()) for n in names})
+
 
 def _placed(skeleton, owner, child, here, made):
     "Put a new layer where another one was: what hung on that, and whether it learns, remains."
     if here is not None:
         carry_hooks(here, made)
         old = list(here.parameters())
-        if old and not any(p.requires_grad for p in old): made.requires_grad_(False)
-    if owner is None or child == "": return made
+        if old and not any(p.requires_grad for p in old):
+            made.requires_grad_(False)
+    if owner is None or child == "":
+        return made
     owner._modules[child] = made
     return skeleton
 
 # %% ../../nbs/workshop/kinds.ipynb
 def otherwise(name: str, entry: dict, here: dict | None) -> PackError:
     "The error for a layer that is not what a file says."
-    return PackError(f"the layer {ascii_name(name)[:80] or '(the model itself)'} was saved as {text_of(entry)}, and here it is {text_of(here) if here else 'missing'}: pass a model that has it, load(path, model)")
+    return PackError(
+        f"the layer {ascii_name(name)[:80] or '(the model itself)'} was saved as {text_of(entry)}, and here it is"
+        f" {text_of(here) if here else 'missing'}: pass a model that has it, load(path, model)"
+    )
+
 
 def check_kinds(
     model: nn.Module,
-    kinds: dict,         # of the whole model
+    kinds: dict,  # of the whole model
 ) -> None:
     "`PackError` that names the first module which is not what a file says."
     have = kinds_of(model)
     for name, entry in kinds.items():
-        if name not in have or not fits(entry, have[name]): raise otherwise(name, entry, have.get(name))
+        if name not in have or not fits(entry, have[name]):
+            raise otherwise(name, entry, have.get(name))
     for name in have:
-        if name not in kinds: raise PackError(f"the model has a layer {ascii_name(name)[:80]} ({text_of(have[name])}) that was not there when it was saved")
+        if name not in kinds:
+            raise PackError(
+                f"the model has a layer {ascii_name(name)[:80]} ({text_of(have[name])}) that was not there when it was"
+                " saved"
+            )
     ours, theirs = children_in(kinds), children_in(have)
     for name, e in kinds.items():
-        demand(e.get("class") != "Sequential" or ours.get(name) == theirs.get(name), f"the layers of {ascii_name(name)[:80] or 'the model'} were saved in another order")
+        demand(
+            e.get("class") != "Sequential" or ours.get(name) == theirs.get(name),
+            f"the layers of {ascii_name(name)[:80] or 'the model'} were saved in another order",
+        )
+
 
 def made_so(
     skeleton: nn.Module,
-    kinds: dict,         # of the whole model
+    kinds: dict,  # of the whole model
     tensors: int = 2**40,
 ) -> nn.Module:
     "Make a model that somebody passes what a file says that it is, or refuse."
@@ -661,14 +1182,28 @@ def made_so(
 # %% ../../nbs/workshop/kinds.ipynb
 def are_kinds(
     value: Any,
-    most: int = 2**20,      # modules
+    most: int = 2**20,  # modules
 ) -> bool:
     "The outer form of what a file says of layers."
+
     def right(e):
-        if not isinstance(e, dict): return False
-        if not (isinstance(h := e.get("hooks", []), list) and all(isinstance(x, str) for x in h)): return False
+        if not isinstance(e, dict):
+            return False
+        if not (isinstance(h := e.get("hooks", []), list) and all(isinstance(x, str) for x in h)):
+            return False
         e = {k: v for k, v in e.items() if k != "hooks"}
-        if "class" in e: return isinstance(e["class"], str) and e["class"] in LAYERS and e.keys() - {"class"} <= set(LAYERS[e["class"]].split())
-        if "module" in e and not isinstance(e["module"], str): return False
-        return bool(e) and e.keys() <= {"module", "attributes", "shapes"} and all(isinstance(v, dict) for k, v in e.items() if k != "module")
+        if "class" in e:
+            return (
+                isinstance(e["class"], str)
+                and e["class"] in LAYERS
+                and e.keys() - {"class"} <= set(LAYERS[e["class"]].split())
+            )
+        if "module" in e and not isinstance(e["module"], str):
+            return False
+        return (
+            bool(e)
+            and e.keys() <= {"module", "attributes", "shapes"}
+            and all(isinstance(v, dict) for k, v in e.items() if k != "module")
+        )
+
     return isinstance(value, dict) and bool(value) and len(value) <= most and all(map(right, value.values()))

@@ -19,36 +19,45 @@ from torch.nn.parameter import is_lazy
 from .models import check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
-def _recurrent(layer): return {n: 0 for n in layer._flat_weights_names if n.startswith("weight")}
+def _recurrent(layer):
+    return {n: 0 for n in layer._flat_weights_names if n.startswith("weight")}
 
-MATRICES: dict[type | str, dict[str, int] | Callable] = {     # class, or its full name → parameter → axis of the output channels; or a function of the layer
-    **dict.fromkeys((nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d), {"weight": 0}),
+
+MATRICES: dict[
+    type | str, dict[str, int] | Callable
+] = {  # class, or its full name → parameter → axis of the output channels; or a function of the layer
+    **dict.fromkeys(
+        (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d), {"weight": 0}
+    ),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), {"weight": 1}),
-    nn.RNNBase: _recurrent, nn.RNNCellBase: {"weight_ih": 0, "weight_hh": 0},
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: {"weight_ih": 0, "weight_hh": 0},
     nn.MultiheadAttention: {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
     "modelzip.structured.RemainingAttention": {"q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
-    "transformers.pytorch_utils.Conv1D": {"weight": 1}, "transformers.modeling_utils.Conv1D": {"weight": 1},
+    "transformers.pytorch_utils.Conv1D": {"weight": 1},
+    "transformers.modeling_utils.Conv1D": {"weight": 1},
 }
 
+
 def outputs_of(
-    layer: nn.Module,      # an ordinary one
-) -> dict[str, int]:     # name → axis of the output channels; {} for a class that nobody knows
+    layer: nn.Module,  # an ordinary one
+) -> dict[str, int]:  # name → axis of the output channels; {} for a class that nobody knows
     "The matrices that layers of this class have, whatever has become of them in this one."
     names = ((c, f"{c.__module__}.{c.__qualname__}") for c in type(layer).__mro__)
     found = next((MATRICES[k] for pair in names for k in pair if k in MATRICES), {})
     return found(layer) if callable(found) else found
 
 # %% ../../nbs/workshop/matrices.ipynb
-def unwrapped(
-    layer: nn.Module,
-) -> nn.Module:       # the ordinary layer
+def unwrapped(layer: nn.Module) -> nn.Module:  # the ordinary layer
     "What is inside any number of compressing wrappers."
-    while {"layer", "packed"} <= {*layer._modules.keys()}: layer = layer._modules["layer"]
+    while {"layer", "packed"} <= {*layer._modules.keys()}:
+        layer = layer._modules["layer"]
     return layer
 
+
 def matrices_of(
-    layer: nn.Module,      # compressed or not
-) -> dict[str, int]:       # name of a parameter → axis of its output channels; {} when there is none
+    layer: nn.Module,  # compressed or not
+) -> dict[str, int]:  # name of a parameter → axis of its output channels; {} when there is none
     "The matrices of a layer that are floats, and plain parameters."
     layer = unwrapped(layer)
     return {k: axis for k, axis in outputs_of(layer).items() if isinstance(layer._parameters.get(k), Tensor)}
@@ -56,268 +65,470 @@ def matrices_of(
 # %% ../../nbs/workshop/matrices.ipynb
 def layers_of(
     model: nn.Module,
-) -> dict[int, tuple[nn.Module, list[str]]]:    # `id` of an ordinary layer → it, and all its names
+) -> dict[int, tuple[nn.Module, list[str]]]:  # `id` of an ordinary layer → it, and all its names
     "Every module of a model; one that is compressed under the name of its wrapper."
     found = {}
     _walk(model, "", frozenset(), found)
     return found
 
-def _walk(module, name, above, found):             # no inner function: one that calls itself would keep the model in memory
+
+def _walk(module, name, above, found):  # no inner function: one that calls itself would keep the model in memory
     module = unwrapped(module)
-    if id(module) in above: return
+    if id(module) in above:
+        return
     names = found.setdefault(id(module), (module, []))[1]
-    if name not in names: names.append(name)
+    if name not in names:
+        names.append(name)
     for k, m in module._modules.items():
-        if m is not None: _walk(m, f"{name}.{k}".lstrip("."), above | {id(module)}, found)
+        if m is not None:
+            _walk(m, f"{name}.{k}".lstrip("."), above | {id(module)}, found)
+
 
 def identity_of(t: Tensor) -> tuple:
     "Equal for tensors that are one: the same object, or two that share all their memory."
-    if is_lazy(t) or t.is_meta or not t.numel(): return ("object", id(t))
+    if is_lazy(t) or t.is_meta or not t.numel():
+        return ("object", id(t))
     return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device)
+
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     "Whether two tensors are one, or share memory in another shape: a transpose, some of the rows."
-    if identity_of(a) == identity_of(b): return True
-    if any(is_lazy(t) or t.is_meta or t.layout is not torch.strided or not t.numel() for t in (a, b)) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr(): return False
-    (low, high), (first, last) = ((t.data_ptr(), t.data_ptr() + (sum((n - 1)*s for n, s in zip(t.shape, t.stride())) + 1)*t.element_size()) for t in (a, b))
+    if identity_of(a) == identity_of(b):
+        return True
+    if (
+        any(is_lazy(t) or t.is_meta or t.layout is not torch.strided or not t.numel() for t in (a, b))
+        or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+    ):
+        return False
+    (low, high), (first, last) = (
+        (t.data_ptr(), t.data_ptr() + (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size())
+        for t in (a, b)
+    )
     return low < last and first < high
 
+
 def looks_made_of(
-    t: Tensor,     # such as what a first call has kept
-    w: Tensor,     # a weight
+    t: Tensor,  # such as what a first call has kept
+    w: Tensor,  # a weight
 ) -> bool:
-    "Whether a tensor is a weight, or its transpose, up to a factor and a shift for all, for each row or for each column: its copy, scaled or normalized. What is less alike is not seen."
-    if any(is_lazy(x) or x.is_meta or x.layout is not torch.strided or not x.is_floating_point() for x in (t, w)) or t.numel() != w.numel() or t.numel() < 9: return False
+    """Whether a tensor is a weight, or its transpose, up to a factor and a shift for all, for each row or for each
+    column: its copy, scaled or normalized. What is less alike is not seen."""
+    if (
+        any(is_lazy(x) or x.is_meta or x.layout is not torch.strided or not x.is_floating_point() for x in (t, w))
+        or t.numel() != w.numel()
+        or t.numel() < 9
+    ):
+        return False
     a, b = t.detach().double().cpu(), w.detach().double().cpu()
     pairs = [(a.flatten()[None], b.flatten()[None])]
-    if a.dim() > 1 and a.shape == b.shape: pairs += [(a.flatten(1), b.flatten(1)), (a.flatten(1).T, b.flatten(1).T)]
-    if a.dim() == 2 and a.shape == b.shape[::-1]: pairs += [(a.T.flatten()[None], b.flatten()[None]), (a.T, b), (a, b.T)]
+    if a.dim() > 1 and a.shape == b.shape:
+        pairs += [(a.flatten(1), b.flatten(1)), (a.flatten(1).T, b.flatten(1).T)]
+    if a.dim() == 2 and a.shape == b.shape[::-1]:
+        pairs += [(a.T.flatten()[None], b.flatten()[None]), (a.T, b), (a, b.T)]
     return any(_parallel(x, y) for x, y in pairs if x.shape[1] > 3)
+
 
 def _parallel(x, y):
     "Whether each row differs from its counterpart by a factor and a shift alone; rows that are constant say nothing."
     x, y = (v - v.mean(1, keepdim=True) for v in (x, y))
     size = x.norm(dim=1) * y.norm(dim=1)
-    return bool((size > 0).any()) and bool((((x * y).sum(1).abs() > .9999 * size) | (size == 0)).all())
+    return bool((size > 0).any()) and bool((((x * y).sum(1).abs() > 0.9999 * size) | (size == 0)).all())
 
 # %% ../../nbs/workshop/matrices.ipynb
 @dataclass(eq=False)
 class Matrix:
     "One matrix of a model, and how it is to be compressed."
-    layer: str         # name of its layer
-    owner: nn.Module   # the layer
-    key: str           # name of the parameter
-    axis: int          # of the output channels
-    options: dict      # the caller's defaults and what overrides say
+
+    layer: str  # name of its layer
+    owner: nn.Module  # the layer
+    key: str  # name of the parameter
+    axis: int  # of the output channels
+    options: dict  # the caller's defaults and what overrides say
+
     @property
-    def name(self) -> str: return f"{self.layer}.{self.key}".lstrip(".")
+    def name(self) -> str:
+        return f"{self.layer}.{self.key}".lstrip(".")
+
     @property
-    def weight(self) -> Tensor: return self.owner._parameters[self.key]
+    def weight(self) -> Tensor:
+        return self.owner._parameters[self.key]
+
     @property
-    def tie(self) -> tuple: return identity_of(self.weight)
+    def tie(self) -> tuple:
+        return identity_of(self.weight)
 
 # %% ../../nbs/workshop/matrices.ipynb
 def choose_matrices(
     model: nn.Module,
-    overrides: Mapping | Callable | None = None,   # by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule (name of the layer, layer) → options or None
-    layers: tuple | None = None,                   # classes of layers; None: all that `MATRICES` knows
-    default: Mapping | None = None,                # options of all
-) -> list[Matrix]:                                 # in the model's order
-    """What is to be compressed. `ValueError` for a pattern that matches nothing, for tied tensors with different options,
-    for a matrix that is no plain parameter (see `computed`) unless it is left alone, and when nothing is left to do."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
-    if layers is not None and not all(isinstance(c, type) for c in (layers if isinstance(layers, tuple) else (layers,))): raise TypeError(f"layers is {layers!r}; it may be a tuple of classes")
-    known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m) and (layers is None or isinstance(m, layers))]
+    overrides: (
+        Mapping | Callable | None
+        # by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule (name
+        # of the layer, layer) → options or None
+    ) = None,
+    layers: tuple | None = None,  # classes of layers; None: all that `MATRICES` knows
+    default: Mapping | None = None,  # options of all
+) -> list[Matrix]:  # in the model's order
+    """What is to be compressed. `ValueError` for a pattern that matches nothing, for tied tensors with different
+    options, for a matrix that is no plain parameter (see `computed`) unless it is left alone, and when nothing is
+    left to do."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    if layers is not None and not all(
+        isinstance(c, type) for c in (layers if isinstance(layers, tuple) else (layers,))
+    ):
+        raise TypeError(f"layers is {layers!r}; it may be a tuple of classes")
+    known = [
+        (m, names)
+        for m, names in layers_of(model).values()
+        if outputs_of(m) and (layers is None or isinstance(m, layers))
+    ]
     rule = _rule(model, overrides, [(m, names, k) for m, names in known for k in outputs_of(m)])
     chosen, sparse = [], {(id(unwrapped(w)), w.name) for w in model.modules() if _is_sparse(w)}
     for m, names in known:
         for key, axis in outputs_of(m).items():
             if (id(m), key) in sparse and rule(m, names, key) is not None:
-                raise ValueError(f"{names[0]}.{key} is sparse, and what is left in it are floats: sparsify_model(…, bits=) quantizes them, and keeps codes that are there before; or leave it alone: overrides={{{names[0]!r}: None}}")
-            if key in m._parameters and m._parameters[key] is None or not _there(m, key): continue
+                raise ValueError(
+                    f"{names[0]}.{key} is sparse, and what is left in it are floats: sparsify_model(…, bits=) quantizes"
+                    f" them, and keeps codes that are there before; or leave it alone: overrides={{{names[0]!r}: None}}"
+                )
+            if key in m._parameters and m._parameters[key] is None or not _there(m, key):
+                continue
             how = rule(m, names, key)
-            if how is None: continue
+            if how is None:
+                continue
             matrix = Matrix(names[0], m, key, axis, combined(default or {}, how))
-            if (why := computed(m, key)) or is_lazy(m._parameters[key]) and (why := "has no shape before the first call; run the model once first"):
+            if (
+                (why := computed(m, key))
+                or is_lazy(m._parameters[key])
+                and (why := "has no shape before the first call; run the model once first")
+            ):
                 raise ValueError(f"{matrix.name} {why}, or leave it alone: overrides={{{matrix.layer!r}: None}}")
             chosen.append(matrix)
-    if not chosen: raise ValueError(_nothing(known, layers, overrides))
+    if not chosen:
+        raise ValueError(_nothing(known, layers, overrides))
     _check_ties(model, chosen)
     check_code(model, [m.owner for m in chosen])
     return chosen
 
-RIVALS = {"bits": ("levels", "step", "codebook"), "levels": ("bits", "step", "codebook"), "step": ("bits", "levels", "codebook"), "codebook": ("bits", "levels", "step"), "per_channel": ("group",), "group": ("per_channel",)}      # each says the same as those behind it
+
+RIVALS = {
+    "bits": ("levels", "step", "codebook"),
+    "levels": ("bits", "step", "codebook"),
+    "step": ("bits", "levels", "codebook"),
+    "codebook": ("bits", "levels", "step"),
+    "per_channel": ("group",),
+    "group": ("per_channel",),
+}  # each says the same as those behind it
+
 
 def combined(default: Mapping, how: Mapping) -> dict:
-    "Options of all, and those of one matrix, which win: also over what says the same in other words, such as `levels` where `bits` are given."
+    """Options of all, and those of one matrix, which win: also over what says the same in other words, such as
+    `levels` where `bits` are given."""
     gone = {r for k, v in how.items() if v is not None for r in RIVALS.get(k, ()) if r in default and r not in how}
-    if isinstance(table := default.get("codebook"), str) and table == "kmeans" and how.get("step") is None: gone.discard("codebook")      # of as many values as bits or levels say
-    if isinstance(table := how.get("codebook"), str) and table == "kmeans": gone -= {"bits", "levels"}
+    if isinstance(table := default.get("codebook"), str) and table == "kmeans" and how.get("step") is None:
+        gone.discard("codebook")  # of as many values as bits or levels say
+    if isinstance(table := how.get("codebook"), str) and table == "kmeans":
+        gone -= {"bits", "levels"}
     return {**default, **dict.fromkeys(gone), **how}
+
 
 def _is_sparse(wrapper):
     "Whether a compressed layer keeps the floats that are left of it."
     packed = getattr(wrapper, "packed", None)
     return getattr(packed, "kind", None) == "sparse" and "values" in packed._buffers
 
-def _there(m, key): return key in m._parameters or computed(m, key) is not None
+
+def _there(m, key):
+    return key in m._parameters or computed(m, key) is not None
+
 
 def _nothing(known, layers, overrides):
     "Why there is nothing to do."
     if overrides and any(_there(m, k) for m, _ in known for k in outputs_of(m)):
-        return f"{'the rule' if callable(overrides) else 'overrides'} leaves every layer alone; there is nothing to quantize"
-    may = [c if isinstance(c, str) else c.__name__ for c in (MATRICES if layers is None else layers if isinstance(layers, tuple) else (layers,))]
+        return (
+            f"{'the rule' if callable(overrides) else 'overrides'} leaves every layer alone; there is nothing to"
+            " quantize"
+        )
+    may = [
+        c if isinstance(c, str) else c.__name__
+        for c in (MATRICES if layers is None else layers if isinstance(layers, tuple) else (layers,))
+    ]
     return f"model has no layer to quantize; it may have {', '.join(may)}"
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _rule(model, overrides, known):
     "(layer, its names, key) → its options, or None."
-    if overrides is None: return lambda m, names, key: {}
-    if callable(overrides): return lambda m, names, key: _options(overrides(names[0], m), f"the rule gave {{}} for {names[0]}")
-    if not isinstance(overrides, Mapping): raise TypeError(f"overrides is a {type(overrides).__name__}; it may be a dict: name or pattern → options, or None to leave a layer alone")
+    if overrides is None:
+        return lambda m, names, key: {}
+    if callable(overrides):
+        return lambda m, names, key: _options(overrides(names[0], m), f"the rule gave {{}} for {names[0]}")
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"overrides is a {type(overrides).__name__}; it may be a dict: name or pattern → options, or None to leave"
+            " a layer alone"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
+
     def also(name):
         "What names a matrix beside its own name and its layer's: the attention to which a projection belongs."
         above = name.rpartition(".")[0]
-        return [above] if name.endswith("out_proj") and (name == "out_proj" or above) and set(outputs_of(unwrapped(modules.get(above, model)))) & {"q_proj_weight"} else []
+        return (
+            [above]
+            if name.endswith("out_proj")
+            and (name == "out_proj" or above)
+            and set(outputs_of(unwrapped(modules.get(above, model)))) & {"q_proj_weight"}
+            else []
+        )
+
     said = lambda name, key: [name, f"{name}.{key}".lstrip("."), *also(name)]
     for p, how in overrides.items():
         _options(how, f"overrides gives {{}} for {p!r}")
         if not any(fnmatch.fnmatchcase(s, p) for _, names, key in known for n in names for s in said(n, key)):
             inside = f"; {p + '.*'!r} means all in it" if p in modules else ""
-            raise ValueError(f"overrides names {p!r}{inside}; the layers are {', '.join(dict.fromkeys(n or '(the model)' for _, names, _ in known for n in names)) or 'none'}")
-    first = lambda name, key: next((o for p, o in overrides.items() if any(fnmatch.fnmatchcase(s, p) for s in said(name, key))), {})
+            raise ValueError(
+                f"overrides names {p!r}{inside}; the layers are"
+                f" {', '.join(dict.fromkeys(n or '(the model)' for _, names, _ in known for n in names)) or 'none'}"
+            )
+    first = lambda name, key: next(
+        (o for p, o in overrides.items() if any(fnmatch.fnmatchcase(s, p) for s in said(name, key))), {}
+    )
+
     def rule(m, names, key):
         how = first(names[0], key)
         for n in names[1:]:
-            if first(n, key) != how: raise ValueError(f"{names[0]} and {n} are one layer, and overrides say {_said(how)} of the first and {_said(first(n, key))} of the second; say the same of both")
+            if first(n, key) != how:
+                raise ValueError(
+                    f"{names[0]} and {n} are one layer, and overrides say {_said(how)} of the first and"
+                    f" {_said(first(n, key))} of the second; say the same of both"
+                )
         return how
+
     return rule
 
-def _said(how): return "to leave it alone" if how is None else f"{how or 'nothing'}"
+
+def _said(how):
+    return "to leave it alone" if how is None else f"{how or 'nothing'}"
+
 
 def _options(how, what):
-    if how is not None and not isinstance(how, Mapping): raise TypeError(what.format(repr(how)) + "; it may give a dict of options, or None to leave the layer alone")
+    if how is not None and not isinstance(how, Mapping):
+        raise TypeError(what.format(repr(how)) + "; it may give a dict of options, or None to leave the layer alone")
     return how
 
 # %% ../../nbs/workshop/matrices.ipynb
-def also_held(
-    model: nn.Module,
-) -> list[tuple[str, Tensor]]:      # where, and what
-    "Tensors in plain attributes: alone, in whatever holds values (containers, objects, functions and their arguments), or in modules that PyTorch does not know of."
+def also_held(model: nn.Module) -> list[tuple[str, Tensor]]:  # where, and what
+    """Tensors in plain attributes: alone, in whatever holds values (containers, objects, functions and their
+    arguments), or in modules that PyTorch does not know of."""
     known, found = layers_of(model), []
     for module, names in known.values():
         for path, x in _hidden(module, known):
             where = f"{names[0]}.{path}".lstrip(".")
-            found += [(where, x)] if isinstance(x, Tensor) else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
+            found += (
+                [(where, x)]
+                if isinstance(x, Tensor)
+                else [(f"{where}.{k}", t) for k, t in (*x.named_parameters(), *x.named_buffers())]
+            )
     return found
 
+
 def check_kept(
-    model: nn.Module,                      # of which no plain attribute shares memory with these
-    weights: list[tuple[str, Tensor]],     # that will have other numbers, and what they are called
-    else_: str,                            # what to do but to clear it
+    model: nn.Module,  # of which no plain attribute shares memory with these
+    weights: list[tuple[str, Tensor]],  # that will have other numbers, and what they are called
+    else_: str,  # what to do but to clear it
 ) -> None:
     "`ValueError` for a tensor that a call seems to have made of a weight and kept: see `looks_made_of`."
     for where, t in also_held(model):
         if (name := next((n for n, w in weights if looks_made_of(t, w)), None)) is not None:
-            raise ValueError(f"{where} is a plain attribute that looks made of {name} (kept by a call?), and would stay what the weight gave as it was; clear it, or {else_}")
+            raise ValueError(
+                f"{where} is a plain attribute that looks made of {name} (kept by a call?), and would stay what the"
+                f" weight gave as it was; clear it, or {else_}"
+            )
+
 
 def held_beside(
     model: nn.Module,
-) -> tuple[set[str], dict[str, str]]:      # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
+) -> tuple[
+    set[str], dict[str, str]
+]:  # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
     "What has to be as it was when layers have been exchanged: see `left_behind`."
     held, tensors = also_held(model), {}
-    for n, t in (*model.named_parameters(), *model.named_buffers()) if held else (): tensors.setdefault(None if is_lazy(t) or t.is_meta else t.untyped_storage().data_ptr(), []).append((n, t))
-    of = lambda t: None if is_lazy(t) or t.is_meta or t.layout is not torch.strided else next((n for n, o in tensors.get(t.untyped_storage().data_ptr(), ()) if overlap(o, t)), None)
-    return {where for where, _ in held}, {where: n for where, t in held if (n := of(t)) is not None and not n.startswith(f"{where}_")}      # weight_orig: from it weight is computed before each call
+    for n, t in (*model.named_parameters(), *model.named_buffers()) if held else ():
+        tensors.setdefault(None if is_lazy(t) or t.is_meta else t.untyped_storage().data_ptr(), []).append((n, t))
+    of = lambda t: (
+        None
+        if is_lazy(t) or t.is_meta or t.layout is not torch.strided
+        else next((n for n, o in tensors.get(t.untyped_storage().data_ptr(), ()) if overlap(o, t)), None)
+    )
+    return {where for where, _ in held}, {
+        where: n for where, t in held if (n := of(t)) is not None and not n.startswith(f"{where}_")
+    }  # weight_orig: from it weight is computed before each call
+
 
 def left_behind(
-    model: nn.Module,      # in which layers and tensors were exchanged
-    before: tuple,         # `held_beside` of what it was
+    model: nn.Module,  # in which layers and tensors were exchanged
+    before: tuple,  # `held_beside` of what it was
 ) -> str | None:
-    "What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an object, a bound method."
+    """What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an
+    object, a bound method."""
     places, ties = before
-    for where, n in ties.items(): return f"the model keeps {n} also in {where}, a plain attribute, where it would not become the file's: read it as {n}"
-    if left := [where for where, _ in also_held(model) if where not in places]: return (f"the model keeps a layer also in {left[0].rpartition('.')[0]}, a plain attribute, where it would not become the file's: use nn.ModuleList or nn.ModuleDict, or reach the layer by its name")
+    for where, n in ties.items():
+        return (
+            f"the model keeps {n} also in {where}, a plain attribute, where it would not become the file's: read it"
+            f" as {n}"
+        )
+    if left := [where for where, _ in also_held(model) if where not in places]:
+        return (
+            f"the model keeps a layer also in {left[0].rpartition('.')[0]}, a plain attribute, where it would not"
+            " become the file's: use nn.ModuleList or nn.ModuleDict, or reach the layer by its name"
+        )
     return None
+
 
 def _hidden(module, known):
     "Tensors and modules in a module's attributes that are not registered."
     for key, value in vars(module).items():
-        if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"): continue
+        if key in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"):
+            continue
         yield from _inside(value, key, known)
 
+
 def _inside(x, path, known):
-    todo, seen = [(x, path)], {}                   # a list and no recursion: objects may form long chains, and circles
+    todo, seen = [(x, path)], {}  # a list and no recursion: objects may form long chains, and circles
     while todo:
         x, path = todo.pop()
         if isinstance(x, (Tensor, nn.Module)):
-            if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known: yield path, x
+            if id(unwrapped(x) if isinstance(x, nn.Module) else x) not in known:
+                yield path, x
         elif id(x) not in seen and not path.endswith("_hooks"):
-            seen[id(x)] = x                        # kept, so that no other object gets its id
+            seen[id(x)] = x  # kept, so that no other object gets its id
             todo += [(y, path + key) for key, y in reversed(held_in(x))]
 
 # %% ../../nbs/workshop/matrices.ipynb
 def _check_ties(model, chosen):
-    "`ValueError` that names both places of a tensor that is to be compressed in one and not, or otherwise, in the other."
+    """`ValueError` that names both places of a tensor that is to be compressed in one and not, or otherwise, in the
+    other."""
     done, ties = {(id(m.owner), m.key): m for m in chosen}, {}
-    for m in chosen: ties.setdefault(m.tie, m)
+    for m in chosen:
+        ties.setdefault(m.tie, m)
     for module, names in layers_of(model).values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            first = None if t is None else ties.get(identity_of(t)) or (next((m for m in chosen if overlap(m.weight, t)), None) if key in module._buffers else None)
-            if first is None: continue
+            first = (
+                None
+                if t is None
+                else ties.get(identity_of(t))
+                or (next((m for m in chosen if overlap(m.weight, t)), None) if key in module._buffers else None)
+            )
+            if first is None:
+                continue
             here, other = f"{names[0]}.{key}".lstrip("."), done.get((id(module), key))
             if other is None:
-                raise ValueError(f"{first.name} and {here} are one tensor; the first is to be compressed, the second stays float"
-                                 f"{'' if key in outputs_of(module) else f' (it is no matrix that {type(module).__name__} is known to have)'}: leave both alone in overrides, or compress both")
+                raise ValueError(
+                    f"{first.name} and {here} are one tensor; the first is to be compressed, the second stays"
+                    f" float{'' if key in outputs_of(module) else f' (it is no matrix that {type(module).__name__} is known to have)'}:"
+                    " leave both alone in overrides, or compress both"
+                )
             if other.options != first.options:
-                raise ValueError(f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second {other.options}: give both the same in overrides")
+                raise ValueError(
+                    f"{first.name} and {here} are one tensor; the first is to have {first.options}, the second"
+                    f" {other.options}: give both the same in overrides"
+                )
     for where, t in also_held(model):
-        if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+        if (first := next((m for m in chosen if overlap(m.weight, t)), None)) is not None:
+            raise ValueError(
+                f"{first.name} and {where} are one tensor; the first is to be compressed, the second is a plain"
+                f" attribute and stays float: read it as {first.name}, or leave it alone in overrides"
+            )
     check_kept(model, [(m.name, m.weight) for m in chosen], "leave it alone in overrides")
 
 # %% ../../nbs/workshop/matrices.ipynb
 class Left(dict):
     "Name of a tensor → why it is float; prints as a table in which small ones share a line."
+
     bytes: dict[str, int]
+
     def __repr__(self):
         small = [n for n, why in self.items() if why == SMALL]
         rows = [(n, f"{self.bytes[n]:,}", why) for n, why in self.items() if why != SMALL]
-        if small: rows.append((f"{len(small)} more", f"{sum(self.bytes[n] for n in small):,}", SMALL))
-        if not rows: return "no tensor is float"
+        if small:
+            rows.append((f"{len(small)} more", f"{sum(self.bytes[n] for n in small):,}", SMALL))
+        if not rows:
+            return "no tensor is float"
         rows.insert(0, ("float", "bytes", "because"))
         wide = [max(len(r[i]) for r in rows) for i in range(2)]
         return "\n".join(f"{n:<{wide[0]}}  {b:>{wide[1]}}  {why}" for n, b, why in rows)
 
+
 SMALL = "small: a bias, a norm or another vector"
 COMPUTED = "what a parametrized weight is computed from; call torch.nn.utils.parametrize.remove_parametrizations first"
 
+
 def floats_left(
-    model: nn.Module,     # compressed or not
-) -> dict[str, str]:      # name → reason, in the model's order
-    "Every floating tensor of a model that is not compressed, with the reason; also those in plain lists, of which PyTorch does not know."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+    model: nn.Module,  # compressed or not
+) -> dict[str, str]:  # name → reason, in the model's order
+    """Every floating tensor of a model that is not compressed, with the reason; also those in plain lists, of which
+    PyTorch does not know."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     left, known = Left(), layers_of(model)
     left.bytes = {}
+
     def add(name, t, why):
-        if isinstance(t, Tensor) and not is_lazy(t) and (t.is_floating_point() or t.is_complex()) and t.numel(): left[name], left.bytes[name] = why, t.nbytes
+        if isinstance(t, Tensor) and not is_lazy(t) and (t.is_floating_point() or t.is_complex()) and t.numel():
+            left[name], left.bytes[name] = why, t.nbytes
+
     registered = {*known, *(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))}
     for module, names in known.values():
         for key, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is not None: add(f"{names[0]}.{key}".lstrip("."), t, COMPUTED if "parametrizations" in names[0].split(".") else _why(module, key, t))
+            if t is not None:
+                add(
+                    f"{names[0]}.{key}".lstrip("."),
+                    t,
+                    COMPUTED if "parametrizations" in names[0].split(".") else _why(module, key, t),
+                )
         for path, x in _hidden(module, registered):
             where = f"{names[0]}.{path}".lstrip(".")
-            tensors = {where: x} if isinstance(x, Tensor) else {f"{where}.{k}": t for k, t in (*x.named_parameters(), *x.named_buffers())}
-            for n, t in tensors.items(): add(n, t, f"{why}" if path in outputs_of(module) and (why := computed(module, path)) else "a plain attribute: make it a parameter" if isinstance(x, Tensor) else "in a layer that is no child of its module, of which PyTorch does not know: use nn.ModuleList or nn.ModuleDict")
+            tensors = (
+                {where: x}
+                if isinstance(x, Tensor)
+                else {f"{where}.{k}": t for k, t in (*x.named_parameters(), *x.named_buffers())}
+            )
+            for n, t in tensors.items():
+                add(
+                    n,
+                    t,
+                    (
+                        f"{why}"
+                        if path in outputs_of(module) and (why := computed(module, path))
+                        else (
+                            "a plain attribute: make it a parameter"
+                            if isinstance(x, Tensor)
+                            else (
+                                "in a layer that is no child of its module, of which PyTorch does not know: use"
+                                " nn.ModuleList or nn.ModuleDict"
+                            )
+                        )
+                    ),
+                )
     return left
+
 
 def _why(module, key, t):
     "Why one tensor is not compressed."
     kind = type(module).__name__
-    if key in outputs_of(module): return f"a matrix of a {kind}" + (f": {why}" if (why := computed(module, key)) else ", left alone (compress it, or see overrides and layers)")
+    if key in outputs_of(module):
+        return f"a matrix of a {kind}" + (
+            f": {why}" if (why := computed(module, key)) else ", left alone (compress it, or see overrides and layers)"
+        )
     source = next((k for k in outputs_of(module) if key.startswith(f"{k}_") and computed(module, k)), None)
-    if source is not None: return f"what {source} is computed from: {source} {computed(module, source)}"
-    if t.numel() == max(t.shape, default=1): return SMALL
-    if key in module._buffers: return f"a buffer of a {kind}"
-    if outputs_of(module): return f"belongs to a {kind}, but is not one of its matrices {', '.join(outputs_of(module))}"
-    return f"a bare parameter of a {kind}, which is not in MATRICES (if it is a matrix with outputs along axis 0: MATRICES[{kind}] = {{{key!r}: 0}})"
+    if source is not None:
+        return f"what {source} is computed from: {source} {computed(module, source)}"
+    if t.numel() == max(t.shape, default=1):
+        return SMALL
+    if key in module._buffers:
+        return f"a buffer of a {kind}"
+    if outputs_of(module):
+        return f"belongs to a {kind}, but is not one of its matrices {', '.join(outputs_of(module))}"
+    return (
+        f"a bare parameter of a {kind}, which is not in MATRICES (if it is a matrix with outputs along axis 0:"
+        f" MATRICES[{kind}] = {{{key!r}: 0}})"
+    )

@@ -24,214 +24,379 @@ from ..data import Split
 # %% ../../nbs/workshop/models.ipynb
 class Labelled(NamedTuple):
     "Inputs, and labels that are never given to the model."
-    inputs: Any      # a tensor, a tuple of arguments, a dict of named ones, or `Inputs`
-    labels: Any      # one for each example
+
+    inputs: Any  # a tensor, a tuple of arguments, a dict of named ones, or `Inputs`
+    labels: Any  # one for each example
 
 # %% ../../nbs/workshop/models.ipynb
 class Inputs:
     "Exactly the arguments that a model is called with."
-    def __init__(self, *args, **kwargs): self.args, self.kwargs = args, kwargs
-    def __repr__(self): return f"Inputs({', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])})"
 
-def _short(x): return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else f"{x!r:.40}"
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+    def __repr__(self):
+        return f"Inputs({', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])})"
+
+
+def _short(x):
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else f"{x!r:.40}"
+
 
 def _from_leaves(leaves, keys):
     first = len(leaves) - len(keys)
     return Inputs(*leaves[:first], **dict(zip(keys, leaves[first:])))
 
+
 register_pytree_node(Inputs, lambda b: ([*b.args, *b.kwargs.values()], list(b.kwargs)), _from_leaves)
 
+
 def own_copy(
-    x: Any,     # an example or a batch, nested as you like
-) -> Any:       # the same with tensors of its own
-    "What a model may write into. Objects, such as a cache that grows with each call, are copied as Python does; what cannot be copied, or computes, is handed on."
-    if isinstance(x, Mapping) and not isinstance(x, dict): x = dict(x)
+    x: Any,  # an example or a batch, nested as you like
+) -> Any:  # the same with tensors of its own
+    """What a model may write into. Objects, such as a cache that grows with each call, are copied as Python does;
+    what cannot be copied, or computes, is handed on."""
+    if isinstance(x, Mapping) and not isinstance(x, dict):
+        x = dict(x)
     memo = {}
-    return tree_map(lambda y: y.detach().clone() if isinstance(y, Tensor) else _own_object(y, memo), x, is_leaf=lambda y: isinstance(y, PackedSequence))
+    return tree_map(
+        lambda y: y.detach().clone() if isinstance(y, Tensor) else _own_object(y, memo),
+        x,
+        is_leaf=lambda y: isinstance(y, PackedSequence),
+    )
+
 
 def _own_object(x, memo):
-    if isinstance(x, (*HARMLESS, Number, nn.Module)) or inspect.isroutine(x) or isinstance(x, type): return x
-    with contextlib.suppress(Exception): memo |= {id(t): t.detach().clone() for t in output_tensors(x).values() if not t.is_leaf}      # deepcopy refuses results with gradients
-    try: return copy.deepcopy(x, memo)
-    except Exception: return x
+    if isinstance(x, (*HARMLESS, Number, nn.Module)) or inspect.isroutine(x) or isinstance(x, type):
+        return x
+    with contextlib.suppress(Exception):
+        memo |= {
+            id(t): t.detach().clone() for t in output_tensors(x).values() if not t.is_leaf
+        }  # deepcopy refuses results with gradients
+    try:
+        return copy.deepcopy(x, memo)
+    except Exception:
+        return x
 
 # %% ../../nbs/workshop/models.ipynb
 def call(
-    model: nn.Module,   # called once
-    example: Any,       # a tensor; a tuple or list of all arguments; a dict of named ones; `Inputs`
-) -> Any:               # what the model puts out
+    model: nn.Module,  # called once
+    example: Any,  # a tensor; a tuple or list of all arguments; a dict of named ones; `Inputs`
+) -> Any:  # what the model puts out
     "Call a model with an example, in which there are no labels."
-    if isinstance(example, Labelled): example = example.inputs
-    if isinstance(example, Inputs): return model(*example.args, **example.kwargs)
-    if isinstance(example, Mapping): return model(**example)
-    if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence): return model(*example)
+    if isinstance(example, Labelled):
+        example = example.inputs
+    if isinstance(example, Inputs):
+        return model(*example.args, **example.kwargs)
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
+        return model(*example)
     return model(example)
 
 # %% ../../nbs/workshop/models.ipynb
 def feed(
-    model: nn.Module,                # called once
-    batch: Any,                      # a tensor; a dict of named arguments; `Inputs`; `Labelled`; a tuple or list: the arguments that `forward` needs, then labels
-    forward: Callable | None = None, # whose arguments count; None: the model's own `forward`
-) -> Any:                            # what the model puts out
-    """Call a model with a batch. Labels, and names that `forward` does not know, are left out.
-    `ValueError` for a tuple that may be arguments or labels: name them in a dict, or say `Inputs(…)` or `Labelled(inputs, labels)`."""
-    if isinstance(batch, (Inputs, Labelled)): return call(model, batch)
-    if not isinstance(batch, (Mapping, tuple, list)) or isinstance(batch, PackedSequence): return model(batch)
+    model: nn.Module,  # called once
+    # a tensor; a dict of named arguments; `Inputs`; `Labelled`; a tuple or list: the arguments that `forward` needs,
+    # then labels
+    batch: Any,
+    forward: Callable | None = None,  # whose arguments count; None: the model's own `forward`
+) -> Any:  # what the model puts out
+    """Call a model with a batch. Labels, and names that `forward` does not know, are left out. `ValueError` for a
+    tuple that may be arguments or labels: name them in a dict, or say `Inputs(…)` or `Labelled(inputs, labels)`.
+    """
+    if isinstance(batch, (Inputs, Labelled)):
+        return call(model, batch)
+    if not isinstance(batch, (Mapping, tuple, list)) or isinstance(batch, PackedSequence):
+        return model(batch)
     parameters = _parameters(forward or model.forward)
-    if isinstance(batch, Mapping): return model(**_known(batch, parameters))
+    if isinstance(batch, Mapping):
+        return model(**_known(batch, parameters))
     return model(*_needed(batch, parameters))
+
 
 def _parameters(forward):
     "The parameters of a function; None where Python cannot tell."
-    try: return list(inspect.signature(forward).parameters.values())
-    except (ValueError, TypeError): return None
+    try:
+        return list(inspect.signature(forward).parameters.values())
+    except (ValueError, TypeError):
+        return None
+
 
 def _known(batch, parameters):
     "Those of the named arguments that a function has."
-    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters): return batch
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return batch
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = {k: v for k, v in batch.items() if k in names}
-    if not known: raise ValueError(f"a batch has {', '.join(map(repr, batch))}, and forward takes {', '.join(names) or 'nothing by name'}")
+    if not known:
+        raise ValueError(
+            f"a batch has {', '.join(map(repr, batch))}, and forward takes {', '.join(names) or 'nothing by name'}"
+        )
     return known
+
 
 def _needed(batch, parameters):
     "The leading items that a function needs; an error when it could take more of them."
-    if not len(batch): raise ValueError("a batch is empty")
+    if not len(batch):
+        raise ValueError("a batch is empty")
     places = [p for p in parameters or () if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needs = max(1, sum(p.default is p.empty for p in places))
-    if len(batch) < needs and parameters is not None: raise ValueError(f"a batch has {len(batch)} items, and forward needs {', '.join(p.name for p in places[:needs])}")
-    if len(batch) == 1: return batch
-    fields, names = getattr(batch, "_fields", ()), [p.name for p in (*places, *(p for p in parameters or () if p.kind is p.KEYWORD_ONLY))]
+    if len(batch) < needs and parameters is not None:
+        raise ValueError(
+            f"a batch has {len(batch)} items, and forward needs {', '.join(p.name for p in places[:needs])}"
+        )
+    if len(batch) == 1:
+        return batch
+    fields, names = (
+        getattr(batch, "_fields", ()),
+        [p.name for p in (*places, *(p for p in parameters or () if p.kind is p.KEYWORD_ONLY))],
+    )
     if wrong := [f for i, f in enumerate(fields) if f in names and (i >= needs or names.index(f) != i)]:
-        raise ValueError(f"a batch has {', '.join(fields)}, and forward takes {', '.join(names)}: is {wrong[0]} meant by its name or by its place? Use a dict of named arguments, such as batch._asdict(), or Inputs(…)")
-    more = places[needs].name if len(places) > needs else "*arguments" if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters) else None
-    if len(batch) <= needs or more is None: return batch[:needs]
-    raise ValueError(f"a batch has {len(batch)} items, and forward needs {needs}: item {needs} may be labels, or its optional {more}; "
-                     f"say which: Labelled(inputs, labels) or Inputs(…), both in modelzip.prune, or a dict of named arguments")
+        raise ValueError(
+            f"a batch has {', '.join(fields)}, and forward takes {', '.join(names)}: is {wrong[0]} meant by its name or"
+            " by its place? Use a dict of named arguments, such as batch._asdict(), or Inputs(…)"
+        )
+    more = (
+        places[needs].name
+        if len(places) > needs
+        else "*arguments"
+        if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        else None
+    )
+    if len(batch) <= needs or more is None:
+        return batch[:needs]
+    raise ValueError(
+        f"a batch has {len(batch)} items, and forward needs {needs}: item {needs} may be labels, or its optional"
+        f" {more}; say which: Labelled(inputs, labels) or Inputs(…), both in modelzip.prune, or a dict of named"
+        " arguments"
+    )
 
 # %% ../../nbs/workshop/models.ipynb
 def labelled(
-    batch: Any,    # `Labelled`; a pair whose second is a tensor; a dict with 'labels'
-) -> Labelled:     # inputs and labels
+    batch: Any,  # `Labelled`; a pair whose second is a tensor; a dict with 'labels'
+) -> Labelled:  # inputs and labels
     "Read a batch as inputs and labels. `ValueError` when it has none."
-    if isinstance(batch, Labelled): return batch
-    if "labels" in getattr(batch, "_fields", ()): batch = batch._asdict() if len(batch) > 2 else [*(v for k, v in batch._asdict().items() if k != "labels"), batch.labels]
-    if isinstance(batch, Mapping) and "labels" in batch: return Labelled({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor): return Labelled(*batch)
-    raise ValueError(f"a batch is a {type(batch).__name__} without labels; it may be a pair (inputs, labels), Labelled(inputs, labels), or a dict with 'labels'")
+    if isinstance(batch, Labelled):
+        return batch
+    if "labels" in getattr(batch, "_fields", ()):
+        batch = (
+            batch._asdict()
+            if len(batch) > 2
+            else [*(v for k, v in batch._asdict().items() if k != "labels"), batch.labels]
+        )
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return Labelled({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return Labelled(*batch)
+    raise ValueError(
+        f"a batch is a {type(batch).__name__} without labels; it may be a pair (inputs, labels), Labelled(inputs,"
+        " labels), or a dict with 'labels'"
+    )
 
 # %% ../../nbs/workshop/models.ipynb
 def as_batches(
-    batches: Iterable | Split,   # of what `feed` takes
-    size: int = 64,              # examples a batch, of a `Split`
-    name: str = "batches",       # what the caller's argument is called
-) -> Iterable:                   # the same, for as many passes as one likes
-    "Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row by row."
-    if isinstance(batches, Split): return [Labelled(batches.x[i:i + size], batches.y[i:i + size]) for i in range(0, len(batches), size)]
-    if isinstance(batches, (Tensor, Mapping, str, Inputs, Labelled, PackedSequence)) or not isinstance(batches, Iterable):
+    batches: Iterable | Split,  # of what `feed` takes
+    size: int = 64,  # examples a batch, of a `Split`
+    name: str = "batches",  # what the caller's argument is called
+) -> Iterable:  # the same, for as many passes as one likes
+    """Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row
+    by row."""
+    if isinstance(batches, Split):
+        return [Labelled(batches.x[i : i + size], batches.y[i : i + size]) for i in range(0, len(batches), size)]
+    if isinstance(batches, (Tensor, Mapping, str, Inputs, Labelled, PackedSequence)) or not isinstance(
+        batches, Iterable
+    ):
         raise TypeError(f"{name} is a {type(batches).__name__}; it may be an iterable of batches, such as [x]")
     return list(batches) if isinstance(batches, Iterator) else batches
 
 # %% ../../nbs/workshop/models.ipynb
-HARMLESS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, torch.Generator)      # they tell about outputs, and hold no result
+HARMLESS = (
+    type(None),
+    bool,
+    int,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.Generator,
+)  # they tell about outputs, and hold no result
+
 
 def output_tensors(
-    output: Any,               # of a model
-) -> dict[str, Tensor]:        # path → tensor, such as `past.0.keys`; 'output' for a lone one
-    "All tensors of an output, wherever they are. `TypeError` for what hides numbers, `ValueError` when there is no tensor."
+    output: Any,  # of a model
+) -> dict[str, Tensor]:  # path → tensor, such as `past.0.keys`; 'output' for a lone one
+    """All tensors of an output, wherever they are. `TypeError` for what hides numbers, `ValueError` when there is
+    no tensor."""
     found = {}
     _walk(output, "", found, set(), False)
-    if not found: raise ValueError(f"the model puts out {type(output).__name__} without a tensor in it")
+    if not found:
+        raise ValueError(f"the model puts out {type(output).__name__} without a tensor in it")
     return found
 
-def _walk(x, path, found, above, attribute):
-    "Go through an output; `above` are the containers that we are in, `attribute` says that an object holds x for itself."
-    if isinstance(x, Tensor): found[path or "output"] = x
-    if isinstance(x, (Tensor, *HARMLESS)) or id(x) in above: return
-    if attribute and (isinstance(x, (Number, Set, type, nn.Module)) or inspect.isroutine(x)): return
-    for key, y in _entries(x, path): _walk(y, f"{path}.{key}".lstrip("."), found, above | {id(x)}, attribute or not _contains(x))
 
-def _contains(x): return isinstance(x, (Mapping, tuple, list)) or dataclasses.is_dataclass(x)
+def _walk(x, path, found, above, attribute):
+    """Go through an output; `above` are the containers that we are in, `attribute` says that an object holds x for
+    itself."""
+    if isinstance(x, Tensor):
+        found[path or "output"] = x
+    if isinstance(x, (Tensor, *HARMLESS)) or id(x) in above:
+        return
+    if attribute and (isinstance(x, (Number, Set, type, nn.Module)) or inspect.isroutine(x)):
+        return
+    for key, y in _entries(x, path):
+        _walk(y, f"{path}.{key}".lstrip("."), found, above | {id(x)}, attribute or not _contains(x))
+
+
+def _contains(x):
+    return isinstance(x, (Mapping, tuple, list)) or dataclasses.is_dataclass(x)
+
 
 def _entries(x, path):
     "What an object holds, with names; an error when nobody can look into it."
-    if isinstance(x, Mapping): return list(x.items())
-    if isinstance(x, (tuple, list)): return list(zip(getattr(x, "_fields", range(len(x))), x))
-    if dataclasses.is_dataclass(x) and not isinstance(x, type): return [(f.name, getattr(x, f.name, None)) for f in dataclasses.fields(x)]
-    closed = isinstance(x, (Set, Iterator, type, Number)) or callable(x) or any(hasattr(x, a) for a in ("__array__", "__dlpack__", "__next__"))
+    if isinstance(x, Mapping):
+        return list(x.items())
+    if isinstance(x, (tuple, list)):
+        return list(zip(getattr(x, "_fields", range(len(x))), x))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [(f.name, getattr(x, f.name, None)) for f in dataclasses.fields(x)]
+    closed = (
+        isinstance(x, (Set, Iterator, type, Number))
+        or callable(x)
+        or any(hasattr(x, a) for a in ("__array__", "__dlpack__", "__next__"))
+    )
     slots = slots_of(type(x))
     if closed or not (hasattr(x, "__dict__") or slots):
-        raise TypeError(f"the model's output{' ' * bool(path)}{path} is a {type(x).__name__}, which hides its numbers; a model may put out tensors, in tuples, lists, dicts, dataclasses or objects")
+        raise TypeError(
+            f"the model's output{' ' * bool(path)}{path} is a {type(x).__name__}, which hides its numbers; a model may"
+            " put out tensors, in tuples, lists, dicts, dataclasses or objects"
+        )
     return [*getattr(x, "__dict__", {}).items(), *((s, getattr(x, s)) for s in slots if hasattr(x, s))]
+
 
 def slots_of(cls: type) -> list[str]:
     "Names of the attributes for which instances of a class have slots; not every one need have a value."
     several = (vars(c).get("__slots__", ()) for c in cls.__mro__)
-    return [s for names in several for s in ([names] if isinstance(names, str) else names) if s not in ("__dict__", "__weakref__")]
+    return [
+        s
+        for names in several
+        for s in ([names] if isinstance(names, str) else names)
+        if s not in ("__dict__", "__weakref__")
+    ]
 
 # %% ../../nbs/workshop/models.ipynb
 def logits_of(
-    output: Any,     # of a model
-) -> Tensor:         # the one that answers
-    """The answer among a model's outputs: a lone tensor; else what is called `logits` or `out`; else the first floating tensor that is no scalar, as a loss is.
-    `ValueError` when there is none."""
-    if isinstance(output, Tensor): return output
+    output: Any,  # of a model
+) -> Tensor:  # the one that answers
+    """The answer among a model's outputs: a lone tensor; else what is called `logits` or `out`; else the first
+    floating tensor that is no scalar, as a loss is. `ValueError` when there is none."""
+    if isinstance(output, Tensor):
+        return output
     found = output_tensors(output)
     first = next((t for t in found.values() if t.is_floating_point() and t.dim()), None)
     answer = next((found[k] for k in ("logits", "out") if k in found), first)
-    if answer is None: raise ValueError(f"the model puts out {', '.join(found)}, and none of them is a floating tensor with a dimension")
+    if answer is None:
+        raise ValueError(
+            f"the model puts out {', '.join(found)}, and none of them is a floating tensor with a dimension"
+        )
     return answer
 
 # %% ../../nbs/workshop/models.ipynb
 def computed(
     layer: nn.Module,
-    name: str = "weight",    # of a parameter
-) -> str | None:             # what stands there instead, and what to do; None for a plain parameter, and for nothing at all
+    name: str = "weight",  # of a parameter
+) -> str | None:  # what stands there instead, and what to do; None for a plain parameter, and for nothing at all
     "Why a tensor of a layer is no plain parameter."
     if parametrize.is_parametrized(layer, name):
         kinds = list(layer.parametrizations[name])
-        undo = next((k.undo for k in kinds if isinstance(getattr(k, "undo", None), str)), f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})")
+        undo = next(
+            (k.undo for k in kinds if isinstance(getattr(k, "undo", None), str)),
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})",
+        )
         return f"is parametrized by {', '.join(type(k).__name__ for k in kinds)}; call {undo} first"
     for hook in layer._forward_pre_hooks.values():
         tool = type(hook).__name__
-        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name: return f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {name!r}) first"
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name:
+            return f"is computed by torch.nn.utils.prune; call torch.nn.utils.prune.remove(layer, {name!r}) first"
         if tool in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", None) == name:
             undo = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[tool]
             return f"is computed by {tool}; call torch.nn.utils.{undo}(layer) first"
-    if name in layer._buffers: return "is a buffer; make it a parameter first"
-    if name in vars(layer): return f"is a plain attribute; make it a parameter first"
+    if name in layer._buffers:
+        return "is a buffer; make it a parameter first"
+    if name in vars(layer):
+        return f"is a plain attribute; make it a parameter first"
     return None
 
 # %% ../../nbs/workshop/models.ipynb
-COPIED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs",      # what deepcopy and PyTorch's layers look after themselves
-          "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")      # no part of what a model computes
+COPIED = (
+    "_modules",
+    "_parameters",
+    "_buffers",
+    "_flat_weight_refs",  # what deepcopy and PyTorch's layers look after themselves
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # no part of what a model computes
 
-def _of_a_library(x): return (getattr(x, "__module__", None) or getattr(x, "__name__", None) or "torch").partition(".")[0] in ("torch", "torchvision", "transformers", "modelzip")
 
-def check_ordinary(
-    model: nn.Module,
-) -> None:
-    "`ValueError` that names a module of which a copy would run the original: its instance has a `forward`, or a function that reaches the model by a closure."
-    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
+def _of_a_library(x):
+    return (getattr(x, "__module__", None) or getattr(x, "__name__", None) or "torch").partition(".")[0] in (
+        "torch",
+        "torchvision",
+        "transformers",
+        "modelzip",
+    )
+
+
+def check_ordinary(model: nn.Module) -> None:
+    """`ValueError` that names a module of which a copy would run the original: its instance has a `forward`, or a
+    function that reaches the model by a closure."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     own, seen, known = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}, set(), {}
     for name, m in model.named_modules():
         where = f"layer {name}" if name else "the model"
-        if isinstance(m, torch.jit.ScriptModule): raise ValueError(f"{where} is a torch.jit.ScriptModule, which nobody can look into or change; hand over the module that it was made from")
-        if isinstance(m, nn.modules.lazy.LazyModuleMixin): raise ValueError(f"{where} is a {type(m).__name__} without a size yet; call the model once first")
-        if hasattr(m, "_orig_mod"): raise ValueError(f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile the result")
-        if "forward" in vars(m): raise ValueError(f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}), and a copy of it would run the original; define it in a class, or delete it")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is a torch.jit.ScriptModule, which nobody can look into or change; hand over the module that"
+                " it was made from"
+            )
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin):
+            raise ValueError(f"{where} is a {type(m).__name__} without a size yet; call the model once first")
+        if hasattr(m, "_orig_mod"):
+            raise ValueError(
+                f"{where} is compiled, and a copy of it would run the original; hand over its _orig_mod, and compile"
+                " the result"
+            )
+        if "forward" in vars(m):
+            raise ValueError(
+                f"{where} has a forward of its own instance (assigned, not defined by its class {type(m).__name__}),"
+                " and a copy of it would run the original; define it in a class, or delete it"
+            )
         for key, value in vars(m).items():
             if key not in COPIED and not _empty(value) and _reaches(value, own, seen, True):
-                raise ValueError(f"{where} keeps in {key} a function or reference that reaches the model itself, and a copy of it would run the original; make it a method, or remove it")
-        if type(m) not in known: known[type(m)] = _read_by_class(type(m), own, seen)
+                raise ValueError(
+                    f"{where} keeps in {key} a function or reference that reaches the model itself, and a copy of it"
+                    " would run the original; make it a method, or remove it"
+                )
+        if type(m) not in known:
+            known[type(m)] = _read_by_class(type(m), own, seen)
         if (read := known[type(m)]) is not None:
-            raise ValueError(f"the code of {where} ({type(m).__name__}) reads {read}, which is a part of the model, and a copy of it would read the original's; read it from self")
+            raise ValueError(
+                f"the code of {where} ({type(m).__name__}) reads {read}, which is a part of the model, and a copy of it"
+                " would read the original's; read it from self"
+            )
+
 
 def _read_by_class(cls, own, seen):
     "The global, or the attribute of a class, by which the code of a class reaches a part of the model."
     for name, value in _beside(cls):
-        if _reaches(value() if isinstance(value, weakref.ReferenceType) else value, own, seen, False): return name
+        if _reaches(value() if isinstance(value, weakref.ReferenceType) else value, own, seen, False):
+            return name
     return None
+
 
 def _beside(cls):
     "Modules and tensors, also in containers, that the code of a class names and that are not its instance's."
@@ -239,202 +404,362 @@ def _beside(cls):
     for code, known in _codes(cls):
         known = known()
         for n in (*code.co_names, *code.co_freevars):
-            if held(x := known.get(n)): yield n, x
+            if held(x := known.get(n)):
+                yield n, x
             for c in [x, cls] if isinstance(x, type) else [cls]:
                 for k in code.co_names if c is not cls else [n]:
-                    if held(y := inspect.getattr_static(c, k, None)): yield f"{c.__name__}.{k}", y
+                    if held(y := inspect.getattr_static(c, k, None)):
+                        yield f"{c.__name__}.{k}", y
+
 
 def _codes(cls, start="forward"):
-    "The code of a method, of the methods and properties of its class that it reaches, and of the functions that these name; each with a function that gives what is global in it."
+    """The code of a method, of the methods and properties of its class that it reaches, and of the functions that
+    these name; each with a function that gives what is global in it."""
     return _reached(inspect.getattr_static(cls, start, None), cls)
 
+
 def _reached(f, cls=None):
-    "The code of a function and of all that it names: methods of `cls`, and functions, also of modules, that are no library's."
+    """The code of a function and of all that it names: methods of `cls`, and functions, also of modules, that are
+    no library's."""
     todo, seen, found = [f], set(), []
     while todo:
         f = todo.pop()
         f = inspect.unwrap(getattr(f, "fget", None) or getattr(f, "func", None) or getattr(f, "__func__", f))
-        if not isinstance(f, types.FunctionType) or f in seen or (f.__module__ or "torch").partition(".")[0] == "torch": continue      # a traced graph has no module
+        if not isinstance(f, types.FunctionType) or f in seen or (f.__module__ or "torch").partition(".")[0] == "torch":
+            continue  # a traced graph has no module
         seen.add(f)
-        known = lambda f=f: f.__globals__ | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
+        known = lambda f=f: (
+            f.__globals__
+            | {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
+        )
         codes = [f.__code__]
-        for c in codes: codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
+        for c in codes:
+            codes += [x for x in c.co_consts if isinstance(x, types.CodeType)]
         found += [(c, known) for c in codes]
         names = {n for c in codes for n in (*c.co_names, *c.co_freevars)}
         todo += [inspect.getattr_static(cls, n) for n in sorted(names) if hasattr(cls, n)]
         todo += [g for g in _functions(names, known()) if _own(g, cls)]
     return found
 
+
 def _functions(names, known):
     "Functions that code names, by themselves or behind a module."
     values = [known[n] for n in names if n in known]
-    values += [getattr(m, n, None) for m in values if isinstance(m, types.ModuleType) and not _of_a_library(m) for n in names]
-    return [v for v in (getattr(v, "func", v) for v in values) if isinstance(inspect.unwrap(v) if callable(v) and not isinstance(v, (type, nn.Module)) else v, types.FunctionType)]
+    values += [
+        getattr(m, n, None) for m in values if isinstance(m, types.ModuleType) and not _of_a_library(m) for n in names
+    ]
+    return [
+        v
+        for v in (getattr(v, "func", v) for v in values)
+        if isinstance(
+            inspect.unwrap(v) if callable(v) and not isinstance(v, (type, nn.Module)) else v, types.FunctionType
+        )
+    ]
+
 
 def _own(f, cls):
     "Whether a function is the user's, or of the package of a class."
     f = inspect.unwrap(f)
     root = (f.__module__ or "torch").partition(".")[0]
-    return not _of_a_library(f) and root not in sys.stdlib_module_names and ("site-packages" not in f.__code__.co_filename or cls is not None and root == cls.__module__.partition(".")[0])
+    return (
+        not _of_a_library(f)
+        and root not in sys.stdlib_module_names
+        and (
+            "site-packages" not in f.__code__.co_filename
+            or cls is not None
+            and root == cls.__module__.partition(".")[0]
+        )
+    )
 
-def _empty(value): return value is None or isinstance(value, (bool, int, str)) or isinstance(value, dict) and not value      # most of a module's attributes
+
+def _empty(value):
+    return (
+        value is None or isinstance(value, (bool, int, str)) or isinstance(value, dict) and not value
+    )  # most of a module's attributes
+
 
 def _reaches(value, own, seen, copies):
-    "Whether a path that deepcopy does not follow leads from a value to the model; `copies` says whether deepcopy has followed so far."
-    todo = [(value, copies)]                       # a list and no recursion: a traced graph is a chain of thousands
+    """Whether a path that deepcopy does not follow leads from a value to the model; `copies` says whether deepcopy
+    has followed so far."""
+    todo = [(value, copies)]  # a list and no recursion: a traced graph is a chain of thousands
     while todo:
         x, copies = todo.pop()
-        if isinstance(x, weakref.ReferenceType): x, copies = x(), False
-        if x is None or isinstance(x, (str, bytes, Number, type, types.ModuleType, torch.dtype, torch.device)) or (id(x), copies) in seen: continue
+        if isinstance(x, weakref.ReferenceType):
+            x, copies = x(), False
+        if (
+            x is None
+            or isinstance(x, (str, bytes, Number, type, types.ModuleType, torch.dtype, torch.device))
+            or (id(x), copies) in seen
+        ):
+            continue
         seen.add((id(x), copies))
         if isinstance(x, (Tensor, nn.Module)):
-            if not copies and any(id(m) in own for m in (x.modules() if isinstance(x, nn.Module) else [x])): return True
+            if not copies and any(id(m) in own for m in (x.modules() if isinstance(x, nn.Module) else [x])):
+                return True
         else:
             parts, follows = _parts(x, copies)
             todo += [(y, follows) for y in parts]
     return False
 
+
 def _parts(x, copies):
     "What a value holds, and whether deepcopy copies it too."
-    if isinstance(x, types.FunctionType): return _closed_over(x), False
-    if isinstance(x, types.MethodType): return [x.__func__] if copies else [x.__func__, x.__self__], copies
-    if isinstance(x, functools.partial): return [x.func, *x.args, *x.keywords.values()], copies
-    if isinstance(x, Mapping): return list(x.values()), copies
-    if isinstance(x, (list, tuple, Set)): return list(x), copies
-    held = getattr(x, "__dict__", {})                            # not hasattr: a traced model is full of proxies that have everything
-    return list(held.values()), copies and "__wrapped__" not in held      # a cached function is not copied, nor what it wraps
+    if isinstance(x, types.FunctionType):
+        return _closed_over(x), False
+    if isinstance(x, types.MethodType):
+        return [x.__func__] if copies else [x.__func__, x.__self__], copies
+    if isinstance(x, functools.partial):
+        return [x.func, *x.args, *x.keywords.values()], copies
+    if isinstance(x, Mapping):
+        return list(x.values()), copies
+    if isinstance(x, (list, tuple, Set)):
+        return list(x), copies
+    held = getattr(x, "__dict__", {})  # not hasattr: a traced model is full of proxies that have everything
+    return (
+        list(held.values()),
+        copies and "__wrapped__" not in held,
+    )  # a cached function is not copied, nor what it wraps
+
 
 def held_in(
-    x: Any,                        # neither a tensor nor a module
-) -> list[tuple[str, Any]]:        # how to reach it from x, such as '[0]' or '.scale', and what it is
-    "What a value holds: the items of a container, the arguments of a partial function, what a function closes over, the attributes of an object."
-    if _empty(x) or isinstance(x, (str, bytes, Number, type, types.ModuleType)): return []
-    if isinstance(x, functools.partial): return [(".func", x.func), *((f".args[{i}]", y) for i, y in enumerate(x.args)), *((f".keywords[{k!r}]", y) for k, y in x.keywords.items())]
-    if isinstance(x, types.MethodType): return [(".__self__", x.__self__), (".__func__", x.__func__)]
-    if isinstance(x, types.FunctionType): return [] if _of_a_library(x) else [(f" closes over [{i}]", y) for i, y in enumerate(_closed_over(x))]
+    x: Any,  # neither a tensor nor a module
+) -> list[tuple[str, Any]]:  # how to reach it from x, such as '[0]' or '.scale', and what it is
+    """What a value holds: the items of a container, the arguments of a partial function, what a function closes
+    over, the attributes of an object."""
+    if _empty(x) or isinstance(x, (str, bytes, Number, type, types.ModuleType)):
+        return []
+    if isinstance(x, functools.partial):
+        return [
+            (".func", x.func),
+            *((f".args[{i}]", y) for i, y in enumerate(x.args)),
+            *((f".keywords[{k!r}]", y) for k, y in x.keywords.items()),
+        ]
+    if isinstance(x, types.MethodType):
+        return [(".__self__", x.__self__), (".__func__", x.__func__)]
+    if isinstance(x, types.FunctionType):
+        return [] if _of_a_library(x) else [(f" closes over [{i}]", y) for i, y in enumerate(_closed_over(x))]
     items = []
-    if isinstance(x, Mapping): items = [*((f"[{_key(k)}]", y) for k, y in x.items()), *((f" key {i}", k) for i, k in enumerate(x))]
-    elif isinstance(x, (list, tuple, Set, collections.deque)): items = [(f"[{i}]", y) for i, y in enumerate(x)]
-    if type(x).__module__ in ("builtins", "collections") or _of_a_library(type(x)): return items
+    if isinstance(x, Mapping):
+        items = [*((f"[{_key(k)}]", y) for k, y in x.items()), *((f" key {i}", k) for i, k in enumerate(x))]
+    elif isinstance(x, (list, tuple, Set, collections.deque)):
+        items = [(f"[{i}]", y) for i, y in enumerate(x)]
+    if type(x).__module__ in ("builtins", "collections") or _of_a_library(type(x)):
+        return items
     held = {**getattr(x, "__dict__", {}), **{s: getattr(x, s) for s in slots_of(type(x)) if hasattr(x, s)}}
     return items + [(f".{k}", y) for k, y in held.items()]
 
-def _key(k): return repr(k) if isinstance(k, (str, Number)) else type(k).__name__
+
+def _key(k):
+    return repr(k) if isinstance(k, (str, Number)) else type(k).__name__
+
 
 def _closed_over(f):
     "The values that a function can reach beside its arguments: closure, defaults, and the globals that it names."
-    def names(code): return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in names(c))}
+
+    def names(code):
+        return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in names(c))}
+
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
     named = [f.__globals__[n] for n in names(f.__code__) if isinstance(f.__globals__.get(n), (nn.Module, Tensor))]
     return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *named, *vars(f).values()]
 
 # %% ../../nbs/workshop/models.ipynb
-def recomputed(
-    model: nn.Module,
-) -> dict[int, Tensor]:         # `id` → what may stand for it in a copy
-    "Results that a hook computes anew before each call (`weight_norm`, `torch.nn.utils.prune`): PyTorch copies none that has gradients."
-    return {id(t): t.detach().clone() for m in model.modules() if m._forward_pre_hooks for k, t in vars(m).items()
-            if isinstance(t, Tensor) and not t.is_leaf and (computed(m, k) or "").startswith("is computed")}
+def recomputed(model: nn.Module) -> dict[int, Tensor]:  # `id` → what may stand for it in a copy
+    """Results that a hook computes anew before each call (`weight_norm`, `torch.nn.utils.prune`): PyTorch copies
+    none that has gradients."""
+    return {
+        id(t): t.detach().clone()
+        for m in model.modules()
+        if m._forward_pre_hooks
+        for k, t in vars(m).items()
+        if isinstance(t, Tensor) and not t.is_leaf and (computed(m, k) or "").startswith("is computed")
+    }
+
 
 def copied(
-    model: nn.Module,           # it is left as it is
-    memo: dict | None = None,   # `id` → what stands for it in the copy, as in `copy.deepcopy`
-    checked: bool = False,      # `check_ordinary` has seen it
-) -> nn.Module:                 # a copy that computes with its own numbers
-    "A deep copy, also of models in which a hook computes a weight. `ValueError` that names the module which cannot be copied, or whose copy would run the original."
-    if not checked: check_ordinary(model)
+    model: nn.Module,  # it is left as it is
+    memo: dict | None = None,  # `id` → what stands for it in the copy, as in `copy.deepcopy`
+    checked: bool = False,  # `check_ordinary` has seen it
+) -> nn.Module:  # a copy that computes with its own numbers
+    """A deep copy, also of models in which a hook computes a weight. `ValueError` that names the module which
+    cannot be copied, or whose copy would run the original."""
+    if not checked:
+        check_ordinary(model)
     memo = {} if memo is None else memo
-    for key, stale in recomputed(model).items(): memo.setdefault(key, stale)
-    shared, own = {id(v) for v in memo.values()}, {id(x): n for n, x in (*model.named_modules(), *model.named_parameters())}
+    for key, stale in recomputed(model).items():
+        memo.setdefault(key, stale)
+    shared, own = (
+        {id(v) for v in memo.values()},
+        {id(x): n for n, x in (*model.named_modules(), *model.named_parameters())},
+    )
     for name, m in model.named_modules():
         for key, value in vars(m).items():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                why = (computed(m, key) or "").replace("is a plain attribute; make it a parameter first", "is a result with gradients, which PyTorch does not copy; detach it first")
-                raise ValueError(f"{name or 'the model'}.{key} {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}")
-    with torch.random.fork_rng(devices=[], enabled=any(hasattr(type(m), "__deepcopy__") for m in model.modules())): new = copy.deepcopy(model, memo)
+                why = (computed(m, key) or "").replace(
+                    "is a plain attribute; make it a parameter first",
+                    "is a result with gradients, which PyTorch does not copy; detach it first",
+                )
+                raise ValueError(
+                    f"{name or 'the model'}.{key}"
+                    f" {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}"
+                )
+    with torch.random.fork_rng(devices=[], enabled=any(hasattr(type(m), "__deepcopy__") for m in model.modules())):
+        new = copy.deepcopy(model, memo)
     for x in (*new.modules(), *new.parameters()):
-        if id(x) in own and id(x) not in shared: raise ValueError(f"{own[id(x)] or 'the model'} is not copied by copy.deepcopy, as a class has a __deepcopy__ of its own, and a copy of the model would run the original's; remove that method")
+        if id(x) in own and id(x) not in shared:
+            raise ValueError(
+                f"{own[id(x)] or 'the model'} is not copied by copy.deepcopy, as a class has a __deepcopy__ of its own,"
+                " and a copy of the model would run the original's; remove that method"
+            )
     return new
 
 # %% ../../nbs/workshop/models.ipynb
-LISTS = ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "stack_module_state")      # from which a parameter vanishes when it is compressed, and in which its codes appear
+LISTS = (
+    "parameters",
+    "named_parameters",
+    "buffers",
+    "named_buffers",
+    "state_dict",
+    "_parameters",
+    "stack_module_state",
+)  # from which a parameter vanishes when it is compressed, and in which its codes appear
+
 
 def check_code(
     model: nn.Module,
-    layers: Iterable[nn.Module],   # of it, which will be of another class
-    classes: bool = True,          # False: they will still be instances of their class, though not of exactly this one
+    layers: Iterable[nn.Module],  # of it, which will be of another class
+    classes: bool = True,  # False: they will still be instances of their class, though not of exactly this one
 ) -> None:
-    """`ValueError` that names a module whose code asks for the class of one of these layers, or goes through lists of parameters, and a hook that does so.
-    Looked at are the methods that `forward` reaches and the functions that they name; not seen is what code finds by other ways: a function in a container, an object's method, an argument, a name that is computed, a library's code."""
+    """`ValueError` that names a module whose code asks for the class of one of these layers, or goes through lists
+    of parameters, and a hook that does so. Looked at are the methods that `forward` reaches and the functions that
+    they name; not seen is what code finds by other ways: a function in a container, an object's method, an
+    argument, a name that is computed, a library's code.
+    """
     layers, looked = {id(m): m for m in layers}, {}
     for name, m in model.named_modules():
         for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()):
             hook = getattr(hook, "func", getattr(hook, "__func__", hook))
-            if layers and isinstance(hook, types.FunctionType) and _own(hook, None) and (lists := _lists_in(_reached(hook))): raise ValueError(f"a hook on {f'layer {name}' if name else 'the model'} goes through {lists}, in which a compressed matrix is not found; read the layers' weights by name")
-        if _of_a_library(type(m)): continue
-        if type(m) not in looked: looked[type(m)] = _lists_of(type(m)), _asks_of(type(m))
+            if (
+                layers
+                and isinstance(hook, types.FunctionType)
+                and _own(hook, None)
+                and (lists := _lists_in(_reached(hook)))
+            ):
+                raise ValueError(
+                    f"a hook on {f'layer {name}' if name else 'the model'} goes through {lists}, in which a compressed"
+                    " matrix is not found; read the layers' weights by name"
+                )
+        if _of_a_library(type(m)):
+            continue
+        if type(m) not in looked:
+            looked[type(m)] = _lists_of(type(m)), _asks_of(type(m))
         lists, asks = looked[type(m)]
-        if not lists and not asks: continue
+        if not lists and not asks:
+            continue
         inside = [x for x in m.modules() if id(x) in layers and (x is not m or not classes)]
-        if not inside: continue
+        if not inside:
+            continue
         where = f"the code of {f'layer {name}' if name else 'the model'} ({type(m).__name__})"
-        if lists: raise ValueError(f"{where} goes through {lists}, in which a compressed matrix is not found; read the layers' weights by name")
+        if lists:
+            raise ValueError(
+                f"{where} goes through {lists}, in which a compressed matrix is not found; read the layers' weights by"
+                " name"
+            )
         for x in inside:
-            if x is not m and (kind := _asked_for(type(m), type(x), classes)): raise ValueError(f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else, such as its name")
+            if x is not m and (kind := _asked_for(type(m), type(x), classes)):
+                raise ValueError(
+                    f"{where} asks whether a layer is a {kind}, which it will no longer be; ask for something else,"
+                    " such as its name"
+                )
 
-def _lists_of(cls): return _lists_in(_codes(cls))
+
+def _lists_of(cls):
+    return _lists_in(_codes(cls))
+
 
 def _lists_in(codes):
     "The list of parameters that some code goes through, but for its first item."
     for code, _ in codes:
         said = [str(i.argval) for i in dis.get_instructions(code)]
         for at, word in enumerate(said):
-            if word in LISTS and "next" not in said[max(0, at - 8):at]: return word
+            if word in LISTS and "next" not in said[max(0, at - 8) : at]:
+                return word
     return None
 
-def may_write(
-    model: nn.Module,
-) -> bool:
-    "Whether the code of a model, or a hook, may write into its parameters while it runs or changes its mode: it writes in place, or reaches behind the gradients."
+
+def may_write(model: nn.Module) -> bool:
+    """Whether the code of a model, or a hook, may write into its parameters while it runs or changes its mode: it
+    writes in place, or reaches behind the gradients."""
     return any(hooks_of(m) for m in model.modules()) or any(_writes_of(c) for c in {type(m) for m in model.modules()})
 
+
 def _writes_of(cls):
-    if _of_a_library(cls): return False
+    if _of_a_library(cls):
+        return False
     words = {n for start in ("forward", "train") for code, _ in _codes(cls, start) for n in code.co_names}
-    return bool(words & {"data", "no_grad", "__setitem__", "setattr"}) or any(n.endswith("_") and not n.startswith("_") and hasattr(Tensor, n) for n in words)
+    return bool(words & {"data", "no_grad", "__setitem__", "setattr"}) or any(
+        n.endswith("_") and not n.startswith("_") and hasattr(Tensor, n) for n in words
+    )
 
-def _asks_of(cls): return any({"isinstance", "type", "__class__"} & {*c.co_names} or _matches(c) for c, _ in _codes(cls))
 
-def _matches(code): return any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))      # match layer: case nn.Linear(): …
+def _asks_of(cls):
+    return any({"isinstance", "type", "__class__"} & {*c.co_names} or _matches(c) for c, _ in _codes(cls))
+
+
+def _matches(code):
+    return any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))  # match layer: case nn.Linear(): …
+
 
 def _asked_for(cls, kind, instances):
     "The class of a layer that some code names, where it asks for classes."
     kinds = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     for code, known in _codes(cls):
         names, exactly = {*code.co_names, *code.co_freevars}, bool({"type", "__class__"} & {*code.co_names})
-        if not exactly and not (instances and ("isinstance" in names or _matches(code))): continue
+        if not exactly and not (instances and ("isinstance" in names or _matches(code))):
+            continue
         said = [y for x in map(known().get, names) for y in (x if isinstance(x, (tuple, list, set, dict)) else [x])]
         for c in kinds:
-            if c.__name__ in names or any(c is y for y in said) or exactly and "__name__" in names and c.__name__ in code.co_consts: return c.__name__
+            if (
+                c.__name__ in names
+                or any(c is y for y in said)
+                or exactly
+                and "__name__" in names
+                and c.__name__ in code.co_consts
+            ):
+                return c.__name__
     return None
 
-
 # %% ../../nbs/workshop/models.ipynb
-HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook", "_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
-FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")      # which of them are called how
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+FLAGS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # which of them are called how
+
 
 def hooks_of(
     layer: nn.Module,
-) -> list[str]:      # such as 'forward hook'; what computes a weight (see `computed`) is not among them
+) -> list[str]:  # such as 'forward hook'; what computes a weight (see `computed`) is not among them
     "The kinds of hooks that hang on a layer itself."
-    mine = lambda h: not isinstance(h, torch_prune.BasePruningMethod) and type(h).__name__ not in ("WeightNorm", "SpectralNorm")
+    mine = lambda h: (
+        not isinstance(h, torch_prune.BasePruningMethod) and type(h).__name__ not in ("WeightNorm", "SpectralNorm")
+    )
     return [kind for key, kind in HOOKS.items() if any(map(mine, getattr(layer, key, {}).values()))]
 
+
 def carry_hooks(
-    old: nn.Module,     # keeps its hooks
-    new: nn.Module,     # gets them too, before its own
-) -> nn.Module:         # that one
+    old: nn.Module,  # keeps its hooks
+    new: nn.Module,  # gets them too, before its own
+) -> nn.Module:  # that one
     "Hang the hooks of a layer on the one that takes its place; they are called with the new layer."
-    for key in (*HOOKS, *FLAGS): new.__dict__[key] = type(old.__dict__[key])({**old.__dict__[key], **new.__dict__[key]})
-    if old._is_full_backward_hook is not None: new._is_full_backward_hook = old._is_full_backward_hook
+    for key in (*HOOKS, *FLAGS):
+        new.__dict__[key] = type(old.__dict__[key])({**old.__dict__[key], **new.__dict__[key]})
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
     return new

@@ -19,88 +19,132 @@ from ..archive import replacing
 from .models import call, copied, output_tensors
 
 # %% ../../nbs/workshop/onnx_files.ipynb
-LIMIT = 2 ** 31 - 2 ** 24      # bytes of tensors up to which a graph is one file; Protocol Buffers ends at 2³¹
+LIMIT = 2**31 - 2**24  # bytes of tensors up to which a graph is one file; Protocol Buffers ends at 2³¹
+
 
 def stored_bytes(
-    tensor: Any,   # onnx.TensorProto
+    tensor: Any,  # onnx.TensorProto
 ) -> int:
     "How many bytes the numbers of a stored tensor take, wherever they are."
     outside = next((int(e.value) for e in tensor.external_data if e.key == "length"), None)
     return outside if outside is not None else len(tensor.raw_data) or tensor.ByteSize()
 
+
 @contextmanager
 def written(
-    onnx: Any,                     # the package
-    proto: Any,                    # onnx.ModelProto; its large tensors may be moved out of it
-    path: str | os.PathLike,       # where the file appears when the block ends without an exception
-) -> Iterator[bytes | Path]:       # the file's content, or the path of a draft where it is too large: to be checked in the block
-    "Write a graph. Its tensors lie beside it in `<path>.data` when they take more than `LIMIT` bytes. `OSError` names the path."
+    onnx: Any,  # the package
+    proto: Any,  # onnx.ModelProto; its large tensors may be moved out of it
+    path: str | os.PathLike,  # where the file appears when the block ends without an exception
+) -> Iterator[
+    bytes | Path
+]:  # the file's content, or the path of a draft where it is too large: to be checked in the block
+    """Write a graph. Its tensors lie beside it in `<path>.data` when they take more than `LIMIT` bytes. `OSError`
+    names the path."""
     path = Path(path)
     if sum(map(stored_bytes, proto.graph.initializer)) < LIMIT:
         content = proto.SerializeToString()
         yield content
-        with replacing(path) as f: f.write(content)
+        with replacing(path) as f:
+            f.write(content)
         return
     folder = path.parent / f".modelzip-{secrets.token_hex(8)}.tmp"
     try:
-        if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         folder.mkdir()
-    except OSError as e: raise OSError(e.errno, e.strerror, os.fspath(path)) from None
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from None
     try:
         _move_out(onnx, proto, folder / (path.name + ".data"))
         (folder / path.name).write_bytes(proto.SerializeToString())
         yield folder / path.name
-        for part in (path.name + ".data", path.name): os.replace(folder / part, path.parent / part)
-    finally: shutil.rmtree(folder, ignore_errors=True)
+        for part in (path.name + ".data", path.name):
+            os.replace(folder / part, path.parent / part)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 def _move_out(onnx, proto, path):
     with open(path, "wb") as f:
         for t in proto.graph.initializer:
-            if not t.HasField("raw_data") and t.ByteSize() > 1024: t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t), t.name))
-            if len(t.raw_data) <= 1024: continue
+            if not t.HasField("raw_data") and t.ByteSize() > 1024:
+                t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t), t.name))
+            if len(t.raw_data) <= 1024:
+                continue
             f.write(bytes(-f.tell() % 64))
             onnx.external_data_helper.set_external_data(t, path.name, offset=f.tell(), length=len(t.raw_data))
             f.write(t.raw_data)
             t.ClearField("raw_data")
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../../nbs/workshop/onnx_files.ipynb
 @torch.no_grad()
 def disagreement(
-    model: nn.Module,          # left as it is, random numbers too
-    run: Callable,             # what computes the same, from the same tensors
-    example: tuple,            # of tensors
-    free: tuple,               # for each of them its free dimensions by name
-    tolerance: float = 0.01,   # of the norm of an output's difference, relative to the output's
-) -> float | None:             # the largest relative difference above the tolerance; None: there is none
+    model: nn.Module,  # left as it is, random numbers too
+    run: Callable,  # what computes the same, from the same tensors
+    example: tuple,  # of tensors
+    free: tuple,  # for each of them its free dimensions by name
+    tolerance: float = 0.01,  # of the norm of an output's difference, relative to the output's
+) -> float | None:  # the largest relative difference above the tolerance; None: there is none
     "How far the outputs of a file are from those of its model."
     shared = {id(t): t for t in model.parameters()} | {id(t): t for t in model.buffers() if t.numel() > 1 << 16}
     with torch.random.fork_rng(devices=[]):
-        own, worst = copied(model, shared).eval(), 0.
+        own, worst = copied(model, shared).eval(), 0.0
         for i, inputs in enumerate(_tries(example, free)):
             torch.manual_seed(0)
-            try: want = output_tensors(call(own, tuple(x.clone() for x in inputs)))
-            except Exception: continue
-            try: got = run(*inputs)
+            try:
+                want = output_tensors(call(own, tuple(x.clone() for x in inputs)))
+            except Exception:
+                continue
+            try:
+                got = run(*inputs)
             except Exception as e:
-                if i == 2: continue                       # another size: whoever uses it will hear so
+                if i == 2:
+                    continue  # another size: whoever uses it will hear so
                 raise ValueError(f"ONNX Runtime cannot compute the model: {e}") from None
-            worst = max([worst, *(_off(a, b) for a, b in zip(want.values(), [got] if isinstance(got, Tensor) else got))])
+            worst = max(
+                [worst, *(_off(a, b) for a, b in zip(want.values(), [got] if isinstance(got, Tensor) else got))]
+            )
     return worst if worst > tolerance else None
+
 
 def _tries(example, free):
     torch.manual_seed(0)
-    noisy = tuple(x + torch.randn_like(x) * (x.std(unbiased=False).item() or 1.) if x.is_floating_point() and bool(torch.isfinite(x).all()) else x for x in example)
+    noisy = tuple(
+        (
+            x + torch.randn_like(x) * (x.std(unbiased=False).item() or 1.0)
+            if x.is_floating_point() and bool(torch.isfinite(x).all())
+            else x
+        )
+        for x in example
+    )
     longer = noisy
     for i, dimensions in enumerate(free):
-        for d in dimensions: longer = (*longer[:i], longer[i].index_select(d, torch.arange(longer[i].shape[d] + 1).clamp(max=longer[i].shape[d] - 1)) if longer[i].shape[d] else longer[i], *longer[i + 1:])
+        for d in dimensions:
+            longer = (
+                *longer[:i],
+                (
+                    longer[i].index_select(d, torch.arange(longer[i].shape[d] + 1).clamp(max=longer[i].shape[d] - 1))
+                    if longer[i].shape[d]
+                    else longer[i]
+                ),
+                *longer[i + 1 :],
+            )
     return [example, noisy, longer]
+
 
 def _off(want, got):
     "Relative difference; infinite for another shape."
-    if not want.is_floating_point() or not want.numel(): return 0.
-    if want.shape != got.shape: return float("inf")
-    keep = torch.isfinite(want) & torch.isfinite(got.to(want.dtype)) if not torch.isfinite(want).all() else torch.ones_like(want, dtype=torch.bool)
+    if not want.is_floating_point() or not want.numel():
+        return 0.0
+    if want.shape != got.shape:
+        return float("inf")
+    keep = (
+        torch.isfinite(want) & torch.isfinite(got.to(want.dtype))
+        if not torch.isfinite(want).all()
+        else torch.ones_like(want, dtype=torch.bool)
+    )
     a, b = want[keep].double(), got[keep].double()
-    off = ((a - b).norm() / (a.norm() + 1e-6 * a.numel() ** 0.5)).item() if a.numel() else 0.
+    off = ((a - b).norm() / (a.norm() + 1e-6 * a.numel() ** 0.5)).item() if a.numel() else 0.0
     return off if off == off else float("inf")

@@ -23,156 +23,275 @@ from .models import call, computed, copied, hooks_of, may_write, output_tensors
 class Unproven(Exception):
     "What a model does cannot be told from one look at it; says why."
 
+
 class _Stand(fx.Proxy):
     "fx's stand-in for a tensor, which notes whether a model asks for its class."
+
     @property
     def __class__(self):
         who = sys._getframe(1).f_globals.get("__name__", "")
-        if who.partition(".")[0] != "torch": self.tracer.asked.append(who)
+        if who.partition(".")[0] != "torch":
+            self.tracer.asked.append(who)
         return _Stand
+
 
 class _Tracer(fx.Tracer):
     def __init__(self):
         super().__init__()
         self.asked = []
-    def proxy(self, node): return _Stand(node, self)
+
+    def proxy(self, node):
+        return _Stand(node, self)
+
 
 class _Reads(TorchFunctionMode):
     "Notes whether a parameter is computed with."
+
     def __init__(self, parameters):
         super().__init__()
         self.ids, self.read = {id(p) for p in parameters}, False
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.read |= any(id(t) in self.ids for t in tree_leaves((args, kwargs)))
         return function(*args, **(kwargs or {}))
 
 # %% ../../nbs/workshop/pairs.ipynb
 def graphs_of(
-    model: nn.Module,      # it is left as it is
-) -> list[fx.Graph]:       # what it does: in evaluation and in training, with and without each optional argument
+    model: nn.Module,  # it is left as it is
+) -> list[fx.Graph]:  # what it does: in evaluation and in training, with and without each optional argument
     "Follow a model's code. `Unproven` when that is not the whole truth about it, `ValueError` as in `copied`."
     graphs = []
     for training in (False, True):
-        for arguments in _ways_to_call(model): graphs.append(_graph(model, training, arguments))
+        for arguments in _ways_to_call(model):
+            graphs.append(_graph(model, training, arguments))
     return graphs
+
 
 def _ways_to_call(model):
     "Optional arguments with their defaults, and each of them given (a flag: turned over)."
-    optional = {n: p.default for n, p in inspect.signature(model.forward).parameters.items() if p.default is not p.empty}
+    optional = {
+        n: p.default for n, p in inspect.signature(model.forward).parameters.items() if p.default is not p.empty
+    }
     ways = [optional]
-    for n, d in optional.items(): ways.append({k: v for k, v in optional.items() if k != n} | ({n: not d} if isinstance(d, bool) else {}))
+    for n, d in optional.items():
+        ways.append({k: v for k, v in optional.items() if k != n} | ({n: not d} if isinstance(d, bool) else {}))
     return ways
 
-def _shared(model): return {} if may_write(model) else {id(p): p for p in model.parameters()}
+
+def _shared(model):
+    return {} if may_write(model) else {id(p): p for p in model.parameters()}
+
 
 def _graph(model, training, arguments):
-    "One look at a private copy, which has the original's parameters (unless its code may write to them) and its own of everything else."
+    """One look at a private copy, which has the original's parameters (unless its code may write to them) and its
+    own of everything else."""
     twin = copied(model, _shared(model)).train(training)
     tracer, reads = _Tracer(), _Reads(twin.parameters())
     try:
-        with torch.random.fork_rng(devices=[]), reads: graph = tracer.trace(twin, arguments)
-    except Exception as e: raise Unproven(f"its code cannot be followed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"[:200]) from e
-    if tracer.asked: raise Unproven("its code asks what its inputs are (isinstance)")
-    if reads.read: raise Unproven("its code computes with parameters by itself")
-    kept = next((f"{n or 'the model'}.{k}" for n, m in twin.named_modules() for k, v in vars(m).items()
-                 if not k.startswith("_") and any(isinstance(t, fx.Proxy) for t in tree_leaves(v))), None)
-    if kept: raise Unproven(f"it keeps what it computes, in {kept}")
+        with torch.random.fork_rng(devices=[]), reads:
+            graph = tracer.trace(twin, arguments)
+    except Exception as e:
+        raise Unproven(
+            f"its code cannot be followed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"[:200]
+        ) from e
+    if tracer.asked:
+        raise Unproven("its code asks what its inputs are (isinstance)")
+    if reads.read:
+        raise Unproven("its code computes with parameters by itself")
+    kept = next(
+        (
+            f"{n or 'the model'}.{k}"
+            for n, m in twin.named_modules()
+            for k, v in vars(m).items()
+            if not k.startswith("_") and any(isinstance(t, fx.Proxy) for t in tree_leaves(v))
+        ),
+        None,
+    )
+    if kept:
+        raise Unproven(f"it keeps what it computes, in {kept}")
     return graph
 
 # %% ../../nbs/workshop/pairs.ipynb
-LAST, FLAT = "last axis", "flattened"         # where channels may lie, beside the number of axes that follow them
+LAST, FLAT = "last axis", "flattened"  # where channels may lie, beside the number of axes that follow them
 
-def _begins(layer): return LAST if isinstance(layer, nn.Linear) else len(layer.kernel_size)
 
-_POOLS = {1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, F.max_pool1d, torch.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d),
-          2: (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)}
-_EACH = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Dropout, nn.Identity, F.relu, F.relu_, torch.relu, torch.relu_, F.leaky_relu, F.dropout, "relu", "relu_", "contiguous")
+def _begins(layer):
+    return LAST if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+
+
+_POOLS = {
+    1: (
+        nn.MaxPool1d,
+        nn.AvgPool1d,
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveMaxPool1d,
+        F.max_pool1d,
+        torch.max_pool1d,
+        F.avg_pool1d,
+        F.adaptive_avg_pool1d,
+    ),
+    2: (
+        nn.MaxPool2d,
+        nn.AvgPool2d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveMaxPool2d,
+        F.max_pool2d,
+        torch.max_pool2d,
+        F.avg_pool2d,
+        F.adaptive_avg_pool2d,
+    ),
+}
+_EACH = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Dropout,
+    nn.Identity,
+    F.relu,
+    F.relu_,
+    torch.relu,
+    torch.relu_,
+    F.leaky_relu,
+    F.dropout,
+    "relu",
+    "relu_",
+    "contiguous",
+)
 _DROPS = {nn.Dropout1d: 1, nn.Dropout2d: 2}
-NEUTRAL = tuple(c for c in (*_EACH, *_POOLS[1], *_POOLS[2], *_DROPS, nn.Flatten) if isinstance(c, type))      # the layers among them
+NEUTRAL = tuple(
+    c for c in (*_EACH, *_POOLS[1], *_POOLS[2], *_DROPS, nn.Flatten) if isinstance(c, type)
+)  # the layers among them
+
 
 def _after(what, at, arguments, layer):
     "Where channels lie behind an operation; None when it may mix them, or does not pass a factor on."
-    if getattr(layer, "return_indices", False) or arguments.get("return_indices"): return None
-    if what in _EACH: return at
-    if what in _POOLS.get(at, ()) or _DROPS.get(what) == at: return at
+    if getattr(layer, "return_indices", False) or arguments.get("return_indices"):
+        return None
+    if what in _EACH:
+        return at
+    if what in _POOLS.get(at, ()) or _DROPS.get(what) == at:
+        return at
     if what in (nn.Flatten, torch.flatten, "flatten"):
-        start, end = (layer.start_dim, layer.end_dim) if layer is not None else (arguments.get("start_dim", 0), arguments.get("end_dim", -1))
-        if at == LAST: return at if (start, end) == (1, -1) else None
-        if isinstance(at, int) and (start, end) in ((1, -1), (1, at + 1), (-at - 1, -1)): return FLAT
+        start, end = (
+            (layer.start_dim, layer.end_dim)
+            if layer is not None
+            else (arguments.get("start_dim", 0), arguments.get("end_dim", -1))
+        )
+        if at == LAST:
+            return at if (start, end) == (1, -1) else None
+        if isinstance(at, int) and (start, end) in ((1, -1), (1, at + 1), (-at - 1, -1)):
+            return FLAT
     return None
 
 # %% ../../nbs/workshop/pairs.ipynb
 _NAMED = {"flatten": ("start_dim", "end_dim")}
 _WHAT_POOLS_TAKE = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
+
 def _step(node, came_from, modules, at):
     "The same for a node of a graph."
-    if any(x is came_from for x in tree_leaves((node.args[1:], node.kwargs))) or not node.args or node.args[0] is not came_from: return None
+    if (
+        any(x is came_from for x in tree_leaves((node.args[1:], node.kwargs)))
+        or not node.args
+        or node.args[0] is not came_from
+    ):
+        return None
     if node.op == "call_module":
         m = modules[node.target]
         return None if len(node.args) > 1 or node.kwargs or hooks_of(m) else _after(type(m), at, {}, m)
-    if _as_rows(node, came_from) and isinstance(at, int): return FLAT
-    if any(isinstance(x, fx.Node) for x in tree_leaves((node.args[1:], node.kwargs))): return None
+    if _as_rows(node, came_from) and isinstance(at, int):
+        return FLAT
+    if any(isinstance(x, fx.Node) for x in tree_leaves((node.args[1:], node.kwargs))):
+        return None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     given = dict(zip(_NAMED.get(name, _WHAT_POOLS_TAKE), node.args[1:])) | node.kwargs
     return _after(node.target, at, given, None) if node.op in ("call_function", "call_method") else None
 
+
 def _as_rows(node, x):
     "`x.view(x.size(0), -1)` and `x.reshape(x.shape[0], -1)`."
-    if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.args[2] != -1: return False
+    if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.args[2] != -1:
+        return False
     n = node.args[1]
-    if not isinstance(n, fx.Node): return False
-    if (n.op, n.target, n.args) == ("call_method", "size", (x, 0)): return True
+    if not isinstance(n, fx.Node):
+        return False
+    if (n.op, n.target, n.args) == ("call_method", "size", (x, 0)):
+        return True
     return n.target is operator.getitem and n.args[1] == 0 and _asks_shape(n.args[0], x)
 
+
 def _asks_shape(node, x):
-    if not isinstance(node, fx.Node) or not node.args or node.args[0] is not x: return False
-    return node.target == "size" and node.op == "call_method" or node.target is getattr and node.args[1] in ("shape", "dtype", "device")
+    if not isinstance(node, fx.Node) or not node.args or node.args[0] is not x:
+        return False
+    return (
+        node.target == "size"
+        and node.op == "call_method"
+        or node.target is getattr
+        and node.args[1] in ("shape", "dtype", "device")
+    )
 
 # %% ../../nbs/workshop/pairs.ipynb
 def why_not(
-    model: nn.Module,             # as it is
-    graphs: list[fx.Graph],       # of `graphs_of`
-    first: str,                   # name of a layer
-    second: str,                  # and of the one that reads it
+    model: nn.Module,  # as it is
+    graphs: list[fx.Graph],  # of `graphs_of`
+    first: str,  # name of a layer
+    second: str,  # and of the one that reads it
     holders: dict | None = None,  # of `_holders`, when it is asked for often
-) -> str | None:                  # what speaks against trading factors between them; None: nothing
+) -> str | None:  # what speaks against trading factors between them; None: nothing
     "Check a pair of layers."
     names = dict(model.named_modules(remove_duplicate=False))
     a, b = (names.get(n) for n in (first, second))
     holders = _holders(model) if holders is None else holders
     for name, m, wanted in (first, a, ("weight", "bias")), (second, b, ("weight",)):
-        if m is None: return f"there is no layer {name}"
-        if _plain_type(m) not in CALIBRATED: return f"{name} is {type(m).__name__}, and may be Linear, Conv1d or Conv2d"
-        if hooks_of(m): return f"{name} has a {hooks_of(m)[0]}"
-        if sum(x is m for x in names.values()) > 1: return f"{name} is registered under several names"
+        if m is None:
+            return f"there is no layer {name}"
+        if _plain_type(m) not in CALIBRATED:
+            return f"{name} is {type(m).__name__}, and may be Linear, Conv1d or Conv2d"
+        if hooks_of(m):
+            return f"{name} has a {hooks_of(m)[0]}"
+        if sum(x is m for x in names.values()) > 1:
+            return f"{name} is registered under several names"
         for key in wanted:
-            if (reason := _not_ours(m, key, holders)) is not None: return f"the {key} of {name} {reason}"
+            if (reason := _not_ours(m, key, holders)) is not None:
+                return f"the {key} of {name} {reason}"
     for graph in graphs:
-        if (reason := _no_way(graph, names, a, b, first, second)) is not None: return reason
+        if (reason := _no_way(graph, names, a, b, first, second)) is not None:
+            return reason
     return None
 
-def _plain_type(m): return type(m).__mro__[1] if parametrize.is_parametrized(m) else type(m)
+
+def _plain_type(m):
+    return type(m).__mro__[1] if parametrize.is_parametrized(m) else type(m)
+
 
 def scalable(
-    layer: nn.Module,
-    name: str = "weight",
-) -> nn.Parameter | None:   # what a factor may be worked into: the parameter, or what lies under a mask; None where there is no such thing
+    layer: nn.Module, name: str = "weight"
+) -> (
+    nn.Parameter | None
+):  # what a factor may be worked into: the parameter, or what lies under a mask; None where there is no such thing
     "The numbers behind a tensor of a layer."
     if parametrize.is_parametrized(layer, name):
         under = layer.parametrizations[name]
         return under.original if all(type(p) is Mask for p in under) else None
     return layer._parameters.get(name)
 
+
 def _not_ours(layer, key, holders):
     "Why a tensor of a layer cannot be scaled for this layer alone."
-    if key == "bias" and getattr(layer, key, None) is None: return None
+    if key == "bias" and getattr(layer, key, None) is None:
+        return None
     p = scalable(layer, key)
-    if p is None: return computed(layer, key) or "is no parameter"
-    if not p.is_floating_point(): return f"has dtype {p.dtype}"
-    if not p.numel(): return "is empty"
-    if p.is_meta: return "is on the meta device and holds no numbers"
-    others = {id(t) for t in holders[p.untyped_storage().data_ptr()]} | {f"place {i}" for i in range(len(holders[p.untyped_storage().data_ptr()]))}
+    if p is None:
+        return computed(layer, key) or "is no parameter"
+    if not p.is_floating_point():
+        return f"has dtype {p.dtype}"
+    if not p.numel():
+        return "is empty"
+    if p.is_meta:
+        return "is on the meta device and holds no numbers"
+    others = {id(t) for t in holders[p.untyped_storage().data_ptr()]} | {
+        f"place {i}" for i in range(len(holders[p.untyped_storage().data_ptr()]))
+    }
     return "is shared with another layer" if len(others) > 2 else None
 
 # %% ../../nbs/workshop/pairs.ipynb
@@ -181,81 +300,117 @@ def _holders(model):
     found = {}
     for m in model.modules():
         inside = [t for k in ("_parameters", "_buffers") for t in vars(m)[k].values()]
-        inside += [t for k, v in vars(m).items() if k not in ("_parameters", "_buffers", "_modules", "_flat_weights") for t in tree_leaves(v)]
+        inside += [
+            t
+            for k, v in vars(m).items()
+            if k not in ("_parameters", "_buffers", "_modules", "_flat_weights")
+            for t in tree_leaves(v)
+        ]
         for t in inside:
-            if isinstance(t, Tensor) and t.layout == torch.strided and t.numel() and not t.is_meta: found.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+            if isinstance(t, Tensor) and t.layout == torch.strided and t.numel() and not t.is_meta:
+                found.setdefault(t.untyped_storage().data_ptr(), []).append(t)
     return found
+
 
 def _no_way(graph, modules, a, b, first, second):
     "Why the outputs of a do not go to b, and only there, with their channels in place."
     calls = [[n for n in graph.nodes if n.op == "call_module" and modules.get(n.target) is m] for m in (a, b)]
     for name, c in zip((first, second), calls):
-        if len(c) != 1: return f"{name} is called {len(c)} times"
+        if len(c) != 1:
+            return f"{name} is called {len(c)} times"
         reads = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{name}.")]
-        if reads: return f"the model reads {reads[0].target} by itself"
+        if reads:
+            return f"the model reads {reads[0].target} by itself"
     (node,), (goal,), at, way = *calls, _begins(a), [calls[0][0]]
     while True:
         users = [u for u in node.users if not _asks_shape(u, node)]
-        if len(users) != 1: return f"what {first} puts out is used {len(users)} times"
-        if users[0] is goal: break
+        if len(users) != 1:
+            return f"what {first} puts out is used {len(users)} times"
+        if users[0] is goal:
+            break
         rows = [u for u in node.users if u is not users[0]]
         node, at = users[0], _step(users[0], node, modules, at)
         way.append(node)
-        if at is None: return f"{_said(node)} stands between {first} and {second}, and does not pass the factor of a channel on"
-    if goal.args != (node,) or goal.kwargs: return f"{second} is called with more than the output of {first}"
+        if at is None:
+            return f"{_said(node)} stands between {first} and {second}, and does not pass the factor of a channel on"
+    if goal.args != (node,) or goal.kwargs:
+        return f"{second} is called with more than the output of {first}"
     outputs, inputs = a.weight.shape[0], b.weight.shape[1] * getattr(b, "groups", 1)
-    if at == FLAT and isinstance(b, nn.Linear) and inputs % outputs == 0 or at == _begins(b) and inputs == outputs: return _watched_over([*way, goal], modules)
-    return f"{second} does not read the channels of {first}: they lie at the {at if isinstance(at, str) else f'axis -{at + 1}'}, {outputs} of them, and it has {inputs} inputs"
+    if at == FLAT and isinstance(b, nn.Linear) and inputs % outputs == 0 or at == _begins(b) and inputs == outputs:
+        return _watched_over([*way, goal], modules)
+    return (
+        f"{second} does not read the channels of {first}: they lie at the"
+        f" {at if isinstance(at, str) else f'axis -{at + 1}'}, {outputs} of them, and it has {inputs} inputs"
+    )
 
-def _said(node): return f"layer {node.target}" if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
+
+def _said(node):
+    return f"layer {node.target}" if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
+
 
 def _watched_over(way, modules):
     "Hooks of what a pair lies in part in: they see, or change, what lies between."
-    stacks = [{k.partition("@")[0] for k in (n.meta.get("nn_module_stack") or {})} for n in way]
+    stacks = [{k.partition("@")[0] for k in n.meta.get("nn_module_stack") or {}} for n in way]
     for name in sorted(set().union(*stacks) - set.intersection(*stacks)):
-        if name in modules and hooks_of(modules[name]): return f"{name} has a {hooks_of(modules[name])[0]}"
+        if name in modules and hooks_of(modules[name]):
+            return f"{name} has a {hooks_of(modules[name])[0]}"
     return None
 
 # %% ../../nbs/workshop/pairs.ipynb
 def proven_pairs(
-    model: nn.Module,                          # it is left as it is
-) -> tuple[list[tuple[str, str]], str]:        # pairs in the order of their calls; why there are no more
+    model: nn.Module,  # it is left as it is
+) -> tuple[list[tuple[str, str]], str]:  # pairs in the order of their calls; why there are no more
     "All pairs of layers between which a positive factor of each channel may be moved."
-    try: graphs = graphs_of(model)
-    except Unproven as e: return [], f"of this model nothing can be proved: {e}"
+    try:
+        graphs = graphs_of(model)
+    except Unproven as e:
+        return [], f"of this model nothing can be proved: {e}"
     pairs, reasons, holders, names = [], [], _holders(model), dict(model.named_modules(remove_duplicate=False))
     calls = [n for n in graphs[0].nodes if n.op == "call_module" and isinstance(names.get(n.target), CALIBRATED)]
     for n in calls:
         node, at = n, _begins(names[n.target])
         while at is not None:
             users = [u for u in node.users if not _asks_shape(u, node)]
-            if len(users) != 1 or users[0] in calls: break
+            if len(users) != 1 or users[0] in calls:
+                break
             node, at = users[0], _step(users[0], node, names, at)
-        if at is None or len(users) != 1 or users[0] not in calls: continue
+        if at is None or len(users) != 1 or users[0] not in calls:
+            continue
         reason = why_not(model, graphs, n.target, users[0].target, holders)
-        if reason is None: pairs.append((n.target, users[0].target))
-        else: reasons.append(reason)
-    return pairs, "; ".join(dict.fromkeys(reasons)) or "no two of Linear, Conv1d and Conv2d follow each other with only ReLU, pooling, Flatten and the like between them"
+        if reason is None:
+            pairs.append((n.target, users[0].target))
+        else:
+            reasons.append(reason)
+    return (
+        pairs,
+        "; ".join(dict.fromkeys(reasons))
+        or "no two of Linear, Conv1d and Conv2d follow each other with only ReLU, pooling, Flatten and the like between them",
+    )
 
 # %% ../../nbs/workshop/pairs.ipynb
 def others_like(
-    example: Any,        # of `call`
+    example: Any,  # of `call`
     seed: int,
-) -> Any:                # floats moved by about their own size; everything else, such as token ids, as it is
+) -> Any:  # floats moved by about their own size; everything else, such as token ids, as it is
     "Another input of the same kind."
     g = torch.Generator().manual_seed(seed)
+
     def moved(t):
-        if not isinstance(t, Tensor) or not t.is_floating_point() or not t.numel(): return t
-        size = t.float().std(correction=0).nan_to_num().item() or 1.
+        if not isinstance(t, Tensor) or not t.is_floating_point() or not t.numel():
+            return t
+        size = t.float().std(correction=0).nan_to_num().item() or 1.0
         return t + (size * torch.randn(t.shape, generator=g)).to(t)
+
     return tree_map(moved, example)
 
+
 def check_same(
-    new: nn.Module,      # what a model has become
-    model: nn.Module,    # what it was
-    example: Any,        # of `call`
+    new: nn.Module,  # what a model has become
+    model: nn.Module,  # what it was
+    example: Any,  # of `call`
 ) -> None:
-    "`ValueError` unless two models put out the same numbers, to rounding, for an example and two like it. Whole numbers (such as a class that was chosen) are not compared. Both are left as they are."
+    """`ValueError` unless two models put out the same numbers, to rounding, for an example and two like it. Whole
+    numbers (such as a class that was chosen) are not compared. Both are left as they are."""
     twins = [copied(m, _shared(m)).eval() for m in (new, model)]
     for i, x in enumerate((example, others_like(example, 1), others_like(example, 2))):
         found = []
@@ -265,10 +420,24 @@ def check_same(
                 found.append(output_tensors(call(m, tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x))))
         for path, y in found[1].items():
             z, room = found[0][path], _room(model, y)
-            if not y.is_floating_point() or not y.numel(): continue
-            if (y - z).abs().nan_to_num().max() > room or not torch.equal(y.isfinite(), z.isfinite()): raise ValueError(f"output {path} is {(y - z).abs().max():.3g} off for {'the example' if not i else 'an input like the example'}: this model's numbers do not allow it")
+            if not y.is_floating_point() or not y.numel():
+                continue
+            if (y - z).abs().nan_to_num().max() > room or not torch.equal(y.isfinite(), z.isfinite()):
+                raise ValueError(
+                    f"output {path} is {(y - z).abs().max():.3g} off for"
+                    f" {'the example' if not i else 'an input like the example'}: this model's numbers do not allow it"
+                )
+
 
 def _room(model, y):
     "What rounding may cost: some hundred last digits of the largest output."
-    eps = max([torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()] + [torch.finfo(y.dtype).eps * y.is_floating_point()], default=0.) if y.is_floating_point() else 0.
-    return 256 * eps * (y[y.isfinite()].abs().max().item() if y.isfinite().any() else 1.)
+    eps = (
+        max(
+            [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+            + [torch.finfo(y.dtype).eps * y.is_floating_point()],
+            default=0.0,
+        )
+        if y.is_floating_point()
+        else 0.0
+    )
+    return 256 * eps * (y[y.isfinite()].abs().max().item() if y.isfinite().any() else 1.0)

@@ -15,15 +15,20 @@ from typing import Any
 # %% ../../nbs/workshop/parcels.ipynb
 class Parcel:
     "Where a process finds things."
-    def __init__(self, path: str): self.path = path
+
+    def __init__(self, path: str):
+        self.path = path
+
 
 @functools.lru_cache(1)
 def _opened(path):
-    with open(path, "rb") as f: return pickle.load(f)
+    with open(path, "rb") as f:
+        return pickle.load(f)
+
 
 def received(
-    what: Any,      # of `sent_once`
-) -> tuple:         # the things
+    what: Any,  # of `sent_once`
+) -> tuple:  # the things
     "The things themselves, in a worker; a process opens what it was sent last only once."
     return _opened(what.path) if isinstance(what, Parcel) else what
 
@@ -31,24 +36,30 @@ def received(
 @contextmanager
 def sent_once(
     executor: Executor | None,
-    things: tuple,              # what all jobs read, and none changes
-) -> Iterator[Any]:             # an argument for jobs, which call `received` with it
+    things: tuple,  # what all jobs read, and none changes
+) -> Iterator[Any]:  # an argument for jobs, which call `received` with it
     "Send things to the workers of an executor. The block has to last until the last job is done."
     if isinstance(executor, ProcessPoolExecutor):
         with tempfile.TemporaryDirectory(prefix="modelzip-") as folder:
             path = os.path.join(folder, "things")
             yield Parcel(path) if _written(things, path) else things
-    elif hasattr(client := getattr(executor, "_client", None), "scatter"):      # Dask's
+    elif hasattr(client := getattr(executor, "_client", None), "scatter"):  # Dask's
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sending large graph")     # large it is, but once
+            warnings.filterwarnings("ignore", message="Sending large graph")  # large it is, but once
             kept = client.submit(received, things, pure=False)
-        try: yield kept
-        finally: kept.release()
-    else: yield things
+        try:
+            yield kept
+        finally:
+            kept.release()
+    else:
+        yield things
+
 
 def _written(things, path):
     "Whether they could be."
     try:
-        with open(path, "wb") as f: pickle.dump(things, f, protocol=5)
-    except Exception: return False          # a full disk, a lambda: the executor will say what is wrong, if it is
+        with open(path, "wb") as f:
+            pickle.dump(things, f, protocol=5)
+    except Exception:
+        return False  # a full disk, a lambda: the executor will say what is wrong, if it is
     return True

@@ -15,140 +15,240 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .matrices import also_held, check_kept, floats_left, identity_of, layers_of, outputs_of, overlap, _rule
+from modelzip.workshop.matrices import (
+    also_held,
+    check_kept,
+    floats_left,
+    identity_of,
+    layers_of,
+    outputs_of,
+    overlap,
+    _rule,
+)
 from .models import computed
 
 # %% ../../nbs/workshop/prepared.ipynb
 class Settings(nn.Module):
     "A module whose whole numbers are in its state, as a buffer `settings`."
+
     def _keep(self, *values: int | bool | float | None) -> None:
         "Set them for the first time; a float keeps all its bits."
         self._known = tuple(map(_as_whole, values))
         self.register_buffer("settings", torch.tensor(self._known, dtype=torch.int64))
+
     def _read(self, i: int) -> int:
-        if not torch.compiler.is_compiling() and not self.settings.is_meta: self.__dict__["_known"] = tuple(self.settings.tolist())
+        if not torch.compiler.is_compiling() and not self.settings.is_meta:
+            self.__dict__["_known"] = tuple(self.settings.tolist())
         return self._known[i]
+
     def _write(self, i: int, value) -> None:
         known = list(self._known) if self.settings.is_meta else self.settings.tolist()
         known[i] = _as_whole(value)
         self._known, self.settings = tuple(known), torch.tensor(known, dtype=torch.int64, device=self.settings.device)
+
     def _apply(self, fn, recurse=True):
         def only_move(t):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
-        for m in self.children() if recurse else (): m._apply(fn)
+
+        for m in self.children() if recurse else ():
+            m._apply(fn)
         return super()._apply(only_move, recurse=False)
 
+
 def _as_whole(v):
-    if isinstance(v, float): return struct.unpack("<q", struct.pack("<d", v))[0]
+    if isinstance(v, float):
+        return struct.unpack("<q", struct.pack("<d", v))[0]
     return -1 if v is None else int(v)
 
+
 def setting(
-    i: int,                              # place in the buffer
-    kind: Callable | None = None,        # bool or float; None: a whole number, or None for −1
+    i: int,  # place in the buffer
+    kind: Callable | None = None,  # bool or float; None: a whole number, or None for −1
 ) -> property:
     "A setting that reads and is set like an attribute."
+
     def get(self):
         v = self._read(i)
-        return struct.unpack("<d", struct.pack("<q", v))[0] if kind is float else bool(v) if kind is bool else None if v == -1 else v
+        return (
+            struct.unpack("<d", struct.pack("<q", v))[0]
+            if kind is float
+            else bool(v)
+            if kind is bool
+            else None
+            if v == -1
+            else v
+        )
+
     return property(get, lambda self, value: self._write(i, value))
 
 # %% ../../nbs/workshop/prepared.ipynb
 @dataclass(eq=False)
 class Place:
     "A matrix that is to be trained through rounding."
-    names: list[str]      # of its layer
-    owner: nn.Module      # the layer
-    key: str              # name of the matrix
-    axis: int             # of the output channels
-    how: dict             # its options
+
+    names: list[str]  # of its layer
+    owner: nn.Module  # the layer
+    key: str  # name of the matrix
+    axis: int  # of the output channels
+    how: dict  # its options
+
     @property
-    def name(self) -> str: return self.names[0] if self.key == "weight" else f"{self.names[0]}.{self.key}".lstrip(".")
+    def name(self) -> str:
+        return self.names[0] if self.key == "weight" else f"{self.names[0]}.{self.key}".lstrip(".")
+
     @property
     def sources(self) -> list[tuple[nn.Module, str]]:
         "The modules and keys of the parameters that it is, or is computed from."
-        if not parametrize.is_parametrized(self.owner, self.key): return [(self.owner, self.key)]
+        if not parametrize.is_parametrized(self.owner, self.key):
+            return [(self.owner, self.key)]
         chain = self.owner.parametrizations[self.key]
-        return [(chain, k) for k in chain._parameters if k.startswith("original")] or [(chain, k) for k in chain._buffers if k.startswith("original")]
+        return [(chain, k) for k in chain._parameters if k.startswith("original")] or [
+            (chain, k) for k in chain._buffers if k.startswith("original")
+        ]
+
     @property
     def tie(self) -> tuple:
         "Equal for matrices that are one."
-        steps = [*map(id, self.owner.parametrizations[self.key])] if parametrize.is_parametrized(self.owner, self.key) else []
+        steps = (
+            [*map(id, self.owner.parametrizations[self.key])]
+            if parametrize.is_parametrized(self.owner, self.key)
+            else []
+        )
         return (*(identity_of(getattr(m, k)) for m, k in self.sources), *steps)
 
 # %% ../../nbs/workshop/prepared.ipynb
 def choose_places(
     model: nn.Module,
-    overrides: Mapping | None,      # by name or pattern of a layer or matrix: options, or None to leave it alone; the first match wins
-    options: Callable,              # (name, owner, key, what overrides say) → checked options
-) -> list[Place]:                   # in the model's order
-    """What is to be trained through rounding. `ValueError` names what is neither a parameter nor parametrized, tied tensors with different options,
-    and patterns that match nothing; a warning names matrices in modules that nobody knows."""
+    overrides: (
+        Mapping | None
+    ),  # by name or pattern of a layer or matrix: options, or None to leave it alone; the first match wins
+    options: Callable,  # (name, owner, key, what overrides say) → checked options
+) -> list[Place]:  # in the model's order
+    """What is to be trained through rounding. `ValueError` names what is neither a parameter nor parametrized, tied
+    tensors with different options, and patterns that match nothing; a warning names matrices in modules that nobody
+    knows."""
     known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m)]
-    rule, places, alone = _rule(model, overrides or {}, [(m, names, k) for m, names in known for k in outputs_of(m)]), [], 0
+    rule, places, alone = (
+        _rule(model, overrides or {}, [(m, names, k) for m, names in known for k in outputs_of(m)]),
+        [],
+        0,
+    )
     for m, names in known:
         for key, axis in outputs_of(m).items():
             why, raw = computed(m, key), m._parameters.get(key)
-            if raw is None and why is None: continue
-            if (said := rule(m, names, key)) is None: alone += 1
+            if raw is None and why is None:
+                continue
+            if (said := rule(m, names, key)) is None:
+                alone += 1
             elif (wrong := _no_parameter(m, key, raw, why)) is not None:
-                raise ValueError(f"{names[0] or '(model)'}.{key} {wrong}, or leave it alone: overrides={{{names[0]!r}: None}}")
-            elif raw is None or raw.numel() and raw.is_floating_point(): places.append(Place(names, m, key, axis, options(names[0], m, key, said)))
-    if not places and alone: raise ValueError("overrides leaves no layer to quantize")
-    if not places: raise ValueError("model has no layer to quantize; it may have Linear, convolutions, Embedding, recurrent layers, attention")
+                raise ValueError(
+                    f"{names[0] or '(model)'}.{key} {wrong}, or leave it alone: overrides={{{names[0]!r}: None}}"
+                )
+            elif raw is None or raw.numel() and raw.is_floating_point():
+                places.append(Place(names, m, key, axis, options(names[0], m, key, said)))
+    if not places and alone:
+        raise ValueError("overrides leaves no layer to quantize")
+    if not places:
+        raise ValueError(
+            "model has no layer to quantize; it may have Linear, convolutions, Embedding, recurrent layers, attention"
+        )
     _check_ties(model, places)
     return places
 
+
 def _no_parameter(m, key, raw, why):
     "Why a matrix cannot be trained through rounding; None when it can."
-    if parametrize.is_parametrized(m, key): return why if isinstance(m, nn.RNNBase) else None
-    if why is not None: return why
-    if getattr(m, "sparse", False): return "has sparse gradients, which do not pass through rounding; set its layer's sparse = False"
-    if is_lazy(raw): return "has no shape before the first call; run the model once first"
-    if raw.is_meta: return "is on the meta device, without values; load them first"
+    if parametrize.is_parametrized(m, key):
+        return why if isinstance(m, nn.RNNBase) else None
+    if why is not None:
+        return why
+    if getattr(m, "sparse", False):
+        return "has sparse gradients, which do not pass through rounding; set its layer's sparse = False"
+    if is_lazy(raw):
+        return "has no shape before the first call; run the model once first"
+    if raw.is_meta:
+        return "is on the meta device, without values; load them first"
     return None
 
+
 def warn_of_floats(
-    model: nn.Module,     # not quantized yet
+    model: nn.Module,  # not quantized yet
 ) -> None:
     "Say what no table knows: parameters with two or more dimensions that will stay floats."
     found = floats_left(model)
-    left = {n: why for n, why in found.items() if "bare parameter" in why and not _inside_parametrization(n) or "plain attribute" in why and found.bytes[n] >= 1024 or "no child" in why}
-    if left: warnings.warn("prepare leaves these as floats: " + "; ".join(f"{n} is {why}" for n, why in left.items()), stacklevel=4)
+    left = {
+        n: why
+        for n, why in found.items()
+        if "bare parameter" in why
+        and not _inside_parametrization(n)
+        or "plain attribute" in why
+        and found.bytes[n] >= 1024
+        or "no child" in why
+    }
+    if left:
+        warnings.warn(
+            "prepare leaves these as floats: " + "; ".join(f"{n} is {why}" for n, why in left.items()), stacklevel=4
+        )
 
-def _inside_parametrization(name): return ".parametrizations." in f".{name}"
+
+def _inside_parametrization(name):
+    return ".parametrizations." in f".{name}"
 
 # %% ../../nbs/workshop/prepared.ipynb
-WEIGHT_OPTIONS = "levels", "group", "per_channel", "learn"      # of a quantizer for weights, which tied ones share
+WEIGHT_OPTIONS = "levels", "group", "per_channel", "learn"  # of a quantizer for weights, which tied ones share
 
-def _sharing(places, t): return next((p for p in places for m, k in p.sources if overlap(getattr(m, k), t)), None)
+
+def _sharing(places, t):
+    return next((p for p in places for m, k in p.sources if overlap(getattr(m, k), t)), None)
+
 
 def _check_ties(model, places):
     "`ValueError` that names both places of a tensor of which different things are said."
     at = {(id(m), k): p for p in places for m, k in p.sources}
     ties = {}
     for p in places:
-        for m, k in p.sources: ties.setdefault(identity_of(getattr(m, k)), p)
+        for m, k in p.sources:
+            ties.setdefault(identity_of(getattr(m, k)), p)
     for m, names in layers_of(model).values():
         for key, t in (*m._parameters.items(), *m._buffers.items()):
-            if t is None or (first := ties.get(identity_of(t)) or (_sharing(places, t) if key in m._buffers else None)) is None: continue
+            if (
+                t is None
+                or (first := ties.get(identity_of(t)) or (_sharing(places, t) if key in m._buffers else None)) is None
+            ):
+                continue
             other, here = at.get((id(m), key)), f"{names[0]}.{key}".lstrip(".")
-            if other is None: raise ValueError(f"{first.name} and {here} are one tensor; the first is to be quantized, the second stays float: leave both alone in overrides, or quantize both")
+            if other is None:
+                raise ValueError(
+                    f"{first.name} and {here} are one tensor; the first is to be quantized, the second stays float:"
+                    " leave both alone in overrides, or quantize both"
+                )
             a, b = ({k: p.how[k] for k in WEIGHT_OPTIONS} for p in (first, other))
-            if a != b: raise ValueError(f"{first.name} and {other.name} are one tensor; overrides say {a} of the first and {b} of the second: say the same of both")
+            if a != b:
+                raise ValueError(
+                    f"{first.name} and {other.name} are one tensor; overrides say {a} of the first and {b} of the"
+                    " second: say the same of both"
+                )
     for where, t in also_held(model):
-        if (first := _sharing(places, t)) is not None: raise ValueError(f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain attribute and stays float: read it as {first.name}, or leave it alone in overrides")
+        if (first := _sharing(places, t)) is not None:
+            raise ValueError(
+                f"{first.name} and {where} are one tensor; the first is to be quantized, the second is a plain"
+                f" attribute and stays float: read it as {first.name}, or leave it alone in overrides"
+            )
     check_kept(model, [(p.name, getattr(m, k)) for p in places for m, k in p.sources], "leave it alone in overrides")
 
 # %% ../../nbs/workshop/prepared.ipynb
 def exchange(
-    model: nn.Module,                         # a copy of the caller's; what is returned shares its tensors
-    new: Mapping[nn.Module, Callable],        # layer → function of a copy of it, whose inner layers are exchanged already, that returns what takes its place
-    keep: tuple = (),                         # modules that are shared rather than copied
+    model: nn.Module,  # a copy of the caller's; what is returned shares its tensors
+    new: Mapping[
+        nn.Module, Callable
+    ],  # layer → function of a copy of it, whose inner layers are exchanged already, that returns what takes its place
+    keep: tuple = (),  # modules that are shared rather than copied
 ) -> nn.Module:
-    "The model with layers exchanged under all their names. `ValueError` for a layer that refers to the module in which it hangs."
+    """The model with layers exchanged under all their names. `ValueError` for a layer that refers to the module in
+    which it hangs."""
     memo = {id(x): x for x in (*model.parameters(), *model.buffers(), *keep)}
-    inner = sorted(new, key=lambda m: sum(1 for _ in m.modules()))           # those inside others have fewer modules
+    inner = sorted(new, key=lambda m: sum(1 for _ in m.modules()))  # those inside others have fewer modules
     made = []
     for layer in inner:
         plain = copy.deepcopy(layer, memo)
@@ -158,5 +258,9 @@ def exchange(
     there = {id(m) for m in done.modules()}
     names = {id(m): n for n, m in model.named_modules()}
     for layer, plain, other in made:
-        if id(other) not in there: raise ValueError(f"layer {names[id(layer)] or '(model)'} cannot be exchanged: it keeps a reference to the module in which it hangs")
+        if id(other) not in there:
+            raise ValueError(
+                f"layer {names[id(layer)] or '(model)'} cannot be exchanged: it keeps a reference to the module in"
+                " which it hangs"
+            )
     return done

@@ -24,76 +24,118 @@ from .rehearsal import own_copy, same_draws
 class Unproved(Exception):
     "The code of a model does not say what we want to know."
 
+
 class Symbol(fx.Proxy):
     "Stands for a tensor."
+
     @property
-    def __class__(self): return Tensor
+    def __class__(self):
+        return Tensor
+
 
 class Symbols(fx.proxy.GraphAppendingTracer):
     "Collects what is done with symbols."
+
     def __init__(self, model: nn.Module):
         super().__init__(fx.Graph())
         self.model, self.training, self.touched, self.constants = model, set(), set(), []
         self.tensors = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        self.stores = {t.untyped_storage().data_ptr(): n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.numel() and t.device.type != "meta"}
-    def proxy(self, node): return Symbol(node, self)
+        self.stores = {
+            t.untyped_storage().data_ptr(): n
+            for n, t in [*model.named_parameters(), *model.named_buffers()]
+            if t.numel() and t.device.type != "meta"
+        }
+
+    def proxy(self, node):
+        return Symbol(node, self)
+
     def create_arg(self, a):
-        if type(a) is Symbol or not isinstance(a, Tensor): return super().create_arg(a)
+        if type(a) is Symbol or not isinstance(a, Tensor):
+            return super().create_arg(a)
         self.touch(a)
         self.constants.append(a.detach())
         return self.create_node("get_attr", f"constant_{len(self.constants)}", (), {})
+
     def touch(self, t: Tensor) -> None:
         "A parameter that is used as such, not by a symbol."
-        name = self.tensors.get(id(t)) or (self.stores.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided and t.numel() and t.device.type != "meta" else None)
-        if name: self.touched.add(name)
+        name = self.tensors.get(id(t)) or (
+            self.stores.get(t.untyped_storage().data_ptr())
+            if t.layout is torch.strided and t.numel() and t.device.type != "meta"
+            else None
+        )
+        if name:
+            self.touched.add(name)
+
 
 class Touching(TorchFunctionMode):
     "Notes which parameters functions get, beside the symbols."
-    def __init__(self, symbols: Symbols): super().__init__(); self.symbols = symbols
+
+    def __init__(self, symbols: Symbols):
+        super().__init__()
+        self.symbols = symbols
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)):
-            if type(t) is not Symbol and isinstance(t, Tensor): self.symbols.touch(t)
+            if type(t) is not Symbol and isinstance(t, Tensor):
+                self.symbols.touch(t)
         return f(*args, **(kwargs or {}))
 
 # %% ../../nbs/workshop/readers.ipynb
 def is_leaf(m: nn.Module) -> bool:
     "A layer of PyTorch, which we take as a whole."
-    return type(m).__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    return type(m).__module__.startswith("torch.nn") and not isinstance(
+        m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
 
 def prepared(model: nn.Module) -> Symbols:
     "Put symbols into the places of a copy's parameters and layers. Hooks are left out: who asks has to look for them."
     symbols = Symbols(model)
     for name, m in list(model.named_modules()):
-        for hooks in HOOKS: m.__dict__[hooks] = type(m.__dict__[hooks])()
+        for hooks in HOOKS:
+            m.__dict__[hooks] = type(m.__dict__[hooks])()
         for key, t in [*m._parameters.items(), *m._buffers.items()]:
-            if t is not None: m.__dict__[key] = symbols.create_proxy("get_attr", f"{name}.{key}".lstrip("."), (), {})
-        if name and is_leaf(m): m.__dict__["_compiled_call_impl"] = answering(symbols, name, m)
+            if t is not None:
+                m.__dict__[key] = symbols.create_proxy("get_attr", f"{name}.{key}".lstrip("."), (), {})
+        if name and is_leaf(m):
+            m.__dict__["_compiled_call_impl"] = answering(symbols, name, m)
     return symbols
+
 
 def answering(symbols: Symbols, name: str, m: nn.Module) -> Any:
     "What a layer does when it is called with symbols."
+
     def answer(*args, **kwargs):
-        if m.training: symbols.training.add(name)
+        if m.training:
+            symbols.training.add(name)
         return symbols.create_proxy("call_module", name, args, kwargs)
+
     return answer
 
 # %% ../../nbs/workshop/readers.ipynb
 def ways_to_call(model: nn.Module) -> list[tuple[dict, bool]]:
     "Arguments of `forward`, where `...` stands for a symbol; and whether this way has to work."
     parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters): raise Unproved("it takes any arguments")
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise Unproved("it takes any arguments")
     needed = {p.name: ... for p in parameters if p.default is p.empty}
     plain = {p.name: p.default for p in parameters if p.default is not p.empty}
     other = {k: (not v) if isinstance(v, bool) else ... for k, v in plain.items()}
-    if len(plain) > 5: raise Unproved("it has many optional arguments")
-    ways = [({**needed, **dict(zip(plain, values))}, True) for values in itertools.product(*((plain[k], other[k]) for k in plain))]
+    if len(plain) > 5:
+        raise Unproved("it has many optional arguments")
+    ways = [
+        ({**needed, **dict(zip(plain, values))}, True)
+        for values in itertools.product(*((plain[k], other[k]) for k in plain))
+    ]
     return ways + [({**needed, **plain, k: None}, False) for k in [*needed][1:]]
 
+
 def graphs_of(
-    model: nn.Module,       # in evaluation mode; left as it is
-) -> list[Symbols]:         # one for each way to call it
+    model: nn.Module,  # in evaluation mode; left as it is
+) -> list[Symbols]:  # one for each way to call it
     "Run the code of a model with symbols. `Unproved` where that does not work."
     return [s for way, needed in ways_to_call(model) if (s := graph_of(model, way, needed)) is not None]
+
 
 def graph_of(model: nn.Module, way: dict, needed: bool) -> Symbols | None:
     "One way to call it."
@@ -102,141 +144,236 @@ def graph_of(model: nn.Module, way: dict, needed: bool) -> Symbols | None:
     arguments = {k: symbols.create_proxy("placeholder", k, (), {}) if v is ... else v for k, v in way.items()}
     positional = [k for k, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_ONLY]
     try:
-        with torch.no_grad(), same_draws(), Touching(symbols): output = running.forward(*(arguments.pop(k) for k in positional), **arguments)
+        with torch.no_grad(), same_draws(), Touching(symbols):
+            output = running.forward(*(arguments.pop(k) for k in positional), **arguments)
         symbols.graph.output(symbols.create_arg(output))
     except Exception as e:
-        if not needed: return None
+        if not needed:
+            return None
         raise Unproved(f"{type(e).__name__}: {e}") from None
     check_nothing_is_kept(running)
     return symbols
+
 
 def check_nothing_is_kept(model: nn.Module) -> None:
     "`Unproved` for a model that keeps a tensor until its next call."
     for name, m in model.named_modules():
         for key, value in vars(m).items():
-            if key in m._parameters or key in m._buffers or key in ("_parameters", "_modules"): continue
-            if any(type(x) is Symbol for x in tree_leaves(list(value.values()) if isinstance(value, dict) else value)): raise Unproved(f"{name or 'it'} keeps {key}")
+            if key in m._parameters or key in m._buffers or key in ("_parameters", "_modules"):
+                continue
+            if any(type(x) is Symbol for x in tree_leaves(list(value.values()) if isinstance(value, dict) else value)):
+                raise Unproved(f"{name or 'it'} keeps {key}")
 
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_in_code(
-    model: nn.Module,           # in evaluation mode
-) -> dict[str, tuple[str, int | None]]:      # layer → the one that alone reads it; the number of axes of what goes between them, if the code says so
+    model: nn.Module,  # in evaluation mode
+) -> dict[
+    str, tuple[str, int | None]
+]:  # layer → the one that alone reads it; the number of axes of what goes between them, if the code says so
     "What holds whatever the inputs are. `Unproved` where the code does not say."
     found = None
     for s in graphs_of(model):
         calls = collections.Counter(n.target for n in s.graph.nodes if n.op == "call_module")
         read = s.touched | {n.target for n in s.graph.nodes if n.op == "get_attr" and n.users}
-        alone = lambda name: calls[name] == 1 and name not in s.training and not any(t.rpartition(".")[0] == name for t in read)
-        now = {n.target: (b.target, axes_of(n, s)) for n in s.graph.nodes if n.op == "call_module" and len(n.users) == 1 for b in n.users
-               if b.op == "call_module" and b.args == (n,) and not b.kwargs and alone(n.target) and alone(b.target)}
+        alone = lambda name: (
+            calls[name] == 1 and name not in s.training and not any(t.rpartition(".")[0] == name for t in read)
+        )
+        now = {
+            n.target: (b.target, axes_of(n, s))
+            for n in s.graph.nodes
+            if n.op == "call_module" and len(n.users) == 1
+            for b in n.users
+            if b.op == "call_module" and b.args == (n,) and not b.kwargs and alone(n.target) and alone(b.target)
+        }
         absent = lambda a, b: not calls[a] and not calls[b]
-        if found is None: found, before = now, calls
+        if found is None:
+            found, before = now, calls
         else:
-            found = {a: (b, axes) for a, (b, axes) in found.items() if now.get(a, (b, axes)) == (b, axes) and (a in now or absent(a, b))} | {
-                     a: v for a, v in now.items() if a not in found and not before[a] and not before[v[0]]}
+            found = {
+                a: (b, axes)
+                for a, (b, axes) in found.items()
+                if now.get(a, (b, axes)) == (b, axes) and (a in now or absent(a, b))
+            } | {a: v for a, v in now.items() if a not in found and not before[a] and not before[v[0]]}
             before = before + calls
     return found or {}
 
+
 def shape_of_code(model: nn.Module) -> list:
     "All that the code does, to be compared with that of a rewritten model."
-    said = lambda s: [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in s.graph.nodes if n.op != "get_attr" or n.users]
+    said = lambda s: [
+        (n.op, str(n.target), str(n.args), str(n.kwargs)) for n in s.graph.nodes if n.op != "get_attr" or n.users
+    ]
     return [(said(s), [(c.shape, c.flatten().tolist()) for c in s.constants]) for s in graphs_of(model)]
 
 # %% ../../nbs/workshop/readers.ipynb
-SAME_AXES = (nn.Linear, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Mish, nn.PReLU, nn.Dropout, nn.Identity,
-             nn.LayerNorm, nn.BatchNorm1d)
-AXES = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}       # on anything else they raise an error
+SAME_AXES = (
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.ELU,
+    nn.SELU,
+    nn.LeakyReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Hardswish,
+    nn.Mish,
+    nn.PReLU,
+    nn.Dropout,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.BatchNorm1d,
+)
+AXES = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # on anything else they raise an error
 
-def axes_of(
-    node: fx.Node,
-    s: Symbols,
-) -> int | None:
+
+def axes_of(node: fx.Node, s: Symbols) -> int | None:
     "How many axes a tensor has, if the code says so."
     first = node.args[0] if node.args else None
     if node.op == "call_module":
         m = s.model.get_submodule(node.target)
-        if type(m) in AXES: return AXES[type(m)]
-        if type(m) is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1): return 2
+        if type(m) in AXES:
+            return AXES[type(m)]
+        if type(m) is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1):
+            return 2
         return axes_of(first, s) if type(m) in SAME_AXES and isinstance(first, fx.Node) else None
     name = getattr(node.target, "__name__", node.target)
-    if name == "flatten" and node.args[1:] == (1,) and not node.kwargs: return 2
-    if name in ("view", "reshape") and len(node.args) > 1 and not node.kwargs and not isinstance(node.args[1], (fx.Node, torch.dtype)):
+    if name == "flatten" and node.args[1:] == (1,) and not node.kwargs:
+        return 2
+    if (
+        name in ("view", "reshape")
+        and len(node.args) > 1
+        and not node.kwargs
+        and not isinstance(node.args[1], (fx.Node, torch.dtype))
+    ):
         return len(node.args[1]) if isinstance(node.args[1], (tuple, list)) else len(node.args) - 1
-    if name in ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "elu", "leaky_relu") and isinstance(first, fx.Node): return axes_of(first, s)
+    if name in ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "elu", "leaky_relu") and isinstance(
+        first, fx.Node
+    ):
+        return axes_of(first, s)
     return None
 
 # %% ../../nbs/workshop/readers.ipynb
 class Readers(TorchFunctionMode):
     "Watches who reads the outputs of layers and their parameters."
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.path, self.made, self.axes = model, [""], {}, {}
         self.held = dict([*model.named_parameters(), *model.named_buffers()])
         self.owner = {id(t): n.rpartition(".")[0] for n, t in self.held.items()}
         self.stores = {t.untyped_storage().data_ptr(): n.rpartition(".")[0] for n, t in self.held.items() if t.numel()}
-        self.readers, self.strangers, self.calls, self.sources, self.training = collections.defaultdict(set), set(), collections.Counter(), collections.defaultdict(set), set()
+        self.readers, self.strangers, self.calls, self.sources, self.training = (
+            collections.defaultdict(set),
+            set(),
+            collections.Counter(),
+            collections.defaultdict(set),
+            set(),
+        )
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and name_of(f) not in ABOUT: self.got(t)
+            if isinstance(t, Tensor) and name_of(f) not in ABOUT:
+                self.got(t)
         return f(*args, **(kwargs or {}))
 
     def got(self, t: Tensor) -> None:
         "A function reads a tensor."
         here = self.path[-1]
-        if id(t) in self.made and self.made[id(t)][0] is t: self.readers[self.made[id(t)][1]].add(here)
-        owner = self.owner.get(id(t), self.stores.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided and t.numel() else None)
-        if owner is not None and owner != here: self.strangers.add(owner)
+        if id(t) in self.made and self.made[id(t)][0] is t:
+            self.readers[self.made[id(t)][1]].add(here)
+        owner = self.owner.get(
+            id(t), self.stores.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided and t.numel() else None
+        )
+        if owner is not None and owner != here:
+            self.strangers.add(owner)
 
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_in_runs(
-    model: nn.Module,           # in evaluation mode; left as it is
+    model: nn.Module,  # in evaluation mode; left as it is
     examples: list,
-    layers: list[str],          # whose readers we want to know
-) -> dict[str, tuple[str, int]]:             # layer → the one that alone reads it; the number of axes of what goes between them
+    layers: list[str],  # whose readers we want to know
+) -> dict[str, tuple[str, int]]:  # layer → the one that alone reads it; the number of axes of what goes between them
     "What is seen when a model runs on examples."
     running = copy.deepcopy(model)
     r = Readers(running)
-    hooks = [h for n, m in running.named_modules() for h in (
-        m.register_forward_pre_hook(lambda m, args, n=n: entered(r, n, m, args)),
-        m.register_forward_hook(lambda m, args, out, n=n: left(r, n, out), always_call=True))]
+    hooks = [
+        h
+        for n, m in running.named_modules()
+        for h in (
+            m.register_forward_pre_hook(lambda m, args, n=n: entered(r, n, m, args)),
+            m.register_forward_hook(lambda m, args, out, n=n: left(r, n, out), always_call=True),
+        )
+    ]
     for x in examples:
-        with same_draws(), torch.no_grad(), r: output = call(running, own_copy(x))
-        for t in output_tensors(output).values(): r.got(t)
+        with same_draws(), torch.no_grad(), r:
+            output = call(running, own_copy(x))
+        for t in output_tensors(output).values():
+            r.got(t)
         r.path[:] = [""]
-    for m in running.modules():                          # what is kept for the next call has another reader
+    for m in running.modules():  # what is kept for the next call has another reader
         for t in tree_leaves([v for k, v in vars(m).items() if k not in ("_parameters", "_modules")]):
-            if isinstance(t, Tensor) and id(t) in r.made: r.readers[r.made[id(t)][1]].add("the next call")
+            if isinstance(t, Tensor) and id(t) in r.made:
+                r.readers[r.made[id(t)][1]].add("the next call")
     alone = lambda n: r.calls[n] == len(examples) and n not in r.strangers | r.training
-    return {a: (b, next(iter(r.axes[a]))) for a in layers for b in r.readers[a]
-            if len(r.readers[a]) == 1 and alone(a) and alone(b) and r.sources[b] == {a} and len(r.axes[a]) == 1}
+    return {
+        a: (b, next(iter(r.axes[a])))
+        for a in layers
+        for b in r.readers[a]
+        if len(r.readers[a]) == 1 and alone(a) and alone(b) and r.sources[b] == {a} and len(r.axes[a]) == 1
+    }
+
 
 def entered(r: Readers, name: str, m: nn.Module, args: tuple) -> None:
-    r.path.append(name); r.calls[name] += 1
-    if m.training: r.training.add(name)
-    for t in args: r.sources[name].add(r.made[id(t)][1] if isinstance(t, Tensor) and id(t) in r.made and r.made[id(t)][0] is t else None)
+    r.path.append(name)
+    r.calls[name] += 1
+    if m.training:
+        r.training.add(name)
+    for t in args:
+        r.sources[name].add(
+            r.made[id(t)][1] if isinstance(t, Tensor) and id(t) in r.made and r.made[id(t)][0] is t else None
+        )
+
 
 def left(r: Readers, name: str, out: Any) -> None:
     r.path.pop()
-    if isinstance(out, Tensor) and type(r.model.get_submodule(name)).__module__.startswith("torch.nn") and not isinstance(r.model.get_submodule(name), nn.Sequential):
+    if (
+        isinstance(out, Tensor)
+        and type(r.model.get_submodule(name)).__module__.startswith("torch.nn")
+        and not isinstance(r.model.get_submodule(name), nn.Sequential)
+    ):
         r.made[id(out)] = out, name
         r.axes.setdefault(name, set()).add(out.dim())
 
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_shown(
-    model: nn.Module,           # in evaluation mode; left as it is
+    model: nn.Module,  # in evaluation mode; left as it is
     layers: list[str],
-    examples: list | None,      # None: by the code alone
-) -> dict[str, tuple[str, int | None]]:      # layer → the one that alone reads it; the number of axes of what goes between them
-    "What the code says, or runs show, or both where both can tell. A hook on a module around a layer may read it: only a run sees that."
+    examples: list | None,  # None: by the code alone
+) -> dict[
+    str, tuple[str, int | None]
+]:  # layer → the one that alone reads it; the number of axes of what goes between them
+    """What the code says, or runs show, or both where both can tell. A hook on a module around a layer may read it:
+    only a run sees that."""
     above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
     seen = None if examples is None else pairs_in_runs(model, examples, layers)
-    try: said = pairs_in_code(model)
-    except Unproved: return seen or {}
-    if seen is not None: return {a: v for a, v in seen.items() if said.get(a, ("",))[0] == v[0]}
-    return {a: v for a, v in said.items() if a in layers and not any(hooks_of(model.get_submodule(n)) for n in [*above(a), *above(v[0])])}
+    try:
+        said = pairs_in_code(model)
+    except Unproved:
+        return seen or {}
+    if seen is not None:
+        return {a: v for a, v in seen.items() if said.get(a, ("",))[0] == v[0]}
+    return {
+        a: v
+        for a, v in said.items()
+        if a in layers and not any(hooks_of(model.get_submodule(n)) for n in [*above(a), *above(v[0])])
+    }
+
 
 def same_code(a: nn.Module, b: nn.Module) -> bool:
     "Whether the code does the same with both: it may ask for a bias, or for the class of a layer."
-    try: return shape_of_code(a) == shape_of_code(b)
-    except Unproved: return False
+    try:
+        return shape_of_code(a) == shape_of_code(b)
+    except Unproved:
+        return False

@@ -14,66 +14,125 @@ from torch import Tensor
 def _written(func, args, kwargs):
     "The arguments into which a function writes."
     name, target = getattr(func, "__name__", ""), []
-    if name == "__set__": target = args[:1] if _matters(func, args) else []
-    elif name == "requires_grad_": target = args[:1] if (args[1:] or [kwargs.get("requires_grad", True)])[0] else []
-    elif name.endswith("_") and not name.endswith("__") or name == "__setitem__" or name in OPERATORS or kwargs.get("inplace") is True: target = args[:1]
+    if name == "__set__":
+        target = args[:1] if _matters(func, args) else []
+    elif name == "requires_grad_":
+        target = args[:1] if (args[1:] or [kwargs.get("requires_grad", True)])[0] else []
+    elif (
+        name.endswith("_")
+        and not name.endswith("__")
+        or name == "__setitem__"
+        or name in OPERATORS
+        or kwargs.get("inplace") is True
+    ):
+        target = args[:1]
     return [*target, *([kwargs["out"]] if kwargs.get("out") is not None else [])]
 
-OPERATORS = {f"__i{n}__" for n in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+
+OPERATORS = {
+    f"__i{n}__"
+    for n in (
+        "add",
+        "sub",
+        "mul",
+        "matmul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+}
+
 
 def _matters(func, args):
     "An attribute set to what it is already changes nothing."
-    return not (func.__self__.__name__ in ("requires_grad", "grad") and len(args) > 1 and not isinstance(args[1], Tensor) and not args[1])
+    return not (
+        func.__self__.__name__ in ("requires_grad", "grad")
+        and len(args) > 1
+        and not isinstance(args[1], Tensor)
+        and not args[1]
+    )
+
 
 def _each(x):
     "The tensors of an argument or result."
-    if isinstance(x, Tensor): yield x
+    if isinstance(x, Tensor):
+        yield x
     elif isinstance(x, (list, tuple)):
-        for y in x: yield from _each(y)
+        for y in x:
+            yield from _each(y)
 
 # %% ../../nbs/workshop/readonly.ipynb
 class ReadOnly(Tensor):
     "A tensor that can be read; writing to it, or to a view of it, raises `RuntimeError` with its `reason`."
+
     reason = "it is read-only"
-    def set_(self, *args, **kwargs): raise RuntimeError(self.reason)      # the one method that `__torch_function__` is not told of
+
+    def set_(self, *args, **kwargs):
+        raise RuntimeError(self.reason)  # the one method that `__torch_function__` is not told of
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not all(issubclass(t, Tensor) for t in types): return NotImplemented
+        if not all(issubclass(t, Tensor) for t in types):
+            return NotImplemented
         for t in _each(_written(func, args, kwargs)):
-            if isinstance(t, cls): raise RuntimeError(t.reason)
+            if isinstance(t, cls):
+                raise RuntimeError(t.reason)
         with torch._C.DisableTorchFunctionSubclass():
-            if func in (Tensor.__deepcopy__, Tensor.__reduce_ex__): return func(args[0].as_subclass(Tensor).clone(), *args[1:], **kwargs)      # copy.copy would share the memory
-            if func is Tensor.__iter__: return iter(_guarded(args[0].unbind(0), args))
+            if func in (Tensor.__deepcopy__, Tensor.__reduce_ex__):
+                return func(
+                    args[0].as_subclass(Tensor).clone(), *args[1:], **kwargs
+                )  # copy.copy would share the memory
+            if func is Tensor.__iter__:
+                return iter(_guarded(args[0].unbind(0), args))
             mine = [t for t in _each((args, *kwargs.values())) if isinstance(t, cls)]
             before = [_writes(t) for t in mine]
             out = func(*args, **kwargs)
             for t, n in zip(mine, before):
-                if _writes(t) != n: raise RuntimeError(t.reason)
+                if _writes(t) != n:
+                    raise RuntimeError(t.reason)
             return _guarded(out, args)
 
+
 def read_only(
-    t: Tensor,     # not read-only itself
-    reason: str,   # what the error says
-) -> ReadOnly:     # the same memory
-    "Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`, `torch.jit.trace`) it is shown as it is."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter): return t
+    t: Tensor,  # not read-only itself
+    reason: str,  # what the error says
+) -> ReadOnly:  # the same memory
+    """Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`,
+    `torch.jit.trace`) it is shown as it is."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter):
+        return t
     new = t.as_subclass(ReadOnly)
-    new.reason, new.shown = reason, t      # what watches functions has not seen `as_subclass`: it asks
+    new.reason, new.shown = reason, t  # what watches functions has not seen `as_subclass`: it asks
     return new
 
-def _writes(t): return None if t.is_inference() else t._version      # inference mode does not count them
+
+def _writes(t):
+    return None if t.is_inference() else t._version  # inference mode does not count them
+
 
 def _memory(t):
     "Where a tensor's numbers lie; None for one that has no memory of its own to tell of."
-    try: return t.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError): return None
+    try:
+        return t.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
+
 
 def _guarded(out, args):
     "A result, read-only where it shares memory with an argument that is."
-    if isinstance(out, np.ndarray): out.flags.writeable = False
-    if type(out) in (list, tuple) and out and isinstance(out[0], Tensor): return type(out)([_guarded(o, args) for o in out])
-    if not isinstance(out, Tensor): return out
+    if isinstance(out, np.ndarray):
+        out.flags.writeable = False
+    if type(out) in (list, tuple) and out and isinstance(out[0], Tensor):
+        return type(out)([_guarded(o, args) for o in out])
+    if not isinstance(out, Tensor):
+        return out
     where = {_memory(a): a.reason for a in _each(args) if isinstance(a, ReadOnly)}
     place = _memory(out)
     return read_only(out, where[place]) if place is not None and place in where else out

@@ -25,11 +25,12 @@ from .models import Labelled, call, output_tensors, own_copy
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def examples_of(
-    example: Any,      # a list: several examples; anything else is one
+    example: Any,  # a list: several examples; anything else is one
 ) -> list:
     "Copies of the examples, which nobody else holds. `ValueError` for an empty list."
     several = example if isinstance(example, list) else [example]
-    if not several: raise ValueError("example is an empty list; it may be an input, or several of them in a list")
+    if not several:
+        raise ValueError("example is an empty list; it may be an input, or several of them in a list")
     return [own_copy(x.inputs if isinstance(x, Labelled) else x) for x in several]
 
 # %% ../../nbs/workshop/rehearsal.ipynb
@@ -38,183 +39,249 @@ def same_draws(seed: int = 0) -> Iterator[None]:
     "A block whose random numbers are always the same, and behind which the random numbers go on as if it had not been."
     with alone(), torch.random.fork_rng(devices=[]):
         states = random.getstate(), np.random.get_state()
-        torch.default_generator.manual_seed(seed); random.seed(seed); np.random.seed(seed)
-        try: yield
-        finally: random.setstate(states[0]); np.random.set_state(states[1])
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 # %% ../../nbs/workshop/rehearsal.ipynb
-def shaken(
-    example: Any,
-    g: torch.Generator,
-) -> Any:            # the same shapes with other numbers
+def shaken(example: Any, g: torch.Generator) -> Any:  # the same shapes with other numbers
     "Another example."
     return tree_map(lambda t: shaken_tensor(t, g) if isinstance(t, Tensor) and t.numel() else t, example)
+
 
 def shaken_tensor(t: Tensor, g: torch.Generator) -> Tensor:
     if t.is_floating_point():
         known = t[t.isfinite()].double()
-        mean, spread = (float(known.mean()), float(known.std(correction=0))) if known.numel() else (0., 1.)
-        if not spread > 1e-6*abs(mean): spread = 1.
-        drawn = torch.randn(t.shape, generator=g, dtype=torch.float64)*min(max(spread, .01), 2.) + min(max(mean, -2.), 2.)
+        mean, spread = (float(known.mean()), float(known.std(correction=0))) if known.numel() else (0.0, 1.0)
+        if not spread > 1e-6 * abs(mean):
+            spread = 1.0
+        drawn = torch.randn(t.shape, generator=g, dtype=torch.float64) * min(max(spread, 0.01), 2.0) + min(
+            max(mean, -2.0), 2.0
+        )
         return drawn.to(t.device, t.dtype)
-    if t.dtype == torch.bool or t.is_complex(): return t
+    if t.dtype == torch.bool or t.is_complex():
+        return t
     low, high = int(t.min()), int(t.max())
-    if low == high: low, high = (0, high) if high > 0 else (0, 1)
+    if low == high:
+        low, high = (0, high) if high > 0 else (0, 1)
     return torch.randint(low, high + 1, t.shape, generator=g).to(t.device, t.dtype)
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def larger(
     example: Any,
-    axis: int,       # 0: more rows; 1: longer sequences
-) -> Any | None:     # twice as many; None where its tensors do not agree in their number
+    axis: int,  # 0: more rows; 1: longer sequences
+) -> Any | None:  # twice as many; None where its tensors do not agree in their number
     "The same behind itself."
     have = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim() > axis]
-    if len({t.shape[axis] for t in have}) != 1 or axis and any(t.dim() > 3 for t in have): return None
+    if len({t.shape[axis] for t in have}) != 1 or axis and any(t.dim() > 3 for t in have):
+        return None
     return tree_map(lambda t: torch.cat([t, t], axis) if isinstance(t, Tensor) and t.dim() > axis else t, example)
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def reweigh(
-    model: nn.Module,         # changed in place
+    model: nn.Module,  # changed in place
     g: torch.Generator,
 ) -> nn.Module:
     "Random weights of moderate size: nothing is zero, or one, or huge, and statistics are those of nobody's data."
     with torch.no_grad():
         for p in model.parameters():
-            if not p.is_floating_point() or not p.numel() or p.device.type == "meta": continue
+            if not p.is_floating_point() or not p.numel() or p.device.type == "meta":
+                continue
             noise = torch.randn(p.shape, generator=g, dtype=torch.float32).to(p.device)
-            p.copy_(noise*p[0].numel()**-.5 if p.dim() > 1 else p.double().nan_to_num().clamp(-2, 2) + .3*noise)
+            p.copy_(noise * p[0].numel() ** -0.5 if p.dim() > 1 else p.double().nan_to_num().clamp(-2, 2) + 0.3 * noise)
         for m in model.modules():
-            if not isinstance(m, nn.modules.batchnorm._NormBase) or m.running_mean is None: continue
-            m.running_mean.copy_(.3*torch.randn(m.running_mean.shape, generator=g)); m.running_var.copy_(.5 + torch.rand(m.running_var.shape, generator=g))
+            if not isinstance(m, nn.modules.batchnorm._NormBase) or m.running_mean is None:
+                continue
+            m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=g))
+            m.running_var.copy_(0.5 + torch.rand(m.running_var.shape, generator=g))
     return model
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 class Coarsest(TorchFunctionMode):
     "Notes the coarsest floating-point numbers that appear."
-    def __init__(self): super().__init__(); self.eps = 0.
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 0.0
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()): self.eps = max(self.eps, torch.finfo(t.dtype).eps)
+            if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()):
+                self.eps = max(self.eps, torch.finfo(t.dtype).eps)
         return out
+
 
 def tolerance(eps: float) -> float:
     "Of numbers that are computed with such a precision."
-    return 1e-6 if eps < 1e-10 else 1e-3 if eps < 1e-5 else .04
+    return 1e-6 if eps < 1e-10 else 1e-3 if eps < 1e-5 else 0.04
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def unlike(
-    got: dict[str, Tensor],      # see `output_tensors`
+    got: dict[str, Tensor],  # see `output_tensors`
     want: dict[str, Tensor],
-    eps: float,                  # of the coarsest numbers that they are computed with
+    eps: float,  # of the coarsest numbers that they are computed with
 ) -> str | None:
     "In words how outputs differ; None if they are equal up to rounding errors."
-    if got.keys() != want.keys(): return f"it puts out {', '.join(got)} instead of {', '.join(want)}"
+    if got.keys() != want.keys():
+        return f"it puts out {', '.join(got)} instead of {', '.join(want)}"
     for k, b in want.items():
         a = got[k]
-        if a.shape != b.shape: return f"its {k} is {list(a.shape)} instead of {list(b.shape)}"
-        if a.dtype != b.dtype: return f"its {k} is {a.dtype} instead of {b.dtype}"
-        if not b.is_floating_point() and not b.is_complex(): far = a != b
+        if a.shape != b.shape:
+            return f"its {k} is {list(a.shape)} instead of {list(b.shape)}"
+        if a.dtype != b.dtype:
+            return f"its {k} is {a.dtype} instead of {b.dtype}"
+        if not b.is_floating_point() and not b.is_complex():
+            far = a != b
         else:
-            if b.is_complex(): a, b = torch.view_as_real(a), torch.view_as_real(b)
+            if b.is_complex():
+                a, b = torch.view_as_real(a), torch.view_as_real(b)
             a, b = a.double(), b.double()
             small, typical = sizes_of(b)
-            far = ~((a - b).abs() <= tolerance(eps)*(b.abs() + small) + 4*eps*typical) & (a != b) & ~(a.isnan() & b.isnan())
+            far = (
+                ~((a - b).abs() <= tolerance(eps) * (b.abs() + small) + 4 * eps * typical)
+                & (a != b)
+                & ~(a.isnan() & b.isnan())
+            )
         if far.any():
             at = tuple(far.nonzero()[0].tolist())
             return f"its {k} is {a[at].item():.4g} instead of {b[at].item():.4g} at {list(at)}"
     return None
 
+
 def sizes_of(b: Tensor) -> tuple[float, float]:
     "The median of a tensor's absolute values; and before it, if some are a millionth of that, the median of these."
     sizes = b[b.isfinite() & (b != 0)].abs().flatten()
-    if not len(sizes): return 0., 0.
+    if not len(sizes):
+        return 0.0, 0.0
     small = typical = float(sizes.median())
-    while len(sizes := sizes[sizes < 1e-6*small]): small = float(sizes.median())
+    while len(sizes := sizes[sizes < 1e-6 * small]):
+        small = float(sizes.median())
     return small, typical
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 @dataclass
 class Stage:
     name: str
-    inputs: bool = False        # other ones
-    weights: bool = False       # other ones
-    axis: int | None = None     # along which there is more
+    inputs: bool = False  # other ones
+    weights: bool = False  # other ones
+    axis: int | None = None  # along which there is more
     training: bool = False
 
-STAGES = [Stage("on the example"), Stage("on other inputs", True),
-          Stage("with other weights", False, True), Stage("with other weights and inputs", True, True),
-          Stage("with more rows", True, True, 0), Stage("with longer sequences", True, True, 1), Stage("in training", True, True, 0, True)]
+
+STAGES = [
+    Stage("on the example"),
+    Stage("on other inputs", True),
+    Stage("with other weights", False, True),
+    Stage("with other weights and inputs", True, True),
+    Stage("with more rows", True, True, 0),
+    Stage("with longer sequences", True, True, 1),
+    Stage("in training", True, True, 0, True),
+]
 
 # %% ../../nbs/workshop/rehearsal.ipynb
-LARGE = 5e7      # parameters; what has more is not made larger still by double precision
+LARGE = 5e7  # parameters; what has more is not made larger still by double precision
+
 
 def disagreement(
-    model: nn.Module,           # left as it is
-    examples: list,             # from `examples_of`
-    right: Callable,            # model → the model that is right, a copy
-    judged: Callable,           # model → the model that must do the same, a copy
-    training: bool = True,      # also in training mode
+    model: nn.Module,  # left as it is
+    examples: list,  # from `examples_of`
+    right: Callable,  # model → the model that is right, a copy
+    judged: Callable,  # model → the model that must do the same, a copy
+    training: bool = True,  # also in training mode
 ) -> str | None:
-    "In words where two versions of a model differ; None if they agree in every stage. An error of the right one on the example itself is raised."
+    """In words where two versions of a model differ; None if they agree in every stage. An error of the right one
+    on the example itself is raised."""
     for weights in (False, True):
         base = ready(copy.deepcopy(model), False)
-        if weights: reweigh(base, torch.Generator().manual_seed(0))
+        if weights:
+            reweigh(base, torch.Generator().manual_seed(0))
         twins = Twins(base, examples[0], right, judged)
         for stage in STAGES if training else STAGES[:-1]:
-            if stage.weights is not weights: continue
+            if stage.weights is not weights:
+                continue
             for i, example in enumerate(examples):
                 x = example if stage.axis is None else larger(example, stage.axis)
-                if x is None: continue
-                if stage.inputs: x = shaken(x, torch.Generator().manual_seed(i))
-                if wrong := twins.differ(x, stage, stage is STAGES[0]): return f"{stage.name}{f' {i}' if len(examples) > 1 else ''}, {wrong}"
+                if x is None:
+                    continue
+                if stage.inputs:
+                    x = shaken(x, torch.Generator().manual_seed(i))
+                if wrong := twins.differ(x, stage, stage is STAGES[0]):
+                    return f"{stage.name}{f' {i}' if len(examples) > 1 else ''}, {wrong}"
     return None
+
 
 def ready(model: nn.Module, training: bool) -> nn.Module:
     "In evaluation mode; or in training, without what is random."
     model.train(training)
     for m in model.modules() if training else ():
-        if isinstance(m, nn.modules.dropout._DropoutNd): m.p = 0.
-        elif isinstance(getattr(m, "dropout", None), float): m.dropout = 0.
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.p = 0.0
+        elif isinstance(getattr(m, "dropout", None), float):
+            m.dropout = 0.0
     return model
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 class Twins:
     "Two versions of one model, in double precision if it runs in that."
+
     def __init__(self, base: nn.Module, example: Any, right: Callable, judged: Callable):
         self.base, self.right, self.judged, self.both, self.double = base, right, judged, None, False
-        if sum(p.numel() for p in base.parameters()) > LARGE: return
+        if sum(p.numel() for p in base.parameters()) > LARGE:
+            return
         try:
             double = copy.deepcopy(base).double()
             answers_of(copy.deepcopy(double), in_double(example))
             self.base, self.double = double, True
-        except Exception: pass
+        except Exception:
+            pass
 
     def differ(self, x: Any, stage: Stage, first: bool) -> str | None:
         "In words how they do."
-        if self.double: x = in_double(x)
-        if self.both is None: self.both = [self.right(self.base), None]
-        try: want, eps = answers_of(ready(self.both[0], stage.training), x)
+        if self.double:
+            x = in_double(x)
+        if self.both is None:
+            self.both = [self.right(self.base), None]
+        try:
+            want, eps = answers_of(ready(self.both[0], stage.training), x)
         except Exception:
             self.both = None
-            if first: raise
+            if first:
+                raise
             return None
-        if stage.training and not repeats(ready(self.right(self.base), True), x, want): return None
-        if first and any(t.isnan().any() for t in want.values()): return "the model puts out NaN"
+        if stage.training and not repeats(ready(self.right(self.base), True), x, want):
+            return None
+        if first and any(t.isnan().any() for t in want.values()):
+            return "the model puts out NaN"
         try:
-            if self.both[1] is None: self.both[1] = self.judged(self.base)
+            if self.both[1] is None:
+                self.both[1] = self.judged(self.base)
             got, finer = answers_of(ready(self.both[1], stage.training), x)
-        except Exception as e: return f"it raises {type(e).__name__}: {e}".split("\n")[0]
+        except Exception as e:
+            return f"it raises {type(e).__name__}: {e}".split("\n")[0]
         return unlike(got, want, max(eps, finer))
 
-def in_double(x: Any) -> Any: return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
+
+def in_double(x: Any) -> Any:
+    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
+
 
 def answers_of(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], float]:
     "What a model puts out, and the precision of what it computes with."
-    with same_draws(), torch.no_grad(), Coarsest() as mode: found = output_tensors(call(model, own_copy(example)))
-    return {k: t.detach().clone() for k, t in found.items()}, max(mode.eps, *(torch.finfo(t.dtype).eps for t in found.values() if t.is_floating_point()), 0.)
+    with same_draws(), torch.no_grad(), Coarsest() as mode:
+        found = output_tensors(call(model, own_copy(example)))
+    return {k: t.detach().clone() for k, t in found.items()}, max(
+        mode.eps, *(torch.finfo(t.dtype).eps for t in found.values() if t.is_floating_point()), 0.0
+    )
+
 
 def repeats(model: nn.Module, example: Any, want: dict[str, Tensor]) -> bool:
     "Whether other random numbers change nothing."
-    with same_draws(1), torch.no_grad(): found = output_tensors(call(model, own_copy(example)))
+    with same_draws(1), torch.no_grad():
+        found = output_tensors(call(model, own_copy(example)))
     return unlike(found, want, torch.finfo(torch.float32).eps) is None

@@ -18,60 +18,76 @@ from .models import call, copied, output_tensors
 from .rehearsal import larger, own_copy, ready, same_draws
 
 # %% ../../nbs/workshop/runs.ipynb
-def warm(
-    model: nn.Module,
-    examples: list,
-) -> nn.Module:       # a copy, in evaluation mode
+def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluation mode
     "What is made in the first call, such as a grid of positions, belongs to the model from then on."
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
-    if lazy: raise ValueError(f"{lazy} has no size yet; call the model once first")
+    if lazy:
+        raise ValueError(f"{lazy} has no size yet; call the model once first")
     base = ready(copied(model), False)
     with same_draws(), torch.no_grad():
-        for x in examples: call(base, own_copy(x))
+        for x in examples:
+            call(base, own_copy(x))
     return base
 
 # %% ../../nbs/workshop/runs.ipynb
 class Running:
     "A block in which a mode knows which module is running."
-    def __init__(self, model: nn.Module, mode: Any): self.model, self.mode, mode.path[:] = model, mode, [""]
+
+    def __init__(self, model: nn.Module, mode: Any):
+        self.model, self.mode, mode.path[:] = model, mode, [""]
+
     def __enter__(self) -> Any:
         self.hooks = []
         for name, m in self.model.named_modules():
-            self.hooks += [m.register_forward_pre_hook(lambda m, args, named, name=name: self.mode.enters(name, (args, named)), with_kwargs=True),
-                           m.register_forward_hook(lambda m, args, out, name=name: self.mode.leaves(name, out), always_call=True)]
+            self.hooks += [
+                m.register_forward_pre_hook(
+                    lambda m, args, named, name=name: self.mode.enters(name, (args, named)), with_kwargs=True
+                ),
+                m.register_forward_hook(lambda m, args, out, name=name: self.mode.leaves(name, out), always_call=True),
+            ]
         return self.mode
+
     def __exit__(self, *error) -> None:
-        for h in self.hooks: h.remove()
+        for h in self.hooks:
+            h.remove()
 
 # %% ../../nbs/workshop/runs.ipynb
 def watched(t: Any, model: nn.Module, example: Any) -> Any:
     "Call a model under a mode, always with the same random numbers."
-    if example is None: raise ValueError("there is no larger example")
-    with same_draws(), torch.no_grad(), Running(model, t), t: return call(model, own_copy(example))
+    if example is None:
+        raise ValueError("there is no larger example")
+    with same_draws(), torch.no_grad(), Running(model, t), t:
+        return call(model, own_copy(example))
 
 # %% ../../nbs/workshop/runs.ipynb
 def run(
-    t: Any,              # a trace: a mode that knows its `steps` and `runs`
+    t: Any,  # a trace: a mode that knows its `steps` and `runs`
     model: nn.Module,
     example: Any,
     training: bool,
-    keep: Callable,      # called with each output that is a floating tensor
+    keep: Callable,  # called with each output that is a floating tensor
 ) -> None:
-    """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried with two of it;
-    if this does not help either, nothing is said of its training."""
+    """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried
+    with two of it; if this does not help either, nothing is said of its training."""
     first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]
     for x in tries:
-        try: outputs = watched(t, model, x)
+        try:
+            outputs = watched(t, model, x)
         except Exception:
-            if not training: raise
+            if not training:
+                raise
             del t.steps[first:]
             continue
         for k, o in output_tensors(outputs).items():
-            if o.is_floating_point() and not training and o.isnan().any(): raise ValueError(f"the model puts out NaN for the example, in {k}")
+            if o.is_floating_point() and not training and o.isnan().any():
+                raise ValueError(f"the model puts out NaN for the example, in {k}")
             keep(o)
-        if training and x is example and same_steps(t, first): del t.steps[first:]
-        else: t.runs.append((training, x, first))
+        if training and x is example and same_steps(t, first):
+            del t.steps[first:]
+        else:
+            t.runs.append((training, x, first))
         return
+
 
 def same_steps(t: Any, first: int) -> bool:
     "Whether steps from a number on repeat some earlier run, so that a rehearsal of that one is enough."
@@ -81,25 +97,28 @@ def same_steps(t: Any, first: int) -> bool:
 
 # %% ../../nbs/workshop/runs.ipynb
 def keep_uncalled(
-    t: Any,                    # a trace
-    model: nn.Module,          # that ran
-) -> dict[str, str]:           # layer → that it was not called
-    """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its size, all that it could read
-    or meet: what passes through the module that owns it."""
+    t: Any,  # a trace
+    model: nn.Module,  # that ran
+) -> dict[str, str]:  # layer → that it was not called
+    """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its
+    size, all that it could read or meet: what passes through the module that owns it."""
     idle = {n: p for n, p in model.named_parameters() if n not in t.owned and p.numel() and p.is_floating_point()}
     sizes, uncalled = collections.defaultdict(set), {}
     for n, p in idle.items():
         owner = n.rpartition(".")[0]
         uncalled[owner or n] = "no example calls it"
-        while owner and owner not in t.visible: owner = owner.rpartition(".")[0]
+        while owner and owner not in t.visible:
+            owner = owner.rpartition(".")[0]
         sizes[owner] |= {k for k in p.shape if k > 1}
     for owner, several in sizes.items():
         reader = next(n for n in uncalled if not owner or (n + ".").startswith(owner + "."))
         why = f"{reader} may read it, which no example calls"
         for m in [*t.visible[owner], *(m for s in t.steps if s.path == owner for m in [*s.inputs, *s.outputs])]:
             for axes, labels in m.blocks.items():
-                if any(span(m, a) & several for a in axes): t.ties.keep(labels, why)
+                if any(span(m, a) & several for a in axes):
+                    t.ties.keep(labels, why)
     return uncalled
+
 
 def span(m: Any, axis: int) -> set[int]:
     "The sizes that an axis has, alone and flattened together with its neighbours."

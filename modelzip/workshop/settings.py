@@ -12,24 +12,36 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/workshop/settings.ipynb
-def as_state(text: str) -> Tensor: return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")      # wherever the caller makes new tensors
+def as_state(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")  # wherever the caller makes new tensors
+
 
 class SettingsInState:
-    "A layer whose settings (plain attributes that decide what it computes) are part of its `state_dict`, and are taken over from one."
-    in_state: tuple[str, ...] = ()     # names of the attributes
-    def check_settings(self, **settings) -> None: "`ValueError` for settings that these tensors cannot have."
+    """A layer whose settings (plain attributes that decide what it computes) are part of its `state_dict`, and are
+    taken over from one."""
+
+    in_state: tuple[str, ...] = ()  # names of the attributes
+
+    def check_settings(self, **settings) -> None:
+        "`ValueError` for settings that these tensors cannot have."
 
     def get_extra_state(self) -> Tensor:
         return as_state(json.dumps({k: getattr(self, k) for k in self.in_state}, default=lambda v: v.item()))
 
     def set_extra_state(self, state: Tensor) -> None:
         said = json.loads(bytes(state.tolist()))
-        if not isinstance(said, dict) or said.keys() != set(self.in_state): raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")
+        if not isinstance(said, dict) or said.keys() != set(self.in_state):
+            raise ValueError(f"this state says {said}, which is none of a {type(self).__name__}")
         self.check_settings(**said)
-        for k, v in said.items(): setattr(self, k, v)
+        for k, v in said.items():
+            setattr(self, k, v)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *more):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *more)
-        missing_keys[:] = [k for k in missing_keys if k != prefix + "_extra_state"]      # of a state from before there were any
+        missing_keys[:] = [
+            k for k in missing_keys if k != prefix + "_extra_state"
+        ]  # of a state from before there were any
 
-def is_count(n) -> bool: return type(n) is int and n > 0
+
+def is_count(n) -> bool:
+    return type(n) is int and n > 0

@@ -6,90 +6,127 @@
 __all__ = ['fitting', 'as_json', 'silence', 'complain', 'say', 'raised_at', 'reason', 'main']
 
 # %% ../../nbs/workshop/terminal.ipynb
-import json, os, signal, sys, traceback        # nothing that takes long: Ctrl-C is heard from here on
+import json, os, signal, sys, traceback  # nothing that takes long: Ctrl-C is heard from here on
 from contextlib import suppress
 from typing import Any, TextIO
 
 # %% ../../nbs/workshop/terminal.ipynb
-def fitting(
-    text: str,
-    out: TextIO,
-) -> str:         # what `out` can write
+def fitting(text: str, out: TextIO) -> str:  # what `out` can write
     "Escape what an encoding does not have."
     encoding = getattr(out, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
-def as_json(
-    found: Any,
-) -> str:         # plain ASCII where standard output knows no more
+
+def as_json(found: Any) -> str:  # plain ASCII where standard output knows no more
     "For other programs. JSON knows no NaN and no infinity: they are the texts that `float` reads."
+
     def known(x):
-        if isinstance(x, float) and x - x != 0: return str(float(x))
-        return {k: known(v) for k, v in x.items()} if isinstance(x, dict) else [*map(known, x)] if isinstance(x, (list, tuple)) else x
+        if isinstance(x, float) and x - x != 0:
+            return str(float(x))
+        return (
+            {k: known(v) for k, v in x.items()}
+            if isinstance(x, dict)
+            else [*map(known, x)]
+            if isinstance(x, (list, tuple))
+            else x
+        )
+
     found = known(found)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    return text if sys.stdout is None or fitting(text, sys.stdout) == text else json.dumps(found, indent=1, allow_nan=False, default=str)
+    return (
+        text
+        if sys.stdout is None or fitting(text, sys.stdout) == text
+        else json.dumps(found, indent=1, allow_nan=False, default=str)
+    )
+
 
 def silence(out: TextIO) -> None:
     "What is still in its buffer goes nowhere, so that the end of the program has no more to say of it."
     with suppress(Exception):
         null = os.open(os.devnull, os.O_WRONLY)
-        try: os.dup2(null, out.fileno())
-        finally: os.close(null)
+        try:
+            os.dup2(null, out.fileno())
+        finally:
+            os.close(null)
 
 # %% ../../nbs/workshop/terminal.ipynb
-def complain(
-    what: str,
-    status: int,
-) -> int:         # the same
+def complain(what: str, status: int) -> int:  # the same
     "One line on standard error, if there is one."
     line = " ".join(what.split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:2000]) + " …" * (len(line) > 2000)
-    if sys.stderr is None: return status
-    try: print(fitting(f"modelzip: {line}", sys.stderr), file=sys.stderr, flush=True)
-    except (OSError, ValueError): silence(sys.stderr)
+    if sys.stderr is None:
+        return status
+    try:
+        print(fitting(f"modelzip: {line}", sys.stderr), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        silence(sys.stderr)
     return status
 
+
 def say(
-    text: str | None,     # None: what has been printed already
+    text: str | None,  # None: what has been printed already
     status: int,
-) -> int:                 # the same; 2 if it could not be said
+) -> int:  # the same; 2 if it could not be said
     "Results go to standard output."
-    if sys.stdout is None: return complain("standard output is closed", 2)
-    try: print(*([] if text is None else [fitting(text, sys.stdout)]), end="" if text is None else "\n", file=sys.stdout, flush=True)
-    except BrokenPipeError: silence(sys.stdout)             # whoever reads has seen enough
+    if sys.stdout is None:
+        return complain("standard output is closed", 2)
+    try:
+        print(
+            *([] if text is None else [fitting(text, sys.stdout)]),
+            end="" if text is None else "\n",
+            file=sys.stdout,
+            flush=True,
+        )
+    except BrokenPipeError:
+        silence(sys.stdout)  # whoever reads has seen enough
     except (OSError, ValueError) as e:
         silence(sys.stdout)
         return complain(f"standard output: {getattr(e, 'strerror', None) or e}", 2)
     return status
 
-def raised_at(
-    e: BaseException,
-) -> str:         # " (file.py, line 3)"
+
+def raised_at(e: BaseException) -> str:  # " (file.py, line 3)"
     "Where an exception was raised."
     frames = traceback.extract_tb(e.__traceback__)
     return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
+
 def reason(
     e: BaseException,
-    expected: tuple = (),     # exceptions whose message says it all
+    expected: tuple = (),  # exceptions whose message says it all
 ) -> str:
     "An exception in words, which `complain` makes a line."
-    if isinstance(e, OSError): return f"{os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else e.filename}: {e.strerror}" if e.filename is not None and e.strerror else str(e) or type(e).__name__
-    if isinstance(e, MemoryError): return "there is not enough memory" + f": {e}" * bool(str(e))
+    if isinstance(e, OSError):
+        return (
+            f"{os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else e.filename}: {e.strerror}"
+            if e.filename is not None and e.strerror
+            else str(e) or type(e).__name__
+        )
+    if isinstance(e, MemoryError):
+        return "there is not enough memory" + f": {e}" * bool(str(e))
     return str(e) or type(e).__name__ if isinstance(e, expected) else f"{type(e).__name__}: {e}{raised_at(e)}"
 
 # %% ../../nbs/workshop/terminal.ipynb
-def main() -> int:     # exit status
+def main() -> int:  # exit status
     "The program `modelzip`."
-    def stop(*_): complain("interrupted", 130); os._exit(130)
-    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler       # else somebody wants it to be ignored
-    if mine: signal.signal(signal.SIGINT, stop)
-    try: from ..cli import cli
-    except ImportError as e: return complain(str(e), 2)
+
+    def stop(*_):
+        complain("interrupted", 130)
+        os._exit(130)
+
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else somebody wants it to be ignored
+    if mine:
+        signal.signal(signal.SIGINT, stop)
     try:
-        if mine: signal.signal(signal.SIGINT, signal.default_int_handler)
+        from ..cli import cli
+    except ImportError as e:
+        return complain(str(e), 2)
+    try:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = cli()
-    except KeyboardInterrupt: return complain("interrupted", 130)
-    if mine: signal.signal(signal.SIGINT, stop)
+    except KeyboardInterrupt:
+        return complain("interrupted", 130)
+    if mine:
+        signal.signal(signal.SIGINT, stop)
     return status

@@ -13,64 +13,110 @@ import torch
 
 # %% ../../nbs/workshop/turns.ipynb
 class _Turns:
-    def __init__(self): self.lock, self.depth, self.whose, self.before = threading.RLock(), 0, None, None
+    def __init__(self):
+        self.lock, self.depth, self.whose, self.before = threading.RLock(), 0, None, None
+
 
 _TURNS = _Turns()
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_TURNS.__init__)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TURNS.__init__)
+
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A block for one thread at a time: PyTorch has one state of random numbers for all threads of a process.
     `RuntimeError` where the thread whose turn it is waits for this one."""
     _acquire()
-    try: yield
-    finally: _release()
+    try:
+        yield
+    finally:
+        _release()
+
 
 def _acquire():
-    while not _TURNS.lock.acquire(timeout=.1):
-        if _waits_for_me(): raise RuntimeError("a function of modelzip was called in a thread for which a running one waits (an evaluate= that starts threads?), and two have to take turns: call it in the thread of that function, or in another process")
-    if _TURNS.depth == 0: _TURNS.whose, _TURNS.before = threading.get_ident(), torch.random.get_rng_state()
+    while not _TURNS.lock.acquire(timeout=0.1):
+        if _waits_for_me():
+            raise RuntimeError(
+                "a function of modelzip was called in a thread for which a running one waits (an evaluate= that starts"
+                " threads?), and two have to take turns: call it in the thread of that function, or in another process"
+            )
+    if _TURNS.depth == 0:
+        _TURNS.whose, _TURNS.before = threading.get_ident(), torch.random.get_rng_state()
     _TURNS.depth += 1
+
 
 def _release():
     _TURNS.depth -= 1
-    if _TURNS.depth == 0: _TURNS.whose = _TURNS.before = None
+    if _TURNS.depth == 0:
+        _TURNS.whose = _TURNS.before = None
     _TURNS.lock.release()
 
 # %% ../../nbs/workshop/turns.ipynb
 @contextlib.contextmanager
 def lent() -> Iterator[None]:
     "A block in which this thread does nothing but wait for others, who may have its turn, if it has one."
-    if _TURNS.whose != threading.get_ident(): yield; return
+    if _TURNS.whose != threading.get_ident():
+        yield
+        return
     mine, depth, before = torch.random.get_rng_state(), _TURNS.depth, _TURNS.before
     torch.random.set_rng_state(before)
-    for _ in range(depth): _release()
-    try: yield
+    for _ in range(depth):
+        _release()
+    try:
+        yield
     finally:
-        for _ in range(depth): _acquire()
+        for _ in range(depth):
+            _acquire()
         torch.random.set_rng_state(mine)
 
 # %% ../../nbs/workshop/turns.ipynb
-_WAITING = tuple(os.path.join(*p) for p in [("", "threading.py"), ("concurrent", "futures", "_base.py"), ("concurrent", "futures", "thread.py"), ("multiprocessing", "pool.py")])
+_WAITING = tuple(
+    os.path.join(*p)
+    for p in [
+        ("", "threading.py"),
+        ("concurrent", "futures", "_base.py"),
+        ("concurrent", "futures", "thread.py"),
+        ("multiprocessing", "pool.py"),
+    ]
+)
+
 
 def _waits_for_me():
     "Whether the thread whose turn it is waits for this one."
     frame, me = sys._current_frames().get(_TURNS.whose), threading.current_thread()
-    if frame is None or not frame.f_code.co_filename.endswith(_WAITING): return False
-    mine = [me, *(v for f in _frames(sys._getframe()) if f.f_code.co_filename.endswith(_WAITING) for w in f.f_locals.values() for v in (w, getattr(w, "future", None)) if isinstance(v, concurrent.futures.Future))]
+    if frame is None or not frame.f_code.co_filename.endswith(_WAITING):
+        return False
+    mine = [
+        me,
+        *(
+            v
+            for f in _frames(sys._getframe())
+            if f.f_code.co_filename.endswith(_WAITING)
+            for w in f.f_locals.values()
+            for v in (w, getattr(w, "future", None))
+            if isinstance(v, concurrent.futures.Future)
+        ),
+    ]
     for f in _frames(frame):
-        if not f.f_code.co_filename.endswith(_WAITING): continue
+        if not f.f_code.co_filename.endswith(_WAITING):
+            continue
         for v in list(f.f_locals.values()):
             pool = getattr(v, "_pool", None)
             for held in ([v], v, getattr(v, "_threads", None), pool, getattr(pool, "_pool", None)):
-                if isinstance(held, (list, tuple, set, frozenset)) and any(h is m for h in list(held) for m in mine): return True
+                if isinstance(held, (list, tuple, set, frozenset)) and any(h is m for h in list(held) for m in mine):
+                    return True
     return False
 
-def works_for(
-    executor: concurrent.futures.Executor | None,
-) -> bool:         # whether this thread is one of its own
+
+def works_for(executor: concurrent.futures.Executor | None) -> bool:  # whether this thread is one of its own
     "A thread that waits for what its own executor is to do may wait for itself."
-    with getattr(executor, "_shutdown_lock", contextlib.nullcontext()): return threading.current_thread() in (getattr(executor, "_threads", None) or ())      # a thread is started before it is noted
+    with getattr(executor, "_shutdown_lock", contextlib.nullcontext()):
+        return threading.current_thread() in (
+            getattr(executor, "_threads", None) or ()
+        )  # a thread is started before it is noted
+
 
 def _frames(frame):
-    while frame is not None: yield frame; frame = frame.f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -17,44 +17,96 @@ from torch import Tensor, nn
 # %% ../../nbs/workshop/untouched.ipynb
 def _puts_back(x, seen: set) -> Iterator[Callable]:
     "Functions that restore what is reached from a value."
-    if id(x) in seen or x is None or isinstance(x, (str, bytes, int, float, np.generic, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, nn.Parameter)): return
+    if (
+        id(x) in seen
+        or x is None
+        or isinstance(
+            x,
+            (
+                str,
+                bytes,
+                int,
+                float,
+                np.generic,
+                type,
+                types.ModuleType,
+                types.FunctionType,
+                types.MethodType,
+                nn.Module,
+                nn.Parameter,
+            ),
+        )
+    ):
+        return
     seen.add(id(x))
-    if isinstance(x, Tensor): yield from _of_a_tensor(x)
-    elif isinstance(x, torch.Generator): yield lambda state=x.get_state(): x.set_state(state)
-    elif isinstance(x, random.Random): yield lambda state=x.getstate(): x.setstate(state)
-    elif isinstance(x, np.random.RandomState): yield lambda state=x.get_state(): x.set_state(state)
-    elif isinstance(x, np.random.Generator): yield lambda state=x.bit_generator.state: setattr(x.bit_generator, "state", state)
-    elif isinstance(x, (np.ndarray, bytearray)): yield from _of_an_array(x)
+    if isinstance(x, Tensor):
+        yield from _of_a_tensor(x)
+    elif isinstance(x, torch.Generator):
+        yield lambda state=x.get_state(): x.set_state(state)
+    elif isinstance(x, random.Random):
+        yield lambda state=x.getstate(): x.setstate(state)
+    elif isinstance(x, np.random.RandomState):
+        yield lambda state=x.get_state(): x.set_state(state)
+    elif isinstance(x, np.random.Generator):
+        yield lambda state=x.bit_generator.state: setattr(x.bit_generator, "state", state)
+    elif isinstance(x, (np.ndarray, bytearray)):
+        yield from _of_an_array(x)
     elif isinstance(x, (dict, list, set, deque)):
         held = dict(x) if isinstance(x, dict) else set(x) if isinstance(x, set) else list(x)
-        yield lambda: None if _same(x, held) else (x.clear(), x.update(held) if isinstance(x, (dict, set)) else x.extend(held))
-        for y in list(x.values()) if isinstance(x, dict) else list(x): yield from _puts_back(y, seen)
+        yield (
+            lambda: (
+                None
+                if _same(x, held)
+                else (x.clear(), x.update(held) if isinstance(x, (dict, set)) else x.extend(held))
+            )
+        )
+        for y in list(x.values()) if isinstance(x, dict) else list(x):
+            yield from _puts_back(y, seen)
     elif isinstance(x, (tuple, frozenset)):
-        for y in x: yield from _puts_back(y, seen)
-    elif type(x).__module__.partition(".")[0] not in ("torch", __name__.partition(".")[0]) and isinstance(getattr(x, "__dict__", None), dict): yield from _puts_back(vars(x), seen)
+        for y in x:
+            yield from _puts_back(y, seen)
+    elif type(x).__module__.partition(".")[0] not in ("torch", __name__.partition(".")[0]) and isinstance(
+        getattr(x, "__dict__", None), dict
+    ):
+        yield from _puts_back(vars(x), seen)
+
 
 def _of_a_tensor(t):
     "Not of inference tensors, which nobody may write outside inference mode."
-    if t.is_inference() or t.is_meta or t.layout != torch.strided: return
+    if t.is_inference() or t.is_meta or t.layout != torch.strided:
+        return
     version, value = t._version, t.detach().clone()
+
     def back():
         if t.shape == value.shape and (t._version != version or _differs(t, value)):
-            with torch.no_grad(): t.copy_(value)
+            with torch.no_grad():
+                t.copy_(value)
+
     yield back
+
 
 def _differs(a, b):
     "Whether two tensors have other bytes, where that can be told."
-    try: return not torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-    except RuntimeError: return False
+    try:
+        return not torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    except RuntimeError:
+        return False
+
 
 def _of_an_array(x):
     "Of an array of objects, only which ones they are. What cannot be written is as it was."
-    if isinstance(x, np.ndarray) and not x.flags.writeable: return
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        return
     value = x.copy()
+
     def back():
-        if isinstance(x, bytearray): x[:] = value
-        elif x.flags.writeable and x.shape == value.shape: x[...] = value
+        if isinstance(x, bytearray):
+            x[:] = value
+        elif x.flags.writeable and x.shape == value.shape:
+            x[...] = value
+
     yield back
+
 
 def _same(x, held):
     "Whether a container holds the same objects in the same order."
@@ -63,10 +115,20 @@ def _same(x, held):
 
 # %% ../../nbs/workshop/untouched.ipynb
 class untouched:
-    """A block after which a model, and the random numbers of torch, NumPy and Python, are as they were. Of blocks at the same time, in other threads or
-    one in the other, the first that has a module looks after it, and the first of all after random numbers, which belong to all threads."""
-    _lock, _guard, _taken = threading.Lock(), threading.Lock(), set()      # of random numbers, and of the `id`s of modules that a block has
-    def __init__(self, model: nn.Module): self.model = model
+    """A block after which a model, and the random numbers of torch, NumPy and Python, are as they were. Of blocks
+    at the same time, in other threads or one in the other, the first that has a module looks after it, and the
+    first of all after random numbers, which belong to all threads.
+    """
+
+    _lock, _guard, _taken = (
+        threading.Lock(),
+        threading.Lock(),
+        set(),
+    )  # of random numbers, and of the `id`s of modules that a block has
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
     def __enter__(self) -> nn.Module:
         seen, modules = set(), {id(m): m for m in self.model.modules()}
         with self._guard:
@@ -76,23 +138,41 @@ class untouched:
         modules = [m for i, m in modules.items() if i in self.mine]
         try:
             self.back = [f for m in modules for f in _puts_back(vars(m), seen)]
-            self.back += [f for m in modules if getattr(m, "max_norm", None) is not None and isinstance(getattr(m, "weight", None), Tensor) for f in _of_a_tensor(m.weight)]
+            self.back += [
+                f
+                for m in modules
+                if getattr(m, "max_norm", None) is not None and isinstance(getattr(m, "weight", None), Tensor)
+                for f in _of_a_tensor(m.weight)
+            ]
             cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-            self.numbers = torch.random.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None, np.random.get_state(), random.getstate()
+            self.numbers = (
+                torch.random.get_rng_state(),
+                torch.cuda.get_rng_state_all() if cuda else None,
+                np.random.get_state(),
+                random.getstate(),
+            )
         except BaseException:
             self._leave()
             raise
         return self.model
+
     def __exit__(self, *error) -> None:
         try:
-            for f in self.back: f()
-            if not self.alone: return
+            for f in self.back:
+                f()
+            if not self.alone:
+                return
             cpu, cuda, numpys, pythons = self.numbers
             torch.random.set_rng_state(cpu)
-            if cuda is not None: torch.cuda.set_rng_state_all(cuda)
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
             np.random.set_state(numpys)
             random.setstate(pythons)
-        finally: self._leave()
+        finally:
+            self._leave()
+
     def _leave(self):
-        with self._guard: self._taken.difference_update(self.mine)
-        if self.alone: self._lock.release()
+        with self._guard:
+            self._taken.difference_update(self.mine)
+        if self.alone:
+            self._lock.release()

@@ -27,43 +27,85 @@ from .models import computed, copied, feed, may_write, own_copy
 # %% ../../nbs/workshop/watching.ipynb
 class _Slowly(TorchFunctionMode):
     "Nothing but a reason for attention not to take its fast path."
-    def __torch_function__(self, function, types, args=(), kwargs=None): return function(*args, **(kwargs or {}))
 
-_OURS = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+_OURS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "forward",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
 
 class Twin:
-    "A private copy of a model in eval mode, with the model's parameters (its own where its code may write to them) and its own of everything else."
+    """A private copy of a model in eval mode, with the model's parameters (its own where its code may write to
+    them) and its own of everything else."""
+
     def __init__(
         self,
-        model: nn.Module,      # left as it is, and never run
+        model: nn.Module,  # left as it is, and never run
     ):
         for name, m in model.named_modules():
             for key, value in vars(m).items():
-                if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)): raise ValueError(f"{name}.{key} ".lstrip(".") + why)
+                if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)):
+                    raise ValueError(f"{name}.{key} ".lstrip(".") + why)
         lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
-        if lazy: raise ValueError(f"{lazy} has no shape before the first call; run the model once first")
-        writes = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))}      # into its table
-        self.forward, self.model = model.forward, copied(model, {} if may_write(model) else {id(p): p for p in model.parameters() if id(p) not in writes}).eval()
+        if lazy:
+            raise ValueError(f"{lazy} has no shape before the first call; run the model once first")
+        writes = {
+            id(m.weight)
+            for m in model.modules()
+            if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        }  # into its table
+        self.forward, self.model = (
+            model.forward,
+            copied(
+                model, {} if may_write(model) else {id(p): p for p in model.parameters() if id(p) not in writes}
+            ).eval(),
+        )
         self.kept, self.draws = [], None
         self.adopt(self.model)
+
     def adopt(self, module: nn.Module) -> None:
         "Look after what a new part writes, too."
         state = lambda b: (b, None if b is None else b._version, None if b is None else b.clone())
-        self.kept += [(m, {k: v for k, v in vars(m).items() if k not in _OURS}, {k: state(b) for k, b in m._buffers.items()}) for m in module.modules() if all(x is not m for x, *_ in self.kept)]
+        self.kept += [
+            (m, {k: v for k, v in vars(m).items() if k not in _OURS}, {k: state(b) for k, b in m._buffers.items()})
+            for m in module.modules()
+            if all(x is not m for x, *_ in self.kept)
+        ]
+
     def written(self) -> list[nn.Module]:
         "Modules that have written into their attributes or buffers since they were put back."
-        changed = lambda m, attributes, buffers: (any(attributes.get(k, self) is not v for k, v in vars(m).items() if k not in _OURS) or m._buffers.keys() != buffers.keys()
-                                                  or any(b is not buffers[k][0] or b is not None and b._version != buffers[k][1] for k, b in m._buffers.items()))
+        changed = lambda m, attributes, buffers: (
+            any(attributes.get(k, self) is not v for k, v in vars(m).items() if k not in _OURS)
+            or m._buffers.keys() != buffers.keys()
+            or any(
+                b is not buffers[k][0] or b is not None and b._version != buffers[k][1] for k, b in m._buffers.items()
+            )
+        )
         return [m for m, *kept in self.kept if changed(m, *kept)]
+
     def put_back(self) -> None:
         "Undo what a run has written into attributes and buffers."
         for m, attributes, buffers in self.kept:
-            for k in [k for k in vars(m) if k not in attributes and k not in _OURS]: del m.__dict__[k]
+            for k in [k for k in vars(m) if k not in attributes and k not in _OURS]:
+                del m.__dict__[k]
             m.__dict__.update(attributes)
             for k, (b, version, value) in buffers.items():
-                if b is not None and b._version != version: buffers[k] = (b := value.clone(), b._version, value)
+                if b is not None and b._version != version:
+                    buffers[k] = (b := value.clone(), b._version, value)
                 m._buffers[k] = b
-            for k in [k for k in m._buffers if k not in buffers]: del m._buffers[k]
+            for k in [k for k in m._buffers if k not in buffers]:
+                del m._buffers[k]
 
 # %% ../../nbs/workshop/watching.ipynb
 def _run(self, batch: Any, i: int) -> Any:
@@ -72,9 +114,10 @@ def _run(self, batch: Any, i: int) -> Any:
     whole = lambda x: isinstance(x, PackedSequence)
     for t in tree_leaves(batch, is_leaf=whole):
         t = t.data if whole(t) else t
-        if isinstance(t, Tensor) and t.device != device: raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
+        if isinstance(t, Tensor) and t.device != device:
+            raise ValueError(f"batch {i} is on {t.device}, the model on {device}; move one of them")
     self.put_back()
-    batch = own_copy(batch)      # a model may work on its input in place
+    batch = own_copy(batch)  # a model may work on its input in place
     try:
         with self._dice(i), torch.no_grad(), _Slowly():
             return feed(self.model, batch, self.forward)
@@ -82,16 +125,30 @@ def _run(self, batch: Any, i: int) -> Any:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
+
 @contextmanager
 def _dice(self, i):
-    "Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's generators alone, which other threads use too."
-    states = lambda: [torch.get_rng_state(), *([torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else [])]
+    """Random numbers of batch i. A model that draws none, as the first run tells, leaves the process's generators
+    alone, which other threads use too."""
+    states = lambda: [
+        torch.get_rng_state(),
+        *(
+            [torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count())]
+            if torch.cuda.is_initialized()
+            else []
+        ),
+    ]
     before = states() if self.draws is not False else []
-    if self.draws: torch.manual_seed(i)
-    try: yield
+    if self.draws:
+        torch.manual_seed(i)
+    try:
+        yield
     finally:
-        if self.draws is None: self.draws = not all(map(torch.equal, before, states()))
-        for d, s in enumerate(before if self.draws else []): torch.cuda.set_rng_state(s, d - 1) if d else torch.set_rng_state(s)
+        if self.draws is None:
+            self.draws = not all(map(torch.equal, before, states()))
+        for d, s in enumerate(before if self.draws else []):
+            torch.cuda.set_rng_state(s, d - 1) if d else torch.set_rng_state(s)
+
 
 Twin.run, Twin._dice = _run, _dice
 
@@ -100,17 +157,25 @@ def _flat(x):
     x = x if x.dtype == torch.float64 else x.float()
     return x.flatten(0, -2)[None] if x.dim() > 1 else x[None, None]
 
+
 def _of_bilinear(layer, input1, input2):
     a, b = _flat(input1)[0], _flat(input2)[0]
     return {"weight": (a[:, :, None] * b[:, None]).flatten(1)[None]}
 
+
 def _of_attention(layer, query, key, value, **_):
-    "Queries, keys and values; and what its output projection is given: the attention's own result with an identity in that place."
+    """Queries, keys and values; and what its output projection is given: the attention's own result with an
+    identity in that place."""
     parts = [_flat(x)[0] for x in (query, key, value)]
-    if layer.in_proj_weight is None and "in_proj_weight" not in layer._parameters or layer._parameters.get("q_proj_weight") is not None:
+    if (
+        layer.in_proj_weight is None
+        and "in_proj_weight" not in layer._parameters
+        or layer._parameters.get("q_proj_weight") is not None
+    ):
         return {f"{k}_proj_weight": x[None] for k, x in zip("qkv", parts)}
     most = max(map(len, parts))
     return {"in_proj_weight": torch.stack([torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]) for x in parts])}
+
 
 def attended(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     "What an attention's output projection multiplies, [1, rows, inputs]."
@@ -121,16 +186,24 @@ def attended(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     twin.__dict__ = {**layer.__dict__, "_modules": {**layer._modules, "out_proj": same}}
     return _flat(type(layer).forward(twin, *args, **kwargs)[0])
 
+
 def _of_cell(layer, input, hx=None):
     h = hx[0] if isinstance(hx, (tuple, list)) else hx
-    return {"weight_ih": _flat(input), "weight_hh": _flat(input.new_zeros(*input.shape[:-1], layer.hidden_size) if h is None else h)}
+    return {
+        "weight_ih": _flat(input),
+        "weight_hh": _flat(input.new_zeros(*input.shape[:-1], layer.hidden_size) if h is None else h),
+    }
 
 # %% ../../nbs/workshop/watching.ipynb
 def _of_recurrent(layer, input, hx=None):
     "Inputs and hidden states of each level and direction."
     x, lengths = _padded(layer, input)
     within = torch.arange(len(x), device=x.device)[:, None] < lengths
-    state = [] if hx is None else [t if t.dim() == 3 else t[:, None] for t in (hx if isinstance(hx, (tuple, list)) else (hx,))]
+    state = (
+        []
+        if hx is None
+        else [t if t.dim() == 3 else t[:, None] for t in (hx if isinstance(hx, (tuple, list)) else (hx,))]
+    )
     rows, ways = {}, 2 if layer.bidirectional else 1
     for level in range(layer.num_layers):
         outputs = []
@@ -141,10 +214,12 @@ def _of_recurrent(layer, input, hx=None):
             y = one(given, tuple(here) if len(here) > 1 else here[0] if here else None)[0]
             before = torch.cat([here[0] if here else y.new_zeros(1, *y.shape[1:]), y[:-1]])
             rows[f"weight_ih_{end}"], rows[f"weight_hh_{end}"] = given[within], before[within]
-            if layer.proj_size: rows[f"weight_hr_{end}"] = _unprojected(one, given, before, here)[within]
+            if layer.proj_size:
+                rows[f"weight_hr_{end}"] = _unprojected(one, given, before, here)[within]
             outputs.append(turn(y))
         x = torch.cat(outputs, -1)
     return {k: _flat(r) for k, r in rows.items()}
+
 
 def _padded(layer, input):
     "Sequences as [places, n, inputs], and how long each is."
@@ -153,6 +228,7 @@ def _padded(layer, input):
         return x, lengths.to(x.device)
     x = input[:, None] if input.dim() == 2 else input.transpose(0, 1) if layer.batch_first else input
     return x, torch.full((x.shape[1],), len(x), device=x.device)
+
 
 def _turned(x, lengths):
     "Each sequence backwards; what lies beyond its end stays."
@@ -168,13 +244,18 @@ def _one_level(layer, end):
     weight = getattr(layer, f"weight_ih_{end}")
     how |= {"proj_size": layer.proj_size} if layer.proj_size else {}
     one = kind(weight.shape[1], layer.hidden_size, bias=layer.bias, dtype=weight.dtype, device="meta", **how)
-    for name in list(one._parameters): setattr(one, name, nn.Parameter(getattr(layer, name.removesuffix("l0") + end).detach(), requires_grad=False))
+    for name in list(one._parameters):
+        setattr(one, name, nn.Parameter(getattr(layer, name.removesuffix("l0") + end).detach(), requires_grad=False))
     return one
 
+
 def _unprojected(one, x, before, state):
-    "An LSTM's outputs before they are projected: gates from known inputs and hidden states, then the cell, step by step."
+    """An LSTM's outputs before they are projected: gates from known inputs and hidden states, then the cell, step
+    by step."""
     linear = nn.functional.linear
-    gates = linear(x, one.weight_ih_l0, one.bias_ih_l0 if one.bias else None) + linear(before, one.weight_hh_l0, one.bias_hh_l0 if one.bias else None)
+    gates = linear(x, one.weight_ih_l0, one.bias_ih_l0 if one.bias else None) + linear(
+        before, one.weight_hh_l0, one.bias_hh_l0 if one.bias else None
+    )
     i, f, g, o = (a(t) for a, t in zip((torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid), gates.chunk(4, -1)))
     c, out = state[1][0] if state else torch.zeros_like(i[0]), []
     for t in range(len(x)):
@@ -183,36 +264,55 @@ def _unprojected(one, x, before, state):
     return torch.stack(out)
 
 # %% ../../nbs/workshop/watching.ipynb
-_ROWS = {nn.Linear: lambda layer, input: {"weight": _flat(input)}, nn.Conv1d: lambda layer, input: {"weight": input_rows(layer, input)},
-         nn.Conv2d: lambda layer, input: {"weight": input_rows(layer, input)}, nn.Bilinear: _of_bilinear, nn.RNN: _of_recurrent, nn.LSTM: _of_recurrent, nn.GRU: _of_recurrent,
-         nn.RNNCell: _of_cell, nn.LSTMCell: _of_cell, nn.GRUCell: _of_cell, nn.MultiheadAttention: _of_attention, "modelzip.structured.RemainingAttention": _of_attention,
-         "transformers.pytorch_utils.Conv1D": lambda layer, x: {"weight": _flat(x)}}      # class, or its full name → (layer, arguments) → parameter → rows
-WIDEST = 4096      # inputs of a Bilinear layer (the product of both) up to which they are watched
+_ROWS = {
+    nn.Linear: lambda layer, input: {"weight": _flat(input)},
+    nn.Conv1d: lambda layer, input: {"weight": input_rows(layer, input)},
+    nn.Conv2d: lambda layer, input: {"weight": input_rows(layer, input)},
+    nn.Bilinear: _of_bilinear,
+    nn.RNN: _of_recurrent,
+    nn.LSTM: _of_recurrent,
+    nn.GRU: _of_recurrent,
+    nn.RNNCell: _of_cell,
+    nn.LSTMCell: _of_cell,
+    nn.GRUCell: _of_cell,
+    nn.MultiheadAttention: _of_attention,
+    "modelzip.structured.RemainingAttention": _of_attention,
+    "transformers.pytorch_utils.Conv1D": lambda layer, x: {"weight": _flat(x)},
+}  # class, or its full name → (layer, arguments) → parameter → rows
+WIDEST = 4096  # inputs of a Bilinear layer (the product of both) up to which they are watched
+
 
 def _known(layer):
     "The class whose forward a layer has, and the function that knows it."
     for c in type(layer).__mro__:
         for key in (c, f"{c.__module__}.{c.__qualname__}"):
-            if key in _ROWS: return c, _ROWS[key]
+            if key in _ROWS:
+                return c, _ROWS[key]
     return None, None
 
+
 def unseen(
-    layer: nn.Module,     # an ordinary one
-) -> str | None:          # why nobody can tell what its matrices are multiplied with; None: they can
+    layer: nn.Module,  # an ordinary one
+) -> str | None:  # why nobody can tell what its matrices are multiplied with; None: they can
     "What speaks against watching a layer."
     kind, found = _known(layer)
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)): return "a table, of which rows are looked up; nothing is multiplied"
-    if found is None: return f"it is not known what a {type(layer).__name__} multiplies"
-    if isinstance(layer, nn.Bilinear) and layer.in1_features * layer.in2_features > WIDEST: return f"a pair of inputs has {layer.in1_features * layer.in2_features} products, more than {WIDEST}"
-    if type(layer).forward is not kind.forward: return f"{type(layer).__name__} has a forward of its own, and what it multiplies cannot be told from its inputs"
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return "a table, of which rows are looked up; nothing is multiplied"
+    if found is None:
+        return f"it is not known what a {type(layer).__name__} multiplies"
+    if isinstance(layer, nn.Bilinear) and layer.in1_features * layer.in2_features > WIDEST:
+        return f"a pair of inputs has {layer.in1_features * layer.in2_features} products, more than {WIDEST}"
+    if type(layer).forward is not kind.forward:
+        return f"{type(layer).__name__} has a forward of its own, and what it multiplies cannot be told from its inputs"
     return None
 
+
 def rows_given(
-    layer: nn.Module,         # compressed or not
-    args: tuple,              # of a call
+    layer: nn.Module,  # compressed or not
+    args: tuple,  # of a call
     kwargs: dict,
-    keys: Any = None,         # the parameters that are asked for; None: all, and 'out_proj.weight' of an attention
-) -> dict[str, Tensor]:       # parameter → [groups, rows, inputs]
+    keys: Any = None,  # the parameters that are asked for; None: all, and 'out_proj.weight' of an attention
+) -> dict[str, Tensor]:  # parameter → [groups, rows, inputs]
     "What the matrices of a layer are multiplied with in one call."
     layer = layer.expanded() if isinstance(layer, Dequantize) else layer
     wants = lambda *names: keys is None or any(n in keys for n in names)
@@ -221,40 +321,56 @@ def rows_given(
     if wants(*outputs_of(layer), "weight"):
         given = inspect.signature(kind.forward).bind(layer, *args, **kwargs).arguments
         found = find(layer, **{k: v for k, v in given.items() if k != "self"})
-    if find is _of_attention and wants("out_proj.weight"): found["out_proj.weight"] = attended(layer, args, kwargs)
+    if find is _of_attention and wants("out_proj.weight"):
+        found["out_proj.weight"] = attended(layer, args, kwargs)
     return found if keys is None else {k: found[k] for k in keys}
 
 # %% ../../nbs/workshop/watching.ipynb
 class Point(NamedTuple):
     "Where the rows of one matrix can be seen."
-    module: str      # name of the layer that is called
-    key: str         # of `rows_given`
+
+    module: str  # name of the layer that is called
+    key: str  # of `rows_given`
+
 
 def name_of(layer: str, owner: nn.Module, key: str) -> str:
     "What statistics call a matrix: by its layer, where that has only this one."
     return layer if key == "weight" and len(outputs_of(owner)) == 1 else f"{layer}.{key}".lstrip(".")
 
+
 def points_of(
     model: nn.Module,
-    layers: tuple | None = None,                       # classes of the layers that are looked at; None: all
-) -> tuple[dict[str, Point], dict[str, str]]:          # name → where it is seen; name → why it is not
+    layers: tuple | None = None,  # classes of the layers that are looked at; None: all
+) -> tuple[dict[str, Point], dict[str, str]]:  # name → where it is seen; name → why it is not
     "All matrices of a model."
     points, reasons, done = {}, {}, set()
     known = list(layers_of(model).values())
     for m, names in known:
-        if not isinstance(m, (nn.MultiheadAttention,)) and _known(m)[1] is not _of_attention or not isinstance(m._modules.get("out_proj"), nn.Module): continue
+        if (
+            not isinstance(m, (nn.MultiheadAttention,))
+            and _known(m)[1] is not _of_attention
+            or not isinstance(m._modules.get("out_proj"), nn.Module)
+        ):
+            continue
         name, why, inner = f"{names[0]}.out_proj".lstrip("."), unseen(m), unwrapped(m.out_proj)
         done.add(id(inner))
-        if layers is not None and not isinstance(inner, layers): continue
-        if why is None: points[name] = Point(names[0], "out_proj.weight")
-        else: reasons[name] = why
+        if layers is not None and not isinstance(inner, layers):
+            continue
+        if why is None:
+            points[name] = Point(names[0], "out_proj.weight")
+        else:
+            reasons[name] = why
     for m, names in known:
-        if id(m) in done or layers is not None and not isinstance(m, layers): continue
+        if id(m) in done or layers is not None and not isinstance(m, layers):
+            continue
         for key in outputs_of(m):
-            if m._parameters.get(key, m) is None and not isinstance(getattr(m, key, None), Tensor): continue
+            if m._parameters.get(key, m) is None and not isinstance(getattr(m, key, None), Tensor):
+                continue
             why = unseen(m)
-            if why is None: points[name_of(names[0], m, key)] = Point(names[0], key)
-            else: reasons[name_of(names[0], m, key)] = why
+            if why is None:
+                points[name_of(names[0], m, key)] = Point(names[0], key)
+            else:
+                reasons[name_of(names[0], m, key)] = why
     order = {n: i for i, (_, names) in enumerate(known) for n in names}
     return dict(sorted(points.items(), key=lambda p: order[p[1].module])), reasons
 
@@ -263,22 +379,42 @@ def checked_rows(rows: Tensor, owner: nn.Module, key: str, name: str, i: int) ->
     "Rows that are finite and fit the matrix; an error names the layer and the batch."
     name = name or "(model)"
     weight = None if key == "out_proj.weight" else unwrapped(owner)._parameters.get(key)
-    width = rows.shape[2] if weight is None else weight.numel() // max(weight.shape[outputs_of(unwrapped(owner)).get(key, 0)], 1) if weight.numel() else rows.shape[2]
-    if rows.shape[2] != width: raise ValueError(f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}")
-    if not bool(torch.isfinite(rows).all()): raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
+    width = (
+        rows.shape[2]
+        if weight is None
+        else (
+            weight.numel() // max(weight.shape[outputs_of(unwrapped(owner)).get(key, 0)], 1)
+            if weight.numel()
+            else rows.shape[2]
+        )
+    )
+    if rows.shape[2] != width:
+        raise ValueError(
+            f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
     return rows
 
+
 def watch(
-    model: nn.Module,                          # gets hooks; take them away by `remove`
+    model: nn.Module,  # gets hooks; take them away by `remove`
     points: dict[str, Point],
-    tell: Callable[[str, Tensor], None],       # is given a name and its rows, at each call
-    batch: Callable[[], int],                  # the number of the batch that runs, for errors
-) -> list:                                     # the hooks
+    tell: Callable[[str, Tensor], None],  # is given a name and its rows, at each call
+    batch: Callable[[], int],  # the number of the batch that runs, for errors
+) -> list:  # the hooks
     "Look at the rows of matrices while a model runs."
     at = {}
-    for name, p in points.items(): at.setdefault(p.module, {})[p.key] = name
+    for name, p in points.items():
+        at.setdefault(p.module, {})[p.key] = name
+
     def hook_for(keys):
         def hook(m, args, kwargs):
-            for key, rows in rows_given(m, args, kwargs, keys).items(): tell(keys[key], checked_rows(rows, m, key, keys[key], batch()))
+            for key, rows in rows_given(m, args, kwargs, keys).items():
+                tell(keys[key], checked_rows(rows, m, key, keys[key], batch()))
+
         return hook
-    return [model.get_submodule(n).register_forward_pre_hook(hook_for(keys), with_kwargs=True) for n, keys in at.items()]
+
+    return [
+        model.get_submodule(n).register_forward_pre_hook(hook_for(keys), with_kwargs=True) for n, keys in at.items()
+    ]
