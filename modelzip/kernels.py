@@ -25,7 +25,7 @@ from .quant import Dequantize
 from .workshop import engines
 from .workshop.engines import Capabilities, as_int8, capabilities, fits_int4, why_not_int8
 from .workshop.integer_convolution import QConv2d
-from .workshop.integer_layers import TINY
+from .workshop.integer_layers import SHORT, TINY
 from .workshop.integer_linear import FEW, LARGE, QLinear
 from .workshop.matrices import SMALL, floats_left, unwrapped
 from .workshop.models import check_ordinary, copied
