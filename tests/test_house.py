@@ -31,7 +31,6 @@ UNDER_WORK = {
         "07_prune",
         "07b_channels",
         "08_structured",
-        "09_distill",
         "10_ptq",
         "11_qat",
         "12_threads",
