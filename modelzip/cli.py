@@ -61,6 +61,7 @@ from modelzip.pack import (
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
+from .workshop.arguments import misspelt
 from .workshop.kinds import plain_layer
 from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
 from .workshop.terminal import as_json, complain, fitting, raised_at, reason, say
@@ -799,7 +800,8 @@ def _convert(o):
         to_onnx(_with_kernels(model), o.output, tuple(map(example_of, o.input)))
     else:
         info = _info_of(o.model)
-        if clash := [k for k in info if k in signature(WRITERS[ending]).parameters]:
+        taken = {*signature(WRITERS[ending]).parameters}
+        if clash := [k for k in info if k in taken or misspelt([k], *taken - {"model", "path", "info"})]:
             raise ValueError(f"{o.model} says something as {clash[0]!r}, which {ending} files cannot say")
         WRITERS[ending](model, o.output, **info)
     return Done({"file": o.output, "bytes": file_bytes(o.output)}, f"{o.output}: {file_bytes(o.output):,} bytes")

@@ -51,6 +51,7 @@ from modelzip.archive import (
     several,
     shown,
 )
+from .workshop.arguments import check_said
 from .workshop.asked import within, unfit
 from .workshop.matrices import held_beside, left_behind
 from modelzip.workshop.kinds import (
@@ -903,13 +904,15 @@ def save(
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
-    for what a file cannot hold, and for what would not come back; `OSError` when the system cannot write."""
+    for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
+    an option; `OSError` when the system cannot write."""
     check_machine()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
+    check_said(info, "archive", "threads")
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
