@@ -287,17 +287,25 @@ def merge_copies(
     skeleton: nn.Module,
 ) -> dict[str, Row]:
     "Names that the model ties, and under which the file has equal tensors, become one."
-    first = {}
+    rows, first, behind = dict(rows), {}, {}
+    for n, r in rows.items():
+        behind.setdefault(r.same or n, []).append(n)
+    groups = {}
     for i in items(skeleton):
-        group = first.setdefault(identity(i), [])
-        other = next(
-            (n for n in group if i.name != n and i.name in values and identical(values[i.name], values[n])), None
-        )
-        if other is None:
-            group += [i.name] * (i.name in values and i.name not in group)
-            continue
-        del values[i.name]
-        rows = {n: tied_row(n, r, other) if i.name in (n, r.same) else r for n, r in rows.items()}
+        groups.setdefault(identity(i), []).append(i.name)
+    for names in groups.values():
+        for name in names if len(names) > 1 else ():
+            if name not in values:
+                continue
+            alike = first.setdefault((names[0], zlib.crc32(as_bytes(values[name]))), [])
+            other = next((n for n in alike if n != name and identical(values[name], values[n])), None)
+            if other is None:
+                alike += [name] * (name not in alike)
+                continue
+            del values[name]
+            for n in behind.pop(name):
+                rows[n] = tied_row(n, rows[n], other)
+                behind[other].append(n)
     return rows
 
 # %% ../nbs/05b_exchange.ipynb

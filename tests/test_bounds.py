@@ -454,6 +454,25 @@ def test_work_grows_with_the_number_of_tensors(tmp_path, name):
     assert {k: (few[k], many[k]) for k in few if many[k] > 3.2 * few[k] + 1000} == {}
 
 
+def test_copies_of_tied_tensors_are_merged_once(tmp_path):
+    "Files from others hold a tied tensor under each of its names."
+    from safetensors.torch import save_file
+
+    from modelzip.exchange import from_safetensors
+
+    calls = {}
+    for n in 100, 300:
+        m = nn.Sequential(*[nn.Sequential(nn.Linear(3, 3))] * n)
+        save_file({k: t.clone() for k, t in m.state_dict().items()}, tmp_path / "x.safetensors")
+        calls[n] = calls_of(lambda: from_safetensors(tmp_path / "x.safetensors", m))
+        apart = {k: t + i for i, (k, t) in enumerate(m.state_dict().items())}
+        save_file(apart, tmp_path / "y.safetensors")
+        calls[n, "apart"] = calls_of(lambda: pytest.raises(PackError, from_safetensors, tmp_path / "y.safetensors", m))
+    assert calls[300] < 3.2 * calls[100] + 1000 and calls[300, "apart"] < 3.2 * calls[100, "apart"] + 1000
+    got = from_safetensors(tmp_path / "x.safetensors", m)
+    assert len({id(p) for p in got.parameters()}) == 2 and torch.equal(got[7][0].weight, m[0][0].weight)
+
+
 def test_many_compressed_tensors_in_a_layer_that_computes_are_refused(tmp_path):
     from modelzip.cli import MOST_BESIDE, as_model, quantize_weights
 
