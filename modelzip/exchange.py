@@ -59,6 +59,7 @@ from modelzip.pack import (
     room,
 )
 from .pack import table_of, wrap
+from .workshop.arguments import check_said
 from .workshop.kinds import are_kinds
 from .workshop.matrices import held_beside, left_behind
 
@@ -82,11 +83,13 @@ def take_apart(
     model: nn.Module,
     info: dict,  # what else is to be said
     joint: str = "/",  # between the name of a compressed tensor and that of a part of it
+    *options: str,  # of the function that writes
 ) -> tuple[dict[str, Tensor], dict]:  # plain tensors by name; what else there is to know
     "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
     if model is None:
         raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
+    check_said(info, *options)
     tensors, told, table = {}, {}, table_of(model)[0]
     hollow(model)  # or nothing could be loaded into a copy of it
     for item in items(model):
@@ -284,17 +287,25 @@ def merge_copies(
     skeleton: nn.Module,
 ) -> dict[str, Row]:
     "Names that the model ties, and under which the file has equal tensors, become one."
-    first = {}
+    rows, first, behind = dict(rows), {}, {}
+    for n, r in rows.items():
+        behind.setdefault(r.same or n, []).append(n)
+    groups = {}
     for i in items(skeleton):
-        group = first.setdefault(identity(i), [])
-        other = next(
-            (n for n in group if i.name != n and i.name in values and identical(values[i.name], values[n])), None
-        )
-        if other is None:
-            group += [i.name] * (i.name in values and i.name not in group)
-            continue
-        del values[i.name]
-        rows = {n: tied_row(n, r, other) if i.name in (n, r.same) else r for n, r in rows.items()}
+        groups.setdefault(identity(i), []).append(i.name)
+    for names in groups.values():
+        for name in names if len(names) > 1 else ():
+            if name not in values:
+                continue
+            alike = first.setdefault((names[0], zlib.crc32(as_bytes(values[name]))), [])
+            other = next((n for n in alike if n != name and identical(values[name], values[n])), None)
+            if other is None:
+                alike += [name] * (name not in alike)
+                continue
+            del values[name]
+            for n in behind.pop(name):
+                rows[n] = tied_row(n, rows[n], other)
+                behind[other].append(n)
     return rows
 
 # %% ../nbs/05b_exchange.ipynb
@@ -333,7 +344,7 @@ def put_together(
     index = with_types(opened.index, about["types"])
     demand(len(about["crc"]) == len(index), f"it holds {len(index)} tensors, and should hold {len(about['crc'])}")
     rows, crc = rows_of(about["tensors"], index, joint), dict(zip(sorted(index), about["crc"]))
-    skeleton = skeleton_of(about | {"modelzip": VERSION if about["modelzip"] > 1 else 1}, model, rows)
+    skeleton = skeleton_of(as_manifest(about), model, rows)
     check_match(skeleton, rows)
     whole = lambda r, k: checked(f"{r.name}{joint}{k}" if k else r.name, opened, index, crc)
     values = {n: rebuild(r, {(n, k): whole(r, k) for k in r.parts}) for n, r in rows.items() if r.same is None}
@@ -346,6 +357,41 @@ def checked(name: str, opened: Opened, index: dict[str, Part], crc: dict[str, An
     check_bool(t)
     demand(checksum(name, t) == crc[name], f"{quoted(name)} is damaged (wrong checksum)")
     return t
+
+
+def as_manifest(about: dict) -> dict:
+    return about | {"modelzip": VERSION if about["modelzip"] > 1 else 1}
+
+# %% ../nbs/05b_exchange.ipynb
+@contextmanager
+def reading_back(
+    f: BinaryIO,  # a file that has just been written
+) -> Iterator[BinaryIO]:
+    "The same file for reading. `ValueError` for what a reader would refuse."
+    f.flush()
+    f.seek(0)
+    try:
+        with os.fdopen(os.dup(f.fileno()), "rb") as g:
+            yield g
+    except PackError as e:
+        raise ValueError(f"this model cannot be written, as it does not come back from its file: {e}") from None
+
+
+def check_back(
+    opened: Opened,
+    model: nn.Module,  # what was written
+    tensors: dict[str, Tensor],  # by their names in the file
+    joint: str = "/",
+) -> None:
+    "`PackError` unless a copy of the model takes what the file says, and every number is the same, to the bit."
+    about = read_note(opened.note)
+    index = with_types(opened.index, about["types"])
+    demand(index.keys() == tensors.keys(), "it has other tensors")
+    rows, crc = rows_of(about["tensors"], index, joint), dict(zip(sorted(index), about["crc"]))
+    with torch.random.fork_rng(devices=[]):
+        check_match(skeleton_of(as_manifest(about), model, rows), rows)
+    for name, t in tensors.items():
+        demand(identical(t, checked(name, opened, index, crc)), f"{quoted(name)} comes back otherwise")
 
 # %% ../nbs/05b_exchange.ipynb
 @contextmanager
@@ -446,6 +492,8 @@ def to_safetensors(
     with replacing(path) as f:
         f.write(head)
         write_tensors(f, map(tensors.__getitem__, order))
+        with reading_back(f) as g:
+            check_back(open_safetensors(g), model, tensors)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
@@ -595,18 +643,21 @@ def to_npz(
 ) -> Path:  # the path
     """Write a model as NumPy's npz, atomically, nothing pickled. Types that NumPy lacks go as integers. Errors as
     for `save`."""
-    tensors, about = take_apart(model, info)
+    tensors, about = take_apart(model, info, "/", "compress")
     check_names(tensors, "npz", NOTE)
     note = note_of(about, tensors, foreign_types(tensors))["modelzip"].encode()
-    with replacing(path) as f, zipfile.ZipFile(f, "w") as z:
-        for name, t in tensors.items():
-            write_npy(z, name, as_array(t), compress)
-        write_npy(
-            z,
-            NOTE,
-            np.frombuffer(note, np.uint8),
-            len(note) < 2**20 or len(note) < MAX_RATIO * len(zlib.compress(note, 6)),
-        )
+    with replacing(path) as f:
+        with zipfile.ZipFile(f, "w") as z:
+            for name, t in tensors.items():
+                write_npy(z, name, as_array(t), compress)
+            write_npy(
+                z,
+                NOTE,
+                np.frombuffer(note, np.uint8),
+                len(note) < 2**20 or len(note) < MAX_RATIO * len(zlib.compress(note, 6)),
+            )
+        with reading_back(f) as g:
+            check_back(open_npz(g), model, tensors)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb
@@ -778,7 +829,7 @@ def to_hdf5(
     """Write a model as HDF5, atomically; needs `modelzip[hdf5]`. Types that NumPy lacks go as integers. Errors as
     for `save`."""
     h5py = need("h5py", "hdf5")
-    tensors, about = take_apart(model, info, joint=".")
+    tensors, about = take_apart(model, info, ".", "compress")
     check_names(tensors, "HDF5")
     note = note_of(about, tensors, foreign_types(tensors))
     with replacing(path) as f:
@@ -794,6 +845,8 @@ def to_hdf5(
             for key, text in note.items():
                 h.attrs[key] = np.bytes_(text)
         patient.settle()
+        with reading_back(f) as g, h5py.File(g, "r") as h:
+            check_back(open_hdf5(g, h), model, tensors, ".")
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05b_exchange.ipynb

@@ -51,6 +51,7 @@ from modelzip.archive import (
     several,
     shown,
 )
+from .workshop.arguments import check_said
 from .workshop.asked import within, unfit
 from .workshop.matrices import held_beside, left_behind
 from modelzip.workshop.kinds import (
@@ -74,6 +75,7 @@ from modelzip.workshop.kinds import (
 from .workshop.kinds import seal as seal_of
 from .workshop.models import HOOKS, carry_hooks, check_ordinary
 from .workshop.settings import SettingsInState
+from .workshop.weights import apart, beside, held_apart, put_apart
 from modelzip.archive import (
     data_offset,
     deflate,
@@ -195,7 +197,7 @@ def items(
         yield Item(prefix + key, key, value, module, parent, child)
     for key, m in module._modules.items():
         if m is not None:
-            yield from items(m, f"{prefix}{key}.", module, key)
+            yield from items(m, prefix if beside(m) else f"{prefix}{key}.", module, key)
 
 # %% ../nbs/05_pack.ipynb
 HOMES = {
@@ -902,13 +904,15 @@ def save(
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
-    for what a file cannot hold, and for what would not come back; `OSError` when the system cannot write."""
+    for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
+    an option; `OSError` when the system cannot write."""
     check_machine()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
+    check_said(info, "archive", "threads")
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
@@ -1250,14 +1254,21 @@ def wrap(
     skeleton: nn.Module, rows: dict[str, Row], values: dict[str, Tensor | CompressedTensor]
 ) -> nn.Module:  # the skeleton, or what has replaced it
     "Put compressed tensors into layers of the class that the file names."
-    packed, done = {}, {}
-    for item in reversed([i for i in items(skeleton) if rows[i.name].kind is not None]):
+    packed, done, found = {}, {}, [i for i in items(skeleton) if rows[i.name].kind is not None]
+    several = held_apart(found, skeleton)
+    for item in reversed(found):
         row = rows[item.name]
         if (id(item.layer), item.key) not in done:
-            first = row.same or row.name
-            layer = make_layer(done.get(id(item.layer), item.layer), row, packed.get(first, values[first]), item.key)
+            first, here = row.same or row.name, done.get(id(item.layer), item.layer)
+            if id(item.layer) in several:
+                here = apart(item.layer, item.key)
+            layer = make_layer(here, row, packed.get(first, values[first]), item.key)
             packed[first] = layer.packed
             done[id(item.layer)] = done[id(item.layer), item.key] = layer
+            if id(item.layer) in several:
+                put_apart(item.layer, item.key, layer)
+        if id(item.layer) in several:
+            continue
         if item.parent is None:
             skeleton = done[id(item.layer)]
         else:

@@ -1884,7 +1884,11 @@ def dequantize_model(
     if not found:
         raise ValueError("model has no quantized layer")
     expanded = {}
-    return _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())
+    new = _copy_with(model, {m: _plain(m, expanded) for m in found}, expanded.values())
+    for m in new.modules():
+        if getattr(type(m), "weights_alone", False):
+            m.together()  # what stood apart while it was compressed
+    return new
 
 # %% ../nbs/03_quant.ipynb
 from .workshop.arguments import name_arguments

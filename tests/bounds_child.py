@@ -25,6 +25,30 @@ def inspected(path):
     return len(out.getvalue())
 
 
+def ran(model):
+    "One forward pass of what was loaded, if it is one that can be called."
+    if type(model).forward is nn.Module.forward:
+        return model
+    for x in torch.zeros(1, 1, 28, 28), torch.zeros(2, 130), torch.zeros(1, 3, dtype=torch.long):
+        try:
+            with torch.no_grad():
+                model(x)
+            return model
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if "memory" in str(e):
+                raise MemoryError(str(e)[:200]) from None
+    return model
+
+
+def same(model, path):
+    "The file beside it, if there is one, holds the same: only its archive was touched."
+    if os.path.exists(beside := os.path.join(os.path.dirname(path), "same.mz")):
+        a, b = (cli.expanded_tensors(m) for m in (model, cli.open_model(beside)))
+        if a.keys() != b.keys() or not all(pack.identical(a[n], b[n]) for n in a):
+            raise AssertionError("another answer")
+    return model
+
+
 def ways(path, skeleton, good):
     ending = os.path.splitext(path)[1]
     if ending in READERS:
@@ -34,13 +58,13 @@ def ways(path, skeleton, good):
             "open": lambda: cli.open_model(path),
         }
     return {
-        "load": lambda: pack.load(path),
+        "load": lambda: ran(pack.load(path)),
         "state": lambda: pack.load(path, skeleton),
         "inspect": lambda: shown(pack.inspect(path)),
         "table": lambda: shown(pack.inspect(path, entropy=False)),
         "diff": lambda: shown(pack.diff(path, good)),
         "same": lambda: shown(pack.diff(path, path)),
-        "open": lambda: cli.open_model(path),
+        "open": lambda: same(cli.open_model(path), path),
         "command": lambda: inspected(path),
     }
 
@@ -48,7 +72,8 @@ def ways(path, skeleton, good):
 def outcome(f):
     began = time.process_time()
     try:
-        said = "read", 0 * bool(f())
+        f()
+        said = "read", 0
     except Exception as e:
         said = type(e).__name__, len(str(e))
     except SystemExit:

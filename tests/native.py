@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import mutations
+from guards import FUZZ
 from modelzip import archive, pack
 from modelzip.data import register_model
 from modelzip.pack import PackError, load, save
@@ -446,7 +447,7 @@ def layer_of(i):
 
 
 def case(i, folder):
-    rng = random.Random(i)
+    rng = random.Random(f"{FUZZ} {i}" if FUZZ and i >= 0 else i)  # a search for new cases has its own
     if i < 0:
         data, model = [*SMALL.values()][-1 - i](), None
     elif i % 3 == 2:

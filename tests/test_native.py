@@ -15,6 +15,7 @@ from modelzip.pack import load, save
 from modelzip.workshop import asked, kinds
 
 
+@pytest.mark.hypothesis  # so that a search for new cases comes here, too
 def test_no_signal_ever(tmp_path):
     """Loading, and one forward pass, of files that lie about layers of every class: refused, or a Python exception,
     or an answer; in 2 GiB and ten seconds each."""

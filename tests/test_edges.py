@@ -1,0 +1,119 @@
+"""At the edges of files: options with a wrong letter, names that no tree can hold, and files that are read back before
+they are there."""
+
+import contextlib, io, zipfile
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modelzip import cli, exchange
+from modelzip.data import LeNet5
+from modelzip.exchange import from_hdf5, from_npz, from_safetensors, save_many, to_hdf5, to_npz, to_safetensors
+from modelzip.pack import inspect, load, save
+from modelzip.quant import quantize_model
+
+WRITERS = {"mz": save, "npz": to_npz, "safetensors": to_safetensors, "h5": to_hdf5}
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+def test_a_misspelt_option_is_no_information(tmp_path):
+    m = nn.Linear(2, 2)
+    for write, wrong, right in (
+        (save, "archiv", "archive"),
+        (save, "thread", "threads"),
+        (lambda m, path, **how: save_many({"a": m}, tmp_path, **how), "Archive", "archive"),
+        (to_npz, "compressed", "compress"),
+        (to_hdf5, "compres", "compress"),
+    ):
+        with pytest.raises(TypeError, match=f"{wrong} is no option; did you mean {right}"):
+            write(m, tmp_path / "x", **{wrong: False})
+    assert not [*tmp_path.iterdir()]
+    save(m, tmp_path / "x.mz", note=1, recipe="4-bit", accuracy=0.5, architecture="none", read=2)
+
+
+def test_what_one_format_may_say_and_another_may_not(tmp_path, capsys):
+    save(nn.Linear(2, 2), tmp_path / "x.mz", compressed="4 bits")
+    assert cli.cli(["convert", str(tmp_path / "x.mz"), str(tmp_path / "x.npz")]) == 2
+    assert "'compressed', which .npz files cannot say" in capsys.readouterr().err
+    assert not cli.cli(["convert", str(tmp_path / "x.mz"), str(tmp_path / "x.safetensors")])
+
+
+# ---- what is written is read back ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("end", ["npz", "safetensors", "h5"])
+def test_a_file_that_does_not_come_back_is_not_written(tmp_path, monkeypatch, end):
+    m, path = quantize_model(LeNet5(), 4), tmp_path / f"x.{end}"
+    WRITERS[end](m, path)
+    before = path.read_bytes()
+    back = exchange.reading_back
+
+    def spoiled(f):
+        f.flush()
+        size = f.seek(0, 2)
+        f.seek(size // 2)
+        byte = f.read(1)
+        f.seek(size // 2)
+        f.write(bytes([byte[0] ^ 1]))
+        return back(f)
+
+    with monkeypatch.context() as wrong:
+        wrong.setattr(exchange, "reading_back", spoiled)
+        with pytest.raises(ValueError, match="does not come back from its file"):
+            WRITERS[end](m, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+ODD = {
+    "a beside a.b": ["a", "a.b"],
+    "a.b beside a": ["a.b", "a"],
+    "a method": ["train.weight"],
+    "an attribute": ["a.training"],
+    "nothing": [""],
+    "an empty part": ["a..b"],
+    "a dot behind": ["a."],
+}
+
+
+def written(folder, names, end):
+    "A file from somebody else."
+    import safetensors.torch
+
+    path, state = folder / f"x.{end}", {n: torch.ones(2, 2) for n in names}
+    if end == "pt":
+        torch.save(state, path)
+    elif end == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif end == "npz":
+        with zipfile.ZipFile(path, "w") as z:
+            for n in names:
+                with z.open(f"{n}.npy", "w") as f:
+                    np.lib.format.write_array(f, np.ones((2, 2)))
+    else:
+        with h5py.File(path, "w") as h:
+            for n in names:
+                h.create_dataset(n.replace(".", "/") if "." in n else n, data=np.ones((2, 2)))
+    return path
+
+
+@pytest.mark.parametrize("end", ["pt", "safetensors", "npz", "h5"])
+@pytest.mark.parametrize("what", ODD)
+def test_names_that_no_model_has_are_refused_by_name(tmp_path, capsys, end, what):
+    names = ODD[what]
+    if end == "h5" and what in ("a beside a.b", "a.b beside a", "nothing", "an empty part", "a dot behind"):
+        pytest.skip("HDF5 cannot hold it")
+    path = written(tmp_path, names, end)
+    for command in (["compress", path, "-o", tmp_path / "y.mz"], ["convert", path, tmp_path / "y.npz"]):
+        assert cli.cli([str(c) for c in command]) == 2, command
+        said = capsys.readouterr().err
+        assert any(repr(n) in said for n in names) and len(said.splitlines()) < 5, said
+    with pytest.raises(ValueError) as e:
+        cli.open_model(str(path))
+    assert any(repr(n) in str(e.value) for n in names)
+    if end != "pt":  # a model that does not have the name says so
+        read = {"safetensors": from_safetensors, "npz": from_npz, "h5": from_hdf5}[end]
+        with pytest.raises(exchange.PackError, match="another architecture|no name"):
+            read(path, nn.Linear(2, 2))
+    assert not (tmp_path / "y.mz").exists() and not (tmp_path / "y.npz").exists()
