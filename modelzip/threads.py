@@ -33,7 +33,7 @@ from tqdm import tqdm
 from .kernels import QConv2d, QLinear
 from .pack import inspect, load, save
 from .quant import Dequantize
-from .workshop.deadlines import Watch, checked_count as _count, checked_seconds as _seconds, ended
+from .workshop.deadlines import Watch, checked_count as _count, checked_seconds as _seconds, all_ended
 from .workshop.models import copied
 
 # %% ../nbs/12_threads.ipynb
@@ -1051,7 +1051,7 @@ def _dismiss(rest: list[_Request], team: list[threading.Thread], timeout: float 
         r.future.cancel()
         r.future.set_running_or_notify_cancel()
     if threading.current_thread() not in team:
-        ended(team, timeout)
+        all_ended(team, timeout)
     return len(rest)
 
 
@@ -1279,7 +1279,7 @@ def _close(
         if not self.pids:
             raise
         _kill(self._line, self._runs)
-        ended(self._team, None)
+        all_ended(self._team, None)
 
 
 @_method(Pool)
