@@ -986,6 +986,8 @@ def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
         raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
     if collate is not None and not callable(collate):
         raise TypeError(f"collate is a {type(collate).__name__}; it may be a function of a list of samples")
+    if given.get("max_batch") == 1 and given.get("max_wait"):
+        raise ValueError("max_wait does not act with max_batch=1, which is full at once: give one of them")
     s = {**POOL_SETTINGS, **filed, **given}
     if collate is not None and s["exact"]:
         raise ValueError(
@@ -1271,6 +1273,8 @@ def _close(
     the pool to the original. `TimeoutError` when a thread has not come back from the model in time."""
     if os.getpid() != self._pid:
         return
+    if not wait and timeout is not None:
+        raise ValueError("timeout does not act with wait=False: give one of them")
     timeout, rest = _seconds(timeout, "timeout"), self._line.close(cancel)
     try:
         self._counts.add(cancelled=len(rest))
