@@ -47,6 +47,7 @@ from modelzip.recipe import (
     example_for,
     _pieces,
 )
+from .workshop.deadlines import checked_count
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.matrices import identity_of, layers_of, matrices_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
@@ -1189,8 +1190,7 @@ def _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, 
     for name, v in dict(epochs=epochs, tries=tries).items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
             raise ValueError(f"{name} is {v!r}; it may be a whole number from 1")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; it may be a whole number")
+    checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
 
 
 def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):

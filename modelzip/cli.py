@@ -64,7 +64,7 @@ from .tour import tour
 from .workshop.arguments import misspelt
 from .workshop.kinds import plain_layer
 from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
-from .workshop.terminal import as_json, complain, fitting, raised_at, reason, say
+from .workshop.terminal import as_json, complain, ending_of, fitting, raised_at, reason, say
 
 # %% ../nbs/15_cli.ipynb
 _all_ = ["MOST_BESIDE", "Weights"]  # parameters by name, and nothing that they compute
@@ -615,7 +615,7 @@ def _compress(o):
     model = open_model(o.model)
     _check_kept(o)
     searched = (
-        o.recipe
+        o.recipe is not None
         or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
         or o.bytes is not None
         and not only_weights(model)
@@ -644,7 +644,9 @@ def _compress(o):
 
 def _check_options(model, o, searched):
     "Options that would not act are refused: whoever gave them meant something."
-    given = lambda *names: [f"--{n.replace('_', '-')}" for n in names if getattr(o, n) not in (None, False)]
+    given = lambda *names: [
+        f"--{n.replace('_', '-')}" for n in names if getattr(o, n) is not None and getattr(o, n) is not False
+    ]
     rounding = given("bits", "group", "codebook", "asymmetric", "observer", "mapped")
     if searched and rounding:
         raise ValueError(
@@ -652,7 +654,7 @@ def _check_options(model, o, searched):
             f" {', '.join(given('bytes', 'cosine', 'accuracy_loss', 'milliseconds', 'recipe'))} decides; leave out the"
             " one or the other"
         )
-    if o.recipe and o.seed is not None:
+    if o.recipe is not None and o.seed is not None:
         raise ValueError("--seed does not act with --recipe, which has its own")
     if not searched and (idle := given("data", "seed")):
         raise ValueError(f"{idle[0]} does not act without a target or a recipe")
@@ -847,8 +849,8 @@ KERNELS = argument("--kernels", action="store_true", help="compute with integers
     QUIET,
 )
 def _bench(o):
-    if o.threads is not None and o.threads < 1:
-        raise ValueError(f"--threads is {o.threads}; it may be 1 or more")
+    if o.threads is not None and not 1 <= o.threads <= 1024:  # OpenMP crashes where it cannot start so many
+        raise ValueError(f"--threads is {o.threads}; it may be 1 to 1024")
     if twice := [p for p in o.models if o.models.count(p) > 1]:
         raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
     models, example, before = [_ready(p, o) for p in o.models], tuple(map(example_of, o.input)), torch.get_num_threads()
@@ -996,7 +998,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/15_cli.ipynb
 def cli(
     arguments: list[str] | None = None,  # None: those of the command line
-) -> int:  # exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted
+) -> int:  # exit status: 0 done, 1 the answer is no, 2 not done, 128 + the signal that ended it
     "The command `modelzip`, in this process. Whatever goes wrong is one line on standard error."
     try:
         try:
@@ -1005,8 +1007,8 @@ def cli(
             return e.code or say(None, 0)
         done = COMMANDS[o.command](o)
         return say(as_json(done.found) if getattr(o, "json", False) else done.said, done.status)
-    except KeyboardInterrupt:
-        return complain("interrupted", 130)
+    except KeyboardInterrupt as e:
+        return complain(*ending_of(e))
     except SystemExit as e:
         return complain(f"the model's code ends the program ({e})", 2)
     except BrokenPipeError:

@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'le
            'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
 
 # %% ../nbs/12b_recipe.ipynb
-import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings
+import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings, zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import nullcontext
@@ -34,6 +34,7 @@ from .distill import Labels, SoftTargets, affine, distill
 from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
 from .qat import convert, prepare
 from .workshop.content import fingerprint
+from .workshop.deadlines import checked_count
 from .workshop.matrices import layers_of, matrices_of, outputs_of
 from .workshop.judging import as_called, fresh, length_of, likeness, rows_of
 from .workshop.models import Labelled, as_batches, check_ordinary, copied, feed, logits_of
@@ -389,8 +390,7 @@ class Recipe:
         steps: Sequence,
         seed: int = 0,  # of everything that is random
     ):
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is {seed!r}; it may be a whole number")
+        checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
         if isinstance(steps, str) or not isinstance(steps, Sequence):
             raise TypeError(
                 f"steps is a {type(steps).__name__}; it may be a list of names and of pairs (name, arguments)"
@@ -697,18 +697,21 @@ class Cache:
         "What is noted; None when nothing is, or not all of it."
         try:
             note = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            crc, content = note.pop("crc"), None if "error" in note else self.file(key).read_bytes()
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             return None
-        if not isinstance(note, dict):
-            return None
-        whole = "error" in note or self.file(key).is_file() and self.file(key).stat().st_size == note.get("bytes")
-        return note if whole else None
+        return note if crc == _checksum(note, content) else None
 
     def put(self, key: str, note: dict, content: bytes | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
         if content is not None:
             with replacing(self.file(key)) as f:
                 f.write(content)
-        write_whole(self.folder / f"{key}.json", json.dumps(note))
+        write_whole(self.folder / f"{key}.json", json.dumps(note | {"crc": _checksum(note, content)}))
+
+
+def _checksum(note, content):
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode(), zlib.crc32(content or b""))
 
 # %% ../nbs/12b_recipe.ipynb
 def grid_points(
@@ -905,7 +908,7 @@ def _planned(make, options, about):
 def _key(what, *things):
     "A fingerprint; for what has none, a key that nobody will ever ask for again."
     try:
-        return fingerprint(*things)
+        return fingerprint(*things, torch.get_default_dtype())
     except TypeError as e:
         warnings.warn(
             f"{what} has no fingerprint ({e}): this sweep's results are not kept for another time", stacklevel=4
@@ -928,12 +931,17 @@ def _done(waiting, model, samples, evaluate, executor):
         return
     with sent_once(executor, (model, samples, evaluate)) as shared:
         jobs = {executor.submit(_elsewhere, recipe, shared): key for key, recipe in waiting.items()}
-        for job in as_completed(jobs):
-            key = jobs.pop(job)  # its file need not stay in memory
-            try:
-                yield key, *job.result()
-            except Exception:
-                yield key, {"error": traceback.format_exc(), "lost": True}, None
+        try:
+            for job in as_completed(jobs):
+                key = jobs.pop(job)  # its file need not stay in memory
+                try:
+                    done = job.result()
+                except Exception:
+                    done = {"error": traceback.format_exc(), "lost": True}, None
+                yield key, *done
+        finally:
+            for job in jobs:
+                job.cancel()  # after Ctrl-C nobody waits for them
 
 
 def _elsewhere(recipe, shared):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from .kernels import QConv2d, QLinear
 from .pack import inspect, load, save
 from .quant import Dequantize
+from .workshop.deadlines import Watch, checked_count as _count, checked_seconds as _seconds, all_ended
 from .workshop.models import copied
 
 # %% ../nbs/12_threads.ipynb
@@ -143,17 +144,6 @@ class _Blas:
                     lib.set_num_threads(now)
 
 # %% ../nbs/12_threads.ipynb
-def _count(n: Any, name: str, least: int = 1, most: float = 1024) -> int:
-    "A whole number, checked."
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} is {n!r}; it may be a whole number")
-    if n < least:
-        raise ValueError(f"{name} is {n}; it may be {least} or more")
-    if n > most:
-        raise ValueError(f"{name} is {n}; it may be at most {most}")
-    return n
-
-# %% ../nbs/12_threads.ipynb
 class intra_op_threads:
     """A block in which operations of this thread (PyTorch's, and the process's BLAS) use `n` threads. Other threads
     keep theirs."""
@@ -247,19 +237,6 @@ def run_in_threads(
     )
 
 # %% ../nbs/12_threads.ipynb
-def _seconds(t: Any, name: str, most: float = math.inf) -> float | None:
-    "A time, checked; None is for ever. Locks cannot wait for more than 2⁶³ nanoseconds: three years are for ever too."
-    if t is None:
-        return None
-    if isinstance(t, bool) or not isinstance(t, (int, float)):
-        raise TypeError(f"{name} is {t!r}; it may be seconds or None")
-    if not t >= 0:
-        raise ValueError(f"{name} is {t}; it may be 0 or more seconds, or None")
-    if t > most:
-        raise ValueError(f"{name} is {t}; it may be at most {most} seconds")
-    return float(min(t, 1e8))
-
-
 def _run_team(job: _Job, n: int, intra_op: int, timeout: float | None, progress: bool) -> bool:
     "Start n threads and wait for them; False when the time is up."
 
@@ -567,6 +544,8 @@ def _tensor(x: Any) -> Tensor:
 def _sample(x: Any) -> tuple[Any, tuple]:
     "A sample as tensors, and the key that is the same for all that it can be stacked with."
     if isinstance(x, Mapping):
+        if odd := [k for k in x if not isinstance(k, str)]:
+            raise TypeError(f"x holds something as {odd[0]!r}; it may hold tensors by the names of arguments")
         x = {k: _tensor(v) for k, v in x.items()}
     else:
         x = tuple(map(_tensor, x)) if isinstance(x, tuple) else _tensor(x)
@@ -583,7 +562,7 @@ def _stack(samples: list) -> Any:
         return {k: _stack([s[k] for s in samples]) for k in first}
     if isinstance(first, tuple):
         return tuple(_stack(list(column)) for column in zip(*samples))
-    return first[None] if len(samples) == 1 else torch.stack(samples)
+    return torch.stack(samples) if len(samples) > 1 else first[None].clone()  # the model may write into its batch
 
 
 def _call(model: Callable, batch: Any) -> Any:
@@ -703,6 +682,10 @@ def __call__(self, samples: list) -> list[tuple[bool, Any]]:
 def _attempt(f: Callable, x: Any) -> tuple[bool, Any]:
     try:
         return True, f(x)
+    except (StopIteration, CancelledError, asyncio.CancelledError) as e:  # which would tell the caller something else
+        error = RuntimeError(f"{type(e).__name__}: {e}")
+        error.__cause__ = e
+        return False, error
     except BaseException as e:
         return False, e
 
@@ -738,6 +721,7 @@ class _Line:
         )  # coroutines that wait for room; why the line is closed, if nobody closed it
         lock = threading.RLock()  # one that its holder may take again: the garbage collector may close a pool anywhere
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
+        self.watch = Watch(lock, self.late)
 
 # %% ../nbs/12_threads.ipynb
 @_method(_Line)
@@ -751,6 +735,7 @@ def _put(self, requests: list[_Request], patience: float | None) -> None:
             if self.closed:
                 raise PoolClosed("the pool is closed and takes no more requests" + self.why)
             r.arrived = time.monotonic()
+            self.watch.note(r.deadline)
             self.queues.setdefault(r.key, deque()).append(r)
             self.waiting += 1
         self.work.notify_all() if self.gathering else self.work.notify(len(requests))
@@ -771,13 +756,29 @@ def _make_room(self, until: float | None) -> None:
 @_method(_Line)
 def _forget_cancelled(self) -> None:
     "Make room: requests whose callers have cancelled them need no place."
-    for key, line in list(self.queues.items()):
-        for r in [r for r in line if r.future.cancelled()]:
-            line.remove(r)
-            r.future.set_running_or_notify_cancel()
-            self.waiting, self.forgotten = self.waiting - 1, self.forgotten + 1
-        if not line:
-            del self.queues[key]
+    for r in self.leave_out(lambda r: r.future.cancelled()):
+        r.future.set_running_or_notify_cancel()
+        self.forgotten += 1
+
+
+@_method(_Line)
+def _leave_out(self, which: Callable) -> list[_Request]:
+    "Take some requests out of the queues."
+    out = [r for line in self.queues.values() for r in line if which(r)]
+    if out:
+        kept = {k: deque(r for r in line if not which(r)) for k, line in self.queues.items()}
+        self.queues = {k: line for k, line in kept.items() if line}
+        self.waiting -= len(out)
+    return out
+
+
+@_method(_Line)
+def _late(self, now: float) -> tuple[list[_Request], float]:
+    "Requests whose time is over leave the line; gives them, and when the next one's is."
+    late = self.leave_out(lambda r: r.deadline is not None and r.deadline < now)
+    self.tell(len(late))
+    rest = (r.deadline for line in self.queues.values() for r in line if r.deadline is not None)
+    return late, min(rest, default=math.inf)
 
 
 @_method(_Line)
@@ -817,7 +818,8 @@ def _take(self, most: int, hopes: int = 1, patience: float = 0.0, into: list | N
             return None
         key = min(self.queues, key=lambda k: self.queues[k][0].arrived)
         batch += self.pop(key, share)
-        until = time.monotonic() + patience
+        now = time.monotonic()
+        until = min([now + patience, *((now + r.deadline) / 2 for r in batch if r.deadline is not None)])
         while len(batch) < min(most, hopes) and not self.closed and (left := until - time.monotonic()) > 0:
             self.gathering += 1
             try:
@@ -838,6 +840,7 @@ def _close(self, cancel: bool = False) -> list[_Request]:
             self.queues, self.waiting = {}, 0
         self.work.notify_all()
         self.room.notify_all()
+        self.watch.end()
         self.tell(len(self.askers))
     return rest
 
@@ -872,9 +875,16 @@ def _answer(batch: list[_Request], run: Callable, counts: _Counts) -> None:
         outcomes = [(False, outcomes)] * len(batch)
     good = sum(fine for fine, _ in outcomes)
     counts.add(batches=1, served=good, failed=len(batch) - good)
+    struck = None
     for r, (fine, value) in zip(batch, outcomes):
-        with contextlib.suppress(futures.InvalidStateError):
+        try:
             (r.future.set_result if fine else r.future.set_exception)(value)
+        except futures.InvalidStateError:
+            pass
+        except BaseException as e:
+            struck = e  # a callback's SystemExit is no other request's business
+    if struck is not None:
+        raise struck
 
 
 def _work(line: _Line, run: Callable, counts: _Counts, most: int, wait: float | None) -> None:
@@ -974,6 +984,10 @@ def _merged(model: Any, given: dict, collate: Callable | None) -> dict:
         }  # a file cannot know this machine
     elif not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; it may be a module, function or path")
+    if collate is not None and not callable(collate):
+        raise TypeError(f"collate is a {type(collate).__name__}; it may be a function of a list of samples")
+    if given.get("max_batch") == 1 and given.get("max_wait"):
+        raise ValueError("max_wait does not act with max_batch=1, which is full at once: give one of them")
     s = {**POOL_SETTINGS, **filed, **given}
     if collate is not None and s["exact"]:
         raise ValueError(
@@ -1024,16 +1038,22 @@ def _hire(line: _Line, runs: list, counts: _Counts, settings: dict) -> list[thre
 def _close_all() -> None:
     "At the end of the program: what has not begun is cancelled, what runs is waited for."
     for line, team in list(_open.items()):
-        _dismiss(line.close(cancel=True), team)
+        try:
+            _dismiss(line.close(cancel=True), team, 5)
+        except TimeoutError as e:
+            if sys.stderr is not None:
+                print(f"modelzip: the end of the program waits for {e}", file=sys.stderr, flush=True)
+            _dismiss([], team)
 
 # %% ../nbs/12_threads.ipynb
-def _dismiss(rest: list[_Request], team: list[threading.Thread]) -> int:
-    "Cancel requests and wait for workers to end, unless this is one of them; gives how many were cancelled."
+def _dismiss(rest: list[_Request], team: list[threading.Thread], timeout: float | None = None) -> int:
+    """Cancel requests and wait for workers to end, unless this is one of them; gives how many were cancelled.
+    `TimeoutError` names those that have not ended."""
     for r in rest:
         r.future.cancel()
         r.future.set_running_or_notify_cancel()
-    for t in team if threading.current_thread() not in team else ():
-        t.join()
+    if threading.current_thread() not in team:
+        all_ended(team, timeout)
     return len(rest)
 
 
@@ -1083,6 +1103,7 @@ class Pool:
         self._runs = _runners(model, self.settings, collate)
         self._line, self._counts = _Line(self.settings["queue_size"]), _Counts()
         self._team = _hire(self._line, self._runs, self._counts, self.settings)
+        self._line.watch.fail = functools.partial(_begin, counts=self._counts)
         weakref.finalize(self, _abandon, self._line, self._pid).atexit = False
 
 # %% ../nbs/12_threads.ipynb
@@ -1124,7 +1145,7 @@ def __request(self, x: Any, timeout: float | None) -> _Request:
 
 @_method(Pool)
 def __inside(self) -> bool:
-    return threading.current_thread() in self._team  # is this one of the workers?
+    return threading.current_thread() in [*self._team, *self._line.watch.team]  # is this one of the pool's own?
 
 # %% ../nbs/12_threads.ipynb
 @_method(Pool)
@@ -1245,12 +1266,24 @@ def _close(
     self,
     wait: bool = True,  # return when the workers have ended
     cancel: bool = False,  # cancel what has not begun; else it is served
+    timeout: float
+    | None = None,  # seconds to wait; then processes are killed, and threads, which nobody can end, named
 ) -> None:
     """Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves
-    the pool to the original."""
+    the pool to the original. `TimeoutError` when a thread has not come back from the model in time."""
     if os.getpid() != self._pid:
         return
-    self._counts.add(cancelled=_dismiss(self._line.close(cancel), self._team if wait else []))
+    if not wait and timeout is not None:
+        raise ValueError("timeout does not act with wait=False: give one of them")
+    timeout, rest = _seconds(timeout, "timeout"), self._line.close(cancel)
+    try:
+        self._counts.add(cancelled=len(rest))
+        _dismiss(rest, [*self._team, *self._line.watch.team] if wait else [], timeout)
+    except TimeoutError:
+        if not self.pids:
+            raise
+        _kill(self._line, self._runs)
+        all_ended(self._team, None)
 
 
 @_method(Pool)
@@ -1378,14 +1411,14 @@ class _Remote:
     "A runner in a process of its own."
 
     def __init__(self, order: bytes, threads: int):
-        self.order, self.threads, self.alive = order, threads, False
+        self.order, self.threads, self.alive, self.over = order, threads, False, False
         self.start()
 
     def start(self) -> None:
         self.pipe, theirs = Pipe()
         code = (
             # Ctrl-C is the parent's business;
-            f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {sys.path!r}; "
+            f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {[p for p in sys.path if type(p) is str]!r}; "
             f"from modelzip.threads import _child; _child({theirs.fileno()})"
         )  # when it goes, the pipe closes
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -1436,6 +1469,8 @@ def __call__(self, samples: list, again: bool = True) -> list[tuple[bool, Any]]:
         data = _wired(samples)
     except Exception as e:
         return one_by_one(again) if len(samples) > 1 else [(False, e)]
+    if self.over:
+        return [(False, WorkerDied("the pool was closed, and its worker process killed"))] * len(samples)
     if not self.alive and not (now := _attempt(_Remote.restart, self))[0]:
         return [
             (
@@ -1465,6 +1500,8 @@ def __call__(self, samples: list, again: bool = True) -> list[tuple[bool, Any]]:
 @_method(_Remote)
 def _restart(self) -> None:
     self.start()
+    if self.over:
+        self.process.kill()
     self.ready()
 
 
@@ -1506,6 +1543,16 @@ def _start_processes(model: Any, settings: dict, collate: Callable | None) -> li
             run.close()
         raise
     return runs
+
+
+def _kill(line: _Line, runs: list[_Remote]) -> None:
+    "Nobody waits any longer: what they had is not tried again."
+    for r in line.close(cancel=True):
+        r.future.cancel()
+        r.future.set_running_or_notify_cancel()
+    for run in runs:
+        run.over = True
+        run.process.kill()
 
 
 def _pids(self) -> list[int]:

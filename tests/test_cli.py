@@ -343,6 +343,21 @@ def test_what_would_not_act_is_refused(place, line, says, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()} == before
 
 
+def test_numbers_that_no_machine_has(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for line, says in (
+        ("bench own.mz --input 1x1x28x28 --threads 100000", "--threads is 100000; it may be 1 to 1024"),
+        ("bench own.mz --input 1x1x28x28 --threads 0", "--threads is 0; it may be 1 to 1024"),
+    ):
+        assert cli(line.split()) == 2 and says in capsys.readouterr().err
+
+
+def test_an_empty_recipe_is_no_missing_one(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(place)
+    assert cli(["compress", "mine:net", "-o", str(tmp_path / "x.mz"), "--recipe", ""]) == 2
+    assert capsys.readouterr().err.startswith("modelzip: ") and not (tmp_path / "x.mz").exists()
+
+
 def test_an_empty_name_is_no_folder(place, monkeypatch, capsys):
     monkeypatch.chdir(place / "single")
     assert cli(["compress", "", "-o", "x.mz"]) == 2 and not Path("x.mz").exists()
@@ -700,6 +715,33 @@ def test_interrupted_while_it_is_imported(place):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "modelzip: interrupted\n")
+
+
+@pytest.mark.parametrize("number, says", [("SIGTERM", "terminated"), ("SIGHUP", "closed")])
+def test_ended_while_it_writes(place, tmp_path, number, says):
+    "The old file stays, nothing lies beside it, and the status says which signal it was."
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "out.mz").write_bytes(b"before")
+    code = """if True:
+        import os, sys, time
+        def slow(*_): print("now", flush=True); time.sleep(60)
+        os.fsync = slow
+        from modelzip.workshop.terminal import main
+        sys.exit(main())"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "compress", str(place / "state.pt"), "-o", "out.mz"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert run.stdout.readline() == "now\n"
+    run.send_signal(getattr(signal, number))
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (128 + getattr(signal, number), "") and says in err and err.count("\n") == 1
+    assert (tmp_path / "out.mz").read_bytes() == b"before" and not any((tmp_path / "temporary").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mz", "temporary"]
 
 
 def test_float8_stays_and_is_named(tmp_path, monkeypatch, capsys):

@@ -1,14 +1,15 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
 
-import json, multiprocessing, os, random, signal, subprocess, sys, time
+import json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from modelzip.auto import compress
 from modelzip.data import LeNet5, digits, mnist5k, train
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
@@ -306,6 +307,53 @@ def test_a_broken_cache_is_computed_again(trained, data, tmp_path):
     again = sweep(make, {"bits": [3, 5]}, trained, data, folder=tmp_path, progress=False)
     assert [(r.bytes, r.quality) for r in again] == [(r.bytes, r.quality) for r in first]
     assert all(again.file(r).stat().st_size == r.bytes for r in again)
+
+
+def test_a_cache_that_says_something_else_is_not_believed(trained, data, tmp_path):
+    "A note of the right form with another number, a file of the right size with other bytes, a folder that is gone."
+    again = lambda: sweep(make, {"bits": [3]}, trained, data, folder=tmp_path / "c", progress=False)
+    (first,) = again()
+    note, file = tmp_path / "c" / f"{first.key}.json", tmp_path / "c" / f"{first.key}.mz"
+    good, content = json.loads(note.read_text()), file.read_bytes()
+    changes = [{"quality": 0.123}, {"quality": "abc"}, {"options": {"bits": 9}}, {"error": 3}, {"bytes": float("nan")}]
+    for change in changes:
+        note.write_text(json.dumps(good | change))
+        assert (again()[0].quality, again()[0].options) == (first.quality, {"bits": 3})
+    note.write_text(json.dumps({k: v for k, v in good.items() if k != "quality"}))
+    assert again()[0].quality == first.quality
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 255]) + content[-8:])
+    assert again()[0].quality == first.quality and file.read_bytes() == content
+    shutil.rmtree(tmp_path / "c")
+    assert again()[0].quality == first.quality and file.read_bytes() == content
+
+
+def test_an_interrupted_sweep_leaves_no_jobs(trained, tmp_path):
+    asked = []
+
+    def judge(model):
+        asked.append(1)
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(make, {"bits": [2, 3, 4, 5]}, trained, None, pool, tmp_path, judge, progress=False)
+    assert len(asked) <= 2  # what ran, and what began before the others were cancelled
+
+
+def test_the_default_type_of_numbers_is_part_of_the_key(trained, tmp_path):
+    from modelzip.recipe import _key
+
+    before = _key("", trained)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert _key("", trained) != before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for seed in (10**20, -(10**20)):
+        with pytest.raises(ValueError, match="seed is"):
+            Recipe(["convert"], seed)
+        with pytest.raises(ValueError, match="seed is"):
+            compress(trained, bytes=1000, seed=seed, progress=False)
 
 
 def test_failures_are_remembered_until_retried(trained, tmp_path):

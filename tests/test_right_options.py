@@ -1,14 +1,17 @@
 """Options of which one would be ignored are refused, by every function that takes them"""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from modelzip.distill import Relations
 from modelzip.prune import prune_model, sparsify_layer, sparsify_model
-from modelzip.ptq import gptq_weight, hqq_weight, quantize_with
+from modelzip.ptq import awq, calibrate, gptq, gptq_weight, hqq, hqq_weight, quantize_with, smooth
 from modelzip.qat import prepare
 from modelzip.quant import quantize, quantize_layer, quantize_model
+from modelzip.threads import Pool
 
 TABLE = torch.tensor([-1.0, 0.0, 1.0])
 CONTRARY = [
@@ -68,6 +71,64 @@ def test_options_that_agree_are_taken(how):
         },
     ).q
     assert quantize_layer(layer, **how).q == want and quantize_model(nn.Sequential(layer), **how)[0].q == want
+
+
+def contents(model):
+    "What a model computes with, to the last bit."
+    return str(model), [(n, t.tolist()) for n, t in model.state_dict().items() if torch.is_tensor(t)]
+
+
+ROUNDING = dict(bits=3, group=4, symmetric=False, overrides={"0": {"bits": 2}})
+OF_GPTQ = dict(act_order=True, damping=0.3, catch_up=False)
+OF_PRUNING = dict(criterion=["wanda", "sparsegpt", "random"], granularity=["row", "2:4"], scope=["model", "output"])
+SAME = {  # the one is what the other says by itself, or what takes its place
+    ("prune_model", "output", "wanda"),
+    ("prune_model", "output", "2:4"),  # half of each group is half of each row
+    ("quantize_model", 3, 5),  # five levels are codes of 3 bits
+}
+
+
+@pytest.mark.parametrize(
+    "act, options",
+    [
+        (lambda m, b, **how: quantize_model(m, **how), ROUNDING | dict(levels=5, observer="mse", codebook="nf4")),
+        (lambda m, b, **how: gptq(m, b, **how), ROUNDING | OF_GPTQ),
+        (lambda m, b, **how: hqq(m, **how), ROUNDING),
+        (lambda m, b, **how: awq(m, calibrate(m, b), **how), dict(bits=3, group=4, symmetric=False)),
+        (lambda m, b, **how: smooth(m, calibrate(m, b), **how), ROUNDING | dict(alpha=0.3)),
+        (lambda m, b, **how: prune_model(m, 0.5, batches=b, **how), OF_PRUNING),
+    ],
+    ids=["quantize_model", "gptq", "hqq", "awq", "smooth", "prune_model"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_of_every_pair_both_act_or_one_is_refused(act, options, request):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(8, 8)] * 2
+
+    def made(**how):
+        try:
+            return contents(act(model, batches, **how))
+        except (ValueError, TypeError):
+            return None
+
+    options = {n: v if isinstance(v, list) else [v] for n, v in options.items()}
+    plain, alone = made(), {(n, str(v)): made(**{n: v}) for n, vs in options.items() for v in vs}
+    same, name = {tuple(map(str, s)) for s in SAME}, request.node.callspec.id
+    for (a, xs), (b, ys) in itertools.combinations(options.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            both, one, other = made(**{a: x, b: y}), alone[a, str(x)], alone[b, str(y)]
+            if both is None or one is None or other is None:
+                continue
+            assert one == plain or both != other or (name, str(x), str(y)) in same, (a, x, b, y)
+            assert other == plain or both != one or (name, str(y), str(x)) in same, (a, x, b, y)
+
+
+def test_settings_of_a_pool_that_would_not_act_are_refused():
+    with pytest.raises(ValueError, match="max_wait does not act with max_batch=1"):
+        Pool(nn.Linear(2, 2), workers=1, max_batch=1, max_wait=0.1)
+    with Pool(nn.Linear(2, 2), workers=1, max_batch=1, max_wait=0) as pool:
+        with pytest.raises(ValueError, match="timeout does not act with wait=False"):
+            pool.close(wait=False, timeout=1)
 
 
 def test_a_group_and_a_tensor_as_one_are_refused():

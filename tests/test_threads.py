@@ -1048,6 +1048,80 @@ def test_errors_of_the_machinery(monkeypatch):
     assert not any(t.is_alive() for t in started)
 
 
+def test_a_time_is_kept_while_every_worker_hangs():
+    "Whoever waits with a time hears at that time, and `close` names what hangs."
+    go, entered = threading.Event(), threading.Event()
+
+    def hangs(x):
+        entered.set()
+        go.wait(LONG)
+        return x
+
+    pool = Pool(hangs, workers=1)
+    first = pool.submit(one(1))
+    assert entered.wait(LONG)
+    start, told = time.monotonic(), []
+    late = pool.submit(one(2), timeout=0.3)
+    soon = pool.submit(one(3), timeout=0.1)
+    late.add_done_callback(lambda f: told.append(pool.submit(one(4), timeout=0.05)))
+    for call in (soon.result, late.result, lambda: pool.map([one(5)], timeout=0.1)):
+        with pytest.raises(TimeoutError):
+            call()
+    with pytest.raises(TimeoutError):
+        told[0].result(LONG)
+    assert 0.3 < time.monotonic() - start < LONG and pool.stats.expired == 4 and pool.stats.waiting == 0
+    with pytest.raises(TimeoutError, match=r"1 of 2 threads: pool-0 in hangs \(test_threads.py, line"):
+        pool.close(timeout=0.1)
+    go.set()
+    pool.close()
+    assert first.result().item() == 1
+    with pytest.raises((ValueError, TypeError), match="timeout"):
+        pool.close(timeout=float("nan"))
+
+
+def test_a_full_batch_is_not_waited_for_longer_than_the_caller_waits():
+    with Pool(lambda x: x, workers=1, max_wait=LONG if LONG < 60 else 60) as pool:
+        assert pool(one(1), timeout=0.5).item() == 1
+
+
+def test_samples_are_left_as_they_are():
+    "A model that writes into its batch does not write into what it was given."
+    x, net = torch.tensor([-1.0, 2.0]), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))
+    with Pool(net, workers=1) as pool, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(pool(x), net(x.clone()[None])[0]) and x.tolist() == [-1, 2]
+        xs = [x + k for k in range(5)]
+        kept = [t.clone() for t in xs]
+        assert len(pool.map(xs)) == 5 and all(map(torch.equal, xs, kept))
+
+
+@pytest.mark.parametrize("error", [StopIteration(1), CancelledError(), asyncio.CancelledError()])
+def test_errors_that_would_say_something_else(error):
+    "StopIteration ends whoever iterates, and no coroutine hears of it; CancelledError tells of a cancelled task."
+
+    def model(x):
+        raise error
+
+    with Pool(model, workers=1) as pool:
+        for call in (lambda: pool(one(1), timeout=LONG), lambda: asyncio.run(pool.asubmit(one(1), timeout=LONG))):
+            with pytest.raises(RuntimeError, match=type(error).__name__):
+                call()
+
+
+def test_a_callback_that_exits_is_nobody_elses_business():
+    go = threading.Event()
+    with Pool(lambda x: (go.wait(LONG), x)[1], workers=1, exact=False) as pool:
+        fs = [pool.submit(one(v)) for v in range(4)]
+        fs[1].add_done_callback(lambda f: sys.exit(3))
+        go.set()
+        assert [f.result(LONG).item() for f in fs] == [0, 1, 2, 3] and pool(one(5), timeout=LONG).item() == 5
+    for bad, says in ((dict(collate=3, exact=False), "collate is a"), (dict(collate="x", exact=False), "collate is a")):
+        with pytest.raises(TypeError, match=says):
+            Pool(lambda x: x, **bad)
+    with Pool(lambda **x: x, workers=1) as pool, pytest.raises(TypeError, match="x holds something as 1"):
+        pool({1: one(1), "a": one(1)})
+
+
 NUMBERS = [float("nan"), float("inf"), -1, True, "1", 1.5, 10**400]
 
 
@@ -1413,6 +1487,21 @@ def test_processes_and_errors(monkeypatch):
     os.waitpid(pid, 0)
     with pytest.raises(TypeError, match="cannot be sent"):
         Pool(lambda x: x, workers=1, processes=True)
+
+
+@posix
+def test_a_process_that_hangs_is_killed_by_close(monkeypatch):
+    "And what stands in `sys.path` beside texts does not keep it from starting."
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
+    pool = Pool(Poison(), workers=1, processes=True, exact=False)
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    f = pool.submit(one(1))
+    pool.close(timeout=0.2)
+    with pytest.raises((WorkerDied, CancelledError)):
+        f.result(LONG)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @posix

@@ -128,14 +128,17 @@ def _atom(x) -> bytes | None:
 
 # %% ../../nbs/workshop/content.ipynb
 def _tensor(walk, x):
+    shape = () if x.is_nested else tuple(x.shape)
     about = [
         b"tensor",
         type(x).__qualname__.encode(),
-        str((x.dtype, tuple(x.shape), x.requires_grad, x.layout, x.device.type == "meta")).encode(),
+        str((x.dtype, shape, x.requires_grad, x.layout, x.device.type == "meta")).encode(),
         walk(dict(x.__dict__)),
     ]
     if x.device.type == "meta":
         return about
+    if x.is_nested:
+        return about + walk.all(*x.detach().unbind())
     if x.is_sparse:
         t = x.detach().coalesce()
         return about + walk.all(t.indices(), t.values())
@@ -152,6 +155,8 @@ def _bytes(x):
 
 
 def _array(walk, x):
+    if type(x) not in (np.ndarray, np.memmap):
+        return walk.instance(x)  # a mask, for example
     about = [b"array", str((x.dtype.descr if x.dtype.names else x.dtype.str, x.shape)).encode()]
     return about + (walk.all(*x.reshape(-1).tolist()) if x.dtype.hasobject else [np.ascontiguousarray(x).tobytes()])
 
@@ -247,12 +252,16 @@ def _code(walk, c):
 
 def _read(code, space):
     "The globals that code names, as far as they are there: name → value."
-    found, steps = {}, list(dis.get_instructions(code))
+    found, steps = {}, [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    whole = set()  # modules that are more than a name before a dot
     for at, i in enumerate(steps):
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in BY_NAME and i.argval not in space:
+        named = i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        if named and i.argval in BY_NAME and i.argval not in space or _hidden(i, steps[at - 1], space):
             raise TypeError(f"{code.co_name} calls {i.argval}(), and nobody can tell what it reads")
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in space:
+        if named and i.argval in space:
             found[i.argval] = space[i.argval]
+            if at + 1 == len(steps) or not _dot(steps[at + 1]):
+                whole.add(i.argval)
         if i.opname == "IMPORT_NAME" and (m := _imported(i.argval, steps[at - 2].argval, space)) is not None:
             for n in () if _library(m.__name__) is not None else steps[at - 1].argval or ():
                 _imported(f"{i.argval}.{n}", steps[at - 2].argval, space)  # from m import n may mean a module
@@ -263,6 +272,8 @@ def _read(code, space):
         if not isinstance(v, types.ModuleType) or _library(v.__name__) is not None or id(v) in seen:
             continue
         seen.add(id(v))
+        if name not in whole:
+            found[name] = v.__name__
         held = {f"{name}.{n}": vars(v)[n] for n in code.co_names if n in vars(v)}
         found |= held
         waiting += held.items()
@@ -270,6 +281,16 @@ def _read(code, space):
         if isinstance(c, types.CodeType):
             found |= _read(c, space)
     return dict(sorted(found.items()))
+
+
+def _dot(step):
+    return step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval != "__dict__"
+
+
+def _hidden(step, before, space):
+    "Whether a module is asked for in a way that does not say which: `sys.modules`, `importlib.import_module`."
+    which = {"modules": sys, "import_module": importlib}.get(step.argval if _dot(step) else None)
+    return which is not None and space.get(before.argval) is which
 
 
 BY_NAME = ("globals", "eval", "exec", "__import__")  # what they read stands in no code
@@ -283,6 +304,14 @@ def _imported(name, level, space):
         return None
     full = importlib.util.resolve_name("." * (level or 0) + name, space.get("__package__") or None)
     return sys.modules.get(full)
+
+
+def _module_of_python(walk, m):
+    "A library's is its version. Of one's own that is handed about, nobody can tell what is read: it is all that it has."
+    about = [b"python module", m.__name__.encode(), str(_library(m.__name__)).encode()]
+    if _library(m.__name__) is not None:
+        return about
+    return about + [walk({n: v for n, v in sorted(vars(m).items()) if not (n.startswith("__") and n.endswith("__"))})]
 
 
 def _method(walk, f):
@@ -300,7 +329,7 @@ def _partial(walk, f):
 
 # %% ../../nbs/workshop/content.ipynb
 def _class(walk, c):
-    found = [b"class", *_named(c)]
+    found = [b"class", *_named(c)] + ([walk(type(c))] if _library(type(c).__module__) is None else [])
     for k in c.__mro__:
         own = _library(k.__module__) is None
         for n, v in sorted(vars(k).items()):
@@ -362,7 +391,7 @@ KINDS = [  # the first that fits
     (functools.partial, _partial),
     (types.CodeType, _code),
     (types.CellType, lambda walk, x: [b"cell", walk(x.cell_contents)]),
-    (types.ModuleType, lambda walk, x: [b"python module", x.__name__.encode(), str(_library(x.__name__)).encode()]),
+    (types.ModuleType, _module_of_python),
     ((staticmethod, classmethod), lambda walk, x: [type(x).__name__.encode(), walk(x.__func__)]),
     (property, lambda walk, x: [b"property", *walk.all(x.fget, x.fset, x.fdel)]),
     (pathlib.PurePath, lambda walk, x: [b"path", type(x).__name__.encode(), os.fsencode(x)]),

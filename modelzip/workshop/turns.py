@@ -6,8 +6,9 @@
 __all__ = ['alone', 'lent', 'works_for']
 
 # %% ../../nbs/workshop/turns.ipynb
-import concurrent.futures, contextlib, os, sys, threading
+import asyncio, concurrent.futures, contextlib, contextvars, os, sys, threading
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 
@@ -15,9 +16,11 @@ import torch
 class _Turns:
     def __init__(self):
         self.lock, self.depth, self.whose, self.before = threading.RLock(), 0, None, None
+        self.turn = self.block = None  # what descends from this turn knows it; the frame of its block
+        self.known = frozenset()  # threads that were there before it
 
 
-_TURNS = _Turns()
+_TURNS, _DESCENT = _Turns(), contextvars.ContextVar("turn", default=None)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_TURNS.__init__)
 
@@ -25,7 +28,7 @@ if hasattr(os, "register_at_fork"):
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A block for one thread at a time: PyTorch has one state of random numbers for all threads of a process.
-    `RuntimeError` where the thread whose turn it is waits for this one."""
+    `RuntimeError` where the thread whose turn it is has started this one, or waits for it."""
     _acquire()
     try:
         yield
@@ -34,21 +37,34 @@ def alone() -> Iterator[None]:
 
 
 def _acquire():
+    since = None
     while not _TURNS.lock.acquire(timeout=0.1):
-        if _waits_for_me():
+        since = _since(since)
+        if _waits_for_me(since):
             raise RuntimeError(
                 "a function of modelzip was called in a thread for which a running one waits (an evaluate= that starts"
                 " threads?), and two have to take turns: call it in the thread of that function, or in another process"
             )
     if _TURNS.depth == 0:
         _TURNS.whose, _TURNS.before = threading.get_ident(), torch.random.get_rng_state()
+        _TURNS.turn, _TURNS.block, _TURNS.known = object(), _caller(), frozenset(threading.enumerate())
+        _DESCENT.set(_TURNS.turn)
     _TURNS.depth += 1
+
+
+def _caller():
+    "The frame of whoever opened the block."
+    frame, ours = sys._getframe(), [f.__code__ for f in (_caller, _acquire, alone.__wrapped__, lent.__wrapped__)]
+    while frame is not None and (frame.f_code in ours or frame.f_code.co_filename == contextlib.__file__):
+        frame = frame.f_back
+    return frame
 
 
 def _release():
     _TURNS.depth -= 1
     if _TURNS.depth == 0:
-        _TURNS.whose = _TURNS.before = None
+        _TURNS.whose = _TURNS.before = _TURNS.turn = _TURNS.block = None
+        _TURNS.known = frozenset()
     _TURNS.lock.release()
 
 # %% ../../nbs/workshop/turns.ipynb
@@ -74,38 +90,85 @@ _WAITING = tuple(
     os.path.join(*p)
     for p in [
         ("", "threading.py"),
+        ("", "queue.py"),
         ("concurrent", "futures", "_base.py"),
         ("concurrent", "futures", "thread.py"),
         ("multiprocessing", "pool.py"),
+        ("modelzip", "threads.py"),
     ]
 )
+_PATIENCE = 600  # tenths of a second
 
 
-def _waits_for_me():
+def _since(since):
+    "Where the holder stands, and for how many looks it has."
+    frame = sys._current_frames().get(_TURNS.whose)
+    here = None if frame is None else (_TURNS.turn, id(frame), frame.f_lasti, frame.f_code.co_filename)
+    return (here, since[1] + 1 if since is not None and since[0] == here else 1)
+
+
+def _waits_for_me(since):
     "Whether the thread whose turn it is waits for this one."
     frame, me = sys._current_frames().get(_TURNS.whose), threading.current_thread()
-    if frame is None or not frame.f_code.co_filename.endswith(_WAITING):
+    if frame is None:
         return False
-    mine = [
-        me,
-        *(
-            v
-            for f in _frames(sys._getframe())
-            if f.f_code.co_filename.endswith(_WAITING)
-            for w in f.f_locals.values()
-            for v in (w, getattr(w, "future", None))
-            if isinstance(v, concurrent.futures.Future)
-        ),
-    ]
+    if _DESCENT.get() is not None and _DESCENT.get() is _TURNS.turn:
+        return True
+    mine, inside = [*_frames(sys._getframe())], _inside(frame)
+    promised = [p for f in mine for p in _promises(f)]
+    if any(_holds(f, [me, *promised]) or any(_made_in(f, m) for m in mine) for f in inside):
+        return True
+    if any(loop._thread_id == _TURNS.whose for p in promised for loop in _loops(p)):
+        return True
+    here, looks = since
+    return looks > _PATIENCE and me not in _TURNS.known and here[-1].endswith(_WAITING[:1])
+
+
+def _inside(frame):
+    "The frames of what runs in the holder's block."
+    found, block = [], _TURNS.block
     for f in _frames(frame):
-        if not f.f_code.co_filename.endswith(_WAITING):
-            continue
-        for v in list(f.f_locals.values()):
+        if f is block:
+            return found
+        found.append(f)
+    return []
+
+
+def _promises(frame: FrameType) -> list:
+    "The results that a function of the standard library or of a pool computes here."
+    if not frame.f_code.co_filename.endswith(_WAITING):
+        return []
+    some = [w for v in [*frame.f_locals.values()] for w in (v if type(v) is list else [v])]
+    return [p for w in some for p in (w, getattr(w, "future", None)) if isinstance(p, concurrent.futures.Future)]
+
+
+def _holds(frame: FrameType, mine: list) -> bool:
+    "Whether a variable, or what a waiting object of the library consists of, is one of mine."
+    library = frame.f_code.co_filename.endswith(_WAITING)
+    for v in [*frame.f_locals.values()]:
+        held = [[v], list(v.values()) if type(v) is dict else v]
+        if library or isinstance(v, concurrent.futures.Executor):
             pool = getattr(v, "_pool", None)
-            for held in ([v], v, getattr(v, "_threads", None), pool, getattr(pool, "_pool", None)):
-                if isinstance(held, (list, tuple, set, frozenset)) and any(h is m for h in list(held) for m in mine):
-                    return True
+            held += [getattr(v, "_threads", None), getattr(v, "_team", None), pool, getattr(pool, "_pool", None)]
+        for some in held:
+            if isinstance(some, (list, tuple, set, frozenset)) and any(h is m for h in list(some) for m in mine):
+                return True
     return False
+
+
+def _made_in(outer: FrameType, inner: FrameType) -> bool:
+    "Whether a function was made in a call of another: they share a variable."
+    if inner.f_code not in outer.f_code.co_consts:
+        return False
+    theirs, ours = outer.f_locals, inner.f_locals
+    shared = [ours[n] for n in inner.f_code.co_freevars if n in ours and ours[n] is theirs.get(n)]
+    return any(not isinstance(v, (str, bytes, int, float, complex, type, type(None))) for v in shared)
+
+
+def _loops(promise: concurrent.futures.Future) -> list:
+    "The event loops that are told of a result."
+    cells = [c for f in promise._done_callbacks for c in getattr(f, "__closure__", None) or ()]
+    return [c.cell_contents for c in cells if isinstance(c.cell_contents, asyncio.BaseEventLoop)]
 
 
 def works_for(executor: concurrent.futures.Executor | None) -> bool:  # whether this thread is one of its own
