@@ -1024,7 +1024,7 @@ def test_errors_of_the_machinery(monkeypatch):
 
     with Pool(lambda x: x * 2, workers=1) as pool:
         with monkeypatch.context() as m:
-            m.setattr("modelzip.threads._answer", fails)
+            m.setattr("modelzip.workshop.workers.answer_all", fails)
             with pytest.raises(WorkerDied, match="none left"):
                 pool(one(1), timeout=LONG)
         assert pool(one(1), timeout=LONG).item() == 2
@@ -1032,7 +1032,7 @@ def test_errors_of_the_machinery(monkeypatch):
         monkeypatch.context() as m,
         pytest.raises(PoolClosed, match="could not start: a worker ended with MemoryError: none left"),
     ):
-        m.setattr("modelzip.threads.intra_op_threads", fails)
+        m.setattr("modelzip.workshop.workers.intra_op_threads", fails)
         Pool(lambda x: x, workers=2)
     start, started = threading.Thread.start, []
 
@@ -1435,7 +1435,7 @@ def test_processes(lenet_file):
 def test_processes_and_errors(monkeypatch):
     """Whatever ends them, everybody gets an answer or an error by name; and they come back, also after a time when
     none could be started."""
-    from modelzip.threads import _Remote
+    from modelzip.workshop.processes import Remote
 
     pool = Pool(Poison(), workers=1, processes=True, exact=False)
     fs = [pool.submit(one(v)) for v in (1, 2, -1, 3, -2, 4, -3, -4, -5, -6, 5)]
@@ -1449,7 +1449,7 @@ def test_processes_and_errors(monkeypatch):
         (TypeError, "stays here"),
     ]
     assert pool(torch.ones(2, dtype=torch.bfloat16)).tolist() == [2, 2]
-    from modelzip.threads import Runner, _reply
+    from modelzip.workshop.processes import reply_to
 
     said = []
 
@@ -1457,7 +1457,7 @@ def test_processes_and_errors(monkeypatch):
         def send_bytes(self, data):
             said.append(pickle.loads(data))
 
-    _reply(
+    reply_to(
         Pipe(), Runner(Poison(), exact=False), pickle.dumps([one(-6), one(5)])
     )  # in one batch: only its own request learns of it
     (fine, error), (good, y) = said[-1]
@@ -1467,7 +1467,7 @@ def test_processes_and_errors(monkeypatch):
         def fails(self):
             raise OSError("no process left")
 
-        m.setattr(_Remote, "start", fails)
+        m.setattr(Remote, "start", fails)
         os.kill(pool.pids[0], signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(WorkerDied, match="could not start: OSError: no process left"):
