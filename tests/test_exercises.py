@@ -587,18 +587,25 @@ WRONG = {
         ),
     ],
     "12_threads:check_processors": [
-        ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),  # nothing serial
+        (
+            "lambda goal, serial: math.ceil(goal)",
+            "3 times as fast with a serial share of 0.2 needs 6",
+        ),  # nothing serial
         (
             "lambda goal, serial: 1 if goal == 1 else math.ceil((1 - serial) / max(1 / goal - serial, 1e-9) - 1e-9)",
-            "5 is never reached",
+            "is never reached",
         ),
-        ("lambda goal, serial: None", "once as fast needs one processor"),
+        ("lambda goal, serial: None", "1 times as fast with a serial share of 0.5 needs 1"),
         (
             (
                 "lambda goal, serial: 1 if goal == 1 else round((1 - serial) / (1 / goal - serial)) if 1 / goal -"
                 " serial > 1e-9 else None"
             ),
-            "twice as fast needs 3",
+            "2 times as fast with a serial share of 0.1 needs 3",
+        ),
+        (  # the five that the text once had
+            "lambda goal, serial: {(1, 0.5): 1, (4, 0.0): 4, (3, 0.2): 6, (2, 0.1): 3}.get((goal, serial))",
+            "7 times as fast with a serial share of 0.03 needs 9",
         ),
     ],
     "12_threads:check_closed": [
@@ -608,11 +615,15 @@ WRONG = {
         ),
         (
             "lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)",
-            "λW must be the 16 callers",
+            "λW must be the 1 callers",
+        ),
+        (
+            "lambda callers, fixed, each: (callers / (0.3 + 0.1 * callers), 0.3 + 0.1 * callers)",
+            "a batch of 5 takes 4.5 s",
         ),
     ],
     "12_threads:check_once": [
-        ("lambda f: f", "two threads that call at the same time should call f once"),
+        ("lambda f: f", "f is to be called once, yours called it"),
         (
             """def once(f):                                                           # asks, then calls: two may ask before one has called
             kept = []
@@ -626,7 +637,24 @@ WRONG = {
             """def once(f):                                                           # who comes second gets nothing
             lock = threading.Lock()
             return lambda: f() if lock.acquire(blocking=False) else None""",
-            "both should get f's result",
+            "all should get f's result",
+        ),
+        (
+            """def once(f):                                                           # at once, whether anybody asks or not
+            kept = f()
+            return lambda: kept""",
+            "should not be called before the first call",
+        ),
+        (
+            """def once(f):                                                           # a result that is None is taken for none
+            lock, kept = threading.Lock(), []
+            def g():
+                nonlocal kept
+                with lock:
+                    if not kept or kept[0] is None: kept = [f()]
+                    return kept[0]
+            return g""",
+            "yours called it 3 times",
         ),
     ],
     "13b_record:check_affordable": [
