@@ -615,7 +615,7 @@ WRONG = {
         ),
         (
             "lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)",
-            "λW must be the 1 callers",
+            "λW must be 1, the number of callers",
         ),
         (
             "lambda callers, fixed, each: (callers / (0.3 + 0.1 * callers), 0.3 + 0.1 * callers)",
