@@ -183,31 +183,6 @@ WRONG = {
         ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),  # one-sided
         ("lambda limit: 6", "for 0.001 it is 11"),
     ],
-    "02_explore:check_weight": [
-        ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
-        ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
-        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
-        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own"),
-    ],
-    "02_explore:check_positions": [
-        (
-            "lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]",
-            "your positions",
-        ),  # first turns fastest
-        ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
-        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's"),
-    ],
-    "02_explore:check_two_pages": [
-        (
-            "lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'",
-            "does the text say more than above or below?",
-        ),
-        (
-            "lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'",
-            "draw the numbers with np.random.default_rng",
-        ),
-        ("lambda seed: 'above'", "there are 1 different pages"),
-    ],
     "03_quant:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
         ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "up to 127 at 8 bits the step is 1"),
