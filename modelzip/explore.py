@@ -111,10 +111,8 @@ def safe_frame(
         return frame(f, values)
     except Exception as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
-        return (
-            '<pre'
-            f' style="color:#c00">{html.escape(f"{type(e).__name__}: {e}")}\n{html.escape(f"in {last.name}, line {last.lineno}: {last.line}")}</pre>'
-        )
+        said = f"{type(e).__name__}: {e}\nin {last.name}, line {last.lineno}: {last.line}"
+        return f'<pre style="color:#c00">{html.escape(said)}</pre>'
 
 # %% ../nbs/workshop/explore.ipynb
 def widget_for(c: Control) -> Any:
@@ -168,8 +166,9 @@ def preview(
 NOTE = "<p><em>Run this cell to turn the controls, or with MODELZIP_STATIC=1 to save all frames.</em></p>"
 
 # %% ../nbs/workshop/explore.ipynb
-DOCUMENT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>:root{{color-scheme:light dark}}body{{margin:1.5em auto;padding:0 1em;max-width:60em}}</style></head>
+DOCUMENT = """<!doctype html><html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>:root{{color-scheme:light dark}}body{{margin:1.5em auto;padding:0 1em;max-width:60em}}</style></head>
 <body>{body}</body></html>
 """
 

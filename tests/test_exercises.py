@@ -154,9 +154,12 @@ WRONG = {
     "00_data:check_count": [
         ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # no biases
         ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # one for each input
-        ("lambda s: s[1] * (s[0] + 1)", "LeNet-300-100 has 266,610"),
-    ],  # the first layer alone
+        ("lambda s: s[1] * (s[0] + 1)", "[784, 300, 100, 10] have 266,610"),  # the first layer alone
+        ("{(3, 2): 8, (784, 300, 100, 10): 266_610}.get", "It raised TypeError"),
+        ("lambda s: {2: 8, 4: 266_610}.get(len(s), 0)", "[5, 7, 3] have 66"),  # a lookup
+    ],
     "00_data:check_pool": [
+        ("lambda x, mask: x[:, :2].mean(1)", "each text has a mask of its own"),
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),  # padding included
         (
             "lambda x, mask: (x * mask[..., None]).mean(1)",
@@ -167,8 +170,12 @@ WRONG = {
     ],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),  # the root forgotten
-        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models"),
+        (
+            "lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)",
+            "for p = 0.98, n = 1000, k = 40 it is 0.0120",
+        ),  # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for p = 0.5, n = 100, k = 2"),  # p ignored
+        ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "It raised KeyError: 5"),  # a lookup
     ],
     "01_measure:check_per_example": [
         ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),

@@ -43,7 +43,18 @@ def is_hidden(cell):
 
 def is_folded(cell):
     "Whether a cell is shown only to whoever unfolds it."
-    return bool(re.search(r"^#\| *code-fold: *true", text(cell), re.M))
+    return bool(re.search(r"^#\| *code-fold: *true", text(cell), re.M)) or is_imports(text(cell))
+
+
+def is_imports(source):
+    "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
+    names = lambda n: {ast.unparse(t) for t in getattr(n, "targets", None) or [getattr(n, "target", n)]}
+    kinds = [type(n) for n in tree.body if names(n) != {"_all_"}]
+    return bool(kinds) and set(kinds) <= {ast.Import, ast.ImportFrom}
 
 
 def text(cell):
@@ -298,6 +309,8 @@ def prepare_code(cell, source, where, page, labelled):
     shown = re.match(r"\s*show_doc\(", code)
     if "hide_input" in names or shown:
         keep.append("#| echo: false")
+    if is_imports(code) and not any("code-fold" in l for l in keep):
+        keep += ["#| code-fold: true", '#| code-summary: "Imports"']
     if "hide_output" in names:
         keep.append("#| output: false")
     defined = definitions(code)

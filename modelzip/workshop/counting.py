@@ -146,7 +146,10 @@ PRODUCTS: dict[str, Callable] = {  # operation → MACs, from its arguments and 
 
 # %% ../../nbs/workshop/counting.ipynb
 # products inside
-_SOLVED = r"linalg_\w*(exp|solve|inv|lu|qr|svd|eig|cholesky|ldl|lstsq|householder)\w*|cholesky\w*|triangular_solve\w*|lu_solve|geqrf|ormqr|\w*(cdist|euclidean_dist)\w*"
+_SOLVED = (
+    r"linalg_\w*(exp|solve|inv|lu|qr|svd|eig|cholesky|ldl|lstsq|householder)\w*|cholesky\w*|triangular_solve\w*"
+    r"|lu_solve|geqrf|ormqr|\w*(cdist|euclidean_dist)\w*"
+)
 _SUSPECT = re.compile(
     rf"(_|^)(mm|linear|conv\w*|\w*attention\w*|\w*rnn\w*|\w*lstm\w*|\w*gru\w*|\w*matmul\w*|{_SOLVED})(_|$|\d)|mm$"
 )

@@ -95,7 +95,8 @@ for (const root of document.querySelectorAll('.mz-ID:not([data-live])')) {
     let p = 0;
     turn.forEach((c, j) => {
       p = p * labels[j].length + at(c);
-      if (c.type == 'range') { const t = labels[j][at(c)]; c.nextElementSibling.value = t; c.setAttribute('aria-valuetext', t); }
+      const t = labels[j][at(c)];
+      if (c.type == 'range') { c.nextElementSibling.value = t; c.setAttribute('aria-valuetext', t); }
     });
     stage.innerHTML = frames[order[p]];
   };
@@ -108,12 +109,14 @@ for (const root of document.querySelectorAll('.mz-ID:not([data-live])')) {
 # %% ../../nbs/workshop/player.ipynb
 STYLE = """
 .mz-explore{margin:1em 0;max-width:100%;font-family:system-ui,sans-serif;font-size:.95em}
-.mz-explore fieldset{display:flex;flex-wrap:wrap;gap:.5em 1.6em;margin:0 0 .6em;padding:.6em .9em;border:1px solid #8886;border-radius:8px;min-width:0}
+.mz-explore fieldset{display:flex;flex-wrap:wrap;gap:.5em 1.6em;margin:0 0 .6em;padding:.6em .9em;
+border:1px solid #8886;border-radius:8px;min-width:0}
 .mz-explore label{display:inline-flex;align-items:center;gap:.5em;margin:0}
 .mz-explore input{accent-color:#0072b2;margin:0;cursor:pointer}
 .mz-explore input[type=range]{width:11em}
 .mz-explore output{min-width:3.5em;font-variant-numeric:tabular-nums;font-weight:600}
-.mz-explore select{font:inherit;color:inherit;background:transparent;border:1px solid #8886;border-radius:4px;padding:.1em .3em}
+.mz-explore select{font:inherit;color:inherit;background:transparent;border:1px solid #8886;border-radius:4px;
+padding:.1em .3em}
 .mz-explore option{color:#000;background:#fff}
 .mz-explore .mz-frame{overflow-x:auto}
 .mz-explore .mz-frame>img{display:block;height:auto;background:#fff;border-radius:4px}
