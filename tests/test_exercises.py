@@ -178,17 +178,21 @@ WRONG = {
         ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "It raised KeyError: 5"),  # a lookup
     ],
     "01_measure:check_per_example": [
-        ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
-        ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each"),
+        ("lambda ms, batch: ms / batch", "2.0 ms for 1: 2000 µs each"),
+        ("lambda ms, batch: ms * 1000", "6.4 ms for 64: 100 µs each"),
+        ("lambda ms, batch: {1: 2000, 64: 100}.get(batch, 0)", "3.2 ms for 64: 50 µs each"),  # milliseconds ignored
     ],
     "01_measure:check_cost": [
-        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
-        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
+        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "43,520 bits in all, yours says 40,960"),
+        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "47,520 bits in all"),
         ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits"),
+        ("lambda w, bits, group, scale, header: bits + 1 / bits", "a header of 500 bytes"),  # all but the bits ignored
     ],
     "01_measure:check_smallest": [
-        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),  # one-sided
-        ("lambda limit: 6", "for 0.001 it is 11"),
+        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "5 lost: P = 0.062"),  # one-sided
+        ("lambda limit: 6", "and that is not below"),
+        ("lambda limit: {.05: 6, .001: 11}.get(limit, 9)", "for "),  # a lookup
+        ("lambda limit: 40", "one fewer than 40 would do"),
     ],
     "03_quant:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
