@@ -154,9 +154,12 @@ WRONG = {
     "00_data:check_count": [
         ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # no biases
         ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # one for each input
-        ("lambda s: s[1] * (s[0] + 1)", "LeNet-300-100 has 266,610"),
-    ],  # the first layer alone
+        ("lambda s: s[1] * (s[0] + 1)", "[784, 300, 100, 10] have 266,610"),  # the first layer alone
+        ("{(3, 2): 8, (784, 300, 100, 10): 266_610}.get", "It raised TypeError"),
+        ("lambda s: {2: 8, 4: 266_610}.get(len(s), 0)", "[5, 7, 3] have 66"),  # a lookup
+    ],
     "00_data:check_pool": [
+        ("lambda x, mask: x[:, :2].mean(1)", "each text has a mask of its own"),
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),  # padding included
         (
             "lambda x, mask: (x * mask[..., None]).mean(1)",
@@ -167,46 +170,29 @@ WRONG = {
     ],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),  # the root forgotten
-        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models"),
+        (
+            "lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)",
+            "for p = 0.98, n = 1000, k = 40 it is 0.0120",
+        ),  # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for p = 0.5, n = 100, k = 2"),  # p ignored
+        ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "It raised KeyError: 5"),  # a lookup
     ],
     "01_measure:check_per_example": [
-        ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
-        ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each"),
+        ("lambda ms, batch: ms / batch", "2.0 ms for 1: 2000 µs each"),
+        ("lambda ms, batch: ms * 1000", "6.4 ms for 64: 100 µs each"),
+        ("lambda ms, batch: {1: 2000, 64: 100}.get(batch, 0)", "3.2 ms for 64: 50 µs each"),  # milliseconds ignored
     ],
     "01_measure:check_cost": [
-        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
-        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
+        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "43,520 bits in all, yours says 40,960"),
+        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "47,520 bits in all"),
         ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits"),
+        ("lambda w, bits, group, scale, header: bits + 1 / bits", "a header of 500 bytes"),  # all but the bits ignored
     ],
     "01_measure:check_smallest": [
-        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),  # one-sided
-        ("lambda limit: 6", "for 0.001 it is 11"),
-    ],
-    "02_explore:check_weight": [
-        ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
-        ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
-        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
-        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own"),
-    ],
-    "02_explore:check_positions": [
-        (
-            "lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]",
-            "your positions",
-        ),  # first turns fastest
-        ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
-        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's"),
-    ],
-    "02_explore:check_two_pages": [
-        (
-            "lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'",
-            "does the text say more than above or below?",
-        ),
-        (
-            "lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'",
-            "draw the numbers with np.random.default_rng",
-        ),
-        ("lambda seed: 'above'", "there are 1 different pages"),
+        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "5 lost: P = 0.062"),  # one-sided
+        ("lambda limit: 6", "and that is not below"),
+        ("lambda limit: {.05: 6, .001: 11}.get(limit, 9)", "for "),  # a lookup
+        ("lambda limit: 40", "one fewer than 40 would do"),
     ],
     "03_quant:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
