@@ -35,15 +35,16 @@ def parsed(source):
 
 
 def exercises():
-    "Chapter and number of the check's cell; the stub and the solution are the two cells behind it."
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        for i, (text, _) in enumerate(cells(path.stem)):
+    "Notebook and number of the check's cell; the stub and the solution are the two cells behind it."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        for i, (text, _) in enumerate(cells(chapter)):
             if (
                 re.search(r"^@exercise$", text, re.M)
                 and not text.startswith("#| export")
-                and "your turn" in cells(path.stem)[i + 1][0]
+                and "your turn" in cells(chapter)[i + 1][0]
             ):
-                yield path.stem, i
+                yield chapter, i
 
 
 def check_name(chapter, i):
@@ -93,7 +94,7 @@ def namespace(chapter, tmp):
         for text, tree in cells(chapter):
             if "#| export" not in text:
                 run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
-        space["folder"] = tmp.mktemp(chapter)
+        space["folder"] = tmp.mktemp(chapter.replace("/", "_"))
         exec(textwrap.dedent(SETUP.get(chapter, "")), space)
         SPACES[chapter] = space
     return dict(SPACES[chapter])
@@ -135,7 +136,7 @@ SETUP = {
         state = model.state_dict()
         to_safetensors(model, folder / "l.safetensors")"""
     ),
-    "12b_recipe": (
+    "workshop/recipe": (
         """
         import copy, torch
         from modelzip.data import LeNet5
@@ -355,13 +356,13 @@ WRONG = {
         ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
         ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21"),
     ],
-    "06b_onnx:check_block_bytes": [
+    "workshop/onnx_export:check_block_bytes": [
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),  # no zero points
         ("lambda o, i, b: o * i // 2 + 3 * (o * i // b)", "takes"),  # a byte for each zero point
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b) + o * i // b // 2", "3×32 in blocks of 32 takes"),
         ("lambda o, i, b: -(-o * i // 2) + 2 * (o * i // 32) + -(-(o * i // 32) // 2)", "in blocks of 16 takes"),
     ],  # rounded down
-    "06b_onnx:check_dynamic": [
+    "workshop/onnx_export:check_dynamic": [
         (
             "lambda x: (((x - x.min()) / (s := (x.max() - x.min()) / 255)).round(), s, (-x.min() / s).round())",
             "the codes are [0, 43, 85",
@@ -696,7 +697,7 @@ WRONG = {
             "an error in a thread was lost",
         ),
     ],
-    "15_cli:check_zeros": [
+    "workshop/cli:check_zeros": [
         (
             (
                 "lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3},"
@@ -726,7 +727,7 @@ WRONG = {
             "expand them first",
         ),
     ],  # compressed tensors are no parameters
-    "15_cli:check_gate": [
+    "workshop/cli:check_gate": [
         (
             (
                 "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff',"
@@ -753,7 +754,7 @@ WRONG = {
             "compares the model with blessed.mz",
         ),
     ],
-    "12b_recipe:check_front3": [
+    "workshop/recipe:check_front3": [
         (
             "lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]",
             "equal in two, worse in one",
@@ -778,7 +779,7 @@ WRONG = {
             "yours is",
         ),
     ],  # in another order
-    "12b_recipe:check_step": [
+    "workshop/recipe:check_step": [
         (
             """
         def zero_small(model, threshold=0.01):                                                        # whatever the threshold
