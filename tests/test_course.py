@@ -46,7 +46,7 @@ def sections(name):
 
 
 def links(text):
-    return re.findall(r"\]\((\w+\.ipynb)(?:#([^)]+))?\)", text)
+    return re.findall(r"\]\(((?:workshop/)?\w+\.ipynb)(?:#([^)]+))?\)", text)
 
 
 @pytest.mark.parametrize("page", ["course.ipynb", "glossary.ipynb", "references.ipynb"])
