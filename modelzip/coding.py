@@ -10,16 +10,15 @@ __all__ = ['rans_push', 'rans_pop', 'Bets', 'AdaptiveEncoder', 'AdaptiveDecoder'
 # %% ../nbs/04b_coding.ipynb
 #| code-fold: true
 #| code-summary: "Imports of the module"
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from fastcore.basics import patch
 
 from .symbols import *
-from .workshop.frames import *
+from .workshop.frames import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
+from .workshop.frames import read_varint, write_varint
 from .workshop.lanes import rans, rans_decode, rans_encode
 from .workshop.learners import adaptive_bytes, adaptive_codes
 from .workshop.phrases import lz77, lz78, lzw, lzw_parse

@@ -16,20 +16,26 @@ def modules(root=ROOT):
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
+def defined(path, root=ROOT):
+    "A file of the library as a syntax tree; the functions and classes that it makes: name → file, line."
+    tree = ast.parse((root / "modelzip" / path).read_text(encoding="utf-8"))
+    return tree, {n.name: (path, n.lineno) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+
+
 def public(name, root=ROOT):
-    """The functions and classes of a module that `import *` gives and that are defined there, in the order of the
-    chapter, with their lines."""
-    tree = ast.parse((root / "modelzip" / f"{name}.py").read_text(encoding="utf-8"))
-    exported = next(
-        (
-            ast.literal_eval(n.value)
-            for n in tree.body
-            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
-        ),
-        [],
-    )
-    defined = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    return {n: defined[n] for n in exported if n in defined}
+    """The functions and classes of a module that `import *` gives and that are made there, or in a workshop notebook
+    from which the module brings them: name → file, line, in the order of the chapter."""
+    tree, made = defined(f"{name}.py", root)
+    exported = []
+    for n in tree.body:
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__":
+            exported = ast.literal_eval(n.value)
+        source = getattr(n, "module", None) or ""
+        if isinstance(n, ast.ImportFrom) and source.startswith(("workshop." if n.level else "modelzip.workshop.")):
+            _, there = defined(source.removeprefix("modelzip.").replace(".", "/") + ".py", root)
+            names = {a.asname or a.name: a.name for a in n.names} if n.names[0].name != "*" else {k: k for k in there}
+            made |= {new: there[old] for new, old in names.items() if old in there}
+    return {n: made[n] for n in exported if n in made}
 
 
 def methods(cls):
@@ -80,16 +86,13 @@ def pages(where, titles, documentation, root=ROOT):
             f"{about}. The chapter [{titles[chapter]}]({chapter}) derives what stands here.",
             f"`from modelzip.{name} import *`",
         ]
-        for n in lines:
-            source = f"{repository(root)}/blob/main/modelzip/{name}.py#L{lines[n]}"
-            parts.append(
-                entry(
-                    n,
-                    getattr(module, n),
-                    f"Derived in [{titles[chapter]}]({where.get(n, chapter)}). [Source]({source}).",
-                    documentation,
-                )
-            )
+        for n, (path, line) in lines.items():
+            derived = f"Derived in [{titles[chapter]}]({where.get(n, chapter)})."
+            if path.startswith("workshop/"):
+                book = f"{repository(root)}/blob/main/nbs/{path.removesuffix('.py')}.ipynb"
+                derived = f"Derived for [{titles[chapter]}]({chapter}), built in [the workshop]({book})."
+            source = f"{repository(root)}/blob/main/modelzip/{path}#L{line}"
+            parts.append(entry(n, getattr(module, n), f"{derived} [Source]({source}).", documentation))
         made[f"api_{name}.md"] = "\n\n".join(parts) + "\n"
         index.append(
             f"## [{name}](api_{name}.md)\n\n{about}.\n\n" + ", ".join(f"[`{n}`](api_{name}.md#{n})" for n in lines)

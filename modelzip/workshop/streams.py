@@ -7,7 +7,7 @@ __all__ = ['CODES', 'BYTES', 'encode', 'decode', 'coders']
 
 # %% ../../nbs/workshop/streams.ipynb
 import functools, struct, zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
