@@ -17,8 +17,8 @@ from typing import Any
 from fastcore.basics import patch
 
 from .symbols import *
-from .workshop.frames import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
-from .workshop.frames import read_varint, write_varint
+from .workshop.coders import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
+from .workshop.coders import read_varint, write_varint
 from .workshop.lanes import rans, rans_decode, rans_encode
 from .workshop.learners import adaptive_bytes, adaptive_codes
 from .workshop.phrases import lz77, lz78, lzw, lzw_parse

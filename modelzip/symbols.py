@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .workshop.frames import CODERS, Coder, CodingError
-from .workshop.frames import bits_to_bytes, bytes_to_bits, fixed_bits
-from .workshop.frames import histogram, pairs_of, slices_of, whole_numbers
+from .workshop.coders import CODERS, Coder, CodingError
+from .workshop.coders import bits_to_bytes, bytes_to_bits, fixed_bits
+from .workshop.coders import histogram, pairs_of, slices_of, whole_numbers
 
 # %% ../nbs/04_symbols.ipynb
 def entropy_of(

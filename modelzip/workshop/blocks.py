@@ -12,7 +12,7 @@ import constriction
 import numpy as np
 import zstandard
 
-from .frames import CodingError, read_varint, write_varint
+from .coders import CodingError, read_varint, write_varint
 
 # %% ../../nbs/workshop/blocks.ipynb
 MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS

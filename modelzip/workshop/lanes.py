@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .frames import CODERS, Coder, CodingError
+from .coders import CODERS, Coder, CodingError
 from .shares import borders, read_shares, shares_of, write_shares
 
 # %% ../../nbs/workshop/lanes.ipynb

@@ -9,7 +9,7 @@ __all__ = ['check_asks', 'adaptive_bytes', 'adaptive_byte', 'adaptive_code', 'ad
 from collections.abc import Sequence
 from typing import Any
 
-from .frames import CodingError
+from .coders import CodingError
 
 # %% ../../nbs/workshop/learners.ipynb
 def check_asks(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import count
 
 from ..symbols import lz77_parse, lz77_replay, lz78_parse
-from .frames import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
+from .coders import CODERS, Coder, CodingError, bits_to_bytes, bytes_to_bits, fixed_bits
 
 # %% ../../nbs/workshop/phrases.ipynb
 def encode_lz77(data: bytes) -> bytes:

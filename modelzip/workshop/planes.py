@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from ..quant import bit_planes
-from .frames import CodingError
+from .coders import CodingError
 
 # %% ../../nbs/workshop/planes.ipynb
 def codes_per_byte(

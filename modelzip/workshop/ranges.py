@@ -9,7 +9,7 @@ __all__ = ['arithmetic', 'range_encode', 'carried', 'range_decode', 'encode_arit
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from .frames import CODERS, Coder, CodingError
+from .coders import CODERS, Coder, CodingError
 from .shares import borders, check_shares, read_shares, shares_of, write_shares
 
 # %% ../../nbs/workshop/ranges.ipynb

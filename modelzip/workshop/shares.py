@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from .frames import CodingError, read_varint, write_varint
+from .coders import CodingError, read_varint, write_varint
 
 # %% ../../nbs/workshop/shares.ipynb
 def borders(

@@ -18,7 +18,7 @@ from ..quant import bit_planes, check_bits, pack_bits, packed_bytes, unpack_bits
 from .blocks import JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
 from .blocks import code_bytes, expand_bytes, pieces, smallest, take_pieces
 from .blocks import rans_compress, rans_expand
-from .frames import CodingError, read_varint, write_varint
+from .coders import CodingError, read_varint, write_varint
 from .planes import byte_planes, codes_per_byte, gaps_of, join_codes, mask_of, split_codes
 from .values import code_values, expand_values
 

@@ -12,7 +12,7 @@ import torch
 
 from ..quant import pack_bits, packed_bytes, unpack_bits
 from .blocks import ans_decode, code_bytes, expand_bytes, pieces, rans_model, take_pieces
-from .frames import CodingError, read_varint, write_varint
+from .coders import CodingError, read_varint, write_varint
 
 # %% ../../nbs/workshop/values.ipynb
 MOST_VALUES = 1 << 15  # in a table

@@ -12,7 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
-from modelzip.workshop.frames import (
+from modelzip.workshop.coders import (
     CODERS,
     Coder,
     CodingError,
