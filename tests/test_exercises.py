@@ -223,7 +223,7 @@ WRONG = {
             "for every k, not for 3 alone",
         ),
     ],
-    "04_coding:check_wrong_table": [
+    "04_symbols:check_wrong_table": [
         (
             "lambda counts, model: sum(n * math.log2(sum(counts) / n) for n in counts) / sum(counts)",
             "take 1.2075 bits",
@@ -239,12 +239,30 @@ WRONG = {
             ),
             "take 1 bit each",
         ),
+        (
+            "lambda counts, model: sum(math.log2(sum(model) / q) for q in model) / len(model)",
+            "take 14 bits",
+        ),  # the counts ignored
     ],
-    "04_coding:check_worth": [
-        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 51 symbols"),  # a tie saves nothing
-        ("lambda H: round(25 / H)", "at 4.7 bits each, 6 symbols"),
+    "04_symbols:check_worth": [
+        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 50 symbols"),  # a tie saves nothing
+        ("lambda H: round(25 / H)", "at 4.7 bits each, 5 symbols"),
+        ("lambda H: math.floor(25 / H) + 2", "at 4.7 bits each, 6 symbols take more than 25 bits already"),
+        ("lambda H: 25 / H + 1e-9", "a whole number of symbols"),
+        ("lambda H: {4.7: 6, 3.6: 7, 1.05: 24, 0.5: 51, 8.0: 4, 5.0: 6, 12.5: 3}.get(H, 6)", "bits each"),  # a lookup
     ],
-    "04_coding:check_pop": [
+    "04_symbols:check_breaks": [
+        ("lambda: [1, 1]", "0.000 bits a symbol more"),
+        ("lambda: [9, 1]", "0.531 bits a symbol more"),
+        ("lambda: [1000, 0]", "each of which occurs"),
+        ("lambda: [10**6] + [1] * 9", "two or three symbols"),
+    ],
+    "04b_coding:check_learned": [
+        ("lambda z, o: math.log2(math.comb(z + o, o))", "3 bits"),  # the entropy of the order alone
+        ("lambda z, o: math.log2(math.comb(z + o, o) * (z + o + 1))", "3 bits"),  # Laplace's bets, (k + 1) / (n + 2)
+        ("lambda z, o: 3 * o if z == o else z + o", "3 zeros and 2 ones"),
+    ],
+    "04b_coding:check_pop": [
         (
             (
                 "lambda x, shares: (next(s for s in range(len(shares)) if x % sum(shares) < sum(shares[:s + 1])), x //"
@@ -253,6 +271,16 @@ WRONG = {
             "14 is b's (symbol 1), its number 3",
         ),
         ("lambda x, shares: (x // sum(shares), x % sum(shares))", "digit 4 on 31"),
+        (
+            """
+        def pop(x, shares):                                                     # M = 8, unless the digits are ten
+            M = 10 if len(shares) == 10 else 8
+            block, place = divmod(x, M)
+            s = 0
+            while s < len(shares) - 1 and place >= shares[s]: place, s = place - shares[s], s + 1
+            return s, block * shares[s] + place""",
+            "with the shares [1, 6] symbol",
+        ),
     ],
     "04b_archive:check_pad": [
         ("lambda offset, align: align - offset % align", "from 0 to a multiple of 64 it is 0 bytes"),
@@ -653,7 +681,14 @@ WRONG = {
             "lambda a, b: 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)",
             "an even split is no evidence",
         ),  # above 1
-        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * (a + b)))", "ten to none happens twice in 1,024"),
+        (
+            (
+                "lambda a, b: min(1, 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b) * (a + b)"
+                " / (a + b))"
+            ),
+            "ZeroDivisionError",
+        ),  # nothing at (0, 0)
+        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * max(a + b, 1)))", "ten to none happens twice in 1,024"),
     ],  # approximately
     "90_article:check_exact_step": [
         ("lambda weights: Fraction(min(weights))", "for 3, −6 and 12 it is 3"),
