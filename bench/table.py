@@ -101,7 +101,7 @@ def auto(found):
             found["fp32_bytes"],
             f"{r['cosine']:.4f}, {r['recall']:.3f}",
             f"1, {found['fp32_recall']:.3f}",
-            "13_auto.ipynb",
+            "13_budget.ipynb",
         )
 
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['STEPS', 'OTHERS', 'OBJECTS', 'RECIPES', 'Step', 'register_step', 'learn', 'other_matrices', 'quantize_others',
-           'Samples', 'samples_of', 'Judge', 'Recipe', 'example_for', 'file_of', 'expanded', 'Result', 'Cache',
-           'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
+           'Samples', 'samples_of', 'in_pieces', 'Judge', 'Recipe', 'example_for', 'file_of', 'expanded', 'Result',
+           'Cache', 'grid_points', 'pareto', 'Results', 'sweep', 'fingerprint']
 
 # %% ../nbs/workshop/recipe.ipynb
 import copy, inspect as _inspect, json, math, os, re, secrets, tempfile, traceback, warnings, zlib
@@ -233,7 +233,7 @@ def samples_of(
     if not data:
         raise ValueError("data is empty: there is no batch in it")
     if len(data) < 4:
-        data = [piece for b in data for piece in _pieces(b)]
+        data = [piece for b in data for piece in in_pieces(b)]
     held = [b for i, b in enumerate(data) if i % 4 == 3] if len(data) > 3 else data[1:][-1:]
     rest = [b for i, b in enumerate(data) if i % 4 != 3] if len(data) > 3 else data[:-1] or data
     return Samples(rest, None, held or None, data[0] if example is None else example)
@@ -306,7 +306,7 @@ def _fifth(data):
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
 
-def _pieces(batch):
+def in_pieces(batch):
     "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
     plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
     n = length_of(batch) if plain else None

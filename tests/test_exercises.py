@@ -886,7 +886,7 @@ WRONG = {
             "biases are no matrices",
         ),
     ],
-    "13_auto:check_cheapest": [
+    "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "has less D + λR"),  # the smallest, whatever the price
         (
             "lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] + 0.003 * r[o]) for r, d in zip(R, D)]",
@@ -902,7 +902,7 @@ WRONG = {
             "as many bytes and less error",
         ),
     ],
-    "13_auto:check_bit_by_bit": [
+    "13_budget:check_bit_by_bit": [
         (
             "lambda c, n, bits: {4: [3, 1], 20: [2, 1], 240: [5, 2, 4, 3]}.get(bits, [0] * len(c))",
             "it should be",
