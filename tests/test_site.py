@@ -257,6 +257,10 @@ def test_long_lines_hang():
     assert bare(site.hang(text)) == bare(text)
     for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S):
         assert line.count("<span") == line.count("</span")
+    drawing = code(
+        "compare ─┬─ latency ─ a name that is long enough to pass the edge of the page, and more\n" * 2, "sourceCode "
+    )
+    assert site.hang(drawing) == drawing  # maps keep their lines
     table = code("a" + "  1" * 30 + "\nb" + "  2" * 30, "")
     note = code("a  1\nb  2\nEach of them was saved, loaded and measured, which takes a while to say", "")
     assert "data-hang" not in site.hang(note) and re.findall(r'class="hang"[^>]*>(\w+)', site.hang(note)) == [
