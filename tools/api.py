@@ -32,8 +32,9 @@ def public(name, root=ROOT):
     )
     defined = {n: (here, line) for n, line in lines_of(tree).items()}
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modelzip.workshop."):
-            there = f"{node.module.replace('.', '/')}.py"
+        module = "modelzip." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
+        if module.startswith("modelzip.workshop."):
+            there = f"{module.replace('.', '/')}.py"
             lines = lines_of(ast.parse((root / there).read_text(encoding="utf-8")))
             defined |= {a.name: (there, lines[a.name]) for a in node.names if a.name in lines}
     return {n: defined[n] for n in exported if n in defined}

@@ -448,7 +448,11 @@ def hang(page):
         lines = m[2].split("\n")
         bare = [unescape(re.sub(r"<[^>]*>", "", l)) for l in lines]
         columns = [bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare]
-        table = "sourceCode" not in m[1] and sum(columns) > 1
+        drawn = (
+            "python" not in m[1] and sum(bool(re.search("[─│├└┬▼]", l)) for l in bare) > 1
+        )  # a map of who calls whom
+        table = "sourceCode" not in m[1] and sum(columns) > 1 or drawn
+        columns = [c or drawn for c in columns]
         out, still = [], []  # `still`: tags that a line leaves open, as a text of several lines does
         for line, text, column in zip(lines, bare, columns):
             line = "".join(still) + line

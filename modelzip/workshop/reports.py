@@ -291,7 +291,8 @@ body{{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:0 auto;padding:1
 h1{{font-size:1.5rem;line-height:1.2}}table{{font-variant-numeric:tabular-nums;font-size:.9rem}}
 th{{border-bottom:2px solid #222;vertical-align:bottom}}td{{border-bottom:1px solid #ddd}}
 tbody tr:first-child{{background:#f3f3f3}}svg{{max-width:100%;height:auto}}</style></head>
-<body><h1>{title}</h1>{table}<figure style="margin:1rem 0">{picture}<figcaption>{caption}</figcaption></figure></body></html>
+<body><h1>{title}</h1>{table}
+<figure style="margin:1rem 0">{picture}<figcaption>{caption}</figcaption></figure></body></html>
 """
 
 # %% ../../nbs/workshop/reports.ipynb
