@@ -254,6 +254,14 @@ def check_calibrated(
         )
 
 # %% ../../nbs/workshop/collecting.ipynb
+def check_moment(moment: Tensor, damping: float) -> None:
+    "`ValueError` for a second moment that can have no inverse, and for negative damping."
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if not bool(moment.isfinite().all()):
+        raise ValueError("moment holds NaN or infinite values, so it has no inverse")
+
+# %% ../../nbs/workshop/collecting.ipynb
 def collect(
     model: nn.Module,  # runs in eval mode, and is left as it was
     batches: Iterable | Split,  # of inputs, or of whatever `loss` takes
