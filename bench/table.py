@@ -73,7 +73,7 @@ def prune(found):
             before,
             f"{spread([r['pruned, 4 bits']['accuracy'] for r in runs])} %",
             f"{spread([r['dense']['accuracy'] for r in runs])} %",
-            "07_prune.ipynb",
+            "07b_prune.ipynb",
         )
 
 

@@ -404,13 +404,14 @@ WRONG = {
             "the codes are",
         ),
     ],
-    "07_prune:check_remaining": [
+    "07_saliency:check_remaining": [
         ("lambda w, variance, mean: w ** 2 * (variance + mean ** 2)", "yours is"),  # the bias not used
         ("lambda w, variance, mean: w * variance", "yours is"),
         ("lambda w, variance, mean: (w * mean) ** 2", "yours is"),
+        ("lambda w, variance, mean: 0.49 * variance", "for w = -2.0"),  # right for one weight alone
     ],
-    "07_prune:check_lamp": [
-        ("lambda w: w.square() / w.square().sum()", "for [[3, -1], [2, 0.5]] it is"),
+    "07_saliency:check_lamp": [
+        ("lambda w: w.square() / w.square().sum()", "for [[3.0, -1.0], [2.0, 0.5]] it is"),
         (
             (
                 "lambda w: w.square() /"
@@ -419,11 +420,51 @@ WRONG = {
             "it is",
         ),  # those that are smaller
         ("lambda w: w.square().flatten() / w.square().sum()", "should have the shape of the weight"),
+        (
+            """def lamp(w):                                     # equals in the order in which the sort happens to put them
+            q = w.square().flatten()
+            order = q.argsort(stable=True)
+            out = torch.empty_like(q)
+            out[order] = q[order] / q[order].flip(0).cumsum(0).flip(0)
+            return out.view(w.shape)""",
+            "for [2.0, 1.0, -2.0] it is",
+        ),
+        (
+            """def lamp(w):                                     # 0/0 where all are zero
+            q = w.square().flatten()
+            return torch.stack([x / q[q >= x].sum() for x in q]).view(w.shape)""",
+            "for [0.0, 0.0] it is [0.0, 0.0], yours is [nan, nan]",
+        ),
     ],
-    "07_prune:check_break_even": [
-        ("lambda bits: 1 / bits", "at 4 bits"),
-        ("lambda bits: 1.", "at 2 bits"),
-        ("lambda bits: 0.5", "at 4 bits"),
+    "07b_prune:check_break_even": [
+        ("lambda bits: 1 / bits", "at 1 bits"),
+        ("lambda bits: 1.", "at 1 bits"),
+        ("lambda bits: 0.5", "at 1 bits"),
+        ("{1: 0.0, 2: 0.5, 4: 0.75, 32: 31 / 32}.get", "float"),  # a lookup
+    ],
+    "07b_prune:check_places": [
+        ("lambda codes, b: [sum(codes[:i + 1]) for i in range(len(codes))]", "the first places are"),
+        (
+            """def places(codes, b):                                             # a skip taken for a survivor
+            found, at = [], 0
+            for c in codes:
+                at += c
+                found.append(at)
+                at += 1
+            return found""",
+            "the first places are",
+        ),
+        (
+            """def places(codes, b):                                        # the survivor itself takes no place
+            found, at = [], 0
+            for c in codes:
+                at += c
+                if c < 2 ** b - 1:
+                    found.append(at)
+            return found""",
+            "the first places are",
+        ),
+        ("lambda codes, b: [0]", "the first places are"),
     ],
     "07b_channels:check_columns": [
         (
