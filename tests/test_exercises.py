@@ -409,32 +409,27 @@ WRONG = {
         ("lambda bits: 1.", "at 2 bits"),
         ("lambda bits: 0.5", "at 4 bits"),
     ],
-    "07b_channels:check_columns": [
+    "08_channels:check_columns": [
         (
             "lambda c, h, w: range(c, 8 * h * w, 8)",
             "channel 0 of 4×4 positions has the columns [0, 1, 2",
         ),  # channels last
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
     ],
-    "07b_channels:check_families": [
+    "08_channels:check_liar": [
         (
-            "lambda n, pairs: n - len(pairs)",
-            "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1",
-        ),  # a ring counted thrice
-        (
-            """def families(n, pairs):                                                 # who was tied before is forgotten
-            label = list(range(n))
-            for a, b in pairs: label[b] = label[a]
-            return len(set(label))""",
-            "make 2 sets, yours are 4",
-        ),
+            "lambda: (Between(torch.relu), torch.randn(5, 4))",
+            "the graph offers ['makes'], and all of it may go",
+        ),  # honest
+        ("lambda: (Between(lambda y: y.softmax(-1)), torch.randn(5, 4))", "the graph offers []"),  # it knows softmax
+        ("lambda: (nn.Linear(4, 4), torch.randn(5, 4))", "the graph offers []"),  # nothing to offer
     ],
-    "08_structured:check_largest_rank": [
+    "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
         ("lambda i, o: min(i, o)", "for 800 inputs"),
     ],
-    "08_structured:check_slimming": [
+    "08b_structured:check_slimming": [
         (
             (
                 "lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else"
