@@ -190,9 +190,8 @@ def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, w
     "Every channel by itself: its mean, its variance, its factor, its offset."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1 if input.dim() > 1 else 0)
-    for p in (running_mean, running_var, weight, bias):
-        if p is not None:
-            link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
+    for p in tensors_of((running_mean, running_var, weight, bias)):
+        link(t.ties, channels, isolate(t.ties, t.marks(p), 0))
     track(t, "num_features", channels)
     return Marks(x.shape, dict(x.blocks), weight is not None or x.zero and name_of(f) == "instance_norm")
 

@@ -417,12 +417,12 @@ WRONG = {
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
     ],
     "08_channels:check_liar": [
+        ("torch.relu", "the graph offers ['makes'], and all of it may go"),  # honest
+        ("lambda y: y.softmax(-1)", "the graph offers []"),  # it knows softmax
         (
-            "lambda: (Between(torch.relu), torch.randn(5, 4))",
+            "lambda y: y * y.sum(-1, keepdim=True)",
             "the graph offers ['makes'], and all of it may go",
-        ),  # honest
-        ("lambda: (Between(lambda y: y.softmax(-1)), torch.randn(5, 4))", "the graph offers []"),  # it knows softmax
-        ("lambda: (nn.Linear(4, 4), torch.randn(5, 4))", "the graph offers []"),  # nothing to offer
+        ),  # nothing was hidden
     ],
     "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
