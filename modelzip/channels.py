@@ -95,7 +95,6 @@ RULES: dict[str, Callable] = {}  # name → rule(trace, f, output, *args, **kwar
 
 def rule(*names: str) -> Callable:
     "Register what an operation does with the channels."
-
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
 # %% ../nbs/08_channels.ipynb
@@ -147,9 +146,8 @@ def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
     if any(isinstance(a, Tensor) for a in args):
         return mixed(t, f, output, input, *args, **kwargs)
     m = t.marks(input)
-    return (
-        Marks(m.shape, dict(m.blocks), m.zero and name_of(f) in POINTWISE) if m.shape == tuple(output.shape) else None
-    )
+    zero = m.zero and name_of(f) in POINTWISE
+    return Marks(m.shape, dict(m.blocks), zero) if m.shape == tuple(output.shape) else None
 
 # %% ../nbs/08_channels.ipynb
 @rule(*MIXING)
