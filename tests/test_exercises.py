@@ -466,32 +466,27 @@ WRONG = {
         ),
         ("lambda codes, b: [0]", "the first places are"),
     ],
-    "07b_channels:check_columns": [
+    "08_channels:check_columns": [
         (
             "lambda c, h, w: range(c, 8 * h * w, 8)",
             "channel 0 of 4×4 positions has the columns [0, 1, 2",
         ),  # channels last
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
     ],
-    "07b_channels:check_families": [
+    "08_channels:check_liar": [
+        ("torch.relu", "the graph offers ['makes'], and all of it may go"),  # honest
+        ("lambda y: y.softmax(-1)", "the graph offers []"),  # it knows softmax
         (
-            "lambda n, pairs: n - len(pairs)",
-            "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1",
-        ),  # a ring counted thrice
-        (
-            """def families(n, pairs):                                                 # who was tied before is forgotten
-            label = list(range(n))
-            for a, b in pairs: label[b] = label[a]
-            return len(set(label))""",
-            "make 2 sets, yours are 4",
-        ),
+            "lambda y: y * y.sum(-1, keepdim=True)",
+            "the graph offers ['makes'], and all of it may go",
+        ),  # nothing was hidden
     ],
-    "08_structured:check_largest_rank": [
+    "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
         ("lambda i, o: min(i, o)", "for 800 inputs"),
     ],
-    "08_structured:check_slimming": [
+    "08b_structured:check_slimming": [
         (
             (
                 "lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else"

@@ -33,7 +33,7 @@ MATRICES: dict[
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: {"weight_ih": 0, "weight_hh": 0},
     nn.MultiheadAttention: {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
-    "modelzip.structured.RemainingAttention": {"q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
+    "modelzip.workshop.remaining.RemainingAttention": {"q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
     "transformers.pytorch_utils.Conv1D": {"weight": 1},
     "transformers.modeling_utils.Conv1D": {"weight": 1},
 }
