@@ -70,7 +70,7 @@ def chapters(folder):
 
 
 def symbols(folder):
-    "Where each exported name is defined: name → `03_quant.ipynb#def-quantize`."
+    "Where each exported name is defined: name → `03b_quant.ipynb#def-quantize`."
     where = {}
     for path in chapters(folder):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
