@@ -73,14 +73,18 @@ def pack_bits(
     bits: int,  # width of a code, 1..16
 ) -> Tensor:  # uint8, 1-D, `packed_bytes(n, bits)` long
     "Store codes in `bits` bits each: plane after plane, within a byte the first code lowest."
-    widths = bit_planes(bits)
+    check_bits(bits)
     check_codes(codes, bits)
-    flat = codes.reshape(-1)
+    return _pack(codes.reshape(-1), bits)
+
+
+def _pack(flat: Tensor, bits: int) -> Tensor:
+    "`pack_bits` of codes that are known to fit."
     if bits == 8 and flat.dtype == torch.uint8:
         return flat.contiguous()
     flat = flat.to(torch.uint8) if bits <= 8 else flat
     out = torch.empty(packed_bytes(len(flat), bits), dtype=torch.uint8, device=flat.device)
-    for w, shift, some, place in planes_of(len(flat), widths):
+    for w, shift, some, place in planes_of(len(flat), bit_planes(bits)):
         plane = flat[some] if bits == w else ((flat[some] >> shift) & ((1 << w) - 1)).to(torch.uint8)
         out[place] = _pack_plane(plane, w)
     return out
@@ -97,10 +101,13 @@ def unpack_bits(
         raise ValueError(f"packed is {packed.dtype} {found}; {n} codes of {bits} bits are uint8 {want}")
     if bits == 8:
         return packed
-    out = torch.zeros(n, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device)
+    out = torch.empty(n, dtype=torch.uint8 if bits < 8 else torch.int32, device=packed.device)
     for w, shift, some, place in planes_of(n, bit_planes(bits)):
         plane = _unpack_plane(packed[place], w)[: some.stop - some.start]
-        out[some] |= plane.to(out.dtype) << shift
+        if shift:
+            out[some] |= plane.to(out.dtype) << shift
+        else:
+            out[some] = plane
     return out
 
 # %% ../nbs/03a_qtensor.ipynb
@@ -257,8 +264,8 @@ def quantize(
         codes = nearest_entries(blocks, steps, ruler.codebook)
     asked.warn_if_collapsed(codes, ruler, ends)
     width = max(1, (ruler.levels - 1).bit_length())
-    codes = pack_bits(from_blocks(codes, x.shape, axis, group), width)
-    zeros = None if ruler.zero is None else pack_bits(ruler.zero, width)
+    codes = _pack(from_blocks(codes, x.shape, axis, group).reshape(-1), width)
+    zeros = None if ruler.zero is None else _pack(ruler.zero.reshape(-1), width)
     return QTensor(codes, ruler.scale, zeros, ruler.codebook, x.shape, x.dtype, ruler.levels, axis, group, columns)
 
 # %% ../nbs/03a_qtensor.ipynb
