@@ -195,20 +195,20 @@ WRONG = {
         ("lambda limit: {.05: 6, .001: 11}.get(limit, 9)", "for "),  # a lookup
         ("lambda limit: 40", "one fewer than 40 would do"),
     ],
-    "03_quant:check_step": [
+    "03_rounding:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
         ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "up to 127 at 8 bits the step is 1"),
         (
             "lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2",
             "the codes above zero are just one",
         ),
-        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits"),
-    ],  # a constant
-    "03_quant:check_group": [
-        ("lambda budget: 16 / (budget - 4)", "for 4.1 bits the group is 256"),  # no power of two
-        ("lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))", "for 4.1 bits the group is 256; yours is 128"),
+        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits"),  # a constant
+        (
+            "lambda largest, bits: {(127, 8): 1, (7, 4): 1, (1, 2): 1, (.5, 4): .5 / 7}.get((largest, bits), 1.)",
+            "up to 3.7 at 3 bits",
+        ),  # a lookup
     ],
-    "03_quant:check_observer": [
+    "03_rounding:check_observer": [
         (
             "lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())",
             "one low and one high for each block",
@@ -221,6 +221,73 @@ WRONG = {
         (
             "lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))",
             "for every k, not for 3 alone",
+        ),
+        (
+            "lambda k: lambda blocks, levels, symmetric: (-max(k, 2) * blocks.std(1), max(k, 2) * blocks.std(1))",
+            "for every k, not for 3 alone",
+        ),
+    ],
+    "03a_qtensor:check_group": [
+        ("lambda budget: 16 / (budget - 4)", "a power of two"),
+        (
+            "lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))",
+            "groups of 128 take 4.125 bits; the budget is 4.1",
+        ),
+        ("lambda budget: 2 ** math.ceil(1 + math.log2(16 / (budget - 4)))", "for 4.5 bits groups of 32 will do"),
+        (
+            "lambda budget: {4.5: 32, 4.25: 64, 4.1: 256, 5: 16, 8: 4}.get(budget, 32)",
+            "groups of 16 will do",
+        ),  # a lookup
+    ],
+    "03a_qtensor:check_signs": [
+        (
+            """
+            def signs():
+                class Signs(Sized, CompressedTensor):
+                    def __init__(self, packed, scale, shape):
+                        self.packed, self.scale, self.shape = packed, scale, torch.Size(shape)
+                    @classmethod
+                    def of(cls, x): return cls((x > 0).to(torch.uint8).flatten(), x.abs().mean(), x.shape)
+                    def parts(self): return {"signs": self.packed, "scale": self.scale}
+                    def meta(self): return {"shape": list(self.shape), "dtype": "float32"}
+                    @classmethod
+                    def from_parts(cls, parts, meta): return cls(parts["signs"], parts["scale"], meta["shape"])
+                    def dequantize(self): return self.scale * (2 * self.packed.view(self.shape).float() - 1)
+                return Signs""",
+            "a bit each, and four bytes: not 19 bytes",
+        ),  # not packed
+        (
+            """
+            def signs():
+                class Signs(Sized, CompressedTensor):
+                    def __init__(self, x): self.x, self.shape = x, x.shape
+                    @classmethod
+                    def of(cls, x): return cls(x)
+                    def parts(self): return {"x": self.x}
+                    def meta(self): return {}
+                    def dequantize(self): return self.x
+                return Signs""",
+            "each number is its sign times the mean",
+        ),
+    ],
+    "03b_quant:check_bytes": [
+        ("lambda i, o, bits, group: i * o * bits // 8 + 2 * i * o // group", "at 4 bits in groups of 32"),  # no bias
+        ("lambda i, o, bits, group: i * o * bits // 8 + 4 * i * o // group + 4 * o", "at 4 bits in groups of 32"),
+        (
+            "lambda i, o, bits, group: -(-i * o * bits // 8) + 2 * i * o // group + 4 * o",
+            "1 × 5 at 3 bits",
+        ),  # no planes
+        ("lambda i, o, bits, group: 320", "8 × 64 at 3 bits"),
+    ],
+    "03b_quant:check_rule": [
+        ("lambda name, layer: {'bits': 8}", "(12 weights): float, yours 8, None"),
+        (
+            "lambda name, layer: None if layer.weight.numel() < 600 else {'bits': 4, 'group': 32}",
+            "8, None, yours 4, 32",
+        ),
+        (
+            "lambda name, layer: {'bits': 4, 'group': 32} if isinstance(layer, nn.Linear) else None",
+            "8, None, yours float",
         ),
     ],
     "04_symbols:check_wrong_table": [

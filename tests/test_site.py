@@ -211,12 +211,12 @@ def test_printed_lines_are_one_output():
 
 
 def test_linked():
-    where = {"quantize": "03_quant.ipynb#def-quantize"}
+    where = {"quantize": "03b_quant.ipynb#def-quantize"}
     text = "# `quantize`\n`quantize` twice `quantize`\n```\n`quantize`\n```\n[`quantize`](x)"
     assert site.linked(text, where, "00_data.ipynb") == text.replace(
-        "\n`quantize` twice", "\n[`quantize`](03_quant.ipynb#def-quantize) twice", 1
+        "\n`quantize` twice", "\n[`quantize`](03b_quant.ipynb#def-quantize) twice", 1
     )
-    assert site.linked("`quantize()`", where, "03_quant.ipynb") == "[`quantize()`](#def-quantize)"
+    assert site.linked("`quantize()`", where, "03b_quant.ipynb") == "[`quantize()`](#def-quantize)"
 
 
 def test_show_doc_is_set_as_documentation(tmp_path):

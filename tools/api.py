@@ -78,7 +78,7 @@ def repository(root=ROOT):
 
 
 def pages(where, titles, documentation, root=ROOT):
-    """Markdown by file name. `where`: exported name → place in a chapter (`03_quant.ipynb#def-quantize`); `titles`:
+    """Markdown by file name. `where`: exported name → place in a chapter (`03b_quant.ipynb#def-quantize`); `titles`:
     notebook → its title;
     `documentation`: what makes a block of the site of what nbdev shows."""
     made, index = {}, []

@@ -1,7 +1,7 @@
 """Run the book's chapters as they are committed: executed, exported, cleaned.
 
-    python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
-    python tools/book.py time [nbs/03_quant.ipynb …]    execute without saving, to note how long chapters take
+    python tools/book.py run [nbs/03b_quant.ipynb …]     execute, export, clean (all chapters when none is named)
+    python tools/book.py time [nbs/03b_quant.ipynb …]    execute without saving, to note how long chapters take
     python tools/book.py test                           execute all without saving, as nbdev_test does, the longest
     first
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date

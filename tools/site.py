@@ -109,7 +109,7 @@ def site_links(source, path):
 
 
 def defined_in(path):
-    "Where each name is defined that a notebook exports: name → `03_quant.ipynb#def-quantize`."
+    "Where each name is defined that a notebook exports: name → `03a_qtensor.ipynb#def-quantize`."
     where = {}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code" and directives(text(cell)) & {"export", "exporti", "exports"}:
