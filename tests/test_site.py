@@ -79,8 +79,8 @@ def test_every_notebook_of_the_workshop_has_a_page_that_the_sidebar_names(built)
 
 
 def test_links_between_chapters_and_the_workshop():
-    chapter, built = Path("nbs/03_quant.ipynb"), Path("nbs/workshop/explore.ipynb")
-    assert site.page_name(chapter) == "03_quant.ipynb" and site.page_name(built) == "workshop_explore.ipynb"
+    chapter, built = Path("nbs/03b_quant.ipynb"), Path("nbs/workshop/explore.ipynb")
+    assert site.page_name(chapter) == "03b_quant.ipynb" and site.page_name(built) == "workshop_explore.ipynb"
     assert site.site_links("[a](workshop/explore.ipynb#x) [b](05_pack.ipynb)", chapter) == (
         "[a](workshop_explore.ipynb#x) [b](05_pack.ipynb)"
     )
@@ -155,7 +155,7 @@ def book(folder, *cells):
         for c in cells
     ]
     folder.mkdir(exist_ok=True)
-    (folder / "03_quant.ipynb").write_text(
+    (folder / "03b_quant.ipynb").write_text(
         json.dumps(
             dict(
                 cells=made,
@@ -180,7 +180,7 @@ FIGURE = dict(
 def page_of(tmp_path, *cells):
     nbs = book(tmp_path / "nbs", *cells)
     out = site.build(tmp_path / "out", nbs)
-    return (out / "03_quant.html").read_text(), site.check(out, nbs)
+    return (out / "03b_quant.html").read_text(), site.check(out, nbs)
 
 
 def test_cells_and_directives(tmp_path):
@@ -357,7 +357,7 @@ def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     out = site.build(tmp_path / "out", nbs)
     assert site.check(out, nbs) == []
     book(nbs, "# t\n\n$x^2$", ("#| hide\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
-    page = out / "03_quant.html"
+    page = out / "03b_quant.html"
     page.write_text(re.sub(r'<script[^>]*katex[^>]*></script>|<link[^>]*katex[^>]*>', "", page.read_text()))
     problems = site.check(out, nbs)
     assert any("shows hidden cell 1" in p for p in problems) and any("nothing to typeset it" in p for p in problems)

@@ -53,7 +53,7 @@ def execute(path, save=True):
 
 
 def key_of(path):
-    "What a notebook is called in the table of times: `03_quant`, `workshop/explore`."
+    "What a notebook is called in the table of times: `03b_quant`, `workshop/explore`."
     return f"workshop/{path.stem}" if path.parent.name == "workshop" else path.stem
 
 

@@ -149,7 +149,11 @@ def dequantize_model(
     if not found:
         raise ValueError("model has no quantized layer")
     expanded = {}
-    return copy_with(model, {m: plain_layer(m, expanded) for m in found}, expanded.values())
+    new = copy_with(model, {m: plain_layer(m, expanded) for m in found}, expanded.values())
+    for m in new.modules():
+        if getattr(type(m), "weights_alone", False):
+            m.together()  # what stood apart while it was compressed
+    return new
 
 # %% ../../nbs/workshop/rewriting.ipynb
 from .arguments import name_arguments
