@@ -31,6 +31,7 @@ from modelzip.quant import (
     _scale_shape,
     _unit,
 )
+from .statistics import LayerStatistics
 
 # %% ../../nbs/workshop/blocks.ipynb
 def scale_of(
@@ -84,7 +85,7 @@ def scaled_back(scale: Tensor, unit: Tensor) -> Tensor:
 # %% ../../nbs/workshop/blocks.ipynb
 def matrices_for(
     weight: Tensor,  # [outputs, …], or with the outputs along `axis`
-    statistics: "LayerStatistics",
+    statistics: LayerStatistics,
     axis: int = 0,  # where the outputs lie
 ) -> Tensor:  # [groups, outputs / groups, inputs]
     "A weight as what multiplies the rows that were seen; `ValueError` for statistics of another layer."
@@ -103,7 +104,7 @@ def scaled_to_one(moment: Tensor) -> Tensor:
     return moment / moment.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(moment.dtype).tiny)
 
 
-def importance_of(weight: Tensor, statistics: "LayerStatistics", axis: int) -> Tensor:
+def importance_of(weight: Tensor, statistics: LayerStatistics, axis: int) -> Tensor:
     "H_jj beside each weight, over the largest of them: only ratios count."
     diagonal = statistics.moment.diagonal(dim1=1, dim2=2)
     diagonal = (diagonal / diagonal.amax().clamp(min=torch.finfo(diagonal.dtype).tiny)).to(weight.dtype)
@@ -114,7 +115,7 @@ def importance_of(weight: Tensor, statistics: "LayerStatistics", axis: int) -> T
 def row_errors(
     weight: Tensor,
     other: Tensor,  # its approximation, of the same shape
-    statistics: "LayerStatistics",
+    statistics: LayerStatistics,
     axis: int = 0,  # where the outputs lie
 ) -> Tensor:  # [outputs] δᵢᵀ H δᵢ, each on a scale of its own
     "The output error of each row; two approximations of one weight can be compared by it, two rows cannot."
@@ -197,8 +198,8 @@ class Blocks:
 @patch
 def seen(
     self: Blocks,
-    statistics: "LayerStatistics | None",  # of the layer
-) -> "LayerStatistics | None":
+    statistics: LayerStatistics | None,  # of the layer
+) -> LayerStatistics | None:
     "What the layer sees behind its column scales: H → diag(c) H diag(c)."
     if statistics is None or self.columns is None or statistics.moment is None:
         return statistics
@@ -235,7 +236,7 @@ def kept(
 @patch
 def scales(
     self: Blocks,
-    statistics: "LayerStatistics | None" = None,  # behind the column scales; None: all inputs alike
+    statistics: LayerStatistics | None = None,  # behind the column scales; None: all inputs alike
     steps: int = 36,  # ranges that are tried for each
 ) -> tuple[Tensor, Tensor]:  # scale and zero point of each block, as they are stored and in that shape
     "The scales of least squared error, each error counted H_jj times."
@@ -275,7 +276,7 @@ def packed(self: Blocks, codes: Tensor, scale: Tensor, zero: Tensor) -> QTensor:
 # %% ../../nbs/workshop/blocks.ipynb
 def nearest_weight(
     weight: Tensor,  # [outputs, …]
-    statistics: "LayerStatistics | None" = None,  # what the inputs were like; None: all alike
+    statistics: LayerStatistics | None = None,  # what the inputs were like; None: all alike
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored

@@ -39,7 +39,7 @@ def warn_caller(message: str) -> None:
     inside = (__name__.partition(".")[0], "torch")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level - 1)
+    warnings.warn(message, stacklevel=level)
 
 # %% ../../nbs/workshop/drivers.ipynb
 COLUMNS: dict[str, Callable] = {}  # name → (weight, statistics, **options) → column scales
@@ -114,6 +114,7 @@ def sources(
     self: Job,
     points: dict,  # of `points_of`
     reasons: dict,
+    reached: Callable | None = None,  # name → whether any batch does; None: nobody knows
 ) -> tuple[dict, dict]:  # tie → the names under which its rows can be seen; tie → why they cannot
     "Where to look."
     sources, why = {}, {}
@@ -124,7 +125,9 @@ def sources(
             no = "it is tied to a matrix that multiplies in another way"
         if no is None:
             sources[tie] = names
-        else:
+            if reached is not None and not any(map(reached, names)):
+                no = "no batch reached it"
+        if no is not None:
             why[tie] = no
     return sources, why
 
@@ -179,6 +182,29 @@ def rounded_layer(
     if isinstance(unwrapped(layer), nn.Embedding) and QEmbedding.refuses(new.layer, new.q) is None:
         return QEmbedding(new.layer, packed)  # expands only the rows it is asked for (chapter 06)
     return new
+
+# %% ../../nbs/workshop/drivers.ipynb
+@patch
+def moved(self: Job, tie: tuple, aim: Callable) -> Tensor | None:
+    "A weight after `aim`, a function of [outputs, …]; None for one that is empty."
+    m = self.ties[tie][0]
+    turned = lambda w: w if m.axis == 0 else w.transpose(0, 1)
+    return turned(aim(turned(m.weight.detach()))) if m.weight.numel() else None
+
+
+@patch
+def settle(
+    self: Job,
+    replay: Any,  # a `Replay`
+    tie: tuple,
+    statistics: Any,
+    why: str | None = None,  # why there are none
+    target: Tensor | None = None,  # where the weight should go
+) -> None:
+    "Quantize one tensor, and let the model run on it from now on."
+    self.one(tie, statistics, why, target)
+    for m in self.ties[tie]:
+        replay.put(m.layer, rounded_layer(replay.model.get_submodule(m.layer), m.key, self.packed[tie]))
 
 # %% ../../nbs/workshop/drivers.ipynb
 @torch.no_grad()
