@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['gptq_codes', 'gptq_weight', 'shrinkage', 'half_quadratic', 'hqq_weight', 'caught_up', 'quantize_with', 'gptq', 'hqq',
-           'Replay', 'Statistics', 'awq', 'calibrate', 'correct_bias', 'equalize', 'find_pairs', 'output_error',
-           'smooth', 'LayerStatistics', 'awq_columns', 'fitted_scales', 'mean_shift', 'nearest_weight',
-           'smooth_columns', 'unwatched']
+           'LayerStatistics', 'Statistics', 'Replay', 'awq', 'calibrate', 'correct_bias', 'equalize', 'smooth',
+           'awq_columns', 'fitted_scales', 'find_pairs', 'nearest_weight', 'output_error', 'smooth_columns',
+           'unwatched']
 
 # %% ../nbs/10b_ptq.ipynb
 #| code-fold: true
@@ -29,7 +29,7 @@ from .workshop.pairs import NEUTRAL
 from .workshop.replay import Replay
 from .workshop.statistics import SAMPLE
 
-_all_ = ["Replay", "Statistics", "awq", "calibrate", "correct_bias", "equalize", "find_pairs", "output_error", "smooth"]
+_all_ = ["LayerStatistics", "Statistics", "Replay", "awq", "calibrate", "correct_bias", "equalize", "smooth"]
 
 # %% ../nbs/10b_ptq.ipynb
 def gptq_codes(
@@ -288,13 +288,5 @@ def hqq(
 # %% ../nbs/10b_ptq.ipynb
 from .workshop.arguments import name_arguments
 
-_all_ = [
-    "LayerStatistics",
-    "awq_columns",
-    "fitted_scales",
-    "mean_shift",
-    "nearest_weight",
-    "smooth_columns",
-    "unwatched",
-]
+_all_ = ["awq_columns", "fitted_scales", "find_pairs", "nearest_weight", "output_error", "smooth_columns", "unwatched"]
 name_arguments(globals())  # errors name the argument

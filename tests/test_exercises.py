@@ -142,7 +142,7 @@ SETUP = {
         net = LeNet5().eval()
         with torch.no_grad(): net.fc1.weight.mul_(4)"""
     ),
-    "10_ptq": (
+    "10_ranges": (
         """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
@@ -489,7 +489,7 @@ WRONG = {
             "gaps are 2 and 4 against 1 and 7",
         ),
     ],
-    "10_ptq:check_compensate": [
+    "10b_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
         (
@@ -501,10 +501,24 @@ WRONG = {
                 "lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] /"
                 " H.diagonal())"
             ),
-            "there Hδ should be 0",
+            "Hδ should be 0",
         ),
-    ],  # each of the others as if it were alone
-    "10_ptq:check_rescale": [
+        # each of the others as if it were alone
+        (
+            "lambda w, H, j, value: (lambda k, V: w + (value - w[k]) / V[k, k] * V[:, k])(2 * (len(w) == 4), H.inverse())",
+            "of four weights, weight 0 became",
+        ),  # always the place of an example
+    ],
+    "10_ranges:check_share": [
+        (
+            "lambda delta, s: (delta @ s.mean[0]).square().sum() / ((delta @ s.moment[0]) * delta).sum()",
+            "of the error went",
+        ),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / delta.square().sum()", "of the error went"),
+        ("lambda delta, s: 0.", "of the error went"),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / s.moment[0].trace()", "of the error went"),
+    ],
+    "10b_ptq:check_rescale": [
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),  # nearest weights, not outputs
         ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
         (
@@ -515,15 +529,20 @@ WRONG = {
             "least squares gives",
         ),
     ],  # other inputs than those that were given
-    "10_ptq:check_rule": [
+    "10_ranges:check_rule": [
         (
             "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
             "words has no statistics and gets 5 bits",
         ),
         (
             "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}",
-            "should get",
+            "not {'bits': 4}",
         ),
+        (
+            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
+            " if 'down' in name or 'up' in name else {}",
+            "with the limit",
+        ),  # whatever the limit is
         (
             (
                 "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
