@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .data import need
-from .kernels import QConv2d, QLinear, READERS, _bare, _carry, _name_of, _one_scale_an_output
+from .kernels import QConv2d, QLinear, READERS, carry_chain, unwrapped_name, without_hooks
 from .quant import Dequantize, QTensor, pack_bits, _set, _shallow
+from .workshop.engines import one_scale_an_output
 from .workshop.matrices import unwrapped
 from .workshop.models import check_ordinary, copied
 from .workshop.onnx_files import disagreement, stored_bytes, written
@@ -590,7 +591,8 @@ def _with_holes(model):
     check_ordinary(model)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
     names = [
-        _name_of(model, n, m) if m.name != "weight" else f"{_name_of(model, n, m)}.weight".lstrip(".") for n, m in found
+        unwrapped_name(model, n, m) if m.name != "weight" else f"{unwrapped_name(model, n, m)}.weight".lstrip(".")
+        for n, m in found
     ]
     _check_sayable(model, zip(names, (m for _, m in found)))
     number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
@@ -604,11 +606,11 @@ def _with_holes(model):
         memo[id(m)] = (
             _LayerHole(number[id(m)], m)
             if _is_whole(model, n, m)
-            else _WeightHole(_matrices(m, number), copy.deepcopy(_bare(unwrapped(m)), memo))
+            else _WeightHole(_matrices(m, number), copy.deepcopy(without_hooks(unwrapped(m)), memo))
         )
     holes = memo.get(id(model)) or copied(model, memo)
     for m in (*(m for _, m in outer), *(m for _, m in recurrent)):
-        _carry(m, memo[id(m)], memo)
+        carry_chain(m, memo[id(m)], memo)
     return holes, [*((n, m) for n, (_, m) in zip(names, found)), *recurrent]
 
 
@@ -680,7 +682,7 @@ def _linear(g, x, m, name, microsoft):
 
 
 def _meant(m):
-    return _one_scale_an_output(m.q) if getattr(m, "requantize", False) else m.q
+    return one_scale_an_output(m.q) if getattr(m, "requantize", False) else m.q
 
 # %% ../nbs/06b_onnx.ipynb
 def _recurrent(g, inputs, m, name):

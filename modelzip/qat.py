@@ -19,19 +19,8 @@ from torch.nn.utils import parametrize
 
 from .data import device_of
 from .distill import Loss
-from modelzip.kernels import (
-    QConv2d,
-    QLinear,
-    TINY,
-    accumulator_fits,
-    capabilities,
-    why_not_int8,
-    _codes_of,
-    _not_the_weight_of,
-    _NoGradient,
-    _out_of_reach,
-    _reader_of,
-)
+from .integers import accumulator_fits, codes_of
+from .kernels import QConv2d, QLinear, reader_of
 from .prune import _looked_at, _outside
 from .ptq import calibrate
 from modelzip.quant import (
@@ -48,6 +37,8 @@ from modelzip.quant import (
     scale_and_zero_point,
     symmetric_zero_point,
 )
+from .workshop.engines import capabilities, why_not_int8
+from .workshop.integer_layers import TINY, NoGradient, not_the_weight_of, out_of_reach
 from .structured import fold, foldable
 from .workshop.convolutions import convolve, pack_weight
 from .workshop.matrices import outputs_of
@@ -288,7 +279,7 @@ def static_codes(
     if x.device.type == "cpu" and _has_quantize():
         codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr()
     else:
-        codes = _codes_of(x, scale, zero_point, 255)
+        codes = codes_of(x, scale, zero_point, 255)
     return codes if levels == 256 else codes.clamp_(max=levels - 1)
 
 
@@ -635,7 +626,7 @@ def _elsewhere(self, x, plain):
             y[finite] = self._elsewhere(x[finite], plain)
         return y
     y = self._anywhere(x)
-    return _NoGradient.apply(x, y, type(self).__name__) if torch.is_grad_enabled() and x.requires_grad else y
+    return NoGradient.apply(x, y, type(self).__name__) if torch.is_grad_enabled() and x.requires_grad else y
 
 
 _Static._together, _Static._emulated, _Static._anywhere, _Static._elsewhere = (
@@ -725,7 +716,7 @@ class StaticConv2d(_Static, QConv2d):
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
         "Why a layer cannot be computed so; None when it can."
-        if (why := _not_the_weight_of(layer, nn.Conv2d, name) or why_not_int8(q) or _out_of_reach(q)) is not None:
+        if (why := not_the_weight_of(layer, nn.Conv2d, name) or why_not_int8(q) or out_of_reach(q)) is not None:
             return why
         if q.packed_zero_point is not None:
             return "its weight has a zero point"
@@ -855,7 +846,7 @@ def _rounds_inputs(model, name, layer, key):
         last == "out_proj"
         and name != ""
         and "q_proj_weight" in outputs_of(model.get_submodule(above))
-        or _reader_of(model, name)
+        or reader_of(model, name)
     )
     return _plain_type(layer) in (nn.Linear, nn.Conv2d) and key == "weight" and not read
 

@@ -186,7 +186,7 @@ def test_set_up_for_colab(name):
     assert kind == "code" and code.startswith("#| hide\n") and f"git clone -q --depth 1 {SETTINGS['git_url']}\n" in code
     lines = code.splitlines()
     asks = next(i for i, l in enumerate(lines) if l.startswith('if "google.colab" in sys.modules:'))
-    assert all(l.startswith(("#", "import sys")) for l in lines[:asks]) and all(
+    assert all(not l or l.startswith(("#", "import sys")) for l in lines[:asks]) and all(
         l.startswith("    ") for l in lines[asks + 1 :]
     )
     for r in SETTINGS["dev_requirements"].split():

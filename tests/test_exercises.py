@@ -347,13 +347,14 @@ WRONG = {
         ),
         ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
     ],
-    "06_kernels:check_longest": [
+    "06_integers:check_longest": [
         ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "66,311 terms"),
         ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "66,311 terms"),  # the accumulator has a sign
-        ("lambda w, a, c: 66_311 if c == 32 else 1", "4-bit weights in int16: 18 terms"),
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "312 terms"),
+        ("lambda w, a, c: 66_311 if c == 32 else 1", "127 terms"),
+        ("lambda w, a, c: 2 ** (c - 1) // ((2 ** (w - 1) - 1) * (2**a - 1))", "128 does not fit"),
+        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "127 terms"),
     ],  # activations of 8 bits always
-    "06_kernels:check_affine": [
+    "06_integers:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) + len(u) * t * z", "with zero points 3 of the weight and 0"),
@@ -363,7 +364,7 @@ WRONG = {
         ),
         ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix"),
     ],
-    "06_kernels:check_ridge": [
+    "06_integers:check_ridge": [
         ("lambda n, width, r: math.ceil(r * width / 2)", "batch 21, yours is 20"),  # inputs and outputs forgotten
         ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
         ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21"),

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 from modelzip import kernels
+from modelzip.workshop import engines, integer_layers
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (
     QConv2d,
@@ -469,7 +470,7 @@ def test_rows_in_one_pass(rows, n, scale, shift, seed):
     smallest value."""
     torch.manual_seed(seed)
     x = (torch.randn(rows, n) + shift) * 2.0**scale
-    packed, step, low = kernels._rows_in_one_pass(x)
+    packed, step, low = engines.rows_in_one_pass(x)
     codes, *same = kernels.quantize_rows(x)
     assert torch.equal(step, same[0]) and torch.equal(low, same[1])
     assert (packed[:, :n].int() - codes.int()).abs().max() <= 1 and (
@@ -514,9 +515,9 @@ def test_an_input_is_quantized_once_for_layers_that_share_it(activations, monkey
 def test_what_was_quantized_goes_with_its_input():
     layer, x = QLinear(*_parts(nn.Linear(100, 150))), torch.randn(30, 100)
     layer(x)
-    assert kernels._LAST.entry["made"] is not None
+    assert integer_layers.LAST_INPUT.entry["made"] is not None
     del x
-    assert kernels._LAST.entry["made"] is None
+    assert integer_layers.LAST_INPUT.entry["made"] is None
 
 
 def test_threads_share_layers_and_inputs():
@@ -746,7 +747,7 @@ def test_without_kernels_the_same_numbers(monkeypatch):
     with torch.no_grad():
         here = use_kernels(model)(x)
     monkeypatch.setattr(
-        kernels, "capabilities", lambda: kernels.Capabilities("none", False, False, False, False, False)
+        engines, "capabilities", lambda: engines.Capabilities("none", False, False, False, False, False)
     )
     assert all(type(m) is not QLinear for m in use_kernels(model).modules())
     there = nn.Sequential(QLinear(model[0].layer, model[0].packed), nn.ReLU(), QLinear(model[2].layer, model[2].packed))
@@ -1072,7 +1073,7 @@ def test_the_answer_is_within_the_promised_rounding(
     if kernel != "own" and (kernel == "plain" or capabilities().linear):
         layer.kernel = kernel
     scaled = x if not columns else x * small.q.columns
-    weight, y = (kernels._one_scale_an_output(small.q) if requantize else small.q).dequantize(), layer(x)
+    weight, y = (engines.one_scale_an_output(small.q) if requantize else small.q).dequantize(), layer(x)
     exact = F.linear(x.double(), weight.double(), layer.bias.double())
     if activations == "row":
         step = (scaled.amax(1) - scaled.amin(1)) / 255
@@ -1114,7 +1115,7 @@ def test_bytes_and_words_say_what_is(monkeypatch):
     layer(x)
     assert layer.nbytes == small.q.nbytes + 800 * 500 + 8 * 500  # one copy, however it was come by
     assert "oneDNN" in layer.runs and "oneDNN" not in QLinear(*_parts(nn.Linear(800, 500), symmetric=False)).runs
-    monkeypatch.setattr(kernels, "capabilities", lambda: kernels.Capabilities("none", True, False, False, False, False))
+    monkeypatch.setattr(engines, "capabilities", lambda: engines.Capabilities("none", True, False, False, False, False))
     assert "oneDNN" not in layer.runs
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from modelzip import kernels
+from modelzip.integers import codes_of
 from modelzip.data import LeNet5, accuracy, digits, mnist5k, train
 from modelzip.pack import PackError, load, save
 from modelzip.qat import (
@@ -266,8 +266,7 @@ def test_static_codes_against_plain_arithmetic(scale, zero_point, levels):
     assert codes.dtype == torch.uint8 and (codes.double() - inside).abs().max() <= 0.5001
     assert codes[2000] == zero_point and codes[2001] == levels - 1 and codes[2002] == 0
     assert torch.equal(
-        codes,
-        kernels._codes_of(x.clamp(-scale * 2.0**22, scale * 2.0**22), scale, zero_point, 255).clamp(max=levels - 1),
+        codes, codes_of(x.clamp(-scale * 2.0**22, scale * 2.0**22), scale, zero_point, 255).clamp(max=levels - 1)
     )
 
 
