@@ -564,13 +564,24 @@ WRONG = {
             "lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s",
             "codes from -8 to 7",
         ),
-        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),
-    ],  # straight through nothing
+        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),  # straight through nothing
+        (
+            "lambda w, s, low, high: low if w / s <= -2 else high if w / s >= 5.5 else 1 if high == 1 and w / s >= 1 else"
+            " round(w / s) - w / s",
+            "codes from -8 to 7",
+        ),  # bounds of its own
+        (
+            "lambda w, s, low, high: max(low, -8) if w / s <= low else min(high, 7) if w / s >= high else"
+            " round(w / s) - w / s",
+            "codes from 0 to 15",
+        ),
+    ],
     "11_qat:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
-        ("lambda step, zero, bits: (-1., 2., 5)", "three bits"),
+        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "three bits"),
+        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "a zero point of 2, yours is 5"),
     ],
     "11_qat:check_progressive": [
         (
@@ -603,6 +614,15 @@ WRONG = {
             for bits in widths: set_bits(model, bits); train_some(copy.deepcopy(model))
             return model""",
             "and so does a copy",
+        ),
+        (
+            """def progressive(model, widths, train_some):                              # steps of the old width
+            for bits in widths:
+                for m in model.modules():
+                    if isinstance(m, WeightQuantizer): m.levels = 1 << bits
+                train_some(model)
+            return model""",
+            "the steps have to suit the new width",
         ),
     ],
     "12_threads:check_processors": [
