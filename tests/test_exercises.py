@@ -625,6 +625,18 @@ WRONG = {
             "the steps have to suit the new width",
         ),
     ],
+    "11b_price:check_slope": [
+        ("lambda counts, k: math.log2(counts[k + 1] / counts[k])", "from 0 to 1"),  # the other way round
+        ("lambda counts, k: math.log(counts[k] / counts[k + 1])", "from 0 to 1"),  # in nats
+        ("lambda counts, k: math.log2(counts[0] / counts[1])", "from 1 to 2"),  # always the first two
+        ("lambda counts, k: math.log2(sum(counts) / counts[k + 1])", "from 0 to 1"),  # what it leaves costs nothing
+    ],
+    "11b_price:check_border": [
+        ("lambda p0, p1, s, price: s / 2", "at the border both cost the same"),  # no price
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1) / 2", "step 1.5"),  # a step of 1
+        ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
+    ],
     "12_threads:check_processors": [
         ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),  # nothing serial
         (
