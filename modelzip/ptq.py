@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor  # chapter 07's, also for users
 from .quant import OBSERVERS, QTensor, as_blocks, quantize, _unit
 from .ranges import *  # chapter 10's, also for users
-from .workshop.blocks import Blocks, matrices_for, rounded, row_errors, scale_of, scaled_back, scaled_to_one
+from .workshop.scales import Blocks, matrices_for, rounded, row_errors, scale_of, scaled_back, scaled_to_one
 from .workshop.drivers import ROUND_TO_NEAREST, Job, columns_by_name, quantize_at_once
 from .workshop.matrices import choose_matrices
 from .workshop.models import as_batches, feed

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .prune import input_rows
 from .quant import as_tensor, _unit
-from .workshop.blocks import as_columns, fitted_scales, largest_of_columns, matrices_for, nearest_weight
+from .workshop.scales import as_columns, fitted_scales, largest_of_columns, matrices_for, nearest_weight
 from .workshop.drivers import COLUMNS, movable_biases, named, quantize_at_once, sharing_inputs, with_biases
 from .workshop.models import as_batches, copied
 from .workshop.pairs import asked_pairs, by_channel, check_same, layers_to_scale, move_factor, proven_pairs

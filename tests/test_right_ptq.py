@@ -35,7 +35,7 @@ from modelzip.ptq import (
     smooth_columns,
 )
 from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
-from modelzip.workshop.blocks import as_columns, rounded, scale_of
+from modelzip.workshop.scales import as_columns, rounded, scale_of
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels import QEmbedding
 from ..prune import CALIBRATED
 from ..quant import Dequantize, Packed, _copy_with, _finite
-from .blocks import nearest_weight
+from .scales import nearest_weight
 from .matrices import Matrix, choose_matrices, layers_of, matrices_of, unwrapped
 from .models import carry_hooks, computed
 from .watching import name_of, points_of, unseen
