@@ -88,7 +88,7 @@ def ptq(found):
             full["bytes"],
             f"{r['cosine']:.4f}, {r['recall']:.3f}",
             f"1, {full['recall']:.3f}",
-            "10_ptq.ipynb",
+            "10b_ptq.ipynb",
         )
 
 

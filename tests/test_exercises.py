@@ -143,7 +143,7 @@ SETUP = {
         net = LeNet5().eval()
         with torch.no_grad(): net.fc1.weight.mul_(4)"""
     ),
-    "10_ptq": (
+    "10_ranges": (
         """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
@@ -608,7 +608,7 @@ WRONG = {
             "gaps are 2 and 4 against 1 and 7",
         ),
     ],
-    "10_ptq:check_compensate": [
+    "10b_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
         (
@@ -620,10 +620,24 @@ WRONG = {
                 "lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] /"
                 " H.diagonal())"
             ),
-            "there Hδ should be 0",
+            "Hδ should be 0",
         ),
-    ],  # each of the others as if it were alone
-    "10_ptq:check_rescale": [
+        # each of the others as if it were alone
+        (
+            "lambda w, H, j, value: (lambda k, V: w + (value - w[k]) / V[k, k] * V[:, k])(2 * (len(w) == 4), H.inverse())",
+            "of four weights, weight 0 became",
+        ),  # always the place of an example
+    ],
+    "10_ranges:check_share": [
+        (
+            "lambda delta, s: (delta @ s.mean[0]).square().sum() / ((delta @ s.moment[0]) * delta).sum()",
+            "of the error went",
+        ),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / delta.square().sum()", "of the error went"),
+        ("lambda delta, s: 0.", "of the error went"),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / s.moment[0].trace()", "of the error went"),
+    ],
+    "10b_ptq:check_rescale": [
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),  # nearest weights, not outputs
         ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
         (
@@ -634,15 +648,20 @@ WRONG = {
             "least squares gives",
         ),
     ],  # other inputs than those that were given
-    "10_ptq:check_rule": [
+    "10_ranges:check_rule": [
         (
             "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
             "words has no statistics and gets 5 bits",
         ),
         (
             "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}",
-            "should get",
+            "not {'bits': 4}",
         ),
+        (
+            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
+            " if 'down' in name or 'up' in name else {}",
+            "with the limit",
+        ),  # whatever the limit is
         (
             (
                 "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
@@ -663,13 +682,24 @@ WRONG = {
             "lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s",
             "codes from -8 to 7",
         ),
-        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),
-    ],  # straight through nothing
+        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),  # straight through nothing
+        (
+            "lambda w, s, low, high: low if w / s <= -2 else high if w / s >= 5.5 else 1 if high == 1 and w / s >= 1 else"
+            " round(w / s) - w / s",
+            "codes from -8 to 7",
+        ),  # bounds of its own
+        (
+            "lambda w, s, low, high: max(low, -8) if w / s <= low else min(high, 7) if w / s >= high else"
+            " round(w / s) - w / s",
+            "codes from 0 to 15",
+        ),
+    ],
     "11_qat:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
-        ("lambda step, zero, bits: (-1., 2., 5)", "three bits"),
+        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "three bits"),
+        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "a zero point of 2, yours is 5"),
     ],
     "11_qat:check_progressive": [
         (
@@ -703,6 +733,27 @@ WRONG = {
             return model""",
             "and so does a copy",
         ),
+        (
+            """def progressive(model, widths, train_some):                              # steps of the old width
+            for bits in widths:
+                for m in model.modules():
+                    if isinstance(m, WeightQuantizer): m.levels = 1 << bits
+                train_some(model)
+            return model""",
+            "the steps have to suit the new width",
+        ),
+    ],
+    "11b_price:check_slope": [
+        ("lambda counts, k: math.log2(counts[k + 1] / counts[k])", "from 0 to 1"),  # the other way round
+        ("lambda counts, k: math.log(counts[k] / counts[k + 1])", "from 0 to 1"),  # in nats
+        ("lambda counts, k: math.log2(counts[0] / counts[1])", "from 1 to 2"),  # always the first two
+        ("lambda counts, k: math.log2(sum(counts) / counts[k + 1])", "from 0 to 1"),  # what it leaves costs nothing
+    ],
+    "11b_price:check_border": [
+        ("lambda p0, p1, s, price: s / 2", "at the border both cost the same"),  # no price
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1) / 2", "step 1.5"),  # a step of 1
+        ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
     ],
     "12_threads:check_processors": [
         ("lambda goal, serial: math.ceil(goal)", "3 times as fast needs 6"),  # nothing serial
