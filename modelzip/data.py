@@ -25,7 +25,6 @@ from .workshop.networks import Attention, LeNet300, MiniLM, TransformerBlock, mi
 from .workshop.registry import build_model, model_builders, register_model
 from .workshop.sentences import Retrieval, check_retrieval, docstring_sources, docstrings, embeddings_of
 from .workshop.sentences import minilm_tokenizer, zero_init
-from .workshop.sentences import our_name as _rename  # until its importers are changed
 from .workshop.training import batches_of, check_examples, check_scores, check_training, checked_loss
 from .workshop.training import device_of, eval_mode, frozen_layers, one_cycle, scores_of, seeded
 from .workshop.turns import alone

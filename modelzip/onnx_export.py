@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .data import need
 from .kernels import QConv2d, QLinear, READERS, carry_chain, unwrapped_name, without_hooks
-from .quant import Dequantize, QTensor, pack_bits, _set, _shallow
+from .quant import Dequantize, QTensor, pack_bits
+from .workshop.wrapping import set_parameter, shallow_copy
 from .workshop.engines import one_scale_an_output
 from .workshop.matrices import unwrapped
 from .workshop.models import check_ordinary, copied
@@ -508,9 +509,9 @@ class _WeightHole(nn.Module):
         self.numbers, self.layer = numbers, layer  # parameter → its number and shape
 
     def forward(self, *args, **kwargs):
-        layer = _shallow(self.layer)
+        layer = shallow_copy(self.layer)
         for name, (number, size) in self.numbers.items():
-            _set(layer, name, _weight(number, size))
+            set_parameter(layer, name, _weight(number, size))
         return layer(*args, **kwargs)
 
     def __getattr__(self, key):

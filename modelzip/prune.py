@@ -38,8 +38,6 @@ from .workshop.sparsity_tables import Sensitivity, SparsityTable, sparsity_table
 from .workshop.units import Units, choose_masks, erk_sparsities, lowest, parse_granularity, unit_scores, units
 
 # %% ../nbs/07b_prune.ipynb
-from modelzip.workshop.masks import values_at_hand as _looked_at, read_from_outside as _outside  # for qat
-
 Seen, output_change = Evidence, reconstruction_error  # their names until other modules meant other things by these
 
 # %% ../nbs/07b_prune.ipynb

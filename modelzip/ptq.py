@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .prune import CALIBRATED, as_matrices, input_rows, inverse_factor  # chapter 07's, also for users
-from .quant import OBSERVERS, QTensor, as_blocks, quantize, _unit
+from .quant import OBSERVERS, QTensor, as_blocks, quantize
+from .workshop.bites import unit_of_blocks
 from .ranges import *  # chapter 10's, also for users
 from .workshop.scales import Blocks, matrices_for, rounded, row_errors, scale_of, scaled_back, scaled_to_one
 from .workshop.drivers import ROUND_TO_NEAREST, Job, columns_by_name, quantize_at_once
@@ -142,7 +143,7 @@ def half_quadratic(
 ) -> tuple[Tensor, Tensor]:  # scale; zero point, whole: one of each for a block
     """Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole
     range's, nor above that of `fitted_scales`."""
-    unit = _unit(blocks)
+    unit = unit_of_blocks(blocks)
     blocks = blocks / unit
     first, zero = (t[:, None] for t in fitted_scales(blocks, None, levels, symmetric, steps=12))
     starts = [zero]

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .data import device_of
 from .integers import accumulator_fits, codes_of
 from .kernels import QConv2d, QLinear, reader_of
-from .prune import _looked_at, _outside
+from .workshop.masks import values_at_hand, read_from_outside
 from .ptq import calibrate
 from modelzip.quant import (
     OBSERVERS,
@@ -200,7 +200,7 @@ def _expanded(self, weight: Tensor) -> Tensor:
     y = self.values(weight)
     return (
         read_only(y, ROUNDED)
-        if (isinstance(weight, ReadOnly) or _looked_at(weight)) and _outside(sys._getframe(1))
+        if (isinstance(weight, ReadOnly) or values_at_hand(weight)) and read_from_outside(sys._getframe(1))
         else y
     )
 

@@ -157,13 +157,8 @@ def quantize_model(
     return copy_with(model, done, checked=True)
 
 # %% ../nbs/03b_quant.ipynb
-from modelzip.workshop.bites import unit_of_blocks as _unit  # these until the importers are changed
-from modelzip.workshop.compressed import Sized as _Sized
-from modelzip.workshop.floats import check_finite as _finite, dtype_name as _name
-from modelzip.workshop.qtensor_checks import check_part as _check_part, checked_meta as _checked_meta
-from modelzip.workshop.quantize_options import check_layout as _check_layout, scale_shape as _scale_shape
-from modelzip.workshop.rewriting import copy_with as _copy_with, layout_for as _layout_for, plain_layer as _plain
-from modelzip.workshop.wrapping import set_parameter as _set, shallow_copy as _shallow
+#| hide
+#| exporti
 
 # %% ../nbs/03b_quant.ipynb
 _all_ = ["quantize", "dequantize", "QTensor", "CompressedTensor"]  # of the chapters before, and the workshop's:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .prune import input_rows
-from .quant import as_tensor, _unit
+from .quant import as_tensor
+from .workshop.bites import unit_of_blocks
 from .workshop.scales import as_columns, fitted_scales, largest_of_columns, matrices_for, nearest_weight
 from .workshop.drivers import COLUMNS, movable_biases, named, quantize_at_once, sharing_inputs, with_biases
 from .workshop.models import as_batches, copied
@@ -63,7 +64,9 @@ def output_error(
     wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
     w, d = (matrices_for(t.to(wide), statistics, axis) for t in (weight, weight - other))
     if w.numel():
-        w, d = (t / _unit(w.reshape(1, -1)) for t in (w, d))  # only their ratio counts, and no square is to vanish
+        w, d = (
+            t / unit_of_blocks(w.reshape(1, -1)) for t in (w, d)
+        )  # only their ratio counts, and no square is to vanish
     H = statistics.moment.to(wide)
     power = lambda m: ((m @ H) * m).sum().item()
     return power(d) / max(power(w), torch.finfo(w.dtype).tiny)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .measure import tensor_bytes
 from .prune import remove_masks
-from .quant import _copy_with
+from .workshop.rewriting import copy_with
 from .workshop.choosing import CRITERIA, Choice, channel_scores, choose_channels, energy, shrink, total_macs
 from .workshop.drawing import Group, Groups
 from .workshop.folding import provable_pairs
@@ -192,7 +192,7 @@ def factorize(
         r = rank_for(svds[n][1], error) if rank is None else rank[n] if isinstance(rank, dict) else rank
         if cost_at(m, r) < m.weight.numel():
             done[n] = two_layers(m, r, svds[n])
-    return _copy_with(model, done)
+    return copy_with(model, done)
 
 # %% ../nbs/08b_structured.ipynb
 from .workshop.arguments import name_arguments

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..kernels import QEmbedding
 from ..prune import CALIBRATED
-from ..quant import Dequantize, Packed, _copy_with, _finite
+from ..quant import Dequantize, Packed
+from .rewriting import copy_with
+from .floats import check_finite
 from .scales import nearest_weight
 from .matrices import Matrix, choose_matrices, layers_of, matrices_of, unwrapped
 from .models import carry_hooks, computed
@@ -70,7 +72,7 @@ class Job:
     def __post_init__(self):
         for m in self.plan:
             what = f"the weight of layer {m.layer or '(model)'}" if m.key == "weight" else f"the weight {m.name}"
-            _finite(m.weight.detach(), what)
+            check_finite(m.weight.detach(), what)
             self.ties.setdefault(m.tie, []).append(m)
 
 # %% ../../nbs/workshop/drivers.ipynb
@@ -169,7 +171,7 @@ def result(self: Job, model: nn.Module) -> nn.Module:
     done = {}
     for m in self.plan:
         done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.packed[m.tie], m.key)
-    return _copy_with(model, done)
+    return copy_with(model, done)
 
 
 def rounded_layer(
@@ -266,7 +268,7 @@ def with_biases(
         raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
     fixed = {}
     for name, (m, bias) in biases.items():
-        _finite(bias, f"the corrected bias of layer {name}")
+        check_finite(bias, f"the corrected bias of layer {name}")
         m.layer._parameters["bias"] = nn.Parameter(bias, requires_grad=m.layer.bias.requires_grad)
         fixed[id(m)] = carry_hooks(m, type(m)(m.layer, m.packed, m.name, **m.options()))
     for m in list(quantized.modules()):

@@ -26,11 +26,10 @@ from modelzip.quant import (
     quantize,
     scale_and_zero_point,
     symmetric_zero_point,
-    _check_layout,
-    _finite,
-    _scale_shape,
-    _unit,
 )
+from .quantize_options import check_layout, scale_shape
+from .floats import check_finite
+from .bites import unit_of_blocks
 from .statistics import LayerStatistics
 
 # %% ../../nbs/workshop/scales.ipynb
@@ -67,7 +66,7 @@ def fitted_scales(
     low, high = OBSERVERS["minmax"]()(blocks, levels, symmetric)
     if not blocks.numel():
         return scale_of(low, high, levels, symmetric)
-    unit = _unit(blocks)
+    unit = unit_of_blocks(blocks)
     blocks, near, far = blocks / unit, low / unit[:, 0], high / unit[:, 0]
     best, error = torch.ones_like(low), torch.full_like(low, math.inf)
     for share in torch.linspace(1, 0.3, steps).tolist():
@@ -122,7 +121,7 @@ def row_errors(
     wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
     w, moment = weight.to(wide), scaled_to_one(statistics.moment).to(wide)
     d, rows = (matrices_for(t, statistics, axis) for t in (w - other.to(wide), w))
-    d = d / _unit(rows.flatten(0, 1)).view(*rows.shape[:2], 1)
+    d = d / unit_of_blocks(rows.flatten(0, 1)).view(*rows.shape[:2], 1)
     return ((d @ moment) * d).sum(2).flatten()
 
 # %% ../../nbs/workshop/scales.ipynb
@@ -173,8 +172,8 @@ class Blocks:
     ):
         check_bits(bits, 1, 8)
         weight = as_tensor(weight, "weight")
-        _check_layout(weight, None, group)
-        self.weight = _finite(weight, "weight")
+        check_layout(weight, None, group)
+        self.weight = check_finite(weight, "weight")
         self.bits, self.levels, self.symmetric, self.columns, self.axis = bits, 1 << bits, symmetric, columns, axis
         self.group = group
         self.where = {"axis": axis, "group": None} if group is None else {"axis": None, "group": group}
@@ -248,7 +247,7 @@ def scales(
         counts = importance_of(weight, statistics, self.axis) if known else torch.ones_like(weight)
         importance = self.counted(counts)
     scale, zero = fitted_scales(blocks := self.cut(weight), importance, self.levels, self.symmetric, steps)
-    return tuple(t.reshape(_scale_shape(weight.shape, **self.where)) for t in (self.kept(scale, blocks), zero))
+    return tuple(t.reshape(scale_shape(weight.shape, **self.where)) for t in (self.kept(scale, blocks), zero))
 
 # %% ../../nbs/workshop/scales.ipynb
 @patch

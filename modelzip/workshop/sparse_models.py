@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant import QUANTIZABLE, Dequantize, QTensor, _copy_with, _layout_for, _plain, quantize
+from ..quant import QUANTIZABLE, Dequantize, QTensor, quantize
+from .rewriting import copy_with, layout_for, plain_layer
 from .masks import find_mask, masks, remove_masks
 from .matrices import combined
 from .models import carry_hooks, check_code, computed
@@ -79,7 +80,7 @@ def sparsify_layer(
     if bits is None:
         return Dequantize(plain, sparsify(weight, layout=layout))
     if "axis" not in options and options.get("codebook") != "kmeans":
-        options |= _layout_for(plain, weight, options.get("group"), True)
+        options |= layout_for(plain, weight, options.get("group"), True)
     keep = weight != 0
     return Dequantize(plain, sparsify(quantize_survivors(weight, keep, bits, **options), keep, layout))
 
@@ -131,7 +132,7 @@ def sparsify_model(
     if not done and not had_masks:
         raise ValueError("model has no layer that zeros make smaller; prune_model makes zeros")
     check_code(model, [model.get_submodule(n) for n in done])
-    return _copy_with(model, done)
+    return copy_with(model, done)
 
 # %% ../../nbs/workshop/sparse_models.ipynb
 def _why_not(layer) -> str | None:
@@ -192,13 +193,13 @@ def fill_zeros(
     if not found:
         raise ValueError("model has no sparse layer; sparsify_model makes them")
     expanded = {}
-    return _copy_with(model, {m: _filled(m, expanded) for m in found.values()}, expanded.values())
+    return copy_with(model, {m: _filled(m, expanded) for m in found.values()}, expanded.values())
 
 
 def _filled(m, expanded) -> nn.Module:
     codes = _with_codes(m.q)
     if codes is None:
-        return _plain(m, expanded)
+        return plain_layer(m, expanded)
     return carry_hooks(m, Dequantize(bare(m.layer, m.name, m.q), codes, m.name))
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..quant import Dequantize, Packed, _copy_with
+from ..quant import Dequantize, Packed
+from .rewriting import copy_with
 from .compiled import autocasting, derived_or_mapped
 from .models import FLAGS, HOOKS, carry_hooks
 from .sparse_models import bare
@@ -111,7 +112,7 @@ def use_sparse_products(
     }
     if not found:
         raise ValueError("model has no sparse Linear layer; sparsify_model makes sparse layers")
-    return _copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
+    return copy_with(model, {n: _multiplied(m, density) for n, m in found.items()})
 
 
 def _multiplied(m: Dequantize, density: float) -> SparseLinear:

@@ -18,21 +18,20 @@ from modelzip.quant import (
     FLOATS,
     CompressedTensor,
     QTensor,
-    _check_part,
-    _checked_meta,
-    _name,
-    _Sized,
     as_tensor,
     from_blocks,
     pack_bits,
     packed_bytes,
     unpack_bits,
 )
+from .qtensor_checks import check_part, checked_meta
+from .floats import dtype_name
+from .compressed import Sized
 from .layouts import LAYOUTS, layout_names, layout_of
 
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @dataclass(eq=False, repr=False)
-class SparseTensor(_Sized, CompressedTensor, kind="sparse"):
+class SparseTensor(Sized, CompressedTensor, kind="sparse"):
     "The values that are left, floats or codes, and where they belong."
 
     shape: torch.Size  # of the tensor it stands for
@@ -50,7 +49,7 @@ class SparseTensor(_Sized, CompressedTensor, kind="sparse"):
 
     def __repr__(self):
         return (
-            f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {_name(self.dtype)}, {self.describe()}, "
+            f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {dtype_name(self.dtype)}, {self.describe()}, "
             f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
         )
 
@@ -58,7 +57,7 @@ class SparseTensor(_Sized, CompressedTensor, kind="sparse"):
 @patch
 def describe(self: SparseTensor) -> str:
     "How it is stored, in a few words."
-    what = _name(self.values["values"].dtype) if self.quantized is None else self._hollow().describe()
+    what = dtype_name(self.values["values"].dtype) if self.quantized is None else self._hollow().describe()
     return f"{self.sparsity:.1%} left out ({LAYOUTS[self.layout].describe(self.how)}), {what}"
 
 
@@ -68,7 +67,7 @@ def _hollow(self: SparseTensor) -> QTensor:
     parts = {k: p for k, p in self.values.items() if k != "codes"}
     width = max(1, (self.quantized["levels"] - 1).bit_length())
     parts["codes"] = torch.empty(packed_bytes(self.shape.numel(), width), dtype=torch.uint8, device="meta")
-    return QTensor.from_parts(parts, {"shape": list(self.shape), "dtype": _name(self.dtype)} | self.quantized)
+    return QTensor.from_parts(parts, {"shape": list(self.shape), "dtype": dtype_name(self.dtype)} | self.quantized)
 
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @patch
@@ -80,7 +79,7 @@ def parts(self: SparseTensor) -> dict[str, Tensor]:
 @patch
 def meta(self: SparseTensor) -> dict:
     "What a file's manifest says of it."
-    said = {"shape": list(self.shape), "dtype": _name(self.dtype), "layout": self.layout, "count": self.count}
+    said = {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "layout": self.layout, "count": self.count}
     return said | self.how | (self.quantized or {})
 
 
@@ -109,7 +108,7 @@ def from_parts(cls: SparseTensor, parts: dict[str, Tensor], meta: dict) -> Spars
         raise ValueError(f"the layout {layout!r} {'has no' if layout == 'dense' else 'needs'} positions")
     if x.positions is not None:
         bits, number, _ = LAYOUTS[layout].codes(x.shape, how)
-        _check_part("positions", x.positions, (torch.uint8,), (packed_bytes(number, bits),))
+        check_part("positions", x.positions, (torch.uint8,), (packed_bytes(number, bits),))
     _check_values(x)
     return x
 
@@ -118,7 +117,7 @@ def _frame(meta: dict, quantized: dict | None) -> tuple[torch.Size, torch.dtype]
     "Shape and dtype, checked as those of a `QTensor` are."
     if not isinstance(meta, dict):
         raise ValueError(f"meta is {meta!r:.40}")
-    return _checked_meta({k: meta.get(k) for k in ("shape", "dtype")} | (quantized or {"levels": 2}))[:2]
+    return checked_meta({k: meta.get(k) for k in ("shape", "dtype")} | (quantized or {"levels": 2}))[:2]
 
 
 def _check_values(x: SparseTensor) -> None:
@@ -127,9 +126,9 @@ def _check_values(x: SparseTensor) -> None:
     if x.quantized is None:
         if set(x.values) != {"values"}:
             raise ValueError(f"unknown parts {sorted(set(x.values) ^ {'values'})}")
-        _check_part("values", x.values["values"], FLOATS, (count,))
+        check_part("values", x.values["values"], FLOATS, (count,))
     else:
-        _check_part("codes", x.values.get("codes"), (torch.uint8,), (packed_bytes(count, x._hollow().bits),))
+        check_part("codes", x.values.get("codes"), (torch.uint8,), (packed_bytes(count, x._hollow().bits),))
     if x.positions is None and count != x.shape.numel():
         raise ValueError(f"count is {count} for {x.shape.numel()} dense weights")
     if x.positions is not None and not x.positions.is_meta and (n := int(x.mask().count_nonzero())) != count:
