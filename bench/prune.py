@@ -19,8 +19,6 @@ from modelzip.data import LeNet5, LeNet300, accuracy, docstrings, minilm, mnist5
 from modelzip.measure import latency, machine, wilson
 from modelzip.pack import load, save
 from modelzip.prune import (
-    collect,
-    output_change,
     prunable_layers,
     prune_gradually,
     prune_model,
@@ -28,6 +26,7 @@ from modelzip.prune import (
     sparsity_table,
     use_sparse_products,
 )
+from modelzip.saliency import collect, reconstruction_error
 from modelzip.workshop.models import Inputs
 
 warnings.filterwarnings("ignore")
@@ -169,7 +168,7 @@ def encoder():
             seconds = time.perf_counter() - began
             error = math.exp(
                 statistics.mean(
-                    math.log(output_change(m.weight, new.get_submodule(n).weight, moments[n]))
+                    math.log(reconstruction_error(m.weight, new.get_submodule(n).weight, moments[n]))
                     for n, m in layers.items()
                 )
             )

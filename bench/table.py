@@ -73,7 +73,7 @@ def prune(found):
             before,
             f"{spread([r['pruned, 4 bits']['accuracy'] for r in runs])} %",
             f"{spread([r['dense']['accuracy'] for r in runs])} %",
-            "07_prune.ipynb",
+            "07b_prune.ipynb",
         )
 
 
@@ -88,7 +88,7 @@ def ptq(found):
             full["bytes"],
             f"{r['cosine']:.4f}, {r['recall']:.3f}",
             f"1, {full['recall']:.3f}",
-            "10_ptq.ipynb",
+            "10b_ptq.ipynb",
         )
 
 
@@ -101,7 +101,7 @@ def auto(found):
             found["fp32_bytes"],
             f"{r['cosine']:.4f}, {r['recall']:.3f}",
             f"1, {found['fp32_recall']:.3f}",
-            "13_auto.ipynb",
+            "13_budget.ipynb",
         )
 
 

@@ -22,7 +22,7 @@ import torch
 
 from modelzip.data import LeNet5, docstrings, minilm, mnist5k
 from modelzip.kernels import use_kernels
-from modelzip.measure import _status, _trim
+from modelzip.workshop.footprint import status_bytes as _status, trim as _trim
 from modelzip.pack import save
 from modelzip.quant import quantize_model
 from modelzip.threads import Pool, intra_op_threads, run_in_threads, save_multi_threaded_model

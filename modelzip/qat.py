@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['LEAST', 'ROUNDED', 'straight_through', 'clip', 'WeightQuantizer', 'static_codes', 'ActivationQuantizer',
-           'FakeQuantized', 'StaticLinear', 'StaticConv2d', 'prepare', 'FakeRecurrent', 'freeze', 'set_bits', 'convert',
-           'soft_counts', 'entropy_bits', 'EntropyBits', 'StepAdam']
+           'FakeQuantized', 'StaticLinear', 'StaticConv2d', 'prepare', 'FakeRecurrent', 'quantizers_of', 'freeze',
+           'set_bits', 'convert']
 
 # %% ../nbs/11_qat.ipynb
 import collections, contextlib, fnmatch, functools, json, math, sys, warnings
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .data import device_of
-from .distill import Loss
 from .integers import accumulator_fits, codes_of
 from .kernels import QConv2d, QLinear, reader_of
-from .prune import _looked_at, _outside
+from .workshop.masks import values_at_hand, read_from_outside
 from .ptq import calibrate
 from modelzip.quant import (
     OBSERVERS,
@@ -201,7 +200,7 @@ def _expanded(self, weight: Tensor) -> Tensor:
     y = self.values(weight)
     return (
         read_only(y, ROUNDED)
-        if (isinstance(weight, ReadOnly) or _looked_at(weight)) and _outside(sys._getframe(1))
+        if (isinstance(weight, ReadOnly) or values_at_hand(weight)) and read_from_outside(sys._getframe(1))
         else y
     )
 
@@ -1063,7 +1062,10 @@ def _parts(model):
     return found
 
 
-def _quantizers(model):
+def quantizers_of(
+    model: nn.Module,  # prepared
+) -> list[tuple[str, "WeightQuantizer", Tensor]]:  # name of a matrix, what rounds it, the weight as it is before that
+    "All that is rounded. `ValueError` for a model that is not prepared."
     return [(n, q, w) for n, _, _, q, w in _parts(model)]
 
 
@@ -1080,7 +1082,7 @@ def freeze(
 ) -> nn.Module:  # the same
     """From now on steps and ranges of activations stay (once a first batch has set them), and normalizations that
     were folded use their averages: for the last epochs, in which the weights settle."""
-    _quantizers(model)
+    quantizers_of(model)
     for m in model.modules():
         if isinstance(m, (FakeQuantized, ActivationQuantizer)):
             m.frozen = True
@@ -1212,109 +1214,13 @@ def _without_quantizers(layer):
     return plain
 
 # %% ../nbs/11_qat.ipynb
-def soft_counts(
-    quantizer: WeightQuantizer,
-    weight: Tensor,  # what it rounds
-) -> Tensor:  # [levels]: how often each code occurs, with a gradient; the sum is the number of weights
-    """A histogram of codes in which each weight counts in part for the codes to its left and right (after Agustsson
-    et al. 2017, arXiv:1704.00648)."""
-    blocks = as_blocks(weight.float(), quantizer.axis, quantizer.group)
-    low, top = -quantizer.zero, quantizer.levels - 1
-    u = ((blocks / quantizer.steps(blocks.shape[1])).clamp(low, low + top) - low).flatten()
-    if u.numel() != weight.numel():
-        u = from_blocks(u.view_as(blocks), weight.shape, quantizer.axis, quantizer.group).flatten()
-    k = u.detach().floor().clamp(max=top - 1).long()
-    u = u.double() if u.device.type != "mps" else u  # a float32 cannot count beyond 2^24
-    counts = torch.zeros(quantizer.levels, dtype=u.dtype, device=u.device)
-    return counts.index_add(0, k, 1 - (u - k)).index_add(0, k + 1, u - k)
+def __getattr__(name):
+    "Functions of the chapter on the price of bits, which were here once."
+    if name in ("EntropyBits", "StepAdam", "entropy_bits", "soft_counts"):
+        from modelzip import price
 
-# %% ../nbs/11_qat.ipynb
-def entropy_bits(
-    model: nn.Module,  # prepared
-) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables; its gradient is that of the soft counts
-    """Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648;
-    Oktay et al. 2019, arXiv:1906.06624). `ValueError` for a model that is not prepared."""
-    found = {id(q): (q, w) for _, q, w in _quantizers(model)}
-    return sum(straight_through(_bits(_counts(q, w)), _bits(soft_counts(q, w))) for q, w in found.values()).float()
-
-
-def _bits(n):
-    return -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
-
-
-@torch.no_grad()
-def _counts(quantizer, weight):
-    "How often each code occurs."
-    return (
-        (quantizer.codes(weight)[0] + quantizer.zero)
-        .long()
-        .flatten()
-        .bincount(minlength=quantizer.levels)
-        .to(torch.float32 if weight.device.type == "mps" else torch.float64)
-    )
-
-# %% ../nbs/11_qat.ipynb
-class EntropyBits(Loss):
-    """`entropy_bits` of a prepared student in thousands, as a part of a distillation's loss: `SoftTargets(2) + 0.02
-    * EntropyBits(student)`."""
-
-    def __init__(
-        self,
-        model: nn.Module,  # prepared; the one that is trained
-    ):
-        super().__init__()
-        _quantizers(model)
-        self.model = (model,)  # in a tuple, so that its parameters are not found twice
-
-    def forward(self, student, teacher, labels):
-        return entropy_bits(self.model[0]) / 1000
-
-    def __repr__(self):
-        return "EntropyBits()"
-
-# %% ../nbs/11_qat.ipynb
-class StepAdam(torch.optim.Adam):
-    """Adam that moves the quantizers' steps, and zero points of activations, at a share of the learning rate: for
-    `train(…, optimizer=functools.partial(StepAdam, model=model))`."""
-
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],  # to be trained, or groups of them with options as in `torch.optim.Adam`
-        lr: float,  # learning rate of all that is no step
-        model: nn.Module,  # prepared; tells which are steps
-        share: float = 0.02,  # of the learning rate for steps, above 0
-        **options: Any,  # of `torch.optim.Adam`
-    ):
-        if not 0 < share < math.inf:
-            raise ValueError(f"share is {share!r}; it may be a number above 0")
-        _quantizers(model)
-        own = {
-            id(p)
-            for m in model.modules()
-            if isinstance(m, (WeightQuantizer, ActivationQuantizer))
-            for p in m.parameters(recurse=False)
-        }
-        given = list(parameters)
-        if not given or not isinstance(given[0], dict):
-            given = [{"params": given}]
-        groups = []
-        for g in given:
-            sides = [[], []]
-            for p in [g["params"]] if isinstance(g["params"], Tensor) else g["params"]:
-                sides[id(p[1] if isinstance(p, tuple) else p) in own].append(p)
-            groups += [{**g, "params": side, "share": s} for side, s in zip(sides, (1.0, share)) if side]
-        super().__init__(groups, lr=lr, **options)
-
-    def step(self, closure=None):
-        "One step of Adam; schedules see and set the full rates."
-        rates = [g["lr"] for g in self.param_groups]
-        try:
-            for g in self.param_groups:
-                g["lr"] = g["lr"] * g["share"]
-            return super().step(closure)
-        finally:
-            for g, lr in zip(self.param_groups, rates):
-                g["lr"] = lr
+        return getattr(price, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../nbs/11_qat.ipynb
 from .workshop.arguments import name_arguments

@@ -1,4 +1,4 @@
-"The teaching coders of chapter 04: exact inverses, equal to independent references, and safe against damaged data."
+"The coders of chapters 04 and 04b: exact inverses, equal to independent references, and safe against damaged data."
 
 import heapq, itertools, math, random, time, tracemalloc, zlib
 from collections import Counter

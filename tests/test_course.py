@@ -46,7 +46,7 @@ def sections(name):
 
 
 def links(text):
-    return re.findall(r"\]\((\w+\.ipynb)(?:#([^)]+))?\)", text)
+    return re.findall(r"\]\(((?:workshop/)?\w+\.ipynb)(?:#([^)]+))?\)", text)
 
 
 @pytest.mark.parametrize("page", ["course.ipynb", "glossary.ipynb", "references.ipynb"])
@@ -155,7 +155,24 @@ def test_ten_minutes_are_ten():
 
 def test_every_chapter_with_exercises_is_in_the_syllabus():
     named = {n for n, _ in links(markdown("course.ipynb"))}
-    assert {n for n in CHAPTERS if n not in ("05b_exchange.ipynb", "06b_onnx.ipynb")} <= named | {"02_explore.ipynb"}
+    assert {n for n in CHAPTERS if n != "05b_exchange.ipynb"} <= named
+
+
+# ---------------------------------------------------------------------------------- one name for each chapter
+
+
+def title(name):
+    "What stands at a chapter's head, and so in the sidebar too."
+    return re.match(r"# +(.+)", markdown(name))[1].strip()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_has_one_name(name):
+    "In its title (which the sidebar shows), in the table of the first page, in references by name in the course."
+    rows = re.findall(rf"^\|[^|]*\| \[([^\]]+)\]\({name}\) \|", markdown("index.ipynb"), re.M)
+    assert rows == [title(name)], f"the first page's table says {rows}, the chapter {title(name)!r}"
+    handed_in = re.findall(rf"\[([^\]]+)\]\({name}#exercises\)", markdown("course.ipynb"))
+    assert {t.lower() for t in handed_in} <= {title(name).lower()}, f"the course says {handed_in}"
 
 
 def test_workflows_use_the_targets_of_make():

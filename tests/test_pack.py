@@ -995,9 +995,10 @@ def test_values_inside_other_methods_are_found(monkeypatch):
     "`has_values` says of a chunk whether reading it will need the method."
     from modelzip import coding
     from modelzip.quant import pack_bits
+    from modelzip.workshop import blocks, streams
 
-    called, expand = [], coding.expand_values
-    monkeypatch.setattr(coding, "expand_values", lambda *a: called.append(1) or expand(*a))
+    called, expand = [], streams.expand_values
+    monkeypatch.setattr(streams, "expand_values", lambda *a: called.append(1) or expand(*a))
     g, found = torch.Generator().manual_seed(0), set()
     for n, bits, zeros, k in (
         (9000, 8, 0.97, 30),
@@ -1013,16 +1014,16 @@ def test_values_inside_other_methods_are_found(monkeypatch):
         codes = torch.where(
             torch.rand(n, generator=g) < zeros, 0, torch.randint(0, min(k, 2**bits), (n,), generator=g)
         ).int()
-        chunk = coding.code_codes(pack_bits(codes, bits).numpy(), bits, n, 2**bits)
+        chunk = streams.code_codes(pack_bits(codes, bits).numpy(), bits, n, 2**bits)
         called.clear()
-        coding.expand_codes(chunk, bits, n, 2**bits)
+        streams.expand_codes(chunk, bits, n, 2**bits)
         assert coding.has_values(chunk) == bool(called), (n, bits)
         found.add((chunk[0], bool(called)))
     for rare in (
-        coding.code_elements(np.arange(9, dtype="u1"), 1),
-        coding.code_codes(np.arange(200, dtype="u1") % 7, 8, 200, 256),
+        streams.code_elements(np.arange(9, dtype="u1"), 1),
+        streams.code_codes(np.arange(200, dtype="u1") % 7, 8, 200, 256),
     ):
-        assert coding.has_values(b"\3\0" + coding.write_varint(200) + coding.pieces(b"\0\0", rare)) == (rare[0] == 7)
+        assert coding.has_values(b"\3\0" + coding.write_varint(200) + blocks.pieces(b"\0\0", rare)) == (rare[0] == 7)
     assert {f for _, f in found} == {True, False}
 
 

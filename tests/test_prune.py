@@ -647,6 +647,23 @@ def test_sparse_codes_are_the_codes(outputs, inputs, density, how, seed):
         assert torch.equal(s.as_qtensor().dequantize(), q.dequantize())
 
 
+@pytest.mark.parametrize("name", prune.LAYOUTS)
+def test_every_layout_gives_its_places_back(name):
+    "Whatever is entered in the table of layouts: right, described, of the size that it says, and the file format's."
+    layout, dice = prune.LAYOUTS[name], torch.Generator().manual_seed(0)
+    for shape in ((7,), (5, 12), (3, 8, 2, 2), (0, 4), (1, 1)):
+        for density in (0.0, 0.02, 0.3, 0.5, 1.0):
+            keep = torch.rand(shape, generator=dice) < density
+            for positions, how, stored in layout.ways(keep):
+                assert bool((stored | ~keep).all()) and set(how) == set(layout.keys)
+                layout.check(keep.shape, how)
+                assert isinstance(layout.describe(how), str)
+                if positions is not None:
+                    bits, number, levels = layout.codes(keep.shape, how)
+                    assert torch.equal(layout.decode(positions, keep.shape, how), stored)
+                    assert len(positions) == prune.packed_bytes(number, bits) and levels <= 1 << bits
+
+
 def test_the_smallest_layout_is_chosen():
     w = torch.randn(64, 64)
     cut = lambda s, g="weight": w * choose_masks({"": w.abs()}, s, g)[""]

@@ -9,7 +9,6 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from modelzip.quant import (
-    _divergences,
     kl_after_quantizing,
     Entropy,
     MSE,
@@ -33,6 +32,7 @@ from modelzip.quant import (
     quantize_model,
     unpack_bits,
 )
+from modelzip.workshop.observers import divergences
 from guards import examples
 
 warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
@@ -181,7 +181,7 @@ def test_entropy_observer_is_its_definition():
                 continue
             counts = torch.histc(block, 256, 0, block.max().item())
             exact = torch.tensor([kl_after_quantizing(counts, k, codes) for k in tries], dtype=torch.float64)
-            assert torch.allclose(_divergences(counts[None], codes, torch.tensor(tries))[0], exact, atol=1e-9)
+            assert torch.allclose(divergences(counts[None], codes, torch.tensor(tries))[0], exact, atol=1e-9)
             chosen = round(high.item() / block.max().item() * 256)
             assert exact[tries.index(chosen)] <= exact.min() + 1e-9
     start = time.process_time()

@@ -13,6 +13,8 @@ from torch import nn
 
 from guards import codes_alone, examples, unchanged
 from modelzip import auto
+from modelzip.workshop import search
+from modelzip.workshop.menu import expected_change
 from modelzip.auto import (
     DENSE,
     TargetError,
@@ -632,7 +634,7 @@ def test_no_other_bits_have_less_error_than_the_level(layers, bits, dice):
     ],
 )
 def test_exact_references_do_not_make_options_free(known, error, right):
-    assert auto._expected(error, known, 16.0) == pytest.approx(right)
+    assert expected_change(error, known, 16.0) == pytest.approx(right)
 
 
 @pytest.mark.parametrize("bits, labels", [(2, False), (4, False), (4, True)])
@@ -729,7 +731,7 @@ def test_a_judge_without_a_number(score):
 
 
 def test_an_allocation_that_fails_is_noted(monkeypatch):
-    monkeypatch.setattr(auto, "menu_of", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(search, "menu_of", lambda *a, **k: 1 / 0)
     small, report = compress(net(), bytes=0.1, strict=False, progress=False)
     assert report.tries[-1].error.startswith("ZeroDivisionError") and report.bytes
 

@@ -698,13 +698,20 @@ def test_layers_of_no_size():
     assert right(nn.Sequential(L(12, 8), L(8, 0), L(0, 4), L(4, 2)), torch.randn(2, 12)) == {"0": 8, "2": 4}
 
 
-def test_an_error_in_a_rule_surfaces(monkeypatch):
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError, KeyError])
+def test_an_error_in_a_rule_surfaces(monkeypatch, error):
     def broken(t, f, output, input, *args, **kwargs):
-        raise TypeError("of the rule itself")
+        raise error("of the rule itself")
 
     monkeypatch.setitem(channels.RULES, "relu", broken)
-    with pytest.raises(TypeError, match="of the rule itself"):
+    with pytest.raises(error, match="of the rule itself"):
         channel_groups(nn.Sequential(L(3, 8), nn.ReLU(), L(8, 2)), torch.ones(1, 3))
+
+
+def test_arguments_that_a_rule_has_no_place_for_are_not_known(monkeypatch):
+    monkeypatch.setitem(channels.RULES, "relu", lambda t, f, output: 1 / 0)  # never called
+    groups = channel_groups(nn.Sequential(L(3, 8), nn.ReLU(), L(8, 2)), torch.ones(1, 3))
+    assert not len(groups) and groups.left["0"] == "`relu` is not known well enough"
 
 
 def test_hooks_and_frozen_weights_stay():

@@ -33,11 +33,9 @@ from modelzip.ptq import (
     output_error,
     smooth,
     smooth_columns,
-    _columns,
-    _rounded,
-    _scale_of,
 )
 from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, quantize_model
+from modelzip.workshop.scales import as_columns, rounded, scale_of
 
 
 @pytest.fixture(autouse=True)
@@ -338,7 +336,7 @@ def test_awq_takes_the_best_of_its_grid(bits, group, symmetric, seed):
     how, x = dict(bits=bits, group=group, symmetric=symmetric), (s.magnitude / s.count)[0].double()
     error = lambda c: output_error(w, nearest_weight(w, s, columns=c, **how).dequantize(), s)
     assert error(awq_columns(w, s, **how)) <= min(
-        map(error, [None, *(_columns(x ** (i / 12), x > 0) for i in range(1, 13))])
+        map(error, [None, *(as_columns(x ** (i / 12), x > 0) for i in range(1, 13))])
     ) * (1 + 1e-6)
 
 
@@ -346,11 +344,11 @@ def test_awq_takes_the_best_of_its_grid(bits, group, symmetric, seed):
 @given(st.integers(2, 16), st.booleans(), st.sampled_from([0.4, 0.7, 1.0]), st.integers(0, 999))
 def test_half_quadratic_is_never_above_what_it_has_to_beat(levels, symmetric, p, seed):
     b = torch.randn(30, 24, generator=torch.manual_seed(seed)) ** 3
-    loss = lambda s, z: (_rounded(b, s, z, levels) - b).abs().pow(p).sum(1)
+    loss = lambda s, z: (rounded(b, s, z, levels) - b).abs().pow(p).sum(1)
     ours = loss(*half_quadratic(b, levels, symmetric, p=p))
     for other in (
         fitted_scales(b, None, levels, symmetric),
-        _scale_of(*OBSERVERS["minmax"]()(b, levels, symmetric), levels, symmetric),
+        scale_of(*OBSERVERS["minmax"]()(b, levels, symmetric), levels, symmetric),
     ):
         assert (ours <= loss(*other) * (1 + 1e-5) + 1e-7).all()
 

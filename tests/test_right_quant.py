@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from guards import FUZZ, codes_alone, examples, unchanged
 from modelzip import quant
+from modelzip.workshop import bites
 from modelzip.quant import (
     MATRICES,
     Dequantize,
@@ -1244,5 +1245,5 @@ def test_ranges_tried_together_are_those_tried_in_turn(monkeypatch, shape, level
     "20,000 small tensors took 60 calls each: what is tried at once is the same to the bit."
     blocks = torch.randn(shape, generator=torch.manual_seed(0)).pow(3).to(dtype)
     together = quant.MSE()(blocks, levels, symmetric)
-    monkeypatch.setattr(quant, "_BITE", 1)
+    monkeypatch.setattr(bites, "BITE", 1)
     assert all(map(torch.equal, together, quant.MSE()(blocks, levels, symmetric)))

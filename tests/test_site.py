@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from test_house import UNDER_WORK
+
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 CHAPTERS = site.chapters(ROOT / "nbs")
+WORKSHOP = site.workshop(ROOT / "nbs")
+EXPLORERS = "workshop_explore"
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000"
@@ -39,7 +43,7 @@ def markdown(path):
     )
 
 
-EXPLORED = [p.stem for p in CHAPTERS if has(p, "mz-explore")]
+EXPLORED = [*(p.stem for p in CHAPTERS if has(p, "mz-explore")), EXPLORERS]
 MATH = [p.stem for p in CHAPTERS if re.search(r"\$[^$\n]+\$", markdown(p))]
 
 
@@ -62,6 +66,38 @@ def test_every_chapter_has_a_page_and_a_place_in_the_sidebar(built):
         assert p.name == "index.ipynb" or f'href="{p.stem}.html"' in index
 
 
+def test_every_notebook_of_the_workshop_has_a_page_that_the_sidebar_names(built):
+    index = (built / "index.html").read_text()
+    bar = index.split('id="quarto-sidebar"')[1]
+    for p in WORKSHOP:
+        page = (built / f"workshop_{p.stem}.html").read_text()
+        assert f'href="workshop_{p.stem}.html"' in bar and "min to read" in page
+        assert f"/nbs/workshop/{p.name}" in page
+    closed = re.findall(r'class="collapse list-unstyled sidebar-section depth2( show)?"', bar)
+    assert len(closed) >= 8 and not any(closed)  # folded as long as the reader is elsewhere
+    assert all(n.startswith("workshop_") or "workshop/" not in n for n in re.findall(r'href="([^"#]*)"', bar))
+
+
+def test_links_between_chapters_and_the_workshop():
+    chapter, built = Path("nbs/03b_quant.ipynb"), Path("nbs/workshop/explore.ipynb")
+    assert site.page_name(chapter) == "03b_quant.ipynb" and site.page_name(built) == "workshop_explore.ipynb"
+    assert site.site_links("[a](workshop/explore.ipynb#x) [b](05_pack.ipynb)", chapter) == (
+        "[a](workshop_explore.ipynb#x) [b](05_pack.ipynb)"
+    )
+    assert site.site_links("[a](../05_pack.ipynb) [b](player.ipynb#y) [c](https://x.org/a.ipynb)", built) == (
+        "[a](05_pack.ipynb) [b](workshop_player.ipynb#y) [c](https://x.org/a.ipynb)"
+    )
+
+
+def test_a_notebook_that_no_group_names_stands_below_the_groups():
+    there = {"index.ipynb", "workshop_explore.ipynb", "workshop_new.ipynb"}
+    made = site.config(there, {"workshop_new.ipynb": "Workshop: something new"})
+    assert made["website"]["sidebar"]["contents"][-1]["contents"] == [
+        {"section": "Explorers", "contents": ["workshop_explore.ipynb"]},
+        {"text": "Something new", "href": "workshop_new.ipynb"},
+    ]
+
+
 def test_every_public_name_has_its_place_in_the_reference(built):
     import importlib
 
@@ -69,8 +105,9 @@ def test_every_public_name_has_its_place_in_the_reference(built):
     for name in site.api().modules(ROOT):
         page = built / f"api_{name}.html"
         places = set(re.findall(r'id="([^"]+)"', page.read_text())) if page.exists() else set()
-        here = site.api().public(name, ROOT)
-        missing += [n for n in importlib.import_module(f"modelzip.{name}").__all__ if n in here and n not in places]
+        here, module = site.api().public(name, ROOT), importlib.import_module(f"modelzip.{name}")
+        built_for_it = lambda n: str(getattr(getattr(module, n), "__module__", "")).startswith("modelzip.workshop.")
+        missing += [n for n in module.__all__ if (n in here or built_for_it(n)) and n not in places]
     assert missing == []
 
 
@@ -118,7 +155,7 @@ def book(folder, *cells):
         for c in cells
     ]
     folder.mkdir(exist_ok=True)
-    (folder / "02_explore.ipynb").write_text(
+    (folder / "03b_quant.ipynb").write_text(
         json.dumps(
             dict(
                 cells=made,
@@ -143,7 +180,7 @@ FIGURE = dict(
 def page_of(tmp_path, *cells):
     nbs = book(tmp_path / "nbs", *cells)
     out = site.build(tmp_path / "out", nbs)
-    return (out / "02_explore.html").read_text(), site.check(out, nbs)
+    return (out / "03b_quant.html").read_text(), site.check(out, nbs)
 
 
 def test_cells_and_directives(tmp_path):
@@ -174,12 +211,12 @@ def test_printed_lines_are_one_output():
 
 
 def test_linked():
-    where = {"quantize": "03_quant.ipynb#def-quantize"}
+    where = {"quantize": "03b_quant.ipynb#def-quantize"}
     text = "# `quantize`\n`quantize` twice `quantize`\n```\n`quantize`\n```\n[`quantize`](x)"
     assert site.linked(text, where, "00_data.ipynb") == text.replace(
-        "\n`quantize` twice", "\n[`quantize`](03_quant.ipynb#def-quantize) twice", 1
+        "\n`quantize` twice", "\n[`quantize`](03b_quant.ipynb#def-quantize) twice", 1
     )
-    assert site.linked("`quantize()`", where, "03_quant.ipynb") == "[`quantize()`](#def-quantize)"
+    assert site.linked("`quantize()`", where, "03b_quant.ipynb") == "[`quantize()`](#def-quantize)"
 
 
 def test_show_doc_is_set_as_documentation(tmp_path):
@@ -221,6 +258,10 @@ def test_long_lines_hang():
     assert bare(site.hang(text)) == bare(text)
     for line in re.findall(r'<span class="hang"[^>]*>(.*?\n?)</span>(?=<span class="hang"|b)', site.hang(text), re.S):
         assert line.count("<span") == line.count("</span")
+    drawing = code(
+        "compare ─┬─ latency ─ a name that is long enough to pass the edge of the page, and more\n" * 2, "sourceCode "
+    )
+    assert site.hang(drawing) == drawing  # maps keep their lines
     table = code("a" + "  1" * 30 + "\nb" + "  2" * 30, "")
     note = code("a  1\nb  2\nEach of them was saved, loaded and measured, which takes a while to say", "")
     assert "data-hang" not in site.hang(note) and re.findall(r'class="hang"[^>]*>(\w+)', site.hang(note)) == [
@@ -316,7 +357,7 @@ def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     out = site.build(tmp_path / "out", nbs)
     assert site.check(out, nbs) == []
     book(nbs, "# t\n\n$x^2$", ("#| hide\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE))
-    page = out / "02_explore.html"
+    page = out / "03b_quant.html"
     page.write_text(re.sub(r'<script[^>]*katex[^>]*></script>|<link[^>]*katex[^>]*>', "", page.read_text()))
     problems = site.check(out, nbs)
     assert any("shows hidden cell 1" in p for p in problems) and any("nothing to typeset it" in p for p in problems)
@@ -326,7 +367,7 @@ def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
 def test_each_chapter_says_how_long_it_takes_and_where_it_runs(built, chapter):
     head = re.search(r'<div[^>]*class="[^"]*at-a-glance.*?</div>', (built / f"{chapter}.html").read_text(), re.S)[0]
     minutes = int(re.search(r"(\d+) min to read", head)[1])
-    assert 5 <= minutes <= 120
+    assert 5 <= minutes <= 90 or chapter in UNDER_WORK["chapters"]  # an hour is meant: tests/test_house.py
     for start in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/", "https://github.com/"):
         assert re.search(rf'href="{start}[^"]*{chapter}\.ipynb"', head)
     times = json.loads((ROOT / "bench/results/chapter_times.json").read_text())
@@ -334,9 +375,16 @@ def test_each_chapter_says_how_long_it_takes_and_where_it_runs(built, chapter):
 
 
 def test_minutes_to_read():
-    words = lambda n, kind="markdown", first="": dict(cell_type=kind, source=first + "word " * n)
-    assert site.minutes_to_read([words(230), words(460, "code"), words(2300, "code", "#| hide\n")]) == 3
-    assert site.minutes_to_read([words(3)]) == 1
+    """Prose by the word, code by the line; formulas count as a sentence; hidden and folded cells, directives and empty
+    lines do not count."""
+    md = lambda text: dict(cell_type="markdown", source=text)
+    code = lambda text: dict(cell_type="code", source=text)
+    prose, lines = md("word " * 238), code("#| export\n" + "x = 1\n\n" * 20)
+    assert site.minutes_to_read([prose]) == 1 and site.minutes_to_read([prose, lines]) == 3
+    assert site.minutes_to_read([md("a $$" + "x " * 10_000 + "$$ b"), md("— | " * 10_000)]) == 1
+    folded = code('#| code-fold: true\n#| code-summary: "Imports"\n' + "import x\n" * 500)
+    assert site.minutes_to_read([prose, folded, code("#| hide\n" + "x = 1\n" * 500)]) == 1
+    assert site.minutes_to_read([md("word " * 3)]) == 1
 
 
 @pytest.mark.parametrize("seconds, says", [(1, "5 s"), (41, "45 s"), (90, "90 s"), (91, "2 min"), (200, "3 min")])
@@ -464,7 +512,7 @@ def test_mathematics_is_typeset(browser, address, chapter):
 
 
 @browser_only
-@pytest.mark.parametrize("chapter", [p.stem for p in CHAPTERS])
+@pytest.mark.parametrize("chapter", [p.stem for p in CHAPTERS] + [f"workshop_{p.stem}" for p in WORKSHOP])
 def test_pages_fit_the_window(browser, address, chapter):
     browser.get(f"{address}/{chapter}.html")
     for width in (1280, 390):
@@ -486,16 +534,16 @@ def search(browser, word):
 
 @browser_only
 def test_search_finds_a_word(browser, address):
-    browser.get(f"{address}/02_explore.html")
+    browser.get(f"{address}/{EXPLORERS}.html")
     found = search(browser, "cloakroom ticket")
-    assert "02_explore.html" in found[0]
+    assert f"{EXPLORERS}.html" in found[0]
     browser.get(found[0])
-    assert "Pictures that you can turn" in browser.title
+    assert "explorers" in browser.title
 
 
 @browser_only
 def test_search_and_mathematics_without_a_server(browser, built):
-    browser.get((built / "02_explore.html").as_uri())
+    browser.get((built / f"{EXPLORERS}.html").as_uri())
     assert search(browser, "cloakroom ticket")
     assert wait(browser, "return document.querySelectorAll('main .katex').length > 0")
 
@@ -509,10 +557,10 @@ def test_sidebar_leads_everywhere(browser, address):
         if a.get_attribute("href")
     ]
     assert {l.rsplit("/")[-1] for l in links} >= {f"{p.stem}.html" for p in CHAPTERS if p.name[0].isdigit()}
-    browser.find_element("css selector", "#quarto-sidebar a[href='02_explore.html']").click()
-    assert browser.current_url.endswith("/02_explore.html")
+    browser.find_element("css selector", "#quarto-sidebar a[href='01_measure.html']").click()
+    assert browser.current_url.endswith("/01_measure.html")
     here = browser.find_element("css selector", "#quarto-sidebar [aria-current=page]")
-    assert here.get_attribute("href").endswith("/02_explore.html") and here.is_displayed()
+    assert here.get_attribute("href").endswith("/01_measure.html") and here.is_displayed()
 
 
 @browser_only
@@ -520,7 +568,7 @@ def test_sidebar_opens_on_a_phone(browser, address):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", dict(width=390, height=800, deviceScaleFactor=1, mobile=True)
     )
-    browser.get(f"{address}/02_explore.html")
+    browser.get(f"{address}/{EXPLORERS}.html")
     bar = browser.find_element("css selector", "#quarto-sidebar")
     assert not bar.is_displayed()
     next(b for b in browser.find_elements("css selector", ".quarto-btn-toggle") if b.is_displayed()).click()
@@ -535,7 +583,7 @@ def test_sidebar_opens_on_a_phone(browser, address):
 @browser_only
 def test_without_script_the_first_frame_stands_there(browser, address):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=True))
-    browser.get(f"{address}/02_explore.html")
+    browser.get(f"{address}/{EXPLORERS}.html")
     e = browser.find_element("css selector", ".mz-explore")
     assert e.find_element("css selector", ".mz-frame").text or e.find_elements("css selector", ".mz-frame img")
     assert e.find_elements("css selector", "fieldset:disabled")

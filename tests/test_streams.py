@@ -8,9 +8,10 @@ import torch
 from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given, settings, strategies as st
 
-from modelzip import coding
 from modelzip.coding import CodingError, coders, decode, encode, entropy
 from modelzip.quant import pack_bits, packed_bytes, quantize, unpack_bits
+from modelzip.workshop import blocks, planes, streams
+from modelzip.workshop.coders import write_varint
 from guards import examples
 
 torch.set_num_threads(1)
@@ -61,7 +62,7 @@ def test_any_codes(levels, n, kind, seed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_than_one_chunk(levels, kind, monkeypatch):
     "Chunks begin in the middle of the planes; threads do not change a byte."
-    monkeypatch.setattr(coding, "CODES", 1200)
+    monkeypatch.setattr(streams, "CODES", 1200)
     bits, n = (levels - 1).bit_length(), 4321
     x = packed(codes_of(np.random.default_rng(levels), levels, n, kind), bits)
     coded = encode(x, bits, n, levels)
@@ -165,12 +166,12 @@ def test_integers_are_within_a_percent_of_their_entropy(dtype, shape, n, seed):
     ideal = float(entropy(x.view("u1") if x.dtype == bool else x.astype("i8"))) * n / 8
     assert len(coded) <= 1.01 * ideal + min(used, n) * (width + 2) + 40, (len(coded), ideal, used, coders(coded))
     raw = np.frombuffer(x.tobytes(), "u1")
-    if 0 < len(raw) <= coding.BYTES:
+    if 0 < len(raw) <= streams.BYTES:
         assert (
             len(coded)
             <= min(
-                len(coding.code_bytes(raw)),
-                1 + len(coding.pieces(*(coding.code_bytes(p) for p in coding.byte_planes(raw, width)))),
+                len(blocks.code_bytes(raw)),
+                1 + len(blocks.pieces(*(blocks.code_bytes(p) for p in planes.byte_planes(raw, width)))),
             )
             + 16
         )
@@ -213,7 +214,7 @@ def test_all_methods_occur():
     found |= set(coders(encode(torch.randn(1000)))) | set(
         coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000))
     )
-    assert found == set(coding.METHODS), found ^ set(coding.METHODS)
+    assert found == set(blocks.METHODS), found ^ set(blocks.METHODS)
 
 
 # ---- damaged and hostile ------------------------------------------------------------------------------------------
@@ -293,14 +294,14 @@ def test_a_frame_that_says_how_large_it_is():
     ):
         for size in 0, 100, 100_000:
             with pytest.raises(CodingError):
-                coding.zstd_expand(data, size)
+                blocks.zstd_expand(data, size)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # KiB
-    assert coding.zstd_expand(make(b"honest" * 50), 300) == b"honest" * 50
+    assert blocks.zstd_expand(make(b"honest" * 50), 300) == b"honest" * 50
 
 
 def test_a_stream_cannot_claim_the_moon():
     for bits, kind in (0, 1), (4, 16), (8, 256):
-        body = bytes([bits]) + coding.write_varint(kind) + coding.write_varint(2**50)
+        body = bytes([bits]) + write_varint(kind) + write_varint(2**50)
         with pytest.raises(CodingError):
             decode(body + zlib.crc32(body).to_bytes(4, "little"))
 

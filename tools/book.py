@@ -1,7 +1,7 @@
 """Run the book's chapters as they are committed: executed, exported, cleaned.
 
-    python tools/book.py run [nbs/03_quant.ipynb …]     execute, export, clean (all chapters when none is named)
-    python tools/book.py time [nbs/03_quant.ipynb …]    execute without saving, to note how long chapters take
+    python tools/book.py run [nbs/03b_quant.ipynb …]     execute, export, clean (all chapters when none is named)
+    python tools/book.py time [nbs/03b_quant.ipynb …]    execute without saving, to note how long chapters take
     python tools/book.py test                           execute all without saving, as nbdev_test does, the longest
     first
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
@@ -27,7 +27,8 @@ STATIC = {
 
 
 def notebooks(root=ROOT):
-    "All of them: the workshop's, which chapters import, then the chapters."
+    """All of them: the workshop's, most of which chapters import, then the chapters. (The order is that of reading:
+    every notebook runs with the modules as they were exported, so any order gives the same.)"""
     return sorted((root / "nbs/workshop").glob("*.ipynb")) + sorted((root / "nbs").glob("*.ipynb"))
 
 
@@ -51,14 +52,18 @@ def execute(path, save=True):
     return took
 
 
+def key_of(path):
+    "What a notebook is called in the table of times: `03b_quant`, `workshop/explore`."
+    return f"workshop/{path.stem}" if path.parent.name == "workshop" else path.stem
+
+
 def note_time(path, seconds):
-    "Remember how long a chapter took."
-    if not path.name[0].isdigit():
+    "Remember how long a chapter took, or a notebook of the workshop that takes long: the longest are tested first."
+    if not (path.name[0].isdigit() or path.parent.name == "workshop" and seconds > 5):
         return
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    TIMES.write_text(
-        json.dumps(dict(sorted((times | {path.stem: round(seconds)}).items())), indent=1) + "\n", encoding="utf-8"
-    )
+    times[key_of(path)] = round(seconds)
+    TIMES.write_text(json.dumps(dict(sorted(times.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def setup_cell(root=ROOT):
@@ -121,7 +126,7 @@ def readme(root=ROOT):
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\s*```\n", "", text)
-    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\(((?:workshop/)?\w+\.ipynb)", r"](nbs/\1", text)
     (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
 
 
@@ -145,7 +150,7 @@ def test(workers=2):
     import matplotlib.pyplot, pandas, torch  # each notebook's process is a copy of this one: they are imported once
 
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
-    waiting = sorted(notebooks(), key=lambda p: times.get(p.stem, 2 if p.parent.name == "workshop" else 20))
+    waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
     os.chdir(ROOT / "nbs")
     fork, running, failed = multiprocessing.get_context("fork"), {}, []
 

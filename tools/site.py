@@ -3,7 +3,8 @@
     python tools/site.py build [folder]     render nbs/ to _docs/ (or to the folder)
     python tools/site.py check [folder]     what is wrong with it: links, network, figures, math, hidden cells, sizes
 
-Nothing is executed: a page shows what its notebook has saved. Notebooks are first prepared (hidden cells and nbdev's
+Nothing is executed: a page shows what its notebook has saved. Chapters and the workshop's notebooks lie side by side
+on the site: nbs/workshop/explore.ipynb is workshop_explore.html. Notebooks are first prepared (hidden cells and nbdev's
 directives dropped, the output of `show_doc` set as documentation, names in backticks linked to where they are
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
@@ -40,6 +41,22 @@ def is_hidden(cell):
     return cell["cell_type"] == "code" and bool(directives(text(cell)) & HIDE)
 
 
+def is_folded(cell):
+    "Whether a cell is shown only to whoever unfolds it."
+    return bool(re.search(r"^#\| *code-fold: *true", text(cell), re.M)) or is_imports(text(cell))
+
+
+def is_imports(source):
+    "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
+    names = lambda n: {ast.unparse(t) for t in getattr(n, "targets", None) or [getattr(n, "target", n)]}
+    kinds = [type(n) for n in tree.body if names(n) != {"_all_"}]
+    return bool(kinds) and set(kinds) <= {ast.Import, ast.ImportFrom}
+
+
 def text(cell):
     return "".join(cell["source"])
 
@@ -69,24 +86,55 @@ def chapters(folder):
     return sorted(p for p in Path(folder).glob("*.ipynb") if not p.name.startswith("."))
 
 
-def symbols(folder):
-    "Where each exported name is defined: name → `03_quant.ipynb#def-quantize`."
+def workshop(folder):
+    "The notebooks of the workshop, in order."
+    return chapters(Path(folder) / "workshop")
+
+
+def in_workshop(path):
+    return path.parent.name == "workshop"
+
+
+def page_name(path):
+    "What a notebook is called on the site, where all of them lie in one folder."
+    return f"workshop_{path.name}" if in_workshop(path) else path.name
+
+
+def site_links(source, path):
+    "Links between notebooks, as they are where all of them lie in one folder."
+    if in_workshop(path):
+        source = re.sub(r"\]\((?!\.\.)(\w+\.ipynb)", r"](workshop_\1", source)
+        return source.replace("](../", "](")
+    return source.replace("](nbs/", "](").replace("](workshop/", "](workshop_")
+
+
+def defined_in(path):
+    "Where each name is defined that a notebook exports: name → `03a_qtensor.ipynb#def-quantize`."
     where = {}
-    for path in chapters(folder):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code" and directives(text(cell)) & {"export", "exporti", "exports"}:
-                names = definitions(text(cell))
-                if names:
-                    where.update({n: f"{path.name}#def-{names[0]}" for n in names})
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and directives(text(cell)) & {"export", "exporti", "exports"}:
+            names = definitions(text(cell))
+            where.update({n: f"{page_name(path)}#def-{names[0]}" for n in names})
     return where
 
 
+def symbols(folder):
+    """Where each name is defined that a reader may meet: all that chapters export, and what of the workshop is public.
+    (Names that only the workshop uses, such as `page`, are words elsewhere.)"""
+    users = set().union(*(api().public(name) for name in api().modules()))
+    built = {n: place for path in workshop(folder) for n, place in defined_in(path).items() if n in users}
+    return built | {n: place for path in chapters(folder) for n, place in defined_in(path).items()}
+
+
 def titles(folder):
-    "The title of each chapter, by its file."
+    "The title of each notebook, by its page's name."
     first = lambda p: next(
         "".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"
     )
-    return {p.name: (front_matter(first(p))[0] or {"title": p.stem})["title"] for p in chapters(folder)}
+    return {
+        page_name(p): (front_matter(first(p))[0] or {"title": p.stem})["title"]
+        for p in chapters(folder) + workshop(folder)
+    }
 
 
 @cache
@@ -112,10 +160,24 @@ def front_matter(source):
     return head, rest
 
 
-def minutes_to_read(cells, words_a_minute=230):
-    "How long the prose and the code that are shown take to read; short words and symbols of code count like others."
-    shown = [text(c) for c in cells if c["cell_type"] in ("markdown", "code") and not is_hidden(c)]
-    return max(1, round(sum(len(t.split()) for t in shown) / words_a_minute))
+# Prose is read at 238 words a minute (M. Brysbaert, How many words do we read per minute?, Journal of Memory and Language
+# 109, 2019: the mean of 190 studies of silent reading in English). For code there is no such mean; our rule is ten lines
+# a minute, 600 an hour: somewhat above the 500 an hour beyond which reviewers were seen to overlook errors (J. Cohen, Best
+# Kept Secrets of Peer Code Review, 2006). A formula that stands by itself is a sentence: 15 words. Folded cells (imports,
+# solutions) are not counted, nor is the time that an exercise takes.
+WORDS_A_MINUTE, LINES_A_MINUTE, WORDS_A_FORMULA = 238, 10, 15
+
+
+def minutes_to_read(cells):
+    "How long the prose and the code of a page take to read: what is shown and not folded."
+    words = lines = 0
+    for c in cells:
+        if c["cell_type"] == "markdown":
+            prose = re.sub(r"\$\$.*?\$\$", " word " * WORDS_A_FORMULA, text(c), flags=re.S)
+            words += sum(bool(re.search(r"\w", w)) for w in prose.split())
+        elif c["cell_type"] == "code" and not is_hidden(c) and not is_folded(c):
+            lines += sum(bool(l.strip()) and not DIRECTIVE.match(l) for l in text(c).splitlines())
+    return max(1, round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE))
 
 
 def duration(seconds):
@@ -135,12 +197,14 @@ def at_a_glance(path, cells):
     installing anything."""
     url, branch = repository()
     where, times = urlsplit(url).path.strip("/"), ROOT / "bench/results/chapter_times.json"
-    seconds = json.loads(times.read_text(encoding="utf-8")).get(path.stem) if times.exists() else None
+    file = f"nbs/workshop/{path.name}" if in_workshop(path) else f"nbs/{path.name}"
+    key = file.removeprefix("nbs/").removesuffix(".ipynb")
+    seconds = json.loads(times.read_text(encoding="utf-8")).get(key) if times.exists() else None
     facts = [f"{minutes_to_read(cells)} min to read"] + ([] if seconds is None else [f"{duration(seconds)} to run"])
     places = {
-        "Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/nbs/{path.name}",
-        "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/nbs/{path.name}', safe='')}",
-        "GitHub": f"{url}/blob/{branch}/nbs/{path.name}",
+        "Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/{file}",
+        "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/{file}', safe='')}",
+        "GitHub": f"{url}/blob/{branch}/{file}",
     }
     links = " · ".join(f"[{name}]({address})" for name, address in places.items())
     return "::: {.at-a-glance}\n\n" + " · ".join(facts) + f" · open in {links}\n\n:::\n"
@@ -207,7 +271,9 @@ def short_names(text):
 def prepare(path, where):
     "One notebook as the renderers are to see it."
     book = json.loads(path.read_text(encoding="utf-8"))
-    cells, labelled = [], set()
+    cells, labelled, page = [], set(), page_name(path)
+    if in_workshop(path):
+        where = where | defined_in(path)
     for i, cell in enumerate(book["cells"]):
         source = text(cell)
         if is_hidden(cell) or not source.strip():
@@ -223,17 +289,13 @@ def prepare(path, where):
                             "source": "---\n" + yaml.safe_dump(head, allow_unicode=True, sort_keys=False) + "---\n",
                         }
                     )
-                if head and path.name[0].isdigit():
+                if head and (path.name[0].isdigit() or in_workshop(path)):
                     cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
                 if not source.strip():
                     continue
-            source = linked(source.replace("](nbs/", "]("), where, path.name)
-            source = source.replace(
-                "](workshop/", "]({}/blob/{}/nbs/workshop/".format(*repository())
-            )  # the workshop is read where it is worked on
-            cells.append({**cell, "source": source})
+            cells.append({**cell, "source": linked(site_links(source, path), where, page)})
         elif cell["cell_type"] == "code":
-            cells.append(prepare_code(cell, source, where, path.name, labelled))
+            cells.append(prepare_code(cell, source, where, page, labelled))
         else:
             cells.append(cell)
     return {**book, "cells": cells}
@@ -247,6 +309,8 @@ def prepare_code(cell, source, where, page, labelled):
     shown = re.match(r"\s*show_doc\(", code)
     if "hide_input" in names or shown:
         keep.append("#| echo: false")
+    if is_imports(code) and not any("code-fold" in l for l in keep):
+        keep += ["#| code-fold: true", '#| code-summary: "Imports"']
     if "hide_output" in names:
         keep.append("#| output: false")
     defined = definitions(code)
@@ -284,21 +348,32 @@ def document_output(output):
 # ------------------------------------------------------------------------------------------------ rendering
 
 
-def config(present):
-    "`_quarto.yml` with the chapters that are there."
+def config(present, names=None):
+    """`_quarto.yml` with the pages that are there, by the names that they have on the site. A notebook of the workshop
+    stands in the sidebar without the word "Workshop" in front; one that no group names yet stands below the groups.
+    `names`: page → title."""
     settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    bar, names = settings["website"]["sidebar"], names or {}
+
+    def entry(name):
+        title = names.get(name, "").removeprefix("Workshop: ")
+        return {"text": title[0].upper() + title[1:], "href": name} if name.startswith("workshop_") and title else name
 
     def pruned(items):
         out = []
         for item in items:
-            if isinstance(item, str) and item in present:
-                out.append(item)
+            if isinstance(item, str) and (name := item.replace("workshop/", "workshop_")) in present:
+                out.append(entry(name))
             elif isinstance(item, dict) and (inside := pruned(item["contents"])):
                 out.append({**item, "contents": inside})
         return out
 
-    bar = settings["website"]["sidebar"]
+    named = {n.replace("workshop/", "workshop_") for n in listed(bar["contents"])}
+    more = sorted(n for n in present if n.startswith("workshop_") and n not in named)
     bar["contents"] = pruned(bar["contents"])
+    for section in bar["contents"]:
+        if isinstance(section, dict) and section["section"] == "Workshop":
+            section["contents"] += [entry(n) for n in more]
     return settings
 
 
@@ -309,18 +384,19 @@ def listed(contents):
 
 def stage(nbs, folder):
     "Everything that a renderer reads, in one folder."
-    where, present = symbols(nbs), {p.name for p in chapters(nbs)}
-    for path in chapters(nbs):
-        (folder / path.name).write_text(json.dumps(prepare(path, where), ensure_ascii=False), encoding="utf-8")
+    books, where = chapters(nbs) + workshop(nbs), symbols(nbs)
+    present, names = {page_name(p) for p in books}, titles(nbs)
+    for path in books:
+        (folder / page_name(path)).write_text(json.dumps(prepare(path, where), ensure_ascii=False), encoding="utf-8")
     if "index.ipynb" not in present:
         (folder / "index.md").write_text(
             "---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)),
             encoding="utf-8",
         )
-    reference = api().pages(where, titles(nbs), documentation)
+    reference = api().pages(where, names, documentation)
     for name, page in reference.items():
         (folder / name).write_text(page, encoding="utf-8")
-    settings = config(present | reference.keys())
+    settings = config(present | reference.keys(), names)
     (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
     for name in ("book.css", "favicon.svg"):
         shutil.copy(ASSETS / name, folder / name)
@@ -372,7 +448,11 @@ def hang(page):
         lines = m[2].split("\n")
         bare = [unescape(re.sub(r"<[^>]*>", "", l)) for l in lines]
         columns = [bool(re.search(r"\S\s{2,}\S|[─│]", l)) for l in bare]
-        table = "sourceCode" not in m[1] and sum(columns) > 1
+        drawn = (
+            "python" not in m[1] and sum(bool(re.search("[─│├└┬▼]", l)) for l in bare) > 1
+        )  # a map of who calls whom
+        table = "sourceCode" not in m[1] and sum(columns) > 1 or drawn
+        columns = [c or drawn for c in columns]
         out, still = [], []  # `still`: tags that a line leaves open, as a text of several lines does
         for line, text, column in zip(lines, bare, columns):
             line = "".join(still) + line
@@ -617,17 +697,17 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     if "index.html" not in pages:
         return [f"{out} has no index.html: build it first"]
     problems = list(stylesheets(out))
+    books = {Path(page_name(p)).stem: p for p in chapters(nbs) + workshop(nbs)}
     for name, page in pages.items():
         found = [*broken_links(page, pages, out), *outside(page, out)]
-        notebook = Path(nbs) / f"{Path(name).stem}.ipynb"
-        if notebook.exists():
-            found += against_notebook(page, notebook)
+        if Path(name).stem in books:
+            found += against_notebook(page, books[Path(name).stem])
         if (size := sum(map(len, page.explorers))) > EXPLORERS:
             found.append(f"its explorers take {size:,} bytes, more than {EXPLORERS:,}")
         if m := PLACES.search(" ".join(page.words)):
             found.append(f"names a place on somebody's machine: {m[0]}")
         problems += [f"{name}: {p}" for p in found]
-    missing = [p.name for p in chapters(nbs) if f"{p.stem}.html" not in pages]
+    missing = [p.name for name, p in books.items() if f"{name}.html" not in pages]
     named = listed(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
     problems += [f"{n} has no page" for n in missing] + [
         f"{p.name} is not in the sidebar of _quarto.yml" for p in chapters(nbs) if p.name not in named

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..data import Data
+from .datasets import Data
 from .models import slots_of
 
 # %% ../../nbs/workshop/content.ipynb

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped', 'matrices_of', 'layers_of', 'identity_of',
-           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'also_held', 'check_kept',
-           'held_beside', 'left_behind', 'Left', 'floats_left']
+           'overlap', 'looks_made_of', 'Matrix', 'choose_matrices', 'combined', 'option_rule', 'also_held',
+           'check_kept', 'held_beside', 'left_behind', 'Left', 'floats_left']
 
 # %% ../../nbs/workshop/matrices.ipynb
 import fnmatch
@@ -33,7 +33,7 @@ MATRICES: dict[
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: {"weight_ih": 0, "weight_hh": 0},
     nn.MultiheadAttention: {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
-    "modelzip.structured.RemainingAttention": {"q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
+    "modelzip.workshop.remaining.RemainingAttention": {"q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
     "transformers.pytorch_utils.Conv1D": {"weight": 1},
     "transformers.modeling_utils.Conv1D": {"weight": 1},
 }
@@ -182,7 +182,7 @@ def choose_matrices(
         for m, names in layers_of(model).values()
         if outputs_of(m) and (layers is None or isinstance(m, layers))
     ]
-    rule = _rule(model, overrides, [(m, names, k) for m, names in known for k in outputs_of(m)])
+    rule = option_rule(model, overrides, [(m, names, k) for m, names in known for k in outputs_of(m)])
     chosen, sparse = [], {(id(unwrapped(w)), w.name) for w in model.modules() if _is_sparse(w)}
     for m, names in known:
         for key, axis in outputs_of(m).items():
@@ -256,7 +256,7 @@ def _nothing(known, layers, overrides):
     return f"model has no layer to quantize; it may have {', '.join(may)}"
 
 # %% ../../nbs/workshop/matrices.ipynb
-def _rule(model, overrides, known):
+def option_rule(model, overrides, known):
     "(layer, its names, key) → its options, or None."
     if overrides is None:
         return lambda m, names, key: {}

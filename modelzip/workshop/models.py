@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import register_pytree_node, tree_map
 
-from ..data import Split
+from .datasets import Split
 
 # %% ../../nbs/workshop/models.ipynb
 class Labelled(NamedTuple):

@@ -23,7 +23,7 @@ from modelzip.workshop.matrices import (
     layers_of,
     outputs_of,
     overlap,
-    _rule,
+    option_rule,
 )
 from .models import computed
 
@@ -130,7 +130,7 @@ def choose_places(
     knows."""
     known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m)]
     rule, places, alone = (
-        _rule(model, overrides or {}, [(m, names, k) for m, names in known for k in outputs_of(m)]),
+        option_rule(model, overrides or {}, [(m, names, k) for m, names in known for k in outputs_of(m)]),
         [],
         0,
     )

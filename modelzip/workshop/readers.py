@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..channels import ABOUT, name_of
+from .operations import ABOUT, name_of
 from .models import HOOKS, call, hooks_of, output_tensors
 from .rehearsal import own_copy, same_draws
 

@@ -20,6 +20,8 @@ from .rehearsal import larger, own_copy, ready, same_draws
 # %% ../../nbs/workshop/runs.ipynb
 def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluation mode
     "What is made in the first call, such as a grid of positions, belongs to the model from then on."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy:
         raise ValueError(f"{lazy} has no size yet; call the model once first")

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..data import device_of
+from .training import device_of
 from ..prune import input_rows
 from ..quant import Dequantize
 from .matrices import layers_of, outputs_of, unwrapped
@@ -276,7 +276,7 @@ _ROWS = {
     nn.LSTMCell: _of_cell,
     nn.GRUCell: _of_cell,
     nn.MultiheadAttention: _of_attention,
-    "modelzip.structured.RemainingAttention": _of_attention,
+    "modelzip.workshop.remaining.RemainingAttention": _of_attention,
     "transformers.pytorch_utils.Conv1D": lambda layer, x: {"weight": _flat(x)},
 }  # class, or its full name → (layer, arguments) → parameter → rows
 WIDEST = 4096  # inputs of a Bilinear layer (the product of both) up to which they are watched
