@@ -119,11 +119,12 @@ class Remote:
 
     def start(self) -> None:
         self.pipe, theirs = Pipe()
+        paths = [p for p in sys.path if type(p) is str]
         code = (
-            # Ctrl-C is the parent's business;
-            f"import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {[p for p in sys.path if type(p) is str]!r}; "
-            f"from modelzip.workshop.processes import serve_pipe; serve_pipe({theirs.fileno()})"
-        )  # when it goes, the pipe closes
+            "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the parent's business;
+            f"sys.path[:] = {paths!r}; from modelzip.workshop.processes import serve_pipe; "
+            f"serve_pipe({theirs.fileno()})"  # when it goes, the pipe closes
+        )
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         try:
             self.process = subprocess.Popen(
