@@ -14,7 +14,7 @@ import importlib.util, pathlib, sys
 from modelzip.quant import *
 import modelzip, torch
 assert pathlib.Path(modelzip.__file__).is_relative_to(sys.prefix), modelzip.__file__
-for absent in "nbdev", "fastcore", "execnb", "transformers", "pandas", "sklearn": assert importlib.util.find_spec(absent) is None, absent
+for absent in "nbdev", "execnb", "transformers", "pandas", "sklearn": assert importlib.util.find_spec(absent) is None, absent
 model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
 small, x = quantize_model(model, bits=8), torch.randn(4, 64)
 assert (small(x) - model(x)).abs().max() < 0.1
@@ -112,7 +112,7 @@ def test_requirements_are_few(environment):
     assert {"numpy", "torch", "matplotlib", "ipywidgets", "safetensors", "zstandard", "constriction", "tqdm"} <= set(
         required
     )
-    assert not {"nbdev", "fastcore", "execnb", "jupyterlab", "transformers"} & set(required)
+    assert not {"nbdev", "execnb", "jupyterlab", "transformers"} & set(required)
 
 
 def test_wheel_works_in_an_empty_environment(environment, tmp_path):
