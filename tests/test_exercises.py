@@ -35,15 +35,16 @@ def parsed(source):
 
 
 def exercises():
-    "Chapter and number of the check's cell; the stub and the solution are the two cells behind it."
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        for i, (text, _) in enumerate(cells(path.stem)):
+    "Chapter (or workshop notebook) and number of the check's cell; the stub and the solution are the two cells behind it."
+    for path in sorted((ROOT / "nbs").glob("**/[!.]*.ipynb")):
+        chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()  # "05_pack", "workshop/exchange"
+        for i, (text, _) in enumerate(cells(chapter)):
             if (
                 re.search(r"^@exercise$", text, re.M)
                 and not text.startswith("#| export")
-                and "your turn" in cells(path.stem)[i + 1][0]
+                and "your turn" in cells(chapter)[i + 1][0]
             ):
-                yield path.stem, i
+                yield chapter, i
 
 
 def check_name(chapter, i):
@@ -86,14 +87,14 @@ def namespace(chapter, tmp):
     if chapter not in SPACES:
         space = dict(vars(fastcore.test))
         module = next(
-            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp (\w+)", text, re.M))), None
+            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", text, re.M))), None
         )
         if module:
             space |= vars(importlib.import_module(f"modelzip.{module}"))
         for text, tree in cells(chapter):
             if "#| export" not in text:
                 run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
-        space["folder"] = tmp.mktemp(chapter)
+        space["folder"] = tmp.mktemp(chapter.replace("/", "_"))
         exec(textwrap.dedent(SETUP.get(chapter, "")), space)
         SPACES[chapter] = space
     return dict(SPACES[chapter])
@@ -119,7 +120,7 @@ def attempt(source, space):
 
 
 SETUP = {
-    "04b_archive": "mz = bytes(range(256)) * 5",
+    "workshop/archive": "mz = bytes(range(256)) * 5",
     "05_pack": (
         """
         from modelzip.quant import quantize_model
@@ -128,7 +129,7 @@ SETUP = {
         save(model, folder / "archived.mz")
         save(quantize_model(model, 4), folder / "archived4.mz")"""
     ),
-    "05b_exchange": (
+    "workshop/exchange": (
         """
         from modelzip.data import LeNet5
         model = LeNet5()
@@ -253,11 +254,11 @@ WRONG = {
         ),
         ("lambda x, shares: (x // sum(shares), x % sum(shares))", "digit 4 on 31"),
     ],
-    "04b_archive:check_pad": [
+    "workshop/archive:check_pad": [
         ("lambda offset, align: align - offset % align", "from 0 to a multiple of 64 it is 0 bytes"),
         ("lambda offset, align: offset % align", "from 1 to a multiple of 64 it is 63 bytes"),
     ],
-    "04b_archive:check_forge": [
+    "workshop/archive:check_forge": [
         ("lambda data, crc: b''", "it should be 4 bytes, yours are 0"),
         ("lambda data, crc: crc.to_bytes(4, 'little')", "the checksum should be"),
         ("lambda data, crc: (zlib.crc32(data) ^ crc).to_bytes(4, 'little')", "the checksum should be"),
@@ -297,12 +298,12 @@ WRONG = {
             "the streams of archived.mz need",
         ),
     ],
-    "05b_exchange:check_floats": [
+    "workshop/exchange:check_floats": [
         ("lambda bits: bits.view(np.float16)", "should be float32, yours is float16"),
         ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),  # not moved to the upper half
         ("lambda bits: bits.astype(np.float32)", "come out as"),
     ],
-    "05b_exchange:check_fetch": [
+    "workshop/exchange:check_fetch": [
         (
             """def fetch(get, name):                                                  # all of it
             whole = get(0, 10**9); n = int.from_bytes(whole[:8], "little"); e = json.loads(whole[8:8 + n])[name]
@@ -316,7 +317,7 @@ WRONG = {
             "not the ten numbers of fc2.bias",
         ),
     ],
-    "05b_exchange:check_repeated": [
+    "workshop/exchange:check_repeated": [
         (
             (
                 "lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if np.array_equal(arrays[n],"

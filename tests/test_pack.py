@@ -12,6 +12,7 @@ from torch import nn
 from inputs import Holder
 from mutations import places
 from modelzip import archive as zips, pack
+from modelzip.workshop import writing
 from modelzip.archive import PackError
 from modelzip.workshop import kinds
 from modelzip.cli import expanded_tensors
@@ -1027,9 +1028,9 @@ def test_values_inside_other_methods_are_found(monkeypatch):
 
 
 def test_the_page_names_every_form_of_a_value():
-    "What `said` can say of an attribute stands in the chapter's description of the format."
-    page = (Path(__file__).parent.parent / "nbs/05_pack.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
-    page = page[page.index("## The format on one page") :]
+    "What `said` can say of an attribute stands in the specification."
+    page = (Path(__file__).parent.parent / "nbs/workshop/specification.ipynb").read_text(encoding="utf-8")
+    page = page.replace('\\"', '"')
     import types
     from modelzip.workshop.kinds import LIBRARIES, said
 
@@ -1323,7 +1324,7 @@ def test_size_limit_leaves_the_old_file(tmp_path):
 def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = save(nn.Linear(2, 2), tmp_path / "x.mz")
     old = path.read_bytes()
-    for module, name in (pack, "write_payload"), (pack, "stream_parts"), (zips, "directory"), (zips, "deflate"):
+    for module, name in (pack, "write_payload"), (writing, "stream_parts"), (zips, "directory"), (zips, "deflate"):
         with monkeypatch.context() as patch:
 
             def fail(*a, **k):
