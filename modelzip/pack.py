@@ -9,34 +9,23 @@ __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'd
 import json, mmap, os
 from pathlib import Path
 from typing import Any, BinaryIO
-
 import torch
 from torch import Tensor, nn
-
-from .archive import ALIGN, PackError, data_offset, naming, open_file, quoted, replacing, seal, seal_solid
-from .archive import Entry, demand, several
+from .archive import ALIGN, Entry, PackError, data_offset, demand, naming, open_file, quoted, replacing, seal
+from .archive import seal_solid, several
 from .quant import CompressedTensor
-from .workshop.arguments import check_said
 from .workshop.filling import check_result, fill, rebuild, wrap
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
-from modelzip.workshop.inspecting import (
-    Contents,
-    Difference,
-    as_text,
-    diff,
-    identical,
-    inspect,
-    opened,
-    plot_bytes,
-    prove,
-)
+from .workshop.inspecting import Contents, Difference, as_text, diff, identical, inspect, opened
+from .workshop.inspecting import plot_bytes, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
-from .workshop.reading import check_bool, read_payload, read_row, room, verify_payload, verify_rest
+from .workshop.reading import check_bool, check_loading, check_mappable, read_payload, read_row, room
+from .workshop.reading import verify_payload, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
-from .workshop.writing import LARGE, check_machine, check_threads, write_payload
+from .workshop.writing import LARGE, check_machine, check_saving, write_payload
 
 _all_ = ["PackError", "Contents", "inspect", "diff"]
 
@@ -77,13 +66,7 @@ def save(
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
     for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
     an option; `OSError` when the system cannot write."""
-    check_machine()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
-    if not isinstance(archive, bool) and archive != "solid":
-        raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
-    threads = check_threads(threads)
-    check_said(info, "archive", "threads")
+    threads = check_saving(model, archive, threads, info)
     table, pieces = table_of(model)
     manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
@@ -133,16 +116,9 @@ def load(
     # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     verify: bool = True,
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
-    """Load a model. The file decides: `model` says which classes are called in which order, sizes and numbers are
-    the file's, so that a model of 64 channels is given back as the file's of 16, with layers of its sizes.
-    `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be
-    opened.
-    """
-    check_machine()
-    if not isinstance(model, nn.Module | None):
-        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
-    if not verify and not mmap:
-        raise ValueError("verify is False, but without mmap everything is read and checked anyway")
+    """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
+    `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."""
+    check_loading(model, mmap, verify)
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
@@ -158,14 +134,6 @@ def load(
         check_result(skeleton, rows)
         demand((why := left_behind(skeleton, held)) is None, why)
     return skeleton.eval()
-
-# %% ../nbs/05_pack.ipynb
-def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = False) -> None:
-    "`ValueError` when parts are coded: they have to be expanded into memory."
-    if solid or any(p.coded is not None for _, _, p in in_order(rows)):
-        raise ValueError(
-            f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped"
-        )
 
 # %% ../nbs/05_pack.ipynb
 def read_tensor(

@@ -125,7 +125,12 @@ SETUP = {
         """
         from modelzip.quant import quantize_model
         model = LeNet5()
-        save(model, folder / "mapped.mz", archive=False)
+        save(model, folder / "mapped.mz", archive=False)"""
+    ),
+    "workshop/inspecting": (
+        """
+        from modelzip.quant import quantize_model
+        model = LeNet5()
         save(model, folder / "archived.mz")
         save(quantize_model(model, 4), folder / "archived4.mz")"""
     ),
@@ -283,7 +288,7 @@ WRONG = {
             "leave the rest of the payload in the file",
         ),
     ],
-    "05_pack:check_estimate": [
+    "workshop/inspecting:check_estimate": [
         (
             "lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)",
             "entropy is in bits a weight",

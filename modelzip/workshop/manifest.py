@@ -20,8 +20,8 @@ from .kinds import are_kinds
 # %% ../../nbs/workshop/manifest.ipynb
 DTYPES = {
     name: getattr(torch, name)
-    for name in """float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz
-    float8_e5m2fnuz float8_e8m0fnu complex128 complex64 complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool""".split()
+    for name in """float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz
+    float8_e8m0fnu complex128 complex64 complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool""".split()
     if hasattr(torch, name)
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

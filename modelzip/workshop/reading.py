@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/reading.ipynb
-import collections, mmap, zlib
+import collections, mmap, os, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..archive import BLOCK, THREADS, Checksum, Entry, PackError, data_offset, demand, join, quoted
 from ..coding import CodingError, decoding
@@ -22,7 +22,7 @@ from ..quant import CompressedTensor
 from .filling import rebuild
 from .manifest import Part, Row, in_order
 from .walking import as_bytes
-from .writing import WAITING
+from .writing import WAITING, check_machine
 
 # %% ../../nbs/workshop/reading.ipynb
 def room(
@@ -150,6 +150,23 @@ def settle(
 def check_bool(t: Tensor) -> None:
     "A byte that is neither 0 nor 1 is no bool."
     demand(t.dtype != torch.bool or not (t.view(torch.uint8) > 1).any(), "a bool tensor has values other than 0 and 1")
+
+# %% ../../nbs/workshop/reading.ipynb
+def check_loading(model: Any, mmap: bool, verify: bool) -> None:
+    "Errors for what `load` cannot do, before it opens anything."
+    check_machine()
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module or None")
+    if not verify and not mmap:
+        raise ValueError("verify is False, but without mmap everything is read and checked anyway")
+
+# %% ../../nbs/workshop/reading.ipynb
+def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = False) -> None:
+    "`ValueError` when parts are coded: they have to be expanded into memory."
+    if solid or any(p.coded is not None for _, _, p in in_order(rows)):
+        raise ValueError(
+            f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped"
+        )
 
 # %% ../../nbs/workshop/reading.ipynb
 def verify_payload(

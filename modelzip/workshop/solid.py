@@ -168,20 +168,29 @@ def place(
 
 # %% ../../nbs/workshop/solid.ipynb
 WORDS_4 = (
-    '"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":'
-    '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
-    '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
+    '"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_si'
+    'ze":"bias":false"info":{"recipe":"note":'
+    '"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"'
+    'columns":"codebook":[256,"bfloat16"'
+    '"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16"'
+    ',"shape":[{"levels":256,"axis":0},"group":64},'
     '{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},'
-    '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},'
+    '{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float3'
+    '2"},"how":{"levels":15}},{},'
 ).encode()  # of files of version 4
 
 WORDS = (
-    b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":'
-    b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16"'
-    b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},'
-    b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},'
+    b'"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channe'
+    b'ls":"kernel_size":"bias":false"module":"attributes":"shapes":'
+    b'"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"p'
+    b'ositions":"zero_point":"columns":"codebook":[256,"bfloat16"'
+    b'"layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16"'
+    b',"shape":[{"levels":256,"axis":0},"group":64},'
+    b'"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"par'
+    b'ts":{"codes":16,"scale":"float32"}},{},'
     b'{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,'
-    b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},'
+    b'{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"optio'
+    b'ns":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},'
 )
 
 MOST_TEXT = 2**20

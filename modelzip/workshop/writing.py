@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from torch import nn
+
 from ..archive import ALIGN, BLOCK, THREADS, Checksum, PackError
 from ..coding import has_values, stream_parts
+from .arguments import check_said
 from .manifest import VERSION
 from .walking import Piece, as_bytes
 
@@ -109,4 +112,16 @@ def check_threads(threads: int | None) -> int:
         return THREADS
     if type(threads) is not int or not 1 <= threads <= 64:
         raise ValueError(f"threads is {threads!r}; it may be 1 to 64, or None")
+    return threads
+
+# %% ../../nbs/workshop/writing.ipynb
+def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> int:  # threads
+    "Errors for what `save` cannot do, before it does anything."
+    check_machine()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
+    if not isinstance(archive, bool) and archive != "solid":
+        raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
+    threads = check_threads(threads)
+    check_said(info, "archive", "threads")
     return threads
