@@ -6,15 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/workshop/manifest.ipynb
-import importlib, json, math
+import functools, importlib, json, math, re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import torch
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..archive import ALIGN, MARK, MAX_VALUES, Entry, check_name, deflate, demand, inflate, quoted, unseal
-from ..archive import PackError
+from ..archive import ALIGN, MARK, MAX_VALUES, Entry, check_name, cut, deflate, demand, inflate, quoted, shown
+from ..archive import PackError, unseal
 from .kinds import are_kinds
 
 # %% ../../nbs/workshop/manifest.ipynb
@@ -150,6 +152,79 @@ def find_kind(
     return registry[name]
 
 # %% ../../nbs/workshop/manifest.ipynb
+Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Word = Annotated[str, Meta(min_length=1)]
+
+
+class Plain(Struct, forbid_unknown_fields=True):
+    "A tensor whose elements lie in the payload."
+
+    dtype: str  # one of `DTYPES`
+    shape: list[Whole]
+    offset: Whole  # in the payload
+    crc: Annotated[int, Meta(ge=0, le=MARK)] | UnsetType = UNSET  # of its bytes
+    coded: Whole | UnsetType = UNSET  # length of its stream
+
+
+class Compressed(Struct, forbid_unknown_fields=True):
+    "A tensor that is made from others."
+
+    dtype: str  # of what it stands for
+    shape: list[Whole]
+    kind: str  # in `CompressedTensor.kinds`
+    meta: dict[str, Any]  # the kind's own description
+    parts: dict[str, Any]  # each a `Plain`
+    layer: Word  # in `Dequantize.kinds`
+    options: dict[str, Any] | UnsetType = UNSET  # of the layer
+
+
+class Tied(Struct, forbid_unknown_fields=True):
+    "A tensor that an earlier name has, too."
+
+    same: str  # that name
+    layer: Word | UnsetType = UNSET  # if that one is compressed
+    options: dict[str, Any] | UnsetType = UNSET
+
+# %% ../../nbs/workshop/manifest.ipynb
+class Architecture(Struct, forbid_unknown_fields=True):
+    "A registered builder, by name, and its arguments."
+
+    name: str
+    options: dict[str, Any]
+
+
+class Manifest(Struct, forbid_unknown_fields=True):
+    "All that a file says besides its numbers."
+
+    modelzip: Annotated[int, Meta(ge=1)]  # version of the format
+    architecture: Architecture | None
+    tensors: dict[str, Any]  # name → `Plain`, `Compressed` or `Tied`
+    layers: dict[str, Any] | UnsetType = UNSET  # name of a module → what it is
+    kind: Annotated[str, Meta(min_length=4, max_length=4)] | UnsetType = UNSET  # seal of all layers
+    info: dict[str, Any] | UnsetType = UNSET  # what the author wants to say
+
+# %% ../../nbs/workshop/manifest.ipynb
+def as_struct(
+    kind: type,  # a `Struct`
+    value: Any,  # what JSON gives
+    problem: str,  # what an error begins with
+) -> Any:  # a `kind`
+    "Data as a struct; `PackError` that names the field, what it is and what it may be."
+    try:
+        return msgspec.convert(value, kind)
+    except UnicodeError:
+        raise PackError(f"{problem}: a field has a name that is no text") from None
+    except msgspec.ValidationError as e:
+        why, _, where = str(e).partition(" - at `$")
+    keys = re.findall(r"\w+", where) if re.fullmatch(r"(\.\w+)+`", where) else []
+    try:
+        there = f", but it is {cut(ascii(functools.reduce(lambda d, k: d[k], keys, value)), 40)}" if keys else ""
+    except (KeyError, TypeError):
+        there = ""
+    field = f"{'.'.join(keys)}: " if keys else ""
+    raise PackError(f"{problem}: {field}{shown(why[0].lower() + why[1:], 120)}{there}")
+
+# %% ../../nbs/workshop/manifest.ipynb
 def is_architecture(a: Any) -> bool:
     return (
         isinstance(a, dict)
@@ -160,7 +235,6 @@ def is_architecture(a: Any) -> bool:
 
 # %% ../../nbs/workshop/manifest.ipynb
 VERSION = 5  # of the format; a file carries the lowest version that can read it
-KEYS = {"modelzip", "architecture", "layers", "kind", "info", "tensors"}
 
 
 def check_manifest(m: Any) -> dict:  # the same
@@ -172,25 +246,15 @@ def check_manifest(m: Any) -> dict:  # the same
         f"it was made by a newer modelzip: it has version {version} of the format, "
         f"this modelzip reads up to {VERSION} (update it)",
     )
+    whole = as_struct(Manifest, m, "its manifest has unknown or missing fields, or one that is not what it may be")
     demand(
-        KEYS - {"info", "layers", "kind"} <= m.keys() <= KEYS
-        and isinstance(m["tensors"], dict)
-        and isinstance(m.get("info", {}), dict),
-        "its manifest has unknown or missing fields",
-    )
-    demand(
-        m["architecture"] is None or is_architecture(m["architecture"]),
-        "its manifest describes the architecture in an unknown form",
-    )
-    demand(
-        "layers" not in m or version > 2 and (m["architecture"] or version > 4) and are_kinds(m["layers"]),
+        whole.layers is UNSET or version > 2 and (whole.architecture or version > 4) and are_kinds(m["layers"]),
         "its manifest describes layers in an unknown form",
     )
     for name in m.get("layers", {}):
         check_name(name)
     demand(
-        "kind" not in m or version > 4 and m["architecture"] and isinstance(m["kind"], str) and len(m["kind"]) == 4,
-        "its manifest describes the model in an unknown form",
+        whole.kind is UNSET or version > 4 and whole.architecture, "its manifest describes the model in an unknown form"
     )
     return m
 
@@ -220,26 +284,17 @@ class Part:
 # %% ../../nbs/workshop/manifest.ipynb
 def check_part(entry: Any, name: str) -> Part:
     "An entry of the table that is a plain tensor."
-    plain = {"dtype", "shape", "offset"}
-    demand(
-        isinstance(entry, dict) and entry.keys() in (plain, plain | {"crc"}, plain | {"coded"}),
-        f"{quoted(name)} is described in an unknown form",
-    )
+    plain = as_struct(Plain, entry, f"{quoted(name)} is described in an unknown form")
     dtype, shape = check_shape(entry, name)
-    offset, crc, coded = entry["offset"], entry.get("crc"), entry.get("coded")
+    crc, coded = (None if v is UNSET else v for v in (plain.crc, plain.coded))
     demand(
-        is_size(offset) and (coded is not None or offset % dtype.itemsize == 0),
-        f"{quoted(name)} has the impossible offset {ascii(offset)[:40]}",
+        crc is None or coded is None, f"{quoted(name)} is described in an unknown form: both crc and coded are there"
     )
     demand(
-        "crc" not in entry or is_size(crc) and crc <= MARK,
-        f"{quoted(name)} has the impossible checksum {ascii(crc)[:40]}",
+        coded is not None or plain.offset % dtype.itemsize == 0,
+        f"{quoted(name)} has the impossible offset {plain.offset}: its elements have {dtype.itemsize} bytes",
     )
-    demand(
-        "coded" not in entry or is_size(coded),
-        f"{quoted(name)} has a stream of the impossible length {ascii(coded)[:40]}",
-    )
-    part = Part(dtype, shape, offset, crc, coded)
+    part = Part(dtype, shape, plain.offset, crc, coded)
     demand(
         coded is None or part.nbytes <= coded << 15,
         f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}",
@@ -277,48 +332,31 @@ def check_row(
 ) -> Row:
     "One entry of the table, in whichever of its three forms."
     check_name(name)
-    keys = set(entry) if isinstance(entry, dict) else set()
-    if "layer" in keys:
-        keys -= {"layer", "options"}
-    if keys == {"same"}:
+    keys = entry.keys() if isinstance(entry, dict) else ()
+    if "same" in keys:
         return check_tied(name, entry, rows)
-    if keys == {"dtype", "shape", "kind", "meta", "parts"}:
+    if "parts" in keys:
         return check_compressed(name, entry)
     part = check_part(entry, name)
     return Row(name, part.dtype, part.shape, {"": part})
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_layer(
-    name: str, entry: dict
-) -> tuple[str | None, dict]:  # the class of the layer around a compressed tensor, and its options
-    "What an entry says about its layer."
-    layer, options = entry.get("layer"), entry.get("options", {})
-    demand(
-        "layer" not in entry or isinstance(layer, str) and isinstance(options, dict),
-        f"{quoted(name)} has a layer in an unknown form",
-    )
-    return layer, options
-
-
 def check_compressed(name: str, entry: dict) -> Row:
     "An entry that is a compressed tensor."
-    kind, meta, parts, (layer, options) = entry["kind"], entry["meta"], entry["parts"], check_layer(name, entry)
-    demand(
-        isinstance(kind, str) and isinstance(meta, dict) and isinstance(parts, dict) and layer,
-        f"{quoted(name)} is described in an unknown form",
-    )
+    e = as_struct(Compressed, entry, f"{quoted(name)} is described in an unknown form")
+    options = {} if e.options is UNSET else e.options
     row = Row(
         name,
         *check_shape(entry, name),
-        {k: check_part(p, f"{name}/{k}") for k, p in parts.items()},
-        kind,
-        meta,
+        {k: check_part(p, f"{name}/{k}") for k, p in e.parts.items()},
+        e.kind,
+        e.meta,
         None,
-        layer,
+        e.layer,
         options,
     )
     demand(
-        kind not in HOMES or all(meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")),
+        e.kind not in HOMES or all(e.meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")),
         f"{quoted(name)} is described in two ways that differ",
     )
     demand(
@@ -330,9 +368,12 @@ def check_compressed(name: str, entry: dict) -> Row:
 # %% ../../nbs/workshop/manifest.ipynb
 def check_tied(name: str, entry: dict, rows: dict[str, Row]) -> Row:
     "An entry that repeats an earlier tensor: compressed layers share compressed tensors, plain ones plain ones."
-    same, (layer, options) = entry["same"], check_layer(name, entry)
+    tie = as_struct(Tied, entry, f"{quoted(name)} is described in an unknown form")
+    layer, same = None if tie.layer is UNSET else tie.layer, tie.same
+    options = {} if tie.options is UNSET else tie.options
+    demand(layer or tie.options is UNSET, f"{quoted(name)} is described in an unknown form: options of no layer")
     demand(
-        isinstance(same, str) and same in rows and rows[same].same is None,
+        same in rows and rows[same].same is None,
         f"{quoted(name)} is tied to {ascii(same)[:80]}, which does not come before it",
     )
     first = rows[same]
