@@ -16,8 +16,7 @@ from .archive import seal_solid, several
 from .quant import CompressedTensor
 from .workshop.filling import check_result, fill, rebuild, wrap
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
-from .workshop.inspecting import Contents, Difference, as_text, diff, identical, inspect, opened
-from .workshop.inspecting import plot_bytes, prove
+from .workshop.inspecting import Contents, as_text, diff, identical, inspect, opened, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
@@ -47,8 +46,8 @@ def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, 
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, arranged(pieces, archive), threads)
-    layers = "layers" in manifest or "kind" in manifest
-    manifest["modelzip"] = VERSION if layers else max((p.version for p in pieces), default=1)
+    lowest = max((p.version for p in pieces), default=1)
+    manifest["modelzip"] = VERSION if manifest.keys() & {"layers", "kind"} else lowest
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -92,18 +91,14 @@ def map_payload(
     "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
     if verify:
         verify_payload(f, rows, payload)
-    view, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), {}
+    view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
     for name, key, part in in_order(rows):
-        t = torch.empty(part.shape, dtype=part.dtype, device="cpu")
         if part.nbytes:
-            at = data_offset(payload) + part.offset
-            t = (
-                torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=at)
-                .view(part.dtype)
-                .reshape(part.shape)
-            )
-        check_bool(t)
-        tensors[name, key] = t
+            raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
+            tensors[name, key] = raw.view(part.dtype).reshape(part.shape)
+        else:
+            tensors[name, key] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
+        check_bool(tensors[name, key])
     return tensors
 
 # %% ../nbs/05_pack.ipynb

@@ -288,6 +288,18 @@ WRONG = {
             "leave the rest of the payload in the file",
         ),
     ],
+    "05_pack:check_wrong": [
+        ("lambda path, out: save(load(path), out, archive=False)", "fc2.bias alone should differ"),
+        ("lambda path, out: out.write_bytes((b := path.read_bytes())[:90] + bytes(4) + b[94:])", "a checksum is wrong"),
+        (
+            """
+            def attempt(path, out):
+                m = load(path)
+                m.fc2.weight.data += 1
+                save(m, out)""",
+            "fc2.weight",
+        ),
+    ],
     "workshop/inspecting:check_estimate": [
         (
             "lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)",
