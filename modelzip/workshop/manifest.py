@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/manifest.ipynb
-import functools, importlib, json, math, re
+import importlib, json, math, re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
@@ -216,13 +216,12 @@ def as_struct(
         raise PackError(f"{problem}: a field has a name that is no text") from None
     except msgspec.ValidationError as e:
         why, _, where = str(e).partition(" - at `$")
-    keys = re.findall(r"\w+", where) if re.fullmatch(r"(\.\w+)+`", where) else []
-    try:
-        there = f", but it is {cut(ascii(functools.reduce(lambda d, k: d[k], keys, value)), 40)}" if keys else ""
-    except (KeyError, TypeError):
-        there = ""
-    field = f"{'.'.join(keys)}: " if keys else ""
-    raise PackError(f"{problem}: {field}{shown(why[0].lower() + why[1:], 120)}{there}")
+    keys = re.findall(r"\.(\w+)", where)  # the fields on the way, from the outside in
+    there, field = value, f"{'.'.join(keys)}: " if keys else ""
+    for key in keys:
+        there = there.get(key) if isinstance(there, dict) else None
+    is_now = f", but it is {cut(ascii(there), 40)}" if keys else ""
+    raise PackError(f"{problem}: {field}{shown(why[0].lower() + why[1:], 120)}{is_now}")
 
 # %% ../../nbs/workshop/manifest.ipynb
 def is_architecture(a: Any) -> bool:
