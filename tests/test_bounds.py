@@ -17,6 +17,7 @@ from modelzip.data import LeNet5
 from modelzip.coding import CODES, encode, write_varint
 from modelzip.pack import diff, inspect, load, save
 from modelzip.quant import dequantize_model, quantize_model
+from modelzip.workshop import inspecting
 from mutations import Sample, follow, opened, other_value, places, sealed, sorts
 
 HERE = Path(__file__).parent
@@ -485,7 +486,8 @@ def test_a_manifest_is_read_once(tmp_path, monkeypatch):
     for i, n in enumerate(["a.mz", "b.mz"]):
         save(m, tmp_path / n, archive=bool(i), note=i)
     read, count = pack.read_manifest, []
-    monkeypatch.setattr(pack, "read_manifest", lambda f: count.append(1) or read(f))
+    for module in pack, inspecting:
+        monkeypatch.setattr(module, "read_manifest", lambda f: count.append(1) or read(f))
     for times, f in (
         (1, lambda: inspect(tmp_path / "a.mz")),
         (2, lambda: diff(tmp_path / "a.mz", tmp_path / "b.mz")),
@@ -525,8 +527,8 @@ def test_ties_are_compared_once(tmp_path, monkeypatch):
     m.w0 = nn.Parameter(torch.zeros(50, 50))
     for i in range(1, 30):
         m.register_parameter(f"w{i}", m.w0)
-    path, read, calls = save(m, tmp_path / "ties.mz"), pack.read_row, []
-    monkeypatch.setattr(pack, "read_row", lambda *a: calls.append(a) or read(*a))
+    path, read, calls = save(m, tmp_path / "ties.mz"), inspecting.read_row, []
+    monkeypatch.setattr(inspecting, "read_row", lambda *a: calls.append(a) or read(*a))
     assert diff(path, path).same and len(diff(path, path).changes) == 30 and len(calls) == 4
 
 

@@ -87,7 +87,7 @@ def namespace(chapter, tmp):
     if chapter not in SPACES:
         space = dict(vars(fastcore.test))
         module = next(
-            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp (\w+)", text, re.M))), None
+            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", text, re.M))), None
         )
         if module:
             space |= vars(importlib.import_module(f"modelzip.{module}"))
@@ -120,16 +120,21 @@ def attempt(source, space):
 
 
 SETUP = {
-    "04b_archive": "mz = bytes(range(256)) * 5",
+    "workshop/archive": "mz = bytes(range(256)) * 5",
     "05_pack": (
         """
         from modelzip.quant import quantize_model
         model = LeNet5()
-        save(model, folder / "mapped.mz", archive=False)
+        save(model, folder / "mapped.mz", archive=False)"""
+    ),
+    "workshop/inspecting": (
+        """
+        from modelzip.quant import quantize_model
+        model = LeNet5()
         save(model, folder / "archived.mz")
         save(quantize_model(model, 4), folder / "archived4.mz")"""
     ),
-    "05b_exchange": (
+    "workshop/exchange": (
         """
         from modelzip.data import LeNet5
         model = LeNet5()
@@ -349,11 +354,11 @@ WRONG = {
             "with the shares [1, 6] symbol",
         ),
     ],
-    "04b_archive:check_pad": [
+    "workshop/archive:check_pad": [
         ("lambda offset, align: align - offset % align", "from 0 to a multiple of 64 it is 0 bytes"),
         ("lambda offset, align: offset % align", "from 1 to a multiple of 64 it is 63 bytes"),
     ],
-    "04b_archive:check_forge": [
+    "workshop/archive:check_forge": [
         ("lambda data, crc: b''", "it should be 4 bytes, yours are 0"),
         ("lambda data, crc: crc.to_bytes(4, 'little')", "the checksum should be"),
         ("lambda data, crc: (zlib.crc32(data) ^ crc).to_bytes(4, 'little')", "the checksum should be"),
@@ -378,7 +383,19 @@ WRONG = {
             "leave the rest of the payload in the file",
         ),
     ],
-    "05_pack:check_estimate": [
+    "05_pack:check_wrong": [
+        ("lambda path, out: save(load(path), out, archive=False)", "fc2.bias alone should differ"),
+        ("lambda path, out: out.write_bytes((b := path.read_bytes())[:90] + bytes(4) + b[94:])", "a checksum is wrong"),
+        (
+            """
+            def attempt(path, out):
+                m = load(path)
+                m.fc2.weight.data += 1
+                save(m, out)""",
+            "fc2.weight",
+        ),
+    ],
+    "workshop/inspecting:check_estimate": [
         (
             "lambda path: sum(l.entropy * math.prod(l.shape) for l in inspect(path).lines if l.entropy is not None)",
             "entropy is in bits a weight",
@@ -393,12 +410,12 @@ WRONG = {
             "the streams of archived.mz need",
         ),
     ],
-    "05b_exchange:check_floats": [
+    "workshop/exchange:check_floats": [
         ("lambda bits: bits.view(np.float16)", "should be float32, yours is float16"),
         ("lambda bits: bits.astype(np.uint32).view(np.float32)", "come out as"),  # not moved to the upper half
         ("lambda bits: bits.astype(np.float32)", "come out as"),
     ],
-    "05b_exchange:check_fetch": [
+    "workshop/exchange:check_fetch": [
         (
             """def fetch(get, name):                                                  # all of it
             whole = get(0, 10**9); n = int.from_bytes(whole[:8], "little"); e = json.loads(whole[8:8 + n])[name]
@@ -412,7 +429,7 @@ WRONG = {
             "not the ten numbers of fc2.bias",
         ),
     ],
-    "05b_exchange:check_repeated": [
+    "workshop/exchange:check_repeated": [
         (
             (
                 "lambda arrays: {n for i, n in enumerate(arrays) for m in list(arrays)[:i] if np.array_equal(arrays[n],"

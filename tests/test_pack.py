@@ -12,6 +12,7 @@ from torch import nn
 from inputs import Holder
 from mutations import places
 from modelzip import archive as zips, pack
+from modelzip.workshop import writing
 from modelzip.archive import PackError
 from modelzip.workshop import kinds
 from modelzip.cli import expanded_tensors
@@ -1028,9 +1029,9 @@ def test_values_inside_other_methods_are_found(monkeypatch):
 
 
 def test_the_page_names_every_form_of_a_value():
-    "What `said` can say of an attribute stands in the chapter's description of the format."
-    page = (Path(__file__).parent.parent / "nbs/05_pack.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
-    page = page[page.index("## The format on one page") :]
+    "What `said` can say of an attribute stands in the specification."
+    page = (Path(__file__).parent.parent / "nbs/workshop/specification.ipynb").read_text(encoding="utf-8")
+    page = page.replace('\\"', '"')
     import types
     from modelzip.workshop.kinds import LIBRARIES, said
 
@@ -1324,7 +1325,7 @@ def test_size_limit_leaves_the_old_file(tmp_path):
 def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = save(nn.Linear(2, 2), tmp_path / "x.mz")
     old = path.read_bytes()
-    for module, name in (pack, "write_payload"), (pack, "stream_parts"), (zips, "directory"), (zips, "deflate"):
+    for module, name in (pack, "write_payload"), (writing, "stream_parts"), (zips, "directory"), (zips, "deflate"):
         with monkeypatch.context() as patch:
 
             def fail(*a, **k):
@@ -1529,3 +1530,72 @@ def test_layers_belong_to_version_3_and_to_an_architecture(tmp_path):
         archive(tmp_path / "x.mz", m | {"modelzip": 3, "layers": layers, "architecture": None}, payload), "layers"
     )
     unreadable(archive(tmp_path / "x.mz", m | {"modelzip": 4, "kind": "abcd"}, payload), "the model in an unknown form")
+
+
+# ---- what the maps of the workshop promise ------------------------------------------------------------------------
+class Scaling(nn.Module):
+    "A layer of the library, as a later chapter might make one."
+
+    __module__ = "modelzip.example"
+
+    def __init__(self, channels: int, eps: float = 0.0):
+        super().__init__()
+        self.channels, self.eps = channels, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        return x * (self.weight + self.eps)
+
+
+def test_a_registered_layer_goes_through_a_file(tmp_path, monkeypatch):
+    from modelzip.workshop import kinds
+
+    for table in "LAYERS", "OWN":
+        monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
+    kinds.register_layer("channels eps")(Scaling)
+    model = nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=2.0))
+    model[1].weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    path = save(model, tmp_path / "x.mz")
+    with zipfile.ZipFile(path) as z:
+        assert json.loads(z.read("manifest.json"))["layers"]["1"] == {"class": "Scaling", "channels": 4, "eps": 2.0}
+    x, other = torch.ones(1, 3), nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=1.0))
+    back = load(path, other)  # which has another eps: the file's is made
+    assert back[1].eps == 2.0 and torch.equal(back(x), model(x))
+    with pytest.raises(ValueError, match="cannot be a class that files name"):
+        kinds.register_layer("channels")(Scaling)
+    with pytest.raises(ValueError, match="what power may be"):
+        kinds.register_layer("channels power")(type("Raising", (Scaling,), {"__module__": "modelzip.example"}))
+    monkeypatch.setattr(kinds, "LAYERS", {k: v for k, v in kinds.LAYERS.items() if k != "Scaling"})
+    with pytest.raises(PackError, match="layers"):
+        load(path, model)
+
+
+def test_a_registered_kind_goes_through_a_file(tmp_path, monkeypatch):
+    from modelzip.quant import CompressedTensor, Dequantize
+
+    monkeypatch.setattr(CompressedTensor, "kinds", dict(CompressedTensor.kinds))
+
+    class Halved(CompressedTensor, kind="halved"):
+        "Numbers as float16, as a later chapter might keep them."
+
+        def __init__(self, kept, dtype):
+            self.kept, self.dtype, self.shape = kept, dtype, kept.shape
+
+        def dequantize(self):
+            return self.kept.to(self.dtype)
+
+        def parts(self):
+            return {"kept": self.kept}
+
+        def meta(self):
+            return {}
+
+        @classmethod
+        def from_parts(cls, parts, meta):
+            return cls(parts["kept"], torch.float32)
+
+    layer = nn.Linear(3, 4)
+    model = nn.Sequential(Dequantize(layer, Halved(layer.weight.detach().half(), torch.float32)))
+    path = save(model, tmp_path / "x.mz")
+    back, x = load(path, nn.Sequential(nn.Linear(3, 4))), torch.ones(1, 3)
+    assert type(back[0].q) is Halved and torch.equal(back(x), model(x))

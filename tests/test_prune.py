@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from inputs import related
-from modelzip import pack, prune
+from modelzip import prune
 from modelzip.data import LeNet5, LeNet300, Split, train
 from modelzip.pack import PackError, inspect, load, read_tensor, save
 from modelzip.prune import (
@@ -752,7 +752,6 @@ def test_models_come_back_from_files(how, tmp_path):
             load(tmp_path / "bad.mz")
 
 
-@pytest.mark.skipif("sparse" not in pack.HOMES, reason="this build of pack does not list the kind yet")
 @pytest.mark.parametrize("products", [False, True])
 def test_files_load_where_pruning_was_never_imported(products, tmp_path):
     real = sparsify_model(prune_model(LeNet300(), 0.8, scope="layer"), bits=4)

@@ -15,6 +15,7 @@ from modelzip.archive import PackError
 from modelzip.data import LeNet5, register_model
 from modelzip.exchange import from_npz, from_safetensors, to_npz, to_safetensors
 from modelzip import pack
+from modelzip.workshop import inspecting
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
 from modelzip.workshop import kinds
@@ -896,9 +897,9 @@ def test_save_proves_it(tmp_path, monkeypatch, archive):
     path = save(m, tmp_path / "x.mz", archive)
     old = path.read_bytes()
     monkeypatch.setattr(
-        pack,
+        inspecting,
         "read_row",
-        lambda f, row, *rest, real=pack.read_row: (
+        lambda f, row, *rest, real=inspecting.read_row: (
             real(f, row, *rest).neg() if row.name == "1.bias" else real(f, row, *rest)
         ),
     )

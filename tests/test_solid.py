@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from modelzip import archive as zips, pack
+from modelzip.workshop import solid
 from modelzip.archive import PackError
 from modelzip.coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes, entropy
 from modelzip.data import LeNet5
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support")
 
 def forged(text, numbers):
     "A solid file with whatever manifest and numbers, and a checksum that is right."
-    zips.seal_solid(f := io.BytesIO(), pack.pack_text(json.dumps(text).encode()) + numbers)
+    zips.seal_solid(f := io.BytesIO(), solid.pack_text(json.dumps(text).encode()) + numbers)
     return f.getvalue()
 
 
 def opened(path):
     with open(path, "rb") as f:
-        text, numbers = pack.unpack_text(zips.unseal_solid(f))
+        text, numbers = solid.unpack_text(zips.unseal_solid(f))
     return json.loads(text), numbers
 
 
@@ -61,16 +62,16 @@ def test_any_tensor_under_any_name(tmp_path, named):
     "name, model", [s for s in sorts() if "large" not in s[0]], ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_every_sort_of_model(tmp_path, name, model):
-    solid, mapped = save(model, tmp_path / "solid.mz", "solid"), save(model, tmp_path / "mapped.mz", False)
-    assert state(load(solid, model)) == state(model) and diff(solid, mapped).same
+    one, mapped = save(model, tmp_path / "solid.mz", "solid"), save(model, tmp_path / "mapped.mz", False)
+    assert state(load(one, model)) == state(model) and diff(one, mapped).same
     i = random.Random(name).choice([*pack.items(model)])
-    assert stored(read_tensor(solid, i.name)) == stored(i.value)
-    contents = inspect(solid)
+    assert stored(read_tensor(one, i.name)) == stored(i.value)
+    contents = inspect(one)
     assert (
-        sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == solid.stat().st_size
+        sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == one.stat().st_size
         and contents.version == 5
     )
-    assert solid.read_bytes() == save(copy.deepcopy(model), tmp_path / "again.mz", "solid").read_bytes()
+    assert one.read_bytes() == save(copy.deepcopy(model), tmp_path / "again.mz", "solid").read_bytes()
 
 
 def test_lean(tmp_path, tiny):
@@ -193,7 +194,7 @@ def test_numbers_too_long_or_strange(tmp_path, tiny):
 def test_bombs(tmp_path):
     path = tmp_path / "x.mz"
     for text in bytes(2**25), b"[" + b"[]," * 2**18 + b"0]", b'{"modelzip":' + b"[" * 10**5:
-        zips.seal_solid(f := io.BytesIO(), pack.pack_text(text))
+        zips.seal_solid(f := io.BytesIO(), solid.pack_text(text))
         path.write_bytes(f.getvalue())
         with pytest.raises(PackError):
             load(path)

@@ -1,0 +1,169 @@
+"""Mapped files, read by a reader that was written from the specification alone (nbs/workshop/specification.ipynb): `zipfile`,
+`json` and NumPy, nothing of modelzip."""
+
+import itertools, json, math, zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modelzip.data import LeNet300, LeNet5, seeded
+from modelzip.pack import read_tensor, save
+from modelzip.prune import prune_model, sparsify, sparsify_model
+from modelzip.quant import Dequantize, quantize_model
+
+# ---- the reader ---------------------------------------------------------------------------------------------------
+
+
+def unpacked(packed, bits, n):
+    "Codes from planes of 8, 4, 2 and 1 bits, widest first, the lowest bits of a code in the first."
+    codes, shift = np.zeros(n, np.int64), 0
+    for width in [8] * (bits // 8) + [w for w in (4, 2, 1) if bits % 8 & w]:
+        size = -(-n * width // 8)
+        plane = packed[:size, None] >> np.arange(0, 8, width, dtype="u1") & np.uint8((1 << width) - 1)
+        codes |= plane.reshape(-1)[:n].astype(np.int64) << shift
+        packed, shift = packed[size:], shift + width
+    return codes
+
+
+def spread(x, meta):
+    "One value for the tensor, for each index along an axis, or for each run of a row, as an array of the tensor's shape."
+    shape, axis, group = meta["shape"], meta.get("axis"), meta.get("group")
+    if axis is not None:
+        x = x.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if group is not None:
+        x = np.repeat(x, group, 1)[:, : math.prod(shape) // len(x)].reshape(shape)
+    return np.broadcast_to(x, shape)
+
+
+def quantized(parts, meta, keep=None):
+    "Kind quantized; `keep` says which elements of a sparse tensor have codes."
+    levels, shape, scale = meta["levels"], meta["shape"], parts["scale"]
+    bits = max(1, (levels - 1).bit_length())
+    keep = np.ones(shape, bool) if keep is None else keep
+    codes = unpacked(parts["codes"], bits, int(keep.sum()))
+    step = spread(scale, meta)[keep].astype(np.float32)
+    if "codebook" in parts:
+        return parts["codebook"].astype(np.float32)[codes] * step
+    if "zero_point" in parts:
+        zero = spread(unpacked(parts["zero_point"], bits, scale.size).reshape(scale.shape), meta)[keep]
+    else:
+        zero = 0.5 if levels == 2 else levels // 2
+    return (codes - zero).astype(np.float32) * step
+
+
+def places(parts, meta):
+    "Which elements of a sparse tensor are stored."
+    shape, layout = meta["shape"], meta["layout"]
+    keep = np.zeros(shape, bool)
+    if layout == "dense":
+        keep[...] = True
+    elif layout == "bitmap":
+        keep.reshape(-1)[:] = unpacked(parts["positions"], 1, keep.size)
+    elif layout == "gaps":
+        at, most = -1, (1 << meta["gap"]) - 1
+        for code in unpacked(parts["positions"], meta["gap"], meta["gaps"]):
+            at += int(code) + (code < most)
+            if code < most:
+                keep.reshape(-1)[at] = True
+    else:
+        n, m = meta["n"], meta["m"]
+        patterns = list(itertools.combinations(range(m), n))
+        last = np.moveaxis(keep, 1, -1)
+        runs = -(-last.shape[-1] // m)
+        rows = np.zeros((*last.shape[:-1], runs * m), bool)
+        codes = unpacked(parts["positions"], max(1, (len(patterns) - 1).bit_length()), rows.size // m)
+        for run, code in zip(rows.reshape(-1, m), codes):
+            run[list(patterns[code])] = True
+        keep = np.ascontiguousarray(np.moveaxis(rows[..., : last.shape[-1]], -1, 1))
+    return keep
+
+
+def sparse(parts, meta):
+    keep = places(parts, meta)
+    assert keep.sum() == meta["count"]
+    x = np.zeros(meta["shape"], np.float32)
+    x[keep] = quantized(parts, meta, keep) if "levels" in meta else parts["values"].astype(np.float32)
+    return x
+
+
+def tensors(path):
+    with zipfile.ZipFile(path) as z:
+        payload, table = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]
+
+    def array(e):
+        return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])
+
+    def whole(e):
+        if "same" in e:
+            return whole(table[e["same"]])
+        if "parts" not in e:
+            return array(e)
+        parts, meta = {k: array(p) for k, p in e["parts"].items()}, e["meta"]
+        x = sparse(parts, meta) if e["kind"] == "sparse" else quantized(parts, meta).reshape(meta["shape"])
+        if "columns" in parts:
+            x = x * parts["columns"].astype(np.float32).reshape([-1 if i == 1 else 1 for i in range(x.ndim)])
+        return x
+
+    return {name: whole(e) for name, e in table.items()}
+
+
+# ---- what it reads ------------------------------------------------------------------------------------------------
+
+
+def same(model, path):
+    save(model, path, archive=False)
+    found = tensors(path)
+    for name, theirs in found.items():
+        ours = read_tensor(path, name)
+        ours = (ours if isinstance(ours, torch.Tensor) else ours.dequantize()).numpy()
+        assert theirs.shape == ours.shape and np.array_equal(theirs, ours), name
+    return found
+
+
+def tied():
+    m = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 20))
+    m[1].weight = m[0].weight
+    return m
+
+
+@pytest.mark.parametrize("model", [LeNet5, tied, lambda: nn.BatchNorm1d(3).half()])
+def test_plain_tensors(tmp_path, model):
+    same(model(), tmp_path / "x.mz")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"bits": b} for b in (1, 2, 3, 5, 8, 11, 16)),
+        {"bits": 4, "group": 7},
+        {"bits": 4, "group": 64, "symmetric": False},
+        {"bits": 3, "per_channel": False},
+        {"bits": 6, "symmetric": False},
+        {"bits": 4, "codebook": "nf4", "group": 32},
+        {"bits": 3, "codebook": "kmeans"},
+    ],
+    ids=str,
+)
+def test_quantized_tensors(tmp_path, how):
+    with seeded(0):
+        same(quantize_model(LeNet5(channels=[3, 5], hidden=30), **how), tmp_path / "x.mz")
+        same(quantize_model(tied(), **how), tmp_path / "x.mz")
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("how", ["2:4", 0.3, 0.7, 0.97], ids=str)
+def test_sparse_tensors(tmp_path, how, bits):
+    with seeded(0):
+        m = prune_model(LeNet300(), granularity="2:4") if how == "2:4" else prune_model(LeNet300(), how, scope="layer")
+    same(sparsify_model(m, bits=bits), tmp_path / "x.mz")
+
+
+@pytest.mark.parametrize("layout", ["bitmap", "gaps", "n:m", "dense"])
+def test_every_layout_of_sparse_tensors(tmp_path, layout):
+    layer = nn.Linear(12, 8)
+    layer.weight.data[:, ::2] = 0
+    same(nn.Sequential(Dequantize(layer, sparsify(layer.weight.detach(), layout=layout))), tmp_path / "x.mz")
+    with zipfile.ZipFile(tmp_path / "x.mz") as z:
+        assert json.loads(z.read("manifest.json"))["tensors"]["0.weight"]["meta"]["layout"] == layout
