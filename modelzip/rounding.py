@@ -125,7 +125,7 @@ class Percentile(MinMax):
 
 # %% ../nbs/03_rounding.ipynb
 class MSE(MinMax):
-    "The share of the range (of `steps`, down to `smallest`) with the least squared error: clipping against a finer step."
+    "The share of the range, of `steps` down to `smallest`, with the least squared error: clipping against finer steps."
 
     def __init__(self, steps: int = 60, smallest: float = 0.05):
         if steps < 2 or not 0 < smallest < 1:
