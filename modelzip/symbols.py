@@ -199,7 +199,7 @@ def lz78_parse(
         else:
             tokens.append((at, byte))
             longer[at, byte], at = len(longer) + 1, 0
-            if len(longer) + 1 == phrases:
+            if len(longer) + 1 >= phrases:
                 longer.clear()
     return tokens + [(at, None)] * (at > 0)
 
