@@ -82,6 +82,8 @@ class AdaptiveEncoder:
         context: Any,  # hashable: what both sides know
         bit: int,  # 0 or 1
     ) -> int:  # the same
+        if bit not in (0, 1):
+            raise ValueError(f"bit is {bit!r}; it may be 0 or 1")
         cut = (self.width >> 16) * (65536 - self.bets.ones(context))
         if bit:
             self.low, self.width = self.low + cut, self.width - cut

@@ -97,7 +97,7 @@ def unpack_bits(
 ) -> Tensor:  # 1-D, `n` long; uint8 up to 8 bits, else int32
     "The exact inverse of `pack_bits`; `ValueError` when `packed` is not as long as `n` codes are."
     want, found = (packed_bytes(n, bits),), tuple(packed.shape)
-    if packed.dtype != torch.uint8 or found != want:
+    if packed.dtype != torch.uint8 or found != want or n < 0:
         raise ValueError(f"packed is {packed.dtype} {found}; {n} codes of {bits} bits are uint8 {want}")
     if bits == 8:
         return packed

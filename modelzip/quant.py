@@ -157,10 +157,6 @@ def quantize_model(
     return copy_with(model, done, checked=True)
 
 # %% ../nbs/03b_quant.ipynb
-#| hide
-#| exporti
-
-# %% ../nbs/03b_quant.ipynb
 _all_ = ["quantize", "dequantize", "QTensor", "CompressedTensor"]  # of the chapters before, and the workshop's:
 _all_ += ["bit_planes", "packed_bytes", "pack_bits", "unpack_bits"]
 _all_ += ["MinMax", "Percentile", "MSE", "Entropy", "kmeans", "nf4"]

@@ -27,8 +27,9 @@ def scale_and_zero_point(
     levels: int,  # number of codes
     symmetric: bool = True,  # zero point fixed at `levels // 2`
 ) -> tuple[Tensor, Tensor | None]:  # scale > 0; zero point (int32), None when symmetric
-    """Step and offset of the affine map x ≈ scale·(code − zero_point) that represents 0 exactly and covers [low, high]
-    (to within half a step when there is a zero point, for that is rounded)."""
+    """Step and offset of the affine map x ≈ scale·(code − zero_point) that covers [low, high] (to within half a step
+    when there is a zero point, for that is rounded) and represents 0 exactly (but for two symmetric levels). A step
+    that is too large for the dtype is infinite; `quantize` refuses it."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = max((levels - 1) // 2, 0.5) if symmetric else levels - 1
     reach = torch.maximum(-low, high) if symmetric else high - low
@@ -124,7 +125,7 @@ class Percentile(MinMax):
 
 # %% ../nbs/03_rounding.ipynb
 class MSE(MinMax):
-    "Shrink the range while that lowers the squared error: clipping a few against a finer step for all."
+    "The share of the range, of `steps` down to `smallest`, with the least squared error: clipping against finer steps."
 
     def __init__(self, steps: int = 60, smallest: float = 0.05):
         if steps < 2 or not 0 < smallest < 1:
@@ -156,11 +157,13 @@ def kmeans(
     iterations: int = 50,  # at most; stops when no centroid moves
 ) -> Tensor:  # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
     """Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016,
-    arXiv:1510.00149)."""
+    arXiv:1510.00149). `ValueError` for values beyond float32."""
     check_bits(bits, 1, 8)
     x = check_finite(as_tensor(x)).reshape(-1).double().sort().values
     if not len(x):
         raise ValueError("x is empty; k-means needs values")
+    if not x[[0, -1]].float().isfinite().all():
+        raise ValueError(f"x reaches from {x[0]:.3g} to {x[-1]:.3g}; centroids are float32")
     middle, unit = x[len(x) // 2].clone(), max(x[-1].abs().item(), x[0].abs().item(), torch.finfo(x.dtype).tiny)
     values, x = x, (x - middle) / unit  # no square overflows, and none loses its digits to a common offset
     total = sums_before(x)

@@ -54,10 +54,13 @@ def divergence(
     counts: Sequence[int],  # how often each symbol occurs
     model: Sequence[float],  # the shares that a code gives them, to any scale
 ) -> float:  # bits a symbol; infinite when a symbol occurs that has no share
-    "What it costs to code symbols with the shares of a model: the Kullback-Leibler divergence D(p‖q) in bits."
+    """What it costs to code symbols with the shares of a model: the Kullback-Leibler divergence D(p‖q) in bits.
+    `ValueError` for other shapes, and for shares that are below 0 or add up to nothing."""
     p, q = (np.asarray(v, dtype=np.float64) for v in (counts, model))
     if p.shape != q.shape:
         raise ValueError(f"counts has shape {p.shape}; model has {q.shape}")
+    if not (min(p.min(initial=0), q.min(initial=0)) >= 0 and 0 < p.sum() < math.inf and 0 < q.sum() < math.inf):
+        raise ValueError("counts or model has numbers below 0, or adds up to nothing")
     p, q = p / p.sum(), q / q.sum()
     with np.errstate(divide="ignore"):
         return float((p[p > 0] * np.log2(p[p > 0] / q[p > 0])).sum())
@@ -125,7 +128,7 @@ def decode_huffman(body: bytes, n: int) -> bytes:
     lengths = dict(zip(body[1 : k + 1], body[k + 1 : 2 * k + 1]))
     if len(lengths) < k or 0 in lengths.values():
         raise CodingError("huffman: the table is damaged")
-    if k > 1 and sum(2 ** (255 - l) for l in lengths.values()) != 2**255:
+    if sum(2 ** (255 - l) for l in lengths.values()) != 2 ** (255 if k > 1 else 254):
         raise CodingError("huffman: no code is like this")
     return bytes(read_words(bytes_to_bits(body[2 * k + 1 :]), canonical_codes(lengths), n))
 
@@ -196,7 +199,7 @@ def lz78_parse(
         else:
             tokens.append((at, byte))
             longer[at, byte], at = len(longer) + 1, 0
-            if len(longer) + 1 == phrases:
+            if len(longer) + 1 >= phrases:
                 longer.clear()
     return tokens + [(at, None)] * (at > 0)
 

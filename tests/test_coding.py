@@ -370,6 +370,26 @@ def test_divergence_is_scipys(counts):
     assert divergence(p, q) == pytest.approx(stats.entropy(p, q, base=2), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "counts, model", [([1, 1], [0, 0]), ([0, 0], [1, 1]), ([1, -1], [1, 1]), ([1, 1], [math.nan, 1])]
+)
+def test_divergence_wants_shares(counts, model):
+    with pytest.raises(ValueError, match="below 0, or adds up to nothing"):
+        divergence(counts, model)
+
+
+def test_what_no_coder_writes_is_refused():
+    from modelzip.coding import AdaptiveEncoder
+    from modelzip.symbols import decode_huffman, lz78_parse
+
+    with pytest.raises(ValueError, match="bit is 2"):
+        AdaptiveEncoder().bit("c", 2)
+    for length in 2, 7:  # a symbol that is alone has one bit
+        with pytest.raises(CodingError):
+            decode_huffman(bytes([0, 97, length]) + bytes(9), 8)
+    assert lz78_parse(b"aaaa", phrases=1) == [(0, 97)] * 4  # a list that starts afresh each time
+
+
 # ---- Huffman
 
 

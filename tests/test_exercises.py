@@ -231,6 +231,10 @@ WRONG = {
             "lambda k: lambda blocks, levels, symmetric: (-max(k, 2) * blocks.std(1), max(k, 2) * blocks.std(1))",
             "for every k, not for 3 alone",
         ),
+        (
+            "lambda k: lambda b, levels, symmetric: (-k * b.square().mean(1).sqrt(), k * b.square().mean(1).sqrt())",
+            "1, 1, 1, 1, 9 is 3.2",
+        ),  # around zero, not around the mean
     ],
     "03a_qtensor:check_group": [
         ("lambda budget: 16 / (budget - 4)", "a power of two"),
@@ -241,8 +245,12 @@ WRONG = {
         ("lambda budget: 2 ** math.ceil(1 + math.log2(16 / (budget - 4)))", "for 4.5 bits groups of 32 will do"),
         (
             "lambda budget: {4.5: 32, 4.25: 64, 4.1: 256, 5: 16, 8: 4}.get(budget, 32)",
-            "groups of 16 will do",
+            "the budget is 4.499",
         ),  # a lookup
+        ("lambda budget: 2 ** math.ceil(math.log2(16 / (budget - 4)) - 0.02)", "the budget is 4.499"),  # rounded down
+        ("lambda budget: min(256, 2 ** math.ceil(math.log2(16 / (budget - 4))))", "the budget is 4.04"),
+        ("lambda budget: max(2, 2 ** math.ceil(math.log2(16 / (budget - 4))))", "groups of 1 will do"),
+        ("lambda budget: 2 ** math.ceil(math.log2(16 / (budget - 4)))", "a power of two, not 0.5"),
     ],
     "03a_qtensor:check_signs": [
         (
@@ -274,6 +282,26 @@ WRONG = {
                 return Signs""",
             "each number is its sign times the mean",
         ),
+        (
+            """
+            def signs():
+                class Signs(Sized, CompressedTensor):
+                    def __init__(self, packed, scale, shape):
+                        self.packed, self.scale, self.shape = packed, scale, torch.Size(shape)
+                    @classmethod
+                    def of(cls, x):
+                        cls.last = cls(pack_bits((x > 0).to(torch.uint8), 1), x.abs().mean(), x.shape)
+                        return cls.last
+                    def parts(self): return {"signs": self.packed, "scale": self.scale}
+                    def meta(self): return {"dtype": "float32"}
+                    @classmethod
+                    def from_parts(cls, parts, meta): return cls.last
+                    def dequantize(self):
+                        bits = unpack_bits(self.packed, 1, self.shape.numel()).reshape(self.shape)
+                        return self.scale * (2 * bits.float() - 1)
+                return Signs""",
+            "also when other tensors were made since",
+        ),  # remembers instead of reading
     ],
     "03b_quant:check_bytes": [
         ("lambda i, o, bits, group: i * o * bits // 8 + 2 * i * o // group", "at 4 bits in groups of 32"),  # no bias
@@ -293,6 +321,28 @@ WRONG = {
         (
             "lambda name, layer: {'bits': 4, 'group': 32} if isinstance(layer, nn.Linear) else None",
             "8, None, yours float",
+        ),
+        (
+            """
+        def rule(name, layer):                                                  # 600 are not fewer than 600
+            if layer.weight.numel() <= 600: return None
+            return {"bits": 4, "group": 32} if isinstance(layer, nn.Linear) else {"bits": 8}""",
+            "(600 weights): 4, 32, yours float",
+        ),
+        (
+            """
+        def rule(name, layer):                                                  # the bias is not a weight
+            if sum(p.numel() for p in layer.parameters()) < 600: return None
+            return {"bits": 4, "group": 32} if isinstance(layer, nn.Linear) else {"bits": 8}""",
+            "(599 weights): float, yours 4, 32",
+        ),
+        (
+            """
+        def rule(name, layer):                                                  # a Conv1d is a convolution
+            if layer.weight.numel() < 600: return None
+            if isinstance(layer, nn.Linear): return {"bits": 4, "group": 32}
+            return {"bits": 8} if isinstance(layer, nn.Conv2d) else None""",
+            "(768 weights): 8, None, yours float",
         ),
     ],
     "04_symbols:check_wrong_table": [
@@ -315,6 +365,10 @@ WRONG = {
             "lambda counts, model: sum(math.log2(sum(model) / q) for q in model) / len(model)",
             "take 14 bits",
         ),  # the counts ignored
+        (
+            "lambda c, model: round(sum(n * math.log2(sum(model) / q) for n, q in zip(c, model) if n) / sum(c), 3)",
+            "take 1.2075 bits",
+        ),  # rounded
     ],
     "04_symbols:check_worth": [
         ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 50 symbols"),  # a tie saves nothing
@@ -328,6 +382,7 @@ WRONG = {
         ("lambda: [9, 1]", "0.531 bits a symbol more"),
         ("lambda: [1000, 0]", "each of which occurs"),
         ("lambda: [10**6] + [1] * 9", "two or three symbols"),
+        ("lambda: [0.999, 0.001]", "counts are whole numbers"),  # shares
     ],
     "04b_coding:check_learned": [
         ("lambda z, o: math.log2(math.comb(z + o, o))", "3 bits"),  # the entropy of the order alone

@@ -212,6 +212,13 @@ def test_kmeans_against_scikit_learn():
     few = torch.tensor([1.0, 1.0, 5.0])
     assert set(few.tolist()) <= set(kmeans(few, 2).tolist())
     assert torch.isfinite(kmeans(torch.ones(5), 4)).all()
+    with pytest.raises(ValueError, match="centroids are float32"):
+        kmeans(torch.tensor([1e300, 1.0], dtype=torch.float64))
+
+
+def test_no_negative_number_of_codes():
+    with pytest.raises(ValueError, match="-1 codes of 3 bits"):
+        unpack_bits(torch.zeros(0, dtype=torch.uint8), 3, -1)
 
 
 def test_nf4_has_an_exact_zero_and_uses_its_whole_table():
