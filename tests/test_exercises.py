@@ -593,6 +593,7 @@ WRONG = {
     "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
+        ("lambda i, o: round(i * o / (i + o) - 0.5)", "for 3 inputs and 6 outputs it is 1, yours is 2"),
         ("lambda i, o: min(i, o)", "for 800 inputs"),
     ],
     "08b_structured:check_slimming": [
@@ -621,6 +622,13 @@ WRONG = {
             ),
             "the scores of conv1 should be",
         ),
+        (
+            (
+                "lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn' in name and"
+                " name.endswith('weight') else torch.zeros(weight.shape[axis])"
+            ),
+            "the scores of 0 should be",
+        ),  # by a name that other networks do not use
         ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
     ],
     "09_distill:check_gradient": [
