@@ -153,9 +153,10 @@ def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
 @rule(*MIXING)
 def mixed(t, f, output, *args, **kwargs) -> Marks:
     "f(x, y) element by element: channels that meet go together."
+    args = args[::-1] if getattr(f, "__name__", "").startswith("__r") else args  # 1 / y is y.__rtruediv__(1)
     marks = [t.marks(x) for x in tensors_of((args, kwargs))]
     out = meet(t.ties, marks, Marks(tuple(output.shape)))
-    out.zero = stays_zero(name_of(f), marks, [x for x in args if not isinstance(x, Tensor)], out)
+    out.zero = stays_zero(name_of(f), marks, args, out)
     return out
 
 # %% ../nbs/08_channels.ipynb

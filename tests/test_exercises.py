@@ -502,11 +502,16 @@ WRONG = {
         ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
     ],
     "06_integers:check_longest": [
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "66,311 terms"),
-        ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "66,311 terms"),  # the accumulator has a sign
-        ("lambda w, a, c: 66_311 if c == 32 else 1", "127 terms"),
-        ("lambda w, a, c: 2 ** (c - 1) // ((2 ** (w - 1) - 1) * (2**a - 1))", "128 does not fit"),
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "127 terms"),
+        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "and one more would fit"),
+        ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "may overflow"),  # the accumulator has a sign
+        ("lambda w, a, c: 66_311 if c == 32 else 1", "activations of 1, a sum of 8: 1 terms, and one more would fit"),
+        ("lambda w, a, c: 2 ** (c - 1) // ((2 ** (w - 1) - 1) * (2**a - 1))", "a sum of 8: 128 terms may overflow"),
+        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "a sum of 8: 0 terms, and one more"),
+        ("lambda w, a, c: (2 ** (c - 1) - 1) / ((2 ** (w - 1) - 1) * (2**a - 1))", "may overflow"),  # no whole number
+        (
+            "lambda w, a, c: {(8, 8, 32): 66_311, (2, 1, 8): 127, (8, 8, 16): 1}.get((w, a, c), 312)",
+            "a sum of",
+        ),  # a lookup
     ],  # activations of 8 bits always
     "06_integers:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
@@ -517,11 +522,21 @@ WRONG = {
             "with zero points 3 of the weight and 7",
         ),
         ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix"),
+        ("lambda q, u, t, z: torch.sub(q, t) @ (u - z)", "subtracted from the matrix"),
+        ("lambda q, u, t, z: (q + -t) @ (u - z)", "subtracted from the matrix"),
+        (
+            "lambda q, u, t, z: torch.tensor([[v - t for v in row] for row in q.tolist()]) @ (u - z)",
+            "subtracted from the matrix",
+        ),
     ],
     "06_integers:check_ridge": [
         ("lambda n, width, r: math.ceil(r * width / 2)", "batch 21, yours is 20"),  # inputs and outputs forgotten
         ("lambda n, width, r: math.ceil(r * width * n / abs(2 * n - 8 * r))", "batch None"),
         ("lambda n, width, r: r * width * n // (2 * n - 8 * r) + 1 if n > 4 * r else None", "batch 20, yours is 21"),
+        (
+            "lambda n, width, r: {1024: 21 if width == 4 else 6, 4096: 13, 40: 20 if r < 10 else None}.get(n)",
+            "batch",
+        ),  # a lookup
     ],
     "workshop/onnx_export:check_block_bytes": [
         ("lambda o, i, b: o * i // 2 + 2 * (o * i // b)", "takes"),  # no zero points
@@ -603,6 +618,28 @@ WRONG = {
             return found""",
             "the first places are",
         ),
+        (
+            """def places(codes, b):                                   # long codes are taken for survivors
+            found, at = [], 0
+            for c in codes:
+                at += c
+                if c < 2**b - 1 or b == 4:
+                    found.append(at)
+                    at += 1
+            return found""",
+            "of 4 bits",
+        ),
+        (
+            """def places(codes, b):                                   # two skips in a row: the second taken for a survivor
+            found, at, skipped = [], 0, False
+            for c in codes:
+                at, skipped = at + c, c == 2**b - 1 and not skipped
+                if not skipped:
+                    found.append(at)
+                    at += 1
+            return found""",
+            "the first places are",
+        ),
         ("lambda codes, b: [0]", "the first places are"),
     ],
     "08_channels:check_columns": [
@@ -610,6 +647,11 @@ WRONG = {
             "lambda c, h, w: range(c, 8 * h * w, 8)",
             "channel 0 of 4×4 positions has the columns [0, 1, 2",
         ),  # channels last
+        (
+            "lambda c, h, w: {0: range(16), 3: range(30, 40), 7: [7], 5: range(30, 36)}.get(c, [])",
+            "channel 0 of 1×1",
+        ),  # a lookup
+        ("lambda c, h, w: range(c * h * h, (c + 1) * h * h)", "channel 3 of 2×5"),
         ("lambda c, h, w: range(c * h, (c + 1) * h)", "channel 0 of 4×4"),
     ],
     "08_channels:check_liar": [
@@ -623,6 +665,7 @@ WRONG = {
     "08b_structured:check_largest_rank": [
         ("lambda i, o: i * o // (i + o)", "for 10 inputs and 10 outputs it is 4, yours is 5"),  # as many are not fewer
         ("lambda i, o: i * o // (i + o + 1)", "for 3 inputs and 7 outputs it is 2, yours is 1"),
+        ("lambda i, o: round(i * o / (i + o) - 0.5)", "for 3 inputs and 6 outputs it is 1, yours is 2"),
         ("lambda i, o: min(i, o)", "for 800 inputs"),
     ],
     "08b_structured:check_slimming": [
@@ -651,6 +694,13 @@ WRONG = {
             ),
             "the scores of conv1 should be",
         ),
+        (
+            (
+                "lambda name, weight, axis: weight.abs() if weight.dim() == 1 and 'bn' in name and"
+                " name.endswith('weight') else torch.zeros(weight.shape[axis])"
+            ),
+            "the scores of 0 should be",
+        ),  # by a name that other networks do not use
         ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
     ],
     "09_distill:check_gradient": [

@@ -387,6 +387,25 @@ def test_what_the_comparison_sees():
     assert "NaN" in disagreement(good, examples_of(torch.full((2, 3), math.nan)), copy.deepcopy, copy.deepcopy)
 
 
+class Quotient(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.makes = f, nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.f(self.makes(x)).sum(-1, keepdim=True)
+
+
+def test_a_number_divided_by_zero_is_no_zero():
+    "Nor is ∞ near a finite number, or near −∞."
+    x = torch.randn(5, 4)
+    for f in (lambda y: 1 / y, lambda y: torch.div(2, y), lambda y: (2 / y).clamp(-5, 5)):
+        assert len(channels.dependency_graph(Quotient(f), x)) == 0
+        assert len(structured.channel_groups(Quotient(f), x)) == 0
+    for f in (lambda y: y / 2, lambda y: y.div(2.0)):  # a zero divided by a number is one
+        assert [len(g) for g in structured.channel_groups(Quotient(f), x)] == [6]
+
+
 def test_nan_is_refused():
     for x in torch.full((2, 3), math.nan), torch.tensor([[math.inf, -math.inf, 0.0]]):
         with pytest.raises(ValueError, match="NaN for the example"):

@@ -125,15 +125,15 @@ def meet(
     return out
 
 # %% ../../nbs/workshop/axes.ipynb
-def stays_zero(name: str, marks: list, numbers: list, out: Any) -> bool:
-    "Is a channel that was zero still zero?"
+def stays_zero(name: str, marks: list, args: tuple | list, out: Any) -> bool:
+    "Is a channel that was zero still zero? `args` are the operation's, in their order; `marks` what its tensors carry."
     n = len(out.shape)
     covers = lambda m: m.zero and {tuple(a + n - len(m.shape) for a in b) for b in m.blocks} >= out.blocks.keys()
     if name == "mul":
         return any(map(covers, marks))
     if name == "div":
-        return bool(marks) and covers(marks[0])
-    nothing = not any(isinstance(x, (int, float)) and x for x in numbers)
+        return bool(args) and isinstance(args[0], Tensor) and covers(marks[0])  # 1 / 0 is no zero
+    nothing = not any(isinstance(x, (int, float)) and x for x in args)
     return name in ("add", "sub", "maximum", "minimum") and nothing and all(map(covers, marks))
 
 # %% ../../nbs/workshop/axes.ipynb

@@ -564,6 +564,17 @@ def _closed_over(f):
     return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *named, *vars(f).values()]
 
 # %% ../../nbs/workshop/models.ipynb
+def uncopied(model: nn.Module) -> str:
+    "The name of what `copy.deepcopy` cannot copy."
+    for name, m in model.named_modules():
+        for key in vars(m).keys() - {"_modules", "_parameters", "_buffers"}:
+            try:
+                copy.deepcopy(vars(m)[key])
+            except (TypeError, RuntimeError):
+                return f"{name or 'the model'}.{key}"
+    return "the model"
+
+# %% ../../nbs/workshop/models.ipynb
 def recomputed(model: nn.Module) -> dict[int, Tensor]:  # `id` → what may stand for it in a copy
     """Results that a hook computes anew before each call (`weight_norm`, `torch.nn.utils.prune`): PyTorch copies
     none that has gradients."""
@@ -604,7 +615,12 @@ def copied(
                     f" {why or 'is a result with gradients, which PyTorch does not copy; detach it first'}"
                 )
     with torch.random.fork_rng(devices=[], enabled=any(hasattr(type(m), "__deepcopy__") for m in model.modules())):
-        new = copy.deepcopy(model, memo)
+        try:
+            new = copy.deepcopy(model, memo)
+        except (TypeError, RuntimeError) as e:
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"{uncopied(model)} cannot be copied: {e}") from e
     for x in (*new.modules(), *new.parameters()):
         if id(x) in own and id(x) not in shared:
             raise ValueError(

@@ -143,11 +143,8 @@ def unlike(
                 a, b = torch.view_as_real(a), torch.view_as_real(b)
             a, b = a.double(), b.double()
             small, typical = sizes_of(b)
-            far = (
-                ~((a - b).abs() <= tolerance(eps) * (b.abs() + small) + 4 * eps * typical)
-                & (a != b)
-                & ~(a.isnan() & b.isnan())
-            )
+            near = (a - b).abs() <= tolerance(eps) * (b.abs() + small) + 4 * eps * typical
+            far = (a != b) & ~(a.isnan() & b.isnan()) & ~(near & b.isfinite())  # ∞ is near itself alone
         if far.any():
             at = tuple(far.nonzero()[0].tolist())
             return f"its {k} is {a[at].item():.4g} instead of {b[at].item():.4g} at {list(at)}"
