@@ -65,7 +65,7 @@ def second_order(
     batches: Iterable,  # inputs, see `feed`
     probes: int = 16,  # random vectors for each batch: the error falls with their root
     seed: int = 0,  # of these
-) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_change`
+) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
     """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019,
     arXiv:1911.03852). `ValueError` for a name that is no parameter's."""
     batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.0)
@@ -96,8 +96,8 @@ def waterfill(
 ) -> Tensor:  # b_i ≥ 0, float64
     "The real-valued bits of least Σ n_i c_i 4^(−b_i): one level for all (reverse water-filling; Shoham & Gersho 1988)."
     c, n = (torch.as_tensor(t, dtype=torch.float64) for t in (c, n))
-    if c.shape != n.shape or bool((c < 0).any()) or bool((n <= 0).any()):
-        raise ValueError("c and n must have the same length, c not negative, n positive")
+    if c.shape != n.shape or not len(c) or not all(bool(((t >= 0) & t.isfinite()).all()) for t in (c, n)) or 0 in n:
+        raise ValueError("c and n must be finite and have the same length, 1 or more; c not negative, n positive")
     if not 0 <= bits < math.inf:
         raise ValueError(f"bits is {bits}; it may be 0 or more, and finite")
     order = c.argsort(descending=True)
@@ -141,7 +141,7 @@ def greedy(
     """
     if math.isnan(budget):
         raise ValueError("budget is nan; it may be a number of bytes")
-    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors)]
+    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors, strict=True)]
     if not all(hulls):
         raise ValueError("a layer has no option")
     picks, left = [h[0] for h in hulls], budget - sum(b[h[0]] for b, h in zip(bytes, hulls))
@@ -169,7 +169,8 @@ def knapsack(
     exact, but for the rounding of each option's bytes up to units of at least one."""
     if not budget >= 0:
         return None
-    offered = [[b for b, e in zip(*row) if math.isfinite(b) and math.isfinite(e)] for row in zip(bytes, errors)]
+    rows = zip(bytes, errors, strict=True)
+    offered = [[b for b, e in zip(*r, strict=True) if math.isfinite(b) and math.isfinite(e)] for r in rows]
     budget = min(budget, sum(max(sizes, default=0.0) for sizes in offered))
     unit = max(1.0, budget / (units + 100 * len(bytes)))
     room, steps = int(budget / unit + 1e-9), []
