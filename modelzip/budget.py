@@ -41,12 +41,15 @@ def output_errors(
 ) -> dict[str, float]:  # name → relative squared error of the output when this parameter alone is changed
     """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the
     outputs where there are several. For an example of (nearly) zeros, and for single numbers, see
-    `modelzip.workshop.judging.energies`. `ValueError` for a name that is no parameter's.
+    `modelzip.workshop.judging.energies`. `ValueError` for a name or a shape that is no parameter's, and for no data.
     """
     batches, twin, changes = list(as_batches(batches)), copied(model).eval(), {}
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    if unknown := set(values) - set(parameters):
-        raise ValueError(f"values names {sorted(unknown)[0]!r}; the parameters are {', '.join(parameters)}")
+    if wrong := [n for n, v in values.items() if n not in parameters or v.shape != parameters[n].shape]:
+        known = ", ".join(f"{n} {list(p.shape)}" for n, p in parameters.items())
+        raise ValueError(
+            f"values names {wrong[0]!r} of shape {list(values[wrong[0]].shape)}; the parameters are {known}"
+        )
     if not batches:
         raise ValueError("batches is empty")
     exact = rows_of(twin, batches)
@@ -67,11 +70,13 @@ def second_order(
     seed: int = 0,  # of these
 ) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
     """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019,
-    arXiv:1911.03852). `ValueError` for a name that is no parameter's."""
+    arXiv:1911.03852). `ValueError` for a name or a shape that is no parameter's, no data and no probes."""
     batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.0)
     weights = {n: p.requires_grad_() for n, p in twin.named_parameters(remove_duplicate=False) if n in changes}
-    if unknown := set(changes) - set(weights):
-        raise ValueError(f"changes names {sorted(unknown)[0]!r}, which is no parameter of the model")
+    if wrong := [n for n, d in changes.items() if n not in weights or d.shape != weights[n].shape]:
+        raise ValueError(f"changes names {wrong[0]!r}, which is no parameter of the model, or not of this shape")
+    if not batches or probes < 1:
+        raise ValueError(f"batches are {len(batches)} and probes {probes}; of both there must be 1 or more")
     with torch.no_grad():
         usual = {k: energies(rows) for k, rows in rows_of(twin, batches).items()}
     share = {k: len(usual) * sum(map(len, e)) for k, e in usual.items()}
