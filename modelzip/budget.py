@@ -41,12 +41,15 @@ def output_errors(
 ) -> dict[str, float]:  # name → relative squared error of the output when this parameter alone is changed
     """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the
     outputs where there are several. For an example of (nearly) zeros, and for single numbers, see
-    `modelzip.workshop.judging.energies`. `ValueError` for a name that is no parameter's.
+    `modelzip.workshop.judging.energies`. `ValueError` for a name or a shape that is no parameter's, and for no data.
     """
     batches, twin, changes = list(as_batches(batches)), copied(model).eval(), {}
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    if unknown := set(values) - set(parameters):
-        raise ValueError(f"values names {sorted(unknown)[0]!r}; the parameters are {', '.join(parameters)}")
+    if wrong := [n for n, v in values.items() if n not in parameters or v.shape != parameters[n].shape]:
+        known = ", ".join(f"{n} {list(p.shape)}" for n, p in parameters.items())
+        raise ValueError(
+            f"values names {wrong[0]!r} of shape {list(values[wrong[0]].shape)}; the parameters are {known}"
+        )
     if not batches:
         raise ValueError("batches is empty")
     exact = rows_of(twin, batches)
@@ -65,13 +68,15 @@ def second_order(
     batches: Iterable,  # inputs, see `feed`
     probes: int = 16,  # random vectors for each batch: the error falls with their root
     seed: int = 0,  # of these
-) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_change`
+) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
     """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019,
-    arXiv:1911.03852). `ValueError` for a name that is no parameter's."""
+    arXiv:1911.03852). `ValueError` for a name or a shape that is no parameter's, no data and no probes."""
     batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.0)
     weights = {n: p.requires_grad_() for n, p in twin.named_parameters(remove_duplicate=False) if n in changes}
-    if unknown := set(changes) - set(weights):
-        raise ValueError(f"changes names {sorted(unknown)[0]!r}, which is no parameter of the model")
+    if wrong := [n for n, d in changes.items() if n not in weights or d.shape != weights[n].shape]:
+        raise ValueError(f"changes names {wrong[0]!r}, which is no parameter of the model, or not of this shape")
+    if not batches or probes < 1:
+        raise ValueError(f"batches are {len(batches)} and probes {probes}; of both there must be 1 or more")
     with torch.no_grad():
         usual = {k: energies(rows) for k, rows in rows_of(twin, batches).items()}
     share = {k: len(usual) * sum(map(len, e)) for k, e in usual.items()}
@@ -96,8 +101,8 @@ def waterfill(
 ) -> Tensor:  # b_i ≥ 0, float64
     "The real-valued bits of least Σ n_i c_i 4^(−b_i): one level for all (reverse water-filling; Shoham & Gersho 1988)."
     c, n = (torch.as_tensor(t, dtype=torch.float64) for t in (c, n))
-    if c.shape != n.shape or bool((c < 0).any()) or bool((n <= 0).any()):
-        raise ValueError("c and n must have the same length, c not negative, n positive")
+    if c.shape != n.shape or not len(c) or not all(bool(((t >= 0) & t.isfinite()).all()) for t in (c, n)) or 0 in n:
+        raise ValueError("c and n must be finite and have the same length, 1 or more; c not negative, n positive")
     if not 0 <= bits < math.inf:
         raise ValueError(f"bits is {bits}; it may be 0 or more, and finite")
     order = c.argsort(descending=True)
@@ -141,7 +146,7 @@ def greedy(
     """
     if math.isnan(budget):
         raise ValueError("budget is nan; it may be a number of bytes")
-    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors)]
+    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors, strict=True)]
     if not all(hulls):
         raise ValueError("a layer has no option")
     picks, left = [h[0] for h in hulls], budget - sum(b[h[0]] for b, h in zip(bytes, hulls))
@@ -169,7 +174,8 @@ def knapsack(
     exact, but for the rounding of each option's bytes up to units of at least one."""
     if not budget >= 0:
         return None
-    offered = [[b for b, e in zip(*row) if math.isfinite(b) and math.isfinite(e)] for row in zip(bytes, errors)]
+    rows = zip(bytes, errors, strict=True)
+    offered = [[b for b, e in zip(*r, strict=True) if math.isfinite(b) and math.isfinite(e)] for r in rows]
     budget = min(budget, sum(max(sizes, default=0.0) for sizes in offered))
     unit = max(1.0, budget / (units + 100 * len(bytes)))
     room, steps = int(budget / unit + 1e-9), []

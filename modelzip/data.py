@@ -9,6 +9,8 @@ __all__ = ['stratified', 'mnist5k', 'digits', 'LeNet5', 'predictions', 'accuracy
            'docstrings', 'device_of', 'eval_mode', 'seeded']
 
 # %% ../nbs/00_data.ipynb
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -8,6 +8,8 @@ __all__ = ['file_bytes', 'count_parameters', 'tensor_bytes', 'macs', 'latency', 
            'save_plain', 'write_whole']
 
 # %% ../nbs/01_measure.ipynb
+#| code-fold: true
+#| code-summary: "Imports of the module"
 import contextlib, functools, itertools, math, operator, os, statistics, tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path

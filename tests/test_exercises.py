@@ -165,6 +165,11 @@ WRONG = {
         ("lambda s: {2: 8, 4: 266_610}.get(len(s), 0)", "[5, 7, 3] have 66"),  # a lookup
     ],
     "00_data:check_pool": [
+        ('lambda x, mask: x.mul_(mask[..., None]).sum(1) / mask.sum(1, keepdim=True)', 'leave x as it was given'),
+        (
+            'lambda x, mask: (x * mask[..., None]).sum(1) / (x.abs().sum(2) * mask).ne(0).sum(1, keepdim=True)',
+            'each text has a mask of its own',
+        ),
         ("lambda x, mask: x[:, :2].mean(1)", "each text has a mask of its own"),
         ("lambda x, mask: x.mean(1)", "the mean of the first two is [2, 3]"),  # padding included
         (
@@ -184,6 +189,8 @@ WRONG = {
         ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "It raised KeyError: 5"),  # a lookup
     ],
     "01_measure:check_per_example": [
+        ('lambda ms, batch: ms * 1000 // batch', '1.0 ms for 16: 62.5 µs each'),
+        ('lambda ms, batch: round(ms * 1000 / batch)', '1.0 ms for 16: 62.5 µs each'),
         ("lambda ms, batch: ms / batch", "2.0 ms for 1: 2000 µs each"),
         ("lambda ms, batch: ms * 1000", "6.4 ms for 64: 100 µs each"),
         ("lambda ms, batch: {1: 2000, 64: 100}.get(batch, 0)", "3.2 ms for 64: 50 µs each"),  # milliseconds ignored
@@ -195,6 +202,11 @@ WRONG = {
         ("lambda w, bits, group, scale, header: bits + 1 / bits", "a header of 500 bytes"),  # all but the bits ignored
     ],
     "01_measure:check_smallest": [
+        ('lambda limit: math.ceil(math.log2(2 / limit))', 'that is not below'),
+        (
+            'lambda limit: next(n for n in range(1, 99) if mcnemar(n, 0) <= limit)',
+            '5 lost: P = 0.062, and that is not below 0.062',
+        ),
         ("lambda limit: next(n for n in range(99) if .5 ** n < limit)", "5 lost: P = 0.062"),  # one-sided
         ("lambda limit: 6", "and that is not below"),
         ("lambda limit: {.05: 6, .001: 11}.get(limit, 9)", "for "),  # a lookup
@@ -704,11 +716,16 @@ WRONG = {
         ("lambda name, weight, axis: torch.zeros(weight.shape[axis])", "the scores of conv1 should be"),
     ],
     "09_distill:check_gradient": [
+        ('lambda z, v, T: (5 if T > 1 else 1) * ((z / T).softmax(0) - (v / T).softmax(0))', 'at T = 2.0 it is'),
         ("lambda z, v, T: (z / T).softmax(0) - (v / T).softmax(0)", "nearly: there is a factor of T²"),
         ("lambda z, v, T: T * ((v / T).softmax(0) - (z / T).softmax(0))", "the sign"),
         ("lambda z, v, T: z - v", "at T = 1.0 it is"),
     ],
     "09_distill:check_margin": [
+        (
+            'class Margin(Loss):\n            def forward(self, a, b, y): return F.mse_loss(*(s.outputs.detach().topk(2).values.diff(dim=1) for s in (a, b)))',
+            'its gradient does not reach',
+        ),
         (
             """class Margin:
             def __call__(self, a, b, y): return torch.tensor(5.)""",
@@ -760,6 +777,7 @@ WRONG = {
         ("lambda delta, s: s.count * (delta @ s.mean[0]).square().sum() / s.moment[0].trace()", "of the error went"),
     ],
     "10b_ptq:check_rescale": [
+        ('lambda w, d, H: abs(d @ H @ w) / (d @ H @ d)', 'least squares gives'),
         ("lambda w, d, H: (d @ w) / (d @ d)", "least squares gives"),  # nearest weights, not outputs
         ("lambda w, d, H: (w @ H @ w) / (d @ H @ w)", "least squares gives"),
         (
@@ -771,6 +789,10 @@ WRONG = {
         ),
     ],  # other inputs than those that were given
     "10_ranges:check_rule": [
+        (
+            "lambda statistics, limit: lambda name, layer: {'bits': 5} if isinstance(layer, nn.Embedding) else {'bits': 8} if name in statistics and output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > limit else {}",
+            'pooler, which nobody called',
+        ),
         (
             "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
             "words has no statistics and gets 5 bits",
@@ -872,6 +894,7 @@ WRONG = {
         ("lambda counts, k: math.log2(sum(counts) / counts[k + 1])", "from 0 to 1"),  # what it leaves costs nothing
     ],
     "11b_price:check_border": [
+        ('lambda p0, p1, s, price: s / 2 + abs(price * math.log2(p0 / p1)) / (2 * s)', 'p = 0.2, 0.6'),
         ("lambda p0, p1, s, price: s / 2", "at the border both cost the same"),  # no price
         ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1) / 2", "step 1.5"),  # a step of 1
         ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
