@@ -221,7 +221,7 @@ def set_range(
 
 @patch
 @torch.no_grad()
-def watch(
+def _watch(
     self: RangeOfActivations,
     x: Tensor,  # a batch of training, finite, not empty
 ) -> None:
@@ -246,7 +246,7 @@ def look(
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
         raise ValueError("the input holds NaN or infinite values")
     if self.training and not (self.frozen and self.ready) and x.numel():
-        self.watch(x)
+        self._watch(x)
     if x.numel() and not self.ready:
         raise ValueError(
             "the range of the input is not known; run the model on a batch in train mode, or give prepare some batches"
