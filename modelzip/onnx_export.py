@@ -19,8 +19,10 @@ from .quant import Dequantize, QTensor, pack_bits
 from .workshop.wrapping import set_parameter, shallow_copy
 from .workshop.engines import one_scale_an_output
 from .workshop.matrices import unwrapped
+from .workshop.fake_quantized import FakeRecurrent
 from .workshop.models import check_ordinary, copied
 from .workshop.onnx_files import disagreement, stored_bytes, written
+from .workshop.prepared import Settings
 
 # %% ../nbs/workshop/onnx_export.ipynb
 class Graph:
@@ -634,7 +636,7 @@ def _check_sayable(model, found):
             raise ValueError(
                 f"{n or 'model'} has max_norm, which rewrites its weight at each use; ONNX cannot say that"
             )
-        if type(m).__module__.rpartition(".")[2] == "qat" and not isinstance(m, Dequantize):
+        if isinstance(m, (Settings, FakeRecurrent)):
             raise ValueError(
                 f"{n or 'model'} is a {type(m).__name__} and prepared for training; modelzip.qat.convert(model) makes"
                 " its integers"
