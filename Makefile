@@ -39,6 +39,7 @@ docs: $(STAMP)  ## render the site to _docs/
 
 book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
 	$(BIN)/python tools/book.py run
+	$(BIN)/python tools/house.py write
 
 bench: $(STAMP)  ## speed, size and memory against peers, as ratios of one run
 	for b in $(filter-out bench/record.py,$(wildcard bench/*.py)); do $(BIN)/python $$b || exit 1; done

@@ -70,8 +70,8 @@ def stretch_rows(
 def quantize_rows(
     x: Tensor,  # [rows, n] float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes [rows, n] uint8, step [rows, 1], smallest value [rows, 1]
-    """x ≈ codes·step + low, with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM, arXiv:2101.05615); ranges
-    below 5e-6 get fewer of them."""
+    """x ≈ codes·step + low, with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM,
+    arXiv:2101.05615); ranges below 5e-6 get fewer of them."""
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
     inverse = (255 / (width.double() + 1e-8)).float()

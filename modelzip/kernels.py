@@ -174,8 +174,8 @@ def use_kernels(
     model: nn.Module,  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
     activations: (
         str | dict | None
-        # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear, the
-        # tensor for QConv2d
+        # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear,
+        # the tensor for QConv2d
     ) = None,
     requantize: bool = False,  # run groups and codebooks as int8, too: one more rounding, to a scale for each output
 ) -> nn.Module:  # a copy that shares the compressed weights

@@ -889,7 +889,8 @@ def to_onnx(
     path: str | os.PathLike,  # where to write; the file appears whole or not at all
     example: (
         Tensor | tuple
-        # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at them
+        # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at
+        # them
     ),
     opset: int = 21,  # version of the standard: 21 or newer (4-bit codes, blocks)
     dynamic: dict | tuple = {

@@ -39,9 +39,10 @@ def soft_counts(
 # %% ../nbs/11b_price.ipynb
 def entropy_bits(
     model: nn.Module,  # prepared
-) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables; its gradient is that of the soft counts
+) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
     """Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648;
-    Oktay et al. 2019, arXiv:1906.06624). `ValueError` for a model that is not prepared."""
+    Oktay et al. 2019, arXiv:1906.06624); its gradient is that of the soft counts. `ValueError` for a
+    model that is not prepared."""
     found = {id(q): (q, w) for _, q, w in quantizers_of(model)}
     bits = lambda n: -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
     return sum(straight_through(bits(hard_counts(q, w)), bits(soft_counts(q, w))) for q, w in found.values()).float()

@@ -54,7 +54,8 @@ def one_shot(t: float, final: float, initial: float = 0.0) -> float:
 
 
 def iterative(t: float, final: float, initial: float = 0.0) -> float:
-    "The same share of what is left, each time: the density falls geometrically (Frankle & Carbin 2019, arXiv:1803.03635)."
+    """The same share of what is left, each time: the density falls geometrically (Frankle & Carbin 2019,
+    arXiv:1803.03635)."""
     return 1 - (1 - initial) ** (1 - t) * (1 - final) ** t
 
 

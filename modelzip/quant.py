@@ -115,7 +115,7 @@ QUANTIZABLE += (nn.Embedding, nn.EmbeddingBag)  # layers with one matrix, called
 
 
 def quantize_layer(
-    layer: nn.Module,  # that `MATRICES` knows (Linear, Conv, Embedding, LSTM …); or any module with the parameter `name`
+    layer: nn.Module,  # that `MATRICES` knows (Linear, Conv, Embedding …); or any module with the parameter `name`
     bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,  # weights that share a scale; None: a scale for each output channel (or row)
     per_channel: bool = True,  # False: one scale for the whole tensor

@@ -838,8 +838,8 @@ def sweep(
     folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
     evaluate: (
         Callable | None
-        # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other processes
-        # to find it
+        # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other
+        # processes to find it
     ) = None,
     retry: bool = False,  # try again what failed before
     progress: bool = True,  # a bar that shows the front so far

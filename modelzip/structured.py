@@ -137,7 +137,8 @@ def rank_for(
 
 # %% ../nbs/08b_structured.ipynb
 def two_layers(layer: nn.Module, rank: int, svd: tuple) -> nn.Sequential:
-    "Into the `rank` most important directions, and out of them again. Frozen remains frozen, hooks are called as before."
+    """Into the `rank` most important directions, and out of them again. Frozen remains frozen, hooks are called as
+    before."""
     u, s, v = svd[0][:, :rank], svd[1][:rank].sqrt(), svd[2][:rank]
     new = thin_pair(layer, rank, {"device": "meta", "dtype": layer.weight.dtype}).to_empty(device=layer.weight.device)
     with torch.no_grad():

@@ -5,13 +5,17 @@ users call, and no name has two meanings.
 become shorter.
 """
 
-import ast, importlib, json, re
+import ast, importlib, json, re, sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import house
+
 FORMER = json.loads((Path(__file__).parent / "files/public_names.json").read_text(encoding="utf-8"))
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "modelzip").glob("**/*.py") if p.name not in ("_modidx.py", "__init__.py"))
@@ -185,3 +189,77 @@ def test_private_names_stay_at_home(path):
         if re.match(r"_(?!_)", a.name)
     ]
     kept_or_listed("private", mine, not private, f"imports {private}")
+
+
+# ---------------------------------------------------------------------------------- the map
+
+
+def test_every_notebook_has_a_room():
+    "In the sidebar, and so on the map: a place in `_quarto.yml`, and every group of the workshop on a floor."
+    assert not house.homeless(), "give them a place in _quarto.yml"
+    rooms = [p for paths in house.rooms().values() for p in paths]
+    assert len(set(rooms)) == len(rooms)
+
+
+def test_the_map_is_that_of_the_house():
+    page = house.PAGE.read_text(encoding="utf-8")
+    assert page == house.page(), "run: python tools/house.py write"
+    missing = [p for p in house.modules() if f"(nbs/{p})" not in page]
+    assert {p for p in missing if p[0].isdigit() or p.startswith("workshop/")} == set()
+
+
+def test_nothing_stands_on_what_is_above_it():
+    assert not house.upward()
+
+
+def test_a_notebook_and_its_module_have_one_name():
+    for path, module in house.modules().items():
+        stem = re.sub(r"^\d+[a-z]?_", "", Path(path).stem)
+        assert module in (None, stem, f"workshop.{stem}"), (path, module)
+
+
+# ---------------------------------------------------------------------------------- what the workshop's pages name
+
+
+WORKSHOP = sorted((ROOT / "nbs/workshop").glob("*.ipynb"))
+
+
+@cache
+def defined_by_tests():
+    "Names of all functions in tests/ and in code cells."
+    texts = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py")]
+    texts += [c for p in [*CHAPTERS, *WORKSHOP] for kind, c in cells_of(p) if kind == "code"]
+    return {m for t in texts for m in re.findall(r"^ *def (test_\w+)", t, re.M)} | FASTCORE
+
+
+FASTCORE = {"test_eq", "test_ne", "test_close", "test_fail", "test_is", "test_warns", "test_stdout", "test_sig"}
+
+
+def cells_of(path):
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    return [(c["cell_type"], "".join(c["source"])) for c in nb["cells"]]
+
+
+def wrongly_named(text):
+    "Files of tests and tests that a text names, and that are not there."
+    files = {f for f in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / f).exists()}
+    spoken = re.sub(r"tests/[\w/]+\.py(?!::)|\w+\.py|\w*_test_\w+", " ", text)
+    names = {n for n in re.findall(r"\btest_\w+", spoken) if n not in defined_by_tests()}
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", text):
+        if file not in files and f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8"):
+            names.add(f"{file}::{name}")
+    return files | names
+
+
+@pytest.mark.parametrize("path", [*WORKSHOP, *CHAPTERS], ids=lambda p: p.stem)
+def test_tests_that_prose_names_are_there(path):
+    assert not wrongly_named("\n".join(t for kind, t in cells_of(path) if kind == "markdown"))
+
+
+def test_tests_that_the_map_names_are_there():
+    assert not wrongly_named(house.PAGE.read_text(encoding="utf-8"))
+    assert wrongly_named("see tests/test_nobody.py and `test_nothing_at_all`") == {
+        "tests/test_nobody.py",
+        "test_nothing_at_all",
+    }
+    assert wrongly_named("`tests/test_house.py::test_exercises`")

@@ -155,7 +155,8 @@ def condensed(
 
 # %% ../../nbs/workshop/axes.ipynb
 def land(t: Any, out: Any, moved: Tensor, labels: np.ndarray, counts: str | None) -> None:
-    "Give a result the numbers that have moved there; if places count by their numbers (the name says for whom), only those go that have not moved."
+    """Give a result the numbers that have moved there; if places count by their numbers (the name says for whom), only
+    those go that have not moved."""
     axes, new = condensed(moved.numpy())
     if counts and not (labels.ndim == 1 and np.array_equal(new, labels)):
         t.ties.keep(labels, f"`{counts}` picks them by their numbers")
@@ -272,7 +273,8 @@ def layer_output(t: Any, output: Tensor, x: Any, axis: int, rows: np.ndarray | N
 
 # %% ../../nbs/workshop/axes.ipynb
 def channel_axis(ties: Any, x: Any, w: Any) -> int:
-    "The axis of the channels in what a convolution reads. Behind it, and behind the first two of its weight, sizes are fixed."
+    """The axis of the channels in what a convolution reads. Behind it, and behind the first two of its weight, sizes
+    are fixed."""
     c = len(x.shape) - len(w.shape) + 1
     for m, first in ((x, c + 1), (w, 2)):
         for axis in range(first, len(m.shape)):

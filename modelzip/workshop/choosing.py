@@ -143,7 +143,8 @@ def choose_channels(
     ratio: float | None = None,  # share of the channels of each group that goes, 0 to below 1
     macs: (
         float | None
-        # or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a share
+        # or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a
+        # share
     ) = None,
     bytes: float | None = None,  # or: with parameters and buffers of at most so many bytes; below 1: a share
     milliseconds: (

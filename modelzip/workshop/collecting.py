@@ -237,7 +237,8 @@ def _finish(name, s, whole):
     total = s.moment if whole else s.power
     if total is not None and not bool(total.isfinite().all()):
         raise ValueError(
-            f"the inputs of layer {name or '(model)'} are so large that their squares overflow {total.dtype}; scale them"
+            f"the inputs of layer {name or '(model)'} are so large that their squares overflow {total.dtype};"
+            " scale them"
         )
     if whole and s.moment is not None:
         s.power = s.moment.diagonal(dim1=1, dim2=2).clone()

@@ -307,7 +307,8 @@ def _imported(name, level, space):
 
 
 def _module_of_python(walk, m):
-    "A library's is its version. Of one's own that is handed about, nobody can tell what is read: it is all that it has."
+    """A library's is its version. Of one's own that is handed about, nobody can tell what is read: it is all that it
+    has."""
     about = [b"python module", m.__name__.encode(), str(_library(m.__name__)).encode()]
     if _library(m.__name__) is not None:
         return about

@@ -243,7 +243,8 @@ def movable_biases(
     model: nn.Module,  # what it was made from
     known: Mapping,  # names of layers of which something is known
 ) -> Iterator[tuple[str, Dequantize, nn.Module]]:  # name, wrapper, the original layer
-    "The layers whose bias can be moved. `ValueError` for a bias that is computed, and for models that do not belong together."
+    """The layers whose bias can be moved. `ValueError` for a bias that is computed, and for models that do not belong
+    together."""
     names = {i: found[0] for i, (_, found) in layers_of(quantized).items()}
     originals = dict(model.named_modules())
     for m in quantized.modules():

@@ -35,7 +35,8 @@ class QLinear(IntegerLayer):
         layer: nn.Linear,  # gives the bias; its weight is dropped
         q: (
             QTensor | Packed
-            # the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in groups
+            # the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in
+            # groups
         ),
         name: str = "weight",  # which parameter `q` is
         # a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker

@@ -162,8 +162,8 @@ def choose_matrices(
     model: nn.Module,
     overrides: (
         Mapping | Callable | None
-        # by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule (name
-        # of the layer, layer) → options or None
+        # by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule
+        # (name of the layer, layer) → options or None
     ) = None,
     layers: tuple | None = None,  # classes of layers; None: all that `MATRICES` knows
     default: Mapping | None = None,  # options of all
@@ -422,9 +422,10 @@ def _check_ties(model, chosen):
                 continue
             here, other = f"{names[0]}.{key}".lstrip("."), done.get((id(module), key))
             if other is None:
+                known = f" (it is no matrix that {type(module).__name__} is known to have)"
                 raise ValueError(
                     f"{first.name} and {here} are one tensor; the first is to be compressed, the second stays"
-                    f" float{'' if key in outputs_of(module) else f' (it is no matrix that {type(module).__name__} is known to have)'}:"
+                    f" float{'' if key in outputs_of(module) else known}:"
                     " leave both alone in overrides, or compress both"
                 )
             if other.options != first.options:

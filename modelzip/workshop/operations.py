@@ -43,29 +43,33 @@ def name_of(f: Callable) -> str:  # "conv2d", "add" (also for add_, __add__ …)
     return SAME.get(name, name)
 
 # %% ../../nbs/workshop/operations.ipynb
-POINTWISE = """relu relu6 leaky_relu elu selu celu rrelu gelu silu mish hardswish tanh tanhshrink softshrink hardshrink softsign
-    abs neg negative positive sign sqrt square sin sinh asinh atan arctan erf erfinv expm1 log1p round floor ceil trunc nan_to_num zero real
-    dropout dropout1d dropout2d dropout3d feature_dropout
+POINTWISE = """relu relu6 leaky_relu elu selu celu rrelu gelu silu mish hardswish tanh tanhshrink softshrink
+    hardshrink softsign abs neg negative positive sign sqrt square sin sinh asinh atan arctan erf erfinv expm1
+    log1p round floor ceil trunc nan_to_num zero real dropout dropout1d dropout2d dropout3d feature_dropout
     clone contiguous to float half double bfloat16 type type_as detach cpu cuda data alias""".split()
-LIFTING = """sigmoid hardsigmoid logsigmoid softplus exp cos rsqrt reciprocal log isnan isinf isfinite logical_not bool int long
-    alpha_dropout feature_alpha_dropout""".split()
+LIFTING = """sigmoid hardsigmoid logsigmoid softplus exp cos rsqrt reciprocal log isnan isinf isfinite
+    logical_not bool int long alpha_dropout feature_alpha_dropout""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
-MIXING = """add sub mul div pow maximum minimum fmax fmin where lerp addcmul addcdiv eq ne lt gt le ge greater less and or xor
-    logical_and logical_or logical_xor masked_fill fmod atan2 floor_divide remainder rsub copy""".split()
+MIXING = """add sub mul div pow maximum minimum fmax fmin where lerp addcmul addcdiv eq ne lt gt le ge greater
+    less and or xor logical_and logical_or logical_xor masked_fill fmod atan2 floor_divide remainder rsub
+    copy""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
 RESHAPE = "view reshape flatten unflatten view_as reshape_as".split()
-MOVE = """ravel squeeze unsqueeze permute transpose t T mT H movedim moveaxis swapaxes swapdims expand expand_as repeat tile flip
-    repeat_interleave broadcast_to pixel_unshuffle atleast_2d diagonal""".split()
+MOVE = """ravel squeeze unsqueeze permute transpose t T mT H movedim moveaxis swapaxes swapdims expand expand_as
+    repeat tile flip repeat_interleave broadcast_to pixel_unshuffle atleast_2d diagonal""".split()
 CUT = """getitem chunk split split_with_sizes tensor_split narrow select unbind index_select hsplit vsplit roll gather
     take_along_dim""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
 RANDOM = "rand randn randint randperm normal multinomial empty empty_like empty_strided new_empty".split()
-ABOUT = """shape size dim ndim numel nelement len stride dtype device layout names itemsize element_size storage_offset is_floating_point is_complex
-    is_contiguous is_cuda is_leaf is_sparse is_quantized is_nested is_meta is_mkldnn is_conj is_neg is_signed is_inference is_same_size is_tensor is_xla is_mps is_cpu is_xpu
-    is_sparse_csr is_vulkan is_ipu is_hpu is_mtia is_maia is_shared requires_grad grad_fn grad version backward_hooks get_device has_names result_type can_cast hash repr format assert""".split()  # what these tell is no number of a channel
+# what these tell is no number of a channel
+ABOUT = """shape size dim ndim numel nelement len stride dtype device layout names itemsize element_size
+    storage_offset is_floating_point is_complex is_contiguous is_cuda is_leaf is_sparse is_quantized is_nested
+    is_meta is_mkldnn is_conj is_neg is_signed is_inference is_same_size is_tensor is_xla is_mps is_cpu is_xpu
+    is_sparse_csr is_vulkan is_ipu is_hpu is_mtia is_maia is_shared requires_grad grad_fn grad version
+    backward_hooks get_device has_names result_type can_cast hash repr format assert""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
 def tensors_of(x: Any) -> list[Tensor]:
@@ -74,10 +78,12 @@ def tensors_of(x: Any) -> list[Tensor]:
 
 # %% ../../nbs/workshop/operations.ipynb
 SIZED = (
-    """arange linspace logspace tensor as_tensor eye rand randn randint empty_strided zeros ones empty full zeros_like ones_like empty_like full_like
-    new_zeros new_ones new_empty new_full new_tensor tril triu tril_indices triu_indices layer_norm rms_norm group_norm conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d multi_head_attention_forward lstm gru rnn_tanh rnn_relu pad channel_shuffle native_channel_shuffle
-    embedding one_hot cat stack set pack_padded_sequence pad_packed_sequence pixel_shuffle unfold""".split()
+    """arange linspace logspace tensor as_tensor eye rand randn randint empty_strided zeros ones empty full
+    zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_tensor tril triu
+    tril_indices triu_indices layer_norm rms_norm group_norm conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d multi_head_attention_forward lstm gru rnn_tanh rnn_relu pad
+    channel_shuffle native_channel_shuffle embedding one_hot cat stack set pack_padded_sequence
+    pad_packed_sequence pixel_shuffle unfold""".split()
     + RESHAPE
     + MOVE
     + CUT
@@ -89,6 +95,7 @@ def numbers_in(
     args: tuple,
     kwargs: dict,
 ) -> tuple:
-    "The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a constant as q/8.0."
+    """The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a
+    constant as q/8.0."""
     kinds = (float, complex, np.floating) if name in SIZED else (int, float, complex, np.number)
     return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))

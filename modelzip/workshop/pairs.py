@@ -385,7 +385,8 @@ def proven_pairs(
     return (
         pairs,
         "; ".join(dict.fromkeys(reasons))
-        or "no two of Linear, Conv1d and Conv2d follow each other with only ReLU, pooling, Flatten and the like between them",
+        or "no two of Linear, Conv1d and Conv2d follow each other with only ReLU, pooling, Flatten and the like between"
+        " them",
     )
 
 # %% ../../nbs/workshop/pairs.ipynb

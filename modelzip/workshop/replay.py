@@ -294,7 +294,8 @@ def aligned(
     rows: Tensor,  # of the changed model
     original: Tensor | None,  # of the model as it was
 ) -> Tensor:
-    "The original's rows beside those of the changed model; a row that is nearer to nothing than to its own stands for itself."
+    """The original's rows beside those of the changed model; a row that is nearer to nothing than to its own stands for
+    itself."""
     if original is None or original.shape != rows.shape:
         return rows
     original = original.to(rows.dtype)

@@ -113,8 +113,9 @@ def normalized(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kw
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule(
-    *"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate upsample
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""".split()
+    *"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate
+    upsample adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d""".split()
 )
 def pooling(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
     "Positions are combined, channels are not."

@@ -97,8 +97,8 @@ def sparsify_model(
     layers: tuple = QUANTIZABLE,  # classes
     overrides: (
         dict | None
-        # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is, without
-        # its mask
+        # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
+        # without its mask
     ) = None,
     **options,  # of `sparsify_layer`: layout, group, symmetric, codebook …
 ) -> nn.Module:  # a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
