@@ -58,7 +58,7 @@ def qat(found):
             LENET5,
             f"{spread(rows[name]['accuracy'])} %",
             f"{spread(rows['float32']['accuracy'])} %",
-            "11_qat.ipynb",
+            "11_lsq.ipynb",
         )
 
 

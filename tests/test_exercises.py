@@ -815,7 +815,7 @@ WRONG = {
             "with the limit",
         ),
     ],
-    "11_qat:check_gradient": [
+    "11_lsq:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
         (
@@ -838,14 +838,14 @@ WRONG = {
             "codes from 0 to 15",
         ),
     ],
-    "11_qat:check_reach": [
+    "11_lsq:check_reach": [
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
         ("lambda step, zero, bits: (-1., 2., round(1 / step))", "three bits"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "a zero point of 2, yours is 5"),
     ],
-    "11_qat:check_progressive": [
+    "11_lsq:check_progressive": [
         (
             """def progressive(model, widths, train_some):
             for _ in widths: train_some(model)
