@@ -146,7 +146,9 @@ def greedy(
     """
     if math.isnan(budget):
         raise ValueError("budget is nan; it may be a number of bytes")
-    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors, strict=True)]
+    if len(bytes) != len(errors):
+        raise ValueError(f"bytes has {len(bytes)} layers, errors has {len(errors)}")
+    hulls = [lower_hull(b, e) for b, e in zip(bytes, errors)]
     if not all(hulls):
         raise ValueError("a layer has no option")
     picks, left = [h[0] for h in hulls], budget - sum(b[h[0]] for b, h in zip(bytes, hulls))

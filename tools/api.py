@@ -30,14 +30,33 @@ def public(name, root=ROOT):
         ),
         [],
     )
-    defined = {n: (here, line) for n, line in lines_of(tree).items()}
+    found = {n: defined_in(n, here, root) for n in exported}
+    return {n: place for n, place in found.items() if place and (place[0] == here or "/workshop/" in place[0])}
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def defined_in(name, here, root):
+    """File and line of a function or class, followed through the modules from which it is imported; None for
+    what is neither."""
+    tree = parsed(root / here)
+    if line := lines_of(tree).get(name):
+        return here, line
     for node in tree.body:
-        module = "modelzip." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
-        if module.startswith("modelzip.workshop."):
-            there = f"{module.replace('.', '/')}.py"
-            lines = lines_of(ast.parse((root / there).read_text(encoding="utf-8")))
-            defined |= {a.name: (there, lines[a.name]) for a in node.names if a.name in lines}
-    return {n: defined[n] for n in exported if n in defined}
+        module = "modelzip." * (getattr(node, "level", 0) == 1 and "/workshop/" not in here)
+        module += "modelzip.workshop." * (getattr(node, "level", 0) == 1 and "/workshop/" in here)
+        module += getattr(node, "module", None) or ""
+        if not (isinstance(node, ast.ImportFrom) and module.startswith("modelzip.")):
+            continue
+        for a in node.names:
+            if a.name == "*" or (a.asname or a.name) == name:
+                there = f"{module.replace('.', '/')}.py"
+                if place := defined_in(name if a.name == "*" else a.name, there, root):
+                    return place
+    return None
 
 
 def lines_of(tree):
