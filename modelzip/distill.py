@@ -32,7 +32,7 @@ from modelzip.workshop.lessons import (
     labels_of_one_logit,
     layer_map,
     layer_pairs,
-    own_copy_of,
+    cloned,
     rehearse,
     same_shape,
     same_size,
@@ -172,7 +172,7 @@ class Lesson(nn.Module):
             x = augment(x)
         ours.clear(), theirs.clear()
         with torch.no_grad(), eval_mode(teacher):
-            y = logits_of(feed(teacher, own_copy_of(x)))  # its own x: a network may write into it
+            y = logits_of(feed(teacher, cloned(x)))  # its own x: a network may write into it
         z = logits_of(feed(self.student, x))
         return Seen(z, features_of(ours, self.loss.student_layers, "student")), Seen(
             y, features_of(theirs, self.loss.teacher_layers, "teacher")

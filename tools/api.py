@@ -2,6 +2,7 @@
 docstrings. tools/site.py puts them into the site."""
 
 import ast, functools, importlib, inspect, re
+from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +47,10 @@ def defined_in(name, here, root):
     if line := lines_of(tree).get(name):
         return here, line
     for node in tree.body:
-        module = "modelzip." * (getattr(node, "level", 0) == 1 and "/workshop/" not in here)
-        module += "modelzip.workshop." * (getattr(node, "level", 0) == 1 and "/workshop/" in here)
-        module += getattr(node, "module", None) or ""
-        if not (isinstance(node, ast.ImportFrom) and module.startswith("modelzip.")):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = resolve_name("." * node.level + (node.module or ""), here.rpartition("/")[0].replace("/", "."))
+        if not module.startswith("modelzip."):
             continue
         for a in node.names:
             if a.name == "*" or (a.asname or a.name) == name:
