@@ -126,6 +126,8 @@ def pop(self: Line, key: tuple, most: int) -> list[Request]:
         del self.queues[key]
     self.waiting -= len(taken)
     self.tell(len(taken))
+    if self.closed and not self.waiting:
+        self.watch.end()  # nobody is left to watch: it need not sleep until the deadline of who was just served
     return taken
 
 # %% ../../nbs/workshop/line.ipynb
