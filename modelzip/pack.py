@@ -104,7 +104,7 @@ def map_payload(
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,  # a file that `save` has written
-    # one of the same architecture, of any size, compressed or not; left as it is. None: the registered builder makes one
+    # one of the same architecture, of any size, compressed or not; left as it is. None: a registered builder makes one
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     mmap: bool = False,
@@ -112,7 +112,7 @@ def load(
     verify: bool = True,
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
-    `PackError` for whatever is wrong with the file, before memory is allocated for it; `OSError` if it cannot be opened."""
+    `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened."""
     check_loading(model, mmap, verify)
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
