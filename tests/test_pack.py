@@ -1552,6 +1552,9 @@ def test_a_registered_layer_goes_through_a_file(tmp_path, monkeypatch):
 
     for table in "LAYERS", "OWN":
         monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
+    with pytest.raises(ValueError, match="Scaling: HOMES_OF_LAYERS .* does not say that example makes it"):
+        kinds.register_layer("channels eps")(Scaling)
+    monkeypatch.setitem(kinds.HOMES_OF_LAYERS, "Scaling", "example")
     kinds.register_layer("channels eps")(Scaling)
     model = nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=2.0))
     model[1].weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -1568,6 +1571,28 @@ def test_a_registered_layer_goes_through_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(kinds, "LAYERS", {k: v for k, v in kinds.LAYERS.items() if k != "Scaling"})
     with pytest.raises(PackError, match="layers"):
         load(path, model)
+
+
+def test_a_file_finds_a_registered_layer_whose_module_nobody_imported(tmp_path, monkeypatch):
+    import modelzip
+    from modelzip.workshop import kinds
+
+    for table in "LAYERS", "OWN":
+        monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
+    monkeypatch.setitem(kinds.HOMES_OF_LAYERS, "Scaling", "example")
+    kinds.register_layer("channels eps")(Scaling)
+    path = save(nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=2.0)), tmp_path / "x.mz")
+    del kinds.LAYERS["Scaling"], kinds.OWN["Scaling"]
+    (tmp_path / "example.py").write_text(
+        f"from {__name__} import Scaling\nfrom modelzip.workshop.kinds import register_layer\n"
+        "register_layer('channels eps')(Scaling)\n"
+    )
+    monkeypatch.setattr(modelzip, "__path__", [*modelzip.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "modelzip.example", raising=False)
+    try:
+        assert load(path, nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=1.0)))[1].eps == 2.0
+    finally:
+        sys.modules.pop("modelzip.example", None)
 
 
 def test_a_registered_kind_goes_through_a_file(tmp_path, request):

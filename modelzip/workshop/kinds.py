@@ -4,15 +4,15 @@
 
 # %% auto 0
 __all__ = ['MISSING', 'LIBRARIES', 'SMALL', 'MOST', 'DEVICE', 'SPELLED', 'OPERATORS', 'LAYERS', 'HOMES_OF_LAYERS', 'OWN', 'OURS',
-           'MAX_LAYERS', 'MAX_PARTS', 'PUT_THERE', 'said', 'name_of', 'meant', 'text', 'register_layer', 'layer_class',
-           'plain_layer', 'argument', 'layer_entry', 'of_torch', 'attributes_of', 'small_buffers', 'shapes_of',
-           'hooks_named', 'module_entry', 'check_nothing_hidden', 'computes_nothing', 'walk', 'entry_of', 'kinds_of',
-           'seal', 'alike', 'fits', 'parent_of', 'children_in', 'differing', 'check_argument', 'make_plain',
-           'arguments_of', 'table_class', 'unsound', 'check_arguments', 'change_module', 'text_of', 'remade',
-           'otherwise', 'check_kinds', 'made_so', 'are_kinds']
+           'MAX_LAYERS', 'MAX_PARTS', 'PUT_THERE', 'said', 'name_of', 'meant', 'text', 'arguments_known',
+           'register_layer', 'layer_class', 'plain_layer', 'argument', 'layer_entry', 'of_torch', 'attributes_of',
+           'small_buffers', 'shapes_of', 'hooks_named', 'module_entry', 'check_nothing_hidden', 'computes_nothing',
+           'walk', 'entry_of', 'kinds_of', 'seal', 'alike', 'fits', 'parent_of', 'children_in', 'differing',
+           'check_argument', 'make_plain', 'arguments_of', 'table_class', 'unsound', 'check_arguments', 'change_module',
+           'text_of', 'remade', 'otherwise', 'check_kinds', 'made_so', 'are_kinds']
 
 # %% ../../nbs/workshop/kinds.ipynb
-import base64, collections, copy, dataclasses, datetime, decimal, dis, enum, fractions, functools, importlib, json, math, operator, pathlib, pickle, re, sys, types, uuid, warnings, zlib
+import base64, collections, contextlib, copy, dataclasses, datetime, decimal, dis, enum, fractions, functools, importlib, json, math, operator, pathlib, pickle, re, sys, types, uuid, warnings, zlib
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
@@ -560,17 +560,29 @@ HOMES_OF_LAYERS = dict.fromkeys(
 OWN = {}  # name → a layer of this library, registered by the module that makes it
 
 
+def arguments_known(
+    name: str,  # of a class, as a file says it
+) -> str | None:  # with blanks between; None for a class that no file may name
+    "The arguments that a file may give to a class. The module of one of ours is imported for it if need be."
+    if name not in LAYERS and name in HOMES_OF_LAYERS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}")
+    return LAYERS.get(name)
+
+
 def register_layer(
     arguments: str,  # those of its constructor that a file may give, with blanks between
 ) -> Any:  # a decorator
-    """Let files name a layer class of this library. `ValueError` for a class of another, or a name that is taken:
-    what a file may name must be what every reader has."""
+    """Let files name a layer class of this library. `ValueError` for a class of another, a name that is taken, or a
+    module that `HOMES_OF_LAYERS` does not name: what a file may name must be what every reader has and finds."""
 
     def register(cls: type) -> type:
         if cls.__module__.partition(".")[0] != "modelzip" or cls.__name__ in LAYERS:
             raise ValueError(f"{cls.__module__}.{cls.__name__} cannot be a class that files name")
         if unruled := [k for k in arguments.split() if k not in RULES]:
             raise ValueError(f"{cls.__name__}: RULES of workshop.asked does not say what {unruled[0]} may be")
+        if HOMES_OF_LAYERS.get(cls.__name__) != (home := cls.__module__.partition(".")[2]):
+            raise ValueError(f"{cls.__name__}: HOMES_OF_LAYERS of workshop.kinds does not say that {home} makes it")
         OWN[cls.__name__], LAYERS[cls.__name__] = cls, arguments
         return cls
 
@@ -1215,8 +1227,8 @@ def are_kinds(
         if "class" in e:
             return (
                 isinstance(e["class"], str)
-                and e["class"] in LAYERS
-                and e.keys() - {"class"} <= set(LAYERS[e["class"]].split())
+                and (known := arguments_known(e["class"])) is not None
+                and e.keys() - {"class"} <= set(known.split())
             )
         if "module" in e and not isinstance(e["module"], str):
             return False
