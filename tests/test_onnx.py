@@ -17,21 +17,13 @@ helper, TensorProto = onnx.helper, onnx.TensorProto
 from modelzip import onnx_export
 from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
-from modelzip.onnx_export import (
-    Graph,
-    _embedding,
-    _expanded,
-    _fits_rows,
-    _float_linear,
-    _integer_conv,
-    _integer_linear,
-    onnx_bytes,
-    onnx_model,
-    to_onnx,
-)
+from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop import onnx_files
+from modelzip.workshop.onnx_expanded import fetched_rows, fits_rows, float_linear
+from modelzip.workshop.onnx_graph import expanded_weight, store_number
+from modelzip.workshop.onnx_products import integer_conv, integer_linear
 
 FAST = settings(max_examples=examples(40), deadline=None)
 
@@ -87,7 +79,7 @@ def test_expanded_weights(shape, bits, symmetric, where, group, table, columns, 
     if columns and len(shape) > 1:
         how |= {"columns": torch.rand(shape[1]) + 0.5}
     q, g = quantize(torch.randn(shape), bits, symmetric=symmetric, **how), Graph(onnx)
-    near(computed(g, _expanded(g, "w", q)), q.dequantize())
+    near(computed(g, expanded_weight(g, "w", q)), q.dequantize())
 
 
 @FAST
@@ -115,7 +107,7 @@ def test_products_with_expanded_weights(inputs, outputs, bits, symmetric, how, m
         torch.randn(3, 2, inputs),
     )
     near(
-        computed(g, _float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5
+        computed(g, float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5
     )
 
 
@@ -143,7 +135,7 @@ def test_integer_products(inputs, outputs, bits, symmetric, activations, columns
         Graph(onnx),
         torch.randn(7, inputs) * 2 + 1,
     )
-    exact, got = small(x), computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)])
+    exact, got = small(x), computed(g, integer_linear(g, "x", layer, "w"), [("x", x)])
     scaled = x if small.q.columns is None else x * small.q.columns
     ranges = (
         (scaled.amax(1).clamp(min=0) - scaled.amin(1).clamp(max=0))
@@ -171,7 +163,7 @@ def test_integer_convolutions(activations):
         )
         assert type(layer) is QConv2d
         near(
-            computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03
+            computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03
         )  # two roundings of nine inputs each
 
 
@@ -196,8 +188,8 @@ def test_embeddings_fetch_rows_of_codes(rows, width, bits, how, symmetric, colum
         **({"columns": torch.rand(width) + 0.5} if columns else {}),
     )
     g, ids = Graph(onnx), torch.randint(0, rows, shape)
-    assert _fits_rows(q)
-    near(computed(g, _embedding(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
+    assert fits_rows(q)
+    near(computed(g, fetched_rows(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
 
 
 class Everything(nn.Module):
@@ -501,7 +493,7 @@ def test_trained_convolutions_with_every_option(mode):
                 Graph(onnx),
                 torch.randn(3, 8, 9, 10) + 0.3,
             )
-            near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+            near(computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
 def test_convolutions_with_a_range_for_each_image():
@@ -515,11 +507,11 @@ def test_convolutions_with_a_range_for_each_image():
         )
         x[1:].relu_()
         g = Graph(onnx)
-        got, want = computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
+        got, want = computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
         for a, b in zip(got, want):
             near(a, b, 2e-3)
         g = Graph(onnx)
-        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
+        near(computed(g, integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
 
 
 def test_trained_linear_layers():
@@ -537,7 +529,7 @@ def test_trained_linear_layers():
             Graph(onnx),
             torch.randn(2, 5, inputs),
         )
-        near(computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+        near(computed(g, integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
 class Branches(nn.Module):
@@ -611,11 +603,11 @@ def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
 
 
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    right = onnx_export._float_linear
+    right = onnx_export.float_linear
     monkeypatch.setattr(
         onnx_export,
-        "_float_linear",
-        lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), onnx_export._number(g, 1.1)),
+        "float_linear",
+        lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), store_number(g, 1.1)),
     )
     model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)  # zeros would not tell
     with pytest.raises(ValueError, match="off the model's own output"):
