@@ -1,7 +1,8 @@
 """ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
 weight is in them."""
 
-import os
+import json, os
+from collections import Counter
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from modelzip import onnx_export
 from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
+from modelzip.prune import Inputs
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop import onnx_files
 from modelzip.workshop.onnx_expanded import fetched_rows, fits_rows, float_linear
 from modelzip.workshop.onnx_graph import expanded_weight, store_number
 from modelzip.workshop.onnx_products import integer_conv, integer_linear
+from modelzip.workshop.onnx_static import whole_bias
 
 FAST = settings(max_examples=examples(40), deadline=None)
 
@@ -642,3 +645,146 @@ def test_where_two_files_cannot_be_written_the_error_names_the_path(tmp_path, mo
             to_onnx(model, path, torch.randn(2, 8))
         assert e.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+# ---------------------------------------------------------------------------------- known ranges, as engines fuse them
+
+
+def static(model, *inputs, bits=8, activations=8):
+    "A model of integers whose ranges come from its inputs."
+    prepared = prepare(model.eval(), bits=bits, activations=activations, batches=[Inputs(*inputs)])
+    return convert(prepared).eval()
+
+
+def what_runs(path, inputs):
+    "Operations that ONNX Runtime runs, as its profile counts them."
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.enable_profiling, options.profile_file_prefix = 3, True, str(path)
+    session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
+    with open(session.end_profiling()) as f:
+        return Counter(e["args"]["op_name"] for e in json.load(f) if "op_name" in e.get("args", {}))
+
+
+class Encoder(nn.Module):
+    "Query, key and value of one input, a residual, a norm, a GELU."
+
+    def __init__(self, width=32, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, mask):
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        x = self.norm(x + self.out(y.transpose(1, 2).flatten(2)))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def encoder():
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 3:] = mask[1] = False
+    return static(Encoder(), x, mask), x, mask
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(24 * 25, 50), nn.ReLU(), nn.Linear(50, 10),
+    )  # fmt: skip
+
+
+def test_onnx_runtime_multiplies_integers_of_known_range(tmp_path):
+    model, x, mask = encoder()
+    path = to_onnx(model, tmp_path / "m.onnx", (x, mask), dynamic={0: "batch", 1: "length"})
+    ran = what_runs(path, (x, mask))
+    assert ran["MatMulIntegerToFloat"] == 6 and ran["QuantizeLinear"] == 4  # one for query, key and value
+    assert ran["MatMul"] + ran["FusedMatMul"] == 2 and not ran["Gemm"] + ran["IsNaN"]  # those of attention
+    near(onnx_model(path)(x[:2, :5], mask[:2, :5]), model(x[:2, :5], mask[:2, :5]), 0.01)
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 28, 28)
+    model = static(convolutional(), x)
+    ran = what_runs(to_onnx(model, tmp_path / "n.onnx", x), (x,))
+    assert (ran["QLinearConv"], ran["QGemm"]) == (2, 2) and not ran["Conv"] + ran["Gemm"] + ran["FusedConv"]
+    near(onnx_model(tmp_path / "n.onnx")(x), model(x), 0.02)
+
+
+def test_openvino_multiplies_integers_of_known_range(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model, x, mask = encoder()
+    images = torch.randn(2, 1, 28, 28)
+    to_onnx(model, tmp_path / "m.onnx", (x, mask), dynamic={0: "batch", 1: "length"})
+    to_onnx(static(convolutional(), images), tmp_path / "n.onnx", images)
+    for path, products in ((tmp_path / "m.onnx", 6), (tmp_path / "n.onnx", 4)):
+        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        ran = [n.get_rt_info() for n in compiled.get_runtime_model().get_ordered_ops()]
+        said = [(str(i["layerType"].astype(str)), str(i["runtimePrecision"].astype(str))) for i in ran]
+        found = [p for kind, p in said if kind in ("FullyConnected", "Convolution", "MatMul")]
+        assert sum(p in ("u8", "i8") for p in found) == products
+
+
+@pytest.mark.parametrize("form", ["qdq", "integers"])
+def test_known_ranges_in_both_forms(form, tmp_path):
+    "Integers of ONNX Runtime and PyTorch are equal within one code of the input."
+    torch.manual_seed(0)
+    twice = nn.Linear(16, 16)
+    tied = nn.Linear(16, 16)
+    tied.weight = twice.weight
+    large = nn.Linear(16, 40)
+    large.bias.data += 1e9  # no int32 beside the sums
+    row, conv = torch.randn(5, 16), torch.randn(2, 4, 9, 11)
+    cases = (
+        ([nn.Linear(16, 31)], row),
+        ([nn.Linear(16, 31, bias=False)], torch.randn(2, 3, 16)),
+        ([twice, tied, twice], row),
+        ([large], row),
+        ([nn.Linear(16, 3)], torch.randn(16)),
+        ([nn.Conv2d(4, 20, 3, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(20, 40, (3, 1), dilation=2, padding="same")], conv),
+        *(([nn.Conv2d(4, 20, 3, padding=1, padding_mode=m)], conv) for m in ("reflect", "circular")),
+        ([nn.Conv2d(4, 20, 3, bias=False)], torch.randn(4, 9, 9)),
+    )
+    for i, (layers, x) in enumerate(cases if form == "qdq" else cases[:6:5]):
+        model = static(nn.Sequential(*layers), x, activations=(8, 5)[i % 2])
+        free = {0: "n"} if x.dim() in (2, 4) else {}
+        path = to_onnx(model, tmp_path / "m.onnx", x, dynamic=free, check=False, form=form)
+        got, want, steps = onnx_model(path)(x), model(x), 0.0
+        for m in model.modules():
+            if isinstance(m, (StaticLinear, StaticConv2d)):
+                steps = max(steps, m.input_scale * m.q.dequantize().flatten(1).norm(dim=1).max().item())
+        assert (got - want).abs().max() <= len(layers) * steps + 1e-6 * want.abs().max(), layers
+    with pytest.raises(ValueError, match="form is 'codes'"):
+        to_onnx(model, tmp_path / "m.onnx", x, form="codes")
+
+
+def test_attention_says_what_pytorch_says(tmp_path):
+    class Attend(nn.Module):
+        def __init__(self, scale=None, causal=False):
+            super().__init__()
+            self.how, self.line = {"scale": scale, "is_causal": causal}, quantize_layer(nn.Linear(8, 8))
+
+        def forward(self, q, k, v, mask=None):
+            return nn.functional.scaled_dot_product_attention(self.line(q), k, v, mask, **self.how)
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    seen = torch.rand(2, 1, 5, 6) > 0.5
+    seen[0, :, 2] = False
+    added = torch.randn(5, 6).masked_fill(~seen[0, 0], -torch.inf)
+    for model, mask in ((Attend(), seen), (Attend(0.3), added), (Attend(), seen[:, :, 2:3]), (Attend(2.0), None)):
+        inputs = (q, k, v) if mask is None else (q, k, v, mask)
+        got, want = onnx_model(to_onnx(model, tmp_path / "m.onnx", inputs, dynamic={}))(*inputs), model(*inputs)
+        near(got, want, 1e-5)
+        assert mask is None or not want[0, :, 2 if mask.shape[-2] > 1 else 0].any()
+        assert not {"IsNaN", "Reshape"} & {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}
+    to_onnx(Attend(causal=True), tmp_path / "m.onnx", (q, k[:, :, :5], v[:, :, :5]))  # compared as it is written
+
+
+def test_a_whole_bias_is_half_a_step_off():
+    torch.manual_seed(0)
+    weight, scale, bias = torch.randint(-128, 128, (99, 40)).to(torch.int8), torch.rand(99) + 1e-3, torch.randn(99) * 50
+    whole, step = whole_bias(bias, weight, scale, 0.03)
+    assert ((whole.double() * step.double() - bias).abs() <= 0.50001 * step).all()
+    assert whole_bias(bias * 1e9, weight, scale, 0.03) is None and whole_bias(bias, weight, scale, 1e-38) is None

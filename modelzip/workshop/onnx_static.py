@@ -110,8 +110,9 @@ def static_values(g: Graph, x: str, layer: nn.Module, name: str) -> str:
     def make():
         y, step, zero = times_columns(g, x, layer, name), how["scale"], how["zero_point"]
         if how["levels"] < 256:
-            ends = (-zero * step, (how["levels"] - 1 - zero) * step)
-            y = g.add("Clip", y, *(store_tensor(g, f"{name}.clip", torch.tensor(e, dtype=torch.float32)) for e in ends))
+            low, high = (torch.tensor(c * step, dtype=torch.float32) for c in (-zero, how["levels"] - 1 - zero))
+            y = g.add("Min", y, store_tensor(g, name + ".high", high))
+            y = g.add("Max", y, store_tensor(g, name + ".low", low))
         grid = (
             store_tensor(g, f"{name}.input_scale", torch.tensor(step, dtype=torch.float32)),
             store_number(g, zero, torch.uint8),
@@ -162,10 +163,14 @@ def static_linear(
 ) -> str | None:  # with its bias; None where only integers can say it
     "A linear layer as QuantizeLinear, DequantizeLinear and a product."
     weight, scale, _ = layer._prepare_bytes()
-    plain, flat = layer.layer.bias, rank == 2
+    plain, flat = layer.layer.bias, rank < 3
     added = _bias_nodes(g, layer, weight, scale, bias) if plain is not None and flat else None
     if plain is not None and flat and added is None:
         return None
+    if rank == 1:
+        first = store_tensor(g, "modelzip.first", torch.tensor([0]))
+        rows = g.once(("row", x), lambda: g.add("Unsqueeze", x, first))
+        return g.add("Squeeze", static_linear(g, rows, layer, name, bias, 2), first)
     values = static_values(g, x, layer, name), _static_weight(g, weight.t(), scale, name, 1)
     if plain is None:
         return g.add("MatMul", *values)
