@@ -1,7 +1,8 @@
 """ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
 weight is in them."""
 
-import os
+import json, os
+from collections import Counter
 
 import pytest
 import torch
@@ -17,21 +18,15 @@ helper, TensorProto = onnx.helper, onnx.TensorProto
 from modelzip import onnx_export
 from modelzip.data import LeNet5
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
-from modelzip.onnx_export import (
-    Graph,
-    _embedding,
-    _expanded,
-    _fits_rows,
-    _float_linear,
-    _integer_conv,
-    _integer_linear,
-    onnx_bytes,
-    onnx_model,
-    to_onnx,
-)
+from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
+from modelzip.prune import Inputs
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop import onnx_files
+from modelzip.workshop.onnx_expanded import fetched_rows, fits_rows, float_linear
+from modelzip.workshop.onnx_graph import expanded_weight, store_number
+from modelzip.workshop.onnx_products import integer_conv, integer_linear
+from modelzip.workshop.onnx_static import whole_bias
 
 FAST = settings(max_examples=examples(40), deadline=None)
 
@@ -87,7 +82,7 @@ def test_expanded_weights(shape, bits, symmetric, where, group, table, columns, 
     if columns and len(shape) > 1:
         how |= {"columns": torch.rand(shape[1]) + 0.5}
     q, g = quantize(torch.randn(shape), bits, symmetric=symmetric, **how), Graph(onnx)
-    near(computed(g, _expanded(g, "w", q)), q.dequantize())
+    near(computed(g, expanded_weight(g, "w", q)), q.dequantize())
 
 
 @FAST
@@ -115,7 +110,7 @@ def test_products_with_expanded_weights(inputs, outputs, bits, symmetric, how, m
         torch.randn(3, 2, inputs),
     )
     near(
-        computed(g, _float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5
+        computed(g, float_linear(g, "x", q, "w", microsoft), [("x", x)]), nn.functional.linear(x, q.dequantize()), 2e-5
     )
 
 
@@ -143,7 +138,7 @@ def test_integer_products(inputs, outputs, bits, symmetric, activations, columns
         Graph(onnx),
         torch.randn(7, inputs) * 2 + 1,
     )
-    exact, got = small(x), computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)])
+    exact, got = small(x), computed(g, integer_linear(g, "x", layer, "w"), [("x", x)])
     scaled = x if small.q.columns is None else x * small.q.columns
     ranges = (
         (scaled.amax(1).clamp(min=0) - scaled.amin(1).clamp(max=0))
@@ -171,7 +166,7 @@ def test_integer_convolutions(activations):
         )
         assert type(layer) is QConv2d
         near(
-            computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03
+            computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 0.03
         )  # two roundings of nine inputs each
 
 
@@ -196,8 +191,8 @@ def test_embeddings_fetch_rows_of_codes(rows, width, bits, how, symmetric, colum
         **({"columns": torch.rand(width) + 0.5} if columns else {}),
     )
     g, ids = Graph(onnx), torch.randint(0, rows, shape)
-    assert _fits_rows(q)
-    near(computed(g, _embedding(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
+    assert fits_rows(q)
+    near(computed(g, fetched_rows(g, "ids", q, "w", len(shape)), [("ids", ids)]), q.dequantize()[ids])
 
 
 class Everything(nn.Module):
@@ -501,7 +496,7 @@ def test_trained_convolutions_with_every_option(mode):
                 Graph(onnx),
                 torch.randn(3, 8, 9, 10) + 0.3,
             )
-            near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+            near(computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
 def test_convolutions_with_a_range_for_each_image():
@@ -515,11 +510,11 @@ def test_convolutions_with_a_range_for_each_image():
         )
         x[1:].relu_()
         g = Graph(onnx)
-        got, want = computed(g, _integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
+        got, want = computed(g, integer_conv(g, "x", layer, "w"), [("x", x)]), layer(x)
         for a, b in zip(got, want):
             near(a, b, 2e-3)
         g = Graph(onnx)
-        near(computed(g, _integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
+        near(computed(g, integer_conv(g, "x", layer, "w"), [("x", x[1:3])])[0], got[1], 1e-6)
 
 
 def test_trained_linear_layers():
@@ -537,7 +532,7 @@ def test_trained_linear_layers():
             Graph(onnx),
             torch.randn(2, 5, inputs),
         )
-        near(computed(g, _integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
+        near(computed(g, integer_linear(g, "x", layer, "w"), [("x", x)]), layer(x), 1e-6)
 
 
 class Branches(nn.Module):
@@ -611,11 +606,11 @@ def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
 
 
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    right = onnx_export._float_linear
+    right = onnx_export.float_linear
     monkeypatch.setattr(
         onnx_export,
-        "_float_linear",
-        lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), onnx_export._number(g, 1.1)),
+        "float_linear",
+        lambda g, x, q, name, microsoft: g.add("Mul", right(g, x, q, name, microsoft), store_number(g, 1.1)),
     )
     model, x = quantize_model(nn.Sequential(nn.Linear(64, 200))), torch.zeros(2, 64)  # zeros would not tell
     with pytest.raises(ValueError, match="off the model's own output"):
@@ -650,3 +645,164 @@ def test_where_two_files_cannot_be_written_the_error_names_the_path(tmp_path, mo
             to_onnx(model, path, torch.randn(2, 8))
         assert e.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+# ---------------------------------------------------------------------------------- known ranges, as engines fuse them
+
+
+def static(model, *inputs, bits=8, activations=8):
+    "A model of integers whose ranges come from its inputs."
+    prepared = prepare(model.eval(), bits=bits, activations=activations, batches=[Inputs(*inputs)])
+    return convert(prepared).eval()
+
+
+def what_runs(path, inputs):
+    "Operations that ONNX Runtime runs, as its profile counts them."
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.enable_profiling, options.profile_file_prefix = 3, True, str(path)
+    session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
+    with open(session.end_profiling()) as f:
+        return Counter(e["args"]["op_name"] for e in json.load(f) if "op_name" in e.get("args", {}))
+
+
+class Encoder(nn.Module):
+    "Query, key and value of one input, a residual, a norm, a GELU."
+
+    def __init__(self, width=32, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, mask):
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        x = self.norm(x + self.out(y.transpose(1, 2).flatten(2)))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def encoder():
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 3:] = mask[1] = False
+    return static(Encoder(), x, mask), x, mask
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(24 * 25, 50), nn.ReLU(), nn.Linear(50, 10),
+    )  # fmt: skip
+
+
+def test_onnx_runtime_multiplies_integers_of_known_range(tmp_path):
+    model, x, mask = encoder()
+    path = to_onnx(model, tmp_path / "m.onnx", (x, mask), dynamic={0: "batch", 1: "length"})
+    ran = what_runs(path, (x, mask))
+    assert ran["MatMulIntegerToFloat"] == 6 and ran["QuantizeLinear"] == 4  # one for query, key and value
+    assert ran["MatMul"] + ran["FusedMatMul"] == 2 and not ran["Gemm"] + ran["IsNaN"]  # those of attention
+    near(onnx_model(path)(x[:2, :5], mask[:2, :5]), model(x[:2, :5], mask[:2, :5]), 0.01)
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 28, 28)
+    model = static(convolutional(), x)
+    ran = what_runs(to_onnx(model, tmp_path / "n.onnx", x), (x,))
+    assert (ran["QLinearConv"], ran["QGemm"]) == (2, 2) and not ran["Conv"] + ran["Gemm"] + ran["FusedConv"]
+    near(onnx_model(tmp_path / "n.onnx")(x), model(x), 0.02)
+
+
+def test_openvino_multiplies_integers_of_known_range(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model, x, mask = encoder()
+    images = torch.randn(2, 1, 28, 28)
+    to_onnx(model, tmp_path / "m.onnx", (x, mask), dynamic={0: "batch", 1: "length"})
+    to_onnx(static(convolutional(), images), tmp_path / "n.onnx", images)
+    for path, products in ((tmp_path / "m.onnx", 6), (tmp_path / "n.onnx", 4)):
+        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        ran = [n.get_rt_info() for n in compiled.get_runtime_model().get_ordered_ops()]
+        said = [(str(i["layerType"].astype(str)), str(i["runtimePrecision"].astype(str))) for i in ran]
+        found = [p for kind, p in said if kind in ("FullyConnected", "Convolution", "MatMul")]
+        assert sum(p in ("u8", "i8") for p in found) == products
+
+
+class Beside(nn.Module):
+    "What several layers make of one input."
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return tuple(layer(x) for layer in self.layers)
+
+
+@pytest.mark.parametrize("form", ["qdq", "integers"])
+def test_known_ranges_in_both_forms(form, tmp_path):
+    "Integers of ONNX Runtime and PyTorch are equal within one code of the input."
+    torch.manual_seed(0)
+    twice = nn.Linear(16, 16)
+    tied = nn.Linear(16, 16)
+    tied.weight = twice.weight
+    large = nn.Linear(16, 40)
+    large.bias.data += 1e9  # no int32 beside the sums
+    row, conv = torch.randn(5, 16), torch.randn(2, 4, 9, 11)
+    chain = nn.Conv2d(4, 20, 3, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(20, 40, (3, 1), dilation=2, padding="same")
+    padded = [nn.Conv2d(4, 20, 3, padding=1, padding_mode=m) for m in ("reflect", "replicate", "circular")]
+    cases = (
+        ([nn.Linear(16, 31), nn.Sequential(twice, tied, twice), large], row, 8),
+        ([nn.Sequential(*chain), *padded], conv, 8),
+        ([nn.Linear(16, 31), nn.Sequential(twice, tied, twice), large], row, 5),
+        ([nn.Linear(16, 31, bias=False)], torch.randn(2, 3, 16), 5),
+        ([nn.Linear(16, 3)], torch.randn(16), 8),
+        ([nn.Conv2d(4, 20, 3, bias=False), padded[0]], conv[0], 5),
+    )
+    for layers, x, activations in cases if form == "qdq" else cases[:2]:
+        model = static(Beside(*layers), x, activations=activations)
+        free = {0: "n"} if x.dim() in (2, 4) else {}
+        run = onnx_model(to_onnx(model, tmp_path / "m.onnx", x, dynamic=free, check=False, form=form))
+        steps = [
+            m.input_scale * m.q.dequantize().flatten(1).norm(dim=1).max().item()
+            for m in model.modules()
+            if isinstance(m, (StaticLinear, StaticConv2d))
+        ]
+        outputs = run(x) if len(layers) > 1 else (run(x),)
+        for got, want in zip(outputs, model(x), strict=True):
+            assert (got - want).abs().max() <= 3 * max(steps) + 1e-6 * want.abs().max(), layers
+    with pytest.raises(ValueError, match="form is 'codes'"):
+        to_onnx(model, tmp_path / "m.onnx", x, form="codes")
+
+
+def test_attention_says_what_pytorch_says(tmp_path):
+    class Attend(nn.Module):
+        def __init__(self, causal=False):
+            super().__init__()
+            self.causal, self.line = causal, quantize_layer(nn.Linear(8, 8))
+
+        def forward(self, q, k, v, seen, added):
+            q, attend = self.line(q), nn.functional.scaled_dot_product_attention
+            if self.causal:
+                return attend(q, k, v, is_causal=True)
+            first = seen[:, :, 2:3]
+            return attend(q, k, v, seen), attend(q, k, v, added, scale=0.3), attend(q, k, v, first), attend(q, k, v)
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    seen = torch.rand(2, 1, 5, 6) > 0.5
+    seen[0, :, 2] = False
+    added = torch.randn(5, 6).masked_fill(~seen[0, 0], -torch.inf)
+    model, inputs = Attend(), (q, k, v, seen, added)
+    outputs, expected = onnx_model(to_onnx(model, tmp_path / "m.onnx", inputs, dynamic={}))(*inputs), model(*inputs)
+    for got, want in zip(outputs, expected, strict=True):
+        near(got, want)
+    assert not any(y[0, :, row].any() for y, row in zip(expected, (2, 2, 0)))  # no key is seen
+    assert not {"IsNaN", "Reshape"} & {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}
+    to_onnx(Attend(causal=True), tmp_path / "m.onnx", inputs, dynamic={})  # compared as it is written
+
+
+def test_a_whole_bias_is_half_a_step_off():
+    torch.manual_seed(0)
+    weight, scale, bias = torch.randint(-128, 128, (99, 40)).to(torch.int8), torch.rand(99) + 1e-3, torch.randn(99) * 50
+    whole, step = whole_bias(bias, weight, scale, 0.03)
+    assert ((whole.double() * step.double() - bias).abs() <= 0.50001 * step).all()
+    assert whole_bias(bias * 1e9, weight, scale, 0.03) is None and whole_bias(bias, weight, scale, 1e-38) is None
