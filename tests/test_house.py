@@ -165,6 +165,75 @@ def test_private_names_stay_at_home(path):
     kept_or_listed("private", mine, not private, f"imports {private}")
 
 
+# ---------------------------------------------------------------------------------- registries
+
+# A table of names, and the module whose users look names up in it: who enters something must be imported by that one.
+TABLES = {
+    "workshop.coders:CODERS": "coding",
+    "workshop.criteria:CRITERIA": "prune",
+    "workshop.choosing:CRITERIA": "structured",
+    "workshop.pruner:SCHEDULES": "prune",
+    "workshop.layouts:LAYOUTS": "prune",
+    "workshop.drivers:COLUMNS": "ptq",
+    "workshop.observers:OBSERVERS": "quant",
+    "workshop.streams:FOR_CODES": "pack",
+    "channels:RULES": "structured",
+    "kernels:KERNELS": "kernels",
+    "recipe:STEPS": "recipe",
+    "tour:TECHNIQUES": "tour",
+    "cli:COMMANDS": "cli",
+}
+
+
+def reached(module, used):
+    "A module of the house and all that are imported when it is."
+    seen, todo = set(), [module]
+    while todo:
+        if (m := todo.pop()) not in seen:
+            seen.add(m)
+            todo += used[m]
+    return seen
+
+
+def makers(value):
+    "The modules of the house that make an entry of a table: those of its class and of the functions that it holds."
+    held = [*vars(value).values()] if hasattr(value, "__dict__") and not isinstance(value, type) else []
+    found = {getattr(x, "__module__", None) for x in (value, type(value), *held)}
+    return {m.removeprefix("modelzip.") for m in found if isinstance(m, str) and m.startswith("modelzip.")}
+
+
+@pytest.fixture(scope="module")
+def everything():
+    "All modules are imported, each by its name; what imports what."
+    for module in house.modules().values():
+        if module:
+            importlib.import_module(f"modelzip.{module}")
+    return house.uses()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_who_enters_a_table_is_imported_by_its_users(table, everything):
+    "Else a name is there or not, depending on what else was imported."
+    module, name = table.split(":")
+    known = reached(TABLES[table], everything)
+    for key, value in getattr(importlib.import_module(f"modelzip.{module}"), name).items():
+        for maker in makers(value) & everything.keys():
+            assert maker in known, f"{name}[{key!r}] is made by {maker}: import it in modelzip.{TABLES[table]}"
+
+
+def test_files_find_every_kind_of_tensor_and_layer(everything):
+    "A reader has imported nothing: `HOMES` says where a kind is made, and importing that module makes it."
+    from modelzip.quant import CompressedTensor, Dequantize
+    from modelzip.workshop.manifest import HOMES
+
+    for kinds in (CompressedTensor.kinds, Dequantize.kinds):
+        for kind, cls in kinds.items():
+            home = cls.__module__.removeprefix("modelzip.")
+            if home in everything and kind != "IntegerLayer":  # a base, of which there is no layer
+                assert kind in HOMES, f"{home} makes the kind {kind!r}: a line in HOMES of workshop.manifest is missing"
+                assert home in reached(HOMES[kind], everything), f"HOMES[{kind!r}] does not import {home}"
+
+
 # ---------------------------------------------------------------------------------- the map
 
 
@@ -183,7 +252,7 @@ def test_the_map_is_that_of_the_house():
 
 
 def test_nothing_stands_on_what_is_above_it():
-    assert not house.upward()
+    assert not house.upward(), "(who imports, what stands above it): move one of the two, or the group in _quarto.yml"
 
 
 def test_a_notebook_and_its_module_have_one_name():

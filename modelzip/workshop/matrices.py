@@ -11,6 +11,7 @@ __all__ = ['MATRICES', 'RIVALS', 'SMALL', 'COMPUTED', 'outputs_of', 'unwrapped',
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from textwrap import wrap
 
 import torch
 from torch import Tensor, nn
@@ -456,7 +457,9 @@ class Left(dict):
             return "no tensor is float"
         rows.insert(0, ("float", "bytes", "because"))
         wide = [max(len(r[i]) for r in rows) for i in range(2)]
-        return "\n".join(f"{n:<{wide[0]}}  {b:>{wide[1]}}  {why}" for n, b, why in rows)
+        room = max(40, 96 - sum(wide))
+        below = "\n" + " " * (sum(wide) + 4)  # where a reason goes on that is longer than a page is wide
+        return "\n".join(f"{n:<{wide[0]}}  {b:>{wide[1]}}  {below.join(wrap(why, room))}" for n, b, why in rows)
 
 
 SMALL = "small: a bias, a norm or another vector"
