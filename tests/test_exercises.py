@@ -449,8 +449,49 @@ WRONG = {
             return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])""",
             "leave the rest of the payload in the file",
         ),
+        (
+            """def read(path, name):                                                  # from there to the end
+            with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
+            with open(path, "rb") as f:
+                f.seek(64 + e["offset"])
+                return np.frombuffer(f.read(), e["dtype"], math.prod(e["shape"])).reshape(e["shape"])""",
+            "leave the rest of the payload in the file",
+        ),
+        (
+            """def read(path, name):                                                  # from the beginning to there
+            with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
+            n = math.prod(e["shape"])
+            with open(path, "rb") as f: start = f.read(64 + e["offset"] + 4 * n)
+            return np.frombuffer(start, e["dtype"], n, 64 + e["offset"]).reshape(e["shape"])""",
+            "leave the rest of the payload in the file",
+        ),
+        (
+            """def read(path, name):                                                  # whatever type it has
+            with zipfile.ZipFile(path) as z: e = json.loads(z.read("manifest.json"))["tensors"][name]
+            return np.fromfile(path, "f4", math.prod(e["shape"]), offset=64 + e["offset"]).reshape(e["shape"])""",
+            "is of the type float16, yours is float32",
+        ),
+        ("lambda path, name: model.state_dict()[name].numpy()", "It raised KeyError"),  # of another file
     ],
     "05_pack:check_wrong": [
+        ("lambda path, out: None", "It raised FileNotFoundError"),  # what an earlier attempt has left does not count
+        (
+            """
+            def attempt(path, out):                                                # `path` is changed, `out` is not
+                out.write_bytes(path.read_bytes())
+                m = load(path)
+                m.fc2.bias.data[0] += 1
+                save(m, path, archive=False)""",
+            "fc2.bias alone should differ, in your file it is []",
+        ),
+        (
+            """
+            def attempt(path, out):                                                # of another model
+                m = load(folder / "mapped.mz")
+                m.fc2.bias.data[0] += 1
+                save(m, out, archive=False)""",
+            "fc2.bias alone should differ",
+        ),
         ("lambda path, out: save(load(path), out, archive=False)", "fc2.bias alone should differ"),
         ("lambda path, out: out.write_bytes((b := path.read_bytes())[:90] + bytes(4) + b[94:])", "a checksum is wrong"),
         (
