@@ -23,9 +23,11 @@ from .qat import EntropyBits, StepAdam, WeightQuantizer, convert, prepare
 from .prune import Pruner, sparsify_model
 from .quant import quantize_model
 from .structured import factorize, shrink
+from .workshop.content import fingerprint
 
 # %% ../nbs/14_tour.ipynb
 TECHNIQUES: dict[str, Callable[[nn.Module, Data], nn.Module]] = {}
+_ARCHIVE: dict[str, bool | str] = {}  # how the file of each is written
 
 
 def technique(
@@ -33,13 +35,19 @@ def technique(
     archive: (
         bool | str
     ) = True,  # its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
-) -> Callable:  # decorator of a function (trained model, data) → compressed model, which leaves the model as it is
-    "Add a technique to the tour. `ValueError` when the name is taken."
+) -> (
+    Callable
+):  # decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
+    "Add a technique to the tour. `ValueError` when the name is taken, and for another `archive`."
+    if name == "fp32":
+        raise ValueError("name is 'fp32', which is what the model itself is called")
+    if archive not in (True, False, "solid"):
+        raise ValueError(f"archive is {archive!r}; it may be True, False or 'solid'")
 
     def add(f):
         if name in TECHNIQUES:
             raise ValueError(f"name is {name!r}, and there is a technique of that name already")
-        TECHNIQUES[name], f.archive = f, archive
+        TECHNIQUES[name], _ARCHIVE[name] = f, archive
         return f
 
     return add
@@ -145,7 +153,7 @@ def through_rounding(
     data: Data,
     **how: int,  # of `prepare`
 ) -> nn.Module:  # of integers
-    "Four epochs of training through rounding; learning rate and number chosen on validation digits in `bench/qat.py`."
+    "Four epochs of training through rounding, at the learning rate that `bench/qat.py` chose on validation digits."
     return convert(train(prepare(model, batches=calibration(data), **how), data.fit, epochs=4, lr=1e-3, progress=False))
 
 # %% ../nbs/14_tour.ipynb
@@ -159,7 +167,23 @@ def _pruned4(model, data):
     return sparsify_model(pruned(model, data), bits=4, codebook="kmeans")
 
 
-@functools.lru_cache(1)
+def _once(f):
+    "Keeps the latest result, by the content of what it was made from; each call gets a copy of its own."
+    kept = {}
+
+    @functools.wraps(f)
+    def made(*given, **named):
+        key = fingerprint((given, named))
+        if key not in kept:
+            result = f(*given, **named)
+            kept.clear()
+            kept[key] = result
+        return copy.deepcopy(kept[key])
+
+    return made
+
+
+@_once
 def pruned(
     model: nn.Module,  # trained
     data: Data,
@@ -179,7 +203,7 @@ def pruned(
 
 # %% ../nbs/14_tour.ipynb
 @technique("half the multiplications, retrained")
-@functools.lru_cache(1)
+@_once
 def _shrunk(model, data):
     return train(shrink(model, data.train.x[:1], macs=0.5, round_to=2), data.fit, epochs=4, lr=1e-3, progress=False)
 
@@ -195,7 +219,7 @@ def _low_rank(model, data):
 
 # %% ../nbs/14_tour.ipynb
 @technique("student of 19,454 parameters, distilled")
-@functools.lru_cache(1)
+@_once
 def _student(model, data):
     return taught(LeNet5(channels=[8, 16], hidden=60), model, data)
 
@@ -238,11 +262,15 @@ def compressed(
     data: Data,  # what it was trained on, for the techniques that look at data
     progress: bool = True,  # show a bar; a line a technique where none can be drawn
 ) -> dict[str, nn.Module]:  # the model itself as 'fp32', then one model for each technique
-    "Apply every technique of the list to one model."
+    """Apply every technique of the list to a copy of one model. Of models that are one and the same, the later are
+    copies. `TypeError` when a technique returns no model."""
     models = {"fp32": model}
     for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and _draws())), 1):
         _say(progress, f"compressing {i}/{len(TECHNIQUES)}: {name}")
-        models[name] = f(model, data)
+        made = f(copy.deepcopy(model), data)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"technique {name!r} returned {type(made).__name__}; it must return a model")
+        models[name] = copy.deepcopy(made) if any(made is m for m in models.values()) else made
     return models
 
 
@@ -275,8 +303,8 @@ def tour(
     _say(progress, "training LeNet-5")
     model = train(LeNet5(), data.fit, seed=seed, progress=progress and _draws())
     models = compressed(model, data, progress)
-    how = {
-        id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and TECHNIQUES[name].archive)
+    how = {  # by identity, which no two of `compressed` share
+        id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and _ARCHIVE.get(name, True))
         for i, (name, m) in enumerate(models.items(), 1)
     }
 

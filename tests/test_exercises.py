@@ -1038,7 +1038,22 @@ WRONG = {
     ],
     "14_tour:check_mixed": [
         ("lambda model, data: quantize_model(model, 3, group=64)", "the widths are"),
-        ("lambda model, data: quantize_model(model, 3, overrides={'conv*': {'bits': 8}})", "fc1's group is None"),
+        ("lambda model, data: quantize_model(model, 3, overrides={'conv*': {'bits': 8}})", "the groups are"),
+        (
+            """def mixed(model, data):                                              # fc2 without groups
+            return quantize_model(model, 3, overrides={"conv*": {"bits": 8}, "fc1": {"group": 64}})""",
+            "'fc2': None",
+        ),
+        (
+            "lambda model, data: quantize_model(model, 3, group=64, overrides={'conv*': {'bits': 8}})",
+            "'conv1': 64",
+        ),  # convolutions with groups
+        (
+            """def mixed(model, data):                                              # of another network
+            how = {"conv*": {"bits": 8, "group": None}}
+            return quantize_model(LeNet5(seed=7), 3, group=64, overrides=how)""",
+            "other weights than the model",
+        ),
     ],
     "14_tour:check_coin": [
         (

@@ -1,0 +1,99 @@
+"""The tour's own machinery, with techniques that train nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from modelzip import tour
+from modelzip.data import Data, LeNet5, Split
+from modelzip.pack import inspect
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    "No techniques, four digits, and a network that nobody trains."
+    few = Split(torch.rand(4, 1, 28, 28), torch.arange(4))
+    monkeypatch.setattr(tour, "TECHNIQUES", {})
+    monkeypatch.setattr(tour, "_ARCHIVE", {})
+    monkeypatch.setattr(tour, "mnist5k", lambda: Data(few, few, few))
+    monkeypatch.setattr(tour, "train", lambda model, *args, **kwargs: model.eval())
+    return Data(few, few, few)
+
+
+def coders(path):
+    return {line.coder for line in inspect(path).lines}
+
+
+def files(folder):
+    tour.tour(folder, repeats=2, progress=False)
+    return [coders(path) == {"raw"} for path in sorted(folder.glob("*.mz"))]
+
+
+def test_a_model_that_is_returned_as_it_is_leaves_the_baseline_raw(alone, tmp_path):
+    tour.technique("nothing at all")(lambda model, data: model)
+    assert files(tmp_path) == [True, False]
+
+
+def test_how_a_file_is_written_belongs_to_the_name(alone, tmp_path):
+    def same(model, data):
+        return model
+
+    tour.technique("coded")(same)
+    tour.technique("mapped", archive=False)(same)
+    assert files(tmp_path) == [True, False, True]
+
+
+def test_one_model_under_two_names_has_two_files(alone, tmp_path):
+    mine = LeNet5(seed=3)
+    tour.technique("coded")(lambda model, data: mine)
+    tour.technique("mapped", archive=False)(lambda model, data: mine)
+    assert files(tmp_path) == [True, False, True]
+
+
+def test_nothing_takes_the_place_of_the_model_itself(alone):
+    with pytest.raises(ValueError, match="fp32"):
+        tour.technique("fp32")
+    with pytest.raises(ValueError, match="archive is 'tight'"):
+        tour.technique("a", archive="tight")
+    assert not tour.TECHNIQUES
+    tour.technique("nothing")(lambda model, data: None)
+    with pytest.raises(TypeError, match="technique 'nothing' returned NoneType"):
+        tour.compressed(LeNet5(), alone, progress=False)
+
+
+def test_a_technique_that_changes_its_model_changes_no_other_row(alone):
+    def zeros(model, data):
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        return model
+
+    tour.technique("zeros")(zeros)
+    tour.technique("later")(lambda model, data: model)
+    model, kept = LeNet5(), LeNet5().state_dict()
+    made = tour.compressed(model, alone, progress=False)
+    for name in "fp32", "later":
+        assert all(torch.equal(t, kept[n]) for n, t in made[name].state_dict().items()), name
+    assert made["fp32"] is model and not any(p.any() for p in made["zeros"].parameters())
+
+
+def test_what_techniques_share_is_made_once_and_never_stale(alone, monkeypatch):
+    made = []
+
+    @tour._once
+    def start(model, data, share=0.5):
+        made.append(share)
+        model = LeNet5(seed=1)
+        return model
+
+    model = LeNet5()
+    first, second = start(model, alone), start(model, alone)
+    assert len(made) == 1 and first is not second
+    nn.init.zeros_(first.fc1.weight)
+    assert start(model, alone).fc1.weight.any(), "training what was handed out changes later calls"
+    start(model, alone, share=0.25)
+    assert made == [0.5, 0.25]
+    nn.init.zeros_(model.fc1.weight)  # in place: another model
+    start(model, alone, share=0.25)
+    assert made == [0.5, 0.25, 0.25]
+    for f in tour.pruned, tour._shrunk, tour._student:
+        assert f.__wrapped__ and not hasattr(f, "cache_info")
