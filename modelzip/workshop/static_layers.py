@@ -144,6 +144,8 @@ def across_outputs(
 @torch.no_grad()
 def _anywhere(self: KnownInput, x):
     weight, scale, _ = self._prepare_bytes()
+    columns = self._modules["packed"]._buffers.get("columns")
+    x = x if columns is None else x * columns.reshape(-1, *[1] * (x.dim() - 2))
     codes = static_codes(x, self.input_scale, self.input_zero_point, self.input_levels)
     sums = self._emulated(self._padded(codes, self.input_zero_point), weight)
     return self._add_bias(sums.mul_(across_outputs(self.layer, scale * self.input_scale)))

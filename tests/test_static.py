@@ -1,0 +1,183 @@
+"""Fixed ranges without training: integers that equal their simulation to the last bit, files, what is refused."""
+
+import copy, math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modelzip.data import LeNet5, mnist5k, train
+from modelzip.kernels import QLinear
+from modelzip.pack import load, save
+from modelzip.qat import StaticConv2d, StaticLinear
+from modelzip.workshop.specimens import shuffle_unit
+from modelzip.workshop.static_models import choose_static, fold_all, quantize_static
+
+
+def simulated(layer, x):
+    "What a static layer should put out: its codes by plain arithmetic, sums in float64, one multiplication."
+    q, s, z = layer.q, layer.input_scale, layer.input_zero_point
+    across = (-1, *[1] * (x.dim() - 2)) if isinstance(layer, StaticConv2d) else (-1,)
+    x = x.float()
+    x = x if q.columns is None else x * q.columns.view(across)
+    codes = (x * (torch.tensor(1.0) / s) + z).round().clamp(0, 255).double() - z
+    steps = q.scale.float().view(-1, *[1] * (len(q.shape) - 1))
+    w = q.unpack().double().view(q.shape) - (q.levels // 2)
+    if isinstance(layer, StaticLinear):
+        sums, out = F.linear(codes, w), steps.view(-1)
+    else:
+        conv = copy.deepcopy(layer.layer).double()
+        conv.weight, conv.bias = nn.Parameter(w), None
+        sums, out = conv(codes), steps.view(-1, 1, 1)
+    y = sums.float() * (out * s)
+    bias = layer.layer.bias
+    return y if bias is None else y + bias.float().view([-1, 1, 1] if y.dim() > x.dim() - 1 and across[1:] else [-1])
+
+
+def check_bits(static, x):
+    "Every static layer of a model, on what it is given."
+    seen = []
+    for m in static.modules():
+        if isinstance(m, (StaticLinear, StaticConv2d)):
+            m.register_forward_hook(lambda m, args, y: seen.append((m, args[0].clone(), y.clone())))
+    with torch.no_grad():
+        static(x)
+        assert seen
+        for m, given, y in seen:
+            assert torch.equal(y, simulated(m, given).to(given.dtype)), m
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(37, 19), (7, 37)),
+    "three axes": (lambda: nn.Linear(130, 70), (2, 5, 130)),
+    "no bias": (lambda: nn.Linear(129, 65, bias=False), (3, 129)),
+    "one output": (lambda: nn.Linear(5, 1), (4, 5)),
+    "same": (lambda: nn.Conv2d(5, 7, 4, padding="same"), (2, 5, 9, 11)),
+    "circular": (lambda: nn.Conv2d(16, 64, 3, padding=1, padding_mode="circular"), (2, 16, 9, 7)),
+    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect", stride=2), (2, 4, 8, 8)),
+    "depthwise": (lambda: nn.Conv2d(12, 12, 3, padding=1, groups=12), (2, 12, 6, 6)),
+    "groups": (lambda: nn.Conv2d(32, 64, 3, padding=1, groups=2, dilation=2), (1, 32, 8, 8)),
+}
+INPUTS = {
+    "both signs": lambda x: x,
+    "negative": lambda x: -x.abs() - 0.5,
+    "positive": lambda x: x.abs(),
+    "zero": lambda x: x * 0,
+    "one wild channel": lambda x: (
+        x * torch.where(torch.arange(x.shape[1]) == 1, 90.0, 1.0).view(-1, *[1] * (x.dim() - 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("values", INPUTS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_integers_equal_their_simulation(kind, values):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    model, x = nn.Sequential(make()).eval(), INPUTS[values](torch.randn(shape))
+    static = quantize_static(model, [x], overrides={"*": "static"})
+    for given in (x, 3 * x, x.double(), x.bfloat16()):
+        check_bits(static, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_types(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 130), nn.GELU(), nn.Linear(130, 9)).to(dtype).eval(), torch.randn(20, 64)
+    static = quantize_static(model, [x.to(dtype)])
+    y = model(x.to(dtype))
+    assert static(x.to(dtype)).dtype == dtype and (static(x.to(dtype)) - y).norm() < 0.05 * y.norm()
+
+
+@pytest.fixture(scope="module")
+def lenet():
+    digits = mnist5k()
+    return train(LeNet5(), digits.train, epochs=2, progress=False), digits
+
+
+def test_lenet_keeps_its_accuracy_and_its_file(lenet, tmp_path):
+    model, digits = lenet
+    static = quantize_static(model, [digits.train.x[:256]])
+    with torch.no_grad():
+        right = lambda m: (m(digits.valid.x).argmax(1) == digits.valid.y).float().mean().item()
+        assert right(static) > right(model) - 0.005
+    save(static, tmp_path / "static.mz")
+    back = load(tmp_path / "static.mz")
+    assert torch.equal(back(digits.valid.x[:100]), static(digits.valid.x[:100]).detach())
+    check_bits(back, digits.valid.x[:50])
+
+
+def test_batchnorms_are_folded_first():
+    torch.manual_seed(0)
+    model, x = shuffle_unit()
+    model.train()(x)  # gives the BatchNorm something to fold
+    model.eval()
+    static = quantize_static(model, [x])
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in static.modules())
+    with torch.no_grad():
+        assert (static(x) - model(x)).norm() < 0.05 * model(x).norm()
+    check_bits(static, x)
+
+
+def test_layers_with_one_input_have_the_same_codes():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 130), nn.Linear(64, 70)
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(x)], -1)
+
+    torch.manual_seed(0)
+    static = quantize_static(Both().eval(), [torch.randn(90, 64) * torch.logspace(-1, 1, 64)])
+    a, b = static.a, static.b
+    assert (a.input_scale, a.input_zero_point) == (b.input_scale, b.input_zero_point)
+    assert torch.equal(a.q.columns, b.q.columns)
+
+
+def test_rows_where_a_fixed_range_is_worse_than_the_limit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 130)).eval()
+    x = torch.randn(200, 64) * torch.logspace(-2, 2, 200)[:, None]  # rows of very different size
+    chosen = choose_static(model, [x], limit=0.0)
+    assert chosen["0"].kind == "row" and chosen["0"].error < chosen["0"].other
+    assert choose_static(model, [x], limit=1.0)["0"].kind == "static"
+    assert choose_static(model, [x], overrides={"0": "row"})["0"].kind == "row"
+    assert type(quantize_static(model, chosen=chosen)[0]) is QLinear
+
+
+def test_what_is_refused():
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    for how, says in (
+        ({"observer": "median"}, "observer is 'median'"),
+        ({"alphas": [2.0]}, "alphas has 2.0"),
+        ({"limit": -1}, "limit is -1"),
+        ({"limit": math.nan}, "limit is nan"),
+        ({"overrides": {"fc": None}}, "'fc'"),
+        ({"overrides": {"0": "float"}}, "'float'"),
+        ({"overrides": {"*": None}}, "no layer"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            quantize_static(model, [x], **how)
+    for batches in ([], [torch.full((2, 8), math.nan)], [torch.randn(2, 9)]):
+        with pytest.raises(ValueError):
+            quantize_static(model, batches)
+    masked = copy.deepcopy(model)
+    nn.utils.parametrizations.weight_norm(masked[0])
+    with pytest.raises(ValueError, match="layer 0"):
+        quantize_static(masked, [x])
+    with pytest.raises(ValueError, match="chosen has '7'"):
+        quantize_static(model, chosen={"7": choose_static(model, [x])["0"]})
+    with pytest.raises(TypeError, match="model is a list"):
+        quantize_static([model], [x])
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 6, 6)
+    before = copy.deepcopy(model.state_dict())
+    quantize_static(model, [x])
+    assert model.training and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert type(model[0]) is nn.Conv2d and isinstance(fold_all(copy.deepcopy(model).eval())[1], nn.Identity)
