@@ -451,6 +451,29 @@ def test_memory_gives_the_same_rows_as_running_everything(name, monkeypatch):
             assert a.q == b.q, n
 
 
+class InPlace(nn.Module):
+    "Gives a layer its input three times, and works on it in between: in place, or on new tensors."
+
+    def __init__(self, writes):
+        super().__init__()
+        self.a, self.b, self.writes = nn.Linear(12, 12), nn.Linear(12, 4), writes
+
+    def forward(self, x):
+        for _ in range(3):
+            h = self.a(x)
+            x = x.add_(h) if self.writes else x + h
+        return self.b(x.mul_(2) if self.writes else x * 2)
+
+
+@pytest.mark.parametrize("catch_up", [0.0, 1.0])
+def test_rows_are_those_of_the_call_whatever_the_model_writes_there_later(catch_up):
+    torch.manual_seed(0)
+    there, apart, batches = InPlace(True), InPlace(False), [torch.randn(9, 12) for _ in range(3)]
+    apart.load_state_dict(there.state_dict())
+    ours, right = (gptq(m, batches, 3, group=6, catch_up=catch_up) for m in (there, apart))
+    assert ours.a.q == right.a.q and ours.b.q == right.b.q
+
+
 def test_memory_forgets_what_is_not_needed():
     held = []
 

@@ -183,7 +183,8 @@ def rows(
         if left[0] <= 0:
             raise Stop
 
-    hooks = watch(self.model, points, lambda name, rows: found.setdefault(name, []).append(rows), lambda: i)
+    own = lambda rows: rows.clone() if rows._is_view() else rows  # of an input that the model may write into later
+    hooks = watch(self.model, points, lambda name, rows: found.setdefault(name, []).append(own(rows)), lambda: i)
     hooks += [self.model.get_submodule(n).register_forward_pre_hook(count) for n in modules]
     try:
         self.twin.run(self.batches[i], i)

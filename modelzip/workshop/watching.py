@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .training import device_of
-from ..prune import input_rows
 from ..quant import Dequantize
 from .matrices import layers_of, outputs_of, unwrapped
 from .models import computed, copied, feed, may_write, own_copy
+from .rows import input_rows
 
 # %% ../../nbs/workshop/watching.ipynb
 class _Slowly(TorchFunctionMode):
