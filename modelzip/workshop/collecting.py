@@ -6,23 +6,24 @@
 __all__ = ['label_loss', 'Evidence', 'collect']
 
 # %% ../../nbs/workshop/collecting.ipynb
-import itertools, math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data import Split, device_of, eval_mode
-from .counting import SlowPath, same_dice
+from .counting import same_dice
 from .models import as_batches, call, copied, feed, labelled, logits_of, own_copy
 from .prunable import original_of, prunable_layers
-from .rows import CALIBRATED, input_rows
+from .replay import Replay, show_rows
+from .rows import CALIBRATED
+from .watching import Point, Twin
 
 # %% ../../nbs/workshop/collecting.ipynb
 def feed_copy(
@@ -121,93 +122,51 @@ def _see_movement(model, layers, batches, loss, seen, lr):
                 w.sub_(g, alpha=lr)
 
 # %% ../../nbs/workshop/collecting.ipynb
-def _rows_of(layer, x, name, i):
-    "The rows that a layer is given in batch i, checked."
-    rows, width = input_rows(layer, x), layer.weight[0].numel()
-    name = name or "(model)"
-    if rows.shape[2] != width:
-        raise ValueError(
-            f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}"
-        )
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
-    return rows
-
-# %% ../../nbs/workshop/collecting.ipynb
-@contextmanager
-def watched(
-    hooks: list,  # handles of hooks
-) -> Iterator[None]:
-    "Hooks that are removed whatever happens."
-    try:
-        with SlowPath():
-            yield
-    finally:
-        for h in hooks:
-            h.remove()
-
-
-class _Enough(BaseException):
-    "Raised by a hook when the last layer of interest has been seen."
-
-
-def given_to(args: tuple, kwargs: dict) -> Any:
-    "A layer's input, however it was handed over."
-    return args[0] if args else next(iter(kwargs.values()))
-
-# %% ../../nbs/workshop/collecting.ipynb
-def see_inputs(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],  # name → layer
-    batches: Iterable,
-    seen: dict[str, Evidence],  # gets the sums
-    whole: bool,  # x xᵀ, or x² alone
-    calls: Any = None,  # [batch][name] → after so many calls of each the rest of the model need not run
+@patch
+def add(
+    self: Evidence,
+    rows: Tensor,  # [groups, rows, inputs]
+    original: None = None,  # the original model's, which no criterion looks at
+    whole: bool = True,  # x xᵀ, or x² alone
 ) -> None:
-    "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ. `ValueError` for squares that overflow."
-    at, left = [0], Counter()
-
-    def watch(name):
-        def hook(m, args, kwargs):
-            _add_rows(seen[name], _rows_of(m, given_to(args, kwargs), name, at[0]), whole)
-            left[name] -= 1
-            if calls is not None and all(v <= 0 for v in left.values()):
-                raise _Enough
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(watch(n), with_kwargs=True) for n, m in layers.items()]
-    with watched(hooks), eval_mode(model), torch.no_grad():
-        for at[0], batch in enumerate(batches):
-            # one that was not called before may be yet
-            left = Counter({n: calls[at[0]][n] or math.inf for n in layers} if calls is not None else {})
-            with suppress(_Enough):
-                feed_copy(model, batch, at[0])
-    for n, s in seen.items():
-        _finish(n, s, whole)
-
-# %% ../../nbs/workshop/collecting.ipynb
-def _add_rows(s, rows, whole):
-    "Add [groups, rows, inputs] to the sums."
+    "Add to the sums of inputs."
     with torch.autocast(rows.device.type, enabled=False):  # whatever the model runs in: sums are exact
         if not whole:
-            s.power = _sum(s.power, rows.square().sum(1))
-        elif s.moment is None:
-            s.moment = rows.transpose(1, 2) @ rows
+            self.power = _sum(self.power, rows.square().sum(1))
+        elif self.moment is None:
+            self.moment = rows.transpose(1, 2) @ rows
         else:
-            s.moment.baddbmm_(rows.transpose(1, 2), rows)
-    s.rows += rows.shape[1]
+            self.moment.baddbmm_(rows.transpose(1, 2), rows)
+    self.rows += rows.shape[1]
 
 
-def _finish(name, s, whole):
-    total = s.moment if whole else s.power
+@patch
+def finish(self: Evidence, name: str) -> None:
+    "All rows have come. `ValueError` that names the layer when squares overflow."
+    total = self.power if self.moment is None else self.moment
     if total is not None and not bool(total.isfinite().all()):
         raise ValueError(
             f"the inputs of layer {name or '(model)'} are so large that their squares overflow {total.dtype};"
             " scale them"
         )
-    if whole and s.moment is not None:
-        s.power = s.moment.diagonal(dim1=1, dim2=2).clone()
+    if self.moment is not None:
+        self.power = self.moment.diagonal(dim1=1, dim2=2).clone()
+
+# %% ../../nbs/workshop/collecting.ipynb
+def _see_inputs(
+    model: nn.Module,  # is not run
+    batches: Iterable,
+    seen: dict[str, Evidence],  # name of a layer → where its sums are kept
+    whole: bool,  # x xᵀ, or x² alone
+    first: bool,  # stop each run when all of the layers have been called once
+) -> None:
+    "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ."
+    twin, points = Twin(model), {n: Point(n, "input") for n in seen}
+    tell = lambda name, rows: seen[name].add(rows, whole=whole)
+    for i, batch in enumerate(batches):
+        show_rows(twin, batch, i, points, tell, dict.fromkeys(seen, 1) if first else None)
+    for n, s in seen.items():
+        s.finish(n)
 
 # %% ../../nbs/workshop/collecting.ipynb
 def check_calibrated(
@@ -247,81 +206,51 @@ def collect(
     elif needs not in ("gradient", "movement"):
         raise ValueError(f"needs is {needs!r}; it may be 'gradient', 'movement', 'power' or 'moment'")
     with same_dice(), torch.inference_mode(False):  # gradients may be asked for
-        new = copied(model)
-        twins = {n: new.get_submodule(n) for n in layers}
         if needs in ("power", "moment"):
-            calls = defaultdict(lambda: dict.fromkeys(layers, 1)) if first else None
-            see_inputs(new, twins, batches, seen, needs == "moment", calls)
-        elif needs == "gradient":
-            _see_gradients(new, twins, batches, loss or label_loss, seen)
+            _see_inputs(model, batches, seen, needs == "moment", first)
         else:
-            _see_movement(new, twins, batches, loss or label_loss, seen, lr)
+            new = copied(model)
+            twins = {n: new.get_submodule(n) for n in layers}
+            more = (lr,) if needs == "movement" else ()
+            see = _see_movement if needs == "movement" else _see_gradients
+            see(new, twins, batches, loss or label_loss, seen, *more)
     if not any(s.rows or s.batches for s in seen.values()):
         raise ValueError("there are no data: batches gave nothing to any layer")
     return seen
-
-# %% ../../nbs/workshop/collecting.ipynb
-def stages(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],  # name → layer
-    batches: Iterable,
-) -> tuple[list[list[str]], list[Counter]]:  # names, stage by stage; how often each batch calls each
-    """Names of layers in the order of their calls, whichever batch calls them; those that are given the very same
-    tensor come together. `ValueError` for a layer that no batch calls."""
-    order, source, counts = [], {}, []
-    for i, batch in enumerate(batches):
-        first, count = _calls_of(model, layers, batch, i)
-        counts.append(count)
-        place = 0
-        for n, x in first.items():  # a layer that earlier batches did not call comes behind the one before it
-            if n not in source:
-                order.insert(place, n)
-                source[n] = i, id(x)
-            place = order.index(n) + 1
-    if not counts:
-        raise ValueError("there are no data: batches is empty")
-    if missing := [n for n in layers if n not in source]:
-        raise ValueError(f"layer {missing[0] or '(model)'} was never called, so there are no data for it; skip it")
-    return [list(same) for _, same in itertools.groupby(order, source.get)], counts
-
-
-def _calls_of(model, layers, batch, i) -> tuple[dict, Counter]:
-    "What each layer is first given in a run, in the order of the calls; and how often it is called."
-    first, count = {}, Counter()
-
-    def note(n):
-        def hook(m, args, kwargs):
-            first.setdefault(n, given_to(args, kwargs))
-            count[n] += 1
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in layers.items()]
-    with watched(hooks), eval_mode(model), torch.no_grad():
-        feed_copy(model, batch, i)
-    return first, count
 
 # %% ../../nbs/workshop/collecting.ipynb
 def in_order(
     model: nn.Module,  # it is left as it is, but for what `change` does to it
     layers: Mapping[str, nn.Module],  # name → layer
     batches: Iterable,
-    change: Callable,  # (name, its twin in the copy that runs, `Evidence` with H) → None; changes both
+    # (name, its twin in the copy that runs, `Evidence` with H) → None; sets new values in both, which may share them
+    change: Callable,
 ) -> None:
     "Go through the layers in the order of their calls; each is seen with all before it as they were changed."
-    new = copied(model)  # runs, so that the model keeps its caches
-    twins = {n: new.get_submodule(n) for n in layers}
+    none = lambda n, why: ValueError(f"layer {n or '(model)'} was {why}, so there are no data for it; skip it")
+    if not (batches := list(batches)):
+        raise ValueError("there are no data: batches is empty")
     with same_dice():
-        order, counts = stages(new, twins, batches)
-        for names in order:
-            seen = {n: Evidence() for n in names}
-            see_inputs(new, {n: twins[n] for n in names}, batches, seen, True, counts)
-            if empty := [n for n in names if not seen[n].rows]:
-                raise ValueError(
-                    f"layer {empty[0] or '(model)'} was given no rows, so there are no data for it; skip it"
-                )
-            for n in names:
-                change(n, twins[n], seen[n])
+        replay = Replay(model, batches, points={n: Point(n, "input") for n in layers})
+        if never := [n for n in layers if not any(replay.look.calls(n))]:
+            raise none(never[0], "never called")
+        homes = {n: _homes(replay.model, n) for n in layers}
+        places = [home for n in layers for home in homes[n]]
+        for unit, seen in replay.in_order({n: [n] for n in layers}, Evidence, places, apart=True):
+            if seen is None:
+                raise none(unit.ties[0], "given no rows")
+            seen.finish(unit.ties[0])
+            for n in unit.ties:
+                change(n, replay.model.get_submodule(n), seen)
+                for home in homes[n]:
+                    replay.changed(home)
+
+
+def _homes(model: nn.Module, name: str) -> list[str]:
+    "The modules that hold a layer's weight, or have it behind a mask: the layer, and those that are tied to it."
+    weight = original_of(model.get_submodule(name))
+    holders = [n for n, m in model.named_modules() if any(p is weight for p in m._parameters.values())]
+    return [f".{n}".partition(".parametrizations.")[0].removeprefix(".") for n in holders]
 
 # %% ../../nbs/workshop/collecting.ipynb
 from .arguments import name_arguments
