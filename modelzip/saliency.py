@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .workshop.collecting import Evidence, as_matrices, check_moment, collect, input_rows
+from .workshop.collecting import Evidence, check_moment, collect
 from .workshop.criteria import CRITERIA, Criterion, Movement, Random, as_criterion
 from .workshop.prunable import check_sparsity
+from .workshop.rows import as_matrices, input_rows
 
 _all_ = ["Criterion", "Movement", "Random", "as_criterion", "collect", "as_matrices", "input_rows"]  # the workshop's
 

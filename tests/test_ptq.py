@@ -1,6 +1,6 @@
 """Quantization without training: what must hold for any layer, any architecture, any batch; and what must be refused."""
 
-import copy, math
+import copy, math, warnings
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from inputs import related
 from modelzip.data import LeNet5
 from modelzip.pack import load, save
+from modelzip.prune import Pruner
 from modelzip.ptq import (
     CALIBRATED,
     LayerStatistics,
@@ -396,6 +397,7 @@ ARCHITECTURES = {
         lambda: torch.randn(8, 3, 8, 8),
     ),
     "one layer": (lambda: nn.Linear(12, 5), lambda: torch.randn(30, 12)),
+    "two homes": (lambda: TwoHomes(), lambda: torch.randn(30, 12)),
     "1d": (
         lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.GELU(), nn.Conv1d(6, 4, 3, dilation=2)),
         lambda: torch.randn(4, 4, 16),
@@ -439,7 +441,7 @@ def test_what_is_left_alone_and_what_stays_tied():
     assert q.one.packed is q.two.packed is not q.three.packed
 
 
-@pytest.mark.parametrize("name", ["skips", "encoder", "convolutions", "shared"])
+@pytest.mark.parametrize("name", ["skips", "encoder", "convolutions", "shared", "two homes"])
 def test_memory_gives_the_same_rows_as_running_everything(name, monkeypatch):
     build, data = ARCHITECTURES[name]
     model, batches = build().eval(), [data() for _ in range(3)]
@@ -449,6 +451,97 @@ def test_memory_gives_the_same_rows_as_running_everything(name, monkeypatch):
     for (n, a), (_, b) in zip(quick.named_modules(), slow.named_modules()):
         if isinstance(a, Dequantize):
             assert a.q == b.q, n
+
+
+class TwoHomes(nn.Module):
+    "One layer in three places, under two names inside blocks, and its tie; both are changed after a block of theirs ran."
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.lin = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.one = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+        self.two = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), self.lin)
+        self.three = nn.Sequential(nn.Linear(12, 12), self.lin)
+        self.one[0].weight = self.last.weight
+
+    def forward(self, x):
+        return self.last(self.three(self.two(self.one(x))))
+
+
+class InPlace(nn.Module):
+    "Gives a layer its input three times, and works on it in between: in place, or on new tensors."
+
+    def __init__(self, writes):
+        super().__init__()
+        self.a, self.b, self.writes = nn.Linear(12, 12), nn.Linear(12, 4), writes
+
+    def forward(self, x):
+        for _ in range(3):
+            h = self.a(x)
+            x = x.add_(h) if self.writes else x + h
+        return self.b(x.mul_(2) if self.writes else x * 2)
+
+
+@pytest.mark.parametrize("catch_up", [0.0, 1.0])
+def test_rows_are_those_of_the_call_whatever_the_model_writes_there_later(catch_up):
+    torch.manual_seed(0)
+    there, apart, batches = InPlace(True), InPlace(False), [torch.randn(9, 12) for _ in range(3)]
+    apart.load_state_dict(there.state_dict())
+    ours, right = (gptq(m, batches, 3, group=6, catch_up=catch_up) for m in (there, apart))
+    assert ours.a.q == right.a.q and ours.b.q == right.b.q
+
+
+@pytest.mark.parametrize("name", ["skips", "convolutions", "shared", "two homes"])
+@pytest.mark.parametrize("steps", [(1.0,), (0.5, 1.0)])
+def test_pruning_remembers_the_same_rows_too(name, steps, monkeypatch):
+    build, data = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model, batches = build().eval(), [data() for _ in range(3)]
+    if name == "convolutions":
+        del model[5]  # a transposed convolution has no rows
+        model[-1] = nn.Linear(24, 3)
+
+    def pruned():
+        pruner = Pruner(twin := copy.deepcopy(model), 0.6, "sparsegpt", batches=batches)
+        for t in steps:
+            pruner.step(t)
+        return twin.state_dict()
+
+    quick = pruned()
+    monkeypatch.setattr(Replay, "remember", lambda *args: None)
+    slow = pruned()
+    assert all(torch.equal(t, slow[n]) for n, t in quick.items())
+
+
+def test_experts_come_before_what_follows_them():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.one, self.two, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            return self.out((self.one if x.mean() > 0 else self.two)(self.pre(x)))
+
+    replay = Replay(Expert(), [torch.ones(3, 4), -torch.ones(3, 4)])
+    order = [u.ties[0] for stage in replay.stages({n: [n] for n in replay.points}) for u in stage]
+    assert order == ["pre", "two", "one", "out"]
+
+
+def test_inference_mode_and_layers_left_alone_do_not_matter():
+    model, batches = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)).eval(), [torch.randn(9, 12)]
+    right, seen = gptq(model, batches, 3, group=6), calibrate(model, batches)
+    with torch.inference_mode():
+        found, again = gptq(model, batches, 3, group=6), calibrate(model, batches)
+    assert all(right[i].q == found[i].q for i in (0, 2))
+    assert all(torch.equal(seen[n].moment, again[n].moment) for n in seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[0])  # a hook computes its weight; the others are quantized as ever
+    found = gptq(model, batches, 3, group=6, overrides={"0": None})
+    assert (
+        found[2].q
+        == gptq(nn.utils.remove_weight_norm(model[0]) and model, batches, 3, group=6, overrides={"0": None})[2].q
+    )
 
 
 def test_memory_forgets_what_is_not_needed():

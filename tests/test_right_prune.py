@@ -885,6 +885,40 @@ def test_n_of_m_on_what_is_pruned_already(inputs, outputs, nm, before, part, cri
         assert int((~keep).sum()) <= max(int((~was).sum()), share * keep.numel()) + m - n
 
 
+class Drifting(nn.Module):
+    "Writes into itself while it runs, and draws random numbers."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = Linear(8, 8), Linear(8, 3), None
+        self.register_buffer("sum", torch.zeros(8))
+
+    def forward(self, x):
+        self.sum += x.mean(0)
+        self.last = x.mean() if self.last is None else self.last + x.mean()
+        return self.b(self.a(x + self.sum + self.last + torch.rand_like(x)).relu())
+
+
+def test_sums_are_those_of_each_batch_whatever_ran_before():
+    m, one, two = Drifting(), [X[:12]], [X[:12], X[12:]]
+    seen = collect(m, two, "moment")
+    torch.rand(99)
+    again = collect(m, two, "moment")
+    assert all(torch.equal(seen[n].moment, again[n].moment) for n in "ab")  # the same question, the same answer
+    assert not m.sum.any() and m.last is None  # and the model is as it was
+    alone = collect(m, one, "moment")
+    more = {n: seen[n].moment - alone[n].moment for n in "ab"}  # what the second batch adds is a matrix of squares
+    assert all(torch.linalg.eigvalsh(d.double())[0, 0] > -1e-3 for d in more.values())
+    first, second = (masks(prune_model(m, 0.5, "sparsegpt", batches=two)) for _ in range(2))
+    assert all(torch.equal(k, second[n]) for n, k in first.items())
+
+
+def test_a_masked_layer_is_asked_for_its_width_too():
+    m = mask_layer(Linear(8, 3), torch.ones(3, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="batch 1.*given 5 inputs and has weights for 8"):
+        collect(m, [torch.randn(4, 8), torch.randn(4, 5)], "moment")
+
+
 @pytest.mark.parametrize(
     "ambient",
     [

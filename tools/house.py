@@ -18,7 +18,7 @@ PAGE, MARK = ROOT / "CONTRIBUTING.md", "<!-- the house: made by tools/house.py -
 FLOORS = {
     "Tools": ["Data, models, measuring", "Explorers", "Models as callers hand them over"],
     "A smaller number": ["Matrices and compressed layers", "Coders", "Files", "Kernels"],
-    "Fewer numbers": ["Pruning", "The tracer", "Rewriting and teaching models"],
+    "Fewer numbers": ["Layers one by one", "Pruning", "The tracer", "Rewriting and teaching models"],
     "Better numbers": ["Calibration"],
     "Many at once": ["Waiting and sending"],
     "All together": ["Running and repeating"],

@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..kernels import QEmbedding
-from ..prune import CALIBRATED
 from ..quant import Dequantize, Packed
 from .rewriting import copy_with
+from .rows import CALIBRATED
 from .floats import check_finite
 from .scales import nearest_weight
 from .matrices import Matrix, choose_matrices, layers_of, matrices_of, unwrapped

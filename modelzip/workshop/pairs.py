@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..prune import CALIBRATED, Mask
+from ..prune import Mask
 from .models import call, computed, copied, hooks_of, may_write, output_tensors
+from .rows import CALIBRATED
 
 # %% ../../nbs/workshop/pairs.ipynb
 class Unproven(Exception):

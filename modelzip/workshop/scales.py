@@ -14,7 +14,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..prune import as_matrices
 from modelzip.quant import (
     OBSERVERS,
     QTensor,
@@ -30,6 +29,7 @@ from modelzip.quant import (
 from .quantize_options import check_layout, scale_shape
 from .floats import check_finite
 from .bites import unit_of_blocks
+from .rows import as_matrices
 from .statistics import LayerStatistics
 
 # %% ../../nbs/workshop/scales.ipynb

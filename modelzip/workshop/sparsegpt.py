@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..saliency import inverse_factor, least_cost, prune_columns
-from .collecting import as_matrices
 from .criteria import CRITERIA, Criterion
+from .rows import as_matrices
 from .units import all_groups, check_request, parse_granularity
 
 # %% ../../nbs/workshop/sparsegpt.ipynb

@@ -14,24 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .training import device_of
-from ..prune import input_rows
 from ..quant import Dequantize
+from .counting import SlowPath
 from .matrices import layers_of, outputs_of, unwrapped
-from .models import computed, copied, feed, may_write, own_copy
+from .models import computed, copied, feed, may_write, own_copy, recomputed
+from .rows import input_rows
+from .training import device_of
 
 # %% ../../nbs/workshop/watching.ipynb
-class _Slowly(TorchFunctionMode):
-    "Nothing but a reason for attention not to take its fast path."
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 _OURS = (
     "_parameters",
     "_buffers",
@@ -49,13 +43,17 @@ class Twin:
     """A private copy of a model in eval mode, with the model's parameters (its own where its code may write to
     them) and its own of everything else."""
 
+    @torch.inference_mode(False)  # writes are counted by versions, which tensors made in inference mode lack
     def __init__(
         self,
         model: nn.Module,  # left as it is, and never run
     ):
+        again = recomputed(model)  # by a hook, also in the copy
         for name, m in model.named_modules():
             for key, value in vars(m).items():
-                if isinstance(value, Tensor) and not value.is_leaf and (why := computed(m, key)):
+                if not isinstance(value, Tensor) or value.is_leaf or id(value) in again:
+                    continue
+                if why := computed(m, key):
                     raise ValueError(f"{name}.{key} ".lstrip(".") + why)
         lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
         if lazy:
@@ -74,13 +72,16 @@ class Twin:
         self.kept, self.draws = [], None
         self.adopt(self.model)
 
+    @torch.inference_mode(False)
     def adopt(self, module: nn.Module) -> None:
-        "Look after what a new part writes, too."
+        "Look after what a part writes, too; what is put back is how it is now."
+        for m in module.modules():
+            m._buffers.update({k: b.clone() for k, b in m._buffers.items() if b is not None and b.is_inference()})
         state = lambda b: (b, None if b is None else b._version, None if b is None else b.clone())
-        self.kept += [
+        inside = {id(m) for m in module.modules()}
+        self.kept = [k for k in self.kept if id(k[0]) not in inside] + [
             (m, {k: v for k, v in vars(m).items() if k not in _OURS}, {k: state(b) for k, b in m._buffers.items()})
             for m in module.modules()
-            if all(x is not m for x, *_ in self.kept)
         ]
 
     def written(self) -> list[nn.Module]:
@@ -94,6 +95,7 @@ class Twin:
         )
         return [m for m, *kept in self.kept if changed(m, *kept)]
 
+    @torch.inference_mode(False)
     def put_back(self) -> None:
         "Undo what a run has written into attributes and buffers."
         for m, attributes, buffers in self.kept:
@@ -108,6 +110,7 @@ class Twin:
                 del m._buffers[k]
 
 # %% ../../nbs/workshop/watching.ipynb
+@torch.inference_mode(False)
 def _run(self, batch: Any, i: int) -> Any:
     "Run on batch i; an error says which it was."
     device = device_of(self.model)
@@ -119,9 +122,9 @@ def _run(self, batch: Any, i: int) -> Any:
     self.put_back()
     batch = own_copy(batch)  # a model may work on its input in place
     try:
-        with self._dice(i), torch.no_grad(), _Slowly():
+        with self._dice(i), torch.no_grad(), SlowPath():
             return feed(self.model, batch, self.forward)
-    except (RuntimeError, TypeError, IndexError, AttributeError, KeyError) as e:
+    except (RuntimeError, TypeError, IndexError, AttributeError, KeyError, ValueError) as e:
         shapes = [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
         raise ValueError(f"the model cannot take batch {i} (tensors of shape {shapes}): {e}") from e
 
@@ -311,10 +314,14 @@ def rows_given(
     layer: nn.Module,  # compressed or not
     args: tuple,  # of a call
     kwargs: dict,
-    keys: Any = None,  # the parameters that are asked for; None: all, and 'out_proj.weight' of an attention
+    # the parameters that are asked for; 'input': the first argument of a Linear or a convolution, also where its class
+    # has a forward of its own; None: all, and 'out_proj.weight' of an attention
+    keys: Any = None,
 ) -> dict[str, Tensor]:  # parameter → [groups, rows, inputs]
     "What the matrices of a layer are multiplied with in one call."
     layer = layer.expanded() if isinstance(layer, Dequantize) else layer
+    if keys is not None and "input" in keys:
+        return {"input": input_rows(layer, next(iter((*args, *kwargs.values()))))}
     wants = lambda *names: keys is None or any(n in keys for n in names)
     kind, find = _known(layer)
     found = {}
@@ -377,24 +384,22 @@ def points_of(
 # %% ../../nbs/workshop/watching.ipynb
 def checked_rows(rows: Tensor, owner: nn.Module, key: str, name: str, i: int) -> Tensor:
     "Rows that are finite and fit the matrix; an error names the layer and the batch."
-    name = name or "(model)"
-    weight = None if key == "out_proj.weight" else unwrapped(owner)._parameters.get(key)
-    width = (
-        rows.shape[2]
-        if weight is None
-        else (
-            weight.numel() // max(weight.shape[outputs_of(unwrapped(owner)).get(key, 0)], 1)
-            if weight.numel()
-            else rows.shape[2]
-        )
-    )
+    name, key = name or "(model)", "weight" if key == "input" else key
+    weight, width = _parameter_of(unwrapped(owner), key), rows.shape[2]
+    if weight is not None and weight.numel():
+        width = weight.numel() // max(weight.shape[outputs_of(unwrapped(owner)).get(key, 0)], 1)
     if rows.shape[2] != width:
-        raise ValueError(
-            f"the model cannot take batch {i}: layer {name} is given {rows.shape[2]} inputs and has weights for {width}"
-        )
+        raise ValueError(f"layer {name} is given {rows.shape[2]} inputs and has weights for {width}")
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
     return rows
+
+
+def _parameter_of(layer: nn.Module, key: str) -> Tensor | None:
+    "A parameter of a layer, also behind a mask; None for one that is not there, or is made of several."
+    if parametrize.is_parametrized(layer, key):
+        return getattr(layer.parametrizations[key], "original", None)
+    return layer._parameters.get(key)
 
 
 def watch(
