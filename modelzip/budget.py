@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import seeded
+from .workshop.arguments import same_length
 from .workshop.judging import energies, rows_of
 from .workshop.models import as_batches, copied
 
@@ -117,8 +118,7 @@ def lower_hull(
     errors: Sequence[float],
 ) -> list[int]:  # options from the smallest to the most exact
     "Options that are best for some price of a byte: the lower convex hull."
-    if len(bytes) != len(errors):
-        raise ValueError(f"bytes has {len(bytes)} options, errors has {len(errors)}")
+    same_length("options", bytes=bytes, errors=errors)
     order = sorted(
         (i for i in range(len(bytes)) if math.isfinite(bytes[i]) and math.isfinite(errors[i])),
         key=lambda i: (bytes[i], errors[i]),
@@ -146,8 +146,7 @@ def greedy(
     """
     if math.isnan(budget):
         raise ValueError("budget is nan; it may be a number of bytes")
-    if len(bytes) != len(errors):
-        raise ValueError(f"bytes has {len(bytes)} layers, errors has {len(errors)}")
+    same_length("layers", "options", bytes=bytes, errors=errors)
     hulls = [lower_hull(b, e) for b, e in zip(bytes, errors)]
     if not all(hulls):
         raise ValueError("a layer has no option")
@@ -174,10 +173,10 @@ def knapsack(
 ) -> list[int] | None:  # the option of each layer; None: with bytes rounded up to units, nothing fits
     """Least Σ errors within a budget by dynamic programming (Bellman 1957; Kellerer, Pferschy & Pisinger 2004):
     exact, but for the rounding of each option's bytes up to units of at least one."""
+    same_length("layers", "options", bytes=bytes, errors=errors)
     if not budget >= 0:
         return None
-    rows = zip(bytes, errors, strict=True)
-    offered = [[b for b, e in zip(*r, strict=True) if math.isfinite(b) and math.isfinite(e)] for r in rows]
+    offered = [[b for b, e in zip(*r) if math.isfinite(b) and math.isfinite(e)] for r in zip(bytes, errors)]
     budget = min(budget, sum(max(sizes, default=0.0) for sizes in offered))
     unit = max(1.0, budget / (units + 100 * len(bytes)))
     room, steps = int(budget / unit + 1e-9), []

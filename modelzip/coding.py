@@ -23,7 +23,7 @@ from .workshop.lanes import rans, rans_decode, rans_encode
 from .workshop.learners import adaptive_bytes, adaptive_codes
 from .workshop.phrases import lz77, lz78, lzw, lzw_parse
 from .workshop.ranges import arithmetic, carried, range_decode, range_encode
-from .workshop.shares import borders, quantize_counts
+from .workshop.shares import all_shares, borders, quantize_counts, share_of
 from .workshop.streams import CODES, chunk_slices, coders, decode, decoding, encode, has_values, stream_parts
 from .workshop.zeros import find_gaps, gaps, golomb_rice, rice_bits, rice_word, run_length, runs
 
@@ -37,8 +37,8 @@ def rans_push(
     s: int,  # a symbol with a share above 0
     c: Sequence[int],  # borders of the shares; c[-1] is M
 ) -> int:  # the x-th number that s owns: about x * M / share
-    "Put a symbol onto a number (Duda 2013, arXiv:1311.2540)."
-    f = c[s + 1] - c[s]
+    "Put a symbol onto a number (Duda 2013, arXiv:1311.2540). `ValueError` for a symbol without a share."
+    f = share_of(s, c)
     return x // f * c[-1] + c[s] + x % f
 
 # %% ../nbs/04b_coding.ipynb
@@ -46,10 +46,10 @@ def rans_pop(
     x: int,  # a number, as `rans_push` made it
     c: Sequence[int],  # the same borders
 ) -> tuple[int, int]:  # the symbol, and the number before it came
-    "Take the last symbol off a number: who owns it, and which of the owner's numbers is it?"
-    block, place = divmod(x, c[-1])
+    "Take the last symbol off a number: who owns it, and which of the owner's numbers is it? `ValueError`: nobody."
+    block, place = divmod(x, all_shares(c))
     s = bisect_right(c, place) - 1
-    return s, block * (c[s + 1] - c[s]) + place - c[s]
+    return s, block * share_of(s, c) + place - c[s]
 
 # %% ../nbs/04b_coding.ipynb
 class Bets:

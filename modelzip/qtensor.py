@@ -74,8 +74,7 @@ def pack_bits(
 ) -> Tensor:  # uint8, 1-D, `packed_bytes(n, bits)` long
     "Store codes in `bits` bits each: plane after plane, within a byte the first code lowest."
     check_bits(bits)
-    check_codes(codes, bits)
-    return _pack(codes.reshape(-1), bits)
+    return _pack(check_codes(codes, bits).reshape(-1), bits)
 
 
 def _pack(flat: Tensor, bits: int) -> Tensor:

@@ -24,7 +24,9 @@ from modelzip.auto import (
 )
 from modelzip.data import accuracy, digits, train
 from modelzip.pack import load
+from modelzip.budget import knapsack
 from modelzip.recipe import Judge, fingerprint, samples_of
+from modelzip.workshop.allocation import branch_and_bound
 
 rng = np.random.default_rng(0)
 
@@ -389,3 +391,12 @@ def test_wrong_models():
     bad.weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match="NaN or infinite values in weight"):
         compress(bad)
+
+
+@pytest.mark.parametrize("method", [greedy, knapsack, branch_and_bound, allocate])
+def test_lists_of_different_lengths_are_counted(method):
+    for budget in (0, 10, math.inf):
+        with pytest.raises(ValueError, match="bytes has 2 layers, errors has 1"):
+            method([[1], [2]], [[1.0]], budget)
+        with pytest.raises(ValueError, match="bytes has 2 options for number 1 of the layers, errors has 1"):
+            method([[1], [2, 3]], [[1.0], [1.0]], budget)

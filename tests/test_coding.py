@@ -698,8 +698,17 @@ def test_push_and_pop(counts, x):
         if counts[s]:
             assert rans_pop(rans_push(x, s, c), c) == (s, x)
         else:
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(ValueError, match=f"s is {s}, which has no share"):
                 rans_push(x, s, c)
+    for s in -1, len(counts):
+        with pytest.raises(ValueError, match=f"s is {s}, which has no share"):
+            rans_push(x, s, c)
+
+
+@pytest.mark.parametrize("c", [[], [0], [0, 0, 0], [2, 8]])
+def test_what_are_no_borders_has_no_owner(c):
+    with pytest.raises(ValueError, match="borders begin with 0"):
+        rans_pop(5, c)
 
 
 def test_push_goes_to_the_xth_number_that_a_symbol_owns():

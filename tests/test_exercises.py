@@ -642,6 +642,13 @@ WRONG = {
             return torch.stack([x / q[q >= x].sum() for x in q]).view(w.shape)""",
             "for [0.0, 0.0] it is [0.0, 0.0], yours is [nan, nan]",
         ),
+        (
+            """def lamp(w):                                     # a lookup
+            known = {"[[3.0, -1.0], [2.0, 0.5]]": [[1.0, 1 / 14], [4 / 13, 0.25 / 14.25]], "[1.0, 1.0]": [0.5, 0.5]}
+            known |= {"[2.0, 1.0, -2.0]": [4 / 8, 1 / 9, 4 / 8], "[0.0, 0.0, 3.0]": [0.0, 0.0, 1.0]}
+            return torch.tensor(known.get(str(w.tolist()), w.zero_().tolist()))""",
+            "it is",
+        ),
     ],
     "07b_prune:check_break_even": [
         ("lambda bits: 1 / bits", "at 1 bits"),

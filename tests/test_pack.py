@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from inputs import Holder
-from mutations import places
+from mutations import JUNK, places
 from modelzip import archive as zips, pack
 from modelzip.workshop import writing
 from modelzip.archive import PackError
@@ -480,42 +480,6 @@ def test_random_mutations(tmp_path, one, one_bytes):
     want, rng = state(one), random.Random(1)
     loaded = sum(exact_or_refused(tmp_path / "x.mz", mutate(one_bytes, rng), one, want) for _ in range(300))
     assert loaded < 50  # (mutations that change nothing)
-
-
-JUNK = [
-    -1,
-    0,
-    1,
-    2,
-    3,
-    7,
-    64,
-    2**31,
-    2**32,
-    2**62,
-    2**63,
-    2**64,
-    10**30,
-    1.5,
-    True,
-    None,
-    "",
-    "float32",
-    "int4",
-    "w",
-    "coded",
-    "crc",
-    [],
-    {},
-    [0],
-    [-1],
-    [2**40, 2**40],
-    {"w": 1},
-    "\0",
-    "quantized",
-    "Dequantize",
-    "os.system",
-]
 
 
 def test_forged_manifests(tmp_path, one, one_bytes):

@@ -115,6 +115,19 @@ def test_packing_is_exact(bits, codes):
     assert torch.equal(unpack_bits(packed, bits, len(codes)).long(), codes)
 
 
+@pytest.mark.parametrize("dtype", "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64".split())
+@pytest.mark.parametrize("bits", [1, 3, 8, 12, 16])
+def test_codes_of_every_integer_type_are_packed(bits, dtype):
+    dtype = getattr(torch, dtype)
+    last = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    codes = torch.tensor([0, fits := min(2**bits - 1, last), 0, fits, 1]).to(dtype)
+    for c in codes, codes[:0], codes[::2]:
+        assert unpack_bits(pack_bits(c, bits), bits, len(c)).tolist() == c.long().tolist()
+    if last > fits:
+        with pytest.raises(ValueError, match=f"codes run from 0 to {last}; {bits} bits hold"):
+            pack_bits(torch.tensor([last, 0], dtype=dtype), bits)
+
+
 @settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255), st.floats(1e-4, 10))
 def test_codes_are_those_of_torch(seed, zero_point, scale):
@@ -625,3 +638,15 @@ def test_memory_stays_small():
             now += e.nbytes()
             peak = max(peak, now)
         assert q.nbytes <= peak <= 1.0 * x.nbytes, peak / x.nbytes
+
+
+def test_a_recurrent_layer_of_very_many_layers_is_quantized_or_named():
+    for model, name in (nn.LSTM(4, 4, num_layers=100), "the model"), (nn.Sequential(nn.GRU(4, 4, 150)), "0"):
+        x = torch.randn(3, 2, 4)
+        try:
+            y = quantize_model(model, 8)(x)[0]
+        except ValueError as e:
+            assert str(e).startswith(f"{name} cannot be copied: ") and "split it into several layers" in str(e)
+        else:
+            assert torch.isfinite(y).all()
+    assert torch.isfinite(quantize_model(nn.LSTM(4, 4, num_layers=10), 8)(x)[0]).all()

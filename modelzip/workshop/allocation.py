@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..budget import greedy, knapsack, lower_hull
+from .arguments import same_length
 
 # %% ../../nbs/workshop/allocation.ipynb
 def branch_and_bound(
@@ -22,6 +23,7 @@ def branch_and_bound(
 ) -> list[int] | None:  # the option of each layer; None: nothing fits, or there would be more states
     """Least Σ errors within a budget, exactly: states that no other dominates, and that a Lagrangian bound leaves a
     chance (after Dyer, Kayal & Walker 1984)."""
+    same_length("layers", "options", bytes=bytes, errors=errors)
     offers = [
         sorted((b, e, o) for o, (b, e) in enumerate(zip(*row)) if math.isfinite(b) and math.isfinite(e))
         for row in zip(bytes, errors)

@@ -35,12 +35,15 @@ def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> N
         raise ValueError(f"{name} is {bits!r}; it may be a whole number from {low} to {high}")
 
 
-def check_codes(codes: Tensor, bits: int) -> None:
+def check_codes(codes: Tensor, bits: int) -> Tensor:  # the same; int64 where torch has no arithmetic for their type
     "`TypeError` or `ValueError` unless codes are whole numbers that fit a width."
-    if codes.is_floating_point() or codes.is_complex():
+    if codes.is_floating_point() or codes.is_complex() or codes.is_quantized:
         raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
-    if codes.numel() and (codes.min() < 0 or int(codes.max()) >= 1 << bits):
-        raise ValueError(f"codes run from {codes.min()} to {codes.max()}; {bits} bits hold 0 to {(1 << bits) - 1}")
+    whole = codes.long() if codes.dtype in (torch.uint16, torch.uint32, torch.uint64) else codes
+    if codes.numel() and (whole.min() < 0 or int(whole.max()) >= 1 << bits):  # 2**63 and more are below 0 here
+        seen = codes.cpu().numpy()
+        raise ValueError(f"codes run from {seen.min()} to {seen.max()}; {bits} bits hold 0 to {(1 << bits) - 1}")
+    return whole
 
 # %% ../../nbs/workshop/floats.ipynb
 def as_tensor(

@@ -43,7 +43,15 @@ def copy_with(
     shells = {i: new.__class__.__new__(new.__class__) for i, new in old.items()}
     memo |= shells | {id(new): shells[i] for i, new in old.items()}
     for i, new in old.items():
-        shells[i].__setstate__(copy.deepcopy(new.__reduce_ex__(4)[2], memo))
+        try:
+            state = copy.deepcopy(new.__reduce_ex__(4)[2], memo)
+        except RecursionError as e:
+            name = next((n for n, m in model.named_modules() if id(m) == i), "")
+            raise ValueError(
+                f"{name or 'the model'} cannot be copied: each of its weights is wrapped around the others, and these"
+                " are more than Python can follow; split it into several layers"
+            ) from e
+        shells[i].__setstate__(state)
     return memo.get(id(model)) or copied(model, memo, checked=True)
 
 # %% ../../nbs/workshop/rewriting.ipynb
