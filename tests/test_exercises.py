@@ -1354,6 +1354,46 @@ def test_right(place):
     assert check(space[answer]), check(space[answer]).message
 
 
+ALSO_RIGHT = {  # answers of another form than the solution's: other libraries, other number types
+    "03_rounding:check_step": [
+        "lambda largest, bits: torch.tensor(largest) / (2 ** (bits - 1) - 1)",
+        "lambda largest, bits: np.float32(largest) / np.float32(2 ** (bits - 1) - 1)",
+    ],
+    "03_rounding:check_observer": [
+        "lambda k: lambda b, levels, symmetric: (-k * b.std(1, correction=0), k * b.std(1, correction=0))",
+        "lambda k: lambda b, levels, symmetric: (lambda s: (-k * s, k * s))(b.var(dim=-1).sqrt())",
+    ],
+    "04_symbols:check_wrong_table": [
+        (
+            "lambda c, m: -(torch.tensor(c) / sum(c) * (torch.tensor(m) / sum(m)).log2()).sum()"  # in float32
+        ),
+        "lambda c, m: float(np.dot(c, -np.log2(np.array(m) / sum(m))) / sum(c))",
+    ],
+    "04_symbols:check_worth": [
+        "lambda H: next(n for n in range(1, 999) if n * H > 25)",
+        "lambda H: np.int64(np.floor(25 / H)) + 1",
+    ],
+    "04_symbols:check_breaks": ["lambda: [10**20, 1]", "lambda: np.array([999, 1])", "lambda: (1, 500, 1)"],
+    "08b_structured:check_largest_rank": [
+        "lambda i, o: max(r for r in range(min(i, o)) if r * i + r * o < i * o)",
+        "lambda i, o: math.ceil(i * o / (i + o)) - 1",
+    ],
+    "08b_structured:check_slimming": [
+        "lambda n, w, axis: w.abs() if w.ndim == 1 and n.endswith('weight') else np.zeros(w.shape[axis])",
+        "lambda n, w, axis: (w.abs() if n.endswith('weight') and w.dim() < 2 else w.new_zeros(w.size(axis))).tolist()",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "place, source", [(e, s) for e, sources in ALSO_RIGHT.items() for s in sources], indirect=["place"]
+)
+def test_also_right(place, source):
+    space, check, *_ = place
+    space |= {m: importlib.import_module(n) for m, n in (("math", "math"), ("np", "numpy"), ("torch", "torch"))}
+    assert check(attempt(source, space)), check(attempt(source, space)).message
+
+
 @pytest.mark.parametrize(
     "place, source, says",
     [(e, source, says) for e, wrong in WRONG.items() if e in EXERCISES for source, says in wrong],

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from modelzip.pack import PackError, inspect, load, read_tensor, save
 from modelzip.quant import (
     kl_after_quantizing,
     Entropy,
@@ -32,6 +33,7 @@ from modelzip.quant import (
     quantize_model,
     unpack_bits,
 )
+from modelzip.workshop.compressed import Sized
 from modelzip.workshop.observers import divergences
 from guards import examples
 
@@ -102,6 +104,51 @@ def test_parts_and_meta_carry_everything(data, x, bits, symmetric):
         x.shape, q.axis, q.group
     )
     assert copy.deepcopy(q) == q
+
+
+def test_a_kind_of_five_methods_goes_everywhere(tmp_path):
+    "What the map promises: five methods and two attributes are enough for a layer, a print, a file and a copy."
+
+    class Powers(Sized, CompressedTensor, kind="powers"):  # the nearest power of two, and its sign
+        def __init__(self, codes, shape, dtype):
+            self.codes, self.shape, self.dtype = codes, torch.Size(shape), dtype
+
+        def parts(self):
+            return {"codes": self.codes}
+
+        def meta(self):
+            return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+        @classmethod
+        def from_parts(cls, parts, meta):
+            return cls(parts["codes"], meta["shape"], getattr(torch, meta["dtype"]))
+
+        def dequantize(self):
+            size = 2.0 ** (self.codes.abs().to(self.dtype) - 64)
+            return size * self.codes.sign()
+
+    try:
+        linear = nn.Linear(8, 4)
+        exponents = linear.weight.detach().abs().clamp_min(2.0**-40).log2().round() + 64
+        q = Powers((exponents * linear.weight.detach().sign()).to(torch.int8), linear.weight.shape, torch.float32)
+        small = nn.Sequential(Dequantize(linear, q))
+        assert "powers" in str(small) and "32 bytes" in str(small) and "powers" in repr(q) and "0x" not in repr(q)
+        x = torch.randn(3, 8)
+        want = nn.functional.linear(x, q.dequantize(), linear.bias)
+        assert torch.equal(small(x), want) and torch.equal(copy.deepcopy(small)(x), want)
+        assert q.clone() == q and q.to(torch.float64).dequantize().dtype == torch.float64
+        path = save(small, tmp_path / "powers.mz")
+        back = load(path, nn.Sequential(nn.Linear(8, 4)))
+        assert torch.equal(back(x), want) and back[0].q == q
+        assert read_tensor(path, "0.weight") == q and "powers" in str(inspect(path))
+        again = nn.Sequential(Dequantize(nn.Linear(8, 4), q.clone()))
+        again.load_state_dict(small.state_dict())
+        assert torch.equal(again(x), want)
+        del CompressedTensor.kinds["powers"]
+        with pytest.raises(PackError, match="'powers', which this modelzip does not know"):
+            load(path, nn.Sequential(nn.Linear(8, 4)))
+    finally:
+        CompressedTensor.kinds.pop("powers", None)
 
 
 @settings(max_examples=examples(300), deadline=None)

@@ -45,6 +45,13 @@ class Sized:
     def clone(self):
         return copy.deepcopy(self)
 
+    def describe(self) -> str:
+        "How it is compressed, in a few words; a kind that has options says them, too."
+        return self.kind
+
+    def __repr__(self):
+        return f"{type(self).__name__}({'×'.join(map(str, self.shape))}, {self.describe()}, {self.nbytes:,} bytes)"
+
     def __eq__(self, other):
         if type(self) is not type(other):
             return NotImplemented
