@@ -857,7 +857,7 @@ WRONG = {
                 set_bits(model, bits)
                 train_some(model)
             return model""",
-            "with the widths [6, 3]",
+            "the widths [6, 3]",
         ),
         (
             """def progressive(model, widths, train_some):
@@ -1057,6 +1057,19 @@ WRONG = {
         ),
     ],
     "90_article:check_threads": [
+        (
+            """def run(func, args):                                                   # SystemExit is lost
+            results, errors = [None] * len(args), []
+            def call(i, a):
+                try: results[i] = func(a)
+                except Exception as e: errors.append(e)
+            threads = [threading.Thread(target=call, args=pair) for pair in enumerate(args)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+            if errors: raise errors[0]
+            return results""",
+            "SystemExit in a thread was lost",
+        ),
         (
             """def run(func, args):                                                   # as in the article
             results = []
