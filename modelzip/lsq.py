@@ -6,8 +6,6 @@
 __all__ = ['straight_through', 'clip', 'learned_step', 'WeightQuantizer', 'ActivationQuantizer', 'FakeQuantized']
 
 # %% ../nbs/11_lsq.ipynb
-#| code-fold: true
-#| code-summary: "Imports of the module"
 import math
 
 import torch

@@ -890,10 +890,23 @@ WRONG = {
         ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "code 0 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "code 15 stands for"),
         ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "so zero is 5, yours is 8"),
-        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "three bits"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "a zero point of 2, yours is 5"),
+        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "code 0 stands for 0.25"),
+        ("lambda step, zero, bits: (-zero * step, 2, round(1 / step))", "code 7 stands for 0.25·(7 − 3) = 1, not 2"),
+        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "so zero is 4, yours is 5"),
+        (
+            "lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, bits + 1)",
+            "so zero is 2, yours is 6",
+        ),
     ],
     "11_lsq:check_progressive": [
+        (
+            """def progressive(model, widths, train_some):
+            for bits in (8, 4, 2):
+                set_bits(model, bits)
+                train_some(model)
+            return model""",
+            "the widths [6, 3]",
+        ),
         (
             """def progressive(model, widths, train_some):
             for _ in widths: train_some(model)
@@ -1092,6 +1105,19 @@ WRONG = {
         ),
     ],
     "90_article:check_threads": [
+        (
+            """def run(func, args):                                                   # SystemExit is lost
+            results, errors = [None] * len(args), []
+            def call(i, a):
+                try: results[i] = func(a)
+                except Exception as e: errors.append(e)
+            threads = [threading.Thread(target=call, args=pair) for pair in enumerate(args)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+            if errors: raise errors[0]
+            return results""",
+            "SystemExit in a thread was lost",
+        ),
         (
             """def run(func, args):                                                   # as in the article
             results = []
