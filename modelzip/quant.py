@@ -27,7 +27,7 @@ from .workshop.floats import FLOATS, as_tensor, check_bits, dtype_name
 from .workshop.matrices import MATRICES, choose_matrices, floats_left, layers_of, matrices_of, unwrapped
 from .workshop.models import check_ordinary
 from .workshop.observers import Entropy, kl_after_quantizing
-from .workshop.rewriting import compress_matrix, copy_with, dequantize_layer, dequantize_model, own_copy
+from .workshop.rewriting import compress_matrix, copy_with, copy_wrapper, dequantize_layer, dequantize_model
 from .workshop.rewriting import wanted_matrices
 from .workshop.wrapping import Wrapper, check_replaceable, expand_operation, innermost, refuse_tracing
 from .workshop.wrapping import set_parameter, settle, shallow_copy, without
@@ -128,7 +128,7 @@ def quantize_layer(
     how = dict(bits=bits, group=group, per_channel=per_channel) | options
     for key, weight, axis in wanted_matrices(layer, name):
         layer = Dequantize(layer, compress_matrix(quantize, key, weight, axis, how), key)
-    return own_copy(layer)
+    return copy_wrapper(layer)
 
 # %% ../nbs/03b_quant.ipynb
 def quantize_model(

@@ -23,8 +23,9 @@ from .workshop.scales import as_columns, fitted_scales, largest_of_columns, matr
 from .workshop.drivers import COLUMNS, movable_biases, named, quantize_at_once, sharing_inputs, with_biases
 from .workshop.models import as_batches, copied
 from .workshop.pairs import asked_pairs, by_channel, check_same, layers_to_scale, move_factor, proven_pairs
+from .workshop.replay import show_rows
 from .workshop.statistics import LayerStatistics, Statistics, unwatched
-from .workshop.watching import Twin, points_of, watch
+from .workshop.watching import Twin, points_of
 
 _all_ = ["LayerStatistics", "Statistics", "unwatched", "fitted_scales", "nearest_weight"]  # made in the workshop
 
@@ -38,14 +39,13 @@ def calibrate(
 ) -> Statistics:  # of each matrix that was used, by its layer's name, or its own where a layer has several
     """Run a copy of a model on some data and sum up what each layer saw.
     `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer)."""
-    twin, seen, at = Twin(model), Statistics(), [0]
+    twin, seen = Twin(model), Statistics()
     points, _ = points_of(twin.model, layers)
     if not points:
         raise ValueError("model has no layer to calibrate: none of the kinds whose products are known")
     tell = lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments)
-    watch(twin.model, points, tell, lambda: at[0])
-    for at[0], batch in enumerate(as_batches(batches)):
-        twin.run(batch, at[0])
+    for i, batch in enumerate(as_batches(batches)):
+        show_rows(twin, batch, i, points, tell)
     seen = Statistics({n: seen[n] for n in points if n in seen and seen[n].count})
     if not seen:
         raise ValueError("there is no data: batches gave no row to any layer")

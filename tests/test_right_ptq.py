@@ -903,3 +903,17 @@ def test_rows_inside_recurrent_layers(kind, how):
         assert torch.allclose(told[""][1:end, b], y[: end - 1, b, :3], atol=1e-6) and torch.allclose(
             told["_reverse"][1:end, b].flip(0), y[1:end, b, 3:], atol=1e-6
         )
+
+
+def test_a_model_that_draws_is_calibrated_the_same_each_time():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x + torch.rand_like(x))
+
+    model, batches = Draws(), [torch.randn(5, 4) for _ in range(2)]
+    first, _, again = calibrate(model, batches), torch.rand(9), calibrate(model, batches)
+    assert torch.equal(first["a"].moment, again["a"].moment)
