@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .workshop.axes import INPUT, by_number, channel_axis, cut, gone_among, grouped, isolate, isolate_or_fix
 from .workshop.axes import keep_all, land, layer_output, link, meet, places, reduced_axes, spread, stays_zero
-from .workshop.axes import track, without_axes
+from .workshop.axes import forgives_zeros, track, without_axes
 from .workshop.drawing import Group, Groups, left_alone, maker
 from .workshop.models import copied
 from .workshop.operations import ABOUT, CUT, LIFTING, MIXING, MOVE, POINTWISE, RESHAPE
@@ -200,7 +200,7 @@ def reduction(t, f, output, input, *args, **kwargs) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
     name, m, outs = name_of(f), t.marks(input), tensors_of(output)
     x, axes = replace(m, blocks=dict(m.blocks)), reduced_axes(name, input.dim(), args, kwargs)
-    harmless = name in ("sum", "nansum", "norm", "vector_norm") and x.zero
+    harmless = forgives_zeros(name, args, kwargs) and x.zero
     for axis in axes:
         labels = isolate_or_fix(t.ties, x, axis)
         if labels is not None and not harmless:

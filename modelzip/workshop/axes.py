@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['INPUT', 'isolate', 'fix', 'isolate_or_fix', 'link', 'keep_all', 'take_apart', 'meet_along', 'meet', 'stays_zero',
            'spread', 'condensed', 'land', 'by_number', 'mark', 'cut', 'cut_piece', 'same_pieces', 'note_picked',
-           'grouped', 'track', 'layer_output', 'channel_axis', 'reduced_axes', 'without_axes', 'settle',
-           'left_out_stay', 'line', 'gone_among', 'places', 'size_after']
+           'grouped', 'track', 'layer_output', 'channel_axis', 'reduced_axes', 'forgives_zeros', 'without_axes',
+           'settle', 'left_out_stay', 'line', 'gone_among', 'places', 'size_after']
 
 # %% ../../nbs/workshop/axes.ipynb
 from collections.abc import Callable, Iterable
@@ -287,6 +287,7 @@ def reduced_axes(name: str, n: int, args: tuple, kwargs: dict) -> list[int]:
     position = name in ("norm", "vector_norm", "normalize")  # before `dim` there is the order of a norm
     default = 1 if name == "normalize" else None
     dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
+    dim = None if isinstance(dim, bool) else dim  # var(x, True): over all, unbiased
     return (
         sorted(d % n for d in (range(n) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim))
         if n
@@ -294,6 +295,14 @@ def reduced_axes(name: str, n: int, args: tuple, kwargs: dict) -> list[int]:
     )
 
 # %% ../../nbs/workshop/axes.ipynb
+def forgives_zeros(name: str, args: tuple, kwargs: dict) -> bool:
+    """Does a reduction give the same when zeros are gone? A sum does, and a norm of order 0 or more; the norm of a
+    negative order is 0 as soon as one number is."""
+    p = kwargs.get("p", kwargs.get("ord", args[0] if args else None))
+    positive = p is None or isinstance(p, str) or isinstance(p, (int, float)) and p >= 0
+    return name in ("sum", "nansum") or name in ("norm", "vector_norm", "normalize") and positive
+
+
 def without_axes(blocks: dict, axes: list[int], dropped: bool) -> dict:
     "What is left when axes were reduced to one place; if they are dropped, those behind them move up."
     move = lambda b: tuple(a - sum(g < a for g in axes) for a in b) if dropped else b

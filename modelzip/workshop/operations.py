@@ -27,6 +27,7 @@ SAME = {
     "permute_copy": "permute",
     "concat": "cat",
     "concatenate": "cat",
+    "linalg_vector_norm": "vector_norm",
 }
 
 # %% ../../nbs/workshop/operations.ipynb
@@ -44,21 +45,23 @@ def name_of(f: Callable) -> str:  # "conv2d", "add" (also for add_, __add__ …)
 
 # %% ../../nbs/workshop/operations.ipynb
 POINTWISE = """relu relu6 leaky_relu elu selu celu rrelu gelu silu mish hardswish tanh tanhshrink softshrink
-    hardshrink softsign abs neg negative positive sign sqrt square sin sinh asinh atan arctan erf erfinv expm1
-    log1p round floor ceil trunc nan_to_num zero real dropout dropout1d dropout2d dropout3d feature_dropout
+    hardshrink softsign abs neg negative positive sign sgn sqrt square sin arcsin asin sinh
+    arcsinh asinh tan atan arctan atanh arctanh erf erfinv expm1
+    log1p round floor ceil trunc fix frac nan_to_num zero real dropout dropout1d dropout2d dropout3d feature_dropout
     clone contiguous to float half double bfloat16 type type_as detach cpu cuda data alias""".split()
-LIFTING = """sigmoid hardsigmoid logsigmoid softplus exp cos rsqrt reciprocal log isnan isinf isfinite
+LIFTING = """sigmoid hardsigmoid logsigmoid softplus exp exp2 cos rsqrt reciprocal log log2 log10 isnan isinf isfinite
     logical_not bool int long alpha_dropout feature_alpha_dropout""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
 MIXING = """add sub mul div pow maximum minimum fmax fmin where lerp addcmul addcdiv eq ne lt gt le ge greater
-    less and or xor logical_and logical_or logical_xor masked_fill fmod atan2 floor_divide remainder rsub
+    less not_equal greater_equal less_equal hypot copysign
+    and or xor logical_and logical_or logical_xor masked_fill fmod atan2 floor_divide remainder rsub
     copy""".split()
 
 # %% ../../nbs/workshop/operations.ipynb
 RESHAPE = "view reshape flatten unflatten view_as reshape_as".split()
 MOVE = """ravel squeeze unsqueeze permute transpose t T mT H movedim moveaxis swapaxes swapdims expand expand_as
-    repeat tile flip repeat_interleave broadcast_to pixel_unshuffle atleast_2d diagonal""".split()
+    repeat tile flip fliplr flipud repeat_interleave broadcast_to pixel_unshuffle atleast_2d diagonal""".split()
 CUT = """getitem chunk split split_with_sizes tensor_split narrow select unbind index_select hsplit vsplit roll gather
     take_along_dim""".split()
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['Tried', 'tried', 'constant', 'foreign', 'along_one_axis', 'limited', 'extreme', 'normalized', 'pooling', 'padded',
-           'contract', 'same_letter', 'product', 'product_plus', 'einstein', 'pixels', 'unfolded', 'joined', 'raised',
-           'gated', 'shuffled', 'written']
+           'contract', 'same_letter', 'product', 'product_plus', 'einstein', 'pixels', 'unfolded', 'joined',
+           'joined_by_name', 'raised', 'gated', 'shuffled', 'written']
 
 # %% ../../nbs/workshop/rules.ipynb
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Marks, Trace, dependency_graph, differs, mixed, moved, pointwise, reduction, rule
-from .axes import fix, isolate, isolate_or_fix, keep_all, link, meet, reduced_axes
+from .axes import fix, forgives_zeros, isolate, isolate_or_fix, keep_all, link, meet, reduced_axes
 from .operations import name_of, tensors_of
 
 # %% ../../nbs/workshop/rules.ipynb
@@ -83,12 +83,14 @@ def along_one_axis(t: Trace, f: Callable, output: Any, input: Tensor, *args, **k
     return [Marks(tuple(o.shape), dict(m.blocks)) for o in outs]
 
 # %% ../../nbs/workshop/rules.ipynb
-@rule("hardtanh", "clamp", "clip", "threshold")
+@rule("hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold")
 def limited(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> Marks | None:
     "Element by element, between limits."
+    if tensors_of((args, kwargs)):
+        return mixed(t, f, output, input, *args, **kwargs)
     zero = t.marks(input).zero
     out = pointwise(t, f, output, input, *args, **kwargs)
-    if out is not None and not tensors_of(args):
+    if out is not None:
         out.zero = zero and bool((f(torch.zeros(()), *args, **kwargs) == 0).all())
     return out
 
@@ -100,6 +102,9 @@ def extreme(t: Trace, f: Callable, output: Any, input: Tensor, *args, **kwargs) 
     return (mixed if two else reduction)(t, f, output, input, *args, **kwargs)
 
 
+rule("nanmean", "std_mean")(reduction)
+
+
 @rule("normalize")
 def normalized(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kwargs) -> Marks:
     "Each vector divided by its norm."
@@ -107,7 +112,7 @@ def normalized(t: Trace, f: Callable, output: Tensor, input: Tensor, *args, **kw
     x = replace(m, blocks=dict(m.blocks))
     for axis in reduced_axes("normalize", input.dim(), args, kwargs):
         labels = isolate_or_fix(t.ties, x, axis)
-        if labels is not None and not x.zero:
+        if labels is not None and not (x.zero and forgives_zeros("normalize", args, kwargs)):
             t.ties.keep(labels, "`normalize` looks at all of them together")
     return Marks(m.shape, x.blocks, x.zero)
 
@@ -246,6 +251,14 @@ def joined(t: Trace, f: Callable, output: Tensor, tensors: Any, dim: int = 0, **
     return out
 
 # %% ../../nbs/workshop/rules.ipynb
+@rule("hstack", "vstack")
+def joined_by_name(t: Trace, f: Callable, output: Tensor, tensors: Any) -> Marks | None:
+    "Along axis 1, or along axis 0. (Rows without columns become such first: nobody knows them.)"
+    if any(x.dim() < 2 for x in tensors):
+        return None
+    return joined(t, f, output, tensors, int(name_of(f) == "hstack"))
+
+
 def raised(m: Marks, dim: int) -> Marks:
     "With one more axis."
     blocks = {tuple(a + (a >= dim) for a in b): l for b, l in m.blocks.items()}

@@ -51,9 +51,13 @@ def transposed(
     return layer_output(t, output, x, c, columns, bias, "out_channels")
 
 # %% ../../nbs/workshop/rules_layers.ipynb
-@rule("embedding")
-def embedding(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor, *args, **kwargs) -> Marks:
-    "Rows are looked up by number, so they stay; columns are channels."
+@rule("embedding", "embedding_bag")
+def embedding(t: Trace, f: Callable, output: Tensor, input: Tensor, weight: Tensor, *args, **kwargs) -> Marks | None:
+    "Rows are looked up by number (and summed, in a bag), so they stay; columns are channels."
+    if input.is_floating_point():  # torch.embedding_bag(weight, numbers, offsets)
+        return None
+    for m in map(t.marks, tensors_of((args, kwargs))):
+        keep_all(t.ties, m, "it weighs the rows of a bag")
     w = t.marks(weight)
     fix(t.ties, w, 0, "its rows are looked up by number")
     columns = isolate(t.ties, w, 1)
