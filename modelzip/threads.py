@@ -43,7 +43,7 @@ def fit_amdahl(
     n: Sequence[float],  # numbers of processors, at least one of them above 1
     speedup: Sequence[float],  # what was measured with each: times as fast as with one
 ) -> float:  # serial share: below 0 when they did better than their number, above 1 when they did harm
-    "Serial share by least squares on 1/speed-up. `ValueError`: not finite, n below 1 or never above, speedup not above 0."
+    "Serial share by least squares on 1/speed-up. `ValueError`: not finite, n below 1 or all 1, speedup 0 or less."
     n, speedup = checked_speedups(n, speedup)
     x, y = [1 / k for k in n], [1 / s for s in speedup]
     return checked_fit(sum((1 - a) * (b - a) for a, b in zip(x, y)) / sum((1 - a) ** 2 for a in x))
