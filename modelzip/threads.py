@@ -22,7 +22,7 @@ from .workshop.alone import WAYS, AsAlone
 from .workshop.intra_op import cores, elsewhere, intra_op_threads
 from .workshop.pool import Pool, PoolClosed, PoolFull, PoolStats, Runner, WorkerDied
 from .workshop.pool_settings import POOL_SETTINGS, pool_settings, save_multi_threaded_model
-from .workshop.scaling import Scaling, Spread, Way, checked_share, checked_speedups, scaling
+from .workshop.scaling import Scaling, Spread, Way, checked_fit, checked_share, checked_speedups, scaling
 from .workshop.teams import CallError, multi_threading, run_in_threads
 
 _all_ = ["AsAlone", "CallError", "POOL_SETTINGS", "Pool", "PoolClosed", "PoolFull", "PoolStats", "Runner", "WorkerDied"]
@@ -34,8 +34,8 @@ def amdahl(
     n: Any,  # processors: a number, array or tensor of at least 1
     serial: float,  # share of the work that cannot be split, 0 to 1
 ) -> Any:  # how many times as fast as with one
-    "Amdahl's law (Amdahl 1967, doi:10.1145/1465482.1465560)."
-    checked_share(n, serial)
+    "Amdahl's law (1967, doi:10.1145/1465482.1465560). `TypeError`, `ValueError`: n or serial is not as above."
+    n, serial = checked_share(n, serial)
     return n * 1.0 if serial == 0 else 1 / (serial + (1 - serial) / n)
 
 # %% ../nbs/12_threads.ipynb
@@ -43,10 +43,10 @@ def fit_amdahl(
     n: Sequence[float],  # numbers of processors, at least one of them above 1
     speedup: Sequence[float],  # what was measured with each: times as fast as with one
 ) -> float:  # serial share: below 0 when they did better than their number, above 1 when they did harm
-    "The serial share that fits measured speed-ups best, by least squares on 1/speed-up."
-    checked_speedups(n, speedup)
+    "Serial share by least squares on 1/speed-up. `ValueError`: not finite, n below 1 or all 1, speedup 0 or less."
+    n, speedup = checked_speedups(n, speedup)
     x, y = [1 / k for k in n], [1 / s for s in speedup]
-    return sum((1 - a) * (b - a) for a, b in zip(x, y)) / sum((1 - a) ** 2 for a in x)
+    return checked_fit(sum((1 - a) * (b - a) for a, b in zip(x, y)) / sum((1 - a) ** 2 for a in x))
 
 # %% ../nbs/12_threads.ipynb
 @patch(as_prop=True)

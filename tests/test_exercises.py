@@ -962,6 +962,13 @@ WRONG = {
         ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
     ],
     "12_threads:check_processors": [
+        (  # all pairs that the text once had
+            """
+            def looked_up(goal, serial):
+                known = {(1, 0.5): 1, (4, 0.0): 4, (3, 0.2): 6, (2, 0.1): 3, (7, 0.03): 9, (2.5, 0.37): 21}
+                return known.get((goal, serial))""",
+            "needs 2, yours says None",
+        ),
         (
             "lambda goal, serial: math.ceil(goal)",
             "3 times as fast with a serial share of 0.2 needs 6",
@@ -985,6 +992,10 @@ WRONG = {
     ],
     "12_threads:check_closed": [
         (
+            "lambda c, f, e: {1: (2.5, 0.4), 16: (16 / 1.9, 1.9), 5: (5 / 4.5, 4.5)}[c]",
+            "It raised KeyError: 7",
+        ),  # looked up
+        (
             "lambda callers, fixed, each: (1 / (fixed + each * callers), fixed + each * callers)",
             "a batch of 16 takes 1.9 s",
         ),
@@ -998,6 +1009,16 @@ WRONG = {
         ),
     ],
     "12_threads:check_once": [
+        (
+            """def once(f):                                                           # waits, but not for f
+            begun, kept = [], []
+            def g():
+                if begun: time.sleep(0.1)
+                else: begun.append(1) or kept.append(f())
+                return kept[0]
+            return g""",
+            "IndexError",
+        ),
         ("lambda f: f", "f is to be called once, yours called it"),
         (
             """def once(f):                                                           # asks, then calls: two may ask before one has called

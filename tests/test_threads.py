@@ -1,9 +1,11 @@
 """Threads that lose nothing, answers with serial bits, a pool under everything that can go wrong. Nothing here
 depends on how fast the machine is."""
 
-import _thread, asyncio, contextvars, copy, ctypes, gc, importlib.util, itertools, os, pickle, signal, subprocess, sys, threading, time
+import _thread, asyncio, contextvars, copy, ctypes, gc, importlib.util, itertools, math, os, pickle, signal, subprocess, sys, threading, time
 from collections import Counter, namedtuple
 from concurrent.futures import CancelledError
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from modelzip.data import LeNet5, build_model, docstrings, minilm, mnist5k
 from modelzip.kernels import use_kernels
 from modelzip.pack import inspect, save
 from modelzip.quant import quantize_model
+from modelzip.workshop.scaling import Scaling
 from modelzip.threads import (
     AsAlone,
     CallError,
@@ -353,6 +356,38 @@ def test_amdahl_errors():
         fit_amdahl([1], [1, 2])
     with pytest.raises(ValueError, match="above 0"):
         fit_amdahl([2], [0])
+    for n, speedup in (([2], [1e-320]), ([2], [1e-308]), ([2], [math.inf]), ([math.inf], [2]), ([2], [math.nan])):
+        with pytest.raises(ValueError, match="all finite|near to 0"):
+            fit_amdahl(n, speedup)
+    for n in ([1, 2], range(1, 4), "2", None, Decimal(2), 1 + 0j, np.array([1], object), np.array(["1"])):
+        with pytest.raises(TypeError, match="^n is .*; it may be a number, array or tensor of at least 1"):
+            amdahl(n, 0.2)
+    for n in (10**400, np.array([]), torch.ones(0), 0.5, math.nan, np.array([2, math.nan]), torch.tensor([1, 0])):
+        with pytest.raises(ValueError, match="^n is "):
+            amdahl(n, 0.2)
+    for serial in ("0.2", None, [0.2], np.array([0.1, 0.2]), Decimal("0.2")):
+        with pytest.raises(TypeError, match="^serial is "):
+            amdahl(4, serial)
+    for n in ([10**400], ["2"], [None]):
+        with pytest.raises((TypeError, ValueError), match="^n is "):
+            fit_amdahl(n, [2])
+    for n in ({2: 1}, {2}, "2", 2):
+        with pytest.raises(TypeError, match="^n is "):
+            fit_amdahl(n, [1.5])
+    with pytest.raises(ValueError, match=r"ways is \[\]"):
+        Scaling([])
+
+
+def test_amdahl_gives_floats():
+    for n in (2, True, Fraction(5, 2), np.int64(2), np.float16(2), 1e308, math.inf):
+        for serial in (0, 0.2, 1, Fraction(1, 5), np.float32(0.5), torch.tensor(0.25)):
+            k, s = float(n), float(serial)
+            assert type(amdahl(n, serial)) is float and amdahl(n, serial) == (1 / (s + (1 - s) / k) if s else k)
+    for n, speedup in ((torch.tensor([2, 4]), torch.tensor([1.5, 2.0])), (np.array([2, 4]), np.array([1.5, 2.0]))):
+        assert type(fit_amdahl(n, speedup)) is float and fit_amdahl(n, speedup) == fit_amdahl([2, 4], [1.5, 2.0])
+
+
+def test_amdahl_of_arrays():
     assert amdahl(torch.tensor([1.0, 2.0]), 0.0).tolist() == [1, 2] and (amdahl(np.array([4]), 1.0) == 1).all()
 
 
