@@ -1588,3 +1588,9 @@ def test_a_registered_kind_goes_through_a_file(tmp_path, request):
     path = save(model, tmp_path / "x.mz")
     back, x = load(path, nn.Sequential(nn.Linear(3, 4))), torch.ones(1, 3)
     assert type(back[0].q) is Halved and torch.equal(back(x), model(x))
+
+
+def test_what_inspect_and_diff_gave_is_unpickled_from_its_former_place():
+    for name in "Line", "Difference", "Change":
+        kind = pickle.loads(b"cmodelzip.pack\n" + name.encode() + b"\n.")
+        assert kind.__name__ == name and kind.__module__ == "modelzip.workshop.inspecting"
