@@ -16,7 +16,7 @@ from .archive import seal_solid, several
 from .quant import CompressedTensor
 from .workshop.filling import check_result, fill, rebuild, wrap
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
-from .workshop.inspecting import Change, Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
+from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
