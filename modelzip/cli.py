@@ -62,7 +62,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt
-from .workshop.kinds import plain_layer
+from .workshop.layer_table import plain_layer
 from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
 from .workshop.terminal import as_json, complain, ending_of, fitting, raised_at, reason, say
 

@@ -17,7 +17,7 @@ from guards import FUZZ
 from modelzip import archive, pack
 from modelzip.data import register_model
 from modelzip.pack import PackError, load, save
-from modelzip.workshop import asked, kinds
+from modelzip.workshop import asked, facts, kinds, layer_table
 from test_right_pack import OTHER, has, made
 
 ROOM, SECONDS = 2**31, 10  # bytes on top of what the process has when it starts; for a case
@@ -65,7 +65,7 @@ ODD = [
     {"dtype": "int8"},
 ]
 DTYPES = ["float16", "bfloat16", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn", "uint8"]
-NAMES = [n for n in kinds.LAYERS if has(n)]
+NAMES = [n for n in layer_table.LAYERS if has(n)]
 
 
 def junk(rng):
@@ -81,7 +81,7 @@ def junk(rng):
 def good_layer(name, rng):
     "A layer with a few arguments that are not the usual ones."
     for _ in range(4):
-        some = {k: OTHER[k] for k in kinds.LAYERS[name].split() if k in OTHER and rng.random() < 0.3}
+        some = {k: OTHER[k] for k in layer_table.LAYERS[name].split() if k in OTHER and rng.random() < 0.3}
         try:
             return made(name, **some)
         except (TypeError, ValueError):
@@ -101,16 +101,16 @@ def forged(name, rng):
     "A manifest and a payload."
     layer = good_layer(name, rng)
     about, table = described(layer), tensors_of(layer)
-    how, keys = rng.random(), kinds.LAYERS[name].split()
+    how, keys = rng.random(), layer_table.LAYERS[name].split()
     if how < 0.7 and keys:
         for k in rng.sample(keys, min(len(keys), rng.choice([1, 1, 1, 2, 3]))):
             about[""][k] = junk(rng)
         try:
             with torch.device("meta"), asked.counted(500), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                new = kinds.layer_class(name)(
+                new = layer_table.layer_class(name)(
                     **{
-                        k: tuple(kinds.meant(v) for v in v) if isinstance(v, list) else kinds.meant(v)
+                        k: tuple(facts.meant(v) for v in v) if isinstance(v, list) else facts.meant(v)
                         for k, v in about[""].items()
                         if k != "class"
                     }
@@ -179,13 +179,18 @@ def forged_own(name, rng):
 
 @register_model("native layer")
 def built(cls, **how):
-    return nn.Sequential(kinds.layer_class(cls)(**{k: tuple(v) if isinstance(v, list) else v for k, v in how.items()}))
+    return nn.Sequential(
+        layer_table.layer_class(cls)(**{k: tuple(v) if isinstance(v, list) else v for k, v in how.items()})
+    )
 
 
 def forged_options(name, rng):
     "What a builder is called with."
     layer = good_layer(name, rng)
-    options, keys = {k: v for k, v in kinds.layer_entry(layer).items() if k != "class"}, kinds.LAYERS[name].split()
+    options, keys = (
+        {k: v for k, v in layer_table.layer_entry(layer).items() if k != "class"},
+        layer_table.LAYERS[name].split(),
+    )
     table = tensors_of(layer)
     for k in rng.sample(keys, min(len(keys), rng.choice([1, 1, 2]))):
         options[k] = junk(rng)

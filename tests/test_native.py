@@ -12,7 +12,7 @@ from modelzip.archive import PackError
 from modelzip.data import LeNet5, model_builders, register_model
 from modelzip.exchange import from_npz, from_safetensors, to_npz, to_safetensors
 from modelzip.pack import load, save
-from modelzip.workshop import asked, kinds
+from modelzip.workshop import asked
 
 
 @pytest.mark.hypothesis  # so that a search for new cases comes here, too

@@ -997,7 +997,7 @@ def test_the_page_names_every_form_of_a_value():
     page = (Path(__file__).parent.parent / "nbs/workshop/specification.ipynb").read_text(encoding="utf-8")
     page = page.replace('\\"', '"')
     import types
-    from modelzip.workshop.kinds import LIBRARIES, said
+    from modelzip.workshop.facts import LIBRARIES, said
 
     values = math.inf, torch.float16, {"a": 1}, types.SimpleNamespace(a=1), torch.ones(2), torch.ones(99), torch.relu
     assert all(f'{{"{next(iter(said(v)))}": ' in page for v in values) and all(f"`{l}`" in page for l in LIBRARIES)
@@ -1512,14 +1512,14 @@ class Scaling(nn.Module):
 
 
 def test_a_registered_layer_goes_through_a_file(tmp_path, monkeypatch):
-    from modelzip.workshop import kinds
+    from modelzip.workshop import layer_table
 
     for table in "LAYERS", "OWN":
-        monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
+        monkeypatch.setattr(layer_table, table, dict(getattr(layer_table, table)))
     with pytest.raises(ValueError, match="Scaling: HOMES_OF_LAYERS .* does not say that example makes it"):
-        kinds.register_layer("channels eps")(Scaling)
-    monkeypatch.setitem(kinds.HOMES_OF_LAYERS, "Scaling", "example")
-    kinds.register_layer("channels eps")(Scaling)
+        layer_table.register_layer("channels eps")(Scaling)
+    monkeypatch.setitem(layer_table.HOMES_OF_LAYERS, "Scaling", "example")
+    layer_table.register_layer("channels eps")(Scaling)
     model = nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=2.0))
     model[1].weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
     path = save(model, tmp_path / "x.mz")
@@ -1529,26 +1529,26 @@ def test_a_registered_layer_goes_through_a_file(tmp_path, monkeypatch):
     back = load(path, other)  # which has another eps: the file's is made
     assert back[1].eps == 2.0 and torch.equal(back(x), model(x))
     with pytest.raises(ValueError, match="cannot be a class that files name"):
-        kinds.register_layer("channels")(Scaling)
+        layer_table.register_layer("channels")(Scaling)
     with pytest.raises(ValueError, match="what power may be"):
-        kinds.register_layer("channels power")(type("Raising", (Scaling,), {"__module__": "modelzip.example"}))
-    monkeypatch.setattr(kinds, "LAYERS", {k: v for k, v in kinds.LAYERS.items() if k != "Scaling"})
+        layer_table.register_layer("channels power")(type("Raising", (Scaling,), {"__module__": "modelzip.example"}))
+    monkeypatch.setattr(layer_table, "LAYERS", {k: v for k, v in layer_table.LAYERS.items() if k != "Scaling"})
     with pytest.raises(PackError, match="layers"):
         load(path, model)
 
 
 def test_a_file_finds_a_registered_layer_whose_module_nobody_imported(tmp_path, monkeypatch):
     import modelzip
-    from modelzip.workshop import kinds
+    from modelzip.workshop import layer_table
 
     for table in "LAYERS", "OWN":
-        monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
-    monkeypatch.setitem(kinds.HOMES_OF_LAYERS, "Scaling", "example")
-    kinds.register_layer("channels eps")(Scaling)
+        monkeypatch.setattr(layer_table, table, dict(getattr(layer_table, table)))
+    monkeypatch.setitem(layer_table.HOMES_OF_LAYERS, "Scaling", "example")
+    layer_table.register_layer("channels eps")(Scaling)
     path = save(nn.Sequential(nn.Linear(3, 4), Scaling(4, eps=2.0)), tmp_path / "x.mz")
-    del kinds.LAYERS["Scaling"], kinds.OWN["Scaling"]
+    del layer_table.LAYERS["Scaling"], layer_table.OWN["Scaling"]
     (tmp_path / "example.py").write_text(
-        f"from {__name__} import Scaling\nfrom modelzip.workshop.kinds import register_layer\n"
+        f"from {__name__} import Scaling\nfrom modelzip.workshop.layer_table import register_layer\n"
         "register_layer('channels eps')(Scaling)\n"
     )
     monkeypatch.setattr(modelzip, "__path__", [*modelzip.__path__, str(tmp_path)])

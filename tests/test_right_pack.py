@@ -18,7 +18,7 @@ from modelzip import pack
 from modelzip.workshop import inspecting
 from modelzip.pack import load, save
 from modelzip.quant import quantize_model
-from modelzip.workshop import kinds
+from modelzip.workshop import kinds, layer_table
 
 torch.set_num_threads(1)
 
@@ -549,13 +549,13 @@ def made(name, **how):
         norm_type=2.0,
         lambd=0.5,
     )
-    cls = kinds.layer_class(name)
+    cls = layer_table.layer_class(name)
     from inspect import signature
 
     takes = signature(nn.RNNBase if issubclass(cls, nn.RNNBase) else cls).parameters
     arguments = {
         k: need[k]
-        for k in kinds.LAYERS[name].split()
+        for k in layer_table.LAYERS[name].split()
         if k in need and k in takes and takes[k].default is takes[k].empty
     } | how
     return cls(**arguments)
@@ -623,13 +623,13 @@ OTHER = dict(
 
 def has(name):
     try:
-        return bool(kinds.layer_class(name))
+        return bool(layer_table.layer_class(name))
     except PackError:
         return False
 
 
 def variants():
-    for name, keys in ((n, k) for n, k in kinds.LAYERS.items() if has(n)):
+    for name, keys in ((n, k) for n, k in layer_table.LAYERS.items() if has(n)):
         yield name, {}
         for k in keys.split():
             if k not in OTHER:
@@ -671,16 +671,16 @@ def test_every_argument_of_every_class_is_kept(tmp_path):
     seen = 0
     for name, how in variants():
         layer, plain = made(name, **how), made(name)
-        entry = kinds.layer_entry(layer)
+        entry = layer_table.layer_entry(layer)
         assert (
             kinds.are_kinds({"": entry})
-            and kinds.layer_entry(kinds.make_plain("x", json.loads(json.dumps(entry)))) == entry
+            and layer_table.layer_entry(layer_table.make_plain("x", json.loads(json.dumps(entry)))) == entry
         ), (name, how)
-        assert kinds.layer_entry(kinds.make_plain("x", entry)) == entry and repr(kinds.make_plain("x", entry)) == repr(
-            layer
-        ), (name, how)
+        assert layer_table.layer_entry(layer_table.make_plain("x", entry)) == entry and repr(
+            layer_table.make_plain("x", entry)
+        ) == repr(layer), (name, how)
         if how:
-            assert entry != kinds.layer_entry(plain), (name, how)
+            assert entry != layer_table.layer_entry(plain), (name, how)
             seen += 1
     assert seen > 180
 
@@ -688,8 +688,8 @@ def test_every_argument_of_every_class_is_kept(tmp_path):
 def test_the_table_leaves_out_no_argument():
     from inspect import signature
 
-    for name, keys in ((n, k) for n, k in kinds.LAYERS.items() if has(n)):
-        cls = kinds.layer_class(name)
+    for name, keys in ((n, k) for n, k in layer_table.LAYERS.items() if has(n)):
+        cls = layer_table.layer_class(name)
         takes = signature(nn.RNNBase if issubclass(cls, nn.RNNBase) else cls).parameters
         assert set(takes) - {
             "device",

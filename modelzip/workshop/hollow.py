@@ -17,10 +17,11 @@ from ..archive import PackError, demand, quoted, several, shown
 from ..data import build_model, model_builders
 from ..quant import Dequantize
 from .asked import unfit, within
-from .kinds import alike, arguments_of, check_arguments, check_kinds, check_nothing_hidden
-from .kinds import computes_nothing, differing, kinds_of, made_so, plain_layer, remade
+from .kinds import alike, check_nothing_hidden, computes_nothing, differing, kinds_of
+from .kinds import small_buffers, walk
 from .kinds import seal as seal_of
-from .kinds import small_buffers, text_of, walk
+from .layer_table import arguments_of, plain_layer, text_of
+from .remaking import check_arguments, check_kinds, made_so, remade
 from .manifest import NAMES, VERSION, Row, as_json
 from .models import carry_hooks, check_ordinary
 from .walking import items, own_tensors

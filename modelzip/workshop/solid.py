@@ -17,7 +17,7 @@ from ..archive import ALIGN, PackError, demand, quoted, seal, unseal_solid
 from ..coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes
 from ..quant import pack_bits, packed_bytes, unpack_bits
 from .hollow import build_from
-from .kinds import remade
+from .remaking import remade
 from .manifest import DTYPES, NAMES, VERSION, as_json, check_manifest, check_shape, is_size, read_json
 from .walking import Piece, as_bytes, items
 

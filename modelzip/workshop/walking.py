@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..archive import PackError, quoted
 from ..quant import CompressedTensor, Dequantize
-from .kinds import plain_layer
+from .layer_table import plain_layer
 from .manifest import DTYPES, NAMES, as_json, check_shape, is_architecture
 from .settings import SettingsInState
 from .weights import beside

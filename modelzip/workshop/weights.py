@@ -12,7 +12,7 @@ from torch import nn
 
 from ..archive import demand, quoted
 from ..quant import Dequantize
-from .kinds import plain_layer
+from .layer_table import plain_layer
 
 # %% ../../nbs/workshop/weights.ipynb
 MOST_BESIDE = (
@@ -83,7 +83,7 @@ def held_apart(
     for k, n in counts.items():
         demand(
             n <= MOST_BESIDE or k in several,
-            f"it has {n:,} compressed tensors beside {quoted(layers[k].name)}, and {MOST_BESIDE} can be in one layer that"
-            " computes: expand them first (modelzip convert --expand)",
+            f"it has {n:,} compressed tensors beside {quoted(layers[k].name)}, and {MOST_BESIDE} can be in one layer"
+            " that computes: expand them first (modelzip convert --expand)",
         )
     return several
