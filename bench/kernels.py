@@ -308,6 +308,7 @@ def to_ctranslate2(model, path):
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=up,
+        position_embedding_type="absolute",  # which the converter asks for
     )
     bert, names = BertModel(config), {"norm": "embeddings.LayerNorm", "pooler": "pooler.dense"}
     names |= {

@@ -929,7 +929,7 @@ def test_column_scales_of_overrides_go_before_the_method_s():
         smooth(model, seen, 0.5, overrides=overrides),
         awq(model, seen, overrides=overrides),
         gptq(model, batches, 4, columns="awq", overrides=overrides),
-        quantize_with(hqq_weight, model, seen, columns="awq", overrides=overrides),
+        quantize_with(nearest_weight, model, batches, columns=awq_columns, overrides=overrides),
     ):
         found = {n: m.q.columns for n, m in made.named_modules() if isinstance(m, Dequantize)}
         assert found["0"] is not None and torch.equal(found["2"], mine) and found["4"] is None
