@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from modelzip import kernels
+from modelzip import kernels, pack
 from modelzip.workshop import engines, integer_layers
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (
@@ -1369,3 +1369,40 @@ def test_recording_a_program_leaves_no_class_behind():
         model, x = use_kernels(quantize_model(Tied().eval(), 8)), torch.randint(0, 30, (3, 5))
         assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
         assert Dequantize.kinds == known
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(8, 16), torch.randn(3, 8)),
+        (nn.Bilinear(8, 8, 4), None),
+        (nn.Embedding(9, 16), torch.tensor([[1, 2]])),
+        (nn.EmbeddingBag(9, 16), torch.tensor([[1, 2]])),
+        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+        (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 9, 9)),
+        (nn.Conv3d(4, 8, 3), torch.randn(2, 4, 5, 5, 5)),
+        (nn.ConvTranspose1d(4, 8, 3), torch.randn(2, 4, 9)),
+        (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+        (nn.LSTM(8, 16, num_layers=2, bidirectional=True), torch.randn(5, 2, 8)),
+        (nn.LSTM(8, 16, proj_size=4), torch.randn(5, 2, 8)),
+        (nn.GRU(8, 16), torch.randn(5, 2, 8)),
+        (nn.RNN(8, 16), torch.randn(5, 2, 8)),
+        (nn.LSTMCell(8, 16), torch.randn(2, 8)),
+        (nn.GRUCell(8, 16), torch.randn(2, 8)),
+        (nn.MultiheadAttention(8, 2), None),
+        (nn.TransformerEncoderLayer(8, 2, 16), torch.randn(5, 2, 8)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_nothing_is_printed(layer, x, bits, capfd, tmp_path):
+    "Neither by Python nor by what it calls, for any kind of layer, on the way from the model to its answer."
+    model = quantize_model(nn.Sequential(layer).eval(), bits)
+    pack.save(model, tmp_path / "m.mz")
+    kernels = use_kernels(pack.load(tmp_path / "m.mz", nn.Sequential(copy.deepcopy(layer))))
+    assert repr(what_runs(kernels)) and repr(kernels)
+    if x is not None:
+        kernels(x)
+        copy.deepcopy(kernels).train()(x)
+    assert capfd.readouterr() == ("", "")
