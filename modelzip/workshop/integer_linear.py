@@ -322,7 +322,7 @@ def _columns_and(self: QLinear, way, *rest):
 
 @patch
 def _scale_and_sums(self: QLinear):
-    "int8 codes, scales and sums for products of codes; None when the weight has zero points, or the machine lacks them."
+    "int8 codes, scales and sums for products of codes; None with zero points, or where the machine lacks them."
     weight, scale, zero = self._prepare_bytes()
     if zero is not None or engines.capabilities().linear and not engines.capabilities().large:
         return None
