@@ -37,9 +37,9 @@ def fits(
     if kind is bool:
         return isinstance(x, (bool, Integral)) or _number(x)
     if kind is int:
-        return isinstance(x, Integral) and abs(int(x)) < 2**64 or _number(x, whole=True)
+        return isinstance(x, Integral) or _number(x, whole=True)
     if kind in (float, Real):
-        return isinstance(x, Real) and not (isinstance(x, Integral) and abs(int(x)) >= 2**64) or _number(x)
+        return isinstance(x, Real) or _number(x)
     if kind in (Path, os.PathLike):
         return isinstance(x, (str, os.PathLike))
     if kind is tuple:
@@ -117,10 +117,10 @@ def unfit(f: Callable, args: tuple, kwargs: dict) -> str | None:  # None when al
                 f"example is {_short(x)}; it may be what the model is called with: a tensor, a tuple of arguments, a"
                 " dict of named ones"
             )
-        if fits(x, p.annotation):
+        wide = " of at most 64 bits" if isinstance(x, Integral) and abs(int(x)) >= 2**64 else ""
+        if fits(x, p.annotation) and not wide:
             continue
         calls = f"; call it: {x.__name__}()" if isinstance(x, type) and fits_instance(x, p.annotation) else ""
-        wide = " of at most 64 bits" if isinstance(x, Integral) and fits(0, p.annotation) else ""
         return f"{name} is {_short(x)}; it may be {in_words(p.annotation)}{wide}{calls}"
     return None
 
