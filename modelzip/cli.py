@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['READERS', 'COMMANDS', 'MODEL', 'CODE', 'JSON', 'QUIET', 'FORCE', 'DATA', 'WRITERS', 'KERNELS', 'EXPECTED', 'as_model',
-           'expanded_tensors', 'only_weights', 'quantize_weights', 'open_model', 'command', 'argument', 'Done',
+           'expanded_tensors', 'only_weights', 'quantize_weights', 'open_model', 'command', 'argument', 'Done', 'bars',
            'weight_bytes', 'example_of', 'parser', 'cli', 'MOST_BESIDE', 'Weights']
 
 # %% ../nbs/workshop/cli.ipynb
@@ -476,6 +476,10 @@ JSON = argument("--json", action="store_true", help="print JSON, for other progr
 QUIET = argument("--quiet", action="store_true", help="no progress bar, and no lines where none can be drawn")
 
 
+def bars(options):
+    return not options.quiet and draws()
+
+
 FORCE = argument("--force", action="store_true", help="write over the input")
 
 
@@ -536,7 +540,7 @@ def _quantized(model, o, bits):
     "What the options ask for, without data."
     how = {"codebook": o.codebook} if o.codebook else {"symmetric": not o.asymmetric, "observer": o.observer or "mse"}
     if only_weights(model):
-        return quantize_weights(model, bits, o.group, not o.quiet and draws(), **how)
+        return quantize_weights(model, bits, o.group, bars(o), **how)
     return quantize_model(model, bits, group=o.group, **how)
 
 
@@ -899,7 +903,7 @@ def _bench(o):
     try:
         if o.threads:
             torch.set_num_threads(o.threads)
-        times = latency(calls, o.repeats, progress=not o.quiet and draws())
+        times = latency(calls, o.repeats, progress=bars(o))
     finally:
         torch.set_num_threads(before)
     rows = [
