@@ -352,7 +352,7 @@ def test_amdahl_bounds(serial, n):
 def test_amdahl_errors():
     with pytest.raises(ValueError, match="serial is 2"):
         amdahl(2, 2)
-    with pytest.raises(ValueError, match="n has 1 entries and speedup 2"):
+    with pytest.raises(ValueError, match="n has 1 entries, speedup has 2"):
         fit_amdahl([1], [1, 2])
     with pytest.raises(ValueError, match="above 0"):
         fit_amdahl([2], [0])

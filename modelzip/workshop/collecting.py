@@ -184,6 +184,8 @@ def check_moment(moment: Tensor, damping: float) -> None:
     "`ValueError` for a second moment that can have no inverse, and for negative damping."
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.numel():
+        raise ValueError(f"moment has the shape {list(moment.shape)}; it may be [inputs, inputs]")
     if not bool(moment.isfinite().all()):
         raise ValueError("moment holds NaN or infinite values, so it has no inverse")
 
