@@ -27,6 +27,7 @@ from modelzip.kernels import (
 )
 from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+from modelzip.workshop.integer_linear import FEW_TOGETHER
 from guards import codes_alone, examples, unchanged
 
 FAST = settings(max_examples=examples(30), deadline=None)
@@ -536,23 +537,28 @@ def _answers(layers, x, copied=False):
 def test_layers_that_share_an_input_are_one_product_with_the_same_bits(rows, widths, inputs, bias, columns, seed):
     torch.manual_seed(seed)
     options = {"columns": torch.rand(inputs) + 0.5} if columns else {}
-    layers, apart = _sharing(
-        [n + 100 for n in widths],
-        inputs + 20,
-        bias,
-        **({} if not columns else {"columns": torch.rand(inputs + 20) + 0.5}),
-    )
-    for turn in range(3):
-        x = torch.randn(rows, inputs + 20) * 10.0 ** torch.randint(-2, 3, (rows, 1))
+    layers, apart = _sharing(widths, inputs, bias, **options)
+    for _ in range(3):
+        x = torch.randn(rows, inputs) * 10.0 ** torch.randint(-2, 3, (rows, 1))
         got = _answers(layers, x)
         assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, _answers(apart, x, True)))
-    if capabilities().large:
+    if capabilities().large and rows <= FEW_TOGETHER:
         assert len(layers[0].prepared.group[0]) == len(widths) and all(l.prepared.group is None for l in layers[1:])
     x[0, 0] = float("nan")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip([y[1:] for y in _answers(layers, x)], [y[1:] for y in _answers(apart, x, True)])
-    )
+    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(_answers(layers, x), _answers(apart, x, True)))
+
+
+@pytest.mark.skipif(not capabilities().small, reason="one product of codes alone")
+@FAST
+@given(rows=st.integers(1, 140), inputs=st.integers(1, 300), outputs=st.integers(1, 300), seed=st.integers(0, 99))
+def test_the_product_that_is_quick_to_start_has_the_same_bits(rows, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, inputs)).to(torch.uint8)
+    weight = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+    scale = torch.rand(outputs) * 10.0 ** torch.randint(-9, 9, (outputs,))
+    quick = engines.run_small(codes, engines.pack_small(weight), scale)
+    assert torch.equal(quick, engines.run_large(codes, engines.pack_large(weight), scale))
+    assert torch.equal(quick, (codes.double() @ weight.double().t()).float() * scale)
 
 
 def _grouped(**options):

@@ -345,9 +345,6 @@ class _Last(threading.local):
     def __init__(self):
         self.one = LastInput()
 
-    def get(self, *args):
-        return self.one.get(*args)
-
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
