@@ -1,6 +1,6 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
 
-import copy, gc, io, subprocess, sys, threading, warnings, weakref
+import copy, gc, io, subprocess, sys, threading, time, warnings, weakref
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from modelzip import kernels
+from modelzip import kernels, pack
 from modelzip.workshop import engines, integer_layers
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (
@@ -28,6 +28,7 @@ from modelzip.kernels import (
 from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.workshop.integer_linear import FEW_TOGETHER
+from modelzip.workshop.models import check_ordinary
 from guards import codes_alone, examples, unchanged
 
 FAST = settings(max_examples=examples(30), deadline=None)
@@ -631,6 +632,7 @@ def test_a_group_is_neither_copied_nor_kept():
     again = copy.deepcopy(model)
     assert all(l.prepared.group is None and l.prepared.others is None for l in again)
     assert _same_answers(list(again), apart) and list(again.state_dict()) == names
+    check_ordinary(model)  # nothing in it leads back to the original
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
@@ -750,6 +752,95 @@ def test_activations_by_pattern():
     quick = use_kernels(model, activations={"2": "row", "*": "tensor"})
     assert (quick[0].activations, quick[2].activations) == ("tensor", "row")
     assert use_kernels(model, activations={"2": "tensor"})[0].activations == "row"
+
+
+# ---------------------------------------------------------------- by time
+
+
+def _slowed(monkeypatch, what, seconds=0.002):
+    "Make the kernels (or floats) of this process wait."
+
+    def wait(f):
+        return lambda *a, **k: (time.sleep(seconds), f(*a, **k))[1]
+
+    if what == "integers":
+        for name in ("run_small", "run_large", "run_convolution"):
+            monkeypatch.setattr(engines, name, wait(getattr(engines, name)))
+        monkeypatch.setattr(
+            torch.ops.quantized.linear_dynamic, "default", wait(torch.ops.quantized.linear_dynamic.default)
+        )
+    else:
+        monkeypatch.setattr(F, "linear", wait(F.linear))
+        monkeypatch.setattr(F, "conv2d", wait(F.conv2d))
+
+
+class _Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(8, 128, 3, padding=1), nn.Linear(128, 150), nn.Linear(128, 150)
+        self.words = nn.Embedding(9, 128)
+
+    def forward(self, ids, scale=1.0):
+        x = self.words(ids)
+        x = self.conv(x.view(len(x), 8, 4, 4) * scale).reshape(len(x), 16, 128)
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.skipif(not (capabilities().linear and capabilities().convolution), reason="no integer kernels")
+@pytest.mark.parametrize("slow", ["integers", "floats"])
+def test_with_an_example_the_quicker_layer_stays(slow, monkeypatch):
+    torch.manual_seed(0)
+    model, ids = quantize_model(_Three().eval()), torch.randint(0, 9, (3,))
+    before = copy.deepcopy(model.state_dict())
+    _slowed(monkeypatch, slow)
+    quick = use_kernels(model, example=(ids, 2.0))
+    monkeypatch.undo()
+    for layer in (quick.conv, quick.a, quick.b):
+        assert (layer.kernel == "floats") == layer.floats == (slow == "integers")
+        assert ("computes in floats: quicker" in repr(layer)) == (slow == "integers")
+    assert type(quick.words) is QEmbedding and "computes in floats" in str(what_runs(quick)) or slow == "floats"
+    with torch.no_grad():
+        want = model(ids) if slow == "integers" else use_kernels(model)(ids)
+        assert torch.allclose(quick(ids), want, atol=1e-5) and torch.equal(copy.deepcopy(quick)(ids), quick(ids))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in quick.modules())
+
+
+@pytest.mark.parametrize(
+    "options", [dict(bits=8), dict(bits=8, symmetric=False), dict(bits=3, group=32), dict(codebook="nf4", group=16)]
+)
+@pytest.mark.parametrize("requantize", [False, True])
+def test_floats_that_were_quicker_are_those_of_the_file(options, requantize, tmp_path):
+    torch.manual_seed(0)
+    columns = {"columns": torch.rand(128) + 0.5}
+    for layer, how in ((nn.Linear(128, 160), columns), (nn.Linear(128, 160), {}), (nn.Conv2d(32, 40, 3), {})):
+        small = quantize_layer(layer, **options | how)
+        cls = QLinear if isinstance(layer, nn.Linear) else QConv2d
+        if cls.refuses(small.layer, small.q, "weight", requantize) is not None:
+            continue
+        quick = cls(small.layer, small.packed, requantize=requantize, floats=True)
+        x = torch.randn(5, 128) if cls is QLinear else torch.randn(5, 32, 7, 7)
+        with torch.no_grad():
+            y = quick(x)
+            if not requantize:
+                assert torch.allclose(y, small(x), rtol=1e-4, atol=1e-5)
+            assert (y - small(x)).norm() < 0.02 * y.norm()
+            x[0] = float("nan")
+            assert quick(x)[0].isnan().all() and torch.allclose(quick(x)[1:], y[1:], atol=1e-5)
+        model = nn.Sequential(quick)
+        pack.save(model, tmp_path / "m.mz")
+        again = pack.load(tmp_path / "m.mz", nn.Sequential(copy.deepcopy(layer)))
+        assert again[0].floats and again[0].kernel == "floats" and again[0].options() == quick.options()
+        with torch.no_grad():
+            assert torch.equal(again(x)[1:], quick(x)[1:])
+        other = cls(small.layer, small.packed, requantize=requantize)
+        other.load_state_dict(quick.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(x)[1:], quick(x)[1:]) and other.kernel == "floats"
+        state = quick.state_dict()
+        state["_extra_state"] = integer_layers.as_state('{"activations": "row", "floats": 1}')
+        with pytest.raises((ValueError, RuntimeError), match="floats"):
+            other.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- compiled

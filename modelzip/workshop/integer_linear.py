@@ -42,10 +42,11 @@ class QLinear(IntegerLayer):
         # a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker
         activations: str = "row",
         requantize: bool = False,  # round groups or a codebook once more, to int8 with a scale for each output
+        floats: bool = False,  # compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     ):
         # looked up often: kept beside the layer's own
         self.inputs, self.outputs = layer.in_features, layer.out_features
-        super().__init__(layer, q, name, activations, requantize)
+        super().__init__(layer, q, name, activations, requantize, floats)
 
     @staticmethod
     def refuses(layer: nn.Module, q: CompressedTensor, name: str = "weight", requantize: bool = False) -> str | None:
@@ -72,7 +73,9 @@ class QLinear(IntegerLayer):
 # %% ../../nbs/workshop/integer_linear.ipynb
 @patch
 def _choose(self: QLinear):
-    "Which product runs: 'tiny', 'int4', 'expand', 'int8' or 'plain'."
+    "Which product runs: 'floats', 'tiny', 'int4', 'expand', 'int8' or 'plain'."
+    if self.floats:
+        return "floats"
     if not self.requantize and engines.why_not_int8(self.q) is not None:
         return "int4" if engines.capabilities().int4 else "expand"
     if self.inputs * self.outputs <= TINY:
@@ -82,7 +85,7 @@ def _choose(self: QLinear):
 
 @patch
 def _integer(self: QLinear, x):
-    if self.kernel == "tiny":
+    if self.kernel in ("tiny", "floats"):
         return nn.functional.linear(x, self._small_weight(), self._bias())
     rows = x if x.dim() == 2 else x.reshape(-1, self.inputs)
     if self.kernel not in ("int8", "plain"):
