@@ -86,6 +86,7 @@ def disagreement(
     example: tuple,  # of tensors
     free: tuple,  # for each of them its free dimensions by name
     tolerance: float = 0.01,  # of the norm of an output's difference, relative to the output's
+    engine: str = "ONNX Runtime",  # what computes, for the error
 ) -> float | None:  # the largest relative difference above the tolerance; None: there is none
     "How far the outputs of a file are from those of its model."
     shared = {id(t): t for t in model.parameters()} | {id(t): t for t in model.buffers() if t.numel() > 1 << 16}
@@ -102,7 +103,7 @@ def disagreement(
             except Exception as e:
                 if i == 2:
                     continue  # another size: whoever uses it will hear so
-                raise ValueError(f"ONNX Runtime cannot compute the model: {e}") from None
+                raise ValueError(f"{engine} cannot compute the model: {e}") from None
             worst = max(
                 [worst, *(_off(a, b) for a, b in zip(want.values(), [got] if isinstance(got, Tensor) else got))]
             )
