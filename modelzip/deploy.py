@@ -31,6 +31,7 @@ from modelzip.workshop.runtimes import (
     file_of,
     has_known_ranges,
     keep,
+    keep_openvino,
     register_engine,
     size_of,
     with_kernels,
@@ -75,7 +76,7 @@ class Deployed(nn.Module):
     def __repr__(self):
         said = [self.engine, f"{self.threads} thread{'s' * (self.threads > 1)}"]
         if self.kernels:
-            said.append("integer products")
+            said.append("kernels")
         if self.bytes is not None:
             said.append(f"a file of {self.bytes:,} bytes" + ("" if self.path is None else f", {self.path}"))
         said += [f"cosine {self.cosine:.4f}", repr(self.layout)]
@@ -118,7 +119,7 @@ def _candidates(work, names, kernels, form):
         forms = [form] if form else e.forms if static and e.forms else FORMS[:1]
         for k in dict.fromkeys(p and changes for p in products):
             for f in forms:
-                said = [e.name, *["integers"] * (k and e.name != "torch"), *[f] * (len(forms) > 1)]
+                said = [e.name, *["kernels"] * (k and e.name != "torch"), *[f] * (len(forms) > 1)]
                 found.append((", ".join(said), e, replace(work, kernels=k, form=f)))
     return found
 
@@ -223,6 +224,8 @@ def _checked(model, engine, threads, callers, cosine, precision, kernels, form, 
     if threads is not None:
         checked_count(threads, "threads")
     checked_count(callers, "callers")
+    if path is not None and Path(path).suffix == ".xml" and engine != "openvino":
+        raise ValueError(f"path is {os.fspath(path)!r}, which OpenVINO alone reads, and engine is {engine!r}")
     if engine == "auto":
         return list(dict.fromkeys(["given", *(ENGINES if engines is None else engines)]))
     e = engine_named(engine)
@@ -253,7 +256,8 @@ def deploy(
     kernels: bool | None = None,  # integer products in compressed layers; None: 'auto' tries both
     form: str | None = None,  # of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
     engines: Sequence[str] | None = None,  # that 'auto' tries beside the model as given; None: all
-    path: str | os.PathLike | None = None,  # where the engine's file is kept, if it has one
+    # where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
+    path: str | os.PathLike | None = None,
     repeats: int = 20,  # rounds of the measurement
     progress: bool = False,  # show a bar
 ) -> Deployed:  # called as the model is, without gradients
@@ -274,7 +278,8 @@ def deploy(
         else:
             found = _single(engine_named(engine), work, kernels, form, cosine)
         if path is not None and found.bytes is not None:
-            found.path = keep(file_of(found.work), path)
+            write = keep_openvino if Path(path).suffix == ".xml" else keep
+            found.path = write(found.work, path)
             found.bytes = size_of(found.path)
     del found.work
     return found

@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['ENGINES', 'HINTS', 'Work', 'with_kernels', 'has_known_ranges', 'file_of', 'size_of', 'keep', 'agrees', 'shaped',
-           'Engine', 'register_engine', 'engine_named', 'threaded', 'compiler', 'onnx_session', 'openvino_model']
+           'Engine', 'register_engine', 'engine_named', 'threaded', 'compiler', 'onnx_session', 'openvino_model',
+           'keep_openvino']
 
 # %% ../../nbs/workshop/runtimes.ipynb
 import contextlib, copy, os, shutil, tempfile, threading
@@ -24,7 +25,7 @@ from ..quant import Dequantize
 from .calls import Flat, Layout, called, parts_of
 from .intra_op import intra_op_threads
 from .models import copied
-from .onnx_files import LIMIT, disagreement, stored_bytes, written
+from .onnx_files import LIMIT, disagreement, stored_bytes, together, written
 from .onnx_static import is_static
 
 # %% ../../nbs/workshop/runtimes.ipynb
@@ -106,15 +107,16 @@ def size_of(file: bytes | Path) -> int:
     "Bytes of a file, with the tensors beside it."
     if isinstance(file, bytes):
         return len(file)
-    return sum(os.path.getsize(p) for p in (file, Path(f"{file}.data")) if p.exists())
+    parts = file, Path(f"{file}.data"), *[file.with_suffix(".bin")] * (file.suffix == ".xml")
+    return sum(os.path.getsize(p) for p in parts if p.exists())
 
 
 def keep(
-    file: bytes | Path,
+    work: Work,
     path: str | os.PathLike,  # where it appears, whole or not at all
 ) -> Path:
     "Write a graph to where somebody wants it."
-    path = Path(path)
+    path, file = Path(path), file_of(work)
     if isinstance(file, bytes):
         with replacing(path) as f:
             f.write(file)
@@ -301,6 +303,20 @@ def _openvino(work):
     run = lambda *tensors: compute(dict(zip(names, tensors)))
     agrees(work, run, "OpenVINO")
     return shaped(work, run)
+
+# %% ../../nbs/workshop/runtimes.ipynb
+def keep_openvino(
+    work: Work,
+    path: str | os.PathLike,  # that of the .xml; the .bin lies beside it
+) -> Path:
+    "Write a model in OpenVINO's format. `ValueError` where what is read back computes something else."
+    vino, path, file, names = need("openvino", "openvino"), Path(path), file_of(work), work.layout.names
+    graph = vino.Core().read_model(file if isinstance(file, bytes) else os.fspath(file))
+    with together(path, path.with_suffix(".bin").name) as folder:
+        vino.save_model(graph, os.fspath(folder / path.name), compress_to_fp16=False)
+        compute = openvino_model(folder / path.name, work.count, precision=work.precision)
+        agrees(work, lambda *tensors: compute(dict(zip(names, tensors))), f"OpenVINO from {path.name}")
+    return path
 
 # %% ../../nbs/workshop/runtimes.ipynb
 from .arguments import name_arguments
