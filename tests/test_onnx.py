@@ -605,6 +605,13 @@ def test_tensors_beside_a_large_graph(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 3
 
 
+def test_a_file_says_nothing_of_the_disk_that_it_comes_from(tmp_path):
+    "The exporter notes the file and line of each operation."
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval())
+    content = to_onnx(model, tmp_path / "m.onnx", torch.randn(2, 8)).read_bytes()
+    assert b".py" not in content and b"line " not in content
+
+
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     right = onnx_export.float_linear
     monkeypatch.setattr(
