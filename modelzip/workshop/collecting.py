@@ -163,8 +163,9 @@ def _see_inputs(
     "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ."
     twin, points = Twin(model), {n: Point(n, "input") for n in seen}
     tell = lambda name, rows: seen[name].add(rows, whole=whole)
+    undo = lambda: [s.__init__() for s in seen.values()]
     for i, batch in enumerate(batches):
-        show_rows(twin, batch, i, points, tell, dict.fromkeys(seen, 1) if first else None)
+        show_rows(twin, batch, i, points, tell, dict.fromkeys(seen, 1) if first else None, undo)
     for n, s in seen.items():
         s.finish(n)
 
