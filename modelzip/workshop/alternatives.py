@@ -81,9 +81,9 @@ def apart(
     return dict(zip(weights, t.split([len(w) for w in weights.values()])))
 
 
-def together(weights: Mapping[str, Tensor]) -> Tensor:  # float32 or more
+def together(weights: Mapping[str, Tensor]) -> Tensor:  # float32
     "Weights one below the other."
-    return torch.cat([w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights.values()])
+    return torch.cat([w.float() for w in weights.values()])
 
 
 def errors_of(

@@ -30,7 +30,7 @@ class Seen:
     def add(self, rows: Tensor, half: int, moments: bool) -> None:
         if rows.shape[1]:
             self.halves[half].add(rows, moments)
-            now = some_of(rows, ROWS).to(torch.promote_types(rows.dtype, torch.float32)).clone()
+            now = some_of(rows, ROWS).float().clone()
             old = self.kept[half]
             self.kept[half] = now if old is None else some_of(torch.cat([old, now], 1), ROWS)
 
