@@ -839,6 +839,26 @@ WRONG = {
             "least squares gives",
         ),
     ],  # other inputs than those that were given
+    "10c_static:check_fixed_point": [
+        ("lambda M: (M, 0)", "both are to be whole"),
+        ("lambda M: (round(M * 2**30), 30)", "is to have 31 bits"),  # no shift that fits
+        (
+            "lambda M: (int(M * 2.0 ** (30 - math.floor(math.log2(M)))), 30 - math.floor(math.log2(M)))",
+            "the nearest whole number",
+        ),
+        (
+            "lambda M: (round(M * 2.0 ** (30 - math.floor(math.log2(M)))), 30 - math.floor(math.log2(M)))",
+            "is to have 31 bits; yours is 2,147,483,648",
+        ),  # rounds up to a bit more
+        ("lambda M: (round(M * 2.0 ** (30 - math.floor(math.log2(M)))) // 2 + 2**29, 30)", "for M = "),
+    ],
+    "10c_static:check_places": [
+        ("lambda N, c: N // c + 1", "one place fewer"),  # a code that just fits
+        ("lambda N, c: max(N // c, 1)", "a share is 128, and 127 fits"),
+        ("lambda N, c: -(-N // c)", "at least one; yours is 0"),
+        ("lambda N, c: 1 + (N > 127) + (N > 254)", "N = 1000 in 3 places"),  # for 8 bits alone
+        ("lambda N, c: N / c", "at least one"),
+    ],
     "10_ranges:check_rule": [
         (
             "lambda statistics, limit: lambda name, layer: {'bits': 5} if isinstance(layer, nn.Embedding) else {'bits': 8} if name in statistics and output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > limit else {}",
@@ -1424,6 +1444,26 @@ ALSO_RIGHT = {  # answers of another form than the solution's: other libraries, 
         "lambda H: np.int64(np.floor(25 / H)) + 1",
     ],
     "04_symbols:check_breaks": ["lambda: [10**20, 1]", "lambda: np.array([999, 1])", "lambda: (1, 500, 1)"],
+    "10c_static:check_fixed_point": [
+        (
+            """
+            def fixed(M):
+                m, e = math.frexp(M)
+                return (np.int64(round(m * 2**31)), 31 - e) if round(m * 2**31) < 2**31 else (2**30, 30 - e)"""
+        ),
+        (
+            """
+            def fixed(M):                                                       # as tensors of whole numbers
+                m, e = torch.frexp(torch.tensor(M, dtype=torch.float64))
+                whole = (m * 2**31).round().long()
+                return (whole, 31 - e) if whole < 2**31 else (whole // 2, 30 - e)"""
+        ),
+    ],
+    "10c_static:check_places": [
+        "lambda N, c: next(k for k in range(1, 9999) if k * c >= N)",
+        "lambda N, c: torch.tensor(max(N, 1) / c, dtype=torch.float64).ceil()",
+        "lambda N, c: np.int32(max(1, np.ceil(N / c)))",
+    ],
     "08b_structured:check_largest_rank": [
         "lambda i, o: max(r for r in range(min(i, o)) if r * i + r * o < i * o)",
         "lambda i, o: math.ceil(i * o / (i + o)) - 1",

@@ -14,7 +14,9 @@ from modelzip.pack import load, save
 from modelzip.qat import StaticConv2d, StaticLinear
 from modelzip.quant import quantize
 from modelzip.workshop.specimens import shuffle_unit
-from modelzip.workshop.static_models import choose_static, fold_all, quantize_static
+from modelzip.static import choose_static, quantize_static, split_codes
+from modelzip.workshop.alternatives import places_of
+from modelzip.workshop.static_models import fold_all
 
 
 def simulated(layer, x):
@@ -248,3 +250,188 @@ def test_tied_weights_are_treated_alike(table, tmp_path, recwarn):
             quantize_static(model, [x], overrides={"head": "static"})
     alone = quantize_static(model, [x], overrides={"[ab]": "row"} if table else {"[ab]": None})
     assert type(alone.a) is type(alone.b) is (QLinear if table else nn.Linear)
+
+
+def outlier_net(seed=0):
+    "Two layers with a GELU between; one hidden number is large, and so are its weights."
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 24)).eval()
+    with torch.no_grad():
+        net[0].weight[7] *= 5
+        net[2].weight[:, 7] *= 5
+    return net, torch.randn(3000, 32)
+
+
+def error(static, model, x):
+    with torch.no_grad():
+        return ((static(x) - model(x)).norm() / model(x).norm()).item()
+
+
+@pytest.mark.parametrize("weights", ["gptq", "nearest"])
+@pytest.mark.parametrize("copies", [4, 8, 32])
+def test_copies_are_integers_as_simulated_and_go_through_a_file(copies, weights, tmp_path):
+    model, x = outlier_net()
+    static = quantize_static(model, [x[:2000]], copies=copies, weights=weights)
+    assert (static[0].outputs, static[2].inputs) == (128 + copies, 128 + copies)
+    assert error(static, model, x[2000:]) < error(quantize_static(model, [x[:2000]], copies=0), model, x[2000:])
+    save(static, tmp_path / "copies.mz")
+    back = load(tmp_path / "copies.mz", outlier_net()[0])
+    assert torch.equal(back(x), static(x).detach())
+    check_bits(back, x)
+
+
+def test_shares_of_a_code_add_up_to_it():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        n = int(torch.randint(1, 9, (), generator=g))
+        times = torch.randint(1, 12, (n,), generator=g)
+        whole = (torch.rand(5, n, generator=g) * 2 - 1).mul(127 * times).round()
+        shares, at = split_codes(whole, times), places_of(times)
+        assert torch.equal(torch.zeros(5, n).index_add_(1, at, shares), whole)
+        assert shares.abs().max() <= 127 and torch.equal(at.bincount(minlength=n), times)
+        for j in range(n):
+            assert shares[:, at == j].amax(1).sub(shares[:, at == j].amin(1)).max() <= 1
+
+
+class Looks(nn.Module):
+    "A feed-forward part, of which somebody else may look at the hidden numbers."
+
+    def __init__(self, looks=lambda h, y: y, act=F.gelu):
+        super().__init__()
+        net, _ = outlier_net()
+        self.up, self.down, self.looks, self.act = net[0], net[2], looks, act
+
+    def forward(self, x):
+        h = self.act(self.up(x))
+        return self.looks(h, self.down(h))
+
+
+def test_copies_are_made_only_where_nobody_else_reads():
+    _, x = outlier_net()
+    model = Looks().eval()
+    static = quantize_static(model, [x])
+    assert static.down.inputs == 136 and error(static, model, x) < 0.02
+    readers = {
+        "a mean": lambda h, y: y + h.mean(-1, keepdim=True),
+        "a norm": lambda h, y: y * h.norm(dim=-1, keepdim=True),
+        "a place": lambda h, y: y + h[..., 7:8],
+        "an output": lambda h, y: (y, h)[0] + 0 * h.sum(),
+        "a softmax": lambda h, y: y + h.softmax(-1)[..., :1],
+    }
+    for name, looks in readers.items():
+        seen = Looks(looks).eval()
+        static = quantize_static(seen, [x])
+        assert (static.up.outputs, static.down.inputs) == (128, 128), name
+        check_bits(static, x)
+    for name, act in {
+        "a softmax": lambda h: h.softmax(-1),
+        "a norm": F.normalize,
+        "a sort": lambda h: h.sort().values,
+    }.items():
+        static = quantize_static(Looks(act=act).eval(), [x])
+        assert (static.up.outputs, static.down.inputs) == (128, 128), name
+
+
+def test_a_gate_makes_copies_in_both_of_its_layers():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net, _ = outlier_net()
+            self.gate, self.up, self.down = net[0], nn.Linear(32, 128), net[2]
+
+        def forward(self, x):
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    model, (_, x) = Gated().eval(), outlier_net()
+    static = quantize_static(model, [x])
+    assert (static.gate.outputs, static.up.outputs, static.down.inputs) == (136, 136, 136)
+    check_bits(static, x)
+    assert error(static, model, x) < 0.03
+
+
+def test_copies_of_a_chain():
+    "A layer that makes copies and is given some."
+    first, x = outlier_net()
+    torch.manual_seed(1)
+    model = nn.Sequential(*first, nn.GELU(), nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 8)).eval()
+    with torch.no_grad():
+        for i in (2, 4):
+            model[i].weight[3] *= 5
+            model[i + 2].weight[:, 3] *= 5
+    static = quantize_static(model, [x[:2000]], copies=5, alphas=())
+    assert any(
+        m.inputs == old.in_features + 5 and m.outputs == old.out_features + 5
+        for m, old in zip(static, model)
+        if isinstance(old, nn.Linear)
+    )
+    check_bits(static, x)
+    assert error(static, model, x) < 0.1
+
+
+def test_options_do_what_they_say():
+    model, x = outlier_net()
+    chosen = lambda **how: choose_static(model, [x[:1000], x[1000:2000]], **how)
+    assert all(f.at is None and not f.makers for f in chosen(copies=0).values())
+    assert {f.weights for f in chosen(weights="nearest").values()} == {"nearest"}
+    assert all(f.shift is None for f in chosen(biases=False).values())
+    assert chosen(alphas=())["0"].columns is None
+    everything = chosen()
+    assert everything["2"].makers == {"0"} and "8 copies" in repr(everything)
+    assert chosen(overrides={"0": None}).keys() == {"2"} and chosen(overrides={"0": None})["2"].at is None
+    for how, says in (
+        ({"copies": -1}, "copies is -1"),
+        ({"copies": 2.0}, "copies is 2.0"),
+        ({"weights": "hqq"}, "weights is 'hqq'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            chosen(**how)
+    no_bias = nn.Sequential(nn.Linear(32, 16, bias=False)).eval()
+    assert quantize_static(no_bias, [x])[0].layer.bias is None
+
+
+def test_what_is_fitted_is_not_what_is_judged():
+    "Noise in the first half alone: GPTQ and biases that learn it are not taken."
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(8, 64)
+    chosen = choose_static(model, [x[:4], x[4:]])
+    with torch.no_grad():
+        fresh = torch.randn(2000, 64).clamp(-2, 2)
+        plain = quantize_static(model, [x], weights="nearest", biases=False)
+        assert error(quantize_static(model, chosen=chosen), model, fresh) < 1.2 * error(plain, model, fresh)
+
+
+def test_sentences_keep_their_vectors():
+    from modelzip.data import docstrings, minilm
+    from modelzip.workshop.models import Inputs
+
+    model, texts = minilm().eval(), docstrings(200).documents
+
+    def batch(some):
+        tokens = model.tokenizer.encode_batch(some)
+        return Inputs(*(torch.tensor([getattr(t, p) for t in tokens])[:, :64] for p in ("ids", "attention_mask")))
+
+    static = quantize_static(model, [batch(texts[i : i + 24]) for i in (0, 24)], alphas=(0.7, 0.8, 0.9))
+    assert sum(isinstance(m, StaticLinear) for m in static.modules()) == 36
+    with torch.no_grad():
+        cosine = torch.cat(
+            [
+                F.cosine_similarity(static(*b.args), model(*b.args))
+                for b in (batch(texts[100:130]), batch(texts[130:160]))
+            ]
+        )
+    assert cosine.mean() > 0.999
+
+
+def test_copies_in_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    from modelzip.onnx_export import to_onnx
+
+    model, x = outlier_net()
+    static = quantize_static(model, [x[:2000]])
+    assert static[2].inputs == 136
+    path = to_onnx(static, tmp_path / "copies.onnx", x[:2])
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        assert (y - static(x)).norm() < 0.01 * y.norm()
