@@ -839,7 +839,10 @@ WRONG = {
     "10c_static:check_fixed_point": [
         ("lambda M: (M, 0)", "both are to be whole"),
         ("lambda M: (round(M * 2**30), 30)", "is to have 31 bits"),  # no shift that fits
-        ("lambda M: (int(M * 2.0 ** (30 - math.floor(math.log2(M)))), 30 - math.floor(math.log2(M)))", "the nearest whole number"),
+        (
+            "lambda M: (int(M * 2.0 ** (30 - math.floor(math.log2(M)))), 30 - math.floor(math.log2(M)))",
+            "the nearest whole number",
+        ),
         (
             "lambda M: (round(M * 2.0 ** (30 - math.floor(math.log2(M)))), 30 - math.floor(math.log2(M)))",
             "is to have 31 bits; yours is 2,147,483,648",
