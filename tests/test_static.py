@@ -265,6 +265,32 @@ def test_copies_are_made_only_where_nobody_else_reads():
         assert (static.up.outputs, static.down.inputs) == (128, 128), name
 
 
+def test_who_has_a_hook_sees_what_he_saw_before():
+    net, x = outlier_net()
+    shapes = []
+    net[1].register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    static = quantize_static(net, [x[:2000]])
+    shapes.clear()
+    static(x[:5])
+    assert shapes == [(5, 128)]
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name():
+    net, x = outlier_net()
+    with torch.no_grad():
+        net[2].weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match="^2: .*infinite"):
+        quantize_static(net, [x[:50]])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_one_row_is_enough(rows):
+    "The second half may have no row of its own."
+    net, x = outlier_net()
+    static = quantize_static(net, [x[:rows]])
+    check_bits(static, x[:9])
+
+
 def test_a_gate_makes_copies_in_both_of_its_layers():
     class Gated(nn.Module):
         def __init__(self):
