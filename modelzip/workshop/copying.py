@@ -68,6 +68,10 @@ def follow_layers(follow: Follow, model: nn.Module, layers: Iterable[str]) -> No
         if isinstance(out, Tensor):
             follow.made[id(out)] = out, frozenset({name})
 
+    watched = [m for m in model.modules() if hooks_of(m)]  # somebody's hooks see what goes in and what comes out
+    for m in watched:
+        m.register_forward_pre_hook(lambda m, args: follow.read(tensors_of(args), "a hook"))
+        m.register_forward_hook(lambda m, args, out: follow.read(tensors_of(out), "a hook"))
     for n in layers:
         m = model.get_submodule(n)
         m.register_forward_pre_hook(lambda m, args, n=n: enters(m, args, n))
