@@ -476,7 +476,8 @@ JSON = argument("--json", action="store_true", help="print JSON, for other progr
 QUIET = argument("--quiet", action="store_true", help="no progress bar, and no lines where none can be drawn")
 
 
-def bars(options):
+def bars(options: argparse.Namespace) -> bool:
+    "Whether bars are drawn."
     return not options.quiet and draws()
 
 
