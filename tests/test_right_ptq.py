@@ -920,21 +920,6 @@ def test_a_model_that_draws_is_calibrated_the_same_each_time():
     assert torch.equal(first["a"].moment, again["a"].moment)
 
 
-def test_column_scales_of_overrides_go_before_the_method_s():
-    "Of every method that chooses column scales itself: given ones are kept, and None is none."
-    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-    batches, mine = [torch.randn(40, 12) * torch.linspace(0.2, 9, 12)], torch.linspace(0.5, 2, 8)
-    seen, overrides = calibrate(model, batches), {"2": {"columns": mine}, "4": {"columns": None}}
-    for made in (
-        smooth(model, seen, 0.5, overrides=overrides),
-        awq(model, seen, overrides=overrides),
-        gptq(model, batches, 4, columns="awq", overrides=overrides),
-        quantize_with(nearest_weight, model, batches, columns=awq_columns, overrides=overrides),
-    ):
-        found = {n: m.q.columns for n, m in made.named_modules() if isinstance(m, Dequantize)}
-        assert found["0"] is not None and torch.equal(found["2"], mine) and found["4"] is None
-
-
 class Counted(nn.Module):
     "Counts its runs where everybody sees it; draws random numbers if it is told to."
 
@@ -974,3 +959,18 @@ def test_a_batch_is_run_once(draws):
     assert torch.allclose(
         sums[0][0].squeeze() / sums[0][0].abs().max(), (rows.T @ rows) / (rows.T @ rows).abs().max(), atol=1e-4
     )
+
+
+def test_column_scales_of_overrides_go_before_the_method_s():
+    "Of every method that chooses column scales itself: given ones are kept, and None is none."
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    batches, mine = [torch.randn(40, 12) * torch.linspace(0.2, 9, 12)], torch.linspace(0.5, 2, 8)
+    seen, overrides = calibrate(model, batches), {"2": {"columns": mine}, "4": {"columns": None}}
+    for made in (
+        smooth(model, seen, 0.5, overrides=overrides),
+        awq(model, seen, overrides=overrides),
+        gptq(model, batches, 4, columns="awq", overrides=overrides),
+        quantize_with(nearest_weight, model, batches, columns=awq_columns, overrides=overrides),
+    ):
+        found = {n: m.q.columns for n, m in made.named_modules() if isinstance(m, Dequantize)}
+        assert found["0"] is not None and torch.equal(found["2"], mine) and found["4"] is None
