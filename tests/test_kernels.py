@@ -864,10 +864,15 @@ def test_compiled_layers_give_the_same_numbers():
             return self.b(F.gelu(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2))))
 
     ids = torch.randint(0, 300, (3, 7))
-    for options in (dict(bits=8), dict(bits=4, group=32)):
-        quick = use_kernels(quantize_model(Model().eval(), **options))
+    for options, example in ((dict(bits=8), None), (dict(bits=4, group=32), None), (dict(bits=8), ids)):
+        quick = use_kernels(quantize_model(Model().eval(), **options), example=example)
         with torch.no_grad():
             want = quick(ids)
+            said = torch._dynamo.explain(quick)(ids)
+            assert said.graph_count == 1 and said.graph_break_count == 0
+            torch._dynamo.reset()
+            traced = torch.compile(copy.deepcopy(quick), backend="aot_eager", fullgraph=True)
+            assert torch.allclose(traced(ids), want, rtol=1e-5, atol=1e-5)
             compiled = torch.compile(quick, backend="eager", fullgraph=True)
             assert torch.equal(compiled(ids), want) and torch.equal(compiled(ids[:2]), quick(ids[:2]))
             other = copy.deepcopy(quick)

@@ -96,8 +96,9 @@ def _integer(self: QLinear, x):
 
 # %% ../../nbs/workshop/integer_linear.ipynb
 LARGE = 192  # rows from which oneDNN's product is quicker than FBGEMM's when there is one range
-FEW_ROWS, FEW_WEIGHTS = 128, 1 << 18  # up to which the product that is quick to start is the quicker one
-FEW_TOGETHER = 32  # and rows from which several of these are quicker than one of all
+# as bench/products.py measures: up to which the product that is quick to start is the quicker one …
+FEW_ROWS, FEW_WEIGHTS = 128, 1 << 18
+FEW_TOGETHER = 32  # … and rows from which several of these are quicker than one of all
 
 
 @patch
