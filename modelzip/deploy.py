@@ -21,7 +21,7 @@ from .workshop.calls import Layout, tensors_in
 from .workshop.deadlines import checked_count
 from .workshop.intra_op import intra_op_threads
 from .workshop.judging import likeness, rows_of
-from .workshop.models import call, copied, output_tensors
+from .workshop.models import call, copied, output_tensors, own_copy
 from .onnx_export import FORMS
 from modelzip.workshop.runtimes import (
     ENGINES,
@@ -29,12 +29,12 @@ from modelzip.workshop.runtimes import (
     Work,
     engine_named,
     file_of,
+    first_line,
     has_known_ranges,
     keep,
     keep_openvino,
     register_engine,
     size_of,
-    with_kernels,
 )
 
 _all_ = ["ENGINES", "Work", "register_engine"]
@@ -101,16 +101,19 @@ class Attempts(list):
     def __repr__(self):
         number = lambda x, form: "" if x is None else format(x, form)
         rows = [
-            [a.engine, a.note, number(a.ratio, ".2f"), f"{number(a.low, '.2f')}–{number(a.high, '.2f')}".strip("–")]
+            [a.engine, number(a.ratio, ".2f"), f"{number(a.low, '.2f')}–{number(a.high, '.2f')}".strip("–")]
             + [number(a.cosine, ".4f")]
             for a in self
         ]
-        return as_text(rows, ["engine", "", "time", "interval", "cosine"], 2)
+        heads = ["engine", "time", "interval", "cosine"]
+        width = len(as_text(rows, heads, 1).partition("\n")[0])
+        lines = as_text(rows, heads, 1).splitlines()
+        return "\n".join(f"{l:<{width}}  {note}".rstrip() for l, note in zip(lines, ["", *(a.note for a in self)]))
 
 # %% ../nbs/workshop/deploy.ipynb
 def _candidates(work, names, kernels, form):
     "Ways to compute a model: (label, engine, work)."
-    changes = with_kernels(work.given) is not work.given
+    changes = replace(work, kernels=True).model is not work.given
     static, found = has_known_ranges(work.given), []
     for e in map(engine_named, names):
         products = [kernels] if kernels is not None else [e.kernels] if e.name == "torch" else [False, True]
@@ -140,14 +143,14 @@ def agreement(
 ) -> float:  # 1: the same
     """How alike two models' outputs are: the least cosine of them, see `likeness`; of whole numbers alone the share
     that is equal. `ValueError` where the outputs do not fit together."""
-    was, now = (output_tensors(call(m, example)) for m in (given, new))
+    was, now = (output_tensors(call(m, own_copy(example))) for m in (given, new))
     if now.keys() != was.keys():
         raise ValueError(f"the engine puts out {', '.join(now)}, the model {', '.join(was)}")
     if any(now[k].shape != was[k].shape for k in was):
         raise ValueError("the engine puts out other shapes than the model")
     if not any(t.is_floating_point() or t.is_complex() for t in was.values()):
         return min((now[k] == was[k]).double().mean().item() for k in was if was[k].numel())
-    same = {k: (now[k] == was[k]) & ~was[k].isfinite() for k in was}
+    same = {k: ((now[k] == was[k]) | now[k].isnan() & was[k].isnan()) & ~was[k].isfinite() for k in was}
     finite = lambda found: {k: t.masked_fill(same[k], 0) for k, t in found.items()}
     rows = [rows_of(_Fixed(finite(found)), [example]) for found in (now, was)]
     return likeness(*rows)
@@ -164,10 +167,6 @@ class _Fixed(nn.Module):
         return self.output
 
 # %% ../nbs/workshop/deploy.ipynb
-def _reason(e):
-    return (str(e).strip() or type(e).__name__).partition("\n")[0]
-
-
 def _tried(candidates, cosine):
     "Start all, and compare; those that will do, and what is to be said of the others."
     able, rows, seen = [], [], {}  # files by engine
@@ -180,7 +179,7 @@ def _tried(candidates, cosine):
                 raise ValueError(f"the same file as {twin}")
             model.cosine = 1.0 if e.name == "given" else agreement(model, work.given, work.layout.given)
         except Exception as error:
-            rows.append(Attempt(label, note=_reason(error)))
+            rows.append(Attempt(label, note=first_line(error)))
             continue
         if e.name != "given" and cosine is not None and not model.cosine >= cosine:
             rows.append(Attempt(label, cosine=model.cosine, note=f"below the cosine {cosine}"))
@@ -207,7 +206,7 @@ def _fastest(able, rows, repeats, progress):
     return chosen
 
 # %% ../nbs/workshop/deploy.ipynb
-def _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path):
+def _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path, repeats):
     "Refuse what makes no sense before anything is tried; the names of the engines to try."
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
@@ -224,6 +223,10 @@ def _checked(model, engine, threads, callers, cosine, precision, kernels, form, 
     if threads is not None:
         checked_count(threads, "threads")
     checked_count(callers, "callers")
+    if repeats < 6:
+        raise ValueError(f"repeats is {repeats}; it may be 6 or more, since fewer rounds give no interval of 95 %")
+    if isinstance(engines, str):
+        raise TypeError(f"engines is {engines!r}; it may be a list of names")
     if path is not None and Path(path).suffix == ".xml" and engine != "openvino":
         raise ValueError(f"path is {os.fspath(path)!r}, which OpenVINO alone reads, and engine is {engine!r}")
     if engine == "auto":
@@ -258,12 +261,12 @@ def deploy(
     engines: Sequence[str] | None = None,  # that 'auto' tries beside the model as given; None: all
     # where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
     path: str | os.PathLike | None = None,
-    repeats: int = 20,  # rounds of the measurement
+    repeats: int = 20,  # rounds of the measurement, 6 or more
     progress: bool = False,  # show a bar
 ) -> Deployed:  # called as the model is, without gradients
     """Give a model to an engine that computes the same, by default the fastest on the example. `ImportError` says
     what to install, `ValueError` why an engine cannot, `TypeError` and `ValueError` what does not fit."""
-    names = _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path)
+    names = _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path, repeats)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -288,7 +291,7 @@ def deploy(
 def _single(e, work, kernels, form, cosine):
     "The engine that was asked for."
     kernels = e.kernels if kernels is None else kernels
-    changes = kernels and with_kernels(work.given) is not work.given
+    changes = kernels and replace(work, kernels=True).model is not work.given
     work = replace(work, kernels=changes, form=form or (e.forms or FORMS)[0])
     found = _started(e, work)
     found.cosine = 1.0 if e.name == "given" else agreement(found, work.given, work.layout.given)

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'graph_of', 'to_onnx', 'tolerance_of', 'onnx_model', 'onnx_bytes', 'GATES', 'Graph']
 
 # %% ../nbs/workshop/onnx_export.ipynb
-import importlib.util, inspect, logging, os, warnings
+import importlib.util, inspect, logging, os, sys, threading, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _exported(model, example, dynamic, opset, names):
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 model,
                 example,
                 dynamo=True,
@@ -201,9 +201,22 @@ def _exported(model, example, dynamic, opset, names):
                 verbose=False,
                 optimize=True,
                 **names,
-            ).model_proto
+            )
+            return program.model_proto, _sizes(program.exported_program, shapes)
         except torch.onnx.errors.OnnxExporterError as e:
             raise ValueError(f"PyTorch's exporter cannot write the model: {_first_cause(e)}") from e
+
+
+def _sizes(program, shapes):
+    "For each free dimension by name the sizes for which the graph is right, where these are not all."
+    places = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    found = {}
+    for name, free in zip(program.graph_signature.user_inputs, shapes):
+        for d, label in free.items():
+            between = program.range_constraints.get(getattr(getattr(places[name].shape[d], "node", None), "expr", None))
+            if between is not None and (between.lower > 1 or between.upper < 2**31):
+                found[label] = (int(between.lower), min(int(between.upper), 2**31) if between.upper < 2**31 else 2**31)
+    return found
 
 
 def _first_cause(e):
@@ -213,14 +226,22 @@ def _first_cause(e):
 
 
 class _quiet:
-    "Nothing from the exporter below an error."
+    "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
 
     def __enter__(self):
-        self.before = logging.root.manager.disable
+        self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()
         logging.disable(logging.WARNING)
+        sys.stderr = self
 
     def __exit__(self, *_):
         logging.disable(self.before)
+        sys.stderr = self.stream
+
+    def write(self, text):
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def __getattr__(self, key):
+        return getattr(self.stream, key)
 
 # %% ../nbs/workshop/onnx_export.ipynb
 FORMS = ("qdq", "integers")  # of layers whose input has a known range
@@ -235,7 +256,7 @@ def graph_of(
     form: str = "qdq",
     layout: Layout | None = None,  # of the call; None: the tensors are the arguments
     bare: bool = False,  # also a model without compressed layers
-) -> Any:  # onnx.ModelProto
+) -> tuple[Any, dict]:  # onnx.ModelProto; free dimensions that may not have every size: name → least and largest
     "A model as a graph, see `to_onnx`; with a layout inputs and outputs have the names that it says."
     onnx, names = need("onnx", "onnx"), {}
     need("onnxscript", "onnx")
@@ -243,7 +264,8 @@ def graph_of(
     if layout is not None:
         holes = Flat(holes, layout)
         names = {"input_names": layout.names, "output_names": layout.outputs}
-    return _filled(onnx, _exported(holes.eval(), example, dynamic, opset, names), found, microsoft, form)
+    exported, sizes = _exported(holes.eval(), example, dynamic, opset, names)
+    return _filled(onnx, exported, found, microsoft, form), sizes
 
 
 def to_onnx(
@@ -284,11 +306,11 @@ def to_onnx(
     example = tuple(
         x.detach().clone(memory_format=torch.contiguous_format) for x in example
     )  # the exporter marks the tensors that it is given
-    proto = graph_of(model, example, dynamic, opset, microsoft, form)
+    proto, sizes = graph_of(model, example, dynamic, opset, microsoft, form)
     with written(onnx, proto, path) as draft:
         onnx.checker.check_model(draft if isinstance(draft, bytes) else os.fspath(draft))
         if check and importlib.util.find_spec("onnxruntime"):
-            _compare(model, draft, example, dynamic)
+            _compare(model, draft, example, dynamic, sizes)
     return Path(path)
 
 
@@ -298,9 +320,10 @@ def tolerance_of(model: nn.Module) -> float:  # relative, of the norm of a diffe
     return 0.05 if integers else 0.01  # measured: 0.011 at most; with 7-bit activations about twice that
 
 
-def _compare(model, path, example, dynamic):
+def _compare(model, path, example, dynamic, sizes):
     "`ValueError` when ONNX Runtime computes something else than the model."
-    off = disagreement(model, onnx_model(path), example, _shapes(example, dynamic), tolerance_of(model))
+    free = _shapes(example, dynamic)
+    off = disagreement(model, onnx_model(path), example, free, tolerance_of(model), sizes=sizes)
     if off is not None:
         raise ValueError(
             f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX"

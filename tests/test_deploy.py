@@ -11,9 +11,11 @@ from torch import nn
 from guards import FUZZ
 from modelzip.data import LeNet5
 from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
+from modelzip.onnx_export import to_onnx
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
 from modelzip.threads import Pool
+from modelzip.workshop.models import call, own_copy
 from modelzip.workshop.runtimes import compiler
 
 NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
@@ -176,6 +178,9 @@ def test_calls_that_the_example_does_not_vouch_for():
         ({"example": (1.0,)}, TypeError, "example"),
         ({"example": {"z": torch.ones(2)}}, TypeError, "example does not fit the model"),
         ({"model": "net"}, TypeError, "model is"),
+        ({"repeats": 2}, ValueError, "repeats is 2; it may be 6 or more"),
+        ({"engines": "torch"}, TypeError, "engines is 'torch'; it may be a list"),
+        ({"engine": "given", "dynamic": {-1: "n"}}, ValueError, "dynamic says {-1: 'n'} of input"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(how, error, said):
@@ -335,6 +340,73 @@ def test_the_file_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
         assert large(torch.randn(3, 64)).shape == (3, 64)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
         assert large.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+
+
+class Looks(nn.Module):
+    "What it computes depends on the number of rows."
+
+    def __init__(self, limit, beyond):
+        super().__init__()
+        self.limit, self.beyond, self.a = limit, beyond, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(x) if x.shape[0] <= self.limit else self.beyond(self.a(x))
+
+
+def fails(x):
+    raise ValueError("too many rows")
+
+
+@pytest.mark.skipif("onnxruntime" not in PRESENT, reason="needs onnxruntime")
+def test_a_model_that_looks_at_a_size(tmp_path):
+    "A graph holds one way through the model; where the model goes another, no file stands for it."
+    x = torch.randn(4, 8)
+    for net, example in ((Looks(5, torch.neg), x), (Looks(1, torch.neg), x), (Looks(1, torch.neg), x[:1])):
+        for engine in FILES:
+            with pytest.raises(ValueError, match="off the model's own output"):
+                deploy(net, example, engine)
+        small = quantize_model(net)
+        with pytest.raises(ValueError, match="off the model's own output"):
+            to_onnx(small, tmp_path / "m.onnx", example)
+    for engine in FILES:
+        model = deploy(Looks(5, fails), x, engine)
+        assert model(torch.randn(5, 8)).shape == (5, 8)
+        with pytest.raises(ValueError, match="batch is 6; the model's own code allows 0 to 5"):
+            model(torch.randn(6, 8))
+        assert deploy(Looks(5, torch.neg), x, engine, dynamic={})(x).shape == (4, 8)
+
+
+@pytest.mark.skipif("onnxruntime" not in PRESENT, reason="needs onnxruntime")
+def test_outputs_and_calls_of_every_shape(capfd):
+    class Says(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.a, self.b, self.f = nn.Linear(8, 8), nn.Linear(8, 8), f
+
+        def forward(self, x, *more, **named):
+            return self.f(self, x, *more, **named)
+
+    x = torch.randn(4, 8)
+    for f, example in (
+        (lambda s, x: {"linear": s.a(x), "linear_1": s.b(x), "y": s.a(s.b(x)), "x": x + 1}, x),
+        (lambda s, x: (y := s.a(x), [y, x], s.a.weight), x),
+        (lambda s, x, *more: sum(more) + s.a(x), (x, x, x)),
+        (lambda s, x, **named: {k: s.a(x) * v for k, v in named.items()}, {"x": x, "u": x, "v": x}),
+        (lambda s, x, i: (s.a(x) * i).to(torch.int8), (x, torch.full((4, 1), 2, dtype=torch.int32))),
+        (lambda s, x: s.a(x.mul_(2)), x),
+        (lambda s, x: s.a(x).log(), x),
+    ):
+        model = Says(f)
+        for engine in FILES:
+            got, want = (call(m, own_copy(example)) for m in (deploy(model, example, engine), model))
+            for a, b in zip(tensors(got), tensors(want), strict=True):
+                assert (
+                    torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True) and a.dtype == b.dtype
+                )
+    for f in (lambda s, x: s.a(x) + torch.rand(8), lambda s, x: x * float(x.sum()) if x.sum() > 0 else x):
+        with pytest.raises(ValueError):
+            deploy(Says(f), x, "onnxruntime")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.skipif("onnxruntime" not in PRESENT, reason="needs onnxruntime")

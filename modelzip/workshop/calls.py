@@ -68,7 +68,7 @@ def free_of(
         each = [dynamic] * len(names)
     found, sizes = [], {}
     for name, t, free in zip(names, tensors, each):
-        if not all(isinstance(d, int) and isinstance(n, str) for d, n in (free or {}).items()):
+        if not all(isinstance(d, int) and d >= 0 and isinstance(n, str) for d, n in (free or {}).items()):
             raise ValueError(f"dynamic says {free!r} of {name}; it may be dimensions and their names: {{0: 'batch'}}")
         found.append({d: n for d, n in (free or {}).items() if 0 <= d < t.dim()})
         for d, n in found[-1].items():
