@@ -1,6 +1,6 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
 
-import json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import gc, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +166,21 @@ def test_a_name_that_is_taken():
 
     with pytest.raises(ValueError, match="'gptq'"):
         register_step(gptq)
+
+
+def test_nothing_stays_open(trained, data, tmp_path, monkeypatch):
+    "No file is left to the garbage collector: a program that runs with `-X dev -W error` stays silent."
+    left = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: left.append(str(u.exc_value)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        for archive in True, False, "solid":
+            path = save(net(), tmp_path / "m.mz", archive=archive)
+            load(path, net(), mmap=archive is False)
+        sweep(make, {"bits": [4, 99]}, trained, data, folder=tmp_path / "s", progress=False)
+        compress(trained, bytes=3000, data=data, progress=False)
+        gc.collect()
+    assert left == []
 
 
 # --- fingerprints
