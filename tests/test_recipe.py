@@ -425,7 +425,7 @@ import os, time
 from pathlib import Path
 def judge(model):
     with open(os.environ["ASKED"], "a") as f: f.write("x")
-    time.sleep(0.15)
+    time.sleep(float(os.environ.get("PAUSE", 0)))  # so that it can be killed in the middle
     return float(sum(p.detach().abs().sum() for p in model.parameters()))
 def make(bits): return [("quantize_model", {"bits": bits})]
 def model():
@@ -449,7 +449,11 @@ def killed_and_continued(tmp_path, how, path=()):
     "Kill a sweep with SIGKILL when some of it is done; what is there must be whole, and only the rest be computed."
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "driver.py").write_text(DRIVER)
-    env = ENV | {"ASKED": str(tmp_path / "asked"), "PYTHONPATH": os.pathsep.join([str(tmp_path), *path, *sys.path])}
+    env = ENV | {
+        "ASKED": str(tmp_path / "asked"),
+        "PAUSE": "0.15",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *path, *sys.path]),
+    }
     folder = tmp_path / "sweep"
     run = subprocess.Popen(
         [sys.executable, "driver.py", str(folder), how],
