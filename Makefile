@@ -25,13 +25,8 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	$(BIN)/python tools/book.py check
-<<<<<<< HEAD
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
-=======
-	OMP_NUM_THREADS=1 MODELZIP_STATIC=1 TQDM_DISABLE=1 $(BIN)/python tools/book.py test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
->>>>>>> suitepy
 
 fuzz: $(STAMP)  ## search for inputs that break a property: 25 times as many examples, new ones each time (SEED=… repeats a search)
 	@echo "seed $(SEED)"
