@@ -1,177 +1,40 @@
-"""How much faster are integer layers, and how close is the answer? MiniLM in PyTorch and through ONNX Runtime,
-beside the peers, paired in one run.
+"""How much faster are integer layers, and how close is the answer? MiniLM and convolutional models in PyTorch and in
+the engines that read ONNX, beside the peers: each in a process of its own, in turns (see contest.py).
 
-    python bench/kernels.py            prints the tables and writes bench/results/kernels.json (about 6 minutes on
+    python bench/kernels.py            prints the tables and writes bench/results/kernels.json (about half an hour on
     two cores)
-    python bench/kernels.py --quick    fewer repeats
-    python bench/kernels.py MiniLM     only that table (or LeNet-5, Depthwise, 4096); the others stay as they were saved
+    python bench/kernels.py --quick    fewer rounds
+    python bench/kernels.py MiniLM     only that table (or LeNet-5, Depthwise, MBConv, 4096); the others stay as they
+    were saved
 
-MiniLM on docstrings cut to 64 tokens; threads 1 and 2, batch 1, 8 and 32. A ratio of 2 is twice as fast as fp32 in
-PyTorch. "Agreement" is the cosine of the sentence vectors with fp32's, the mean over 32 sentences. Peers that are
-not installed are left out. Then LeNet-5, a convolutional model with BatchNorm and depthwise layers, and one linear
-layer of 4096 × 4096 with 4-bit weights.
+MiniLM on docstrings cut to 64 tokens; threads 1 and 2, batch 1, 8 and 32. A ratio of 2 is twice as fast as float32 in
+PyTorch; "cosine" is that of the outputs with float32's, the mean over 32 inputs. Peers that are not installed are left
+out. On processors with bfloat16 units OpenVINO runs float32 models in bfloat16 unless told not to: both are shown.
 """
 
-import copy, json, os, platform, sys, tempfile, warnings
+import copy, functools, json, os, platform, sys, tempfile, warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from contest import contest, serve, show
 from modelzip.data import LeNet5, docstrings, minilm, mnist5k, train
 from modelzip.kernels import capabilities, use_kernels
-from modelzip.measure import latency
+from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.quant import quantize_layer, quantize_model
+from modelzip.prune import Inputs
+from modelzip.ranges import calibrate, smooth
+from modelzip.workshop.static_models import quantize_static
 
 RESULTS, QUICK = Path(__file__).parent / "results" / "kernels.json", "--quick" in sys.argv
-REPEATS = {1: 12, 8: 5, 32: 3} if QUICK else {1: 30, 8: 9, 32: 5}
 ROWS = {"*.down": "row", "*": "tensor"}  # a range for each token only where outliers are worst: after the GELU
-MOST_ROWS = {"*.down": "row", "*.up": "row", "*": "tensor"}
 
 
-def smoothed(model, inputs, alpha, leave=()):
-    """8 bits, each column's scale balanced between weight and input (SmoothQuant, arXiv:2211.10438); layers with a
-    common input share it."""
-    largest, hooks, groups = {}, [], {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-
-            def watch(m, a, name=name):
-                largest[name] = a[0].abs().flatten(0, -2).amax(0)
-                groups.setdefault(id(a[0]), []).append(name)
-
-            hooks.append(layer.register_forward_pre_hook(watch))
-    keep = []
-    hooks.append(
-        nn.modules.module.register_module_forward_pre_hook(lambda m, a: keep.append(a))
-    )  # ids stay unique while inputs live
-    model(*inputs)
-    for h in hooks:
-        h.remove()
-    overrides = {}
-    for names in groups.values():
-        weight = torch.stack([model.get_submodule(n).weight.abs().amax(0) for n in names]).amax(0)
-        c = weight.clamp(min=1e-5) ** (1 - alpha) / largest[names[0]].clamp(min=1e-5) ** alpha
-        overrides |= {n: {"columns": c / c.mean()} for n in names if not n.endswith(leave or ("\0",))}
-    return quantize_model(model, 8, overrides=overrides)
-
-
-def peers(model):
-    "The same network as other packages quantize it, in PyTorch's eager mode."
-    found = {
-        "torch.ao quantize_dynamic": torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8
-        )
-    }
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        found["torchao int8 dynamic"] = copy.deepcopy(model)
-        quantize_(found["torchao int8 dynamic"], Int8DynamicActivationInt8WeightConfig())
-    except Exception as e:
-        print("torchao:", str(e)[:100])
-    try:
-        from optimum.quanto import freeze, qint8, quantize
-
-        found["optimum-quanto int8 weights"] = copy.deepcopy(model)
-        quantize(found["optimum-quanto int8 weights"], weights=qint8)
-        freeze(found["optimum-quanto int8 weights"])
-    except Exception as e:
-        print("optimum-quanto:", str(e)[:100])
-    return found
-
-
-def onnx_files(model, ours, example, folder):
-    "fp32, ONNX Runtime's own dynamic quantization, and ours, as files."
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from modelzip.onnx_export import _exported, to_onnx
-
-    free = {0: "batch", 1: "length"}
-    (folder / "fp32.onnx").write_bytes(_exported(model, example, free, 21).SerializeToString())
-    quantize_dynamic(folder / "fp32.onnx", folder / "own.onnx", weight_type=QuantType.QInt8)
-    quantize_dynamic(folder / "fp32.onnx", folder / "own2.onnx", weight_type=QuantType.QInt8, per_channel=True)
-    files = {
-        "ONNX Runtime fp32": folder / "fp32.onnx",
-        "ONNX Runtime quantize_dynamic": folder / "own.onnx",
-        "ONNX Runtime quantize_dynamic, per channel": folder / "own2.onnx",
-    }
-    return files | {
-        name: to_onnx(m, folder / f"{i}.onnx", example, dynamic=free) for i, (name, m) in enumerate(ours.items())
-    }
-
-
-def ratios(times):
-    return {
-        n: {"times as fast": 1 / t.ratio, "low": 1 / t.ratio_high, "high": 1 / t.ratio_low} for n, t in times.items()
-    }
-
-
-def show(title, rows, cells):
-    print(f"\n{title}\n{'':<42}{'agreement':>10}" + "".join(f"{c:>22}" for c in cells))
-    for name, r in rows.items():
-        print(
-            f"{name:<42}{r['cosine']:>10.4f}"
-            + "".join(
-                f"{r[c]['times as fast']:>8.2f}× ({r[c]['low']:.2f}–{r[c]['high']:.2f})" if c in r else f"{'':>22}"
-                for c in cells
-            )
-        )
-
-
-def language():
-    model = minilm().eval()
-    texts = docstrings(200).documents
-
-    def tokens(these):
-        t = model.tokenizer.encode_batch(these)
-        return tuple(torch.tensor([getattr(a, part) for a in t])[:, :64] for part in ("ids", "attention_mask"))
-
-    inputs, sample = tokens(texts[:32]), tokens(texts[100:132])
-    plain, smooth, smoother = (
-        quantize_model(model, 8),
-        smoothed(model, sample, 0.65, (".down",)),
-        smoothed(model, sample, 0.7),
-    )
-    versions = {
-        "torch fp32": model,
-        "ours, rows, no data": use_kernels(plain),
-        "ours, smoothed": use_kernels(smooth, activations=ROWS),
-        **peers(model),
-    }
-    through = {
-        "ours through ONNX, smoothed, fast": use_kernels(smoother, activations="tensor"),
-        "ours through ONNX, smoothed": use_kernels(smooth, activations=ROWS),
-        "ours through ONNX, smoothed, more rows": use_kernels(smooth, activations=MOST_ROWS),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        files = onnx_files(model, through, tuple(x[:2] for x in inputs), Path(folder))
-        sizes = {n: os.path.getsize(p) for n, p in files.items()}
-        rows = compare(versions, files, inputs)
-    for n, s in sizes.items():
-        rows[n]["bytes"] = s
-    return rows
-
-
-def compare(versions, files, inputs):
-    from modelzip.onnx_export import onnx_model
-
-    rows, exact, cells = {}, None, []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        run = versions | {n: onnx_model(p, threads) for n, p in files.items()}
-        if exact is None:
-            exact = versions["torch fp32"](*inputs)
-            rows = {n: {"cosine": F.cosine_similarity(m(*inputs), exact).mean().item()} for n, m in run.items()}
-        for batch in (1, 8, 32):
-            x = tuple(i[:batch] for i in inputs)
-            cells.append(cell := f"threads {threads}, batch {batch}")
-            for n, r in ratios(latency({n: lambda m=m: m(*x) for n, m in run.items()}, repeats=REPEATS[batch])).items():
-                rows[n][cell] = r
-    show("MiniLM, 64 tokens", rows, cells)
-    return rows
+# --- models and their inputs
 
 
 class Depthwise(nn.Module):
@@ -179,93 +42,361 @@ class Depthwise(nn.Module):
 
     def __init__(self):
         super().__init__()
-        block = lambda i, o, s: nn.Sequential(
-            nn.Conv2d(i, i, 3, s, 1, groups=i, bias=False),
-            nn.BatchNorm2d(i),
-            nn.ReLU(),
-            nn.Conv2d(i, o, 1, bias=False),
-            nn.BatchNorm2d(o),
-            nn.ReLU(),
-        )
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, 1, 1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            block(32, 64, 1),
-            block(64, 128, 2),
-            block(128, 128, 1),
-            block(128, 256, 2),
-        )
+        block = lambda i, o, s: nn.Sequential(*convolution(i, i, 3, s, i), *convolution(i, o, 1))
+        blocks = block(32, 64, 1), block(64, 128, 2), block(128, 128, 1), block(128, 256, 2)
+        self.body = nn.Sequential(*convolution(1, 32, 3), *blocks)
         self.head = nn.Linear(256, 10)
 
     def forward(self, x):
         return self.head(self.body(x).mean((2, 3)))
 
 
-def images(title, model, x):
-    with torch.enable_grad():
-        model = train(model, mnist5k().train, epochs=1, progress=False)
-    run, rows = (
-        {"fp32": model, "Dequantize": quantize_model(model), "use_kernels": use_kernels(quantize_model(model))},
-        {},
-    )
-    exact = model(x)
-    rows = {n: {"cosine": F.cosine_similarity(m(x), exact).mean().item()} for n, m in run.items()}
-    cells = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for batch in (1, 32):
-            cells.append(cell := f"threads {threads}, batch {batch}")
-            for n, r in ratios(latency({n: lambda m=m: m(x[:batch]) for n, m in run.items()}, repeats=20)).items():
-                rows[n][cell] = r
-    show(title, rows, cells)
-    return rows
+def convolution(i, o, kernel, stride=1, groups=1, act=nn.ReLU):
+    found = [nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
+    return [*found, act()] if act else found
 
 
-def wide():
-    "One vector and a layer of 4096 × 4096: memory is the limit."
-    layer, x = nn.Linear(4096, 4096), torch.randn(1, 4096)
-    small = quantize_layer(layer, 4, group=32)
-    run, exact = (
-        {"fp32": layer, "4 bits, group 32": use_kernels(small), "int8": use_kernels(quantize_layer(layer))},
-        layer(x),
+class MBConv(nn.Module):
+    "A block of EfficientNet (Tan and Le 2019, arXiv:1905.11946): expand, depthwise, squeeze and excite, project."
+
+    def __init__(self, i, o, stride=1, expand=4):
+        super().__init__()
+        wide = i * expand
+        self.expand = nn.Sequential(
+            *convolution(i, wide, 1, act=nn.SiLU), *convolution(wide, wide, 3, stride, wide, nn.SiLU)
+        )
+        self.squeeze, self.excite = nn.Conv2d(wide, max(4, i // 4), 1), nn.Conv2d(max(4, i // 4), wide, 1)
+        self.project, self.same = nn.Sequential(*convolution(wide, o, 1, act=None)), stride == 1 and i == o
+
+    def forward(self, x):
+        y = self.expand(x)
+        y = y * torch.sigmoid(self.excite(nn.functional.silu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.project(y) + x if self.same else self.project(y)
+
+
+class Efficient(nn.Module):
+    "Seven such blocks, for 28 × 28 images."
+
+    def __init__(self):
+        super().__init__()
+        blocks = MBConv(16, 24), MBConv(24, 24), MBConv(24, 40, 2), MBConv(40, 40), MBConv(40, 80, 2), MBConv(80, 80)
+        self.body = nn.Sequential(*convolution(1, 16, 3, act=nn.SiLU), *blocks, MBConv(80, 112))
+        self.head = nn.Linear(112, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+NETS = {"LeNet-5": LeNet5, "Depthwise": Depthwise, "MBConv": Efficient}
+
+
+def tokens(model, texts):
+    found = model.tokenizer.encode_batch(texts)
+    return tuple(torch.tensor([getattr(a, part) for a in found])[:, :64] for part in ("ids", "attention_mask"))
+
+
+@functools.cache
+def subject(table, folder):
+    "The float32 model of a table, 32 inputs, and batches of others to calibrate on."
+    if table == "MiniLM":
+        model, texts = minilm().eval(), docstrings(400).documents
+        return (
+            model,
+            tokens(model, texts[:32]),
+            [Inputs(*tokens(model, texts[i : i + 32])) for i in range(100, 228, 32)],
+        )
+    if table == "4096":
+        torch.manual_seed(0)
+        return nn.Linear(4096, 4096), (torch.randn(32, 4096),), []
+    data, path = mnist5k(), Path(folder) / "trained.pt"
+    model = NETS[table]()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        model = train(model, data.fit, epochs=1, progress=False)
+        torch.save(model.state_dict(), path)
+    batches = [Inputs(data.train.x[i : i + 32]) for i in range(0, 512, 32)]
+    return model.eval(), (data.test.x[:32],), batches
+
+
+def smoothed(model, batches, alpha, leave=()):
+    "8 bits, each column's scale balanced between weight and input (SmoothQuant, arXiv:2211.10438)."
+    seen = calibrate(model, batches, second_moments=False)
+    return smooth(model, seen, alpha, overrides={f"*{end}": {"columns": None} for end in leave})
+
+
+# --- contestants: each a function (model, inputs, calibration batches, folder, threads) → function of inputs
+
+CONTESTANTS = {}
+
+
+def contestant(name, *tables):
+    def add(f):
+        CONTESTANTS[name] = tables, f
+        return f
+
+    return add
+
+
+ALL, IMAGES = ("MiniLM", *NETS), tuple(NETS)
+
+
+@contestant("torch fp32", *ALL, "4096")
+def _(model, inputs, batches, folder, threads):
+    return model
+
+
+@contestant("ours, expanded", *IMAGES)
+def _(model, inputs, batches, folder, threads):
+    return quantize_model(model)
+
+
+@contestant("ours, rows, no data", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return use_kernels(quantize_model(model, 8))
+
+
+@contestant("ours, smoothed", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    return use_kernels(smoothed(model, batches, 0.65, (".down",)), activations=ROWS)
+
+
+@contestant("ours, static", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return quantize_static(model, batches)
+
+
+@contestant("ours, 4 bits, group 32", "4096")
+def _(model, inputs, batches, folder, threads):
+    return use_kernels(quantize_layer(model, 4, group=32))
+
+
+@contestant("ours, int8", "4096")
+def _(model, inputs, batches, folder, threads):
+    return use_kernels(quantize_layer(model))
+
+
+@contestant("torch.ao quantize_dynamic", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+@contestant("torchao int8 dynamic", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model := copy.deepcopy(model), Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+@contestant("optimum-quanto int8 weights", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(model := copy.deepcopy(model), weights=qint8)
+    freeze(model)
+    return model
+
+
+def once(folder, name, write):
+    "A file that the first who needs it writes; all others find it."
+    path = Path(folder) / name
+    if not path.exists():
+        write(path)
+    return path
+
+
+def free(inputs):
+    return {0: "batch", 1: "length"} if inputs[0].dim() == 2 and len(inputs) == 2 else {0: "batch"}
+
+
+def floats(model, inputs, folder):
+    example = tuple(x[:2] for x in inputs)
+    shapes = (free(inputs),) * len(inputs)
+    write = lambda path: torch.onnx.export(model, example, dynamo=True, dynamic_shapes=shapes, verbose=False).save(path)
+    return once(folder, "fp32.onnx", write)
+
+
+def written(made, inputs, folder, name, **how):
+    "Our ONNX file. (A static MiniLM differs from PyTorch's integers by codes at ties: its cosine is in the table.)"
+    example = tuple(x[:2] for x in inputs)
+    return once(folder, name, lambda path: to_onnx(made(), path, example, dynamic=free(inputs), check=False, **how))
+
+
+def openvino(path, inputs, threads, hint="f32"):
+    import openvino as ov
+
+    how = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    found = ov.Core().compile_model(path, "CPU", how | {"INFERENCE_PRECISION_HINT": hint})
+    request = found.create_infer_request()
+    return lambda *x: request.infer([t.numpy() for t in x])[found.output(0)]
+
+
+@contestant("ONNX Runtime fp32", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return onnx_model(floats(model, inputs, folder), threads)
+
+
+def own(per_channel):
+    def build(model, inputs, batches, folder, threads):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        source, kind = floats(model, inputs, folder), QuantType.QInt8
+        write = lambda path: quantize_dynamic(source, path, weight_type=kind, per_channel=per_channel)
+        return onnx_model(once(folder, f"own{per_channel}.onnx", write), threads)
+
+    return build
+
+
+contestant("ONNX Runtime quantize_dynamic", "MiniLM")(own(False))
+contestant("ONNX Runtime quantize_dynamic, per channel", "MiniLM")(own(True))
+
+
+@contestant("OpenVINO fp32", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return openvino(floats(model, inputs, folder), inputs, threads)
+
+
+@contestant("OpenVINO fp32 in bf16", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return openvino(floats(model, inputs, folder), inputs, threads, "bf16")
+
+
+@contestant("OpenVINO, NNCF static int8", *ALL)
+def _(model, inputs, batches, folder, threads):
+    import openvino as ov
+
+    def write(path):
+        import nncf
+
+        with torch.no_grad():
+            graph = ov.convert_model(model, example_input=inputs if len(inputs) > 1 else inputs[0])
+        items = [[x[i : i + 1].numpy() for x in b.args] for b in batches for i in range(len(b.args[0]))]
+        kind = nncf.ModelType.TRANSFORMER if len(inputs) > 1 else None
+        ov.save_model(nncf.quantize(graph, nncf.Dataset(items), model_type=kind, subset_size=len(items)), path)
+
+    return openvino(once(folder, "nncf.xml", write), inputs, threads)
+
+
+@contestant("CTranslate2 int8", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    import ctranslate2
+
+    encoder = ctranslate2.Encoder(
+        str(once(folder, "ctranslate2", lambda path: to_ctranslate2(model, path))), intra_threads=threads
     )
-    rows, cells = {n: {"cosine": F.cosine_similarity(m(x), exact).mean().item()} for n, m in run.items()}, []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        cells.append(cell := f"threads {threads}")
-        for n, r in ratios(latency({n: lambda m=m: m(x) for n, m in run.items()}, repeats=20)).items():
-            rows[n][cell] = r
-    show("Linear 4096 × 4096, one vector", rows, cells)
-    return rows
+
+    def run(ids, mask):
+        y = encoder.forward_batch([i[: int(m.sum())].tolist() for i, m in zip(ids, mask)]).last_hidden_state
+        y, m = np.array(y, dtype=np.float32), mask.numpy()[:, : y.shape[1], None]
+        y = (y * m).sum(1)
+        return y / np.linalg.norm(y, axis=1, keepdims=True)
+
+    return run
+
+
+def to_ctranslate2(model, path):
+    "By way of the same weights in transformers' BertModel."
+    from ctranslate2.converters import TransformersConverter
+    from transformers import BertConfig, BertModel
+
+    width, layers = model.norm.normalized_shape[0], len(model.blocks)
+    up, heads = model.blocks[0].up.out_features, model.blocks[0].attention.heads
+    config = BertConfig(
+        vocab_size=model.words.num_embeddings,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=up,
+        position_embedding_type="absolute",  # which the converter asks for
+    )
+    bert, names = BertModel(config), {"norm": "embeddings.LayerNorm", "pooler": "pooler.dense"}
+    names |= {
+        a: f"embeddings.{b}_embeddings"
+        for a, b in (("words", "word"), ("positions", "position"), ("types", "token_type"))
+    }
+    inside = {f"attention.{n}": f"attention.self.{n}" for n in ("query", "key", "value")}
+    inside |= {"attention.out": "attention.output.dense", "attention_norm": "attention.output.LayerNorm"}
+    inside |= {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
+    for i in range(layers):
+        names |= {f"blocks.{i}.{a}": f"encoder.layer.{i}.{b}" for a, b in inside.items()}
+    own = {k.rpartition(".")[::2]: v for k, v in model.state_dict().items()}
+    state = {f"{names[layer]}.{key}": v for (layer, key), v in own.items() if layer in names}
+    bert.load_state_dict(state, strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        bert.save_pretrained(folder)
+        model.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        words = sorted(model.tokenizer.get_vocab().items(), key=lambda w: w[1])
+        (Path(folder) / "vocab.txt").write_text("\n".join(w for w, _ in words), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        TransformersConverter(folder).convert(str(path), quantization="int8")
+
+
+@contestant("ours through ONNX Runtime, smoothed, fast", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    made = lambda: use_kernels(smoothed(model, batches, 0.7), activations="tensor")
+    return onnx_model(written(made, inputs, folder, "fast.onnx"), threads)
+
+
+@contestant("ours through ONNX Runtime, smoothed", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    made = lambda: use_kernels(smoothed(model, batches, 0.65, (".down",)), activations=ROWS)
+    return onnx_model(written(made, inputs, folder, "rows.onnx"), threads)
+
+
+@contestant("ours through ONNX Runtime, static", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return onnx_model(written(lambda: quantize_static(model, batches), inputs, folder, "static.onnx"), threads)
+
+
+@contestant("ours through OpenVINO, static", *ALL)
+def _(model, inputs, batches, folder, threads):
+    path = written(lambda: quantize_static(model, batches), inputs, folder, "static.onnx")
+    return openvino(path, inputs, threads)
+
+
+# --- the program
+
+
+def built(table, name, threads, folder):
+    torch.set_num_threads(threads)
+    model, inputs, batches = subject(table, folder)
+    with torch.no_grad():
+        exact = model(*inputs)
+        f = CONTESTANTS[name][1](model, inputs, batches, folder, threads)
+
+    @torch.inference_mode()
+    def run(batch):
+        return f(*(x[:batch] for x in inputs))
+
+    return run, exact
 
 
 def main():
-    with torch.no_grad():
-        test = mnist5k().test.x[:32]
-        tables = {
-            "MiniLM": language,
-            "LeNet-5": lambda: images("LeNet-5", LeNet5(), test),
-            "Depthwise": lambda: images("BatchNorm and depthwise convolutions", Depthwise(), test),
-            "4096": wide,
-        }
-        asked = [name for name in tables if name in sys.argv[1:]] or list(tables)
-        before = json.loads(RESULTS.read_text())["times as fast as fp32"] if RESULTS.exists() else {}
-        found = {
-            name: tables[name]() if name in asked else before[name]
-            for name in tables
-            if name in asked or name in before
-        }
-    about = {"torch": torch.__version__, "python": platform.python_version(), "kernels": vars(capabilities())}
-    for package in ("onnxruntime", "torchao", "optimum.quanto"):
-        try:
-            about[package] = __import__(package, fromlist=["x"]).__version__
-        except Exception:
-            pass
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"about": about, "times as fast as fp32": found}, indent=1) + "\n")
+    tables = ["MiniLM", *NETS, "4096"]
+    asked = [t for t in tables if t in sys.argv[1:]] or tables
+    found = json.loads(RESULTS.read_text())["times as fast as fp32"] if RESULTS.exists() else {}
+    for table in asked:
+        names = [n for n, (where, _) in CONTESTANTS.items() if table in where]
+        with tempfile.TemporaryDirectory() as folder:
+            subject(table, folder)
+            batches = (1,) if table == "4096" else (1, 8, 32)
+            found[table] = contest(__file__, table, names, folder, batches=batches, rounds=6 if QUICK else 11)
+        show(table, found[table])
+        about = {"torch": torch.__version__, "python": platform.python_version(), "kernels": vars(capabilities())}
+        for package in ("onnxruntime", "openvino", "nncf", "ctranslate2", "torchao", "optimum.quanto"):
+            try:
+                about[package] = __import__(package, fromlist=["x"]).__version__
+            except Exception:
+                pass
+        found = {t: found[t] for t in tables if t in found}
+        RESULTS.write_text(json.dumps({"about": about, "times as fast as fp32": found}, indent=1) + "\n")
     print(f"\n{about}")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        _, _, table, name, threads, folder = sys.argv
+        serve(lambda: built(table, name, int(threads), folder))
+    else:
+        main()

@@ -158,7 +158,7 @@ def _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, 
     if cosine is not None and evaluate:
         raise ValueError("cosine and evaluate are both given; accuracy_loss is counted in what evaluate says")
     if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe!r}; it may be a Recipe, or {', '.join(RECIPES)}")
+        raise ValueError(f"recipe is {recipe!r}; it may be a Recipe, or {', '.join(map(repr, RECIPES))}")
     if recipe is not None and not isinstance(recipe, (str, Recipe)):
         raise TypeError(f"recipe is a {type(recipe).__name__}; it may be a Recipe or the name of one")
     for name, v in dict(epochs=epochs, tries=tries).items():
@@ -299,7 +299,7 @@ def compress(
     seed: int = 0,  # of everything that is random
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
     path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show a bar; in a file or a pipe a line a try
 ) -> tuple[nn.Module, CompressionReport]:  # the model as it came back from the file; what was done and why
     """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on
     a file that was saved and loaded. A try that fails is noted with its error, and the best of the others is taken.

@@ -6,7 +6,7 @@
 __all__ = ['TECHNIQUES', 'technique', 'calibration', 'through_rounding', 'pruned', 'taught', 'compressed', 'load_alone', 'tour']
 
 # %% ../nbs/14_tour.ipynb
-import copy, functools, os, sys
+import copy, functools
 from pathlib import Path
 from typing import Callable
 
@@ -24,6 +24,7 @@ from .prune import Pruner, sparsify_model
 from .quant import quantize_model
 from .structured import factorize, shrink
 from .workshop.content import fingerprint
+from .workshop.terminal import draws, tell
 
 # %% ../nbs/14_tour.ipynb
 TECHNIQUES: dict[str, Callable[[nn.Module, Data], nn.Module]] = {}
@@ -265,24 +266,13 @@ def compressed(
     """Apply every technique of the list to a copy of one model. Of models that are one and the same, the later are
     copies. `TypeError` when a technique returns no model."""
     models = {"fp32": model}
-    for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and _draws())), 1):
-        _say(progress, f"compressing {i}/{len(TECHNIQUES)}: {name}")
+    for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and draws())), 1):
+        tell(progress, f"compressing {i}/{len(TECHNIQUES)}: {name}")
         made = f(copy.deepcopy(model), data)
         if not isinstance(made, nn.Module):
             raise TypeError(f"technique {name!r} returned {type(made).__name__}; it must return a model")
         models[name] = copy.deepcopy(made) if any(made is m for m in models.values()) else made
     return models
-
-
-def _draws():
-    "Whether a bar can be drawn: in a terminal and in a notebook, not in a file or a pipe."
-    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
-
-
-def _say(progress, line):
-    "What a bar would show, as a line that is there at once."
-    if progress and not _draws() and not os.environ.get("TQDM_DISABLE"):
-        print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/14_tour.ipynb
 def load_alone(path, model=None) -> nn.Module:
@@ -300,8 +290,8 @@ def tour(
     write `report.html`."""
     folder, data = Path(folder), mnist5k()
     folder.mkdir(parents=True, exist_ok=True)
-    _say(progress, "training LeNet-5")
-    model = train(LeNet5(), data.fit, seed=seed, progress=progress and _draws())
+    tell(progress, "training LeNet-5")
+    model = train(LeNet5(), data.fit, seed=seed, progress=progress and draws())
     models = compressed(model, data, progress)
     how = {  # by identity, which no two of `compressed` share
         id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and _ARCHIVE.get(name, True))
@@ -309,11 +299,11 @@ def tour(
     }
 
     def store(m, path):
-        _say(progress, how[id(m)][0])
+        tell(progress, how[id(m)][0])
         return save(m, path, archive=how[id(m)][1])
 
     report = compare(
-        models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and _draws()
+        models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and draws()
     )
     report.to_html(folder / "report.html", title="LeNet-5 by every technique")
     return report

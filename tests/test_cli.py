@@ -74,7 +74,7 @@ def test_every_source_gives_the_same_numbers(place, source, monkeypatch):
 
 
 def test_a_process_of_its_own(place):
-    status, out, err = run(place, "compress foreign.safetensors -o out.mz --bits 4 --group 32 --json")
+    status, out, err = run(place, "compress foreign.safetensors -o out.mz --bits 4 --group 32 --json --quiet")
     assert (status, err) == (0, "")
     assert json.loads(out)["bytes"] == os.path.getsize(place / "out.mz") < 431_080 * 0.6
     status, out, err = run(place, "inspect out.mz")
@@ -92,6 +92,94 @@ def test_a_builder_of_ones_own(place, monkeypatch, capsys):
     for wrong in "mine:number", "mine:absent", "absent:net":
         assert cli(["compress", wrong, "-o", "net.mz"]) == 2
         assert wrong in capsys.readouterr().err
+
+
+OWN = """
+import torch
+from torch import nn
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.tags = nn.Embedding(100, 16), nn.Linear(16, 5)
+    def forward(self, words):
+        return self.tags(self.words(words))
+def own():
+    return Own()
+def wants(n):
+    return Own()
+"""
+
+
+@pytest.mark.parametrize("ending", ["mz", "safetensors", "npz", "h5", "pt", "hub"])
+def test_a_class_of_ones_own_runs_what_a_file_holds(ending, tmp_path, monkeypatch, capsys):
+    "In whatever file the weights are, compressed or not; and where it does not act, or does not fit, an error says so."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "owner", raising=False)
+    Path("owner.py").write_text(OWN)
+    torch.manual_seed(0)
+    rows = {"words.weight": torch.randn(100, 16), "tags.weight": torch.randn(5, 16), "tags.bias": torch.randn(5)}
+    source = {"hub": "hub", "pt": "plain.pt"}.get(ending, f"plain.{ending}")
+    if ending == "hub":
+        Path("hub").mkdir()
+        save_file(rows, "hub/model.safetensors")
+    elif ending == "pt":
+        torch.save({"state_dict": rows}, source)
+    else:
+        torch.save(rows, "plain.pt")
+        assert cli(["compress", "plain.pt", "-o", "plain.mz", "--bits", "8"]) == 0
+        assert ending == "mz" or cli(["convert", "plain.mz", source]) == 0
+    how = ["--input", "3x7:int64", "--repeats", "2"]
+    capsys.readouterr()
+    assert cli(["bench", source, *how]) == 2 and "--model package.module:class" in capsys.readouterr().err
+    for code in "owner:Own", "owner:own":
+        assert cli(["bench", source, "owner:Own", *how, "--model", code, "--json"]) == 0
+        assert [*json.loads(capsys.readouterr().out)] == [source, "owner:Own"]
+    found = open_model(source, sys.modules["owner"].own)
+    expanded = expanded_tensors(found)
+    assert all(
+        (expanded[n] - t).abs().max() < (0.05 if ending in ("mz", "safetensors", "npz", "h5") else 1e-9)
+        for n, t in rows.items()
+    )
+    words = torch.arange(6).reshape(2, 3)
+    assert (
+        found(words) - nn.functional.linear(rows["words.weight"][words], rows["tags.weight"], rows["tags.bias"])
+    ).abs().max() < 0.5
+    for wrong, says in (
+        ("owner", "--model is 'owner'"),
+        ("owner:absent", "owner:absent"),
+        ("owner:wants", "missing 1 required positional argument"),
+        ("modelzip.data:LeNet5", "of another architecture"),
+    ):
+        assert cli(["bench", source, *how, "--model", wrong]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert cli(["bench", "owner:Own", *how, "--model", "owner:Own"]) == 2
+    assert "--model does not act" in capsys.readouterr().err
+    if ending in ("pt", "hub"):
+        assert cli(["compress", source, "-o", "small.mz", "--model", "owner:Own", "--recipe", "int8", "--json"]) == 0
+        assert cli(["convert", "small.mz", "small.npz", "--model", "owner:Own", "--expand"]) == 0
+
+
+def test_where_no_bar_can_be_drawn_there_is_a_line_a_step(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    lines = {
+        "compress foreign.safetensors -o steps.mz --bits 4": ["rounding to 4 bits, and writing"],
+        "compress own.mz -o steps.mz --recipe int8": ["try 1: the given recipe"],
+        "bench own.mz --input 1x1x28x28 --repeats 2": ["timing own.mz: 2 rounds"],
+    }
+    for line, steps in lines.items():
+        assert cli(line.split()) == 0 and capsys.readouterr().err.splitlines() == steps
+        assert cli([*line.split(), "--quiet"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert all(cli(line.split()) == 0 and capsys.readouterr().err == "" for line in lines)
+
+
+def test_names_of_recipes_are_told_apart(capsys):
+    assert cli(["compress", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"'{name}'" in text for name in RECIPES)
 
 
 def test_targets(place, monkeypatch, capsys):
@@ -702,10 +790,16 @@ def test_what_a_builder_raises(tmp_path, monkeypatch, capsys, error, status, say
     assert out == "" and says in err and err.count("\n") == 1
 
 
+HEARD = "".join(  # whatever the suite itself ignores, as a job in the background does, a child starts like any program
+    f"signal.signal(signal.{name}, signal.{how}); "
+    for name, how in (("SIGINT", "default_int_handler"), ("SIGTERM", "SIG_DFL"), ("SIGHUP", "SIG_DFL"))
+)
+
+
 def test_interrupted_while_it_is_imported(place):
     code = (
-        "import os, signal, sys, threading; from modelzip.workshop.terminal import main; threading.Timer(.2, os.kill,"
-        " (os.getpid(), signal.SIGINT)).start(); sys.exit(main())"
+        f"import os, signal, sys, threading; {HEARD}from modelzip.workshop.terminal import main;"
+        " threading.Timer(.2, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", "own.mz"],
@@ -722,14 +816,15 @@ def test_ended_while_it_writes(place, tmp_path, number, says):
     "The old file stays, nothing lies beside it, and the status says which signal it was."
     (tmp_path / "temporary").mkdir()
     (tmp_path / "out.mz").write_bytes(b"before")
-    code = """if True:
-        import os, sys, time
+    code = f"""if True:
+        import os, signal, sys, time
+        {HEARD}
         def slow(*_): print("now", flush=True); time.sleep(60)
         os.fsync = slow
         from modelzip.workshop.terminal import main
         sys.exit(main())"""
     run = subprocess.Popen(
-        [sys.executable, "-c", code, "compress", str(place / "state.pt"), "-o", "out.mz"],
+        [sys.executable, "-c", code, "compress", str(place / "state.pt"), "-o", "out.mz", "--quiet"],
         cwd=tmp_path,
         text=True,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
 
-import copy, subprocess, sys, threading, warnings
+import copy, gc, io, subprocess, sys, threading, warnings, weakref
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from modelzip import kernels
+from modelzip import kernels, pack
 from modelzip.workshop import engines, integer_layers
 from modelzip.data import LeNet5, accuracy, minilm, mnist5k, train
 from modelzip.kernels import (
@@ -483,8 +483,9 @@ def test_rows_in_one_pass(rows, n, scale, shift, seed):
 def test_an_input_is_quantized_once_for_layers_that_share_it(activations, monkeypatch):
     torch.manual_seed(0)
     counted = []
-    ready = QLinear._ready
-    monkeypatch.setattr(QLinear, "_ready", lambda self, x, way: counted.append(way) or ready(self, x, way))
+    ready, coded = QLinear._ready, QLinear._coded
+    monkeypatch.setattr(QLinear, "_ready", lambda self, *args: counted.append(self) or ready(self, *args))
+    monkeypatch.setattr(QLinear, "_coded", lambda self, *args: counted.append(self) or coded(self, *args))
     for c, rows in ((None, 300), (torch.rand(100) + 0.5, 300), (torch.rand(100) + 0.5, 30)):
         layers = [
             QLinear(*_parts(nn.Linear(100, 150), **({} if c is None else {"columns": c})), activations=activations)
@@ -512,12 +513,137 @@ def test_an_input_is_quantized_once_for_layers_that_share_it(activations, monkey
             assert torch.equal(layers[1](y), apart[1](y.clone()))
 
 
+def _sharing(widths=(100, 150, 200), inputs=100, bias=True, **options):
+    "Layers for one input, and the same layers that never meet each other's."
+    parts = [_parts(nn.Linear(inputs, n, bias=bias), **options) for n in widths]
+    return [QLinear(*p) for p in parts], [QLinear(*p) for p in parts]
+
+
+def _answers(layers, x, copied=False):
+    with torch.no_grad():
+        return [layer(x.clone() if copied else x) for layer in layers]
+
+
+@FAST
+@given(
+    rows=st.integers(2, 70),
+    widths=st.lists(st.integers(100, 300), min_size=2, max_size=4),
+    inputs=st.integers(90, 200),
+    bias=st.booleans(),
+    columns=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_layers_that_share_an_input_are_one_product_with_the_same_bits(rows, widths, inputs, bias, columns, seed):
+    torch.manual_seed(seed)
+    options = {"columns": torch.rand(inputs) + 0.5} if columns else {}
+    layers, apart = _sharing(
+        [n + 100 for n in widths],
+        inputs + 20,
+        bias,
+        **({} if not columns else {"columns": torch.rand(inputs + 20) + 0.5}),
+    )
+    for turn in range(3):
+        x = torch.randn(rows, inputs + 20) * 10.0 ** torch.randint(-2, 3, (rows, 1))
+        got = _answers(layers, x)
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, _answers(apart, x, True)))
+    if capabilities().large:
+        assert len(layers[0].prepared.group[0]) == len(widths) and all(l.prepared.group is None for l in layers[1:])
+    x[0, 0] = float("nan")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip([y[1:] for y in _answers(layers, x)], [y[1:] for y in _answers(apart, x, True)])
+    )
+
+
+def _grouped(**options):
+    layers, apart = _sharing(**options)
+    for _ in range(3):
+        _answers(layers, torch.randn(20, 100))
+    assert not capabilities().large or layers[0].prepared.group
+    return layers, apart
+
+
+def _same_answers(layers, apart, x=None):
+    x = torch.randn(20, 100) if x is None else x
+    return all(torch.equal(a, b) for a, b in zip(_answers(layers, x), _answers(apart, x, True)))
+
+
+def test_what_was_multiplied_together_is_not_taken_when_something_changed():
+    torch.manual_seed(0)
+    for change in range(7):
+        layers, apart = _grouped()
+        first, second, third = layers
+        x = torch.randn(20, 100)
+        if change == 0:  # a weight
+            _answers([first], x)
+            second.packed.scale.mul_(2)  # which `apart` shares
+            assert torch.equal(_answers([second], x)[0], _answers(apart[1:2], x, True)[0])
+        elif change == 1:  # a state
+            other = QLinear(*_parts(nn.Linear(100, 150)))
+            _answers([first], x)
+            second.load_state_dict(other.state_dict())
+            apart[1] = copy.deepcopy(other)
+        elif change == 2:  # a bias
+            _answers([first], x)
+            third.layer.bias.data.add_(1)
+        elif change == 3:  # a hook that exchanges the input
+            second.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+            apart[1].register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+        elif change == 4:  # how a layer computes
+            second.activations = apart[1].activations = "tensor"
+        elif change == 5:  # one of them is gone
+            del second, layers[1], apart[1]
+        elif change == 6:  # another order, another input
+            layers, apart = layers[::-1], apart[::-1]
+            _answers([third], torch.randn(5, 100))
+        for _ in range(5):
+            assert _same_answers(layers, apart)
+
+
+def test_products_that_nobody_wants_are_no_longer_made(monkeypatch):
+    "An encoder-decoder attention asks its key and value for another input than its query."
+    torch.manual_seed(0)
+    layers, apart = _grouped()
+    made, run = [], engines.run_large
+    monkeypatch.setattr(engines, "run_large", lambda c, w, s, *a: made.append(len(s)) or run(c, w, s, *a))
+    for _ in range(9):  # always two of three
+        x, z = torch.randn(20, 100), torch.randn(20, 100)
+        assert _same_answers(layers[:1], apart[:1], x) and _same_answers(layers[1:], apart[1:], z)
+    assert not capabilities().large or made.count(100 + 150 + 200) <= 3
+    for i in range(20):  # and never the same
+        x = torch.randn(20, 100)
+        some = [0, 1] if i % 2 else [0, 2]
+        assert _same_answers([layers[j] for j in some], [apart[j] for j in some], x)
+    assert layers[0].prepared.in_vain <= 4
+
+
+def test_a_group_is_neither_copied_nor_kept():
+    torch.manual_seed(0)
+    layers, apart = _grouped()
+    model = nn.ModuleList(layers)
+    names, size = list(model.state_dict()), [l.nbytes for l in layers]
+    again = copy.deepcopy(model)
+    assert all(l.prepared.group is None and l.prepared.others is None for l in again)
+    assert _same_answers(list(again), apart) and list(again.state_dict()) == names
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    assert _same_answers(list(torch.load(stream, weights_only=False)), apart)
+    if capabilities().large:  # the weights lie in the group, once
+        weights = sum(l.q.numel() for l in layers)
+        assert weights < size[0] - layers[0].q.nbytes < 1.3 * weights and size[1] < 1.2 * layers[1].q.nbytes
+    weak = weakref.ref(layers[1].prepared)
+    del layers, model, apart, again
+    gc.collect()
+    assert weak() is None
+
+
 def test_what_was_quantized_goes_with_its_input():
     layer, x = QLinear(*_parts(nn.Linear(100, 150))), torch.randn(30, 100)
     layer(x)
-    assert integer_layers.LAST_INPUT.entry["made"] is not None
+    assert integer_layers.LAST_INPUT.one.made is not None
     del x
-    assert integer_layers.LAST_INPUT.entry["made"] is None
+    assert integer_layers.LAST_INPUT.one.made is None
 
 
 def test_threads_share_layers_and_inputs():
@@ -1369,3 +1495,40 @@ def test_recording_a_program_leaves_no_class_behind():
         model, x = use_kernels(quantize_model(Tied().eval(), 8)), torch.randint(0, 30, (3, 5))
         assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
         assert Dequantize.kinds == known
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(8, 16), torch.randn(3, 8)),
+        (nn.Bilinear(8, 8, 4), None),
+        (nn.Embedding(9, 16), torch.tensor([[1, 2]])),
+        (nn.EmbeddingBag(9, 16), torch.tensor([[1, 2]])),
+        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+        (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 9, 9)),
+        (nn.Conv3d(4, 8, 3), torch.randn(2, 4, 5, 5, 5)),
+        (nn.ConvTranspose1d(4, 8, 3), torch.randn(2, 4, 9)),
+        (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 9, 9)),
+        (nn.LSTM(8, 16, num_layers=2, bidirectional=True), torch.randn(5, 2, 8)),
+        (nn.LSTM(8, 16, proj_size=4), torch.randn(5, 2, 8)),
+        (nn.GRU(8, 16), torch.randn(5, 2, 8)),
+        (nn.RNN(8, 16), torch.randn(5, 2, 8)),
+        (nn.LSTMCell(8, 16), torch.randn(2, 8)),
+        (nn.GRUCell(8, 16), torch.randn(2, 8)),
+        (nn.MultiheadAttention(8, 2), None),
+        (nn.TransformerEncoderLayer(8, 2, 16), torch.randn(5, 2, 8)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_nothing_is_printed(layer, x, bits, capfd, tmp_path):
+    "Neither by Python nor by what it calls, for any kind of layer, on the way from the model to its answer."
+    model = quantize_model(nn.Sequential(layer).eval(), bits)
+    pack.save(model, tmp_path / "m.mz")
+    kernels = use_kernels(pack.load(tmp_path / "m.mz", nn.Sequential(copy.deepcopy(layer))))
+    assert repr(what_runs(kernels)) and repr(kernels)
+    if x is not None:
+        kernels(x)
+        copy.deepcopy(kernels).train()(x)
+    assert capfd.readouterr() == ("", "")

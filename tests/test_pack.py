@@ -1301,14 +1301,15 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         assert path.read_bytes() == old and os.listdir(tmp_path) == ["x.mz"]
 
 
+@pytest.mark.hypothesis  # so that a search for new cases comes here, too
 def test_faults():
     "Kills at random moments, two writers, a full disk, peak memory: in a process of their own (see faults_pack.py)."
     script = Path(__file__).with_name("faults_pack.py")
     r = subprocess.run(
-        [sys.executable, script],
+        [sys.executable, script, str(examples(20))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -31,6 +31,7 @@ from modelzip.ptq import (
     hqq_weight,
     nearest_weight,
     output_error,
+    quantize_with,
     smooth,
     smooth_columns,
 )
@@ -917,3 +918,18 @@ def test_a_model_that_draws_is_calibrated_the_same_each_time():
     model, batches = Draws(), [torch.randn(5, 4) for _ in range(2)]
     first, _, again = calibrate(model, batches), torch.rand(9), calibrate(model, batches)
     assert torch.equal(first["a"].moment, again["a"].moment)
+
+
+def test_column_scales_of_overrides_go_before_the_method_s():
+    "Of every method that chooses column scales itself: given ones are kept, and None is none."
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    batches, mine = [torch.randn(40, 12) * torch.linspace(0.2, 9, 12)], torch.linspace(0.5, 2, 8)
+    seen, overrides = calibrate(model, batches), {"2": {"columns": mine}, "4": {"columns": None}}
+    for made in (
+        smooth(model, seen, 0.5, overrides=overrides),
+        awq(model, seen, overrides=overrides),
+        gptq(model, batches, 4, columns="awq", overrides=overrides),
+        quantize_with(nearest_weight, model, batches, columns=awq_columns, overrides=overrides),
+    ):
+        found = {n: m.q.columns for n, m in made.named_modules() if isinstance(m, Dequantize)}
+        assert found["0"] is not None and torch.equal(found["2"], mine) and found["4"] is None

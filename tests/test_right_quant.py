@@ -14,6 +14,7 @@ from guards import FUZZ, codes_alone, examples, unchanged
 from modelzip import quant
 from modelzip.rounding import OBSERVERS
 from modelzip.workshop import bites
+from modelzip.workshop.floats import all_finite
 from modelzip.quant import (
     MATRICES,
     Dequantize,
@@ -1248,3 +1249,16 @@ def test_ranges_tried_together_are_those_tried_in_turn(monkeypatch, shape, level
     together = quant.MSE()(blocks, levels, symmetric)
     monkeypatch.setattr(bites, "BITE", 1)
     assert all(map(torch.equal, together, quant.MSE()(blocks, levels, symmetric)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.int32]
+)
+def test_one_value_that_is_not_finite_is_seen(dtype):
+    for shape in ((0,), (1,), (3, 0), (257, 33)):
+        x = torch.ones(shape).to(dtype)
+        assert all_finite(x) and all_finite(x.t() if x.dim() == 2 else x)
+        for bad in (math.nan, math.inf, -math.inf) if x.numel() and dtype.is_floating_point else ():
+            for at in {0, x.numel() // 2, x.numel() - 1}:
+                y = x.float().flatten().index_fill(0, torch.tensor(at), bad).reshape(shape).to(dtype)
+                assert not all_finite(y)

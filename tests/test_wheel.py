@@ -2,7 +2,7 @@
 
 import functools
 import importlib.metadata as metadata
-import re, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -133,15 +133,16 @@ def test_wheel_holds_the_library_alone(environment):
 # ---------------------------------------------------------------------------------- the readme, pasted
 
 
-def blocks():
-    "Each block of Python in the README, with the extras that its shell blocks have installed up to there."
+def blocks(wanted="python"):
+    """Each block of Python in the README, or of the command `modelzip`, with the extras that its shell blocks have
+    installed up to there."""
     extras, found = (), []
     for language, text in re.findall(
         r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     ):
-        if language == "python":
+        if language == wanted and (language == "python" or re.search("^modelzip ", text, re.M)):
             found.append((text, extras))
-        for more in re.findall(r"pip install '?\.\[([\w,]+)\]", text) if language == "sh" else ():
+        for more in re.findall(r"pip install '?modelzip\[([\w,]+)\]", text) if language == "sh" else ():
             extras = (*extras, *more.split(","))
     return found
 
@@ -160,3 +161,33 @@ def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
     done = subprocess.run([str(python), "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and not done.stderr.strip(), done.stderr
+
+
+def test_the_readme_shows_the_command_line(installed, tmp_path):
+    "Pasted into a shell where no more is installed than was said up to there."
+    assert blocks("sh")
+    for text, extras in blocks("sh"):
+        python, _ = installed(extras)
+        environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "TQDM_DISABLE": "1"}
+        done = subprocess.run(["sh", "-eu", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert {f"modelzip {w}" for w in ("compress", "inspect", "bench")} <= {
+            *re.findall(r"^modelzip \w+", text, re.M)
+        }
+        assert "times smaller" in done.stdout and "fc1.weight" in done.stdout
+
+
+def test_an_extra_is_asked_for_in_one_way():
+    "The library's errors, the README and the book say it with the same words."
+    files = [ROOT / "README.md", *(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "workshop").glob("*.ipynb")]
+    for path in files:
+        cells = (
+            ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["id"] != "setup"]
+            if path.suffix == ".ipynb"
+            else [path.read_text(encoding="utf-8")]
+        )
+        for text in cells:
+            if "google.colab" in text:  # fetches the book, and installs what it has fetched
+                continue
+            for how in re.findall(r"pip install ([^\n`\"]*\[[^\n`\"]*)", text):
+                assert re.match(r"'modelzip\[", how), (path.name, how)

@@ -99,7 +99,9 @@ def one(
 
 @patch
 def scales_for(self: Job, m: Matrix, weight: Tensor, statistics: Any, how: dict) -> dict:
-    "Column scales by the chosen rule, with those of the method's options that it takes."
+    "Column scales by the chosen rule, with those of the method's options that it takes; what overrides say goes first."
+    if "columns" in how:
+        return {}  # overrides give them, or none
     if statistics is None or self.columns is None or weight.dim() < 2 or weight.shape[1] < 2 or not weight.numel():
         return {}
     if m.axis:

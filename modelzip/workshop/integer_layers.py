@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['TINY', 'SHORT', 'LAST_INPUT', 'FEW', 'is_ordinary', 'Prepared', 'NoGradient', 'IntegerLayer', 'refuse_trace',
-           'check_floating', 'out_of_reach', 'not_the_weight_of']
+           'check_floating', 'out_of_reach', 'not_the_weight_of', 'LastInput']
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 import ctypes, json, sys, threading, weakref
@@ -29,12 +29,13 @@ class Prepared:
     """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
     stays the same; a copy starts empty."""
 
+    others = None  # who else was given this layer's last input; None: not known
+    group = None  # what was made to compute for them as well
+    owner = None  # weak reference to the layer whose rows were prepared
+    in_vain = 0  # how often that was of no use
+
     def __init__(self):
-        self.entry, self.lock, self.alone = (
-            None,
-            threading.RLock(),
-            False,
-        )  # alone: the last time nobody else was given this layer's input
+        self.entry, self.lock, self.weak = None, threading.RLock(), weakref.ref(self)
 
     def get(self, owner, which):
         entry, now = self.entry, owner._modules["packed"]._buffers.values()
@@ -48,6 +49,13 @@ class Prepared:
             return made
         with self.lock:
             return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
+
+    def learn(self, others, made):
+        "Note who else was given the last input, and whether what was made of it was used up."
+        if others != self.others:
+            self.others, self.group = others, None
+        if getattr(made, "left", None):
+            self.group, self.in_vain = None, self.in_vain + 1
 
     def __deepcopy__(self, memo):
         return Prepared()
@@ -297,39 +305,48 @@ def _prepare_bytes(self: IntegerLayer):
 SHORT = 1 << 17  # numbers of an input up to which comparing it with a copy is quicker than quantizing it again
 
 
-class _Last(threading.local):
-    "What the last input became, for each thread."
+class LastInput:
+    """What the last input became. Its users are those who were given it, in order: weak references to what they have
+    `prepared`."""
 
-    entry = None
+    input, how, users, made, copy = None, None, [], None, None
 
     def get(self, layer, x, how, make):
-        "What `make` returned for this very tensor and `how`, or returns now. `layer` tells layers apart."
+        """What `make` returned for this very tensor and `how`, or returns now; it is told whether that will be
+        remembered. `layer` tells layers apart."""
         if x.numel() > SHORT or not x.is_contiguous():
-            return make()
-        e = self.entry
-        if e is not None and e["x"]() is x and e["how"] == how and id(layer) not in e["users"]:
-            e["users"].append(id(layer))
-            _alone(e, False)
-            if e["copy"] is not None and _same_bytes(x, e["copy"]):
-                return e["made"]
-        elif e is not None and len(e["users"]) == 1:
-            _alone(e, True)
-        self.entry, made = None, make()
+            return make(False)
+        if self.made is not None and self.input() is x and self.how == how and layer.weak not in self.users:
+            self.users.append(layer.weak)
+            if self.copy is not None and _same_bytes(x, self.copy):
+                return self.made
+        self.forget()
+        made = make(layer.others != ())
         if made is not None:
-            self.entry = e = {
-                "how": how,
-                "users": [id(layer)],
-                "made": made,
-                "copy": None if layer.alone else x.clone(),
-                "first": weakref.ref(layer),
-            }
-            e["x"] = weakref.ref(x, lambda _: e.update(made=None, copy=None))
+            self.how, self.users, self.made = how, [layer.weak], made
+            self.copy = None if layer.others == () else x.clone()
+            self.input = weakref.ref(x, self._gone)
         return made
 
+    def forget(self):
+        "Drop what was made, and tell the first user who the others were."
+        if self.users and (first := self.users[0]()) is not None:
+            first.learn(tuple(self.users[1:]), self.made)
+        self.input, self.users, self.made, self.copy = None, [], None, None
 
-def _alone(entry, alone):
-    if (first := entry["first"]()) is not None:
-        first.alone = alone
+    def _gone(self, input):
+        if input is self.input:
+            self.forget()
+
+
+class _Last(threading.local):
+    "One for each thread."
+
+    def __init__(self):
+        self.one = LastInput()
+
+    def get(self, *args):
+        return self.one.get(*args)
 
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
@@ -352,10 +369,18 @@ def nbytes(self: IntegerLayer) -> int:
         "floats": 4 * q.numel(),
         "int4": q.numel() // 2 + 4 * q.scale.numel(),
         "few": 0,
-    }  # few: what `bare` made
-    return q.nbytes + sum(
+        "rows": 8 * q.shape[0],
+    }  # few: what `bare` made; rows: scales and sums
+    mine = sum(
         size.get(kind, q.numel() + 8 * q.shape[0]) for kind, copy in made.items() if not isinstance(copy, tuple) or copy
     )
+    return q.nbytes + mine + self._held_bytes(made)
+
+
+@patch
+def _held_bytes(self: IntegerLayer, made):
+    "Bytes that a layer keeps besides; none."
+    return 0
 
 
 @patch(as_prop=True)

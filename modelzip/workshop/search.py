@@ -22,6 +22,7 @@ from ..recipe import Recipe, Samples, expanded, file_of
 from .judging import fresh
 from .menu import DENSE, SPARSE, Menu, menu_of
 from .models import call, copied
+from .terminal import tell
 
 # %% ../../nbs/workshop/search.ipynb
 def _said(menu: Menu, picks: list[int]) -> dict:
@@ -261,10 +262,11 @@ class Search:
     def __init__(self, model, samples, judge, target, folder, epochs, lr, tries, seed, progress):
         self.model, self.samples, self.judge, self.target, self.folder = model, samples, judge, target, Path(folder)
         self.epochs, self.lr, self.most, self.seed, self.tries, self.notes = epochs, lr, tries, seed, [], []
-        self.bar = tqdm(desc="compress", disable=None if progress else True, leave=False)
+        self.progress, self.bar = progress, tqdm(desc="compress", disable=None if progress else True, leave=False)
 
     def attempt(self, why, recipe, menu=None, picks=None) -> Try:
         t = Try(why, recipe, menu=menu, picks=picks, file=self.folder / f"{len(self.tries)}.mz")
+        tell(self.progress, f"try {len(self.tries) + 1}: {why}")
         try:
             size, back = file_of(recipe(self.model, self.samples), t.file, recipe)
             quality = self.judge(expanded(back))
@@ -452,6 +454,7 @@ def from_menus(self: Search, before, label=""):
     "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
     find = self.with_quality if self.target.quality is not None else self.within_bytes
     options = DENSE + (SPARSE if self.samples.train is not None else [])
+    tell(self.progress, f"{label}measuring what {len(options)} choices do to each tensor")
     try:
         return find(
             menu_of(

@@ -47,7 +47,7 @@ def add(self: LayerStatistics, rows: Tensor, moment: bool = True, original: Tens
     "Count in rows [groups, rows, inputs]; `original` is what the uncompressed model has in their place."
     if not rows.shape[1]:
         return
-    reach = rows.abs().max().item() if rows.numel() else 1.0
+    reach = max(abs(x.item()) for x in torch.aminmax(rows)) if rows.numel() else 1.0
     if not 1e-15 < reach < 1e15 and reach:
         rows, original = rows.double(), None if original is None else original.double()
     size = torch.linalg.vector_norm(rows, 1, dim=1)

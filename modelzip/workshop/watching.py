@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..quant import Dequantize
 from .counting import SlowPath
+from .floats import all_finite
 from .matrices import layers_of, outputs_of, unwrapped
 from .models import computed, copied, feed, may_write, own_copy, recomputed
 from .rows import input_rows
@@ -390,7 +391,7 @@ def checked_rows(rows: Tensor, owner: nn.Module, key: str, name: str, i: int) ->
         width = weight.numel() // max(weight.shape[outputs_of(unwrapped(owner)).get(key, 0)], 1)
     if rows.shape[2] != width:
         raise ValueError(f"layer {name} is given {rows.shape[2]} inputs and has weights for {width}")
-    if not bool(torch.isfinite(rows).all()):
+    if not all_finite(rows):
         raise ValueError(f"the input of layer {name} holds NaN or infinite values in batch {i}")
     return rows
 
