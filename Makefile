@@ -6,6 +6,7 @@ STAMP := .venv/.ready
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -24,8 +25,13 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
 	$(BIN)/python tools/book.py check
-	OMP_NUM_THREADS=1 MODELZIP_STATIC=1 TQDM_DISABLE=1 $(BIN)/python tools/book.py test
+<<<<<<< HEAD
+	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+=======
+	OMP_NUM_THREADS=1 MODELZIP_STATIC=1 TQDM_DISABLE=1 $(BIN)/python tools/book.py test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
+>>>>>>> suitepy
 
 fuzz: $(STAMP)  ## search for inputs that break a property: 25 times as many examples, new ones each time (SEED=… repeats a search)
 	@echo "seed $(SEED)"

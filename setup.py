@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {k.removesuffix("_requirements"): cfg[k].split() for k in cfg if k.endswith("_requirements")}
-extras["all"] = sorted({r for name, rs in extras.items() if name != "dev" for r in rs})
+extras["all"] = sorted({r for name, rs in extras.items() if name not in ("dev", "openvino") for r in rs})
 
 setuptools.setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",

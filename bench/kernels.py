@@ -295,9 +295,8 @@ def _(model, inputs, batches, folder, threads):
     return run
 
 
-def to_ctranslate2(model, path):
-    "By way of the same weights in transformers' BertModel."
-    from ctranslate2.converters import TransformersConverter
+def to_bert(model, folder):
+    "The same weights as transformers' BertModel, in a folder."
     from transformers import BertConfig, BertModel
 
     width, layers = model.norm.normalized_shape[0], len(model.blocks)
@@ -323,12 +322,18 @@ def to_ctranslate2(model, path):
     own = {k.rpartition(".")[::2]: v for k, v in model.state_dict().items()}
     state = {f"{names[layer]}.{key}": v for (layer, key), v in own.items() if layer in names}
     bert.load_state_dict(state, strict=False)
+    bert.save_pretrained(folder)
+    model.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    words = sorted(model.tokenizer.get_vocab().items(), key=lambda w: w[1])
+    (Path(folder) / "vocab.txt").write_text("\n".join(w for w, _ in words), encoding="utf-8")
+    (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+def to_ctranslate2(model, path):
+    from ctranslate2.converters import TransformersConverter
+
     with tempfile.TemporaryDirectory() as folder:
-        bert.save_pretrained(folder)
-        model.tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        words = sorted(model.tokenizer.get_vocab().items(), key=lambda w: w[1])
-        (Path(folder) / "vocab.txt").write_text("\n".join(w for w, _ in words), encoding="utf-8")
-        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        to_bert(model, folder)
         TransformersConverter(folder).convert(str(path), quantization="int8")
 
 

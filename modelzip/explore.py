@@ -101,6 +101,11 @@ def is_live() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None
 
+
+def is_sample() -> bool:
+    "Whether MODELZIP_STATIC=sample asks for the first page alone: notebooks are being tried, not published."
+    return os.environ.get("MODELZIP_STATIC") == "sample"
+
 # %% ../nbs/workshop/explore.ipynb
 def safe_frame(
     f: Callable,  # the function of an explorer
@@ -163,6 +168,20 @@ def preview(
         return first + NOTE
 
 
+def rehearsed(
+    f: Callable,  # the function of an explorer
+    controls: list[Control],  # what turns it
+) -> str:  # HTML: the page shown first
+    "Call `f` for all that the controls can ask; what it returns is drawn for the first page alone."
+    if math.prod(map(len, controls)) > MAX_FRAMES:
+        raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
+    for positions in combinations(controls):
+        values = choice(controls, positions)
+        with naming(f, values):
+            frame_in(f, values)  # in no form
+    return frame(f, initial(controls)) + NOTE
+
+
 NOTE = "<p><em>Run this cell to turn the controls, or with MODELZIP_STATIC=1 to save all frames.</em></p>"
 
 # %% ../nbs/workshop/explore.ipynb
@@ -182,6 +201,7 @@ class Explorer:
         controls: list[Control],  # what turns it
     ):
         self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
+        self._sample = None
 
     def __repr__(self) -> str:
         return f"explore({name_of(self.f)}, " + ", ".join(f"{c.name}={c.labels[c.start]}" for c in self.controls) + ")"
@@ -199,6 +219,12 @@ class Explorer:
                 sum(len(shown.encode()) for shown in frames),
             )
         return self._html
+
+    def sample(self) -> str:  # HTML
+        "The first page, after `f` was called for all the others: what a test of the notebook needs."
+        if self._sample is None:
+            self._sample = rehearsed(self.f, self.controls)
+        return self._sample
 
     def save(
         self,
@@ -222,7 +248,7 @@ class Explorer:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
         plain = {"text/plain": repr(self)}
         if not is_live():
-            return {**plain, "text/html": self.html()}
+            return {**plain, "text/html": self.sample() if is_sample() else self.html()}
         return {**self.widget()._repr_mimebundle_(), **plain, "text/html": preview(self.f, self.controls)}
 
 # %% ../nbs/workshop/explore.ipynb
@@ -268,7 +294,7 @@ def explore(
         f, [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()]
     )
     if not is_live():
-        made.html()  # an error belongs to the cell that made the explorer, not to its display
+        made.sample() if is_sample() else made.html()  # an error belongs to this cell, not to the display
     return made
 
 # %% ../nbs/workshop/explore.ipynb

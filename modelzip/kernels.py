@@ -9,6 +9,8 @@ __all__ = ['Choices', 'what_runs', 'use_kernels', 'QLinear', 'QConv2d', 'QEmbedd
 # %% ../nbs/workshop/kernels.ipynb
 import copy, fnmatch
 
+from typing import Any
+
 from torch import nn
 
 from modelzip.integers import (
@@ -23,6 +25,7 @@ from modelzip.integers import (
 )
 from .quant import Dequantize
 from .workshop import engines
+from .workshop.by_time import is_slower, quicker_as_floats
 from .workshop.engines import Capabilities, as_int8, capabilities, fits_int4, why_not_int8
 from .workshop.integer_convolution import QConv2d
 from .workshop.integer_layers import SHORT, TINY
@@ -170,6 +173,23 @@ def _wanted(activations, names):
     return {n: first(n) for n in names}
 
 # %% ../nbs/workshop/kernels.ipynb
+def _with_kernels(model, wanted):
+    "A copy with integer layers where there are some for it; `wanted`: the options of each layer that is compressed."
+    memo = {id(m.packed): m.packed for m in model.modules() if isinstance(m, Dequantize)}
+    pairs = []
+    for name, m in model.named_modules():
+        cls = _choice(model, name, m, wanted[name].get("requantize", False))[0] if type(m) is Dequantize else None
+        if cls is None:
+            continue
+        options = {} if cls is QEmbedding else wanted[name]
+        memo[id(m)] = new = _exchanged(unwrapped_name(model, name, m), m, cls, options)
+        pairs.append((m, new))
+    quick = memo.get(id(model)) or copied(model, memo, checked=True)
+    for m, new in pairs:
+        carry_chain(m, new, memo)
+    return quick
+
+# %% ../nbs/workshop/kernels.ipynb
 def use_kernels(
     model: nn.Module,  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
     activations: (
@@ -178,10 +198,15 @@ def use_kernels(
         # the tensor for QConv2d
     ) = None,
     requantize: bool = False,  # run groups and codebooks as int8, too: one more rounding, to a scale for each output
+    # what the model is called with; a tuple holds several arguments, a dict named ones. None: nothing is measured
+    example: Any = None,
 ) -> nn.Module:  # a copy that shares the compressed weights
     """Exchange each `Dequantize` for the layer with the quickest correct product, which calls the hooks of the one
-    it replaces; `what_runs` tells which and why. `ValueError` when there is none, and when a copy of the model
-    would run the original."""
+    it replaces; `what_runs` tells which and why. With an example the model runs some forty times in both ways, in
+    turns, and layers that are quicker as floats here (this processor, size of input, number of threads) compute in
+    floats, all of them if the whole would be slower otherwise: a choice by the clock, which may be another next time.
+    It is printed, and saved. `ValueError` when there is no compressed layer, and when a copy of the model would run
+    the original."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
@@ -189,22 +214,15 @@ def use_kernels(
         raise ValueError("model has no compressed layer; quantize_model(model) makes them")
     check_ordinary(model)
     wanted = _wanted(activations, [n for n, _ in found])
-    memo, pairs = {id(m.packed): m.packed for _, m in found}, []
-    for name, m in found:
-        cls = _choice(model, name, m, requantize)[0] if type(m) is Dequantize else None
-        if cls is None:
-            continue
-        memo[id(m)] = new = _exchanged(
-            unwrapped_name(model, name, m),
-            m,
-            cls,
-            {} if cls is QEmbedding else wanted[name] | ({"requantize": True} if requantize else {}),
-        )
-        pairs.append((m, new))
-    quick = memo.get(id(model)) or copied(model, memo, checked=True)
-    for m, new in pairs:
-        carry_chain(m, new, memo)
-    return quick
+    if requantize:
+        wanted = {n: how | {"requantize": True} for n, how in wanted.items()}
+    if example is None:
+        return _with_kernels(model, wanted)
+    floats = {n: how | {"floats": True} for n, how in wanted.items()}
+    plain = _with_kernels(model, floats)
+    chosen = quicker_as_floats(_with_kernels(model, wanted), plain, example)
+    mixed = {n: floats[n] if n in chosen else how for n, how in wanted.items()}
+    return _with_kernels(model, floats if is_slower(_with_kernels(model, mixed), plain, example) else mixed)
 
 # %% ../nbs/workshop/kernels.ipynb
 from .workshop.arguments import name_arguments

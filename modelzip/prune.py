@@ -177,4 +177,4 @@ def lottery_ticket(
 # %% ../nbs/07b_prune.ipynb
 from .workshop.arguments import name_arguments
 
-name_arguments(globals())  # errors name the argument
+name_arguments(globals(), *(f.__name__ for f in SCHEDULES.values()))  # errors name the argument

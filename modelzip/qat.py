@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .data import device_of
-from .kernels import reader_of
+from .kernels import reader_of, without_hooks
 from .lsq import ActivationQuantizer, FakeQuantized, WeightQuantizer, clip, learned_step, straight_through
 from .ptq import calibrate
 from .quant import Dequantize, Packed, check_bits
@@ -25,7 +25,7 @@ from .workshop.matrices import outputs_of
 from .workshop.models import carry_hooks, check_code, check_ordinary, computed, copied, hooks_of
 from .workshop.prepared import choose_places, exchange, warn_of_floats
 from .workshop.qat_observers import LEAST, ROUNDED, check_levels
-from .workshop.static_layers import StaticConv2d, StaticLinear, static_codes
+from .workshop.static_layers import STATIC_LAYERS, StaticConv2d, StaticLinear, static_codes
 
 # %% ../nbs/workshop/qat.ipynb
 _all_ = [
@@ -41,9 +41,6 @@ _all_ = [
 ]
 
 # %% ../nbs/workshop/qat.ipynb
-STATIC = {nn.Linear: StaticLinear, nn.Conv2d: StaticConv2d}  # layers whose input is rounded → what they become
-
-
 def _plain_type(layer):
     return parametrize.type_before_parametrizations(layer)
 
@@ -69,7 +66,7 @@ def _rounds_inputs(model, name, layer, key):
     "Whether a matrix belongs to a layer with a kernel that is called: attention reads the weight of its `out_proj`."
     above, _, last = name.rpartition(".")
     attention = last == "out_proj" and name != "" and "q_proj_weight" in outputs_of(model.get_submodule(above))
-    return _plain_type(layer) in STATIC and key == "weight" and not (attention or reader_of(model, name))
+    return _plain_type(layer) in STATIC_LAYERS and key == "weight" and not (attention or reader_of(model, name))
 
 # %% ../nbs/workshop/qat.ipynb
 def _checked_options(name, layer, can, bits, levels, group, per_channel, activations, learn):
@@ -348,12 +345,11 @@ def _converted(m, name, packed):
     if bias is not None:
         learns = any(p.requires_grad for p in m.layer.parameters())
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=learns)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        layer.__dict__[hooks] = type(layer.__dict__[hooks])()  # they hang on m
+    layer = without_hooks(layer)  # they hang on m
     zero = int(a.zero_point.clamp(0, a.levels - 1).round().item())
     how = dict(scale=learned_step(a.scale, 1, 1).item(), zero_point=zero, levels=a.levels)
     try:
-        return carry_hooks(m, STATIC[type(layer)](layer, packed["weight"], **how))
+        return carry_hooks(m, STATIC_LAYERS[type(layer)](layer, packed["weight"], **how))
     except ValueError as e:
         raise ValueError(f"layer {name or '(model)'}: {e}") from None
 

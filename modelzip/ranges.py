@@ -45,7 +45,7 @@ def calibrate(
         raise ValueError("model has no layer to calibrate: none of the kinds whose products are known")
     tell = lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows, second_moments)
     for i, batch in enumerate(as_batches(batches)):
-        show_rows(twin, batch, i, points, tell)
+        show_rows(twin, batch, i, points, tell, undo=seen.clear)
     seen = Statistics({n: seen[n] for n in points if n in seen and seen[n].count})
     if not seen:
         raise ValueError("there is no data: batches gave no row to any layer")

@@ -724,6 +724,9 @@ def grid_points(
                 raise TypeError(f"grid[{k!r}] is {v!r}; it may be a list of values")
         points = [dict(zip(grid, values)) for values in product(*grid.values())]
     else:
+        grid = list(grid)
+        if wrong := [p for p in grid if not isinstance(p, Mapping)]:
+            raise TypeError(f"grid has {wrong[0]!r:.60}; its points may be dicts of options")
         points = [dict(p) for p in grid]
     if not points or not grid:
         raise ValueError("grid has no point")

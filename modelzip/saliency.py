@@ -107,7 +107,7 @@ def inverse_factor(
     infinite values, and for values that leave no room in their dtype."""
     check_moment(moment, damping)
     H = moment.to(torch.float64 if len(moment) <= 1024 else moment.dtype, copy=True)
-    extra = damping * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    extra = float(damping) * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
         H.diagonal().add_(extra)
         if not bool(H.diagonal().isfinite().all()):
@@ -155,6 +155,8 @@ def surgeon_weight(
     and the one to compare with."""
     check_sparsity(sparsity)
     U, w = inverse_factor(moment, damping).double(), weight.double().clone()
+    if w.dim() != 2 or w.shape[1] != len(U):
+        raise ValueError(f"weight has the shape {list(w.shape)}; it may be [rows, {len(U)}]")
     inverse, gone, rows = (U.T @ U).repeat(len(w), 1, 1), torch.zeros_like(w, dtype=torch.bool), torch.arange(len(w))
     for _ in range(round(sparsity * w.shape[1])):
         own = inverse.diagonal(dim1=1, dim2=2)

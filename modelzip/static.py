@@ -9,6 +9,7 @@ __all__ = ['whole_codes', 'balanced', 'copies_of', 'split_codes', 'choose_static
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from .workshop.halves import seen_in_halves
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
-from .workshop.static_models import STATIC_LAYERS, Chosen, each_input, fold_all
-from .workshop.static_models import static_layer, static_places, step_of
+from .workshop.static_layers import STATIC_LAYERS
+from .workshop.static_models import Chosen, each_input, fold_all
+from .workshop.static_models import static_layer, static_places, step_of, tied_layers
 
 _all_ = ["step_of"]  # made in the workshop
 
@@ -125,14 +127,16 @@ def choose_static(
         raise ValueError(f"limit is {limit}; it may be None, or 0 or more")
     places, batches = static_places(model, overrides), list(as_batches(batches))
     seen = seen_in_halves(model, batches, places, weights == "gptq")
-    linear = [n for n in seen if type(model.get_submodule(n)) is nn.Linear]
+    tied = tied_layers(model)  # one weight behind two inputs: rounded to nearest, no column scales, no copies
+    linear = [n for n in seen if type(model.get_submodule(n)) is nn.Linear and n not in tied]
     makers, chosen = makers_of(model, batches, linear) if copies else {}, {}
     fit = lambda *what: balanced(*what, observer)
     wish = Wish(fit, packed_weight, [None, *alphas], copies, weights == "gptq", biases, limit)
-    for names in common_inputs(model, seen):
+    for names in common_inputs(model, seen, tied):
         maker = makers.get(names[0], frozenset()) if len(names) == 1 else frozenset()
         layers = {n: model.get_submodule(n) for n in names}
-        chosen |= decided(layers, seen[names[0]], wish, places, maker)
+        plain = replace(wish, alphas=[None], gptq=False, biases=False) if names[0] in tied else wish
+        chosen |= decided(layers, seen[names[0]], plain, places, maker)
     split = {n: (f.makers, f.at) for n, f in chosen.items() if f.at is not None}
     if split and not same_with_copies(model, batches, split):  # somebody looks whom nobody saw
         return choose_static(model, batches, observer, alphas, 0, weights, biases, limit, overrides)
@@ -162,7 +166,8 @@ def quantize_static(
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}
     check_code(new, list(layers))
-    made = {m: lambda plain, n=n, f=f: static_layer(plain, n, f, rows.get(n)) for m, (n, f) in layers.items()}
+    packed = {}  # tied layers share it
+    made = {m: lambda plain, n=n, f=f: static_layer(plain, n, f, rows.get(n), packed) for m, (n, f) in layers.items()}
     return exchange(new, made).eval()
 
 # %% ../nbs/10c_static.ipynb

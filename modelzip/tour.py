@@ -7,8 +7,8 @@ __all__ = ['TECHNIQUES', 'technique', 'calibration', 'through_rounding', 'pruned
 
 # %% ../nbs/14_tour.ipynb
 import copy, functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable
 
 from torch import nn
 from tqdm import tqdm
@@ -262,17 +262,30 @@ def compressed(
     model: nn.Module,  # trained
     data: Data,  # what it was trained on, for the techniques that look at data
     progress: bool = True,  # show a bar; a line a technique where none can be drawn
+    techniques: Sequence[str] | None = None,  # names of `TECHNIQUES`; None: all of them
 ) -> dict[str, nn.Module]:  # the model itself as 'fp32', then one model for each technique
-    """Apply every technique of the list to a copy of one model. Of models that are one and the same, the later are
-    copies. `TypeError` when a technique returns no model."""
-    models = {"fp32": model}
-    for i, (name, f) in enumerate(tqdm(TECHNIQUES.items(), desc="compressing", disable=not (progress and draws())), 1):
-        tell(progress, f"compressing {i}/{len(TECHNIQUES)}: {name}")
-        made = f(copy.deepcopy(model), data)
+    """Apply every technique of the list, or some by name, to a copy of one model. Of models that are one and the same,
+    the later are copies. `TypeError` when a technique returns no model; `ValueError` names one that is not there."""
+    models, names = {"fp32": model}, _asked(techniques)
+    for i, name in enumerate(tqdm(names, desc="compressing", disable=not (progress and draws())), 1):
+        tell(progress, f"compressing {i}/{len(names)}: {name}")
+        made = TECHNIQUES[name](copy.deepcopy(model), data)
         if not isinstance(made, nn.Module):
             raise TypeError(f"technique {name!r} returned {type(made).__name__}; it must return a model")
         models[name] = copy.deepcopy(made) if any(made is m for m in models.values()) else made
     return models
+
+
+def _asked(techniques: Sequence[str] | None) -> list[str]:
+    "The names of the techniques that are asked for."
+    if isinstance(techniques, str):
+        raise TypeError(f"techniques is {techniques!r}; it may be a list of names, or None")
+    names = list(TECHNIQUES if techniques is None else techniques)
+    for i, name in enumerate(names):
+        if name not in TECHNIQUES or name in names[:i]:
+            why = "twice" if name in TECHNIQUES else "and there is no technique of that name"
+            raise ValueError(f"techniques has {name!r}, {why}; there are: {', '.join(TECHNIQUES)}")
+    return names
 
 # %% ../nbs/14_tour.ipynb
 def load_alone(path, model=None) -> nn.Module:
@@ -285,14 +298,16 @@ def tour(
     seed: int = 0,  # of the training
     repeats: int = 20,  # timing rounds
     progress: bool = True,  # show bars; in a file or a pipe a line a step
+    techniques: Sequence[str] | None = None,  # names of `TECHNIQUES`, in the order of the rows; None: all of them
 ) -> Report:  # one row for each technique, the fp32 model first
-    """Train LeNet-5 on 4,000 real digits, compress it by every technique, save, load, measure on 1,000 others,
-    write `report.html`."""
+    """Train LeNet-5 on 4,000 real digits, compress it by every technique, or by some, save, load, measure on 1,000
+    others, write `report.html`. `ValueError` names a technique that is not there."""
+    techniques = _asked(techniques)
     folder, data = Path(folder), mnist5k()
     folder.mkdir(parents=True, exist_ok=True)
     tell(progress, "training LeNet-5")
     model = train(LeNet5(), data.fit, seed=seed, progress=progress and draws())
-    models = compressed(model, data, progress)
+    models = compressed(model, data, progress, techniques)
     how = {  # by identity, which no two of `compressed` share
         id(m): (f"measuring {i}/{len(models)}: {name}", name != "fp32" and _ARCHIVE.get(name, True))
         for i, (name, m) in enumerate(models.items(), 1)
@@ -305,7 +320,8 @@ def tour(
     report = compare(
         models, data.test, save=store, load=load_alone, folder=folder, repeats=repeats, progress=progress and draws()
     )
-    report.to_html(folder / "report.html", title="LeNet-5 by every technique")
+    every = len(models) > len(TECHNIQUES)
+    report.to_html(folder / "report.html", title=f"LeNet-5 by {'every technique' if every else 'some techniques'}")
     return report
 
 # %% ../nbs/14_tour.ipynb

@@ -1,6 +1,6 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
 
-import contextlib, io, itertools, json, os, signal, stat, subprocess, sys
+import contextlib, io, itertools, json, os, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import modelzip.cli
+import modelzip.deploy
 from modelzip.archive import PackError
 from modelzip.cli import COMMANDS, as_model, cli, expanded_tensors, open_model, quantize_weights
 from modelzip.data import LeNet5
@@ -239,6 +240,57 @@ def test_onnx(place, tmp_path):
     with torch.no_grad():
         want = model(x)
     assert (onnx_model(tmp_path / "small.onnx")(x) - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_engines(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    assert cli(["compress", str(place / "own.mz"), "-o", "small.mz", "--bits", "8"]) == 0
+    capsys.readouterr()
+    line = ["bench", "small.mz", "--input", "2x1x28x28", "--repeats", "6", "--engine", "onnxruntime"]
+    assert cli([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["small.mz", "small.mz, onnxruntime"] and found["small.mz"]["ratio"] == 1
+    assert found["small.mz, onnxruntime"]["cosine"] > 0.99
+    for absent in [n for n in modelzip.cli.ENGINES if n not in ("given", "torch")]:
+        monkeypatch.delitem(modelzip.cli.ENGINES, absent)
+
+    @modelzip.deploy.register_engine("broken")
+    def broken(work):
+        raise RuntimeError("no such processor")
+
+    try:
+        assert cli([*line[:-1], "all"]) == 0
+    finally:
+        del modelzip.cli.ENGINES["broken"]
+    out = capsys.readouterr().out
+    assert "small.mz, torch" in out and "cosine" in out and out.endswith("small.mz, broken: no such processor\n")
+    assert cli(["convert", "small.mz", "--to", "onnx", "--input", "2x1x28x28"]) == 0
+    assert (tmp_path / "small.onnx").exists()
+    capsys.readouterr()
+    for line, said in (
+        ("convert small.mz", "output is missing: name the file to write, or say --to onnx or --to openvino"),
+        ("convert small.mz x.mz --to onnx", "--to onnx writes .onnx, and the output is 'x.mz'"),
+        ("convert small.mz --to openvino", "an .xml file needs --input"),
+        ("convert small.mz x.npz --input 2x1", "--input does not act"),
+        ("convert some:where --to onnx --input 2x1", "output is missing: some:where is no file"),
+    ):
+        assert cli(line.split()) == 2 and said in capsys.readouterr().err, line
+
+
+def test_openvino(place, tmp_path, monkeypatch, capsys):
+    vino = pytest.importorskip("openvino")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(place / "own.mz", "lenet.mz")
+    assert cli(["convert", "lenet.mz", "--to", "openvino", "--input", "2x1x28x28"]) == 0
+    assert f"{sum(p.stat().st_size for p in (Path('lenet.xml'), Path('lenet.bin'))):,} bytes" in capsys.readouterr().out
+    x, net = torch.rand(3, 1, 28, 28), load("lenet.mz").eval()
+    got = vino.Core().compile_model("lenet.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    assert (torch.tensor(got) - net(x)).norm() < 1e-4 * net(x).norm()
+    torch.save(net.state_dict(), "own.bin")
+    before = Path("own.bin").read_bytes()
+    assert cli(["convert", "own.bin", "--to", "openvino", "--input", "2x1x28x28"]) == 2
+    assert Path("own.bin").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """At the edges of files: options with a wrong letter, names that no tree can hold, and files that are read back before
-they are there."""
+they are there; and at those of models: modules in modules, and very many."""
 
 import contextlib, io, zipfile
 
@@ -12,8 +12,12 @@ from torch import nn
 from modelzip import cli, exchange
 from modelzip.data import LeNet5
 from modelzip.exchange import from_hdf5, from_npz, from_safetensors, save_many, to_hdf5, to_npz, to_safetensors
+from modelzip.kernels import use_kernels
 from modelzip.pack import inspect, load, save
+from modelzip.prune import masks, prune_model
+from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
+from modelzip.structured import shrink
 
 WRITERS = {"mz": save, "npz": to_npz, "safetensors": to_safetensors, "h5": to_hdf5}
 
@@ -117,3 +121,62 @@ def test_names_that_no_model_has_are_refused_by_name(tmp_path, capsys, end, what
         with pytest.raises(exchange.PackError, match="another architecture|no name"):
             read(path, nn.Linear(2, 2))
     assert not (tmp_path / "y.mz").exists() and not (tmp_path / "y.npz").exists()
+
+
+# ---- depth --------------------------------------------------------------------------------------------------------
+def nested(depth):
+    layer = nn.Linear(4, 4)
+    for _ in range(depth):
+        layer = nn.Sequential(layer)
+    return layer.eval()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu()) / 8
+
+
+@pytest.mark.parametrize("depth", [20, 60, 140, 170, 260, 320])
+def test_modules_in_modules(depth, tmp_path):
+    "However deep they are nested: right, or an error that says so, and never the one of Python's limit."
+    model, x = nested(depth), torch.randn(3, 4)
+    path = tmp_path / "m.mz"
+    for what, work in {
+        "quantize": lambda: quantize_model(model, 8)(x),
+        "kernels": lambda: use_kernels(quantize_model(model, 8))(x),
+        "prepare": lambda: convert(prepare(model, bits=8, batches=[x]))(x),
+        "prune": lambda: prune_model(model, 0.25)(x),
+        "save": lambda: load(save(model, path), model)(x),
+    }.items():
+        try:
+            y = work()
+        except RecursionError:
+            assert depth >= 170, what  # of the model's own call, which is as deep
+            with pytest.raises(RecursionError):
+                model(x)
+        except ValueError as e:
+            assert "nested too deeply" in str(e) and depth >= 140 or what == "save" and depth >= 60, e
+        else:
+            assert depth <= 170 and (y - model(x)).norm() < (1 if what == "prune" else 0.05) * model(x).norm(), what
+    with contextlib.suppress(RecursionError), pytest.raises(ValueError, match="nested too deeply|no channels"):
+        shrink(model, x, ratio=0.5)
+
+
+def test_many_layers(tmp_path):
+    "Three hundred residual blocks, six hundred layers."
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Residual() for _ in range(300))).eval(), torch.randn(3, 8)
+    small, right = quantize_model(model, 8), model(x)
+    assert (small(x) - right).norm() < 0.05 * right.norm()
+    save(small, tmp_path / "m.mz")
+    assert torch.equal(load(tmp_path / "m.mz", model)(x), small(x))
+    pruned = prune_model(model, 0.5)
+    assert sum(int((keep == 0).sum()) for keep in masks(pruned).values()) == 300 * 64
+    fewer = nn.Sequential(*list(model)[:12])
+    fake = convert(prepare(fewer, bits=8, batches=[x]))
+    assert (fake(x) - fewer(x)).norm() < 0.05 * fewer(x).norm()
+    assert shrink(fewer, x, ratio=0.5)[3].a.out_features == 4

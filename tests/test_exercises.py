@@ -7,42 +7,45 @@ the stub and the solution. Where a check looks at something that the chapter has
 the check should say to it.
 """
 
-import ast, importlib, json, re, textwrap
+import ast, functools, importlib, json, re, textwrap
 from pathlib import Path
 
 import fastcore.test
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = {}
 
 
+class Cell:
+    "A code cell: text and syntax tree, which is empty where it is no plain Python."
+
+    def __init__(self, text):
+        self.text = text
+
+    @functools.cached_property
+    def tree(self):
+        try:
+            return ast.parse(self.text)
+        except SyntaxError:
+            return ast.parse("")
+
+
+@functools.cache
 def cells(chapter):
-    "The code cells of a chapter: text and syntax tree; a cell that is not plain Python has an empty one."
-    if chapter not in TREES:
-        book = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))
-        TREES[chapter] = [
-            (t, parsed(t)) for c in book["cells"] if c["cell_type"] == "code" for t in ["".join(c["source"])]
-        ]
-    return TREES[chapter]
-
-
-def parsed(source):
-    try:
-        return ast.parse(source)
-    except SyntaxError:
-        return ast.parse("")
+    "The code cells of a chapter."
+    book = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))
+    return [Cell("".join(c["source"])) for c in book["cells"] if c["cell_type"] == "code"]
 
 
 def exercises():
     "Notebook and number of the check's cell; the stub and the solution are the two cells behind it."
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        for i, (text, _) in enumerate(cells(chapter)):
+        for i, cell in enumerate(cells(chapter)):
             if (
-                re.search(r"^@exercise$", text, re.M)
-                and not text.startswith("#| export")
-                and "your turn" in cells(chapter)[i + 1][0]
+                re.search(r"^@exercise$", cell.text, re.M)
+                and not cell.text.startswith("#| export")
+                and "your turn" in cells(chapter)[i + 1].text
             ):
                 yield chapter, i
 
@@ -50,7 +53,7 @@ def exercises():
 def check_name(chapter, i):
     return next(
         n.name
-        for n in cells(chapter)[i][1].body
+        for n in cells(chapter)[i].tree.body
         if isinstance(n, ast.FunctionDef) and any(ast.unparse(d) == "exercise" for d in n.decorator_list)
     )
 
@@ -70,8 +73,8 @@ def define(wanted, space, chapter, before):
     """Execute the functions and classes of earlier cells that are mentioned and not there yet, and what they
     mention in turn."""
     for name in wanted - space.keys():
-        for _, tree in reversed(cells(chapter)[:before]):
-            found = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
+        for cell in reversed(cells(chapter)[:before]):
+            found = [n for n in cell.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
             if found:
                 space[name] = None
                 define(names(found[-1]), space, chapter, before)
@@ -87,13 +90,13 @@ def namespace(chapter, tmp):
     if chapter not in SPACES:
         space = dict(vars(fastcore.test))
         module = next(
-            (m[1] for text, _ in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", text, re.M))), None
+            (m[1] for c in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", c.text, re.M))), None
         )
         if module:
             space |= vars(importlib.import_module(f"modelzip.{module}"))
-        for text, tree in cells(chapter):
-            if "#| export" not in text:
-                run([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
+        for cell in cells(chapter):
+            if "#| export" not in cell.text:
+                run([n for n in cell.tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
         space["folder"] = tmp.mktemp(chapter.replace("/", "_"))
         exec(textwrap.dedent(SETUP.get(chapter, "")), space)
         SPACES[chapter] = space
@@ -104,7 +107,7 @@ def namespace(chapter, tmp):
 def place(request, tmp_path_factory):
     "The namespace of an exercise, with its check defined."
     chapter, i = EXERCISES[request.param]
-    space, (_, tree) = namespace(chapter, tmp_path_factory), cells(chapter)[i]
+    space, tree = namespace(chapter, tmp_path_factory), cells(chapter)[i].tree
     define(names(tree) - {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, space, chapter, i)
     run(tree.body, space, chapter)
     return space, space[check_name(chapter, i)], chapter, i
@@ -1400,7 +1403,7 @@ def test_every_chapter_has_exercises():
         mine = [i for c, i in EXERCISES.values() if c == path.stem]
         assert len(mine) >= 2, f"{path.name} has {len(mine)} exercises"
         for i in mine:
-            stub, solution = (cells(path.stem)[i + k][0] for k in (1, 2))
+            stub, solution = (cells(path.stem)[i + k].text for k in (1, 2))
             assert "raise NotImplementedError" in stub and solution.startswith(
                 '#| code-fold: true\n#| code-summary: "Solution"'
             ), f"{path.name}: {check_name(path.stem, i)}"
@@ -1409,7 +1412,7 @@ def test_every_chapter_has_exercises():
 @pytest.mark.parametrize("place", EXERCISES, indirect=True)
 def test_right(place):
     space, check, chapter, i = place
-    stub, solution = cells(chapter)[i + 1][1], cells(chapter)[i + 2][1]
+    stub, solution = cells(chapter)[i + 1].tree, cells(chapter)[i + 2].tree
     answer = next(n.name for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
     run([n for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))], space, chapter)
     assert check(space[answer]).state == "not yet"

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from modelzip import explore as module
 from modelzip.explore import Control, Explorer, MAX_BYTES, combinations, control, explore, frame, in_script, page, table
+from modelzip.workshop import frames
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -476,6 +477,27 @@ def test_environment_and_kernel_decide(monkeypatch):
     assert module.is_live()
     monkeypatch.setenv("MODELZIP_STATIC", "1")
     assert not module.is_live()
+
+
+def test_a_sample_calls_for_all_pages_and_draws_the_first(monkeypatch):
+    monkeypatch.setenv("MODELZIP_STATIC", "sample")
+    asked, pictures, drawn = [], [], frames.drawn
+
+    def noted(k=2):
+        asked.append(k)
+        return curve(k)
+
+    monkeypatch.setattr(frames, "drawn", lambda *how: pictures.append(how) or drawn(*how))
+    explorer = explore(noted, k=range(1, 6))
+    shown = explorer._repr_mimebundle_()["text/html"]
+    assert sorted(asked) == [1, 2, 2, 3, 4, 5] and len(pictures) == 1 and plt.get_fignums() == []
+    assert shown.startswith(frame(curve, {"k": 2}).replace("a wave", "noted")) and "<script>" not in shown
+    with pytest.raises(ZeroDivisionError):
+        explore(lambda n: 1 / n, n=[1, 0])
+    with pytest.raises(ValueError, match="frames: at most"):
+        explore(noted, k=range(module.MAX_FRAMES + 1))
+    monkeypatch.setenv("MODELZIP_STATIC", "1")
+    assert "<script>" in explorer._repr_mimebundle_()["text/html"], "asked for all pages it draws them"
 
 
 def test_importing_needs_no_widgets_and_no_kernel():

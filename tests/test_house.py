@@ -21,6 +21,7 @@ CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "modelzip").glob("**/*.py") if p.name not in ("_modidx.py", "__init__.py"))
 CELLS, LINES, SILENT, NAMES = 100, 450, 6, 30  # code cells, lines and cells without a word; names of `import *`
 COLUMNS = 120  # of a line
+MAP = 88  # columns of a picture drawn in characters: what a page shows without scrolling
 
 UNDER_WORK = {"chapters": set(), "names": set(), "twice": set(), "head": set(), "wide": set(), "private": set()}
 
@@ -300,3 +301,26 @@ def test_tests_that_the_map_names_are_there():
         "test_nothing_at_all",
     }
     assert wrongly_named("`tests/test_house.py::test_exercises`")
+
+
+def maps(text):
+    "Blocks of a text that have no language: pictures drawn in characters."
+    inside, language, lines, found = False, "", [], []
+    for line in text.splitlines():
+        if line.startswith("```"):
+            found += ["\n".join(lines)] if inside and not language else []
+            inside, language, lines = not inside, line[3:].strip(), []
+        elif inside:
+            lines.append(line)
+    return found
+
+
+def test_maps_fit_on_a_page():
+    assert maps("a\n```\nb ─ c\n```\n```sh\nd\n```\ne\n```\nf\n```") == ["b ─ c", "f"]
+    wide = {}
+    for path in sorted((ROOT / "nbs").glob("**/*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for text in maps("".join(cell["source"])) if cell["cell_type"] == "markdown" else ():
+                if (width := max(map(len, text.splitlines()), default=0)) > MAP:
+                    wide[path.stem] = width
+    assert not wide, f"maps of more than {MAP} columns: {wide}"

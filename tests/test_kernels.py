@@ -1,6 +1,6 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
 
-import copy, gc, io, subprocess, sys, threading, warnings, weakref
+import copy, gc, io, subprocess, sys, threading, time, warnings, weakref
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ from modelzip.kernels import (
 )
 from modelzip.qat import convert, prepare
 from modelzip.quant import Dequantize, quantize, quantize_layer, quantize_model
+from modelzip.workshop.integer_linear import FEW_TOGETHER
+from modelzip.workshop.models import check_ordinary
 from guards import codes_alone, examples, unchanged
 
 FAST = settings(max_examples=examples(30), deadline=None)
@@ -536,23 +538,28 @@ def _answers(layers, x, copied=False):
 def test_layers_that_share_an_input_are_one_product_with_the_same_bits(rows, widths, inputs, bias, columns, seed):
     torch.manual_seed(seed)
     options = {"columns": torch.rand(inputs) + 0.5} if columns else {}
-    layers, apart = _sharing(
-        [n + 100 for n in widths],
-        inputs + 20,
-        bias,
-        **({} if not columns else {"columns": torch.rand(inputs + 20) + 0.5}),
-    )
-    for turn in range(3):
-        x = torch.randn(rows, inputs + 20) * 10.0 ** torch.randint(-2, 3, (rows, 1))
+    layers, apart = _sharing(widths, inputs, bias, **options)
+    for _ in range(3):
+        x = torch.randn(rows, inputs) * 10.0 ** torch.randint(-2, 3, (rows, 1))
         got = _answers(layers, x)
         assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, _answers(apart, x, True)))
-    if capabilities().large:
+    if capabilities().large and rows <= FEW_TOGETHER:
         assert len(layers[0].prepared.group[0]) == len(widths) and all(l.prepared.group is None for l in layers[1:])
     x[0, 0] = float("nan")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip([y[1:] for y in _answers(layers, x)], [y[1:] for y in _answers(apart, x, True)])
-    )
+    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(_answers(layers, x), _answers(apart, x, True)))
+
+
+@pytest.mark.skipif(not capabilities().small, reason="one product of codes alone")
+@FAST
+@given(rows=st.integers(1, 140), inputs=st.integers(1, 300), outputs=st.integers(1, 300), seed=st.integers(0, 99))
+def test_the_product_that_is_quick_to_start_has_the_same_bits(rows, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, inputs)).to(torch.uint8)
+    weight = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+    scale = torch.rand(outputs) * 10.0 ** torch.randint(-9, 9, (outputs,))
+    quick = engines.run_small(codes, engines.pack_small(weight), scale)
+    assert torch.equal(quick, engines.run_large(codes, engines.pack_large(weight), scale))
+    assert torch.equal(quick, (codes.double() @ weight.double().t()).float() * scale)
 
 
 def _grouped(**options):
@@ -625,6 +632,7 @@ def test_a_group_is_neither_copied_nor_kept():
     again = copy.deepcopy(model)
     assert all(l.prepared.group is None and l.prepared.others is None for l in again)
     assert _same_answers(list(again), apart) and list(again.state_dict()) == names
+    check_ordinary(model)  # nothing in it leads back to the original
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
@@ -746,6 +754,95 @@ def test_activations_by_pattern():
     assert use_kernels(model, activations={"2": "tensor"})[0].activations == "row"
 
 
+# ---------------------------------------------------------------- by time
+
+
+def _slowed(monkeypatch, what, seconds=0.002):
+    "Make the kernels (or floats) of this process wait."
+
+    def wait(f):
+        return lambda *a, **k: (time.sleep(seconds), f(*a, **k))[1]
+
+    if what == "integers":
+        for name in ("run_small", "run_large", "run_convolution"):
+            monkeypatch.setattr(engines, name, wait(getattr(engines, name)))
+        monkeypatch.setattr(
+            torch.ops.quantized.linear_dynamic, "default", wait(torch.ops.quantized.linear_dynamic.default)
+        )
+    else:
+        monkeypatch.setattr(F, "linear", wait(F.linear))
+        monkeypatch.setattr(F, "conv2d", wait(F.conv2d))
+
+
+class _Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(8, 128, 3, padding=1), nn.Linear(128, 150), nn.Linear(128, 150)
+        self.words = nn.Embedding(9, 128)
+
+    def forward(self, ids, scale=1.0):
+        x = self.words(ids)
+        x = self.conv(x.view(len(x), 8, 4, 4) * scale).reshape(len(x), 16, 128)
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.skipif(not (capabilities().linear and capabilities().convolution), reason="no integer kernels")
+@pytest.mark.parametrize("slow", ["integers", "floats"])
+def test_with_an_example_the_quicker_layer_stays(slow, monkeypatch):
+    torch.manual_seed(0)
+    model, ids = quantize_model(_Three().eval()), torch.randint(0, 9, (3,))
+    before = copy.deepcopy(model.state_dict())
+    _slowed(monkeypatch, slow)
+    quick = use_kernels(model, example=(ids, 2.0))
+    monkeypatch.undo()
+    for layer in (quick.conv, quick.a, quick.b):
+        assert (layer.kernel == "floats") == layer.floats == (slow == "integers")
+        assert ("computes in floats: quicker" in repr(layer)) == (slow == "integers")
+    assert type(quick.words) is QEmbedding and "computes in floats" in str(what_runs(quick)) or slow == "floats"
+    with torch.no_grad():
+        want = model(ids) if slow == "integers" else use_kernels(model)(ids)
+        assert torch.allclose(quick(ids), want, atol=1e-5) and torch.equal(copy.deepcopy(quick)(ids), quick(ids))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in quick.modules())
+
+
+@pytest.mark.parametrize(
+    "options", [dict(bits=8), dict(bits=8, symmetric=False), dict(bits=3, group=32), dict(codebook="nf4", group=16)]
+)
+@pytest.mark.parametrize("requantize", [False, True])
+def test_floats_that_were_quicker_are_those_of_the_file(options, requantize, tmp_path):
+    torch.manual_seed(0)
+    columns = {"columns": torch.rand(128) + 0.5}
+    for layer, how in ((nn.Linear(128, 160), columns), (nn.Linear(128, 160), {}), (nn.Conv2d(32, 40, 3), {})):
+        small = quantize_layer(layer, **options | how)
+        cls = QLinear if isinstance(layer, nn.Linear) else QConv2d
+        if cls.refuses(small.layer, small.q, "weight", requantize) is not None:
+            continue
+        quick = cls(small.layer, small.packed, requantize=requantize, floats=True)
+        x = torch.randn(5, 128) if cls is QLinear else torch.randn(5, 32, 7, 7)
+        with torch.no_grad():
+            y = quick(x)
+            if not requantize:
+                assert torch.allclose(y, small(x), rtol=1e-4, atol=1e-5)
+            assert (y - small(x)).norm() < 0.02 * y.norm()
+            x[0] = float("nan")
+            assert quick(x)[0].isnan().all() and torch.allclose(quick(x)[1:], y[1:], atol=1e-5)
+        model = nn.Sequential(quick)
+        pack.save(model, tmp_path / "m.mz")
+        again = pack.load(tmp_path / "m.mz", nn.Sequential(copy.deepcopy(layer)))
+        assert again[0].floats and again[0].kernel == "floats" and again[0].options() == quick.options()
+        with torch.no_grad():
+            assert torch.equal(again(x)[1:], quick(x)[1:])
+        other = cls(small.layer, small.packed, requantize=requantize)
+        other.load_state_dict(quick.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(x)[1:], quick(x)[1:]) and other.kernel == "floats"
+        state = quick.state_dict()
+        state["_extra_state"] = integer_layers.as_state('{"activations": "row", "floats": 1}')
+        with pytest.raises((ValueError, RuntimeError), match="floats"):
+            other.load_state_dict(state)
+
+
 # ---------------------------------------------------------------- compiled
 
 
@@ -767,10 +864,15 @@ def test_compiled_layers_give_the_same_numbers():
             return self.b(F.gelu(self.a(self.conv(self.words(ids)[:, None]).transpose(1, 2).flatten(2))))
 
     ids = torch.randint(0, 300, (3, 7))
-    for options in (dict(bits=8), dict(bits=4, group=32)):
-        quick = use_kernels(quantize_model(Model().eval(), **options))
+    for options, example in ((dict(bits=8), None), (dict(bits=4, group=32), None), (dict(bits=8), ids)):
+        quick = use_kernels(quantize_model(Model().eval(), **options), example=example)
         with torch.no_grad():
             want = quick(ids)
+            said = torch._dynamo.explain(quick)(ids)
+            assert said.graph_count == 1 and said.graph_break_count == 0
+            torch._dynamo.reset()
+            traced = torch.compile(copy.deepcopy(quick), backend="aot_eager", fullgraph=True)
+            assert torch.allclose(traced(ids), want, rtol=1e-5, atol=1e-5)
             compiled = torch.compile(quick, backend="eager", fullgraph=True)
             assert torch.equal(compiled(ids), want) and torch.equal(compiled(ids[:2]), quick(ids[:2]))
             other = copy.deepcopy(quick)

@@ -40,6 +40,7 @@ from modelzip.prune import (
     inverse_factor,
     l1_penalty,
     least_cost,
+    left_whole,
     lottery_ticket,
     mask_layer,
     masks,
@@ -944,3 +945,43 @@ def test_nan_is_named():
 def test_an_empty_layer_is_allowed_when_asked_for():
     pruned = prune_model(net(), {"9": 0.9999}, allow_empty=True)
     assert not masks(pruned)["9.weight"].any()
+
+
+class Mixed(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.rnn = nn.Conv1d(4, 12, 3, padding=1), kind(12, 10, batch_first=True, bidirectional=True)
+        self.cell, self.head = nn.GRUCell(20, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.rnn(self.conv(x).relu().transpose(1, 2))[0]
+        return self.head(self.cell(x[:, -1]))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor"])
+def test_pruning_beside_recurrent_layers(kind, criterion, tmp_path):
+    """Of a convolution, a cell and a linear layer the asked share goes; what a recurrent layer has stays to the bit,
+    and is named; all of it comes back from a file."""
+    torch.manual_seed(0)
+    model, x = Mixed(kind).eval(), torch.randn(6, 4, 7)
+    batches = [x] if criterion == "wanda" else [(x, torch.arange(6) % 5)]
+    pruned = prune_model(model, 0.5, criterion, **({} if criterion == "magnitude" else {"batches": batches}))
+    kept = {n: keep for n, keep in masks(pruned).items()}
+    assert not any(n.startswith("rnn") for n in kept) and {"conv.weight", "head.weight"} <= kept.keys()
+    share = sum(int((k == 0).sum()) for k in kept.values()) / sum(k.numel() for k in kept.values())
+    assert abs(share - 0.5) < 0.01
+    plain = remove_masks(pruned)
+    for name, t in model.state_dict().items():
+        now = plain.state_dict()[name]
+        assert torch.equal(now, t * kept[name] if name in kept else t), name
+    named = " ".join(left_whole(model))
+    assert all(
+        n in kept or n.startswith("rnn") and "rnn" in named or n.startswith("cell") and "cell" in named
+        for n, p in model.named_parameters()
+        if p.dim() > 1
+    )
+    sparse = sparsify_model(plain)
+    save(sparse, tmp_path / "m.mz")
+    assert torch.allclose(load(tmp_path / "m.mz", model)(x), plain(x), atol=1e-5)
+    assert torch.equal(plain(x), pruned(x))

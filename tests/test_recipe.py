@@ -1,6 +1,6 @@
 "Recipes that repeat to the last bit, and sweeps that survive what happens to sweeps."
 
-import json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import gc, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +166,21 @@ def test_a_name_that_is_taken():
 
     with pytest.raises(ValueError, match="'gptq'"):
         register_step(gptq)
+
+
+def test_nothing_stays_open(trained, data, tmp_path, monkeypatch):
+    "No file is left to the garbage collector: a program that runs with `-X dev -W error` stays silent."
+    left = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: left.append(str(u.exc_value)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        for archive in True, False, "solid":
+            path = save(net(), tmp_path / "m.mz", archive=archive)
+            load(path, net(), mmap=archive is False)
+        sweep(make, {"bits": [4, 99]}, trained, data, folder=tmp_path / "s", progress=False)
+        compress(trained, bytes=3000, data=data, progress=False)
+        gc.collect()
+    assert left == []
 
 
 # --- fingerprints
@@ -410,7 +425,7 @@ import os, time
 from pathlib import Path
 def judge(model):
     with open(os.environ["ASKED"], "a") as f: f.write("x")
-    time.sleep(0.15)
+    time.sleep(float(os.environ.get("PAUSE", 0)))  # so that it can be killed in the middle
     return float(sum(p.detach().abs().sum() for p in model.parameters()))
 def make(bits): return [("quantize_model", {"bits": bits})]
 def model():
@@ -434,7 +449,11 @@ def killed_and_continued(tmp_path, how, path=()):
     "Kill a sweep with SIGKILL when some of it is done; what is there must be whole, and only the rest be computed."
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "driver.py").write_text(DRIVER)
-    env = ENV | {"ASKED": str(tmp_path / "asked"), "PYTHONPATH": os.pathsep.join([str(tmp_path), *path, *sys.path])}
+    env = ENV | {
+        "ASKED": str(tmp_path / "asked"),
+        "PAUSE": "0.15",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *path, *sys.path]),
+    }
     folder = tmp_path / "sweep"
     run = subprocess.Popen(
         [sys.executable, "driver.py", str(folder), how],

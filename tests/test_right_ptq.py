@@ -920,6 +920,47 @@ def test_a_model_that_draws_is_calibrated_the_same_each_time():
     assert torch.equal(first["a"].moment, again["a"].moment)
 
 
+class Counted(nn.Module):
+    "Counts its runs where everybody sees it; draws random numbers if it is told to."
+
+    runs = []
+
+    def __init__(self, draws):
+        super().__init__()
+        self.a, self.b, self.draws = nn.Linear(6, 8), nn.Linear(8, 3), draws
+
+    def forward(self, x):
+        self.runs.append(1)
+        x = self.a(x)
+        return self.b(x + torch.randn_like(x) if self.draws else x)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_batch_is_run_once(draws):
+    "The first one twice where random numbers are drawn: it then gets its seed. The sums are the same each time."
+    from modelzip.prune import collect
+
+    torch.manual_seed(0)
+    model, batches = Counted(draws).eval(), [torch.randn(5, 6) for _ in range(3)]
+    sums = []
+    for see in (
+        lambda: [s.moment for s in calibrate(model, batches).values()],
+        lambda: [s.moment for s in collect(model, batches, "moment").values()],
+    ):
+        for _ in range(2):
+            Counted.runs.clear()
+            torch.manual_seed(len(sums))  # wherever the process's own generator is
+            state = torch.get_rng_state()
+            sums.append(see())
+            assert len(Counted.runs) == 3 + draws and torch.equal(torch.get_rng_state(), state)
+    for a, b in (sums[:2], sums[2:]):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    rows = torch.cat(batches)
+    assert torch.allclose(
+        sums[0][0].squeeze() / sums[0][0].abs().max(), (rows.T @ rows) / (rows.T @ rows).abs().max(), atol=1e-4
+    )
+
+
 def test_column_scales_of_overrides_go_before_the_method_s():
     "Of every method that chooses column scales itself: given ones are kept, and None is none."
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from modelzip.data import LeNet5, mnist5k, train
-from modelzip.kernels import QLinear
+from modelzip import ptq
+from modelzip.kernels import QConv2d, QLinear, use_kernels
 from modelzip.pack import load, save
 from modelzip.qat import StaticConv2d, StaticLinear
+from modelzip.quant import quantize
 from modelzip.workshop.specimens import shuffle_unit
 from modelzip.static import choose_static, quantize_static, split_codes
 from modelzip.workshop.alternatives import places_of
@@ -183,6 +185,71 @@ def test_the_model_is_left_as_it_was():
     quantize_static(model, [x])
     assert model.training and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     assert type(model[0]) is nn.Conv2d and isinstance(fold_all(copy.deepcopy(model).eval())[1], nn.Identity)
+
+
+@pytest.mark.parametrize("groups, channels, out", [(1, 8, 12), (2, 8, 12), (4, 8, 8), (8, 8, 8), (8, 8, 16)])
+def test_column_scales_of_grouped_convolutions(groups, channels, out):
+    "Right, or refused by name: by hand, by `smooth`, with kernels, and with ranges that are known beforehand."
+    torch.manual_seed(0)
+    x = torch.rand(4, channels, 7, 7) * torch.logspace(-1, 1, channels).view(1, -1, 1, 1)
+    model = nn.Sequential(nn.Conv2d(channels, out, 3, groups=groups)).eval()
+    right, layer = model(x), model[0]
+    off = lambda y: ((y - right).norm() / right.norm()).item()
+    small = ptq.smooth(model, ptq.calibrate(model, [x]))
+    assert off(small(x)) < 0.02 and off(use_kernels(small)(x)) < 0.02
+    assert off(quantize_static(model, [x])(x)) < 0.05
+    columns = torch.rand(channels // groups) / 2 + 0.5
+    q = quantize(layer.weight.detach(), 8, axis=0, columns=columns)
+    peak = (x * columns.repeat(groups).view(1, -1, 1, 1)).max().item()
+    for make in lambda: QConv2d(layer, q), lambda: StaticConv2d(layer, q, scale=peak / 255):
+        try:
+            new = make()
+        except ValueError as e:
+            assert "column scales would differ between its groups" in str(e) and groups > 1
+        else:
+            assert off(new(x)) < 0.05 and len(columns) == 1 or groups == 1
+
+
+class Tied(nn.Module):
+    "Two linear layers with one weight behind different inputs, and a head that has that of the table."
+
+    def __init__(self, table):
+        super().__init__()
+        self.words, self.a, self.b, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        self.b.weight = self.a.weight
+        if table:
+            self.head.weight = self.words.weight
+
+    def forward(self, i):
+        return self.head(self.b(10 * self.a(self.words(i)).relu()))
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_tied_weights_are_treated_alike(table, tmp_path, recwarn):
+    "Both users get the same codes, once in the file; or both stay, and a warning names them."
+    torch.manual_seed(0)
+    model, x = Tied(table).eval(), torch.arange(12).repeat(8).view(-1, 6)
+    static = quantize_static(model, [x])
+    assert type(static.a) is type(static.b) is StaticLinear and static.a.packed is static.b.packed
+    assert static.a.input_scale != static.b.input_scale and static.a.q.columns is None
+    said = [str(w.message) for w in recwarn if "stay" in str(w.message) or "as they are" in str(w.message)]
+    assert (type(static.head) is nn.Linear) == table and said == [
+        "quantize_static leaves these as they are: the weight of head is also that of words"
+    ] * table
+    assert table == (static.head.weight is static.words.weight if table else False)
+    right = model(x)
+    assert (static(x) - right).norm() < 0.03 * right.norm()
+    save(static, tmp_path / "m.mz")
+    back = load(tmp_path / "m.mz", Tied(table))
+    assert back.a.packed is back.b.packed and torch.equal(back(x), static(x))
+    for overrides in {"a": None}, {"b": None}:
+        with pytest.raises(ValueError, match="has its weight"):
+            quantize_static(model, [x], overrides=overrides)
+    if table:
+        with pytest.raises(ValueError, match="has its weight"):
+            quantize_static(model, [x], overrides={"head": "static"})
+    alone = quantize_static(model, [x], overrides={"[ab]": "row"} if table else {"[ab]": None})
+    assert type(alone.a) is type(alone.b) is (QLinear if table else nn.Linear)
 
 
 def outlier_net(seed=0):

@@ -41,6 +41,7 @@ from modelzip.threads import (
     scaling,
 )
 from guards import examples
+from poison import Poison
 
 FAST = settings(max_examples=examples(25), deadline=None)
 LONG = 60  # seconds that nothing here should need
@@ -352,7 +353,7 @@ def test_amdahl_bounds(serial, n):
 def test_amdahl_errors():
     with pytest.raises(ValueError, match="serial is 2"):
         amdahl(2, 2)
-    with pytest.raises(ValueError, match="n has 1 entries and speedup 2"):
+    with pytest.raises(ValueError, match="n has 1 entries, speedup has 2"):
         fit_amdahl([1], [1, 2])
     with pytest.raises(ValueError, match="above 0"):
         fit_amdahl([2], [0])
@@ -1403,39 +1404,6 @@ def test_saved_by_threads(tmp_path):
 
 
 # ---------------------------------------------------------------- processes
-
-
-class Unsendable(torch.Tensor):
-    def __new__(cls):
-        return torch.Tensor._make_subclass(cls, torch.ones(1, 2))
-
-    def __reduce_ex__(self, protocol):
-        raise TypeError("stays here")
-
-
-class Poison(nn.Module):
-    "Kills its process at -1, raises what cannot be sent at -2, and ends in other ways."
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def forward(self, x):
-        if (x == -1).any():
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (x == -2).any():
-
-            class Odd(Exception):
-                pass
-
-            raise Odd("two")
-        if (x == -3).any():
-            raise MemoryError("three")
-        if (x == -4).any():
-            sys.exit("four")
-        if (x == -5).any():
-            raise KeyboardInterrupt("five")
-        return Unsendable() if (x == -6).any() else x * 2
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""The tour's own machinery, with techniques that train nothing."""
+"""The tour's own machinery, with techniques that train nothing, and the table that is kept of it."""
+
+import os, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +9,10 @@ from torch import nn
 
 from modelzip import tour
 from modelzip.data import Data, LeNet5, Split
+from modelzip.measure import Report, machine
 from modelzip.pack import inspect
+
+KEPT = Path(__file__).parent.parent / "bench/results/tour.json"
 
 
 @pytest.fixture
@@ -74,6 +80,51 @@ def test_a_technique_that_changes_its_model_changes_no_other_row(alone):
     for name in "fp32", "later":
         assert all(torch.equal(t, kept[n]) for n, t in made[name].state_dict().items()), name
     assert made["fp32"] is model and not any(p.any() for p in made["zeros"].parameters())
+
+
+def test_some_techniques_by_name(alone, tmp_path):
+    for name in "one", "two", "three":
+        tour.technique(name)(lambda model, data: model)
+    report = tour.tour(tmp_path, repeats=2, progress=False, techniques=("three", "one"))
+    assert [r.name for r in report.rows] == ["fp32", "three", "one"]
+    assert [p.name for p in sorted(tmp_path.glob("*.mz"))] == ["00-fp32.mz", "01-three.mz", "02-one.mz"]
+    assert "LeNet-5 by some techniques" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [*tour.compressed(LeNet5(), alone, progress=False, techniques=["two"])] == ["fp32", "two"]
+    for wrong, error, said in (
+        (["two", "four"], ValueError, "'four', and there is no technique of that name; there are: one, two, three"),
+        (["fp32"], ValueError, "'fp32', and there is no"),
+        (["two", "two"], ValueError, "'two', twice"),
+        ("two", TypeError, "techniques is 'two'; it may be a list of names"),
+        (2, TypeError, "techniques"),
+    ):
+        with pytest.raises(error, match=said):
+            tour.tour(tmp_path / "none", techniques=wrong, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_kept_table_has_every_technique():
+    kept = Report.from_json(KEPT.read_text(encoding="utf-8"))
+    assert [r.name for r in kept.rows] == ["fp32", *tour.TECHNIQUES], "run bench/tour.py"
+
+
+def test_the_kept_table_is_what_a_run_gives(tmp_path):
+    kept = Report.from_json(KEPT.read_text(encoding="utf-8"))
+    if any(kept.facts[k] != machine()[k] for k in ("SIMD", "torch")):
+        pytest.skip("the table is of another kind of processor, or of another torch: their sums end in other digits")
+    names = ["float32, entropy-coded", "8-bit weights, per channel", "4-bit weights, group 64", "binary weights"]
+    code = "import sys; from modelzip.tour import tour; print(tour(sys.argv[1], 0, 2, False, sys.argv[2:]).to_json())"
+    threads = {"OMP_NUM_THREADS": str(kept.facts["threads"]), "OMP_WAIT_POLICY": "passive"}  # sums depend on how many
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, *names],
+        env=os.environ | threads,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = Report.from_json(done.stdout)
+    assert [r.name for r in report.rows] == ["fp32", *names]
+    for row in report.rows:
+        assert (row.bytes, row.accuracy) == (kept[row.name].bytes, kept[row.name].accuracy), row.name
 
 
 def test_what_techniques_share_is_made_once_and_never_stale(alone, monkeypatch):

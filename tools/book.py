@@ -9,7 +9,8 @@
 How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
 """
 
-import configparser, filecmp, json, multiprocessing, multiprocessing.connection, os, re, shutil, subprocess, sys, tempfile, time
+import configparser, filecmp, gc, importlib, json, os, re, shutil, subprocess, sys, tempfile, time, warnings
+import multiprocessing, multiprocessing.connection
 from pathlib import Path
 
 import nbformat
@@ -142,13 +143,27 @@ def run(paths):
     readme()
 
 
+def preload():
+    """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
+    Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
+    import matplotlib.pyplot, pandas, safetensors.torch, tokenizers, torch
+    import torch._dynamo  # the first optimizer of a process imports it
+
+    from modelzip.workshop.sentences import docstring_sources
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in docstring_sources:
+            importlib.import_module(name)
+    gc.freeze()  # the copies' collectors leave it alone
+
+
 def test(workers=2):
     """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
     processor waits at the end."""
     from nbdev.test import test_nb
 
-    import matplotlib.pyplot, pandas, torch  # each notebook's process is a copy of this one: they are imported once
-
+    preload()
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
     waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
     os.chdir(ROOT / "nbs")

@@ -16,6 +16,7 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 import yaml
 
@@ -46,15 +47,21 @@ def is_folded(cell):
     return bool(re.search(r"^#\| *code-fold: *true", text(cell), re.M)) or is_imports(text(cell))
 
 
+@cache
 def is_imports(source):
     "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
     try:
         tree = ast.parse(source)
     except SyntaxError:
         return False
-    names = lambda n: {ast.unparse(t) for t in getattr(n, "targets", None) or [getattr(n, "target", n)]}
-    kinds = [type(n) for n in tree.body if names(n) != {"_all_"}]
-    return bool(kinds) and set(kinds) <= {ast.Import, ast.ImportFrom}
+    kinds = {type(n) for n in tree.body if not says_all(n)}
+    return bool(kinds) and kinds <= {ast.Import, ast.ImportFrom}
+
+
+def says_all(node):
+    "Whether a statement is `_all_ = …` or `_all_ += …`."
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return {getattr(t, "id", "") for t in targets} == {"_all_"}
 
 
 def text(cell):
@@ -411,12 +418,33 @@ def quick_colors():
     markdown.highlight = cache(highlight.highlight)
 
 
+@cache
+def quick_sidebar():
+    """Let smalldocs make an entry of the sidebar once, not for each of some two hundred pages: they lie in one folder, so
+    that a link is the same on all of them. Sections, and the entry of the page itself, are made anew."""
+    from fastcore.xml import Safe, to_xml
+    from smalldocs.layout import Layout
+
+    make, made = Layout.side_item, WeakKeyDictionary()
+
+    def side_item(layout, item, depth):
+        if item.sep or item.section or item.page is layout.page:
+            return make(layout, item, depth)
+        known = made.setdefault(layout.site, {})
+        if id(item) not in known:
+            known[id(item)] = item, Safe(to_xml(make(layout, item, depth), indent=False))
+        return known[id(item)][1]
+
+    Layout.side_item = side_item
+
+
 def by_smalldocs(folder, out):
     "Render with smalldocs, then take its pages off the network."
     from smalldocs.config import load
     from smalldocs.site import Site
 
     quick_colors()
+    quick_sidebar()
     site = Site(load(folder), quiet=True)
     site.out = out.resolve()
     site.build()

@@ -81,6 +81,7 @@ def allocate(
 ) -> list[int]:  # the option of each layer
     """Least Σ errors within a budget: exact, by `branch_and_bound`, unless that becomes too large; then the better
     of `greedy` and `knapsack`. `ValueError` when even the smallest options are too many bytes, or budget is NaN."""
+    budget = float(budget)
     found = [greedy(bytes, errors, budget), branch_and_bound(bytes, errors, budget)]
     if found[1] is None:
         found[1] = knapsack(bytes, errors, budget)

@@ -157,7 +157,7 @@ def _in_batch(forward: Callable, apart: bool) -> Callable:
 def _apart(layer: nn.Module) -> bool | None:
     "Must a layer be called for each sample (True), do its products need care (False), or neither (None)?"
     if isinstance(layer, (QLinear, QConv2d)):
-        return layer.kernel not in ("tiny", "expand")
+        return layer.kernel not in ("tiny", "floats", "expand")
     if isinstance(layer, Dequantize):
         return False
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):

@@ -7,7 +7,7 @@ __all__ = ['Way', 'input_range', 'made_up', 'row_hurt', 'apart', 'together', 'er
            'common_inputs', 'Wish', 'decided', 'places_of']
 
 # %% ../../nbs/workshop/alternatives.ipynb
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -138,12 +138,13 @@ def best_way(
 def common_inputs(
     model: nn.Module,
     seen: Mapping[str, Seen],  # by layer
+    tied: Iterable[str] = (),  # names of layers that share a weight: each is alone
 ) -> list[list[str]]:
     "Names of layers, those of one input together."
     groups = {}
     for n, s in seen.items():
         given = s.both.total.cpu().numpy().tobytes()
-        key = given if isinstance(model.get_submodule(n), nn.Linear) else n
+        key = given if isinstance(model.get_submodule(n), nn.Linear) and n not in tied else n
         groups.setdefault((key, s.both.count), []).append(n)
     return list(groups.values())
 

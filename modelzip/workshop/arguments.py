@@ -28,6 +28,7 @@ def fits(
         return any(fits(x, k) for k in typing.get_args(kind))
     if of is typing.Literal:
         return any(isinstance(x, type(k)) and x == k for k in typing.get_args(kind))  # an array has no one answer to ==
+    texts = typing.get_args(kind) == (str,) and (isinstance(x, (list, tuple, set, frozenset)) or hasattr(x, "shape"))
     kind = of or kind
     if not isinstance(kind, type):
         return True
@@ -43,6 +44,10 @@ def fits(
         return isinstance(x, (str, os.PathLike))
     if kind is tuple:
         return isinstance(x, (tuple, type))  # a class where classes are asked for
+    if kind in (list, Sequence, Iterable, Container) and (
+        _number(x) or texts and not all(isinstance(t, str) for t in x)
+    ):
+        return False
     if kind in (list, Sequence):
         return hasattr(x, "__len__") and not isinstance(x, (str, bytes, Mapping))
     if kind is dict:
@@ -57,7 +62,7 @@ def fits(
 def _number(x, whole=False):
     "A number that is a tensor or an array without dimensions."
     kind = getattr(x, "dtype", None)
-    return kind is not None and getattr(x, "shape", None) == () and not (whole and "float" in str(kind))
+    return kind is not None and getattr(x, "shape", None) == () and not (whole and "int" not in str(kind))
 
 # %% ../../nbs/workshop/arguments.ipynb
 WORDS = {
@@ -112,10 +117,11 @@ def unfit(f: Callable, args: tuple, kwargs: dict) -> str | None:  # None when al
                 f"example is {_short(x)}; it may be what the model is called with: a tensor, a tuple of arguments, a"
                 " dict of named ones"
             )
-        if fits(x, p.annotation):
+        wide = " of at most 64 bits" if isinstance(x, Integral) and abs(int(x)) >= 2**64 else ""
+        if fits(x, p.annotation) and not wide:
             continue
         calls = f"; call it: {x.__name__}()" if isinstance(x, type) and fits_instance(x, p.annotation) else ""
-        return f"{name} is {_short(x)}; it may be {in_words(p.annotation)}{calls}"
+        return f"{name} is {_short(x)}; it may be {in_words(p.annotation)}{wide}{calls}"
     return None
 
 
@@ -124,7 +130,11 @@ def _holds_tensors(x):
     from torch.utils._pytree import tree_leaves
 
     return any(
-        isinstance(t, Mapping) or type(t).__name__ == "Tensor" or getattr(t, "__dict__", None) for t in tree_leaves(x)
+        isinstance(t, Mapping)
+        or type(t).__name__ == "Tensor"
+        or getattr(t, "__dict__", None)
+        and not isinstance(t, type)
+        for t in tree_leaves(x)
     )
 
 
@@ -164,13 +174,13 @@ def with_names(
 
 
 def _judged(e, f):
-    """Whether an error is a judgement: a `ValueError` that a line of ours raises, or a `TypeError` of the
-    function's own."""
+    """Whether an error is a judgement: a `ValueError` that a line of ours raises, and not for another error, or a
+    `TypeError` of the function's own."""
     at = e.__traceback__
     while at.tb_next is not None:
         at = at.tb_next
     code = at.tb_frame.f_code
-    if isinstance(e, TypeError) and code is not getattr(f, "__code__", None):
+    if isinstance(e, TypeError) and code is not getattr(f, "__code__", None) or e.__cause__ is not None:
         return False  # it speaks of the arguments of another
     return (
         isinstance(e, (TypeError, ValueError))
@@ -186,12 +196,13 @@ def _names(e, name):
 # %% ../../nbs/workshop/arguments.ipynb
 def name_arguments(
     module: dict,  # `globals()` of a module, at its end; in a notebook, where nothing is exported yet, nothing happens
+    *also: str,  # functions that `import *` does not bring
 ) -> None:
     """Let all public functions of a module, and the classes that are no dataclasses, name the argument that does
-    not fit. A default and an entry of a table that is one of them stays the same object as the function of that
-    name."""
+    not fit. A default, an entry of a table and another name that is one of them stays the same object as the
+    function of that name."""
     told = {}  # `id` of a function → what stands for it now
-    for name in module.get("__all__", ()):
+    for name in (*module.get("__all__", ()), *also * ("__all__" in module)):
         x = module[name]
         if getattr(x, "__module__", None) != module["__name__"]:
             continue
@@ -204,8 +215,10 @@ def name_arguments(
             and not hasattr(x, "__dataclass_fields__")
         ):
             x.__init__ = with_names(x.__init__)
-    for x in list(module.values()):
-        if isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]:
+    for name, x in list(module.items()):
+        if id(x) in told:
+            module[name] = told[id(x)]  # its other name
+        elif isinstance(x, types.FunctionType) and x.__module__ == module["__name__"]:
             f = inspect.unwrap(x)
             f.__defaults__ = f.__defaults__ and tuple(told.get(id(d), d) for d in f.__defaults__)
             f.__kwdefaults__ = f.__kwdefaults__ and {k: told.get(id(d), d) for k, d in f.__kwdefaults__.items()}

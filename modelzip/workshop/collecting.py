@@ -163,8 +163,9 @@ def _see_inputs(
     "Sum up x² of each layer's inputs or, for the whole matrix, x xᵀ."
     twin, points = Twin(model), {n: Point(n, "input") for n in seen}
     tell = lambda name, rows: seen[name].add(rows, whole=whole)
+    undo = lambda: [s.__init__() for s in seen.values()]
     for i, batch in enumerate(batches):
-        show_rows(twin, batch, i, points, tell, dict.fromkeys(seen, 1) if first else None)
+        show_rows(twin, batch, i, points, tell, dict.fromkeys(seen, 1) if first else None, undo)
     for n, s in seen.items():
         s.finish(n)
 
@@ -184,6 +185,8 @@ def check_moment(moment: Tensor, damping: float) -> None:
     "`ValueError` for a second moment that can have no inverse, and for negative damping."
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is {damping}; it may be 0 or more")
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.numel():
+        raise ValueError(f"moment has the shape {list(moment.shape)}; it may be [inputs, inputs]")
     if not bool(moment.isfinite().all()):
         raise ValueError("moment holds NaN or infinite values, so it has no inverse")
 

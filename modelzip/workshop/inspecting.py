@@ -389,22 +389,23 @@ def prove(
     same, to the bit."""
     f.flush()
     try:
-        f = as_mapped(os.fdopen(os.dup(f.fileno()), "rb"))  # what reads and writes makes copies of what it reads
-        manifest, rows, payload = read_manifest(f)
-        with torch.random.fork_rng(devices=[]):
-            check_match(skeleton_of(manifest, model, rows), rows)
-        first = {}
-        for item in items(model):
-            row = rows[item.name]
-            demand(
-                first.setdefault(identity(item), item.name) == (row.same or row.name),
-                f"{item.name!r} is tied otherwise",
-            )
-            if row.same is None:
+        with os.fdopen(os.dup(f.fileno()), "rb") as read:  # what reads and writes makes copies of what it reads
+            f = as_mapped(read)
+            manifest, rows, payload = read_manifest(f)
+            with torch.random.fork_rng(devices=[]):
+                check_match(skeleton_of(manifest, model, rows), rows)
+            first = {}
+            for item in items(model):
+                row = rows[item.name]
                 demand(
-                    (identical if row.kind is None else same_parts)(item.value, read_row(f, row, payload, Here())),
-                    f"{item.name!r} comes back otherwise",
+                    first.setdefault(identity(item), item.name) == (row.same or row.name),
+                    f"{item.name!r} is tied otherwise",
                 )
+                if row.same is None:
+                    demand(
+                        (identical if row.kind is None else same_parts)(item.value, read_row(f, row, payload, Here())),
+                        f"{item.name!r} comes back otherwise",
+                    )
     except PackError as e:
         raise ValueError(f"this model cannot be saved, as it does not come back from its file: {e}") from None
 

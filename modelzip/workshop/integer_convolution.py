@@ -32,8 +32,9 @@ class QConv2d(IntegerLayer):
         activations: str = "tensor",
         # round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
         requantize: bool = False,
+        floats: bool = False,  # compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     ):
-        super().__init__(layer, q, name, activations, requantize)
+        super().__init__(layer, q, name, activations, requantize, floats)
         padding, dilation = self._how()[1:3]
         self.smallest = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, layer.kernel_size, padding)]
         self.inputs, self.geometry = layer.in_channels, self._how()
@@ -57,6 +58,8 @@ class QConv2d(IntegerLayer):
             return "its padding is 'same', which may differ on two sides"
 
     def _choose(self):
+        if self.floats:
+            return "floats"
         return "tiny" if self.q.numel() <= TINY else "onednn" if engines.capabilities().convolution else "plain"
 
     def _how(self):
@@ -168,7 +171,7 @@ def _add_bias(self: QConv2d, y):
 
 @patch
 def _integer(self: QConv2d, x):
-    if self.kernel == "tiny":
+    if self.kernel in ("tiny", "floats"):
         return nn.functional.conv2d(x, self._small_weight(), self._bias(), *self.geometry)
     return self._batch(x) if x.dim() == 4 else self._batch(x[None])[0]
 

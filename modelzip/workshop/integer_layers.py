@@ -29,13 +29,15 @@ class Prepared:
     """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
     stays the same; a copy starts empty."""
 
-    others = None  # who else was given this layer's last input; None: not known
-    group = None  # what was made to compute for them as well
-    owner = None  # weak reference to the layer whose rows were prepared
-    in_vain = 0  # how often that was of no use
+    # slots: a reference to others is nothing that a copy could take along, and nobody is to look for one here
+    __slots__ = "entry", "lock", "weak", "others", "group", "owner", "in_vain", "__weakref__"
 
     def __init__(self):
         self.entry, self.lock, self.weak = None, threading.RLock(), weakref.ref(self)
+        self.others = None  # who else was given this layer's last input; None: not known
+        self.group = None  # what was made to compute for them as well
+        self.in_vain = 0  # how often that was of no use
+        self.owner = None  # weak reference to the layer whose rows were prepared
 
     def get(self, owner, which):
         entry, now = self.entry, owner._modules["packed"]._buffers.values()
@@ -92,19 +94,22 @@ class IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
 
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
+    floats = False  # of a layer that an earlier version pickled
 
-    def __init__(self, layer, q, name, activations, requantize):
+    def __init__(self, layer, q, name, activations, requantize, floats=False):
         super().__init__(layer, q, name)
         if (why := self.refuses(self.layer, self.q, name, requantize)) is not None:
             raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
         if activations not in ("row", "tensor"):
             raise ValueError(f"activations is {activations!r}; it may be 'row' or 'tensor'")
-        self.activations, self.requantize, self.prepared = activations, bool(requantize), Prepared()
+        self.activations, self.requantize, self.floats = activations, bool(requantize), bool(floats)
+        self.prepared = Prepared()
         self.kernel = self._choose()
         self.said = described(self)  # for a compiled graph
 
     def options(self) -> dict:
-        return {"activations": self.activations} | ({"requantize": True} if self.requantize else {})
+        said = {name: True for name in ("requantize", "floats") if getattr(self, name)}
+        return {"activations": self.activations} | said
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -185,11 +190,12 @@ def set_extra_state(self: IntegerLayer, state):
     how = json.loads(bytes(state.tolist()))
     if (
         how.get("activations") not in ("row", "tensor")
-        or not isinstance(how.get("requantize", False), bool)
-        or how.keys() - {"activations", "requantize"}
+        or not all(isinstance(how.get(name, False), bool) for name in ("requantize", "floats"))
+        or how.keys() - {"activations", "requantize", "floats"}
     ):
         raise ValueError(f"the state of {self._who()} says {how}")
     self.activations, self.requantize = how["activations"], how.get("requantize", False)
+    self.floats = how.get("floats", False)
 
 
 @patch
@@ -286,7 +292,9 @@ def _small_weight(self: IntegerLayer):
 
 @patch
 def _prepare_floats(self: IntegerLayer):
-    "Few weights, expanded from the same bytes as the integers of a larger layer."
+    "Weights, expanded from the same bytes as the integers."
+    if not self.requantize and engines.why_not_int8(self.q) is not None:
+        return self.q.dequantize().float()
     weight, scale, zero = self._prepare_bytes()
     per, columns = (-1,) + (1,) * (weight.dim() - 1), self._modules["packed"]._buffers.get("columns")
     weight = weight.float() if zero is None else weight.float().sub_(zero.view(per))
@@ -345,9 +353,6 @@ class _Last(threading.local):
     def __init__(self):
         self.one = LastInput()
 
-    def get(self, *args):
-        return self.one.get(*args)
-
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
@@ -392,12 +397,13 @@ def runs(self: IntegerLayer) -> str:
         "onednn": "int8×uint8→int32 by oneDNN",
         "plain": "int8×uint8 emulated exactly in float64",
         "tiny": "too small to gain: computes in floats",
+        "floats": "computes in floats: quicker, when it was measured",
         "expand": "expands its weight: no 4-bit kernel on this machine",
         "int4": f"4-bit weights×bfloat16 up to {FEW} rows, else expands its weight",
     }[self.kernel]
     how = {"row": ", activations scaled by row", "tensor": ", activations scaled together"}[self.activations]
     return (
-        "requantized to " * (self.requantize and self.kernel != "tiny")
+        "requantized to " * (self.requantize and self.kernel not in ("tiny", "floats"))
         + what
         + how * (self.kernel in ("int8", "onednn", "plain"))
     )

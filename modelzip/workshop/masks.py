@@ -91,7 +91,7 @@ def mask_layer(
     mask, old = keep if isinstance(keep, Mask) else Mask(keep.bool().clone()), find_mask(layer, name)
     shape = getattr(layer, name).shape
     if mask.keep.shape != shape:
-        raise ValueError(f"the mask has shape {tuple(mask.keep.shape)}, {name} has {tuple(shape)}")
+        raise ValueError(f"keep has shape {tuple(mask.keep.shape)}; it may have that of {name}, {tuple(shape)}")
     if old is not None:
         if old is not mask:
             old.keep &= mask.keep
@@ -108,7 +108,8 @@ def _check_maskable(layer, name):
     if (why := not_plain(layer, name)) is not None:
         raise ValueError(f"{name} of {type(layer).__name__} {why}")
     if not (parametrize.is_parametrized(layer, name) or isinstance(layer._parameters.get(name), Tensor)):
-        raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
+        has = ", ".join(map(repr, sorted(layer._parameters)))
+        raise ValueError(f"name is {name!r}; {type(layer).__name__} has no parameter {name!r}, but {has or 'none'}")
 
 # %% ../../nbs/workshop/masks.ipynb
 def masks(model: nn.Module) -> dict[str, Tensor]:

@@ -617,6 +617,10 @@ def copied(
     with torch.random.fork_rng(devices=[], enabled=any(hasattr(type(m), "__deepcopy__") for m in model.modules())):
         try:
             new = copy.deepcopy(model, memo)
+        except RecursionError:
+            raise ValueError(
+                "the model is nested too deeply to be copied: modules in modules, beyond Python's limit"
+            ) from None
         except (TypeError, RuntimeError) as e:
             if isinstance(e, torch.OutOfMemoryError):
                 raise

@@ -111,7 +111,10 @@ def _is_whole(model, name, m):
     return isinstance(m, QConv2d) and (is_static(m) or m.kernel in ("onednn", "plain"))
 
 
-def with_holes(model: nn.Module) -> tuple[nn.Module, list]:
+def with_holes(
+    model: nn.Module,
+    bare: bool = False,  # also one without compressed layers
+) -> tuple[nn.Module, list]:
     """A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of
     weights and their layers."""
     check_ordinary(model)
@@ -120,7 +123,7 @@ def with_holes(model: nn.Module) -> tuple[nn.Module, list]:
         unwrapped_name(model, n, m) if m.name != "weight" else f"{unwrapped_name(model, n, m)}.weight".lstrip(".")
         for n, m in found
     ]
-    _check_sayable(model, zip(names, (m for _, m in found)))
+    _check_sayable(model, zip(names, (m for _, m in found)), bare)
     number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
     recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and id(m) not in within]
     for i, (_, m) in enumerate(recurrent, len(found)):
@@ -149,7 +152,7 @@ def _matrices(m, number):
     )
 
 
-def _check_sayable(model, found):
+def _check_sayable(model, found, bare):
     for n, m in model.named_modules():
         if getattr(unwrapped(m), "proj_size", 0):
             raise ValueError(
@@ -170,7 +173,7 @@ def _check_sayable(model, found):
             raise ValueError(f"{n} holds a {type(m.q).__name__}, which ONNX cannot say; dequantize that layer first")
         if m.q.dtype != torch.float32:
             raise ValueError(f"{n} stands for {m.q.dtype}; ONNX files are written in float32, call model.float() first")
-    if not count:
+    if not count and not bare:
         raise ValueError(
             "model has no compressed layer; quantize_model(model) makes them, torch.onnx.export writes the others"
         )

@@ -7,6 +7,7 @@ __all__ = ['LEAST', 'ROUNDED', 'check_levels', 'StepsOfWeights', 'half_precision
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 import math, sys
+from operator import index
 
 import torch
 from fastcore.basics import patch
@@ -60,10 +61,13 @@ class StepsOfWeights(Settings):
     ):
         super().__init__()
         check_levels(levels)
-        self._keep(levels, axis if axis is None else axis % max(1, weight.dim()), group)
+        if group is not None and (type(group) is not int or group < 1):
+            raise ValueError(f"group is {group!r}; it may be None, or a whole number of 1 or more")
+        axis = axis if axis is None else index(axis) % max(1, weight.dim())
+        self._keep(levels, axis, group)
         self.scale = nn.Parameter(
             torch.ones(number_of_blocks(weight.shape, axis, group), dtype=torch.float32, device=weight.device),
-            requires_grad=learn,
+            requires_grad=bool(learn),
         )
         self.fit(weight)
 
@@ -174,10 +178,10 @@ class RangeOfActivations(Settings):
         check_bits(bits, 4, 8)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum!r}; it may be a number from 0 to 1")
-        self._keep(1 << bits, learn, False, float(momentum))
+        self._keep(1 << bits, bool(learn), False, float(momentum))
         number = lambda v: torch.tensor(v, dtype=torch.float32)
-        self.scale = nn.Parameter(number(1.0), requires_grad=learn)
-        self.zero_point = nn.Parameter(number(0.0), requires_grad=learn)
+        self.scale = nn.Parameter(number(1.0), requires_grad=bool(learn))
+        self.zero_point = nn.Parameter(number(0.0), requires_grad=bool(learn))
         self.register_buffer("low", number(math.inf))  # of the range watched; inf: nothing was seen yet
         self.register_buffer("high", number(-math.inf))
 

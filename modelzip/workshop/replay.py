@@ -186,9 +186,12 @@ def show_rows(
     points: Mapping[str, Point],
     tell: Callable[[str, Tensor], None],  # is given a name and its rows, at each call; the rows may be a view
     calls: Mapping[str, int] | None = None,  # layer → after so many calls of each the run ends; None: at its own end
+    undo: Callable[[], Any] | None = None,  # forgets what was told of the first batch
 ) -> None:
-    "Run one batch, and tell the rows of matrices."
-    if twin.draws is None:
+    """Run one batch, and tell the rows of matrices. Whether a model draws random numbers, and so needs a seed for each
+    batch, its first run tells: that is a run of its own, unless its rows can be forgotten."""
+    first = twin.draws is None
+    if first and (undo is None or calls):
         twin.run(
             batch, i
         )  # whether it draws random numbers is known before rows are told: they have seeds from then on
@@ -211,6 +214,9 @@ def show_rows(
     finally:
         for h in hooks:
             h.remove()
+    if first and undo is not None and not calls and twin.draws:
+        undo()
+        show_rows(twin, batch, i, points, tell)
 
 
 @patch

@@ -102,8 +102,9 @@ def wanted_matrices(
         if (why := computed(plain, key)) is not None:
             raise ValueError(f"{key} {why}")
         if not isinstance(weight := plain._parameters.get(key), Tensor):
-            has = sorted(k for k, p in plain._parameters.items() if p is not None)
-            raise ValueError(f"{type(plain).__name__} has no parameter {key!r}; it has {has}")
+            has = ", ".join(repr(k) for k, p in sorted(plain._parameters.items()) if p is not None)
+            said = f"{type(plain).__name__} has no parameter {key!r}, but {has or 'none'}"
+            raise ValueError(said if name is None else f"name is {name!r}; {said}")
         found.append((key, weight, outputs_of(plain).get(key, 0)))
     return found
 

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .arguments import fits
+from .arguments import fits, same_length
 from .deadlines import checked_count, checked_seconds
 from .runner import call_with
 from .teams import run_in_threads
@@ -58,8 +58,7 @@ def checked_speedups(
     for values, name in ((n, "n"), (speedup, "speedup")):
         if isinstance(values, (set, frozenset)) or not fits(values, Sequence):
             raise TypeError(f"{name} is {values!r:.60}; it may be a list of numbers")
-    if len(n) != len(speedup):
-        raise ValueError(f"n has {len(n)} entries and speedup {len(speedup)}; each needs the other")
+    same_length("entries", n=n, speedup=speedup)
     n, speedup = [as_float(k, "n") for k in n], [as_float(s, "speedup") for s in speedup]
     if not all(1 <= k < math.inf for k in n) or not all(0 < s < math.inf and 1 / s < math.inf for s in speedup):
         raise ValueError(

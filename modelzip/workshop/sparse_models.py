@@ -18,7 +18,7 @@ from .rewriting import copy_with, layout_for, plain_layer
 from .masks import find_mask, masks, remove_masks
 from .matrices import combined
 from .models import carry_hooks, check_code, computed
-from .prunable import check_patterns, key_of, not_plain, weighs
+from .prunable import check_patterns, key_of, names_of, not_plain, weighs
 from .sparse_tensors import SparseTensor, sparsify
 
 # %% ../../nbs/workshop/sparse_models.ipynb
@@ -152,7 +152,7 @@ def _with_zeros(model, layers) -> dict[str, nn.Module]:
         and (type(m) is Dequantize and isinstance(m.q, QTensor) or isinstance(m, layers) and weighs(m))
     }
     if not found:
-        raise ValueError(f"model has nothing to make sparse; it may have {', '.join(c.__name__ for c in layers)}")
+        raise ValueError(f"model has nothing to make sparse with layers={names_of(layers)}; it may have some of these")
     return found
 
 

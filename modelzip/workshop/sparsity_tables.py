@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quant import Dequantize
-from .prunable import PRUNABLE, left_whole
+from .prunable import PRUNABLE, left_whole, names_of
 
 # %% ../../nbs/workshop/sparsity_tables.ipynb
 @dataclass(repr=False)
@@ -51,7 +51,7 @@ def sparsity_table(
     counted = lambda m: isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor)
     found = {n: m for n, m in model.named_modules() if counted(m) or isinstance(m, Dequantize)}
     if not found:
-        raise ValueError(f"model has no layer to count in; it may have {', '.join(c.__name__ for c in layers)}")
+        raise ValueError(f"model has no layer to count in with layers={names_of(layers)}; it may have some")
     return SparsityTable(
         [(n, tuple(m.weight.shape), m.weight.numel(), int((m.weight == 0).sum())) for n, m in found.items()],
         left_whole(model, layers),

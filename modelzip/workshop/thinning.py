@@ -135,12 +135,14 @@ def factors_of(model: nn.Module, layers: Iterable[str] | None, rank: int | dict 
         and plain(m)
         and uses[identity_of(m.weight)] == 1
     }
+    layers = layers if layers is None else tuple(layers)
     for pattern in layers or ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in good):
             raise ValueError(f"layers names {pattern!r}, which can't be factorized; it may be {', '.join(good)}")
     found = {n: m for n, m in good.items() if layers is None or any(fnmatch.fnmatchcase(n, p) for p in layers)}
     if not found:
-        raise ValueError("model has no Linear or Conv2d that could be factorized")
+        asked = "" if layers is None else f"; layers is {list(layers)}, and it may name {', '.join(good) or 'none'}"
+        raise ValueError("model has no Linear or Conv2d that could be factorized" + asked)
     bad = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
     if bad:
         raise ValueError(f"{bad}.weight has NaN or infinite values")

@@ -121,10 +121,11 @@ def check_replaceable(layer: nn.Module, q: Any, name: str) -> Tensor | None:
     if (why := computed(layer, name)) is not None:
         raise ValueError(f"{name} {why}")
     if name not in layer._parameters:
-        raise ValueError(f"{type(layer).__name__} has no parameter {name!r}; it has {sorted(layer._parameters)}")
+        has = ", ".join(map(repr, sorted(layer._parameters)))
+        raise ValueError(f"name is {name!r}; {type(layer).__name__} has no parameter {name!r}, but {has or 'none'}")
     old = layer._parameters[name]
     if old is not None and old.shape != q.shape:
-        raise ValueError(f"{name} has shape {tuple(old.shape)}, its compressed value {tuple(q.shape)}")
+        raise ValueError(f"q has shape {tuple(q.shape)}; it may have that of {name}, {tuple(old.shape)}")
     return old
 
 # %% ../../nbs/workshop/wrapping.ipynb
