@@ -28,7 +28,7 @@ from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.quant import quantize_layer, quantize_model
 from modelzip.prune import Inputs
 from modelzip.ranges import calibrate, smooth
-from modelzip.workshop.static_models import quantize_static
+from modelzip.static import quantize_static
 
 RESULTS, QUICK = Path(__file__).parent / "results" / "kernels.json", "--quick" in sys.argv
 ROWS = {"*.down": "row", "*": "tensor"}  # a range for each token only where outliers are worst: after the GELU

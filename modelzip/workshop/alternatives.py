@@ -179,12 +179,16 @@ def decided(
     kinds = {"static": way.step, "row": None} if isinstance(some, nn.Linear) else {"static": way.step}
     errors, shifts = {}, {}
     for kind, step in kinds.items():
+        plain = errors_of(weights, way, seen, step)
+        errors |= {(kind, n): e for n, e in plain.items()}
+        if not wish.biases or kind == "row" and wish.limit is None and "row" not in {asked[n] for n in layers}:
+            continue
         moved = bias_shifts(weights, way, seen.statistics(0), seen.rows(0), step)
-        plain, corrected = errors_of(weights, way, seen, step), errors_of(weights, way, seen, step, moved)
+        corrected = errors_of(weights, way, seen, step, moved)
         final = bias_shifts(weights, last, seen.both, seen.all_rows, last.step if step else None)
-        for n, m in layers.items():
-            better = wish.biases and m.bias is not None and corrected[n] < plain[n]
-            errors[kind, n], shifts[kind, n] = (corrected[n], final[n]) if better else (plain[n], None)
+        better = [n for n, m in layers.items() if m.bias is not None and corrected[n] < plain[n]]
+        errors |= {(kind, n): corrected[n] for n in better}
+        shifts |= {(kind, n): final[n] for n in better}
     codes, steps, found = apart(last.codes, weights), apart(last.steps, weights), {}
     for n, w in weights.items():
         both = errors["static", n], errors.get(("row", n), float("inf"))
@@ -192,7 +196,7 @@ def decided(
         kind = asked[n] or ("row" if worse else "static")
         q = named(n, wish.pack, w, codes[n], steps[n], last)
         found[n] = Fixed(kind, *last.step, last.alpha, last.columns, *(both if kind == "static" else both[::-1]), q)
-        found[n].weights, found[n].shift = "gptq" if gptq else "nearest", shifts[kind, n]
+        found[n].weights, found[n].shift = "gptq" if gptq else "nearest", shifts.get((kind, n))
         if copies:
             found[n].at, found[n].makers = places_of(last.times), makers
     return found
