@@ -6,6 +6,7 @@ STAMP := .venv/.ready
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
+# modules and rewritten asserts are compiled once, not by each worker and each of the hundred processes that tests start
 export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## list the commands

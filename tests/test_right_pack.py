@@ -83,6 +83,12 @@ def transformations(x):
     def shrunk(m):
         return structured.shrink(m, (x,), ratio=0.5)
 
+    made = []
+
+    def shrunk_once(m):  # two files begin with the same model
+        made.extend([] if made else [shrunk(m)])
+        return copy.deepcopy(made[0])
+
     def quick(m):
         return kernels.use_kernels(quantize_model(m, 8))
 
@@ -104,8 +110,8 @@ def transformations(x):
         "quantize_model": lambda m: quantize_model(m, 4),
         "use_kernels": quick,
         "prune and sparsify": sparse,
-        "shrink": shrunk,
-        "shrink, then quantize": lambda m: quantize_model(shrunk(m), 4),
+        "shrink": shrunk_once,
+        "shrink, then quantize": lambda m: quantize_model(shrunk_once(m), 4),
         "fold_batchnorm": structured.fold_batchnorm,
         "factorize": thin,
         "convert": trained,
