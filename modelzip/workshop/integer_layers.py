@@ -29,6 +29,7 @@ class Prepared:
     """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
     stays the same; a copy starts empty."""
 
+    starts_empty = True  # a copy does; so what this refers to is no part of a model
     others = None  # who else was given this layer's last input; None: not known
     group = None  # what was made to compute for them as well
     owner = None  # weak reference to the layer whose rows were prepared
