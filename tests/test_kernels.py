@@ -1634,3 +1634,15 @@ def test_nothing_is_printed(layer, x, bits, capfd, tmp_path):
         kernels(x)
         copy.deepcopy(kernels).train()(x)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_has_run_is_saved_and_copied(tmp_path):
+    "What layers remember of their inputs and of each other is no part of the model."
+    model, x = nn.Sequential(nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 8)).eval(), torch.randn(64, 80)
+    for k in use_kernels(quantize_model(model, 8)), convert(prepare(model, bits=8, batches=[x])):
+        with torch.no_grad():
+            y = k(x)
+            pack.save(k, tmp_path / "m.mz")
+            back = pack.load(tmp_path / "m.mz", model)
+            assert torch.equal(back(x), y) and torch.equal(copy.deepcopy(k)(x), y)
+            pack.save(back, tmp_path / "again.mz")
