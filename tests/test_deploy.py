@@ -361,19 +361,17 @@ def fails(x):
 def test_a_model_that_looks_at_a_size(tmp_path):
     "A graph holds one way through the model; where the model goes another, no file stands for it."
     x = torch.randn(4, 8)
-    for net, example in ((Looks(5, torch.neg), x), (Looks(1, torch.neg), x), (Looks(1, torch.neg), x[:1])):
+    for net, example in ((Looks(5, torch.neg), x), (Looks(1, torch.neg), x[:1])):
         for engine in FILES:
             with pytest.raises(ValueError, match="off the model's own output"):
                 deploy(net, example, engine)
-        small = quantize_model(net)
-        with pytest.raises(ValueError, match="off the model's own output"):
-            to_onnx(small, tmp_path / "m.onnx", example)
+    with pytest.raises(ValueError, match="off the model's own output"):
+        to_onnx(quantize_model(Looks(5, torch.neg)), tmp_path / "m.onnx", x)
     for engine in FILES:
         model = deploy(Looks(5, fails), x, engine)
         assert model(torch.randn(5, 8)).shape == (5, 8)
         with pytest.raises(ValueError, match="batch is 6; the model's own code allows 0 to 5"):
             model(torch.randn(6, 8))
-        assert deploy(Looks(5, torch.neg), x, engine, dynamic={})(x).shape == (4, 8)
 
 
 @pytest.mark.skipif("onnxruntime" not in PRESENT, reason="needs onnxruntime")
@@ -387,14 +385,14 @@ def test_outputs_and_calls_of_every_shape(capfd):
             return self.f(self, x, *more, **named)
 
     x = torch.randn(4, 8)
+    many = lambda s, x, i, *more: {
+        "linear": s.a(x), "linear_1": s.b(x), "x": sum(more) + s.a(s.b(x)), "twice": (y := s.b(x), [y, x]),
+        "weight": s.a.weight, "codes": (s.a(x) * i).to(torch.int8),
+    }  # fmt: skip
+    named = lambda s, x, **named: {k: s.a(x.mul_(2)).log() * v for k, v in named.items()}
     for f, example in (
-        (lambda s, x: {"linear": s.a(x), "linear_1": s.b(x), "y": s.a(s.b(x)), "x": x + 1}, x),
-        (lambda s, x: (y := s.a(x), [y, x], s.a.weight), x),
-        (lambda s, x, *more: sum(more) + s.a(x), (x, x, x)),
-        (lambda s, x, **named: {k: s.a(x) * v for k, v in named.items()}, {"x": x, "u": x, "v": x}),
-        (lambda s, x, i: (s.a(x) * i).to(torch.int8), (x, torch.full((4, 1), 2, dtype=torch.int32))),
-        (lambda s, x: s.a(x.mul_(2)), x),
-        (lambda s, x: s.a(x).log(), x),
+        (many, (x, torch.full((4, 1), 2, dtype=torch.int32), x, x)),
+        (named, {"x": x, "u": x + 1, "v": x}),
     ):
         model = Says(f)
         for engine in FILES:
@@ -403,9 +401,8 @@ def test_outputs_and_calls_of_every_shape(capfd):
                 assert (
                     torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True) and a.dtype == b.dtype
                 )
-    for f in (lambda s, x: s.a(x) + torch.rand(8), lambda s, x: x * float(x.sum()) if x.sum() > 0 else x):
-        with pytest.raises(ValueError):
-            deploy(Says(f), x, "onnxruntime")
+    with pytest.raises(ValueError):
+        deploy(Says(lambda s, x: s.a(x) + torch.rand(8)), x, "onnxruntime")
     assert capfd.readouterr() == ("", "")
 
 

@@ -117,7 +117,9 @@ def _taken(x, path, tensors, names):
 
 
 def _of_mapping(x, parts):
-    empty = copy.copy(x)
+    empty = copy.copy(x)  # without the tensors, which are the model's
+    for k in parts:
+        empty[k] = None
 
     def rebuild(new):
         out = copy.copy(empty)
@@ -129,8 +131,12 @@ def _of_mapping(x, parts):
 
 
 def _of_dataclass(x, parts):
+    empty = copy.copy(x)
+    for k in parts:
+        object.__setattr__(empty, k, None)
+
     def rebuild(new):
-        out = copy.copy(x)
+        out = copy.copy(empty)
         for k, p in parts.items():
             object.__setattr__(out, k, p(new))
         return out
