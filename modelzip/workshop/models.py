@@ -376,9 +376,7 @@ def check_ordinary(model: nn.Module) -> None:
                 " and a copy of it would run the original; define it in a class, or delete it"
             )
         for key, value in vars(m).items():
-            if key in COPIED or getattr(type(value), "starts_empty", False):  # a cache, of which nothing is copied
-                continue
-            if not _empty(value) and _reaches(value, own, seen, True):
+            if key not in COPIED and not _empty(value) and _reaches(value, own, seen, True):
                 raise ValueError(
                     f"{where} keeps in {key} a function or reference that reaches the model itself, and a copy of it"
                     " would run the original; make it a method, or remove it"
