@@ -27,7 +27,7 @@ from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.prune import Inputs
 from modelzip.quant import quantize_model
 from modelzip.threads import Pool
-from modelzip.workshop.static_models import quantize_static
+from modelzip.static import quantize_static
 
 RESULTS, QUICK = Path(__file__).parent / "results" / "sentences.json", "--quick" in sys.argv
 SENTENCES, BATCH = 512, 32
