@@ -423,28 +423,6 @@ def test_what_is_fitted_is_not_what_is_judged():
         assert error(quantize_static(model, chosen=chosen), model, fresh) < 1.2 * error(plain, model, fresh)
 
 
-def test_sentences_keep_their_vectors():
-    from modelzip.data import docstrings, minilm
-    from modelzip.workshop.models import Inputs
-
-    model, texts = minilm().eval(), docstrings(200).documents
-
-    def batch(some):
-        tokens = model.tokenizer.encode_batch(some)
-        return Inputs(*(torch.tensor([getattr(t, p) for t in tokens])[:, :64] for p in ("ids", "attention_mask")))
-
-    static = quantize_static(model, [batch(texts[i : i + 24]) for i in (0, 24)], alphas=(0.7, 0.8, 0.9))
-    assert sum(isinstance(m, StaticLinear) for m in static.modules()) == 36
-    with torch.no_grad():
-        cosine = torch.cat(
-            [
-                F.cosine_similarity(static(*b.args), model(*b.args))
-                for b in (batch(texts[100:130]), batch(texts[130:160]))
-            ]
-        )
-    assert cosine.mean() > 0.999
-
-
 def test_copies_in_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     from modelzip.onnx_export import to_onnx

@@ -1249,7 +1249,8 @@ def test_the_end_of_the_program():
 
 
 def test_interrupted_program():
-    code = END + "import _thread, time\n_thread.interrupt_main()\ntime.sleep(60)"
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also under nohup
+    code = heard + END + "import _thread, time\n_thread.interrupt_main()\ntime.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG)
     assert done.stdout.splitlines() == ["cancelled True", "answered 1.0"] and done.stderr.rstrip().endswith(
         "KeyboardInterrupt"
