@@ -324,3 +324,14 @@ def test_maps_fit_on_a_page():
                 if (width := max(map(len, text.splitlines()), default=0)) > MAP:
                     wide[path.stem] = width
     assert not wide, f"maps of more than {MAP} columns: {wide}"
+
+
+def test_outputs_hold_no_warnings_and_no_places():
+    "What a notebook shows is what its cells print: no warning, and no path of whoever ran it."
+    found = []
+    for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/workshop").glob("*.ipynb")]:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for out in cell.get("outputs", []):
+                if out.get("name") == "stderr" or re.search(r"/site-packages/|/ipykernel_\d", json.dumps(out)):
+                    found.append(f"{path.stem}, cell {cell['id']}")
+    assert not found
