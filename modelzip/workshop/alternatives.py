@@ -143,9 +143,9 @@ def common_inputs(
     "Names of layers, those of one input together."
     groups = {}
     for n, s in seen.items():
-        given = s.both.total.cpu().numpy().tobytes()
+        given = b"".join(h.total.cpu().numpy().tobytes() for h in s.halves if h.count)
         key = given if isinstance(model.get_submodule(n), nn.Linear) and n not in tied else n
-        groups.setdefault((key, s.both.count), []).append(n)
+        groups.setdefault((key, s.count), []).append(n)
     return list(groups.values())
 
 # %% ../../nbs/workshop/alternatives.ipynb
@@ -175,7 +175,8 @@ def decided(
     alphas = [None] if getattr(some, "groups", 1) > 1 else wish.alphas  # each group meets other weights
     way, gptq = best_way(weights, seen, wish.fit, alphas, wish.copies if makers else 0, wish.gptq)
     copies = 0 if way.times is None else wish.copies
-    last = named(next(iter(layers)), wish.fit, together(weights), seen.both, seen.all_rows, way.alpha, copies, gptq)
+    whole = seen.both, seen.all_rows
+    last = named(next(iter(layers)), wish.fit, together(weights), *whole, way.alpha, copies, gptq)
     kinds = {"static": way.step, "row": None} if isinstance(some, nn.Linear) else {"static": way.step}
     errors, shifts = {}, {}
     for kind, step in kinds.items():
@@ -185,7 +186,7 @@ def decided(
             continue
         moved = bias_shifts(weights, way, seen.statistics(0), seen.rows(0), step)
         corrected = errors_of(weights, way, seen, step, moved)
-        final = bias_shifts(weights, last, seen.both, seen.all_rows, last.step if step else None)
+        final = bias_shifts(weights, last, *whole, last.step if step else None)
         better = [n for n, m in layers.items() if m.bias is not None and corrected[n] < plain[n]]
         errors |= {(kind, n): corrected[n] for n in better}
         shifts |= {(kind, n): final[n] for n in better}

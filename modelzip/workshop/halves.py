@@ -42,6 +42,10 @@ class Seen:
         return self.halves[half] if self.halves[half].count else self.halves[1 - half]
 
     @property
+    def count(self) -> int:
+        return sum(h.count for h in self.halves)
+
+    @property
     def all_rows(self) -> Tensor:
         return torch.cat([k for k in self.kept if k is not None], 1)
 
@@ -89,7 +93,7 @@ def seen_in_halves(
                 seen[name].add(part, half, moments)
 
         show_rows(twin, batch, i, points, tell)
-    seen = {n: s for n, s in seen.items() if s.both.count}
+    seen = {n: s for n, s in seen.items() if s.count}
     if not seen:
         raise ValueError("there is no data: batches gave no row to any layer")
     return seen

@@ -108,7 +108,7 @@ def remade(
                 f"it describes a layer {ascii_name(name)[:80]} ({text_of(entry)}) that the model does not have: pass a"
                 " model that has it, load(path, model)"
             )
-        if here is not None and fits(entry, entry_of(here)):
+        if fits(entry, entry_of(here)):
             if type(here) is nn.Sequential and not strict:
                 _rearranged(here, inside.get(name, []))
             continue
@@ -121,7 +121,7 @@ def remade(
             a, b = type(here).__name__, entry["class"]
             if strict and a != b and not {a, b} & PUT_THERE:
                 raise otherwise(name, entry, entry_of(here))
-            key = (id(here), text(entry)) if here is not None else name  # what stood at two places stands there again
+            key = id(here), text(entry)  # what stood at two places stands there again
             if key not in done:
                 done[key] = here, make_plain(name, entry, tensors)
                 tensors -= len(list(done[key][1].parameters()))
@@ -152,11 +152,10 @@ def _rearranged(here, names):
 
 def _placed(skeleton, owner, child, here, made):
     "Put a new layer where another one was: what hung on that, and whether it learns, remains."
-    if here is not None:
-        carry_hooks(here, made)
-        old = list(here.parameters())
-        if old and not any(p.requires_grad for p in old):
-            made.requires_grad_(False)
+    carry_hooks(here, made)
+    old = list(here.parameters())
+    if old and not any(p.requires_grad for p in old):
+        made.requires_grad_(False)
     if owner is None or child == "":
         return made
     owner._modules[child] = made

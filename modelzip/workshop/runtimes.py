@@ -4,13 +4,13 @@
 
 # %% auto 0
 __all__ = ['ENGINES', 'HINTS', 'Work', 'with_kernels', 'has_known_ranges', 'first_line', 'file_of', 'size_of', 'keep', 'agrees',
-           'shaped', 'Engine', 'register_engine', 'engine_named', 'threaded', 'compiler', 'onnx_session',
-           'openvino_model', 'keep_openvino']
+           'shaped', 'Engine', 'register_engine', 'engine_named', 'threaded', 'compiler', 'openvino_model',
+           'keep_openvino']
 
 # %% ../../nbs/workshop/runtimes.ipynb
-import contextlib, copy, os, shutil, tempfile, threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import os, shutil, threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..archive import replacing
 from ..data import need
 from ..kernels import QConv2d, QLinear, use_kernels
-from ..onnx_export import FORMS, graph_of, tolerance_of
+from ..onnx_export import FORMS, graph_of, onnx_session, tolerance_of
 from ..quant import Dequantize
 from .calls import Flat, Layout, called, parts_of
 from .intra_op import intra_op_threads
@@ -255,28 +255,15 @@ def _compile(work):
     return run
 
 # %% ../../nbs/workshop/runtimes.ipynb
-def onnx_session(
-    file: bytes | str | os.PathLike,  # content, or path
-    threads: int,
-) -> Any:  # onnxruntime.InferenceSession
-    "A session that computes what the file says, and nothing coarser."
-    runtime = need("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = file if isinstance(file, bytes) else os.fspath(file)
-    try:
-        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise ValueError(f"ONNX Runtime cannot read the graph: {first_line(e)}") from e
-
-
 @register_engine("onnxruntime", kernels=True, forms=FORMS)
 def _onnxruntime(work):
     "ONNX Runtime: pip install 'modelzip[onnx]'"
     need("onnxruntime", "onnx")
-    session, names = onnx_session(file_of(work), work.count), work.layout.names
+    file, names = file_of(work), work.layout.names
+    try:
+        session = onnx_session(file, work.count, spinning=False)
+    except Exception as e:
+        raise ValueError(f"ONNX Runtime cannot read the graph: {first_line(e)}") from e
 
     def run(*tensors):
         fed = {n: t.contiguous().numpy() for n, t in zip(names, tensors)}
