@@ -109,7 +109,7 @@ def choose_static(
     copies: int = 8,  # of inputs whose columns reach far, where the layer before can make them; 0: none
     weights: str = "gptq",  # how weights are rounded: 'gptq' where that is better, or 'nearest'
     biases: bool = True,  # take the mean of the error off, where that is better
-    limit: float | None = None,  # relative error of a linear layer's output from which it keeps a range for each row
+    limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
