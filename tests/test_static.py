@@ -26,7 +26,9 @@ def simulated(layer, x):
     across = (-1, *[1] * (x.dim() - 2)) if isinstance(layer, StaticConv2d) else (-1,)
     x = x.float()
     x = x if q.columns is None else x * q.columns.view(across)
-    codes = (x.double() * (torch.tensor(1.0) / s).double() + z).float().round()  # rounded once, as a fused multiply-add is
+    codes = (
+        (x.double() * (torch.tensor(1.0) / s).double() + z).float().round()
+    )  # rounded once, as a fused multiply-add is
     codes = codes.clamp(0, 255).double() - z
     steps = q.scale.float().view(-1, *[1] * (len(q.shape) - 1))
     w = q.unpack().double().view(q.shape) - (q.levels // 2)
