@@ -441,6 +441,20 @@ def test_options_do_what_they_say():
     assert quantize_static(no_bias, [x])[0].layer.bias is None
 
 
+def test_what_was_chosen_for_another_model_is_refused():
+    net, x = outlier_net()
+    chosen = choose_static(net, [x[:1000], x[1000:2000]])
+    assert chosen["2"].at is not None and quantize_static(net, chosen=chosen)(x).shape == net(x).shape
+    wide, inputs = copy.deepcopy(net), net[2].in_features
+    wide[2] = nn.Linear(len(chosen["2"].at), net[2].out_features)  # as wide as with copies
+    for other in (wide, nn.Sequential(nn.Linear(3, inputs), nn.GELU(), net[2])):
+        with pytest.raises(ValueError, match="^chosen was made for another model: the weight of"):
+            quantize_static(other, chosen=chosen)
+    del chosen["0"]
+    with pytest.raises(ValueError, match="chosen has no '0', which is to make copies for '2'"):
+        quantize_static(net, chosen=chosen)
+
+
 def test_what_is_fitted_is_not_what_is_judged():
     "Noise in the first half alone: GPTQ and biases that learn it are not taken."
     torch.manual_seed(0)
