@@ -9,10 +9,13 @@ __all__ = ['accumulator_fits', 'quantize_activations', 'stretch_rows', 'quantize
 # %% ../nbs/06_integers.ipynb
 #| code-fold: true
 #| code-summary: "Imports of the library"
+import math
+
 import torch
 from torch import Tensor, nn
 
-from .quant import QTensor, bit_planes, pack_bits, scale_and_zero_point
+from .quant import QTensor, bit_planes, check_bits, pack_bits, scale_and_zero_point
+from .workshop.shapes import with_shapes
 
 # %% ../nbs/06_integers.ipynb
 def accumulator_fits(
@@ -32,11 +35,7 @@ def codes_of(
     top: int,  # largest code
 ) -> Tensor:  # uint8
     "A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties."
-    inverse = (
-        (1 / torch.tensor(scale, dtype=torch.float32, device=x.device))
-        .clamp_(max=torch.finfo(torch.float32).max)
-        .double()
-    )
+    inverse = (1 / torch.tensor(scale, dtype=torch.float32)).clamp_(max=torch.finfo(torch.float32).max).item()
     return (x.double() * inverse + zero).float().round().clamp_(0, top).to(torch.uint8)
 
 # %% ../nbs/06_integers.ipynb
@@ -50,6 +49,8 @@ def quantize_activations(
     top = 127 if reduce_range else 255
     low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
     low, high = min(low, 0.0), max(high, 0.0)
+    if not math.isfinite(high - low):
+        raise ValueError("x holds NaN or infinite values; it may be finite")
     scale = (high - low) / top
     if scale < 2.0**-127:
         scale = 0.1  # nothing, or so little that 1 / scale would be infinite
@@ -58,6 +59,7 @@ def quantize_activations(
     return codes_of(x, scale, zero, 255), scale, zero
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(x="rows, n+")
 def stretch_rows(
     x: Tensor,  # [rows, n] float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # stretched to 0 … 1, smallest value [rows, 1], width [rows, 1]
@@ -67,8 +69,9 @@ def stretch_rows(
     return (x - low).div_(torch.where(width == 0, 1, width)), low, width
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(x="rows, n+")
 def quantize_rows(
-    x: Tensor,  # [rows, n] float32
+    x: Tensor,  # [rows, n] finite float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes [rows, n] uint8, step [rows, 1], smallest value [rows, 1]
     """x ≈ codes·step + low, with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM,
     arXiv:2101.05615); ranges below 5e-6 get fewer of them."""
@@ -78,6 +81,7 @@ def quantize_rows(
     return ((x - low) * inverse).round_().to(torch.uint8), width / 255, low
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(x="…, inputs", weight="outputs, inputs", scale="outputs", zero="outputs")
 def integer_linear(
     x: Tensor,  # [rows, inputs] finite float32
     weight: Tensor,  # [outputs, inputs] int8 codes
@@ -93,6 +97,7 @@ def integer_linear(
     return total.float() * (scale * x_scale)
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(x="…, channels, height, width", weight="outputs, inner, rows, columns", scale="outputs")
 def integer_conv2d(
     x: Tensor,  # [batch, channels, height, width] finite float32
     weight: Tensor,  # [outputs, channels/groups, height, width] int8 codes, symmetric
@@ -112,9 +117,8 @@ def integer_conv2d(
 def image_ranges(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     "Step and zero point of each image, [batch, 1, 1, 1]; its range holds zero."
     flat = x.flatten(1)
-    step, zero = scale_and_zero_point(
-        *(v.view(-1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1))), top + 1, symmetric=False
-    )
+    ends = (v.view(-1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1)))
+    step, zero = scale_and_zero_point(*ends, top + 1, symmetric=False)
     return step, zero.float()
 
 
@@ -122,11 +126,13 @@ def image_codes(x: Tensor, step: Tensor, zero: Tensor, top: int) -> Tensor:
     return (x / step).add_(zero).round_().clamp_(0, top).to(torch.uint8)
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(x="batch, channels+, height+, width+")
 def quantize_images(
     x: Tensor,  # [batch, channels, height, width] finite float32
     top: int = 255,  # largest code
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes uint8; step and zero point of each image [batch, 1, 1, 1]
     "Codes with a range for each image, which holds zero: x ≈ step·(codes − zero)."
+    check_bits(top, 1, 255, "top")
     step, zero = image_ranges(x, top)
     return image_codes(x, step, zero, top), step, zero
 
@@ -143,6 +149,7 @@ def why_not_rows(q: object) -> str | None:
         return f"rows of {q.shape[1]} codes of {q.bits} bits do not end on a byte"
 
 # %% ../nbs/06_integers.ipynb
+@with_shapes(rows="n")
 def gather_rows(
     q: QTensor,  # [rows, width]: a scale for each row, for groups, or one for all
     rows: Tensor,  # [n] int64, which rows
@@ -151,6 +158,8 @@ def gather_rows(
     not there."""
     if (why := why_not_rows(q)) is not None:
         raise ValueError(f"q has no rows to gather: {why}")
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows is {rows.dtype}; it may be int64")
     shape, planes, start = torch.Size((len(rows), q.shape[1])), [], 0
     for width in bit_planes(q.bits):
         size = q.shape.numel() * width // 8
@@ -160,9 +169,8 @@ def gather_rows(
     if q.axis is None and q.group is None:
         return QTensor(codes, q.scale, q.packed_zero_point, q.codebook, shape, q.dtype, q.levels, columns=q.columns)
     zero = None if q.packed_zero_point is None else pack_bits(q.zero_point.index_select(0, rows), q.bits)
-    return QTensor(
-        codes, q.scale.index_select(0, rows), zero, q.codebook, shape, q.dtype, q.levels, q.axis, q.group, q.columns
-    )
+    scale = q.scale.index_select(0, rows)
+    return QTensor(codes, scale, zero, q.codebook, shape, q.dtype, q.levels, q.axis, q.group, q.columns)
 
 # %% ../nbs/06_integers.ipynb
 from .workshop.arguments import name_arguments

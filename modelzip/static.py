@@ -22,8 +22,7 @@ from .workshop.halves import seen_in_halves
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
-from .workshop.static_layers import STATIC_LAYERS
-from .workshop.static_models import Chosen, each_input, fold_all
+from .workshop.static_models import Chosen, check_chosen, each_input, fold_all
 from .workshop.static_models import static_layer, static_places, step_of, tied_layers
 
 _all_ = ["step_of"]  # made in the workshop
@@ -109,7 +108,7 @@ def choose_static(
     copies: int = 8,  # of inputs whose columns reach far, where the layer before can make them; 0: none
     weights: str = "gptq",  # how weights are rounded: 'gptq' where that is better, or 'nearest'
     biases: bool = True,  # take the mean of the error off, where that is better
-    limit: float | None = None,  # relative error of a linear layer's output from which it keeps a range for each row
+    limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
@@ -161,8 +160,7 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
-    if missing := [n for n in chosen if type(dict(new.named_modules()).get(n)) not in STATIC_LAYERS]:
-        raise ValueError(f"chosen has {missing[0]!r}, and model has no Linear or Conv2d of that name")
+    check_chosen(new, chosen)
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}
     check_code(new, list(layers))

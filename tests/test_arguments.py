@@ -143,7 +143,7 @@ def left_out(name, p, kind, bad, given):
         or kind == "huge"
         and p.name in ("steps", "rounds")
         or isinstance(bad, torch.Tensor)
-        and (p.name == "example" or name == "quantize_rows")  # what the model, or PyTorch, says of its shape
+        and p.name == "example"  # what the model says of its shape
     )
 
 

@@ -1,6 +1,6 @@
 """Integer layers: the fast kernels against exact integers, torch.ao, and whole models."""
 
-import copy, gc, io, subprocess, sys, threading, time, warnings, weakref
+import copy, gc, io, math, re, subprocess, sys, threading, time, warnings, weakref
 
 import pytest
 import torch
@@ -1646,3 +1646,47 @@ def test_a_model_that_has_run_is_saved_and_copied(tmp_path):
             back = pack.load(tmp_path / "m.mz", model)
             assert torch.equal(back(x), y) and torch.equal(copy.deepcopy(k)(x), y)
             pack.save(back, tmp_path / "again.mz")
+
+
+NO_ROWS = {
+    "no axis": torch.tensor(1.5),
+    "one": torch.randn(5),
+    "three": torch.randn(2, 3, 5),
+    "empty": torch.randn(3, 0),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROWS)
+def test_shapes_are_refused_by_name(kind):
+    "What has other axes than a function says would fail deep inside it, or have its channels taken for images."
+    x = NO_ROWS[kind]
+    for f in (kernels.stretch_rows, kernels.quantize_rows, kernels.quantize_images):
+        with pytest.raises(ValueError, match="^x has the shape"):
+            f(x)
+    codes, _, _ = quantize_activations(x)  # of any shape
+    assert codes.shape == x.shape
+
+
+def test_shapes_of_integer_products_are_refused_by_name():
+    x, w, s = torch.randn(3, 5), torch.ones(4, 5, dtype=torch.int8), torch.ones(4)
+    images, filters = torch.randn(2, 3, 6, 6), torch.ones(4, 3, 3, 3, dtype=torch.int8)
+    for call, says in (
+        (lambda: integer_linear(x[0, 0], w, s), "x has the shape []"),
+        (lambda: integer_linear(x[:, :4], w, s), "weight has 5 inputs, and x has 4"),
+        (lambda: integer_linear(x, w, s[:3]), "scale has 3 outputs, and weight has 4"),
+        (lambda: integer_linear(x, w, s[0]), "scale has the shape []"),
+        (lambda: integer_linear(x, w, s, s[0]), "zero has the shape []"),
+        (lambda: integer_linear(x * math.nan, w, s), "x holds NaN"),
+        (lambda: kernels.integer_conv2d(images[0, 0], filters, s), "x has the shape [6, 6]"),
+        (lambda: kernels.integer_conv2d(images, filters, s[0]), "scale has the shape []"),
+        (lambda: kernels.integer_conv2d(images, filters[0], s), "weight has the shape [3, 3, 3]"),
+        (lambda: kernels.quantize_images(images, 256), "top is 256"),
+        (lambda: gather_rows(quantize(x, 8, axis=0), torch.tensor(1)), "rows has the shape []"),
+        (lambda: gather_rows(quantize(torch.randn(3, 8), 8, axis=0), torch.ones(1)), "rows is torch.float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(says)):
+            call()
+    assert integer_linear(x[:0], w, s).shape == (0, 4) and integer_linear(x[0], w, s).shape == (4,)
+    assert kernels.integer_conv2d(images[:0], filters, s).shape == (0, 4, 4, 4)
+    assert kernels.integer_conv2d(images[0], filters, s).shape == (4, 4, 4)
+    assert kernels.quantize_rows(x[:0])[0].shape == (0, 5) and kernels.quantize_images(images[:0])[0].shape[0] == 0

@@ -16,6 +16,7 @@ from modelzip.quant import quantize
 from modelzip.workshop.specimens import shuffle_unit
 from modelzip.static import choose_static, quantize_static, split_codes
 from modelzip.workshop.alternatives import places_of
+from modelzip.workshop.halves import seen_in_halves
 from modelzip.workshop.static_models import fold_all
 
 
@@ -25,7 +26,10 @@ def simulated(layer, x):
     across = (-1, *[1] * (x.dim() - 2)) if isinstance(layer, StaticConv2d) else (-1,)
     x = x.float()
     x = x if q.columns is None else x * q.columns.view(across)
-    codes = (x * (torch.tensor(1.0) / s) + z).round().clamp(0, 255).double() - z
+    codes = (
+        (x.double() * (torch.tensor(1.0) / s).double() + z).float().round()
+    )  # rounded once, as a fused multiply-add is
+    codes = codes.clamp(0, 255).double() - z
     steps = q.scale.float().view(-1, *[1] * (len(q.shape) - 1))
     w = q.unpack().double().view(q.shape) - (q.levels // 2)
     if isinstance(layer, StaticLinear):
@@ -138,6 +142,31 @@ def test_layers_with_one_input_have_the_same_codes():
     a, b = static.a, static.b
     assert (a.input_scale, a.input_zero_point) == (b.input_scale, b.input_zero_point)
     assert torch.equal(a.q.columns, b.q.columns)
+
+
+def test_layers_whose_inputs_have_one_sum_but_not_one_range_have_steps_of_their_own():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 130), nn.Linear(8, 70)
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(100 * x)], -1)
+
+    x = torch.tensor([[1.0], [-1.0]]).repeat(32, 8)  # sums of zero, whatever it is multiplied with
+    torch.manual_seed(0)
+    model = Two().eval()
+    static = quantize_static(model, [x, x])
+    assert static.b.input_scale > 50 * static.a.input_scale
+    with torch.no_grad():
+        assert (static(x) - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_rows_are_kept_from_all_places_of_an_image(lenet):
+    "LeNet-5's first convolution looks at 576 places: every 288th row is one of two, at the edge."
+    model, digits = lenet
+    seen = seen_in_halves(model, [digits.train.x[:256]], ["conv1"])["conv1"]
+    assert seen.rows(0).mean() == pytest.approx(seen.statistics(0).mean.mean().item(), rel=0.2)
 
 
 def test_rows_where_a_fixed_range_is_worse_than_the_limit():
@@ -410,6 +439,20 @@ def test_options_do_what_they_say():
             chosen(**how)
     no_bias = nn.Sequential(nn.Linear(32, 16, bias=False)).eval()
     assert quantize_static(no_bias, [x])[0].layer.bias is None
+
+
+def test_what_was_chosen_for_another_model_is_refused():
+    net, x = outlier_net()
+    chosen = choose_static(net, [x[:1000], x[1000:2000]])
+    assert chosen["2"].at is not None and quantize_static(net, chosen=chosen)(x).shape == net(x).shape
+    wide, inputs = copy.deepcopy(net), net[2].in_features
+    wide[2] = nn.Linear(len(chosen["2"].at), net[2].out_features)  # as wide as with copies
+    for other in (wide, nn.Sequential(nn.Linear(3, inputs), nn.GELU(), net[2])):
+        with pytest.raises(ValueError, match="^chosen was made for another model: the weight of"):
+            quantize_static(other, chosen=chosen)
+    del chosen["0"]
+    with pytest.raises(ValueError, match="chosen has no '0', which is to make copies for '2'"):
+        quantize_static(net, chosen=chosen)
 
 
 def test_what_is_fitted_is_not_what_is_judged():

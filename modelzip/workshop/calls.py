@@ -55,7 +55,9 @@ def free_of(
     for name, t, free in zip(names, tensors, each):
         if not all(isinstance(d, int) and d >= 0 and isinstance(n, str) for d, n in (free or {}).items()):
             raise ValueError(f"dynamic says {free!r} of {name}; it may be dimensions and their names: {{0: 'batch'}}")
-        found.append({d: n for d, n in (free or {}).items() if 0 <= d < t.dim()})
+        if each[0] is not dynamic and (beyond := [d for d in free or {} if d >= t.dim()]):  # said of this tensor alone
+            raise ValueError(f"dynamic says {free!r} of {name}, which has no dimension {beyond[0]}")
+        found.append({d: n for d, n in (free or {}).items() if d < t.dim()})
         for d, n in found[-1].items():
             size, other = sizes.setdefault(n, (t.shape[d], name))
             if size != t.shape[d]:

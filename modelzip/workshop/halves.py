@@ -26,13 +26,17 @@ class Seen:
 
     halves: list[LayerStatistics] = field(default_factory=lambda: [LayerStatistics(), LayerStatistics()])
     kept: list[Tensor | None] = field(default_factory=lambda: [None, None])  # [groups, rows, inputs] of each half
+    drawn: list[Tensor | None] = field(default_factory=lambda: [None, None])  # a number for each row that is kept
+    chance: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     def add(self, rows: Tensor, half: int, moments: bool) -> None:
         if rows.shape[1]:
             self.halves[half].add(rows, moments)
-            now = some_of(rows, ROWS).float().clone()
-            old = self.kept[half]
-            self.kept[half] = now if old is None else some_of(torch.cat([old, now], 1), ROWS)
+            now, drawn = some_of(rows, torch.rand(rows.shape[1], generator=self.chance), ROWS)
+            if self.kept[half] is not None:
+                now, drawn = torch.cat([self.kept[half], now.float()], 1), torch.cat([self.drawn[half], drawn])
+                now, drawn = some_of(now, drawn, ROWS)
+            self.kept[half], self.drawn[half] = now.float(), drawn
 
     def rows(self, half: int) -> Tensor:
         "Some rows of a half; of the other one where it has none."
@@ -56,10 +60,12 @@ class Seen:
 
 def some_of(
     rows: Tensor,  # [groups, rows, inputs]
+    drawn: Tensor,  # [rows] a number for each
     most: int,  # how many
-) -> Tensor:  # a view
-    "Some rows, evenly chosen."
-    return rows[:, :: max(1, -(-rows.shape[1] // most))]
+) -> tuple[Tensor, Tensor]:  # rows and their numbers, in the order that they had; a copy
+    "The rows with the least numbers."
+    at = drawn.argsort()[:most].sort().values
+    return rows[:, at.to(rows.device)], drawn[at]
 
 
 def joined(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
@@ -83,12 +89,12 @@ def seen_in_halves(
     "What layers are given, in two halves. `ValueError` for batches that do not fit, NaN (names the layer), no rows."
     twin, names = Twin(model), set(names)
     points = {n: p for n, p in points_of(twin.model)[0].items() if n in names}
-    seen = {n: Seen() for n in points}
+    seen, turns = {n: Seen() for n in points}, {n: {} for n in points}
     for i, batch in enumerate(batches):
 
-        def tell(name, rows):
-            n = rows.shape[1]
-            halves = [(rows, i % 2)] if len(batches) > 1 else [(rows[:, : n - n // 2], 0), (rows[:, n - n // 2 :], 1)]
+        def tell(name, rows, i=i):
+            n, half = rows.shape[1], turns[name].setdefault(i, len(turns[name]) % 2)
+            halves = [(rows, half)] if len(batches) > 1 else [(rows[:, : n - n // 2], 0), (rows[:, n - n // 2 :], 1)]
             for part, half in halves:
                 seen[name].add(part, half, moments)
 

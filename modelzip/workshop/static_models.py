@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error', 'rounded_rows', 'each_input', 'Fixed', 'Chosen',
-           'fold_all', 'static_layer']
+           'check_chosen', 'fold_all', 'static_layer']
 
 # %% ../../nbs/workshop/static_models.ipynb
 import fnmatch
@@ -179,6 +179,24 @@ class Chosen(dict):
             f"  error {f.error:.2g}{copies(f)}"
             for n, f in self.items()
         )
+
+
+def check_chosen(
+    model: nn.Module,  # with its BatchNorms folded
+    chosen: Mapping[str, Fixed],
+) -> None:
+    "`ValueError` for what was chosen for another model, and for copies that nobody is to make."
+    layers = dict(model.named_modules())
+    for n, f in chosen.items():
+        if type(layers.get(n)) not in STATIC_LAYERS:
+            raise ValueError(f"chosen has {n!r}, and model has no Linear or Conv2d of that name")
+        there, here = list(f.q.shape), list(layers[n].weight.shape)
+        if f.at is not None:
+            there[1] = len(f.at.unique())
+        if there != here:
+            raise ValueError(f"chosen was made for another model: the weight of {n} is {there} there, and {here} here")
+        if absent := f.makers - chosen.keys():
+            raise ValueError(f"chosen has no {min(absent)!r}, which is to make copies for {n!r}")
 
 # %% ../../nbs/workshop/static_models.ipynb
 def fold_all(model: nn.Module) -> nn.Module:
