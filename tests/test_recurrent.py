@@ -214,7 +214,9 @@ def test_whole_models(cls, tmp_path):
     want = quick(ids)
     near(want, model(ids), 0.03)
     rows = {n: r for n, _, r in what_runs(quick)}
-    assert "fbgemm in PyTorch's loop" in rows["rnn.weight_ih_l0"] and rows["rnn.weight_hh_l0"] == rows["rnn.weight_ih_l0"]
+    assert (
+        "fbgemm in PyTorch's loop" in rows["rnn.weight_ih_l0"] and rows["rnn.weight_hh_l0"] == rows["rnn.weight_ih_l0"]
+    )
     assert f"QRecurrent({cls.__name__} 32→450" in repr(quick)
     numbers = sum(p.numel() for n, p in Tagger(cls).rnn.named_parameters() if "weight" in n)
     assert 2 * numbers < quick.rnn.nbytes < 2.1 * numbers
@@ -276,7 +278,7 @@ def test_requantized_groups():
 
 @BOTH
 def test_surroundings(cls):
-    "Gradients are refused, autocast casts the result, half precision goes in and out, dropout and compilers: floats."
+    "Gradients are refused, autocast casts the result, other precisions go in and out; programs and dropout: floats."
     net = cls(24, 40, 2, dropout=0.5).eval()
     small, quick = integers(net)
     x = torch.randn(5, 3, 24)
@@ -291,8 +293,11 @@ def test_surroundings(cls):
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(parts(cast), parts(want)))
     assert all(t.dtype == torch.float64 for t in parts(quick(x.double())))
     near([t.float() for t in parts(quick(x.double()))], want, 1e-6)
-    program = torch.compile(quick, backend="eager")
-    near(program(x), small(x), 1e-4)
+    for layer in (quick, small):
+        found = torch.compile(nn.Sequential(layer), backend="eager")(x)
+        near(found, small(x), 1e-6)
+    exported = torch.export.export(quick, (x,)).module()
+    near(exported(x), small(x), 1e-6)
     quick.train()
     assert not torch.equal(quick(x)[0], quick(x)[0])
     with pytest.raises(RuntimeError, match="torch.jit"):

@@ -31,9 +31,7 @@ ARGUMENTS = {
 }
 
 
-def described(
-    layer: Dequantize,
-) -> str:  # JSON; '' unless its `layer` is a Linear or a Conv2d
+def described(layer: Dequantize) -> str:  # JSON; '' unless its `layer` is a Linear or a Conv2d
     "All that makes a layer what it is, but for its tensors."
     inner = layer.layer
     # a parametrized bias makes a class of its own

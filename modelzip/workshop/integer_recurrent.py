@@ -265,7 +265,11 @@ class _Call:
         given, want = hx if number == 2 else (hx,), [across, self.count, inner.hidden_size]
         if self.lone:
             want.pop(1)
-        if not isinstance(given, (tuple, list)) or len(given) != number or not all(isinstance(s, Tensor) for s in given):
+        if (
+            not isinstance(given, (tuple, list))
+            or len(given) != number
+            or not all(isinstance(s, Tensor) for s in given)
+        ):
             raise TypeError(f"hx of {layer._who()} may be {'two tensors' if number == 2 else 'a tensor'}, or None")
         if wrong := [tuple(s.shape) for s in given if list(s.shape) != want]:
             raise ValueError(f"hx of {layer._who()} has shape {wrong[0]}; it may be {tuple(want)}")
