@@ -378,7 +378,7 @@ ARCHITECTURES = {
     "attention": (Attends, lambda: torch.randn(4, 5, 12)),
     "encoder": (
         lambda: nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 3, enable_nested_tensor=False
+            nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 2, enable_nested_tensor=False
         ),
         lambda: torch.randn(4, 5, 12),
     ),

@@ -328,7 +328,7 @@ def test_gptq_that_lost_at_one_bit():
     )
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.integers(1, 4), st.sampled_from([None, 8]), st.booleans(), st.integers(0, 999))
 def test_awq_takes_the_best_of_its_grid(bits, group, symmetric, seed):
     torch.manual_seed(seed)

@@ -97,7 +97,7 @@ def test_models_of_other_types(dtype):
 @pytest.fixture(scope="module")
 def lenet():
     digits = mnist5k()
-    return train(LeNet5(), digits.train, epochs=2, progress=False), digits
+    return train(LeNet5(), digits.train, epochs=1, progress=False), digits
 
 
 def test_lenet_keeps_its_accuracy_and_its_file(lenet, tmp_path):
