@@ -102,7 +102,7 @@ def lenet():
 
 def test_lenet_keeps_its_accuracy_and_its_file(lenet, tmp_path):
     model, digits = lenet
-    static = quantize_static(model, [digits.train.x[:256]])
+    static = quantize_static(model, [digits.train.x[:128]])
     with torch.no_grad():
         right = lambda m: (m(digits.valid.x).argmax(1) == digits.valid.y).float().mean().item()
         assert right(static) > right(model) - 0.005
