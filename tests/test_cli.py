@@ -233,6 +233,7 @@ def test_weights_without_code_are_converted(place, tmp_path):
         assert (back[name] - t).abs().max() < 0.05
 
 
+@pytest.mark.usefixtures("read_once")
 def test_onnx(place, tmp_path):
     pytest.importorskip("onnxruntime")
     model = load(place / "own.mz")
@@ -246,6 +247,7 @@ def test_onnx(place, tmp_path):
     assert (onnx_model(tmp_path / "small.onnx")(x) - want).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.usefixtures("read_once")
 def test_engines(place, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)

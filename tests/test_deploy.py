@@ -23,6 +23,9 @@ PRESENT = [n for n in ENGINES if n != "compile" and all(map(importlib.util.find_
 FILES = [n for n in PRESENT if ENGINES[n].forms]
 
 
+pytestmark = pytest.mark.usefixtures("read_once")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
