@@ -24,6 +24,9 @@ PRESENT = [n for n in ENGINES if n != "compile" and all(map(importlib.util.find_
 FILES = [n for n in PRESENT if ENGINES[n].forms]
 
 
+pytestmark = pytest.mark.usefixtures("read_once")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -126,12 +129,14 @@ def test_every_engine_agrees(name):
     assert model.training and all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("engine", PRESENT)
 def test_compressed_models(engine):
     "As they are, with integer products, and with known ranges in each form."
     net, x = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 16)).eval(), torch.randn(6, 32)
     eight, four = quantize_model(net), quantize_model(net, 4, group=32)
-    for model, kernels in ((eight, False), (eight, True), (four, False)) if engine != "given" else ((four, None),):
+    every = [(eight, True), (four, False), (eight, False)][: 3 if FUZZ else 2]
+    for model, kernels in every if engine != "given" else ((four, None),):
         near(deploy(model, x, engine, kernels=kernels)(x[:2]), model(x[:2]), 0.03 if kernels else 1e-4)
     known = convert(prepare(net, bits=8, batches=[x])).eval()
     steps = max(m.input_scale * m.q.dequantize().norm(dim=1).max().item() for m in known if hasattr(m, "input_scale"))
@@ -476,6 +481,7 @@ def test_openvino_computes_floats_as_floats():
     assert off(deploy(net, x, "openvino", precision="bf16")) < 0.02
 
 
+@pytest.mark.hypothesis
 @pytest.mark.skipif(compiler() is None or not FUZZ, reason="needs a C++ compiler, and a minute: `make fuzz`")
 def test_compiled():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(4, 8)

@@ -101,12 +101,12 @@ def test_models_of_other_types(dtype):
 @pytest.fixture(scope="module")
 def lenet():
     digits = mnist5k()
-    return train(LeNet5(), digits.train, epochs=2, progress=False), digits
+    return train(LeNet5(), digits.train, epochs=1, progress=False), digits
 
 
 def test_lenet_keeps_its_accuracy_and_its_file(lenet, tmp_path):
     model, digits = lenet
-    static = quantize_static(model, [digits.train.x[:256]])
+    static = quantize_static(model, [digits.train.x[:128]])
     with torch.no_grad():
         right = lambda m: (m(digits.valid.x).argmax(1) == digits.valid.y).float().mean().item()
         assert right(static) > right(model) - 0.005
