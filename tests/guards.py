@@ -18,6 +18,13 @@ def examples(n: int) -> int:
     return n * 25 if FUZZ else n
 
 
+def share(cases, n: int) -> list:
+    """n of the cases, evenly spread and always the same; all of them in a search. Mark the test
+    `pytest.mark.hypothesis`, too, so that `make fuzz` comes to it."""
+    cases = list(cases)
+    return cases if FUZZ or n >= len(cases) else [cases[i * len(cases) // n] for i in range(n)]
+
+
 def _tensor(t):
     return (id(t), t.detach().clone(), t.requires_grad, None if t.grad is None else t.grad.clone(), dict(t.__dict__))
 
