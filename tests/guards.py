@@ -18,6 +18,11 @@ def examples(n: int) -> int:
     return n * 25 if FUZZ else n
 
 
+def seeded(seed: int) -> random.Random:
+    "Numbers by chance: the same ones each time, and others in a search."
+    return random.Random(f"{FUZZ} {seed}" if FUZZ else seed)
+
+
 def share(cases, n: int) -> list:
     """n of the cases, evenly spread and always the same; all of them in a search. Mark the test
     `pytest.mark.hypothesis`, too, so that `make fuzz` comes to it."""
