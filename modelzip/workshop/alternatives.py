@@ -8,7 +8,7 @@ __all__ = ['Way', 'input_range', 'made_up', 'row_hurt', 'apart', 'together', 'er
 
 # %% ../../nbs/workshop/alternatives.ipynb
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,8 @@ def common_inputs(
     "Names of layers, those of one input together."
     groups = {}
     for n, s in seen.items():
-        given = b"".join(h.total.cpu().numpy().tobytes() for h in s.halves if h.count)
+        each = [(h.total, h.magnitude, h.low, h.high) for h in s.halves if h.count]
+        given = b"".join(t.cpu().numpy().tobytes() for kept in each for t in kept)
         key = given if isinstance(model.get_submodule(n), nn.Linear) and n not in tied else n
         groups.setdefault((key, s.count), []).append(n)
     return list(groups.values())
@@ -172,6 +173,8 @@ def decided(
     "The choice for the layers of one input."
     weights = {n: m.weight.detach() for n, m in layers.items()}
     some = next(iter(layers.values()))
+    if seen.one_sided:
+        wish, makers = replace(wish, alphas=[None], gptq=False, biases=False), frozenset()
     alphas = [None] if getattr(some, "groups", 1) > 1 else wish.alphas  # each group meets other weights
     way, gptq = best_way(weights, seen, wish.fit, alphas, wish.copies if makers else 0, wish.gptq)
     copies = 0 if way.times is None else wish.copies
