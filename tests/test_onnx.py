@@ -1,7 +1,7 @@
 """ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
 weight is in them."""
 
-import copy, functools, json, os
+import copy, functools, importlib.util, json, os
 from collections import Counter
 
 import pytest
@@ -17,11 +17,13 @@ helper, TensorProto = onnx.helper, onnx.TensorProto
 
 from modelzip import onnx_export
 from modelzip.data import LeNet5
+from modelzip.deploy import deploy
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
 from modelzip.prune import Inputs
 from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
+from modelzip.static import quantize_static
 from modelzip.workshop import onnx_files
 from modelzip.workshop.onnx_expanded import fetched_rows, fits_rows, float_linear
 from modelzip.workshop.onnx_graph import expanded_weight, store_number
@@ -838,3 +840,47 @@ def test_a_whole_bias_is_half_a_step_off():
     whole, step = whole_bias(bias, weight, scale, 0.03)
     assert ((whole.double() * step.double() - bias).abs() <= 0.50001 * step).all()
     assert whole_bias(bias * 1e9, weight, scale, 0.03) is None and whole_bias(bias, weight, scale, 1e-38) is None
+
+
+def of_columns(f):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(48, 12)
+
+        def forward(self, x):
+            return self.out(f(x))
+
+    return Pooled().eval()
+
+
+@pytest.mark.parametrize(
+    "f, apart",
+    [
+        (lambda x: x.mean(1).relu(), True),
+        (lambda x: x.amax(1), True),
+        (lambda x: nn.functional.silu(x.norm(dim=1)) * 2 + 1, True),
+        (lambda x: (y := x.softmax(-1)) * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6), False),
+        (lambda x: (x + 1).tanh()[:, 0], False),
+    ],
+)
+def test_a_reduction_is_rounded_behind_another_dimension(f, apart, tmp_path):
+    "OpenVINO takes the steps of a reduction's columns from wrong places when it merges the rounding into it."
+    import onnx
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 48) * torch.linspace(0.2, 3, 48) + torch.linspace(-2, 2, 48)
+    model = of_columns(f)
+    known = quantize_static(model, [x, x + 0.1], alphas=(0.5,))
+    path = to_onnx(known, tmp_path / "m.onnx", x)
+    nodes = {o: n for n in onnx.load(path).graph.node for o in n.output}
+    at = next(n for n in nodes.values() if n.op_type == "QuantizeLinear").input[0]
+    while nodes[at].op_type == "Mul" and "columns" in "".join(nodes[at].input) + "".join(
+        i for n in nodes[at].input if n in nodes for i in nodes[n].input
+    ):
+        at = nodes[at].input[0]
+    assert (nodes[at].op_type == "Unsqueeze") == apart
+    if importlib.util.find_spec("openvino"):
+        found = deploy(known, x, "openvino", threads=1)
+        for y in (x, x[:1], torch.cat([x, x])):
+            assert (found(y) - known(y)).norm() < 1e-4 * known(y).norm()
