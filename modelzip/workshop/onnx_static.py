@@ -112,8 +112,8 @@ def padded_codes(g: Graph, u: str, layer: QConv2d) -> str:
 
 # %% ../../nbs/workshop/onnx_static.ipynb
 # functions of each number alone, which engines merge into the operation before them
-ALONE = """Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Max Min Mish Mul Neg PRelu Pow
-Reciprocal Relu Sigmoid Softplus Sqrt Sub Tanh""".split()
+ALONE = """Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Max Min Mish Mul Neg PRelu
+Pow Reciprocal Relu Sigmoid Softplus Sqrt Sub Tanh""".split()
 
 
 def behind_reduction(g: Graph, x: str) -> bool:
