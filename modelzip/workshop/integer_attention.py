@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .compiled import derived, derived_or_mapped, refuse_gradient
 from .drivers import warn_caller
 from .integer_layers import NoGradient
 from .models import carry_hooks
@@ -28,7 +29,7 @@ def whole(
 ) -> Tensor:  # float32 of the same shape: −128 … 127, or NaN
     "Codes of a tensor whose zero has the code 0."
     x = x.float()
-    codes = (x * (torch.ones((), device=x.device) / step)).round_().clamp_(-128, 127)
+    codes = (x * (torch.ones((), device=x.device) / step)).round().clamp(-128, 127)
     return codes.add_(x - x)
 
 
@@ -47,7 +48,7 @@ def shown(
         return mask if mask is None else mask.float()
     if mask.dtype is not torch.bool:
         raise TypeError(f"mask is {str(mask.dtype).removeprefix('torch.')}; it may be bool or floating")
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
 
 
 def integer_products(
@@ -105,8 +106,8 @@ class StaticAttention(Attention):
         new.training = layer.training
         return carry_hooks(layer, new)
 
-    def plain(self) -> Attention:
-        "The attention of floats whose place it has, with the same four layers."
+    def in_floats(self) -> Attention:
+        "The attention of floats whose place it has, with the same four layers: `dequantize_model` asks for it."
         with torch.device("meta"):
             new = Attention(self.width, self.heads)
         own = {k: v for k, v in vars(self).items() if k not in (*vars(new), *STEPS, "width")}
@@ -126,6 +127,8 @@ class StaticAttention(Attention):
                 raise ValueError(f"{name} is {step!r}; it may be a number from 2⁻¹⁰⁰ to 2¹²⁷")
 
     def products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and derived_or_mapped() and any(map(derived, (q, k, v, mask))):
+            refuse_gradient(type(self).__name__)
         learns = [t for t in (q, k, v, mask) if t.requires_grad] if torch.is_grad_enabled() else []
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             y = integer_products(q, k, v, mask, self.steps).to(q.dtype)
