@@ -229,7 +229,7 @@ class FixedAttention:
 def attention_places(
     model: nn.Module,  # it is left as it is
     overrides: Mapping | None = None,  # by name or pattern: 'static', or None to leave it alone
-) -> dict[str, str | None]:  # name of each attention → what is asked for; None: whatever is better
+) -> dict[str, str | None]:  # name of each → 'static', 'float' to leave it alone, or None: whatever is better
     """Attentions whose products can be integers. `ValueError` where there are none, and for 'row', which they
     cannot have; a warning names others, which stay as they are."""
     places = {n: m for n, m in model.named_modules() if type(m) in STATIC_ATTENTION}
@@ -245,8 +245,7 @@ def attention_places(
         said = next((how for p, how in (overrides or {}).items() if fnmatch.fnmatchcase(name, p)), "any")
         if said == "row":
             raise ValueError(f"overrides gives {name} 'row'; an attention may be 'static' or None")
-        if said is not None:
-            found[name] = None if said == "any" else said
+        found[name] = {"any": None, None: "float"}.get(said, said)
     return found
 
 
@@ -257,8 +256,8 @@ def choose_attention(
     limit: float | None = None,  # relative error from which an attention stays in floats; None: none does
 ) -> dict[str, FixedAttention]:  # for each attention that was called
     "Steps of queries, keys and values: judged on the half that they were not fitted to, fitted again to all."
-    found = {}
-    for name, seen in (seen_products(model, batches, places) if places else {}).items():
+    asked, found = [n for n, how in places.items() if how != "float"], {}
+    for name, seen in (seen_products(model, batches, asked) if asked else {}).items():
         error = seen.error()
         stays = limit is not None and error > limit and places[name] is None
         found[name] = FixedAttention("float" if stays else "static", *seen.fitted((0, 1)), error)
