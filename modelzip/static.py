@@ -127,7 +127,7 @@ def choose_static(
         raise ValueError(f"weights is {weights!r}; it may be 'gptq' or 'nearest'")
     if limit is not None and not limit >= 0:
         raise ValueError(f"limit is {limit}; it may be None, or 0 or more")
-    attentions = attention_places(model, overrides) if attention else {}
+    attentions = attention_places(model, overrides, attention)
     places, batches = static_places(model, overrides, attentions), list(as_batches(batches))
     seen = seen_in_halves(model, batches, places, weights == "gptq")
     tied = tied_layers(model)  # one weight behind two inputs: rounded to nearest, no column scales, no copies

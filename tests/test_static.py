@@ -545,6 +545,9 @@ def test_attention_where_it_fits_and_where_not(attentive):
     assert choose(limit=0.0, overrides={here: "static"})[here].kind == "static"
     with pytest.raises(ValueError, match="overrides gives block.attention 'row'"):
         choose(overrides={"block.*": "row"})
+    for spoilt in ("yes", 1, None, []):
+        with pytest.raises(ValueError, match="attention is "):
+            choose(attention=spoilt)
     with pytest.raises(ValueError, match="has no modelzip.data.Attention"):
         choose(nn.Sequential(nn.Linear(24, 24)), x)
     with pytest.raises(ValueError, match=r"it has 0.self_attn \(MultiheadAttention\)"):

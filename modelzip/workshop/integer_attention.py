@@ -229,9 +229,14 @@ class FixedAttention:
 def attention_places(
     model: nn.Module,  # it is left as it is
     overrides: Mapping | None = None,  # by name or pattern: 'static', or None to leave it alone
+    attention: bool = True,  # False: none is wanted
 ) -> dict[str, str | None]:  # name of each → 'static', 'float' to leave it alone, or None: whatever is better
     """Attentions whose products can be integers. `ValueError` where there are none, and for 'row', which they
     cannot have; a warning names others, which stay as they are."""
+    if not isinstance(attention, bool):
+        raise ValueError(f"attention is {attention!r}; it may be True or False")
+    if not attention:
+        return {}
     places = {n: m for n, m in model.named_modules() if type(m) in STATIC_ATTENTION}
     kinds = {n or "(model)": type(m).__name__ for n, m in model.named_modules() if n not in places}
     others = ", ".join(f"{n} ({kind})" for n, kind in kinds.items() if "Attention" in kind)
