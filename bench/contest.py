@@ -110,10 +110,10 @@ def contest(program, table, names, folder, threads=(1, 2), batches=(1, 8, 32), r
 def show(title, rows, ours="ours", least=0.998):
     "The table, and in each cell our best with a cosine of at least `least` beside the best other."
     cells = [c for c in next(iter(rows.values())) if c.startswith("threads")]
-    print(f"\n{title}\n{'':<44}{'cosine':>8}" + "".join(f"{c:>21}" for c in cells))
+    print(f"\n{title}\n{'':<60}{'cosine':>8}" + "".join(f"{c:>21}" for c in cells))
     for name, r in rows.items():
         line = "".join(f"{r[c]['times as fast']:>8.2f}× ({r[c]['low']:.2f}–{r[c]['high']:.2f})" for c in cells)
-        print(f"{name:<44}{r['cosine']:>8.4f}{line}")
+        print(f"{name:<60}{r['cosine']:>8.4f}{line}")
     speed = lambda r, c: r[c]["times as fast"]
     for bound in (least, 0.999):
         mine = {n: r for n, r in rows.items() if n.startswith(ours) and r["cosine"] >= bound}

@@ -375,6 +375,26 @@ def _(model, inputs, batches, folder, threads):
     return openvino(path, inputs, threads, "bf16")
 
 
+def attentive(model, inputs, batches, folder):
+    "Fixed ranges, the products of attention among them."
+    return written(lambda: quantize_static(model, batches, attention=True), inputs, folder, "attention.onnx")
+
+
+@contestant("ours through ONNX Runtime, static with attention", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    return onnx_model(attentive(model, inputs, batches, folder), threads)
+
+
+@contestant("ours through OpenVINO, static with attention", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    return openvino(attentive(model, inputs, batches, folder), inputs, threads)
+
+
+@contestant("ours through OpenVINO, static with attention, rest in bf16", "MiniLM")
+def _(model, inputs, batches, folder, threads):
+    return openvino(attentive(model, inputs, batches, folder), inputs, threads, "bf16")
+
+
 # --- the program
 
 

@@ -18,7 +18,7 @@ from .data import need
 from .kernels import QConv2d, QLinear
 from .workshop.calls import Flat, Layout
 from .workshop.engines import one_scale_an_output
-from .workshop.onnx_attention import translations
+from .workshop.onnx_attention import static_attention, translations
 from .workshop.onnx_expanded import fetched_rows, float_linear
 from .workshop.onnx_files import disagreement, stored_bytes, written
 from .workshop.onnx_graph import Graph, expanded_weight, store_tensor
@@ -36,6 +36,8 @@ def _fill(g, node, found, microsoft, shared, form):
     own, m = found[at["number"]]
     if node.op_type == "Recurrent":
         return recurrent_nodes(g, node.input, m, own)
+    if node.op_type == "Attention":
+        return static_attention(g, node, m, form)
     anew = getattr(m, "requantize", False)  # what it computes with is rounded once more
     name = shared.setdefault((id(m.packed), type(m.layer), anew), own)
     if node.op_type == "Weight":

@@ -16,7 +16,7 @@ pytest.importorskip("onnxscript")
 helper, TensorProto = onnx.helper, onnx.TensorProto
 
 from modelzip import onnx_export
-from modelzip.data import LeNet5
+from modelzip.data import Attention, LeNet5, TransformerBlock
 from modelzip.deploy import deploy
 from modelzip.kernels import QConv2d, QEmbedding, QLinear, use_kernels
 from modelzip.onnx_export import Graph, onnx_bytes, onnx_model, to_onnx
@@ -25,6 +25,7 @@ from modelzip.qat import StaticConv2d, StaticLinear, convert, prepare
 from modelzip.quant import QUANTIZABLE, Dequantize, quantize, quantize_layer, quantize_model
 from modelzip.static import quantize_static
 from modelzip.workshop import onnx_files
+from modelzip.workshop.integer_attention import StaticAttention
 from modelzip.workshop.onnx_expanded import fetched_rows, fits_rows, float_linear
 from modelzip.workshop.onnx_graph import expanded_weight, store_number
 from modelzip.workshop.onnx_products import integer_conv, integer_linear
@@ -752,12 +753,41 @@ def test_openvino_multiplies_integers_of_known_range(tmp_path):
     images = torch.randn(2, 1, 28, 28)
     to_onnx(model, tmp_path / "m.onnx", (x, mask), dynamic={0: "batch", 1: "length"})
     to_onnx(static(convolutional(), images), tmp_path / "n.onnx", images)
-    for path, products in ((tmp_path / "m.onnx", 6), (tmp_path / "n.onnx", 4)):
+    whole, *given = attentive()
+    to_onnx(whole, tmp_path / "a.onnx", tuple(given), dynamic={0: "batch", 1: "length"})
+    for path, products in ((tmp_path / "m.onnx", 6), (tmp_path / "n.onnx", 4), (tmp_path / "a.onnx", 6)):
         compiled = openvino.Core().compile_model(os.fspath(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         ran = [n.get_rt_info() for n in compiled.get_runtime_model().get_ordered_ops()]
         said = [(str(i["layerType"].astype(str)), str(i["runtimePrecision"].astype(str))) for i in ran]
         found = [p for kind, p in said if kind in ("FullyConnected", "Convolution", "MatMul")]
         assert sum(p in ("u8", "i8") for p in found) == products
+        assert said.count(("Subgraph", "i8")) == (path.stem == "a")  # an attention as a whole
+
+
+def attentive():
+    "A block of a sentence encoder with attention's products in integers; some keys are padding, one row has none."
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 3:] = mask[1] = False
+    how = dict(alphas=(), copies=0, weights="nearest", biases=False, attention=True)
+    return quantize_static(TransformerBlock(32, 2, 64).eval(), [Inputs(x, mask)], **how), x, mask
+
+
+def test_attention_in_integers(tmp_path):
+    model, x, mask = attentive()
+    added, path = torch.randn(3, 7).masked_fill(~mask, -torch.inf), tmp_path / "m.onnx"
+    for form, m in (("qdq", mask), ("integers", added)):
+        to_onnx(model, path, (x, m), dynamic={0: "batch", 1: "length"}, form=form)
+        for rows, places in ((3, 7), (2, 4)):
+            part = x[:rows, :places], m[:rows, :places]
+            near(onnx_model(path)(*part), model(*part), 0.01)
+        ran = what_runs(path, (x, m))
+        assert not ran["MatMul"] + ran["FusedMatMul"] + ran["IsNaN"], ran
+        assert sum(n for op, n in ran.items() if "MatMul" in op) == 6 + 2, ran
+    model.attention.register_forward_hook(lambda m, args, y: 2 * y)
+    near(onnx_model(to_onnx(model, path, (x, mask)))(x, mask), model(x, mask), 0.01)
+    alone = StaticAttention.of(Attention(32, 2), model.attention.steps)  # around layers of floats
+    near(onnx_model(to_onnx(alone, path, (x, mask)))(x, mask), alone(x, mask), 0.01)
 
 
 class Beside(nn.Module):

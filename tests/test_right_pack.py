@@ -554,6 +554,11 @@ def made(name, **how):
         rank=2,
         norm_type=2.0,
         lambd=0.5,
+        width=6,
+        heads=2,
+        query_step=0.1,
+        key_step=0.2,
+        value_step=0.3,
     )
     cls = layer_table.layer_class(name)
     from inspect import signature

@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelzip.data import LeNet5, mnist5k, train
+from modelzip.data import Attention, LeNet5, TransformerBlock, mnist5k, train
 from modelzip import ptq
 from modelzip.kernels import QConv2d, QLinear, use_kernels
 from modelzip.pack import load, save
 from modelzip.qat import StaticConv2d, StaticLinear
-from modelzip.quant import quantize
+from modelzip.quant import dequantize_model, quantize
 from modelzip.workshop.specimens import shuffle_unit
 from modelzip.static import choose_static, quantize_static, split_codes
 from modelzip.workshop.alternatives import places_of
 from modelzip.workshop.halves import seen_in_halves
+from modelzip.workshop.integer_attention import StaticAttention, choose_attention
+from modelzip.workshop.models import Inputs
 from modelzip.workshop.static_models import fold_all
 
 
@@ -538,3 +540,133 @@ def test_inputs_that_add_up_to_the_same_are_told_apart():
     chosen = choose_static(net, both, alphas=())
     assert chosen["b"].scale == pytest.approx(3 * chosen["a"].scale)
     assert error(quantize_static(net, both), net, both[0]) < 0.02
+
+
+# ---------------------------------------------------------------------------------- attention's own products
+
+
+class Encoder(nn.Module):
+    "One block, as in a sentence encoder."
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.block = TransformerBlock(width, heads, 2 * width)
+
+    def forward(self, x, mask):
+        return self.block(x, mask)
+
+
+@pytest.fixture(scope="module")
+def attentive():
+    "Model, inputs of which some are padding and one is nothing else, and what was chosen."
+    torch.manual_seed(0)
+    model, x, mask = Encoder().eval(), torch.randn(6, 7, 24), torch.ones(6, 7, dtype=torch.bool)
+    mask[0, 3:] = mask[1] = False
+    chosen = choose_static(model, [Inputs(x[:3], mask[:3]), Inputs(x[3:], mask[3:])], attention=True)
+    return model, x, mask, chosen
+
+
+def products_simulated(m, q, k, v, mask):
+    "What a static attention should put out: codes and sums as whole numbers in int64."
+    codes = lambda t, step: (t.float() * (torch.tensor(1.0) / step)).round().clamp(-128, 127).long()
+    sums = lambda a, b: torch.einsum("nhid,nhdj->nhij", a, b).float()
+    scores = sums(codes(q, m.query_step), codes(k, m.key_step).mT) * (m.query_step * m.key_step * q.shape[-1] ** -0.5)
+    added = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+    p = (scores + added).softmax(-1).nan_to_num(0.0)  # a row without keys
+    assert (p.masked_select((added == -math.inf).expand_as(p)) == 0).all()
+    return sums((p * 255).round().long(), codes(v, m.value_step)) * (m.value_step / 255)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "wide heads", "half"])
+def test_attention_in_integers_equals_its_simulation(kind):
+    torch.manual_seed(0)
+    width, heads = (2048, 1) if kind == "wide heads" else (24, 3)
+    m = StaticAttention.of(Attention(width, heads).eval(), (0.02, 0.013, 0.007))
+    m = m.bfloat16() if kind == "half" else m
+    x, mask = torch.randn(4, 9, width), torch.rand(4, 9) > 0.4
+    mask[1], mask[2] = False, True
+    if kind == "float":
+        mask = torch.randn(4, 9).masked_fill(~mask, -math.inf)
+    seen = []
+    m.query.register_forward_hook(lambda m, args, y: seen.append(y))
+    with torch.no_grad():
+        x = x.bfloat16() if kind == "half" else 3 * x
+        parts = [m.split(layer(x)) for layer in (m.query, m.key, m.value)]
+        across = mask[:, None, None, :]
+        y, want = m.products(*parts, across), products_simulated(m, *parts, across)
+        assert torch.equal(y, want.to(x.dtype)) and y.dtype == x.dtype
+        assert not y[1].any() and torch.equal(m(x, mask), m.out(y.transpose(1, 2).flatten(2)))
+        assert len(seen) == 2
+
+
+def test_what_a_mask_hides_does_not_count(attentive):
+    model, x, mask, chosen = attentive
+    static = quantize_static(model, chosen=chosen)
+    with torch.no_grad():
+        y, exact = static(x, mask), model(x, mask)
+        assert (y - exact).norm() < 0.02 * exact.norm()
+        other = torch.cat([x[:, :3], 50 * x[:, 3:]], 1)
+        assert torch.equal(static(other, mask)[0, :3], y[0, :3])
+        broken = x.index_fill(0, torch.tensor([2]), math.inf)
+        assert static(broken, mask)[2].isnan().all() and torch.equal(static(broken, mask)[3:], y[3:])
+        added = torch.zeros(6, 7).masked_fill(~mask, -math.inf)
+        assert torch.equal(static(x, added), y)
+    loud = Inputs(torch.cat([x[:1, :3], 90 * x[:1, 3:]], 1), mask[:1])  # nor for a range
+    ranges = choose_attention(model, [loud], {"block.attention": None})["block.attention"]
+    calm = choose_attention(model, [Inputs(x[:1], mask[:1])], {"block.attention": None})["block.attention"]
+    assert (ranges.key_step, ranges.value_step) == (calm.key_step, calm.value_step)
+
+
+def test_attention_in_files_and_copies(attentive, tmp_path):
+    model, x, mask, chosen = attentive
+    static = quantize_static(model, chosen=chosen)
+    assert "StaticAttention(\n      3 heads, int8×int8→int32" in repr(static)
+    assert type(model.block.attention) is Attention and "block.attention" in repr(chosen)
+    save(static, tmp_path / "a.mz")
+    for other in load(tmp_path / "a.mz", Encoder()), copy.deepcopy(static):
+        with torch.no_grad():
+            assert torch.equal(other(x, mask), static(x, mask))
+        assert type(other.block.attention) is StaticAttention
+    again = dequantize_model(static)
+    assert type(again.block.attention) is Attention and type(again.block.attention.query) is nn.Linear
+    floats = quantize_static(model, chosen={"block.attention": chosen["block.attention"]})
+    assert type(floats.block.attention.query) is nn.Linear
+    again = dequantize_model(floats)
+    with torch.no_grad():
+        assert torch.equal(again(x, mask), model(x, mask))
+
+
+def test_attention_where_it_fits_and_where_not(attentive):
+    model, x, mask, chosen = attentive
+    batch, here = Inputs(x, mask), "block.attention"
+    plain = dict(alphas=(), copies=0, weights="nearest", biases=False)
+    choose = lambda m=model, b=batch, **how: choose_static(m, [b], **plain | {"attention": True} | how)
+    assert here not in choose_static(model, [batch], **plain) and here not in choose(overrides={here: None})
+    assert chosen[here].kind == "static" and 0 < chosen[here].error < 0.1
+    stays = choose(limit=chosen[here].error / 100)
+    assert stays[here].kind == "float" and type(quantize_static(model, chosen=stays).block.attention) is Attention
+    assert choose(limit=0.0, overrides={here: "static"})[here].kind == "static"
+    with pytest.raises(ValueError, match="overrides gives block.attention 'row'"):
+        choose(overrides={"block.*": "row"})
+    for spoilt in ("yes", 1, None, []):
+        with pytest.raises(ValueError, match="attention is "):
+            choose(attention=spoilt)
+    with pytest.raises(ValueError, match="has no modelzip.data.Attention"):
+        choose(nn.Sequential(nn.Linear(24, 24)), x)
+    with pytest.raises(ValueError, match=r"it has 0.self_attn \(MultiheadAttention\)"):
+        choose(nn.Sequential(nn.TransformerEncoderLayer(24, 3, 48)).eval(), x)
+    with pytest.raises(ValueError, match="chosen has 'norm'"):
+        quantize_static(model, chosen={"norm": chosen[here]})
+    static = quantize_static(model, chosen={here: chosen[here]})
+    for derive in (
+        lambda: static(x, mask).sum().backward(),
+        lambda: torch.func.jvp(lambda t: static(t, mask), (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match="StaticAttention computes with integers and has no gradient"):
+            derive()
+    for spoilt in (math.nan, math.inf, 0.0, -1.0, "1", True):
+        with pytest.raises(ValueError, match="key_step is"):
+            StaticAttention(24, 3, 1.0, spoilt, 1.0)
+    state = static.state_dict()
+    with pytest.raises(ValueError, match="2 heads|3 heads"):
+        StaticAttention(24, 2, 1.0, 1.0, 1.0).set_extra_state(state["block.attention._extra_state"])

@@ -108,6 +108,7 @@ def _table():
         "RemainingLayerNorm": "channels total eps elementwise_affine bias channels_first",
         "RemainingRMSNorm": "channels total eps elementwise_affine",
         "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
+        "StaticAttention": "width heads query_step key_step value_step",
         "ThinLinear": "in_features rank out_features bias",
         "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
@@ -116,7 +117,7 @@ def _table():
 LAYERS = _table()
 HOMES_OF_LAYERS = dict.fromkeys(
     ["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured"
-)  # all others: torch.nn
+) | {"StaticAttention": "workshop.integer_attention"}  # all others: torch.nn
 
 
 OWN = {}  # name → a layer of this library, registered by the module that makes it

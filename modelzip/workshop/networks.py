@@ -56,10 +56,15 @@ class Attention(SettingsInState, nn.Module):
             raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [n, heads, length, width / heads]
-        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return self.out(y.transpose(1, 2).flatten(2))
+        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
+        return self.out(self.products(q, k, v, mask[:, None, None, :]).transpose(1, 2).flatten(2))
+
+    def split(self, t: Tensor) -> Tensor:  # [n, heads, length, width / heads]
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # as q
+        "softmax(q kᵀ / √width) v, over the keys that the mask leaves."
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 # %% ../../nbs/workshop/networks.ipynb
 class TransformerBlock(nn.Module):

@@ -14,8 +14,10 @@ from torch import nn
 from ..kernels import QConv2d, READERS, carry_chain, unwrapped_name, without_hooks
 from ..quant import Dequantize, QTensor
 from .fake_quantized import FakeRecurrent
+from .integer_attention import StaticAttention
 from .matrices import unwrapped
 from .models import check_ordinary, copied
+from .onnx_attention import AttentionHole
 from .onnx_expanded import fits_rows
 from .onnx_recurrent import GATES, RecurrentHole
 from .onnx_static import is_static, pads_of
@@ -123,7 +125,8 @@ def with_holes(
         unwrapped_name(model, n, m) if m.name != "weight" else f"{unwrapped_name(model, n, m)}.weight".lstrip(".")
         for n, m in found
     ]
-    _check_sayable(model, zip(names, (m for _, m in found)), bare)
+    attentions = [(n, m) for n, m in model.named_modules() if isinstance(m, StaticAttention)]
+    _check_sayable(model, zip(names, (m for _, m in found)), bare or bool(attentions))
     number, within, memo = {id(m): i for i, (_, m) in enumerate(found)}, {id(m.layer) for _, m in found}, {}
     recurrent = [(n, m) for n, m in model.named_modules() if type(unwrapped(m)) in GATES and id(m) not in within]
     for i, (_, m) in enumerate(recurrent, len(found)):
@@ -137,10 +140,13 @@ def with_holes(
             if _is_whole(model, n, m)
             else _WeightHole(_matrices(m, number), copy.deepcopy(without_hooks(unwrapped(m)), memo))
         )
+    for i, (_, m) in enumerate(attentions, len(found) + len(recurrent)):
+        layers = {k: copy.deepcopy(layer, memo) for k, layer in m._modules.items()}
+        memo[id(m)] = AttentionHole(i, m, layers)
     holes = memo.get(id(model)) or copied(model, memo)
-    for m in (*(m for _, m in outer), *(m for _, m in recurrent)):
+    for m in (*(m for _, m in outer), *(m for _, m in recurrent), *(m for _, m in attentions)):
         carry_chain(m, memo[id(m)], memo)
-    return holes, [*((n, m) for n, (_, m) in zip(names, found)), *recurrent]
+    return holes, [*((n, m) for n, (_, m) in zip(names, found)), *recurrent, *attentions]
 
 
 def _matrices(m, number):

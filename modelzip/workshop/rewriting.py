@@ -155,14 +155,22 @@ def dequantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [m for m in model.modules() if isinstance(m, Wrapper)]
-    if not found:
+    if not found and not any(map(_has_floats, model.modules())):
         raise ValueError("model has no quantized layer")
     expanded = {}
     new = copy_with(model, {m: plain_layer(m, expanded) for m in found}, expanded.values())
     for m in new.modules():
         if getattr(type(m), "weights_alone", False):
             m.together()  # what stood apart while it was compressed
-    return new
+    made = {m: m.in_floats() for m in new.modules() if _has_floats(m)}
+    for m in [*new.modules(), *made.values()]:
+        m._modules.update({k: made[child] for k, child in m._modules.items() if child in made})
+    return made.get(new, new)
+
+
+def _has_floats(module):
+    "Whether a module without codes of its own computes with integers, and says what it is in floats."
+    return hasattr(type(module), "in_floats")
 
 # %% ../../nbs/workshop/rewriting.ipynb
 from .arguments import name_arguments

@@ -8,7 +8,7 @@ __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error'
 
 # %% ../../nbs/workshop/static_models.ipynb
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def tied_layers(model: nn.Module) -> set[str]:  # names
 def static_places(
     model: nn.Module,  # it is left as it is
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    others: Iterable[str] = (),  # names that a pattern may mean besides
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
     """`ValueError` for a pattern that matches nothing, an unknown wish, a weight that is computed, and wishes that
     tied layers cannot have together. A warning names those that stay as they are because another has their weight."""
@@ -69,8 +70,8 @@ def static_places(
     for pattern, how in (overrides or {}).items():
         if how not in ("static", "row", None):
             raise ValueError(f"overrides gives {pattern!r} {how!r}; it may be 'static', 'row' or None")
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in places):
-            raise ValueError(f"overrides names {pattern!r}; the layers are {', '.join(places)}")
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in (*places, *others)):
+            raise ValueError(f"overrides names {pattern!r}; the layers are {', '.join((*places, *others))}")
     found = {}
     for name, m in places.items():
         said = next((how for p, how in (overrides or {}).items() if fnmatch.fnmatchcase(name, p)), "any")
@@ -166,19 +167,19 @@ class Fixed:
     at: Tensor | None = None  # which input stands at each place of the weight, where some have copies
     makers: frozenset = frozenset()  # the layers that make the copies
 
+    def __str__(self):
+        alpha = "no columns" if self.alpha is None else f"α = {self.alpha:<6.3g}"
+        copies = "" if self.at is None else f"  {len(self.at) - len(self.at.unique())} copies"
+        how = f"{self.kind:<6}  step {self.scale:<9.3g} zero {self.zero_point:<3}  {alpha}  {self.weights:<7}"
+        return f"{how}  error {self.error:.2g}{copies}"
+
 
 class Chosen(dict):
-    "Name of a layer → `Fixed`; prints as a table."
+    "Name of a layer → `Fixed`, and of an attention → `FixedAttention`; prints as a table."
 
     def __repr__(self):
         wide = max(map(len, self), default=0)
-        alpha = lambda f: "no columns" if f.alpha is None else f"α = {f.alpha:<6.3g}"
-        copies = lambda f: "" if f.at is None else f"  {len(f.at) - len(f.at.unique())} copies"
-        return "\n".join(
-            f"{n:<{wide}}  {f.kind:<6}  step {f.scale:<9.3g} zero {f.zero_point:<3}  {alpha(f)}  {f.weights:<7}"
-            f"  error {f.error:.2g}{copies(f)}"
-            for n, f in self.items()
-        )
+        return "\n".join(f"{n:<{wide}}  {f}" for n, f in self.items())
 
 
 def check_chosen(
