@@ -19,10 +19,11 @@ from .ranges import LayerStatistics, smooth_columns
 from .workshop.alternatives import Way, Wish, common_inputs, decided, input_range, made_up, places_of, row_hurt
 from .workshop.copying import makers_of, same_with_copies
 from .workshop.halves import seen_in_halves
+from .workshop.integer_attention import attention_places, attentions_of, choose_attention
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
-from .workshop.static_models import Chosen, check_chosen, each_input, fold_all
+from .workshop.static_models import Chosen, Fixed, check_chosen, each_input, fold_all
 from .workshop.static_models import static_layer, static_places, step_of, tied_layers
 
 _all_ = ["step_of"]  # made in the workshop
@@ -110,6 +111,7 @@ def choose_static(
     biases: bool = True,  # take the mean of the error off, where that is better
     limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    attention: bool = False,  # also the products of each `Attention`, up to `limit`; `overrides` may name it
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
     compared on the other, fitted again on all. `ValueError` for an option out of its range, no layer, no data, NaN,
@@ -124,7 +126,8 @@ def choose_static(
         raise ValueError(f"weights is {weights!r}; it may be 'gptq' or 'nearest'")
     if limit is not None and not limit >= 0:
         raise ValueError(f"limit is {limit}; it may be None, or 0 or more")
-    places, batches = static_places(model, overrides), list(as_batches(batches))
+    attentions = attention_places(model, overrides, attention)
+    places, batches = static_places(model, overrides, attentions), list(as_batches(batches))
     seen = seen_in_halves(model, batches, places, weights == "gptq")
     tied = tied_layers(model)  # one weight behind two inputs: rounded to nearest, no column scales, no copies
     linear = [n for n in seen if type(model.get_submodule(n)) is nn.Linear and n not in tied]
@@ -138,8 +141,9 @@ def choose_static(
         chosen |= decided(layers, seen[names[0]], plain, places, maker)
     split = {n: (f.makers, f.at) for n, f in chosen.items() if f.at is not None}
     if split and not same_with_copies(model, batches, split):  # somebody looks whom nobody saw
-        return choose_static(model, batches, observer, alphas, 0, weights, biases, limit, overrides)
-    return Chosen({n: chosen[n] for n in places if n in chosen})
+        return choose_static(model, batches, observer, alphas, 0, weights, biases, limit, overrides, attention)
+    products = choose_attention(model, batches, attentions, limit)
+    return Chosen({n: chosen[n] for n in places if n in chosen} | products)
 
 # %% ../nbs/10c_static.ipynb
 @torch.no_grad()
@@ -147,7 +151,7 @@ def quantize_static(
     model: nn.Module,  # any model; it is left as it is
     batches: Iterable | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
     chosen: Mapping | None = None,  # of `choose_static`, for this model with its BatchNorms folded; None: choose now
-    **how,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides
+    **how,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
 ) -> nn.Module:  # a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
     """Post-training quantization with input ranges that are fixed beforehand (Jacob et al. 2018, arXiv:1712.05877),
     behind column scales (Xiao et al. 2022, arXiv:2211.10438). BatchNorms are folded into convolutions first. All
@@ -160,13 +164,14 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
+    products, chosen = attentions_of(new, chosen), {n: f for n, f in chosen.items() if isinstance(f, Fixed)}
     check_chosen(new, chosen)
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}
-    check_code(new, list(layers))
+    check_code(new, [*layers, *products])
     packed = {}  # tied layers share it
     made = {m: lambda plain, n=n, f=f: static_layer(plain, n, f, rows.get(n), packed) for m, (n, f) in layers.items()}
-    return exchange(new, made).eval()
+    return exchange(new, made | products).eval()
 
 # %% ../nbs/10c_static.ipynb
 from .workshop.arguments import name_arguments
