@@ -5,10 +5,11 @@
 # %% auto 0
 __all__ = ['WIDE', 'MOST_PLACES', 'MOST_ADDED', 'MOST_TIMES', 'NUMBER', 'STEP', 'SWITCH', 'SIZES', 'RULES', 'MAKE', 'BY_NUMBERS',
            'SPARE_THINGS', 'SPARE_BYTES', 'is_whole', 'is_number', 'whole', 'each', 'one_of', 'or_none', 'either',
-           'rule_of', 'dimensions', 'unfit', 'TooMuch', 'counted', 'Weighed', 'is_whole_on_meta', 'within']
+           'rule_of', 'dimensions', 'unfit', 'TooMuch', 'counted', 'without_compiler', 'Weighed', 'is_whole_on_meta',
+           'within']
 
 # %% ../../nbs/workshop/asked.ipynb
-import math, sys, threading, warnings
+import functools, math, sys, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -259,6 +260,23 @@ BY_NUMBERS = {
 }
 
 
+def without_compiler(
+    dispatch: Callable,  # `__torch_dispatch__` of a mode
+) -> Callable:  # the same
+    """PyTorch keeps its compiler out of a dispatch mode, and loads the compiler for that, which takes longer than a
+    model's file: this does it only where somebody has loaded it."""
+    quiet = []
+
+    @functools.wraps(dispatch)
+    def called(*args, **kwargs):
+        compiler = sys.modules.get("torch._dynamo")
+        if not quiet and hasattr(compiler, "disable"):
+            quiet.append(compiler.disable(dispatch))
+        return (quiet or [dispatch])[0](*args, **kwargs)
+
+    return called
+
+
 class Weighed(TorchDispatchMode):
     """A block in which new tensors outside of the meta device may have so many bytes, all together; `TooMuch`
     before the first that is too many. It remembers the memory of those on the meta device."""
@@ -267,6 +285,11 @@ class Weighed(TorchDispatchMode):
         super().__init__()
         self.most, self.left, self.made = most, most, []
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # `without_compiler` does
+
+    @without_compiler
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
