@@ -99,7 +99,7 @@ def pack_large(weight):
 def run_large(codes, weight, scale, step=1.0, bias=None):
     "oneDNN's u8·s8→s32 product, times step and scale, plus the bias, as floats."
     return torch.ops.onednn.qlinear_pointwise.default(
-        codes, step, 0, weight, scale, no_offset(len(scale)), bias, 1.0, 0, torch.float32, "none", [], ""
+        codes, step, 0, weight, scale, no_offset(scale.shape[0]), bias, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
