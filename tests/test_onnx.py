@@ -835,3 +835,14 @@ def test_a_whole_bias_is_half_a_step_off():
     whole, step = whole_bias(bias, weight, scale, 0.03)
     assert ((whole.double() * step.double() - bias).abs() <= 0.50001 * step).all()
     assert whole_bias(bias * 1e9, weight, scale, 0.03) is None and whole_bias(bias, weight, scale, 1e-38) is None
+
+
+def test_an_example_that_the_model_refuses_is_refused(tmp_path):
+    "The exporter alone writes a table that is asked for its row 0.3; an engine may not mind."
+    words = quantize_model(nn.Sequential(nn.Embedding(17, 8), nn.Flatten(), nn.Linear(40, 3)), 8)
+    for check in True, False:
+        for x in torch.randn(1, 5), torch.full((1, 5), 17):
+            with pytest.raises(ValueError, match="^the model cannot be called with this example: "):
+                to_onnx(words, tmp_path / "x.onnx", x, check=check)
+    assert not any(tmp_path.iterdir())
+    to_onnx(words, tmp_path / "x.onnx", torch.zeros(1, 5, dtype=torch.long))
