@@ -797,7 +797,7 @@ WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5":
 
 def example_of(
     text: str,  # "1x28x28" or "2x64:int64"
-) -> Tensor:  # of that shape; normally distributed, or whole numbers from 0 to 99
+) -> Tensor:  # of that shape; normally distributed, or whole numbers 0 and 1, which every table of tokens has
     "An input of a shape, the same each time. `ValueError` for a text that is none."
     shape, _, kind = text.partition(":")
     try:
@@ -811,7 +811,7 @@ def example_of(
         return (
             torch.randn(sizes, generator=dice).to(dtype)
             if dtype.is_floating_point
-            else torch.randint(100, sizes, generator=dice).to(dtype)
+            else torch.randint(2, sizes, generator=dice).to(dtype)
         )
     except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError):
         raise ValueError(f"--input is {text[:80]!r}, and no such tensor can be made") from None
@@ -934,6 +934,8 @@ def _bench(o):
     if twice := [p for p in o.models if o.models.count(p) > 1]:
         raise ValueError(f"{twice[0]} is there twice; a table has one row for each model")
     models, example, before = _ready(o, *o.models), tuple(map(example_of, o.input)), torch.get_num_threads()
+    for source, model in zip(o.models, models):
+        _takes(source, model, example, o.input)
     tell(not o.quiet, f"timing {', '.join(o.models)}: {o.repeats} rounds")
     try:
         if o.threads:
@@ -955,6 +957,16 @@ def _bench(o):
     heads.append(f"{100 * min([0.95] + [t.confidence for t in times.values()]):.0f} % interval")
     table = as_text(rows, heads + ["cosine"] * bool(o.engine), 1)
     return Done(found, "\n".join([table, *(f"{p}: {why}" for p, why in left.items())]))
+
+
+def _takes(source, model, example, said):
+    "An error that names the input, where a model cannot be called with it."
+    try:
+        with torch.no_grad():
+            model(*example)
+    except Exception as e:
+        whole = "" if any(":" in s for s in said) else " (whole numbers are asked for by a dtype, like 1x64:int64)"
+        raise ValueError(f"--input {' '.join(said)} does not fit {source}: {reason(e, EXPECTED)}{whole}") from e
 
 
 def _in_engines(models, engine, example):

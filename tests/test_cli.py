@@ -136,6 +136,9 @@ def test_a_class_of_ones_own_runs_what_a_file_holds(ending, tmp_path, monkeypatc
     how = ["--input", "3x7:int64", "--repeats", "2"]
     capsys.readouterr()
     assert cli(["bench", source, *how]) == 2 and "--model package.module:class" in capsys.readouterr().err
+    assert cli(["bench", source, "--input", "3x7", "--model", "owner:Own"]) == 2
+    said = capsys.readouterr().err
+    assert f"--input 3x7 does not fit {source}: " in said and "like 1x64:int64" in said
     for code in "owner:Own", "owner:own":
         assert cli(["bench", source, "owner:Own", *how, "--model", code, "--json"]) == 0
         assert [*json.loads(capsys.readouterr().out)] == [source, "owner:Own"]

@@ -914,3 +914,14 @@ def test_a_reduction_is_rounded_behind_another_dimension(f, apart, tmp_path):
         found = deploy(known, x, "openvino", threads=1)
         for y in (x, x[:1], torch.cat([x, x])):
             assert (found(y) - known(y)).norm() < 1e-4 * known(y).norm()
+
+
+def test_an_example_that_the_model_refuses_is_refused(tmp_path):
+    "The exporter alone writes a table that is asked for its row 0.3; an engine may not mind."
+    words = quantize_model(nn.Sequential(nn.Embedding(17, 8), nn.Flatten(), nn.Linear(40, 3)), 8)
+    for check in True, False:
+        for x in torch.randn(1, 5), torch.full((1, 5), 17):
+            with pytest.raises(ValueError, match="^the model cannot be called with this example: "):
+                to_onnx(words, tmp_path / "x.onnx", x, check=check)
+    assert not any(tmp_path.iterdir())
+    to_onnx(words, tmp_path / "x.onnx", torch.zeros(1, 5, dtype=torch.long))

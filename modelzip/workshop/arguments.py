@@ -84,6 +84,7 @@ WORDS = {
     types.NoneType: "None",
     "Module": "an nn.Module",
     "Tensor": "a tensor",
+    "Split": "a Split(x, y) of modelzip.data",
 }  # PyTorch's by name: pages of explorers do without it
 
 
