@@ -123,7 +123,8 @@ def _candidates(work, names, kernels, form):
         for k in dict.fromkeys(p and changes for p in products):
             for f in forms:
                 said = [e.name, *["kernels"] * (k and e.name != "torch"), *[f] * (len(forms) > 1)]
-                found.append((", ".join(said), e, replace(work, kernels=k, form=f)))
+                measured = e.name == "torch" and kernels is None
+                found.append((", ".join(said), e, replace(work, kernels=k, form=f, measured=measured)))
     return found
 
 
@@ -256,7 +257,8 @@ def deploy(
     dynamic: dict | tuple | list = {0: "batch"},
     cosine: float | None = 0.999,  # least likeness of the outputs to the model's own, on the example; None: any
     precision: str = "f32",  # 'bf16' lets OpenVINO round floats to 8 significant bits, where the processor can
-    kernels: bool | None = None,  # integer products in compressed layers; None: 'auto' tries both
+    # integer products in compressed layers; None: 'auto' tries both, and PyTorch keeps those that are quicker
+    kernels: bool | None = None,
     form: str | None = None,  # of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
     engines: Sequence[str] | None = None,  # that 'auto' tries beside the model as given; None: all
     # where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
@@ -290,6 +292,7 @@ def deploy(
 
 def _single(e, work, kernels, form, cosine):
     "The engine that was asked for."
+    work = replace(work, measured=e.name == "torch" and kernels is None)
     kernels = e.kernels if kernels is None else kernels
     changes = kernels and replace(work, kernels=True).model is not work.given
     work = replace(work, kernels=changes, form=form or (e.forms or FORMS)[0])

@@ -18,6 +18,25 @@ def examples(n: int) -> int:
     return n * 25 if FUZZ else n
 
 
+def seeded(seed: int) -> random.Random:
+    "Numbers by chance: the same ones each time, and others in a search."
+    return random.Random(f"{FUZZ} {seed}" if FUZZ else seed)
+
+
+def share(cases, n: int) -> list:
+    """n of the cases, evenly spread and always the same; all of them in a search. Mark the test
+    `pytest.mark.hypothesis`, too, so that `make fuzz` comes to it."""
+    cases = list(cases)
+    return cases if FUZZ or n >= len(cases) else [cases[i * len(cases) // n] for i in range(n)]
+
+
+def turns(i: int, ways: dict, n: int) -> dict:
+    """What case number i makes of some ways (name → function without arguments): n of them in turn, so that each way
+    meets some cases and each case some ways; all of them in a search."""
+    names = list(ways)
+    return {k: ways[k]() for k in (names if FUZZ else [names[(i * n + j) % len(names)] for j in range(n)])}
+
+
 def _tensor(t):
     return (id(t), t.detach().clone(), t.requires_grad, None if t.grad is None else t.grad.clone(), dict(t.__dict__))
 

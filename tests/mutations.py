@@ -381,7 +381,7 @@ def fuzz(n, folder, seed=0, progress=lambda done: None):
     kinds = [*DAMAGE, *FORGERY, *FORGERY]
     for i in range(n):
         use, model, want, single, good, (manifest, payload) = files[i % len(files)]
-        kind = kinds[i // len(files) % len(kinds)]
+        kind = kinds[(i + i // len(files)) % len(kinds)]  # each sort with each kind, all kinds early
         data = DAMAGE[kind](good, rng) if kind in DAMAGE else FORGERY[kind](manifest, payload, rng)
         path.write_bytes(data)
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import modelzip
+from guards import FUZZ
 from modelzip import (
     auto,
     channels,
@@ -154,13 +155,14 @@ def files(tmp_path, monkeypatch):
     exchange.to_npz(NET, "a.npz")
 
 
+@pytest.mark.hypothesis  # so that a search comes here: every value for every argument
 @pytest.mark.parametrize("module", CALLS, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_no_wrong_argument_is_an_error_from_deep_inside(module):
     wrong = []
     for name, good in CALLS[module].items():
         f = getattr(module, name)
-        for p in inspect.signature(f).parameters.values():
-            for kind, bad in BAD.items():
+        for i, p in enumerate(inspect.signature(f).parameters.values()):
+            for kind, bad in list(BAD.items()) if FUZZ else list(BAD.items())[i % 2 :: 2]:
                 if left_out(name, p, kind, bad, p.name in good):
                     continue
                 try:

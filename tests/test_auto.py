@@ -22,13 +22,24 @@ from modelzip.auto import (
     second_order,
     waterfill,
 )
+from guards import share
 from modelzip.data import accuracy, digits, train
-from modelzip.pack import load
+from modelzip.pack import inspect, load, save
 from modelzip.budget import knapsack
 from modelzip.recipe import Judge, fingerprint, samples_of
+from modelzip.workshop import menu as menus_of_models, search
 from modelzip.workshop.allocation import branch_and_bound
 
 rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_choices():
+    "What is on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all in a search."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(search, "DENSE", share(search.DENSE, 5))
+        m.setattr(search, "SPARSE", share(search.SPARSE, 4))
+        yield
 
 
 # --- allocation
@@ -168,6 +179,18 @@ def test_a_layer_that_the_output_does_not_need_gets_the_cheapest():
     assert menu.options[picks["used.weight"]]["bits"] > menu.options[picks["unused.weight"]]["bits"]
 
 
+@pytest.mark.parametrize("option", [{"bits": 3}, {"bits": 2, "group": 64}, {"bits": 4, "sparsity": 0.8}])
+def test_a_menu_says_what_a_file_takes(option, tmp_path):
+    for make in Residual, Language:
+        model = make().eval()
+        new = menus_of_models._all_with(model, option)
+        taken = {line.name: line.bytes for line in inspect(save(new, tmp_path / "m.mz")).lines}
+        menu = menu_of(model, samples_of(None), [option])
+        offered = {n: b for n, (b,) in zip(menu.layers, menu.bytes) if b < math.inf}
+        assert offered and all(taken[n] == b for n, b in offered.items())
+        assert "sparsity" in option or len(offered) == len(menu.layers)
+
+
 # --- models of all kinds
 
 
@@ -203,7 +226,7 @@ class Language(nn.Module):
         super().__init__()
         self.words, self.body = (
             nn.Embedding(60, 32),
-            nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2),
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 1),
         )
         self.out = nn.Linear(32, 60, bias=False)
         self.out.weight = self.words.weight
@@ -255,6 +278,7 @@ def same(a, b):
     return all(torch.equal(s, t) for s, t in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (a, b))))
 
 
+@pytest.mark.hypothesis  # `make fuzz` comes here, with all choices
 @pytest.mark.parametrize("name", MODELS)
 def test_a_target_alone(name, tmp_path):
     torch.manual_seed(0)
@@ -288,7 +312,7 @@ def trained(data):
 
 
 def test_labels_allow_more(trained, data, tmp_path):
-    path, data = tmp_path / "m.mz", type(data)(data.train[:500], data.valid, None)
+    path, data = tmp_path / "m.mz", type(data)(data.train[:300], data.valid, None)
     small, report = compress(trained, data, accuracy_loss=1.5, epochs=1, tries=2, path=path, progress=False)
     assert report.metric == "accuracy" and report.bytes == path.stat().st_size
     assert report.quality >= report.baseline - 0.015
@@ -312,7 +336,8 @@ def test_labelled_batches_are_recognized(trained, data):
     assert compress(trained, [b[:1] for b in loader], progress=False)[1].metric == "cosine"
 
 
-def test_choosing_beats_the_same_bits_for_all():
+def test_choosing_beats_the_same_bits_for_all(monkeypatch):
+    monkeypatch.setattr(search, "DENSE", DENSE)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16)).eval()
     x = [torch.randn(100, 64) for _ in range(8)]

@@ -40,7 +40,7 @@ from modelzip.coding import (
     runs,
     write_varint,
 )
-from guards import examples
+from guards import examples, seeded
 
 TEXT = zlib.__doc__.encode() + b" ".join(str(f.__doc__).encode() for f in vars(math).values())
 each = pytest.mark.parametrize("coder", CODERS.values(), ids=CODERS)
@@ -186,12 +186,13 @@ def test_every_bit(coder, name):
         coded[i // 8] ^= 1 << i % 8
 
 
+@pytest.mark.hypothesis  # so that a search for new cases comes here, too
 @each
 def test_random_damage(coder):
-    rng = random.Random(4)
+    rng = seeded(4)
     for data in TEXT[:1000], weights(2000), sparse(3000), bytes(5000):
         coded = coder.encode(data)
-        for _ in range(50):
+        for _ in range(examples(20)):
             bad = bytearray(coded)
             for _ in range(rng.choice([1, 1, 2, 5])):
                 what = rng.randrange(5)

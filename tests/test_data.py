@@ -1,6 +1,6 @@
 "What crosses 00_data: the real data, the registry, training, MiniLM against its peer, retrieval."
 
-import copy, functools, json, random, subprocess, sys
+import copy, functools, json, os, random, subprocess, sys
 
 import numpy as np
 import pytest
@@ -282,20 +282,17 @@ def test_empty_minilm_has_the_same_tensors(encoder):
 
 
 def test_docstrings_do_not_depend_on_the_process():
-    code = (
-        "from modelzip.data import docstrings; import hashlib; r = docstrings(600);"
-        " print(hashlib.sha256(repr((r.queries, r.documents, r.names)).encode()).hexdigest())"
+    "Neither on the order of sets, nor on what was imported before."
+    code = "from modelzip.data import docstrings; r = docstrings(600); print((r.queries, r.documents, r.names))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"},
     )
-    run = lambda seed: (
-        subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**__import__("os").environ, "PYTHONHASHSEED": seed},
-        ).stdout
-    )
-    assert run("1") == run("2")
+    r = docstrings(600)
+    assert done.stdout == f"{(r.queries, r.documents, r.names)}\n"
 
 
 def test_docstrings_are_a_task():

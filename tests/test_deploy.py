@@ -11,6 +11,7 @@ from torch import nn
 from guards import FUZZ
 from modelzip.data import LeNet5
 from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
+from modelzip.kernels import use_kernels
 from modelzip.onnx_export import to_onnx
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
@@ -21,6 +22,9 @@ from modelzip.workshop.runtimes import compiler
 NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
 PRESENT = [n for n in ENGINES if n != "compile" and all(map(importlib.util.find_spec, NEEDS.get(n, ())))]
 FILES = [n for n in PRESENT if ENGINES[n].forms]
+
+
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 @pytest.fixture(autouse=True)
@@ -125,17 +129,43 @@ def test_every_engine_agrees(name):
     assert model.training and all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("engine", PRESENT)
 def test_compressed_models(engine):
     "As they are, with integer products, and with known ranges in each form."
     net, x = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 16)).eval(), torch.randn(6, 32)
     eight, four = quantize_model(net), quantize_model(net, 4, group=32)
-    for model, kernels in ((eight, False), (eight, True), (four, False)) if engine != "given" else ((four, None),):
+    every = [(eight, True), (four, False), (eight, False)][: 3 if FUZZ else 2]
+    for model, kernels in every if engine != "given" else ((four, None),):
         near(deploy(model, x, engine, kernels=kernels)(x[:2]), model(x[:2]), 0.03 if kernels else 1e-4)
     known = convert(prepare(net, bits=8, batches=[x])).eval()
     steps = max(m.input_scale * m.q.dequantize().norm(dim=1).max().item() for m in known if hasattr(m, "input_scale"))
     for form in ENGINES[engine].forms or (None,):
         assert (deploy(known, x, engine, form=form)(x[:2]) - known(x[:2])).abs().max() <= 3 * steps
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_by_default_pytorch_keeps_what_is_quicker(engine, monkeypatch):
+    "A layer that is quicker as floats is left so; with `kernels=True` none is measured, and all are integers."
+    net, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval(), torch.randn(6, 64)
+    small, asked = quantize_model(net), []
+
+    def chosen(integers, floats, example, repeats=15):
+        asked.append(call(integers, example))
+        return {"0"}
+
+    monkeypatch.setattr("modelzip.kernels.quicker_as_floats", chosen)
+    monkeypatch.setattr("modelzip.kernels.is_slower", lambda *a: False)
+    monkeypatch.setattr("modelzip.deploy._fastest", lambda able, *a: able[-1][1])
+    mixed, integers = use_kernels(small, example=x), use_kernels(small)
+    assert [m.floats for m in mixed if hasattr(m, "floats")] == [True, False] and len(asked) == 1
+    found = deploy(small, x, engine, engines=["torch"] if engine == "auto" else None, threads=1)
+    assert found.engine == "torch" and found.kernels and torch.equal(asked[1], integers(x))
+    assert torch.equal(found(x), mixed(x)) and not torch.equal(found(x), integers(x))
+    assert torch.equal(deploy(small, x, "torch", kernels=True)(x), integers(x)) and len(asked) == 2
+    monkeypatch.setattr("modelzip.kernels.is_slower", lambda *a: True)
+    assert torch.equal(deploy(small, x, "torch")(x), use_kernels(small, example=x)(x))
+    assert (deploy(small, x, "torch")(x) - small(x)).abs().max() < 1e-5  # all of them floats
 
 
 def test_calls_that_the_example_does_not_vouch_for():
@@ -451,6 +481,7 @@ def test_openvino_computes_floats_as_floats():
     assert off(deploy(net, x, "openvino", precision="bf16")) < 0.02
 
 
+@pytest.mark.hypothesis
 @pytest.mark.skipif(compiler() is None or not FUZZ, reason="needs a C++ compiler, and a minute: `make fuzz`")
 def test_compiled():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(4, 8)

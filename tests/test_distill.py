@@ -123,14 +123,14 @@ def test_few_labels_and_a_teacher_beat_few_labels_alone(data, teacher):
     unlabelled = Split(data.train.x, torch.zeros(len(data.train), dtype=torch.int64))
     alone = [
         accuracy(train(net(16, s), few, epochs=60, lr=1e-2, batch_size=20, seed=s, progress=False), data.valid)
-        for s in (1, 2, 3)
+        for s in (1, 2)
     ]
     taught = [
         accuracy(
             distill(net(16, s), teacher, unlabelled, SoftTargets(4), epochs=15, lr=1e-2, seed=s, progress=False),
             data.valid,
         )
-        for s in (1, 2, 3)
+        for s in (1, 2)
     ]
     assert min(taught) > max(alone)
 

@@ -1033,6 +1033,16 @@ WRONG = {
     ],
     "12_threads:check_once": [
         (
+            """def once(f):                                                           # waits longer than any f so far
+            begun, kept = [], []
+            def g():
+                if begun: time.sleep(2)
+                else: begun.append(1) or kept.append(f())
+                return kept[0]
+            return g""",
+            "IndexError",
+        ),
+        (
             """def once(f):                                                           # waits, but not for f
             begun, kept = [], []
             def g():

@@ -1,6 +1,6 @@
 """Pruning: what must hold for any layer, any shape, any criterion; second opinions; and what must be refused."""
 
-import copy, itertools, math, subprocess, sys, warnings
+import copy, itertools, math, os, subprocess, sys, warnings
 
 import pytest
 import torch
@@ -753,15 +753,23 @@ def test_models_come_back_from_files(how, tmp_path):
             load(tmp_path / "bad.mz")
 
 
-@pytest.mark.parametrize("products", [False, True])
-def test_files_load_where_pruning_was_never_imported(products, tmp_path):
-    real = sparsify_model(prune_model(LeNet300(), 0.8, scope="layer"), bits=4)
-    path = save(use_sparse_products(real) if products else real, tmp_path / "m.mz")
-    code = (
-        "import sys; from modelzip.pack import load; m = load(sys.argv[1]); print(type(m.fc1).__name__, m.fc1.q.kind)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.stdout.split() == ["SparseLinear" if products else "Dequantize", "sparse"], done.stderr
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_files_load_where_pruning_was_never_imported(tmp_path):
+    "One process imports what loads, and has a child for each file."
+    real = sparsify_model(prune_model(LeNet5(channels=[4, 8], hidden=32), 0.8, scope="layer"), bits=4)
+    paths = [save(m, tmp_path / f"{i}.mz") for i, m in enumerate((real, use_sparse_products(real)))]
+    code = """if True:
+        import os, sys
+        from modelzip.pack import load
+        assert "modelzip.prune" not in sys.modules
+        for path in sys.argv[1:]:
+            if not os.fork():
+                m = load(path)
+                print(type(m.fc1).__name__, m.fc1.q.kind, flush=True)
+                os._exit(0)
+            os.wait()"""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["Dequantize sparse", "SparseLinear sparse"], done.stderr
 
 
 def test_pruned_after_quantizing_and_quantized_after_pruning():

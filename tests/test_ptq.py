@@ -43,7 +43,7 @@ from modelzip.ptq import (
     smooth_columns,
 )
 from modelzip.quant import Dequantize, quantize, quantize_model
-from guards import examples
+from guards import examples, turns
 
 
 @pytest.fixture(autouse=True)
@@ -378,7 +378,7 @@ ARCHITECTURES = {
     "attention": (Attends, lambda: torch.randn(4, 5, 12)),
     "encoder": (
         lambda: nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 3, enable_nested_tensor=False
+            nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 2, enable_nested_tensor=False
         ),
         lambda: torch.randn(4, 5, 12),
     ),
@@ -405,21 +405,22 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
     build, data = ARCHITECTURES[name]
     model = build().eval()
     batches = [data() for _ in range(3)]
     before = copy.deepcopy(model.state_dict())
-    made = {
-        "gptq": gptq(model, batches, 8, group=None),
-        "rule": gptq(model, batches, 4, group=6, symmetric=False, columns="awq"),
-        "hqq": hqq(model, 8, group=8),
+    ways = {
+        "gptq": lambda: gptq(model, batches, 8, group=None),
+        "rule": lambda: gptq(model, batches, 4, group=6, symmetric=False, columns="awq"),
+        "hqq": lambda: hqq(model, 8, group=8),
     }
     if name != "lstm" and any(isinstance(m, CALIBRATED) for m in model.modules()):
         s = calibrate(model, batches)
-        made |= {"awq": awq(model, s, 8, group=8), "smooth": smooth(model, s)}
-    for how, q in made.items():
+        ways |= {"awq": lambda: awq(model, s, 8, group=8), "smooth": lambda: smooth(model, s)}
+    for how, q in turns([*ARCHITECTURES].index(name), ways, 3).items():
         y, exact = q(batches[0]), model(batches[0])
         assert y.shape == exact.shape and y.isfinite().all()
         if how != "rule":

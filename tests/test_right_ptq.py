@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 
-from guards import codes_alone, examples, unchanged
+from guards import codes_alone, examples, turns, unchanged
 from inputs import related
 from modelzip.data import LeNet5
 from modelzip.prune import prune_model
@@ -328,7 +328,7 @@ def test_gptq_that_lost_at_one_bit():
     )
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.integers(1, 4), st.sampled_from([None, 8]), st.booleans(), st.integers(0, 999))
 def test_awq_takes_the_best_of_its_grid(bits, group, symmetric, seed):
     torch.manual_seed(seed)
@@ -438,18 +438,20 @@ class Small(nn.Module):
 KINDS = ["mha", "cross", "lstm", "proj", "gru", "rnn", "lstmcell", "grucell", "rnncell", "bilinear", "packed"]
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_matrices_are_compressed_by_every_method_and_the_codes_alone_run(kind):
     model, batches = Small(kind).eval(), [torch.randn(4, 5, 8) for _ in range(3)]
     with unchanged(model, batches):
         seen = calibrate(model, batches)
-        made = {
-            "gptq": gptq(model, batches, 4, group=None),
-            "grouped": gptq(model, batches, 8, group=4, symmetric=False),
-            "awq": awq(model, seen, 8, group=8),
-            "smooth": smooth(model, seen),
-            "hqq": hqq(model, 8, group=8),
+        ways = {
+            "gptq": lambda: gptq(model, batches, 4, group=None),
+            "grouped": lambda: gptq(model, batches, 8, group=4, symmetric=False),
+            "awq": lambda: awq(model, seen, 8, group=8),
+            "smooth": lambda: smooth(model, seen),
+            "hqq": lambda: hqq(model, 8, group=8),
         }
+        made = turns(KINDS.index(kind), ways, 3)
     near, y = quantize_model(model, 4)(batches[0]), model(batches[0])
     for how, q in made.items():
         left = [n for n, p in q.named_parameters() if p.dim() > 1]

@@ -101,12 +101,12 @@ def test_models_of_other_types(dtype):
 @pytest.fixture(scope="module")
 def lenet():
     digits = mnist5k()
-    return train(LeNet5(), digits.train, epochs=2, progress=False), digits
+    return train(LeNet5(), digits.train, epochs=1, progress=False), digits
 
 
 def test_lenet_keeps_its_accuracy_and_its_file(lenet, tmp_path):
     model, digits = lenet
-    static = quantize_static(model, [digits.train.x[:256]])
+    static = quantize_static(model, [digits.train.x[:128]])
     with torch.no_grad():
         right = lambda m: (m(digits.valid.x).argmax(1) == digits.valid.y).float().mean().item()
         assert right(static) > right(model) - 0.005
@@ -494,3 +494,63 @@ def test_copies_in_onnx(tmp_path):
     y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     with torch.no_grad():
         assert (y - static(x)).norm() < 0.01 * y.norm()
+
+
+class Branches(nn.Module):
+    "What is positive goes one way, what is negative another."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.out(F.gelu((self.a if x.sum() >= 0 else self.b)(x)))
+
+
+def kinds_of_calibration(x):
+    "The same rows in batches of several kinds."
+    return {
+        "an empty batch between": [x[:8], x[:0], x[8:]],
+        "empty ones around": [x[:0], x, x[:0]],
+        "small last": [x[:15], x[15:]],
+        "one row": [x[:1]],
+        "one row and nothing": [x[:1], x[:0]],
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_calibration(torch.zeros(16, 16)))
+def test_choices_on_few_rows_hold_on_others(kind):
+    "What is fitted is judged on other rows, or nothing is fitted: however the rows come, no choice costs much."
+    torch.manual_seed(0)
+    net, x, new = Branches().eval(), torch.randn(16, 16).abs(), torch.randn(500, 16).abs()
+    batches = kinds_of_calibration(x)[kind]
+    chosen, plain = (
+        quantize_static(net, batches),
+        quantize_static(net, batches, alphas=(), weights="nearest", biases=False),
+    )
+    assert error(chosen, net, new) < 1.6 * error(plain, net, new)
+
+
+def test_a_layer_that_one_batch_reaches_is_judged_on_other_rows():
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(16, 16).abs()
+    once = choose_static(net, [x, -x, x + 0.1, x])
+    alone = choose_static(net, [-x])
+    assert once["b"].alpha == alone["b"].alpha and once["b"].error == alone["b"].error > 0
+
+
+def test_inputs_that_add_up_to_the_same_are_told_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.b(3 * x)
+
+    torch.manual_seed(0)
+    net, x = Two().eval(), torch.randn(32, 8)
+    both = [torch.cat([x, -x])] * 2
+    chosen = choose_static(net, both, alphas=())
+    assert chosen["b"].scale == pytest.approx(3 * chosen["a"].scale)
+    assert error(quantize_static(net, both), net, both[0]) < 0.02

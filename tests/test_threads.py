@@ -40,7 +40,7 @@ from modelzip.threads import (
     save_multi_threaded_model,
     scaling,
 )
-from guards import examples
+from guards import FUZZ, examples
 from poison import Poison
 
 FAST = settings(max_examples=examples(25), deadline=None)
@@ -578,7 +578,7 @@ def test_pool_gives_serial_bits(name):
 
 def test_pool_of_sentences():
     "Of many lengths; asked by position, by name, and without a mask."
-    model, words = minilm(), docstrings(40).queries
+    model, words = minilm(), [f"Return {'the largest of ' * (i % 9)}{i} numbers." for i in range(30)]
     ids = [torch.tensor(t.ids)[: sum(t.attention_mask)] for t in (model.tokenizer.encode(w) for w in words)]
     with torch.no_grad():
         truth = [model(i[None], torch.ones_like(i)[None])[0] for i in ids]
@@ -1296,15 +1296,17 @@ def test_gradients_are_off_in_workers():
         y += 1  # an ordinary tensor
 
 
+@pytest.mark.hypothesis
 def test_soak():
     spec = importlib.util.spec_from_file_location(
         "bench_threads", Path(__file__).parent.parent / "bench" / "threads.py"
     )
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    found = bench.soak(requests=6400, parts=2)
-    assert found["requests"] == 6400 and all(
-        found["outcomes"][k] > 100 for k in ("fine", "refused", "cancelled", "late")
+    n = 6400 if FUZZ else 3200
+    found = bench.soak(requests=n, parts=2)
+    assert found["requests"] == n and all(
+        found["outcomes"][k] > n // 64 for k in ("fine", "refused", "cancelled", "late")
     )
 
 
@@ -1419,7 +1421,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="processes need Linux or m
 @posix
 def test_processes(lenet_file):
     model, path = lenet_file
-    xs = list(mnist5k().test.x[:40])
+    xs = list(torch.rand(40, 1, 28, 28))
     with Pool(path, workers=2, processes=True) as pool:
         pids = pool.pids
         assert len(set(pids)) == 2 and os.getpid() not in pids

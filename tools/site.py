@@ -48,13 +48,18 @@ def is_folded(cell):
 
 
 @cache
+def statements(source):
+    "What a cell consists of; nothing where it is no Python."
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
+
+
+@cache
 def is_imports(source):
     "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return False
-    kinds = {type(n) for n in tree.body if not says_all(n)}
+    kinds = {type(n) for n in statements(source) if not says_all(n)}
     return bool(kinds) and kinds <= {ast.Import, ast.ImportFrom}
 
 
@@ -71,17 +76,13 @@ def text(cell):
 def definitions(source):
     """The public functions and classes that a cell defines; methods are left out, those too that are patched onto a
     class."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return []
 
     def is_patch(d):
         return "patch" in ast.unparse(d)
 
     return [
         n.name
-        for n in tree.body
+        for n in statements(source)
         if isinstance(n, (ast.FunctionDef, ast.ClassDef))
         and not n.name.startswith("_")
         and not any(map(is_patch, n.decorator_list))
@@ -411,10 +412,11 @@ def stage(nbs, folder):
 
 @cache
 def quick_colors():
-    "Let smalldocs remember what it has coloured, and the class of a token: both are asked for over and over."
+    """Let smalldocs remember what it has coloured, lexers, and the class of a token: they are asked for over and
+    over."""
     from smalldocs import highlight, markdown
 
-    highlight.css_class = cache(highlight.css_class)
+    highlight.get_lexer_by_name, highlight.css_class = cache(highlight.get_lexer_by_name), cache(highlight.css_class)
     markdown.highlight = cache(highlight.highlight)
 
 

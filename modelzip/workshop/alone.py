@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..kernels import QConv2d, QLinear
+from ..kernels import QConv2d, QLinear, QRecurrent
 from ..quant import Dequantize
 from .deadlines import checked_count
 from .models import copied
@@ -173,7 +173,7 @@ def serving_copy(model: Any) -> Any:
     shared = [
         *model.parameters(),
         *model.buffers(),
-        *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d))),
+        *(m.prepared for m in model.modules() if isinstance(m, (QLinear, QConv2d, QRecurrent))),
     ]
     try:
         twin = copied(model, {id(t): t for t in shared}).eval()
@@ -184,6 +184,8 @@ def serving_copy(model: Any) -> Any:
             ) from e
         return model
     for m in twin.modules():
+        if isinstance(m, QRecurrent):
+            m.activations = "row"  # each sequence by itself
         if (apart := _apart(m)) is not None:
             m.forward = _in_batch(m.forward, apart)
     return twin

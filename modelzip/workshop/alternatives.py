@@ -9,7 +9,7 @@ __all__ = ['Way', 'input_range', 'made_up', 'row_hurt', 'apart', 'together', 'er
 # %% ../../nbs/workshop/alternatives.ipynb
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,8 @@ def decided(
     "The choice for the layers of one input."
     weights = {n: m.weight.detach() for n, m in layers.items()}
     some = next(iter(layers.values()))
+    if seen.one_sided:
+        wish, makers = replace(wish, alphas=[None], gptq=False, biases=False), frozenset()
     alphas = [None] if getattr(some, "groups", 1) > 1 else wish.alphas  # each group meets other weights
     way, gptq = best_way(weights, seen, wish.fit, alphas, wish.copies if makers else 0, wish.gptq)
     copies = 0 if way.times is None else wish.copies

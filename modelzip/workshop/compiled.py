@@ -31,12 +31,13 @@ ARGUMENTS = {
 }
 
 
-def described(
-    layer: Dequantize,  # of a kind whose `layer` is a Linear or a Conv2d
-) -> str:  # JSON
+def described(layer: Dequantize) -> str:  # JSON; '' unless its `layer` is a Linear or a Conv2d
     "All that makes a layer what it is, but for its tensors."
     inner = layer.layer
-    cls = next(c for c in type(inner).__mro__ if c in ARGUMENTS)  # a parametrized bias makes a class of its own
+    # a parametrized bias makes a class of its own
+    cls = next((c for c in type(inner).__mro__ if c in ARGUMENTS), None)
+    if cls is None:
+        return ""
     arguments = {a: getattr(inner, a) for a in ARGUMENTS[cls]}
     return json.dumps(
         {

@@ -46,6 +46,11 @@ class Seen:
         return self.halves[half] if self.halves[half].count else self.halves[1 - half]
 
     @property
+    def one_sided(self) -> bool:
+        "Whether nothing is left to choose by: one half has no row."
+        return not all(h.count for h in self.halves)
+
+    @property
     def count(self) -> int:
         return sum(h.count for h in self.halves)
 
@@ -89,19 +94,31 @@ def seen_in_halves(
     "What layers are given, in two halves. `ValueError` for batches that do not fit, NaN (names the layer), no rows."
     twin, names = Twin(model), set(names)
     points = {n: p for n, p in points_of(twin.model)[0].items() if n in names}
-    seen, turns = {n: Seen() for n in points}, {n: {} for n in points}
-    for i, batch in enumerate(batches):
-
-        def tell(name, rows, i=i):
-            n, half = rows.shape[1], turns[name].setdefault(i, len(turns[name]) % 2)
-            halves = [(rows, half)] if len(batches) > 1 else [(rows[:, : n - n // 2], 0), (rows[:, n - n // 2 :], 1)]
-            for part, half in halves:
-                seen[name].add(part, half, moments)
-
-        show_rows(twin, batch, i, points, tell)
+    seen = _seen(twin, batches, points, len(batches) == 1, moments)
+    uneven = lambda s: 4 * min(h.count for h in s.halves) < s.count
+    if len(batches) > 1 and (cut := {n: p for n, p in points.items() if uneven(seen[n])}):
+        seen |= _seen(twin, batches, cut, True, moments)
     seen = {n: s for n, s in seen.items() if s.count}
     if not seen:
         raise ValueError("there is no data: batches gave no row to any layer")
+    return seen
+
+
+def _seen(twin, batches, points, cut, moments):
+    "What layers are given, each call cut in the middle or each batch whole."
+    seen, turns = {n: Seen() for n in points}, dict.fromkeys(points, 0)
+    for i, batch in enumerate(batches):
+        had = set()
+
+        def tell(name, rows):
+            if n := rows.shape[1]:
+                had.add(name)
+                first = n - n // 2 if cut else n * (1 - turns[name] % 2)
+                seen[name].add(rows[:, :first], 0, moments)
+                seen[name].add(rows[:, first:], 1, moments)
+
+        show_rows(twin, batch, i, points, tell)
+        turns |= {n: turns[n] + 1 for n in had}
     return seen
 
 # %% ../../nbs/workshop/halves.ipynb

@@ -129,6 +129,7 @@ HOMES = {
     "QLinear": "kernels",
     "QConv2d": "kernels",
     "QEmbedding": "kernels",
+    "QRecurrent": "kernels",
     "sparse": "prune",
     "SparseLinear": "prune",
     "StaticLinear": "qat",

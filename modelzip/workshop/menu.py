@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from ..budget import output_errors
 from ..data import Split
-from ..pack import inspect, save
+from ..pack import inspect, write_file
 from ..prune import PRUNABLE, prune_model, remove_masks, sparsify_model
 from ..ptq import gptq, nearest_weight, quantize_with
 from ..quant import QUANTIZABLE
 from ..recipe import Samples, expanded
 from .allocation import allocate
 from .matrices import identity_of, layers_of, matrices_of
+from .walking import table_of
+from .writing import check_threads
 
 # %% ../../nbs/workshop/menu.ipynb
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
@@ -139,6 +141,15 @@ def _all_with(model, option):
     return new
 
 
+def _taken(model, path):
+    """What each tensor takes in an archived file: one that nobody will load, so it says nothing of the layers and is
+    not read back, as `save` does."""
+    table, pieces = table_of(model)
+    with open(path, "wb") as f:
+        write_file(f, {"modelzip": 1, "architecture": None, "tensors": table}, pieces, True, check_threads(None))
+    return {line.name: line.bytes for line in inspect(path, entropy=False).lines}
+
+
 def _values(model, names):
     "The numbers that tensors stand for."
     plain = dict(expanded(model).named_parameters(remove_duplicate=False))
@@ -160,8 +171,7 @@ def menu_of(
     with tempfile.TemporaryDirectory() as folder:
         for option in tqdm(options, desc="menu", leave=False, disable=not progress):
             new, path = _all_with(model, option), Path(folder) / "menu.mz"
-            save(new, path)
-            taken, values = {l.name: l.bytes for l in inspect(path, entropy=False).lines}, _values(new, layers)
+            taken, values = _taken(new, path), _values(new, layers)
             offered = lambda n: (
                 not option.get("sparsity") or n in prunable and originals[n].numel() * (1 - option["sparsity"]) >= 16
             )

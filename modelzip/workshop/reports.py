@@ -15,9 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from fastcore.basics import patch
-from matplotlib.transforms import ScaledTranslation
 
 from .datasets import need
 
@@ -216,6 +214,8 @@ def front_of(rows: Sequence[Measurement]) -> list[Measurement]:
 # %% ../../nbs/workshop/reports.ipynb
 def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     "Write texts beside points so that they do not cover one another, as far as there is room."
+    from matplotlib.transforms import ScaledTranslation  # loaded by whoever draws: it takes longer than all of this
+
     ax.figure.canvas.draw()
     taken, dots = [], [ax.transData.transform(p) for p in points]
     steps = [(dx, 10 * dy) for reach in range(12) for dy in (reach, -reach) for dx in (7, -7)]
@@ -253,9 +253,11 @@ def size_ticks(ax) -> None:
 
 # %% ../../nbs/workshop/reports.ipynb
 @patch
-def pareto(self: Report) -> plt.Figure:
+def pareto(self: Report) -> Any:  # a figure of matplotlib
     """File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other
     beats in both."""
+    import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     kb, shares = [r.bytes / 1e3 for r in self.rows], [100 * r.accuracy for r in self.rows]
     spread = [[100 * (r.accuracy - r.low) for r in self.rows], [100 * (r.high - r.accuracy) for r in self.rows]]
@@ -296,8 +298,10 @@ tbody tr:first-child{{background:#f3f3f3}}svg{{max-width:100%;height:auto}}</sty
 """
 
 # %% ../../nbs/workshop/reports.ipynb
-def svg_of(fig: plt.Figure) -> str:
+def svg_of(fig: Any) -> str:
     "A figure as SVG to stand inside HTML: no date, no fixed size."
+    import matplotlib.pyplot as plt
+
     with plt.rc_context({"svg.hashsalt": "modelzip"}):
         out = StringIO()
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})

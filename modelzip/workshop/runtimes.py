@@ -40,6 +40,7 @@ class Work:
     precision: str = "f32"  # or 'bf16': what an engine may round floats to
     kernels: bool = False  # integer products in compressed layers
     form: str = "qdq"  # of layers of known range
+    measured: bool = False  # leave as floats what PyTorch computes quicker so, on the example
     folder: Path | None = None  # for files that do not fit in memory twice
     made: dict = field(default_factory=dict, repr=False)  # what is made once
 
@@ -57,18 +58,24 @@ class Work:
 
     @property
     def model(self) -> nn.Module:  # what is computed
-        return self.once("kernels", lambda: with_kernels(self.given)) if self.kernels else self.given
+        if not self.kernels:
+            return self.given
+        example = self.layout.given if self.measured else None
+        return self.once(("kernels", self.measured), lambda: with_kernels(self.given, example))
 
     @property
     def count(self) -> int:  # of threads
         return self.threads or torch.get_num_threads()
 
 # %% ../../nbs/workshop/runtimes.ipynb
-def with_kernels(model: nn.Module) -> nn.Module:  # itself when nothing is to be exchanged
-    "A model with integer products where there are such."
+def with_kernels(
+    model: nn.Module,
+    example: Any = None,  # None: nothing is measured
+) -> nn.Module:  # itself when nothing is to be exchanged
+    "A model with integer products where there are such; with an example, where they are quicker than floats."
     if not any(type(m) is Dequantize for m in model.modules()):
         return model
-    quick = use_kernels(model).eval()
+    quick = use_kernels(model, example=example).eval()
     same = [*map(type, quick.modules())] == [*map(type, model.modules())]
     return model if same else quick
 
@@ -234,7 +241,7 @@ def _given(work):
 
 @register_engine("torch", kernels=True)
 def _torch(work):
-    "PyTorch, with integer products in compressed layers"
+    "PyTorch, with integer products in compressed layers where they are quicker"
     return threaded(work, work.model)
 
 # %% ../../nbs/workshop/runtimes.ipynb

@@ -228,7 +228,12 @@ def compiled_forward(self: Wrapper, *args, **kwargs):
     while isinstance(layer, Wrapper):
         weights[layer.name] = layer.as_operation()
         layer = layer.layer
-    return torch.func.functional_call(layer, weights, args, kwargs)
+    if not isinstance(layer, nn.RNNBase):
+        return torch.func.functional_call(layer, weights, args, kwargs)
+    layer = shallow_copy(layer)  # which keeps a list of its weights besides
+    for name, weight in weights.items():
+        set_parameter(layer, name, weight)
+    return layer(*args, **kwargs)
 
 
 @patch
