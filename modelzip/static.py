@@ -112,8 +112,8 @@ def choose_static(
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
-    compared on the other, fitted again on all. BatchNorms are folded first. `ValueError` for an option out of its range, no layer, no data, NaN,
-    a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer."""
+    compared on the other, fitted again on all. BatchNorms are folded first. `ValueError` for an option out of its
+    range, no layer, no data, NaN, a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer."""
     if observer not in ("minmax", *OBSERVERS):
         raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))}")
     alphas = list(alphas)
