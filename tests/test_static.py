@@ -452,9 +452,25 @@ def test_what_was_chosen_for_another_model_is_refused():
     for other in (wide, nn.Sequential(nn.Linear(3, inputs), nn.GELU(), net[2])):
         with pytest.raises(ValueError, match="^chosen was made for another model: the weight of"):
             quantize_static(other, chosen=chosen)
+    other = copy.deepcopy(net)
+    torch.nn.init.normal_(other[2].weight)
+    with pytest.raises(ValueError, match="the weight of 2 has other values there"):
+        quantize_static(other, chosen=chosen)
+    with pytest.raises(ValueError, match="copies does not act: chosen is given"):
+        quantize_static(net, chosen=chosen, copies=0)
     del chosen["0"]
     with pytest.raises(ValueError, match="chosen has no '0', which is to make copies for '2'"):
         quantize_static(net, chosen=chosen)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_chosen_for_a_model_with_batchnorms_fits_it(training):
+    torch.manual_seed(0)
+    model, x = shuffle_unit()
+    model.train()(x)
+    model.train(training)
+    static, direct = quantize_static(model, chosen=choose_static(model, [x])), quantize_static(model, [x])
+    assert torch.equal(static(x), direct(x)) and model.training is training
 
 
 def test_what_is_fitted_is_not_what_is_judged():

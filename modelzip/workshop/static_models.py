@@ -191,11 +191,14 @@ def check_chosen(
     for n, f in chosen.items():
         if type(layers.get(n)) not in STATIC_LAYERS:
             raise ValueError(f"chosen has {n!r}, and model has no Linear or Conv2d of that name")
-        there, here = list(f.q.shape), list(layers[n].weight.shape)
-        if f.at is not None:
-            there[1] = len(f.at.unique())
-        if there != here:
+        there, here = f.q.dequantize().double(), layers[n].weight.detach().double()
+        if f.at is not None:  # copies add up
+            there = there.new_zeros(len(there), len(f.at.unique())).index_add(1, f.at, there)
+        if there.shape != here.shape:
+            there, here = list(there.shape), list(here.shape)
             raise ValueError(f"chosen was made for another model: the weight of {n} is {there} there, and {here} here")
+        if not (there - here).norm() <= 0.3 * here.norm():
+            raise ValueError(f"chosen was made for another model: the weight of {n} has other values there")
         if absent := f.makers - chosen.keys():
             raise ValueError(f"chosen has no {min(absent)!r}, which is to make copies for {n!r}")
 
