@@ -18,6 +18,7 @@ from .data import need
 from .kernels import QConv2d, QLinear
 from .workshop.calls import Flat, Layout
 from .workshop.engines import one_scale_an_output
+from .workshop.models import call, copied
 from .workshop.onnx_attention import static_attention, translations
 from .workshop.onnx_expanded import fetched_rows, float_linear
 from .workshop.onnx_files import disagreement, stored_bytes, written
@@ -309,6 +310,7 @@ def to_onnx(
         x.detach().clone(memory_format=torch.contiguous_format) for x in example
     )  # the exporter marks the tensors that it is given
     proto, sizes = graph_of(model, example, dynamic, opset, microsoft, form)
+    _check_call(model, example)
     with written(onnx, proto, path) as draft:
         onnx.checker.check_model(draft if isinstance(draft, bytes) else os.fspath(draft))
         if check and importlib.util.find_spec("onnxruntime"):
@@ -320,6 +322,16 @@ def tolerance_of(model: nn.Module) -> float:  # relative, of the norm of a diffe
     "How far off what an engine computes may be; integer layers round activations, at ties to either side."
     integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())
     return 0.05 if integers else 0.01  # measured: 0.011 at most; with 7-bit activations about twice that
+
+
+def _check_call(model, example):
+    "`ValueError` for an example that the model itself cannot be called with: the exporter may write it all the same."
+    own = copied(model, {id(p): p for p in model.parameters()}).eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            call(own, tuple(x.clone() for x in example))
+    except Exception as e:
+        raise ValueError(f"the model cannot be called with this example: {_first_cause(e)}") from e
 
 
 def _compare(model, path, example, dynamic, sizes):
@@ -349,7 +361,7 @@ def onnx_session(
 
 
 def onnx_model(
-    path: str | os.PathLike,  # an ONNX file
+    path: bytes | str | os.PathLike,  # an ONNX file, or its content
     threads: int | None = None,  # of ONNX Runtime; None: as many as PyTorch uses
     # expanded weights multiply float activations; False: ONNX Runtime may round these to 8 bits on the way, which is
     # quicker

@@ -114,18 +114,19 @@ def choose_static(
     attention: bool = False,  # also the products of each `Attention`, up to `limit`; `overrides` may name it
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
-    compared on the other, fitted again on all. `ValueError` for an option out of its range, no layer, no data, NaN,
-    a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer."""
+    compared on the other, fitted again on all. BatchNorms are folded first. `ValueError` for an option out of its
+    range, no layer, no data, NaN, a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer."""
     if observer not in ("minmax", *OBSERVERS):
         raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))}")
     alphas = list(alphas)
-    if wrong := [a for a in alphas if not 0 <= a <= 1]:
-        raise ValueError(f"alphas has {wrong[0]}; it may have numbers from 0 to 1")
+    if wrong := [a for a in alphas if not isinstance(a, (int, float)) or not 0 <= a <= 1]:
+        raise ValueError(f"alphas has {wrong[0]!r}; it may have numbers from 0 to 1")
     check_bits(copies, 0, 256, "copies")
     if weights not in ("gptq", "nearest"):
         raise ValueError(f"weights is {weights!r}; it may be 'gptq' or 'nearest'")
     if limit is not None and not limit >= 0:
         raise ValueError(f"limit is {limit}; it may be None, or 0 or more")
+    model = fold_all(model)
     attentions = attention_places(model, overrides, attention)
     places, batches = static_places(model, overrides, attentions), list(as_batches(batches))
     seen = seen_in_halves(model, batches, places, weights == "gptq")
@@ -150,7 +151,7 @@ def choose_static(
 def quantize_static(
     model: nn.Module,  # any model; it is left as it is
     batches: Iterable | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
-    chosen: Mapping | None = None,  # of `choose_static`, for this model with its BatchNorms folded; None: choose now
+    chosen: Mapping | None = None,  # of `choose_static`, for this model; None: choose now
     **how,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
 ) -> nn.Module:  # a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
     """Post-training quantization with input ranges that are fixed beforehand (Jacob et al. 2018, arXiv:1712.05877),
@@ -161,6 +162,8 @@ def quantize_static(
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if (batches is None) == (chosen is None):
         raise ValueError("batches and chosen are two ways to say what the ranges are; give one of them")
+    if chosen is not None and how:
+        raise ValueError(f"{min(how)} does not act: chosen is given, and was made with its own")
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
