@@ -11,7 +11,7 @@ from torch import nn
 from guards import FUZZ
 from modelzip.data import LeNet5
 from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
-from modelzip.onnx_export import to_onnx
+from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
 from modelzip.threads import Pool
@@ -456,3 +456,26 @@ def test_compiled():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(4, 8)
     model = deploy(net, x, "compile")
     near(model(x[:2]), net(x[:2]), 1e-5)
+
+
+def test_engines_are_given_nothing_empty(tmp_path):
+    "At a batch of 0 an LSTM in ONNX Runtime, a pooling in OpenVINO end the process: they are not asked."
+    model, x = Recurrent().eval(), torch.randn(2, 6, 12)
+    with pytest.raises(ValueError, match="empty tensor"):
+        to_onnx(model, tmp_path / "m.onnx", x[:0])
+    for engine in PRESENT:
+        how = {"path": tmp_path / "n.onnx"} if engine in FILES else {}
+        found = deploy(model, x, engine, threads=1, **how)
+        if engine not in FILES:
+            assert found(x[:0])["scores"].shape == model(x[:0])["scores"].shape
+            continue
+        with pytest.raises(ValueError, match="^x is empty.*ask the model itself"):
+            found(x[:0])
+        with pytest.raises(ValueError, match="empty tensor"):
+            deploy(model, x[:0], engine)
+        with pytest.raises(ValueError, match="is empty"):
+            onnx_model(found.path)(x[:0])
+    tried = deploy(model, x[:0], engines=FILES, threads=1, repeats=6).tried
+    assert {a.note for a in tried if a.engine in FILES and a.engine in PRESENT} <= {
+        "example holds an empty tensor, (0, 6, 12); give one with a size of 1 or more everywhere"
+    }
