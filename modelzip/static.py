@@ -22,9 +22,8 @@ from .workshop.halves import seen_in_halves
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
-from .workshop.static_layers import STATIC_LAYERS
 from .workshop.static_models import Chosen, each_input, fold_all
-from .workshop.static_models import static_layer, static_places, step_of, tied_layers
+from .workshop.static_models import check_chosen, static_layer, static_places, step_of, tied_layers
 
 _all_ = ["step_of"]  # made in the workshop
 
@@ -161,8 +160,7 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
-    if missing := [n for n in chosen if type(dict(new.named_modules()).get(n)) not in STATIC_LAYERS]:
-        raise ValueError(f"chosen has {missing[0]!r}, and model has no Linear or Conv2d of that name")
+    check_chosen(new, chosen)
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}
     check_code(new, list(layers))
