@@ -14,6 +14,7 @@ from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
 from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
+from modelzip.prune import Inputs
 from modelzip.threads import Pool
 from modelzip.workshop.models import call, own_copy
 from modelzip.workshop.runtimes import compiler
@@ -479,3 +480,21 @@ def test_engines_are_given_nothing_empty(tmp_path):
     assert {a.note for a in tried if a.engine in FILES and a.engine in PRESENT} <= {
         "example holds an empty tensor, (0, 6, 12); give one with a size of 1 or more everywhere"
     }
+
+
+class Times(nn.Module):
+    def forward(self, x, k=3, *, flag=True):
+        return x * k if flag else x
+
+
+def test_what_a_call_leaves_out_has_its_default():
+    "Not what the example said instead."
+    x = torch.randn(2, 4)
+    for example in (Inputs(x, k=5), Inputs(x, 5), Inputs(x, flag=False), {"x": x, "k": 5}):
+        found = deploy(Times(), example, "given")
+        assert torch.equal(call(found, example), call(Times(), example))
+        with pytest.raises(ValueError, match="the model was deployed for"):
+            found(x)
+    for example in (x, Inputs(x, k=3), Inputs(x, 3, flag=True)):
+        found = deploy(Times(), example, "given")
+        assert torch.equal(found(x), 3 * x) and torch.equal(found(x, 3), 3 * x) and found.layout.in_order
