@@ -261,6 +261,8 @@ def graph_of(
     bare: bool = False,  # also a model without compressed layers
 ) -> tuple[Any, dict]:  # onnx.ModelProto; free dimensions that may not have every size: name → least and largest
     "A model as a graph, see `to_onnx`; with a layout inputs and outputs have the names that it says."
+    if empty := [tuple(x.shape) for x in example if not x.numel()]:
+        raise ValueError(f"example holds an empty tensor, {empty[0]}; give one with a size of 1 or more everywhere")
     onnx, names = need("onnx", "onnx"), {}
     need("onnxscript", "onnx")
     holes, found = with_holes(model, bare)
@@ -374,6 +376,8 @@ def onnx_model(
     def run(*inputs: Tensor):
         if len(inputs) < len(names):
             raise TypeError(f"{len(inputs)} inputs are given; the model has {', '.join(names)}")
+        if empty := [n for n, x in zip(names, inputs) if not x.numel()]:  # an LSTM would end the process
+            raise ValueError(f"{empty[0]} is empty, and ONNX Runtime may end the process at that")
         out = [
             torch.from_numpy(y)
             for y in session.run(None, {n: x.detach().contiguous().numpy() for n, x in zip(names, inputs)})

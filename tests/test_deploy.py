@@ -12,9 +12,10 @@ from guards import FUZZ
 from modelzip.data import LeNet5
 from modelzip.deploy import ENGINES, Deployed, deploy, register_engine
 from modelzip.kernels import use_kernels
-from modelzip.onnx_export import to_onnx
+from modelzip.onnx_export import onnx_model, to_onnx
 from modelzip.qat import convert, prepare
 from modelzip.quant import quantize_model
+from modelzip.prune import Inputs
 from modelzip.threads import Pool
 from modelzip.workshop.models import call, own_copy
 from modelzip.workshop.runtimes import compiler
@@ -487,3 +488,44 @@ def test_compiled():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(4, 8)
     model = deploy(net, x, "compile")
     near(model(x[:2]), net(x[:2]), 1e-5)
+
+
+def test_engines_are_given_nothing_empty(tmp_path):
+    "At a batch of 0 an LSTM in ONNX Runtime, a pooling in OpenVINO end the process: they are not asked."
+    model, x = Recurrent().eval(), torch.randn(2, 6, 12)
+    with pytest.raises(ValueError, match="empty tensor"):
+        to_onnx(model, tmp_path / "m.onnx", x[:0])
+    for engine in PRESENT:
+        how = {"path": tmp_path / "n.onnx"} if engine in FILES else {}
+        found = deploy(model, x, engine, threads=1, **how)
+        if engine not in FILES:
+            assert found(x[:0])["scores"].shape == model(x[:0])["scores"].shape
+            continue
+        with pytest.raises(ValueError, match="^x is empty.*ask the model itself"):
+            found(x[:0])
+        with pytest.raises(ValueError, match="empty tensor"):
+            deploy(model, x[:0], engine)
+        with pytest.raises(ValueError, match="is empty"):
+            onnx_model(found.path)(x[:0])
+    tried = deploy(model, x[:0], engines=FILES, threads=1, repeats=6).tried
+    assert {a.note for a in tried if a.engine in FILES and a.engine in PRESENT} <= {
+        "example holds an empty tensor, (0, 6, 12); give one with a size of 1 or more everywhere"
+    }
+
+
+class Times(nn.Module):
+    def forward(self, x, k=3, *, flag=True):
+        return x * k if flag else x
+
+
+def test_what_a_call_leaves_out_has_its_default():
+    "Not what the example said instead."
+    x = torch.randn(2, 4)
+    for example in (Inputs(x, k=5), Inputs(x, 5), Inputs(x, flag=False), {"x": x, "k": 5}):
+        found = deploy(Times(), example, "given")
+        assert torch.equal(call(found, example), call(Times(), example))
+        with pytest.raises(ValueError, match="the model was deployed for"):
+            found(x)
+    for example in (x, Inputs(x, k=3), Inputs(x, 3, flag=True)):
+        found = deploy(Times(), example, "given")
+        assert torch.equal(found(x), 3 * x) and torch.equal(found(x, 3), 3 * x) and found.layout.in_order

@@ -9,6 +9,7 @@ from torch import nn
 
 from modelzip.data import Attention, LeNet5, TransformerBlock, mnist5k, train
 from modelzip import ptq
+from modelzip.integers import codes_of
 from modelzip.kernels import QConv2d, QLinear, use_kernels
 from modelzip.pack import load, save
 from modelzip.qat import StaticConv2d, StaticLinear
@@ -19,6 +20,7 @@ from modelzip.workshop.alternatives import places_of
 from modelzip.workshop.halves import seen_in_halves
 from modelzip.workshop.integer_attention import StaticAttention, choose_attention
 from modelzip.workshop.models import Inputs
+from modelzip.workshop.static_layers import static_codes
 from modelzip.workshop.static_models import fold_all
 
 
@@ -28,10 +30,7 @@ def simulated(layer, x):
     across = (-1, *[1] * (x.dim() - 2)) if isinstance(layer, StaticConv2d) else (-1,)
     x = x.float()
     x = x if q.columns is None else x * q.columns.view(across)
-    codes = (
-        (x.double() * (torch.tensor(1.0) / s).double() + z).float().round()
-    )  # rounded once, as a fused multiply-add is
-    codes = codes.clamp(0, 255).double() - z
+    codes = codes_of(x, s, z, 255).double() - z
     steps = q.scale.float().view(-1, *[1] * (len(q.shape) - 1))
     w = q.unpack().double().view(q.shape) - (q.levels // 2)
     if isinstance(layer, StaticLinear):
@@ -686,3 +685,35 @@ def test_attention_where_it_fits_and_where_not(attentive):
     state = static.state_dict()
     with pytest.raises(ValueError, match="2 heads|3 heads"):
         StaticAttention(24, 2, 1.0, 1.0, 1.0).set_extra_state(state["block.attention._extra_state"])
+
+
+def test_what_was_chosen_for_another_model_is_refused_by_name():
+    torch.manual_seed(0)
+    net = lambda *sizes: nn.Sequential(nn.Linear(16, sizes[0]), nn.GELU(), nn.Linear(sizes[0], 4)).eval()
+    model, x = net(32), torch.randn(16, 16)
+    chosen = choose_static(model, [x, x + 0.1])
+    check_bits(quantize_static(model, chosen=chosen), x)
+    for other, error, said in (
+        (net(8), ValueError, r"shape \[32, 16\] for '0', and that of the model is \[8, 16\]"),
+        (nn.Sequential(nn.Conv2d(16, 32, 1), nn.GELU(), nn.Linear(32, 4)), ValueError, "for '0'"),
+        (nn.Sequential(nn.Linear(16, 32)), ValueError, "has '2', and model has no"),
+    ):
+        with pytest.raises(error, match=said):
+            quantize_static(other, chosen=chosen)
+    for junk in ({"0": 3}, {"0": None}, [1], "0"):
+        with pytest.raises(TypeError, match="choose_static|chosen"):
+            quantize_static(model, chosen=junk)
+    wide, x = outlier_net()
+    chosen = choose_static(wide, [x[:1000], x[1000:2000]])
+    assert chosen["2"].makers == {"0"}
+    del chosen["0"]
+    with pytest.raises(ValueError, match="copies for '2', and not '0', which makes them"):
+        quantize_static(wide, chosen=chosen)
+
+
+def test_simulation_rounds_in_one_step():
+    "Near a tie the sum of product and zero point decides, rounded once: as the kernel does, at every place of a tensor."
+    x, scale, zero = -0.04441395401954651, 0.0014099668054019703, 92
+    for n in (1, 7, 16, 33, 100):
+        assert static_codes(torch.full((n,), x), scale, zero).unique().tolist() == [61]
+        assert codes_of(torch.full((n,), x), scale, zero, 255).unique().tolist() == [61]

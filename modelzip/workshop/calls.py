@@ -160,8 +160,14 @@ class Layout:
         plain = [
             p for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        self.in_order = [p.name for p in plain[: len(self.names)]] == self.names
+        self.in_order = [p.name for p in plain[: len(self.names)]] == self.names and self._says_all()
         self.rebuild = self.outputs = self.unsaid = None  # see `learn`
+
+    def _says_all(self):
+        "Whether a call with the tensors alone is the example's: all that it leaves out has its default there."
+        leaves, spec = tree_flatten(arguments_of(self.signature, tuple(self.example), {}))
+        alike = (isinstance(v, Tensor) or same_value(v, was) for v, was in zip(leaves, self.leaves))
+        return spec == self.spec and all(alike)
 
     @torch.no_grad()
     def learn(self, model: nn.Module) -> "Layout":  # itself

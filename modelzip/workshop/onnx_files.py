@@ -131,7 +131,7 @@ def _tries(example, free, ranges):
     noisy = tuple(
         (
             x + torch.randn_like(x) * (x.std(unbiased=False).item() or 1.0)
-            if x.is_floating_point() and bool(torch.isfinite(x).all())
+            if x.is_floating_point() and x.numel() and bool(torch.isfinite(x).all())
             else x
         )
         for x in example

@@ -167,6 +167,8 @@ def shaped(
     bounds = [(i, d, n, *sizes[n]) for i, free in enumerate(work.layout.free) for d, n in free.items() if n in sizes]
 
     def answer(*tensors):
+        if empty := [n for n, t in zip(work.layout.names, tensors) if not t.numel()]:
+            raise ValueError(f"{empty[0]} is empty, and engines may end the process at that; ask the model itself")
         for i, d, n, low, high in bounds:
             if not low <= tensors[i].shape[d] <= high:
                 raise ValueError(f"{n} is {tensors[i].shape[d]}; the model's own code allows {low} to {high}")
