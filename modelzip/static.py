@@ -19,11 +19,11 @@ from .ranges import LayerStatistics, smooth_columns
 from .workshop.alternatives import Way, Wish, common_inputs, decided, input_range, made_up, places_of, row_hurt
 from .workshop.copying import makers_of, same_with_copies
 from .workshop.halves import seen_in_halves
-from .workshop.integer_attention import attention_places, attentions_of, choose_attention
+from .workshop.integer_attention import FixedAttention, attention_places, attentions_of, choose_attention
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
-from .workshop.static_models import Chosen, Fixed, check_chosen, each_input, fold_all
+from .workshop.static_models import Chosen, check_chosen, each_input, fold_all
 from .workshop.static_models import static_layer, static_places, step_of, tied_layers
 
 _all_ = ["step_of"]  # made in the workshop
@@ -167,7 +167,8 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
-    products, chosen = attentions_of(new, chosen), {n: f for n, f in chosen.items() if isinstance(f, Fixed)}
+    products = attentions_of(new, chosen)
+    chosen = {n: f for n, f in chosen.items() if not isinstance(f, FixedAttention)}
     check_chosen(new, chosen)
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}

@@ -273,7 +273,9 @@ def attentions_of(
     model: nn.Module,
     chosen: Mapping,  # name → `FixedAttention`, among others
 ) -> dict:  # attention → function of its copy, which gives what takes its place
-    "For `exchange`. `ValueError` for a name that the model does not have."
+    "For `exchange`. `TypeError` for what is no mapping, `ValueError` for a name that the model does not have."
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"chosen is a {type(chosen).__name__}; it may be what `choose_static` returns")
     there, found = dict(model.named_modules()), {}
     for name, fixed in chosen.items():
         if not isinstance(fixed, FixedAttention):

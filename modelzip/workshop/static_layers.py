@@ -28,8 +28,8 @@ def static_codes(
     zero_point: int,  # code of zero, 0 … levels − 1
     levels: int = 256,  # number of codes, at most 256
 ) -> Tensor:  # uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
-    """Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale plus
-    zero point, rounded once to float32, then half to even."""
+    """Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale (a
+    float32) plus the zero point in one step, rounded to float32, then half to even."""
     if scale < 1e-37:  # 1 / scale has no float32
         return (x.double() / scale + zero_point).round().clamp(0, levels - 1).to(torch.uint8)
     reach = min(scale * 2.0**22, torch.finfo(torch.float32).max)  # beyond, whole numbers may wrap around

@@ -186,9 +186,12 @@ def check_chosen(
     model: nn.Module,  # with its BatchNorms folded
     chosen: Mapping[str, Fixed],
 ) -> None:
-    "`ValueError` for what was chosen for another model, and for copies that nobody is to make."
+    """`TypeError` for what `choose_static` does not return, `ValueError` for what was chosen for another model, and for
+    copies that nobody is to make."""
     layers = dict(model.named_modules())
     for n, f in chosen.items():
+        if not isinstance(f, Fixed):
+            raise TypeError(f"chosen[{n!r}] is a {type(f).__name__}; it may be what `choose_static` returns")
         if type(layers.get(n)) not in STATIC_LAYERS:
             raise ValueError(f"chosen has {n!r}, and model has no Linear or Conv2d of that name")
         there, here = f.q.dequantize().double(), layers[n].weight.detach().double()
@@ -203,29 +206,6 @@ def check_chosen(
             raise ValueError(f"chosen has no {min(absent)!r}, which is to make copies for {n!r}")
 
 # %% ../../nbs/workshop/static_models.ipynb
-def check_chosen(
-    model: nn.Module,  # with its BatchNorms folded
-    chosen: Mapping,  # what `quantize_static` is given
-) -> None:
-    "`TypeError` for what `choose_static` does not return; `ValueError` names a layer that was chosen for another model."
-    if not isinstance(chosen, Mapping):
-        raise TypeError(f"chosen is a {type(chosen).__name__}; it may be what `choose_static` returns")
-    modules = dict(model.named_modules())
-    for name, f in chosen.items():
-        if not isinstance(f, Fixed):
-            raise TypeError(f"chosen[{name!r}] is a {type(f).__name__}; it may be what `choose_static` returns")
-        layer = modules.get(name)
-        if type(layer) not in STATIC_LAYERS:
-            raise ValueError(f"chosen has {name!r}, and model has no Linear or Conv2d of that name")
-        shape, wanted = list(f.q.shape), list(layer.weight.shape)
-        if f.at is not None:
-            shape[1] = int(f.at.max()) + 1
-        if shape != wanted:
-            raise ValueError(f"chosen has a weight of shape {shape} for {name!r}, and that of the model is {wanted}")
-        if lost := [m for m in f.makers if m not in chosen]:
-            raise ValueError(f"chosen has copies for {name!r}, and not {lost[0]!r}, which makes them")
-
-
 def fold_all(model: nn.Module) -> nn.Module:
     "The model with its BatchNorms folded where that is proved; itself when it has none."
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
