@@ -19,7 +19,7 @@ from .ranges import LayerStatistics, smooth_columns
 from .workshop.alternatives import Way, Wish, common_inputs, decided, input_range, made_up, places_of, row_hurt
 from .workshop.copying import makers_of, same_with_copies
 from .workshop.halves import seen_in_halves
-from .workshop.integer_attention import FixedAttention, attention_places, attentions_of, choose_attention
+from .workshop.integer_attention import attention_places, attentions_of, choose_attention
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
@@ -158,8 +158,6 @@ def quantize_static(
     behind column scales (Xiao et al. 2022, arXiv:2211.10438). BatchNorms are folded into convolutions first. All
     other layers stay as they are. `ValueError` as `choose_static` has it, and for what a copy would run of the
     original."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if (batches is None) == (chosen is None):
         raise ValueError("batches and chosen are two ways to say what the ranges are; give one of them")
     if chosen is not None and how:
@@ -167,8 +165,7 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
-    products = attentions_of(new, chosen)
-    chosen = {n: f for n, f in chosen.items() if not isinstance(f, FixedAttention)}
+    products, chosen = attentions_of(new, chosen)
     check_chosen(new, chosen)
     rows = {m: f.at for f in chosen.values() for m in f.makers}
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}

@@ -694,8 +694,8 @@ def test_what_was_chosen_for_another_model_is_refused_by_name():
     chosen = choose_static(model, [x, x + 0.1])
     check_bits(quantize_static(model, chosen=chosen), x)
     for other, error, said in (
-        (net(8), ValueError, r"shape \[32, 16\] for '0', and that of the model is \[8, 16\]"),
-        (nn.Sequential(nn.Conv2d(16, 32, 1), nn.GELU(), nn.Linear(32, 4)), ValueError, "for '0'"),
+        (net(8), ValueError, r"the weight of 0 is \[32, 16\] there, and \[8, 16\] here"),
+        (nn.Sequential(nn.Conv2d(16, 32, 1), nn.GELU(), nn.Linear(32, 4)), ValueError, "the weight of 0 is"),
         (nn.Sequential(nn.Linear(16, 32)), ValueError, "has '2', and model has no"),
     ):
         with pytest.raises(error, match=said):

@@ -19,7 +19,7 @@ from ..quant import OBSERVERS
 from .drivers import named
 from .halves import Seen
 from .scales import matrices_for
-from .static_models import Fixed, product_error, rounded_rows
+from .static_models import Fixed, fingerprint, product_error, rounded_rows
 from .statistics import LayerStatistics
 
 # %% ../../nbs/workshop/alternatives.ipynb
@@ -210,6 +210,7 @@ def decided(
         q = named(n, wish.pack, w, codes[n], steps[n], last)
         found[n] = Fixed(kind, *last.step, last.alpha, last.columns, *(both if kind == "static" else both[::-1]), q)
         found[n].weights, found[n].shift = "gptq" if gptq else "nearest", shifts.get((kind, n))
+        found[n].made_of = fingerprint(w)
         if copies:
             found[n].at, found[n].makers = places_of(last.times), makers
     return found

@@ -272,20 +272,21 @@ def choose_attention(
 def attentions_of(
     model: nn.Module,
     chosen: Mapping,  # name → `FixedAttention`, among others
-) -> dict:  # attention → function of its copy, which gives what takes its place
+) -> tuple[dict, dict]:  # attention → function of its copy, which gives what takes its place; and the others
     "For `exchange`. `TypeError` for what is no mapping, `ValueError` for a name that the model does not have."
     if not isinstance(chosen, Mapping):
         raise TypeError(f"chosen is a {type(chosen).__name__}; it may be what `choose_static` returns")
-    there, found = dict(model.named_modules()), {}
+    there, found, others = dict(model.named_modules()), {}, {}
     for name, fixed in chosen.items():
         if not isinstance(fixed, FixedAttention):
+            others[name] = fixed
             continue
         if type(there.get(name)) not in STATIC_ATTENTION:
             raise ValueError(f"chosen has {name!r}, and model has no Attention of that name")
         if fixed.kind == "static":
             kind, steps = STATIC_ATTENTION[type(there[name])], astuple(fixed)[1:4]
             found[there[name]] = lambda plain, kind=kind, steps=steps: kind.of(plain, steps)
-    return found
+    return found, others
 
 # %% ../../nbs/workshop/integer_attention.ipynb
 from .arguments import name_arguments

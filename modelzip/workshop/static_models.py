@@ -4,10 +4,10 @@
 
 # %% auto 0
 __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error', 'rounded_rows', 'each_input', 'Fixed', 'Chosen',
-           'check_chosen', 'fold_all', 'static_layer']
+           'fingerprint', 'check_chosen', 'fold_all', 'static_layer']
 
 # %% ../../nbs/workshop/static_models.ipynb
-import fnmatch
+import fnmatch, hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -166,6 +166,7 @@ class Fixed:
     shift: Tensor | None = None  # [outputs] that is added to the bias
     at: Tensor | None = None  # which input stands at each place of the weight, where some have copies
     makers: frozenset = frozenset()  # the layers that make the copies
+    made_of: bytes = b""  # fingerprint of the weight that was rounded
 
     def __str__(self):
         alpha = "no columns" if self.alpha is None else f"α = {self.alpha:<6.3g}"
@@ -182,6 +183,10 @@ class Chosen(dict):
         return "\n".join(f"{n:<{wide}}  {f}" for n, f in self.items())
 
 
+def fingerprint(weight: Tensor) -> bytes:
+    return hashlib.blake2b(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).digest()
+
+
 def check_chosen(
     model: nn.Module,  # with its BatchNorms folded
     chosen: Mapping[str, Fixed],
@@ -194,13 +199,12 @@ def check_chosen(
             raise TypeError(f"chosen[{n!r}] is a {type(f).__name__}; it may be what `choose_static` returns")
         if type(layers.get(n)) not in STATIC_LAYERS:
             raise ValueError(f"chosen has {n!r}, and model has no Linear or Conv2d of that name")
-        there, here = f.q.dequantize().double(), layers[n].weight.detach().double()
-        if f.at is not None:  # copies add up
-            there = there.new_zeros(len(there), len(f.at.unique())).index_add(1, f.at, there)
-        if there.shape != here.shape:
-            there, here = list(there.shape), list(here.shape)
+        there, here = list(f.q.shape), list(layers[n].weight.shape)
+        if f.at is not None:
+            there[1] = len(f.at.unique())
+        if there != here:
             raise ValueError(f"chosen was made for another model: the weight of {n} is {there} there, and {here} here")
-        if not (there - here).norm() <= 0.3 * here.norm():
+        if f.made_of != fingerprint(layers[n].weight):
             raise ValueError(f"chosen was made for another model: the weight of {n} has other values there")
         if absent := f.makers - chosen.keys():
             raise ValueError(f"chosen has no {min(absent)!r}, which is to make copies for {n!r}")
