@@ -167,10 +167,9 @@ def quantize_static(
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
     products, chosen = attentions_of(new, chosen)
     check_chosen(new, chosen)
-    rows = {m: f.at for f in chosen.values() for m in f.makers}
+    rows, packed = {m: f.at for f in chosen.values() for m in f.makers}, {}  # tied layers share what is packed
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}
     check_code(new, [*layers, *products])
-    packed = {}  # tied layers share it
     made = {m: lambda plain, n=n, f=f: static_layer(plain, n, f, rows.get(n), packed) for m, (n, f) in layers.items()}
     return exchange(new, made | products).eval()
 
