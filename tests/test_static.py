@@ -707,7 +707,7 @@ def test_what_was_chosen_for_another_model_is_refused_by_name():
     chosen = choose_static(wide, [x[:1000], x[1000:2000]])
     assert chosen["2"].makers == {"0"}
     del chosen["0"]
-    with pytest.raises(ValueError, match="copies for '2', and not '0', which makes them"):
+    with pytest.raises(ValueError, match="chosen has no '0', which is to make copies for '2'"):
         quantize_static(wide, chosen=chosen)
 
 
