@@ -161,6 +161,7 @@ def preload():
 def test(workers=2):
     """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
     processor waits at the end."""
+    import torch
     from nbdev.test import test_nb
 
     preload()
@@ -170,6 +171,7 @@ def test(workers=2):
     fork, running, failed = multiprocessing.get_context("fork"), {}, []
 
     def one(path):
+        torch.manual_seed(0)  # who sets no seed is not red by chance
         sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
 
     while waiting or running:

@@ -4,11 +4,11 @@
 
 # %% auto 0
 __all__ = ['PAGE', 'Measurement', 'Report', 'times_as_text', 'plain_text', 'table_of', 'note_of', 'as_text', 'as_html',
-           'front_of', 'label_points', 'size_ticks', 'svg_of', 'write_whole']
+           'contest_as_text', 'front_of', 'label_points', 'size_ticks', 'svg_of', 'write_whole']
 
 # %% ../../nbs/workshop/reports.ipynb
 import json, math, os, re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from io import StringIO
@@ -117,9 +117,10 @@ def table_of(report: Report) -> tuple[list[str], list[list[str]]]:
 def note_of(report: Report) -> str:
     "One line that says how to read the table."
     facts = " · ".join(f"{k} {v}" for k, v in report.facts.items())
+    timed = " Times: the baseline's median, then ratios to it (below 1 is quicker)."
     return (
-        "Each model was saved, loaded and then measured. Times: the baseline's median, then ratios to it (below 1 is"
-        f" quicker).{' Machine: ' if facts else ''}{facts}"
+        f"Each model was saved, loaded and then measured.{timed if any(r.milliseconds for r in report.rows) else ''}"
+        f"{' Machine: ' if facts else ''}{facts}"
     )
 
 # %% ../../nbs/workshop/reports.ipynb
@@ -147,6 +148,21 @@ def as_html(report: Report) -> str:
         f"<thead>{line('th', heads)}</thead><tbody>{body}</tbody></table></div>"
         f'<p style="font-size:.85em;opacity:.8">{escape(note_of(report))}</p>'
     )
+
+# %% ../../nbs/workshop/reports.ipynb
+def contest_as_text(
+    rows: Mapping,  # name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
+) -> str:
+    "A line for each contestant; t1 b8: one thread, batch 8."
+    cells = [c for c in next(iter(rows.values())) if c.startswith("threads")]
+    short = [c.replace("threads ", "t").replace(", batch ", " b") for c in cells]
+    wide = max(map(len, rows))
+    lines = [f"{'':<{wide}}{'cosine':>8}" + "".join(f"{c:>8}" for c in short)]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<{wide}}{row['cosine']:>8.4f}" + "".join(f"{row[c]['times as fast']:>8.2f}" for c in cells)
+        )
+    return "\n".join(lines)
 
 # %% ../../nbs/workshop/reports.ipynb
 @patch
