@@ -881,7 +881,9 @@ def test_ended_while_it_writes(place, tmp_path):
         {HEARD}
         from modelzip.workshop.terminal import main
         import modelzip.cli
-        def slow(*_): print(os.getpid(), flush=True); time.sleep(60)
+        def slow(*_):
+            print(os.getpid(), flush=True)
+            for _ in range(600): time.sleep(.1)  # a signal just before one long sleep would wait for its end
         os.fsync = slow
         for name in {[*signals]}:
             if not os.fork():
