@@ -158,7 +158,9 @@ def documented(module: str) -> list[tuple[str, str]]:
         kinds = lambda t: inspect.isroutine(t) or inspect.isclass(t) or isinstance(t, np.ufunc)
         public = [(name, t) for name, t in sorted(vars(m).items()) if not name.startswith("_") and kinds(t)]
         home = lambda t: (getattr(t, "__module__", None) or module).split(".")[0].lstrip("_")
-        added = r"\n\*\*Array API Standard Support\*\*\n.*?\n +See :ref:`dev-arrayapi`.*?\n"  # by scipy, to numpy's, too
+        added = (
+            r"\n\*\*Array API Standard Support\*\*\n.*?\n +See :ref:`dev-arrayapi`.*?\n"  # by scipy, to numpy's, too
+        )
         own = lambda doc: re.sub(added, "", doc, flags=re.S) if top == "numpy" else doc
         return [
             (f"{module}.{name}", own(inspect.cleandoc(t.__doc__)))
