@@ -358,26 +358,28 @@ def _(model, inputs, batches, folder, threads):
     return onnx_model(written(made, inputs, folder, "rows.onnx"), threads)
 
 
-@contestant("ours through ONNX Runtime, static", *ALL)
-def _(model, inputs, batches, folder, threads):
-    return onnx_model(written(lambda: quantize_static(model, batches), inputs, folder, "static.onnx"), threads)
-
-
-@contestant("ours through OpenVINO, static", *ALL)
-def _(model, inputs, batches, folder, threads):
-    path = written(lambda: quantize_static(model, batches), inputs, folder, "static.onnx")
-    return openvino(path, inputs, threads)
-
-
-@contestant("ours through OpenVINO, static, rest in bf16", *ALL)
-def _(model, inputs, batches, folder, threads):
-    path = written(lambda: quantize_static(model, batches), inputs, folder, "static.onnx")
-    return openvino(path, inputs, threads, "bf16")
+def fixed(model, inputs, batches, folder, name="static.onnx", **how):
+    return written(lambda: quantize_static(model, batches, **how), inputs, folder, name)
 
 
 def attentive(model, inputs, batches, folder):
     "Fixed ranges, the products of attention among them."
-    return written(lambda: quantize_static(model, batches, attention=True), inputs, folder, "attention.onnx")
+    return fixed(model, inputs, batches, folder, "attention.onnx", attention=True)
+
+
+@contestant("ours through ONNX Runtime, static", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return onnx_model(fixed(model, inputs, batches, folder), threads)
+
+
+@contestant("ours through OpenVINO, static", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return openvino(fixed(model, inputs, batches, folder), inputs, threads)
+
+
+@contestant("ours through OpenVINO, static, rest in bf16", *ALL)
+def _(model, inputs, batches, folder, threads):
+    return openvino(fixed(model, inputs, batches, folder), inputs, threads, "bf16")
 
 
 @contestant("ours through ONNX Runtime, static with attention", "MiniLM")

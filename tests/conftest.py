@@ -6,7 +6,7 @@ import copy, functools, gc
 import pytest
 from hypothesis import HealthCheck, settings
 
-from guards import FUZZ
+from guards import FUZZ, share
 
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -41,4 +41,16 @@ def read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         patch.setattr(utils, "_materialize_cpp_cia_ops", asked)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fewer_choices():
+    """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all where
+    the suite is a search itself."""
+    from modelzip.workshop import search
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "DENSE", share(search.DENSE, 5))
+        patch.setattr(search, "SPARSE", share(search.SPARSE, 4))
         yield

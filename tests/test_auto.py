@@ -22,7 +22,6 @@ from modelzip.auto import (
     second_order,
     waterfill,
 )
-from guards import share
 from modelzip.data import accuracy, digits, train
 from modelzip.pack import inspect, load, save
 from modelzip.budget import knapsack
@@ -33,13 +32,7 @@ from modelzip.workshop.allocation import branch_and_bound
 rng = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fewer_choices():
-    "What is on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all in a search."
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(search, "DENSE", share(search.DENSE, 5))
-        m.setattr(search, "SPARSE", share(search.SPARSE, 4))
-        yield
+pytestmark = pytest.mark.usefixtures("fewer_choices")
 
 
 # --- allocation

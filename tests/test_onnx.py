@@ -1,7 +1,7 @@
 """ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
 weight is in them."""
 
-import copy, functools, importlib.util, json, os
+import importlib.util, json, os
 from collections import Counter
 
 import pytest
@@ -34,29 +34,7 @@ from modelzip.workshop.onnx_static import whole_bias
 FAST = settings(max_examples=examples(40), deadline=None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """PyTorch reads the source of some 500 translations of its operations anew for every file, and asks for all of its
-    operations some 120 times, half of the time that a small one takes: here once. Where these parts of PyTorch, which
-    are not public, look different, nothing is changed."""
-    try:
-        from torch._export import utils
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        read, asked = functools.cache(ONNXRegistry.from_torchlib), functools.cache(utils._materialize_cpp_cia_ops)
-    except (ImportError, AttributeError):
-        yield
-        return
-
-    def copied(*args, **kwargs):
-        found = copy.copy(read(*args, **kwargs))
-        found.functions = {name: [*ways] for name, ways in found.functions.items()}
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
-        patch.setattr(utils, "_materialize_cpp_cia_ops", asked)
-        yield
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 @pytest.fixture(autouse=True)

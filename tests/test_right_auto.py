@@ -13,7 +13,6 @@ from torch import nn
 
 from guards import codes_alone, examples, share, turns, unchanged
 from modelzip import auto
-from modelzip.workshop import search
 from modelzip.workshop.menu import expected_change
 from modelzip.auto import (
     DENSE,
@@ -47,19 +46,14 @@ from modelzip.recipe import (
     samples_of,
     sweep,
 )
+from modelzip.workshop import search
 from modelzip.workshop.judging import likeness
 from modelzip.workshop.models import Inputs, Labelled
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fewer_choices():
-    "What is on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all in a search."
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(search, "DENSE", share(search.DENSE, 5))
-        m.setattr(search, "SPARSE", share(search.SPARSE, 4))
-        yield
+pytestmark = pytest.mark.usefixtures("fewer_choices")
 
 
 def seeded(make, seed=0):

@@ -4,10 +4,10 @@
 
 # %% auto 0
 __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error', 'rounded_rows', 'each_input', 'Fixed', 'Chosen',
-           'fingerprint', 'check_chosen', 'fold_all', 'static_layer']
+           'check_chosen', 'fold_all', 'static_layer']
 
 # %% ../../nbs/workshop/static_models.ipynb
-import fnmatch, hashlib
+import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from ..kernels import QLinear, quantize_rows, reader_of, without_hooks
 from ..quant import Packed, QTensor, quantize
 from ..rounding import scale_and_zero_point
 from ..structured import fold_batchnorm, foldable
+from .content import fingerprint
 from .drivers import named, warn_caller
 from .models import carry_hooks, computed
 from .qat_observers import LEAST
@@ -166,7 +167,7 @@ class Fixed:
     shift: Tensor | None = None  # [outputs] that is added to the bias
     at: Tensor | None = None  # which input stands at each place of the weight, where some have copies
     makers: frozenset = frozenset()  # the layers that make the copies
-    made_of: bytes = b""  # fingerprint of the weight that was rounded
+    made_of: str = ""  # fingerprint of the weight that was rounded
 
     def __str__(self):
         alpha = "no columns" if self.alpha is None else f"α = {self.alpha:<6.3g}"
@@ -181,10 +182,6 @@ class Chosen(dict):
     def __repr__(self):
         wide = max(map(len, self), default=0)
         return "\n".join(f"{n:<{wide}}  {f}" for n, f in self.items())
-
-
-def fingerprint(weight: Tensor) -> bytes:
-    return hashlib.blake2b(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).digest()
 
 
 def check_chosen(
@@ -204,7 +201,7 @@ def check_chosen(
             there[1] = len(f.at.unique())
         if there != here:
             raise ValueError(f"chosen was made for another model: the weight of {n} is {there} there, and {here} here")
-        if f.made_of != fingerprint(layers[n].weight):
+        if f.made_of != fingerprint(layers[n].weight.detach()):
             raise ValueError(f"chosen was made for another model: the weight of {n} has other values there")
         if absent := f.makers - chosen.keys():
             raise ValueError(f"chosen has no {min(absent)!r}, which is to make copies for {n!r}")
