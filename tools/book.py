@@ -146,7 +146,7 @@ def run(paths):
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
-    import matplotlib.pyplot, pandas, safetensors.torch, tokenizers, torch
+    import matplotlib.pyplot, nbdev.test, pandas, safetensors.torch, tokenizers, torch
     import torch._dynamo  # the first optimizer of a process imports it
 
     from modelzip.workshop.sentences import docstring_sources
@@ -158,28 +158,35 @@ def preload():
     gc.freeze()  # the copies' collectors leave it alone
 
 
-def test(workers=2):
-    """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
-    processor waits at the end."""
+def one(path):
+    "Run a notebook's cells in this process, and end it."
     import torch
     from nbdev.test import test_nb
 
-    preload()
+    os.chdir(ROOT / "nbs")
+    torch.manual_seed(0)  # who sets no seed is not red by chance
+    sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
+
+
+def test(workers=2):
+    """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
+    processor waits at the end."""
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
     waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
-    os.chdir(ROOT / "nbs")
-    fork, running, failed = multiprocessing.get_context("fork"), {}, []
+    running, failed = {}, []
 
-    def one(path):
-        torch.manual_seed(0)  # who sets no seed is not red by chance
-        sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
+    def start(kind):
+        path = waiting.pop()
+        process = multiprocessing.get_context(kind).Process(target=one, args=(path,))
+        process.start()
+        running[process.sentinel] = process, path, time.perf_counter()
 
+    for _ in range(workers - 1):  # these import for themselves while this process gets ready for the others
+        start("spawn")
+    preload()
     while waiting or running:
         while waiting and len(running) < workers:
-            path = waiting.pop()
-            process = fork.Process(target=one, args=(path,))
-            process.start()
-            running[process.sentinel] = process, path, time.perf_counter()
+            start("fork")
         for ended in multiprocessing.connection.wait(running):
             process, path, began = running.pop(ended)
             process.join()
