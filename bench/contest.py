@@ -59,7 +59,7 @@ class Contestant:
                 continue
         self.log.seek(0)
         last = (self.log.read().strip().splitlines() or ["it ended without a word"])[-1][:160]
-        raise RuntimeError(f"{' '.join(self.process.args[3:6])} (exit status {self.process.poll()}): {last}")
+        raise RuntimeError(f"{' '.join(self.process.args[3:6])} (exit status {self.process.wait()}): {last}")
 
     def seconds(self, batch):
         self.process.send_signal(signal.SIGCONT)
