@@ -58,7 +58,8 @@ class Contestant:
             except ValueError:  # what the engine itself prints
                 continue
         self.log.seek(0)
-        raise RuntimeError((self.log.read().strip().splitlines() or ["it ended without a word"])[-1][:160])
+        last = (self.log.read().strip().splitlines() or ["it ended without a word"])[-1][:160]
+        raise RuntimeError(f"{' '.join(self.process.args[3:6])} (exit status {self.process.wait()}): {last}")
 
     def seconds(self, batch):
         self.process.send_signal(signal.SIGCONT)
