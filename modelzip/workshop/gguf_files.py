@@ -55,7 +55,7 @@ class Cursor:
     def take(self, n: int, what: str) -> bytes:
         demand(n <= len(self.data) - self.at, f"it ends within {what} (at byte {self.at:,})")
         self.at += n
-        return self.data[self.at - n : self.at]
+        return bytes(self.data[self.at - n : self.at])
 
     def whole(self, form: str, what: str) -> Any:
         "One number."
@@ -140,7 +140,8 @@ def kind_name(number: int) -> str:
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 def read_head(
-    data: Any,  # bytes-like: the whole file
+    data: Any,  # bytes-like: the file, or its beginning
+    size: int | None = None,  # of the whole file; None: that of the data
 ) -> Head:
     "Metadata, and where each tensor lies. `PackError` for whatever is wrong; no number of a tensor is looked at."
     c = Cursor(data)
@@ -164,7 +165,7 @@ def read_head(
     good = type_of(metadata, "general.alignment", "uint32") == "uint32" and alignment & (alignment - 1) == 0 < alignment
     demand(good, f"its general.alignment is {quoted(alignment)}; it may be a power of two, as uint32")
     start = -(-c.at // alignment) * alignment
-    return Head(version, metadata, places_of(infos, start, len(data)), start, alignment)
+    return Head(version, metadata, places_of(infos, start, len(data) if size is None else size), start, alignment)
 
 
 def type_of(metadata: Mapping, key: str, default: str) -> str:
