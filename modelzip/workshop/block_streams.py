@@ -407,7 +407,7 @@ def find_classes(side: Side, d: np.ndarray, m: np.ndarray | None, codes: np.ndar
     w = (q - rule.middle) * scale[..., None]
     w = (w if m is None else w + (m.astype(np.float32) / of_row)[..., None]).reshape(len(d), -1)
     mean = w.mean(0) if rule.means else np.zeros(w.shape[1], np.float32)
-    side.mean = mean.astype(np.float16) if rule.means else np.empty(0, np.float16)
+    side.mean = np.clip(mean, -6e4, 6e4).astype(np.float16) if rule.means else np.empty(0, np.float16)
     size = np.maximum(np.sqrt(((w - mean) ** 2).mean(0)), np.float32(1e-6))
     logs = size.astype(np.float32).view(np.uint32).astype(np.int32) >> 20
     side.spread = np.clip(logs - int(np.median(logs)), -128, 127).astype(np.int16)
