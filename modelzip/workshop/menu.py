@@ -6,31 +6,29 @@
 __all__ = ['DENSE', 'SPARSE', 'REFERENCES', 'Menu', 'tensors_of', 'expected_change', 'menu_of', 'describe_option']
 
 # %% ../../nbs/workshop/menu.ipynb
-import math, tempfile
+import math
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from ..budget import output_errors
 from ..data import Split
-from ..pack import inspect, write_file
 from ..prune import PRUNABLE, prune_model, remove_masks, sparsify_model
-from ..ptq import gptq, nearest_weight, quantize_with
+from ..ptq import nearest_weight, quantize_with
 from ..quant import QUANTIZABLE
 from ..recipe import Samples, expanded
 from .allocation import allocate
 from .matrices import identity_of, layers_of, matrices_of
-from .walking import table_of
-from .writing import check_threads
+from .sensitivities import changes_of
+from .sizes import sizes_of
+from .widths import Widths, widths_of
 
 # %% ../../nbs/workshop/menu.ipynb
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
 SPARSE = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
-# bits at which the output's change is measured; for other options it follows from their squared error
+# bits at which the output's change is measured; for other options it follows from their own errors
 REFERENCES = 2, 4
 
 
@@ -45,6 +43,8 @@ class Menu:
     bytes: list[list[float]]  # [tensors][options], in a file
     errors: list[list[float]]  # [tensors][options], relative squared error of the output
     sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 4 bits
+    parts: Widths | None = field(default=None, repr=False)  # what it was measured on, while a search needs it
+    ties: dict[str, tuple] = field(default_factory=dict, repr=False)  # name of a tensor → what the parts call it
 
     def pick(self, budget: float) -> list[int]:
         return allocate(self.bytes, self.errors, budget)
@@ -54,6 +54,12 @@ class Menu:
 
     def error(self, picks: list[int]) -> float:
         return sum(e[p] for e, p in zip(self.errors, picks))
+
+    def sketch(self, picks: list[int]) -> nn.Module:
+        "The model with these choices, from the parts; `ValueError` when they are not there any more."
+        if self.parts is None:
+            raise ValueError("the menu has no parts: a search keeps them for as long as it runs")
+        return self.parts.put_together({self.ties[n]: p for n, p in zip(self.layers, picks)})
 
 # %% ../../nbs/workshop/menu.ipynb
 def tensors_of(model: nn.Module) -> dict[str, list[str]]:  # name of a tensor → by which names steps know it
@@ -95,24 +101,10 @@ def _numbers(model):
     return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
 
 # %% ../../nbs/workshop/menu.ipynb
-def _reference(model, samples, names, bits):
-    """For each tensor: the squared error that plain rounding makes at so many bits, and what the output makes of it
-    when it is done well."""
-    values, originals = _values(_all_with(model, {"bits": bits}), names), _numbers(model)
-    wrong = {n: (values[n] - originals[n]).double().square().sum().item() for n in names}
-    # a sensitivity is no judgement: with nothing held out, what there is will do
-    seen = _inputs(samples.held) or samples.batches
-    if not seen:
-        return wrong, {n: w / max(originals[n].double().square().sum().item(), 1e-30) for n, w in wrong.items()}
-    if samples.train is None and samples.batches:
-        values |= _values(gptq(model, samples.batches, bits, group=None, catch_up=0.0), names)
-    return wrong, output_errors(model, values, _some(seen))
-
-
 def expected_change(error, known, energy=1.0):
-    """Change of the output at a squared error, from two pairs (squared error, change), the larger first. A
-    reference that is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for
-    both; if both are, the tensor's energy is the measure.
+    """Change of the output at a tensor's error, from two pairs (error, change), the larger first. A reference that
+    is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for both; if both are,
+    the tensor's energy is the measure.
     """
     (far, harm), (near, change) = known
     if not error:
@@ -141,15 +133,6 @@ def _all_with(model, option):
     return new
 
 
-def _taken(model, path):
-    """What each tensor takes in an archived file: one that nobody will load, so it says nothing of the layers and is
-    not read back, as `save` does."""
-    table, pieces = table_of(model)
-    with open(path, "wb") as f:
-        write_file(f, {"modelzip": 1, "architecture": None, "tensors": table}, pieces, True, check_threads(None))
-    return {line.name: line.bytes for line in inspect(path, entropy=False).lines}
-
-
 def _values(model, names):
     "The numbers that tensors stand for."
     plain = dict(expanded(model).named_parameters(remove_duplicate=False))
@@ -165,32 +148,63 @@ def menu_of(
 ) -> Menu:
     "Measure what each option takes in a file, and estimate what it does to the output."
     layers, originals = tensors_of(model), _numbers(model)
-    prunable = {n for n, places in _places(model).items() if all(isinstance(m, PRUNABLE) for _, m, _ in places)}
-    squared = lambda a, b: (a - b).double().square().sum().item()
-    sizes, errors = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for option in tqdm(options, desc="menu", leave=False, disable=not progress):
-            new, path = _all_with(model, option), Path(folder) / "menu.mz"
-            taken, values = _taken(new, path), _values(new, layers)
-            offered = lambda n: (
-                not option.get("sparsity") or n in prunable and originals[n].numel() * (1 - option["sparsity"]) >= 16
-            )
-            sizes.append([taken[n] if offered(n) else math.inf for n in layers])
-            errors.append([squared(values[n], originals[n]) for n in layers])
-    known = [_reference(model, samples, list(layers), bits) for bits in REFERENCES]
-    energy = {n: squared(originals[n], 0 * originals[n]) for n in layers}
-    expected = [
-        [expected_change(e, [(wrong[n], change[n]) for wrong, change in known], energy[n]) for e in row]
-        for n, row in zip(layers, zip(*errors))
+    ties, pruned = {n: identity_of(w) for n, w in originals.items()}, any(o.get("sparsity") for o in options)
+    references = [{"bits": b} for b in REFERENCES]
+    asked = [o for o in options if not o.get("sparsity")]
+    asked += [r for r in references if r not in asked]
+    calibrated = samples.batches if samples.batches and samples.train is None and not pruned else None
+    parts = widths_of(model, asked, calibrated, progress)
+    rows = [_dense(parts, i, ties) for i in range(len(asked))]
+    known = [rows[asked.index(r)][1] for r in references]
+    changes = _changes(
+        model, samples, {t: [parts.packed(asked.index(r), t) for r in references] for t in ties.values()}
+    )
+    changes = [{n: changes[i][t] for n, t in ties.items()} if changes else known[i] for i in range(len(references))]
+    offers = [
+        rows[asked.index(o)] if o in asked else _sparse(model, o, originals)
+        for o in tqdm(options, desc="menu", leave=False, disable=not progress)
     ]
+    expected = lambda n, e: expected_change(e, [(wrong[n], change[n]) for wrong, change in zip(known, changes)])
     return Menu(
         layers,
-        {n: originals[n].numel() for n in layers},
+        {n: w.numel() for n, w in originals.items()},
         options,
-        [list(t) for t in zip(*sizes)],
-        expected,
-        known[-1][1],
+        [[sizes[n] for sizes, _ in offers] for n in layers],
+        [[expected(n, errors[n]) for _, errors in offers] for n in layers],
+        changes[-1],
+        None if pruned else parts,
+        ties,
     )
+
+
+def _dense(parts, choice, ties):
+    "Bytes and errors of all tensors at one choice."
+    whole = parts.put_together(dict.fromkeys(parts.jobs[choice].ties, choice))
+    return sizes_of(whole, ties), {n: parts.errors[choice][t] for n, t in ties.items()}
+
+
+def _sparse(model, option, originals):
+    "The same of an option with zeros; infinite bytes where it is not on offer."
+    new = _all_with(model, option)
+    values, sizes = _values(new, originals), sizes_of(new, originals)
+    squared = lambda t: t.double().square().sum().item()
+    for n, places in _places(model).items():
+        if (
+            not all(isinstance(m, PRUNABLE) for _, m, _ in places)
+            or originals[n].numel() * (1 - option["sparsity"]) < 16
+        ):
+            sizes[n] = math.inf
+    return sizes, {n: squared(values[n] - w) / max(squared(w), 1e-30) for n, w in originals.items()}
+
+
+def _changes(model, samples, values):
+    "What the output makes of each tensor at the references; None: there is nothing to see it on."
+    # a sensitivity is no judgement: with nothing held out, what there is will do
+    seen = _inputs(samples.held) or samples.batches
+    if not seen:
+        return None
+    found = changes_of(model, values, _some(seen))
+    return [{t: c[i] for t, c in found.items()} for i in range(len(REFERENCES))]
 
 
 def _inputs(held):
