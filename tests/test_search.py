@@ -6,24 +6,23 @@ import collections
 import pytest
 import torch
 import torch.nn.functional as F
+from guards import unchanged
 from torch import nn
 
-from guards import unchanged
 from modelzip.auto import DENSE, compress, menu_of
 from modelzip.budget import output_errors
 from modelzip.data import seeded
 from modelzip.pack import inspect, save
 from modelzip.prune import prune_model, remove_masks, sparsify_model
-from modelzip.ptq import quantize_with, nearest_weight
+from modelzip.ptq import nearest_weight, quantize_with
 from modelzip.quant import dequantize_model, quantize_model
 from modelzip.recipe import Judge, Recipe, samples_of
-from modelzip.workshop import search, widths
+from modelzip.workshop import widths
 from modelzip.workshop.matrices import identity_of
-from modelzip.workshop.menu import tensors_of
+from modelzip.workshop.menu import SPACED, tensors_of
 from modelzip.workshop.sensitivities import changes_of
 from modelzip.workshop.sizes import EXACT, sizes_of
 from modelzip.workshop.widths import in_turns, widths_of
-
 
 pytestmark = pytest.mark.usefixtures("fewer_choices")
 
@@ -86,9 +85,9 @@ def counted_methods(monkeypatch):
     counts = collections.Counter()
 
     def counting(method):
-        def once(weight, statistics, bits, group, **how):
-            counts[identity_of(weight), bits, group] += 1
-            return method(weight, statistics, bits=bits, group=group, **how)
+        def once(weight, statistics, **how):
+            counts[identity_of(weight), how.get("bits"), how["group"], how.get("spacing")] += 1
+            return method(weight, statistics, **how)
 
         return once
 
@@ -99,9 +98,9 @@ def counted_methods(monkeypatch):
 
 @pytest.mark.parametrize("data", [True, False])
 def test_a_tensor_is_quantized_once_at_a_width(data, monkeypatch):
-    counts, model = counted_methods(monkeypatch), chain()
-    menu_of(model, samples_of(batches(10, 24) if data else None), DENSE)
-    assert set(counts.values()) == {1} and len(counts) == len(DENSE) * len(tensors_of(model))
+    counts, model, options = counted_methods(monkeypatch), chain(), SPACED if data else DENSE
+    menu_of(model, samples_of(batches(10, 24) if data else None), options)
+    assert set(counts.values()) == {1} and len(counts) == len(options) * len(tensors_of(model))
 
 
 def test_a_search_calibrates_once_and_quantizes_once(monkeypatch):
@@ -158,13 +157,13 @@ def test_tables_alone_need_no_rows():
 
 def test_a_sketch_has_the_parts_that_were_picked():
     model, x = chain(), batches(20, 24)
-    menu = menu_of(model, samples_of(x), DENSE)
-    picks = [i % len(DENSE) for i, _ in enumerate(menu.layers)]
+    menu = menu_of(model, samples_of(x), DENSE + SPACED[:2])
+    picks = [(3 * i + 4) % len(menu.options) for i, _ in enumerate(menu.layers)]
     with unchanged(model):
         sketch = menu.sketch(picks)
     for n, p in zip(menu.layers, picks):
-        q = sketch.get_submodule(n.removesuffix(".weight")).q
-        assert (q.bits, q.group) == (DENSE[p]["bits"], DENSE[p].get("group"))
+        q, option = sketch.get_submodule(n.removesuffix(".weight")).q, menu.options[p]
+        assert q.group == option.get("group") and ("spacing" in option or q.bits == option["bits"])
     judge = Judge(model, samples_of(x))
     best, worst = ([row.index(f(row)) for row in menu.errors] for f in (min, max))
     assert judge(dequantize_model(menu.sketch(best))) > judge(dequantize_model(menu.sketch(worst)))

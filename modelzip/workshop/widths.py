@@ -107,14 +107,14 @@ class Widths:
 @torch.no_grad()
 def widths_of(
     model: nn.Module,  # it is left as it is
-    choices: list[dict],  # {"bits", "group"}
+    choices: list[dict],  # {"bits", "group"} or {"spacing"}
     batches: Iterable | None = None,  # to calibrate with, see `feed`; None: rounded to nearest
     progress: bool = False,  # show a bar
 ) -> Widths:
     """Quantize each tensor once at each choice: with data by GPTQ, from the second moments of the original's inputs.
     `ValueError` as in `gptq`: for no data, and for what cannot be quantized."""
     method, how = METHODS[batches is not None]
-    options = [how | {"bits": c["bits"], "group": c.get("group")} for c in choices]
+    options = [how | {"group": None} | c for c in choices]
     jobs = [Job(method, None, choose_matrices(model, None, None, o)) for o in options]
     batches = None if batches is None else list(as_batches(batches))
     points, reasons = ({}, {}) if batches is None else points_of(model)
