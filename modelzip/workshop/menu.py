@@ -213,7 +213,7 @@ def _inputs(held):
     return list(held.x[:500].split(100)) if isinstance(held, Split) else held
 
 
-def _some(batches, most=8):
+def _some(batches, most=4):
     return batches[:: math.ceil(len(batches) / most)]
 
 # %% ../../nbs/workshop/menu.ipynb
