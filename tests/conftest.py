@@ -34,11 +34,12 @@ def read_once():
 
 @pytest.fixture(scope="module")
 def fewer_choices():
-    """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all where
-    the suite is a search itself."""
+    """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, every other step, and each share of zeros
+    but one; all where the suite is a search itself."""
     from modelzip.workshop import search
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "DENSE", share(search.DENSE, 5))
         patch.setattr(search, "SPARSE", share(search.SPARSE, 4))
+        patch.setattr(search, "SPACED", share(search.SPACED, 6))
         yield
