@@ -170,15 +170,20 @@ def written(gguf, path, alignment=None):
         w.add_custom_alignment(alignment)
     told = {
         "a.u8": ("uint8", 200), "a.i8": ("int8", -5), "a.u16": ("uint16", 60000), "a.i16": ("int16", -300),
-        "a.u32": ("uint32", 2**32 - 1), "a.i32": ("int32", -(2**31)), "a.f32": ("float32", 0.5), "a.u64": ("uint64", 2**64 - 1),
-        "a.i64": ("int64", -(2**63)), "a.f64": ("float64", 0.1), "a.bool": ("bool", True), "a.string": ("string", "é\n😀"),
+        "a.u32": ("uint32", 2**32 - 1), "a.i32": ("int32", -(2**31)), "a.f32": ("float32", 0.5),
+        "a.u64": ("uint64", 2**64 - 1), "a.i64": ("int64", -(2**63)), "a.f64": ("float64", 0.1),
+        "a.bool": ("bool", True), "a.string": ("string", "é\n😀"),
     }  # fmt: skip
     for key, (kind, value) in told.items():
         getattr(w, f"add_{kind}")(key, value)
     lists = {"l.s": ["", "ab", "é"], "l.i": [1, -2, 3], "l.f": [0.5, -1.5], "l.b": [True, False]}
     for key, value in lists.items():
         w.add_array(key, value)
-    tensors = {"f32": weights(3, 5), "f16": weights(7).half(), "i8": torch.arange(-3, 9, dtype=torch.int8).reshape(2, 2, 3)}
+    tensors = {
+        "f32": weights(3, 5),
+        "f16": weights(7).half(),
+        "i8": torch.arange(-3, 9, dtype=torch.int8).reshape(2, 2, 3),
+    }
     tensors |= {n: BlockTensor.from_blocks(noise(n, 6).tobytes(), n, (2, 3 * BLOCKS[n].weights)) for n in BLOCKS}
     for name, t in tensors.items():
         if isinstance(t, BlockTensor):
@@ -196,7 +201,12 @@ def written(gguf, path, alignment=None):
 def same(a, b):
     "Whether two tensors hold the same bits."
     if isinstance(a, BlockTensor):
-        return isinstance(b, BlockTensor) and a.type == b.type and a.shape == b.shape and a.blocks().tobytes() == b.blocks().tobytes()
+        return (
+            isinstance(b, BlockTensor)
+            and a.type == b.type
+            and a.shape == b.shape
+            and a.blocks().tobytes() == b.blocks().tobytes()
+        )
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
@@ -317,7 +327,11 @@ def test_lies_are_refused_by_name(tmp_path, want):
 @pytest.mark.hypothesis
 def test_damaged_files_are_refused(tmp_path):
     "Bytes of the head are changed, cut, and put in: a `PackError` that names the file, or a file that reads."
-    tensors = {"m": quantize_blocks(weights(4, 64), "Q4_1"), "v": weights(8), "e": quantize_blocks(weights(2, 32), "Q8_0")}
+    tensors = {
+        "m": quantize_blocks(weights(4, 64), "Q4_1"),
+        "v": weights(8),
+        "e": quantize_blocks(weights(2, 32), "Q8_0"),
+    }
     told = {"general.architecture": "toy", "tokens": ["a", "bc", "d"], "scores": [0.5, 1.0], "n": 3, "ok": True}
     data = to_gguf(tensors, tmp_path / "good.gguf", told).read_bytes()
     head, dice, path, read = read_head(data).start, np.random.default_rng(5), tmp_path / "bad.gguf", 0
@@ -349,9 +363,22 @@ def odd_files():
     yield "backwards", forged(infos=[("a", (16,), 0, 128), ("b", (32,), 8, 0)], data=a.tobytes()[:256])
     yield "gaps", forged(infos=[("a", (16,), 0, 96), ("b", (32, 4), 3, 512)], data=b.tobytes())
     yield "odd offsets", forged(infos=[("a", (5,), 0, 3), ("b", (32, 2), 2, 101)], data=a.tobytes())
-    yield "kinds of the future", forged(infos=[("a", (5,), 99, 0), ("b", (256,), 13, 64), ("c", (256,), 14, 1024)], data=b.tobytes())
-    yield "alignment 1", forged([text("general.alignment") + struct.pack("<II", 4, 1)], [("a", (3,), 0, 0)], a.tobytes()[:12], alignment=1)
-    yield "alignment 256", forged([text("general.alignment") + struct.pack("<II", 4, 256)], [("a", (3,), 0, 0)], bytes(300), alignment=256)
+    yield (
+        "kinds of the future",
+        forged(infos=[("a", (5,), 99, 0), ("b", (256,), 13, 64), ("c", (256,), 14, 1024)], data=b.tobytes()),
+    )
+    yield (
+        "alignment 1",
+        forged(
+            [text("general.alignment") + struct.pack("<II", 4, 1)], [("a", (3,), 0, 0)], a.tobytes()[:12], alignment=1
+        ),
+    )
+    yield (
+        "alignment 256",
+        forged(
+            [text("general.alignment") + struct.pack("<II", 4, 256)], [("a", (3,), 0, 0)], bytes(300), alignment=256
+        ),
+    )
     names = ["a", "a.b", "gguf", "gguf.x", "forward", "", ".", "weight.training", "x" * 300, "ok.weight"]
     infos = [(n, (64,), 8, 96 * i) for i, n in enumerate(names)]
     yield "names that no module can have", forged(infos=infos, data=a.tobytes())
@@ -359,7 +386,10 @@ def odd_files():
     yield "version 2", forged(infos=[("a", (3,), 0, 0)], data=bytes(32), version=2)
     yield "raw bytes of a token", forged([text("t") + struct.pack("<IIQ", 9, 8, 1) + text(b"\xff")], data=bytes(9))
     many = b"".join(quantize_blocks(weights(64, 96, seed=i), n).blocks().tobytes() for i, n in enumerate(RULES))
-    yield "coded", forged(infos=[("a", (96, 64), 3, 0), ("b", (96, 64), 2, 3840), ("c", (96, 64), 8, 3840 + 3456)], data=many)
+    yield (
+        "coded",
+        forged(infos=[("a", (96, 64), 3, 0), ("b", (96, 64), 2, 3840), ("c", (96, 64), 8, 3840 + 3456)], data=many),
+    )
 
 
 @pytest.mark.parametrize("case", range(13))
@@ -394,7 +424,9 @@ def test_an_archive_that_was_changed_is_refused(tmp_path):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tensors = {f"blk.0.{n}.weight": quantize_blocks(weights(96, 96), n) for n in FROM_FLOATS} | {"norm.weight": weights(96)}
+    tensors = {f"blk.0.{n}.weight": quantize_blocks(weights(96, 96), n) for n in FROM_FLOATS} | {
+        "norm.weight": weights(96)
+    }
     return to_gguf(tensors, Path("toy.gguf"), {"general.architecture": "toy", "toy.tokens": ["a", "b"]})
 
 
@@ -403,7 +435,9 @@ def test_commands_archive_and_restore(toy, capsys):
     assert "exact archive, nothing is rounded" in capsys.readouterr().out
     assert cli(["convert", "toy.mz", "back.gguf"]) == 0
     assert Path("back.gguf").read_bytes() == toy.read_bytes()
-    assert cli(["convert", "toy.gguf", "other.mz"]) == 0 and Path("other.mz").read_bytes() == Path("toy.mz").read_bytes()
+    assert (
+        cli(["convert", "toy.gguf", "other.mz"]) == 0 and Path("other.mz").read_bytes() == Path("toy.mz").read_bytes()
+    )
     capsys.readouterr()
     for name in ("toy.gguf", "toy.mz"):
         assert cli(["inspect", name, "--json"]) == 0
@@ -431,7 +465,12 @@ def test_commands_expand_and_round(toy, capsys):
 def test_commands_refuse_what_is_no_gguf(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.gguf").write_bytes(LIES["claims 1,152,921,504,606,846,976 tensors"])
-    for words in ("compress bad.gguf -o x.mz", "inspect bad.gguf", "convert bad.gguf x.safetensors", "convert bad.gguf x.mz"):
+    for words in (
+        "compress bad.gguf -o x.mz",
+        "inspect bad.gguf",
+        "convert bad.gguf x.safetensors",
+        "convert bad.gguf x.mz",
+    ):
         assert cli(words.split()) == 2
         assert "bad.gguf" in capsys.readouterr().err
     assert not Path("x.mz").exists()
