@@ -170,8 +170,9 @@ def written(gguf, path, alignment=None):
         w.add_custom_alignment(alignment)
     told = {
         "a.u8": ("uint8", 200), "a.i8": ("int8", -5), "a.u16": ("uint16", 60000), "a.i16": ("int16", -300),
-        "a.u32": ("uint32", 2**32 - 1), "a.i32": ("int32", -(2**31)), "a.f32": ("float32", 0.5), "a.u64": ("uint64", 2**64 - 1),
-        "a.i64": ("int64", -(2**63)), "a.f64": ("float64", 0.1), "a.bool": ("bool", True), "a.string": ("string", "é\n😀"),
+        "a.u32": ("uint32", 2**32 - 1), "a.i32": ("int32", -(2**31)), "a.f32": ("float32", 0.5),
+        "a.u64": ("uint64", 2**64 - 1), "a.i64": ("int64", -(2**63)), "a.f64": ("float64", 0.1),
+        "a.bool": ("bool", True), "a.string": ("string", "é\n😀"),
     }  # fmt: skip
     for key, (kind, value) in told.items():
         getattr(w, f"add_{kind}")(key, value)
