@@ -81,8 +81,7 @@ def gptq_weight(
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
     groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
-    of `nearest_weight`.
-    """
+    of `nearest_weight`."""
     b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     if statistics is None or statistics.moment is None or not b.weight.numel():
         return nearest_weight(b.weight, None, bits, group, symmetric, columns, axis, spacing=spacing)
@@ -245,8 +244,7 @@ def quantize_with(
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
     weights stay tied. A matrix of which there are no statistics though data were given is rounded as well as the
     method can without, with a warning that says which and why (tables, which multiply nothing, need none; see
-    `unwatched`).
-    """
+    `unwatched`)."""
     if batches is not None and statistics is not None:
         raise ValueError("batches and statistics are both given; give one of them")
     if not 0 <= catch_up <= 1 or catch_up and batches is None:
