@@ -240,10 +240,13 @@ def test_files_that_we_write_load_in_the_gguf_package(gguf, tmp_path):
 def test_every_kind_is_written(gguf, tmp_path, kind):
     tensors = {"matrix": weights(4, 64), "odd": weights(4, 30), "vector": weights(64), "ids": torch.arange(5)}
     tensors["blocks"] = quantize_blocks(weights(3, 32), "Q4_1")
-    reader = gguf.GGUFReader(to_gguf(tensors, tmp_path / "x.gguf", {"general.architecture": "toy"}, kind=kind))
+    reader = gguf.GGUFReader(
+        to_gguf(tensors, tmp_path / "x.gguf", {"general.architecture": "toy", "general.file_type": 9}, kind=kind)
+    )
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     odd = kind if kind[0] == "F" else "F32"
     assert kinds == {"matrix": kind, "odd": odd, "vector": "F32", "ids": "I64", "blocks": kind}
+    assert reader.fields["general.file_type"].contents() == {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}[kind]
     matrix = next(t for t in reader.tensors if t.name == "matrix")
     want = gguf.quants.quantize(tensors["matrix"].numpy(), matrix.tensor_type)
     assert matrix.data.tobytes() == want.tobytes()
