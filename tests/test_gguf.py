@@ -18,7 +18,7 @@ from modelzip.pack import load, read_tensor, save
 from modelzip.quant import Dequantize
 from modelzip.workshop.block_streams import RULES, CodedBlocks, read_blocks, write_blocks
 from modelzip.workshop.contexts import LaneReader, LaneWriter, Tables, weights_of
-from modelzip.workshop.gguf_archive import archive_gguf, restore_gguf
+from modelzip.workshop.gguf_archive import archive_gguf, diff_gguf, restore_gguf
 from modelzip.workshop.gguf_blocks import BLOCKS, FROM_FLOATS, BlockTensor, quantize_blocks
 from modelzip.workshop.gguf_files import inspect_gguf, read_head
 
@@ -400,6 +400,7 @@ def test_odd_files_come_back(tmp_path, case):
     (path := tmp_path / "odd.gguf").write_bytes(data)
     archive_gguf(path, tmp_path / "odd.mz", threads=1)
     assert restore_gguf(tmp_path / "odd.mz", tmp_path / "back.gguf", threads=1).read_bytes() == data, what
+    assert diff_gguf(path, tmp_path / "odd.mz").same
 
 
 def test_archives_of_earlier_versions_give_their_files_back(tmp_path):
@@ -454,6 +455,7 @@ def test_commands_archive_and_restore(toy, capsys):
         assert cli(["inspect", name, "--json"]) == 0
         found = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
         assert "Q4_1" in found["blk.0.Q4_1.weight"]["kind"] and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+    assert cli(["diff", "toy.gguf", "toy.mz"]) == 0 and "4 of 4 tensors are the same" in capsys.readouterr().out
     assert read_tensor("toy.mz", "blk.0.Q4_1.weight").expand() == from_gguf(toy).tensors["blk.0.Q4_1.weight"]
 
 
@@ -466,6 +468,7 @@ def test_commands_expand_and_round(toy, capsys):
     assert floats.keys() == want.keys() and all(torch.equal(floats[n], t) for n, t in want.items())
     assert cli(["compress", "toy.gguf", "-o", "small.mz", "--bits", "3", "--quiet"]) == 0
     assert "lossy twice" in capsys.readouterr().out
+    assert cli(["diff", "toy.gguf", "small.mz"]) == 1 and "other numbers" in capsys.readouterr().out
     assert cli(["convert", "small.mz", "floats.gguf"]) == 0
     small, back = open_model("small.mz"), from_gguf("floats.gguf").tensors
     assert {*back} == {*want} and all(t.dtype == torch.float32 for t in back.values())
