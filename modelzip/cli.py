@@ -64,7 +64,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt
-from .workshop.gguf_archive import archive_gguf, as_weights, is_archived, restore_gguf
+from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_files import from_gguf, inspect_gguf, to_gguf
 from .workshop.layer_table import plain_layer
 from .workshop.manifest import Part
@@ -797,14 +797,14 @@ def _inspect(o):
 
 
 @command(
-    "compare two .mz files tensor by tensor; exit status 1 if they differ",
+    "compare two .mz or .gguf files tensor by tensor; exit status 1 if they differ",
     "modelzip diff before.mz after.mz",
-    argument("a", help="a .mz file"),
+    argument("a", help="a .mz or .gguf file"),
     argument("b", help="another one"),
     JSON,
 )
 def _diff(o):
-    found = diff(o.a, o.b)
+    found = (diff_gguf if any(p.lower().endswith(".gguf") for p in (o.a, o.b)) else diff)(o.a, o.b)
     return Done(
         {"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]},
         repr(found),
