@@ -349,8 +349,9 @@ def attentions_of(
 ) -> tuple[
     nn.Module, dict, dict
 ]:  # the model; attention → function of its copy, which gives what takes its place; others
-    """The model with the attentions opened for which something was chosen; and what `exchange` wants. `TypeError` for what is no mapping, `ValueError` for a name that the model does not have, and
-    for what was chosen for another model."""
+    """The model with the attentions opened for which something was chosen; and what `exchange` wants. `TypeError` for
+    what is no mapping, `ValueError` for a name that the model does not have, and for what was chosen for another
+    model."""
     if not isinstance(chosen, Mapping):
         raise TypeError(f"chosen is a {type(chosen).__name__}; it may be what `choose_static` returns")
     model = open_as(model, chosen)

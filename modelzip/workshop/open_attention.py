@@ -27,7 +27,8 @@ def seen_by(
     mask: Tensor | None,  # [queries, keys] or [n · heads, queries, keys] of the same kinds
     heads: int,
 ) -> Tensor | None:  # bool, True for a key that is seen; or float; None: all are seen
-    "The masks of `nn.MultiheadAttention` as one, to be spread over [n, heads, queries, keys]. `TypeError` for other types."
+    """The masks of `nn.MultiheadAttention` as one, to be spread over [n, heads, queries, keys]. `TypeError` for other
+    types."""
     parts = []
     for name, m in ("key_padding_mask", hidden), ("attn_mask", mask):
         if m is not None and m.dtype is not torch.bool and not m.is_floating_point():
@@ -200,8 +201,9 @@ def open_attention(
     for i, batch in enumerate(batches):
         if (off := differing(base, new, batch)) > 1e-4:
             raise ValueError(
-                f"with its attentions opened the model's answer to batch {i} is {off:.2g} off. (An nn.TransformerEncoder"
-                " puts out zeros where a padding mask hides the last places; set its use_nested_tensor to False first.)"
+                f"with its attentions opened the model's answer to batch {i} is {off:.2g} off. (An"
+                " nn.TransformerEncoder puts out zeros where a padding mask hides the last places; set its"
+                " use_nested_tensor to False first.)"
             )
     return new
 

@@ -60,8 +60,9 @@ def static_places(
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
     others: Iterable[str] = (),  # names that a pattern may mean besides
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
-    """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a weight that is computed, and wishes that
-    tied layers cannot have together. A warning names those that stay as they are because another has their weight."""
+    """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a
+    weight that is computed, and wishes that tied layers cannot have together. A warning names those that
+    stay as they are because another has their weight."""
     uses, places = sharing(model), {}
     for name, point in points_of(model, tuple(STATIC_LAYERS))[0].items():
         m = model.get_submodule(point.module)
@@ -212,7 +213,8 @@ def check_chosen(
 
 # %% ../../nbs/workshop/static_models.ipynb
 def fold_all(model: nn.Module) -> nn.Module:
-    "The model with its BatchNorms folded where that is proved; itself when it has none. `ValueError` as `check_ordinary`."
+    """The model with its BatchNorms folded where that is proved; itself when it has none. `ValueError` as
+    `check_ordinary` has it."""
     check_ordinary(model)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return fold_batchnorm(model).eval() if norms and foldable(model) else model
