@@ -10,17 +10,16 @@ there). Each contestant is written to a `.mz` file, loaded, and asked. An hour a
 stays, so that it can be interrupted.
 """
 
-import json, math, os, sys, tempfile, time, warnings
+import json, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from modelzip.language import generate, listen, right_answers, smollm2, smollm2_tokenizer
 from modelzip.measure import wilson
 from modelzip.pack import load, save
 from modelzip.prune import prune_model, sparsify_model
-from modelzip.ptq import awq, calibrate, gptq, hqq, nearest_weight, quantize_with
+from modelzip.ptq import awq, calibrate, gptq, hqq
 from modelzip.quant import dequantize_model, quantize_model
 from modelzip.workshop.coded import coded, sensitivities
 from modelzip.workshop.english import documents, english, next_sentences
@@ -42,8 +41,8 @@ class Bench:
     def __init__(self, part):
         self.model, self.tokenizer = smollm2(), smollm2_tokenizer()
         self.part, self.texts = part, documents(english(part), self.tokenizer, 128)
-        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 256, 64, at_most=24)]
-        self.questions = next_sentences(english(part), self.tokenizer, 200, 24, 8)
+        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 256, 64, at_most=48)]
+        self.questions = next_sentences(english(part), self.tokenizer, 200, 16, 8)
         with torch.no_grad():
             self.logs = [log_probabilities(self.model, d[None])[0] for d in self.texts]
         self.plain, self.kept = listen(self.model, self.texts, self.logs), {}
@@ -58,13 +57,13 @@ class Bench:
         return self.once("statistics", lambda: calibrate(self.model, self.batches))
 
     @property
-    def sensitivities(self):
-        return self.once("sensitivities", lambda: sensitivities(self.model, self.batches))
+    def costs(self):
+        return self.once("costs", lambda: sensitivities(self.model, self.batches))
 
 
 GROUPS = dict(group=32, symmetric=False)
 WAYS = {
-    "nearest": lambda b, bits: quantize_with(nearest_weight, b.model, bits=bits, overrides=BOTH(**TABLE), **GROUPS),
+    "nearest": lambda b, bits: quantize_model(b.model, bits, overrides=BOTH(**TABLE), **GROUPS),
     "hqq": lambda b, bits: hqq(b.model, bits, 32, overrides=BOTH(**TABLE)),
     "awq": lambda b, bits: awq(b.model, b.statistics, bits, group=32, symmetric=False, overrides=BOTH(**TABLE)),
     "gptq": lambda b, bits: gptq(b.model, b.batches, bits, **GROUPS, overrides=BOTH(**TABLE)),
@@ -73,8 +72,8 @@ CONTESTANTS = {"file": None}
 CONTESTANTS |= {f"{way}-{bits}": (way, bits) for bits in (8, 4, 3, 2) for way in WAYS if bits < 8 or way == "nearest"}
 
 
-def coded_at(step, table):
-    return lambda b: coded(b.model, b.batches, b.statistics, b.sensitivities, step=step, table=table)
+def coded_at(nats):
+    return lambda b: coded(b.model, b.batches, nats, b.costs)
 
 
 def pruned(criterion):
@@ -86,8 +85,8 @@ def pruned(criterion):
 
 
 OTHERS = {
-    "coded-1": coded_at(1.0, 1.0),
-    "coded-2": coded_at(2.0, 1.0),
+    "coded-a": coded_at(0.01),
+    "coded-b": coded_at(0.05),
     "wanda-50": pruned("wanda"),
     "sparsegpt-50": pruned("sparsegpt"),
 }
