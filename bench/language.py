@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, part):
         self.model, self.tokenizer = smollm2(), smollm2_tokenizer()
         self.part, self.texts = part, documents(english(part), self.tokenizer, 128)
-        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 256, 64, at_most=48)]
+        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 192, 96, at_most=24)]
         self.questions = next_sentences(english(part), self.tokenizer, 200, 16, 8)
         with torch.no_grad():
             self.logs = [log_probabilities(self.model, d[None])[0] for d in self.texts]
