@@ -68,7 +68,7 @@ class QuantizedCache:
         self,
         bits: int = 4,  # width of a code: 8, 4, 2 or 1
         group: int = 32,  # tokens that share a range of keys, channels that share one of values; a multiple of 8
-        recent: int = 32,  # newest tokens that stay as they came, at least; older ones do until a group is full
+        recent: int = 64,  # newest tokens that stay as they came, at least; older ones do until a group is full
     ):
         if bits not in (8, 4, 2, 1):
             raise ValueError(f"bits is {bits}; it may be 8, 4, 2 or 1")
