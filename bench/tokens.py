@@ -4,6 +4,7 @@ how near is that to what the memory allows? Each in a process of its own, in tur
     python bench/tokens.py               prints the tables and writes bench/results/tokens.json (some ten minutes)
     python bench/tokens.py --quick       fewer rounds and one thread, and nothing is written
     python bench/tokens.py --cache       only what the key-value cache in few bits costs and saves
+    python bench/tokens.py --speeds      only the speeds; names of rows behind it choose some of them, beside the first
 
 llama.cpp is found through an interpreter that has `llama-cpp-python`, which is best built in an environment of its own:
 LLAMA_PYTHON=/path/to/python python bench/tokens.py. Where there is none it is left out, and a line says so.
@@ -54,6 +55,7 @@ OURS = {
     ),
 }
 MEMORY, PEER = "the memory", "llama.cpp"
+ASKED = [a for a in sys.argv[1:] if a in OURS]
 # self-contained: the peer's interpreter need not have this library
 PEER_PROGRAM = """
 import json, statistics, sys, time
@@ -146,7 +148,8 @@ def peer():
 def players(threads, folder, python):
     "The processes, by name."
     me = [sys.executable, str(Path(__file__))]
-    command = {name: [*me, "--serve", name, str(threads), str(folder)] for name in [*OURS, MEMORY]}
+    names = [n for i, n in enumerate(OURS) if not ASKED or n in ASKED or i == 0]
+    command = {name: [*me, "--serve", name, str(threads), str(folder)] for name in [*names, MEMORY]}
     if python:
         args = map(str, (smollm2_file(), threads, folder, BEFORE, SAID))
         command[PEER] = [python, "-c", PEER_PROGRAM, *args]
@@ -248,8 +251,9 @@ def caches(pages, length, piece):
 
 def main():
     there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    there["cache"] = caches(2, 256, 64) if QUICK else caches(40, 512, 16)
-    if not QUICK:
+    if "--speeds" not in sys.argv:
+        there["cache"] = caches(2, 256, 64) if QUICK else caches(40, 512, 16)
+    if not QUICK and not ASKED:
         RESULTS.write_text(json.dumps(there, indent=1, ensure_ascii=False) + "\n")
     if "--cache" in sys.argv:
         return
@@ -257,7 +261,7 @@ def main():
     show(rows)
     there["machine"] = dict(processor=platform.processor() or platform.machine(), torch=torch.__version__, peer=version)
     there["speeds"] = rows
-    if not QUICK:
+    if not QUICK and not ASKED:
         RESULTS.write_text(json.dumps(there, indent=1, ensure_ascii=False) + "\n")
 
 
