@@ -58,7 +58,8 @@ class Contestant:
             except ValueError:  # what the engine itself prints
                 continue
         self.log.seek(0)
-        raise RuntimeError((self.log.read().strip().splitlines() or ["it ended without a word"])[-1][:160])
+        last = (self.log.read().strip().splitlines() or ["it ended without a word"])[-1][:160]
+        raise RuntimeError(f"{' '.join(self.process.args[3:6])} (exit status {self.process.wait()}): {last}")
 
     def seconds(self, batch):
         self.process.send_signal(signal.SIGCONT)
@@ -87,11 +88,16 @@ def contest(program, table, names, folder, threads=(1, 2), batches=(1, 8, 32), r
             except RuntimeError as why:
                 print(f"{name} is left out: {why}", flush=True)
         times = {(n, b): [] for n in players for b in batches}
-        for _ in range(rounds):
-            for batch in batches:
-                for i in rng.permutation(len(players)):
-                    name = list(players)[i]
-                    times[name, batch].append(players[name].seconds(batch))
+        try:
+            for _ in range(rounds):
+                for batch in batches:
+                    for i in rng.permutation(len(players)):
+                        name = list(players)[i]
+                        times[name, batch].append(players[name].seconds(batch))
+        except RuntimeError:
+            for player in players.values():
+                player.process.kill()
+            raise
         first = next(iter(players))
         for name, player in players.items():
             row = rows.setdefault(name, {"cosine": player.cosine})

@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, part):
         self.model, self.tokenizer = smollm2(), smollm2_tokenizer()
         self.part, self.texts = part, documents(english(part), self.tokenizer, 128)
-        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 256, 64, at_most=48)]
+        self.batches = [d[None] for d in documents(english("calibration"), self.tokenizer, 192, 96, at_most=24)]
         self.questions = next_sentences(english(part), self.tokenizer, 200, 16, 8)
         with torch.no_grad():
             self.logs = [log_probabilities(self.model, d[None])[0] for d in self.texts]
@@ -104,16 +104,15 @@ def spoken(bench, model):
     found, piece = [], lambda t: bench.tokenizer.decode([t])
     for prompt in PROMPTS:
         ids, words = bench.tokenizer.encode(prompt), []
-        said = generate(model, ids, SPOKEN)
-        whole = torch.tensor([ids + said])
+        said = generate(model, ids, SPOKEN if found else 40)  # of the first, a whole text
+        whole = torch.tensor([ids + said[:SPOKEN]])
         with torch.no_grad():
             ours, theirs = (m(whole)[0, len(ids) - 1 : -1].softmax(-1) for m in (model, bench.model))
         for token, p, r in zip(said, ours, theirs):
-            shown = list(dict.fromkeys([*p.topk(4).indices.tolist(), *r.topk(4).indices.tolist()]))
-            words.append(
-                dict(word=piece(token), next=[[piece(t), round(p[t].item(), 4), round(r[t].item(), 4)] for t in shown])
-            )
-        found.append(dict(prompt=prompt, words=words, text=bench.tokenizer.decode(generate(model, ids, 40))))
+            best = dict.fromkeys([*p.topk(4).indices.tolist(), *r.topk(4).indices.tolist()])
+            shares = [[piece(t), round(p[t].item(), 4), round(r[t].item(), 4)] for t in best]
+            words.append(dict(word=piece(token), next=shares))
+        found.append(dict(prompt=prompt, words=words, text=bench.tokenizer.decode(said)))
     return found
 
 

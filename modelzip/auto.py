@@ -292,7 +292,7 @@ def compress(
     example: Any = None,
     # model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then counted
     # in it
-    evaluate: Callable | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     epochs: int = 4,  # of each training, where there are labels
     lr: float = 1e-3,  # its highest learning rate
     tries: int = 8,  # at most, for each kind of network

@@ -147,7 +147,7 @@ def train(
     batch_size: int = 64,  # examples a step
     seed: int = 0,  # of the shuffling and of dropout
     progress: bool = True,  # show a bar
-    loss: Callable = F.cross_entropy,  # of outputs and labels
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,  # of outputs and labels
     # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from
     # ten steps on
     optimizer: Callable = torch.optim.Adam,

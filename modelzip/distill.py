@@ -190,7 +190,7 @@ def distill(
     batch_size: int = 64,  # examples a step
     seed: int = 0,  # of the shuffling, of dropout, and of what the loss itself has to learn
     # batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
-    augment: Callable | None = None,
+    augment: Callable[[Any], Any] | None = None,
     progress: bool = True,  # show a bar
     **options: Any,  # of `train`: optimizer, after_epoch
 ) -> nn.Module:  # the student, in eval mode

@@ -272,20 +272,23 @@ def next_token_agreement(model: nn.Module, reference: nn.Module, documents: Sequ
 # %% ../nbs/13c_language.ipynb
 @torch.no_grad()
 def right_answers(
-    model: nn.Module,
+    model: nn.Module,  # (ids, cache, last) → scores, as a `Llama`
     questions: NextSentences,  # of `next_sentences`
     batch_size: int = 50,  # questions at a time
 ) -> Tensor:  # [questions] bool; half of them is chance
-    "Whether the right one of two sentences is the more probable, after what stands before."
-    found, n = [], questions.before.shape[1]
+    """Whether the right one of two sentences is the more probable, after what stands before, which is read once for
+    both."""
+    found = []
     with eval_mode(model):
-        for before, *answers in zip(*(t.split(batch_size) for t in vars(questions).values())):
-            said = []
+        for before, *answers in zip(*(t.to(device_of(model)).split(batch_size) for t in vars(questions).values())):
+            read, said = KeyValueCache(), []
+            first = model(before, read, last=True)
             for answer in answers:
-                ids = torch.cat([before, answer], 1).to(device_of(model))
-                logs = log_probabilities(model, ids)[:, n - 1 :]
-                said.append(logs.gather(2, answer[..., None]).double().sum((1, 2)))
-            found.append(said[0] > said[1])
+                cache = KeyValueCache()
+                cache.kept = dict(read.kept)
+                scores = torch.cat([first, model(answer[:, :-1], cache)], 1).float()
+                said.append(scores.log_softmax(-1).gather(2, answer[..., None]).double().sum((1, 2)))
+            found.append((said[0] > said[1]).cpu())
     return torch.cat(found)
 
 # %% ../nbs/13c_language.ipynb

@@ -199,8 +199,8 @@ def compare(
     data: Any,  # what `right` is asked about: usually a `Split`
     example: Tensor | None = None,  # inputs [n, …] for the timing; None: those of `data`
     *,
-    save: Callable = save_plain,  # save(model, path)
-    load: Callable = load_plain,  # load(path, the model that was saved or None) → model
+    save: Callable[[nn.Module, Path], Any] = save_plain,  # save(model, path)
+    load: Callable[[Path, nn.Module | None], nn.Module] = load_plain,  # load(path, the model that was saved or None)
     folder: str | os.PathLike | None = None,  # where the files stay; None: they are removed
     batches: Sequence[int] = (1, 64),  # batch sizes to time; () for none
     baseline: str | None = None,  # the row that ratios refer to; None: the first

@@ -46,7 +46,7 @@ def _fill(g, node, found, microsoft, shared, form):
     x = node.input[0]
     if isinstance(m.layer, nn.Embedding):
         return fetched_rows(g, x, m.q, name, at["rank"])
-    if form == "qdq" and is_static(m) and (y := _static(g, x, m, name, own, at["rank"])) is not None:
+    if form == "qdq" and is_static(m) and (y := _static(g, node, m, name, own, at["rank"])) is not None:
         return y
     if isinstance(m, QConv2d):
         y, across = integer_conv(g, x, m, name), (-1, 1, 1)
@@ -60,11 +60,11 @@ def _fill(g, node, found, microsoft, shared, form):
     )
 
 
-def _static(g, x, m, name, own, rank):
+def _static(g, node, m, name, own, rank):
     "A layer of known range between QuantizeLinear and DequantizeLinear; None where that cannot say it."
-    bias = own.removesuffix("weight") + "bias"
+    x, bias = node.input[0], own.removesuffix("weight") + "bias"
     if isinstance(m, QConv2d):
-        return static_conv(g, x, m, name, bias)
+        return static_conv(g, x, m, name, bias, g.shapes.get(node.output[0], (None,) * 4)[-2:])
     return static_linear(g, x, m, name, bias, rank)
 
 
@@ -90,7 +90,11 @@ def _filled(onnx, model, found, microsoft, form):
             *(o for node in graph.node for o in node.output),
         )
     }
-    g, shared, renamed = Graph(onnx, taken), {}, {}
+    shapes = {
+        v.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim)
+        for v in (*model.graph.value_info, *model.graph.output)
+    }
+    g, shared, renamed = Graph(onnx, taken, shapes), {}, {}
     for node in model.graph.node:
         _rename(node, renamed)
         if node.domain != "modelzip":

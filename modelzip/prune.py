@@ -84,7 +84,7 @@ def prune_model(
     schedule: str | Callable = "one-shot",  # a name in `SCHEDULES`, or a function (t, final, initial)
     batches: Iterable | Split | None = None,  # for criteria that look at data
     steps: int | None = None,  # times that are pruned; None: 1 for 'one-shot', else 8
-    retrain: Callable | None = None,  # called as retrain(model, step) after each
+    retrain: Callable[[nn.Module, int], None] | None = None,  # called as retrain(model, step) after each
     loss: Callable | None = None,  # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
     **more,  # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:  # a copy with masks
@@ -111,7 +111,7 @@ def prune_model(
 # %% ../nbs/07b_prune.ipynb
 def sensitivity(
     model: nn.Module,  # it is left as it is
-    evaluate: Callable,  # model → score; say on the validation part
+    evaluate: Callable[[nn.Module], float],  # model → score; say on the validation part
     sparsities: Iterable[float] = (0.5, 0.8, 0.9, 0.95, 0.98),  # of each layer in its turn
     criterion: str | Criterion = "magnitude",
     granularity: str = "weight",
@@ -157,7 +157,7 @@ def prune_gradually(
 # %% ../nbs/07b_prune.ipynb
 def lottery_ticket(
     model: nn.Module,  # untrained, or at the point to rewind to; it is left as it is
-    retrain: Callable,  # called as retrain(model, round): trains in place
+    retrain: Callable[[nn.Module, int], None],  # called as retrain(model, round): trains in place
     sparsity: float,  # share of the weights that is gone at the end
     rounds: int = 5,  # of training, pruning, rewinding
     schedule: str | Callable = "iterative",

@@ -76,14 +76,16 @@ def gptq_weight(
     act_order: bool = True,  # the inputs that matter most first
     damping: float = 0.01,  # share of H's mean diagonal added to its diagonal, 0 or more
     axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D
+    spacing: float
+    | None = None,  # instead of bits and group: one step for the tensor, in units of its root mean square
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
     groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
     of `nearest_weight`.
     """
-    b = Blocks(weight, bits, group, symmetric, columns, axis)
+    b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     if statistics is None or statistics.moment is None or not b.weight.numel():
-        return nearest_weight(b.weight, None, bits, group, symmetric, columns, axis)
+        return nearest_weight(b.weight, None, bits, group, symmetric, columns, axis, spacing=spacing)
     if not damping >= 0:
         raise ValueError(f"damping is {damping}; it may be 0 or more")
     if axis and columns is not None:
@@ -267,11 +269,12 @@ def gptq(
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before GPTQ
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    spacing: float | None = None,  # instead of bits and group: one step for a tensor, in units of its root mean square
     **more,  # of `quantize_with`: layers
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025,
     arXiv:2504.02692)."""
-    how = dict(bits=bits, group=group, symmetric=symmetric, act_order=act_order, damping=damping)
+    how = dict(bits=bits, group=group, symmetric=symmetric, act_order=act_order, damping=damping, spacing=spacing)
     return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, **how, **more)
 
 # %% ../nbs/10b_ptq.ipynb

@@ -325,7 +325,7 @@ class Judge:
         self,
         model: nn.Module,  # the original
         samples: Samples,  # of which the held-out part is used
-        evaluate: Callable | None = None,  # model → number, more is better
+        evaluate: Callable[[nn.Module], float] | None = None,  # model → number, more is better
     ):
         self.samples, self.evaluate, held = samples, evaluate, samples.held
         self.metric = (
@@ -840,7 +840,7 @@ def sweep(
     ) = None,  # who does the work; None: this process, one after the other; not one of whose threads this is
     folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
     evaluate: (
-        Callable | None
+        Callable[[nn.Module], float] | None
         # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other
         # processes to find it
     ) = None,

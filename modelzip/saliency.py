@@ -191,7 +191,9 @@ def prune_columns(
     w: Tensor,  # [columns, rows], changed in place
     U: Tensor,  # [columns, columns]: `inverse_factor` of H
     spans: list,  # blocks of columns, each a list of groups (start, end) that are chosen together
-    choose: Callable,  # (scores [columns, rows] of a group, its start, its end) → bool: goes
+    choose: Callable[
+        [Tensor, int, int], Tensor
+    ],  # (scores [columns, rows] of a group, its start, its end) → bool: goes
 ) -> Tensor:  # bool [columns, rows]: what was kept
     """Column by column: prune, and let the columns that follow make up for it (Frantar & Alistarh 2023,
     arXiv:2301.00774)."""

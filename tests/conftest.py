@@ -1,7 +1,8 @@
 """Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
 new ones."""
 
-import copy, functools, gc
+import gc, importlib.util
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,38 +20,26 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+spec = importlib.util.spec_from_file_location("modelzip_once", Path(__file__).parent.parent / "tools/once.py")
+once = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(once)
+
+
 @pytest.fixture(scope="module")
 def read_once():
-    """PyTorch reads the source of some 500 translations of its operations anew for every ONNX file, and asks for all
-    of its operations some 120 times, half of the time that a small one takes: here once. Where these parts of PyTorch,
-    which are not public, look different, nothing is changed."""
-    try:
-        from torch._export import utils
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        read, asked = functools.cache(ONNXRegistry.from_torchlib), functools.cache(utils._materialize_cpp_cia_ops)
-    except (ImportError, AttributeError):
-        yield
-        return
-
-    def copied(*args, **kwargs):
-        found = copy.copy(read(*args, **kwargs))
-        found.functions = {name: [*ways] for name, ways in found.functions.items()}
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
-        patch.setattr(utils, "_materialize_cpp_cia_ops", asked)
+    "What PyTorch reads anew for every ONNX file is read for the first."
+    with once.translations_read_once():
         yield
 
 
 @pytest.fixture(scope="module")
 def fewer_choices():
-    """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, and each share of zeros but one; all where
-    the suite is a search itself."""
+    """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, every other step, and each share of zeros
+    but one; all where the suite is a search itself."""
     from modelzip.workshop import search
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "DENSE", share(search.DENSE, 5))
         patch.setattr(search, "SPARSE", share(search.SPARSE, 4))
+        patch.setattr(search, "SPACED", share(search.SPACED, 6))
         yield

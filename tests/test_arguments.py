@@ -228,6 +228,31 @@ def test_the_argument_is_named_as_the_caller_wrote_it(call, said):
         call()
 
 
+ODDLY = {  # argument → calls that are given a function of another number of arguments
+    "load": lambda: measure.compare({"a": NET}, SPLIT, load=lambda p: NET, batches=(), progress=False),
+    "save": lambda: measure.compare({"a": NET}, SPLIT, save=lambda m: None, batches=(), progress=False),
+    "right": lambda: measure.compare({"a": NET}, SPLIT, right=lambda m: Y == 0, batches=(), progress=False),
+    "retrain": lambda: prune.prune_model(NET, 0.5, retrain=lambda m: None),
+    "retrain ": lambda: prune.lottery_ticket(NET, lambda m: None, 0.5, rounds=1),
+    "schedule": lambda: prune.prune_model(NET, 0.5, schedule=lambda t: t),
+    "schedule ": lambda: prune.prune_gradually(NET, SPLIT, 0.5, 1, schedule=lambda t: t, progress=False),
+    "evaluate": lambda: prune.sensitivity(NET, lambda: 0.5, (0.5,)),
+    "loss": lambda: prune.prune_model(NET, 0.5, "taylor", batches=[X], loss=lambda m: 0),
+    "loss ": lambda: data.train(copy.deepcopy(NET), SPLIT, 1, loss=lambda y: y.sum(), progress=False),
+    "after_epoch": lambda: data.train(copy.deepcopy(NET), SPLIT, 1, after_epoch=lambda: 0, progress=False),
+    "augment": lambda: distill.distill(copy.deepcopy(NET), NET, SPLIT, epochs=1, augment=lambda: 0, progress=False),
+    "overrides": lambda: quant.quantize_model(NET, overrides=lambda name: None),
+    "overrides ": lambda: ptq.gptq(NET, [X], overrides=lambda name: None),
+    "overrides  ": lambda: ptq.awq(NET, statistics=STATISTICS, overrides=lambda: None),
+}
+
+
+@pytest.mark.parametrize("name", ODDLY)
+def test_a_function_of_another_number_of_arguments_is_named(name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name.strip()} .*(function|argument)"):
+        ODDLY[name]()
+
+
 def test_a_file_decides_the_sizes_of_what_is_loaded():
     wide = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     loaded = pack.load("a.mz", wide)

@@ -15,7 +15,7 @@ from torch import nn
 
 from modelzip import cli, exchange, pack
 from modelzip.archive import PackError
-from modelzip.data import LeNet5, build_model
+from modelzip.data import LeNet5, LeNet300, build_model
 from modelzip.exchange import (
     from_hdf5,
     from_npz,
@@ -408,6 +408,31 @@ def test_plain_weights_from_anybody(tmp_path, format):
     refused(
         format, path, "0.weight (file (4, 3), model (5, 3))", model=nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
     )
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mz"])
+def test_another_class_is_said_before_its_tensors(tmp_path, format):
+    "What explains a list of tensors comes first; where the classes are the same, the list stands alone."
+    write, read = FORMATS.get(format, (save, load))
+    convs = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    convs(torch.randn(1, 1, 6, 6))
+    for m, other in (
+        (LeNet5(), LeNet300()),
+        (LeNet5(), nn.Linear(3, 2)),
+        (convs, nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))),
+        (quantize_model(LeNet5()), LeNet300()),
+        (nn.LSTM(3, 4), nn.GRU(3, 4)),
+    ):
+        write(m, tmp_path / "x")
+        with pytest.raises(PackError) as e:
+            read(tmp_path / "x", other)
+        said = str(e.value)
+        classes = said.index("was saved as")
+        assert "another architecture" in said
+        for listed in "the file lacks", "the model has no", "shapes differ":
+            assert listed not in said or said.index(listed) > classes, said
+    write(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), tmp_path / "x")
+    assert read(tmp_path / "x", nn.Sequential(nn.Linear(5, 4), nn.ReLU()))[0].out_features == 2  # of any size
 
 
 @plainly

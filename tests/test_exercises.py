@@ -1086,6 +1086,48 @@ WRONG = {
             "yours called it 3 times",
         ),
     ],
+    "13c_language:check_moved_key": [
+        ("lambda key, speeds, n, m: key", "from place 7 to 3"),
+        (
+            "lambda key, speeds, n, m: rotary(key, ((m * speeds).cos(), (m * speeds).sin()))",
+            "from place 7 to 7",
+        ),  # turned again
+        (
+            "lambda key, speeds, n, m: rotary(key, (((n - m) * speeds).cos(), ((n - m) * speeds).sin()))",
+            "from place 7 to 3",
+        ),  # the wrong way round
+        ("lambda key, speeds, n, m: key[:, :4]", "the shape must stay"),
+        (
+            "lambda key, speeds, n, m: key.copy_(rotary(key, (((m - n) * speeds).cos(), ((m - n) * speeds).sin())))",
+            "leave the given key as it is",
+        ),
+        (
+            "lambda key, speeds, n, m: rotary(key, tuple(f((m - n) * speeds[:1].expand(4)) for f in (torch.cos, torch.sin)))",
+            "from place 7 to 3",
+        ),  # all pairs at one speed
+    ],
+    "13c_language:check_divergence": [
+        (
+            "lambda r, p: (p.softmax(0) * (p.log_softmax(0) - r.log_softmax(0))).sum()",
+            "of the reference's scores",
+        ),  # turned
+        (
+            "lambda r, p: (r.exp() / r.exp().sum() * ((r.exp() / r.exp().sum()) / (p.exp() / p.exp().sum())).log()).sum()",
+            "changes nothing",
+        ),
+        ("lambda r, p: (r.softmax(0) * (r - p)).sum()", "of the reference's scores"),  # scores are no logarithms
+        ("lambda r, p: 0.25 * math.log(2)", "of the reference's scores"),
+        ("lambda r, p: -(r.softmax(0) * p.log_softmax(0)).sum()", "from (½, ¼, ¼)"),  # the cross-entropy
+    ],
+    "13c_language:check_outgrown": [
+        (
+            "lambda size, layers, heads, head, bits: 8 * size // (layers * heads * head * bits) + 1",
+            "have",
+        ),  # keys alone
+        ("lambda size, layers, heads, head, bits: 8 * size // (2 * layers * heads * head * bits)", "not more than"),
+        ("lambda size, layers, heads, head, bits: 8 * size / (2 * layers * heads * head * bits)", "is whole"),
+        ("lambda size, layers, heads, head, bits: 8 * size // (2 * layers * heads * head * 16) + 1", "have"),  # bits
+    ],
     "13b_record:check_affordable": [
         (
             "lambda budget, overhead, p, value: int(8 * (budget - overhead) / (p * value))",

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import once
 from guards import codes_alone, unchanged
+from modelzip.data import LeNet300, Split, train
 
 
 def model():
@@ -65,3 +67,39 @@ def test_codes_alone_tells_a_copy_from_a_reference():
     with pytest.raises(AssertionError, match="moved by"):
         codes_alone(m, shared, x)
     assert torch.equal(m[0].weight, before)
+
+
+def test_what_was_trained_once_comes_back_to_the_bit_and_nothing_else_does(tmp_path):
+    "What `tools/book.py test` does for notebooks that train the same network in the same way."
+    images = Split(torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10)
+    calls = []
+
+    def counted(model, data, epochs=6, lr=3e-3, batch_size=64, seed=0, progress=True, loss=None, optimizer=None,
+                after_epoch=None):  # fmt: skip
+        calls.append(epochs)
+        return train(model, data, epochs, lr, batch_size, seed, progress, after_epoch=after_epoch)
+
+    kept = once.training_kept(counted, tmp_path)
+    how = dict(epochs=2, batch_size=20, progress=False)
+    first = kept(LeNet300(), images, **how)
+    before = torch.get_rng_state()
+    again, model = kept(LeNet300(), images, **how), LeNet300()
+    assert calls == [2] and torch.equal(before, torch.get_rng_state()) and not again.training
+    for a, b, c in zip(first.parameters(), again.parameters(), train(model, images, **how).parameters()):
+        assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a.grad, b.grad) and b.requires_grad
+    hooked, frozen = LeNet300(), LeNet300()
+    next(hooked.children()).register_forward_hook(lambda *_: None)
+    next(frozen.parameters()).requires_grad_(False)
+    others = [
+        (LeNet300(), images, how | {"epochs": 1}),
+        (LeNet300(), images, how | {"seed": 1}),
+        (LeNet300(seed=1), images, how),
+        (LeNet300(), Split(images.x, images.y.flip(0)), how),
+        (LeNet300(), images, how | {"after_epoch": lambda *_: None}),
+        (hooked, images, how),
+        (frozen, images, how),
+        (again, images, how),
+    ]
+    for i, (model, data, options) in enumerate(others):
+        kept(model, data, **options)
+        assert len(calls) == i + 2

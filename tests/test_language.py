@@ -12,7 +12,7 @@ from modelzip.language import right_answers
 from modelzip.pack import load, save
 from modelzip.ptq import gptq
 from modelzip.quant import dequantize_model, quantize_model
-from modelzip.workshop.english import English, next_sentences
+from modelzip.workshop.english import English, NextSentences, next_sentences
 from modelzip.workshop.smollm2 import as_transformers, llama_name, llama_options, smollm2_file
 from modelzip.workshop.tokenizing import BytePairs, byte_letters, joined
 
@@ -140,8 +140,8 @@ class Says(torch.nn.Module):
         super().__init__()
         self.scores = torch.tensor(p).log()
 
-    def forward(self, ids):
-        return self.scores.expand(*ids.shape, -1)
+    def forward(self, ids, cache=None, last=False):
+        return self.scores.expand(len(ids), 1 if last else ids.shape[1], -1)
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=9), min_size=1, max_size=5))
@@ -181,6 +181,18 @@ def test_who_does_not_look_has_exactly_half(tokenizer):
     task = next_sentences(pages, tokenizer, 20, before=10, after=6)
     deaf = Says(*(torch.rand(len(tokenizer), generator=torch.Generator().manual_seed(0)) + 0.01).tolist())
     assert right_answers(deaf, task, 7).sum() == 10
+
+
+@torch.no_grad()
+def test_answers_are_those_of_reading_everything_at_once():
+    model, dice = tiny(tied=False), torch.Generator().manual_seed(0)
+    task = NextSentences(*(torch.randint(0, 40, (12, n), generator=dice) for n in (9, 4, 4)))
+    said = []
+    for answer in task.right, task.wrong:
+        ids = torch.cat([task.before, answer], 1)
+        logs = model(ids)[:, 8:-1].log_softmax(-1)
+        said.append(logs.gather(2, answer[..., None]).sum((1, 2)))
+    assert torch.equal(right_answers(model, task, 5), said[0] > said[1])
 
 
 # ---------------------------------------------------------------------------------- tokens

@@ -1,9 +1,10 @@
 """ONNX files: what ONNX Runtime computes from them is what our layers compute, and no float copy of a compressed
 weight is in them."""
 
-import importlib.util, json, os
+import importlib.util, json, os, subprocess, sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -892,6 +893,43 @@ def test_a_reduction_is_rounded_behind_another_dimension(f, apart, tmp_path):
         found = deploy(known, x, "openvino", threads=1)
         for y in (x, x[:1], torch.cat([x, x])):
             assert (found(y) - known(y)).norm() < 1e-4 * known(y).norm()
+
+
+class Squeezed(nn.Module):
+    "Squeeze and excitation: a convolution of 1 × 1 on maps of one pixel, or of a few."
+
+    def __init__(self, pixels=1):
+        super().__init__()
+        self.first, self.squeeze, self.excite = nn.Conv2d(1, 64, 3, 2, 1), nn.Conv2d(64, 16, 1), nn.Conv2d(16, 64, 1)
+        self.norm, self.pool = nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(pixels)
+
+    def forward(self, x):
+        y = nn.functional.silu(self.first(x))
+        z = nn.functional.silu(self.squeeze(self.pool(y)))
+        return y.mean((2, 3)) * torch.sigmoid(self.excite(self.norm(z))).mean((2, 3))
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 4])
+def test_convolutions_of_single_pixels(pixels, tmp_path):
+    "OpenVINO merges what follows into such a convolution, and ends the process: they are written as products."
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 8, 8)
+    known = quantize_static(Squeezed(pixels).eval(), [x[:4], x[4:]], alphas=(0.5,))
+    assert known.squeeze.options()["zero_point"]
+    path = to_onnx(known, tmp_path / "m.onnx", x[:2])
+    made = [n.op_type for n in onnx.load(path).graph.node]
+    assert (made.count("Conv"), made.count("MatMul")) == ((1, 2) if pixels < 4 else (3, 0))
+    if importlib.util.find_spec("openvino"):
+        program = """
+import sys, numpy as np, openvino
+run = openvino.Core().compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+x = np.load(sys.argv[2])
+np.save(sys.argv[3], np.concatenate([run([x[:1]])[0], run([x[1:]])[0]]))"""
+        files = [str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+        np.save(files[1], x.numpy())
+        subprocess.run([sys.executable, "-c", program, *files], check=True)
+        found, exact = torch.from_numpy(np.load(files[2])), known(x)
+        assert (found - exact).norm() < 0.02 * exact.norm()
 
 
 def test_an_example_that_the_model_refuses_is_refused(tmp_path):

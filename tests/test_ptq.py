@@ -638,7 +638,29 @@ def test_sample_stays_small_and_even():
     s = LayerStatistics()
     for part in torch.arange(3_000_000.0).reshape(1, -1, 10).split(12345, 1):
         s.add(part, moment=False)
-    assert 18_000 < len(s.sample) <= 1 << 17 and torch.equal(s.sample, torch.arange(0.0, 3_000_000, s.stride))
+    assert 18_000 < len(s.sample) <= 1 << 17
+    assert torch.equal(s.sample // s.stride, torch.arange(float(len(s.sample))))  # one of each run of values
+    assert abs(len(s.sample) * s.stride - 3_000_000) < s.stride
+
+
+def _fair(values, kinds):
+    "Whether a sample of values 0 … kinds − 1, each as often, has each as often, as far as chance allows."
+    n = len(values)
+    counts = values.long().bincount(minlength=kinds)
+    return (counts - n / kinds).abs().max() < 6 * (n / kinds) ** 0.5
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 7, 8, 25, 49, 64, 147, 343, 576, 2401])
+def test_a_sample_is_fair_whatever_the_shape(inputs):
+    "Each input of a layer, and each place of an image, comes as often: no stride meets the same one each time."
+    s, rows = LayerStatistics(), 1_500_000 // inputs
+    for part in torch.arange(inputs).float().expand(1, rows, inputs).split(max(1, 100_003 // inputs), 1):
+        s.add(part, moment=False)
+    assert s.stride > 1 and _fair(s.sample, inputs)
+    s = LayerStatistics()  # rows of an image with as many places
+    places = torch.arange(inputs).float().repeat(1_500_000 // 4 // inputs)[None, :, None].expand(1, -1, 4)
+    s.add(places, moment=False)
+    assert _fair(s.sample, inputs)
 
 
 # ---- what is refused ----

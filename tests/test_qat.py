@@ -246,6 +246,20 @@ def test_activation_gradients_equal_held_rounding():
     assert quantizer.zero_point.grad.item() == pytest.approx((held(s0, z0 + h) - held(s0, z0 - h)) / (2 * h), rel=1e-3)
 
 
+@pytest.mark.parametrize("channels", [2, 15, 16, 31, 32, 64, 256])
+def test_the_first_range_is_that_of_all_channels(channels):
+    "A batch of a million numbers is sampled; each channel is in the sample, whatever their number."
+    torch.manual_seed(0)
+    x = torch.rand((1 << 20) // channels, channels)
+    for wide in range(0, channels, -(-channels // 3)):
+        one = x.clone()
+        one[:, wide] *= 100
+        quantizer = ActivationQuantizer(8)
+        quantizer.train()(one)
+        reach = quantizer.scale.item() * (255 - quantizer.zero_point.item())
+        assert 60 < reach < 101, wide
+
+
 def test_straight_through_is_exact():
     value, smooth = torch.tensor([1e8, 1 / 3]), torch.tensor([1.0, 2.0], requires_grad=True)
     y = straight_through(value, smooth)

@@ -298,11 +298,35 @@ class Travelling:
         return float(sum(p.detach().abs().sum() for p in model.parameters()))
 
 
+def watch_what_stays_open(book):
+    "In a process of its own: what is left to the garbage collector is written down."
+
+    def note(unraisable):
+        with open(book, "a") as f:
+            f.write(f"{unraisable.exc_value!r} {unraisable.object!r}\n")
+
+    gc.collect()
+    warnings.simplefilter("error", ResourceWarning)
+    sys.unraisablehook = note
+
+
+def test_the_watch_sees_what_stays_open(tmp_path):
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), watch_what_stays_open, (tmp_path / "left",)
+    ) as pool:
+        pool.submit(open, tmp_path / "seen", "w").exception()  # it cannot be sent back, and nobody closes it
+        pool.submit(gc.collect).result()
+    assert "unclosed file" in (tmp_path / "left").read_text()
+
+
 def test_serial_and_processes_agree(trained, data, tmp_path):
-    judge = Travelling(str(tmp_path / "arrivals"))
+    judge, left = Travelling(str(tmp_path / "arrivals")), tmp_path / "left"
     one = sweep(make, GRID, trained, data, folder=tmp_path / "one", evaluate=judge, progress=False)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), watch_what_stays_open, (left,)) as pool:
         two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", evaluate=judge, progress=False)
+        for job in [pool.submit(gc.collect) for _ in range(4)]:
+            job.result()
+    assert not left.exists(), left.read_text()
     assert 1 <= len((tmp_path / "arrivals").read_text()) <= 2  # not with each of ten points
     strip = lambda rs: [(r.options, r.recipe, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
     assert strip(one) == strip(two) and len(one.failed) == 2
@@ -511,9 +535,12 @@ def test_dask_agrees_and_survives_a_worker(trained, data, tmp_path):
     ):
         pids = list(client.run(os.getpid).values())
         assert len(set(pids)) == 2 and os.getpid() not in pids
+        client.run(watch_what_stays_open, str(left := tmp_path / "left"))
         two = sweep(make, GRID, trained, data, executor=client.get_executor(), folder=tmp_path / "two", progress=False)
         strip = lambda rs: [(r.options, r.bytes, r.quality, r.key, bool(r.error)) for r in rs]
         assert strip(one) == strip(two)
+        client.run(gc.collect)
+        assert not left.exists(), left.read_text()
         sweep(
             make,
             {"bits": [2, 3, 4, 5, 6, 7]},

@@ -9,13 +9,15 @@
 How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
 """
 
-import configparser, filecmp, gc, importlib, json, os, re, shutil, subprocess, sys, tempfile, time, warnings
+import configparser, contextlib, filecmp, gc, importlib, json, os, re, shutil, subprocess, sys, tempfile, time, warnings
 import multiprocessing, multiprocessing.connection
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+
+from once import replaced, training_kept, translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "bench/results/chapter_times.json"
@@ -146,7 +148,8 @@ def run(paths):
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
-    import matplotlib.pyplot, pandas, safetensors.torch, tokenizers, torch
+    import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, sklearn.cluster, tokenizers
+    import threadpoolctl, torch, transformers, zstandard
     import torch._dynamo  # the first optimizer of a process imports it
 
     from modelzip.workshop.sentences import docstring_sources
@@ -158,28 +161,49 @@ def preload():
     gc.freeze()  # the copies' collectors leave it alone
 
 
-def test(workers=2):
-    """Run every notebook's cells, each in a process of its own, `workers` at a time; the longest first, so that no
-    processor waits at the end."""
+def one(path, folder):
+    """Run a notebook's cells in this process, and end it. What another notebook has trained in the same way is in the
+    folder."""
     import torch
     from nbdev.test import test_nb
 
-    preload()
+    os.chdir(ROOT / "nbs")
+    torch.manual_seed(0)  # who sets no seed is not red by chance
+    with contextlib.ExitStack() as once:
+        code = path.read_text(encoding="utf-8")
+        if "to_onnx(" in code:
+            once.enter_context(translations_read_once())
+        if "train(" in code and re.search(r"from modelzip\.data import", code) and "default_exp data" not in code:
+            data = importlib.import_module("modelzip.data")
+            once.enter_context(replaced(data, "train", training_kept(data.train, folder)))
+        passed, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
+    sys.exit(not passed)
+
+
+def test(workers=2):
+    "Run every notebook's cells, each in a process of its own, `workers` at a time."
+    with tempfile.TemporaryDirectory() as folder:
+        return test_with(workers, folder)
+
+
+def test_with(workers, folder):
+    "The longest notebooks first, so that no processor waits at the end."
     times = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
     waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
-    os.chdir(ROOT / "nbs")
-    fork, running, failed = multiprocessing.get_context("fork"), {}, []
+    running, failed = {}, []
 
-    def one(path):
-        torch.manual_seed(0)  # who sets no seed is not red by chance
-        sys.exit(not test_nb(path, skip_flags=["notest"], basepath=ROOT)[0])
+    def start(kind):
+        path = waiting.pop()
+        process = multiprocessing.get_context(kind).Process(target=one, args=(path, folder))
+        process.start()
+        running[process.sentinel] = process, path, time.perf_counter()
 
+    for _ in range(workers - 1):  # these import for themselves while this process gets ready for the others
+        start("spawn")
+    preload()
     while waiting or running:
         while waiting and len(running) < workers:
-            path = waiting.pop()
-            process = fork.Process(target=one, args=(path,))
-            process.start()
-            running[process.sentinel] = process, path, time.perf_counter()
+            start("fork")
         for ended in multiprocessing.connection.wait(running):
             process, path, began = running.pop(ended)
             process.join()

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['WORDS', 'fits', 'in_words', 'unfit', 'fits_instance', 'with_names', 'name_arguments', 'misspelt', 'same_length',
-           'check_said']
+           'check_function', 'check_said']
 
 # %% ../../nbs/workshop/arguments.ipynb
 import difflib, dis, functools, inspect, os, types, typing
@@ -29,11 +29,11 @@ def fits(
     if of is typing.Literal:
         return any(isinstance(x, type(k)) and x == k for k in typing.get_args(kind))  # an array has no one answer to ==
     texts = typing.get_args(kind) == (str,) and (isinstance(x, (list, tuple, set, frozenset)) or hasattr(x, "shape"))
-    kind = of or kind
+    inside, kind = typing.get_args(kind), of or kind
     if not isinstance(kind, type):
         return True
     if kind is Callable:
-        return callable(x)
+        return callable(x) and (not inside or inside[0] is ... or _takes(x, len(inside[0])))
     if kind is bool:
         return isinstance(x, (bool, Integral)) or _number(x)
     if kind is int:
@@ -59,6 +59,19 @@ def fits(
     return isinstance(x, kind)
 
 
+def _takes(f, n):
+    "Whether a function can be called with n arguments, one after the other; of some nobody can tell."
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(n))
+    except TypeError:
+        return False
+    return True
+
+
 def _number(x, whole=False):
     "A number that is a tensor or an array without dimensions."
     kind = getattr(x, "dtype", None)
@@ -74,6 +87,7 @@ WORDS = {
     Path: "a path",
     os.PathLike: "a path",
     Callable: "a function",
+    Any: "anything",
     Iterable: "an iterable",
     Sequence: "a list",
     list: "a list",
@@ -99,7 +113,10 @@ def in_words(
         return " or ".join([", ".join(said[:-1])] * bool(said[:-1]) + said[-1:])
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
-    kind = types.NoneType if kind is None else typing.get_origin(kind) or kind
+    inside, kind = typing.get_args(kind), types.NoneType if kind is None else typing.get_origin(kind) or kind
+    if kind is Callable and inside and inside[0] is not ...:
+        n, each = len(inside[0]), ", ".join(map(in_words, inside[0]))
+        return f"a function of {n or 'no'} argument{'s' * (n != 1)}" + f" ({each})" * bool(each)
     return WORDS.get(kind) or WORDS.get(kind.__name__) or f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
 
 
@@ -141,12 +158,16 @@ def _holds_tensors(x):
 
 def fits_instance(c: type, kind: Any) -> bool:
     "Whether what a class makes would fit."
+    if typing.get_origin(kind) is Callable:
+        return False
     return any(isinstance(k, type) and k is not type and issubclass(c, k) for k in typing.get_args(kind) or (kind,))
 
 
 def _short(x):
     if isinstance(x, type):
         return f"the class {x.__name__}"
+    if inspect.isfunction(x) or inspect.ismethod(x):
+        return f"{x.__name__}{inspect.signature(x)}"[:80]
     if x is None or isinstance(x, (str, bytes, Real)):
         return f"{x!r:.60}"
     return f"a{'n' * (type(x).__name__[0] in 'AEIOUaeiou')} {type(x).__name__}" + (
@@ -251,6 +272,16 @@ def same_length(
     if len(things) > 1:
         for i, rows in enumerate(zip(*lists.values())):
             same_length(f"{things[1]} for number {i} of the {things[0]}", *things[2:], **dict(zip(lists, rows)))
+
+
+def check_function(
+    f: Callable,
+    name: str,  # of the caller's argument
+    *arguments: str,  # in words, that it is called with
+) -> None:
+    "`TypeError` for a function that cannot be called so."
+    if not callable(f) or not _takes(f, len(arguments)):
+        raise TypeError(f"{name} is {_short(f)}; it may be a function ({', '.join(arguments)})")
 
 
 def check_said(

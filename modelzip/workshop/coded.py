@@ -25,22 +25,23 @@ def coded_weight(
     nats: float = 1e-10,  # what an error in one weight may cost
     rows: Tensor | None = None,  # [outputs] what a squared error of each output costs, twice; None: all alike
     damping: float = 0.02,  # share of H's mean diagonal added to its diagonal
-    levels: int = 255,  # number of codes
+    most: int = 10,  # bits of a code, at least 8: a column whose weights need more gets a coarser step
 ) -> QTensor:  # with a scale for each row and each column
     "GPTQ with the steps of equal cost, for a file that is entropy-coded."
     if statistics is None or statistics.moment is None or len(statistics.moment) != 1:
         raise ValueError("the inputs of this layer were not seen: leave it out with overrides")
     moment = (statistics.moment[0] / statistics.count).double()
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moment[order[:, None], order], damping)
+    factor, w = inverse_factor(moment[order[:, None], order], damping), weight.detach()[:, order].float()
     diagonal = factor.diagonal().double()
     size = diagonal.log().mean().exp()
-    columns = (diagonal / size).clamp(1 / 16, 16).half()
     G = torch.ones(len(weight)) if rows is None else rows
-    scale = ((24 * nats) ** 0.5 * size / G.double().sqrt()).float()
-    least = weight.detach().div(columns[order.argsort()]).abs().amax(1) * (2 / (levels - 1))
-    scale = torch.maximum(scale, least.float()).half().float()  # no weight lies outside
-    w = weight.detach()[:, order].float() / columns
+    scale = ((24 * nats) ** 0.5 * size / G.double().sqrt()).half().float()
+    columns = (diagonal / size).clamp(1 / 64, 64).float()
+    reach = (w.abs() / scale[:, None]).amax(0)  # in steps of the row
+    columns = torch.maximum(columns, reach / (2 ** (most - 1) - 2)).half().float()
+    bits = min(most, max(8, int((reach / columns).max().add(1).log2().ceil()) + 1))
+    levels, w = 2**bits - 1, w / columns
     steps, zero = scale[:, None].expand_as(w), torch.full_like(w, levels // 2)
     codes = gptq_codes(w, (factor.double() / columns).float(), steps, zero, levels)[:, order.argsort()]
     return as_qtensor(codes, scale, columns[order.argsort()], weight, levels)
@@ -48,10 +49,9 @@ def coded_weight(
 
 def as_qtensor(codes: Tensor, scale: Tensor, columns: Tensor, weight: Tensor, levels: int) -> QTensor:
     "Codes with a scale for each row and each column."
-    packed = pack_bits(codes.reshape(-1).to(torch.uint8), 8)
-    return QTensor(
-        packed, scale.half()[:, None], None, None, weight.shape, weight.dtype, levels, 0, None, columns.half()
-    )
+    codes = codes.reshape(-1).to(torch.uint8 if levels < 256 else torch.int32)
+    packed, each = pack_bits(codes, (levels - 1).bit_length()), scale.half()
+    return QTensor(packed, each, None, None, weight.shape, weight.dtype, levels, 0, None, columns.half())
 
 # %% ../../nbs/workshop/coded.ipynb
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data import Split, device_of, eval_mode
+from .arguments import check_function
 from .counting import same_dice
 from .models import as_batches, call, copied, feed, labelled, logits_of, own_copy
 from .prunable import original_of, prunable_layers
@@ -84,6 +85,7 @@ def gradients(
     i: int,  # which batch it is, for errors
 ) -> dict[str, Tensor]:  # name → ∂L/∂w
     "The gradient of the loss with respect to each layer's weight, as far as the loss depends on it."
+    check_function(loss, "loss", "model", "batch")
     weights = {n: original_of(m) for n, m in layers.items()}
     with torch.enable_grad():
         value = feed_copy(model, batch, i, call=loss)

@@ -141,7 +141,7 @@ class NextSentences:
 
     before: Tensor  # [questions, tokens]: what stands before
     right: Tensor  # [questions, tokens]: how it goes on
-    wrong: Tensor  # [questions, tokens]: how another place of the page goes on
+    wrong: Tensor  # [questions, tokens]: how another page goes on
 
     def __len__(self) -> int:
         return len(self.before)
@@ -159,18 +159,19 @@ def next_sentences(
     before: int = 24,  # tokens that are shown
     after: int = 12,  # tokens of an answer
 ) -> NextSentences:
-    "Which of two sentences of a page comes next? `ValueError` when the texts do not give so many questions."
+    "Which of two sentences comes next? `ValueError` when the texts do not give so many questions."
     if questions < 2 or questions % 2:
         raise ValueError(f"questions is {questions}; it may be an even number")
-    pairs = []
-    for text in texts.texts:
-        cuts = [
-            (tokenizer.encode(text[:i].rstrip()), tokenizer.encode(text[len(text[:i].rstrip()) :]))
-            for i in sentence_starts(text)
-        ]
-        fit = [(a[-before:], b[:after]) for a, b in cuts if len(a) >= before and len(b) >= after]
-        half = len(fit) // 2
-        pairs += [(one, other) for one, other in zip(fit[:half], fit[half:]) if half > 1 and one[1] != other[1]]
+    fit = []
+    for page, text in enumerate(texts.texts):
+        for i in sentence_starts(text):
+            shown = text[:i].rstrip()
+            a, b = tokenizer.encode(shown)[-before:], tokenizer.encode(text[len(shown) :])[:after]
+            if len(a) == before and len(b) == after:
+                fit.append((page, a, b))
+    half = len(fit) // 2
+    both = zip(fit[:half], fit[half : 2 * half])
+    pairs = [(one[1:], other[1:]) for one, other in both if one[0] != other[0] and one[2] != other[2]]
     if len(pairs) < questions // 2:
         raise ValueError(f"questions is {questions}; these texts give {2 * len(pairs)}")
     step = len(pairs) / (questions // 2)  # from all pages alike

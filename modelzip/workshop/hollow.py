@@ -201,9 +201,9 @@ def skeleton_of(
         return remade(skeleton, layers, True, most)
     try:
         return made_so(skeleton, layers if kind is None else whole_of(manifest, skeleton, most, bounds), most)
-    except PackError:
-        if rows:
-            check_match(hollow(model), rows)
+    except PackError as e:
+        if rows and (tensors := mismatch(hollow(model), rows)):
+            raise PackError(f"it is of another architecture: {e}; {tensors}") from e
         raise
 
 
@@ -229,9 +229,9 @@ def whole_of(
     return kinds_of(built)
 
 # %% ../../nbs/workshop/hollow.ipynb
-def check_match(skeleton: nn.Module, rows: dict[str, Row]) -> None:
-    """Raise a `PackError` that lists every tensor that is missing, unexpected, of another shape, or, for a
-    parameter, of another sort of numbers."""
+def mismatch(skeleton: nn.Module, rows: dict[str, Row]) -> str:  # '': all agree
+    """Every tensor that is missing, unexpected, of another shape, or, for a parameter, of another sort of numbers, in
+    words."""
     there = {i.name: i.value for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
     have = {n: tuple(v.shape) for n, v in there.items()}
     sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
@@ -255,5 +255,10 @@ def check_match(skeleton: nn.Module, rows: dict[str, Row]) -> None:
             ],
         ),
     ]
-    differences = [f"{what} {several(names)}" for what, names in listed if names]
-    demand(not differences, f"it is of another architecture: {'; '.join(differences)}")
+    return "; ".join(f"{what} {several(names)}" for what, names in listed if names)
+
+
+def check_match(skeleton: nn.Module, rows: dict[str, Row]) -> None:
+    "`PackError` that lists every tensor in which they differ."
+    differences = mismatch(skeleton, rows)
+    demand(not differences, f"it is of another architecture: {differences}")

@@ -134,6 +134,8 @@ HOMES = {
     "SparseLinear": "prune",
     "StaticLinear": "qat",
     "StaticConv2d": "qat",
+    "gguf": "workshop.gguf_blocks",
+    "gguf coded": "workshop.block_streams",
 }
 
 

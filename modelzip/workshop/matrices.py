@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .arguments import check_function
 from .models import check_code, computed, held_in
 
 # %% ../../nbs/workshop/matrices.ipynb
@@ -262,6 +263,7 @@ def option_rule(model, overrides, known):
     if overrides is None:
         return lambda m, names, key: {}
     if callable(overrides):
+        check_function(overrides, "overrides", "name", "layer")
         return lambda m, names, key: _options(overrides(names[0], m), f"the rule gave {{}} for {names[0]}")
     if not isinstance(overrides, Mapping):
         raise TypeError(

@@ -20,8 +20,9 @@ class Graph:
     """Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored
     again, and no two have one name."""
 
-    def __init__(self, onnx, taken=()):
+    def __init__(self, onnx, taken=(), shapes=None):
         self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
+        self.shapes = shapes or {}  # of values that the exporter knows: name → sizes, None for a free one
 
     def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes) -> Any:
         "A node; returns the name of its output, or a list of names."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import modelzip.workshop.sparsegpt  # it and the chapter before it enter their criteria
 from ..data import Split
+from .arguments import fits
 from .collecting import Evidence, check_calibrated, collect, in_order
 from .criteria import Criterion, as_criterion, needed
 from .masks import check_survivors, find_mask, mask_layer, share_gone, share_masks
@@ -37,11 +38,12 @@ SCHEDULES: dict[str, Callable] = {}  # name → (t, final, initial) → share at
 
 def as_schedule(schedule: str | Callable) -> Callable:  # (t, final, initial) → share
     "Look up a schedule; `ValueError` lists the known ones."
-    if not callable(schedule) and schedule not in SCHEDULES:
+    function = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+    if not fits(function, Callable[[float, float, float], float]):
         raise ValueError(
             f"schedule is {schedule!r}; it may be {', '.join(map(repr, SCHEDULES))} or a function (t, final, initial)"
         )
-    return SCHEDULES.get(schedule, schedule) if isinstance(schedule, str) else schedule
+    return function
 
 # %% ../../nbs/workshop/pruner.ipynb
 class Pruner:

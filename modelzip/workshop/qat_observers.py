@@ -27,6 +27,7 @@ from modelzip.quant import (
 from .masks import read_from_outside, values_at_hand
 from .prepared import Settings, setting
 from .readonly import ReadOnly, read_only
+from .statistics import drawn
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 LEAST = 2.0**-100  # the smallest step that is trained: of smaller ones, x / step² has no float32, and so no gradient
@@ -231,14 +232,21 @@ def _watch(
 ) -> None:
     "The first batch that is not all zeros sets the range, by the observer 'mse'; without learning, later ones move it."
     if not self.ready or self.low == self.high == 0:
-        sample = x.flatten()[:: max(1, x.numel() >> 16)][None]
-        self.set_range(*(v.item() for v in OBSERVERS["mse"]()(sample, self.levels, False)))
+        self.set_range(*(v.item() for v in OBSERVERS["mse"]()(_some_of(x)[None], self.levels, False)))
     elif not self.learn:
         ends = zip((self.low, self.high), torch.aminmax(x))
         low, high = (old.lerp(new, self.momentum).item() for old, new in ends)
         if max(-low, high) < 256 * LEAST:
             low = high = 0.0  # it has died away: the next batch that is not all zeros sets it anew
         self.set_range(low, high)
+
+
+def _some_of(x, most=1 << 16):
+    "All values, or one of each so many in a row, drawn: every k-th might be the same channel each time."
+    k = max(1, x.numel() // most)
+    runs = torch.arange(-(-x.numel() // k))
+    at = k * runs + drawn(runs, k)
+    return x.flatten()[at[at < x.numel()].to(x.device)]
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['scale_of', 'rounded', 'fitted_scales', 'scaled_back', 'matrices_for', 'scaled_to_one', 'importance_of', 'row_errors',
-           'across', 'as_columns', 'largest_of_columns', 'Blocks', 'nearest_weight']
+           'across', 'as_columns', 'largest_of_columns', 'root_mean_square', 'bits_for', 'Blocks', 'nearest_weight']
 
 # %% ../../nbs/workshop/scales.ipynb
 import math
@@ -158,6 +158,23 @@ def largest_of_columns(
     return what.reshape(len(what), weight.shape[1], -1).amax((0, 2)).double()
 
 # %% ../../nbs/workshop/scales.ipynb
+def root_mean_square(weight: Tensor) -> float:
+    "Of numbers of any size; 1 for zeros."
+    unit = weight.abs().amax().item() if weight.numel() else 0.0
+    return unit * (weight / unit).square().mean().sqrt().item() if unit else 1.0
+
+
+def bits_for(
+    weight: Tensor,  # float32 or more
+    spacing: float,  # of neighbouring values, in units of the root mean square
+) -> int:  # 2..8
+    "The width of codes that reach the largest weight, with one to spare for what GPTQ moves."
+    if isinstance(spacing, bool) or not 0 < spacing < math.inf:
+        raise ValueError(f"spacing is {spacing!r}; it may be above 0")
+    most = weight.abs().amax().item() / root_mean_square(weight) / spacing if weight.numel() else 0.0
+    return min(8, max(2, math.ceil(math.log2(2 * most + 4))))
+
+
 class Blocks:
     "A weight that holds finite numbers, cut into blocks that share a scale."
 
@@ -169,13 +186,17 @@ class Blocks:
         symmetric: bool = True,  # zero point fixed in the middle; else stored
         columns: Tensor | None = None,  # [weight.shape[1]] column scales
         axis: int = 0,  # where the outputs lie
+        # instead of bits and group: a step for the whole tensor, in units of its root mean square, and as many codes as
+        # that takes; 256 at most, so rows that reach further have a larger one
+        spacing: float | None = None,
     ):
         check_bits(bits, 1, 8)
         weight = as_tensor(weight, "weight")
         check_layout(weight, None, group)
-        self.weight = check_finite(weight, "weight")
-        self.bits, self.levels, self.symmetric, self.columns, self.axis = bits, 1 << bits, symmetric, columns, axis
-        self.group = group
+        self.weight, self.columns, self.axis, self.spacing = check_finite(weight, "weight"), columns, axis, spacing
+        if spacing is not None:
+            bits, group, symmetric = bits_for(self.flat, spacing), None, True
+        self.bits, self.levels, self.symmetric, self.group = bits, 1 << bits, symmetric, group
         self.where = {"axis": axis, "group": None} if group is None else {"axis": None, "group": group}
 
     @property
@@ -240,6 +261,10 @@ def scales(
 ) -> tuple[Tensor, Tensor]:  # scale and zero point of each block, as they are stored and in that shape
     "The scales of least squared error, each error counted H_jj times."
     weight = self.flat
+    if self.spacing is not None:
+        reach = self.cut(weight).abs().amax(1) / (self.levels // 2 - 1)  # of each row: nothing is cut off
+        scale = self.kept(reach.clamp(min=self.spacing * root_mean_square(weight)))
+        return scale, torch.full_like(scale, self.levels // 2)
     known = statistics is not None and statistics.moment is not None
     short = self.group is not None and weight[0].numel() % self.group
     importance = None
@@ -282,14 +307,15 @@ def nearest_weight(
     columns: Tensor | None = None,  # [weight.shape[1]] column scales, see `smooth_columns`
     axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     steps: int = 36,  # ranges that are tried for each scale
+    spacing: float | None = None,  # instead of bits and group: see `Blocks`
 ) -> QTensor:
     """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is
     then rounded to what is stored (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are
     the nearest for that: another scale of the grid may by then be better by as little.
     """
-    b = Blocks(weight, bits, group, symmetric, columns, axis)
+    b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     weight = b.weight
-    if axis and weight.dim() > 2 or weight.dim() < 2 or not weight.numel():
+    if not weight.numel() or spacing is None and (axis and weight.dim() > 2 or weight.dim() < 2):
         return quantize(weight, bits, symmetric=symmetric, observer="mse", columns=columns, **b.where)
     return b.nearest(*b.scales(b.seen(statistics), steps))
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archive import naming, open_file
 from .datasets import need
+from .gguf_files import Metadata, from_gguf, mapped, read_head
 
 # %% ../../nbs/workshop/smollm2.ipynb
 def smollm2_file() -> Path:
@@ -29,19 +31,15 @@ def smollm2_file() -> Path:
     return files[0]
 
 # %% ../../nbs/workshop/smollm2.ipynb
-def _opened(path: str | os.PathLike) -> Any:
-    return need("gguf", "language").GGUFReader(os.fspath(path))
-
-
-def gguf_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    "Names and values at the head of a GGUF file. Needs `modelzip[language]`."
-    fields = _opened(path).fields
-    return {k: f.contents() for k, f in fields.items() if not k.startswith("GGUF.")}
+def gguf_metadata(path: str | os.PathLike) -> Metadata:
+    "Names and values at the head of a GGUF file; `PackError` says what is wrong with it."
+    with naming(path), open_file(path) as f:
+        return read_head(mapped(f)).metadata
 
 
 @functools.lru_cache(1)
-def smollm2_metadata() -> dict[str, Any]:
-    "What SmolLM2's file says of itself: architecture, vocabulary, chat template. Needs `modelzip[language]`."
+def smollm2_metadata() -> Metadata:
+    "What SmolLM2's file says of itself: architecture, vocabulary, chat template."
     return gguf_metadata(smollm2_file())
 
 # %% ../../nbs/workshop/smollm2.ipynb
@@ -75,7 +73,7 @@ def llama_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/workshop/smollm2.ipynb
 def smollm2_options() -> dict[str, Any]:
-    "What `Llama` is built with for SmolLM2. Needs `modelzip[language]`."
+    "What `Llama` is built with for SmolLM2."
     return llama_options(smollm2_metadata())
 
 # %% ../../nbs/workshop/smollm2.ipynb
@@ -103,16 +101,15 @@ def llama_name(key: str) -> str:
 
 # %% ../../nbs/workshop/smollm2.ipynb
 def llama_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a GGUF file by our names, in float32: codes times scales, which is what the file means. Needs
-    `modelzip[language]`."""
-    gguf = need("gguf", "language")
-    expand = lambda t: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
-    found = {llama_name(t.name): expand(t) for t in _opened(path).tensors}
+    """The tensors of a GGUF file by our names, in float32: codes times scales, which is what the file means.
+    `PackError` says what is wrong with a file."""
+    expand = lambda t: t.float() if isinstance(t, Tensor) else t.dequantize().float()
+    found = {llama_name(name): expand(t) for name, t in from_gguf(path).tensors.items()}
     return found if "head.weight" in found else found | {"head.weight": found["words.weight"]}
 
 
 def smollm2_weights() -> dict[str, Tensor]:
-    "SmolLM2's tensors by our names, in float32. Needs `modelzip[language]`."
+    "SmolLM2's tensors by our names, in float32."
     return llama_weights(smollm2_file())
 
 # %% ../../nbs/workshop/smollm2.ipynb

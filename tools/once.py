@@ -1,0 +1,103 @@
+"""What a run of all notebooks, or of all tests, need not do twice: the second time gives what the first gave. Nothing of
+this is in the library, in a notebook that is executed to be saved, or in `make fuzz`'s questions."""
+
+import copy, functools, hashlib, inspect, os, tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced(owner, name, new):
+    "A block in which an attribute is another."
+    old = vars(owner)[name]
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+@contextmanager
+def translations_read_once():
+    """PyTorch reads the source of some 500 translations of its operations anew for every ONNX file, and asks for all
+    of its operations some 120 times, half of the time that a small one takes: here once. Where these parts of PyTorch,
+    which are not public, look different, nothing is changed."""
+    try:
+        from torch._export import utils
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read, asked = functools.cache(ONNXRegistry.from_torchlib), functools.cache(utils._materialize_cpp_cia_ops)
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def copied(*args, **kwargs):
+        found = copy.copy(read(*args, **kwargs))
+        found.functions = {name: [*ways] for name, ways in found.functions.items()}
+        return found
+
+    with (
+        replaced(ONNXRegistry, "from_torchlib", staticmethod(copied)),
+        replaced(utils, "_materialize_cpp_cia_ops", asked),
+    ):
+        yield
+
+
+def is_plain(model):
+    "Whether nothing but the weights of a module is of its owner's making: no hooks, no attributes that compute."
+    own = lambda m: [v for k, v in vars(m).items() if k not in ("_parameters", "_modules", "architecture")]
+    return all(not v or isinstance(v, (bool, int, str, tuple)) for m in model.modules() for v in own(m))
+
+
+def question(model, given):
+    "What the weights after training are a function of: the network with its weights, the examples, the settings."
+    said = hashlib.sha256(repr([type(model), model, sorted((k, v) for k, v in given.items() if k != "data")]).encode())
+    for name, t in [*model.state_dict().items(), ("x", given["data"].x), ("y", given["data"].y)]:
+        said.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        said.update(t.detach().contiguous().numpy())
+    return said.hexdigest()
+
+
+def training_kept(train, folder):
+    """`modelzip.data.train` that looks into a folder first: a network that was trained in the same way before, from the
+    same weights on the same examples, gets the weights and gradients of then, to the bit. Only for LeNets with nothing
+    attached to them, all of whose weights learn, on one processor; and only without a loss, an optimizer or a listener
+    of one's own."""
+    import torch
+
+    from modelzip import data
+
+    own, said = ("loss", "optimizer", "after_epoch"), ("data", "epochs", "lr", "batch_size", "seed")
+
+    @functools.wraps(train)
+    def kept(*args, **kwargs):
+        try:
+            bound = inspect.signature(train).bind(*args, **kwargs)
+        except TypeError:
+            return train(*args, **kwargs)  # which says what is wrong
+        bound.apply_defaults()
+        model, given = bound.arguments["model"], {k: bound.arguments[k] for k in said}
+        known = (
+            all(bound.arguments[k] is inspect.signature(train).parameters[k].default for k in own)
+            and type(model) in (data.LeNet5, data.LeNet300)
+            and isinstance(given["data"], data.Split)
+            and is_plain(model)
+            and all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+            and torch.get_num_threads() == 1
+        )
+        if not known:
+            return train(*args, **kwargs)
+        place = Path(folder) / f"{question(model, given)}.pt"
+        if not place.exists():
+            train(*args, **kwargs)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                torch.save([(p.detach(), p.grad) for p in model.parameters()], file)
+            os.replace(file.name, place)
+            return model
+        with torch.no_grad():
+            for p, (weight, gradient) in zip(model.parameters(), torch.load(place)):
+                p.copy_(weight)
+                p.grad = gradient
+        return model.eval()
+
+    return kept
