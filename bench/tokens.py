@@ -30,7 +30,7 @@ from modelzip.measure import median_interval
 from modelzip.quant import quantize_model
 from modelzip.workshop.key_value_cache import ThroughCache
 from modelzip.workshop.listening import log_probabilities
-from modelzip.workshop.quick_llama import RoomyCache, quick_llama
+from modelzip.workshop.quick_llama import RoomyCache, quick_llama, smollm2_in_blocks
 from modelzip.workshop.smollm2 import smollm2_file
 
 RESULTS, QUICK = Path(__file__).parent / "results" / "tokens.json", "--quick" in sys.argv
@@ -48,6 +48,7 @@ OURS = {
     "int8 kernels": (lambda m: use_kernels(quantize_model(m, 8)), KeyValueCache, WEIGHTS + WORDS),
     "int8 kernels, quick": (lambda m: quick_llama(use_kernels(quantize_model(m, 8))), RoomyCache, WEIGHTS + WORDS),
     "4-bit kernels": (lambda m: use_kernels(quantize_model(m, **FOUR)), KeyValueCache, WEIGHTS * 5 // 8 + WORDS),
+    "the file's 4-bit codes, quick": (lambda m: quick_llama(smollm2_in_blocks()), RoomyCache, WEIGHTS * 5 // 8 + WORDS),
     "4-bit kernels, quick": (
         lambda m: quick_llama(use_kernels(quantize_model(m, **FOUR))),
         RoomyCache,
@@ -205,14 +206,14 @@ def speeds(rounds, all_threads):
 
 
 def show(rows):
-    print(f"\n{'':<24}{'cosine':>8}{'':>4}{'tokens/s':>9}{'× fp32':>9}{'× llama.cpp':>22}{'of memory':>11}")
+    print(f"\n{'':<32}{'cosine':>8}{'':>4}{'tokens/s':>9}{'× fp32':>9}{'× llama.cpp':>22}{'of memory':>11}")
     for name, row in rows.items():
         for cell, r in row.items():
             if not isinstance(r, dict):
                 continue
             ratio = lambda of: r.get(f"times {of}")
             first, other = ratio(next(iter(OURS))), ratio(PEER)
-            line = f"{name:<24}{row['cosine']:>8.4f}    {r['tokens a second']['value']:>9.1f}"
+            line = f"{name:<32}{row['cosine']:>8.4f}    {r['tokens a second']['value']:>9.1f}"
             line += f"{first['value']:>9.2f}" if first else " " * 9
             line += f"{other['value']:>9.2f} ({other['low']:.2f}–{other['high']:.2f})" if other else " " * 22
             print(line + (f"{r['of memory']:>10.0%}" if "of memory" in r else " " * 10) + f"  {cell}")
