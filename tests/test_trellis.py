@@ -163,9 +163,14 @@ def test_zeros_infinities_and_options():
 
 
 def entropy_of(q):
-    return sum(
-        float(entropy(unpack_bits(c, (m - 1).bit_length(), n))) * n for c, n, m in zip(q.codes, q.counts, q.levels) if n
-    ) / q.numel()
+    return (
+        sum(
+            float(entropy(unpack_bits(c, (m - 1).bit_length(), n))) * n
+            for c, n, m in zip(q.codes, q.counts, q.levels)
+            if n
+        )
+        / q.numel()
+    )
 
 
 @pytest.mark.parametrize("bits", [0.7, 1.5, 3.0, 5.0])
