@@ -52,38 +52,40 @@ def walk(
     states: int,
 ) -> np.ndarray:  # [n] codes on the fine grid: 2k, or 2k less its sign
     "Read codes back. `ValueError` unless there are just as many in each context as the walk asks for."
-    lanes, after, half = -(-n // run), next_states(states).numpy().reshape(-1), states // 2
-    grid, state, at = np.zeros((run, lanes), streams[0].dtype), np.zeros(lanes, np.uint8), [0] * len(streams)
+    lanes, after = -(-n // run), next_states(states).numpy().reshape(-1)
+    codes, odd = np.zeros((run, lanes), streams[0].dtype), np.zeros((run, lanes), bool)
+    state, at = np.zeros(lanes, np.uint8), [0] * len(streams)
     classes = None if classes is None else lanes_of(classes * np.uint8(2), run)
     for t in range(min(run, n)):
         m = lanes if (lanes - 1) * run + t < n else lanes - 1  # the last lane may have ended
-        key = (state[:m] >= half).view(np.uint8)
-        codes = take(streams, at, key if classes is None else key + classes[t, :m])
-        grid[t, :m] = 2 * codes - np.sign(codes) * key
-        state[:m] = after[2 * state[:m] + (codes & 1).astype(np.uint8)]
+        k, grid = codes[t, :m], odd[t, :m]
+        np.greater_equal(state[:m], states // 2, out=grid)
+        take(streams, at, grid if classes is None else grid + classes[t, :m], k)
+        state[:m] = after[2 * state[:m] + (k & 1).astype(np.uint8)]
     if any(a != len(s) for a, s in zip(at, streams)):
         raise ValueError("codes are left over")
-    return grid.T.reshape(-1)[:n]
+    return (2 * codes - np.sign(codes) * odd).T.reshape(-1)[:n]
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 def take(
     streams: list[np.ndarray],
     at: list[int],  # where each of them stands; moves on
-    key: np.ndarray,  # uint8: which context each lane asks
-) -> np.ndarray:  # a code for each lane
+    key: np.ndarray,  # which context each lane asks: uint8, or bool where there are two
+    out: np.ndarray,  # gets a code for each lane
+) -> None:
     "The next codes. `ValueError` when a context has no more."
-    out, count = np.empty(len(key), streams[0].dtype), np.bincount(key, minlength=len(streams)).tolist()
-    begin = list(at)
-    for i, n in enumerate(count):
+    ones = int(np.count_nonzero(key)) if len(streams) == 2 else 0
+    counts = [len(key) - ones, ones] if len(streams) == 2 else np.bincount(key, minlength=len(streams)).tolist()
+    some = []
+    for i, n in enumerate(counts):
+        some.append(streams[i][at[i] : at[i] + n])
         at[i] += n
-        if at[i] > len(streams[i]):
+        if len(some[i]) != n:
             raise ValueError(f"the codes of context {i} end too early")
     if len(streams) == 2:
-        odd = key.view(bool)
-        out[odd], out[~odd] = streams[1][begin[1] : at[1]], streams[0][begin[0] : at[0]]
+        out[key], out[~key] = some[1], some[0]
     else:
-        out[np.argsort(key, kind="stable")] = np.concatenate([s[a:b] for s, a, b in zip(streams, begin, at)])
-    return out
+        out[np.argsort(key, kind="stable")] = np.concatenate(some)
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 def grids(
@@ -235,12 +237,18 @@ def grid(self: TrellisTensor) -> Tensor:  # int16 or int32, of `self.shape`, on 
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 @patch
+def steps(self: TrellisTensor) -> tuple[Tensor | None, Tensor | None]:
+    "What the step of each row and of each column is multiplied by."
+    step = lambda name: torch.exp2(self.vectors[name].to(torch.float32) / 8) if name in self.vectors else None
+    return step("row_steps"), step("column_steps")
+
+
+@patch
 def as_qtensor(self: TrellisTensor) -> QTensor:
     "The same numbers, to the bit, on one grid: what integer kernels take, and about one bit a code more."
     codes = self.grid()
     most = max(1, int(codes.abs().max())) if codes.numel() else 1
-    step = lambda name: torch.exp2(self.vectors[name].to(torch.float32) / 8) if name in self.vectors else None
-    rows, columns, levels = step("row_steps"), step("column_steps"), 2 * most + 1
+    (rows, columns), levels = self.steps(), 2 * most + 1
     packed = pack_bits((codes + most).to(torch.uint8 if levels <= 256 else torch.int32), (levels - 1).bit_length())
     scale, axis = (self.scale, None) if rows is None else (self.scale * rows, 0)
     return QTensor(packed.to(self.device), scale, None, None, self.shape, self.dtype, levels, axis, None, columns)
@@ -251,7 +259,20 @@ def dequantize(self: TrellisTensor) -> Tensor:
     "The numbers that it stands for, in the original shape and dtype."
     if self.device.type == "meta":
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
-    return self.as_qtensor().dequantize()
+    if self.dtype != torch.float32 or self.scale.dtype != torch.float32 or self.scale > 1e14:
+        return self.as_qtensor().dequantize()
+    out, (rows, columns) = self.grid().to(self.device, torch.float32), self.steps()
+    out.mul_(self.scale if rows is None else (self.scale * rows).view(-1, *[1] * (out.dim() - 1)))
+    return out if columns is None else out.mul_(columns.view(-1, *[1] * (out.dim() - 2)))
+
+# %% ../../nbs/workshop/trellis_tensors.ipynb
+@patch
+def coded_bits(self: TrellisTensor) -> float:  # for each weight
+    "Entropy of the codes in their contexts: what a file takes, but for tables and a percent."
+    each = [unpack_bits(c, (m - 1).bit_length(), n) for c, m, n in zip(self.codes, self.levels, self.counts)]
+    counts = [k.flatten().long().bincount().double() for k in each]
+    bits = sum((torch.special.xlogy(n.sum(), n.sum()) - torch.special.xlogy(n, n).sum()).item() for n in counts)
+    return bits / math.log(2) / max(1, self.shape.numel())
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 def from_codes(
