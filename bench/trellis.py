@@ -133,9 +133,9 @@ def gains(model, path):
     rounding = lambda s: lambda n, m: {"step": 2 * s * sizes[n]} if only(m) else None
     paths = lambda s: lambda n, m: {"step": s * sizes[n]} if only(m) else None
     rows = []
-    for s in (0.45, 0.4, 0.35, 0.25, 0.22, 0.19, 0.12, 0.105, 0.09):
+    for s in (0.24, 0.2):
         rows.append(row("rounding", s, quantize_model(model, overrides=rounding(s), per_channel=False)))
-    for s in (0.4, 0.22, 0.105):
+    for s in (0.21,):
         rows.append(row("trellis", s, trellis(model, overrides=paths(s))))
         rows[-1]["gain"] = above(rows[-1], [r for r in rows if r["method"] == "rounding"])
     for r in rows:
