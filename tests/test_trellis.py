@@ -9,11 +9,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from guards import examples, unchanged
+from modelzip.kernels import use_kernels
 from modelzip.pack import PackError, inspect, load, read_tensor, save
 from modelzip.ptq import calibrate, output_error
 from modelzip.quant import Dequantize, dequantize_model
 from modelzip.trellis import PRICE, TrellisTensor, next_states, trellis, trellis_weight
 from modelzip.trellis import code_bits, context_of, feedback_codes, learned_bits, trellis_codes
+from modelzip.workshop.engines import why_not_int8
 from modelzip.workshop.trellis_tensors import deal, from_codes, grids, walk
 
 STATES = [4, 8, 16, 32]
@@ -186,6 +188,19 @@ def test_a_whole_model_through_a_file(tmp_path):
         assert torch.equal(load(save(small, tmp_path / "b.mz", archive), model)(x), small(x))
     again = trellis(model, batches, bits=3.5)
     assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), again.state_dict().values()))
+
+
+def test_integer_kernels_take_the_fine_grid():
+    "At most 256 steps of the fine grid are one signed byte: a product of integers gives what the floats give."
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 32), torch.randn(10, 64)
+    seen = calibrate(nn.Sequential(layer), [torch.randn(200, 64)])["0"]
+    q = trellis_weight(layer.weight, seen, 3.0, importance=torch.rand(32) + 0.1)
+    assert q.as_qtensor().levels <= 256 and why_not_int8(q.as_qtensor()) is None
+    fine = nn.Sequential(Dequantize(layer, q.as_qtensor()))
+    assert torch.equal(fine(x), nn.Sequential(Dequantize(layer, q))(x))
+    fast = use_kernels(fine)(x)
+    assert (fast - fine(x)).norm() < 0.02 * fine(x).norm()
 
 
 def test_feedback_lowers_the_output_error():
