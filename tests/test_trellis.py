@@ -14,7 +14,7 @@ from modelzip.pack import PackError, inspect, load, read_tensor, save
 from modelzip.ptq import calibrate, output_error
 from modelzip.quant import Dequantize, dequantize_model
 from modelzip.trellis import PRICE, TrellisTensor, next_states, trellis, trellis_weight
-from modelzip.trellis import code_bits, context_of, feedback_codes, learned_bits, trellis_codes
+from modelzip.trellis import feedback_codes, learned_bits, trellis_codes
 from modelzip.workshop.engines import why_not_int8
 from modelzip.workshop.trellis_tensors import deal, from_codes, grids, walk
 
@@ -227,3 +227,11 @@ def test_damaged_files_are_refused(tmp_path):
         except PackError:
             continue
         assert y[0].q.dequantize().shape == (32, 64)
+
+
+def test_a_lane_longer_than_the_tensor_takes_no_memory():
+    q = from_codes(torch.tensor([[1, 0], [-2, 1]]), 1.0, states=4, run=1 << 48)
+    assert TrellisTensor.from_parts(q.parts(), q.meta()).dequantize().tolist() == [[2, 0], [-4, 1]]
+    spread = torch.tensor([0, 4], dtype=torch.uint8)
+    q = from_codes(torch.tensor([[1, 0], [-2, 1]]), 1.0, states=4, run=1 << 48, row_spread=spread)
+    assert TrellisTensor.from_parts(q.parts(), q.meta()).dequantize().tolist() == [[2, 0], [-4, 1]]

@@ -52,11 +52,12 @@ def walk(
     states: int,
 ) -> np.ndarray:  # [n] codes on the fine grid: 2k, or 2k less its sign
     "Read codes back. `ValueError` unless there are just as many in each context as the walk asks for."
+    run = min(run, n)
     lanes, after = -(-n // run), next_states(states).numpy().reshape(-1)
     codes, odd = np.zeros((run, lanes), streams[0].dtype), np.zeros((run, lanes), bool)
     state, at = np.zeros(lanes, np.uint8), [0] * len(streams)
     classes = None if classes is None else lanes_of(classes * np.uint8(2), run)
-    for t in range(min(run, n)):
+    for t in range(run):
         m = lanes if (lanes - 1) * run + t < n else lanes - 1  # the last lane may have ended
         k, grid = codes[t, :m], odd[t, :m]
         np.greater_equal(state[:m], states // 2, out=grid)
@@ -94,6 +95,7 @@ def grids(
     states: int,
 ) -> np.ndarray:  # [n] uint8: 1 where a code lies on the odd grid
     "Which grid each code lies on."
+    run = min(run, max(1, len(codes)))
     k, after = lanes_of((codes & 1).astype(np.uint8), run), next_states(states).numpy().reshape(-1)
     state, odd = np.zeros(k.shape[1], np.uint8), np.empty(k.shape, np.uint8)
     for t in range(run):
@@ -108,6 +110,7 @@ def deal(
     states: int,
 ) -> list[np.ndarray]:  # the codes of each context, as `walk` asks for them
     "Sort codes by context; two for each class."
+    run = min(run, max(1, len(codes)))
     key = grids(codes, run, states) + (0 if classes is None else classes * np.uint8(2))
     live = lanes_of(np.ones(len(codes), bool), run).reshape(-1)
     key, codes = lanes_of(key, run).reshape(-1)[live], lanes_of(codes, run).reshape(-1)[live]
