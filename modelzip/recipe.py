@@ -33,6 +33,7 @@ from .structured import factorize, fold_batchnorm, shrink
 from .distill import Labels, SoftTargets, affine, distill
 from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
 from .qat import convert, prepare
+from .trellis import trellis
 from .workshop.content import fingerprint
 from .workshop.deadlines import checked_count
 from .workshop.matrices import layers_of, matrices_of, outputs_of
@@ -184,6 +185,7 @@ register_step(quantize_model, quantize_layer, quantize, hidden=OBJECTS)
 register_step(quantize_others)
 register_step(hqq, hidden=["layers"])
 register_step(gptq, batches="batches", hidden=["layers"])
+register_step(trellis, batches="batches", optional=["batches"], hidden=["layers"])
 register_step(awq, statistics="statistics", hidden=["layers"])
 register_step(smooth, statistics="statistics", hidden=["layers"])
 register_step(prune_model, batches="batches", optional=["batches"], hidden=["layers", "retrain", "loss"])

@@ -984,6 +984,25 @@ WRONG = {
         ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
         ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
     ],
+    "11c_trellis:check_grid": [
+        ("lambda codes: int(bool(codes) and codes[-1] % 2)", "the next weight is on grid"),  # the last code alone
+        ("lambda codes: sum(codes) % 2", "the next weight is on grid"),  # all of them alike
+        ("lambda codes: 0", "after the codes [1] the next weight is on grid 1"),
+    ],
+    "11c_trellis:check_least": [
+        ("lambda costs: sum(min(c) for c in costs)", "yours"),  # grids chosen freely
+        (
+            """
+            def greedy(costs):
+                state = total = 0
+                for c in costs:
+                    p = int(c[2 * (state // 2) + 1] < c[2 * (state // 2)])
+                    total, state = total + c[2 * (state // 2) + p], next_states(4)[state, p].item()
+                return total""",
+            "yours",
+        ),
+        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "the best path takes"),
+    ],
     "12_threads:check_processors": [
         (  # all pairs that the text once had
             """
