@@ -117,7 +117,7 @@ def _table():
 LAYERS = _table()
 HOMES_OF_LAYERS = dict.fromkeys(
     ["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured"
-) | {"StaticAttention": "workshop.integer_attention"}  # all others: torch.nn
+) | {"StaticAttention": "workshop.integer_attention", "Turn": "rotations"}  # all others: torch.nn
 
 
 OWN = {}  # name → a layer of this library, registered by the module that makes it
