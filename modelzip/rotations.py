@@ -10,18 +10,15 @@ __all__ = ['PRIMES', 'incoherence', 'paley', 'orders_of', 'hadamard', 'hadamard_
 #| code-summary: "Imports of the module"
 import functools, math
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .workshop.layer_table import register_layer
-from .workshop.models import copied, hooks_of
+from .workshop.models import copied
 from .workshop.pairs import check_same
 from .workshop.rehearsal import examples_of
-from .workshop.turnable import exchange, fold_norms, turnable
-from .workshop.wrapping import shallow_copy
+from .workshop.turnable import between, chosen_layers, exchange, fold_norms, turnable
 
 _all_ = ["turnable"]  # made in the workshop
 
@@ -98,7 +95,6 @@ def hadamard_transform(
     return y.flatten(-2) / math.sqrt(block)
 
 # %% ../nbs/10d_rotations.ipynb
-@register_layer("width block back")
 class Turn(nn.Module):
     "Multiplies vectors by random signs and a Hadamard matrix, an orthogonal Q (Tseng et al. 2024, arXiv:2402.04396)."
 
@@ -167,6 +163,5 @@ def rotate(
 
 # %% ../nbs/10d_rotations.ipynb
 from .workshop.arguments import name_arguments
-from .workshop.turnable import between, chosen_layers
 
 name_arguments(globals())  # errors name the argument

@@ -110,6 +110,7 @@ def _table():
         "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
         "StaticAttention": "width heads query_step key_step value_step",
         "ThinLinear": "in_features rank out_features bias",
+        "Turn": "width block back",
         "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
 
