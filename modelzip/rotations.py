@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .workshop.models import copied
 from .workshop.pairs import check_same
 from .workshop.rehearsal import examples_of
-from .workshop.turnable import between, chosen_layers, exchange, fold_norms, turnable
+from .workshop.turnable import Plan, between, chosen_layers, exchange, fold_norms, turnable
 
 _all_ = ["turnable"]  # made in the workshop
 
@@ -134,6 +134,7 @@ def rotate(
     model: nn.Module,  # float32 or float64; it is left as it is
     example: Any,  # what it is called with: a tensor, a tuple of arguments, a dict; several in a list
     online: Iterable[str] = (),  # names or patterns of linear layers whose inputs are turned while the model runs
+    free: bool = True,  # also turn what costs nothing at run time; False: `online` alone
     seed: int = 0,  # of the signs
 ) -> nn.Module:  # a copy that computes the same in evaluation, to rounding
     """Turn all vectors of a model that can be turned by Hadamard matrices with random signs (Ashkboos et al. 2024,
@@ -141,7 +142,7 @@ def rotate(
     there is nothing to turn, for 16-bit floats, for an `online` that names no plain linear layer whose input is not
     turned yet, and when outputs for the examples, or for others like them, differ."""
     examples = examples_of(example)
-    plan = turnable(model, examples)
+    plan = turnable(model, examples) if free else Plan([], [], {})
     chosen = chosen_layers(model, online, plan)
     new = fold_norms(copied(model), plan)
     turns = [Turn(s.size, seed=seed + i) for i, s in enumerate(plan.spaces)]
