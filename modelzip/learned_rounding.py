@@ -25,7 +25,7 @@ from .workshop.scales import Blocks, matrices_for, nearest_weight, row_errors, s
 from .workshop.statistics import LayerStatistics
 
 # %% ../nbs/10e_learned_rounding.ipynb
-LAMBDA, FIRST, LAST = 0.02, 20.0, 2.0  # the price of standing in between; β at the beginning and at the end
+LAMBDA, FIRST, LAST = 0.3, 8.0, 2.0  # the price of standing in between; β at the beginning and at the end
 
 
 def rectified(
@@ -51,7 +51,7 @@ def learned_switches(
     size: Tensor,  # [rows, inputs] the step of each weight
     H: Tensor,  # [inputs, inputs]
     steps: int = 300,  # of the optimizer
-    rate: float = 0.05,  # learning rate
+    rate: float = 0.1,  # learning rate
 ) -> Tensor:  # [rows, inputs] bool: up
     "Which weights go up: gradient steps on relaxed switches (Nagel et al. 2020, arXiv:2004.10568)."
     size = size / size.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(size.dtype).tiny)
