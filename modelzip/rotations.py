@@ -140,7 +140,8 @@ def rotate(
     """Turn all vectors of a model that can be turned by Hadamard matrices with random signs (Ashkboos et al. 2024,
     arXiv:2404.00456; Tseng et al. 2024, arXiv:2402.04396); `turnable` lists what cannot, and why. `ValueError` when
     there is nothing to turn, for 16-bit floats, for an `online` that names no plain linear layer whose input is not
-    turned yet, and when outputs for the examples, or for others like them, differ."""
+    turned yet, and when outputs for the examples, or for others like them, differ. A file of a model with turns
+    inside is loaded into what `rotate` makes of an empty one: its layers have other names."""
     examples = examples_of(example)
     plan = turnable(model, examples) if free else Plan([], [], {})
     chosen = chosen_layers(model, online, plan)
