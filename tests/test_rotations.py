@@ -103,6 +103,15 @@ def test_a_llama_computes_the_same(how):
     assert {"words.weight", "blocks.0.q.weight", "blocks.1.o.weight", "blocks.1.down.weight"} <= set(turned)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_language_model_of_the_book(tied):
+    language = pytest.importorskip("modelzip.language")
+    model = with_gains(language.Llama(50, 48, 2, 6, 2, 96, tied=tied))
+    new = rotate(model, IDS, online=["*.down"])
+    assert (new(IDS) - model(IDS)).abs().max() < 1e-10
+    assert language.generate(new, [1, 2, 3], 9) == language.generate(model, [1, 2, 3], 9)  # with its cache
+
+
 def test_an_untied_head_leaves_no_turn_behind():
     class Untied(SmallLlama):
         def __init__(self):
