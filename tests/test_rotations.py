@@ -198,6 +198,57 @@ def test_hooks_and_shared_and_computed_weights_stay():
     assert (rotate(model, IDS)(IDS) - model(IDS)).abs().max() < 1e-10
 
 
+class FusedNorm(RootNorm):
+    "Adds what it is given beside, as fused kernels do."
+
+    def forward(self, x, more=None, factor=1.0):
+        return super().forward(x if more is None else x + F.relu(more)) * factor
+
+
+def test_a_norm_that_does_more_is_none():
+    class Fused(Written):
+        def __init__(self, **more):
+            super().__init__(FusedNorm)
+            self.more = more
+
+        def forward(self, ids):
+            x = self.words(ids)
+            x = x + self.down(self.up(self.norm1(x, **self.more)))
+            return self.head(self.norm2(x))
+
+    for more in {"more": torch.randn(24).double()}, {"factor": 2.0}:
+        model = with_gains(Fused(**more))
+        assert "is given more" in turnable(model, IDS).left["up.weight"]
+        assert (rotate(model, IDS)(IDS) - model(IDS)).abs().max() < 1e-10  # between up and down nothing is in the way
+
+
+def test_norms_over_another_axis_are_none():
+    class Across(RootNorm):
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+
+    with pytest.raises(ValueError, match="nothing that can be turned"):
+        rotate(Written(Across), IDS)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda n: nn.LayerNorm(n, elementwise_affine=False), lambda n: nn.RMSNorm(n, elementwise_affine=False)]
+)
+def test_norms_without_gain_in_and_behind_the_stream(norm):
+    class Post(Written):
+        def forward(self, ids):
+            x = self.norm1(self.words(ids))
+            return self.head(x + self.down(F.silu(self.up(x))))
+
+    model = Post(norm).double().eval()
+    try:
+        assert (rotate(model, IDS)(IDS) - model(IDS)).abs().max() < 1e-10
+    except ValueError as e:
+        assert "nothing that can be turned" in str(e)
+    model = Written(norm).double().eval()
+    assert (rotate(model, IDS)(IDS) - model(IDS)).abs().max() < 1e-10
+
+
 def test_what_no_example_calls_is_not_pulled_apart():
     class Branch(Written):
         def __init__(self):

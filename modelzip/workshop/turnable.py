@@ -90,7 +90,7 @@ def as_norm(name: str, m: nn.Module) -> Norm | None:
     w = tensors.get("weight")
     if set(tensors) != {"weight"} or w.dim() != 1 or len(w) < 2 or not w.is_floating_point():
         return None
-    x = torch.randn(4, len(w), generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(2, 3, len(w), generator=torch.Generator().manual_seed(0)).double()
     try:
         small, large = (m((x * size).to(w)).double() for size in (1e-3, 1.0))
         eps = ((1e-3 * w * x / small).square() - 1e-6 * x.square().mean(-1, keepdim=True)).nanmedian().item()
@@ -193,7 +193,10 @@ def enters(self: Watch, name: str, given: Any) -> None:
     self.sees(name, given)
     self.path.append(name)
     if name in self.norms:
-        self.coming.append(next(iter(tensors_of(given)), None))
+        alone = sum(map(len, given)) == 1 and len(tensors_of(given)) == 1
+        if not alone:
+            self.keep(tensors_of(given), f"{name} is given more than what it normalizes")
+        self.coming.append(tensors_of(given)[0] if alone else None)
 
 
 @patch
@@ -220,6 +223,8 @@ def normalized(self: Watch, norm: Norm, x: Tensor | None, outputs: list[Tensor])
     self.called |= {n for n in self.held if n.rpartition(".")[0] == norm.name}
     if norm.into is None:
         norm.into, norm.out = self.spaces.new(norm.size), self.spaces.new(norm.size)
+    if x is None:
+        self.spaces.keep(norm.out, f"{norm.name} is given more than what it normalizes")
     if (v := self.vectors(x)) is None:
         self.spaces.keep(norm.into, f"what goes into {norm.name} is not turned")
     else:
@@ -404,7 +409,8 @@ def folds(w: Watch, norm: Norm, outs: Counter, reads: dict, writes: dict) -> boo
     s = w.spaces
     i, o = s.find(norm.into), s.find(norm.out)
     free = norm.plain or norm.mixed is None and norm.readers and reads[o] == norm.readers
-    if not free or not norm.plain and (outs[o] > 1 or writes[o]) or {i, o} & s.kept.keys():
+    alone = outs[o] == 1 and not writes[o]
+    if not free or not alone and (norm.kind == "layer" or not norm.plain) or {i, o} & s.kept.keys():
         return False
     if norm.kind == "rms":
         return True
