@@ -112,6 +112,7 @@ def _table():
         "OpenAttention": "width heads batch_first dropout",
         "StaticOpenAttention": "width heads query_step key_step value_step batch_first",
         "ThinLinear": "in_features rank out_features bias",
+        "Turn": "width block back",
         "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
 
@@ -121,7 +122,7 @@ HOMES_OF_LAYERS = dict.fromkeys(
     ["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured"
 )
 HOMES_OF_LAYERS |= dict.fromkeys(["StaticAttention", "StaticOpenAttention"], "workshop.integer_attention")
-HOMES_OF_LAYERS |= {"OpenAttention": "workshop.open_attention"}  # all others: torch.nn
+HOMES_OF_LAYERS |= {"OpenAttention": "workshop.open_attention", "Turn": "rotations"}  # all others: torch.nn
 
 
 OWN = {}  # name → a layer of this library, registered by the module that makes it
