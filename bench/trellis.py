@@ -6,8 +6,10 @@ and of 0.999. Whole files, everything counted.
 
 One number fixes a file, `STEPS`: the step of all weights, where each is measured by what its error does to the
 sentence vectors. For a row of a layer that is the mean squared gradient of a random direction of the vectors, for a
-column GPTQ's factor. Gradients and second moments come from pairs of `docstrings` from 1,200 on; the numbers in `STEPS`
-were chosen on pairs 600 to 750; the table's cosine is measured on the first 600, which nothing was chosen on.
+column GPTQ's factor. Gradients and second moments come from pairs of `docstrings` from 1,200 on. The numbers in
+`STEPS` follow from one trial at 6e-5 on pairs 600 to 750, where the cosine was 0.98879, and from a loss that grows as
+the square of the step; the table's cosine is measured on the first 600 pairs, on which nothing was chosen (of the trial
+it was seen, too: 0.98870).
 """
 
 import json, math, sys, tempfile, time, warnings
