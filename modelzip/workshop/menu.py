@@ -30,8 +30,8 @@ from .widths import Widths, widths_of
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
 SPARSE = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
 # with data to calibrate on: one step for the whole tensor, as what counts is the entropy of its codes; half a bit apart
-SPACED = [{"spacing": s} for s in (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.03)]
-ANCHORS = [{"spacing": s} for s in (2.0, 1.0, 0.5, 0.125)]  # between which bytes and errors of the others are told
+SPACED = [{"spacing": s} for s in (4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.03)]
+ANCHORS = [{"spacing": s} for s in (4.0, 2.0, 1.0, 0.5, 0.125)]  # between which bytes and errors of the others are told
 # at which the output's change is measured (with data or without); for other options it follows from their own errors
 REFERENCES = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
 
@@ -157,7 +157,8 @@ def menu_of(
     references = REFERENCES[calibrated is not None]
     asked = [o for o in options if not o.get("sparsity")]
     told = [o for o in asked if "spacing" in o and o not in ANCHORS]
-    asked += [r for r in [*references, *ANCHORS * bool(told)] if r not in asked]
+    for needed in (*references, *ANCHORS * bool(told)):
+        asked += [needed] * (needed not in asked)
     parts = widths_of(model, asked, calibrated, [asked.index(o) for o in told], progress)
     rows = {i: _dense(parts, i, ties) for i, o in enumerate(asked) if o not in told}
     known = [rows[asked.index(r)][1] for r in references]
