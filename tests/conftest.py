@@ -19,7 +19,7 @@ def pytest_collection(session):
     """Of several workers each begins with other test files, and finds the rest compiled, with asserts rewritten, by the
     others; else each would do all of it. The order of the tests is everywhere the same."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if not worker or sys.dont_write_bytecode:
+    if not worker or sys.dont_write_bytecode or not any(Path(a).is_dir() for a in session.config.args):
         return
     names = sorted(p.stem for p in Path(__file__).parent.glob("test_*.py"))
     first = int(worker[2:]) * len(names) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
