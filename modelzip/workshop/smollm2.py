@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'LLAMA_NAMES', 'THEIR_NAMES', 'smollm2_file', 'gguf_metada
            'smollm2_options', 'llama_name', 'llama_weights', 'smollm2_weights', 'rows_in_halves', 'as_transformers']
 
 # %% ../../nbs/workshop/smollm2.ipynb
-import functools, importlib.util, os, re
+import functools, importlib.util, logging, os, re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,13 @@ def as_transformers(
     model: nn.Module,  # a `Llama`
 ) -> nn.Module:  # a `LlamaForCausalLM` with its weights, in eval mode
     "The same model, in Hugging Face's code. Needs `modelzip[hf]`."
-    hf, block = need("transformers", "hf"), model.blocks[0]
+    block, before = model.blocks[0], logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what other libraries say while this one is imported
+    try:
+        hf = need("transformers", "hf")
+        hf.LlamaForCausalLM
+    finally:
+        logging.disable(before)
     heads, kv_heads = block.attention.heads, block.attention.kv_heads
     config = hf.LlamaConfig(
         vocab_size=model.words.num_embeddings,
