@@ -78,8 +78,9 @@ def coded_at(nats):
 
 def pruned(criterion):
     def make(b):
-        small = prune_model(b.model, 0.5, criterion, scope="output", batches=b.batches, skip=["words", "head"])
-        return sparsify_model(small, bits=8, overrides={"words": None, "head": None})
+        small = prune_model(b.model, 0.5, criterion, batches=b.batches, skip=["head"])
+        small = sparsify_model(small, bits=8)
+        return quantize_model(small, overrides=lambda name, layer: TABLE if name in BOTH() else None)
 
     return make
 

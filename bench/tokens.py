@@ -1,7 +1,7 @@
 """How many tokens a second does SmolLM2 read and say, in floats, int8 and 4 bits, beside llama.cpp on its own file, and
 how near is that to what the memory allows? Each in a process of its own, in turns (see contest.py).
 
-    python bench/tokens.py               prints the tables and writes bench/results/tokens.json (some ten minutes)
+    python bench/tokens.py               prints the tables and writes bench/results/tokens.json (some fifteen minutes)
     python bench/tokens.py --quick       fewer rounds and one thread, and nothing is written
     python bench/tokens.py --cache       only what the key-value cache in few bits costs and saves
     python bench/tokens.py --speeds      only the speeds; names of rows behind it choose some of them, beside the first
@@ -253,7 +253,7 @@ def caches(pages, length, piece):
 def main():
     there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "--speeds" not in sys.argv:
-        there["cache"] = caches(2, 256, 64) if QUICK else caches(40, 512, 16)
+        there["cache"] = caches(2, 256, 64) if QUICK else caches(20, 512, 32)
     if not QUICK and not ASKED:
         RESULTS.write_text(json.dumps(there, indent=1, ensure_ascii=False) + "\n")
     if "--cache" in sys.argv:

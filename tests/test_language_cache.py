@@ -146,7 +146,7 @@ def test_nothing_is_shared_with_the_caller():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_stay(dtype):
     keys, values = some(1, 2, 80, 8).to(dtype)
-    cache = QuantizedCache(8)
+    cache = QuantizedCache(8, 32, 16)
     cache.update(3, keys, values)
     k, v = cache.update(3, keys[:, :, :0], values[:, :, :0])
     assert k.dtype == v.dtype == dtype and 0 < (k - keys).abs().max() < 0.05

@@ -12,7 +12,8 @@ from modelzip.kernels import use_kernels
 from modelzip.language import KeyValueCache, Llama, QuantizedCache, generate
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate
-from modelzip.quant import quantize_model
+from modelzip.quant import Dequantize, quantize_model
+from modelzip.workshop.gguf_blocks import quantize_blocks
 from modelzip.workshop.quick_llama import FewRows, RoomyCache, SideBySide, quick_llama, stacked_tensors
 from guards import examples, unchanged
 
@@ -32,6 +33,13 @@ def calibrated(model):
     return awq(model, calibrate(model, [torch.arange(40)[None]]), 4, group=32, overrides=COARSE)
 
 
+def in_blocks(model, type):
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and name != "head":
+            model.set_submodule(name, Dequantize(layer, quantize_blocks(layer.weight.detach(), type)))
+    return model
+
+
 KINDS = {
     "floats": lambda m: m,
     "one head of keys": lambda m: llama(kv_heads=1, tied=False),
@@ -49,6 +57,9 @@ KINDS = {
         quantize_model(m, 4, group=32, overrides=COARSE | {"*.key": dict(bits=8, group=None), "*.gate": None})
     ),
     "a scale for each column": lambda m: use_kernels(calibrated(m)),
+    "blocks of a GGUF file": lambda m: in_blocks(m, "Q4_1"),
+    "symmetric blocks": lambda m: in_blocks(m, "Q4_0"),
+    "8-bit blocks": lambda m: in_blocks(m, "Q8_0"),
     "sparse": lambda m: sparsify_model(prune_model(m, 0.5, skip=["head"]), overrides={"head": None, "words": None}),
 }
 
@@ -75,6 +86,8 @@ def test_layers_of_one_input_are_one_product():
         ("floats", nn.Linear, nn.Linear),
         ("4 bits", FewRows, FewRows),
         ("8 bits", FewRows, FewRows),
+        ("blocks of a GGUF file", FewRows, FewRows),
+        ("8-bit blocks", SideBySide, SideBySide),
         ("3 bits", SideBySide, SideBySide),
         ("mixed", SideBySide, SideBySide),
         ("codes", SideBySide, SideBySide),
