@@ -28,17 +28,8 @@ from .workshop.smollm2 import smollm2_options, smollm2_weights
 from .workshop.tokenizing import BytePairs, smollm2_tokenizer
 from .workshop.training import device_of, eval_mode, seeded
 
-_all_ = [
-    "BytePairs",
-    "Heard",
-    "Interval",
-    "NextSentences",
-    "QuantizedCache",
-    "documents",
-    "english",
-    "next_sentences",
-    "smollm2_tokenizer",
-]
+_all_ = ["BytePairs", "Heard", "Interval", "NextSentences", "QuantizedCache"]
+_all_ += ["documents", "english", "next_sentences", "smollm2_tokenizer"]
 
 # %% ../nbs/13c_language.ipynb
 def rotary_angles(
@@ -105,9 +96,7 @@ class GroupedAttention(SettingsInState, nn.Module):
 
     def check_settings(self, heads, kv_heads, width=None):
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
-            raise ValueError(
-                f"this state has {heads} and {kv_heads} heads, this layer {self.heads} and {self.kv_heads}"
-            )
+            raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
         if heads % kv_heads or width is not None and width % (2 * heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values, or divide {width} in pairs")
 
@@ -243,7 +232,7 @@ def listen(
     predict, and for a model that gives no numbers."""
     check_documents(documents)
     sums = []
-    with eval_mode(model):
+    with eval_mode(model), eval_mode(reference if isinstance(reference, nn.Module) else model):
         for i, text in enumerate(documents):
             ids = text.to(device_of(model))[None]
             logs, came = log_probabilities(model, ids)[0], text[1:, None].cpu()
