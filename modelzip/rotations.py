@@ -106,8 +106,15 @@ class Turn(nn.Module):
         seed: int | None = None,  # of the signs; None: all are +
     ):
         super().__init__()
-        fits = (b for b in range(width, 1, -1) if width % b == 0 and orders_of(b) is not None)
-        self.width, self.block, self.back = width, next(fits, 1) if block is None else block, back
+        if width < 1:
+            raise ValueError(f"width is {width}; it may be 1 or more")
+        halves = [i for i in range(1, math.isqrt(width) + 1) if width % i == 0]
+        fits = [b for i in halves for b in (i, width // i) if orders_of(b) is not None]
+        if block is not None and block not in fits:
+            raise ValueError(
+                f"block is {block}; of vectors of {width} it may be {', '.join(map(str, sorted(set(fits))))}"
+            )
+        self.width, self.block, self.back = width, max(fits) if block is None else block, back
         signs = torch.ones(width, dtype=torch.int8)
         if seed is not None:
             signs -= 2 * torch.randint(2, (width,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)

@@ -80,6 +80,15 @@ def test_turns_repeat_and_leave_the_global_generator_alone():
     assert torch.equal(a(x)[..., 48:], a(x[..., 48:])) and a.half()(x.half()).dtype == torch.float16
 
 
+def test_blocks_of_turns():
+    assert [Turn(n).block for n in (1, 2, 9, 100, 576, 11008, 14336, 7919)] == [1, 2, 1, 20, 576, 256, 14336, 1]
+    with pytest.raises(ValueError, match="width is 0"):
+        Turn(0)
+    for width, block in (9, 4), (12, 6), (12, 0), (12, 24):
+        with pytest.raises(ValueError, match=f"block is {block}; of vectors of {width}"):
+            Turn(width, block)
+
+
 def test_incoherence_of_spikes_and_of_their_turns():
     x = torch.zeros(300, 768)
     x[torch.arange(300), torch.randint(768, (300,))] = torch.randn(300)
