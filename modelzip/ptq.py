@@ -76,8 +76,7 @@ def gptq_weight(
     act_order: bool = True,  # the inputs that matter most first
     damping: float = 0.01,  # share of H's mean diagonal added to its diagonal, 0 or more
     axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D
-    spacing: float
-    | None = None,  # instead of bits and group: one step for the tensor, in units of its root mean square
+    spacing: float | None = None,  # instead of bits and group: one step, in units of the root mean square
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
     groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
