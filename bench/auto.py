@@ -1,11 +1,12 @@
 """MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, by mixed precision that `compress`
 finds.
 
-    python bench/auto.py            both (some twenty minutes of one processor)
+    python bench/auto.py            both
     python bench/auto.py 0.99       one of them
 
 `compress` calibrates on pairs of `docstrings` from 1,200 on and chooses by 200 pairs from 600 on. The table's
-cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it.
+cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it. Times are of
+the search alone, and of loading the file that it found; those of processors do not depend on who else is at work.
 """
 
 import json, sys, tempfile, time, warnings
@@ -41,16 +42,26 @@ def samples(model, size=16):
     return Samples(batches=calibration(model), held=held, example=held[0])
 
 
+def timed(f, *args, **kwargs):
+    "What a function returns, and its seconds: of the clock, and of processors."
+    began, used = time.perf_counter(), time.process_time()
+    out = f(*args, **kwargs)
+    return out, dict(seconds=time.perf_counter() - began, processor_seconds=time.process_time() - used)
+
+
 def row(model, judge, found, fp32, cosine, folder):
     "One target: what `compress` found, and what the file is worth on other sentences."
-    began, path = time.perf_counter(), Path(folder) / f"{cosine}.mz"
-    _, report = compress(model, found, cosine=cosine + MARGIN[cosine], tries=6, path=path, progress=False)
+    path = Path(folder) / f"{cosine}.mz"
+    (_, report), searching = timed(
+        compress, model, found, cosine=cosine + MARGIN[cosine], tries=6, path=path, progress=False
+    )
     print(report, flush=True)
     size = path.stat().st_size
-    reached = judge(dequantize_model(load(path)))
+    back, loading = timed(load, path)
+    reached = judge(dequantize_model(back))
     print(
         f"cos ≥ {cosine}: {size:,} bytes, {size / fp32:.4f} of fp32, cosine {reached['cosine']:.5f}, recall@1"
-        f" {reached['recall']:.4f}",
+        f" {reached['recall']:.4f}, {searching}, loaded in {loading}",
         flush=True,
     )
     return dict(
@@ -59,7 +70,9 @@ def row(model, judge, found, fp32, cosine, folder):
         share=size / fp32,
         chosen_at=report.quality,
         **reached,
-        seconds=time.perf_counter() - began,
+        **searching,
+        load=loading,
+        threads=torch.get_num_threads(),
         recipe=report.recipe.to_dict(),
         tries=[dict(why=t.why, bytes=t.bytes, cosine=t.quality) for t in report.tries],
         layers=report.layers,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import MAX_PARTS, PackError, demand, naming, open_file, quoted, several
+from .archive import MAX_PARTS, PackError, demand, naming, open_file, quoted, several, target_of
 from .coding import CodingError
 from . import __version__
 from .auto import WriteError, compress
@@ -64,12 +64,13 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt
-from .workshop.gguf_archive import archive_gguf, as_weights, is_archived, restore_gguf
+from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_files import from_gguf, inspect_gguf, to_gguf
 from .workshop.layer_table import plain_layer
 from .workshop.manifest import Part
 from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
-from .workshop.terminal import as_json, complain, draws, ending_of, fitting, raised_at, reason, say, tell
+from .workshop.terminal import as_json, complain, draws, ending_of, fitting, printable, raised_at, reason
+from .workshop.terminal import say, tell
 
 # %% ../nbs/workshop/cli.ipynb
 _all_ = ["MOST_BESIDE", "Weights"]  # parameters by name, and nothing that they compute
@@ -669,6 +670,7 @@ DATA: dict[str, Callable] = {
 def _compress(o):
     _check_kept(o)
     _ending(o.output, ".mz")
+    target_of(o.output)  # what cannot be written to is said before anything is computed
     if blocks := Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
         if not _asked(
             o, *ROUNDING, "bytes", "cosine", "accuracy_loss", "milliseconds", "data", "recipe", "seed", "code"
@@ -704,7 +706,7 @@ def _compress(o):
     }
     return Done(
         found,
-        f"{how}\n{o.output}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,}"
+        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,}"
         " bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
 
@@ -797,14 +799,14 @@ def _inspect(o):
 
 
 @command(
-    "compare two .mz files tensor by tensor; exit status 1 if they differ",
+    "compare two .mz or .gguf files tensor by tensor; exit status 1 if they differ",
     "modelzip diff before.mz after.mz",
-    argument("a", help="a .mz file"),
+    argument("a", help="a .mz or .gguf file"),
     argument("b", help="another one"),
     JSON,
 )
 def _diff(o):
-    found = diff(o.a, o.b)
+    found = (diff_gguf if any(p.lower().endswith(".gguf") for p in (o.a, o.b)) else diff)(o.a, o.b)
     return Done(
         {"same": found.same, "about": found.about, "tensors": [asdict(c) for c in found.changes]},
         repr(found),
@@ -890,6 +892,8 @@ def _convert(o):
     _check_kept(o)
     ending = _ending(o.output, *WRITERS, *TO.values())
     beside = [os.path.splitext(o.output)[0] + ".bin"] * (ending == ".xml")
+    for name in (o.output, *beside):
+        target_of(name)
     for name in beside:
         _check_kept(argparse.Namespace(**{**vars(o), "output": name}))
     if o.input and ending not in TO.values():
@@ -916,7 +920,7 @@ def _convert(o):
         WRITERS[ending](model, o.output, **info)
     files = [o.output, *beside]
     size = sum(map(file_bytes, files))
-    return Done({"file": o.output, "bytes": size}, f"{' and '.join(files)}: {size:,} bytes")
+    return Done({"file": o.output, "bytes": size}, f"{printable(' and '.join(files))}: {size:,} bytes")
 
 
 def _exact(o, ending):
@@ -935,7 +939,10 @@ def _output_of(o):
         raise ValueError("output is missing: name the file to write, or say --to onnx or --to openvino")
     if o.output is None and not Path(o.model).exists():
         raise ValueError(f"output is missing: {o.model} is no file whose name another could have")
-    output = os.path.splitext(o.model)[0] + TO[o.to] if o.output is None else o.output
+    own = (
+        os.path.normpath(o.model) if Path(o.model).is_dir() else os.path.splitext(o.model)[0]
+    )  # a folder has no ending
+    output = own + TO[o.to] if o.output is None else o.output
     if o.to and os.path.splitext(output)[1].lower() != TO[o.to]:
         raise ValueError(f"--to {o.to} writes {TO[o.to]}, and the output is {output!r}")
     return output

@@ -6,7 +6,7 @@
 __all__ = ['Explorer', 'explore', 'plot_histogram', 'plot_matrix', 'Control', 'MAX_BYTES', 'MAX_FRAMES', 'frame']
 
 # %% ../nbs/workshop/explore.ipynb
-import html, inspect, itertools, math, os, sys, time, traceback
+import html, inspect, itertools, math, operator, os, sys, time, traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,16 @@ def rehearsed(
     f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> str:  # HTML: the page shown first
-    "Call `f` for all that the controls can ask; what it returns is drawn for the first page alone."
+    """Call `f` for every value of each control, the others as they start, and with all at their ends; what it returns
+    is drawn for the first page alone."""
     if math.prod(map(len, controls)) > MAX_FRAMES:
         raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
+    starts, ends = tuple(c.start for c in controls), tuple(len(c) - 1 for c in controls)
     for positions in combinations(controls):
-        values = choice(controls, positions)
-        with naming(f, values):
-            frame_in(f, values)  # in no form
+        if positions == ends or sum(map(operator.ne, positions, starts)) <= 1:
+            values = choice(controls, positions)
+            with naming(f, values):
+                frame_in(f, values)  # in no form
     return frame(f, initial(controls)) + NOTE
 
 
@@ -221,7 +224,7 @@ class Explorer:
         return self._html
 
     def sample(self) -> str:  # HTML
-        "The first page, after `f` was called for all the others: what a test of the notebook needs."
+        "The first page, after `f` was called for each value of each control: what a test of the notebook needs."
         if self._sample is None:
             self._sample = rehearsed(self.f, self.controls)
         return self._sample

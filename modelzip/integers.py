@@ -24,8 +24,7 @@ def accumulator_fits(
     activation: int = 255,  # largest magnitude of an activation's code (minus its zero point)
     bits: int = 32,  # width of the signed accumulator
 ) -> bool:  # True when no input whatever can overflow
-    """Whether a sum of products of codes is exact in the accumulator. `ValueError` for numbers that none of these can
-    be."""
+    "Whether a sum of products of codes is exact in the accumulator. `ValueError` for what is none of these."
     check_bits(bits, 1, 64)
     for name, n in {"inner": inner, "weight": weight, "activation": activation}.items():
         check_bits(n, 0, 2**63, name)

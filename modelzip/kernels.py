@@ -57,10 +57,17 @@ RECURRENT = nn.LSTM, nn.GRU  # wrapped once for each of their matrices; the oute
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these read their layers' weights and do not call them
 
 
+def reads_weights(module: nn.Module) -> bool:
+    "Whether a module reads the weights of its layers instead of calling them."
+    if isinstance(module, nn.TransformerEncoderLayer):  # on its fast path, which only PyTorch's own attention allows
+        return getattr(getattr(module, "self_attn", None), "_qkv_same_embed_dim", True)
+    return isinstance(module, READERS) or getattr(type(module), "reads_its_layers", False)
+
+
 def reader_of(model: nn.Module, name: str) -> str | None:
     "The class of the module that reads a layer's weight instead of calling the layer, if there is one."
     owners = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)] if name else []
-    return next((type(o).__name__ for o in owners if isinstance(o, READERS)), None)
+    return next((type(o).__name__ for o in owners if reads_weights(o)), None)
 
 
 def outermost(model: nn.Module, name: str, wrapper: Dequantize) -> Dequantize:

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['rotary_angles', 'rotary', 'KeyValueCache', 'GroupedAttention', 'GatedDense', 'LlamaBlock', 'Llama', 'smollm2',
            'generate', 'listen', 'perplexity', 'kl_divergence', 'next_token_agreement', 'right_answers', 'BytePairs',
-           'Heard', 'Interval', 'NextSentences', 'documents', 'english', 'next_sentences', 'smollm2_tokenizer']
+           'Heard', 'Interval', 'NextSentences', 'QuantizedCache', 'documents', 'english', 'next_sentences',
+           'smollm2_tokenizer']
 
 # %% ../nbs/13c_language.ipynb
 #| code-fold: true
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .workshop.english import NextSentences, documents, english, next_sentences
+from .workshop.key_value_cache import QuantizedCache
 from .workshop.listening import Heard, Interval, check_documents, log_probabilities
 from .workshop.registry import build_model, register_model
 from .workshop.sentences import zero_init
@@ -26,7 +28,7 @@ from .workshop.smollm2 import smollm2_options, smollm2_weights
 from .workshop.tokenizing import BytePairs, smollm2_tokenizer
 from .workshop.training import device_of, eval_mode, seeded
 
-_all_ = ["BytePairs", "Heard", "Interval", "NextSentences"]
+_all_ = ["BytePairs", "Heard", "Interval", "NextSentences", "QuantizedCache"]
 _all_ += ["documents", "english", "next_sentences", "smollm2_tokenizer"]
 
 # %% ../nbs/13c_language.ipynb

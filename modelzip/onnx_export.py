@@ -19,7 +19,7 @@ from .kernels import QConv2d, QLinear
 from .workshop.calls import Flat, Layout
 from .workshop.engines import one_scale_an_output
 from .workshop.models import call, copied
-from .workshop.onnx_attention import static_attention, translations
+from .workshop.onnx_attention import spell_out, static_attention, translations
 from .workshop.onnx_expanded import fetched_rows, float_linear
 from .workshop.onnx_files import disagreement, stored_bytes, written
 from .workshop.onnx_graph import Graph, expanded_weight, store_tensor
@@ -270,6 +270,7 @@ def graph_of(
     onnx, names = need("onnx", "onnx"), {}
     need("onnxscript", "onnx")
     holes, found = with_holes(model, bare)
+    spell_out(holes)
     if layout is not None:
         holes = Flat(holes, layout)
         names = {"input_names": layout.names, "output_names": layout.outputs}
@@ -343,7 +344,11 @@ def _check_call(model, example):
 def _compare(model, path, example, dynamic, sizes):
     "`ValueError` when ONNX Runtime computes something else than the model."
     free = _shapes(example, dynamic)
-    off = disagreement(model, onnx_model(path), example, free, tolerance_of(model), sizes=sizes)
+    try:
+        run = onnx_model(path)
+    except Exception as e:
+        raise ValueError(f"ONNX Runtime cannot read what was written: {_first_cause(e)}") from e
+    off = disagreement(model, run, example, free, tolerance_of(model), sizes=sizes)
     if off is not None:
         raise ValueError(
             f"what ONNX Runtime computes is {off:.1%} off the model's own output; this model cannot be written as ONNX"

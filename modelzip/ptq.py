@@ -6,7 +6,7 @@
 __all__ = ['gptq_codes', 'gptq_weight', 'shrinkage', 'half_quadratic', 'hqq_weight', 'caught_up', 'quantize_with', 'gptq', 'hqq',
            'LayerStatistics', 'Statistics', 'Replay', 'awq', 'calibrate', 'correct_bias', 'equalize', 'smooth',
            'awq_columns', 'fitted_scales', 'find_pairs', 'nearest_weight', 'output_error', 'smooth_columns',
-           'unwatched']
+           'unwatched', 'rotate', 'turnable', 'learned_rounding', 'adaround_weight']
 
 # %% ../nbs/10b_ptq.ipynb
 #| code-fold: true
@@ -23,7 +23,7 @@ from .quant import OBSERVERS, QTensor, as_blocks, quantize
 from .workshop.bites import unit_of_blocks
 from .ranges import *  # chapter 10's, also for users
 from .workshop.scales import Blocks, matrices_for, rounded, row_errors, scale_of, scaled_back, scaled_to_one
-from .workshop.drivers import ROUND_TO_NEAREST, Job, columns_by_name, quantize_at_once
+from .workshop.drivers import ROUND_TO_NEAREST, Job, columns_by_name, later, quantize_at_once
 from .workshop.matrices import choose_matrices
 from .workshop.models import as_batches, feed
 from .workshop.pairs import NEUTRAL
@@ -81,8 +81,7 @@ def gptq_weight(
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
     groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
-    of `nearest_weight`.
-    """
+    of `nearest_weight`."""
     b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     if statistics is None or statistics.moment is None or not b.weight.numel():
         return nearest_weight(b.weight, None, bits, group, symmetric, columns, axis, spacing=spacing)
@@ -245,8 +244,7 @@ def quantize_with(
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
     weights stay tied. A matrix of which there are no statistics though data were given is rounded as well as the
     method can without, with a warning that says which and why (tables, which multiply nothing, need none; see
-    `unwatched`).
-    """
+    `unwatched`)."""
     if batches is not None and statistics is not None:
         raise ValueError("batches and statistics are both given; give one of them")
     if not 0 <= catch_up <= 1 or catch_up and batches is None:
@@ -293,4 +291,6 @@ def hqq(
 from .workshop.arguments import name_arguments
 
 _all_ = ["awq_columns", "fitted_scales", "find_pairs", "nearest_weight", "output_error", "smooth_columns", "unwatched"]
+_all_ += ["rotate", "turnable", "learned_rounding", "adaround_weight"]  # of later chapters
 name_arguments(globals())  # errors name the argument
+__getattr__ = later(__name__, rotations="rotate turnable", learned_rounding="learned_rounding adaround_weight")

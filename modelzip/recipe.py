@@ -31,8 +31,11 @@ from .kernels import use_kernels
 from .prune import Pruner, prune_gradually, prune_model, sparsify_layer, sparsify_model
 from .structured import factorize, fold_batchnorm, shrink
 from .distill import Labels, SoftTargets, affine, distill
+from .learned_rounding import learned_rounding
 from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_with, smooth
 from .qat import convert, prepare
+from .rotations import rotate
+from .trellis import trellis
 from .workshop.content import fingerprint
 from .workshop.deadlines import checked_count
 from .workshop.matrices import layers_of, matrices_of, outputs_of
@@ -183,7 +186,10 @@ register_step(equalize, example="example", optional=["example"])
 register_step(quantize_model, quantize_layer, quantize, hidden=OBJECTS)
 register_step(quantize_others)
 register_step(hqq, hidden=["layers"])
+register_step(rotate, example="example")
 register_step(gptq, batches="batches", hidden=["layers"])
+register_step(learned_rounding, batches="batches", hidden=["layers"])
+register_step(trellis, batches="batches", optional=["batches"], hidden=["layers"])
 register_step(awq, statistics="statistics", hidden=["layers"])
 register_step(smooth, statistics="statistics", hidden=["layers"])
 register_step(prune_model, batches="batches", optional=["batches"], hidden=["layers", "retrain", "loss"])

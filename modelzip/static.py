@@ -19,7 +19,7 @@ from .ranges import LayerStatistics, smooth_columns
 from .workshop.alternatives import Way, Wish, common_inputs, decided, input_range, made_up, places_of, row_hurt
 from .workshop.copying import makers_of, same_with_copies
 from .workshop.halves import seen_in_halves
-from .workshop.integer_attention import attention_places, attentions_of, choose_attention
+from .workshop.integer_attention import attentions_of, choose_attention, opened_places
 from .workshop.models import as_batches, check_code, check_ordinary, copied
 from .workshop.prepared import exchange
 from .workshop.scales import Blocks, across
@@ -111,7 +111,7 @@ def choose_static(
     biases: bool = True,  # take the mean of the error off, where that is better
     limit: float | None = None,  # a linear layer that errs more keeps a range for each row, if it errs less with that
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
-    attention: bool = False,  # also the products of each `Attention`, up to `limit`; `overrides` may name it
+    attention: bool = False,  # also the products of attentions, up to `limit`; `overrides` may name them
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
     compared on the other, fitted again on all. BatchNorms are folded first. `ValueError` for an option out of its
@@ -126,9 +126,9 @@ def choose_static(
         raise ValueError(f"weights is {weights!r}; it may be 'gptq' or 'nearest'")
     if limit is not None and not limit >= 0:
         raise ValueError(f"limit is {limit}; it may be None, or 0 or more")
-    model = fold_all(model)
-    attentions = attention_places(model, overrides, attention)
-    places, batches = static_places(model, overrides, attentions), list(as_batches(batches))
+    model, batches = fold_all(model), list(as_batches(batches))
+    model, attentions = opened_places(model, batches, overrides, attention)
+    places = static_places(model, overrides, attentions)
     seen = seen_in_halves(model, batches, places, weights == "gptq")
     tied = tied_layers(model)  # one weight behind two inputs: rounded to nearest, no column scales, no copies
     linear = [n for n in seen if type(model.get_submodule(n)) is nn.Linear and n not in tied]
@@ -165,7 +165,7 @@ def quantize_static(
     check_ordinary(model)
     new = fold_all(copied(model).eval())
     chosen = choose_static(new, batches, **how) if chosen is None else chosen
-    products, chosen = attentions_of(new, chosen)
+    new, products, chosen = attentions_of(new, chosen)
     check_chosen(new, chosen)
     rows, packed = {m: f.at for f in chosen.values() for m in f.makers}, {}  # tied layers share what is packed
     layers = {new.get_submodule(n): (n, f) for n, f in chosen.items()}

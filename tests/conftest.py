@@ -1,7 +1,7 @@
 """Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
 new ones."""
 
-import gc, importlib.util
+import contextlib, gc, importlib.util, os, sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,25 @@ from guards import FUZZ, share
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if FUZZ else "same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """Of several workers each begins with other test files, and finds the rest compiled, with asserts rewritten, by the
+    others; else each would do all of it. The order of the tests is everywhere the same."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker or sys.dont_write_bytecode or not any(Path(a).is_dir() for a in session.config.args):
+        return
+    names = sorted(p.stem for p in Path(__file__).parent.glob("test_*.py"))
+    first = int(worker[2:]) * len(names) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for name in names[first:] + names[:first]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # it is imported again, and says so then
+            importlib.import_module(name)
+
+
+def pytest_collection_modifyitems(items):
+    "The longest begin first: else a processor waits for them at the end."
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
 
 
 def pytest_collection_finish():

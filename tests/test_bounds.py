@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from guards import examples
+from guards import FUZZ, examples
 from modelzip import coding, pack
 from modelzip.archive import MAX_PARTS, PackError
 from modelzip.data import LeNet5
@@ -611,8 +611,11 @@ def test_copies_of_tied_tensors_are_merged_once(tmp_path):
     assert len({id(p) for p in got.parameters()}) == 2 and torch.equal(got[7][0].weight, m[0][0].weight)
 
 
-def test_many_compressed_tensors_in_a_layer_that_computes_are_refused(tmp_path):
+@pytest.mark.hypothesis  # so that a search comes here: as many as may be
+def test_many_compressed_tensors_in_a_layer_that_computes_are_refused(tmp_path, monkeypatch):
+    "One more than may be; and as many as may be, where that is few."
     from modelzip.cli import MOST_BESIDE, as_model, quantize_weights
+    from modelzip.workshop import weights
 
     class Chain(nn.Module):
         def __init__(self, n):
@@ -625,10 +628,12 @@ def test_many_compressed_tensors_in_a_layer_that_computes_are_refused(tmp_path):
                 x = x @ w
             return x
 
-    for n in MOST_BESIDE, MOST_BESIDE + 1:
+    few = MOST_BESIDE if FUZZ else 24
+    for most, n in (MOST_BESIDE, MOST_BESIDE + 1), (few, few + 1), (few, few):
+        monkeypatch.setattr(weights, "MOST_BESIDE", most)
         m = Chain(n)
         path = save(quantize_weights(as_model(m.state_dict())), tmp_path / "x.mz")
-        if n == MOST_BESIDE:
+        if n == most:
             assert load(path, m)(torch.ones(2)).tolist() == [1, 1]
             continue
         with pytest.raises(PackError, match=f"{n} compressed tensors beside 'w.*--expand"):

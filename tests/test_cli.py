@@ -1,6 +1,6 @@
 "The command `modelzip` as a shell runs it: in processes of its own, with files of every sort, good and bad."
 
-import contextlib, io, itertools, json, os, shutil, signal, stat, subprocess, sys
+import argparse, contextlib, io, itertools, json, os, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -518,6 +518,45 @@ def test_the_codebook_says_its_bits(place, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("4 bits")
     assert cli(["compress", "own.mz", "-o", "four.mz", "--recipe", "4-bit", "--quiet"]) == 0
     assert "int8" not in (out := capsys.readouterr().out).splitlines()[0] and "the given recipe" in out.splitlines()[0]
+
+
+@pytest.mark.parametrize("line", ["compress {} -o {}.mz", "convert {} {}.mz", "convert {} {}.npz", "convert {} {}.h5"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_done(place, tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    source, ending = place / "little.safetensors", line.rpartition(".")[2]
+    (tmp_path / f"folder.{ending}").mkdir()
+    (tmp_path / f"full.{ending}").symlink_to("/dev/full")
+    (tmp_path / f"loop.{ending}").symlink_to(f"loop.{ending}")
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    for name, says in (
+        ("folder", "over a folder"),
+        ("full", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("loop", "symbolic links"),
+        ("no/such", "folder to save into does not exist"),
+    ):
+        assert cli(line.format(source, name).split()) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and says.lower() in err.lower() and err.count("\n") == 1, (name, err)
+    assert sorted(p.name.partition(".")[0] for p in tmp_path.iterdir()) == ["folder", "full", "loop", "pipe"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "-x", "\033[31m", "\u202e", "\udcff", "%s{}", "'\"`$(x)"])
+def test_odd_names_are_written_and_said_on_a_line(place, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert cli(["compress", str(place / "little.safetensors"), f"--output={name}.mz", "--quiet"]) == 0
+    assert cli(["convert", "--", f"{name}.mz", f"{name}.npz"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and all(c.isprintable() for l in out.splitlines() for c in l), out
+    assert sorted(os.listdir(".")) == [f"{name}.mz", f"{name}.npz"]
+
+
+def test_a_folder_has_no_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.v1").mkdir()
+    for model in "model.v1", "model.v1/", "./model.v1//":
+        said = argparse.Namespace(model=model, output=None, to="onnx")
+        assert os.path.normpath(modelzip.cli._output_of(said)) == "model.v1.onnx"
 
 
 def test_force_writes_over_the_input(place, tmp_path, capsys):

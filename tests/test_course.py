@@ -116,7 +116,7 @@ def test_every_paper_of_a_chapter_is_a_reference(name):
 def test_every_reference_is_cited_where_it_says(entry):
     title, where = re.search(r"\*(.*?)\*", entry)[1], [n for n, _ in links(entry)]
     arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})\]\(https://arxiv\.org/abs/\1\)", entry)
-    assert where and re.search(r"\b(19|20)\d\d\b|onnx\.ai", entry)
+    assert where and re.search(r"\b(18|19|20)\d\d\b|onnx\.ai", entry)
     for name in where:
         all_text = "\n".join(t for _, t in cells(name))
         assert arxiv and arxiv[1] in all_text or plain(title)[:30] in plain(all_text), f"{name} does not cite {title}"

@@ -839,6 +839,53 @@ WRONG = {
             "least squares gives",
         ),
     ],  # other inputs than those that were given
+    "10d_rotations:check_transform": [
+        ("lambda x: x", "x H begins with"),
+        (
+            (
+                "lambda x: [functools.reduce(lambda a, b: a + b, [v if bin(i & j).count('1') % 2 == 0 else v - v - v for i,"
+                " v in enumerate(x)]) for j in range(len(x))]"
+            ),
+            "additions, yours took",
+        ),  # the matrix, row by row
+        (
+            (
+                "lambda x: [a + b for a, b in zip(x[: len(x) // 2], x[len(x) // 2 :])] + [a - b for a, b in"
+                " zip(x[: len(x) // 2], x[len(x) // 2 :])]"
+            ),
+            "of 8 numbers",
+        ),  # one step
+    ],
+    "10d_rotations:check_reader": [
+        ("lambda W, g, Q: W @ Q", "off"),
+        ("lambda W, g, Q: (W @ Q) * g", "off"),  # the gain last
+        ("lambda W, g, Q: (W * g) @ Q.T", "off"),
+        ("lambda W, g, Q: W.mul_(g) @ Q", "leave W as it is"),
+    ],
+    "10d_rotations:check_writer": [
+        ("lambda W, b: (W, b)", "is left"),
+        ("lambda W, b: (W - W.mean(1, keepdim=True), b - b.mean())", "is left"),  # over the inputs
+        ("lambda W, b: (W - W.mean(0), b)", "is left"),
+        ("lambda W, b: (W * 0, b * 0)", "behind the norm"),
+    ],
+    "10e_learned_rounding:check_two": [
+        ("lambda part, H: (part > 0.5).int().tolist()", "is possible"),  # nearest
+        ("lambda part, H: (1, 0)", "is possible"),
+        ("lambda part, H: part", "0 or 1"),
+        ("lambda part, H: [int(part[0] > 0.5), 1 - int(part[0] > 0.5)]", "is possible"),
+    ],
+    "10e_learned_rounding:check_flip": [
+        ("lambda delta, H: 2 * H @ delta", "changes it by"),  # the gradient alone
+        ("lambda delta, H: H.diagonal()", "changes it by"),
+        ("lambda delta, H: 2 * delta * H.diagonal() + H.diagonal()", "changes it by"),  # each as if it were alone
+        ("lambda delta, H: (2 * H @ delta + H.diagonal()).sum()", "one number for each"),
+    ],
+    "10e_learned_rounding:check_start": [
+        ("lambda p: p.logit()", "comes h ="),
+        ("lambda p: p", "comes h ="),
+        ("lambda p: ((p - 0.1) / 1.2).clamp(min=1e-3).logit()", "comes h ="),
+        ("lambda p: p.logit()[:3]", "one V for each"),
+    ],
     "10c_static:check_fixed_point": [
         ("lambda M: (M, 0)", "both are to be whole"),
         ("lambda M: (round(M * 2**30), 30)", "is to have 31 bits"),  # no shift that fits
@@ -983,6 +1030,25 @@ WRONG = {
         ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1) / 2", "step 1.5"),  # a step of 1
         ("lambda p0, p1, s, price: s / 2 - price * math.log2(p0 / p1) / (2 * s)", "at the border both cost the same"),
         ("lambda p0, p1, s, price: s / 2 + price * math.log2(p0 / p1)", "at the border both cost the same"),
+    ],
+    "11c_trellis:check_grid": [
+        ("lambda codes: int(bool(codes) and codes[-1] % 2)", "the next weight is on grid"),  # the last code alone
+        ("lambda codes: sum(codes) % 2", "the next weight is on grid"),  # all of them alike
+        ("lambda codes: 0", "after the codes [1] the next weight is on grid 1"),
+    ],
+    "11c_trellis:check_least": [
+        ("lambda costs: sum(min(c) for c in costs)", "yours"),  # grids chosen freely
+        (
+            """
+            def greedy(costs):
+                state = total = 0
+                for c in costs:
+                    p = int(c[2 * (state // 2) + 1] < c[2 * (state // 2)])
+                    total, state = total + c[2 * (state // 2) + p], next_states(4)[state, p].item()
+                return total""",
+            "yours",
+        ),
+        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "the best path takes"),
     ],
     "12_threads:check_processors": [
         (  # all pairs that the text once had

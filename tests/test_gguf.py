@@ -18,7 +18,7 @@ from modelzip.pack import load, read_tensor, save
 from modelzip.quant import Dequantize
 from modelzip.workshop.block_streams import RULES, CodedBlocks, read_blocks, write_blocks
 from modelzip.workshop.contexts import LaneReader, LaneWriter, Tables, weights_of
-from modelzip.workshop.gguf_archive import archive_gguf, restore_gguf
+from modelzip.workshop.gguf_archive import archive_gguf, diff_gguf, restore_gguf
 from modelzip.workshop.gguf_blocks import BLOCKS, FROM_FLOATS, BlockTensor, quantize_blocks
 from modelzip.workshop.gguf_files import inspect_gguf, read_head
 
@@ -240,10 +240,13 @@ def test_files_that_we_write_load_in_the_gguf_package(gguf, tmp_path):
 def test_every_kind_is_written(gguf, tmp_path, kind):
     tensors = {"matrix": weights(4, 64), "odd": weights(4, 30), "vector": weights(64), "ids": torch.arange(5)}
     tensors["blocks"] = quantize_blocks(weights(3, 32), "Q4_1")
-    reader = gguf.GGUFReader(to_gguf(tensors, tmp_path / "x.gguf", {"general.architecture": "toy"}, kind=kind))
+    reader = gguf.GGUFReader(
+        to_gguf(tensors, tmp_path / "x.gguf", {"general.architecture": "toy", "general.file_type": 9}, kind=kind)
+    )
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     odd = kind if kind[0] == "F" else "F32"
     assert kinds == {"matrix": kind, "odd": odd, "vector": "F32", "ids": "I64", "blocks": kind}
+    assert reader.fields["general.file_type"].contents() == {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}[kind]
     matrix = next(t for t in reader.tensors if t.name == "matrix")
     want = gguf.quants.quantize(tensors["matrix"].numpy(), matrix.tensor_type)
     assert matrix.data.tobytes() == want.tobytes()
@@ -385,11 +388,10 @@ def odd_files():
     yield "empty tensors", forged(infos=[("a", (0,), 0, 0), ("b", (0, 3), 0, 0), ("c", (), 0, 0)], data=bytes(32))
     yield "version 2", forged(infos=[("a", (3,), 0, 0)], data=bytes(32), version=2)
     yield "raw bytes of a token", forged([text("t") + struct.pack("<IIQ", 9, 8, 1) + text(b"\xff")], data=bytes(9))
-    many = b"".join(quantize_blocks(weights(64, 96, seed=i), n).blocks().tobytes() for i, n in enumerate(RULES))
-    yield (
-        "coded",
-        forged(infos=[("a", (96, 64), 3, 0), ("b", (96, 64), 2, 3840), ("c", (96, 64), 8, 3840 + 3456)], data=many),
-    )
+    blocks = [quantize_blocks(weights(96, 96, seed=i), n) for i, n in enumerate(RULES)]
+    starts, many = np.cumsum([0] + [q.nbytes for q in blocks]), b"".join(q.blocks().tobytes() for q in blocks)
+    infos = [(q.type, (96, 96), q.layout.number, int(at)) for q, at in zip(blocks, starts)]
+    yield "coded", forged(infos=infos, data=many)
 
 
 @pytest.mark.parametrize("case", range(13))
@@ -398,6 +400,16 @@ def test_odd_files_come_back(tmp_path, case):
     (path := tmp_path / "odd.gguf").write_bytes(data)
     archive_gguf(path, tmp_path / "odd.mz", threads=1)
     assert restore_gguf(tmp_path / "odd.mz", tmp_path / "back.gguf", threads=1).read_bytes() == data, what
+    assert diff_gguf(path, tmp_path / "odd.mz").same
+
+
+def test_archives_of_earlier_versions_give_their_files_back(tmp_path):
+    "Written by the first version that could: three coded tensors, and a head."
+    made = Path(__file__).parent / "files/version5_gguf.mz"
+    back = restore_gguf(made, tmp_path / "back.gguf").read_bytes()
+    assert hashlib.sha256(back).hexdigest() == "233df11922884aff96ac1cb15e0959159fd782e302cdfcfcaa59bd79ae57617a"
+    assert [type(read_tensor(made, n)) for n in RULES] == [CodedBlocks] * 3
+    assert [t.type for t in from_gguf(tmp_path / "back.gguf").tensors.values()] == [*RULES]
 
 
 def test_an_archive_that_was_changed_is_refused(tmp_path):
@@ -443,6 +455,7 @@ def test_commands_archive_and_restore(toy, capsys):
         assert cli(["inspect", name, "--json"]) == 0
         found = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
         assert "Q4_1" in found["blk.0.Q4_1.weight"]["kind"] and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+    assert cli(["diff", "toy.gguf", "toy.mz"]) == 0 and "4 of 4 tensors are the same" in capsys.readouterr().out
     assert read_tensor("toy.mz", "blk.0.Q4_1.weight").expand() == from_gguf(toy).tensors["blk.0.Q4_1.weight"]
 
 
@@ -455,6 +468,7 @@ def test_commands_expand_and_round(toy, capsys):
     assert floats.keys() == want.keys() and all(torch.equal(floats[n], t) for n, t in want.items())
     assert cli(["compress", "toy.gguf", "-o", "small.mz", "--bits", "3", "--quiet"]) == 0
     assert "lossy twice" in capsys.readouterr().out
+    assert cli(["diff", "toy.gguf", "small.mz"]) == 1 and "other numbers" in capsys.readouterr().out
     assert cli(["convert", "small.mz", "floats.gguf"]) == 0
     small, back = open_model("small.mz"), from_gguf("floats.gguf").tensors
     assert {*back} == {*want} and all(t.dtype == torch.float32 for t in back.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from guards import examples, unchanged
+from guards import examples, share, unchanged
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -305,6 +305,62 @@ def test_four_bits_with_every_sort_of_layer(tmp_path):
         for shape in ((2, 7), (1, 12)):
             ids = torch.randint(0, 100, shape)
             near(run(ids), model(ids), 1e-4)
+
+
+class Told(nn.Module):
+    "Something of PyTorch's attention, and a head that is compressed."
+
+    def __init__(self, body, *more, **how):
+        super().__init__()
+        self.body, self.more, self.how, self.head = body, more, how, nn.Linear(64, 10)
+
+    def forward(self, x, hidden=None):
+        how = self.how | ({"src_key_padding_mask": hidden} if hidden is not None else {})
+        y = self.body(x, *[x] * sum(self.more), **how)
+        return self.head(y[0] if isinstance(y, tuple) else y)
+
+
+def _layer(**how):
+    return nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, **how)
+
+
+WITH_FAST_PATHS = {
+    "encoder": lambda: Told(nn.TransformerEncoder(_layer(), 2)),
+    "encoder with a norm": lambda: Told(nn.TransformerEncoder(_layer(activation="gelu"), 1, nn.LayerNorm(64))),
+    "norms first": lambda: Told(nn.TransformerEncoder(_layer(norm_first=True), 1, enable_nested_tensor=False)),
+    "layer": lambda: Told(_layer()),
+    "layer, length first": lambda: Told(nn.TransformerEncoderLayer(64, 4, 96)),
+    "attention": lambda: Told(nn.MultiheadAttention(64, 4, batch_first=True), 2),
+    "attention without weights": lambda: Told(nn.MultiheadAttention(64, 4, batch_first=True), 2, need_weights=False),
+    "decoder": lambda: Told(nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 4, 96, batch_first=True), 1), 1),
+    "both": lambda: Told(nn.Transformer(64, 4, 1, 1, 96, batch_first=True), 1),
+}
+
+
+@pytest.mark.hypothesis  # so that a search comes here
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", share(WITH_FAST_PATHS, 3))
+def test_fast_paths_are_spelled_out(name, tmp_path):
+    torch.manual_seed(0)
+    model = quantize_model(WITH_FAST_PATHS[name]().eval(), 8, overrides={"body*": None, "*": {}})
+    x, y = torch.randn(2, 5, 64), torch.randn(3, 5, 64)
+    with unchanged(model, x), torch.no_grad():
+        near(onnx_model(to_onnx(model, tmp_path / "m.onnx", x))(y), model(y), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_an_encoder_that_puts_out_zeros_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = quantize_model(WITH_FAST_PATHS["encoder"]().eval(), 8, overrides={"body*": None, "*": {}})
+    x, hidden = torch.randn(2, 5, 64), torch.zeros(2, 5, dtype=torch.bool)
+    hidden[1, 3:] = True
+    with pytest.raises(ValueError, match="body puts out zeros .*use_nested_tensor to False"), torch.no_grad():
+        to_onnx(model, tmp_path / "m.onnx", (x, hidden))
+    model.body.use_nested_tensor = False
+    with torch.no_grad():
+        run = onnx_model(to_onnx(model, tmp_path / "m.onnx", (x, hidden)))
+        for y, h in ((x, hidden), (x.flip(0), hidden.flip(0)), (x, ~hidden.any(1, keepdim=True).expand(2, 5) & False)):
+            near(run(y, h), model(y, h), 1e-5)
 
 
 class Zoo(nn.Module):
@@ -767,6 +823,39 @@ def test_attention_in_integers(tmp_path):
     near(onnx_model(to_onnx(model, path, (x, mask)))(x, mask), model(x, mask), 0.01)
     alone = StaticAttention.of(Attention(32, 2), model.attention.steps)  # around layers of floats
     near(onnx_model(to_onnx(alone, path, (x, mask)))(x, mask), alone(x, mask), 0.01)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_opened_attention_in_integers(first, tmp_path):
+    "PyTorch's own encoder layer and attention, opened: masks, weights, order of axes."
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=first)
+            self.last = nn.MultiheadAttention(32, 2, batch_first=first)
+
+        def forward(self, x, hidden):
+            y = self.layer(x, src_key_padding_mask=hidden)
+            return self.last(y, y, y)
+
+    x, hidden = torch.randn(3, 7, 32), torch.zeros(3, 7, dtype=torch.bool)
+    hidden[0, 3:] = True
+    x = x if first else x.transpose(0, 1)
+    how = dict(alphas=(), copies=0, weights="nearest", biases=False, attention=True)
+    model = quantize_static(Model().eval(), [Inputs(x, hidden)], **how)
+    for form in "qdq", "integers":
+        free = ({0: "batch", 1: "length"} if first else {0: "length", 1: "batch"}, {0: "batch", 1: "length"})
+        path = to_onnx(model, tmp_path / "m.onnx", (x, hidden), dynamic=free, form=form)
+        for n, places in ((3, 7), (2, 5)):
+            part = x[:n, :places] if first else x[:places, :n], hidden[:n, :places]
+            for got, want in zip(onnx_model(path)(*part), model(*part)):
+                near(got, want, 0.02)
+        ran = what_runs(path, (x, hidden))
+        assert (
+            sum(n for op, n in ran.items() if "MatMul" in op and op not in ("MatMul", "FusedMatMul")) == 4 + 2 + 4 + 4
+        )
 
 
 class Beside(nn.Module):

@@ -462,7 +462,7 @@ from modelzip.recipe import sweep
 if __name__ == "__main__":
     if sys.argv[2] == "dask":
         from distributed import Client
-        client = Client(n_workers=2, threads_per_worker=1, dashboard_address=None)
+        client = Client(n_workers=1, threads_per_worker=2, dashboard_address=None)
         executor = client.get_executor()
     else: executor = None
     sweep(slow.make, {"bits": list(range(2, 14))}, slow.model(), executor=executor, folder=sys.argv[1], evaluate=slow.judge, progress=False)

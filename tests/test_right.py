@@ -20,6 +20,7 @@ from modelzip.qat import convert, prepare
 from modelzip.quant import dequantize_model, quantize_model
 from modelzip.recipe import Recipe, learn
 from modelzip.structured import factorize, fold_batchnorm, shrink
+from modelzip.trellis import trellis
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,7 @@ CLOSE = {  # the result stays near the original: name → function of the model
     "use_kernels": lambda m: use_kernels(quantize_model(m, 8)),
     "hqq": lambda m: hqq(m, bits=8),
     "gptq": lambda m: gptq(m, BATCHES, bits=8),
+    "trellis": lambda m: trellis(m, BATCHES, bits=7),
     "awq": lambda m: awq(m, calibrate(m, BATCHES), bits=8),
     "smooth": lambda m: smooth(m, calibrate(m, BATCHES)),
     "correct_bias": lambda m: correct_bias(quantize_model(m, 8), m, calibrate(m, BATCHES)),
@@ -414,6 +416,7 @@ BY = {
     "quantize_model": lambda m: quantize_model(m, 4),
     "hqq": lambda m: hqq(m),
     "gptq": lambda m: gptq(m, [torch.ones(3, 6)]),
+    "trellis": lambda m: trellis(m),
     "prune_model": lambda m: prune_model(m, 0.3),
     "sparsify_model": lambda m: sparsify_model(prune_model(m, 0.9)),
     "factorize": lambda m: factorize(m, rank=1),

@@ -11,7 +11,10 @@ from torch import nn
 from modelzip.data import LeNet300, LeNet5, seeded
 from modelzip.pack import read_tensor, save
 from modelzip.prune import prune_model, sparsify, sparsify_model
+from modelzip.ptq import LayerStatistics
 from modelzip.quant import Dequantize, quantize_model
+from modelzip.trellis import trellis_weight
+from modelzip.workshop.trellis_tensors import from_codes
 
 # ---- the reader ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +91,32 @@ def sparse(parts, meta):
     return x
 
 
+def trellis(parts, meta):
+    "Kind trellis, one element after the other."
+    shape, run, n, states = meta["shape"], meta["run"], math.prod(meta["shape"]), meta["states"]
+    streams = [
+        iter(unpacked(parts[f"codes{i}"], (levels - 1).bit_length(), count) - levels // 2)
+        for i, (count, levels) in enumerate(zip(meta["counts"], meta["levels"]))
+    ]
+    fallen, odd = {4: (1, 2), 8: (5, 2), 16: (9, 4), 32: (9, 4)}[states]
+    width = n // shape[0]
+    rows, columns = parts.get("row_spread", np.zeros(shape[0])), parts.get("column_spread", np.zeros(width))
+    state, x = [0] * -(-n // run), np.zeros(n, np.float32)
+    for step in range(run):
+        for lane in range(len(state)):
+            if (i := lane * run + step) >= n:
+                continue
+            kind = min(int(rows[i // width]) + int(columns[i % width]) >> 1, len(streams) // 2 - 1)
+            grid = int(state[lane] >= states // 2)
+            k = int(next(streams[2 * kind + grid]))
+            x[i] = 2 * k - grid * np.sign(k)
+            state[lane] = 2 * state[lane] % states ^ (fallen if grid else 0) ^ (odd if k % 2 else 0)
+    assert all(next(s, None) is None for s in streams)
+    power = {k: (2.0 ** (v.astype(np.float64) / 8)).astype(np.float32) for k, v in parts.items() if "steps" in k}
+    x = x.reshape(shape) * (parts["scale"] * power.get("row_steps", np.ones(1, np.float32)))[:, None]
+    return x * power.get("column_steps", np.float32(1))
+
+
 def tensors(path):
     with zipfile.ZipFile(path) as z:
         payload, table = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]
@@ -101,6 +130,8 @@ def tensors(path):
         if "parts" not in e:
             return array(e)
         parts, meta = {k: array(p) for k, p in e["parts"].items()}, e["meta"]
+        if e["kind"] == "trellis":
+            return trellis(parts, meta)
         x = sparse(parts, meta) if e["kind"] == "sparse" else quantized(parts, meta).reshape(meta["shape"])
         if "columns" in parts:
             x = x * parts["columns"].astype(np.float32).reshape([-1 if i == 1 else 1 for i in range(x.ndim)])
@@ -167,3 +198,20 @@ def test_every_layout_of_sparse_tensors(tmp_path, layout):
     same(nn.Sequential(Dequantize(layer, sparsify(layer.weight.detach(), layout=layout))), tmp_path / "x.mz")
     with zipfile.ZipFile(tmp_path / "x.mz") as z:
         assert json.loads(z.read("manifest.json"))["tensors"]["0.weight"]["meta"]["layout"] == layout
+
+
+@pytest.mark.parametrize("states", [4, 8, 16, 32])
+def test_trellis_tensors(tmp_path, states):
+    dice = torch.Generator().manual_seed(states)
+    w = torch.randn(40, 60, generator=dice) * torch.rand(40, 1, generator=dice).mul(5).exp2()
+    seen = LayerStatistics()
+    seen.add(torch.randn(1, 200, 60, generator=dice) * torch.rand(60, generator=dice))
+    layer = nn.Linear(60, 40)
+    kinds = [
+        trellis_weight(w, None, 3.0, states=states),
+        trellis_weight(w, seen, 3.0, states=states, importance=torch.rand(40, generator=dice) + 0.1),
+    ]
+    spread = torch.arange(40).clamp(max=12).to(torch.uint8)
+    kinds.append(from_codes((2 * w / w.std()).round().int(), 0.1, states=states, run=17, row_spread=spread))
+    same(nn.ModuleList([Dequantize(layer, q) for q in kinds]), tmp_path / "x.mz")
+    assert len(kinds[2].codes) > 2

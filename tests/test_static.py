@@ -5,6 +5,7 @@ import copy, math
 import pytest
 import torch
 import torch.nn.functional as F
+from guards import examples, seeded, unchanged
 from torch import nn
 
 from modelzip.data import Attention, LeNet5, TransformerBlock, mnist5k, train
@@ -13,13 +14,14 @@ from modelzip.integers import codes_of
 from modelzip.kernels import QConv2d, QLinear, use_kernels
 from modelzip.pack import load, save
 from modelzip.qat import StaticConv2d, StaticLinear
-from modelzip.quant import dequantize_model, quantize
+from modelzip.quant import dequantize_model, quantize, quantize_layer
 from modelzip.workshop.specimens import shuffle_unit
 from modelzip.static import choose_static, quantize_static, split_codes
 from modelzip.workshop.alternatives import places_of
 from modelzip.workshop.halves import seen_in_halves
-from modelzip.workshop.integer_attention import StaticAttention, choose_attention
+from modelzip.workshop.integer_attention import KEPT, STATIC_ATTENTION, StaticAttention, choose_attention, seen_products
 from modelzip.workshop.models import Inputs
+from modelzip.workshop.open_attention import OpenAttention, open_attention, opened
 from modelzip.workshop.static_layers import static_codes
 from modelzip.workshop.static_models import fold_all
 
@@ -668,8 +670,10 @@ def test_attention_where_it_fits_and_where_not(attentive):
             choose(attention=spoilt)
     with pytest.raises(ValueError, match="has no modelzip.data.Attention"):
         choose(nn.Sequential(nn.Linear(24, 24)), x)
-    with pytest.raises(ValueError, match=r"it has 0.self_attn \(MultiheadAttention\)"):
-        choose(nn.Sequential(nn.TransformerEncoderLayer(24, 3, 48)).eval(), x)
+    odd = nn.Sequential(nn.MultiheadAttention(24, 3, add_zero_attn=True)).eval()
+    with pytest.warns(UserWarning, match=r"in floats: 0 \(it adds keys of its own"):
+        with pytest.raises(ValueError, match=r"that can be opened; it has 0 \(MultiheadAttention\)"):
+            choose(odd, Inputs(x, x, x))
     with pytest.raises(ValueError, match="chosen has 'norm'"):
         quantize_static(model, chosen={"norm": chosen[here]})
     static = quantize_static(model, chosen={here: chosen[here]})
@@ -685,6 +689,252 @@ def test_attention_where_it_fits_and_where_not(attentive):
     state = static.state_dict()
     with pytest.raises(ValueError, match="2 heads|3 heads"):
         StaticAttention(24, 2, 1.0, 1.0, 1.0).set_extra_state(state["block.attention._extra_state"])
+
+
+@pytest.mark.parametrize("sizes", [(4, 0, 3), (4, 5, 0), (0, 5, 3)], ids=str)
+def test_layers_without_numbers_stay_as_they_are(sizes):
+    a, b, c = sizes
+    model, x = nn.Sequential(nn.Linear(a, b), nn.Linear(b, c)).eval(), torch.randn(6, a)
+    model = nn.ModuleDict({"empty": model, "full": nn.Linear(8, 8)})
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x, y):
+            return self.parts["empty"](x), self.parts["full"](y)
+
+    batch = Inputs(x, torch.randn(6, 8))
+    static = quantize_static(Both().eval(), [batch, batch])
+    kinds = [type(m) for m in static.parts["empty"]]
+    assert type(static.parts["full"]) is StaticLinear
+    assert kinds == [nn.Linear if not m.weight.numel() else StaticLinear for m in model["empty"]]
+    with pytest.raises(ValueError, match="overrides gives parts.empty.* is empty"):
+        quantize_static(Both().eval(), [batch], overrides={"parts.empty.*": "static"})
+
+
+def test_a_script_module_is_named():
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    for f in choose_static, quantize_static:
+        for model, name in (scripted, "the model"), (nn.Sequential(nn.Linear(4, 4), scripted), "layer 1"):
+            with pytest.raises(ValueError, match=f"^{name} is a torch.jit.ScriptModule"):
+                f(model, [torch.randn(5, 4)])
+
+
+def test_attention_is_judged_on_what_it_was_not_fitted_to():
+    "Whatever the sizes of batches: a half has a quarter of the examples at least, and any example may be kept."
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    attention, x, mask = model.block.attention, torch.randn(200, 7, 24), torch.ones(200, 7, dtype=torch.bool)
+    mask[:, 5:] = False
+    for sizes in ([200], [100, 100], [199, 1], [1, 199], [50, 0, 50, 0, 100]):
+        batches = [Inputs(a, m) for a, m in zip(x.split(sizes), mask.split(sizes))]
+        (seen,) = seen_products(model, batches, ["block.attention"]).values()
+        assert sum(seen.count) == 200 and min(seen.count) >= 50, sizes
+        assert [len(k) for k in seen.kept] == [KEPT, KEPT] and all(len(set(d)) == KEPT for d in seen.drawn)
+        q = attention.split(attention.query(x))
+        at = sorted(
+            next(i for i in range(200) if torch.allclose(q[i], k[0][0], atol=1e-5)) for h in seen.kept for k in h
+        )
+        assert len(set(at)) == 2 * KEPT and at[-1] - at[0] > 100, at  # not the first of each half
+    (one,) = seen_products(model, [Inputs(x, mask[:1])], ["block.attention"]).values()  # one mask for all
+    (all_,) = seen_products(model, [Inputs(x, mask)], ["block.attention"]).values()
+    assert one.reach == all_.reach and one.error() == all_.error()
+    (lone,) = seen_products(model, [Inputs(x[:1], mask[:1])], ["block.attention"]).values()
+    assert lone.count == [1, 0] and 0 < lone.error() < 0.1
+
+
+class Turns(nn.Module):
+    "Of two attentions each is called with every other batch."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Attention(24, 3), Attention(24, 3)
+
+    def forward(self, x, mask):
+        return (self.a if x.shape[1] % 2 else self.b)(x, mask)
+
+
+def test_attention_that_is_not_always_called_has_two_halves():
+    torch.manual_seed(0)
+    ones = lambda n: Inputs(torch.randn(4, n, 24), torch.ones(4, n, dtype=torch.bool))
+    seen = seen_products(Turns().eval(), [ones(n) for n in (3, 4, 5, 6, 7, 8, 9, 10)], ["a", "b"])
+    assert [s.count for s in seen.values()] == [[8, 8], [8, 8]]
+
+
+def test_attention_chosen_for_another_model_is_refused(attentive):
+    model, x, mask, chosen = attentive
+    here = {"block.attention": chosen["block.attention"]}
+    other = Encoder().eval()
+    with pytest.raises(ValueError, match="the layers of block.attention have other values"):
+        quantize_static(other, chosen=here)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(quantize_static(other, chosen=here)(x, mask), quantize_static(model, chosen=here)(x, mask))
+
+
+# ---------------------------------------------------------------------------------- attentions of PyTorch's own
+
+
+def attention_call(rng):
+    "An attention of PyTorch's, and what it is called with: every width, order of axes, mask and flag, by chance."
+    pick, heads = rng.choice, rng.choice([1, 2, 3])
+    width, n, queries = heads * pick([2, 5]), pick([1, 2, 4]), pick([1, 3, 6])
+    alone, first, bias, itself = pick([0, 0, 1]), pick([True, False]), pick([True, False]), pick([True, False])
+    keys = queries if itself else pick([1, 2, 7])
+    kdim, vdim = (None, None) if itself else (pick([None, 4]), pick([None, 3]))
+    m = nn.MultiheadAttention(width, heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=first).eval()
+    shape = lambda places, w: (places, w) if alone else (n, places, w) if first else (places, n, w)
+    x = torch.randn(shape(queries, width))
+    args = (
+        (x, x, x) if itself else (x, torch.randn(shape(keys, kdim or width)), torch.randn(shape(keys, vdim or width)))
+    )
+    hides = lambda *shape: (torch.rand(shape) > 0.6).index_fill(-1, torch.tensor([0]), False)  # one key is always seen
+    as_numbers = lambda m, kind: m if kind == "bool" else torch.randn(m.shape).masked_fill(m, -math.inf)
+    kinds, how = [pick([None, "bool", "float"]) for _ in range(2)], {}
+    if None not in kinds:
+        kinds[1] = kinds[0]  # PyTorch warns of two kinds
+    if kinds[0]:
+        how["key_padding_mask"] = as_numbers(hides(keys) if alone else hides(n, keys), kinds[0])
+    if kinds[1]:
+        several = (heads if alone else n * heads,) * pick([0, 1])
+        how["attn_mask"] = as_numbers(hides(*several, queries, keys), kinds[1])
+    how |= dict(need_weights=pick([True, False]), average_attn_weights=pick([True, False]))
+    return m, args, how
+
+
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("seed", range(examples(60)))
+def test_an_opened_attention_answers_as_before(seed):
+    torch.manual_seed(seed)
+    m, args, how = attention_call(seeded(seed))
+    new = opened(m)
+    for grad in False, True:
+        with torch.set_grad_enabled(grad), unchanged(m, *args):
+            was, now = m(*args, **how), new(*args, **how)
+        torch.testing.assert_close(now[0], was[0], atol=2e-5, rtol=1e-4)
+        assert (now[1] is None) == (was[1] is None)
+        if now[1] is not None:
+            torch.testing.assert_close(now[1], was[1], atol=2e-5, rtol=1e-4)
+    static = STATIC_ATTENTION[OpenAttention].of(new, (0.03, 0.03, 0.03))
+    with torch.no_grad():
+        y, p = static(*args, **how)
+    assert (y - was[0]).norm() < 0.1 * was[0].norm() + 0.1 and (p is None or (p - was[1]).abs().max() < 0.15)
+    other = STATIC_ATTENTION[OpenAttention](8, new.heads, 1.0, 1.0, 1.0)
+    other._modules = new._modules
+    other.load_state_dict(static.state_dict())
+    assert (other.batch_first, other.steps) == (m.batch_first, static.steps)
+
+
+def test_dropout_of_an_opened_attention():
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(8, 2, dropout=0.5)
+    new, x = opened(m), torch.randn(5, 3, 8)
+    assert new.training and not torch.equal(new(x, x, x)[0], new(x, x, x)[0])
+    assert torch.equal(new.eval()(x, x, x)[0], new(x, x, x)[0])
+    new(x, x, x)[0].sum().backward()
+    assert all(p.grad is not None for p in new.parameters()) and m.in_proj_weight.grad is None
+
+
+def half_compressed():
+    m = nn.MultiheadAttention(8, 2)
+    m.out_proj = quantize_layer(m.out_proj, 8)
+    return m
+
+
+CLOSED = {
+    "adds keys": (lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True), "adds keys of its own"),
+    "adds zeros": (lambda: nn.MultiheadAttention(8, 2, add_zero_attn=True), "adds keys of its own"),
+    "another class": (lambda: type("Mine", (nn.MultiheadAttention,), {})(8, 2), "it is a Mine"),
+    "compressed": (
+        lambda: quantize_layer(nn.MultiheadAttention(8, 2), 8),
+        "0.layer: its weights are compressed already",
+    ),
+    "half compressed": (half_compressed, "its out_proj is no ordinary layer"),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_cannot_be_opened_says_why(name):
+    make, why = CLOSED[name]
+    with pytest.raises(ValueError, match=why):
+        open_attention(nn.Sequential(make()).eval())
+    m = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)).eval()
+    m[0].self_attn = nn.utils.parametrizations.weight_norm(m[0].self_attn, "in_proj_weight")
+    with pytest.raises(ValueError, match="in_proj_weight .*parametri"):
+        open_attention(m)
+
+
+class Translator(nn.Module):
+    "Encoder and decoder of PyTorch's own, with masks."
+
+    def __init__(self, first=True):
+        super().__init__()
+        how = dict(dim_feedforward=48, batch_first=first, activation="gelu")
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, **how), 2, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 2, **how), 1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x, y, hidden, later):
+        z = self.encoder(x, src_key_padding_mask=hidden)
+        return self.head(self.decoder(y, z, tgt_mask=later, memory_key_padding_mask=hidden))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_transformers_of_pytorch_in_integers(first, tmp_path):
+    "Every linear layer and every product of attention; files, copies, the way back."
+    torch.manual_seed(0)
+    model = Translator(first).eval()
+    turn = lambda t: t if first else t.transpose(0, 1)
+    hidden = torch.zeros(6, 7, dtype=torch.bool)
+    hidden[0, 4:] = True
+    batch = lambda: Inputs(
+        turn(torch.randn(6, 7, 24)), turn(torch.randn(6, 5, 24)), hidden, torch.ones(5, 5).triu(1).bool()
+    )
+    data, fresh = [batch(), batch()], batch()
+    with unchanged(model):
+        chosen = choose_static(model, data, attention=True, alphas=(0.5,), copies=0)
+        static = quantize_static(model, chosen=chosen)
+    kinds = [type(m).__name__ for m in static.modules()]
+    assert kinds.count("StaticLinear") == 4 * 4 + 2 * 3 + 1 and kinds.count("StaticOpenAttention") == 4
+    with torch.no_grad():
+        y, exact = static(*fresh.args), model(*fresh.args)
+        assert (y - exact).norm() < 0.06 * exact.norm()
+        save(static, tmp_path / "a.mz")
+        for other in load(tmp_path / "a.mz", Translator(first)), copy.deepcopy(static):
+            assert torch.equal(other(*fresh.args), y)
+        again = dequantize_model(static)
+        assert [type(m) for m in again.modules()].count(OpenAttention) == 4
+        floats = quantize_static(
+            model, chosen={n: f for n, f in chosen.items() if type(f).__name__ == "FixedAttention"}
+        )
+        again = dequantize_model(floats)
+        torch.testing.assert_close(again(*fresh.args), exact, atol=1e-4, rtol=1e-4)
+        save(again, tmp_path / "b.mz")
+        assert torch.equal(load(tmp_path / "b.mz", Translator(first))(*fresh.args), again(*fresh.args))
+    alone = choose_static(model, data, attention=True, alphas=(), overrides={"encoder.layers.0.self_attn": None})
+    kept = quantize_static(model, chosen=alone)
+    assert type(kept.encoder.layers[0].self_attn) is nn.MultiheadAttention
+    assert type(kept.encoder.layers[0].linear1) is nn.Linear and type(kept.encoder.layers[1].linear1) is StaticLinear
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_an_encoder_that_puts_out_zeros_stays_closed():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 48, batch_first=True), 1).eval()
+    hidden = torch.zeros(6, 7, dtype=torch.bool)
+    hidden[0, 4:] = True
+    batch = dict(src=torch.randn(6, 7, 24), src_key_padding_mask=hidden)
+    with (
+        pytest.warns(UserWarning, match="use_nested_tensor to False first"),
+        pytest.raises(ValueError, match="can be opened"),
+    ):
+        choose_static(model, [batch], attention=True)
+    model.use_nested_tensor = False
+    static = quantize_static(model, [batch], attention=True, alphas=())
+    with torch.no_grad():
+        exact = model(**batch)
+        assert (static(**batch) - exact).norm() < 0.05 * exact.norm()
 
 
 def test_what_was_chosen_for_another_model_is_refused_by_name():

@@ -1,8 +1,8 @@
 "The wheel, in an environment that holds the declared requirements and nothing else."
 
-import functools
+import fcntl, functools
 import importlib.metadata as metadata
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,15 @@ def closure(name, seen, extras=()):
     return seen
 
 
+def required_by(extras):
+    "What the library requires, with some extras: the distributions."
+    required = closure("modelzip", {}, extras)
+    required.pop("modelzip")
+    return required
+
+
 def install(wheel, place, extras=()):
-    "An empty environment with the wheel and what it requires: its Python, and the distributions."
+    "An empty environment with the wheel and what it requires."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     python = place / "bin" / "python"
     subprocess.run(
@@ -68,37 +75,57 @@ def install(wheel, place, extras=()):
         check=True,
     )
     (site,) = (place / "lib").glob("python*/site-packages")
-    required = closure("modelzip", {}, extras)
-    required.pop("modelzip")
-    for dist in required.values():
+    for dist in required_by(extras).values():
         for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
             target = site / top
             if not target.exists():
                 target.symlink_to(dist.locate_file(top))
-    return python, required
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    "A folder that is made by whichever of several workers comes first."
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
+    place.mkdir(exist_ok=True)
+
+    def made(name, make):
+        with open(place / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            done = place / f"{name}.done"
+            if not done.exists():
+                shutil.rmtree(place / name, ignore_errors=True)
+                make(place / name)
+                done.touch()
+        return place / name
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("wheel")
-    source = tmp / "source"  # a copy: building leaves files, and several workers build at the same time
-    shutil.copytree(ROOT / "modelzip", source / "modelzip", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE":
-        shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp), str(source)], check=True
-    )
-    return next(tmp.glob("modelzip-*.whl"))
+def wheel(once):
+    def build(folder):
+        source = folder / "source"  # a copy: building leaves files
+        shutil.copytree(ROOT / "modelzip", source / "modelzip", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE":
+            shutil.copy(ROOT / name, source / name)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        subprocess.run(
+            [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source)],
+            check=True,
+        )
+
+    return next(once("built", build).glob("modelzip-*.whl"))
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def installed(wheel, once):
     "An environment for some extras; the tests that need the same share it."
 
     @functools.cache
     def made(extras=()):
-        return install(wheel, tmp_path_factory.mktemp("env") / "env", extras)
+        place = once("_".join(["env", *extras]), lambda folder: install(wheel, folder, extras))
+        return place / "bin" / "python", required_by(extras)
 
     return made
 

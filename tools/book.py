@@ -148,16 +148,17 @@ def run(paths):
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
-    import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, sklearn.cluster, tokenizers
-    import threadpoolctl, torch, transformers, zstandard
+    import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, threadpoolctl
+    import tokenizers, torch, zstandard
     import torch._dynamo  # the first optimizer of a process imports it
 
-    from modelzip.workshop.sentences import docstring_sources
+    from modelzip.workshop.sentences import all_pairs, docstring_sources, minilm_tokenizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in docstring_sources:
             importlib.import_module(name)
+        all_pairs(), minilm_tokenizer()
     gc.freeze()  # the copies' collectors leave it alone
 
 

@@ -225,7 +225,7 @@ def name_arguments(
     function of that name."""
     told = {}  # `id` of a function → what stands for it now
     for name in (*module.get("__all__", ()), *also * ("__all__" in module)):
-        x = module[name]
+        x = module.get(name)  # None: made by a module above, and found by `__getattr__` (workshop, drivers)
         if getattr(x, "__module__", None) != module["__name__"]:
             continue
         if isinstance(x, types.FunctionType):

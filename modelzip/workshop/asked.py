@@ -111,7 +111,7 @@ def _rules():
             " num_embeddings embedding_dim proj_size num_parameters channels",
             whole(0),
         )
-        | of("width heads", whole(1))
+        | of("width heads block", whole(1))
         | of("query_step key_step value_step", STEP)
         | of("input_size hidden_size embed_dim num_heads head_dim num_groups groups rank total num_layers", whole(1))
         | of("kdim vdim", or_none(whole(1)))
@@ -127,7 +127,7 @@ def _rules():
         | of(
             "bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse include_last_offset"
             " batch_first bidirectional add_bias_kv add_zero_attn keepdim return_indices ceil_mode count_include_pad"
-            " channels_first",
+            " channels_first back",
             SWITCH,
         )
         | of("align_corners recompute_scale_factor", or_none(SWITCH))

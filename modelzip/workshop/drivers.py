@@ -4,10 +4,10 @@
 
 # %% auto 0
 __all__ = ['COLUMNS', 'ROUND_TO_NEAREST', 'named', 'warn_caller', 'columns_by_name', 'Job', 'rounded_layer', 'quantize_at_once',
-           'sharing_inputs', 'movable_biases', 'with_biases']
+           'sharing_inputs', 'movable_biases', 'with_biases', 'later']
 
 # %% ../../nbs/workshop/drivers.ipynb
-import inspect, sys, warnings
+import importlib, inspect, sys, warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,6 +277,21 @@ def with_biases(
     for m in list(quantized.modules()):
         m._modules.update({k: fixed.get(id(child), child) for k, child in m._modules.items()})
     return fixed.get(id(quantized), quantized)
+
+# %% ../../nbs/workshop/drivers.ipynb
+def later(
+    module: str,  # `__name__` of the one that has them
+    **homes: str,  # module of this library = the names that it makes, with blanks between
+) -> Callable:  # for `__getattr__`
+    "Names that a module makes which builds on this one: imported when they are asked for."
+    home = {n: m for m, names in homes.items() for n in names.split()}
+
+    def ask(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"modelzip.{home[name]}"), name)
+
+    return ask
 
 # %% ../../nbs/workshop/drivers.ipynb
 from .arguments import name_arguments

@@ -109,6 +109,15 @@ class Metadata(dict):
         super().__init__(*args, **kwargs)
         self.types: dict[str, str] = dict(getattr(args[0], "types", {})) if args else {}
 
+    def copy(self) -> "Metadata":
+        return self | {}
+
+    def __or__(self, other: Mapping) -> "Metadata":
+        "With other values; a key that is there keeps its type."
+        new = Metadata({**self, **other})
+        new.types = getattr(other, "types", {}) | self.types
+        return new
+
 
 @dataclass(frozen=True)
 class Place:
@@ -325,6 +334,7 @@ def text_bytes(text: str) -> bytes:
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 TO_KINDS = {"F32": torch.float32, "F16": torch.float16} | dict.fromkeys(FROM_FLOATS)
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # what `general.file_type` says of most matrices
 
 
 def as_kind(name: str, t: Any, kind: str | None) -> Tensor | BlockTensor:
@@ -381,6 +391,8 @@ def to_gguf(
     if kind is not None and kind not in TO_KINDS:
         raise ValueError(f"kind is {kind!r:.40}; it may be {', '.join(TO_KINDS)}, or None")
     metadata = getattr(tensors, "metadata", {}) if metadata is None else metadata
+    if kind is not None and "general.file_type" in metadata:
+        metadata = metadata | {"general.file_type": FILE_TYPES[kind]}
     tensors = tensors.tensors if isinstance(tensors, GGUF) else tensors
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors is a {type(tensors).__name__}; it may be a GGUF, or a dict of tensors by name")

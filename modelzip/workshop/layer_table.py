@@ -109,7 +109,10 @@ def _table():
         "RemainingRMSNorm": "channels total eps elementwise_affine",
         "RemainingAttention": "embed_dim num_heads head_dim dropout bias kdim vdim batch_first",
         "StaticAttention": "width heads query_step key_step value_step",
+        "OpenAttention": "width heads batch_first dropout",
+        "StaticOpenAttention": "width heads query_step key_step value_step batch_first",
         "ThinLinear": "in_features rank out_features bias",
+        "Turn": "width block back",
         "ThinConv2d": "in_channels rank out_channels kernel_size stride padding dilation bias padding_mode",
     }
 
@@ -117,7 +120,9 @@ def _table():
 LAYERS = _table()
 HOMES_OF_LAYERS = dict.fromkeys(
     ["RemainingLayerNorm", "RemainingRMSNorm", "RemainingAttention", "ThinLinear", "ThinConv2d"], "structured"
-) | {"StaticAttention": "workshop.integer_attention"}  # all others: torch.nn
+)
+HOMES_OF_LAYERS |= dict.fromkeys(["StaticAttention", "StaticOpenAttention"], "workshop.integer_attention")
+HOMES_OF_LAYERS |= {"OpenAttention": "workshop.open_attention", "Turn": "rotations"}  # all others: torch.nn
 
 
 OWN = {}  # name → a layer of this library, registered by the module that makes it

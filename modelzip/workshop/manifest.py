@@ -131,6 +131,7 @@ HOMES = {
     "QEmbedding": "kernels",
     "QRecurrent": "kernels",
     "sparse": "prune",
+    "trellis": "workshop.trellis_tensors",
     "SparseLinear": "prune",
     "StaticLinear": "qat",
     "StaticConv2d": "qat",

@@ -11,13 +11,13 @@ import copy
 import torch
 from torch import nn
 
-from ..kernels import QConv2d, READERS, carry_chain, unwrapped_name, without_hooks
+from ..kernels import QConv2d, carry_chain, reads_weights, unwrapped_name, without_hooks
 from ..quant import Dequantize, QTensor
 from .fake_quantized import FakeRecurrent
 from .integer_attention import StaticAttention
 from .matrices import unwrapped
 from .models import check_ordinary, copied
-from .onnx_attention import AttentionHole
+from .onnx_attention import attention_hole
 from .onnx_expanded import fits_rows
 from .onnx_recurrent import GATES, RecurrentHole
 from .onnx_static import is_static, pads_of
@@ -104,7 +104,7 @@ def _is_whole(model, name, m):
     owners = (
         [model.get_submodule(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)] + [model] if name else []
     )
-    if any(isinstance(o, READERS) for o in owners) or m.name != "weight":
+    if any(map(reads_weights, owners)) or m.name != "weight":
         return False
     if type(m.layer) is nn.Linear:
         return True
@@ -142,7 +142,7 @@ def with_holes(
         )
     for i, (_, m) in enumerate(attentions, len(found) + len(recurrent)):
         layers = {k: copy.deepcopy(layer, memo) for k, layer in m._modules.items()}
-        memo[id(m)] = AttentionHole(i, m, layers)
+        memo[id(m)] = attention_hole(i, m, layers)
     holes = memo.get(id(model)) or copied(model, memo)
     for m in (*(m for _, m in outer), *(m for _, m in recurrent), *(m for _, m in attentions)):
         carry_chain(m, memo[id(m)], memo)

@@ -31,7 +31,7 @@ class RecurrentHole(nn.Module):
             raise ValueError(
                 f"a recurrent layer is given a {type(x).__name__}, which ONNX cannot say; it may be a tensor"
             )
-        lone, starts = x.dim() == 2, () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        lone, starts = x.dim() == 2, () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         if len(starts) not in (0, self.states):
             raise ValueError(
                 f"a recurrent layer is given {len(starts)} first states; it may be given {self.states} or none"

@@ -471,6 +471,7 @@ def check_same(
     new: nn.Module,  # what a model has become
     model: nn.Module,  # what it was
     example: Any,  # of `call`
+    digits: float = 256,  # so many last digits of the largest output are allowed to rounding
 ) -> None:
     """`ValueError` unless two models put out the same numbers, to rounding, for an example and two like it. Whole
     numbers (such as a class that was chosen) are not compared. Both are left as they are."""
@@ -482,7 +483,7 @@ def check_same(
                 torch.manual_seed(i)
                 found.append(output_tensors(call(m, tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x))))
         for path, y in found[1].items():
-            z, room = found[0][path], _room(model, y)
+            z, room = found[0][path], _room(model, y) * digits / 256
             if not y.is_floating_point() or not y.numel():
                 continue
             if (y - z).abs().nan_to_num().max() > room or not torch.equal(y.isfinite(), z.isfinite()):

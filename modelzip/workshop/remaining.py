@@ -170,6 +170,7 @@ class RemainingAttention(SettingsInState, nn.Module):
 
     in_state = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
+    reads_its_layers = True  # `out_proj`
     in_proj_weight = bias_k = bias_v = None
     add_zero_attn = False
 

@@ -282,6 +282,9 @@ def nearest(
     zero: Tensor,  # zero points; not looked at where they are fixed
 ) -> QTensor:
     "Nearest codes for scales that are known; where a scale is 0 so is the block."
+    if self.spacing is not None:  # all zero, as a wide step makes them, is an answer like any other
+        codes = (self.flat / self.each(scale, self.flat.dtype)).round_().add_(self.levels // 2)
+        return self.stored(codes.clamp_(0, self.levels - 1), scale, zero)
     none, given = scale == 0, {} if self.symmetric else {"zero_point": zero.reshape(-1)}
     how = dict(symmetric=self.symmetric, columns=self.columns, scale_dtype=scale.dtype) | given | self.where
     q = quantize(self.weight, self.bits, scale=torch.where(none, 1, scale), **how)
@@ -291,7 +294,12 @@ def nearest(
 @patch
 def packed(self: Blocks, codes: Tensor, scale: Tensor, zero: Tensor) -> QTensor:
     "Codes that a method has chosen, [outputs, inputs]."
-    codes = codes.reshape(self.weight.shape) if self.axis == 0 else codes.t().contiguous()
+    return self.stored(codes if self.axis == 0 else codes.t().contiguous(), scale, zero)
+
+
+@patch
+def stored(self: Blocks, codes: Tensor, scale: Tensor, zero: Tensor) -> QTensor:
+    "The same of codes that lie as the weight does."
     pack = lambda t: pack_bits(t.reshape(-1).to(torch.uint8), self.bits)
     zero = None if self.symmetric else pack(zero)
     shape, dtype = self.weight.shape, self.weight.dtype

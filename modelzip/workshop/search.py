@@ -455,7 +455,7 @@ def by_sketches(self: Search, menu, before, label, low, high):
             low = max(low, min(at, high))
         better = math.log(max(1 - t.quality, 1e-12)) - curve_at(told, at)
         guess = self.where_sketches_reach(menu, told, wanted - better - AHEAD, low, high)
-        if best is not None and (high - low < NEAR or high - guess < NEAR):
+        if best is not None and high - max(low, guess) < 2 * NEAR:
             break
     return best
 

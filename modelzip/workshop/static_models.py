@@ -22,7 +22,7 @@ from ..rounding import scale_and_zero_point
 from ..structured import fold_batchnorm, foldable
 from .content import fingerprint
 from .drivers import named, warn_caller
-from .models import carry_hooks, computed
+from .models import carry_hooks, check_ordinary, computed
 from .qat_observers import LEAST
 from .scales import matrices_for
 from .static_layers import STATIC_LAYERS, static_codes
@@ -60,8 +60,9 @@ def static_places(
     overrides: Mapping | None = None,  # by name or pattern of a layer: 'static', 'row', or None to leave it alone
     others: Iterable[str] = (),  # names that a pattern may mean besides
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
-    """`ValueError` for a pattern that matches nothing, an unknown wish, a weight that is computed, and wishes that
-    tied layers cannot have together. A warning names those that stay as they are because another has their weight."""
+    """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a
+    weight that is computed, and wishes that tied layers cannot have together. A warning names those that
+    stay as they are because another has their weight."""
     uses, places = sharing(model), {}
     for name, point in points_of(model, tuple(STATIC_LAYERS))[0].items():
         m = model.get_submodule(point.module)
@@ -76,8 +77,12 @@ def static_places(
     found = {}
     for name, m in places.items():
         said = next((how for p, how in (overrides or {}).items() if fnmatch.fnmatchcase(name, p)), "any")
-        if said is None:
+        if said is None or said == "any" and not m.weight.numel():
             continue
+        if not m.weight.numel():
+            raise ValueError(
+                f"overrides gives {name or '(model)'} {said!r}, and its weight {list(m.weight.shape)} is empty"
+            )
         if said == "row" and not isinstance(m, nn.Linear):
             raise ValueError(f"overrides gives {name} 'row'; a {type(m).__name__} has no rows, it may be 'static'")
         if (why := computed(m, "weight") or computed(m, "bias")) is not None:
@@ -208,7 +213,9 @@ def check_chosen(
 
 # %% ../../nbs/workshop/static_models.ipynb
 def fold_all(model: nn.Module) -> nn.Module:
-    "The model with its BatchNorms folded where that is proved; itself when it has none."
+    """The model with its BatchNorms folded where that is proved; itself when it has none. `ValueError` as
+    `check_ordinary` has it."""
+    check_ordinary(model)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return fold_batchnorm(model).eval() if norms and foldable(model) else model
 

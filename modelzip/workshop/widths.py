@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,14 +85,24 @@ def power(d: Tensor, unit: Tensor, seen: LayerStatistics | None, axis: int) -> f
 
 @dataclass
 class Widths:
-    "Tensors, each at each choice."
+    "Tensors, each at the choices that were asked for so far."
 
     model: nn.Module  # the original
     jobs: list[Job]  # one for each choice
-    errors: list[dict] = field(default_factory=list)  # choice by choice: tie → share of what the tensor's product has
+    why: dict = field(default_factory=dict)  # tie → why nothing is known of its inputs
+    seen: dict = field(default_factory=dict)  # tie → what is known of them, as long as that is kept
+    wrong: dict = field(default_factory=dict)  # choice and tie → share of what the tensor's product has
+    whole: dict = field(default_factory=dict)  # tie → what that product has
 
     def packed(self, choice: int, tie: tuple) -> CompressedTensor:
+        "A tensor at a choice."
+        self.make(choice, tie)
         return self.jobs[choice].packed[tie].q
+
+    def error(self, choice: int, tie: tuple) -> float:
+        "What is wrong with it, as a share of what its product with the inputs has."
+        self.make(choice, tie)
+        return self.wrong[choice, tie]
 
     def put_together(
         self,
@@ -100,8 +111,26 @@ class Widths:
         "The model with a choice for each tensor."
         done = {}
         for m in self.jobs[0].plan:
+            self.make(picks[m.tie], m.tie)
             done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.jobs[picks[m.tie]].packed[m.tie], m.key)
         return copy_with(self.model, done)
+
+
+@patch
+@torch.no_grad()
+def make(self: Widths, choice: int, tie: tuple) -> None:
+    "Quantize a tensor, unless that was done before."
+    job = self.jobs[choice]
+    if tie in job.packed:
+        return
+    m, seen = job.ties[tie][0], self.seen.get(tie)
+    job.one(tie, seen, self.why.get(tie))
+    weight = m.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).reshape(1, -1)
+    unit = unit_of_blocks(wide)[0, 0] if weight.numel() else 1.0
+    if tie not in self.whole:
+        self.whole[tie] = max(power(weight, unit, seen, m.axis), 1e-300)
+    self.wrong[choice, tie] = power(weight - job.packed[tie].q.dequantize(), unit, seen, m.axis) / self.whole[tie]
 
 # %% ../../nbs/workshop/widths.ipynb
 @torch.no_grad()
@@ -109,49 +138,36 @@ def widths_of(
     model: nn.Module,  # it is left as it is
     choices: list[dict],  # {"bits", "group"} or {"spacing"}
     batches: Iterable | None = None,  # to calibrate with, see `feed`; None: rounded to nearest
+    later: Iterable[int] = (),  # choices that wait until they are asked for, if what is known of the inputs can be kept
     progress: bool = False,  # show a bar
 ) -> Widths:
-    """Quantize each tensor once at each choice: with data by GPTQ, from the second moments of the original's inputs.
+    """Quantize each tensor at each choice, once: with data by GPTQ, from the second moments of the original's inputs.
     `ValueError` as in `gptq`: for no data, and for what cannot be quantized."""
     method, how = METHODS[batches is not None]
-    options = [how | {"group": None} | c for c in choices]
-    jobs = [Job(method, None, choose_matrices(model, None, None, o)) for o in options]
+    jobs = [Job(method, None, choose_matrices(model, None, None, how | {"group": None} | c)) for c in choices]
     batches = None if batches is None else list(as_batches(batches))
     points, reasons = ({}, {}) if batches is None else points_of(model)
     sources, why = jobs[0].sources(points, reasons) if points else ({}, {})
-    room, told = max(ROOM, sum(p.nbytes for p in model.parameters())), False
-    found = Widths(model, jobs, [{} for _ in jobs])
+    turns = list(in_turns(jobs[0].ties, sources, max(ROOM, sum(p.nbytes for p in model.parameters()))))
+    found, told = Widths(model, jobs, dict(why)), False
+    now = [i for i, _ in enumerate(jobs) if i not in set(later) or len(turns) > 1]
     with tqdm(total=len(jobs[0].ties), desc="widths", leave=False, disable=not progress) as bar:
-        for some in in_turns(jobs[0].ties, sources, room):
-            seen = moments_of(model, batches, {n for tie in some for n in sources[tie]})
+        for some in [*turns, [t for t in jobs[0].ties if t not in sources]]:
+            names = {n for tie in some for n in sources.get(tie, ())}
+            seen = moments_of(model, batches, names) if names else {}
             told |= bool(seen)
             for tie in some:
-                _at_all_widths(
-                    found, tie, next((seen[n] for n in sources[tie] if n in seen), None), "no batch reached it"
-                )
-                bar.update()
-        for tie in jobs[0].ties:
-            if tie not in sources:
-                _at_all_widths(found, tie, None, why.get(tie))
+                found.seen[tie] = next((seen[n] for n in sources.get(tie, ()) if n in seen), None)
+                if tie in sources and found.seen[tie] is None:
+                    found.why[tie] = "no batch reached it"
+                for i in now:
+                    found.make(i, tie)
+                if len(turns) > 1:
+                    found.seen[tie] = None  # all is made
                 bar.update()
     if sources and not told:
         raise ValueError("there is no data: batches gave no row to any layer")
     return found
-
-
-def _at_all_widths(found, tie, seen, why):
-    "One tensor."
-    m = found.jobs[0].ties[tie][0]
-    weight = m.weight.detach()
-    unit = (
-        unit_of_blocks(weight.to(torch.promote_types(weight.dtype, torch.float32)).reshape(1, -1))[0, 0]
-        if weight.numel()
-        else weight.new_ones(())
-    )
-    whole = power(weight, unit, seen, m.axis)
-    for job, errors in zip(found.jobs, found.errors):
-        job.one(tie, seen, why)
-        errors[tie] = power(weight - job.packed[tie].q.dequantize(), unit, seen, m.axis) / max(whole, 1e-300)
 
 # %% ../../nbs/workshop/widths.ipynb
 from .arguments import name_arguments
