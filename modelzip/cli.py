@@ -684,7 +684,8 @@ def _compress(o):
     }
     return Done(
         found,
-        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its {before:,}"
+        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its"
+        f" {before:,}"
         " bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
 
