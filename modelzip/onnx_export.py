@@ -389,7 +389,9 @@ def onnx_model(
             raise ValueError(f"{empty[0]} is empty, and ONNX Runtime may end the process at that")
         out = [
             torch.from_numpy(y)
-            for y in session.run(None, {n: x.detach().contiguous().numpy() for n, x in zip(names, inputs)})
+            for y in session.run(
+                None, {n: x.detach().resolve_neg().contiguous().numpy() for n, x in zip(names, inputs)}
+            )
         ]
         return out[0] if len(out) == 1 else tuple(out)
 

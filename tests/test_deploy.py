@@ -529,3 +529,20 @@ def test_what_a_call_leaves_out_has_its_default():
     for example in (x, Inputs(x, k=3), Inputs(x, 3, flag=True)):
         found = deploy(Times(), example, "given")
         assert torch.equal(found(x), 3 * x) and torch.equal(found(x, 3), 3 * x) and found.layout.in_order
+
+
+@pytest.mark.parametrize("engine", ["given", "onnxruntime"])
+def test_views_of_every_sort_are_inputs(engine):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5).eval(), torch.randn(4, 6)
+    found = deploy(model, x, engine)
+    for view in (
+        torch._neg_view(x),
+        torch.complex(x, x).conj().imag,
+        x.t().contiguous().t(),
+        x[:1].expand(4, 6),
+        torch.randn(4, 12)[:, ::2],
+        nn.Parameter(x.clone()),
+    ):
+        torch.testing.assert_close(found(view), model(view).detach(), atol=1e-5, rtol=1e-5)

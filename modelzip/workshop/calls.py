@@ -238,7 +238,7 @@ def tensors_in(layout: Layout, args: tuple, kwargs: dict) -> list[Tensor]:  # of
     else:
         found = _bound(layout, args, kwargs)
     fitted(layout, found)
-    return [t.detach() for t in found]
+    return [t.detach().resolve_conj().resolve_neg() for t in found]  # engines know neither kind of view
 
 
 def _bound(layout, args, kwargs):
