@@ -262,6 +262,8 @@ def test_what_no_file_holds_is_refused(tmp_path):
         ({"a": [1, 2]}, {}, "'a' is a list"),
         ({"a": x * 1e30}, {"kind": "F16"}, "which F16 cannot say"),
         ({"a": x * 1e30}, {"kind": "Q4_1"}, "'a': .*65,504"),
+        ({"a": torch.tensor([1e300], dtype=torch.float64)}, {"kind": "F32"}, "'a' has values .* F32 cannot say"),
+        ({"a": torch.tensor([-1e300], dtype=torch.float64)}, {"kind": "Q8_0"}, "'a' has values .* F32 cannot say"),
         ({"a": x}, {"kind": "Q4_K"}, "kind is 'Q4_K'"),
         ({"a": x}, {"metadata": {"k": {}}}, "'k' is dict"),
         ({"a": x}, {"metadata": {"k": [1, "a"]}}, "'k' is list"),
@@ -401,6 +403,22 @@ def test_odd_files_come_back(tmp_path, case):
     archive_gguf(path, tmp_path / "odd.mz", threads=1)
     assert restore_gguf(tmp_path / "odd.mz", tmp_path / "back.gguf", threads=1).read_bytes() == data, what
     assert diff_gguf(path, tmp_path / "odd.mz").same
+
+
+def test_numbers_of_a_kind_that_nobody_knows_are_compared(tmp_path):
+    infos = [("a", (3,), 0, 0), ("new", (5,), 99, 32), ("b", (64,), 8, 128), ("last", (7,), 99, 224)]
+    data = bytearray(np.random.default_rng(0).integers(0, 256, 300, dtype=np.uint8).tobytes())
+    (path := tmp_path / "one.gguf").write_bytes(forged(infos=infos, data=data))
+    archive_gguf(path, tmp_path / "one.mz", threads=1)
+    for at in 32, 127, 224, 299:  # the ends of both
+        data[at] ^= 1
+        (other := tmp_path / "other.gguf").write_bytes(forged(infos=infos, data=data))
+        for a, b in ((path, other), (other, path), (other, tmp_path / "one.mz")):
+            assert [c.name for c in diff_gguf(a, b).changes if c.what != "same"] == ["new" if at < 128 else "last"]
+        data[at] ^= 1
+    inside = [("a", (30,), 0, 0), ("new", (5,), 99, 32)]  # begins in another tensor: has no bytes of its own
+    (path := tmp_path / "inside.gguf").write_bytes(forged(infos=inside, data=data))
+    assert diff_gguf(path, archive_gguf(path, tmp_path / "inside.mz", threads=1)).same
 
 
 def test_archives_of_earlier_versions_give_their_files_back(tmp_path):

@@ -127,6 +127,8 @@ def test_generating_leaves_the_dice_alone():
     ]
     assert said[0] == said[1] and said[3] == said[4] and said[2] != said[3]
     assert torch.equal(state, torch.get_rng_state())
+    for tiny_one in (1e-30, 1e-40, 5e-324):  # as near to greedy as can be
+        assert generate(model, [1], 12, temperature=tiny_one) == said[0]
     with pytest.raises(ValueError, match="temperature is -1.0"):
         generate(model, [1], temperature=-1.0)
     model.train()

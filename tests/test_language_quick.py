@@ -80,6 +80,19 @@ def test_it_says_what_the_model_says(kind):
         assert caches[0].length == caches[1].length == 31
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["floats", "8 bits", "4 bits, zero points", "blocks of a GGUF file"])
+def test_biases_are_not_lost(kind):
+    model, ids = llama(), torch.tensor([[5, 3, 8]])
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.split(".")[-1] in ("query", "value", "gate", "down"):
+            dice = torch.Generator().manual_seed(len(name))
+            layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=dice))
+    without, model = KINDS[kind](llama()), KINDS[kind](model)
+    want, got = model(ids), quick_llama(model)(ids)
+    assert (want - got).norm() < 2e-2 * want.norm() < 2e-1 * (want - without(ids)).norm()
+
+
 def test_layers_of_one_input_are_one_product():
     layers = lambda kind: quick_llama(KINDS[kind](llama())).blocks[1]
     for kind, all_of, both in (
