@@ -36,7 +36,7 @@ def rotary_angles(
     start: int,  # the first place
     length: int,  # how many
     head: int,  # numbers of a head, an even number
-    base: float = 10_000.0,  # the slowest pair turns about once in 2π · base places
+    base: float = 10_000.0,  # the slowest pair turns once in 2π · base ** (1 − 2 / head) places
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, each [length, head / 2]
     "By how much each pair of a head is turned at each place (Su et al. 2021, arXiv:2104.09864)."
@@ -201,8 +201,9 @@ def generate(
     stop: Iterable[int] = (),  # tokens that end it, such as `smollm2_tokenizer().end`
     cache: Any = None,  # what was read before; None: nothing, and a `KeyValueCache` for what comes
 ) -> list[int]:  # what was said, without the prompt
-    """Let a language model go on with a text. `ValueError` for an empty prompt, a temperature below 0, and when the
-    model gives no numbers."""
+    """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
+    but the last token drawn. `ValueError` for an empty prompt, a temperature that is negative or no number, a text
+    beyond the model's context, and when the model's scores are NaN or infinite."""
     prompt, stop = list(prompt), set(stop)
     if not prompt:
         raise ValueError("prompt is empty; it may have one token or more")
@@ -215,8 +216,8 @@ def generate(
             scores = model(new, cache, last=True)[0, -1].float().cpu()
             if not scores.isfinite().all():
                 raise ValueError("the model gave scores that are NaN or infinite")
-            drawn = lambda: torch.multinomial((scores / temperature).softmax(0), 1, generator=dice)
-            said.append(int(drawn() if temperature else scores.argmax()))
+            shares = lambda: ((scores - scores.max()) / max(temperature, 1e-30)).softmax(0)
+            said.append(int(torch.multinomial(shares(), 1, generator=dice) if temperature else scores.argmax()))
             if said[-1] in stop:
                 return said[:-1]
     return said
@@ -265,8 +266,8 @@ def right_answers(
     questions: NextSentences,  # of `next_sentences`
     batch_size: int = 50,  # questions at a time
 ) -> Tensor:  # [questions] bool; half of them is chance
-    """Whether the right one of two sentences is the more probable, after what stands before, which is read once for
-    both."""
+    """Whether the right one of two sentences is the more probable (not so when both are alike), after what stands
+    before, which is read once for both."""
     found = []
     with eval_mode(model):
         for before, *answers in zip(*(t.to(device_of(model)).split(batch_size) for t in vars(questions).values())):

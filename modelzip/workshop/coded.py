@@ -36,7 +36,7 @@ def coded_weight(
     diagonal = factor.diagonal().double()
     size = diagonal.log().mean().exp()
     G = torch.ones(len(weight)) if rows is None else rows
-    scale = ((24 * nats) ** 0.5 * size / G.double().sqrt()).half().float()
+    scale = ((24 * nats) ** 0.5 * size / G.double().sqrt()).clamp(2.0**-24, 65_504).half().float()
     columns = (diagonal / size).clamp(1 / 64, 64).float()
     reach = (w.abs() / scale[:, None]).amax(0)  # in steps of the row
     columns = torch.maximum(columns, reach / (2 ** (most - 1) - 2)).half().float()

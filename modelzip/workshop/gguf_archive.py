@@ -7,6 +7,7 @@ __all__ = ['between', 'as_weights', 'archive_gguf', 'is_archived', 'restore_gguf
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
 import hashlib, os
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -182,9 +183,9 @@ def looked_into(path: str | os.PathLike) -> Iterator[tuple[dict[str, Callable], 
         with naming(path), open_file(path) as f:
             data = mapped(f)
             head = read_head(data)
-            places = {p.name: p for p in head.places}
+            places = {p.name: p for p in to_the_next(head.places, len(data))}
             read = {n: lambda p=p: tensor_or_bytes(data, p) for n, p in places.items()}
-            yield read, lambda n: places[n].nbytes or 0, head.metadata
+            yield read, lambda n: places[n].nbytes, head.metadata
         return
     with opened(path) as f, naming(path):
         about, head = f.manifest.get("info", {}), None
@@ -193,9 +194,23 @@ def looked_into(path: str | os.PathLike) -> Iterator[tuple[dict[str, Callable], 
             rest = f.read(REST).numpy().data
             head = read_head(rest, about["gguf"]["bytes"])
             kept = [p for p in kept_places(head.places) if p.name in f.rows]
-            others = {p.name: lambda p=p: tensor_or_bytes(rest, in_rest(p, kept)) for p in head.places if p not in kept}
+            others = [p for p in to_the_next(head.places, about["gguf"]["bytes"]) if p not in kept]
+            others = {p.name: lambda p=p: tensor_or_bytes(rest, in_rest(p, kept)) for p in others}
             read = {n: x for n, x in read.items() if n != REST} | others
         yield read, f.bytes, head and head.metadata
+
+
+def to_the_next(places: list[Place], size: int) -> list[Place]:
+    "Places in a file; one of an unknown size reaches to where the next one begins, and has nothing inside another."
+    known = sorted((p.offset, p.offset + p.nbytes) for p in places if p.nbytes)
+    starts = [*sorted({p.offset for p in places}), size]
+
+    def reach(p: Place) -> int:
+        i = bisect(known, (p.offset, size)) - 1
+        inside = i >= 0 and known[i][1] > p.offset
+        return 0 if inside else starts[bisect(starts, p.offset, hi=len(starts) - 1)] - p.offset
+
+    return [p if p.nbytes is not None else replace(p, nbytes=reach(p)) for p in places]
 
 
 def in_rest(p: Place, kept: list[Place]) -> Place:
@@ -211,7 +226,7 @@ def tensor_or_bytes(data: Any, p: Place) -> Tensor | BlockTensor:
     "A tensor; the bytes of one whose kind is not read."
     if p.kind in PLAIN or p.kind in BY_NUMBER:
         return tensor_at(data, p)
-    return torch.from_numpy(np.frombuffer(data[p.offset : p.offset + (p.nbytes or 0)], np.uint8).copy())
+    return torch.from_numpy(np.frombuffer(data[p.offset : p.offset + p.nbytes], np.uint8).copy())
 
 # %% ../../nbs/workshop/gguf_archive.ipynb
 def diff_gguf(

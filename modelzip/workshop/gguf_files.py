@@ -351,13 +351,13 @@ def as_kind(name: str, t: Any, kind: str | None) -> Tensor | BlockTensor:
     if kind is None or isinstance(t, BlockTensor) and t.type == kind or not t.dtype.is_floating_point:
         return t
     x = t.dequantize() if isinstance(t, BlockTensor) else t.detach()
-    if len(t.shape) < 2 or kind in FROM_FLOATS and t.shape[-1] % 32:
-        return x.float()
-    if kind in FROM_FLOATS:
+    plain = len(t.shape) < 2 or kind in FROM_FLOATS and t.shape[-1] % 32
+    if kind in FROM_FLOATS and not plain:
         try:
             return quantize_blocks(x, kind)
         except ValueError as e:
             raise ValueError(f"{quoted(name)}: {e}") from None
+    kind = "F32" if plain else kind
     y = x.to(TO_KINDS[kind])
     if bool((y.isinf() & x.isfinite()).any()):
         raise ValueError(f"{quoted(name)} has values up to {float(x.abs().max()):g}, which {kind} cannot say")
