@@ -289,9 +289,12 @@ def from_codes(
     run: int = 128,  # weights in a lane
     **vectors: Tensor | None,  # of `VECTORS`: uint8
 ) -> TrellisTensor:
-    "Keep what was chosen along a trellis."
+    "Keep what was chosen along a trellis. `ValueError` for what no file could say: a scale, states, codes, vectors."
+    next_states(states)
     vectors, shape = {k: v for k, v in vectors.items() if v is not None}, codes.shape
     whole = torch.as_tensor(scale, dtype=torch.float32)
+    if whole.dim() or not 0 < whole < math.inf:
+        raise ValueError(f"scale is {scale}; it may be one number above 0 that float32 can say")
     flat = codes.detach().cpu().reshape(-1).numpy()
     n = min(128, 1 + sum(int(v.max()) for k, v in vectors.items() if k.endswith("spread")) // 2)
     if n == 1:
@@ -305,7 +308,8 @@ def from_codes(
     packed = [
         pack_bits(torch.from_numpy(s.astype(np.int32) + m // 2), (m - 1).bit_length()) for s, m in zip(streams, levels)
     ]
-    return TrellisTensor(packed, list(map(len, streams)), levels, whole, shape, dtype, states, run, vectors)
+    q = TrellisTensor(packed, list(map(len, streams)), levels, whole, shape, dtype, states, run, vectors)
+    return TrellisTensor.of_checked(q.parts(), q.meta())
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 from .arguments import name_arguments
