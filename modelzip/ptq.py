@@ -6,7 +6,7 @@
 __all__ = ['gptq_codes', 'gptq_weight', 'shrinkage', 'half_quadratic', 'hqq_weight', 'caught_up', 'quantize_with', 'gptq', 'hqq',
            'LayerStatistics', 'Statistics', 'Replay', 'awq', 'calibrate', 'correct_bias', 'equalize', 'smooth',
            'awq_columns', 'fitted_scales', 'find_pairs', 'nearest_weight', 'output_error', 'smooth_columns',
-           'unwatched', 'rotate', 'turnable', 'learned_rounding', 'adaround_weight']
+           'unwatched', 'rotate', 'learned_rounding', 'adaround_weight']
 
 # %% ../nbs/10b_ptq.ipynb
 #| code-fold: true
@@ -290,6 +290,6 @@ def hqq(
 from .workshop.arguments import name_arguments
 
 _all_ = ["awq_columns", "fitted_scales", "find_pairs", "nearest_weight", "output_error", "smooth_columns", "unwatched"]
-_all_ += ["rotate", "turnable", "learned_rounding", "adaround_weight"]  # of later chapters
+_all_ += ["rotate", "learned_rounding", "adaround_weight"]  # of later chapters
 name_arguments(globals())  # errors name the argument
-__getattr__ = later(__name__, rotations="rotate turnable", learned_rounding="learned_rounding adaround_weight")
+__getattr__ = later(__name__, rotations="rotate", learned_rounding="learned_rounding adaround_weight")

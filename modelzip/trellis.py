@@ -48,7 +48,7 @@ def best_of_kind(
     price: Tensor | float,  # of a bit
     context: Tensor | int,  # which row of `bits`
 ) -> tuple[Tensor, Tensor]:  # |k|; squared error and price
-    "The code of least cost among those of one parity on one grid."
+    "The code of least cost among those of one parity on one grid, while price times what `bits` differ by is below 21."
     most, table = bits.shape[1] - 1, bits.flatten()
     near = (((size + odd) / 2 - parity) / 2).round_().mul_(2).add_(parity).clamp_(parity, most - (most - parity) % 2)
     below = (near - 2).clamp_(min=parity)
@@ -64,7 +64,7 @@ PRICE = 0.25  # squared fine steps for a bit
 def trellis_codes(
     x: Tensor,  # [lanes, run] weights in fine steps
     bits: Tensor,  # [contexts, most + 1]: what |k| takes, see `code_bits`
-    price: float = PRICE,  # of a bit, in squared fine steps
+    price: float = PRICE,  # of a bit, in squared fine steps; times what bits differ by it is to be below 21
     states: int = 8,  # of the machine: 4, 8, 16 or 32
     classes: Tensor | None = None,  # [lanes, run] whole: contexts are 2 · class + grid
     bite: int = 4096,  # lanes at a time
@@ -170,7 +170,7 @@ def step_for(
     classes: Tensor | None = None,  # [lanes, run]
     lanes: int = 64,  # that are tried on
 ) -> float:  # the fine step
-    "At which step codes take so many bits, within some hundredths. `ValueError` for bits out of range."
+    "At which step codes take so many bits (few weights, or outliers, may take fewer). `ValueError` for other bits."
     if not 0.1 <= bits <= 12:
         raise ValueError(f"bits is {bits!r}; it may be 0.1 to 12")
     some = torch.linspace(0, len(x) - 1, min(lanes, len(x))).long()
@@ -186,32 +186,34 @@ def step_for(
 
 
 def first_step(x: Tensor, bits: float) -> float:
-    "What a bell would need: D = σ² 2⁻²ᵇ, and some more."
-    return 1.8 * x.square().mean().sqrt().item() * 2.0**-bits
+    "Where to begin: in proportion to σ 2⁻ᵇ, as a bell would need it, and a little finer."
+    top = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # squares of all sizes can be said
+    return 1.8 * top.item() * (x / top).square().mean().sqrt().item() * 2.0**-bits
 
 # %% ../nbs/11c_trellis.ipynb
 @torch.no_grad()
 def trellis_weight(
     weight: Tensor,  # [outputs, …]
-    statistics: LayerStatistics | None = None,  # with second moments: the columns to the right make up for errors
+    statistics: LayerStatistics | None = None,  # with second moments of one group: columns make up for errors
     bits: float = 3.0,  # that a code should take once it is coded
     step: float | None = None,  # instead: the fine step; that of columns and rows is this in the geometric mean
     states: int = 8,  # of the machine: 4, 8, 16 or 32
-    price: float = PRICE,  # of a bit, in squared fine steps
+    price: float = PRICE,  # of a bit, in squared fine steps; up to 1/2 is sensible
     column_steps: bool = True,  # every column its own step, as far as statistics ask for it
-    importance: Tensor | None = None,  # [outputs]: what a squared error in a row counts; its step follows
+    importance: Tensor | None = None,  # [len(weight)]: what a squared error in weight[i] counts; its step follows
     damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
-    axis: int = 0,  # which dimension holds the outputs; of others nothing is made up for
+    axis: int = 0,  # which dimension holds the outputs; unless it is 0, nothing is made up for
 ) -> TrellisTensor:
     """Trellis-coded quantization of one layer's weight (Marcellin and Fischer 1990; Fischer and Wang 1992), with
     GPTQ's feedback where the inputs are known (Frantar et al. 2022, arXiv:2210.17323). `ValueError` for a weight that
     is not finite, for options out of range, and for steps that float32 cannot say."""
-    w = check_finite(as_tensor(weight, "weight"), "weight")
-    shape, w = w.shape, w.reshape(len(w) if w.dim() > 1 else 1, -1).to(torch.promote_types(w.dtype, torch.float32))
-    if not (step is None or 0 < step < math.inf) or not price >= 0:
-        raise ValueError(f"step is {step}, price {price}; a step is above 0, a price 0 or more")
-    if not w.numel() or not bool(w.any()):
-        return from_codes(torch.zeros(shape, dtype=torch.int32), 1.0, weight.dtype, states, 128)
+    weight = check_finite(as_tensor(weight, "weight"), "weight")
+    if not (step is None or 0 < step < math.inf) or not 0 <= price < math.inf:
+        raise ValueError(f"step is {step}, price {price}; a step is above 0, a price 0 or more, and both are finite")
+    if not weight.numel() or not bool(weight.any()):
+        return from_codes(torch.zeros(weight.shape, dtype=torch.int32), 1.0, weight.dtype, states, 128)
+    shape, w = weight.shape, weight.to(torch.promote_types(weight.dtype, torch.float32))
+    w = w.reshape(len(w) if len(shape) > 1 else 1, -1)
     known = statistics is not None and statistics.moment is not None
     known = known and len(matrices_for(weight, statistics, axis)) == 1 and axis == 0
     factor = inverse_factor(scaled_to_one(statistics.moment)[0].to(w.dtype), damping).to(w.dtype) if known else None

@@ -19,7 +19,7 @@ from modelzip.workshop import asked
 def test_no_signal_ever(tmp_path):
     """Loading, and one forward pass, of files that lie about layers of every class: refused, or a Python exception,
     or an answer; in 2 GiB and ten seconds each."""
-    said = native.fuzz(len(native.SMALL) + examples(165), tmp_path, -len(native.SMALL))
+    said = native.fuzz(len(native.SMALL) + examples(3 * len(native.NAMES) // 2 + 2), tmp_path, -len(native.SMALL))
     bad = {
         i: (native.layer_of(i) if i >= 0 else [*native.SMALL][-1 - i], what)
         for i, what in said.items()

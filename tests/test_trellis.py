@@ -135,7 +135,7 @@ DAMAGED = from_codes(
 )
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 0), (5, 1), (33, 47), (4, 3, 2, 2), (2, 257)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 0), (0, 3), (5, 1), (33, 47), (4, 3, 2, 2), (2, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_weights_of_every_shape_and_type(shape, dtype):
     w = torch.randn(shape, dtype=torch.float64).to(dtype)
@@ -158,13 +158,39 @@ def test_zeros_infinities_and_options():
         "a step is above 0": dict(step=-1.0),
         "4, 8, 16 or 32": dict(states=6),
         "a price": dict(price=-0.1),
+        "price inf": dict(price=math.inf),
     }.items():
         with pytest.raises(ValueError, match=why):
             trellis_weight(w, None, **how)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e30])
+def test_weights_of_every_size(size):
+    "Squares of these are zero or infinite in float32."
+    w = torch.randn(16, 32)
+    own, alike = (trellis_weight(size * w).dequantize() / size, trellis_weight(w).dequantize())
+    assert (own - w).norm() < 1.1 * (alike - w).norm()
+
+
+def test_nothing_is_built_that_no_file_could_say():
+    k, row = torch.ones(4, 6, dtype=torch.int32), torch.zeros(5, dtype=torch.uint8)
+    for how in dict(scale=0.0), dict(scale=-1.0), dict(scale=math.nan), dict(scale=1e-60), dict(scale=torch.ones(2)):
+        with pytest.raises(ValueError, match="scale is"):
+            from_codes(k, **how)
+    for why, how in {
+        "part row_steps": dict(row_steps=row),
+        "unknown": dict(steps=row),
+        "states": dict(states=6),
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            from_codes(k, 1.0, **how)
+    with pytest.raises(ValueError, match="states"):
+        trellis_weight(torch.zeros(0, 3), states=6)
+
+
 @pytest.mark.parametrize("bits", [0.7, 1.5, 3.0, 5.0])
 def test_bits_are_what_was_asked_for(bits):
+    torch.manual_seed(0)
     w = torch.randn(200, 256)
     assert abs(trellis_weight(w, None, bits).coded_bits() - bits) < 0.06
     w *= torch.randn(200, 1).exp()  # rows that differ

@@ -244,7 +244,7 @@ def _watch(
 def _some_of(x, most=1 << 16):
     "All values, or one of each so many in a row, drawn: every k-th might be the same channel each time."
     k = max(1, x.numel() // most)
-    runs = torch.arange(-(-x.numel() // k))
+    runs = torch.arange(-(-x.numel() // k), device="cpu")
     at = k * runs + drawn(runs, k)
     return x.flatten()[at[at < x.numel()].to(x.device)]
 
