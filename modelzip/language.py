@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .workshop.english import NextSentences, documents, english, next_sentences
 from .workshop.key_value_cache import QuantizedCache
-from .workshop.listening import Heard, Interval, check_documents, log_probabilities
+from .workshop.listening import Heard, Interval, check_documents, log_probabilities, reference_of
 from .workshop.registry import build_model, register_model
 from .workshop.sentences import zero_init
 from .workshop.settings import SettingsInState
@@ -97,7 +97,7 @@ class GroupedAttention(SettingsInState, nn.Module):
     def check_settings(self, heads, kv_heads, width=None):
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
             raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
-        if heads % kv_heads or width is not None and width % (2 * heads):
+        if min(heads, kv_heads) < 1 or heads % kv_heads or width is not None and width % (2 * heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values, or divide {width} in pairs")
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any = None, layer: int = 0) -> Tensor:
@@ -230,7 +230,7 @@ def listen(
     reference: nn.Module | Sequence[Tensor] | None = None,  # another model, or its log probabilities of each document
 ) -> Heard:  # `.perplexity`; with a reference `.kl`, `.agreement`; and `.against(other)`
     """Ask a language model about the next token at every place of some texts. `ValueError` for texts with nothing to
-    predict, and for a model that gives no numbers."""
+    predict, a reference to other ones, and scores that are NaN or infinite."""
     check_documents(documents)
     sums = []
     with eval_mode(model), eval_mode(reference if isinstance(reference, nn.Module) else model):
@@ -239,8 +239,7 @@ def listen(
             logs, came = log_probabilities(model, ids)[0], text[1:, None].cpu()
             sums.append([len(came), -logs.gather(1, came).double().sum()])
             if reference is not None:
-                other = log_probabilities(reference, ids) if isinstance(reference, nn.Module) else reference[i]
-                other = other.view(logs.shape)
+                other = reference_of(reference, documents, i, ids, logs.shape)
                 sums[-1] += [(other.exp() * (other - logs)).double().sum(), (other.argmax(1) == logs.argmax(1)).sum()]
     return Heard(*torch.tensor(sums, dtype=torch.float64).T)
 

@@ -252,6 +252,15 @@ def test_every_kind_is_written(gguf, tmp_path, kind):
     assert matrix.data.tobytes() == want.tobytes()
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_without_rows(tmp_path, name):
+    q = BlockTensor.from_blocks(b"", name, (0, 512))
+    told = {"none": [], "general.alignment": np.int64(64)}
+    back = from_gguf(to_gguf({"a": q}, tmp_path / "x.gguf", told))
+    assert back.metadata == told and back.tensors["a"].dequantize().shape == (0, 512)
+    assert back.tensors["a"].as_qtensor().dequantize().shape == (0, 512)
+
+
 def test_what_no_file_holds_is_refused(tmp_path):
     x, path = weights(2, 32), tmp_path / "x.gguf"
     for tensors, more, want in [
@@ -269,6 +278,9 @@ def test_what_no_file_holds_is_refused(tmp_path):
         ({"a": x}, {"metadata": {"k": [1, "a"]}}, "'k' is list"),
         ({"a": x}, {"metadata": {"k": 2**70}}, "'k' is int"),
         ({"a": x}, {"metadata": {"general.alignment": 3}}, "power of two"),
+        ({"a": x}, {"metadata": {"general.alignment": True}}, "power of two"),
+        ({"a": x}, {"metadata": {"k" * 70_000: 1}}, "at most"),
+        ({"a": x}, {"metadata": {5: 1}}, "key 5"),
         ([x], {}, "tensors is a list"),
     ]:
         with pytest.raises((ValueError, TypeError), match=want):

@@ -173,6 +173,14 @@ def test_what_cannot_be_measured_is_refused():
         perplexity(Says(0.5, 0.5), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         perplexity(Says(float("nan"), 0.5, 0.5), two)
+    said = [torch.zeros(len(t) - 1, 3).log_softmax(-1) for t in two]
+    listen(Says(0.5, 0.25, 0.25), two, said)
+    for odd in (said[:-1], [*said, said[0]], [s.repeat(1, 2) for s in said], Says(0.5, 0.5)):
+        with pytest.raises(ValueError, match="reference (has|says)"):
+            listen(Says(0.5, 0.25, 0.25), two, odd)
+    for heads, kv_heads in (4, 0), (4, -2), (4, 3):
+        with pytest.raises(ValueError, match="heads cannot share"):
+            Llama(50, 32, 1, heads, kv_heads, 48)
     with pytest.raises(ValueError, match="nothing was compared"):
         listen(Says(0.2, 0.4, 0.4), two).kl
 

@@ -241,7 +241,8 @@ def dequantize(self: BlockTensor) -> Tensor:
     if self.device.type == "meta":
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
     scale, minimum = self.steps()
-    x = self.numbers("codes").float().reshape(*scale.shape, -1).sub_(self.layout.middle).mul_(scale[..., None])
+    x = self.numbers("codes").float().reshape(*scale.shape, self.layout.weights // scale.shape[1])
+    x = x.sub_(self.layout.middle).mul_(scale[..., None])
     if minimum is not None:
         x += minimum[..., None]
     return x.reshape(self.shape).to(self.dtype)
@@ -251,7 +252,8 @@ def dequantize(self: BlockTensor) -> Tensor:
 def as_qtensor(self: BlockTensor) -> QTensor:
     "The same numbers as a `QTensor`, which integer kernels take. `ValueError` where none has them exactly."
     scale, minimum = self.steps()
-    levels, codes = 1 << self.layout.fields["codes"].bits, self.numbers("codes").reshape(*scale.shape, -1)
+    levels, group = 1 << self.layout.fields["codes"].bits, self.layout.weights // scale.shape[1]
+    codes = self.numbers("codes").reshape(*scale.shape, group)
     if not bool(scale.isfinite().all()):
         raise ValueError("a scale is NaN or infinite, which no QTensor holds")
     zero, down = torch.full(scale.shape, self.layout.middle, dtype=torch.uint8), scale < 0
@@ -263,7 +265,7 @@ def as_qtensor(self: BlockTensor) -> QTensor:
     half = torch.float16 if "scales" not in self.fields else torch.float32
     scale = torch.where(scale == 0, 1, scale.abs()).to(half).reshape(self._groups(scale.shape[1]))
     zeros = None if bool((zero == levels // 2).all()) else pack_bits(zero.reshape(-1), levels.bit_length() - 1)
-    packed, group = pack_bits(codes.reshape(-1), levels.bit_length() - 1), self.layout.weights // (zero.shape[1])
+    packed = pack_bits(codes.reshape(-1), levels.bit_length() - 1)
     return QTensor(packed, scale, zeros, None, self.shape, self.dtype, levels, None, group)
 
 

@@ -299,7 +299,7 @@ def type_for(key: str, value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return "float32"
     if isinstance(value, (list, tuple, np.ndarray)) and (kinds := {type_for(key, v) for v in value} or {"int32"}):
-        if kinds <= WHOLE.keys():
+        if kinds <= WHOLE.keys() and len(value):
             kinds = {name for name in WHOLE if whole_type(min(value), max(value)) == name}
         if len(kinds) == 1 and not next(iter(kinds)).startswith("array"):
             return f"array of {kinds.pop()}"
@@ -400,8 +400,17 @@ def to_gguf(
         if not isinstance(name, str) or not 1 <= len(name.encode()) < 64:
             raise ValueError(f"tensors holds the name {quoted(name)}; llama.cpp reads names of 1 to 63 bytes")
     found = {name: as_kind(name, t, kind) for name, t in tensors.items()}
+    for key in metadata:
+        if not isinstance(key, str) or len(key.encode()) > MAX_NAME:
+            raise ValueError(f"metadata has the key {quoted(key)}; it may be a text of at most {MAX_NAME:,} bytes")
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment >= 1 << 32:
+    if (
+        not isinstance(alignment, (int, np.integer))
+        or isinstance(alignment, bool)
+        or alignment < 1
+        or alignment & (alignment - 1)
+        or alignment >= 1 << 32
+    ):
         raise ValueError(f"metadata says general.alignment is {alignment!r:.40}; it may be a power of two")
     head, offsets = head_bytes(metadata, found, alignment)
     with replacing(path) as f:
