@@ -168,12 +168,12 @@ def step_for(
     price: float = PRICE,
     states: int = 8,
     classes: Tensor | None = None,  # [lanes, run]
-    lanes: int = 64,  # that are tried on
+    lanes: int = 256,  # that are tried on, at least: many codes take many weights to count
 ) -> float:  # the fine step
     "At which step codes take so many bits (few weights, or outliers, may take fewer). `ValueError` for other bits."
     if not 0.1 <= bits <= 12:
         raise ValueError(f"bits is {bits!r}; it may be 0.1 to 12")
-    some = torch.linspace(0, len(x) - 1, min(lanes, len(x))).long()
+    some = torch.linspace(0, len(x) - 1, min(max(lanes, int(16 * 2**bits)), len(x))).long()
     step = first = first_step(x, bits)
     least = max(first / 8, x.abs().max().item() / 32000)
     x, classes = x[some], None if classes is None else classes[some]
