@@ -97,6 +97,13 @@ def test_incoherence_of_spikes_and_of_their_turns():
     )
 
 
+def test_incoherence_of_zeros_and_of_tiny_vectors():
+    for size in 0, 1e-200, 1e200:
+        assert incoherence(torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64) * size) == (1, 1)
+    assert incoherence(torch.eye(4)[:1] * 1e-30) == pytest.approx((2, 4))
+    assert math.isnan(incoherence(torch.tensor([1.0, math.nan]))[0])
+
+
 # ---- whole models ----
 
 
@@ -164,6 +171,22 @@ def test_norms_of_every_kind(norm, last, bias):
         assert (new(IDS) - model(IDS)).abs().max() < 1e-10
     back = rotate(model.float(), IDS)
     assert (back(IDS) - model(IDS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False)])
+@pytest.mark.parametrize("between", [lambda x: 2 * x, lambda x: -x, lambda x: x / x.new_full((2, 7, 1), 3.0)])
+def test_a_factor_behind_a_norm(norm, between):
+    class Scaled(Written):
+        def forward(self, ids):
+            x = self.words(ids) + self.places
+            return self.head(self.norm2(x + self.down(self.f(self.up(between(self.norm1(x)))))))
+
+    model = with_gains(Scaled(norm))
+    plan = turnable(model, IDS)
+    offset = getattr(model.norm1, "bias", None) is not None  # a bias that takes it in is not scaled
+    assert {k.name: k.folded for k, *_ in plan.norms} == {"norm1": not offset, "norm2": True}
+    for new in fold_norms(copy.deepcopy(model), plan), rotate(model, IDS):
+        assert (new(IDS) - model(IDS)).abs().max() < 1e-10
 
 
 def test_what_stands_in_the_way_is_said():
