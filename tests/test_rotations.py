@@ -1,7 +1,7 @@
 """Rotations: whatever is turned computes the same, whatever cannot be turned is left or refused, and nothing of the
 caller's is changed."""
 
-import copy, math
+import contextlib, copy, math
 
 import pytest
 import torch
@@ -61,6 +61,8 @@ def test_hadamard_matrices_are_orthogonal(n):
 def test_sizes_without_a_matrix_are_refused(n):
     with pytest.raises(ValueError):
         hadamard(n)
+    with pytest.raises(ValueError, match=f"n is {n}") if n < 1 else contextlib.nullcontext():
+        assert orders_of(n) is None
     with pytest.raises(ValueError, match="block"):
         hadamard_transform(torch.ones(2, 36), n)
 
@@ -201,6 +203,8 @@ def test_what_stands_in_the_way_is_said():
         rotate(llama(), IDS, online=["downs"])
     with pytest.raises(ValueError, match="bfloat16"):
         rotate(SmallLlama().bfloat16(), IDS)
+    with pytest.raises(ValueError, match="online names none"):
+        rotate(llama(), IDS, free=False)
     with pytest.raises(ValueError, match="nothing"):
         rotate(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(2, 4))
 
