@@ -26,10 +26,11 @@ _all_ = ["turnable"]  # made in the workshop
 def incoherence(
     x: Tensor,  # any shape; vectors lie along the last axis
 ) -> tuple[float, float]:  # peak: max |x| / rms, 1 … √n; kurtosis: mean x⁴ / (mean x²)², 1 … n: means over the vectors
-    "How far the loudest coordinates stick out: both are 1 where all are of one size."
-    square = x.double().square()
-    mean = square.mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
-    return (square.amax(-1) / mean).sqrt().mean().item(), (square.square().mean(-1) / mean**2).mean().item()
+    "How far the loudest coordinates stick out: both are 1 where all are of one size, zeros too."
+    top = x.double().abs().amax(-1, keepdim=True)
+    square = torch.where(top == 0, 1.0, x.double() / top).square()
+    mean = square.mean(-1)
+    return mean.rsqrt().mean().item(), (square.square().mean(-1) / mean**2).mean().item()
 
 # %% ../nbs/10d_rotations.ipynb
 def paley(
@@ -58,6 +59,8 @@ def orders_of(
     n: int,  # size of a vector, 1 or more
 ) -> tuple[int, ...] | None:  # whose product it is; None: there is no such product
     "Orders of the Hadamard matrices that a size is made of."
+    if n < 1:
+        raise ValueError(f"n is {n}; it may be 1 or more")
     if n & (n - 1) == 0:
         full, rest = divmod(n.bit_length() - 1, 4)
         return (16,) * full + (1 << rest,) * (rest > 0)
@@ -101,7 +104,7 @@ class Turn(nn.Module):
     def __init__(
         self,
         width: int,  # numbers with signs of their own; the last axis may hold several times as many
-        block: int | None = None,  # numbers that are turned together; None: the largest number that divides width
+        block: int | None = None,  # numbers turned together; None: the largest that divides width and has a matrix
         back: bool = False,  # the way back
         seed: int | None = None,  # of the signs; None: all are +
     ):

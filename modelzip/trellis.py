@@ -212,8 +212,7 @@ def trellis_weight(
         raise ValueError(f"step is {step}, price {price}; a step is above 0, a price 0 or more, and both are finite")
     if not weight.numel() or not bool(weight.any()):
         return from_codes(torch.zeros(weight.shape, dtype=torch.int32), 1.0, weight.dtype, states, 128)
-    shape, w = weight.shape, weight.to(torch.promote_types(weight.dtype, torch.float32))
-    w = w.reshape(len(w) if len(shape) > 1 else 1, -1)
+    shape, w = weight.shape, torch.atleast_2d(weight.to(torch.promote_types(weight.dtype, torch.float32))).flatten(1)
     known = statistics is not None and statistics.moment is not None
     known = known and len(matrices_for(weight, statistics, axis)) == 1 and axis == 0
     factor = inverse_factor(scaled_to_one(statistics.moment)[0].to(w.dtype), damping).to(w.dtype) if known else None

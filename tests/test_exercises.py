@@ -861,6 +861,7 @@ WRONG = {
         ("lambda W, g, Q: (W @ Q) * g", "off"),  # the gain last
         ("lambda W, g, Q: (W * g) @ Q.T", "off"),
         ("lambda W, g, Q: W.mul_(g) @ Q", "leave W as it is"),
+        ("lambda W, g, Q: W * g.zero_()", "off"),  # what it is given is no way to change the question
     ],
     "10d_rotations:check_writer": [
         ("lambda W, b: (W, b)", "is left"),
@@ -872,11 +873,13 @@ WRONG = {
         ("lambda part, H: (part > 0.5).int().tolist()", "is possible"),  # nearest
         ("lambda part, H: (1, 0)", "is possible"),
         ("lambda part, H: part", "0 or 1"),
+        ("lambda part, H: part.zero_().tolist()", "is possible"),
         ("lambda part, H: [int(part[0] > 0.5), 1 - int(part[0] > 0.5)]", "is possible"),
     ],
     "10e_learned_rounding:check_flip": [
         ("lambda delta, H: 2 * H @ delta", "changes it by"),  # the gradient alone
         ("lambda delta, H: H.diagonal()", "changes it by"),
+        ("lambda delta, H: delta.zero_() + H.diagonal()", "changes it by"),
         ("lambda delta, H: 2 * delta * H.diagonal() + H.diagonal()", "changes it by"),  # each as if it were alone
         ("lambda delta, H: (2 * H @ delta + H.diagonal()).sum()", "one number for each"),
     ],

@@ -75,6 +75,22 @@ def test_flips_stop_where_no_single_one_helps_and_meet_the_best_of_small_rows(se
     assert (error(both) >= best * 0.999).all() and (error(both) / best).median() < 2
 
 
+def test_errors_of_clipped_weights_are_made_up_for():
+    H, free = torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor([[True, False]])
+    part = torch.tensor([[0.4, 1.4]])  # the second stands beyond its last code, and stays below by 1.4
+    assert learned_switches(part, torch.ones(1, 2), H, free=free).tolist() == [[True, False]]
+    assert learned_switches(part, torch.ones(1, 2), -H + 2 * torch.eye(2), free=free).tolist() == [[False, False]]
+    w = torch.randn(12, 32)
+    s = seen_by(nn.Linear(32, 12), torch.randn(200, 32) @ torch.randn(32, 32))
+    for bits in 2, 3:
+        near = nearest_weight(w, s, bits=bits, group=None)
+        assert (near.dequantize() - w).abs().amax() > 0.6 * near.scale.max()  # some are beyond
+        ours, flips = (
+            row_errors(w, adaround_weight(w, s, bits, None, steps=n).dequantize(), s).sum() for n in (300, 0)
+        )
+        assert ours < 0.95 * flips
+
+
 def test_derivatives():
     V = torch.randn(50, dtype=torch.float64, requires_grad=True)
     (h,) = torch.autograd.grad(rectified(V)[0].sum(), V)

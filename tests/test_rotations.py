@@ -1,7 +1,7 @@
 """Rotations: whatever is turned computes the same, whatever cannot be turned is left or refused, and nothing of the
 caller's is changed."""
 
-import copy, math
+import contextlib, copy, math
 
 import pytest
 import torch
@@ -61,6 +61,8 @@ def test_hadamard_matrices_are_orthogonal(n):
 def test_sizes_without_a_matrix_are_refused(n):
     with pytest.raises(ValueError):
         hadamard(n)
+    with pytest.raises(ValueError, match=f"n is {n}") if n < 1 else contextlib.nullcontext():
+        assert orders_of(n) is None
     with pytest.raises(ValueError, match="block"):
         hadamard_transform(torch.ones(2, 36), n)
 
@@ -95,6 +97,13 @@ def test_incoherence_of_spikes_and_of_their_turns():
     assert incoherence(x)[0] == pytest.approx(math.sqrt(768)) and incoherence(Turn(768, seed=0)(x))[0] == pytest.approx(
         1
     )
+
+
+def test_incoherence_of_zeros_and_of_tiny_vectors():
+    for size in 0, 1e-200, 1e200:
+        assert incoherence(torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64) * size) == (1, 1)
+    assert incoherence(torch.eye(4)[:1] * 1e-30) == pytest.approx((2, 4))
+    assert math.isnan(incoherence(torch.tensor([1.0, math.nan]))[0])
 
 
 # ---- whole models ----
@@ -166,6 +175,22 @@ def test_norms_of_every_kind(norm, last, bias):
     assert (back(IDS) - model(IDS)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False)])
+@pytest.mark.parametrize("between", [lambda x: 2 * x, lambda x: -x, lambda x: x / x.new_full((2, 7, 1), 3.0)])
+def test_a_factor_behind_a_norm(norm, between):
+    class Scaled(Written):
+        def forward(self, ids):
+            x = self.words(ids) + self.places
+            return self.head(self.norm2(x + self.down(self.f(self.up(between(self.norm1(x)))))))
+
+    model = with_gains(Scaled(norm))
+    plan = turnable(model, IDS)
+    offset = getattr(model.norm1, "bias", None) is not None  # a bias that takes it in is not scaled
+    assert {k.name: k.folded for k, *_ in plan.norms} == {"norm1": not offset, "norm2": True}
+    for new in fold_norms(copy.deepcopy(model), plan), rotate(model, IDS):
+        assert (new(IDS) - model(IDS)).abs().max() < 1e-10
+
+
 def test_what_stands_in_the_way_is_said():
     class Squared(Written):
         def forward(self, ids):
@@ -178,6 +203,8 @@ def test_what_stands_in_the_way_is_said():
         rotate(llama(), IDS, online=["downs"])
     with pytest.raises(ValueError, match="bfloat16"):
         rotate(SmallLlama().bfloat16(), IDS)
+    with pytest.raises(ValueError, match="online names none"):
+        rotate(llama(), IDS, free=False)
     with pytest.raises(ValueError, match="nothing"):
         rotate(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(2, 4))
 

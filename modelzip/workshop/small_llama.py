@@ -63,7 +63,8 @@ class SmallBlock(nn.Module):
 
 
 class SmallLlama(nn.Module):
-    "Token ids [n, places] to logits [n, places, words] (Touvron et al. 2023, arXiv:2302.13971)."
+    """Token ids [n, places] to logits [n, places, words] (Touvron et al. 2023, arXiv:2302.13971), with grouped queries
+    (Ainslie et al. 2023, arXiv:2305.13245) and one table for both ends."""
 
     def __init__(
         self,
