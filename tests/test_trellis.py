@@ -192,9 +192,9 @@ def test_nothing_is_built_that_no_file_could_say():
 def test_bits_are_what_was_asked_for(bits):
     torch.manual_seed(0)
     w = torch.randn(200, 256)
-    assert abs(trellis_weight(w, None, bits).coded_bits() - bits) < 0.06
+    assert abs(trellis_weight(w, None, bits).coded_bits() - bits) < 0.08
     w *= torch.randn(200, 1).exp()  # rows that differ
-    assert abs(trellis_weight(w, None, bits).coded_bits() - bits) < 0.06
+    assert abs(trellis_weight(w, None, bits).coded_bits() - bits) < 0.08
 
 
 def test_a_whole_model_through_a_file(tmp_path):
