@@ -51,7 +51,7 @@ def rotary(
 ) -> Tensor:  # as x
     "Each pair of neighbours, taken for a complex number, turned by its angle."
     (real, imaginary), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles
-    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
 
 # %% ../nbs/13c_language.ipynb
 class KeyValueCache:

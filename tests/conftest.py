@@ -5,6 +5,7 @@ import contextlib, gc, importlib.util, os, sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from guards import FUZZ, share
@@ -42,6 +43,12 @@ def pytest_collection_finish():
 spec = importlib.util.spec_from_file_location("modelzip_once", Path(__file__).parent.parent / "tools/once.py")
 once = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(once)
+
+
+@pytest.fixture
+def seeded():
+    "PyTorch's numbers by chance are the same ones in every test."
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

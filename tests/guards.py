@@ -8,9 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modelzip.ranges import LayerStatistics, calibrate
 from modelzip.workshop.models import output_tensors
 
 FUZZ = os.environ.get("MODELZIP_FUZZ", "")  # `make fuzz` sets it to its seed
+
+
+def seen_by(layer: nn.Module, x: Tensor) -> LayerStatistics:
+    "What a layer's inputs are like."
+    return calibrate(layer, [x])[""]
 
 
 def examples(n: int) -> int:

@@ -1,6 +1,6 @@
 """Language models: our Llama against Hugging Face's, the cache, the tokenizer, texts, and what is measured on them."""
 
-import math, random
+import copy, math, random
 
 import pytest
 import torch
@@ -83,6 +83,16 @@ def test_however_a_text_is_cut_it_is_the_same_text(shape, cuts):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_may_have_numbers_of_another_type(dtype):
+    "Angles are float32; what they turn stays what it was."
+    model, ids = tiny(), torch.tensor([[1, 2, 3, 4]])
+    exact, cache = model(ids), KeyValueCache()
+    found = copy.deepcopy(model).to(dtype)(ids, cache)
+    assert found.dtype == dtype and {t.dtype for both in cache.kept.values() for t in both} == {dtype}
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_positions_are_distances():
     model, ids = tiny(), torch.tensor([[3, 1, 4, 1, 5]])
     cache = KeyValueCache()

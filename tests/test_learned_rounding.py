@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from guards import examples, unchanged
+from guards import examples, seen_by, unchanged
 from modelzip.learned_rounding import (
     adaround_weight,
     flipped,
@@ -17,19 +17,13 @@ from modelzip.learned_rounding import (
     rectified,
 )
 from modelzip.pack import load, save
-from modelzip.ptq import calibrate, nearest_weight, output_error
+from modelzip.ptq import nearest_weight, output_error
 from modelzip.quant import Dequantize, QTensor
 from modelzip.recipe import Recipe
 from modelzip.workshop.scales import row_errors
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def seen_by(layer, x):
-    return calibrate(layer, [x])[""]
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @settings(max_examples=examples(25))

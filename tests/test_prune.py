@@ -66,9 +66,7 @@ from modelzip.quant import CompressedTensor, Dequantize, quantize, quantize_mode
 from guards import examples
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def net():

@@ -43,16 +43,10 @@ from modelzip.ptq import (
     smooth_columns,
 )
 from modelzip.quant import Dequantize, quantize, quantize_model
-from guards import examples, turns
+from guards import examples, seen_by, turns
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def seen_by(layer, x):
-    return calibrate(layer, [x])[""]
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ---- one layer ----

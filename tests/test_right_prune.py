@@ -58,9 +58,7 @@ Linear = nn.Linear
 X, Y = torch.randn(24, 8, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def net():

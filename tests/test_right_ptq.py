@@ -39,9 +39,7 @@ from modelzip.quant import OBSERVERS, Dequantize, dequantize_model, quantize, qu
 from modelzip.workshop.scales import as_columns, rounded, scale_of
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ---- equalization: proved, or left alone ----

@@ -20,9 +20,7 @@ from modelzip.workshop.turnable import fold_norms
 IDS = torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def with_gains(model):
