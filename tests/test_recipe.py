@@ -310,10 +310,15 @@ def watch_what_stays_open(book):
     sys.unraisablehook = note
 
 
+def processes():
+    "Processes that hold nothing of this one: all of them begin as one that has imported this file, and did no more."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def test_the_watch_sees_what_stays_open(tmp_path):
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), watch_what_stays_open, (tmp_path / "left",)
-    ) as pool:
+    with ProcessPoolExecutor(1, processes(), watch_what_stays_open, (tmp_path / "left",)) as pool:
         pool.submit(open, tmp_path / "seen", "w").exception()  # it cannot be sent back, and nobody closes it
         pool.submit(gc.collect).result()
     assert "unclosed file" in (tmp_path / "left").read_text()
@@ -322,7 +327,7 @@ def test_the_watch_sees_what_stays_open(tmp_path):
 def test_serial_and_processes_agree(trained, data, tmp_path):
     judge, left = Travelling(str(tmp_path / "arrivals")), tmp_path / "left"
     one = sweep(make, GRID, trained, data, folder=tmp_path / "one", evaluate=judge, progress=False)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), watch_what_stays_open, (left,)) as pool:
+    with ProcessPoolExecutor(2, processes(), watch_what_stays_open, (left,)) as pool:
         two = sweep(make, GRID, trained, data, executor=pool, folder=tmp_path / "two", evaluate=judge, progress=False)
         for job in [pool.submit(gc.collect) for _ in range(4)]:
             job.result()

@@ -198,7 +198,10 @@ def test_the_readme_shows_the_command_line(installed, tmp_path):
     assert blocks("sh")
     for text, extras in blocks("sh"):
         python, _ = installed(extras)
-        environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "TQDM_DISABLE": "1"}
+        environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path)} | {
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         done = subprocess.run(["sh", "-eu", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert {f"modelzip {w}" for w in ("compress", "inspect", "bench")} <= {

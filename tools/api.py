@@ -60,6 +60,7 @@ def defined_in(name, here, root):
     return None
 
 
+@functools.cache
 def lines_of(tree):
     "Where each function and class of a module begins."
     return {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}

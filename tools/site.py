@@ -48,17 +48,22 @@ def is_folded(cell):
 
 
 @cache
-def statements(source):
-    "What a cell consists of; nothing where it is no Python."
+def parsed(code):
     try:
-        return ast.parse(source).body
+        return ast.parse(code).body
     except SyntaxError:
         return []
 
 
-@cache
+def statements(source):
+    "What a cell consists of; nothing where it is no Python."
+    return parsed("\n".join(l for l in source.splitlines() if not DIRECTIVE.match(l)).strip("\n"))
+
+
 def is_imports(source):
     "Whether a cell only imports, and says with `_all_` what of that is for users: then it is folded by itself."
+    if "import" not in source:
+        return False
     kinds = {type(n) for n in statements(source) if not says_all(n)}
     return bool(kinds) and kinds <= {ast.Import, ast.ImportFrom}
 
@@ -80,6 +85,8 @@ def definitions(source):
     def is_patch(d):
         return "patch" in ast.unparse(d)
 
+    if "def" not in source and "class" not in source:
+        return []
     return [
         n.name
         for n in statements(source)
@@ -578,6 +585,7 @@ LINK_RELS = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "prec
 OUTSIDE = re.compile(r"^\s*(https?:)?//", re.I)
 PLACES = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users)/[\w.-]+/")
 EXPLORERS = 2_000_000  # bytes of all explorers on a page
+COLOURED = re.compile(r'<span class="[a-z]{2}">([^<]*)</span>')  # a token of code: nothing but its text is checked
 
 
 class Page(HTMLParser):
@@ -589,7 +597,7 @@ class Page(HTMLParser):
         self.links, self.loads, self.ids, self.math, self.figures = [], [], set(), 0, 0
         self.code, self.words, self.scripts, self.styles = [], [], [], []
         self._inside, self._main = [], 0
-        self.feed(self.raw)
+        self.feed(COLOURED.sub(r"\1", self.raw))
 
     def handle_starttag(self, tag, attributes):
         a = {k: v or "" for k, v in attributes}
@@ -638,16 +646,14 @@ def squeeze(s):
     return re.sub(r"\s+", "", s)
 
 
-def broken_links(page, pages, out):
-    "Links to files or places that are not there."
+def broken_links(page, pages, out, find):
+    "Links to files or places that are not there. `find`: the file that a path from a page means, and if it is there."
     for href in page.links:
         url = urlsplit(href)
         if url.scheme or url.netloc or not href.strip("#"):
             continue
-        target = (page.path.parent / unquote(url.path)).resolve() if url.path else page.path
-        if target.is_dir():
-            target = target / "index.html"
-        if not target.is_file():
+        target, there = find(unquote(url.path) or page.path.name)
+        if not there:
             yield f"broken link {href}"
         elif out not in target.parents:
             yield f"link {href} leaves the site"
@@ -727,9 +733,16 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     if "index.html" not in pages:
         return [f"{out} has no index.html: build it first"]
     problems = list(stylesheets(out))
+
+    @cache  # two hundred pages have the same two hundred links
+    def find(path):
+        target = (out / path).resolve()
+        target = target / "index.html" if target.is_dir() else target
+        return target, target.is_file()
+
     books = {Path(page_name(p)).stem: p for p in chapters(nbs) + workshop(nbs)}
     for name, page in pages.items():
-        found = [*broken_links(page, pages, out), *outside(page, out)]
+        found = [*broken_links(page, pages, out, find), *outside(page, out)]
         if Path(name).stem in books:
             found += against_notebook(page, books[Path(name).stem])
         if (size := sum(map(len, page.explorers))) > EXPLORERS:
