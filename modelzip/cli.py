@@ -791,7 +791,13 @@ def _colours():
 )
 def _inspect(o):
     found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file)
-    about = {"bytes": found.bytes, "version": found.version, "architecture": found.architecture, "info": found.info}
+    about = {
+        "bytes": found.bytes,
+        "format": found.format,
+        "version": found.version,
+        "architecture": found.architecture,
+        "info": found.info,
+    }
     return Done(
         about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]},
         _coloured(found) if _colours() else repr(found),

@@ -481,10 +481,16 @@ def test_commands_archive_and_restore(toy, capsys):
         cli(["convert", "toy.gguf", "other.mz"]) == 0 and Path("other.mz").read_bytes() == Path("toy.mz").read_bytes()
     )
     capsys.readouterr()
-    for name in ("toy.gguf", "toy.mz"):
+    for name, kind in ("toy.gguf", "GGUF"), ("toy.mz", "mz"):
+        assert cli(["inspect", name]) == 0 and f"{name}: {kind.replace('mz', 'format')} " in capsys.readouterr().out
         assert cli(["inspect", name, "--json"]) == 0
-        found = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
-        assert "Q4_1" in found["blk.0.Q4_1.weight"]["kind"] and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+        said = json.loads(capsys.readouterr().out)
+        found = {t["name"]: t for t in said["tensors"]}
+        assert (
+            said["format"] == kind
+            and "Q4_1" in found["blk.0.Q4_1.weight"]["kind"]
+            and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+        )
     assert cli(["diff", "toy.gguf", "toy.mz"]) == 0 and "4 of 4 tensors are the same" in capsys.readouterr().out
     assert read_tensor("toy.mz", "blk.0.Q4_1.weight").expand() == from_gguf(toy).tensors["blk.0.Q4_1.weight"]
 

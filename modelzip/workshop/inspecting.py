@@ -240,6 +240,7 @@ class Contents:
     architecture: dict | None  # {"name", "options"} of a registered builder
     info: dict  # what was given to `save` besides model and path
     lines: list  # a `Line` for each tensor
+    format: str = "mz"  # whose version it is
 
     @property
     def rest(self) -> int:
@@ -260,7 +261,7 @@ class Contents:
 # %% ../../nbs/workshop/inspecting.ipynb
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}format {c.version}")
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{c.format.replace('mz', 'format')} {c.version}")
 
 
 def about_info(c: Contents) -> list[str]:
