@@ -197,7 +197,9 @@ def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
 def test_the_readme_shows_the_command_line(installed, tmp_path):
     "Pasted into a shell where no more is installed than was said up to there."
     assert blocks("sh")
-    small = "python -c 'import torch; from modelzip.exchange import to_gguf as w; w({\"a\": torch.eye(9)}, \"model.gguf\")'"
+    small = (
+        "python -c 'import torch; from modelzip.exchange import to_gguf as w; w({\"a\": torch.eye(9)}, \"model.gguf\")'"
+    )
     said = ""
     for text, extras in blocks("sh"):
         python, _ = installed(extras)

@@ -137,6 +137,7 @@ def cells_of(
     lines: list[Line],
     rest: int,  # bytes of the file that are no numbers
     total: int,
+    around: str = "manifest, directory, gaps",  # what these are
 ) -> list[list[str]]:  # rows of text; the last two are what is around the numbers, and the sum
     "The table as text."
     body = [
@@ -156,7 +157,7 @@ def cells_of(
     n = sum(math.prod(l.shape) for l in lines if not l.kind.startswith("="))
     known = [l.entropy * math.prod(l.shape) for l in lines if l.entropy is not None]
     return body + [
-        ["manifest, directory, gaps", "", "", "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"],
+        [around, "", "", "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"],
         [
             "the file",
             f"{n:,}",
@@ -247,7 +248,8 @@ class Contents:
         return self.bytes - sum(l.bytes for l in self.lines)
 
     def cells(self) -> list:
-        return cells_of(self.lines, self.rest, self.bytes)
+        around = {"GGUF": ["metadata, table, gaps"]}.get(self.format, [])
+        return cells_of(self.lines, self.rest, self.bytes, *around)
 
     def __repr__(self) -> str:
         return "\n".join([heading(self), as_text(self.cells()), *about_info(self)])
