@@ -115,5 +115,27 @@ def table():
     return head + "\n".join(text for *_, text in sorted(rows)) + "\n"
 
 
+def language():
+    "Markdown: SmolLM2's file, its exact archive, and what rounding it once more costs."
+    found, exact = read("language"), read("gguf")
+    named = {
+        "gptq-4": "4 bits, GPTQ",
+        "coded-0.015": "to each weight the step that it deserves",
+        "gptq-3": "3 bits, GPTQ",
+        "coded-0.075": "the same, coarser",
+    }
+    rows = {r["name"]: r for r in found["rows"]}
+    text = "| SmolLM2-135M-Instruct | bytes of the file | of the GGUF | perplexity | same next token |\n"
+    text += "|---|--:|--:|--:|--:|\n"
+    sizes = {"file": "the GGUF file"} | ({"exact": "archived, byte for byte"} if exact["same"] else {}) | named
+    for name, how in sizes.items():
+        r = rows["file" if name == "exact" else name]
+        size = exact["archived"] if name == "exact" else r["bytes"]
+        share, perplexity = size / found["gguf_bytes"], r["perplexity"][0]
+        text += f"| {how} | {size:,} | {share:.1%} | {perplexity:.2f} | {r['agreement'][0]:.1%} |\n"
+    return text
+
+
 if __name__ == "__main__":
     print(table())
+    print(language())

@@ -65,7 +65,8 @@ from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
-from .workshop.gguf_files import from_gguf, inspect_gguf, to_gguf
+from .workshop.gguf_blocks import BlockTensor
+from .workshop.gguf_files import FILE_TYPES, from_gguf, inspect_gguf, to_gguf
 from .workshop.layer_table import plain_layer
 from .workshop.manifest import Part
 from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
@@ -140,6 +141,7 @@ def _as_told(model, like):
         vars(like).get("architecture"),
         vars(plain_layer(like)).get("meaning", {}),
     )
+    vars(model)["metadata"] = vars(like).get("metadata", {})
     return model
 
 
@@ -371,6 +373,9 @@ def _from_folder(path, own=None):
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_mz(path, own=None):
+    if is_archived(_info_of(path)):
+        with tempfile.TemporaryDirectory() as folder:
+            return _weights_in(from_gguf(restore_gguf(path, Path(folder) / "restored.gguf")), path, own)
     if (known := _known_or_weights(load, path, own)) is not None:
         return known
     with opened(path) as f, naming(path):
@@ -398,11 +403,17 @@ def _from_builder(text):
 # %% ../nbs/workshop/cli.ipynb
 def _from_gguf(path, own=None):
     "A file of llama.cpp's: its blocks stay what they are."
-    tensors = from_gguf(path).tensors
+    return _weights_in(from_gguf(path), path, own)
+
+
+def _weights_in(found, path, own):
+    tensors = found.tensors
     if own is not None:
         return _plain({n: t if isinstance(t, Tensor) else t.dequantize() for n, t in tensors.items()}, own, path)
     as_model({n: torch.empty(0) for n in tensors})  # or it says which name no model can have
-    return as_weights(tensors)
+    model = as_weights(tensors)
+    vars(model)["metadata"] = found.metadata
+    return model
 
 
 READERS = {
@@ -671,10 +682,13 @@ def _compress(o):
     _check_kept(o)
     _ending(o.output, ".mz")
     target_of(o.output)  # what cannot be written to is said before anything is computed
-    if blocks := Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
+    archived = Path(o.model).is_file() and is_archived(_info_of(o.model))
+    if blocks := archived or Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
         if not _asked(
             o, *ROUNDING, "bytes", "cosine", "accuracy_loss", "milliseconds", "data", "recipe", "seed", "code"
         ):
+            if archived:
+                raise ValueError(f"{o.model} is the archive of a GGUF file already; --bits N rounds what it holds")
             return _archived(o)
     (model,) = _opened(o, o.model)
     _check_kept(o)
@@ -690,6 +704,7 @@ def _compress(o):
     how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
     if blocks:
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
+        how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
     left = [
         f"{i.name} ({i.value.dtype})".replace("torch.", "")
@@ -706,9 +721,14 @@ def _compress(o):
     }
     return Done(
         found,
-        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {found['times_smaller']:.2f} times smaller than its"
-        f" {before:,} bytes of weights" + f"\nleft as they are: {', '.join(left)}" * bool(left),
+        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {_times(found['times_smaller'])} than"
+        + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
+        + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
+
+
+def _times(ratio):
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
 
 
 ROUNDING = "bits", "group", "codebook", "asymmetric", "observer", "mapped"
@@ -791,7 +811,13 @@ def _colours():
 )
 def _inspect(o):
     found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file)
-    about = {"bytes": found.bytes, "version": found.version, "architecture": found.architecture, "info": found.info}
+    about = {
+        "bytes": found.bytes,
+        "format": found.format,
+        "version": found.version,
+        "architecture": found.architecture,
+        "info": found.info,
+    }
     return Done(
         about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]},
         _coloured(found) if _colours() else repr(found),
@@ -837,8 +863,12 @@ TO = {"onnx": ".onnx", "openvino": ".xml"}  # graphs for other engines
 
 
 def _to_gguf(model, path, **info):
-    "Ordinary floats, for llama.cpp's kind of file; what the source says about itself becomes a text."
-    return to_gguf(expanded_tensors(model), path, {"modelzip.info": json.dumps(info)} if info else {})
+    """What came from a GGUF file with its metadata, blocks as they were; other compressed tensors as floats. What the
+    source says about itself becomes a text."""
+    tensors, metadata = {i.name: i.value for i in items(model)}, vars(model).get("metadata", {})
+    if "general.file_type" in metadata and not any(isinstance(t, BlockTensor) for t in tensors.values()):
+        metadata = metadata | {"general.file_type": FILE_TYPES["F32"]}
+    return to_gguf(tensors, path, metadata | ({"modelzip.info": json.dumps(info)} if info else {}))
 
 
 WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
@@ -898,6 +928,8 @@ def _convert(o):
         _check_kept(argparse.Namespace(**{**vars(o), "output": name}))
     if o.input and ending not in TO.values():
         raise ValueError("--input does not act: only an .onnx or .xml file needs an example")
+    if ending in TO.values() and not o.input:
+        raise ValueError(f"an {ending} file needs --input, the shape of an example: like 1x1x28x28")
     if exact := _exact(o, ending):
         exact(o.model, o.output)
         size = file_bytes(o.output)
@@ -908,19 +940,25 @@ def _convert(o):
         raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
     if o.expand:
         model = _as_told(as_model(expanded_tensors(model)), model) if only_weights(model) else dequantize_model(model)
+    left = ""
     if ending in TO.values():
-        if not o.input:
-            raise ValueError(f"an {ending} file needs --input, the shape of an example: like 1x1x28x28")
+        _demand_code(o.model, model)
         _to_engine(model, o, ending)
     else:
-        info = _info_of(o.model)
+        info, told = _info_of(o.model), vars(model).get("metadata", {})
+        if is_archived(info):
+            del info["gguf"]
+        if told and ending != ".gguf":
+            left = f"\nleft out: the GGUF file's metadata ({several(told, 2)})"
+        elif ending == ".gguf" and "general.architecture" not in told:
+            left = "\nwithout metadata (architecture, tokenizer), which llama.cpp asks for"
         taken = {*signature(WRITERS[ending]).parameters}
         if clash := [k for k in info if k in taken or misspelt([k], *taken - {"model", "path", "info"})]:
             raise ValueError(f"{o.model} says something as {clash[0]!r}, which {ending} files cannot say")
         WRITERS[ending](model, o.output, **info)
     files = [o.output, *beside]
     size = sum(map(file_bytes, files))
-    return Done({"file": o.output, "bytes": size}, f"{printable(' and '.join(files))}: {size:,} bytes")
+    return Done({"file": o.output, "bytes": size}, f"{printable(' and '.join(files))}: {size:,} bytes{left}")
 
 
 def _exact(o, ending):
@@ -930,7 +968,11 @@ def _exact(o, ending):
         return None
     if (source, ending) == (".gguf", ".mz"):
         return archive_gguf
-    return restore_gguf if (source, ending) == (".mz", ".gguf") and is_archived(_info_of(o.model)) else None
+    if source != ".mz" or ending not in (".mz", ".gguf") or not is_archived(_info_of(o.model)):
+        return None
+    if ending == ".mz":
+        raise ValueError(f"{o.model} is the archive of a GGUF file already: copy it to have it under another name")
+    return restore_gguf
 
 
 def _output_of(o):
@@ -960,11 +1002,16 @@ def _to_engine(model, o, ending):
 def _ready(o, *sources):
     "Models that run, with integer kernels if asked for."
     models = _opened(o, *sources)
-    for source in (s for s, m in zip(sources, models) if only_weights(m)):
+    for source, model in zip(sources, models):
+        _demand_code(source, model)
+    return _integers(models) if o.kernels else models
+
+
+def _demand_code(source, model):
+    if only_weights(model):
         raise ValueError(
             f"{source} holds weights without the code that runs them: name that by --model package.module:class"
         )
-    return _integers(models) if o.kernels else models
 
 
 def _integers(models):

@@ -210,13 +210,14 @@ def _wanted(activations, names):
 def _with_kernels(model, wanted):
     "A copy with integer layers where there are some for it; `wanted`: the options of each layer that is compressed."
     memo = {id(m.packed): m.packed for m in model.modules() if isinstance(m, Dequantize)}
-    pairs = []
+    pairs, left = [], {}
     for name, m in model.named_modules():
         if type(m) is not Dequantize or outermost(model, name, m) is not m:
             continue
         how = wanted[name]
-        cls, _ = _choice(model, name, m, how.get("requantize", False), how.get("floats", False))
+        cls, why = _choice(model, name, m, how.get("requantize", False), how.get("floats", False))
         if cls is None:
+            left[name] = why
             continue
         options = {} if cls is QEmbedding else wanted[name]
         memo[id(m)] = new = _exchanged(unwrapped_name(model, name, m), m, cls, options)
@@ -224,6 +225,8 @@ def _with_kernels(model, wanted):
     quick = memo.get(id(model)) or copied(model, memo, checked=True)
     for m, new in pairs:
         carry_chain(m, new, memo)
+    for name, why in left.items():
+        vars(quick.get_submodule(name))["stays"] = why  # said when it is printed
     return quick
 
 # %% ../nbs/workshop/kernels.ipynb
@@ -239,11 +242,11 @@ def use_kernels(
     example: Any = None,
 ) -> nn.Module:  # a copy that shares the compressed weights
     """Exchange each `Dequantize` for the layer with the quickest correct product, which calls the hooks of the one
-    it replaces; `what_runs` tells which and why. With an example the model runs some forty times in both ways, in
-    turns, and layers that are quicker as floats here (this processor, size of input, number of threads) compute in
-    floats, all of them if the whole would be slower otherwise: a choice by the clock, which may be another next time.
-    It is printed, and saved. `ValueError` when there is no compressed layer, and when a copy of the model would run
-    the original."""
+    it replaces. Printed, a layer says what runs, and one that stays a `Dequantize` says why; `what_runs` lists it. With
+    an example the model runs some forty times in both ways, in turns, and layers that are quicker as floats here (this
+    processor, size of input, number of threads) compute in floats, all of them if the whole would be slower otherwise:
+    a choice by the clock, which may be another next time. It is printed, and saved. `ValueError` when there is no
+    compressed layer, and when a copy of the model would run the original."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]

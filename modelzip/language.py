@@ -12,15 +12,18 @@ __all__ = ['rotary_angles', 'rotary', 'KeyValueCache', 'GroupedAttention', 'Gate
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .workshop.arguments import at_least
 from .workshop.english import NextSentences, documents, english, next_sentences
-from .workshop.key_value_cache import QuantizedCache
-from .workshop.listening import Heard, Interval, check_documents, log_probabilities, reference_of
+from .workshop.key_value_cache import Cache, QuantizedCache
+from .workshop.listening import Heard, Interval, check_documents, check_known, check_room, log_probabilities
+from .workshop.listening import reference_of, whole_numbers
 from .workshop.registry import build_model, register_model
 from .workshop.sentences import zero_init
 from .workshop.settings import SettingsInState
@@ -40,6 +43,9 @@ def rotary_angles(
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, each [length, head / 2]
     "By how much each pair of a head is turned at each place (Su et al. 2021, arXiv:2104.09864)."
+    at_least(0, start=start, length=length)
+    if head < 2 or head % 2 or not 0 < base < float("inf"):
+        raise ValueError(f"head is {head} and base {base}; they may be an even number, and a number above 0")
     speeds = 1 / base ** (torch.arange(0, head, 2, device=device) / head)
     angles = torch.arange(start, start + length, device=device)[:, None] * speeds
     return angles.cos(), angles.sin()
@@ -50,7 +56,10 @@ def rotary(
     angles: tuple[Tensor, Tensor],  # of `rotary_angles`
 ) -> Tensor:  # as x
     "Each pair of neighbours, taken for a complex number, turned by its angle."
-    (real, imaginary), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles
+    cos, sin = angles
+    if x.shape[-1:] != (2 * cos.shape[-1],):
+        raise ValueError(f"x has shape {list(x.shape)}, and angles are for heads of {2 * cos.shape[-1]} numbers")
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
 
 # %% ../nbs/13c_language.ipynb
@@ -97,8 +106,13 @@ class GroupedAttention(SettingsInState, nn.Module):
     def check_settings(self, heads, kv_heads, width=None):
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
             raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
-        if min(heads, kv_heads) < 1 or heads % kv_heads or width is not None and width % (2 * heads):
-            raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values, or divide {width} in pairs")
+        at_least(1, heads=heads, kv_heads=kv_heads, width=2 * heads if width is None else width)
+        if heads % kv_heads:
+            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}, of which it may be a multiple")
+        if width is not None and width % (2 * heads):
+            raise ValueError(
+                f"width is {width}; it may be a multiple of {2 * heads}, two numbers for each of the heads"
+            )
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any = None, layer: int = 0) -> Tensor:
         split = lambda t, heads: t.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -117,6 +131,7 @@ class GatedDense(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        at_least(1, width=width, hidden=hidden)
         self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
@@ -129,6 +144,7 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float):
         super().__init__()
+        at_least(1, width=width)
         self.attention_norm, self.attention = nn.RMSNorm(width, eps), GroupedAttention(width, heads, kv_heads)
         self.norm, self.feed = nn.RMSNorm(width, eps), GatedDense(width, hidden)
 
@@ -154,6 +170,9 @@ class Llama(nn.Module):
         tied: bool = True,  # scores by the table of the words themselves
     ):
         super().__init__()
+        at_least(1, words=words, width=width, layers=layers, heads=heads, context=context)
+        if not 0 < base < float("inf") or not 0 <= eps < float("inf"):
+            raise ValueError(f"base is {base} and eps {eps}; they may be numbers above 0")
         self.context, self.base, self.head_width = context, base, width // heads
         self.words = nn.Embedding(words, width)
         self.blocks = nn.ModuleList(LlamaBlock(width, heads, kv_heads, hidden, eps) for _ in range(layers))
@@ -167,9 +186,11 @@ class Llama(nn.Module):
         cache: Any = None,  # what was read before: a `KeyValueCache`, or another that has `length` and `update`
         last: bool = False,  # score only what comes after the last token
     ) -> Tensor:  # [n, length or 1, words]: scores, whose softmax are probabilities
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
         start, length = 0 if cache is None else cache.length, ids.shape[1]
         if not 0 < length <= self.context - start:
-            raise ValueError(f"{length} tokens behind {start}: a text may have 1 to {self.context}")
+            raise ValueError(f"ids has {length} tokens behind {start}: a text may have 1 to {self.context}")
         x, angles = self.words(ids), rotary_angles(start, length, self.head_width, self.base, ids.device)
         for i, block in enumerate(self.blocks):
             x = block(x, angles, cache, i)
@@ -198,18 +219,21 @@ def generate(
     tokens: int = 40,  # to say at most
     temperature: float = 0.0,  # 0: always the most probable; 1: as probable as the model says; more: bolder
     seed: int = 0,  # of the dice, which are the call's own
-    stop: Iterable[int] = (),  # tokens that end it, such as `smollm2_tokenizer().end`
-    cache: Any = None,  # what was read before; None: nothing, and a `KeyValueCache` for what comes
+    stop: Iterable[int] = (),  # tokens that end it, such as `[smollm2_tokenizer().end]`
+    cache: Cache | None = None,  # what was read before; None: nothing, and a `KeyValueCache` for what comes
 ) -> list[int]:  # what was said, without the prompt
     """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
-    but the last token drawn. `ValueError` for an empty prompt, a temperature that is negative or no number, a text
-    beyond the model's context, and when the model's scores are NaN or infinite."""
-    prompt, stop = list(prompt), set(stop)
+    but the last token drawn. `ValueError` for an empty prompt, tokens that the model does not know, a temperature that
+    is negative or no number, a text beyond the model's context, and when the model's scores are NaN or infinite."""
+    prompt, stop = whole_numbers(prompt, "prompt"), {*whole_numbers(stop, "stop")}
+    at_least(1, tokens=tokens)
     if not prompt:
         raise ValueError("prompt is empty; it may have one token or more")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it may be 0 or more")
-    dice, cache, said = torch.Generator().manual_seed(seed), KeyValueCache() if cache is None else cache, []
+    dice, cache, said = torch.Generator().manual_seed(index(seed)), KeyValueCache() if cache is None else cache, []
+    check_known(torch.tensor(prompt), "prompt", model)
+    check_room(len(prompt), "prompt", model, cache.length)
     with eval_mode(model):
         while len(said) < tokens:
             new = torch.tensor([said[-1:] or prompt], device=device_of(model))
@@ -231,7 +255,7 @@ def listen(
 ) -> Heard:  # `.perplexity`; with a reference `.kl`, `.agreement`; and `.against(other)`
     """Ask a language model about the next token at every place of some texts. `ValueError` for texts with nothing to
     predict, a reference to other ones, and scores that are NaN or infinite."""
-    check_documents(documents)
+    check_documents(documents, model)
     sums = []
     with eval_mode(model), eval_mode(reference if isinstance(reference, nn.Module) else model):
         for i, text in enumerate(documents):
@@ -267,6 +291,8 @@ def right_answers(
 ) -> Tensor:  # [questions] bool; half of them is chance
     """Whether the right one of two sentences is the more probable (not so when both are alike), after what stands
     before, which is read once for both."""
+    at_least(1, batch_size=batch_size)
+    check_known(torch.cat([t.flatten() for t in vars(questions).values()]), "questions", model)
     found = []
     with eval_mode(model):
         for before, *answers in zip(*(t.to(device_of(model)).split(batch_size) for t in vars(questions).values())):

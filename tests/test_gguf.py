@@ -481,10 +481,16 @@ def test_commands_archive_and_restore(toy, capsys):
         cli(["convert", "toy.gguf", "other.mz"]) == 0 and Path("other.mz").read_bytes() == Path("toy.mz").read_bytes()
     )
     capsys.readouterr()
-    for name in ("toy.gguf", "toy.mz"):
+    for name, kind in ("toy.gguf", "GGUF"), ("toy.mz", "mz"):
+        assert cli(["inspect", name]) == 0 and f"{name}: {kind.replace('mz', 'format')} " in capsys.readouterr().out
         assert cli(["inspect", name, "--json"]) == 0
-        found = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
-        assert "Q4_1" in found["blk.0.Q4_1.weight"]["kind"] and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+        said = json.loads(capsys.readouterr().out)
+        found = {t["name"]: t for t in said["tensors"]}
+        assert (
+            said["format"] == kind
+            and "Q4_1" in found["blk.0.Q4_1.weight"]["kind"]
+            and found["blk.0.Q4_1.weight"]["shape"] == [96, 96]
+        )
     assert cli(["diff", "toy.gguf", "toy.mz"]) == 0 and "4 of 4 tensors are the same" in capsys.readouterr().out
     assert read_tensor("toy.mz", "blk.0.Q4_1.weight").expand() == from_gguf(toy).tensors["blk.0.Q4_1.weight"]
 
@@ -497,13 +503,45 @@ def test_commands_expand_and_round(toy, capsys):
     want = {n: t if isinstance(t, torch.Tensor) else t.dequantize() for n, t in from_gguf(toy).tensors.items()}
     assert floats.keys() == want.keys() and all(torch.equal(floats[n], t) for n, t in want.items())
     assert cli(["compress", "toy.gguf", "-o", "small.mz", "--bits", "3", "--quiet"]) == 0
-    assert "lossy twice" in capsys.readouterr().out
+    assert "lossy twice" in (said := capsys.readouterr().out) and "is left out" in said
     assert cli(["diff", "toy.gguf", "small.mz"]) == 1 and "other numbers" in capsys.readouterr().out
     assert cli(["convert", "small.mz", "floats.gguf"]) == 0
     small, back = open_model("small.mz"), from_gguf("floats.gguf").tensors
     assert {*back} == {*want} and all(t.dtype == torch.float32 for t in back.values())
     assert torch.equal(back["blk.0.Q8_0.weight"], read_tensor("small.mz", "blk.0.Q8_0.weight").dequantize()) and small
     assert cli(["compress", "toy.gguf", "-o", "x.mz", "--cosine", ".9"]) == 2
+
+
+def test_commands_keep_metadata(gguf, tmp_path, monkeypatch, capsys):
+    "What a file says, the tokenizer above all, goes from GGUF to GGUF, packed or expanded, archived between or not."
+    monkeypatch.chdir(tmp_path)
+    told, tensors = written(gguf, tmp_path / "theirs.gguf")
+    to_gguf(tensors, "a.gguf", from_gguf("theirs.gguf").metadata | {"general.file_type": 3})
+    assert cli(["convert", "a.gguf", "a.mz"]) == 0
+    for source in "a.gguf", "a.mz":
+        for more in [], ["--expand"]:
+            assert cli(["convert", source, "b.gguf", *more]) == 0 and "metadata" not in capsys.readouterr().out
+            theirs, ours = (gguf.GGUFReader(n) for n in ("a.gguf", "b.gguf"))
+            said = [
+                {k: (f.types, f.contents()) for k, f in r.fields.items() if not k.startswith("GGUF.")}
+                for r in (theirs, ours)
+            ]
+            packed = {t.name: t.tensor_type for t in ours.tensors}
+            if more:  # what the floats are is said, too
+                assert said[0].pop("general.file_type")[1] == 3 and said[1].pop("general.file_type")[1] == 0
+                assert not {gguf.GGMLQuantizationType(k).name for k in packed.values()} & BLOCKS.keys()
+            else:
+                assert packed == {t.name: t.tensor_type for t in theirs.tensors}
+            assert said[0] == said[1] and len(said[0]) > 10
+            back = from_gguf("b.gguf").tensors
+            expand = lambda t: t if isinstance(t, torch.Tensor) else t.dequantize()
+            assert all(torch.equal(expand(back[n]), expand(t)) for n, t in tensors.items())
+    assert (
+        cli(["convert", "a.mz", "b.safetensors"]) == 0
+        and "left out: the GGUF file's metadata" in capsys.readouterr().out
+    )
+    assert cli(["convert", "a.mz", "b.mz"]) == 2 and "archive of a GGUF file already" in capsys.readouterr().err
+    assert cli(["compress", "a.mz", "-o", "b.mz"]) == 2 and "archive of a GGUF file already" in capsys.readouterr().err
 
 
 def test_commands_refuse_what_is_no_gguf(tmp_path, monkeypatch, capsys):

@@ -941,6 +941,8 @@ def test_use_kernels_leaves_what_it_cannot_do():
         and "TransformerEncoderLayer" in reasons["2.linear1"]
         and "circular" in reasons["4"]
     )
+    assert all(reasons[n] in repr(quick.get_submodule(n)) for n in kinds if not n.endswith("weight"))
+    assert "expands" not in repr(q) and repr(copy.deepcopy(quick)) == repr(use_kernels(quick)) == repr(quick)
     assert str(what_runs(q)) == before and type(q[0]) is Dequantize and quick[0].packed is q[0].packed
     x = torch.randn(2, 5, 64)
     assert torch.allclose(quick[2].eval()(x), q[2].eval()(x), atol=1e-5)

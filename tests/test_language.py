@@ -13,6 +13,7 @@ from modelzip.pack import load, save
 from modelzip.ptq import gptq
 from modelzip.quant import dequantize_model, quantize_model
 from modelzip.workshop.english import English, NextSentences, next_sentences
+from modelzip.workshop.quick_llama import quick_llama
 from modelzip.workshop.smollm2 import as_transformers, llama_name, llama_options, smollm2_file
 from modelzip.workshop.tokenizing import BytePairs, byte_letters, joined
 
@@ -54,6 +55,58 @@ def tokenizer():
             "tokenizer.ggml.eos_token_id": 0,
         }
     )
+
+
+# ---------------------------------------------------------------------------------- what is asked for
+
+
+WRONG = {  # what `generate` is given → what it says
+    "no text": (dict(prompt="The moon is"), "prompt is the text 'The moon is'; .*tokenizer.encode"),
+    "letters": (dict(prompt=["The", "moon"]), "prompt holds 'The' at 0"),
+    "several": (dict(prompt=torch.ones(1, 3, dtype=torch.long)), r"prompt has the shape \[1, 3\]"),
+    "floats": (dict(prompt=[1, 2.5]), "prompt holds 2.5 at 1"),
+    "truth": (dict(prompt=[True]), "prompt holds True at 0"),
+    "none": (dict(prompt=[]), "prompt is empty"),
+    "unknown": (dict(prompt=[1, 40]), "prompt holds 40; tokens of this model are 0 to 39"),
+    "below": (dict(prompt=[-1, 3]), "prompt holds -1; tokens of this model are 0 to 39"),
+    "long": (dict(prompt=[1] * 17), "prompt has 17 tokens; this model reads 16 at most"),
+    "no more": (dict(tokens=0), "tokens is 0; it may be 1 or more"),
+    "less": (dict(tokens=-1), "tokens is -1; it may be 1 or more"),
+    "a half": (dict(tokens=2.5), "tokens is 2.5; it may be a whole number"),
+    "cold": (dict(temperature=-1), "temperature is -1"),
+    "end": (dict(stop="<|im_end|>"), "stop is the text '<|im_end|>'"),
+    "ends": (dict(stop=["<|im_end|>"]), "stop holds '<|im_end|>' at 0"),
+    "one end": (dict(stop=2), "stop is 2; it may be an iterable"),
+    "no cache": (dict(cache={}), "cache is a dict .*; it may be a cache with length and update or None"),
+    "no model": (dict(model="llama"), "model is 'llama'; it may be an nn.Module"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_generate_names_what_is_wrong(name):
+    how, said = WRONG[name]
+    for make in lambda m: m, lambda m: quantize_model(m, 8), quick_llama:
+        with pytest.raises((TypeError, ValueError), match=said):
+            generate(**{**dict(model=make(tiny(context=16)), prompt=[1, 2], tokens=2), **how})
+
+
+def test_a_text_that_was_read_counts():
+    model, cache = tiny(context=16), KeyValueCache()
+    generate(model, [1] * 10, 3, cache=cache)
+    with pytest.raises(ValueError, match="prompt has 5 tokens behind 12 that were read; this model reads 16 at most"):
+        generate(model, [1] * 5, 3, cache=cache)
+    for tokens in [1, 2], (1, 2), torch.tensor([1, 2]), torch.tensor([1, 2]).numpy():
+        assert generate(model, tokens, 3) == generate(model, [1, 2], 3)
+
+
+@pytest.mark.parametrize("document", [[1, 40], [-1, 2], [1] * 17])
+def test_documents_that_a_model_cannot_read_are_named(document):
+    for ask in perplexity, lambda m, d: listen(m, d, m), lambda m, d: kl_divergence(m, tiny(context=16), d):
+        with pytest.raises(ValueError, match="document 1 has|document 1 holds"):
+            ask(tiny(context=16), [torch.arange(5), torch.tensor(document)])
+    odd = NextSentences(*(torch.tensor([[1, n]]) for n in (2, 3, 40)))
+    with pytest.raises(ValueError, match="questions holds 40"):
+        right_answers(tiny(), odd)
 
 
 # ---------------------------------------------------------------------------------- the model

@@ -161,7 +161,9 @@ def test_what_is_refused_and_why():
         model = quantize_model(nn.ModuleDict({"a": net, "b": nn.Linear(400, 400)}), overrides=overrides, **how)
         quick = use_kernels(model)
         assert type(quick["a"]) in (Dequantize, type(net)) and type(quick["b"]) is QLinear or how
-        return {n: r for n, _, r in what_runs(quick)}
+        rows = {n: r for n, _, r in what_runs(quick)}
+        assert all(r in repr(quick["a"]) for n, r in rows.items() if n.startswith("a.") and r.startswith("expands"))
+        return rows
 
     big = lambda cls=nn.LSTM, **more: cls(8, 400, **more)
     assert "too small to gain" in why(nn.LSTM(64, 64))["a.weight_ih_l0"]

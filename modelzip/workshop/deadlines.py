@@ -10,6 +10,8 @@ import math, os, sys, threading, time
 from collections.abc import Callable
 from typing import Any
 
+from .arguments import at_least
+
 # %% ../../nbs/workshop/deadlines.ipynb
 def checked_count(
     n: Any,
@@ -18,13 +20,10 @@ def checked_count(
     most: float = 1024,
 ) -> int:  # the same
     "A whole number, checked."
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} is {n!r}; it may be a whole number")
-    if n < least:
-        raise ValueError(f"{name} is {n}; it may be {least} or more")
+    at_least(least, **{name: n})
     if n > most:
         raise ValueError(f"{name} is {n}; it may be at most {most}")
-    return n
+    return int(n)
 
 
 def checked_seconds(

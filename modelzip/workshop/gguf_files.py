@@ -147,7 +147,7 @@ def kind_name(number: int) -> str:
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 def read_head(
-    data: Any,  # bytes-like: the file, or its beginning
+    data: bytes,  # or a memoryview: the file, or its beginning
     size: int | None = None,  # of the whole file; None: that of the data
 ) -> Head:
     "Metadata, and where each tensor lies. `PackError` for whatever is wrong; no number of a tensor is looked at."
@@ -437,7 +437,7 @@ def inspect_gguf(
             part = Part(torch.uint8, (p.nbytes or 0,), p.offset)
             row = Row(p.name, torch.float32, p.shape, {"": part}, kind_name(p.kind), {})
             lines.append(line_of(row, len(data), "", bits))
-        return Contents(os.fsdecode(path), len(data), head.version, None, about(head.metadata), lines)
+        return Contents(os.fsdecode(path), len(data), head.version, None, about(head.metadata), lines, "GGUF")
 
 
 def about(metadata: Metadata) -> dict:

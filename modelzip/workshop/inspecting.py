@@ -137,6 +137,7 @@ def cells_of(
     lines: list[Line],
     rest: int,  # bytes of the file that are no numbers
     total: int,
+    around: str = "manifest, directory, gaps",  # what these are
 ) -> list[list[str]]:  # rows of text; the last two are what is around the numbers, and the sum
     "The table as text."
     body = [
@@ -156,7 +157,7 @@ def cells_of(
     n = sum(math.prod(l.shape) for l in lines if not l.kind.startswith("="))
     known = [l.entropy * math.prod(l.shape) for l in lines if l.entropy is not None]
     return body + [
-        ["manifest, directory, gaps", "", "", "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"],
+        [around, "", "", "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"],
         [
             "the file",
             f"{n:,}",
@@ -240,13 +241,15 @@ class Contents:
     architecture: dict | None  # {"name", "options"} of a registered builder
     info: dict  # what was given to `save` besides model and path
     lines: list  # a `Line` for each tensor
+    format: str = "mz"  # whose version it is
 
     @property
     def rest(self) -> int:
         return self.bytes - sum(l.bytes for l in self.lines)
 
     def cells(self) -> list:
-        return cells_of(self.lines, self.rest, self.bytes)
+        around = {"GGUF": ["metadata, table, gaps"]}.get(self.format, [])
+        return cells_of(self.lines, self.rest, self.bytes, *around)
 
     def __repr__(self) -> str:
         return "\n".join([heading(self), as_text(self.cells()), *about_info(self)])
@@ -260,7 +263,7 @@ class Contents:
 # %% ../../nbs/workshop/inspecting.ipynb
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}format {c.version}")
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{c.format.replace('mz', 'format')} {c.version}")
 
 
 def about_info(c: Contents) -> list[str]:

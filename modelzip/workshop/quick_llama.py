@@ -8,6 +8,7 @@ __all__ = ['stacked_tensors', 'stacked_blocks', 'SideBySide', 'stacked', 'blocks
 
 # %% ../../nbs/workshop/quick_llama.ipynb
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ def stacked_tensors(
     qs: list[QTensor],  # matrices [outputs, inputs]
 ) -> QTensor | None:  # one below the other; None when that is not one of the same kind
     "The same codes and scales in one tensor."
+    if not len(qs):
+        raise ValueError("qs is empty; it may hold one matrix or more")
     first, rows = qs[0], sum(q.shape[0] for q in qs)
     same = lambda q: (q.shape[1], q.dtype, q.levels, q.axis, q.group, q.packed_zero_point is None, q.scale.dtype)
     whole = lambda q: q.bits in (1, 2, 4, 8) and all(n * q.bits % 8 == 0 for n in (q.shape.numel(), q.scale.numel()))
@@ -46,6 +49,8 @@ def stacked_blocks(
     qs: list[BlockTensor],  # matrices [outputs, inputs]
 ) -> BlockTensor | None:  # one below the other; None when they are not of the same 4-bit kind
     "The same blocks in one tensor."
+    if not len(qs):
+        raise ValueError("qs is empty; it may hold one matrix or more")
     same = lambda q: isinstance(q, BlockTensor) and (q.type, q.shape[1], q.dtype)
     if getattr(qs[0], "type", None) not in ("Q4_0", "Q4_1") or any(same(q) != same(qs[0]) for q in qs):
         return None
@@ -57,7 +62,7 @@ def stacked_blocks(
 class SideBySide(nn.Module):
     "Layers that read the same input, their results side by side."
 
-    def __init__(self, layers):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -69,6 +74,8 @@ def stacked(
     layers: list[nn.Module],  # all of the same input
 ) -> nn.Module:  # their results side by side
     "One layer for several where they are of the same kind and have no biases."
+    if not len(layers):
+        raise ValueError("layers is empty; it may hold one or more")
     if any(getattr(layer, "bias", None) is not None for layer in layers):
         return SideBySide(map(without_checks, layers))
     first, inputs, outputs = layers[0], layers[0].in_features, [layer.out_features for layer in layers]
@@ -239,9 +246,11 @@ class QuickLlama(nn.Module):
         cache: object = None,  # with `length` and `update`, such as a `RoomyCache`
         last: bool = False,  # score only what comes after the last token
     ) -> Tensor:  # [n, length or 1, words]
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
         start, length = 0 if cache is None else cache.length, ids.shape[1]
         if not 0 < length <= self.context - start:
-            raise ValueError(f"{length} tokens behind {start}: a text may have 1 to {self.context}")
+            raise ValueError(f"ids has {length} tokens behind {start}: a text may have 1 to {self.context}")
         x, turns = self.words(ids), self.turns[start : start + length]
         for i, block in enumerate(self.blocks):
             x = block(x, turns, cache, i)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..archive import naming, open_file
+from .arguments import at_least
 from .datasets import need
 from .gguf_files import Metadata, from_gguf, mapped, read_head
 
@@ -63,9 +64,9 @@ def llama_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `Llama` that a GGUF file's metadata stand for. `ValueError` for another architecture, and for
     one with what our `Llama` has not."""
     if (kind := metadata.get("general.architecture")) != "llama":
-        raise ValueError(f"the file holds a model of architecture {kind!r}; it may be 'llama'")
+        raise ValueError(f"metadata says that the architecture is {kind!r}; it may be 'llama'")
     if missing := [k for k in OPTIONS.values() if f"llama.{k}" not in metadata]:
-        raise ValueError(f"the file does not say llama.{missing[0]}")
+        raise ValueError(f"metadata does not say llama.{missing[0]}")
     if odd := [k for k in metadata if k.startswith("llama.rope.scaling") or k.startswith("llama.expert")]:
         raise ValueError(f"the file has {odd[0]}, which our Llama has not")
     found = {ours: metadata[f"llama.{theirs}"] for ours, theirs in OPTIONS.items()}
@@ -121,6 +122,11 @@ def rows_in_halves(
     heads: int,
 ) -> Tensor:  # pairs are the i-th rows of each half of a head
     "The rows of a query or key matrix in Hugging Face's order."
+    at_least(1, heads=heads)
+    if weight.dim() != 2 or len(weight) % (2 * heads):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, and heads is {heads}: these are no pairs of rows of each"
+        )
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

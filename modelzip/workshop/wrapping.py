@@ -44,6 +44,8 @@ def settle(used: nn.Module, layer: nn.Module) -> None:
 class Wrapper(nn.Module):
     "A layer one of whose parameters is kept beside it, compressed: the base of `Dequantize`."
 
+    stays = ""  # why `use_kernels` has left it as it was
+
     def __getattr__(self, key):
         return _read(self, key)
 
@@ -79,8 +81,8 @@ class Wrapper(nn.Module):
         while type(layer) is type(self):
             held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes")
             layer = layer.layer
-        parts = [repr(layer), *held]
-        if len(parts) == 2 and "\n" not in parts[0]:
+        parts = [repr(layer), *held, *[f"expands the weight: {self.stays}"] * bool(self.stays)]
+        if len(held) == 1 and "\n" not in parts[0]:
             return f"{type(self).__name__}({', '.join(parts)})"
         inside = textwrap.indent("\n".join(parts), "  ")  # a line each, as PyTorch's containers have it
         return f"{type(self).__name__}(\n{inside}\n)"
