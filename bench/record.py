@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelzip.data import LeNet5, LeNet300, Split, accuracy, mnist5k, seeded, train
-from modelzip.distill import Labels, affine, distill
+from modelzip.distill import affine
 from modelzip.measure import write_whole
 from modelzip.pack import inspect, load, save
 from modelzip.qat import StepAdam, WeightQuantizer, convert, prepare, quantizers_of, straight_through
@@ -98,15 +98,6 @@ LITERATURE = [  # factor, error in percent on MNIST's 10,000 test images, source
 ]
 
 
-def teacher(how, part, seed, epochs=TEACHING):
-    "The full network, trained with augmentation on the labels."
-    first = how["make"](seed=seed)
-    with seeded(seed):
-        return distill(
-            first, copy.deepcopy(first), part, Labels(), epochs=epochs, seed=seed, augment=affine, progress=False
-        )
-
-
 class ChannelsLast(nn.Module):
     "The same network, given images in the order of memory in which pooling is quick."
 
@@ -116,6 +107,24 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.as_strided(x.shape, (x[0].numel(), 1, x.shape[3], 1)))  # one channel: the same numbers
+
+
+class Moved(nn.Module):
+    "A network that sees every image moved a little, as long as it learns."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(affine(x) if self.training else x)
+
+
+def teacher(how, part, seed, epochs=TEACHING):
+    "The full network, trained with augmentation on the labels."
+    model = how["make"](seed=seed)
+    train(Moved(ChannelsLast(model)), part, epochs, seed=seed, progress=False)
+    return model
 
 
 def lesson(master, part, seed, copies=COPIES):
@@ -219,11 +228,12 @@ def whole_steps(model):
 
 
 def steps(how, part, seed, scale=1):
-    "From the full network to the smallest file: (name, model, how it is saved), and seconds."
-    began, times = time.perf_counter(), {}
+    """From the full network to the smallest file: (name, model, how it is saved); seconds of one processor; and what a peer is given,
+    before it was rounded."""
+    began, times = time.process_time(), {}
 
     def clock(name):
-        times[name] = round(time.perf_counter() - began - sum(times.values()), 1)
+        times[name] = round(time.process_time() - began - sum(times.values()), 1)
 
     master = teacher(how, part, seed, max(1, TEACHING // scale))
     clock("teacher")
@@ -234,18 +244,73 @@ def steps(how, part, seed, scale=1):
     ready = dict(levels=how["levels"], activations=None, per_channel=False)
     free = taught(prepare(small, **ready), pupils, 1, how, seed)
     clock("rounding")
-    paid = taught(prepare(small, **ready), pupils, how["then"], how, seed, how["price"])
+    paid = taught(copy.deepcopy(free), pupils, how["then"], how, seed, how["price"])
     clock("rounding and price")
-    return [
-        ("float32", master, False),
-        ("float32, entropy-coded", master, True),
-        ("small student, float32", small, True),
-        ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True),
-        (f"{how['levels']} levels, trained", convert(free), True),
-        ("a price on bits", convert(paid), True),
-        ("solid file", convert(paid), "solid"),
-        ("steps of powers of two", whole_steps(convert(paid)), "solid"),
-    ], times
+    return (
+        [
+            ("float32", master, False),
+            ("float32, entropy-coded", master, True),
+            ("small student, float32", small, True),
+            ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True),
+            (f"{how['levels']} levels, trained", convert(free), True),
+            ("a price on bits", convert(paid), True),
+            ("solid file", convert(paid), "solid"),
+            ("steps of powers of two", whole_steps(convert(paid)), "solid"),
+        ],
+        times,
+        {"float32": master, "student": small, "priced": paid},
+    )
+
+
+# --- the standard's codec, beside it ---
+
+# self-contained: the peer's interpreter need not have this library
+PEER_PROGRAM = """
+import json, sys
+import numpy as np
+from nncodec import nnc
+
+folder = sys.argv[1]
+for i, (name, qp, trellis) in enumerate(json.load(open(folder + "/jobs.json"))):
+    weights = dict(np.load(f"{folder}/{name}.npz"))
+    data = nnc.compress(weights, None, qp=qp, use_dq=trellis, row_skipping=True, return_bitstream=True)
+    np.savez(f"{folder}/{i}.npz", **nnc.decompress(data))
+    print("bytes", len(data), flush=True)
+"""
+PEER = os.environ.get("NNCODEC_PYTHON")
+# weights, quantization parameters (the step is 2^(qp/4), and between these straight); -32 is the default
+PEER_JOBS = {"float32": (-32,), "student": (-32, -20, -16, -12), "priced": (-8, -4, 0, 4), "codes": (0,)}
+
+
+def weights_of(model: nn.Module) -> dict:
+    return {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() > 1}
+
+
+def peer_rows(how: dict, models: dict, split: Split, on: str) -> list[dict]:
+    """What NNCodec makes of the very weights: with its trellis, which is its default, and without; those that were
+    priced in units of their steps, which changes no answer. Bytes are its stream's, accuracies those of what it
+    decodes."""
+    blank = how["make"](**how["student"])
+    for b in (p for p in blank.parameters() if p.dim() == 1):
+        nn.init.zeros_(b)
+    given = {"float32": models["float32"].state_dict(), "student": weights_of(models["student"])}
+    steps = {name: (w / q.steps(w.numel())[0]).detach() for name, q, w in quantizers_of(models["priced"])}
+    given["priced"] = {f"{n}.weight": w.numpy() for n, w in steps.items()}
+    given["codes"] = {f"{n}.weight": w.round().clamp(-7, 7).numpy() for n, w in steps.items()}
+    jobs = [(n, qp, t) for n, qps in PEER_JOBS.items() for t in (True, False)[n == "codes" :] for qp in qps]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, weights in given.items():
+            np.savez(f"{folder}/{name}.npz", **{n: np.asarray(w, dtype=np.float32) for n, w in weights.items()})
+        Path(folder, "jobs.json").write_text(json.dumps(jobs))
+        said = subprocess.run([PEER, "-c", PEER_PROGRAM, folder], check=True, capture_output=True, text=True).stdout
+        sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes ")]
+        for i, ((name, qp, trellis), size) in enumerate(zip(jobs, sizes, strict=True)):
+            decoded = {n: torch.from_numpy(np.asarray(w)) for n, w in np.load(f"{folder}/{i}.npz").items()}
+            model = copy.deepcopy(models["float32"] if name == "float32" else blank)
+            model.load_state_dict(decoded, strict=name == "float32")
+            rows.append(dict(weights=name, qp=qp, trellis=trellis, bytes=size) | {on: accuracy(model.eval(), split)})
+    return rows
 
 
 def run(job):
@@ -253,7 +318,7 @@ def run(job):
     name, seed, part, on, scale = job
     torch.set_num_threads(1)
     data, how = mnist5k(), NETS[name]
-    made, times = steps(how, getattr(data, part), seed, scale)
+    made, times, given = steps(how, getattr(data, part), seed, scale)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for i, (step, model, archive) in enumerate(made):
@@ -262,7 +327,8 @@ def run(job):
             rows.append(dict(step=step, bytes=os.path.getsize(path)) | {on: accuracy(again, getattr(data, on))})
         last = path.read_bytes()
         rows[-1]["tensors"] = {line.name: line.bytes for line in inspect(path).lines}
-    return name, seed, rows, times, last
+    peer = peer_rows(how, given, getattr(data, on), on) if PEER and name == "LeNet-5" else []
+    return name, seed, rows, peer, times, last
 
 
 def summary(name, runs, on):
@@ -275,6 +341,10 @@ def summary(name, runs, on):
     ]
     for row in table:
         print(f"{name:<15}{row['step']:<28}{row['bytes']:>12,.0f}{row['factor']:>8,.0f}×  {100 * row[on]:.2f} %")
+    for i, row in enumerate(runs[0]["peer"]):
+        means = {key: statistics.mean(r["peer"][i][key] for r in runs) for key in ("bytes", on)}
+        said = f"NNCodec, {row['weights']}, qp {row['qp']}{', trellis' if row['trellis'] else ''}"
+        print(f"{name:<15}{said:<40}{means['bytes']:>12,.0f}  {100 * means[on]:.2f} %")
     how = {k: v for k, v in NETS[name].items() if k != "make"}
     return dict(how=how, weights=weights, table=table, lost=100 * (table[0][on] - table[-1][on]), runs=runs)
 
@@ -301,11 +371,13 @@ def main(names, scale=1, seeds=SEEDS, part="fit", on="test", write=True):
         "literature": LITERATURE,
         "nets": {},
     }
+    if not PEER:
+        print("NNCodec is left out: NNCODEC_PYTHON names no interpreter that has it")
     with ProcessPoolExecutor(2) as pool:
-        for name, seed, rows, times, last in pool.map(
+        for name, seed, rows, peer, times, last in pool.map(
             run, [(name, seed, part, on, scale) for name in names for seed in seeds]
         ):
-            found[name].append(dict(seed=seed, rows=rows, seconds=times))
+            found[name].append(dict(seed=seed, rows=rows, peer=peer, seconds=times))
             print(name, seed, rows[0][on], rows[-1]["bytes"], rows[-1][on], times, flush=True)
             if write and name == "LeNet-5" and seed == seeds[0]:
                 (RESULTS / "record.mz").write_bytes(last)
