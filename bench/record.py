@@ -268,6 +268,10 @@ def steps(how, part, seed, scale=1):
 PEER_PROGRAM = """
 import json, sys
 import numpy as np
+import torch
+
+for name in ("nms", "qnms"):  # of a torchvision for another torch
+    torch.library.define("torchvision::" + name, "(Tensor a, Tensor b, float c) -> Tensor")
 from nncodec import nnc
 
 folder = sys.argv[1]
