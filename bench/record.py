@@ -228,8 +228,8 @@ def whole_steps(model):
 
 
 def steps(how, part, seed, scale=1):
-    """From the full network to the smallest file: (name, model, how it is saved); seconds of one processor; and what a peer is given,
-    before it was rounded."""
+    """From the full network to the smallest file: (name, model, how it is saved); seconds of one processor; and what
+    a peer is given."""
     began, times = time.process_time(), {}
 
     def clock(name):

@@ -116,8 +116,8 @@ def adaptive_codes(
     levels: int,  # codes are below it, 2..256
     name: Any = "",  # bets are shared by what has the same name
     codes: Sequence[int] | None = None,  # what is to be written; None: they are read
-    shape: Sequence[int]
-    | None = None,  # of the weight, one code for each of its elements; None: only the last is looked at
+    # of the weight that has a code for each of its elements; None: only the code before is looked at
+    shape: Sequence[int] | None = None,
 ) -> list[int]:  # the codes
     """Write or read codes by questions that learn: zero? above? further away? (after Wiedemann et al. 2019,
     arXiv:1907.11900). `TypeError` for what is no coder."""
