@@ -843,15 +843,18 @@ def patterned(m):
 
 
 def test_later_versions_are_still_read():
-    "Coded streams (2), layers that differ from the builder's (3), and a solid file (4), as they were written then."
+    """Coded streams (2), layers that differ from the builder's (3), a solid file (4), and one whose codes know their
+    neighbours (6), as they were written then."""
     files = Path(__file__).with_name("files")
     two = quantize_model(patterned(LeNet5(channels=[2, 3], hidden=40)), levels=7, per_channel=False)
     three, four = LeNet5(channels=[2, 3], hidden=4), LeNet5(channels=[2, 3], hidden=4)
+    six = quantize_model(patterned(LeNet5(channels=[3, 2], hidden=5)), levels=7, per_channel=False)
     three.fc1, four.conv2 = nn.Sequential(nn.Linear(48, 3, bias=False), nn.Linear(3, 4)), nn.Conv2d(2, 3, 5, bias=False)
     for version, want in (
         (2, two),
         (3, patterned(three)),
         (4, quantize_model(patterned(four), levels=7, per_channel=False)),
+        (6, six),
     ):
         path = files / f"version{version}.mz"
         assert inspect(path).version == version and state(load(path)) == state(load(path, want)) == state(want)

@@ -69,7 +69,7 @@ def test_every_sort_of_model(tmp_path, name, model):
     contents = inspect(one)
     assert (
         sum(l.bytes for l in contents.lines) + contents.rest == contents.bytes == one.stat().st_size
-        and contents.version == 5
+        and contents.version == 6
     )
     assert one.read_bytes() == save(copy.deepcopy(model), tmp_path / "again.mz", "solid").read_bytes()
 
@@ -164,7 +164,7 @@ def test_forged_manifests_and_numbers(tmp_path, tiny):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda m: m | {"modelzip": 6}, "newer modelzip"),
+        (lambda m: m | {"modelzip": 7}, "newer modelzip"),
         (lambda m: m | {"modelzip": "4"}, "which version"),
         (lambda m: m | {"x": 1}, "fields"),
         (lambda m: m | {"tensors": m["tensors"][:-1]}, "another length"),
@@ -261,15 +261,19 @@ def test_carries():
     ),
     st.binary(max_size=60),
     st.integers(1, 8),
+    st.sampled_from([[], [1], [2], [4, 1], [2, 3], [1, 2, 2]]),  # of a tensor, or of a part of it, beyond the rows
 )
-def test_codes_and_bytes(case, data, width):
+def test_codes_and_bytes(case, data, width, beyond):
     levels, codes = case
+    rows = len(codes) // math.prod(beyond)
+    shape = [rows, *beyond] if beyond else None
+    codes = codes[: rows * math.prod(beyond)]
     encoder = AdaptiveEncoder()
-    adaptive_codes(encoder, len(codes), levels, "w", codes)
+    adaptive_codes(encoder, len(codes), levels, "w", codes, shape)
     adaptive_bytes(encoder, len(data), width, "b", data)
     decoder = AdaptiveDecoder(encoder.finish())
     assert (
-        adaptive_codes(decoder, len(codes), levels, "w") == codes
+        adaptive_codes(decoder, len(codes), levels, "w", shape=shape) == codes
         and adaptive_bytes(decoder, len(data), width, "b") == data
     )
     decoder.finish()

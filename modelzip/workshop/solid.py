@@ -122,7 +122,7 @@ def shorten(
     return manifest | {"modelzip": SOLID_VERSION, "tensors": [*short.values()] if list(short) == list(known) else short}
 
 
-SOLID_VERSION = 5
+SOLID_VERSION = 6  # from which on codes know their neighbours
 
 # %% ../../nbs/workshop/solid.ipynb
 def lengthen(
@@ -148,9 +148,14 @@ def lengthen(
     known = expected(manifest, len(table))
     demand(not lists or len(table) == len(known), "it is of another architecture: its table has another length")
     found = {n: long_entry(n, e, known.get(n, {})) for n, e in (zip(known, table) if lists else table.items())}
-    return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place(
-        [p for _, parts in found.values() for p in parts]
-    )
+    parts = [(p, with_shape(packed, e, version)) for e, parts in found.values() for p, packed in parts]
+    return manifest | {"tensors": {n: e for n, (e, _) in found.items()}}, place(parts)
+
+
+def with_shape(packed: tuple | None, entry: dict, version: int) -> tuple | None:
+    "Packed codes, with the shape of their tensor where each of its elements has one."
+    alike = packed is not None and version > 5 and packed[1] == math.prod(entry["shape"])
+    return (*packed, entry["shape"]) if alike else packed
 
 # %% ../../nbs/workshop/solid.ipynb
 def place(
@@ -243,7 +248,7 @@ def through(
                     else []
                 )
             )
-            codes = adaptive_codes(coder, packed[1], packed[2], i, codes)
+            codes = adaptive_codes(coder, packed[1], packed[2], i, codes, *packed[3:])
             out.append(pack_bits(torch.tensor(codes, dtype=torch.uint8), packed[0]).numpy().tobytes())
         ends.append(coder.at if data is None else len(coder.out))
     return out, ends
