@@ -1,0 +1,1109 @@
+/* A reader of .mz files in JavaScript, for browsers and Node. It was written from the page "the format, specified", and
+   needs nothing else.
+
+     const file = mz.read(bytes)      an opened file: version, manifest, table(), info
+     file.tensor("fc1.weight")        {shape, dtype, data}: the numbers that the file stands for
+     mz.network(file)                 (data, shape) → {shape, data}: the model, in float32
+
+   Whatever is wrong with a file is an MzError that says so, before memory is taken for it. */
+"use strict";
+const mz = (() => {
+  class MzError extends Error {}
+  MzError.prototype.name = "MzError";
+  const demand = (fine, says) => { if (!fine) throw new MzError(says); };
+  const quoted = x => { const s = JSON.stringify(x) ?? String(x); return s.length > 60 ? s.slice(0, 57) + "…" : s; };
+  const MOST = 2 ** 26;      // numbers in a tensor, bytes in a stream: what a page can hold
+  const product = shape => shape.reduce((a, b) => a * b, 1);
+  const isSize = n => Number.isSafeInteger(n) && n >= 0;
+  const bitsFor = levels => Math.max(1, 32 - Math.clz32(levels - 1));
+
+  // ------------------------------------------------------------------------------------------------ bytes
+
+  const TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
+    for (let k = 0; k < 8; k++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
+    return n;
+  });
+  function crc32(data) {
+    let c = -1;
+    for (let i = 0; i < data.length; i++) c = TABLE[(c ^ data[i]) & 255] ^ (c >>> 8);
+    return (c ^ -1) >>> 0;
+  }
+
+  class Bytes {  // what is read from the front, and must be there
+    constructor(data, what) { this.data = data; this.at = 0; this.what = what; }
+    get left() { return this.data.length - this.at; }
+    take(n) {
+      demand(isSize(n) && n <= this.left, `${this.what} is cut off`);
+      return this.data.subarray(this.at, this.at += n);
+    }
+    byte() { return this.take(1)[0]; }
+    number() {  // LEB128
+      let n = 0;
+      for (let by = 1; ; by *= 128) {
+        const b = this.byte();
+        n += (b & 127) * by;
+        demand(n <= Number.MAX_SAFE_INTEGER && by < 2 ** 56, `${this.what} holds a number that is too large`);
+        if (b < 128) return n;
+      }
+    }
+    piece() { return this.take(this.number()); }
+    rest() { return this.take(this.left); }
+    end() { demand(!this.left, `${this.what} has bytes left over`); }
+  }
+
+  // ------------------------------------------------------------------------------------------------ deflate (RFC 1951)
+
+  class Deflated {
+    constructor(data, at) { this.data = data; this.at = at; this.hold = this.held = 0; }
+    bits(n) {  // n is 13 at most
+      while (this.held < n) {
+        demand(this.at < this.data.length, "its manifest is cut off");
+        this.hold |= this.data[this.at++] << this.held;
+        this.held += 8;
+      }
+      const out = this.hold & (1 << n) - 1;
+      this.hold >>>= n;
+      this.held -= n;
+      return out;
+    }
+    symbol(code) {  // canonical Huffman, a bit at a time
+      let first = 0, index = 0, word = 0;
+      for (let length = 1; length < 16; length++) {
+        word = word << 1 | this.bits(1);
+        const count = code.counts[length];
+        if (word - first < count) return code.symbols[index + word - first];
+        index += count;
+        first = first + count << 1;
+      }
+      throw new MzError("its manifest cannot be unpacked");
+    }
+  }
+  function huffman(lengths) {
+    const counts = new Uint16Array(16), at = new Uint16Array(17), symbols = new Uint16Array(lengths.length);
+    for (const n of lengths) counts[n]++;
+    counts[0] = 0;
+    let room = 1;
+    for (let n = 1; n < 16; n++) {
+      at[n + 1] = at[n] + counts[n];
+      demand((room = 2 * room - counts[n]) >= 0, "its manifest cannot be unpacked");
+    }
+    lengths.forEach((n, s) => { if (n) symbols[at[n]++] = s; });
+    return { counts, symbols };
+  }
+  const ORDER = [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15];
+  const FIXED = [huffman(Array.from({ length: 288 }, (_, i) => i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8)), huffman(Array(30).fill(5))];
+
+  function tables(z) {
+    const literals = z.bits(5) + 257, distances = z.bits(5) + 1, n = z.bits(4) + 4, few = Array(19).fill(0), lengths = [];
+    for (let i = 0; i < n; i++) few[ORDER[i]] = z.bits(3);
+    const code = huffman(few);
+    while (lengths.length < literals + distances) {
+      const s = z.symbol(code);
+      demand(s !== 16 || lengths.length, "its manifest cannot be unpacked");
+      if (s < 16) lengths.push(s);
+      else lengths.push(...Array(s === 16 ? 3 + z.bits(2) : s === 17 ? 3 + z.bits(3) : 11 + z.bits(7)).fill(s === 16 ? lengths.at(-1) : 0));
+    }
+    demand(lengths.length === literals + distances, "its manifest cannot be unpacked");
+    return [huffman(lengths.slice(0, literals)), huffman(lengths.slice(literals))];
+  }
+
+  // A deflate stream: its text, and where it ends. `words` is a preset dictionary.
+  function inflate(data, most, words = new Uint8Array()) {
+    const z = new Deflated(data, 0);
+    let out = new Uint8Array(Math.min(most, 4 * data.length + 1024) + words.length), n = words.length, last;
+    const room = by => {
+      demand(n + by - words.length <= most, `its manifest unpacks to more than ${most} bytes`);
+      if (n + by > out.length) { const more = new Uint8Array(2 * (n + by)); more.set(out.subarray(0, n)); out = more; }
+    };
+    out.set(words);
+    do {
+      last = z.bits(1);
+      const kind = z.bits(2);
+      demand(kind < 3, "its manifest cannot be unpacked");
+      if (!kind) {
+        z.at -= z.held >> 3;
+        z.hold = z.held = 0;
+        const here = data.subarray(z.at, z.at + 4), length = here[0] | here[1] << 8;
+        demand(here.length === 4 && length === (~(here[2] | here[3] << 8) & 65535) && z.at + 4 + length <= data.length, "its manifest is cut off");
+        room(length);
+        out.set(data.subarray(z.at + 4, z.at += 4 + length), n);
+        n += length;
+        continue;
+      }
+      const [literal, distance] = kind === 1 ? FIXED : tables(z);
+      for (let s; (s = z.symbol(literal)) !== 256;) {
+        if (s < 256) { room(1); out[n++] = s; continue; }
+        demand(s < 286, "its manifest cannot be unpacked");
+        const more = s < 265 || s === 285 ? 0 : s - 261 >> 2;
+        const length = s < 265 ? s - 254 : s === 285 ? 258 : (4 + (s - 265) % 4 << more) + 3 + z.bits(more);
+        const d = z.symbol(distance), extra = d < 4 ? 0 : (d >> 1) - 1;
+        const back = d < 4 ? d + 1 : (2 + d % 2 << extra) + 1 + z.bits(extra);
+        demand(d < 30 && back <= n, "its manifest cannot be unpacked");
+        room(length);
+        for (let i = 0; i < length; i++, n++) out[n] = out[n - back];
+      }
+    } while (!last);
+    return { text: out.subarray(words.length, n), end: z.at - (z.held >> 3) };
+  }
+
+  // ------------------------------------------------------------------------------------------------ Zstandard (RFC 8878)
+
+  const damaged = () => { throw new MzError("a Zstandard frame is damaged"); };
+  const BASES = (first, extras) => { let at = first; return extras.map(e => { const b = at; at += 2 ** e; return b; }); };
+  const LITERAL_BITS = [...Array(16).fill(0), 1, 1, 1, 1, 2, 2, 3, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+  const MATCH_BITS = [...Array(32).fill(0), 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+  const LITERAL_BASES = BASES(0, LITERAL_BITS), MATCH_BASES = BASES(3, MATCH_BITS);
+  const USUAL = {
+    literals: [6, [4, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 2, 1, 1, 1, 1, 1, -1, -1, -1, -1]],
+    offsets: [5, [1, 1, 1, 1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1]],
+    matches: [6, [1, 4, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1]],
+  };
+
+  class Backwards {  // bits from the end of some bytes; before their beginning there are zeros
+    constructor(data) {
+      if (!data.length || !data.at(-1)) damaged();
+      this.data = data;
+      this.left = 8 * data.length + 23 - Math.clz32(data.at(-1));
+    }
+    bits(n) {
+      if (n > 24) { const high = this.bits(n - 24); return high * 2 ** 24 + this.bits(24); }
+      const from = this.left -= n;
+      if (from >= 0) return this.at(from) & (1 << n) - 1;
+      return n + from > 0 ? (this.at(0) & (1 << n + from) - 1) << -from : 0;
+    }
+    at(from) {
+      const d = this.data, i = from >> 3;
+      return (d[i] | d[i + 1] << 8 | d[i + 2] << 16 | d[i + 3] << 24) >>> (from & 7);
+    }
+  }
+
+  function stateTable(log, counts) {  // of a finite-state entropy code
+    const size = 1 << log, symbols = new Uint8Array(size), next = counts.map(c => Math.abs(c));
+    const bits = new Uint8Array(size), base = new Uint16Array(size);
+    let high = size - 1, at = 0;
+    counts.forEach((c, s) => { if (c < 0) symbols[high--] = s; });
+    counts.forEach((c, s) => {
+      for (let i = 0; i < c; i++) {
+        symbols[at] = s;
+        do at = at + (size >> 1) + (size >> 3) + 3 & size - 1; while (at > high);
+      }
+    });
+    for (let i = 0; i < size; i++) {
+      const n = next[symbols[i]]++;
+      bits[i] = log - 31 + Math.clz32(n);
+      base[i] = (n << bits[i]) - size;
+    }
+    return { log, symbols, bits, base };
+  }
+  const single = s => ({ log: 0, symbols: [s], bits: [0], base: [0] });
+
+  function readCounts(from, most, symbols) {  // the description of such a table
+    const d = from.data.subarray(from.at);
+    let at = 0;
+    const bits = n => {
+      if (at + n > 8 * d.length + 16) damaged();
+      const i = at >> 3, x = (d[i] | d[i + 1] << 8 | d[i + 2] << 16) >>> (at & 7) & (1 << n) - 1;
+      at += n;
+      return x;
+    };
+    const log = bits(4) + 5, counts = [];
+    if (log > most) damaged();
+    let left = (1 << log) + 1;
+    while (left > 1) {
+      if (counts.length >= symbols) damaged();
+      const size = 32 - Math.clz32(left), spare = (1 << size) - 1 - left;
+      let x = bits(size - 1);
+      if (x >= spare) { x |= bits(1) << size - 1; if (x >= 1 << size - 1) x -= spare; }
+      counts.push(x - 1);
+      left -= Math.abs(x - 1);
+      if (left < 1) damaged();
+      if (x === 1) for (let more = 3; more === 3;) {
+        more = bits(2);
+        for (let i = 0; i < more; i++) counts.push(0);
+        if (counts.length > symbols) damaged();
+      }
+    }
+    from.take(at + 7 >> 3);
+    return stateTable(log, counts);
+  }
+
+  function readWeights(from) {  // the Huffman code of literals
+    const head = from.byte(), weights = [];
+    if (head >= 128) {
+      const packed = from.take(head - 126 >> 1);
+      for (let i = 0; i < head - 127; i++) weights.push(i % 2 ? packed[i >> 1] & 15 : packed[i >> 1] >> 4);
+    } else {
+      const body = new Bytes(from.take(head), "a Zstandard frame"), t = readCounts(body, 6, 13), b = new Backwards(body.rest());
+      const states = [b.bits(t.log), b.bits(t.log)];
+      if (b.left < 0) damaged();
+      for (let i = 0; ; i ^= 1) {
+        const s = states[i];
+        weights.push(t.symbols[s]);
+        if (weights.length > 254) damaged();
+        if (t.bits[s] > b.left) { weights.push(t.symbols[states[i ^ 1]]); break; }
+        states[i] = t.base[s] + b.bits(t.bits[s]);
+      }
+    }
+    let sum = 0;
+    for (const w of weights) { if (w > 11) damaged(); sum += w && 1 << w - 1; }
+    const log = 32 - Math.clz32(sum), rest = (1 << log) - sum;
+    if (!sum || log > 11 || rest & rest - 1) damaged();
+    weights.push(32 - Math.clz32(rest));
+    const symbols = new Uint8Array(1 << log), bits = new Uint8Array(1 << log);
+    let at = 0;
+    for (let w = 1; w <= log; w++) weights.forEach((x, s) => {
+      if (x !== w) return;
+      symbols.fill(s, at, at + (1 << w - 1));
+      bits.fill(log + 1 - w, at, at += 1 << w - 1);
+    });
+    return { log, symbols, bits };
+  }
+
+  function readSymbols(code, data, out) {
+    const b = new Backwards(data);
+    const mask = (1 << code.log) - 1;
+    let state = b.bits(code.log);
+    for (let i = 0; i < out.length; i++) {
+      out[i] = code.symbols[state];
+      const n = code.bits[state];
+      state = (state << n | b.bits(n)) & mask;
+    }
+    if (b.left !== -code.log) damaged();
+  }
+
+  function literals(block, memory) {
+    const head = block.byte(), kind = head & 3, form = head >> 2 & 3;
+    if (kind < 2) {
+      const size = form === 1 ? head >> 4 | block.byte() << 4 : form === 3 ? head >> 4 | block.byte() << 4 | block.byte() << 12 : head >> 3;
+      if (size > 2 ** 17) damaged();
+      return kind ? new Uint8Array(size).fill(block.byte()) : block.take(size);
+    }
+    const more = form < 2 ? 2 : form + 1, width = form < 2 ? 10 : form === 2 ? 14 : 18;
+    let x = head >> 4;
+    for (let i = 0; i < more; i++) x += block.byte() * 2 ** (8 * i + 4);
+    const size = x % 2 ** width, packed = Math.floor(x / 2 ** width);
+    if (size > 2 ** 17) damaged();
+    const body = new Bytes(block.take(packed), "a Zstandard frame"), out = new Uint8Array(size);
+    if (kind === 2) memory.code = readWeights(body);
+    if (!memory.code) damaged();
+    if (!form) { readSymbols(memory.code, body.rest(), out); return out; }
+    const jumps = body.take(6), part = size + 3 >> 2;
+    for (let i = 0; i < 4; i++) {
+      const here = out.subarray(Math.min(size, i * part), i < 3 ? Math.min(size, (i + 1) * part) : size);
+      readSymbols(memory.code, i < 3 ? body.take(jumps[2 * i] | jumps[2 * i + 1] << 8) : body.rest(), here);
+    }
+    return out;
+  }
+
+  function sequences(block, memory, text, out, n) {
+    let count = block.byte();
+    if (count > 127) count = count < 255 ? (count - 128 << 8) + block.byte() : block.byte() + (block.byte() << 8) + 0x7f00;
+    const copy = size => {
+      if (size > text.left || n + size > out.length) damaged();
+      out.set(text.take(size), n);
+      n += size;
+    };
+    if (count) {
+      const modes = block.byte(), table = (name, mode, most, symbols) => {
+        if (!mode) memory[name] = stateTable(...USUAL[name]);
+        else if (mode === 1) memory[name] = single(block.byte());
+        else if (mode === 2) memory[name] = readCounts(block, most, symbols);
+        if (!memory[name]) damaged();
+        return memory[name];
+      };
+      if (modes & 3) damaged();
+      const L = table("literals", modes >> 6, 9, 36), O = table("offsets", modes >> 4 & 3, 8, 32), M = table("matches", modes >> 2 & 3, 9, 53);
+      const b = new Backwards(block.rest()), recent = memory.recent;
+      let l = b.bits(L.log), o = b.bits(O.log), m = b.bits(M.log);
+      for (let i = 0; i < count; i++) {
+        const oc = O.symbols[o], mc = M.symbols[m], lc = L.symbols[l];
+        if (oc > 30 || mc > 52 || lc > 35) damaged();
+        let offset = 2 ** oc + b.bits(oc), length = MATCH_BASES[mc] + b.bits(MATCH_BITS[mc]);
+        const before = LITERAL_BASES[lc] + b.bits(LITERAL_BITS[lc]);
+        if (offset > 3) { offset -= 3; recent.pop(); recent.unshift(offset); }
+        else {
+          const which = offset - 1 + (before ? 0 : 1);
+          offset = which < 3 ? recent[which] : recent[0] - 1;
+          if (which) { recent.splice(Math.min(which, 2), 1); recent.unshift(offset); }
+        }
+        if (i < count - 1) {
+          l = L.base[l] + b.bits(L.bits[l]);
+          m = M.base[m] + b.bits(M.bits[m]);
+          o = O.base[o] + b.bits(O.bits[o]);
+        }
+        copy(before);
+        if (b.left < 0 || offset < 1 || offset > n || n + length > out.length) damaged();
+        if (offset >= length) { out.copyWithin(n, n - offset, n - offset + length); n += length; }
+        else for (; length; length--, n++) out[n] = out[n - offset];
+      }
+      if (b.left) damaged();
+    } else block.end();
+    copy(text.left);
+    return n;
+  }
+
+  // One whole frame without its magic number, which expands to `size` bytes.
+  function unzstd(data, size) {
+    const from = new Bytes(data, "a Zstandard frame"), head = from.byte(), lone = head >> 5 & 1;
+    if (head & 8 || head & 3) damaged();
+    if (!lone) from.byte();
+    const claim = from.take([lone, 2, 4, 8][head >> 6]);
+    const says = claim.reduceRight((n, b) => 256 * n + b, 0) + (head >> 6 === 1 ? 256 : 0);
+    demand(!claim.length || says === size, `a Zstandard frame says that it expands to ${says} bytes instead of ${size}`);
+    const out = new Uint8Array(size), memory = { recent: [1, 4, 8] };
+    let n = 0, last;
+    do {
+      const b = from.byte() | from.byte() << 8 | from.byte() << 16, kind = b >> 1 & 3, length = b >> 3;
+      last = b & 1;
+      if (kind === 3 || length > 2 ** 17 || kind < 2 && n + length > size) damaged();
+      if (kind === 0) out.set(from.take(length), n), n += length;
+      else if (kind === 1) out.fill(from.byte(), n, n += length);
+      else {
+        const block = new Bytes(from.take(length), "a Zstandard frame"), text = new Bytes(literals(block, memory), "a Zstandard frame");
+        n = sequences(block, memory, text, out, n);
+      }
+    } while (!last);
+    if (head & 4) from.take(4);  // a checksum, beside that of the stream
+    from.end();
+    demand(n === size, `a Zstandard frame expands to ${n} bytes instead of ${size}`);
+    return out;
+  }
+
+  // ------------------------------------------------------------------------------------------------ codes and streams
+
+  const planesOf = bits => [...Array(bits >> 3).fill(8), ...[4, 2, 1].filter(w => bits & 7 & w)];
+  const packedSize = (n, bits) => planesOf(bits).reduce((sum, w) => sum + Math.ceil(n * w / 8), 0);
+  const holder = bits => bits > 16 ? Float64Array : bits > 8 ? Uint16Array : Uint8Array;
+
+  function unpack(packed, bits, n) {  // codes from planes, the widest first
+    const codes = new (holder(bits))(n);
+    let at = 0, shift = 0;
+    for (const w of planesOf(bits)) {
+      const mask = (1 << w) - 1, by = 2 ** shift;
+      for (let i = 0, bit = 0; i < n; i++, bit += w) codes[i] += (packed[at + (bit >> 3)] >> (bit & 7) & mask) * by;
+      at += Math.ceil(n * w / 8);
+      shift += w;
+    }
+    return codes;
+  }
+
+  function bytesOf(chunk, size) {  // a chunk that holds bytes
+    const method = chunk.byte();
+    demand(method < 2, `a chunk of bytes has the method ${method}`);
+    if (method) return unzstd(chunk.rest(), size);
+    demand(chunk.left === size, `a chunk has ${chunk.left} bytes instead of ${size}`);
+    return chunk.rest();
+  }
+  const chunkOf = data => new Bytes(data, "a chunk");
+
+  // Asymmetric numeral systems: n ranks by their counts, from 32-bit words, the last one first.
+  function ranksOf(counts, words, n) {
+    demand(counts.length > 1 && words.length % 4 === 0, "the words of a chunk are no ANS stream");
+    const k = counts.length, left = new Float64Array(k + 1), near = new Uint16Array(4097), out = new Uint16Array(n);
+    const sum = counts.reduce((a, b) => a + b), shares = counts.map(c => c / sum);
+    const scale = (2 ** 24 - k) / shares.reduce((a, b) => a + b, 0);
+    for (let i = 0, before = 0; i < k; before += shares[i++]) left[i] = Math.floor(before * scale) + i;
+    left[k] = 2 ** 24;
+    for (let i = 0, s = 0; i <= 4096; near[i++] = Math.min(s, k - 1)) while (s < k - 1 && left[s + 1] <= i * 4096) s++;
+    const view = new DataView(words.buffer, words.byteOffset, words.length);
+    let at = words.length, high = 0, low = 0;
+    const word = () => view.getUint32(at -= 4, true);
+    if (at) { low = word(); demand(low, "the words of a chunk are no ANS stream"); }
+    if (at) { high = low; low = word(); }
+    for (let i = 0; i < n; i++) {
+      const q = low & 0xffffff;
+      let s = near[q >> 12];
+      while (left[s + 1] <= q) s++;
+      out[i] = s;
+      // state = (state >> 24) * share + q - left: in pieces that a double holds
+      const share = left[s + 1] - left[s], top = (high >>> 16) * share, mid = (high & 65535) * share;
+      const sum = top % 256 * 2 ** 24 + mid * 256 + (low >>> 24) * share + q - left[s];
+      low = sum % 2 ** 32;
+      high = Math.floor(top / 256) + Math.floor(sum / 2 ** 32);
+      if (!high && at) { high = low; low = word(); }
+    }
+    demand(!at && !high && !low, "the words of a chunk are no ANS stream of that length");
+    return out;
+  }
+
+  // Whole numbers by a table of values, n of w bytes each.
+  function valuesOf(chunk, n, w) {
+    const wrong = "a table of values is damaged";
+    demand([1, 2, 4, 8].includes(w) && n, wrong);
+    const s = chunk.byte(), first = chunk.take(w), k = chunk.number(), t = chunk.number();
+    demand(s < 64 && k && k <= Math.min(n, 2 ** 15) && t <= 20 * k + 1, wrong);
+    const table = new Bytes(bytesOf(chunkOf(chunk.piece()), t), "a table of values"), low = chunk.piece(), words = chunk.piece();
+    chunk.end();
+    const g = table.byte();
+    demand(g <= 8 && low.length === n * (s >> 3) + packedSize(n, s & 7), wrong);
+    const gaps = table.take(g * (k - 1)), counts = Array.from({ length: k }, () => table.number());
+    table.end();
+    demand(counts.every(c => c) && counts.reduce((a, b) => a + b) === n, wrong);
+    const start = first.reduceRight((x, b) => x << 8n | BigInt(b), 0n), lows = new Uint32Array(k), highs = new Uint32Array(k);
+    for (let i = 0, u = 0n; i < k; i++) {
+      let gap = 0n;
+      for (let j = g - 1; i && j >= 0; j--) gap = gap << 8n | BigInt(gaps[j * (k - 1) + i - 1]);
+      u += gap;
+      demand((!i || gap) && u < 1n << BigInt(64 - s), wrong);
+      const value = BigInt.asUintN(64, start + (u << BigInt(s)));
+      lows[i] = Number(value & 0xffffffffn);
+      highs[i] = Number(value >> 32n);
+    }
+    demand(k > 1 || !words.length, wrong);
+    const ranks = k > 1 ? ranksOf(counts, words, n) : new Uint16Array(n), out = new Uint8Array(n * w);
+    const rest = unpack(low.subarray(n * (s >> 3)), s & 7, n), own = 8 * (s >> 3);
+    for (let i = 0; i < n; i++) {
+      let a = lows[ranks[i]], b = highs[ranks[i]], more = 0, above = 0;
+      for (let j = 0; j < s >> 3; j++) if (j < 4) more += low[j * n + i] * 2 ** (8 * j); else above += low[j * n + i] * 2 ** (8 * j - 32);
+      if (own < 32) { more += rest[i] * 2 ** own; above += Math.floor(more / 2 ** 32); more %= 2 ** 32; } else above += rest[i] * 2 ** (own - 32);
+      a += more;
+      b += above + (a >= 2 ** 32 ? 1 : 0);
+      for (let j = 0; j < w; j++) out[i * w + j] = j < 4 ? (a >>> 0) >>> 8 * j : Math.floor(b / 2 ** (8 * j - 32));
+    }
+    return out;
+  }
+
+  // A chunk of n codes of so many bits, all below `levels`.
+  function codesOf(chunk, bits, levels, n, inner = false) {
+    const method = chunk.byte(), small = [0, 1, 6, 7].includes(method) || bits <= 8;
+    demand(small && !(inner && method === 3), `a chunk of ${bits}-bit codes has the method ${method}`);
+    let codes;
+    if (method < 2) { chunk.at--; codes = unpack(bytesOf(chunk, packedSize(n, bits)), bits, n); }
+    else if (method === 2) {
+      let k = 1;
+      while (levels ** (k + 1) <= 256) k++;
+      const joined = bytesOf(chunk, Math.ceil(n / k));
+      codes = new Uint8Array(n);
+      for (let i = 0, x = 0; i < n; i++, x = Math.floor(x / levels)) { if (i % k === 0) x = joined[i / k]; codes[i] = x % levels; }
+    } else if (method === 3) {
+      codes = new Uint8Array(n).fill(chunk.byte());
+      const others = chunk.number(), where = chunkOf(chunk.piece()), rare = chunkOf(chunk.piece());
+      chunk.end();
+      demand(others <= n, "a chunk has more rare codes than codes");
+      const which = codesOf(rare, bits, levels, others, true);
+      let i = 0;
+      if (where.byte()) {
+        const size = where.number();
+        demand(size <= others + n / 255, "the gaps of a chunk do not fit");
+        let at = -1, open = false;
+        for (const gap of bytesOf(where, size)) {
+          at += gap;
+          if ((open = gap === 255)) continue;
+          demand(++at < n && i < others, "the gaps of a chunk do not fit");
+          codes[at] = which[i++];
+        }
+        demand(!open, "the gaps of a chunk do not fit");
+      } else {
+        const mask = bytesOf(where, Math.ceil(n / 8));
+        for (let at = 0; at < n; at++) if (mask[at >> 3] >> (at & 7) & 1) codes[at] = which[i++];
+      }
+      demand(i === others, "the mask of a chunk does not fit");
+    } else if (method === 4) {
+      const counts = Array.from({ length: levels }, () => chunk.number()), used = [];
+      counts.forEach((c, i) => { if (c) used.push(i); });
+      demand(used.length && Math.max(...counts) <= 4096, "the counts of a chunk are damaged");
+      const words = chunk.rest();
+      codes = used.length === 1 && !words.length ? new Uint8Array(n).fill(used[0]) : Uint8Array.from(ranksOf(used.map(i => counts[i]), words, n), r => used[r]);
+    } else if (method === 6) {
+      demand(bits > 8, "only codes of more than eight bits are split");
+      const low = chunk.piece(), high = codesOf(chunkOf(chunk.piece()), 8, 256, n);
+      chunk.end();
+      demand(low.length === packedSize(n, bits - 8), "the low bits have a wrong size");
+      codes = Uint16Array.from(unpack(low, bits - 8, n), (x, i) => x | high[i] << bits - 8);
+    } else if (method === 7) {
+      const w = bits > 8 ? 4 : 1, data = valuesOf(chunk, n, w), view = new DataView(data.buffer);
+      codes = new (holder(bits))(n);
+      for (let i = 0; i < n; i++) {
+        const x = w === 1 ? data[i] : view.getInt32(4 * i, true);
+        demand(x >= 0 && x < levels, "a code is too large");
+        codes[i] = x;
+      }
+    } else throw new MzError(`a chunk of codes has the unknown method ${method}`);
+    if (levels < 2 ** bits) for (let i = 0; i < n; i++) demand(codes[i] < levels, "a code is too large");
+    return codes;
+  }
+
+  function elementsOf(chunk, size, w) {  // a chunk of elements of w bytes
+    const method = chunk.byte();
+    if (method === 7) return valuesOf(chunk, size / w, w);
+    if (method !== 5) { chunk.at--; return bytesOf(chunk, size); }
+    demand(w > 1, "bytes have no planes");
+    const out = new Uint8Array(size), n = size / w;
+    for (let j = 0; j < w; j++) {
+      const plane = bytesOf(chunkOf(chunk.piece()), n);
+      for (let i = 0; i < n; i++) out[i * w + j] = plane[i];
+    }
+    chunk.end();
+    return out;
+  }
+
+  // A stream: {bits, levels, codes} or {bytes}; `size` is how many bytes it stands for.
+  function readStream(data, size) {
+    demand(data.length > 4 && crc32(data.subarray(0, -4)) === new DataView(data.buffer, data.byteOffset + data.length - 4).getUint32(0, true), "the checksum of a stream is wrong");
+    const from = new Bytes(data.subarray(0, -4), "a stream"), bits = from.byte(), levels = from.number(), n = from.number();
+    demand(bits <= 16 && levels && (!bits || levels > 1 && levels <= 2 ** bits), "the head of a stream is damaged");
+    demand((bits ? packedSize(n, bits) : n) === size && size <= 2 ** 15 * data.length && n <= MOST && (bits || n % levels === 0 && levels <= 16), `a stream of ${n} does not stand for ${size} bytes`);
+    const step = bits ? 983040 : 2 ** 20 - 2 ** 20 % levels, sizes = [];
+    for (let at = 0; at < n; at += step) sizes.push(from.number());
+    const out = new (holder(bits))(n);
+    sizes.forEach((s, i) => {
+      const chunk = chunkOf(from.take(s)), here = Math.min(step, n - i * step);
+      out.set(bits ? codesOf(chunk, bits, levels, here) : elementsOf(chunk, here, levels), i * step);
+    });
+    from.end();
+    return bits ? { bits, levels, codes: out } : { bytes: out };
+  }
+
+  // ------------------------------------------------------------------------------------------------ numbers
+
+  const half = (bits, exponents, bias, nan) => x => {  // a small float with so many bits of fraction, from its code
+    const sign = x >> bits + exponents ? -1 : 1, e = x >> bits & (1 << exponents) - 1, f = x & (1 << bits) - 1;
+    return nan(x, e, f) ?? sign * (e ? (1 + f / 2 ** bits) * 2 ** (e - bias) : f / 2 ** bits * 2 ** (1 - bias));
+  };
+  const ieee = top => (x, e, f) => e !== top ? undefined : f ? NaN : Infinity;  // the sign comes later
+  const signed = (top, read) => x => (x & top ? -1 : 1) * read(x & top - 1);
+  const e4m3 = half(3, 4, 7, x => (x & 127) === 127 ? NaN : undefined), nuz = (bits, exponents, bias) => half(bits, exponents, bias, x => x === 128 ? NaN : undefined);
+  const swap = (view, at) => view.getUint16(at, true);
+  const float16 = signed(32768, half(10, 5, 15, ieee(31)));
+  const number = big => Number(big);
+  const TYPES = {  // name → bytes of an element, how one is read, what holds them
+    float64: [8, (v, i) => v.getFloat64(i, true), Float64Array],
+    float32: [4, (v, i) => v.getFloat32(i, true), Float32Array],
+    float16: [2, (v, i) => float16(swap(v, i)), Float32Array],
+    bfloat16: [2, (v, i) => bfloat16(swap(v, i)), Float32Array],
+    float8_e4m3fn: [1, (v, i) => e4m3(v.getUint8(i)), Float32Array],
+    float8_e5m2: [1, (v, i) => signed(128, half(2, 5, 15, ieee(31)))(v.getUint8(i)), Float32Array],
+    float8_e4m3fnuz: [1, (v, i) => nuz(3, 4, 8)(v.getUint8(i)), Float32Array],
+    float8_e5m2fnuz: [1, (v, i) => nuz(2, 5, 16)(v.getUint8(i)), Float32Array],
+    float8_e8m0fnu: [1, (v, i) => v.getUint8(i) === 255 ? NaN : 2 ** (v.getUint8(i) - 127), Float32Array],
+    complex128: [16], complex64: [8], complex32: [4],
+    int64: [8, (v, i) => number(v.getBigInt64(i, true)), Float64Array],
+    int32: [4, (v, i) => v.getInt32(i, true), Int32Array],
+    int16: [2, (v, i) => v.getInt16(i, true), Int16Array],
+    int8: [1, (v, i) => v.getInt8(i), Int8Array],
+    uint64: [8, (v, i) => number(v.getBigUint64(i, true)), Float64Array],
+    uint32: [4, (v, i) => v.getUint32(i, true), Uint32Array],
+    uint16: [2, (v, i) => v.getUint16(i, true), Uint16Array],
+    uint8: [1, (v, i) => v.getUint8(i), Uint8Array],
+    bool: [1, (v, i) => v.getUint8(i), Uint8Array],
+  };
+  const word = new DataView(new ArrayBuffer(4));
+  const bfloat16 = x => (word.setUint32(0, x << 16), word.getFloat32(0));
+  const isType = name => typeof name === "string" && Object.hasOwn(TYPES, name);
+
+  function numbersOf(bytes, dtype, n) {
+    const [size, read, Holder] = TYPES[dtype], out = Holder && new Holder(n), view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+    demand(read, `numbers of type ${dtype} are beyond this reader`);
+    for (let i = 0; i < n; i++) out[i] = read(view, i * size);
+    return out;
+  }
+
+  // float32 numbers rounded to the type of the tensor for which they stand
+  const ROUND = {
+    float32: x => x, float64: x => x,
+    bfloat16: x => { word.setFloat32(0, x); const b = word.getUint32(0); return x !== x ? x : bfloat16(b + 32767 + (b >>> 16 & 1) >>> 16); },
+    float16: x => {
+      const a = Math.abs(x), step = 2 ** (Math.max(-14, Math.floor(Math.log2(a))) - 10);
+      if (!a || a === Infinity || x !== x) return x;
+      const r = a / step, down = Math.floor(r), up = r - down > 0.5 || r - down === 0.5 && down % 2 ? down + 1 : down;
+      return Math.sign(x) * (up * step > 65504 ? Infinity : up * step);
+    },
+  };
+
+  // ------------------------------------------------------------------------------------------------ the archive
+
+  function entriesOf(data) {  // of the zip archive: name → bytes
+    const view = new DataView(data.buffer, data.byteOffset, data.length), end = data.length - 22;
+    demand(data.length > 3 && view.getUint32(0) === 0x504b0304, "it is no .mz file: it does not begin as a zip archive");
+    demand(end > 0 && view.getUint32(end) === 0x504b0506, "it is no .mz file, or is cut off: it does not end as a zip archive");
+    const count = view.getUint16(end + 10, true), size = view.getUint32(end + 12, true), start = view.getUint32(end + 16, true);
+    demand(start + size === end && count && count < 3, "it is no .mz file: its directory is another one");
+    const found = new Map();
+    let at = start, next = 0;
+    for (let i = 0; i < count; i++) {
+      demand(at + 46 <= end && view.getUint32(at) === 0x504b0102, "its directory is damaged");
+      const [flags, method] = [8, 10].map(k => view.getUint16(at + k, true)), [crc, packed, full] = [16, 20, 24].map(k => view.getUint32(at + k, true));
+      const [letters, extra, comment] = [28, 30, 32].map(k => view.getUint16(at + k, true)), local = view.getUint32(at + 42, true);
+      const name = String.fromCharCode(...data.subarray(at + 46, Math.min(end, at + 46 + letters)).subarray(0, 99));
+      demand(!flags && (method === 0 || method === 8) && local === next && local + 30 <= start && view.getUint32(local) === 0x504b0304, "its directory is damaged");
+      const from = local + 30 + view.getUint16(local + 26, true) + view.getUint16(local + 28, true);
+      next = from + packed;
+      demand(next <= start && (method || packed === full), "its directory is damaged");
+      found.set(name, { method, crc, full, data: data.subarray(from, next) });
+      at += 46 + letters + extra + comment;
+    }
+    demand(at === end && next === start && found.size === count, "its directory is damaged");
+    return found;
+  }
+  const whole = (bytes, crc, name) => { demand(crc32(bytes) === crc, `the checksum of ${name} is wrong: the file is damaged`); return bytes; };
+
+  // JSON in ASCII: no name twice, nothing nested deeper than 64, 2 ** 22 values at most.
+  function readJSON(bytes) {
+    let at = 0, values = 0;
+    const text = new TextDecoder("latin1").decode(bytes), wrong = () => { throw new MzError("its manifest is not JSON as a manifest has it"); };
+    const token = /[ \n\r\t]*(?:([{}[\],:])|("(?:[ !#-[\]-~]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*")|(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)|(true|false|null))/y;
+    const take = () => { token.lastIndex = at; const m = token.exec(text); if (!m) wrong(); at = token.lastIndex; return m; };
+    const value = (m, depth) => {
+      if (++values > 2 ** 22 || depth > 63) wrong();
+      if (m[2] !== undefined || m[4] !== undefined) return JSON.parse(m[2] ?? m[4]);
+      if (m[3] !== undefined) { const x = Number(m[3]); return Number.isFinite(x) ? x : wrong(); }
+      if (m[1] === "[") {
+        const out = [];
+        for (let t = take(); t[1] !== "]"; t = take()) {
+          out.push(value(t, depth + 1));
+          t = take();
+          if (t[1] === "]") break;
+          if (t[1] !== ",") wrong();
+        }
+        return out;
+      }
+      if (m[1] !== "{") wrong();
+      const out = Object.create(null);
+      for (let t = take(); t[1] !== "}";) {
+        if (t[2] === undefined) wrong();
+        const name = JSON.parse(t[2]);
+        if (name in out || take()[1] !== ":") wrong();
+        out[name] = value(take(), depth + 1);
+        t = take();
+        if (t[1] === "}") break;
+        if (t[1] !== ",") wrong();
+        t = take();
+      }
+      return out;
+    };
+    const out = value(take(), 0);
+    if (text.slice(at).trim() || Array.isArray(out) || typeof out !== "object" || !out) wrong();
+    return out;
+  }
+  const isObject = x => x !== null && typeof x === "object" && !Array.isArray(x);
+
+  // ------------------------------------------------------------------------------------------------ what builders make
+
+  // The layers of the models that a file may name as its architecture, in their order, with their arguments.
+  const conv = (i, o, k) => ({ class: "Conv2d", in_channels: i, out_channels: o, kernel_size: [k, k] });
+  const linear = (i, o) => ({ class: "Linear", in_features: i, out_features: o });
+  const sizesOf = (list, n, name) => {
+    demand(Array.isArray(list) && list.length === n && list.every(x => isSize(x) && x && x < 2 ** 20), `the architecture's ${name} is ${quoted(list)}`);
+    return list;
+  };
+  const BUILDERS = {
+    LeNet5({ channels = [20, 50], hidden = 500 }) {
+      const [a, b] = sizesOf(channels, 2, "channels"), [h] = sizesOf([hidden], 1, "hidden");
+      return { conv1: conv(1, a, 5), conv2: conv(a, b, 5), fc1: linear(16 * b, h), fc2: linear(h, 10) };
+    },
+    LeNet300({ hidden = [300, 100] }) {
+      const [a, b] = sizesOf(hidden, 2, "hidden");
+      return { fc1: linear(784, a), fc2: linear(a, b), fc3: linear(b, 10) };
+    },
+  };
+  const bias = (layer, n) => layer.bias === false ? {} : { bias: [n] };
+  const TENSORS = {  // class → its own tensors, in the order of the state dict
+    Linear: l => ({ weight: [l.out_features, l.in_features], ...bias(l, l.out_features) }),
+    Conv2d: l => ({ weight: [l.out_channels, l.in_channels / (l.groups ?? 1), ...l.kernel_size], ...bias(l, l.out_channels) }),
+    ...Object.fromEntries(["Sequential", "Tanh", "ReLU", "Sigmoid", "GELU", "Identity", "Dropout", "Flatten", "MaxPool2d", "AvgPool2d"].map(n => [n, () => ({})])),
+  };
+
+  function layersOf(manifest) {  // what the builder makes, and what the file says differs
+    const { architecture: a, layers = {} } = manifest;
+    demand(isObject(a) && typeof a.name === "string" && isObject(a.options), "its architecture is described in an unknown form");
+    demand(Object.hasOwn(BUILDERS, a.name), `this reader does not know the architecture ${quoted(a.name)}`);
+    demand(isObject(layers), "its layers are described in an unknown form");
+    const made = BUILDERS[a.name](a.options), out = new Map(), below = name => Object.keys(layers).filter(n => n.startsWith(`${name}.`));
+    for (const name of Object.keys(made)) for (const n of [name, ...below(name)]) out.set(n, layers[n] ?? made[n]);
+    for (const name of Object.keys(layers)) demand(out.has(name), `this reader does not know where the layer ${quoted(name)} belongs`);
+    return out;
+  }
+
+  function expectedOf(manifest) {  // the tensors of such a model: name → shape, all of them float32
+    const out = new Map();
+    for (const [name, layer] of layersOf(manifest)) {
+      demand(isObject(layer) && Object.hasOwn(TENSORS, layer.class), `this reader does not know the layer ${quoted(layer?.class ?? name)}`);
+      for (const [n, shape] of Object.entries(TENSORS[layer.class](layer))) out.set(`${name}.${n}`, { dtype: "float32", shape });
+    }
+    return out;
+  }
+
+  // ------------------------------------------------------------------------------------------------ solid files
+
+  const WORDS = {
+    5: '"modelzip":4,"same":"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"out_channels":"kernel_size":"bias":false"module":"attributes":"shapes":"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16""layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},"layers":{"":{"class":,"tensors":{"MiniLM","LeNet300","options":{"hidden":[{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},{"modelzip":5,"architecture":null,{"modelzip":5,"architecture":{"name":"LeNet5","options":{"channels":[,],"hidden":}},"layers":{"options":{}},"kind":"","tensors":[{"how":{"levels":7},"parts":{"codes":7,"scale":"float32"}},{},',
+    4: '"same":"layers":{"":{"class":"Linear","in_features":"out_features":"Conv2d","in_channels":"kernel_size":"bias":false"info":{"recipe":"note":"kind":"sparse","meta":{"shape":[],"count":"layout":"gaps","gap":"values":"positions":"zero_point":"columns":"codebook":[256,"bfloat16""layer":"StaticConv2d","options":{"scale":"StaticLinear","QConv2d","QLinear","act":"dtype":"float16","shape":[{"levels":256,"axis":0},"group":64},{"modelzip":4,"architecture":null,"architecture":{"name":"options":{}},"tensors":[{},{"how":{"levels":16},"parts":{"codes":16,"scale":"float32"}},{},{"parts":{"codes":15,"scale":"float32"},"how":{"levels":15}},{},',
+  };
+
+  function solidText(data) {  // the manifest, whichever words it was packed with, and the message behind it
+    for (const version of [5, 4]) try {
+      const { text, end } = inflate(data, 2 ** 20, new TextEncoder().encode(WORDS[version]));
+      return { short: readJSON(text), message: data.subarray(end) };
+    } catch (e) { if (!(e instanceof MzError) || version === 4) throw e; }
+  }
+
+  class Adaptive {  // an arithmetic decoder whose bets learn
+    constructor(data) {
+      this.data = data;
+      this.bets = new Map();
+      this.width = 2 ** 40;
+      this.offset = this.at = 0;
+      while (this.at < 5) this.offset = 256 * this.offset + this.next();
+    }
+    next() { return this.data[this.at++] ?? 0; }
+    bit(context) {
+      let bet = this.bets.get(context);
+      if (!bet) this.bets.set(context, bet = { q: 32768, n: 0 });
+      const q = Math.min(65504, Math.max(32, bet.q)), cut = Math.floor(this.width / 65536) * (65536 - q);
+      const bit = this.offset >= cut ? 1 : 0;
+      if (bit) { this.offset -= cut; this.width -= cut; } else this.width = cut;
+      while (this.width < 2 ** 32) { this.offset = 256 * this.offset + this.next(); this.width *= 256; }
+      bet.q += Math.floor((65536 * bit - bet.q) / (bet.n + 2));
+      if (bet.n < 255) bet.n++;
+      return bit;
+    }
+    bytes(n, width, name) {
+      const out = new Uint8Array(n);
+      for (let i = 0, last = 1; i < n; last = out[i++]) {
+        const plane = i % width;
+        if (!this.bit(`${name} ${plane} ${last !== 0} some`)) continue;
+        let seen = 1;
+        for (let k = 7; k >= 0; k--) seen = seen << 1 | this.bit(`${name} ${plane} ${plane === width - 1 ? `seen ${seen}` : `bit ${k}`}`);
+        out[i] = seen & 255;
+      }
+      return out;
+    }
+    codes(n, levels, name) {
+      if (levels > 32) return this.bytes(n, 1, name);
+      const out = new Uint8Array(n), middle = levels >> 1;
+      for (let i = 0, last = 0; i < n; i++) {
+        let v = 0;
+        if (this.bit(`${name} ${last !== 0} other`)) {
+          const up = levels > 2 && this.bit(`${name} up`), most = up ? levels - 1 - middle : middle;
+          for (v = 1; v < most && this.bit(`${name} ${v}`);) v++;
+          if (!up) v = -v;
+        }
+        out[i] = middle + (last = v);
+      }
+      return out;
+    }
+    end() {  // only the data of an encoder that ended here is a message
+      const window = Array.from({ length: 5 }, (_, i) => this.data[this.at - 5 + i] ?? 0).reduce((x, b) => 256 * x + b, 0);
+      const low = window - this.offset, up = k => (2 ** k - (low % 2 ** k + 2 ** k) % 2 ** k) % 2 ** k;
+      let keep = 40;
+      while (up(keep) >= this.width) keep--;
+      demand(this.at >= this.data.length && this.data.at(-1) !== 0 && this.offset === up(keep), "its numbers have bytes left over, or missing");
+    }
+  }
+
+  // The mapped manifest for which a solid one stands, and its numbers: plain entry → {bytes} or {bits, levels, codes}
+  function lengthened(short, message) {
+    const wrong = name => `${quoted(name)} is described in an unknown form`, lists = Array.isArray(short.tensors);
+    const known = short.architecture && (short.modelzip < 5 || "kind" in short) ? expectedOf(short) : new Map();
+    demand(lists || isObject(short.tensors), "its manifest has unknown or missing fields");
+    demand(!lists || short.tensors.length === known.size, "it is of another architecture: its table has another length");
+    const names = lists ? [...known.keys()] : Object.keys(short.tensors), tensors = Object.create(null), parts = [];
+    let total = 0, end = 0;
+    const place = (entry, levels, count) => {
+      checkPlain(entry, "a tensor", true);
+      const size = TYPES[entry.dtype][0], bytes = size * product(entry.shape);
+      total += levels ? count : bytes;
+      demand(total <= 2 ** 16, "it claims more numbers than the 65,536 that a solid file may have");
+      entry.offset = end + (size - end % size) % size;
+      end = entry.offset + bytes;
+      parts.push({ entry, levels, count });
+      return entry;
+    };
+    for (const name of names) {
+      const s = lists ? short.tensors[names.indexOf(name)] : short.tensors[name], base = known.get(name) ?? {};
+      demand(isObject(s) && !("offset" in s), wrong(name));
+      if ("same" in s) { tensors[name] = s; continue; }
+      if (!("parts" in s)) { tensors[name] = place({ ...base, ...s }); continue; }
+      const { how, ...said } = s, entry = { ...base, kind: "quantized", layer: "Dequantize", ...said, parts: Object.create(null) };
+      checkShape(entry, name);
+      demand(isObject(s.parts) && (!how || isObject(how) && !("meta" in s)), wrong(name));
+      if (how) entry.meta = { shape: entry.shape, dtype: entry.dtype, ...how };
+      for (const [n, p] of Object.entries(s.parts)) {
+        const [levels, count] = Array.isArray(p) ? p : [p, product(entry.shape)];
+        if (typeof p === "string") entry.parts[n] = place({ dtype: p, shape: [] });
+        else if (isObject(p)) entry.parts[n] = place({ ...p });
+        else {
+          demand((typeof p === "number" || Array.isArray(p) && p.length === 2) && isSize(levels) && isSize(count) && levels > 1 && levels <= 256, wrong(`${name}/${n}`));
+          entry.parts[n] = place({ dtype: "uint8", shape: [packedSize(count, bitsFor(levels))] }, levels, count);
+        }
+      }
+      tensors[name] = entry;
+    }
+    const coder = new Adaptive(message), numbers = new Map(), upTo = () => Math.min(coder.at, message.length);
+    parts.forEach(({ entry, levels, count }, i) => {
+      const before = i ? upTo() : Math.min(5, message.length), size = TYPES[entry.dtype][0];
+      const held = levels ? { bits: bitsFor(levels), levels, codes: coder.codes(count, levels, `#${i}`) } : { bytes: coder.bytes(size * product(entry.shape), size, entry.dtype) };
+      if (levels) demand(held.codes.every(c => c < levels), "a code is too large");
+      numbers.set(entry, { ...held, size: upTo() - before });
+    });
+    coder.end();
+    return { manifest: { ...short, tensors }, numbers };
+  }
+
+  // ------------------------------------------------------------------------------------------------ entries
+
+  function checkShape(e, name) {
+    demand(isType(e.dtype), `${quoted(name)} has the unknown type ${quoted(e.dtype)}`);
+    demand(Array.isArray(e.shape) && e.shape.length <= 64 && e.shape.every(isSize) && product(e.shape) <= MOST, `${quoted(name)} has the shape ${quoted(e.shape)}, which this reader cannot hold`);
+  }
+  function checkPlain(e, name, placeless) {
+    checkShape(e, name);
+    demand(placeless || isSize(e.offset), `${quoted(name)} says no place`);
+    demand((e.crc === undefined || isSize(e.crc)) && (e.coded === undefined || isSize(e.coded)), `${quoted(name)} is described in an unknown form`);
+  }
+  const bytesHere = e => e.coded ?? TYPES[e.dtype][0] * product(e.shape);
+
+  class File {
+    constructor(manifest, payload, numbers, size) {
+      Object.assign(this, { manifest, payload, numbers, size, version: manifest.modelzip, info: manifest.info ?? {} });
+      this.tensors = new Map(Object.entries(manifest.tensors));
+      const pieces = [];
+      for (const [name, e] of this.tensors) {
+        demand(name.length < 2 ** 16 && isObject(e), `${quoted(name)} is described in an unknown form`);
+        if ("same" in e) {
+          const other = this.tensors.get(e.same);
+          demand(other && !("same" in other) && [...this.tensors.keys()].indexOf(e.same) < [...this.tensors.keys()].indexOf(name), `${quoted(name)} is tied to ${quoted(e.same)}, which does not stand before it`);
+        } else if ("parts" in e) {
+          checkShape(e, name);
+          demand(isObject(e.parts) && isObject(e.meta) && typeof e.kind === "string" && typeof e.layer === "string", `${quoted(name)} is described in an unknown form`);
+          demand(e.meta.shape === undefined || String(e.meta.shape) === String(e.shape), `${quoted(name)} says two shapes`);
+          let held = 0;
+          for (const [n, p] of Object.entries(e.parts)) { checkPlain(p, `${name}/${n}`); pieces.push(p); held += TYPES[p.dtype][0] * product(p.shape); }
+          demand(product(e.shape) <= 2 ** 15 * held, `${quoted(name)} stands for more numbers than its parts can hold`);
+        } else { checkPlain(e, name); pieces.push(e); }
+      }
+      if (!numbers) this.checkPlaces(pieces);
+    }
+    checkPlaces(pieces) {
+      let end = 0;
+      for (const p of pieces.sort((a, b) => a.offset - b.offset || bytesHere(a) - bytesHere(b))) {
+        const gap = p.offset - end;
+        demand(gap >= 0 && gap < 64 && (p.coded !== undefined || p.offset % TYPES[p.dtype][0] === 0), "its tensors overlap, or leave holes between them");
+        demand(this.payload.subarray(end, p.offset).every(b => !b), "there is something between its tensors");
+        end = p.offset + bytesHere(p);
+        demand(end <= this.payload.length, "its tensors end beyond the payload");
+      }
+      demand(end === this.payload.length, "its payload has bytes left over");
+    }
+    held(e) {  // a plain entry: {bytes}, or {bits, levels, codes} of a stream of codes
+      if (this.numbers) return this.numbers.get(e);
+      const bytes = this.payload.subarray(e.offset, e.offset + bytesHere(e));
+      if (e.crc !== undefined) demand(crc32(bytes) === e.crc, "a tensor has a wrong checksum: the file is damaged");
+      return e.coded === undefined ? { bytes } : readStream(bytes, TYPES[e.dtype][0] * product(e.shape));
+    }
+    plain(e) {
+      const n = product(e.shape), { bytes, codes } = this.held(e);
+      demand(bytes || codes && e.dtype === "uint8", "numbers are coded as if they were codes");
+      return numbersOf(bytes ?? packed(codes, this.held(e).bits), e.dtype, n);
+    }
+    codes(e, bits, n) {
+      const held = this.held(e);
+      demand(e.dtype === "uint8" && product(e.shape) === packedSize(n, bits), `codes have another number than ${n}`);
+      demand(!held.codes || held.bits === bits && held.codes.length === n, `codes have another number than ${n}`);
+      return held.codes ?? unpack(held.bytes, bits, n);
+    }
+    entry(name) {
+      const e = this.tensors.get(name);
+      demand(e, `there is no tensor ${quoted(name)} in the file`);
+      return "same" in e ? this.tensors.get(e.same) : e;
+    }
+    tensor(name) {
+      const e = this.entry(name), { shape, dtype } = e;
+      if (!("parts" in e)) return { shape, dtype, data: this.plain(e) };
+      demand(Object.hasOwn(KINDS, e.kind), `${quoted(name)} is of the kind ${quoted(e.kind)}, which this reader does not know`);
+      demand(dtype in ROUND, `${quoted(name)} stands for numbers of type ${dtype}, which this reader does not know`);
+      const data = KINDS[e.kind](this, e, e.meta, product(shape));
+      if (dtype in ROUND && dtype !== "float32") data.forEach((x, i) => { data[i] = ROUND[dtype](x); });
+      return { shape, dtype, data };
+    }
+    table() {  // a row for each tensor: what it is, and which bytes of the file it takes
+      return [...this.tensors].map(([name, e]) => {
+        if ("same" in e) return { name, what: `the same as ${e.same}`, layer: e.layer ?? "", shape: this.entry(name).shape, weights: 0, bytes: 0 };
+        const pieces = "parts" in e ? Object.values(e.parts) : [e];
+        const bytes = pieces.reduce((sum, p) => sum + (this.numbers ? this.numbers.get(p).size : bytesHere(p)), 0);
+        return { name, what: describe(e), layer: e.layer ?? "", shape: e.shape, weights: product(e.shape), bytes };
+      });
+    }
+  }
+  function describe(e) {
+    if (!("parts" in e)) return e.dtype;
+    const { levels, group, axis, layout } = e.meta, some = [levels && `${levels} levels`, group && `group ${group}`, axis !== undefined && axis !== null && `axis ${axis}`, layout];
+    return `${e.kind}${some.some(x => x) ? ` (${some.filter(x => x).join(", ")})` : ""}`;
+  }
+  function packed(codes, bits) {
+    const out = new Uint8Array(packedSize(codes.length, bits));
+    let at = 0, shift = 0;
+    for (const w of planesOf(bits)) {
+      codes.forEach((c, i) => { out[at + (i * w >> 3)] |= (c >> shift & (1 << w) - 1) << (i * w & 7); });
+      at += Math.ceil(codes.length * w / 8);
+      shift += w;
+    }
+    return out;
+  }
+
+  function read(data) {
+    data = data instanceof ArrayBuffer ? new Uint8Array(data) : new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    const zip = entriesOf(data), part = name => zip.get(name);
+    let manifest, numbers, payload;
+    const checkVersion = (version, most) => {
+      demand(isSize(version) && version > 0, "its manifest does not say which version of the format it has");
+      demand(version <= most, `it has version ${version} of the format; this reader knows versions up to ${most}`);
+    };
+    if (zip.size === 1 && zip.has("model")) {
+      const { method, crc, data: model } = part("model");
+      demand(!method && model.length <= 2 ** 20, "its directory is damaged");
+      const { short, message } = solidText(whole(model, crc, "the model"));
+      checkVersion(short.modelzip, 5);
+      ({ manifest, numbers } = lengthened(short, message));
+    } else {
+      demand(zip.size === 2 && zip.has("payload") && zip.has("manifest.json") && !part("payload").method, "it is a zip archive, but no .mz file");
+      payload = whole(part("payload").data, part("payload").crc, "the payload");
+      const { method, crc, full, data: about } = part("manifest.json");
+      demand(full <= 2 ** 26 && full <= 2 ** 20 + 64 * about.length, "its manifest is too large");
+      const text = method ? inflate(about, full) : { text: about, end: about.length };
+      demand(text.end === about.length && text.text.length === full, "its manifest is damaged");
+      manifest = readJSON(whole(text.text, crc, "the manifest"));
+      checkVersion(manifest.modelzip, 5);
+      demand(isObject(manifest.tensors), "its manifest has unknown or missing fields");
+    }
+    return new File(manifest, payload, numbers, data.length);
+  }
+
+  // ------------------------------------------------------------------------------------------------ kinds of tensors
+
+  // For each element, in C order, which of the scales is its own.
+  function scaleOf({ axis, group }, shape, n) {
+    if (axis !== undefined && axis !== null) {
+      demand(isSize(axis) && axis < shape.length, "a tensor has its scales along an axis that it does not have");
+      const inner = product(shape.slice(axis + 1)), size = shape[axis];
+      return { scales: size, of: i => Math.floor(i / inner) % size };
+    }
+    if (group === undefined || group === null) return { scales: 1, of: () => 0 };
+    const row = shape.length ? n / (shape[0] || 1) : 1, runs = Math.ceil(row / group);
+    demand(isSize(group) && group > 0, `a group has ${quoted(group)} elements`);
+    return { scales: (shape[0] ?? 1) * runs, of: i => Math.floor(i / row) * runs + Math.floor(i % row / group) };
+  }
+
+  // `at`: which elements have codes (of a sparse tensor); without it, all of them.
+  function quantized(file, e, meta, n, at) {
+    const { levels } = meta, { codes: packed, scale: scales, zero_point: zeros, codebook: book, columns } = e.parts, count = at ? at.length : n;
+    demand(isSize(levels) && levels > 1 && levels <= 65536 && isObject(packed) && isObject(scales), "a quantized tensor is described in an unknown form");
+    const { scales: wanted, of } = scaleOf(meta, e.shape, n), bits = bitsFor(levels), codes = file.codes(packed, bits, count);
+    demand(product(scales.shape) === wanted, `a quantized tensor has ${product(scales.shape)} scales instead of ${wanted}`);
+    const scale = file.plain(scales), zero = zeros && file.codes(zeros, bits, wanted), values = book && file.plain(book), by = columns && file.plain(columns);
+    demand(!values || values.length === levels, "a table of values has another length");
+    const wide = e.dtype === "float64" || scales.dtype === "float64", round = wide ? x => x : Math.fround;
+    const middle = levels === 2 ? 0.5 : levels >> 1, out = new (wide ? Float64Array : Float32Array)(n), inner = product(e.shape.slice(2));
+    demand(!by || by.length === e.shape[1], "a quantized tensor has another number of columns");
+    for (let j = 0; j < count; j++) {
+      const i = at ? at[j] : j, s = of(i), c = codes[j];
+      demand(c < levels, "a code is too large");
+      const x = round((values ? values[c] : c - (zero ? zero[s] : middle)) * scale[s]);
+      out[i] = by ? x * by[Math.floor(i / inner) % e.shape[1]] : x;
+    }
+    return out;
+  }
+
+  function choose(m, n) {  // the n-subsets of 0 … m - 1, in lexicographic order
+    const out = [], walk = (from, some) => {
+      if (some.length === n) { out.push(some); return; }
+      for (let i = from; i <= m - n + some.length; i++) walk(i + 1, [...some, i]);
+    };
+    walk(0, []);
+    return out;
+  }
+
+  function placesOf(file, e, meta, n) {  // the stored elements of a sparse tensor, in C order
+    const { layout, count } = meta, { positions } = e.parts;
+    demand(isSize(count) && count <= n, "a sparse tensor is described in an unknown form");
+    const at = new Uint32Array(count);
+    let found = 0;
+    const put = i => { demand(found < count && i < n, "the positions of a sparse tensor do not fit"); at[found++] = i; };
+    if (layout === "dense") for (let i = 0; i < n; i++) put(i);
+    else if (layout === "bitmap") file.codes(positions, 1, n).forEach((b, i) => { if (b) put(i); });
+    else if (layout === "gaps") {
+      demand(isSize(meta.gap) && meta.gap > 0 && meta.gap <= 16 && isSize(meta.gaps) && meta.gaps <= MOST, "a sparse tensor is described in an unknown form");
+      const most = 2 ** meta.gap - 1;
+      let i = 0;
+      for (const c of file.codes(positions, meta.gap, meta.gaps)) { i += c; if (c < most) put(i++); }
+      demand(i <= n, "the positions of a sparse tensor do not fit");
+    } else if (layout === "n:m") {
+      const { n: few, m } = meta, shape = e.shape, columns = shape[1], inner = product(shape.slice(2));
+      demand(isSize(few) && isSize(m) && few > 0 && few <= m && m <= 16 && shape.length > 1, "a sparse tensor is described in an unknown form");
+      const patterns = choose(m, few), runs = Math.ceil(columns / m), codes = file.codes(positions, bitsFor(patterns.length), shape[0] * inner * runs), places = [];
+      codes.forEach((c, r) => {
+        demand(c < patterns.length, "the positions of a sparse tensor do not fit");
+        const line = Math.floor(r / runs), first = r % runs * m, row = Math.floor(line / inner), rest = line % inner;
+        for (const j of patterns[c]) if (first + j < columns) places.push((row * columns + first + j) * inner + rest);
+      });
+      places.sort((a, b) => a - b).forEach(put);
+    } else throw new MzError(`a sparse tensor has the unknown layout ${quoted(layout)}`);
+    demand(found === count, "the positions of a sparse tensor do not fit");
+    return at;
+  }
+
+  function sparse(file, e, meta, n) {
+    const at = placesOf(file, e, meta, n);
+    if (meta.levels !== undefined) return quantized(file, e, meta, n, at);
+    demand(isObject(e.parts.values) && product(e.parts.values.shape) === at.length, "a sparse tensor has another number of values");
+    const values = file.plain(e.parts.values), out = new values.constructor(n);
+    at.forEach((i, j) => { out[i] = values[j]; });
+    return out;
+  }
+
+  // [codes, weights in a block, middle, groups of a block]
+  const BLOCKS = { Q4_0: [4, 32, 8, 1], Q4_1: [4, 32, 0, 1], Q8_0: [8, 32, 128, 1], Q4_K: [4, 256, 0, 8], Q6_K: [6, 256, 32, 16] };
+  function gguf(file, e, meta, n) {
+    demand(typeof meta.type === "string" && Object.hasOwn(BLOCKS, meta.type), `blocks of the unknown type ${quoted(meta.type)}`);
+    const [bits, block, middle, groups] = BLOCKS[meta.type], p = e.parts, blocks = n / block, out = new Float32Array(n), f = Math.fround;
+    demand(Number.isInteger(blocks) && e.shape.at(-1) % block === 0, "a row is no whole number of blocks");
+    const part = name => { demand(isObject(p[name]) && product(p[name].shape) === blocks, "a tensor of blocks is described in an unknown form"); return file.plain(p[name]); };
+    const codes = file.codes(p.codes, bits, n), scale = part("scale"), minimum = p.minimum && part("minimum");
+    const scales = p.scales && file.codes(p.scales, groups === 8 ? 6 : 8, blocks * groups), minima = p.minima && file.codes(p.minima, 6, blocks * groups);
+    for (let i = 0; i < n; i++) {
+      const b = Math.floor(i / block), g = b * groups + Math.floor(i % block / (block / groups));
+      const s = scales ? f(scale[b] * (scales[g] - (groups === 16 ? 128 : 0))) : scale[b];
+      const low = minima ? -f(minimum[b] * minima[g]) : minimum ? minimum[b] : 0;
+      out[i] = f(f(s * (codes[i] - middle)) + low);
+    }
+    return out;
+  }
+
+  function trellis(file, e, meta, n) {
+    const { states, run, counts, levels } = meta, { shape } = e, contexts = Array.isArray(counts) ? counts.length : 0, round = e.dtype === "float64" ? x => x : Math.fround;
+    demand([4, 8, 16, 32].includes(states) && isSize(run) && run && Array.isArray(levels) && levels.length === contexts && contexts >= 2 && contexts <= 256 && contexts % 2 === 0 && shape.length > 1, "a trellis is described in an unknown form");
+    const codes = counts.map((c, i) => {
+      demand(isSize(c) && isSize(levels[i]) && levels[i] % 2 && levels[i] > 2 && levels[i] < 32768 && isObject(e.parts[`codes${i}`]), "a trellis is described in an unknown form");
+      return file.codes(e.parts[`codes${i}`], bitsFor(levels[i]), c);
+    });
+    demand(counts.reduce((a, b) => a + b) === n, "a trellis has another number of codes");
+    const width = n / (shape[0] || 1), inner = product(shape.slice(2));
+    const vector = (name, length) => {
+      if (!e.parts[name]) return null;
+      demand(product(e.parts[name].shape) === length, "a trellis is described in an unknown form");
+      return file.plain(e.parts[name]);
+    };
+    const rows = vector("row_spread", shape[0]), columns = vector("column_spread", width);
+    const [rowSteps, columnSteps] = [vector("row_steps", shape[0]), vector("column_steps", shape[1])].map(v => v && Array.from(v, s => Math.fround(2 ** (s / 8))));
+    const [fallen, odd] = { 4: [1, 2], 8: [5, 2], 16: [9, 4], 32: [9, 4] }[states], lanes = Math.ceil(n / run), state = new Uint8Array(lanes), taken = new Uint32Array(contexts);
+    const scale = file.plain(e.parts.scale)[0], out = new (e.dtype === "float64" ? Float64Array : Float32Array)(n);
+    for (let step = 0; step < Math.min(run, n); step++) for (let lane = 0; lane < lanes; lane++) {
+      const i = lane * run + step;
+      if (i >= n) continue;
+      const row = Math.floor(i / width), spread = (rows ? rows[row] : 0) + (columns ? columns[i % width] : 0) >> 1;
+      const grid = state[lane] >= states / 2 ? 1 : 0, context = 2 * Math.min(spread, contexts / 2 - 1) + grid;
+      const c = codes[context][taken[context]++];
+      demand(c < levels[context], "a trellis has another number of codes");
+      const k = c - (levels[context] >> 1);
+      state[lane] = 2 * state[lane] % states ^ (grid ? fallen : 0) ^ (k & 1 ? odd : 0);
+      const x = round((2 * k - grid * Math.sign(k)) * (rowSteps ? Math.fround(scale * rowSteps[row]) : scale));
+      out[i] = columnSteps ? x * columnSteps[Math.floor(i / inner) % shape[1]] : x;
+    }
+    return out;
+  }
+
+  const KINDS = { quantized, sparse, gguf, trellis };
+
+  return { read, MzError };
+})();
+if (typeof module !== "undefined") module.exports = mz;
