@@ -556,52 +556,42 @@ const mz = (() => {
 
   // ------------------------------------------------------------------------------------------------ numbers
 
-  const half = (bits, exponents, bias, nan) => x => {  // a small float with so many bits of fraction, from its code
-    const sign = x >> bits + exponents ? -1 : 1, e = x >> bits & (1 << exponents) - 1, f = x & (1 << bits) - 1;
-    return nan(x, e, f) ?? sign * (e ? (1 + f / 2 ** bits) * 2 ** (e - bias) : f / 2 ** bits * 2 ** (1 - bias));
-  };
-  const ieee = top => (x, e, f) => e !== top ? undefined : f ? NaN : Infinity;  // the sign comes later
-  const signed = (top, read) => x => (x & top ? -1 : 1) * read(x & top - 1);
-  const e4m3 = half(3, 4, 7, x => (x & 127) === 127 ? NaN : undefined), nuz = (bits, exponents, bias) => half(bits, exponents, bias, x => x === 128 ? NaN : undefined);
-  const swap = (view, at) => view.getUint16(at, true);
-  const float16 = signed(32768, half(10, 5, 15, ieee(31)));
-  const number = big => Number(big);
-  const TYPES = {  // name → bytes of an element, how one is read, what holds them
-    float64: [8, (v, i) => v.getFloat64(i, true), Float64Array],
-    float32: [4, (v, i) => v.getFloat32(i, true), Float32Array],
-    float16: [2, (v, i) => float16(swap(v, i)), Float32Array],
-    bfloat16: [2, (v, i) => bfloat16(swap(v, i)), Float32Array],
-    float8_e4m3fn: [1, (v, i) => e4m3(v.getUint8(i)), Float32Array],
-    float8_e5m2: [1, (v, i) => signed(128, half(2, 5, 15, ieee(31)))(v.getUint8(i)), Float32Array],
-    float8_e4m3fnuz: [1, (v, i) => nuz(3, 4, 8)(v.getUint8(i)), Float32Array],
-    float8_e5m2fnuz: [1, (v, i) => nuz(2, 5, 16)(v.getUint8(i)), Float32Array],
-    float8_e8m0fnu: [1, (v, i) => v.getUint8(i) === 255 ? NaN : 2 ** (v.getUint8(i) - 127), Float32Array],
+  // A small float by its code: a sign, so many bits of exponent, so many of fraction; `special` says what is no number.
+  const small = (exponents, bits, bias, special) => Float32Array.from({ length: 2 ** (1 + exponents + bits) }, (_, x) => {
+    const sign = x >> exponents + bits ? -1 : 1, e = x >> bits & 2 ** exponents - 1, f = x & 2 ** bits - 1;
+    return special(x, e, f) ?? sign * (e ? (1 + f / 2 ** bits) * 2 ** (e - bias) : f / 2 ** bits * 2 ** (1 - bias));
+  });
+  const once = make => { let made; return () => made ??= make(); };  // tables are made when somebody asks
+  const ieee = (exponents, bits) => once(() => small(exponents, bits, 2 ** (exponents - 1) - 1, (x, e, f) => e < 2 ** exponents - 1 ? undefined : f ? NaN : x >> exponents + bits ? -Infinity : Infinity));
+  const fnuz = (exponents, bits) => once(() => small(exponents, bits, 2 ** (exponents - 1), x => x === 128 ? NaN : undefined));
+  const TYPES = {  // name → bytes of an element, and what reads them: a class of arrays, or a table of all codes
+    float64: [8, Float64Array], float32: [4, Float32Array], float16: [2, ieee(5, 10)], bfloat16: [2, ieee(8, 7)],
+    float8_e4m3fn: [1, once(() => small(4, 3, 7, x => (x & 127) === 127 ? NaN : undefined))], float8_e5m2: [1, ieee(5, 2)],
+    float8_e4m3fnuz: [1, fnuz(4, 3)], float8_e5m2fnuz: [1, fnuz(5, 2)],
+    float8_e8m0fnu: [1, once(() => Float32Array.from({ length: 256 }, (_, x) => x === 255 ? NaN : 2 ** (x - 127)))],
     complex128: [16], complex64: [8], complex32: [4],
-    int64: [8, (v, i) => number(v.getBigInt64(i, true)), Float64Array],
-    int32: [4, (v, i) => v.getInt32(i, true), Int32Array],
-    int16: [2, (v, i) => v.getInt16(i, true), Int16Array],
-    int8: [1, (v, i) => v.getInt8(i), Int8Array],
-    uint64: [8, (v, i) => number(v.getBigUint64(i, true)), Float64Array],
-    uint32: [4, (v, i) => v.getUint32(i, true), Uint32Array],
-    uint16: [2, (v, i) => v.getUint16(i, true), Uint16Array],
-    uint8: [1, (v, i) => v.getUint8(i), Uint8Array],
-    bool: [1, (v, i) => v.getUint8(i), Uint8Array],
+    int64: [8, BigInt64Array], int32: [4, Int32Array], int16: [2, Int16Array], int8: [1, Int8Array],
+    uint64: [8, BigUint64Array], uint32: [4, Uint32Array], uint16: [2, Uint16Array], uint8: [1, Uint8Array], bool: [1, Uint8Array],
   };
-  const word = new DataView(new ArrayBuffer(4));
-  const bfloat16 = x => (word.setUint32(0, x << 16), word.getFloat32(0));
   const isType = name => typeof name === "string" && Object.hasOwn(TYPES, name);
 
-  function numbersOf(bytes, dtype, n) {
-    const [size, read, Holder] = TYPES[dtype], out = Holder && new Holder(n), view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-    demand(read, `numbers of type ${dtype} are beyond this reader`);
-    for (let i = 0; i < n; i++) out[i] = read(view, i * size);
-    return out;
+  function numbersOf(bytes, dtype) {  // (all machines that browsers run on are little-endian, as files are)
+    const [size, Kind] = TYPES[dtype], own = bytes.slice().buffer;
+    demand(Kind, `numbers of type ${dtype} are beyond this reader`);
+    if (!Kind.BYTES_PER_ELEMENT) { const table = Kind(); return Float32Array.from(new (size === 1 ? Uint8Array : Uint16Array)(own), x => table[x]); }
+    return Kind.name.startsWith("Big") ? Float64Array.from(new Kind(own), Number) : new Kind(own);
   }
 
+  const word = new DataView(new ArrayBuffer(4));
   // float32 numbers rounded to the type of the tensor for which they stand
   const ROUND = {
     float32: x => x, float64: x => x,
-    bfloat16: x => { word.setFloat32(0, x); const b = word.getUint32(0); return x !== x ? x : bfloat16(b + 32767 + (b >>> 16 & 1) >>> 16); },
+    bfloat16: x => {
+      word.setFloat32(0, x);
+      const b = word.getUint32(0);
+      word.setUint32(0, (b + 32767 + (b >>> 16 & 1)) >>> 16 << 16);
+      return x !== x ? x : word.getFloat32(0);
+    },
     float16: x => {
       const a = Math.abs(x), step = 2 ** (Math.max(-14, Math.floor(Math.log2(a))) - 10);
       if (!a || a === Infinity || x !== x) return x;
@@ -892,9 +882,9 @@ const mz = (() => {
       return e.coded === undefined ? { bytes } : readStream(bytes, TYPES[e.dtype][0] * product(e.shape));
     }
     plain(e) {
-      const n = product(e.shape), { bytes, codes } = this.held(e);
+      const { bytes, codes, bits } = this.held(e);
       demand(bytes || codes && e.dtype === "uint8", "numbers are coded as if they were codes");
-      return numbersOf(bytes ?? packed(codes, this.held(e).bits), e.dtype, n);
+      return numbersOf(bytes ?? packed(codes, bits), e.dtype);
     }
     codes(e, bits, n) {
       const held = this.held(e);
@@ -971,24 +961,34 @@ const mz = (() => {
 
   // ------------------------------------------------------------------------------------------------ kinds of tensors
 
-  // For each element, in C order, which of the scales is its own.
-  function scaleOf({ axis, group }, shape, n) {
+  // How the scales lie: `scales` of them; elements in C order have the same one for `run` in a row, then the next one,
+  // all over again after the last; or, where a row is no whole number of runs, a new one with each row.
+  function scalesOf({ axis, group }, shape, n) {
     if (axis !== undefined && axis !== null) {
       demand(isSize(axis) && axis < shape.length, "a tensor has its scales along an axis that it does not have");
-      const inner = product(shape.slice(axis + 1)), size = shape[axis];
-      return { scales: size, of: i => Math.floor(i / inner) % size };
+      return { scales: shape[axis], run: product(shape.slice(axis + 1)), row: Infinity };
     }
-    if (group === undefined || group === null) return { scales: 1, of: () => 0 };
-    const row = shape.length ? n / (shape[0] || 1) : 1, runs = Math.ceil(row / group);
-    demand(isSize(group) && group > 0, `a group has ${quoted(group)} elements`);
-    return { scales: (shape[0] ?? 1) * runs, of: i => Math.floor(i / row) * runs + Math.floor(i % row / group) };
+    if (group === undefined || group === null) return { scales: 1, run: n, row: Infinity };
+    demand(isSize(group) && group, `a group has ${quoted(group)} elements`);
+    const rows = shape[0] ?? 1, row = rows ? n / rows : 1;
+    return { scales: rows * Math.ceil(row / group), run: group, row };
+  }
+  function scaleOfEach({ scales, run, row }, n) {
+    const out = new Uint32Array(n);
+    for (let i = 0, s = 0, used = 0, along = 0; i < n; i++) {
+      if (used === run || along === row) { s = s + 1 === scales ? 0 : s + 1; used = 0; if (along === row) along = 0; }
+      out[i] = s;
+      used++;
+      along++;
+    }
+    return out;
   }
 
   // `at`: which elements have codes (of a sparse tensor); without it, all of them.
   function quantized(file, e, meta, n, at) {
     const { levels } = meta, { codes: packed, scale: scales, zero_point: zeros, codebook: book, columns } = e.parts, count = at ? at.length : n;
     demand(isSize(levels) && levels > 1 && levels <= 65536 && isObject(packed) && isObject(scales), "a quantized tensor is described in an unknown form");
-    const { scales: wanted, of } = scaleOf(meta, e.shape, n), bits = bitsFor(levels), codes = file.codes(packed, bits, count);
+    const lie = scalesOf(meta, e.shape, n), wanted = lie.scales, of = scaleOfEach(lie, n), bits = bitsFor(levels), codes = file.codes(packed, bits, count);
     demand(product(scales.shape) === wanted, `a quantized tensor has ${product(scales.shape)} scales instead of ${wanted}`);
     const scale = file.plain(scales), zero = zeros && file.codes(zeros, bits, wanted), values = book && file.plain(book), by = columns && file.plain(columns);
     demand(!values || values.length === levels, "a table of values has another length");
@@ -996,7 +996,7 @@ const mz = (() => {
     const middle = levels === 2 ? 0.5 : levels >> 1, out = new (wide ? Float64Array : Float32Array)(n), inner = product(e.shape.slice(2));
     demand(!by || by.length === e.shape[1], "a quantized tensor has another number of columns");
     for (let j = 0; j < count; j++) {
-      const i = at ? at[j] : j, s = of(i), c = codes[j];
+      const i = at ? at[j] : j, s = of[i], c = codes[j];
       demand(c < levels, "a code is too large");
       const x = round((values ? values[c] : c - (zero ? zero[s] : middle)) * scale[s]);
       out[i] = by ? x * by[Math.floor(i / inner) % e.shape[1]] : x;
