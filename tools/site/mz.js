@@ -1104,6 +1104,146 @@ const mz = (() => {
 
   const KINDS = { quantized, sparse, gguf, trellis };
 
-  return { read, MzError };
+  // ------------------------------------------------------------------------------------------------ operations, in float32
+
+  // A tensor is {shape, data}. Sums are taken in float64 and rounded to float32 once, so that they are at least as
+  // close to the true ones as PyTorch's.
+  const tensor = (shape, data) => ({ shape, data: data ?? new Float32Array(room(shape)) });
+  const room = shape => { const n = product(shape); demand(shape.every(isSize) && n <= MOST, `a tensor of shape ${quoted(shape)} is beyond this reader`); return n; };
+  const map = f => x => tensor(x.shape, Float32Array.from(x.data, f));
+  const pair = x => Array.isArray(x) ? x : [x, x];
+  const fits = (x, shape, name) => demand(x.shape.length === shape.length && shape.every((n, i) => n === null || n === x.shape[i]), `${name} is given a tensor of shape ${quoted(x.shape)}`);
+
+  function convolve(x, w, b, { stride = 1, padding = 0, dilation = 1, groups = 1 } = {}) {
+    const [n, ci, h, wide] = x.shape, [co, cg, kh, kw] = w.shape, [sy, sx] = pair(stride), [py, px] = pair(padding), [dy, dx] = pair(dilation);
+    demand(x.shape.length === 4 && ci === cg * groups && co % groups === 0 && [sy, sx, dy, dx].every(v => isSize(v) && v) && [py, px].every(isSize), `a convolution of ${quoted(w.shape)} is given a tensor of shape ${quoted(x.shape)}`);
+    const oh = Math.floor((h + 2 * py - dy * (kh - 1) - 1) / sy) + 1, ow = Math.floor((wide + 2 * px - dx * (kw - 1) - 1) / sx) + 1;
+    const out = tensor([n, co, oh, ow]), sum = new Float64Array(oh * ow);
+    for (let i = 0; i < n; i++) for (let o = 0; o < co; o++) {
+      sum.fill(b ? b[o] : 0);
+      const first = Math.floor(o / (co / groups)) * cg;
+      for (let c = 0; c < cg; c++) for (let ky = 0; ky < kh; ky++) for (let kx = 0; kx < kw; kx++) {
+        const v = w.data[((o * cg + c) * kh + ky) * kw + kx], from = (i * ci + first + c) * h, left = kx * dx - px;
+        if (!v) continue;
+        const start = Math.max(0, Math.ceil(-left / sx)), stop = Math.min(ow, Math.floor((wide - 1 - left) / sx) + 1);
+        for (let y = 0; y < oh; y++) {
+          const row = y * sy + ky * dy - py;
+          if (row < 0 || row >= h) continue;
+          for (let z = start, at = (from + row) * wide + left + start * sx; z < stop; z++, at += sx) sum[y * ow + z] += v * x.data[at];
+        }
+      }
+      out.data.set(sum, (i * co + o) * oh * ow);
+    }
+    return out;
+  }
+
+  function dense(x, w, b) {  // x wᵀ + b along the last dimension
+    const [o, k] = w.shape, rows = x.data.length / k, out = tensor([...x.shape.slice(0, -1), o]);
+    demand(x.shape.at(-1) === k, `a layer of ${quoted(w.shape)} is given a tensor of shape ${quoted(x.shape)}`);
+    for (let r = 0; r < rows; r++) for (let j = 0; j < o; j++) {
+      let sum = b ? b[j] : 0;
+      for (let i = 0; i < k; i++) sum += w.data[j * k + i] * x.data[r * k + i];
+      out.data[r * o + j] = sum;
+    }
+    return out;
+  }
+
+  // Windows over the last two dimensions; `finish` gets the values of each that lie inside, and the size of the window.
+  function pool(x, { kernel_size, stride = kernel_size, padding = 0, dilation = 1, ceil_mode = false }, finish) {
+    const [kh, kw] = pair(kernel_size), [sy, sx] = pair(stride), [py, px] = pair(padding), [dy, dx] = pair(dilation), [h, w] = x.shape.slice(-2);
+    demand(x.shape.length > 2 && [kh, kw, sy, sx, dy, dx].every(v => isSize(v) && v) && [py, px].every(isSize), "pooling is described in an unknown form");
+    const size = (n, k, s, p, d) => {
+      const full = (n + 2 * p - d * (k - 1) - 1) / s, out = (ceil_mode ? Math.ceil(full) : Math.floor(full)) + 1;
+      return ceil_mode && (out - 1) * s >= n + p ? out - 1 : out;
+    };
+    const oh = size(h, kh, sy, py, dy), ow = size(w, kw, sx, px, dx), planes = product(x.shape.slice(0, -2)), out = tensor([...x.shape.slice(0, -2), oh, ow]);
+    for (let p = 0, to = 0; p < planes; p++) for (let y = 0; y < oh; y++) for (let z = 0; z < ow; z++) {
+      let most = -Infinity, sum = 0;
+      const rows = Math.min(y * sy - py + kh, h + py) - (y * sy - py), columns = Math.min(z * sx - px + kw, w + px) - (z * sx - px);
+      let inside = 0;
+      for (let i = 0; i < kh; i++) for (let j = 0; j < kw; j++) {
+        const a = y * sy + i * dy - py, b = z * sx + j * dx - px;
+        if (a < 0 || a >= h || b < 0 || b >= w) continue;
+        const v = x.data[(p * h + a) * w + b];
+        if (v > most || v !== v) most = v;
+        sum += v;
+        inside++;
+      }
+      out.data[to++] = finish({ most, sum, inside, padded: rows * columns });
+    }
+    return out;
+  }
+  const maxPool = (x, how) => pool(x, how, w => w.most);
+  const averagePool = (x, how) => pool(x, how, w => w.sum / (how.divisor_override ?? (how.count_include_pad === false ? w.inside : w.padded)));
+
+  // ------------------------------------------------------------------------------------------------ layers
+
+  function needed(layer, ...names) { return names.map(n => { demand(layer[n] !== undefined, `a ${layer.class} does not say its ${n}`); return layer[n]; }); }
+
+  // class → (arguments, its tensors by name) → a function of a tensor
+  const LAYERS = {
+    Linear: (l, own) => { const [w, b] = [own("weight"), own("bias", true)]; return x => dense(x, w, b?.data); },
+    Conv2d: (l, own) => {
+      demand((l.padding_mode ?? "zeros") === "zeros" && typeof l.padding !== "string", "convolutions whose padding is not of zeros are beyond this reader");
+      const [w, b] = [own("weight"), own("bias", true)];
+      return x => convolve(x, w, b?.data, l);
+    },
+    ReLU: () => map(x => x > 0 || x !== x ? x : 0),
+    Tanh: () => map(Math.tanh),
+    Sigmoid: () => map(x => 1 / (1 + Math.exp(-x))),
+    Identity: () => x => x,
+    Dropout: () => x => x,
+    Flatten: ({ start_dim = 1, end_dim = -1 }) => x => {
+      const [a, b] = [start_dim, end_dim].map(d => d < 0 ? d + x.shape.length : d);
+      return tensor([...x.shape.slice(0, a), product(x.shape.slice(a, b + 1)), ...x.shape.slice(b + 1)], x.data);
+    },
+    MaxPool2d: l => x => maxPool(x, l),
+    AvgPool2d: l => x => averagePool(x, l),
+  };
+
+  const FORWARD = {  // the architectures: what is done with the layers of a name
+    LeNet5: (run, x) => {
+      fits(x, [null, 1, 28, 28], "LeNet5");
+      const half = t => maxPool(t, { kernel_size: 2 }), relu = LAYERS.ReLU();
+      return run("fc2", relu(run("fc1", LAYERS.Flatten({})(half(run("conv2", half(run("conv1", x))))))));
+    },
+    LeNet300: (run, x) => {
+      fits(x, [null, 1, 28, 28], "LeNet300");
+      const relu = LAYERS.ReLU();
+      return run("fc3", relu(run("fc2", relu(run("fc1", LAYERS.Flatten({})(x))))));
+    },
+  };
+
+  // What is said of the model, as its seal has it.
+  const inOrder = x => Array.isArray(x) ? `[${x.map(inOrder).join(", ")}]` : !isObject(x) ? JSON.stringify(x) : `{${Object.keys(x).sort().map(k => `${JSON.stringify(k)}: ${inOrder(x[k])}`).join(", ")}}`;
+  function sealOf(name, layers) {
+    const told = inOrder([["", { module: name }], ...layers]), c = crc32(new TextEncoder().encode(told));
+    return btoa(String.fromCharCode(c >>> 24, c >>> 16 & 255, c >>> 8 & 255));
+  }
+
+  // The model of a file: (numbers, shape) → {shape, data}
+  function network(file) {
+    const { architecture, kind } = file.manifest;
+    demand(architecture, "the file says no architecture that this reader could run");
+    const layers = layersOf(file.manifest), { name } = architecture;
+    demand(kind === undefined || kind === sealOf(name, layers), `it was made of another ${name} than this reader knows`);
+    for (const [n, e] of file.tensors) demand(!e.layer || e.layer === "Dequantize", `${quoted(n)} is used by a ${e.layer}, which does more than this reader can`);
+    const made = new Map();
+    for (const [n, l] of layers) {
+      demand(isObject(l) && (l.class === "Sequential" || Object.hasOwn(LAYERS, l.class)), `this reader does not know the layer ${quoted(l?.class ?? n)}`);
+      const own = (part, may) => {
+        const full = `${n}.${part}`;
+        return may && !file.tensors.has(full) ? undefined : file.tensor(full);
+      };
+      made.set(n, l.class === "Sequential" ? null : LAYERS[l.class](l, own));
+    }
+    const run = (n, x) => made.get(n) ? made.get(n)(x) : [...made.keys()].filter(m => m.startsWith(`${n}.`) && !m.slice(n.length + 1).includes(".")).reduce((y, m) => run(m, y), x);
+    return (data, shape) => {
+      demand(data.length === product(shape), `${data.length} numbers have not the shape ${quoted(shape)}`);
+      return FORWARD[name](run, tensor(shape, data));
+    };
+  }
+
+  return { read, network, MzError };
 })();
 if (typeof module !== "undefined") module.exports = mz;
