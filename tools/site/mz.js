@@ -3,7 +3,7 @@
 
      const file = mz.read(bytes)      an opened file: version, manifest, table(), info
      file.tensor("fc1.weight")        {shape, dtype, data}: the numbers that the file stands for
-     mz.network(file)                 (data, shape) → {shape, data}: the model, in float32
+     mz.network(file)                 ({shape, data}, …) → {shape, data}: the model, in float32
 
    Whatever is wrong with a file is an MzError that says so, before memory is taken for it. */
 "use strict";
@@ -1106,19 +1106,157 @@ const mz = (() => {
 
   // ------------------------------------------------------------------------------------------------ operations, in float32
 
-  // A tensor is {shape, data}. Sums are taken in float64 and rounded to float32 once, so that they are at least as
-  // close to the true ones as PyTorch's.
-  const tensor = (shape, data) => ({ shape, data: data ?? new Float32Array(room(shape)) });
-  const room = shape => { const n = product(shape); demand(shape.every(isSize) && n <= MOST, `a tensor of shape ${quoted(shape)} is beyond this reader`); return n; };
-  const map = f => x => tensor(x.shape, Float32Array.from(x.data, f));
-  const pair = x => Array.isArray(x) ? x : [x, x];
+  // A tensor is {shape, data, type}, its numbers in C order. Sums are taken in float64 and rounded to float32 once, so
+  // that they are at least as close to the true ones as PyTorch's. `budget` says what a run may still take: numbers that
+  // are alive, and steps of work.
+  const budget = { room: MOST, work: Infinity };
+  const HOLDS = { float32: Float32Array, int64: Float64Array, int32: Float64Array, bool: Uint8Array };
+  const isFloat = x => x.type === "float32";
+  function tensor(shape, data, type = "float32") {
+    demand(shape.every(isSize) && product(shape) <= budget.room, `a tensor of shape ${quoted(shape)} is beyond this reader`);
+    demand(Object.hasOwn(HOLDS, type), `numbers of type ${quoted(type)} are beyond this reader`);
+    return { shape, type, data: data ?? new HOLDS[type](product(shape)) };
+  }
+  function work(steps) { demand((budget.work -= steps) > 0, "the model takes more work than this reader does"); }
+  const given = x => tensor(x.shape, x.data, x.data instanceof Float32Array ? "float32" : x.type ?? (x.dtype === "bool" ? "bool" : "int64"));
+  const alike = (x, data) => tensor(x.shape, data, x.type);
+  const pair = x => Array.isArray(x) ? x.length === 1 ? [x[0], x[0]] : x : [x, x];
   const fits = (x, shape, name) => demand(x.shape.length === shape.length && shape.every((n, i) => n === null || n === x.shape[i]), `${name} is given a tensor of shape ${quoted(x.shape)}`);
+  const dimOf = (x, d, more = 0) => {
+    const n = x.shape.length + more;
+    demand(Number.isInteger(d) && d >= -n && d < Math.max(n, 1), `a tensor of shape ${quoted(x.shape)} has no dimension ${quoted(d)}`);
+    return d < 0 ? d + n : d;
+  };
+  const without = (list, i, ...by) => [...list.slice(0, i), ...by, ...list.slice(i + 1)];
+  const stridesOf = shape => shape.map((_, i) => product(shape.slice(i + 1)));
+
+  // Calls f(a, b, …) with the places of each element under several strides, in C order of the shape.
+  function walk(shape, strides, starts, f) {
+    const at = Array(shape.length).fill(0), here = starts.slice(), n = product(shape), last = shape.length - 1;
+    work(n);
+    for (let i = 0; i < n; i++) {
+      f(i, here);
+      for (let d = last; d >= 0; d--) {
+        for (let k = 0; k < here.length; k++) here[k] += strides[k][d];
+        if (++at[d] < shape[d]) break;
+        for (let k = 0; k < here.length; k++) here[k] -= strides[k][d] * shape[d];
+        at[d] = 0;
+      }
+    }
+  }
+  function taken(x, shape, strides, start = 0) {  // the numbers of x at these places
+    const out = tensor(shape, undefined, x.type), { data } = x;
+    walk(shape, [strides], [start], (i, [at]) => { out.data[i] = data[at]; });
+    return out;
+  }
+  const permute = (x, dims) => {
+    const d = dims.map(i => dimOf(x, i)), s = stridesOf(x.shape);
+    demand(new Set(d).size === x.shape.length && d.length === x.shape.length, `dimensions ${quoted(dims)} are no order of those of a tensor of shape ${quoted(x.shape)}`);
+    return taken(x, d.map(i => x.shape[i]), d.map(i => s[i]));
+  };
+  const swapped = (x, a, b) => { const d = [...x.shape.keys()]; [d[a], d[b]] = [d[b], d[a]]; return permute(x, d); };
+  const reshaped = (x, shape) => {
+    const rest = shape.indexOf(-1), known = product(shape.filter(n => n !== -1));
+    const full = rest < 0 ? shape : without(shape, rest, known ? x.data.length / known : 0);
+    demand(product(full) === x.data.length, `${x.data.length} numbers have not the shape ${quoted(shape)}`);
+    return tensor(full, x.data, x.type);
+  };
+  function wider(...shapes) {  // the shape to which these are repeated
+    const n = Math.max(...shapes.map(s => s.length));
+    return Array.from({ length: n }, (_, i) => {
+      const sizes = shapes.map(s => s[i - n + s.length] ?? 1), most = sizes.find(k => k !== 1) ?? 1;
+      demand(sizes.every(k => k === 1 || k === most), `shapes ${quoted(shapes)} do not match`);
+      return most;
+    });
+  }
+  const repeatedStrides = (from, to) => {
+    const s = stridesOf(from), less = to.length - from.length;
+    return to.map((n, i) => i < less || from[i - less] === 1 ? 0 : s[i - less]);
+  };
+  const expanded = (x, shape) => taken(x, shape, repeatedStrides(x.shape, wider(x.shape, shape)));
+
+  function unary(f, type) {
+    return (x, ...how) => {
+      const out = tensor(x.shape, undefined, type ?? x.type);
+      work(x.data.length);
+      for (let i = 0; i < out.data.length; i++) out.data[i] = f(x.data[i], ...how);
+      return out;
+    };
+  }
+  // A number among the arguments is a tensor whose type does not count.
+  const plainNumber = v => typeof v === "number" ? { shape: [], data: [v], type: Number.isInteger(v) ? "whole" : "float" } : v;
+  const RANK = ["bool", "whole", "int32", "int64", "float", "float32"];
+  function together(a, b) {
+    const most = RANK[Math.max(RANK.indexOf(a.type), RANK.indexOf(b.type))];
+    return { whole: "int64", float: "float32" }[most] ?? most;
+  }
+  function binary(f, type) {
+    return (x, y, ...how) => {
+      const a = plainNumber(x), b = plainNumber(y), shape = wider(a.shape, b.shape), out = tensor(shape, undefined, type ?? together(a, b));
+      const [p, q, to] = [a.data, b.data, out.data], n = to.length;
+      if (p.length === n && q.length === n) { work(n); for (let i = 0; i < n; i++) to[i] = f(p[i], q[i], ...how); }
+      else if (q.length === 1) { work(n); for (let i = 0; i < n; i++) to[i] = f(p[i], q[0], ...how); }
+      else walk(shape, [repeatedStrides(a.shape, shape), repeatedStrides(b.shape, shape)], [0, 0], (i, [j, k]) => { to[i] = f(p[j], q[k], ...how); });
+      return out;
+    };
+  }
+  const where = (c, x, y) => {
+    const a = plainNumber(x), b = plainNumber(y), shape = wider(c.shape, a.shape, b.shape), out = tensor(shape, undefined, together(a, b));
+    walk(shape, [c, a, b].map(t => repeatedStrides(t.shape, shape)), [0, 0, 0], (i, [k, p, q]) => { out.data[i] = c.data[k] ? a.data[p] : b.data[q]; });
+    return out;
+  };
+
+  // What f makes of the numbers along some dimensions; f gets each run of them as an array.
+  function over(f, type) {
+    return (x, dim, keep, ...how) => {
+      const all = dim === null || Array.isArray(dim) && !dim.length, dims = new Set(all ? x.shape.keys() : [dim].flat().map(d => dimOf(x, d)));
+      const left = [...x.shape.keys()].filter(d => !dims.has(d)), rows = permute(x, [...left, ...dims]), k = product([...dims].map(d => x.shape[d]));
+      const kept = left.map(d => x.shape[d]), out = tensor(keep ? x.shape.map((n, d) => dims.has(d) ? 1 : n) : kept, undefined, type ?? x.type);
+      for (let i = 0; i < out.data.length; i++) out.data[i] = f(rows.data.subarray(i * k, (i + 1) * k), ...how);
+      return out;
+    };
+  }
+  function along(x, dim, f) {  // f changes each run along a dimension in place
+    const d = dimOf(x, dim), last = x.shape.length - 1, rows = x.shape.length ? swapped(x, d, last) : alike(x, x.data.slice()), k = x.shape[d] ?? 1;
+    for (let i = 0; i < rows.data.length; i += k) f(rows.data.subarray(i, i + k));
+    return d < last ? swapped(rows, d, last) : rows;
+  }
+  const sumOf = v => { let s = 0; for (const x of v) s += x; return s; };
+  const meanOf = v => sumOf(v) / v.length;
+  const mostOf = v => { let m = -Infinity; for (const x of v) { if (x !== x) return x; if (x > m) m = x; } return m; };
+  const placeOf = v => { let at = 0; for (let i = 1; i < v.length; i++) if (v[i] > v[at] || v[i] !== v[i] && v[at] === v[at]) at = i; return at; };
+  const spreadOf = (v, correction) => { const m = meanOf(v); let s = 0; for (const x of v) s += (x - m) ** 2; return s / Math.max(0, v.length - correction); };
+  const floats = x => isFloat(x) ? x : unary(v => v, "float32")(x);
+  const softmax = (x, dim, log = false) => along(floats(x), dim, v => {
+    const most = mostOf(v), e = Float64Array.from(v, t => Math.exp(t - most)), s = sumOf(e);
+    for (let i = 0; i < v.length; i++) v[i] = log ? v[i] - most - Math.log(s) : e[i] / s;
+  });
+
+  function erf(x) {  // a series without differences
+    const a = Math.abs(x);
+    if (!(a < 6)) return x !== x ? x : Math.sign(x);
+    let sum = 0;
+    for (let term = a, n = 1; term > 1e-18 * sum; term *= 2 * a * a / (2 * n++ + 1)) sum += term;
+    return Math.sign(x) * Math.min(1, 2 / Math.sqrt(Math.PI) * Math.exp(-a * a) * sum);
+  }
+  const sigmoid = x => 1 / (1 + Math.exp(-x)), softplus = x => x > 20 ? x : Math.log1p(Math.exp(x));
+  const gelu = (x, how) => how === "tanh" ? x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))) : x / 2 * (1 + erf(x / Math.SQRT2));
+  const within = (x, low, high) => x < low ? low : x > high ? high : x;
+  const even = x => { const f = Math.floor(x), d = x - f; return d > 0.5 || d === 0.5 && f % 2 ? f + 1 : f; };
+  const elu = (x, alpha = 1) => x > 0 ? x : alpha * Math.expm1(x);
+  const ACTS = {
+    relu: x => x > 0 || x !== x ? x : 0, sigmoid, tanh: Math.tanh, gelu, elu, silu: x => x * sigmoid(x), mish: x => x * Math.tanh(softplus(x)),
+    hardtanh: (x, low = -1, high = 1) => within(x, low, high), relu6: x => within(x, 0, 6), hardswish: x => x * within(x + 3, 0, 6) / 6, hardsigmoid: x => within(x + 3, 0, 6) / 6,
+    leaky_relu: (x, slope = 0.01) => x < 0 ? slope * x : x, selu: x => 1.0507009873554805 * elu(x, 1.6732632423543772), log_sigmoid: x => -softplus(-x),
+    softplus: (x, beta = 1, threshold = 20) => beta * x > threshold ? x : Math.log1p(Math.exp(beta * x)) / beta,
+  };
 
   function convolve(x, w, b, { stride = 1, padding = 0, dilation = 1, groups = 1 } = {}) {
     const [n, ci, h, wide] = x.shape, [co, cg, kh, kw] = w.shape, [sy, sx] = pair(stride), [py, px] = pair(padding), [dy, dx] = pair(dilation);
     demand(x.shape.length === 4 && ci === cg * groups && co % groups === 0 && [sy, sx, dy, dx].every(v => isSize(v) && v) && [py, px].every(isSize), `a convolution of ${quoted(w.shape)} is given a tensor of shape ${quoted(x.shape)}`);
     const oh = Math.floor((h + 2 * py - dy * (kh - 1) - 1) / sy) + 1, ow = Math.floor((wide + 2 * px - dx * (kw - 1) - 1) / sx) + 1;
     const out = tensor([n, co, oh, ow]), sum = new Float64Array(oh * ow);
+    work(out.data.length * cg * kh * kw);
     for (let i = 0; i < n; i++) for (let o = 0; o < co; o++) {
       sum.fill(b ? b[o] : 0);
       const first = Math.floor(o / (co / groups)) * cg;
@@ -1139,7 +1277,8 @@ const mz = (() => {
 
   function dense(x, w, b) {  // x wᵀ + b along the last dimension
     const [o, k] = w.shape, rows = x.data.length / k, out = tensor([...x.shape.slice(0, -1), o]);
-    demand(x.shape.at(-1) === k, `a layer of ${quoted(w.shape)} is given a tensor of shape ${quoted(x.shape)}`);
+    demand(x.shape.at(-1) === k, `a product with ${quoted(w.shape)} is given a tensor of shape ${quoted(x.shape)}`);
+    work(out.data.length * k);
     for (let r = 0; r < rows; r++) for (let j = 0; j < o; j++) {
       let sum = b ? b[j] : 0;
       for (let i = 0; i < k; i++) sum += w.data[j * k + i] * x.data[r * k + i];
@@ -1148,19 +1287,47 @@ const mz = (() => {
     return out;
   }
 
+  function matmul(x, y) {
+    const [a, b] = [x.shape.length === 1 ? reshaped(x, [1, -1]) : x, y.shape.length === 1 ? reshaped(y, [-1, 1]) : y];
+    const [m, k] = a.shape.slice(-2), [l, n] = b.shape.slice(-2), stacks = wider(a.shape.slice(0, -2), b.shape.slice(0, -2));
+    demand(k === l && x.shape.length && y.shape.length, `no product of shapes ${quoted(x.shape)} and ${quoted(y.shape)}`);
+    const p = expanded(a, [...stacks, m, k]).data, q = expanded(b, [...stacks, k, n]).data, out = tensor([...stacks, m, n]), row = new Float64Array(n);
+    work(out.data.length * k);
+    for (let s = 0; s < product(stacks); s++) for (let i = 0; i < m; i++) {
+      row.fill(0);
+      for (let j = 0; j < k; j++) {
+        const v = p[(s * m + i) * k + j], from = (s * k + j) * n;
+        for (let z = 0; z < n; z++) row[z] += v * q[from + z];
+      }
+      out.data.set(row, (s * m + i) * n);
+    }
+    return reshaped(out, [...stacks, ...x.shape.length === 1 ? [] : [m], ...y.shape.length === 1 ? [] : [n]]);
+  }
+
+  function attention(q, k, v, mask, causal, scale, grouped) {
+    const more = grouped ? q.shape.at(-3) / k.shape.at(-3) : 1, share = t => more === 1 ? t : repeatEach(t, more, t.shape.length - 3);
+    demand(Number.isInteger(more), "attention is given heads that do not match");
+    const [keys, values] = [share(k), share(v)], last = keys.shape.length - 1;
+    let scores = matmul(unary(x => x * (scale ?? 1 / Math.sqrt(q.shape.at(-1))))(q), swapped(keys, last - 1, last));
+    const [m, n] = scores.shape.slice(-2);
+    if (causal) scores = alike(scores, scores.data.map((x, i) => i % n > Math.floor(i / n) % m ? -Infinity : x));
+    if (mask) scores = mask.type === "bool" ? where(mask, scores, -Infinity) : binary((a, b) => a + b)(scores, mask);
+    return matmul(softmax(scores, -1), values);
+  }
+
   // Windows over the last two dimensions; `finish` gets the values of each that lie inside, and the size of the window.
-  function pool(x, { kernel_size, stride = kernel_size, padding = 0, dilation = 1, ceil_mode = false }, finish) {
-    const [kh, kw] = pair(kernel_size), [sy, sx] = pair(stride), [py, px] = pair(padding), [dy, dx] = pair(dilation), [h, w] = x.shape.slice(-2);
+  function pool(x, { kernel_size, stride, padding = 0, dilation = 1, ceil_mode = false }, finish) {
+    const [kh, kw] = pair(kernel_size), [sy, sx] = pair(stride === undefined || stride === null || stride.length === 0 ? kernel_size : stride);
+    const [py, px] = pair(padding), [dy, dx] = pair(dilation), [h, w] = x.shape.slice(-2);
     demand(x.shape.length > 2 && [kh, kw, sy, sx, dy, dx].every(v => isSize(v) && v) && [py, px].every(isSize), "pooling is described in an unknown form");
     const size = (n, k, s, p, d) => {
       const full = (n + 2 * p - d * (k - 1) - 1) / s, out = (ceil_mode ? Math.ceil(full) : Math.floor(full)) + 1;
       return ceil_mode && (out - 1) * s >= n + p ? out - 1 : out;
     };
     const oh = size(h, kh, sy, py, dy), ow = size(w, kw, sx, px, dx), planes = product(x.shape.slice(0, -2)), out = tensor([...x.shape.slice(0, -2), oh, ow]);
+    work(out.data.length * kh * kw);
     for (let p = 0, to = 0; p < planes; p++) for (let y = 0; y < oh; y++) for (let z = 0; z < ow; z++) {
-      let most = -Infinity, sum = 0;
-      const rows = Math.min(y * sy - py + kh, h + py) - (y * sy - py), columns = Math.min(z * sx - px + kw, w + px) - (z * sx - px);
-      let inside = 0;
+      let most = -Infinity, sum = 0, inside = 0;
       for (let i = 0; i < kh; i++) for (let j = 0; j < kw; j++) {
         const a = y * sy + i * dy - py, b = z * sx + j * dx - px;
         if (a < 0 || a >= h || b < 0 || b >= w) continue;
@@ -1169,78 +1336,380 @@ const mz = (() => {
         sum += v;
         inside++;
       }
+      const rows = Math.min(y * sy - py + kh, h + py) - (y * sy - py), columns = Math.min(z * sx - px + kw, w + px) - (z * sx - px);
       out.data[to++] = finish({ most, sum, inside, padded: rows * columns });
     }
     return out;
   }
   const maxPool = (x, how) => pool(x, how, w => w.most);
   const averagePool = (x, how) => pool(x, how, w => w.sum / (how.divisor_override ?? (how.count_include_pad === false ? w.inside : w.padded)));
+  function regions(x, size, finish) {  // adaptive pooling
+    const [h, w] = x.shape.slice(-2), [oh, ow] = pair(size).map((n, i) => n ?? [h, w][i]), planes = product(x.shape.slice(0, -2)), out = tensor([...x.shape.slice(0, -2), oh, ow]);
+    demand(x.shape.length > 2, "pooling is described in an unknown form");
+    work(planes * (h + oh) * (w + ow));
+    for (let p = 0, to = 0; p < planes; p++) for (let y = 0; y < oh; y++) for (let z = 0; z < ow; z++) {
+      const some = [];
+      for (let i = Math.floor(y * h / oh); i < Math.ceil((y + 1) * h / oh); i++) for (let j = Math.floor(z * w / ow); j < Math.ceil((z + 1) * w / ow); j++) some.push(x.data[(p * h + i) * w + j]);
+      out.data[to++] = finish(some);
+    }
+    return out;
+  }
+
+  const SIZED = "a norm is given a tensor of another shape";
+  function scaled(out, k, w, b, channel) {  // times w plus b, by the channel of each element
+    demand((!w || w.length === k) && (!b || b.length === k), SIZED);
+    for (let i = 0; i < out.data.length; i++) { const c = channel(i); out.data[i] = out.data[i] * (w ? w[c] : 1) + (b ? b[c] : 0); }
+    return out;
+  }
+  function normalized(x, k, shift, variance) {  // runs of k elements
+    const out = tensor(x.shape);
+    demand(k && x.data.length % k === 0, SIZED);
+    work(4 * x.data.length);
+    for (let at = 0; at < x.data.length; at += k) {
+      const v = x.data.subarray(at, at + k), m = shift ? meanOf(v) : 0, s = 1 / Math.sqrt(variance(v));
+      for (let i = 0; i < k; i++) out.data[at + i] = (v[i] - m) * s;
+    }
+    return out;
+  }
+  const layerNorm = (x, shape, w, b, eps) => {
+    const k = product(shape);
+    demand(String(x.shape.slice(-shape.length)) === String(shape), SIZED);
+    return scaled(normalized(x, k, true, v => spreadOf(v, 0) + eps), k, w?.data, b?.data, i => i % k);
+  };
+  const rmsNorm = (x, shape, w, eps) => {
+    const k = product(shape);
+    demand(String(x.shape.slice(-shape.length)) === String(shape), SIZED);
+    return scaled(normalized(x, k, false, v => { let s = 0; for (const a of v) s += a * a; return s / k + (eps ?? 1.1920928955078125e-7); }), k, w?.data, undefined, i => i % k);
+  };
+  const groupNorm = (x, groups, w, b, eps) => {
+    const [n, c] = x.shape, inner = product(x.shape.slice(2));
+    demand(x.shape.length > 1 && c % groups === 0, SIZED);
+    return scaled(normalized(x, c / groups * inner, true, v => spreadOf(v, 0) + eps), c, w?.data, b?.data, i => Math.floor(i / inner) % c);
+  };
+  function batchNorm(x, w, b, mean, variance, eps) {
+    const c = x.shape[1], inner = product(x.shape.slice(2)), out = tensor(x.shape), by = Float64Array.from(variance.data, v => 1 / Math.sqrt(v + eps));
+    demand(x.shape.length > 1 && mean.data.length === c && by.length === c, SIZED);
+    work(2 * x.data.length);
+    for (let i = 0; i < x.data.length; i++) { const k = Math.floor(i / inner) % c; out.data[i] = (x.data[i] - mean.data[k]) * by[k]; }
+    return scaled(out, c, w?.data, b?.data, i => Math.floor(i / inner) % c);
+  }
+
+  const placed = (k, n) => { demand(Number.isInteger(k) && k >= -n && k < n, `there is no place ${k} among ${n}`); return k < 0 ? k + n : k; };
+  function rowsOf(x, dim, index) {  // slices along a dimension, wherever the numbers in `index` say
+    const d = dimOf(x, dim), n = x.shape[d], inner = product(x.shape.slice(d + 1)), outer = product(x.shape.slice(0, d)), at = Array.from(index.data, k => placed(k, n));
+    const out = tensor([...x.shape.slice(0, d), ...index.shape, ...x.shape.slice(d + 1)], undefined, x.type);
+    work(out.data.length);
+    for (let o = 0, to = 0; o < outer; o++) for (const k of at) { const from = (o * n + k) * inner; out.data.set(x.data.subarray(from, from + inner), to); to += inner; }
+    return out;
+  }
+  const repeatEach = (x, times, dim) => rowsOf(x, dim, tensor([x.shape[dim] * times], Float64Array.from({ length: x.shape[dim] * times }, (_, i) => Math.floor(i / times)), "int64"));
+  const range = (x, dim, start, end, step = 1) => {
+    const d = dimOf(x, dim), n = x.shape[d], edge = (v, usual) => v === null ? usual : Math.max(0, Math.min(n, v < 0 ? v + n : v));
+    demand(Number.isInteger(step) && step > 0, "a slice has a step below 1");
+    const from = edge(start, 0), size = Math.max(0, Math.ceil((edge(end, n) - from) / step)), s = stridesOf(x.shape);
+    return taken(x, without(x.shape, d, size), without(s, d, s[d] * step), from * s[d]);
+  };
+  const picked = (x, dim, k) => { const d = dimOf(x, dim), s = stridesOf(x.shape); return taken(x, without(x.shape, d), without(s, d), placed(k, x.shape[d]) * s[d]); };
+  const pieces = (x, sizes, dim) => {
+    const d = dimOf(x, dim);
+    demand(sizes.every(isSize) && sumOf(sizes) === x.shape[d] && sizes.length <= 4096, `a dimension of ${x.shape[d]} is cut into ${quoted(sizes)}`);
+    let at = 0;
+    return sizes.map(n => range(x, d, at, at += n));
+  };
+  function joined(list, dim) {
+    const d = dimOf(list[0], dim), n = sumOf(list.map(x => x.shape[d])), outer = product(list[0].shape.slice(0, d)), type = list.map(x => x.type).reduce((a, b) => together({ type: a }, { type: b }));
+    for (const x of list) demand(String(without(x.shape, d)) === String(without(list[0].shape, d)), `tensors of shapes ${quoted(list.map(t => t.shape))} are put behind each other`);
+    const out = tensor(without(list[0].shape, d, n), undefined, type);
+    work(out.data.length);
+    for (let o = 0, to = 0; o < outer; o++) for (const x of list) { const k = x.data.length / outer; out.data.set(x.data.subarray(o * k, o * k + k), to); to += k; }
+    return out;
+  }
+  const onlyPart = keeps => (x, diagonal) => {
+    const [m, n] = x.shape.slice(-2), out = alike(x, x.data.slice());
+    for (let i = 0; i < out.data.length; i++) if (!keeps(i % n - Math.floor(i / n) % m, diagonal)) out.data[i] = 0;
+    return out;
+  };
+  function padded(x, pad, value) {
+    const n = x.shape.length, before = x.shape.map((_, d) => pad[2 * (n - 1 - d)] ?? 0), after = x.shape.map((_, d) => pad[2 * (n - 1 - d) + 1] ?? 0);
+    demand(pad.length % 2 === 0 && pad.length <= 2 * n && pad.every(Number.isInteger), "padding is described in an unknown form");
+    const out = tensor(x.shape.map((k, d) => k + before[d] + after[d]), undefined, x.type).data.fill(value), s = stridesOf(x.shape), shape = x.shape.map((k, d) => k + before[d] + after[d]), t = stridesOf(shape);
+    const starts = x.shape.map((_, d) => Math.max(0, before[d])), inner = shape.map((k, d) => Math.max(0, Math.min(k, before[d] + x.shape[d]) - starts[d]));
+    walk(inner, [s, t], [sumOf(starts.map((v, d) => (v - before[d]) * s[d])), sumOf(starts.map((v, d) => v * t[d]))], (_, [from, to]) => { out[to] = x.data[from]; });
+    return tensor(shape, out, x.type);
+  }
 
   // ------------------------------------------------------------------------------------------------ layers
 
-  function needed(layer, ...names) { return names.map(n => { demand(layer[n] !== undefined, `a ${layer.class} does not say its ${n}`); return layer[n]; }); }
-
+  const act = name => l => { const f = unary(ACTS[name]), how = { gelu: [l.approximate], hardtanh: [l.min_val, l.max_val], leaky_relu: [l.negative_slope], elu: [l.alpha], softplus: [l.beta, l.threshold] }[name] ?? []; return x => f(x, ...how); };
+  const same = () => x => x;
+  const batch = (l, own) => {
+    demand(l.track_running_stats !== false, "batch norms that have learned nothing are beyond this reader");
+    const [w, b, mean, variance] = [own("weight", true), own("bias", true), own("running_mean"), own("running_var")];
+    return x => batchNorm(x, w, b, mean, variance, l.eps ?? 1e-5);
+  };
   // class → (arguments, its tensors by name) → a function of a tensor
   const LAYERS = {
     Linear: (l, own) => { const [w, b] = [own("weight"), own("bias", true)]; return x => dense(x, w, b?.data); },
     Conv2d: (l, own) => {
-      demand((l.padding_mode ?? "zeros") === "zeros" && typeof l.padding !== "string", "convolutions whose padding is not of zeros are beyond this reader");
-      const [w, b] = [own("weight"), own("bias", true)];
-      return x => convolve(x, w, b?.data, l);
+      demand((l.padding_mode ?? "zeros") === "zeros", "convolutions whose padding is not of zeros are beyond this reader");
+      const [w, b] = [own("weight"), own("bias", true)], more = w.shape.slice(2).map((k, i) => l.padding === "same" ? pair(l.dilation ?? 1)[i] * (k - 1) : 0);
+      const how = typeof l.padding === "string" ? { ...l, padding: 0 } : l, pad = more.slice().reverse().flatMap(n => [Math.floor(n / 2), Math.ceil(n / 2)]);
+      return x => convolve(l.padding === "same" ? padded(x, pad, 0) : x, w, b?.data, how);
     },
-    ReLU: () => map(x => x > 0 || x !== x ? x : 0),
-    Tanh: () => map(Math.tanh),
-    Sigmoid: () => map(x => 1 / (1 + Math.exp(-x))),
-    Identity: () => x => x,
-    Dropout: () => x => x,
+    BatchNorm1d: batch, BatchNorm2d: batch,
+    LayerNorm: (l, own) => { const [w, b] = [own("weight", true), own("bias", true)]; return x => layerNorm(x, [l.normalized_shape].flat(), w, b, l.eps ?? 1e-5); },
+    RMSNorm: (l, own) => { const w = own("weight", true); return x => rmsNorm(x, [l.normalized_shape].flat(), w, l.eps ?? null); },
+    GroupNorm: (l, own) => { const [w, b] = [own("weight", true), own("bias", true)]; return x => groupNorm(x, l.num_groups, w, b, l.eps ?? 1e-5); },
+    Embedding: (l, own) => { const w = own("weight"); demand(!l.max_norm, "embeddings with a largest norm are beyond this reader"); return x => rowsOf(w, 0, x); },
+    ReLU: act("relu"), ReLU6: act("relu6"), Sigmoid: act("sigmoid"), Tanh: act("tanh"), GELU: act("gelu"), SiLU: act("silu"), Mish: act("mish"), ELU: act("elu"), SELU: act("selu"),
+    Hardswish: act("hardswish"), Hardsigmoid: act("hardsigmoid"), Hardtanh: act("hardtanh"), LeakyReLU: act("leaky_relu"), Softplus: act("softplus"), LogSigmoid: act("log_sigmoid"),
+    Identity: same, Dropout: same, Dropout1d: same, Dropout2d: same, Dropout3d: same, AlphaDropout: same, FeatureAlphaDropout: same,
+    Softmax: l => { demand(Number.isInteger(l.dim), "a Softmax says no dimension"); return x => softmax(x, l.dim); },
+    LogSoftmax: l => { demand(Number.isInteger(l.dim), "a LogSoftmax says no dimension"); return x => softmax(x, l.dim, true); },
     Flatten: ({ start_dim = 1, end_dim = -1 }) => x => {
-      const [a, b] = [start_dim, end_dim].map(d => d < 0 ? d + x.shape.length : d);
-      return tensor([...x.shape.slice(0, a), product(x.shape.slice(a, b + 1)), ...x.shape.slice(b + 1)], x.data);
+      const [a, b] = [start_dim, end_dim].map(d => dimOf(x, d));
+      return reshaped(x, [...x.shape.slice(0, a), product(x.shape.slice(a, b + 1)), ...x.shape.slice(b + 1)]);
     },
-    MaxPool2d: l => x => maxPool(x, l),
+    MaxPool2d: l => { demand(!l.return_indices, "pooling that gives places is beyond this reader"); return x => maxPool(x, l); },
     AvgPool2d: l => x => averagePool(x, l),
+    AdaptiveAvgPool2d: l => x => regions(x, l.output_size, meanOf),
+    AdaptiveMaxPool2d: l => x => regions(x, l.output_size, mostOf),
   };
 
+  // The layers of a file that this reader can run, made when they are first asked for.
+  function layersFrom(file, layers) {
+    const made = new Map();
+    return name => {
+      if (!made.has(name)) {
+        const l = layers.get(name);
+        demand(isObject(l) && Object.hasOwn(LAYERS, l.class), `this reader does not know the layer ${quoted(l?.class ?? name)}`);
+        made.set(name, LAYERS[l.class](l, (part, may) => may && !file.tensors.has(`${name}.${part}`) ? undefined : usable(file, `${name}.${part}`)));
+      }
+      return made.get(name);
+    };
+  }
+  function usable(file, name) {
+    const e = file.tensors.get(name);
+    demand(!e?.layer || e.layer === "Dequantize", `${quoted(name)} is used by a ${e?.layer}, which does more than this reader can`);
+    const t = file.tensor(name);
+    demand(t.dtype === "float32" || HOLDS[t.dtype], `${quoted(name)} has numbers of type ${t.dtype}; this reader computes in float32`);
+    return given(t);
+  }
+
+  // ------------------------------------------------------------------------------------------------ graphs
+
+  // name: [arguments as the page has them, what it computes]. A type of one letter: t tensor, v value, n number, i whole
+  // number, s size, f flag, w word; in capitals a list of them; with ? it may be null; behind = is the default.
+  const OPERATIONS = {
+    ...Object.fromEntries(["abs", "exp", "expm1", "log", "log1p", "log2", "sqrt", "sin", "cos", "floor", "ceil", "trunc", "sign"].map(n => [n, ["t", unary(Math[n])]])),
+    neg: ["t", unary(x => -x)], rsqrt: ["t", unary(x => 1 / Math.sqrt(x))], reciprocal: ["t", unary(x => 1 / x)], erf: ["t", unary(erf)], round: ["t", unary(even)],
+    isnan: ["t", unary(x => x !== x, "bool")], isinf: ["t", unary(x => Math.abs(x) === Infinity, "bool")], logical_not: ["t", unary(x => !x, "bool")],
+    ...Object.fromEntries(["relu", "sigmoid", "log_sigmoid", "tanh", "silu", "mish", "hardswish", "hardsigmoid", "selu"].map(n => [n, ["t", unary(ACTS[n])]])),
+    gelu: ["t w=none", unary(gelu)], hardtanh: ["t n=-1 n=1", unary(within)], leaky_relu: ["t n=0.01", unary(ACTS.leaky_relu)], elu: ["t n=1", unary(elu)], softplus: ["t n=1 n=20", unary(ACTS.softplus)],
+    to: ["t w", (x, type) => unary(v => type === "bool" ? v !== 0 : HOLDS[type] === Float64Array ? Math.trunc(v) : v, type)(x)],
+    add: ["t v n=1", binary((a, b, k) => a + k * b)], sub: ["t v n=1", binary((a, b, k) => a - k * b)], rsub: ["t v n=1", binary((a, b, k) => b - k * a)], mul: ["t v", binary((a, b) => a * b)],
+    div: ["t v w?=", (a, b, how) => binary((x, y) => how === "floor" ? Math.floor(x / y) : how === "trunc" ? Math.trunc(x / y) : x / y, how || isFloat(a) || isFloat(plainNumber(b)) ? undefined : "float32")(a, b)],
+    pow: ["v v", binary((a, b) => a ** b)], remainder: ["v v", binary((a, b) => a - b * Math.floor(a / b))],
+    maximum: ["t t", binary((a, b) => a !== a || a > b ? a : b)], minimum: ["t t", binary((a, b) => a !== a || a < b ? a : b)],
+    eq: ["t v", binary((a, b) => a === b, "bool")], ne: ["t v", binary((a, b) => a !== b, "bool")], lt: ["t v", binary((a, b) => a < b, "bool")],
+    le: ["t v", binary((a, b) => a <= b, "bool")], gt: ["t v", binary((a, b) => a > b, "bool")], ge: ["t v", binary((a, b) => a >= b, "bool")],
+    logical_and: ["t t", binary((a, b) => a && b ? 1 : 0, "bool")], logical_or: ["t t", binary((a, b) => a || b ? 1 : 0, "bool")],
+    clamp: ["t v?= v?=", (x, low, high) => { const a = low === null ? x : binary((p, q) => p < q ? q : p)(x, low); return high === null ? a : binary((p, q) => p > q ? q : p)(a, high); }],
+    where: ["t v v", where], masked_fill: ["t t v", (x, mask, v) => where(mask, v, x)],
+    sum: ["t I?= f=false w?=", (x, dim, keep) => over(sumOf, x.type === "bool" ? "int64" : undefined)(x, dim, keep)], mean: ["t I?= f=false w?=", (x, dim, keep) => over(meanOf)(floats(x), dim, keep)],
+    var: ["t I?= n?=1 f=false", (x, dim, correction, keep) => over(spreadOf)(x, dim, keep, correction ?? 1)], prod: ["t i f=false", over(v => v.reduce((a, b) => a * b, 1))],
+    amax: ["t I=[] f=false", over(mostOf)], amin: ["t I=[] f=false", over(v => -mostOf(v.map(x => -x)))],
+    argmax: ["t i?= f=false", over(placeOf, "int64")], argmin: ["t i?= f=false", over(v => placeOf(v.map(x => -x)), "int64")],
+    any: ["t I?= f=false", over(v => v.some(x => x), "bool")], all: ["t I?= f=false", over(v => v.every(x => x), "bool")],
+    norm: ["t n=2 I?= f=false", (x, ord, dim, keep) => over(v => ord === Infinity ? mostOf(v.map(Math.abs)) : sumOf(Float64Array.from(v, t => Math.abs(t) ** ord)) ** (1 / ord))(x, dim, keep)],
+    logsumexp: ["t I f=false", over(v => { const m = mostOf(v); return m + Math.log(sumOf(Float64Array.from(v, t => Math.exp(t - m)))); })],
+    cumsum: ["t i w?=", (x, dim) => along(x, dim, v => { let s = 0; for (let i = 0; i < v.length; i++) v[i] = s += v[i]; })],
+    softmax: ["t i w?=", (x, dim) => softmax(x, dim)], log_softmax: ["t i w?=", (x, dim) => softmax(x, dim, true)],
+    view: ["t S", reshaped], permute: ["t I", permute], transpose: ["t i i", (x, a, b) => swapped(x, dimOf(x, a), dimOf(x, b))],
+    unsqueeze: ["t i", (x, dim) => { const d = dimOf(x, dim, 1); return reshaped(x, [...x.shape.slice(0, d), 1, ...x.shape.slice(d)]); }],
+    squeeze: ["t I", (x, dims) => { const some = dims.map(d => dimOf(x, d)); return reshaped(x, x.shape.filter((n, d) => n !== 1 || !some.includes(d))); }],
+    expand: ["t S", (x, shape) => { const less = shape.length - x.shape.length, full = shape.map((n, i) => n === -1 ? x.shape[i - less] : n); demand(less >= 0 && String(wider(x.shape, full)) === String(full), `a tensor of shape ${quoted(x.shape)} cannot become ${quoted(shape)}`); return expanded(x, full); }],
+    repeat: ["t S", (x, times) => times.reduce((y, n, d) => rowsOf(y, d, tensor([n * y.shape[d]], Float64Array.from({ length: n * y.shape[d] }, (_, i) => i % y.shape[d]), "int64")), reshaped(x, [...Array(times.length - x.shape.length).fill(1), ...x.shape]))],
+    repeat_interleave: ["t s i", (x, times, dim) => repeatEach(x, times, dimOf(x, dim))],
+    flip: ["t I", (x, dims) => { const s = stridesOf(x.shape), some = dims.map(d => dimOf(x, d)); return x.data.length ? taken(x, x.shape, s.map((v, d) => some.includes(d) ? -v : v), sumOf(some.map(d => (x.shape[d] - 1) * s[d]))) : x; }],
+    roll: ["t S I", (x, shifts, dims) => dims.reduce((y, dim, i) => { const d = dimOf(y, dim), n = y.shape[d], k = n ? (shifts[i] % n + n) % n : 0; return joined([range(y, d, n - k, n), range(y, d, 0, n - k)], d); }, x)],
+    cat: ["T i=0", joined], stack: ["T i=0", (list, dim) => { const d = dimOf(list[0], dim, 1); return joined(list.map(x => reshaped(x, [...x.shape.slice(0, d), 1, ...x.shape.slice(d)])), d); }],
+    select: ["t i s", picked], slice: ["t i=0 s?= s?= i=1", range],
+    split: ["t s i=0", (x, size, dim) => { const n = x.shape[dimOf(x, dim)]; demand(isSize(size) && size && n / size <= 4096, "a split is described in an unknown form"); return pieces(x, Array.from({ length: Math.max(1, Math.ceil(n / size)) }, (_, i) => Math.min(size, n - i * size)), dim); }],
+    split_with_sizes: ["t S i=0", pieces],
+    unbind: ["t i=0", (x, dim) => { const n = x.shape[dimOf(x, dim)]; demand(n <= 4096, "a node has more than 4,096 values"); return Array.from({ length: n }, (_, i) => picked(x, dim, i)); }],
+    tril: ["t i=0", onlyPart((above, k) => above <= k)], triu: ["t i=0", onlyPart((above, k) => above >= k)], constant_pad_nd: ["t S n=0", padded],
+    embedding: ["t t", (w, index) => rowsOf(w, 0, index)], index_select: ["t i t", rowsOf],
+    linear: ["t t t?=", (x, w, b) => dense(x, w, b?.data)], matmul: ["t t", matmul], mm: ["t t", matmul], bmm: ["t t", matmul],
+    addmm: ["t t t n=1 n=1", (x, a, b, beta, alpha) => binary((p, q) => beta * p + alpha * q)(x, matmul(a, b))], baddbmm: ["t t t n=1 n=1", (x, a, b, beta, alpha) => binary((p, q) => beta * p + alpha * q)(x, matmul(a, b))],
+    scaled_dot_product_attention: ["t t t t?= f=false n?= f=false", attention],
+    conv2d: ["t t t?= S=[1,1] S=[0,0] S=[1,1] i=1", (x, w, b, stride, padding, dilation, groups) => convolve(x, w, b?.data, { stride, padding, dilation, groups })],
+    layer_norm: ["t S t?= t?= n=1e-5", layerNorm], rms_norm: ["t S t?= n?=", rmsNorm], group_norm: ["t i t?= t?= n=1e-5", groupNorm], batch_norm: ["t t? t? t t n", batchNorm],
+    max_pool2d: ["t S S=[] S=[0,0] S=[1,1] f=false", (x, kernel_size, stride, padding, dilation, ceil_mode) => maxPool(x, { kernel_size, stride, padding, dilation, ceil_mode })],
+    avg_pool2d: ["t S S=[] S=[0,0] f=false f=true", (x, kernel_size, stride, padding, ceil_mode, count_include_pad) => averagePool(x, { kernel_size, stride, padding, ceil_mode, count_include_pad })],
+    adaptive_avg_pool2d: ["t S", (x, size) => regions(x, size, meanOf)], adaptive_max_pool2d: ["t S", (x, size) => regions(x, size, mostOf)],
+    full: ["S v w", (shape, v, type) => { const out = tensor(shape, undefined, type); out.data.fill(plainNumber(v).data[0]); return out; }],
+    full_like: ["t v w", (x, v, type) => { const out = tensor(x.shape, undefined, type); out.data.fill(plainNumber(v).data[0]); return out; }],
+    arange: ["v v v w", (start, end, step, type) => {
+      const [a, b, by] = [start, end, step].map(v => plainNumber(v).data[0]), n = Math.max(0, Math.ceil((b - a) / by));
+      const out = tensor([by ? n : NaN], undefined, type);
+      for (let i = 0; i < n; i++) out.data[i] = a + i * by;
+      return out;
+    }],
+    constant: ["S N w", (shape, numbers, type) => { demand(numbers.length === product(shape), "a constant has another number of numbers"); const out = tensor(shape, undefined, type); out.data.set(numbers); return out; }],
+  };
+
+  const AT_MOST = { nodes: 2 ** 16, levels: 32, size: 2 ** 31 - 1, work: 2 ** 34 };
+  const SIZES = { "+": (a, b) => a + b, "-": (a, b) => a - b, "*": (a, b) => a * b, "//": (a, b) => Math.floor(a / b), "%": (a, b) => a - b * Math.floor(a / b), max: Math.max, min: Math.min };
+
+  function graphOf(file) {
+    const { graph, layers } = file.manifest, bad = (i, why) => { throw new MzError(`node ${i} of the graph ${why}`); };
+    demand(isObject(graph) && isObject(layers) && Array.isArray(graph.inputs) && Array.isArray(graph.nodes) && isObject(graph.sizes), "its graph is described in an unknown form");
+    demand(graph.nodes.length <= AT_MOST.nodes && graph.inputs.length <= 2 ** 12, "its graph has too many nodes");
+    const layer = layersFrom(file, new Map(Object.entries(layers))), tensors = new Map();
+    for (const [name, type, shape] of graph.inputs) demand(typeof name === "string" && Object.hasOwn(HOLDS, type) && Array.isArray(shape) && shape.every(n => isSize(n) || typeof n === "string" && n in graph.sizes), `the input ${quoted(name)} of the graph is described in an unknown form`);
+    const bounds = n => { const s = graph.sizes[n]; return Array.isArray(s) ? s.slice(1) : [1, AT_MOST.size]; };
+
+    // A size as a function of the named ones.
+    function sizeOf(s, i, depth = 0) {
+      if (Number.isSafeInteger(s)) return () => s;
+      if (typeof s === "string" && s in graph.sizes) return named => named[s];
+      if (!Array.isArray(s) || s.length !== 3 || !Object.hasOwn(SIZES, s[0]) || depth > AT_MOST.levels) bad(i, `has the size ${quoted(s)}`);
+      const [a, b] = [sizeOf(s[1], i, depth + 1), sizeOf(s[2], i, depth + 1)];
+      return named => { const n = SIZES[s[0]](a(named), b(named)); demand(Number.isSafeInteger(n), "a size of the graph is no whole number"); return n; };
+    }
+    const numberOf = (x, i) => isObject(x) && ["inf", "-inf", "nan"].includes(x.float) ? Number(x.float.replace("inf", "Infinity")) : typeof x === "number" || typeof x === "boolean" ? Number(x) : bad(i, `has ${quoted(x)} for a number`);
+
+    const before = i => graph.inputs.length + i;
+    function back(n, i) { if (!isSize(n) || !n || n > before(i)) bad(i, `refers to ${quoted(n)} values back`); return before(i) - n; }
+
+    // An argument of a type as a function of (values, sizes); `uses` collects the values that it needs.
+    function argument(kind, x, i, uses) {
+      const many = kind >= "A" && kind <= "Z", one = kind.toLowerCase();
+      if (many) {
+        if (!Array.isArray(x) || one === "t" && !x.length) bad(i, `has ${quoted(x)} for a list`);
+        const each = x.map(y => argument(one, y, i, uses));
+        return (...given) => each.map(f => f(...given));
+      }
+      if (one === "t" || one === "v" && !Array.isArray(x)) { const k = back(x, i); uses.push(k); return values => values[k]; }
+      if (one === "v") {
+        if (x.length === 1 && typeof x[0] !== "string") { const v = numberOf(x[0], i); return () => v; }
+        const s = sizeOf(x.length === 1 ? x[0] : x, i);
+        return (_, named) => s(named);
+      }
+      if (one === "s") { const s = sizeOf(x, i); return (_, named) => s(named); }
+      if (one === "n") { const v = numberOf(x, i); return () => v; }
+      if (one === "i" && !Number.isSafeInteger(x) || one === "f" && typeof x !== "boolean" || one === "w" && typeof x !== "string") bad(i, `has the argument ${quoted(x)}`);
+      return () => x;
+    }
+
+    const nodes = graph.nodes.map((node, i) => {
+      if (!Array.isArray(node) || typeof node[0] !== "string") bad(i, "is described in an unknown form");
+      const [what, ...args] = node, uses = [];
+      if (what === "item") {
+        if (args.length !== 2 || !isSize(args[1])) bad(i, "is described in an unknown form");
+        const k = back(args[0], i);
+        return { uses: [k], run: values => { if (!Array.isArray(values[k]) || !values[k][args[1]]) bad(i, "takes a value that is not there"); return values[k][args[1]]; } };
+      }
+      if (what[0] === "=") {
+        const name = what.slice(1);
+        if (args.length || !file.tensors.has(name)) bad(i, `names the tensor ${quoted(name)}`);
+        if (!tensors.has(name)) tensors.set(name, usable(file, name));
+        return { uses, run: () => tensors.get(name) };
+      }
+      if (what[0] === ".") {
+        const f = layer(what.slice(1));
+        if (args.length !== 1 || !isSize(args[0])) bad(i, `gives ${quoted(what)} other arguments than this reader knows`);
+        const k = back(args[0], i);
+        return { uses: [k], run: values => f(values[k]) };
+      }
+      if (!Object.hasOwn(OPERATIONS, what)) bad(i, `has the operation ${quoted(what)}, which this reader does not know`);
+      const [signature, f] = OPERATIONS[what], kinds = signature.split(" ").map(k => /^(\w)(\?)?(=(.*))?$/.exec(k)), read = [];
+      if (args.length > kinds.length) bad(i, `gives ${what} ${args.length} arguments`);
+      kinds.forEach(([, kind, may, usual, value], j) => {
+        if (j >= args.length && usual === undefined) bad(i, `gives ${what} ${args.length} arguments`);
+        const x = j < args.length ? args[j] : value === "" ? null : kind === "w" ? value : JSON.parse(value);
+        if (x === null && !may) bad(i, `has null for an argument of ${what}`);
+        read.push(x === null ? () => null : argument(kind, x, i, uses));
+      });
+      return { uses, run: (values, named) => {
+        const full = read.map(r => r(values, named));
+        for (const [j, x] of full.entries()) if ("tv".includes(kinds[j][1]) && Array.isArray(x) || kinds[j][1] === "T" && x.some(Array.isArray)) bad(i, "takes a list of values for one");
+        return f(...full);
+      } };
+    });
+
+    const last = nodes.map(() => []), kept = new Set(), ends = new Map();
+    const outputOf = (o, depth = 0) => {
+      if (o === null || depth > 64) return () => null;
+      if (isSize(o)) { const k = back(o, nodes.length); kept.add(k); return values => values[k]; }
+      const [[kind, inside] = []] = isObject(o) ? Object.entries(o) : [];
+      demand(kind === "dict" ? isObject(inside) : (kind === "list" || kind === "tuple") && Array.isArray(inside), "the output of the graph is described in an unknown form");
+      const each = Object.entries(inside).map(([n, x]) => [n, outputOf(x, depth + 1)]);
+      return values => kind === "dict" ? Object.fromEntries(each.map(([n, f]) => [n, f(values)])) : each.map(([, f]) => f(values));
+    };
+    const output = outputOf(graph.output);
+    nodes.forEach(({ uses }, i) => uses.forEach(k => ends.set(k, i)));
+    ends.forEach((i, k) => { if (!kept.has(k)) last[i].push(k); });
+
+    const numbersIn = v => Array.isArray(v) ? sumOf(v.map(numbersIn)) : v?.data?.length ?? 0;
+    const held = sumOf([...file.tensors.keys()].map(n => product(file.entry(n).shape)));
+    return (...inputs) => {
+      demand(inputs.length === graph.inputs.length, `the model takes ${graph.inputs.length} inputs`);
+      const named = Object.create(null), values = inputs.map((x, k) => {
+        const [name, type, shape] = graph.inputs[k];
+        demand(x.shape.length === shape.length && product(x.shape) === x.data.length, `the input ${quoted(name)} has the shape ${quoted(x.shape)} instead of ${quoted(shape)}`);
+        shape.forEach((n, d) => {
+          const [least, most] = typeof n === "string" ? bounds(n) : [n, n];
+          demand(x.shape[d] >= least && x.shape[d] <= most && (named[n] ?? x.shape[d]) === x.shape[d], `the input ${quoted(name)} has the shape ${quoted(x.shape)} instead of ${quoted(shape)}`);
+          if (typeof n === "string") named[n] = x.shape[d];
+        });
+        return { shape: x.shape, type, data: HOLDS[type].from(x.data) };
+      });
+      const most = Math.min(MOST, 2 ** 26 + 256 * (sumOf(values.map(numbersIn)) + held));
+      try {
+        budget.work = AT_MOST.work;
+        let alive = sumOf(values.map(numbersIn));
+        nodes.forEach(({ run }, i) => {
+          budget.room = most - alive;
+          values.push(run(values, named));
+          alive += numbersIn(values.at(-1));
+          demand(alive <= most, "the model takes more memory than this reader does");
+          for (const k of last[i]) { alive -= numbersIn(values[k]); values[k] = null; }
+        });
+      } finally { Object.assign(budget, { room: MOST, work: Infinity }); }
+      return output(values);
+    };
+  }
+
+  // ------------------------------------------------------------------------------------------------ whole models
+
+  const half = x => maxPool(x, { kernel_size: 2 }), flat = LAYERS.Flatten({}), relu = unary(ACTS.relu);
   const FORWARD = {  // the architectures: what is done with the layers of a name
-    LeNet5: (run, x) => {
-      fits(x, [null, 1, 28, 28], "LeNet5");
-      const half = t => maxPool(t, { kernel_size: 2 }), relu = LAYERS.ReLU();
-      return run("fc2", relu(run("fc1", LAYERS.Flatten({})(half(run("conv2", half(run("conv1", x))))))));
-    },
-    LeNet300: (run, x) => {
-      fits(x, [null, 1, 28, 28], "LeNet300");
-      const relu = LAYERS.ReLU();
-      return run("fc3", relu(run("fc2", relu(run("fc1", LAYERS.Flatten({})(x))))));
-    },
+    LeNet5: (run, x) => { fits(x, [null, 1, 28, 28], "LeNet5"); return run("fc2", relu(run("fc1", flat(half(run("conv2", half(run("conv1", x)))))))); },
+    LeNet300: (run, x) => { fits(x, [null, 1, 28, 28], "LeNet300"); return run("fc3", relu(run("fc2", relu(run("fc1", flat(x)))))); },
   };
 
   // What is said of the model, as its seal has it.
   const inOrder = x => Array.isArray(x) ? `[${x.map(inOrder).join(", ")}]` : !isObject(x) ? JSON.stringify(x) : `{${Object.keys(x).sort().map(k => `${JSON.stringify(k)}: ${inOrder(x[k])}`).join(", ")}}`;
   function sealOf(name, layers) {
-    const told = inOrder([["", { module: name }], ...layers]), c = crc32(new TextEncoder().encode(told));
+    const c = crc32(new TextEncoder().encode(inOrder([["", { module: name }], ...layers])));
     return btoa(String.fromCharCode(c >>> 24, c >>> 16 & 255, c >>> 8 & 255));
   }
 
-  // The model of a file: (numbers, shape) → {shape, data}
+  // The model of a file: (input {shape, data}, …) → what it puts out, tensors of the same form
   function network(file) {
-    const { architecture, kind } = file.manifest;
-    demand(architecture, "the file says no architecture that this reader could run");
-    const layers = layersOf(file.manifest), { name } = architecture;
+    const { architecture, graph, kind } = file.manifest;
+    if (graph !== undefined) return graphOf(file);
+    demand(architecture, "the file says no architecture and has no graph that this reader could run");
+    const layers = layersOf(file.manifest), { name } = architecture, layer = layersFrom(file, layers);
     demand(kind === undefined || kind === sealOf(name, layers), `it was made of another ${name} than this reader knows`);
-    for (const [n, e] of file.tensors) demand(!e.layer || e.layer === "Dequantize", `${quoted(n)} is used by a ${e.layer}, which does more than this reader can`);
-    const made = new Map();
-    for (const [n, l] of layers) {
-      demand(isObject(l) && (l.class === "Sequential" || Object.hasOwn(LAYERS, l.class)), `this reader does not know the layer ${quoted(l?.class ?? n)}`);
-      const own = (part, may) => {
-        const full = `${n}.${part}`;
-        return may && !file.tensors.has(full) ? undefined : file.tensor(full);
-      };
-      made.set(n, l.class === "Sequential" ? null : LAYERS[l.class](l, own));
-    }
-    const run = (n, x) => made.get(n) ? made.get(n)(x) : [...made.keys()].filter(m => m.startsWith(`${n}.`) && !m.slice(n.length + 1).includes(".")).reduce((y, m) => run(m, y), x);
-    return (data, shape) => {
-      demand(data.length === product(shape), `${data.length} numbers have not the shape ${quoted(shape)}`);
-      return FORWARD[name](run, tensor(shape, data));
+    const inside = n => [...layers.keys()].filter(m => m.startsWith(`${n}.`) && !m.slice(n.length + 1).includes("."));
+    const run = (n, x) => layers.get(n).class === "Sequential" ? inside(n).reduce((y, m) => run(m, y), x) : layer(n)(x);
+    for (const [n, l] of layers) if (l?.class !== "Sequential") layer(n);
+    return x => {
+      demand(x.data.length === product(x.shape), `${x.data.length} numbers have not the shape ${quoted(x.shape)}`);
+      return FORWARD[name](run, tensor(x.shape, x.data));
     };
   }
 

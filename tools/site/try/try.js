@@ -112,7 +112,7 @@
       for (const [i, about] of [files.at(-1), beside()].entries()) try {
         const net = await networkNamed(about.name);
         if (mine !== turn) return;
-        answers.push(`${about.title}, ${count(net.size)} bytes: ${show(nets[i], net, grey && probabilities(net.run(grey, [1, 1, SIDE, SIDE]).data))}`);
+        answers.push(`${about.title}, ${count(net.size)} bytes: ${show(nets[i], net, grey && probabilities(net.run({ shape: [1, 1, SIDE, SIDE], data: grey }).data))}`);
       } catch (e) {
         $(nets[i], ".mz-facts").textContent = reason(e);
       }
