@@ -13,6 +13,7 @@ const mz = (() => {
   const demand = (fine, says) => { if (!fine) throw new MzError(says); };
   const quoted = x => { const s = JSON.stringify(x) ?? String(x); return s.length > 60 ? s.slice(0, 57) + "…" : s; };
   const MOST = 2 ** 26;      // numbers in a tensor, bytes in a stream: what a page can hold
+  const has = (table, name) => typeof name === "string" && Object.hasOwn(table, name);
   const product = shape => shape.reduce((a, b) => a * b, 1);
   const isSize = n => Number.isSafeInteger(n) && n >= 0;
   const bitsFor = levels => Math.max(1, 32 - Math.clz32(levels - 1));
@@ -573,7 +574,7 @@ const mz = (() => {
     int64: [8, BigInt64Array], int32: [4, Int32Array], int16: [2, Int16Array], int8: [1, Int8Array],
     uint64: [8, BigUint64Array], uint32: [4, Uint32Array], uint16: [2, Uint16Array], uint8: [1, Uint8Array], bool: [1, Uint8Array],
   };
-  const isType = name => typeof name === "string" && Object.hasOwn(TYPES, name);
+  const isType = name => has(TYPES, name);
 
   function numbersOf(bytes, dtype) {  // (all machines that browsers run on are little-endian, as files are)
     const [size, Kind] = TYPES[dtype], own = bytes.slice().buffer;
@@ -695,8 +696,8 @@ const mz = (() => {
 
   function layersOf(manifest) {  // what the builder makes, and what the file says differs
     const { architecture: a, layers = {} } = manifest;
-    demand(isObject(a) && typeof a.name === "string" && isObject(a.options), "its architecture is described in an unknown form");
-    demand(Object.hasOwn(BUILDERS, a.name), `this reader does not know the architecture ${quoted(a.name)}`);
+    demand(isObject(a) && isObject(a.options), "its architecture is described in an unknown form");
+    demand(has(BUILDERS, a.name), `this reader does not know the architecture ${quoted(a.name)}`);
     demand(isObject(layers), "its layers are described in an unknown form");
     const made = BUILDERS[a.name](a.options), out = new Map(), below = name => Object.keys(layers).filter(n => n.startsWith(`${name}.`));
     for (const name of Object.keys(made)) for (const n of [name, ...below(name)]) out.set(n, layers[n] ?? made[n]);
@@ -707,7 +708,7 @@ const mz = (() => {
   function expectedOf(manifest) {  // the tensors of such a model: name → shape, all of them float32
     const out = new Map();
     for (const [name, layer] of layersOf(manifest)) {
-      demand(isObject(layer) && Object.hasOwn(TENSORS, layer.class), `this reader does not know the layer ${quoted(layer?.class ?? name)}`);
+      demand(isObject(layer) && has(TENSORS, layer.class), `this reader does not know the layer ${quoted(layer?.class ?? name)}`);
       for (const [n, shape] of Object.entries(TENSORS[layer.class](layer))) out.set(`${name}.${n}`, { dtype: "float32", shape });
     }
     return out;
@@ -833,6 +834,7 @@ const mz = (() => {
   // ------------------------------------------------------------------------------------------------ entries
 
   function checkShape(e, name) {
+    demand(isObject(e), `${quoted(name)} is described in an unknown form`);
     demand(isType(e.dtype), `${quoted(name)} has the unknown type ${quoted(e.dtype)}`);
     demand(Array.isArray(e.shape) && e.shape.length <= 64 && e.shape.every(isSize) && product(e.shape) <= MOST, `${quoted(name)} has the shape ${quoted(e.shape)}, which this reader cannot hold`);
   }
@@ -856,7 +858,9 @@ const mz = (() => {
         } else if ("parts" in e) {
           checkShape(e, name);
           demand(isObject(e.parts) && isObject(e.meta) && typeof e.kind === "string" && typeof e.layer === "string", `${quoted(name)} is described in an unknown form`);
-          demand(e.meta.shape === undefined || String(e.meta.shape) === String(e.shape), `${quoted(name)} says two shapes`);
+          demand(e.meta.shape === undefined || JSON.stringify(e.meta.shape) === JSON.stringify(e.shape), `${quoted(name)} says two shapes`);
+          const { levels, group, axis, layout } = e.meta;
+          demand([levels, group, axis].every(n => n === undefined || n === null || isSize(n)) && (layout === undefined || typeof layout === "string"), `${quoted(name)} is described in an unknown form`);
           let held = 0;
           for (const [n, p] of Object.entries(e.parts)) { checkPlain(p, `${name}/${n}`); pieces.push(p); held += TYPES[p.dtype][0] * product(p.shape); }
           demand(product(e.shape) <= 2 ** 15 * held, `${quoted(name)} stands for more numbers than its parts can hold`);
@@ -900,10 +904,10 @@ const mz = (() => {
     tensor(name) {
       const e = this.entry(name), { shape, dtype } = e;
       if (!("parts" in e)) return { shape, dtype, data: this.plain(e) };
-      demand(Object.hasOwn(KINDS, e.kind), `${quoted(name)} is of the kind ${quoted(e.kind)}, which this reader does not know`);
-      demand(dtype in ROUND, `${quoted(name)} stands for numbers of type ${dtype}, which this reader does not know`);
+      demand(has(KINDS, e.kind), `${quoted(name)} is of the kind ${quoted(e.kind)}, which this reader does not know`);
+      demand(has(ROUND, dtype), `${quoted(name)} stands for numbers of type ${dtype}, which this reader does not know`);
       const data = KINDS[e.kind](this, e, e.meta, product(shape));
-      if (dtype in ROUND && dtype !== "float32") data.forEach((x, i) => { data[i] = ROUND[dtype](x); });
+      if (has(ROUND, dtype) && dtype !== "float32") data.forEach((x, i) => { data[i] = ROUND[dtype](x); });
       return { shape, dtype, data };
     }
     table() {  // a row for each tensor: what it is, and which bytes of the file it takes
@@ -1054,7 +1058,7 @@ const mz = (() => {
   // [codes, weights in a block, middle, groups of a block]
   const BLOCKS = { Q4_0: [4, 32, 8, 1], Q4_1: [4, 32, 0, 1], Q8_0: [8, 32, 128, 1], Q4_K: [4, 256, 0, 8], Q6_K: [6, 256, 32, 16] };
   function gguf(file, e, meta, n) {
-    demand(typeof meta.type === "string" && Object.hasOwn(BLOCKS, meta.type), `blocks of the unknown type ${quoted(meta.type)}`);
+    demand(has(BLOCKS, meta.type), `blocks of the unknown type ${quoted(meta.type)}`);
     const [bits, block, middle, groups] = BLOCKS[meta.type], p = e.parts, blocks = n / block, out = new Float32Array(n), f = Math.fround;
     demand(Number.isInteger(blocks) && e.shape.at(-1) % block === 0, "a row is no whole number of blocks");
     const part = name => { demand(isObject(p[name]) && product(p[name].shape) === blocks, "a tensor of blocks is described in an unknown form"); return file.plain(p[name]); };
@@ -1114,7 +1118,7 @@ const mz = (() => {
   const isFloat = x => x.type === "float32";
   function tensor(shape, data, type = "float32") {
     demand(shape.every(isSize) && product(shape) <= budget.room, `a tensor of shape ${quoted(shape)} is beyond this reader`);
-    demand(Object.hasOwn(HOLDS, type), `numbers of type ${quoted(type)} are beyond this reader`);
+    demand(has(HOLDS, type), `numbers of type ${quoted(type)} are beyond this reader`);
     return { shape, type, data: data ?? new HOLDS[type](product(shape)) };
   }
   function work(steps) { demand((budget.work -= steps) > 0, "the model takes more work than this reader does"); }
@@ -1291,8 +1295,9 @@ const mz = (() => {
     const [a, b] = [x.shape.length === 1 ? reshaped(x, [1, -1]) : x, y.shape.length === 1 ? reshaped(y, [-1, 1]) : y];
     const [m, k] = a.shape.slice(-2), [l, n] = b.shape.slice(-2), stacks = wider(a.shape.slice(0, -2), b.shape.slice(0, -2));
     demand(k === l && x.shape.length && y.shape.length, `no product of shapes ${quoted(x.shape)} and ${quoted(y.shape)}`);
-    const p = expanded(a, [...stacks, m, k]).data, q = expanded(b, [...stacks, k, n]).data, out = tensor([...stacks, m, n]), row = new Float64Array(n);
+    const out = tensor([...stacks, m, n]), row = new Float64Array(n);
     work(out.data.length * k);
+    const [p, q] = [[a, [...stacks, m, k]], [b, [...stacks, k, n]]].map(([t, shape]) => String(t.shape) === String(shape) ? t.data : expanded(t, shape).data);
     for (let s = 0; s < product(stacks); s++) for (let i = 0; i < m; i++) {
       row.fill(0);
       for (let j = 0; j < k; j++) {
@@ -1482,7 +1487,9 @@ const mz = (() => {
     return name => {
       if (!made.has(name)) {
         const l = layers.get(name);
-        demand(isObject(l) && Object.hasOwn(LAYERS, l.class), `this reader does not know the layer ${quoted(l?.class ?? name)}`);
+        demand(isObject(l) && has(LAYERS, l.class), `this reader does not know the layer ${quoted(l?.class ?? name)}`);
+        const simple = v => v === null || typeof v !== "object";
+        demand(Object.values(l).every(v => simple(v) || Array.isArray(v) && v.every(simple)), `the layer ${quoted(name)} is described in an unknown form`);
         made.set(name, LAYERS[l.class](l, (part, may) => may && !file.tensors.has(`${name}.${part}`) ? undefined : usable(file, `${name}.${part}`)));
       }
       return made.get(name);
@@ -1492,7 +1499,7 @@ const mz = (() => {
     const e = file.tensors.get(name);
     demand(!e?.layer || e.layer === "Dequantize", `${quoted(name)} is used by a ${e?.layer}, which does more than this reader can`);
     const t = file.tensor(name);
-    demand(t.dtype === "float32" || HOLDS[t.dtype], `${quoted(name)} has numbers of type ${t.dtype}; this reader computes in float32`);
+    demand(has(HOLDS, t.dtype), `${quoted(name)} has numbers of type ${t.dtype}; this reader computes in float32`);
     return given(t);
   }
 
@@ -1567,14 +1574,15 @@ const mz = (() => {
     demand(isObject(graph) && isObject(layers) && Array.isArray(graph.inputs) && Array.isArray(graph.nodes) && isObject(graph.sizes), "its graph is described in an unknown form");
     demand(graph.nodes.length <= AT_MOST.nodes && graph.inputs.length <= 2 ** 12, "its graph has too many nodes");
     const layer = layersFrom(file, new Map(Object.entries(layers))), tensors = new Map();
-    for (const [name, type, shape] of graph.inputs) demand(typeof name === "string" && Object.hasOwn(HOLDS, type) && Array.isArray(shape) && shape.every(n => isSize(n) || typeof n === "string" && n in graph.sizes), `the input ${quoted(name)} of the graph is described in an unknown form`);
+    demand(graph.inputs.every(Array.isArray), "its graph is described in an unknown form");
+    for (const [name, type, shape] of graph.inputs) demand(typeof name === "string" && has(HOLDS, type) && Array.isArray(shape) && shape.every(n => isSize(n) || typeof n === "string" && n in graph.sizes), `the input ${quoted(name)} of the graph is described in an unknown form`);
     const bounds = n => { const s = graph.sizes[n]; return Array.isArray(s) ? s.slice(1) : [1, AT_MOST.size]; };
 
     // A size as a function of the named ones.
     function sizeOf(s, i, depth = 0) {
       if (Number.isSafeInteger(s)) return () => s;
       if (typeof s === "string" && s in graph.sizes) return named => named[s];
-      if (!Array.isArray(s) || s.length !== 3 || !Object.hasOwn(SIZES, s[0]) || depth > AT_MOST.levels) bad(i, `has the size ${quoted(s)}`);
+      if (!Array.isArray(s) || s.length !== 3 || !has(SIZES, s[0]) || depth > AT_MOST.levels) bad(i, `has the size ${quoted(s)}`);
       const [a, b] = [sizeOf(s[1], i, depth + 1), sizeOf(s[2], i, depth + 1)];
       return named => { const n = SIZES[s[0]](a(named), b(named)); demand(Number.isSafeInteger(n), "a size of the graph is no whole number"); return n; };
     }
@@ -1623,7 +1631,7 @@ const mz = (() => {
         const k = back(args[0], i);
         return { uses: [k], run: values => f(values[k]) };
       }
-      if (!Object.hasOwn(OPERATIONS, what)) bad(i, `has the operation ${quoted(what)}, which this reader does not know`);
+      if (!has(OPERATIONS, what)) bad(i, `has the operation ${quoted(what)}, which this reader does not know`);
       const [signature, f] = OPERATIONS[what], kinds = signature.split(" ").map(k => /^(\w)(\?)?(=(.*))?$/.exec(k)), read = [];
       if (args.length > kinds.length) bad(i, `gives ${what} ${args.length} arguments`);
       kinds.forEach(([, kind, may, usual, value], j) => {
@@ -1649,7 +1657,7 @@ const mz = (() => {
       return values => kind === "dict" ? Object.fromEntries(each.map(([n, f]) => [n, f(values)])) : each.map(([, f]) => f(values));
     };
     const output = outputOf(graph.output);
-    nodes.forEach(({ uses }, i) => uses.forEach(k => ends.set(k, i)));
+    nodes.forEach(({ uses }, i) => [...uses, before(i)].forEach(k => ends.set(k, i)));
     ends.forEach((i, k) => { if (!kept.has(k)) last[i].push(k); });
 
     const numbersIn = v => Array.isArray(v) ? sumOf(v.map(numbersIn)) : v?.data?.length ?? 0;
@@ -1713,6 +1721,6 @@ const mz = (() => {
     };
   }
 
-  return { read, network, MzError };
+  return { read, network, MzError, parts: { unzstd, readStream } };
 })();
 if (typeof module !== "undefined") module.exports = mz;
