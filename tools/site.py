@@ -10,9 +10,9 @@ defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewher
 used for that, because it leaves out the code of every exported cell: here that code is the book.
 """
 
-import ast, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
+import ast, base64, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
 from functools import cache, cached_property
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -23,9 +23,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(__file__).resolve().parent / "site"
 KATEX = "site_libs/katex"
+TRIES, TRIED = ASSETS / "try", "site_libs/try"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
 SHORT = 44  # characters of code that fit on a telephone
+TRY = re.compile(r"<!-- try: (\w+) -->")  # a cell of nothing else: what tools/site/try/ has of that name stands there
 QUARTO = re.compile(r"^\s*#\|\s*(code-[\w-]+|fig-[\w-]+|tbl-[\w-]+|layout-[\w-]+|column|echo|output|include|label)\s*:")
 
 
@@ -293,7 +295,9 @@ def prepare(path, where):
         source = text(cell)
         if is_hidden(cell) or not source.strip():
             continue
-        if cell["cell_type"] == "markdown":
+        if cell["cell_type"] == "markdown" and (what := TRY.fullmatch(source.strip())):
+            cells.append(to_try(what[1]))
+        elif cell["cell_type"] == "markdown":
             if not cells:
                 head, source = front_matter(source)
                 if head:
@@ -314,6 +318,54 @@ def prepare(path, where):
         else:
             cells.append(cell)
     return {**book, "cells": cells}
+
+
+def to_try(name):
+    """What readers of the site try for themselves, by scripts of the page (elsewhere the cell is a comment): a cell with
+    tools/site/try/<name>.html as its output."""
+    html = (TRIES / f"{name}.html").read_text(encoding="utf-8")
+    files = tried_files()
+    said = {"files": escape(json.dumps(files), quote=True), "record": f"{files[-1]['bytes']:,}"}
+    html = re.sub(r"\{\{(\w+)\}\}", lambda m: said[m[1]], html)
+    html += "".join(f'<script src="{TRIED}/{script}.js" defer></script>\n' for script in ("mz", "try"))
+    output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": html}}
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "metadata": {},
+        "source": "#| echo: false\npass",
+        "outputs": [output],
+    }
+
+
+def tried_files():
+    "The files of the first page, large ones first: name, title, bytes, share of the test digits that are read."
+    rows = json.loads((ROOT / "bench/results/tour.json").read_text(encoding="utf-8"))["rows"]
+    right = {row["name"]: row["accuracy"] for row in rows}
+    named = json.loads((TRIES / "files.json").read_text(encoding="utf-8"))
+    files = [(TRIES / f"{name}.mz", title, right[title]) for name, title in named.items()]
+    record = json.loads((ROOT / "bench/results/record.json").read_text(encoding="utf-8"))["nets"]["LeNet-5"]["runs"][0]
+    files.append((ROOT / "bench/results/record.mz", "The record", record["rows"][-1]["test"]))
+    return [
+        {
+            "name": path.stem,
+            "title": title[0].upper() + title[1:],
+            "bytes": path.stat().st_size,
+            "accuracy": f"{accuracy:.1%}",
+        }
+        for path, title, accuracy in files
+    ]
+
+
+def lay_out_tries(out):
+    "The scripts of what readers try, and files as scripts: a page that was opened from a disk may load nothing else."
+    folder = out / TRIED
+    folder.mkdir(parents=True)
+    for script in (ASSETS / "mz.js", TRIES / "try.js"):
+        shutil.copy(script, folder / script.name)
+    for path in (*TRIES.glob("*.mz"), ROOT / "bench/results/record.mz"):
+        held = base64.b64encode(path.read_bytes()).decode()
+        (folder / f"{path.stem}.js").write_text(f'mzFiles["{path.stem}"] = "{held}";\n', encoding="utf-8")
 
 
 def prepare_code(cell, source, where, page, labelled):
@@ -561,6 +613,7 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         source.mkdir()
         stage(nbs, source)
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
+        lay_out_tries(made)
         if out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -716,6 +769,9 @@ def against_notebook(page, path):
     math = any(re.search(r"\$[^$\n]+\$", text(c)) for c in book["cells"] if c["cell_type"] == "markdown")
     if math and not (page.math and any("katex" in a for a in page.loads)):
         yield "has mathematics, and nothing to typeset it"
+    for what in TRY.findall("\n".join(text(c) for c in book["cells"] if c["cell_type"] == "markdown")):
+        if f"mz-try-{what}" not in page.ids:
+            yield f"has lost what is to be tried: {what}"
     wanted = sum(
         "mz-explore" in "".join(o.get("data", {}).get("text/html", ""))
         for c in book["cells"]
