@@ -8,12 +8,10 @@ coded by itself (as in a file), in several types; "1 GiB" has them one behind th
 zipnn changes the bytes that it is given, so each of its turns gets a copy, made before the clock starts.
 """
 
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, statistics, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
-
-from contest import Contestant
 
 RESULTS = Path(__file__).parent / "results/planes.json"
 DATA = {"bfloat16": 0, "float16": 0, "float32": 0, "float32 of bfloat16": 0, "bfloat16, 1 GiB": 1 << 30}
@@ -125,6 +123,8 @@ def serve(who, name, folder):
 
 def contest(name, peer, rounds, rng):
     "Share that is left and bytes a second, for each that takes part; medians, and those of the ratios to zipnn."
+    from contest import Contestant  # not above: the peer's environment need not have what it imports
+
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         prepare(name, folder)
         with np.load(Path(folder) / "tensors.npz") as arrays:

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from ..lossless import float_rest, float_symbols, has_room, join_floats, low_byte, seven_for_eight
-from .blocks import FLOAT_PLANES, RAW, ZSTD, expand_bytes, take_pieces, zstd_compress
+from ..symbols import entropy
+from .blocks import FLOAT_PLANES, PLANES, RAW, ZSTD, expand_bytes, take_pieces, zstd_compress
 from .coders import CodingError, write_varint
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 HUFFMAN = dict(strategy=1, min_match=7, hash_log=6)  # zstandard's quickest strategy; it remembers 64 places
 
 # %% ../../nbs/workshop/float_chunks.ipynb
+BLOCK = 1 << 16  # bytes of a plane whose histogram is looked at
+
+
 def shortened(plane: np.ndarray) -> bytes | None:
     "What zstandard makes of a plane, phrases and all; `None` if that is less than a 32nd shorter."
     found = zstd_compress(plane, min_match=7)
@@ -26,13 +30,21 @@ def shortened(plane: np.ndarray) -> bytes | None:
 
 def code_plane(
     plane: np.ndarray,  # uint8
-) -> tuple[int, Any, bool]:  # method, bytes, whether phrases say something that a Huffman code does not see
+) -> tuple[int, Any, bool]:  # method, bytes, whether its order says something
     "A plane by a Huffman code, or as it is."
     found = shortened(plane)
     if found is None:
         return RAW, plane, False
-    alone = zstd_compress(plane, **HUFFMAN)
-    return ZSTD, min(alone, found, key=len), 64 * (len(alone) - len(found)) > len(plane)
+    coded, blocks = min(found, zstd_compress(plane, **HUFFMAN), key=len), np.split(plane, range(BLOCK, len(plane), BLOCK))
+    told = sum(len(b) * entropy(b[:: max(1, len(b) >> 12)]) for b in blocks)
+    return ZSTD, coded, told / 8 - len(coded) > len(plane) / 16
+
+# %% ../../nbs/workshop/float_chunks.ipynb
+def gains_by_room(words: np.ndarray) -> bool:
+    "Whether symbols that take a bit of the fraction along save more than a 64th of a bit each, in a sample."
+    some = words[: 1 << 15]
+    without, within = (len(zstd_compress(float_symbols(some, room), **HUFFMAN)) for room in (0, 1))
+    return 8 * (without - within) + len(some) > len(some) / 64
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def code_floats(
@@ -44,13 +56,17 @@ def code_floats(
         method, coded, odd = code_plane(data)
         return b"".join([bytes([method]), coded]), not odd
     words = data.view(f"<u{width}")
-    room = len(words) % 64 == 0 and has_room(words) and shortened(low_byte(words, 8 * width - 16)) is None
-    symbols, rest = float_symbols(words, room), float_rest(words, room)
-    coded = zstd_compress(symbols, **HUFFMAN)
-    planes = [(ZSTD, coded, False) if len(coded) < len(symbols) else (RAW, symbols, False)]
-    planes.append((RAW, seven_for_eight(rest), False) if room else code_plane(rest))
-    planes += [code_plane(low_byte(words, 8 * j)) for j in range(width - 2)]
-    parts = [bytes([FLOAT_PLANES, room])]
+    if width == 8:
+        parts, planes = [bytes([PLANES])], [code_plane(low_byte(words, 8 * j)) for j in range(8)]
+    else:
+        room = len(words) % 64 == 0 and has_room(words) and gains_by_room(words)
+        room = room and shortened(low_byte(words, 8 * width - 16)) is None
+        symbols, rest = float_symbols(words, room), float_rest(words, room)
+        coded = zstd_compress(symbols, **HUFFMAN)
+        planes = [(ZSTD, coded, False) if len(coded) < len(symbols) else (RAW, symbols, False)]
+        planes.append((RAW, seven_for_eight(rest), False) if room else code_plane(rest))
+        planes += [code_plane(low_byte(words, 8 * j)) for j in range(width - 2)]
+        parts = [bytes([FLOAT_PLANES, room])]
     for method, coded, _ in planes:
         parts += [write_varint(1 + len(coded)), bytes([method]), coded]
     return b"".join(parts), not any(odd for *_, odd in planes)
@@ -61,8 +77,8 @@ def expand_floats(
     out: np.ndarray,  # uint8, where the elements go
     width: int,
 ) -> None:
-    "The inverse of `code_floats`, for elements of two bytes or more."
-    if width not in (2, 4, 8) or len(chunk) < 2 or chunk[1] > 1:
+    "The inverse of `code_floats`, for the method `FLOAT_PLANES`."
+    if width not in (2, 4) or len(chunk) < 2 or chunk[1] > 1:
         raise CodingError("a chunk of floats has a wrong form")
     words, room = out.view(f"<u{width}"), chunk[1]
     n = len(words)
