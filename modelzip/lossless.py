@@ -75,15 +75,17 @@ def join_floats(
     room: int = 0,  # as they were made
 ) -> None:
     "The floats again, as unsigned words, every bit of them."
-    top = 8 * out.itemsize - 16
-    out[: len(rest)] = rest
+    top, word = 8 * out.itemsize - 16, out.dtype.type
+    twice = word((1 << 8 + room) + 1 << top)
+    np.multiply(rest, twice, out=out[: len(rest)])
     if room:
-        out[len(rest) :] = last_eighth(rest)
-    out *= (1 << 8 + room) + 1
-    out &= 0x8000 | 0x7F >> room
-    out <<= top
+        np.multiply(last_eighth(rest), twice, out=out[len(rest) :])
+    out &= word((0x8000 | 0x7F >> room) << top)
     moved = np.empty_like(out)
     for plane, shift in [(symbols, top + 7 - room), *((plane, 8 * j) for j, plane in enumerate(low))]:
-        moved[...] = plane
-        moved <<= shift
-        out |= moved
+        out |= np.multiply(plane, word(1 << shift), out=moved)  # a byte that becomes a word on the way
+
+# %% ../nbs/04a_lossless.ipynb
+from .workshop.arguments import name_arguments
+
+name_arguments(globals())  # errors name the argument

@@ -227,7 +227,14 @@ def test_floats_come_back_to_the_bit(dtype):
         odd = torch.from_numpy((tops | rng.integers(0, 1 << 16, 1 << 16).astype(tops.dtype)).view(f"i{tops.itemsize}"))
         odd = odd.view(dtype)
     weights = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
-    cases = [weights, torch.cat([weights, odd, weights]), odd[:0], odd[7], weights.reshape(400, 500).T, weights[::-3 % 7]]
+    cases = [
+        weights,
+        torch.cat([weights, odd, weights]),
+        odd[:0],
+        odd[7],
+        weights.reshape(400, 500).T,
+        weights[:: -3 % 7],
+    ]
     cases += [weights[:n] for n in (1, 2, 63, 64, 65, 40_000, 65_537)]
     cases += [weights[::2], weights.reshape(20, 100, 100)[:, 3:77]]
     for x in cases:
@@ -238,7 +245,10 @@ def test_floats_come_back_to_the_bit(dtype):
 
 def test_floats_in_another_byte_order():
     x = np.random.default_rng(0).normal(0, 0.05, 30_000).astype(">f4")
-    assert decode(encode(x)).tobytes() == x.tobytes() and decode(encode(x.astype("<f4"))).tobytes() == x[:].astype("<f4").tobytes()
+    assert (
+        decode(encode(x)).tobytes() == x.tobytes()
+        and decode(encode(x.astype("<f4"))).tobytes() == x[:].astype("<f4").tobytes()
+    )
 
 
 def test_floats_that_are_not_ordinary():

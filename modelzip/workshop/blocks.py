@@ -6,6 +6,7 @@
 __all__ = ['RAW', 'ZSTD', 'JOINED', 'SPARSE', 'RANS', 'PLANES', 'SPLIT', 'VALUES', 'FLOAT_PLANES', 'METHODS']
 
 # %% ../../nbs/workshop/blocks.ipynb
+import threading
 from typing import Any
 
 import constriction
@@ -18,15 +19,36 @@ from .coders import CodingError, read_varint, write_varint
 MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
+class OfThread(threading.local):
+    "What a thread keeps: to make a compressor or a decompressor takes as long as a small block."
+
+    def __init__(self):
+        self.quick = {}  # parameters → a compressor of level 1; those of higher levels hold megabytes
+        self.expander = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23)
+
+
+OF_THREAD = OfThread()
+
+
+def compressor(level: int, parameters: dict) -> zstandard.ZstdCompressor:
+    "One that writes no magic number, size and checksum."
+    plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
+    how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)
+    return zstandard.ZstdCompressor(compression_params=how)
+
+
 def zstd_compress(
     data: Any,  # bytes-like
     level: int = 1,  # of zstandard
     **parameters: Any,  # min_match=7: only long repetitions
 ) -> bytes:  # a frame without its magic number, size and checksum
     "What zstandard makes of some bytes."
-    plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
-    how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)
-    return zstandard.ZstdCompressor(compression_params=how).compress(data)
+    if level > 1:
+        return compressor(level, parameters).compress(data)
+    key = tuple(parameters.items())
+    if key not in OF_THREAD.quick:
+        OF_THREAD.quick[key] = compressor(level, parameters)
+    return OF_THREAD.quick[key].compress(data)
 
 # %% ../../nbs/workshop/blocks.ipynb
 def zstd_expand(
@@ -38,9 +60,7 @@ def zstd_expand(
         claim = zstandard.get_frame_parameters(data, format=MAGICLESS).content_size
         if claim not in (size, zstandard.CONTENTSIZE_UNKNOWN):
             raise CodingError(f"it says that it expands to {claim:,} bytes instead of {size:,}")
-        out = zstandard.ZstdDecompressor(format=MAGICLESS, max_window_size=1 << 23).decompress(
-            data, max_output_size=max(size, 1), allow_extra_data=False
-        )
+        out = OF_THREAD.expander.decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
     except zstandard.ZstdError as e:
         raise CodingError(f"zstandard cannot expand it: {e}") from None
     if len(out) != size:

@@ -42,7 +42,7 @@ def code_plane(
 # %% ../../nbs/workshop/float_chunks.ipynb
 def gains_by_room(words: np.ndarray) -> bool:
     "Whether symbols that take a bit of the fraction along save more than a 64th of a bit each, in a sample."
-    some = words[: 1 << 15]
+    some = words[: 1 << 14]
     without, within = (len(zstd_compress(float_symbols(some, room), **HUFFMAN)) for room in (0, 1))
     return 8 * (without - within) + len(some) > len(some) / 64
 
@@ -94,6 +94,6 @@ def looks_ordinary(
     width: int,  # bytes of an element
 ) -> bool:
     "Whether values hardly repeat, from a sample."
-    some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 12)]
+    some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)]
     values, counts = np.unique(some, return_counts=True)
     return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(values) > len(some))
