@@ -35,7 +35,8 @@ def code_plane(
     found = shortened(plane)
     if found is None:
         return RAW, plane, False
-    coded, blocks = min(found, zstd_compress(plane, **HUFFMAN), key=len), np.split(plane, range(BLOCK, len(plane), BLOCK))
+    coded = min(found, zstd_compress(plane, **HUFFMAN), key=len)
+    blocks = np.split(plane, range(BLOCK, len(plane), BLOCK))
     told = sum(len(b) * entropy(b[:: max(1, len(b) >> 12)]) for b in blocks)
     return ZSTD, coded, told / 8 - len(coded) > len(plane) / 16
 
