@@ -399,6 +399,21 @@ WRONG = {
         ("lambda: [10**6] + [1] * 9", "two or three symbols"),
         ("lambda: [0.999, 0.001]", "counts are whole numbers"),  # shares
     ],
+    "04a_lossless:check_value": [
+        ("lambda b: (-1) ** (b >> 7) * (1 + (b & 7) / 8) * 2.0 ** ((b >> 3 & 15) - 7)", "00000000 is 0.0"),
+        (
+            "lambda b: (-1) ** (b >> 7) * ((b & 7) / 8 * 2.0**-7 if not b & 120 else (1 + b % 8 / 8) * 2.0 ** (b // 8 % 16 - 7))",
+            "00000001 is 0.001953125",
+        ),  # one exponent too low
+        (
+            "lambda b: (-1) ** (b >> 7) * ((b & 7) / 8 * 2.0**-6 if not b & 120 else (1 + b % 8 / 8) * 2.0 ** (b // 8 % 16 - 7))",
+            "01111111 is NaN",
+        ),
+    ],
+    "04a_lossless:check_exponent_bits": [
+        ("lambda low, high: math.log2(math.log2(high / low)) if low else 2", "from 0.25 to 1 it is 0.92 bits"),
+        ("lambda low, high: 2", "from 0.5 to 1 it is 0.00 bits"),
+    ],
     "04b_coding:check_learned": [
         ("lambda z, o: math.log2(math.comb(z + o, o))", "3 bits"),  # the entropy of the order alone
         ("lambda z, o: math.log2(math.comb(z + o, o) * (z + o + 1))", "3 bits"),  # Laplace's bets, (k + 1) / (n + 2)

@@ -740,7 +740,7 @@ def test_all_ways_of_storing(tmp_path, wide):
     "Each way in which a part can be stored occurs, and gives back the same bits: whole, mapped, and one by one."
     archived, mapped = save(wide, tmp_path / "a.mz"), save(wide, tmp_path / "m.mz", archive=False)
     used = {c for l in inspect(archived).lines for c in l.coder.split("; ")}
-    assert {"raw", "byte planes", "values", "rans"} <= used, used
+    assert {"raw", "float planes", "values", "rans"} <= used, used
     for got in (
         load(archived, wide),
         load(mapped, wide),
@@ -948,14 +948,15 @@ def test_fifth_version_is_still_read():
 
 
 def test_the_version_is_the_lowest_that_can_read_the_file(tmp_path):
-    """Floats in streams need version 2; whole numbers as values (method 7), also inside of other methods, are read
-    from version 5 on."""
+    """Codes in streams need version 2; whole numbers as values (method 7), also inside of other methods, and floats by
+    their exponents (method 8) are read from version 5 on."""
     g = torch.Generator().manual_seed(0)
     labels, few = torch.randint(-9, 9, (9000,), generator=g, dtype=torch.int32) * 70_001, torch.randn(9000, generator=g)
     for t, archive, version in (
         (few[:50], True, 1),
         (few[:50], False, 1),
-        (few, True, 2),
+        (few, True, 5),
+        (torch.arange(90_000, dtype=torch.uint8) % 7, True, 2),
         (few.repeat(3), False, 2),
         (labels, True, 5),
         (labels[:9000], False, 1),

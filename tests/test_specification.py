@@ -1,11 +1,12 @@
 """Mapped files, read by a reader that was written from the specification alone (nbs/workshop/specification.ipynb): `zipfile`,
 `json` and NumPy, nothing of modelzip."""
 
-import itertools, json, math, zipfile
+import itertools, json, math, zipfile, zlib
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from torch import nn
 
 from modelzip.data import LeNet300, LeNet5, seeded
@@ -198,6 +199,78 @@ def test_every_layout_of_sparse_tensors(tmp_path, layout):
     same(nn.Sequential(Dequantize(layer, sparsify(layer.weight.detach(), layout=layout))), tmp_path / "x.mz")
     with zipfile.ZipFile(tmp_path / "x.mz") as z:
         assert json.loads(z.read("manifest.json"))["tensors"]["0.weight"]["meta"]["layout"] == layout
+
+
+# ---- streams of floats --------------------------------------------------------------------------------------------
+
+
+def number(data, at):
+    n = shift = 0
+    while True:
+        n, shift, at = n | (data[at] & 127) << shift, shift + 7, at + 1
+        if data[at - 1] < 128:
+            return n, at
+
+
+def block(data):
+    "A chunk of method 0 or 1."
+    if data[0] == 0:
+        return np.frombuffer(data[1:], "u1")
+    assert data[0] == 1
+    frame = zstandard.ZstdDecompressor().decompress(b"\x28\xb5\x2f\xfd" + data[1:], max_output_size=2**21)
+    return np.frombuffer(frame, "u1")
+
+
+def float_stream(data):
+    "A stream of floats: the bytes of its elements, and the methods of its chunks."
+    assert data[0] == 0 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+    width, at = number(data, 1)
+    size, at = number(data, at)
+    step, lengths, out, methods = 2**20 // width * width, [], [], []
+    for _ in range(-(-size // step)):
+        length, at = number(data, at)
+        lengths.append(length)
+    for length in lengths:
+        chunk, at = data[at : at + length], at + length
+        methods.append(chunk[0])
+        if chunk[0] in (0, 1):
+            out.append(block(chunk))
+            continue
+        assert chunk[0] in (5, 8)
+        planes, within = [], 1 + (chunk[0] == 8)
+        for _ in range(width):
+            n, within = number(chunk, within)
+            planes.append(block(chunk[within : within + n]).astype(np.int64))
+            within += n
+        assert within == length
+        if chunk[0] == 8:
+            a, b, *below = planes
+            if chunk[1]:
+                last = sum((eighth >> 7) << j for j, eighth in enumerate(b.reshape(7, -1)))
+                b = np.concatenate([b & 127, last])
+                top = (b >> 6 & 1) << 15 | a << 6 | b & 63
+            else:
+                top = (b >> 7) << 15 | a << 7 | b & 127
+            planes = [*below, top & 255, top >> 8]
+        out.append(np.stack(planes, 1).astype("u1").reshape(-1))
+    return b"".join(x.tobytes() for x in out), methods
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn"])
+def test_archived_floats(tmp_path, dtype):
+    "Weights below two and above, and numbers of few bits, as the page on the format describes it."
+    model, dice, found = nn.Module(), torch.Generator().manual_seed(0), set()
+    w = torch.randn(600_000, generator=dice)
+    for name, x in {"small": w / 20, "large": w * 9, "few": w.bfloat16().float()}.items():
+        model.register_buffer(name, x.to(getattr(torch, dtype)))
+    path = save(model, tmp_path / "x.mz")
+    with zipfile.ZipFile(path) as z:
+        payload, table = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]
+    for name, e in table.items():
+        theirs, methods = float_stream(payload[e["offset"] : e["offset"] + e["coded"]])
+        found |= set(methods)
+        assert theirs == bytes(read_tensor(path, name).view(torch.uint8).numpy()), name
+    assert (8 in found) == (dtype in ("bfloat16", "float16", "float32"))
 
 
 @pytest.mark.parametrize("states", [4, 8, 16, 32])

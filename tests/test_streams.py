@@ -201,7 +201,100 @@ def test_runs_go_below_the_entropy():
 
 def test_floats_lose_their_exponents():
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    assert set(coders(encode(x))) == {"byte planes"} and len(encode(x)) < 0.87 * x.nbytes
+    for dtype, share in (torch.float32, 0.84), (torch.bfloat16, 0.672), (torch.float16, 0.855):
+        y = x.to(dtype)
+        assert set(coders(encode(y))) == {"float planes"} and len(encode(y)) < share * y.nbytes, dtype
+    assert set(coders(encode(x.double()))) == {"byte planes"}
+
+
+# ---- floats -------------------------------------------------------------------------------------------------------
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def raw(x):
+    "The bytes of a tensor."
+    return bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_floats_come_back_to_the_bit(dtype):
+    "NaNs with whatever they carry, infinities, both zeros, the smallest; weights around them; any shape and size."
+    rng, word = np.random.default_rng(0), getattr(torch, f"int{8 * dtype.itemsize}")
+    if dtype.itemsize <= 2:
+        odd = torch.arange(1 << 8 * dtype.itemsize).to(word).view(dtype)  # all that there are
+    else:
+        tops = np.arange(1 << 16).astype(f"u{dtype.itemsize}") << (8 * dtype.itemsize - 16)
+        odd = torch.from_numpy((tops | rng.integers(0, 1 << 16, 1 << 16).astype(tops.dtype)).view(f"i{tops.itemsize}"))
+        odd = odd.view(dtype)
+    weights = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
+    cases = [
+        weights,
+        torch.cat([weights, odd, weights]),
+        odd[:0],
+        odd[7],
+        weights.reshape(400, 500).T,
+        weights[:: -3 % 7],
+    ]
+    cases += [weights[:n] for n in (1, 2, 63, 64, 65, 40_000, 65_537)]
+    cases += [weights[::2], weights.reshape(20, 100, 100)[:, 3:77]]
+    for x in cases:
+        assert decode(encode(x), x.nbytes).tobytes() == raw(x), (dtype, x.shape)
+    found = {1: "zstd", 2: "float planes", 4: "float planes", 8: "byte planes"}
+    assert {found[dtype.itemsize]} == set(coders(encode(weights)))
+
+
+def test_floats_in_another_byte_order():
+    x = np.random.default_rng(0).normal(0, 0.05, 30_000).astype(">f4")
+    assert (
+        decode(encode(x)).tobytes() == x.tobytes()
+        and decode(encode(x.astype("<f4"))).tobytes() == x[:].astype("<f4").tobytes()
+    )
+
+
+def test_floats_that_are_not_ordinary():
+    "Zeros, clusters, repetitions, counters, a mask: hardly larger than what zstandard makes of bytes and planes."
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(60_000, generator=g) * 0.05
+    cases = {
+        "zeros": torch.zeros(60_000),
+        "pruned": torch.where(torch.rand(60_000, generator=g) < 0.8, 0, w),
+        "clusters": w.mul(50).round() / 50,
+        "one pattern": w[:5000].repeat(12),
+        "counted": torch.arange(60_000.0),
+        "a mask": (w > 0.08).float(),
+        "sorted": w.sort().values,
+        "two": torch.where(w > 0, 1.5, -7.25),
+        "few bits": w.bfloat16().float(),
+        "fewer": w.to(torch.float8_e4m3fn).float(),
+        "large and small": torch.cat([w, 1e20 * w, 1e-20 * w]),
+    }
+    for name, x in cases.items():
+        for dtype in FLOATS[:4]:
+            y = x.to(dtype)
+            data = np.frombuffer(raw(y), np.uint8)
+            ways = [blocks.code_bytes(data)]
+            ways.append(blocks.pieces(*(blocks.code_bytes(p) for p in planes.byte_planes(data, y.itemsize))))
+            coded = encode(y)
+            assert decode(coded).tobytes() == raw(y), (name, dtype)
+            assert len(coded) <= 1.03 * min(map(len, ways)) + 40, (name, dtype, len(coded), list(map(len, ways)))
+
+
+def test_a_chunk_of_floats_is_taken_apart_by_hand():
+    "The words of the specification, on 64 weights, bit by bit."
+    from modelzip.workshop.float_chunks import code_floats
+
+    x = torch.linspace(0.01, 1.9, 64).mul(torch.tensor([1, -1]).repeat(32)).bfloat16()
+    chunk, _ = code_floats(np.frombuffer(raw(x), np.uint8), 2)
+    symbols, rest = blocks.take_pieces(chunk, 2, 2)
+    assert chunk[0] == blocks.FLOAT_PLANES and rest[0] == blocks.RAW
+    symbols, rest, words = blocks.expand_bytes(symbols, 64), rest[1:], x.view(torch.int16).numpy().view("u2").tolist()
+    if chunk[1]:
+        last = [sum((rest[8 * part + i] >> 7) << part for part in range(7)) for i in range(8)]
+        rest = [r & 127 for r in rest] + last
+        found = [(r >> 6) << 15 | int(s) << 6 | r & 63 for s, r in zip(symbols, rest)]
+    else:
+        found = [(r >> 7) << 15 | int(s) << 7 | r & 127 for s, r in zip(symbols, rest)]
+    assert found == words
 
 
 def test_all_methods_occur():
@@ -211,9 +304,8 @@ def test_all_methods_occur():
             for n in 200, 3000, 100_000:
                 bits = (levels - 1).bit_length()
                 found |= set(coders(encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)))
-    found |= set(coders(encode(torch.randn(1000)))) | set(
-        coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000))
-    )
+    found |= set(coders(encode(torch.randn(1000)))) | set(coders(encode(torch.randn(20_000).double())))
+    found |= set(coders(encode(np.clip(rng.geometric(0.45, 20_000), 0, 63).astype("u1"), 8, 20_000)))
     assert found == set(blocks.METHODS), found ^ set(blocks.METHODS)
 
 
@@ -225,6 +317,9 @@ def samples():
             bits, n = (levels - 1).bit_length(), 2000
             yield encode(packed(codes_of(rng, levels, n, kind), bits), bits, n, levels)
     yield encode(torch.randn(300))
+    for dtype in torch.bfloat16, torch.float32, torch.float64:  # with room for a bit, and without
+        yield encode(torch.rand(640, generator=torch.Generator().manual_seed(0)).sub(0.5).to(dtype))
+        yield encode(torch.randn(300, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype))
     yield encode(b"to be or not to be " * 50)
     yield encode(bytes(3000))
     yield encode(b"")

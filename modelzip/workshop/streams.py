@@ -15,22 +15,32 @@ import numpy as np
 import torch
 
 from ..quant import bit_planes, check_bits, pack_bits, packed_bytes, unpack_bits
-from .blocks import JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
+from .blocks import FLOAT_PLANES, JOINED, METHODS, PLANES, RANS, RAW, SPARSE, SPLIT, VALUES, ZSTD
 from .blocks import code_bytes, expand_bytes, pieces, smallest, take_pieces
 from .blocks import rans_compress, rans_expand
 from .coders import CodingError, read_varint, write_varint
+from .float_chunks import code_floats, expand_floats, looks_ordinary
 from .planes import byte_planes, codes_per_byte, gaps_of, join_codes, mask_of, split_codes
 from .values import code_values, expand_values
 
 # %% ../../nbs/workshop/streams.ipynb
+SMALL = 1 << 16  # bytes: in a chunk of fewer, all methods are tried
+
+
 def code_elements(
     data: np.ndarray,  # uint8
     width: int,  # bytes of an element
     whole: bool = True,  # they are whole numbers, or bytes of which nobody knows; False: floats
 ) -> bytes:
     "Code a chunk of numbers."
+    tries = []
+    if not whole and len(data) and width in (1, 2, 4, 8):
+        chunk, ordinary = code_floats(data, width)
+        if ordinary and len(data) >= SMALL and looks_ordinary(data, width):
+            return chunk
+        tries.append((chunk[0], chunk[1:]))
     plain = code_bytes(data)
-    tries = [(plain[0], plain[1:])]
+    tries.append((plain[0], plain[1:]))
     if width > 1:
         tries.append((PLANES, pieces(*(code_bytes(p) for p in byte_planes(data, width)))))
     if len(data) and width in (1, 2, 4, 8) and (whole or few_values(data, width)):
@@ -47,20 +57,22 @@ def few_values(data: np.ndarray, width: int) -> bool:
 
 def expand_elements(
     chunk: bytes,
-    size: int,  # bytes
+    out: np.ndarray,  # uint8: where they go; of just the right size
     width: int,
-) -> np.ndarray:
+) -> None:
     "The inverse of `code_elements`."
-    if chunk and chunk[0] == VALUES:
-        return expand_values(chunk[1:], size, width)
-    if not chunk or chunk[0] != PLANES:
-        return expand_bytes(chunk, size)
-    if width < 2:
+    method = chunk[0] if chunk else RAW
+    if method == FLOAT_PLANES:
+        expand_floats(chunk, out, width)
+    elif method == VALUES:
+        out[:] = expand_values(chunk[1:], len(out), width)
+    elif method != PLANES:
+        out[:] = expand_bytes(chunk, len(out))
+    elif width < 2:
         raise CodingError("bytes have no planes")
-    out = np.empty((size // width, width), np.uint8)
-    for j, piece in enumerate(take_pieces(chunk, width, 1)):
-        out[:, j] = expand_bytes(piece, size // width)
-    return out.reshape(-1)
+    else:
+        for j, piece in enumerate(take_pieces(chunk, width, 1)):
+            out[j::width] = expand_bytes(piece, len(out) // width)
 
 # %% ../../nbs/workshop/streams.ipynb
 @dataclass(frozen=True)
@@ -283,12 +295,12 @@ FOR_CODES[VALUES] = Method(as_values, values_back)
 
 # %% ../../nbs/workshop/streams.ipynb
 def has_values(chunk: bytes) -> bool:
-    "Whether a chunk, or one inside it, has the method `VALUES`."
+    "Whether a chunk, or one inside it, has the method `VALUES` or, as floats may, `FLOAT_PLANES`."
     if chunk[0] == SPARSE:
         return has_values(take_pieces(chunk, 2, read_varint(chunk, 2)[1])[1])
     if chunk[0] == SPLIT:
         return has_values(take_pieces(chunk, 2, 1)[1])
-    return chunk[0] == VALUES
+    return chunk[0] in (VALUES, FLOAT_PLANES)
 
 # %% ../../nbs/workshop/streams.ipynb
 CODES = 983_040  # elements in a chunk of codes: a multiple of 8 for any number to a byte
@@ -310,15 +322,15 @@ def chunk_slices(
 # %% ../../nbs/workshop/streams.ipynb
 def as_uint8(
     x: Any,  # bytes-like, a tensor or an array of any type
-) -> tuple[np.ndarray, int]:  # its bytes, one-dimensional, and the bytes of an element
+) -> tuple[np.ndarray, int]:  # its bytes, one-dimensional, and the bytes of an element, or of half a complex one
     "See anything as bytes."
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        return x.reshape(-1).view(torch.uint8).numpy(), x.element_size()
+        return x.reshape(-1).view(torch.uint8).numpy(), x.element_size() // (1 + x.is_complex())
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biufc":
             raise TypeError(f"x is an array of {x.dtype}; it may be one of numbers")
-        return np.ascontiguousarray(x).reshape(-1).view(np.uint8), x.itemsize
+        return np.ascontiguousarray(x).reshape(-1).view(np.uint8), x.itemsize // (1 + (x.dtype.kind == "c"))
     try:
         return np.frombuffer(x, np.uint8), 1
     except (TypeError, ValueError):
@@ -348,10 +360,10 @@ def check_codes(
 
 # %% ../../nbs/workshop/streams.ipynb
 def holds_whole(x: Any) -> bool:
-    "Whether something holds whole numbers; bytes may be anything."
+    "Whether something holds whole numbers; bytes may be anything, and floats in an order that is not ours, too."
     if isinstance(x, torch.Tensor):
         return not x.is_floating_point() and not x.is_complex()
-    return not isinstance(x, np.ndarray) or x.dtype.kind in "biu"
+    return not isinstance(x, np.ndarray) or x.dtype.kind in "biu" or x.dtype.newbyteorder("<") != x.dtype
 
 
 def stream_parts(
@@ -418,7 +430,7 @@ def read_head(
     "Read and check a stream's header."
     if len(data) < 6:
         raise CodingError("it is too short for a stream")
-    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+    if zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise CodingError("it is damaged (wrong checksum)")
     bits, (kind, at) = data[0], read_varint(data, 1)
     count, at = read_varint(data, at)
@@ -473,7 +485,7 @@ def expand_into(out: np.ndarray, chunk: memoryview, bits: int, count: int, level
 
 def expand_range(out: np.ndarray, chunk: memoryview, first: int, end: int, width: int) -> None:
     "Expand a chunk of elements into its place."
-    out[first:end] = expand_elements(chunk, end - first, width)
+    expand_elements(chunk, out[first:end], width)
 
 # %% ../../nbs/workshop/streams.ipynb
 def decode(
