@@ -103,7 +103,8 @@ class Buffers(nn.Module):
             "int8": normal(999).char(),
             "float64": normal(300).double(),
             "float16": normal(300).half(),
-            "bfloat16": normal(300).bfloat16(),
+            "brain floats": normal(300).bfloat16(),
+            **{f"{n} times {w:.0%}": (normal(6400) * w).to(getattr(torch, n)) for n in ("bfloat16", "float32") for w in (0.05, 9)},
             "empty": torch.zeros(0, 3),
             "truth": normal(99) > 0,
             "text": torch.tensor(list(b"to be or not to be " * 400), dtype=torch.uint8),
@@ -158,7 +159,7 @@ def test_every_kind_of_payload(reader, tmp_path):
 
 
 def test_files_of_every_version(reader):
-    check_equal(reader, [RECORD, *(FILES / f"version{v}.mz" for v in (1, 2, 3, 4, 5, "5_solid"))])
+    check_equal(reader, [RECORD, *(FILES / f"version{v}.mz" for v in (1, 2, 3, 4, 5, "5_solid", 6))])
 
 
 def test_codes_that_the_reader_says_it_does_not_know(reader):

@@ -527,9 +527,24 @@ const mz = (() => {
   function elementsOf(chunk, size, w) {  // a chunk of elements of w bytes
     const method = chunk.byte();
     if (method === 7) return valuesOf(chunk, size / w, w);
-    if (method !== 5) { chunk.at--; return bytesOf(chunk, size); }
-    demand(w > 1, "bytes have no planes");
+    if (method !== 5 && method !== 8) { chunk.at--; return bytesOf(chunk, size); }
+    demand(w > 1 && (method === 5 || w === 2 || w === 4), "such elements have no planes");
     const out = new Uint8Array(size), n = size / w;
+    if (method === 8) {
+      const free = chunk.byte(), part = n / 8, stored = free ? 7 * part : n, plane = count => bytesOf(chunkOf(chunk.piece()), count);
+      demand(free < 2 && !(free && n % 64), "planes of floats are described in an unknown form");
+      const a = plane(n), b = new Uint8Array(n), below = w === 4 ? [0, 1] : [];
+      b.set(plane(stored));
+      if (free) for (let j = 0; j < 7; j++) for (let i = 0; i < part; i++) { b[7 * part + i] |= b[j * part + i] >> 7 << j; b[j * part + i] &= 127; }
+      for (let i = 0; i < n; i++) {
+        const top = free ? (b[i] & 64) << 9 | a[i] << 6 | b[i] & 63 : (b[i] & 128) << 8 | a[i] << 7 | b[i] & 127;
+        out[i * w + w - 2] = top;
+        out[i * w + w - 1] = top >> 8;
+      }
+      for (const j of below) { const own = plane(n); for (let i = 0; i < n; i++) out[i * w + j] = own[i]; }
+      chunk.end();
+      return out;
+    }
     for (let j = 0; j < w; j++) {
       const plane = bytesOf(chunkOf(chunk.piece()), n);
       for (let i = 0; i < n; i++) out[i * w + j] = plane[i];
@@ -759,17 +774,25 @@ const mz = (() => {
       }
       return out;
     }
-    codes(n, levels, name) {
+    code(levels, where, side, name) {  // less the middle one
+      if (!this.bit(`${name} ${where} other`)) return 0;
+      const middle = levels >> 1, up = levels > 2 && this.bit(`${name} ${side} up`), most = up ? levels - 1 - middle : middle;
+      let v = 1;
+      while (v < most && this.bit(`${name} ${v}`)) v++;
+      return up ? v : -v;
+    }
+    codes(n, levels, name, shape) {  // `shape`: each code knows its neighbours to the left and above
       if (levels > 32) return this.bytes(n, 1, name);
       const out = new Uint8Array(n), middle = levels >> 1;
-      for (let i = 0, last = 0; i < n; i++) {
-        let v = 0;
-        if (this.bit(`${name} ${last !== 0} other`)) {
-          const up = levels > 2 && this.bit(`${name} up`), most = up ? levels - 1 - middle : middle;
-          for (v = 1; v < most && this.bit(`${name} ${v}`);) v++;
-          if (!up) v = -v;
-        }
-        out[i] = middle + (last = v);
+      if (!shape) {
+        for (let i = 0, last = 0; i < n; i++) out[i] = middle + (last = this.code(levels, last !== 0, "", name));
+        return out;
+      }
+      const picture = shape.length > 2 ? product(shape.slice(2)) : shape.length === 2 ? shape[1] : n;
+      const width = (shape.length > 2 ? shape.at(-1) : this.bytes(1, 1, `${name} width`)[0]) || picture;
+      for (let i = 0; i < n; i++) {
+        const k = i % picture, left = k % width ? Math.sign(out[i - 1] - middle) : 0, above = k >= width ? Math.sign(out[i - width] - middle) : 0;
+        out[i] = middle + this.code(levels, `${left !== 0} ${above !== 0}`, left + above, name);
       }
       return out;
     }
@@ -790,14 +813,14 @@ const mz = (() => {
     demand(!lists || short.tensors.length === known.size, "it is of another architecture: its table has another length");
     const names = lists ? [...known.keys()] : Object.keys(short.tensors), tensors = Object.create(null), parts = [];
     let total = 0, end = 0;
-    const place = (entry, levels, count) => {
+    const place = (entry, levels, count, shape) => {
       checkPlain(entry, "a tensor", true);
       const size = TYPES[entry.dtype][0], bytes = size * product(entry.shape);
       total += levels ? count : bytes;
       demand(total <= 2 ** 16, "it claims more numbers than the 65,536 that a solid file may have");
       entry.offset = end + (size - end % size) % size;
       end = entry.offset + bytes;
-      parts.push({ entry, levels, count });
+      parts.push({ entry, levels, count, shape });
       return entry;
     };
     for (const name of names) {
@@ -815,15 +838,15 @@ const mz = (() => {
         else if (isObject(p)) entry.parts[n] = place({ ...p });
         else {
           demand((typeof p === "number" || Array.isArray(p) && p.length === 2) && isSize(levels) && isSize(count) && levels > 1 && levels <= 256, wrong(`${name}/${n}`));
-          entry.parts[n] = place({ dtype: "uint8", shape: [packedSize(count, bitsFor(levels))] }, levels, count);
+          entry.parts[n] = place({ dtype: "uint8", shape: [packedSize(count, bitsFor(levels))] }, levels, count, short.modelzip > 5 && count === product(entry.shape) ? entry.shape : undefined);
         }
       }
       tensors[name] = entry;
     }
     const coder = new Adaptive(message), numbers = new Map(), upTo = () => Math.min(coder.at, message.length);
-    parts.forEach(({ entry, levels, count }, i) => {
+    parts.forEach(({ entry, levels, count, shape }, i) => {
       const before = i ? upTo() : Math.min(5, message.length), size = TYPES[entry.dtype][0];
-      const held = levels ? { bits: bitsFor(levels), levels, codes: coder.codes(count, levels, `#${i}`) } : { bytes: coder.bytes(size * product(entry.shape), size, entry.dtype) };
+      const held = levels ? { bits: bitsFor(levels), levels, codes: coder.codes(count, levels, `#${i}`, shape) } : { bytes: coder.bytes(size * product(entry.shape), size, entry.dtype) };
       if (levels) demand(held.codes.every(c => c < levels), "a code is too large");
       numbers.set(entry, { ...held, size: upTo() - before });
     });
@@ -947,7 +970,7 @@ const mz = (() => {
       const { method, crc, data: model } = part("model");
       demand(!method && model.length <= 2 ** 20, "its directory is damaged");
       const { short, message } = solidText(whole(model, crc, "the model"));
-      checkVersion(short.modelzip, 5);
+      checkVersion(short.modelzip, 6);
       ({ manifest, numbers } = lengthened(short, message));
     } else {
       demand(zip.size === 2 && zip.has("payload") && zip.has("manifest.json") && !part("payload").method, "it is a zip archive, but no .mz file");
