@@ -158,7 +158,7 @@ def outcomes(tmp_path_factory):
             path = save(
                 m,
                 folder / f"{name} {how}.mz".replace(",", ""),
-                archive="solid" if how in ("factorize", "shrink") else how != "quantize_model",
+                archive="solid" if how == ("factorize", "shrink")[k % 2] else how != "quantize_model",
             )
             widths = [16, 8, 12] if FUZZ else [(16, 8, 12)[i % 3], (16, 8, 12)[(i + 1) % 3]]
             cases[f"{name}, {how}"] = (name, str(path), widths, y)
