@@ -112,7 +112,7 @@ def _ambient():
     "State of the process that a function could leave changed."
     return {
         "torch RNG": torch.get_rng_state().numpy().tobytes(),
-        "numpy RNG": str(np.random.get_state()),
+        "numpy RNG": (numbers := np.random.get_state())[1].tobytes() + repr(numbers[2:]).encode(),
         "Python RNG": random.getstate(),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),

@@ -38,6 +38,7 @@ def is_workshop(path):
     return path.parent.name == "workshop"
 
 
+@cache
 def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -117,7 +118,10 @@ def test_what_a_chapter_begins_with():
 
 def wide(path):
     "Lines that are too long, without the module's docstring and the names of `import *`, which nbdev writes."
-    lines, tree = path.read_text(encoding="utf-8").splitlines(), tree_of(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if max(map(len, lines)) <= COLUMNS:
+        return []
+    tree = tree_of(path)
     free = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
     free += [n for n in tree.body[:1] if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
     free = {i for n in free for i in range(n.lineno, n.end_lineno + 1)}

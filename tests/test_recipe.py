@@ -3,6 +3,7 @@
 import gc, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -313,7 +314,8 @@ def watch_what_stays_open(book):
 def processes():
     "Processes that hold nothing of this one: all of them begin as one that has imported this file, and did no more."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "distributed"])
+    forkserver.ensure_running()
     return context
 
 
@@ -532,9 +534,11 @@ def test_kill_9_on_a_dask_cluster(tmp_path):
 
 
 def test_dask_agrees_and_survives_a_worker(trained, data, tmp_path):
-    distributed = pytest.importorskip("distributed")
+    dask, distributed = (pytest.importorskip(name) for name in ("dask", "distributed"))
     one = sweep(make, GRID, trained, data, folder=tmp_path / "one", progress=False)
+    processes()
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):

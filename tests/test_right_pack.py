@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guards import FUZZ
 from modelzip.archive import PackError
 from modelzip.data import LeNet5, register_model
 from modelzip.exchange import from_npz, from_safetensors, to_npz, to_safetensors
@@ -136,9 +137,11 @@ def outcomes(tmp_path_factory):
     finally:
         sys.path.remove(str(folder))
     cases = {}
-    for name in "Images", "Words", "KnownImages", "KnownWords":
+    for k, name in enumerate(("KnownImages", "KnownWords", "Images", "Words")):
         x = here.example(name)
-        for how, change in transformations(x).items():
+        for i, (how, change) in enumerate(transformations(x).items()):
+            if not FUZZ and k > 1 and i % 2 != k % 2:  # else what is not known meets every other one
+                continue
             torch.manual_seed(0)
             m = getattr(here, name)().eval()
             for norm in m.modules():  # statistics that are not those of a new layer
@@ -155,9 +158,10 @@ def outcomes(tmp_path_factory):
             path = save(
                 m,
                 folder / f"{name} {how}.mz".replace(",", ""),
-                archive="solid" if how in ("factorize", "shrink") else how != "quantize_model",
+                archive="solid" if how == ("factorize", "shrink")[k % 2] else how != "quantize_model",
             )
-            cases[f"{name}, {how}"] = (name, str(path), [16, 8, 12], y)
+            widths = [16, 8, 12] if FUZZ else [(16, 8, 12)[i % 3], (16, 8, 12)[(i + 1) % 3]]
+            cases[f"{name}, {how}"] = (name, str(path), widths, y)
     torch.save(cases, folder / "cases.pt")
     env = {
         **os.environ,
@@ -171,11 +175,13 @@ def outcomes(tmp_path_factory):
     return json.loads(r.stdout)
 
 
+@pytest.mark.hypothesis  # so that a search comes here: everything of everything
 def test_no_file_gives_another_function(outcomes):
     wrong = {k: v for k, v in outcomes.items() if not isinstance(v, str) and not v <= 1e-5}
     assert not wrong
 
 
+@pytest.mark.hypothesis
 def test_what_is_known_opens_alone_and_what_is_not_says_what_to_pass(outcomes):
     refused = {k: v for k, v in outcomes.items() if isinstance(v, str)}
     for k, v in refused.items():

@@ -965,7 +965,7 @@ def test_a_future_set_by_its_holder_does_no_harm(gate):
     pool.close()
 
 
-def test_errors_of_callbacks_do_no_harm(caplog):
+def test_errors_of_callbacks_do_no_harm():
     with Pool(lambda x: x, workers=1) as pool:
         f = pool.submit(one(1))
         f.add_done_callback(lambda f: 1 / 0)

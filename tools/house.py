@@ -73,6 +73,7 @@ def homeless():
     return [p for p in modules() if p not in placed and (p[0].isdigit() or p.startswith("workshop/"))]
 
 
+@cache
 def uses():
     "Module → the modules that it imports."
     known = {m for m in modules().values() if m}

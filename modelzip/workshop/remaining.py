@@ -214,7 +214,10 @@ class RemainingAttention(SettingsInState, nn.Module):
     def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
         "Three matrices in, one out; inner is the width of all heads."
         for k, n in zip("qkv", (self.embed_dim, self.kdim, self.vdim)):
-            self.register_parameter(f"{k}_proj_weight", nn.Parameter(torch.empty(inner, n, **like).normal_(0, n**-0.5)))
+            weight = torch.empty(inner, n, **like)
+            if not weight.is_meta:  # where there are no numbers, PyTorch would import its compiler to make none
+                weight.normal_(0, n**-0.5)
+            self.register_parameter(f"{k}_proj_weight", nn.Parameter(weight))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner, **like)) if bias else None
         self.out_proj = nn.Linear(inner, self.embed_dim, bias, **like)
 
