@@ -362,6 +362,20 @@ def test_check_finds(tmp_path, cells, says):
     assert any(says in p for p in problems), problems
 
 
+def test_a_mark_behind_a_formula_stays_with_it():
+    "A browser may break a line between a formula and what is not its own."
+    of = lambda inside, behind: f'<span class="math inline">\\({inside}\\)</span>{behind}'
+    for mark in ".,;:":
+        assert site.punctuated(of("x", f"{mark} y")) == of(f"x\\text{{{mark}}}", " y")
+    for whole in (
+        of("x", " y."),
+        of("x", "-th"),
+        f"<code>{of('x', '')}</code>.",
+        '<span class="math display">x</span>.',
+    ):
+        assert site.punctuated(whole) == whole
+
+
 def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     nbs = book(
         tmp_path / "nbs", "# t\n\n$x^2$", ("a_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE)

@@ -513,7 +513,7 @@ def by_smalldocs(folder, out):
         print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
     for page in out.glob("*.html"):
-        page.write_text(hang(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(punctuated(hang(page.read_text(encoding="utf-8"))), encoding="utf-8")
     for page in out.glob("*.html"):
         replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
     for css in out.glob("site_libs/**/*.css"):
@@ -527,6 +527,11 @@ def replace(path, patterns):
         new = re.sub(pattern, by, new)
     if new != old:
         path.write_text(new, encoding="utf-8")
+
+
+def punctuated(page):
+    "A mark behind a formula becomes part of it: a browser would begin the next line with it."
+    return re.sub(r'(<span class="math inline">\\\([^<]*)\\\)</span>([.,;:])', r"\1\\text{\2}\\)</span>", page)
 
 
 def hang(page):

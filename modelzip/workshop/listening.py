@@ -215,7 +215,9 @@ class NextWord:
         )
         shown = lambda word: escape(word.replace(" ", "␣").replace("\n", "↵"))
         bold = lambda word: f"<b>{shown(word)}</b>" if word == self.chosen else shown(word)
-        head = "".join(f'<th style="text-align:left;color:{c}">{escape(n)}</th>' for n, c in shade.items())
+        head = "".join(
+            f'<th style="text-align:left;border-bottom:3px solid {c}">{escape(n)}</th>' for n, c in shade.items()
+        )
         rows = "".join(
             f'<tr><td style="text-align:left"><code>{bold(w)}</code></td>{bar(p, "#0072B2")}{bar(r, "#E69F00")}</tr>'
             for w, p, r in self.words
