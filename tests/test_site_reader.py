@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelzip.data import LeNet5, LeNet300, mnist5k, seeded
+from modelzip.data import LeNet5, LeNet300, accuracy, mnist5k, seeded
 from modelzip.pack import load, read_tensor, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.quant import Dequantize, quantize_model
@@ -182,7 +182,10 @@ def run(reader, path, *inputs):
     return [torch.from_numpy(array(data).copy()).reshape(shape) for shape, data in found]
 
 
-@pytest.mark.parametrize("name", ["record", *json.loads((ROOT / "tools/site/try/files.json").read_text())])
+TRIED = site.tried_files()
+
+
+@pytest.mark.parametrize("name", [f["name"] for f in TRIED])
 def test_two_hundred_digits(reader, name):
     "Those of the first page's files that a reader of the page may try."
     path = RECORD if name == "record" else ROOT / f"tools/site/try/{name}.mz"
@@ -193,10 +196,10 @@ def test_two_hundred_digits(reader, name):
     assert (got - want).abs().max() < 1e-3 and torch.equal(got.argmax(1), want.argmax(1))
 
 
-def test_files_that_the_first_page_names():
-    rows = {r["name"]: r["bytes"] for r in json.loads((ROOT / "bench/results/tour.json").read_text())["rows"]}
-    for name, title in json.loads((ROOT / "tools/site/try/files.json").read_text()).items():
-        assert (ROOT / f"tools/site/try/{name}.mz").stat().st_size == rows[title], name
+@pytest.mark.parametrize("file", TRIED, ids=lambda f: f["name"])
+def test_the_first_page_says_what_its_files_reach(file):
+    model, data = load(RECORD if file["name"] == "record" else ROOT / f"tools/site/try/{file['name']}.mz"), mnist5k()
+    assert abs(accuracy(model, data.test) - float(file["accuracy"].strip("%")) / 100) < 2e-3
 
 
 def test_other_networks_of_the_same_builder_are_refused(reader, tmp_path):
@@ -618,7 +621,7 @@ def test_drawings_become_what_digits_are(browser, address):  # noqa: F811
     for by, dx in ((1, 0), (0.3, 50), (0.1, -8)):
         seen = np.array(browser.execute_script(normalized, [[(x * by + dx, y * by) for x, y in CIRCLE]])).reshape(28, 28)
         rows = np.flatnonzero(seen.max(1))
-        assert 19 <= np.ptp(rows) + 1 <= 21 and seen.min() == 0 and seen.max() == 1 and 0.5 < (seen[seen > 0] > 0.9).mean() < 0.9
+        assert 19 <= np.ptp(rows) + 1 <= 21 and seen.min() == 0 and seen.max() == 1 and 0.4 < (seen[seen > 0] > 0.9).mean() < 0.9
         centre = [(seen.sum(a) * np.arange(28)).sum() / seen.sum() for a in (0, 1)]
         assert max(abs(c - 14) for c in centre) <= 0.51
     assert 1 < np.sum(browser.execute_script(normalized, [[(3, 3)]])) < 20  # a dot
@@ -640,8 +643,7 @@ def test_a_file_of_ones_own(browser, address, tmp_path):  # noqa: F811
     assert not browser.find_element("css selector", ".mz-rows").is_displayed()
 
 
-def test_a_comment_becomes_what_is_to_be_tried(tmp_path):
+def test_a_comment_becomes_what_is_to_be_tried():
     made = site.to_try("digits")["outputs"][0]["data"]["text/html"]
-    files = site.tried_files()
-    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in files] == sorted((f["bytes"] for f in files), reverse=True)
+    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in TRIED] == sorted((f["bytes"] for f in TRIED), reverse=True)
     assert site.TRY.fullmatch("<!-- try: digits -->")[1] == "digits" and not site.TRY.fullmatch("see <!-- try: digits -->")

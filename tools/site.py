@@ -318,7 +318,12 @@ def to_try(name):
     tools/site/try/<name>.html as its output."""
     html = (TRIES / f"{name}.html").read_text(encoding="utf-8")
     files = tried_files()
-    said = {"files": escape(json.dumps(files), quote=True), "record": f"{files[-1]['bytes']:,}"}
+    at_once = (ASSETS / "mz.js").stat().st_size + (TRIES / "try.js").stat().st_size + 4 / 3 * files[-1]["bytes"]
+    said = {
+        "files": escape(json.dumps(files), quote=True),
+        "record": f"{files[-1]['bytes']:,}",
+        "weight": f"{at_once / 1e3:.0f}",
+    }
     html = re.sub(r"\{\{(\w+)\}\}", lambda m: said[m[1]], html)
     html += "".join(f'<script src="{TRIED}/{script}.js" defer></script>\n' for script in ("mz", "try"))
     output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": html}}
@@ -333,10 +338,8 @@ def to_try(name):
 
 def tried_files():
     "The files of the first page, large ones first: name, title, bytes, share of the test digits that are read."
-    rows = json.loads((ROOT / "bench/results/tour.json").read_text(encoding="utf-8"))["rows"]
-    right = {row["name"]: row["accuracy"] for row in rows}
     named = json.loads((TRIES / "files.json").read_text(encoding="utf-8"))
-    files = [(TRIES / f"{name}.mz", title, right[title]) for name, title in named.items()]
+    files = [(TRIES / f"{f['name']}.mz", f["title"], f["accuracy"]) for f in named]
     record = json.loads((ROOT / "bench/results/record.json").read_text(encoding="utf-8"))["nets"]["LeNet-5"]["runs"][0]
     files.append((ROOT / "bench/results/record.mz", "The record", record["rows"][-1]["test"]))
     return [

@@ -129,7 +129,8 @@
       for (const s of strokes) {
         pen.beginPath();
         pen.moveTo(...s[0]);
-        for (const p of s.length > 1 ? s.slice(1) : s) pen.lineTo(...p);
+        pen.lineTo(s[0][0] + 0.1, s[0][1]);  // a dot, if nothing follows
+        for (const p of s.slice(1)) pen.lineTo(...p);
         pen.stroke();
       }
       if (keys) {
@@ -175,7 +176,8 @@
     });
     ink.addEventListener("pointermove", e => {
       if (!down || keys) return;
-      for (const m of e.getCoalescedEvents?.() ?? [e]) strokes.at(-1).push(place(m));
+      const between = e.getCoalescedEvents?.() ?? [];
+      for (const m of between.length ? between : [e]) strokes.at(-1).push(place(m));
       later();
     });
     for (const end of ["pointerup", "pointercancel"]) ink.addEventListener(end, () => { if (down && !keys) { down = false; changed(true); } });
@@ -217,7 +219,7 @@
     knob.addEventListener("input", () => turned(true));
 
     knob.max = files.length - 2;
-    knob.value = files.findIndex(f => f.first);
+    knob.value = files.findIndex(f => f.bytes < 1e5);  // the large ones are loaded when somebody asks for them
     knob.disabled = false;
     panel(nets[0], files.at(-1));
     turned(false);
