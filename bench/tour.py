@@ -24,9 +24,8 @@ TRIED = {
     "channel8": "8-bit weights, per channel",
     "group4": "4-bit weights, group 64",
     "pruned4": "95 % pruned, 4-bit weights",
-    "student4": "the student with 4-bit weights",
     "priced": "the student, every bit at a price",
-}  # what readers of the first page try: file → technique, large ones first
+}  # what readers of the first page try, large ones first: file → technique, none that computes in integers
 
 
 def keep(folder, report):

@@ -39,8 +39,10 @@ def reader(browser):  # noqa: F811
     "A blank page with the reader; a function that runs JavaScript there."
     browser.get("about:blank")
     source = (ROOT / "tools/site/mz.js").read_text().replace("const mz = (", "window.mz = (", 1)
-    browser.execute_script(f"const s = document.createElement('script'); s.text = {json.dumps(source)} + {json.dumps(HELPERS)};"
-                           " document.head.append(s)")
+    browser.execute_script(
+        f"const s = document.createElement('script'); s.text = {json.dumps(source)} + {json.dumps(HELPERS)};"
+        " document.head.append(s)"
+    )
     return browser.execute_script
 
 
@@ -68,7 +70,9 @@ def check_equal(reader, paths):
         assert isinstance(found, dict), (path.name, found)
         for name, got in found.items():
             ours = read_tensor(path, name)
-            ours = (ours if isinstance(ours, torch.Tensor) else ours.dequantize()).to(torch.float64 if got[2] else torch.float32)
+            ours = (ours if isinstance(ours, torch.Tensor) else ours.dequantize()).to(
+                torch.float64 if got[2] else torch.float32
+            )
             assert tuple(got[0]) == tuple(ours.shape), (path.name, name)
             theirs = array(got[1], "float64" if got[2] else "float32").reshape(ours.shape)
             assert np.array_equal(theirs, ours.numpy(), equal_nan=True), (path.name, name)
@@ -83,18 +87,30 @@ class Buffers(nn.Module):
     def __init__(self):
         super().__init__()
         dice = torch.Generator().manual_seed(1)
-        normal, whole = lambda n: torch.randn(n, generator=dice), lambda most, n: torch.randint(0, most, (n,), generator=dice)
+        normal, whole = (
+            lambda n: torch.randn(n, generator=dice),
+            lambda most, n: torch.randint(0, most, (n,), generator=dice),
+        )
         of_bits = lambda dtype: torch.arange(256).to(torch.uint8).view(dtype)
         floats8 = ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")
         for name, x in {
-            "labels": whole(10, 5000).int(), "ones": (torch.rand(9000, generator=dice) < 0.03).long(),
-            "three": torch.tensor([-70_000, 5, 123_456])[whole(3, 4000)].int(), "bell": (normal(9000) * 3000).int(),
-            "int16": (normal(5000) * 300).short(), "int64": (normal(999) * 1e12).long(), "int8": normal(999).char(),
-            "float64": normal(300).double(), "float16": normal(300).half(), "bfloat16": normal(300).bfloat16(), "empty": torch.zeros(0, 3),
-            "truth": normal(99) > 0, "text": torch.tensor(list(b"to be or not to be " * 400), dtype=torch.uint8),
-            "zeros": torch.zeros(1_200_000, dtype=torch.uint8), **{n: of_bits(getattr(torch, f"float8_{n}")) for n in floats8},
+            "labels": whole(10, 5000).int(),
+            "ones": (torch.rand(9000, generator=dice) < 0.03).long(),
+            "three": torch.tensor([-70_000, 5, 123_456])[whole(3, 4000)].int(),
+            "bell": (normal(9000) * 3000).int(),
+            "int16": (normal(5000) * 300).short(),
+            "int64": (normal(999) * 1e12).long(),
+            "int8": normal(999).char(),
+            "float64": normal(300).double(),
+            "float16": normal(300).half(),
+            "bfloat16": normal(300).bfloat16(),
+            "empty": torch.zeros(0, 3),
+            "truth": normal(99) > 0,
+            "text": torch.tensor(list(b"to be or not to be " * 400), dtype=torch.uint8),
+            "zeros": torch.zeros(1_200_000, dtype=torch.uint8),
+            **{n: of_bits(getattr(torch, f"float8_{n}")) for n in floats8},
         }.items():
-            self.register_buffer(name, x)
+            self.register_buffer(f"of_{name}", x)
 
 
 def network(**options):
@@ -112,7 +128,9 @@ def sparse(how, bits):
 def on_two_grids():
     dice = torch.Generator().manual_seed(0)
     weights = [torch.randn(20, 24, generator=dice) for _ in range(3)]
-    return nn.ModuleList([Dequantize(nn.Linear(24, 20), trellis_weight(w, None, 3.0, states=s)) for w, s in zip(weights, (4, 8, 32))])
+    return nn.ModuleList(
+        [Dequantize(nn.Linear(24, 20), trellis_weight(w, None, 3.0, states=s)) for w, s in zip(weights, (4, 8, 32))]
+    )
 
 
 MODELS = {
@@ -154,13 +172,25 @@ def test_zstandard_frames(reader):
 
     rng = np.random.default_rng(3)
     text = b" ".join(rng.choice([b"the", b"quick", b"brown", b"fox", b"jumps", b"over"], 9000))
-    kinds = [b"", b"a", bytes(3000), text, rng.normal(8, 3, 200_000).clip(0, 15).astype("u1").tobytes(), rng.bytes(9000)]
+    kinds = [
+        b"",
+        b"a",
+        bytes(3000),
+        text,
+        rng.normal(8, 3, 200_000).clip(0, 15).astype("u1").tobytes(),
+        rng.bytes(9000),
+    ]
     kinds.append(text[:500] + bytes(140_000) + text[300:900] + rng.bytes(300) + text[:999])
     frames = []
     for data, level in itertools.product(kinds, (1, 9, 19)):
-        p = zstandard.ZstdCompressionParameters.from_level(level, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_checksum=level == 9)
+        p = zstandard.ZstdCompressionParameters.from_level(
+            level, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_checksum=level == 9
+        )
         frames.append((zstandard.ZstdCompressor(compression_params=p).compress(data), data))
-    found = reader("return arguments[0].map(([text, size]) => textOf(mz.parts.unzstd(bytesOf(text), size)))", [(coded(f), len(d)) for f, d in frames])
+    found = reader(
+        "return arguments[0].map(([text, size]) => textOf(mz.parts.unzstd(bytesOf(text), size)))",
+        [(coded(f), len(d)) for f, d in frames],
+    )
     assert [base64.b64decode(t) for t in found] == [d for _, d in frames]
 
 
@@ -205,10 +235,14 @@ def test_the_first_page_says_what_its_files_reach(file):
 def test_other_networks_of_the_same_builder_are_refused(reader, tmp_path):
     path = save(LeNet5(), tmp_path / "x.mz")
     other = rewritten(path, lambda m: m.update(kind="AAAA"))
-    assert "another LeNet5 than this reader knows" in reader("return tried(() => mz.network(mz.read(bytesOf(arguments[0]))))", coded(other))
+    assert "another LeNet5 than this reader knows" in reader(
+        "return tried(() => mz.network(mz.read(bytesOf(arguments[0]))))", coded(other)
+    )
     small = save(network(bits=4), tmp_path / "small.mz")
     other = rewritten(small, lambda m: m["tensors"]["fc1.weight"].update(layer="StaticLinear"))
-    assert "does more than this reader can" in reader("return tried(() => mz.network(mz.read(bytesOf(arguments[0]))))", coded(other))
+    assert "does more than this reader can" in reader(
+        "return tried(() => mz.network(mz.read(bytesOf(arguments[0]))))", coded(other)
+    )
 
 
 # ---- graphs: the page's, written here by hand ----------------------------------------------------------------------
@@ -285,8 +319,17 @@ class ViT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patches, self.token, self.places = nn.Conv2d(1, 16, 7, 7), nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 17, 16))
-        self.before, self.after, self.qkv, self.out = nn.LayerNorm(16), nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.patches, self.token, self.places = (
+            nn.Conv2d(1, 16, 7, 7),
+            nn.Parameter(torch.randn(1, 1, 16)),
+            nn.Parameter(torch.randn(1, 17, 16)),
+        )
+        self.before, self.after, self.qkv, self.out = (
+            nn.LayerNorm(16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+        )
         self.up, self.gelu, self.down, self.head = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 10)
 
     def forward(self, x):
@@ -396,7 +439,9 @@ NODES = {
 def placed(node, values):
     "A node that stands behind so many values, with the names of values as how many back they are."
     back = {"X": values, "Y": values - 1, "Z": values - 2}
-    return [placed(a, values) if isinstance(a, list) else back[a] if isinstance(a, str) and a in back else a for a in node]
+    return [
+        placed(a, values) if isinstance(a, list) else back[a] if isinstance(a, str) and a in back else a for a in node
+    ]
 
 
 def test_each_operation(reader, tmp_path):
@@ -428,7 +473,11 @@ BAD_NODES = {
     "a gigantic repetition": [["repeat", 1, [10**6, 10**6, 1]]],
     "a gigantic range": [["arange", [0], [1], [1e-12], "float32"]],
     "gigantic padding": [["constant_pad_nd", 1, [10**9, 10**9]]],
-    "no end of work": [["full", [4200, 1000], [1], "float32"], ["full", [1000, 4200], [1], "float32"], ["matmul", 2, 1]],
+    "no end of work": [
+        ["full", [4200, 1000], [1], "float32"],
+        ["full", [1000, 4200], [1], "float32"],
+        ["matmul", 2, 1],
+    ],
     "a layer that does not exist": [[".nobody", 1]],
     "a tensor that does not exist": [["=nobody"]],
     "a list for one value": [["unbind", 1], ["relu", 1]],
@@ -508,14 +557,18 @@ def lies(manifest, dice):
 
     walk(manifest)
     x, k = dice.choice(places)
-    x[k] = dice.choice([0, -1, 1, 7, 2**26, 2**40, 1e300, 0.5, None, "", "float64", "same", [], [2**30] * 3, {}, True, [1], [[2]]])
+    x[k] = dice.choice(
+        [0, -1, 1, 7, 2**26, 2**40, 1e300, 0.5, None, "", "float64", "same", [], [2**30] * 3, {}, True, [1], [[2]]]
+    )
 
 
 def test_damaged_files_are_errors(reader, tmp_path):
     "An error or the numbers, in no time, and with memory that the file accounts for."
     dice = random.Random(0)
     paths = [RECORD, FILES / "version5.mz", FILES / "version2.mz", FILES / "version5_solid.mz"]
-    for i, model in enumerate((network(bits=3), network(bits=11), sparse(0.97, 4), sparse("2:4", None), on_two_grids())):
+    for i, model in enumerate(
+        (network(bits=3), network(bits=11), sparse(0.97, 4), sparse("2:4", None), on_two_grids())
+    ):
         paths.append(save(model, tmp_path / f"{i}.mz", archive=i % 2 == 0))
     files = [damaged(p.read_bytes(), dice) for p in paths for _ in range(12)]
     for path in paths:
@@ -542,9 +595,16 @@ def test_forged_streams_are_errors(reader):
             count = dice.choice([0, 8, 64, 4096])
             number = lambda n: bytes([n & 127 | 128, n >> 7 & 127 | 128, n >> 14]) if n > 127 else bytes([n])
             data = bytes([bits]) + number(levels) + number(count) + (number(len(chunk)) + chunk if count else b"")
-            size = count if not bits else sum(-(-count * w // 8) for w in [8] * (bits // 8) + [w for w in (4, 2, 1) if bits % 8 & w])
+            size = (
+                count
+                if not bits
+                else sum(-(-count * w // 8) for w in [8] * (bits // 8) + [w for w in (4, 2, 1) if bits % 8 & w])
+            )
             streams.append((coded(data + zlib.crc32(data).to_bytes(4, "little")), size))
-    found = reader("return arguments[0].map(([text, size]) => tried(() => { mz.parts.readStream(bytesOf(text), size); return 'read'; }))", streams)
+    found = reader(
+        "return arguments[0].map(([text, size]) => tried(() => { mz.parts.readStream(bytesOf(text), size); return 'read'; }))",
+        streams,
+    )
     assert all(isinstance(says, str) for says in found) and 10 < found.count("read") < len(found) / 2
 
 
@@ -584,7 +644,9 @@ def test_a_drawn_digit_is_read(browser, address):  # noqa: F811
     draw(browser, CIRCLE)
     assert wait(browser, f"{ANSWERS}.join() == '0,0'")
     said = browser.find_element("css selector", "#mz-try-digits [aria-live]")
-    assert wait(browser, "return arguments[0].textContent", said).startswith(f"Read as: The record, {RECORD.stat().st_size:,} bytes: 0 (")
+    assert wait(browser, "return arguments[0].textContent", said).startswith(
+        f"Read as: The record, {RECORD.stat().st_size:,} bytes: 0 ("
+    )
     browser.find_element("css selector", ".mz-clear").click()
     assert wait(browser, f"{ANSWERS}.join() == '–,–'")
     draw(browser, SEVEN)
@@ -619,9 +681,16 @@ def test_drawings_become_what_digits_are(browser, address):  # noqa: F811
     normalized = "return Array.from(mzTry.normalized(arguments[0]) ?? [])"
     assert browser.execute_script(normalized, []) == []
     for by, dx in ((1, 0), (0.3, 50), (0.1, -8)):
-        seen = np.array(browser.execute_script(normalized, [[(x * by + dx, y * by) for x, y in CIRCLE]])).reshape(28, 28)
+        seen = np.array(browser.execute_script(normalized, [[(x * by + dx, y * by) for x, y in CIRCLE]])).reshape(
+            28, 28
+        )
         rows = np.flatnonzero(seen.max(1))
-        assert 19 <= np.ptp(rows) + 1 <= 21 and seen.min() == 0 and seen.max() == 1 and 0.4 < (seen[seen > 0] > 0.9).mean() < 0.9
+        assert (
+            19 <= np.ptp(rows) + 1 <= 21
+            and seen.min() == 0
+            and seen.max() == 1
+            and 0.4 < (seen[seen > 0] > 0.9).mean() < 0.9
+        )
         centre = [(seen.sum(a) * np.arange(28)).sum() / seen.sum() for a in (0, 1)]
         assert max(abs(c - 14) for c in centre) <= 0.51
     assert 1 < np.sum(browser.execute_script(normalized, [[(3, 3)]])) < 20  # a dot
@@ -633,17 +702,30 @@ def test_a_file_of_ones_own(browser, address, tmp_path):  # noqa: F811
     said = browser.find_element("css selector", "#mz-try-file [aria-live]")
     path = save(network(bits=4), tmp_path / "mine.mz")
     place.send_keys(str(path))
-    assert wait(browser, "return arguments[0].textContent", said).startswith(f"mine.mz: {path.stat().st_size:,} bytes, architecture LeNet5, format")
-    rows = browser.execute_script("return [...document.querySelectorAll('.mz-rows tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    assert wait(browser, "return arguments[0].textContent", said).startswith(
+        f"mine.mz: {path.stat().st_size:,} bytes, architecture LeNet5, format"
+    )
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('.mz-rows tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
     assert [r[0] for r in rows[:-1]] == list(network(bits=4).state_dict()) or rows[0][0] == "conv1.weight"
     assert sum(int(r[5].replace(",", "")) for r in rows) == path.stat().st_size
     (tmp_path / "bad.mz").write_bytes(path.read_bytes()[:-50])
     place.send_keys(str(tmp_path / "bad.mz"))
-    assert wait(browser, "return arguments[0].textContent.startsWith('bad.mz') && arguments[0].textContent", said).count("cut off") == 1
+    assert (
+        wait(browser, "return arguments[0].textContent.startsWith('bad.mz') && arguments[0].textContent", said).count(
+            "cut off"
+        )
+        == 1
+    )
     assert not browser.find_element("css selector", ".mz-rows").is_displayed()
 
 
 def test_a_comment_becomes_what_is_to_be_tried():
     made = site.to_try("digits")["outputs"][0]["data"]["text/html"]
-    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in TRIED] == sorted((f["bytes"] for f in TRIED), reverse=True)
-    assert site.TRY.fullmatch("<!-- try: digits -->")[1] == "digits" and not site.TRY.fullmatch("see <!-- try: digits -->")
+    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in TRIED] == sorted(
+        (f["bytes"] for f in TRIED), reverse=True
+    )
+    assert site.TRY.fullmatch("<!-- try: digits -->")[1] == "digits" and not site.TRY.fullmatch(
+        "see <!-- try: digits -->"
+    )

@@ -8,6 +8,9 @@ on the site: nbs/workshop/explore.ipynb is workshop_explore.html. Notebooks are 
 directives dropped, the output of `show_doc` set as documentation, names in backticks linked to where they are
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
+
+A cell that is nothing but the comment `<!-- try: digits -->` becomes tools/site/try/digits.html: what readers of the site
+try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files.
 """
 
 import ast, base64, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
@@ -609,7 +612,8 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         source.mkdir()
         stage(nbs, source)
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
-        lay_out_tries(made)
+        if any(TRY.search(p.read_text(encoding="utf-8")) for p in chapters(nbs)):
+            lay_out_tries(made)
         if out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,9 @@
      file.tensor("fc1.weight")        {shape, dtype, data}: the numbers that the file stands for
      mz.network(file)                 ({shape, data}, …) → {shape, data}: the model, in float32
 
-   Whatever is wrong with a file is an MzError that says so, before memory is taken for it. */
+   Whatever is wrong with a file is an MzError that says so, before memory is taken for it; so is what it does not know: the
+   kind "gguf coded", complex numbers, files of 4 GiB, builders other than LeNet5 and LeNet300 (a graph needs none), layers
+   that compute in integers, and models in other numbers than float32. */
 "use strict";
 const mz = (() => {
   class MzError extends Error {}

@@ -29,7 +29,7 @@
 
   // ---------------------------------------------------------------------------------------- a drawing as the digits were
 
-  const SIDE = 28, BOX = 20, RADIUS = 1.2;
+  const SIDE = 28, BOX = 20, RADIUS = 1.4;
 
   function far(x, y, [[ax, ay], [bx, by]]) {  // from a segment
     const dx = bx - ax, dy = by - ay, t = Math.max(0, Math.min(1, ((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy || 1)));
@@ -124,7 +124,7 @@
       pen.fillRect(0, 0, 280, 280);
       if (!strokes.length && grey) pen.drawImage(seen.canvas, 0, 0, 280, 280);
       pen.strokeStyle = pen.fillStyle = "#fff";
-      pen.lineWidth = 20;
+      pen.lineWidth = 24;
       pen.lineCap = pen.lineJoin = "round";
       for (const s of strokes) {
         pen.beginPath();
