@@ -862,7 +862,7 @@ const mz = (() => {
           demand(isObject(e.parts) && isObject(e.meta) && typeof e.kind === "string" && typeof e.layer === "string", `${quoted(name)} is described in an unknown form`);
           demand(e.meta.shape === undefined || JSON.stringify(e.meta.shape) === JSON.stringify(e.shape), `${quoted(name)} says two shapes`);
           const { levels, group, axis, layout } = e.meta;
-          demand([levels, group, axis].every(n => n === undefined || n === null || isSize(n)) && (layout === undefined || typeof layout === "string"), `${quoted(name)} is described in an unknown form`);
+          demand([levels, group, axis].every(n => n === undefined || n === null || isSize(n) || Array.isArray(n) && n.every(isSize)) && (layout === undefined || typeof layout === "string"), `${quoted(name)} is described in an unknown form`);
           let held = 0;
           for (const [n, p] of Object.entries(e.parts)) { checkPlain(p, `${name}/${n}`); pieces.push(p); held += TYPES[p.dtype][0] * product(p.shape); }
           demand(product(e.shape) <= 2 ** 15 * held, `${quoted(name)} stands for more numbers than its parts can hold`);
@@ -923,7 +923,7 @@ const mz = (() => {
   }
   function describe(e) {
     if (!("parts" in e)) return e.dtype;
-    const { levels, group, axis, layout } = e.meta, some = [levels && `${levels} levels`, group && `group ${group}`, axis !== undefined && axis !== null && `axis ${axis}`, layout];
+    const { levels, states, group, axis, layout } = e.meta, some = [isSize(levels) && `${levels} levels`, isSize(states) && `${states} states`, group && `group ${group}`, axis !== undefined && axis !== null && `axis ${axis}`, layout];
     return `${e.kind}${some.some(x => x) ? ` (${some.filter(x => x).join(", ")})` : ""}`;
   }
   function packed(codes, bits) {
