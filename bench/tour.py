@@ -2,7 +2,7 @@
 the first page try.
 
 python bench/tour.py     trains, compresses and measures (two to three minutes); writes bench/results/tour.json and
-                         tools/site/try/*.mz
+                         tools/site/try/*.mz with files.json
 python bench/tour.py files     writes these files alone
 """
 
@@ -19,13 +19,22 @@ from modelzip.tour import tour
 
 RESULTS = Path(__file__).parent / "results" / "tour.json"
 TRIES = Path(__file__).parent.parent / "tools/site/try"
+TRIED = {
+    "coded": "float32, entropy-coded",
+    "channel8": "8-bit weights, per channel",
+    "group4": "4-bit weights, group 64",
+    "pruned4": "95 % pruned, 4-bit weights",
+    "priced": "the student, every bit at a price",
+}  # what readers of the first page try, large ones first: file → technique, none that computes in integers
 
 
 def keep(folder, report):
-    "The files that the first page names; and ten digits, the first of each kind in the validation part."
-    places = {row.name: path for row, path in zip(report.rows, sorted(Path(folder).glob("*.mz")), strict=True)}
-    for name, title in json.loads((TRIES / "files.json").read_text(encoding="utf-8")).items():
-        shutil.copyfile(places[title], TRIES / f"{name}.mz")
+    "These files, what they reach, and ten digits: the first of each kind in the validation part."
+    rows, paths = {row.name: row for row in report.rows}, sorted(Path(folder).glob("*.mz"))
+    for name, title in TRIED.items():
+        shutil.copyfile(paths[list(rows).index(title)], TRIES / f"{name}.mz")
+    said = [{"name": n, "title": t, "accuracy": rows[t].accuracy} for n, t in TRIED.items()]
+    write_whole(TRIES / "files.json", json.dumps(said, indent=1) + "\n")
     x, y = mnist5k().valid
     first = torch.stack([x[(y == digit).nonzero()[0, 0]] for digit in range(10)])
     digits = nn.Module()
@@ -34,10 +43,9 @@ def keep(folder, report):
 
 
 def main():
-    alone = sys.argv[1:] == ["files"]
-    named = [*json.loads((TRIES / "files.json").read_text(encoding="utf-8")).values()]
+    alone = {"techniques": [*TRIED.values()], "repeats": 2} if sys.argv[1:] == ["files"] else {}
     with tempfile.TemporaryDirectory() as folder:
-        report = tour(folder, progress=sys.stderr.isatty(), **({"techniques": named, "repeats": 2} if alone else {}))
+        report = tour(folder, progress=sys.stderr.isatty(), **alone)
         keep(folder, report)
     if not alone:
         report.facts["measured on"] = datetime.date.today().isoformat()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelzip.data import LeNet5, LeNet300, mnist5k, seeded
+from modelzip.data import LeNet5, LeNet300, accuracy, mnist5k, seeded
 from modelzip.pack import load, read_tensor, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.quant import Dequantize, quantize_model
@@ -111,7 +111,7 @@ class Buffers(nn.Module):
             "zeros": torch.zeros(1_200_000, dtype=torch.uint8),
             **{n: of_bits(getattr(torch, f"float8_{n}")) for n in floats8},
         }.items():
-            self.register_buffer(name, x)
+            self.register_buffer(f"of_{name}", x)
 
 
 def network(**options):
@@ -213,7 +213,10 @@ def run(reader, path, *inputs):
     return [torch.from_numpy(array(data).copy()).reshape(shape) for shape, data in found]
 
 
-@pytest.mark.parametrize("name", ["record", *json.loads((ROOT / "tools/site/try/files.json").read_text())])
+TRIED = site.tried_files()
+
+
+@pytest.mark.parametrize("name", [f["name"] for f in TRIED])
 def test_two_hundred_digits(reader, name):
     "Those of the first page's files that a reader of the page may try."
     path = RECORD if name == "record" else ROOT / f"tools/site/try/{name}.mz"
@@ -224,10 +227,10 @@ def test_two_hundred_digits(reader, name):
     assert (got - want).abs().max() < 1e-3 and torch.equal(got.argmax(1), want.argmax(1))
 
 
-def test_files_that_the_first_page_names():
-    rows = {r["name"]: r["bytes"] for r in json.loads((ROOT / "bench/results/tour.json").read_text())["rows"]}
-    for name, title in json.loads((ROOT / "tools/site/try/files.json").read_text()).items():
-        assert (ROOT / f"tools/site/try/{name}.mz").stat().st_size == rows[title], name
+@pytest.mark.parametrize("file", TRIED, ids=lambda f: f["name"])
+def test_the_first_page_says_what_its_files_reach(file):
+    model, data = load(RECORD if file["name"] == "record" else ROOT / f"tools/site/try/{file['name']}.mz"), mnist5k()
+    assert abs(accuracy(model, data.test) - float(file["accuracy"].strip("%")) / 100) < 2e-3
 
 
 def test_other_networks_of_the_same_builder_are_refused(reader, tmp_path):
@@ -651,11 +654,11 @@ def test_a_drawn_digit_is_read(browser, address):  # noqa: F811
     assert wait(browser, f"{ANSWERS}.join() == '7,7'")
     knob = browser.find_element("css selector", "#mz-digits-file")
     titles = set()
-    for _ in range(4):
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ARROW_LEFT):
         titles.add(browser.execute_script("return document.querySelectorAll('.mz-net h3')[1].textContent"))
-        knob.send_keys(Keys.ARROW_RIGHT)
+        knob.send_keys(key)
         assert knob.get_attribute("aria-valuetext").endswith("bytes")
-    assert len(titles) > 2 and wait(browser, f"{ANSWERS}.join() == '7,7'")
+    assert len(titles) == 2 and wait(browser, f"{ANSWERS}.join() == '7,7'")
     for digit in range(3):
         browser.find_element("css selector", ".mz-sample").click()
         assert wait(browser, f"{ANSWERS}[0] == '{digit}'")
@@ -687,7 +690,7 @@ def test_drawings_become_what_digits_are(browser, address):  # noqa: F811
             19 <= np.ptp(rows) + 1 <= 21
             and seen.min() == 0
             and seen.max() == 1
-            and 0.5 < (seen[seen > 0] > 0.9).mean() < 0.9
+            and 0.4 < (seen[seen > 0] > 0.9).mean() < 0.9
         )
         centre = [(seen.sum(a) * np.arange(28)).sum() / seen.sum() for a in (0, 1)]
         assert max(abs(c - 14) for c in centre) <= 0.51
@@ -719,11 +722,10 @@ def test_a_file_of_ones_own(browser, address, tmp_path):  # noqa: F811
     assert not browser.find_element("css selector", ".mz-rows").is_displayed()
 
 
-def test_a_comment_becomes_what_is_to_be_tried(tmp_path):
+def test_a_comment_becomes_what_is_to_be_tried():
     made = site.to_try("digits")["outputs"][0]["data"]["text/html"]
-    files = site.tried_files()
-    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in files] == sorted(
-        (f["bytes"] for f in files), reverse=True
+    assert f"{RECORD.stat().st_size:,} bytes" in made and [f["bytes"] for f in TRIED] == sorted(
+        (f["bytes"] for f in TRIED), reverse=True
     )
     assert site.TRY.fullmatch("<!-- try: digits -->")[1] == "digits" and not site.TRY.fullmatch(
         "see <!-- try: digits -->"

@@ -119,11 +119,8 @@ def readme(root=ROOT):
     explorer = lambda c: any(
         "mz-explore" in "".join(o.get("data", {}).get("text/html", "")) for o in c.get("outputs", [])
     )  # needs a script: for the site
-    nb.cells = [
-        c
-        for i, c in enumerate(nb.cells)
-        if not (re.search(r"^#\| ?hide$", c.source, re.M) or explorer(c) or any(map(explorer, nb.cells[i + 1 : i + 2])))
-    ]
+    unwanted = lambda c: re.search(r"^#\| ?hide$|^<!-- try: \w+ -->$", c.source, re.M) or explorer(c)
+    nb.cells = [c for i, c in enumerate(nb.cells) if not (unwanted(c) or any(map(explorer, nb.cells[i + 1 : i + 2])))]
     for c in nb.cells:
         for o in c.get("outputs", []):
             if {"text/plain", "text/html"} <= o.get("data", {}).keys():

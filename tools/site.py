@@ -8,6 +8,9 @@ on the site: nbs/workshop/explore.ipynb is workshop_explore.html. Notebooks are 
 directives dropped, the output of `show_doc` set as documentation, names in backticks linked to where they are
 defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
 used for that, because it leaves out the code of every exported cell: here that code is the book.
+
+A cell that is nothing but the comment `<!-- try: digits -->` becomes tools/site/try/digits.html: what readers of the site
+try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files.
 """
 
 import ast, base64, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
@@ -325,7 +328,12 @@ def to_try(name):
     tools/site/try/<name>.html as its output."""
     html = (TRIES / f"{name}.html").read_text(encoding="utf-8")
     files = tried_files()
-    said = {"files": escape(json.dumps(files), quote=True), "record": f"{files[-1]['bytes']:,}"}
+    at_once = (ASSETS / "mz.js").stat().st_size + (TRIES / "try.js").stat().st_size + 4 / 3 * files[-1]["bytes"]
+    said = {
+        "files": escape(json.dumps(files), quote=True),
+        "record": f"{files[-1]['bytes']:,}",
+        "weight": f"{at_once / 1e3:.0f}",
+    }
     html = re.sub(r"\{\{(\w+)\}\}", lambda m: said[m[1]], html)
     html += "".join(f'<script src="{TRIED}/{script}.js" defer></script>\n' for script in ("mz", "try"))
     output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": html}}
@@ -340,10 +348,8 @@ def to_try(name):
 
 def tried_files():
     "The files of the first page, large ones first: name, title, bytes, share of the test digits that are read."
-    rows = json.loads((ROOT / "bench/results/tour.json").read_text(encoding="utf-8"))["rows"]
-    right = {row["name"]: row["accuracy"] for row in rows}
     named = json.loads((TRIES / "files.json").read_text(encoding="utf-8"))
-    files = [(TRIES / f"{name}.mz", title, right[title]) for name, title in named.items()]
+    files = [(TRIES / f"{f['name']}.mz", f["title"], f["accuracy"]) for f in named]
     record = json.loads((ROOT / "bench/results/record.json").read_text(encoding="utf-8"))["nets"]["LeNet-5"]["runs"][0]
     files.append((ROOT / "bench/results/record.mz", "The record", record["rows"][-1]["test"]))
     return [
@@ -618,7 +624,8 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         source.mkdir()
         stage(nbs, source)
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
-        lay_out_tries(made)
+        if any(TRY.search(p.read_text(encoding="utf-8")) for p in chapters(nbs)):
+            lay_out_tries(made)
         if out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,9 @@
      file.tensor("fc1.weight")        {shape, dtype, data}: the numbers that the file stands for
      mz.network(file)                 ({shape, data}, …) → {shape, data}: the model, in float32
 
-   Whatever is wrong with a file is an MzError that says so, before memory is taken for it. */
+   Whatever is wrong with a file is an MzError that says so, before memory is taken for it; so is what it does not know: the
+   kind "gguf coded", complex numbers, files of 4 GiB, builders other than LeNet5 and LeNet300 (a graph needs none), layers
+   that compute in integers, and models in other numbers than float32. */
 "use strict";
 const mz = (() => {
   class MzError extends Error {}
@@ -883,7 +885,7 @@ const mz = (() => {
           demand(isObject(e.parts) && isObject(e.meta) && typeof e.kind === "string" && typeof e.layer === "string", `${quoted(name)} is described in an unknown form`);
           demand(e.meta.shape === undefined || JSON.stringify(e.meta.shape) === JSON.stringify(e.shape), `${quoted(name)} says two shapes`);
           const { levels, group, axis, layout } = e.meta;
-          demand([levels, group, axis].every(n => n === undefined || n === null || isSize(n)) && (layout === undefined || typeof layout === "string"), `${quoted(name)} is described in an unknown form`);
+          demand([levels, group, axis].every(n => n === undefined || n === null || isSize(n) || Array.isArray(n) && n.every(isSize)) && (layout === undefined || typeof layout === "string"), `${quoted(name)} is described in an unknown form`);
           let held = 0;
           for (const [n, p] of Object.entries(e.parts)) { checkPlain(p, `${name}/${n}`); pieces.push(p); held += TYPES[p.dtype][0] * product(p.shape); }
           demand(product(e.shape) <= 2 ** 15 * held, `${quoted(name)} stands for more numbers than its parts can hold`);
@@ -944,7 +946,7 @@ const mz = (() => {
   }
   function describe(e) {
     if (!("parts" in e)) return e.dtype;
-    const { levels, group, axis, layout } = e.meta, some = [levels && `${levels} levels`, group && `group ${group}`, axis !== undefined && axis !== null && `axis ${axis}`, layout];
+    const { levels, states, group, axis, layout } = e.meta, some = [isSize(levels) && `${levels} levels`, isSize(states) && `${states} states`, group && `group ${group}`, axis !== undefined && axis !== null && `axis ${axis}`, layout];
     return `${e.kind}${some.some(x => x) ? ` (${some.filter(x => x).join(", ")})` : ""}`;
   }
   function packed(codes, bits) {

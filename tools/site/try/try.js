@@ -29,7 +29,7 @@
 
   // ---------------------------------------------------------------------------------------- a drawing as the digits were
 
-  const SIDE = 28, BOX = 20, RADIUS = 1.2;
+  const SIDE = 28, BOX = 20, RADIUS = 1.4;
 
   function far(x, y, [[ax, ay], [bx, by]]) {  // from a segment
     const dx = bx - ax, dy = by - ay, t = Math.max(0, Math.min(1, ((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy || 1)));
@@ -124,12 +124,13 @@
       pen.fillRect(0, 0, 280, 280);
       if (!strokes.length && grey) pen.drawImage(seen.canvas, 0, 0, 280, 280);
       pen.strokeStyle = pen.fillStyle = "#fff";
-      pen.lineWidth = 20;
+      pen.lineWidth = 24;
       pen.lineCap = pen.lineJoin = "round";
       for (const s of strokes) {
         pen.beginPath();
         pen.moveTo(...s[0]);
-        for (const p of s.length > 1 ? s.slice(1) : s) pen.lineTo(...p);
+        pen.lineTo(s[0][0] + 0.1, s[0][1]);  // a dot, if nothing follows
+        for (const p of s.slice(1)) pen.lineTo(...p);
         pen.stroke();
       }
       if (keys) {
@@ -175,7 +176,8 @@
     });
     ink.addEventListener("pointermove", e => {
       if (!down || keys) return;
-      for (const m of e.getCoalescedEvents?.() ?? [e]) strokes.at(-1).push(place(m));
+      const between = e.getCoalescedEvents?.() ?? [];
+      for (const m of between.length ? between : [e]) strokes.at(-1).push(place(m));
       later();
     });
     for (const end of ["pointerup", "pointercancel"]) ink.addEventListener(end, () => { if (down && !keys) { down = false; changed(true); } });
@@ -217,7 +219,7 @@
     knob.addEventListener("input", () => turned(true));
 
     knob.max = files.length - 2;
-    knob.value = files.findIndex(f => f.first);
+    knob.value = files.findIndex(f => f.bytes < 1e5);  // the large ones are loaded when somebody asks for them
     knob.disabled = false;
     panel(nets[0], files.at(-1));
     turned(false);
