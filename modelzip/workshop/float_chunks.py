@@ -43,7 +43,7 @@ def code_plane(
 # %% ../../nbs/workshop/float_chunks.ipynb
 def gains_by_room(words: np.ndarray) -> bool:
     "Whether symbols that take a bit of the fraction along save more than a 64th of a bit each, in a sample."
-    some = words[: 1 << 14]
+    some = words[: 1 << 13]
     without, within = (len(zstd_compress(float_symbols(some, room), **HUFFMAN)) for room in (0, 1))
     return 8 * (without - within) + len(some) > len(some) / 64
 
