@@ -944,6 +944,23 @@ def test_fifth_version_is_still_read():
         load(files / "version5.mz")
 
 
+def floats():
+    "Weights that were saved, archived, when floats were first coded by their exponents."
+    m = nn.Module()
+    n = torch.arange(1024)
+    w = ((n * 40503 % 65536) * (n * 30011 % 65521)).double() / 2**32 - 0.25
+    for name, x in {"below": w / 8, "above": w * 30}.items():
+        for dtype in torch.bfloat16, torch.float16, torch.float32:
+            m.register_buffer(f"{name}_{dtype}".replace("torch.", ""), x.to(dtype))
+    return m
+
+
+def test_streams_of_floats_are_still_read():
+    path = Path(__file__).with_name("files") / "version5_floats.mz"
+    assert [line.coder for line in inspect(path).lines].count("float planes") >= 3
+    assert state(load(path, floats())) == state(floats())
+
+
 def test_the_version_is_the_lowest_that_can_read_the_file(tmp_path):
     """Codes in streams need version 2; whole numbers as values (method 7), also inside of other methods, and floats by
     their exponents (method 8) are read from version 5 on."""
