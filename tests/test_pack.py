@@ -947,10 +947,12 @@ def test_fifth_version_is_still_read():
 def floats():
     "Weights that were saved, archived, when floats were first coded by their exponents."
     m = nn.Module()
-    n = torch.arange(1024)
-    w = ((n * 40503 % 65536) * (n * 30011 % 65521)).double() / 2**32 - 0.25
-    for name, x in {"below": w / 8, "above": w * 30}.items():
-        for dtype in torch.bfloat16, torch.float16, torch.float32:
+    dice = [12345]
+    for _ in range(2 * 1920):
+        dice.append((dice[-1] * 1103515245 + 12345) % 2**31)
+    w = (torch.tensor(dice[1:]).double() / 2**31 - 0.5).reshape(2, -1).prod(0)
+    for name, x in {"below": w, "above": w * 30}.items():
+        for dtype in torch.bfloat16, torch.float32:
             m.register_buffer(f"{name}_{dtype}".replace("torch.", ""), x.to(dtype))
     return m
 
