@@ -2,10 +2,10 @@
 zipnn and zstandard. One thread; each in a process of its own, in turns (bench/contest.py). Seconds are those of the
 processor, user and system: for one thread on an idle machine the same as on the wall.
 
-    python bench/planes.py [--peer PYTHON] [--rounds 9] [--only "bfloat16, 1 GiB" …]
+    python bench/planes.py [--peer PYTHON] [--rounds 9] [--only "bfloat16, 256 MiB" …]
 
 `--peer` is the Python of an environment that has zipnn; without it zipnn is left out. Its tensors are MiniLM's, each
-coded by itself (as in a file), in several types; "1 GiB" has them one behind the other, again and again, as one.
+coded by itself (as in a file), in several types; "256 MiB" has them one behind the other, again and again, as one.
 zipnn changes the bytes that it is given, so each of its turns gets a copy, made before the clock starts.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results/planes.json"
-DATA = {"bfloat16": 0, "float16": 0, "float32": 0, "float32 of bfloat16": 0, "bfloat16, 1 GiB": 1 << 30}
+DATA = {"bfloat16": 0, "float16": 0, "float32": 0, "float32 of bfloat16": 0, "bfloat16, 256 MiB": 1 << 28}
 STEPS = ["bytes by zstd -3", "planes as they lie", "exponents whole", "Huffman alone", "ours", "everything tried"]
 PEERS = ["zipnn", "memory"]
 CHUNK = 1 << 20

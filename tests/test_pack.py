@@ -947,6 +947,25 @@ def test_fifth_version_is_still_read():
         load(files / "version5.mz")
 
 
+def floats():
+    "Weights that were saved, archived, when floats were first coded by their exponents."
+    m = nn.Module()
+    dice = [12345]
+    for _ in range(2 * 1920):
+        dice.append((dice[-1] * 1103515245 + 12345) % 2**31)
+    w = (torch.tensor(dice[1:]).double() / 2**31 - 0.5).reshape(2, -1).prod(0)
+    for name, x in {"below": w, "above": w * 30}.items():
+        for dtype in torch.bfloat16, torch.float32:
+            m.register_buffer(f"{name}_{dtype}".replace("torch.", ""), x.to(dtype))
+    return m
+
+
+def test_streams_of_floats_are_still_read():
+    path = Path(__file__).with_name("files") / "version5_floats.mz"
+    assert [line.coder for line in inspect(path).lines].count("float planes") >= 3
+    assert state(load(path, floats())) == state(floats())
+
+
 def test_the_version_is_the_lowest_that_can_read_the_file(tmp_path):
     """Codes in streams need version 2; whole numbers as values (method 7), also inside of other methods, and floats by
     their exponents (method 8) are read from version 5 on."""

@@ -372,6 +372,51 @@ def test_nonsense_with_the_right_checksum():
     assert fine > 100 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
+def test_nonsense_in_a_chunk_of_floats():
+    "Whatever a chunk says, exactly the bytes that were asked for are written, or there is a CodingError."
+    from modelzip.workshop.float_chunks import code_floats, expand_floats
+
+    rng, fine, refused = random.Random(0), 0, 0
+    for dtype in torch.bfloat16, torch.float32:
+        x = torch.randn(1280, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
+        chunk, _ = code_floats(np.frombuffer(raw(x), np.uint8), dtype.itemsize)
+        room = bytes([blocks.FLOAT_PLANES, 1])
+        packed = planes_with_room(x) if chunk[1] == 0 else chunk[2:]
+        for start in chunk, room + packed:
+            for _ in range(300):
+                data = bytearray(start)
+                for _ in range(rng.choice([1, 1, 3])):
+                    at = rng.randrange(min(len(data), rng.choice([3, 12, 10**9])))
+                    data[at : at + rng.choice([0, 1, 1, 9])] = rng.randbytes(rng.choice([1, 1, 1, 0, 5]))
+                for size in x.nbytes, 128, 4 * 77, 0:
+                    out = np.full(size + 8, 77, np.uint8)
+                    try:
+                        expand_floats(bytes(data), out[:size], dtype.itemsize)
+                        fine += 1
+                    except CodingError:
+                        refused += 1
+                    assert (out[size:] == 77).all()
+    assert fine > 100 and refused > 1000
+
+
+def planes_with_room(x):
+    "The pieces of a chunk in which a bit of the fraction has moved, whether that helps or not."
+    from modelzip.lossless import float_rest, float_symbols, low_byte, seven_for_eight
+
+    words = np.frombuffer(raw(x), f"u{x.itemsize}")
+    parts = [float_symbols(words, 1), seven_for_eight(float_rest(words, 1))]
+    parts += [low_byte(words, 8 * j) for j in range(x.itemsize - 2)]
+    return blocks.pieces(*(b"\0" + p.tobytes() for p in parts))
+
+
+def test_floats_in_threads():
+    x = torch.randn(1_300_000, generator=torch.Generator().manual_seed(0)).mul(0.05)
+    coded = encode(x)
+    with ThreadPoolExecutor(3) as pool:
+        assert encode(x, map=pool.map) == coded
+        assert np.array_equal(decode(coded, map=pool.map), np.frombuffer(raw(x), np.uint8))
+
+
 def test_a_frame_that_says_how_large_it_is():
     "Memory is taken for what is expected, not for what a frame claims; one that tells the truth is read."
     import zstandard

@@ -460,7 +460,12 @@ def decoding(
     out: np.ndarray,  # uint8: where the result goes; of just the right size
 ) -> list[Callable]:  # jobs without arguments, independent of each other: when all are done, so is `out`
     "Plan the decoding of a stream. `CodingError` here or in a job for whatever is wrong with it."
-    bits, kind, count, _, lengths, at = read_head(data, len(out))
+    return planned(data, read_head(data, len(out)), out)
+
+
+def planned(data: bytes, head: tuple, out: np.ndarray) -> list[Callable]:
+    "The jobs of a stream whose header has been read."
+    bits, kind, count, _, lengths, at = head
     jobs, view, first = [], memoryview(data), 0
     for n in lengths:
         chunk = view[at : at + n]
@@ -497,8 +502,9 @@ def decode(
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"data is a {type(data).__name__}; it may be bytes")
     data = bytes(data)
-    out = np.empty(read_head(data, size)[3], np.uint8)
-    for _ in map(run, decoding(data, out)):
+    head = read_head(data, size)
+    out = np.empty(head[3], np.uint8)
+    for _ in map(run, planned(data, head, out)):
         pass
     return out
 
