@@ -172,28 +172,45 @@ def bits_of_codes(codes: Tensor, left: Tensor, above: Tensor, most: int) -> Tens
     return torch.cat([outside + side[sign, :1] + size.flip(0), zero[where, :1], outside + side[sign, 1:] + size], 1)
 
 
-def coded_bits(model: nn.Module, lines: dict) -> Tensor:
-    """What the codes of a prepared model take in a solid file, but for learning; the gradient of a weight is how much
-    dearer the code above it is than the one below, where it stands (after Agustsson et al. 2017, arXiv:1704.00648)."""
-    total = 0
-    for name, quantizer, weight in quantizers_of(model):
+class Bill:
+    """What the codes of a prepared model take in a solid file, but for learning. The gradient of a weight is how much
+    dearer the code above it is than the one below, where it stands (after Agustsson et al. 2017, arXiv:1704.00648);
+    prices change slowly, and are looked up anew at every fourth step."""
+
+    def __init__(self, model: nn.Module, lines: dict):
+        self.parts = [(q, w, as_pictures(name, w, lines)) for name, q, w in quantizers_of(model)]
+        self.calls = 0
+
+    def __call__(self) -> Tensor:
+        places = [self.place(*part) for part in self.parts]
+        if self.calls % 4 == 0:
+            self.bits, self.dearer = zip(
+                *(self.prices(u.detach(), q.levels // 2) for u, (q, *_) in zip(places, self.parts))
+            )
+        self.calls += 1
+        return straight_through(sum(self.bits), sum((d * u).sum() for d, u in zip(self.dearer, places)))
+
+    def place(self, quantizer: WeightQuantizer, weight: Tensor, pictures: tuple) -> Tensor:
+        "Where each weight stands among the codes."
         most = quantizer.levels // 2
-        u = (weight / quantizer.steps(weight.numel())[0]).clamp(-most, most).view(as_pictures(name, weight, lines))
-        with torch.no_grad():
-            codes = u.round().long()
-            signs = codes.sign()
-            left, above = F.pad(signs, (1, 0))[..., :-1], F.pad(signs, (0, 0, 1, 0))[:, :-1]
-            bits, at = bits_of_codes(codes, left, above, most), 3 * left + above + 4
-            low = u.floor().long().clamp(max=most - 1) + most
-            dearer, taken = bits[at, low + 1] - bits[at, low], bits[at, codes + most].sum()
-        total = total + straight_through(taken, (dearer * u).sum())
-    return total
+        return (weight / quantizer.steps(weight.numel())[0]).clamp(-most, most).view(pictures)
+
+    @staticmethod
+    def prices(u: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        "Bits of all codes; of each weight what the code above costs more than that below."
+        codes = u.round().long()
+        signs = codes.sign()
+        left, above = F.pad(signs, (1, 0))[..., :-1], F.pad(signs, (0, 0, 1, 0))[:, :-1]
+        bits, at = bits_of_codes(codes, left, above, most), 3 * left + above + 4
+        low = u.floor().long().clamp(max=most - 1) + most
+        return bits[at, codes + most].sum(), bits[at, low + 1] - bits[at, low]
 
 
 def taught(model, pupils, epochs, how, seed, price=0.0):
     "Learn from teacher and labels; with a price for a thousand bits, which rises during the first half."
     images, said, labels = pupils
     calls, half = itertools.count(), epochs * len(images) / BATCH / 2
+    bill = Bill(model, how["lines"]) if price else None
 
     def loss(out, i):
         soft = F.kl_div(
@@ -203,7 +220,7 @@ def taught(model, pupils, epochs, how, seed, price=0.0):
             reduction="batchmean",
         )
         total = 0.5 * TEMPERATURE**2 * soft + 0.5 * F.cross_entropy(out, labels[i])
-        return total + min(1.0, next(calls) / half) * price * coded_bits(model, how["lines"]) / 1000 if price else total
+        return total + min(1.0, next(calls) / half) * price * bill() / 1000 if price else total
 
     is_prepared = any(isinstance(m, WeightQuantizer) for m in model.modules())
     optimizer = functools.partial(StepAdam, model=model) if is_prepared else torch.optim.Adam
