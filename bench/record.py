@@ -47,9 +47,9 @@ NETS = {
         student=dict(channels=[8, 16], hidden=24),
         lines={"fc1": 4},
         levels=15,
-        price=0.0145,
+        price=0.018,
         first=1,
-        then=6,
+        then=5,
         lr=1e-2,
     ),
     "LeNet-300-100": dict(
@@ -80,6 +80,13 @@ LITERATURE = [  # factor, error in percent on MNIST's 10,000 test images, source
         factor=771,
         error=1.0,
         source="Louizos, Ullrich & Welling 2017, arXiv:1705.08665",
+    ),
+    dict(
+        net="LeNet-5",
+        name="Entropy penalized reparameterization",
+        factor=606,
+        error=1.0,
+        source="Oktay, Ballé, Singh & Shrivastava 2020, arXiv:1906.06624",
     ),
     dict(
         net="LeNet-5",
@@ -165,28 +172,45 @@ def bits_of_codes(codes: Tensor, left: Tensor, above: Tensor, most: int) -> Tens
     return torch.cat([outside + side[sign, :1] + size.flip(0), zero[where, :1], outside + side[sign, 1:] + size], 1)
 
 
-def coded_bits(model: nn.Module, lines: dict) -> Tensor:
-    """What the codes of a prepared model take in a solid file, but for learning; the gradient of a weight is how much
-    dearer the code above it is than the one below, where it stands (after Agustsson et al. 2017, arXiv:1704.00648)."""
-    total = 0
-    for name, quantizer, weight in quantizers_of(model):
+class Bill:
+    """What the codes of a prepared model take in a solid file, but for learning. The gradient of a weight is how much
+    dearer the code above it is than the one below, where it stands (after Agustsson et al. 2017, arXiv:1704.00648);
+    prices change slowly, and are looked up anew at every fourth step."""
+
+    def __init__(self, model: nn.Module, lines: dict):
+        self.parts = [(q, w, as_pictures(name, w, lines)) for name, q, w in quantizers_of(model)]
+        self.calls = 0
+
+    def __call__(self) -> Tensor:
+        places = [self.place(*part) for part in self.parts]
+        if self.calls % 4 == 0:
+            self.bits, self.dearer = zip(
+                *(self.prices(u.detach(), q.levels // 2) for u, (q, *_) in zip(places, self.parts))
+            )
+        self.calls += 1
+        return straight_through(sum(self.bits), sum((d * u).sum() for d, u in zip(self.dearer, places)))
+
+    def place(self, quantizer: WeightQuantizer, weight: Tensor, pictures: tuple) -> Tensor:
+        "Where each weight stands among the codes."
         most = quantizer.levels // 2
-        u = (weight / quantizer.steps(weight.numel())[0]).clamp(-most, most).view(as_pictures(name, weight, lines))
-        with torch.no_grad():
-            codes = u.round().long()
-            signs = codes.sign()
-            left, above = F.pad(signs, (1, 0))[..., :-1], F.pad(signs, (0, 0, 1, 0))[:, :-1]
-            bits, at = bits_of_codes(codes, left, above, most), 3 * left + above + 4
-            low = u.floor().long().clamp(max=most - 1) + most
-            dearer, taken = bits[at, low + 1] - bits[at, low], bits[at, codes + most].sum()
-        total = total + straight_through(taken, (dearer * u).sum())
-    return total
+        return (weight / quantizer.steps(weight.numel())[0]).clamp(-most, most).view(pictures)
+
+    @staticmethod
+    def prices(u: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        "Bits of all codes; of each weight what the code above costs more than that below."
+        codes = u.round().long()
+        signs = codes.sign()
+        left, above = F.pad(signs, (1, 0))[..., :-1], F.pad(signs, (0, 0, 1, 0))[:, :-1]
+        bits, at = bits_of_codes(codes, left, above, most), 3 * left + above + 4
+        low = u.floor().long().clamp(max=most - 1) + most
+        return bits[at, codes + most].sum(), bits[at, low + 1] - bits[at, low]
 
 
 def taught(model, pupils, epochs, how, seed, price=0.0):
     "Learn from teacher and labels; with a price for a thousand bits, which rises during the first half."
     images, said, labels = pupils
     calls, half = itertools.count(), epochs * len(images) / BATCH / 2
+    bill = Bill(model, how["lines"]) if price else None
 
     def loss(out, i):
         soft = F.kl_div(
@@ -196,7 +220,7 @@ def taught(model, pupils, epochs, how, seed, price=0.0):
             reduction="batchmean",
         )
         total = 0.5 * TEMPERATURE**2 * soft + 0.5 * F.cross_entropy(out, labels[i])
-        return total + min(1.0, next(calls) / half) * price * coded_bits(model, how["lines"]) / 1000 if price else total
+        return total + min(1.0, next(calls) / half) * price * bill() / 1000 if price else total
 
     is_prepared = any(isinstance(m, WeightQuantizer) for m in model.modules())
     optimizer = functools.partial(StepAdam, model=model) if is_prepared else torch.optim.Adam
@@ -227,9 +251,8 @@ def whole_steps(model):
     return model
 
 
-def steps(how, part, seed, scale=1):
-    """From the full network to the smallest file: (name, model, how it is saved); seconds of one processor; and what
-    a peer is given."""
+def learned(how, part, seed, scale=1):
+    "The full network, the small one, the same rounded, and with a price on bits; seconds of one processor."
     began, times = time.process_time(), {}
 
     def clock(name):
@@ -241,25 +264,37 @@ def steps(how, part, seed, scale=1):
     clock("what it says")
     small = taught(student(how, seed), pupils, how["first"], how, seed)
     clock("student")
-    ready = dict(levels=how["levels"], activations=None, per_channel=False)
-    free = taught(prepare(small, **ready), pupils, 1, how, seed)
+    free = prepare(small, levels=how["levels"], activations=None, per_channel=False)
+    taught(free, pupils, 1, how, seed)
     clock("rounding")
     paid = taught(copy.deepcopy(free), pupils, how["then"], how, seed, how["price"])
     clock("rounding and price")
-    return (
-        [
-            ("float32", master, False),
-            ("float32, entropy-coded", master, True),
-            ("small student, float32", small, True),
-            ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True),
-            (f"{how['levels']} levels, trained", convert(free), True),
-            ("a price on bits", convert(paid), True),
-            ("solid file", convert(paid), "solid"),
-            ("steps of powers of two", whole_steps(convert(paid)), "solid"),
-        ],
-        times,
-        {"float32": master, "student": small, "priced": paid},
-    )
+    return (master, small, free, paid), times
+
+
+def files(how, master, small, free, paid):
+    "From the full network to the smallest file: (step, model, how it is saved)."
+    return [
+        ("float32", master, False),
+        ("float32, entropy-coded", master, True),
+        ("small student, float32", small, True),
+        ("8 bits, rounded afterwards", quantize_model(small, 8, per_channel=False), True),
+        (f"{how['levels']} levels, trained", convert(free), True),
+        ("a price on bits", convert(paid), True),
+        ("solid file", convert(paid), "solid"),
+        ("steps of powers of two", whole_steps(convert(paid)), "solid"),
+    ]
+
+
+def measured(made, split, on):
+    "Bytes and accuracies of every step's file, loaded back by its path; the last file."
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (step, model, archive) in enumerate(made):
+            path = save(model, Path(folder) / f"{i}.mz", archive)
+            rows.append(dict(step=step, bytes=os.path.getsize(path)) | {on: accuracy(load(path), split)})
+        rows[-1]["tensors"] = {line.name: line.bytes for line in inspect(path).lines}
+        return rows, path.read_bytes()
 
 
 # --- the standard's codec, beside it ---
@@ -290,15 +325,16 @@ def weights_of(model: nn.Module) -> dict:
     return {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() > 1}
 
 
-def peer_rows(how: dict, models: dict, split: Split, on: str) -> list[dict]:
+def peer_rows(how: dict, models: tuple, split: Split, on: str) -> list[dict]:
     """What NNCodec makes of the very weights: with its trellis, which is its default, and without; those that were
     priced in units of their steps, which changes no answer. Bytes are its stream's, accuracies those of what it
     decodes."""
     blank = how["make"](**how["student"])
     for b in (p for p in blank.parameters() if p.dim() == 1):
         nn.init.zeros_(b)
-    given = {"float32": models["float32"].state_dict(), "student": weights_of(models["student"])}
-    steps = {name: (w / q.steps(w.numel())[0]).detach() for name, q, w in quantizers_of(models["priced"])}
+    full, small, _, paid = models
+    given = {"float32": full.state_dict(), "student": weights_of(small)}
+    steps = {name: (w / q.steps(w.numel())[0]).detach() for name, q, w in quantizers_of(paid)}
     given["priced"] = {f"{n}.weight": w.numpy() for n, w in steps.items()}
     given["codes"] = {f"{n}.weight": w.round().clamp(-7, 7).numpy() for n, w in steps.items()}
     jobs = [(n, qp, t) for n, qps in PEER_JOBS.items() for t in (True, False)[n == "codes" :] for qp in qps]
@@ -311,28 +347,21 @@ def peer_rows(how: dict, models: dict, split: Split, on: str) -> list[dict]:
         sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes ")]
         for i, ((name, qp, trellis), size) in enumerate(zip(jobs, sizes, strict=True)):
             decoded = {n: torch.from_numpy(np.asarray(w)) for n, w in np.load(f"{folder}/{i}.npz").items()}
-            model = copy.deepcopy(models["float32"] if name == "float32" else blank)
+            model = copy.deepcopy(full if name == "float32" else blank)
             model.load_state_dict(decoded, strict=name == "float32")
             rows.append(dict(weights=name, qp=qp, trellis=trellis, bytes=size) | {on: accuracy(model.eval(), split)})
     return rows
 
 
 def run(job):
-    "One seed of one network: bytes and accuracies of every step's file, loaded back by its path."
+    "One seed of one network."
     name, seed, part, on, scale = job
     torch.set_num_threads(1)
     data, how = mnist5k(), NETS[name]
-    made, times, given = steps(how, getattr(data, part), seed, scale)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (step, model, archive) in enumerate(made):
-            path = save(model, Path(folder) / f"{i}.mz", archive)
-            again = load(path)
-            rows.append(dict(step=step, bytes=os.path.getsize(path)) | {on: accuracy(again, getattr(data, on))})
-        last = path.read_bytes()
-        rows[-1]["tensors"] = {line.name: line.bytes for line in inspect(path).lines}
-    peer = peer_rows(how, given, getattr(data, on), on) if PEER and name == "LeNet-5" else []
-    return name, seed, rows, peer, times, last
+    models, times = learned(how, getattr(data, part), seed, scale)
+    split = getattr(data, on)
+    rows, last = measured(files(how, *models), split, on)
+    return name, seed, rows, peer_rows(how, models, split, on) if PEER and name == "LeNet-5" else [], times, last
 
 
 def summary(name, runs, on):
