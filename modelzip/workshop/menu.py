@@ -49,6 +49,7 @@ class Menu:
     sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 3 to 4 bits
     parts: Widths | None = field(default=None, repr=False)  # what it was measured on, while a search needs it
     ties: dict[str, tuple] = field(default_factory=dict, repr=False)  # name of a tensor → what the parts call it
+    trellis: bool = False  # what is picked is coded along a trellis
 
     def pick(self, budget: float) -> list[int]:
         return allocate(self.bytes, self.errors, budget)
