@@ -167,6 +167,16 @@ def _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, 
     checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
 
 
+def _check_trellis(trellis, recipe, wishes):
+    "Whether trellises are tried at all."
+    if not isinstance(trellis, bool):
+        raise TypeError(f"trellis is {trellis!r}; it may be True or False")
+    if trellis and recipe is not None:
+        raise ValueError("trellis and recipe are both given; a recipe says by its steps what is done")
+    if trellis and wishes == (None, None, None):
+        raise ValueError("trellis needs bytes, accuracy_loss or cosine: what else is wished for tries none")
+
+
 def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):
     "Whether the data can decide what is wished for."
     if accuracy_loss is not None and evaluate is None and not isinstance(samples.held, Split):
@@ -260,7 +270,8 @@ def _about_layers(best):
             dict(
                 name=l.name,
                 weights=math.prod(l.shape),
-                choice=describe_option(option) if option else l.kind,
+                choice="trellis, " * (option is not None and menu.trellis)
+                + (describe_option(option) if option else l.kind),
                 bytes=l.bytes,
                 sensitivity=menu.sensitivity.get(l.name) if menu else None,
                 share=error / total if option and total else None,
@@ -297,6 +308,9 @@ def compress(
     lr: float = 1e-3,  # its highest learning rate
     tries: int = 8,  # at most, for each kind of network
     seed: int = 0,  # of everything that is random
+    # also try codes along a trellis (chapter 11c), for fewer bytes: such a model needs longer for each call, and for
+    # integer kernels a bit a code more; expand it once, by `dequantize_model`, where that counts
+    trellis: bool = False,
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
     path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
     progress: bool = True,  # show a bar; in a file or a pipe a line a try
@@ -311,6 +325,7 @@ def compress(
     tensors_of(model)
     model = copied(model)
     _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed)
+    _check_trellis(trellis, recipe, (bytes, accuracy_loss, cosine))
     if path is not None:
         _check_path(path)
     with alone(), seeded(seed), tempfile.TemporaryDirectory() as folder:
@@ -334,7 +349,7 @@ def compress(
             None if floor is None else float(floor),
             judge.metric or "quality",
         )
-        search = Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress)
+        search = Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress, trellis)
         _look(search, recipe)
         best = search.best
         if best is None:
