@@ -41,7 +41,16 @@ from .workshop.deadlines import checked_count
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.menu import DENSE, REFERENCES, SPARSE, Menu, describe_option, menu_of, tensors_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
-from .workshop.search import CompressionReport, Search, Target, TargetError, Try, WriteError, recipe_of
+from modelzip.workshop.search import (
+    CompressionReport,
+    Search,
+    Target,
+    TargetError,
+    Try,
+    WriteError,
+    quality_in_digits,
+    recipe_of,
+)
 from .workshop.turns import alone
 
 _all_ = [
@@ -251,7 +260,7 @@ def _folding(search):
 def _said_of(t, metric):
     return (
         f"{t.bytes:,} bytes"
-        + (f", {metric} {t.quality:.4f}" if t.quality is not None else "")
+        + (f", {metric} {quality_in_digits(t.quality)}" if t.quality is not None else "")
         + (f", {t.milliseconds:.3f} ms" if t.milliseconds is not None else "")
     )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from guards import unchanged
 from torch import nn
 
-from modelzip.auto import DENSE, compress, menu_of
+from modelzip.auto import DENSE, TargetError, compress, menu_of
 from modelzip.budget import output_errors
 from modelzip.data import seeded
 from modelzip.pack import inspect, load, save
@@ -234,6 +234,109 @@ def test_the_recipe_of_a_found_file_makes_it_again(tmp_path):
     compress(model, x, cosine=0.99, path=tmp_path / "a.mz", progress=False)
     compress(model, x, recipe=Recipe.from_file(tmp_path / "a.mz"), path=tmp_path / "b.mz", progress=False)
     assert (tmp_path / "a.mz").read_bytes() == (tmp_path / "b.mz").read_bytes()
+
+
+# --- along trellises
+
+
+@pytest.mark.filterwarnings("ignore:rounded to nearest|given to trellis_weight")  # a ConvTranspose2d
+@pytest.mark.parametrize("wish", [{"cosine": 0.99}, {"bytes": 0.25}])
+@pytest.mark.parametrize("name", ["wide chain", "LSTM", "encoder", "convolutions", "shared"])
+def test_a_trellis_is_tried_and_the_better_file_kept(name, wish, tmp_path):
+    make, data = MODELS[name] if name in MODELS else (lambda: chain(64, 2), lambda: batches(20, 64, n=5))
+    with seeded(0):
+        model = make().eval()
+    x, paths = data() * 2, [tmp_path / "a.mz", tmp_path / "b.mz"]
+    with unchanged(model, x):
+        _, plain = compress(model, x, **wish, strict=False, progress=False)
+        small, report = compress(model, x, **wish, trellis=True, strict=False, path=paths[0], progress=False)
+    assert any(t.why.startswith("trellis") for t in report.tries) and not any(t.error for t in report.tries)
+    assert report.target.worth(report.best) >= plain.target.worth(plain.best)
+    assert report.quality == Judge(model, samples_of(x))(small) and report.bytes == paths[0].stat().st_size
+    assert ("trellis, spacing" in repr(report)) == ("trellis(" in repr(report.recipe))
+    compress(model, x, recipe=Recipe.from_file(paths[0]), path=paths[1], progress=False)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_trellises_take_fewer_bytes_for_a_cosine():
+    model, x = chain(200, 3), batches(40, 200)
+    files = [compress(model, x, cosine=0.99, trellis=t, progress=False)[1] for t in (False, True)]
+    assert files[1].bytes < 0.97 * files[0].bytes and all(r.met for r in files)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("judge", [None, lambda m: 0.5, lambda m: m[-1].weight.square().mean().clamp(0, 1).item()])
+def test_trellises_with_any_judge(data, judge):
+    "Without data, and with a measure that sees nothing; without any, trellises alone, as nobody could compare."
+    wish = {"bytes": 0.3} if judge is None else {"accuracy_loss": 1.0}
+    x = batches(10, 24) if data else None
+    _, report = compress(chain(), x, **wish, evaluate=judge, trellis=True, progress=False)
+    whys = [t.why.startswith("trellis") for t in report.tries[1:]]
+    assert report.met and any(whys) and not any(t.error for t in report.tries)
+    assert all(whys) == (judge is None and not data)
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"trellis": 1, "bytes": 900}, "trellis is 1"),
+        ({"trellis": True}, "trellis needs bytes"),
+        ({"trellis": True, "milliseconds": 9.0}, "trellis needs bytes"),
+        ({"trellis": True, "bytes": 0.3, "recipe": "4-bit"}, "both given"),
+    ],
+)
+def test_a_trellis_that_would_not_be_tried_is_refused(wrong, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        compress(chain(), batches(10, 24), progress=False, **wrong)
+
+
+# --- numbers of any size
+
+
+@pytest.mark.parametrize("power", [-80, -40, 60, 80])
+def test_what_the_output_makes_of_a_tensor_knows_no_unit(power):
+    "Squares of such outputs are zero or infinite in float32."
+    model, x = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)), batches(5, 6, n=2)
+    model[0].weight.data, model[2].weight.data = noise(8, 6), noise(4, 8, seed=2)
+    plain = output_errors(model, {n: 1.25 * p for n, p in model.named_parameters()}, x)
+    model[2].weight.data *= 2.0**power
+    new = {n: 1.25 * p.detach() for n, p in model.named_parameters()}
+    got = changes_of(model, {identity_of(model.get_parameter(n)): [v] for n, v in new.items()}, x)
+    for n, v in output_errors(model, new, x).items():
+        assert v == pytest.approx(plain[n], rel=1e-6) == got[identity_of(model.get_parameter(n))][0], n
+
+
+def outlier(width=16):
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 4))
+    model[0].weight.data[0, 0] = 1e4
+    return model.eval()
+
+
+def test_sizes_of_small_tensors_are_never_told():
+    "One weight far from all others: more codes and then fewer bytes, as small parts are not coded."
+    model, x = outlier(), batches(20, 16)
+    menu, options = menu_of(model, samples_of(x), SPACED), range(len(SPACED))
+    parts = widths_of(model, SPACED, samples_of(x).batches)
+    for i in options:
+        sizes = sizes_of(parts.put_together(dict.fromkeys(parts.jobs[i].ties, i)), tensors_of(model))
+        assert [row[i] for row in menu.bytes] == [sizes[n] for n in menu.layers], SPACED[i]
+    _, report = compress(model, x, cosine=0.99, progress=False)
+    assert report.bytes < report.tries[0].bytes  # int8
+
+
+def test_a_large_outlier_has_no_size_that_no_file_has(tmp_path):
+    model, x = outlier(600), batches(6, 600)
+    model[0] = nn.Linear(600, 500)
+    model[0].weight.data[0, 0], model[2] = 1e3, nn.Linear(500, 4)
+    menu = menu_of(model.eval(), samples_of(x), SPACED)
+    least, most = (f(b for b in menu.bytes[0]) for f in (min, max))
+    assert 0 < least and menu.bytes[0][-1] == pytest.approx(most, rel=0.2) and most < 300_000
+
+
+def test_a_cosine_near_one_is_told_from_one():
+    with pytest.raises(TargetError, match=r"at least 0\.9999990.* cosine 0\.9999\d+;"):
+        compress(chain(), batches(10, 24), cosine=0.999999, progress=False)
 
 
 # --- one step for the whole tensor
