@@ -265,6 +265,12 @@ def _said_of(t, metric):
     )
 
 
+def _choice(option, trellis):
+    if trellis is None:
+        return describe_option(option)
+    return "trellis, " + describe_option({"spacing": float(f"{option['spacing'] * trellis:.3g}")})
+
+
 def _about_layers(best):
     "For each tensor in the file: what was chosen, what it takes, and what it is expected to do to the output."
     menu, total = best.menu, best.menu.error(best.picks) if best.menu else 0.0
@@ -279,8 +285,7 @@ def _about_layers(best):
             dict(
                 name=l.name,
                 weights=math.prod(l.shape),
-                choice="trellis, " * (option is not None and menu.trellis)
-                + (describe_option(option) if option else l.kind),
+                choice=_choice(option, best.trellis) if option else l.kind,
                 bytes=l.bytes,
                 sensitivity=menu.sensitivity.get(l.name) if menu else None,
                 share=error / total if option and total else None,
@@ -317,8 +322,8 @@ def compress(
     lr: float = 1e-3,  # its highest learning rate
     tries: int = 8,  # at most, for each kind of network
     seed: int = 0,  # of everything that is random
-    # also try codes along a trellis (chapter 11c), for fewer bytes: such a model needs longer for each call, and for
-    # integer kernels a bit a code more; expand it once, by `dequantize_model`, where that counts
+    # also try codes along a trellis (chapter 11c): fewer bytes, but the model expands some 50 million weights a second,
+    # a tenth of the usual pace, at each call, and has no integer kernel: where time counts `dequantize_model` it once
     trellis: bool = False,
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
     path: str | os.PathLike | None = None,  # where the file goes; None: nowhere

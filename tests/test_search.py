@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from guards import unchanged
 from torch import nn
 
-from modelzip.auto import DENSE, TargetError, compress, menu_of
+from modelzip.auto import DENSE, Target, compress, menu_of
 from modelzip.budget import output_errors
 from modelzip.data import seeded
 from modelzip.pack import inspect, load, save
@@ -239,41 +239,51 @@ def test_the_recipe_of_a_found_file_makes_it_again(tmp_path):
 # --- along trellises
 
 
-@pytest.mark.filterwarnings("ignore:rounded to nearest|given to trellis_weight")  # a ConvTranspose2d
-@pytest.mark.parametrize("wish", [{"cosine": 0.99}, {"bytes": 0.25}])
-@pytest.mark.parametrize("name", ["wide chain", "LSTM", "encoder", "convolutions", "shared"])
+@pytest.mark.parametrize("name, wish", [("LSTM", {"cosine": 0.99}), ("shared", {"bytes": 0.6})])
+@pytest.mark.filterwarnings("ignore:rounded to nearest|given to trellis_weight")  # a layer that nobody calls
 def test_a_trellis_is_tried_and_the_better_file_kept(name, wish, tmp_path):
-    make, data = MODELS[name] if name in MODELS else (lambda: chain(64, 2), lambda: batches(20, 64, n=5))
+    make, data = MODELS[name]
     with seeded(0):
         model = make().eval()
     x, paths = data() * 2, [tmp_path / "a.mz", tmp_path / "b.mz"]
     with unchanged(model, x):
-        _, plain = compress(model, x, **wish, strict=False, progress=False)
         small, report = compress(model, x, **wish, trellis=True, strict=False, path=paths[0], progress=False)
-    assert any(t.why.startswith("trellis") for t in report.tries) and not any(t.error for t in report.tries)
-    assert report.target.worth(report.best) >= plain.target.worth(plain.best)
+    assert not any(t.error for t in report.tries)
+    worth = {w: max(report.target.worth(t) for t in report.tries if (t.trellis is None) == w) for w in (True, False)}
+    assert max(worth.values()) == report.target.worth(report.best)
     assert report.quality == Judge(model, samples_of(x))(small) and report.bytes == paths[0].stat().st_size
-    assert ("trellis, spacing" in repr(report)) == ("trellis(" in repr(report.recipe))
     compress(model, x, recipe=Recipe.from_file(paths[0]), path=paths[1], progress=False)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_trellises_take_fewer_bytes_for_a_cosine():
-    model, x = chain(200, 3), batches(40, 200)
-    files = [compress(model, x, cosine=0.99, trellis=t, progress=False)[1] for t in (False, True)]
-    assert files[1].bytes < 0.97 * files[0].bytes and all(r.met for r in files)
+@pytest.mark.parametrize("wish", [{"cosine": 0.97}, {"bytes": 27_000}])
+def test_trellises_take_fewer_bytes_or_do_less_harm(wish):
+    "One large matrix: the factor of its steps is found in few tries, to within some percent of the wish."
+    model = nn.Sequential(nn.Linear(256, 400))
+    model[0].weight.data = noise(400, 256)
+    x = [noise(100, 256, seed=s) for s in range(6)]
+    small, report = compress(model, x, **wish, trellis=True, progress=False)
+    rounded, along = ([t for t in report.tries[1:] if (t.trellis is None) == w] for w in (True, False))
+    best = max((t for t in rounded if report.target.met_by(t)), key=report.target.worth)
+    assert report.best in along and len(along) <= 4 and "trellis, spacing" in repr(report)
+    if "bytes" in wish:
+        assert 0.97 * wish["bytes"] < report.bytes and 1 - report.quality < 0.8 * (1 - best.quality)
+    else:
+        assert report.bytes < 0.95 * best.bytes and report.quality < 0.9725
 
 
-@pytest.mark.parametrize("data", [True, False])
-@pytest.mark.parametrize("judge", [None, lambda m: 0.5, lambda m: m[-1].weight.square().mean().clamp(0, 1).item()])
-def test_trellises_with_any_judge(data, judge):
-    "Without data, and with a measure that sees nothing; without any, trellises alone, as nobody could compare."
-    wish = {"bytes": 0.3} if judge is None else {"accuracy_loss": 1.0}
-    x = batches(10, 24) if data else None
-    _, report = compress(chain(), x, **wish, evaluate=judge, trellis=True, progress=False)
-    whys = [t.why.startswith("trellis") for t in report.tries[1:]]
-    assert report.met and any(whys) and not any(t.error for t in report.tries)
-    assert all(whys) == (judge is None and not data)
+def norm(m):
+    return m[-1].weight.square().mean().clamp(0, 1).item()
+
+
+@pytest.mark.parametrize("judge, data", [(None, False), (norm, False), (lambda m: 0.5, True)])
+def test_trellises_with_any_judge(judge, data):
+    "With none; without data; with a measure that sees nothing."
+    wish = {"bytes": 0.4} if judge is None else {"accuracy_loss": 1.0}
+    x = batches(6, 16) if data else None
+    _, report = compress(chain(16, 1), x, **wish, evaluate=judge, trellis=True, progress=False)
+    assert report.met and not any(t.error for t in report.tries)
+    assert 0 < sum(t.trellis is not None for t in report.tries) <= 4
 
 
 @pytest.mark.parametrize(
@@ -334,9 +344,11 @@ def test_a_large_outlier_has_no_size_that_no_file_has(tmp_path):
     assert 0 < least and menu.bytes[0][-1] == pytest.approx(most, rel=0.2) and most < 300_000
 
 
-def test_a_cosine_near_one_is_told_from_one():
-    with pytest.raises(TargetError, match=r"at least 0\.9999990.* cosine 0\.9999\d+;"):
-        compress(chain(), batches(10, 24), cosine=0.999999, progress=False)
+@pytest.mark.parametrize(
+    "cosine, said", [(0.9, "0.9000"), (0.9999, "0.99990"), (0.9999954, "0.9999954"), (1.0, "1.0000")]
+)
+def test_a_cosine_near_one_is_told_from_one(cosine, said):
+    assert repr(Target(quality=cosine, metric="cosine")) == f"cosine of at least {said}"
 
 
 # --- one step for the whole tensor

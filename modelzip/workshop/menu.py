@@ -9,7 +9,7 @@ __all__ = ['DENSE', 'SPARSE', 'SPACED', 'ANCHORS', 'SMALL', 'REFERENCES', 'Menu'
 # %% ../../nbs/workshop/menu.ipynb
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -51,11 +51,15 @@ class Menu:
     sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 3 to 4 bits
     parts: Widths | None = field(default=None, repr=False)  # what it was measured on, while a search needs it
     ties: dict[str, tuple] = field(default_factory=dict, repr=False)  # name of a tensor → what the parts call it
-    told: dict = field(default_factory=dict, repr=False)  # of sketches: log of bytes → log(1 − quality)
-    trellis: bool = False  # whether a recipe codes what is picked along a trellis
 
     def pick(self, budget: float) -> list[int]:
         return allocate(self.bytes, self.errors, budget)
+
+    def pick_steps(self, budget: float) -> list[int]:
+        "Of the steps alone, which stand before all other options; where even these are too much, the smallest."
+        n = sum("spacing" in o for o in self.options)
+        bytes, errors = ([row[:n] for row in table] for table in (self.bytes, self.errors))
+        return allocate(bytes, errors, max(budget, sum(map(min, bytes))))
 
     def size(self, picks: list[int]) -> float:
         return sum(b[p] for b, p in zip(self.bytes, picks))
@@ -68,13 +72,6 @@ class Menu:
         if self.parts is None:
             raise ValueError("the menu has no parts: a search keeps them for as long as it runs")
         return self.parts.put_together({self.ties[n]: p for n, p in zip(self.layers, picks)})
-
-    def on_trellis(self) -> "Menu":
-        "The same steps, which stand before all other options, along a trellis; estimates stay those of rounding."
-        n = sum("spacing" in o for o in self.options)
-        bytes, errors = ([row[:n] for row in table] for table in (self.bytes, self.errors))
-        told = self.told if n == len(self.options) else {}
-        return replace(self, options=self.options[:n], bytes=bytes, errors=errors, told=told, trellis=True)
 
 # %% ../../nbs/workshop/menu.ipynb
 def tensors_of(model: nn.Module) -> dict[str, list[str]]:  # name of a tensor → by which names steps know it
