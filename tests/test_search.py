@@ -17,7 +17,7 @@ from modelzip.prune import prune_model, remove_masks, sparsify_model
 from modelzip.ptq import gptq, nearest_weight, quantize_with
 from modelzip.quant import Dequantize, dequantize_model, quantize_model
 from modelzip.recipe import Judge, Recipe, samples_of
-from modelzip.workshop import widths
+from modelzip.workshop import menu as menus, widths
 from modelzip.workshop.matrices import identity_of
 from modelzip.workshop.menu import ANCHORS, SPACED, tensors_of
 from modelzip.workshop.sensitivities import changes_of
@@ -96,11 +96,13 @@ def counted_methods(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("data", [True, False])
-def test_a_tensor_is_quantized_once_at_a_width(data, monkeypatch):
+@pytest.mark.parametrize("data, large", [(True, True), (True, False), (False, False)])
+def test_a_tensor_is_quantized_once_at_a_width(data, large, monkeypatch):
     counts, model, options = counted_methods(monkeypatch), chain(), SPACED if data else DENSE
+    if large:
+        monkeypatch.setattr(menus, "SMALL", 0)
     menu_of(model, samples_of(batches(10, 24) if data else None), options)
-    made = len(ANCHORS if data else DENSE) * len(tensors_of(model))  # steps between are told from these
+    made = len(ANCHORS if large else options) * len(tensors_of(model))  # steps between are told from these
     assert set(counts.values()) == {1} and len(counts) == made
 
 
@@ -141,7 +143,7 @@ def test_what_waits_is_made_when_it_is_asked_for():
 def test_what_is_told_between_anchors_is_nearly_what_is_made():
     "Bytes within some percent, errors within a few tenths of a decibel of what quantizing gives."
     with seeded(0):
-        model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300)).eval()
+        model = nn.Sequential(nn.Linear(300, 450), nn.Tanh(), nn.Linear(450, 300)).eval()
         for m in model[0], model[2]:
             nn.init.normal_(m.weight, std=0.05)
     x = batches(40, 300, n=6)
