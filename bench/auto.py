@@ -1,12 +1,13 @@
-"""MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, by mixed precision that `compress`
-finds.
+"""MiniLM without training: the smallest file at a cosine of 0.99 and of 0.999, of steps that `compress` finds, rounded
+and along trellises.
 
     python bench/auto.py            both
     python bench/auto.py 0.99       one of them
 
 `compress` calibrates on pairs of `docstrings` from 1,200 on and chooses by 200 pairs from 600 on. The table's
 cosine is then measured on the first 600 pairs, which nothing was chosen on, as `bench/ptq.py` does it. Times are of
-the search alone, and of loading the file that it found; those of processors do not depend on who else is at work.
+the search alone, and of loading and expanding the file that it found; those of processors do not depend on who else is
+at work.
 """
 
 import json, sys, tempfile, time, warnings
@@ -53,12 +54,12 @@ def row(model, judge, found, fp32, cosine, folder):
     "One target: what `compress` found, and what the file is worth on other sentences."
     path = Path(folder) / f"{cosine}.mz"
     (_, report), searching = timed(
-        compress, model, found, cosine=cosine + MARGIN[cosine], tries=6, path=path, progress=False
+        compress, model, found, cosine=cosine + MARGIN[cosine], tries=6, trellis=True, path=path, progress=False
     )
     print(report, flush=True)
     size = path.stat().st_size
-    back, loading = timed(load, path)
-    reached = judge(dequantize_model(back))
+    back, loading = timed(lambda: dequantize_model(load(path)))
+    reached = judge(back)
     print(
         f"cos ≥ {cosine}: {size:,} bytes, {size / fp32:.4f} of fp32, cosine {reached['cosine']:.5f}, recall@1"
         f" {reached['recall']:.4f}, {searching}, loaded in {loading}",
@@ -74,7 +75,16 @@ def row(model, judge, found, fp32, cosine, folder):
         load=loading,
         threads=torch.get_num_threads(),
         recipe=report.recipe.to_dict(),
-        tries=[dict(why=t.why, bytes=t.bytes, cosine=t.quality) for t in report.tries],
+        tries=[
+            dict(
+                why=t.why,
+                bytes=t.bytes,
+                cosine=t.quality,
+                steps=[n for n, _ in t.recipe.steps] if t.recipe else [],
+                met=t.bytes is not None and report.target.met_by(t),
+            )
+            for t in report.tries
+        ],
         layers=report.layers,
     )
 

@@ -94,9 +94,10 @@ def ptq(found):
 
 def auto(found):
     for r in found["rows"]:
+        how = "steps along trellises" if any(name == "trellis" for name, _ in r["recipe"]["steps"]) else "mixed bits"
         yield line(
             "MiniLM",
-            f"mixed bits for cosine {r['target']}",
+            f"{how} for cosine {r['target']}",
             r["bytes"],
             found["fp32_bytes"],
             f"{r['cosine']:.4f}, {r['recall']:.3f}",

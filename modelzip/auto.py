@@ -41,7 +41,16 @@ from .workshop.deadlines import checked_count
 from .workshop.judging import as_called, energies, fresh, rows_of
 from .workshop.menu import DENSE, REFERENCES, SPARSE, Menu, describe_option, menu_of, tensors_of
 from .workshop.models import Labelled, as_batches, call, copied, feed
-from .workshop.search import CompressionReport, Search, Target, TargetError, Try, WriteError, recipe_of
+from modelzip.workshop.search import (
+    CompressionReport,
+    Search,
+    Target,
+    TargetError,
+    Try,
+    WriteError,
+    quality_in_digits,
+    recipe_of,
+)
 from .workshop.turns import alone
 
 _all_ = [
@@ -167,6 +176,16 @@ def _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, 
     checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
 
 
+def _check_trellis(trellis, recipe, wishes):
+    "Whether trellises are tried at all."
+    if not isinstance(trellis, bool):
+        raise TypeError(f"trellis is {trellis!r}; it may be True or False")
+    if trellis and recipe is not None:
+        raise ValueError("trellis and recipe are both given; a recipe says by its steps what is done")
+    if trellis and wishes == (None, None, None):
+        raise ValueError("trellis needs bytes, accuracy_loss or cosine: what else is wished for tries none")
+
+
 def _check_data(model, samples, evaluate, milliseconds, accuracy_loss, cosine):
     "Whether the data can decide what is wished for."
     if accuracy_loss is not None and evaluate is None and not isinstance(samples.held, Split):
@@ -241,9 +260,15 @@ def _folding(search):
 def _said_of(t, metric):
     return (
         f"{t.bytes:,} bytes"
-        + (f", {metric} {t.quality:.4f}" if t.quality is not None else "")
+        + (f", {metric} {quality_in_digits(t.quality)}" if t.quality is not None else "")
         + (f", {t.milliseconds:.3f} ms" if t.milliseconds is not None else "")
     )
+
+
+def _choice(option, trellis):
+    if trellis is None:
+        return describe_option(option)
+    return "trellis, " + describe_option({"spacing": float(f"{option['spacing'] * trellis:.3g}")})
 
 
 def _about_layers(best):
@@ -260,7 +285,7 @@ def _about_layers(best):
             dict(
                 name=l.name,
                 weights=math.prod(l.shape),
-                choice=describe_option(option) if option else l.kind,
+                choice=_choice(option, best.trellis) if option else l.kind,
                 bytes=l.bytes,
                 sensitivity=menu.sensitivity.get(l.name) if menu else None,
                 share=error / total if option and total else None,
@@ -297,6 +322,9 @@ def compress(
     lr: float = 1e-3,  # its highest learning rate
     tries: int = 8,  # at most, for each kind of network
     seed: int = 0,  # of everything that is random
+    # also try codes along a trellis (chapter 11c): fewer bytes, but the model expands some 50 million weights a second,
+    # a tenth of the usual pace, at each call, and has no integer kernel: where time counts `dequantize_model` it once
+    trellis: bool = False,
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
     path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
     progress: bool = True,  # show a bar; in a file or a pipe a line a try
@@ -311,6 +339,7 @@ def compress(
     tensors_of(model)
     model = copied(model)
     _check_wishes(evaluate, bytes, milliseconds, accuracy_loss, cosine, recipe, epochs, lr, tries, seed)
+    _check_trellis(trellis, recipe, (bytes, accuracy_loss, cosine))
     if path is not None:
         _check_path(path)
     with alone(), seeded(seed), tempfile.TemporaryDirectory() as folder:
@@ -334,7 +363,7 @@ def compress(
             None if floor is None else float(floor),
             judge.metric or "quality",
         )
-        search = Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress)
+        search = Search(model, samples, judge, target, folder, epochs, lr, tries, seed, progress, trellis)
         _look(search, recipe)
         best = search.best
         if best is None:

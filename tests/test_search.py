@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from guards import unchanged
 from torch import nn
 
-from modelzip.auto import DENSE, compress, menu_of
+from modelzip.auto import DENSE, Target, compress, menu_of
 from modelzip.budget import output_errors
 from modelzip.data import seeded
 from modelzip.pack import inspect, load, save
@@ -17,7 +17,7 @@ from modelzip.prune import prune_model, remove_masks, sparsify_model
 from modelzip.ptq import gptq, nearest_weight, quantize_with
 from modelzip.quant import Dequantize, dequantize_model, quantize_model
 from modelzip.recipe import Judge, Recipe, samples_of
-from modelzip.workshop import widths
+from modelzip.workshop import menu as menus, widths
 from modelzip.workshop.matrices import identity_of
 from modelzip.workshop.menu import ANCHORS, SPACED, tensors_of
 from modelzip.workshop.sensitivities import changes_of
@@ -96,11 +96,13 @@ def counted_methods(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("data", [True, False])
-def test_a_tensor_is_quantized_once_at_a_width(data, monkeypatch):
+@pytest.mark.parametrize("data, large", [(True, True), (True, False), (False, False)])
+def test_a_tensor_is_quantized_once_at_a_width(data, large, monkeypatch):
     counts, model, options = counted_methods(monkeypatch), chain(), SPACED if data else DENSE
+    if large:
+        monkeypatch.setattr(menus, "SMALL", 0)
     menu_of(model, samples_of(batches(10, 24) if data else None), options)
-    made = len(ANCHORS if data else DENSE) * len(tensors_of(model))  # steps between are told from these
+    made = len(ANCHORS if large else options) * len(tensors_of(model))  # steps between are told from these
     assert set(counts.values()) == {1} and len(counts) == made
 
 
@@ -141,7 +143,7 @@ def test_what_waits_is_made_when_it_is_asked_for():
 def test_what_is_told_between_anchors_is_nearly_what_is_made():
     "Bytes within some percent, errors within a few tenths of a decibel of what quantizing gives."
     with seeded(0):
-        model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300)).eval()
+        model = nn.Sequential(nn.Linear(300, 450), nn.Tanh(), nn.Linear(450, 300)).eval()
         for m in model[0], model[2]:
             nn.init.normal_(m.weight, std=0.05)
     x = batches(40, 300, n=6)
@@ -234,6 +236,121 @@ def test_the_recipe_of_a_found_file_makes_it_again(tmp_path):
     compress(model, x, cosine=0.99, path=tmp_path / "a.mz", progress=False)
     compress(model, x, recipe=Recipe.from_file(tmp_path / "a.mz"), path=tmp_path / "b.mz", progress=False)
     assert (tmp_path / "a.mz").read_bytes() == (tmp_path / "b.mz").read_bytes()
+
+
+# --- along trellises
+
+
+@pytest.mark.parametrize("name, wish", [("LSTM", {"cosine": 0.99}), ("shared", {"bytes": 0.6})])
+@pytest.mark.filterwarnings("ignore:rounded to nearest|given to trellis_weight")  # a layer that nobody calls
+def test_a_trellis_is_tried_and_the_better_file_kept(name, wish, tmp_path):
+    make, data = MODELS[name]
+    with seeded(0):
+        model = make().eval()
+    x, paths = data() * 2, [tmp_path / "a.mz", tmp_path / "b.mz"]
+    with unchanged(model, x):
+        small, report = compress(model, x, **wish, trellis=True, strict=False, path=paths[0], progress=False)
+    assert not any(t.error for t in report.tries)
+    worth = {w: max(report.target.worth(t) for t in report.tries if (t.trellis is None) == w) for w in (True, False)}
+    assert max(worth.values()) == report.target.worth(report.best)
+    assert report.quality == Judge(model, samples_of(x))(small) and report.bytes == paths[0].stat().st_size
+    compress(model, x, recipe=Recipe.from_file(paths[0]), path=paths[1], progress=False)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("wish", [{"cosine": 0.97}, {"bytes": 27_000}])
+def test_trellises_take_fewer_bytes_or_do_less_harm(wish):
+    "One large matrix: the factor of its steps is found in few tries, to within some percent of the wish."
+    model = nn.Sequential(nn.Linear(256, 400))
+    model[0].weight.data = noise(400, 256)
+    x = [noise(100, 256, seed=s) for s in range(6)]
+    small, report = compress(model, x, **wish, trellis=True, progress=False)
+    rounded, along = ([t for t in report.tries[1:] if (t.trellis is None) == w] for w in (True, False))
+    best = max((t for t in rounded if report.target.met_by(t)), key=report.target.worth)
+    assert report.best in along and len(along) <= 4 and "trellis, spacing" in repr(report)
+    if "bytes" in wish:
+        assert 0.97 * wish["bytes"] < report.bytes and 1 - report.quality < 0.8 * (1 - best.quality)
+    else:
+        assert report.bytes < 0.95 * best.bytes and report.quality < 0.9725
+
+
+def norm(m):
+    return m[-1].weight.square().mean().clamp(0, 1).item()
+
+
+@pytest.mark.parametrize("judge, data", [(None, False), (norm, False), (lambda m: 0.5, True)])
+def test_trellises_with_any_judge(judge, data):
+    "With none; without data; with a measure that sees nothing."
+    wish = {"bytes": 0.6} if judge is None else {"accuracy_loss": 1.0}
+    x = batches(6, 16) if data else None
+    _, report = compress(chain(16, 1), x, **wish, evaluate=judge, trellis=True, progress=False)
+    assert report.met and not any(t.error for t in report.tries)
+    assert 0 < sum(t.trellis is not None for t in report.tries) <= 4
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"trellis": 1, "bytes": 900}, "trellis is 1"),
+        ({"trellis": True}, "trellis needs bytes"),
+        ({"trellis": True, "milliseconds": 9.0}, "trellis needs bytes"),
+        ({"trellis": True, "bytes": 0.3, "recipe": "4-bit"}, "both given"),
+    ],
+)
+def test_a_trellis_that_would_not_be_tried_is_refused(wrong, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        compress(chain(), batches(10, 24), progress=False, **wrong)
+
+
+# --- numbers of any size
+
+
+@pytest.mark.parametrize("power", [-80, -40, 60, 80])
+def test_what_the_output_makes_of_a_tensor_knows_no_unit(power):
+    "Squares of such outputs are zero or infinite in float32."
+    model, x = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)), batches(5, 6, n=2)
+    model[0].weight.data, model[2].weight.data = noise(8, 6), noise(4, 8, seed=2)
+    plain = output_errors(model, {n: 1.25 * p for n, p in model.named_parameters()}, x)
+    model[2].weight.data *= 2.0**power
+    new = {n: 1.25 * p.detach() for n, p in model.named_parameters()}
+    got = changes_of(model, {identity_of(model.get_parameter(n)): [v] for n, v in new.items()}, x)
+    for n, v in output_errors(model, new, x).items():
+        assert v == pytest.approx(plain[n], rel=1e-6) == got[identity_of(model.get_parameter(n))][0], n
+
+
+def outlier(width=16):
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 4))
+    model[0].weight.data[0, 0] = 1e4
+    return model.eval()
+
+
+def test_sizes_of_small_tensors_are_never_told():
+    "One weight far from all others: more codes and then fewer bytes, as small parts are not coded."
+    model, x = outlier(), batches(20, 16)
+    menu, options = menu_of(model, samples_of(x), SPACED), range(len(SPACED))
+    parts = widths_of(model, SPACED, samples_of(x).batches)
+    for i in options:
+        sizes = sizes_of(parts.put_together(dict.fromkeys(parts.jobs[i].ties, i)), tensors_of(model))
+        assert [row[i] for row in menu.bytes] == [sizes[n] for n in menu.layers], SPACED[i]
+    _, report = compress(model, x, cosine=0.99, progress=False)
+    assert report.bytes < report.tries[0].bytes  # int8
+
+
+def test_a_large_outlier_has_no_size_that_no_file_has(tmp_path):
+    model, x = outlier(600), batches(6, 600)
+    model[0] = nn.Linear(600, 500)
+    model[0].weight.data[0, 0], model[2] = 1e3, nn.Linear(500, 4)
+    menu = menu_of(model.eval(), samples_of(x), SPACED)
+    least, most = (f(b for b in menu.bytes[0]) for f in (min, max))
+    assert 0 < least and menu.bytes[0][-1] == pytest.approx(most, rel=0.2) and most < 300_000
+
+
+@pytest.mark.parametrize(
+    "cosine, said", [(0.9, "0.9000"), (0.9999, "0.99990"), (0.9999954, "0.9999954"), (1.0, "1.0000")]
+)
+def test_a_cosine_near_one_is_told_from_one(cosine, said):
+    assert repr(Target(quality=cosine, metric="cosine")) == f"cosine of at least {said}"
 
 
 # --- one step for the whole tensor

@@ -103,7 +103,7 @@ class Buffers(nn.Module):
             "int8": normal(999).char(),
             "float64": normal(300).double(),
             "float16": normal(300).half(),
-            "brain floats": normal(300).bfloat16(),
+            "bfloat16": normal(300).bfloat16(),
             **{f"{n} times {w:.0%}": (normal(6400) * w).to(getattr(torch, n)) for n in ("bfloat16", "float32") for w in (0.05, 9)},
             "empty": torch.zeros(0, 3),
             "truth": normal(99) > 0,

@@ -159,6 +159,10 @@ def test_zeros_infinities_and_options():
         "4, 8, 16 or 32": dict(states=6),
         "a price": dict(price=-0.1),
         "price inf": dict(price=math.inf),
+        "spacing is 0": dict(spacing=0),
+        "spacing is nan": dict(spacing=math.nan),
+        "spacing is True": dict(spacing=True),
+        "one of them": dict(spacing=1.0, step=1.0),
     }.items():
         with pytest.raises(ValueError, match=why):
             trellis_weight(w, None, **how)
@@ -170,6 +174,19 @@ def test_weights_of_every_size(size):
     w = torch.randn(16, 32)
     own, alike = (trellis_weight(size * w).dequantize() / size, trellis_weight(w).dequantize())
     assert (own - w).norm() < 1.1 * (alike - w).norm()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (1, 700), (300,), (8, 4, 3, 3)])
+def test_spacing_is_in_units_of_the_weights_own_size(shape):
+    "A grid's values are so far apart; an outlier that no code would reach makes the step larger, and is kept."
+    torch.manual_seed(0)
+    w = torch.randn(shape)
+    q = trellis_weight(w, spacing=0.25)
+    assert q.scale.item() == pytest.approx(0.125 * w.square().mean().sqrt().item(), rel=1e-5)
+    assert (q.dequantize() - w).abs().max() <= 4 * q.scale
+    w.view(-1)[0] = 1e6
+    off = trellis_weight(w, spacing=1e-4).dequantize() - w
+    assert off.abs().max() < 1e6 / 5000
 
 
 def test_nothing_is_built_that_no_file_could_say():

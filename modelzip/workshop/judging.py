@@ -142,4 +142,4 @@ def energies(
         return [torch.full((len(b),), usual.item() or 1.0) for b in rows]
     squares = [b.square().sum(1) for b in rows]
     usual = torch.cat(squares).mean().item() or 1.0
-    return [s.clamp(min=usual / 1000).float().clamp(min=1e-30) for s in squares]
+    return [s.clamp(min=max(usual / 1000, 1e-300)) for s in squares]
