@@ -394,6 +394,8 @@ def prove(
             manifest, rows, payload = read_manifest(f)
             with torch.random.fork_rng(devices=[]):
                 check_match(skeleton_of(manifest, model, rows), rows)
+                if "graph" in manifest:
+                    check_match(skeleton_of(manifest, None, rows), rows)
             first = {}
             for item in items(model):
                 row = rows[item.name]
