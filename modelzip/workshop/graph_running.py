@@ -66,7 +66,13 @@ def ghost_call(m: nn.Module) -> Callable:
 
 
 def tensors_within(x: Any) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else [t for y in x for t in tensors_within(y)] if isinstance(x, (list, tuple)) else []
+    return (
+        [x]
+        if isinstance(x, Tensor)
+        else [t for y in x for t in tensors_within(y)]
+        if isinstance(x, (list, tuple))
+        else []
+    )
 
 
 class Measure:
@@ -108,11 +114,19 @@ def check_memory(
     try:
         with torch._C.DisableTorchFunction():  # whoever watches the model need not see this
             sizes = sizes_of(plan, shapes)
-            run_plan(plan, lambda n: ghost_call(submodule(ghosts, n)), lambda n: tensor_of(ghosts, n), inputs, sizes, seen)
+            run_plan(
+                plan, lambda n: ghost_call(submodule(ghosts, n)), lambda n: tensor_of(ghosts, n), inputs, sizes, seen
+            )
     except Exception as e:
         node = plan.nodes[at[0]] if at[0] < len(plan.nodes) else None
-        where = f"node {at[0]:,} ({node.kind}{f' {ascii_name(node.name)}' * (node.kind in ('layer', 'tensor'))})" if node else "its output"
-        raise ValueError(f"{where} of the graph, for {said_shapes(plan, shapes)}: {str(e).partition(chr(10))[0][:300]}") from None
+        where = (
+            f"node {at[0]:,} ({node.kind}{f' {ascii_name(node.name)}' * (node.kind in ('layer', 'tensor'))})"
+            if node
+            else "its output"
+        )
+        raise ValueError(
+            f"{where} of the graph, for {said_shapes(plan, shapes)}: {str(e).partition(chr(10))[0][:300]}"
+        ) from None
 
 
 def said_shapes(plan: Plan, shapes: list[tuple]) -> str:
@@ -169,7 +183,9 @@ class Container(nn.Module):
         return str(self.file_entry.get("module", self.file_entry.get("class")))[:80]
 
     def forward(self, *args, **kwargs):
-        raise NotImplementedError("only the whole model computes: what it does is a graph, see graph_lines(model.graph)")
+        raise NotImplementedError(
+            "only the whole model computes: what it does is a graph, see graph_lines(model.graph)"
+        )
 
 # %% ../../nbs/workshop/graph_running.ipynb
 class Program:
@@ -222,12 +238,16 @@ class GraphModel(Container):
         names = [i.name for i in self.program.plan.inputs]
         found = dict(zip(names, args)) | kwargs
         if len(args) > len(names) or found.keys() != set(names) or set(names[: len(args)]) & kwargs.keys():
-            raise TypeError(f"this model takes {', '.join(names)}; it got {len(args)} by place and {sorted(kwargs)} by name")
+            raise TypeError(
+                f"this model takes {', '.join(names)}; it got {len(args)} by place and {sorted(kwargs)} by name"
+            )
         for i in self.program.plan.inputs:
             x = found[i.name]
             sort = lambda t: (t.is_floating_point, t == torch.bool)
             if not isinstance(x, Tensor) or sort(x.dtype) != sort(i.dtype):
-                raise TypeError(f"{i.name} is {x.dtype if isinstance(x, Tensor) else type(x).__name__}; it may be {i.dtype}")
+                raise TypeError(
+                    f"{i.name} is {x.dtype if isinstance(x, Tensor) else type(x).__name__}; it may be {i.dtype}"
+                )
         return [found[n] for n in names]
 
     def forward(self, *args, **kwargs):
@@ -303,7 +323,9 @@ def graph_skeleton(
     "The model that a file with a graph describes. `PackError` says what is wrong with the graph."
     graph, kinds = manifest["graph"], manifest.get("layers", {})
     buffers = graph.get("buffers", []) if isinstance(graph, dict) else []
-    demand(isinstance(buffers, list) and all(isinstance(b, str) for b in buffers), "its graph has the impossible buffers")
+    demand(
+        isinstance(buffers, list) and all(isinstance(b, str) for b in buffers), "its graph has the impossible buffers"
+    )
     most = tensors if rows is None else len(rows)
     model = modules_of(kinds, rows, set(buffers), most)
     if rows is None:
@@ -312,7 +334,9 @@ def graph_skeleton(
     plan = read_graph(graph, layers & {n for n, _ in model.named_modules(remove_duplicate=False)}, rows)
     model.program = Program(graph, plan, ghosts_of(model))
     try:
-        model.program.check([tuple(n if type(n) is int else plan.sizes[n][0] for n in i.shape) for i in plan.inputs], None)
+        model.program.check(
+            [tuple(n if type(n) is int else plan.sizes[n][0] for n in i.shape) for i in plan.inputs], None
+        )
     except ValueError as e:
         raise PackError(str(e)) from None
     return model

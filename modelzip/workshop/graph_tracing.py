@@ -156,12 +156,23 @@ def size_expression(x: Any, names: dict) -> Any:
     kind, args = type(x).__name__, list(getattr(x, "args", ()))
     if kind == "Pow" and getattr(args[1], "is_Integer", False) and 1 < int(args[1]) < 5:
         kind, args = "Mul", [args[0]] * int(args[1])
-    word = {"Add": "+", "Mul": "*", "FloorDiv": "//", "CleanDiv": "//", "Mod": "%", "PythonMod": "%", "Max": "max", "Min": "min"}
+    word = {
+        "Add": "+",
+        "Mul": "*",
+        "FloorDiv": "//",
+        "CleanDiv": "//",
+        "Mod": "%",
+        "PythonMod": "%",
+        "Max": "max",
+        "Min": "min",
+    }
     if kind not in word or len(args) < 2:
         raise ValueError(f"the model computes the size {x}, which a file cannot say")
-    args = sorted((size_expression(a, names) for a in args), key=lambda a: type(a) is int) if kind in ("Add", "Mul", "Max", "Min") else [
-        size_expression(a, names) for a in args
-    ]
+    args = (
+        sorted((size_expression(a, names) for a in args), key=lambda a: type(a) is int)
+        if kind in ("Add", "Mul", "Max", "Min")
+        else [size_expression(a, names) for a in args]
+    )
     return functools.reduce(lambda a, b: [word[kind], a, b], args)
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
@@ -185,7 +196,12 @@ def _full(given, value):
 
 
 def _range(given, value):
-    return "arange", {"start": given.get("start", 0), "end": given["end"], "step": given.get("step", 1), "dtype": value.dtype}
+    return "arange", {
+        "start": given.get("start", 0),
+        "end": given["end"],
+        "step": given.get("step", 1),
+        "dtype": value.dtype,
+    }
 
 
 def _summed(name):
@@ -197,7 +213,10 @@ def _summed(name):
 
 
 def _indexed(name):
-    return lambda given, value: (name, given | {"dim": [given["dim"]] if isinstance(given.get("dim"), int) else given["dim"]})
+    return lambda given, value: (
+        name,
+        given | {"dim": [given["dim"]] if isinstance(given.get("dim"), int) else given["dim"]},
+    )
 
 
 def _variance(given, value):
@@ -237,7 +256,10 @@ def _batch_norm(given, value):
 
 
 def _resized(name):
-    return lambda given, value: (name, {k: given[k] for k in ("input", "align_corners") if k in given} | {"output_size": list(value.shape[2:])})
+    return lambda given, value: (
+        name,
+        {k: given[k] for k in ("input", "align_corners") if k in given} | {"output_size": list(value.shape[2:])},
+    )
 
 
 def _first(name):
@@ -247,7 +269,9 @@ def _first(name):
 
 SAME = lambda given, value: None  # nothing is done
 REWRITES = {
-    **dict.fromkeys("alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME),
+    **dict.fromkeys(
+        "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
+    ),
     "_to_copy": _cast,
     "to": _cast,
     "_unsafe_view": _as("view"),
@@ -314,17 +338,24 @@ class Writer:
         if isinstance(found, str):
             return self.add(f"={found}")
         if isinstance(found, Tensor):
-            found = self.at[node] = self.add("constant", *_constant(found, str(node)))
+            found = self.at[node] = self.add(*constant_node(found, str(node)))
         return found
 
 
-def _constant(t: Tensor, name: str) -> list:
+def constant_node(t: Tensor, name: str) -> list:
+    "Numbers that are no part of a model's state, in the shortest way."
+    flat, dtype = t.reshape(-1), NAMES.get(t.dtype)
+    if t.numel() and bool((flat == flat[0]).all()) and len(flat.signbit().unique()) == 1:
+        return ["full", list(t.shape), [_said_number(flat[0].item())], dtype]
+    if t.dim() == 1 and not dtype.startswith(("float", "bool")) and bool((flat.diff() == flat[1] - flat[0]).all()):
+        step = (flat[1] - flat[0]).item()
+        return ["arange", [flat[0].item()], [flat[-1].item() + (1 if step > 0 else -1)], [step], dtype]
     if t.numel() > MOST_NUMBERS:
         raise ValueError(
             f"the model uses a tensor {list(t.shape)} that is no part of its state ({name}); make it a buffer that is"
             f" saved (register_buffer); up to {MOST_NUMBERS:,} numbers can stand in a graph"
         )
-    return [list(t.shape), [_said_number(x) for x in t.reshape(-1).tolist()], NAMES[t.dtype]]
+    return ["constant", list(t.shape), [_said_number(x) for x in flat.tolist()], dtype]
 
 
 def _said_number(x: Any) -> Any:
@@ -381,7 +412,13 @@ def _counted(w, x):
     "Values by how far back they are, now that the node stands last."
     if isinstance(x, _Value):
         return w.back(x)
-    return [_counted(w, y) for y in x] if isinstance(x, list) else {k: _counted(w, y) for k, y in x.items()} if isinstance(x, dict) else x
+    return (
+        [_counted(w, y) for y in x]
+        if isinstance(x, list)
+        else {k: _counted(w, y) for k, y in x.items()}
+        if isinstance(x, dict)
+        else x
+    )
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
@@ -406,13 +443,31 @@ def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
     for a in operation.arguments:
         key = a.name if a.name in given else "self" if a.name == "input" and "self" in given else a.name
         out.append(_say(w, given[key], a) if key in given else a.default)
-    while out and operation.arguments[len(out) - 1].default is not ... and out[-1] == operation.arguments[len(out) - 1].default:
+    while (
+        out
+        and operation.arguments[len(out) - 1].default is not ...
+        and out[-1] == operation.arguments[len(out) - 1].default
+    ):
         out.pop()
     if ... in out:
         raise ValueError(f"it uses {schema.name} without {operation.arguments[out.index(...)].name}")
     return w.add(name, *_counted(w, out))
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
+def folded(w: Writer, node: fx.Node) -> Tensor | None:
+    "What an operation gives whose inputs are numbers that never change; None for any other."
+    value, given = node.meta.get("val"), tree_flatten((node.args, node.kwargs))[0]
+    fixed = isinstance(value, Tensor) and all(type(n) is int for n in value.shape) and value.numel() <= 2**24
+    inputs = [x for x in given if isinstance(x, fx.Node)]
+    if not fixed or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return None
+    if not all(isinstance(w.at.get(x), Tensor) for x in inputs):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: w.at[x])
+    kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+    return node.target(*args, **kwargs)
+
+
 def write_call(w: Writer, node: fx.Node) -> tuple:  # how its outputs are found: a list of (number of a value) by place
     "A node for a call of a layer."
     call = CALLS[node.args[1]]
@@ -454,17 +509,26 @@ def write(w: Writer, program: Any) -> None:
             w.at[node] = taken(w, *calls[source], i) if source in calls else w.add("item", w.back(w.number(source)), i)
         elif target is layer_call._opoverload:
             calls[node] = write_call(w, node)
-        elif getattr(target, "_schema", None) is not None and target._schema.name.endswith("::expand") and "modelzip" in target._schema.name:
+        elif (
+            getattr(target, "_schema", None) is not None
+            and target._schema.name.endswith("::expand")
+            and "modelzip" in target._schema.name
+        ):
             w.at[node] = w.wrapped[str(node.args[0][0])]
-        elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)) or _asserts(target):
+        elif isinstance(
+            node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+        ) or _asserts(target):
             continue
         elif isinstance(target, torch._ops.OpOverload):
             try:
-                w.at[node] = write_operation(w, node)
+                constant = folded(w, node)
+                w.at[node] = write_operation(w, node) if constant is None else constant
             except ValueError as e:
                 raise ValueError(f"the model cannot be said as a graph: {e}{_where(node)}") from None
         else:
-            raise ValueError(f"the model cannot be said as a graph: it uses {getattr(target, '__name__', target)}{_where(node)}")
+            raise ValueError(
+                f"the model cannot be said as a graph: it uses {getattr(target, '__name__', target)}{_where(node)}"
+            )
 
 
 def _asserts(target):
@@ -490,7 +554,9 @@ def _output_of(x: Any, numbers: list[int], w: Writer) -> Any:
         return {"list" if type(x) is list else "tuple": [_output_of(y, numbers, w) for y in x]}
     if hasattr(x, "__dataclass_fields__"):
         return {"dict": {k: _output_of(getattr(x, k), numbers, w) for k in x.__dataclass_fields__}}
-    raise ValueError(f"the model puts out a {type(x).__name__}; a graph in a file gives tensors, in tuples, lists and dicts")
+    raise ValueError(
+        f"the model puts out a {type(x).__name__}; a graph in a file gives tensors, in tuples, lists and dicts"
+    )
 
 
 def _tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
@@ -509,7 +575,9 @@ def container_buffers(model: nn.Module) -> list[str]:
     "Names of buffers that stand in modules which a file cannot make."
     leaves = leaf_layers(model)
     inside = lambda name: any(name.startswith(f"{n}.") for n in leaves)
-    return [i.name for i in items(model) if isinstance(i.value, Tensor) and i.key in i.layer._buffers and not inside(i.name)]
+    return [
+        i.name for i in items(model) if isinstance(i.value, Tensor) and i.key in i.layer._buffers and not inside(i.name)
+    ]
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 def trace(
@@ -555,7 +623,9 @@ def written_graph(layout: Layout, own: nn.Module, flat: Flat, program: Any, outp
     plain, packed = _tensor_names(own)
     w = Writer({}, {}, {}, {})
     users, limits = [], {}
-    for node, spec in zip((n for n in program.graph.nodes if n.op == "placeholder"), program.graph_signature.input_specs):
+    for node, spec in zip(
+        (n for n in program.graph.nodes if n.op == "placeholder"), program.graph_signature.input_specs
+    ):
         kind = spec.kind.name
         if kind == "USER_INPUT":
             users.append(node)
@@ -574,7 +644,9 @@ def written_graph(layout: Layout, own: nn.Module, flat: Flat, program: Any, outp
     results = [n for n in program.graph.nodes if n.op == "output"][0].args[0]
     specs = program.graph_signature.output_specs
     if odd := [s.target for s in specs if s.kind.name != "USER_OUTPUT"]:
-        raise ValueError(f"the model changes {', '.join(map(str, odd))} while it runs, which no graph in a file can say")
+        raise ValueError(
+            f"the model changes {', '.join(map(str, odd))} while it runs, which no graph in a file can say"
+        )
     said = _output_of(output, [w.number(n) for n in results], w)
     shapes = [[free.get(d, n) for d, n in enumerate(t.shape)] for t, free in zip(layout.example, layout.free)]
     inputs = [[n, NAMES[t.dtype], s] for n, t, s in zip(layout.names, layout.example, shapes)]
@@ -618,7 +690,10 @@ def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same
                 continue  # the model cannot do it either
             try:
                 got = run_plan(plan, lambda n: submodule(own, n), lambda n: tensor_of(own, n), inputs, sizes)
-                off = difference([x for x in want if isinstance(x, Tensor)], [x for x in tree_flatten(got)[0] if isinstance(x, Tensor)])
+                off = difference(
+                    [x for x in want if isinstance(x, Tensor)],
+                    [x for x in tree_flatten(got)[0] if isinstance(x, Tensor)],
+                )
             except Exception as e:
                 off = reason_of(e)
         if off is None:
@@ -628,7 +703,9 @@ def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same
             said = graph["sizes"][odd[0]]
             graph["sizes"][odd[0]] = [now[odd[0]], 2, said[2] if isinstance(said, list) else MOST_SIZE]
             continue
-        raise ValueError(f"the graph of the model gives something else for {sizes}: {off}; does it depend on the numbers?")
+        raise ValueError(
+            f"the graph of the model gives something else for {sizes}: {off}; does it depend on the numbers?"
+        )
     return graph
 
 

@@ -133,7 +133,7 @@ mm: self mat2 -- of two matrices
 bmm: self mat2 -- of two stacks of matrices
 addmm: self mat1 mat2 *beta:number=1 *alpha:number=1 -- beta · self + alpha · mat1 · mat2
 baddbmm: self batch1 batch2 *beta:number=1 *alpha:number=1 -- the same of stacks
-scaled_dot_product_attention: query key value attn_mask:tensor?=null *is_causal:flag=false *scale:number?=null *enable_gqa:flag=false -- ¹
+scaled_dot_product_attention: query key value attn_mask:tensor?=null *is_causal:flag=false *scale:number?=null *enable_gqa:flag=false -- softmax(scale · query · keyᵀ + mask) · value
 conv1d: input weight bias:tensor?=null stride:sizes=[1] padding:sizes=[0] dilation:sizes=[1] groups:int=1 -- as Conv1d
 conv2d: input weight bias:tensor?=null stride:sizes=[1,1] padding:sizes=[0,0] dilation:sizes=[1,1] groups:int=1 -- as Conv2d
 conv3d: input weight bias:tensor?=null stride:sizes=[1,1,1] padding:sizes=[0,0,0] dilation:sizes=[1,1,1] groups:int=1 -- so
@@ -173,7 +173,7 @@ TYPES = {
     "flag": "true or false",
     "type": "a type of numbers",
 }
-MOST_NODES, MOST_NUMBERS, MOST_LIST, MOST_INT = 2**16, 2**12, 2**10, 2**40  # in a graph, in one argument
+MOST_NODES, MOST_NUMBERS, MOST_LIST, MOST_INT = 2**16, 2**16, 2**10, 2**40  # in a graph, in one argument
 NUMBERS = {
     name: getattr(torch, name) for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 }
@@ -407,7 +407,9 @@ MOST_SIZE = 2**31 - 1
 def _uses(x: Any) -> list[int]:
     if isinstance(x, Use):
         return [x.at]
-    return [u for y in (x.values() if isinstance(x, dict) else x) for u in _uses(y)] if isinstance(x, (list, dict)) else []
+    return (
+        [u for y in (x.values() if isinstance(x, dict) else x) for u in _uses(y)] if isinstance(x, (list, dict)) else []
+    )
 
 
 def _number(x: Any) -> Any:
@@ -464,7 +466,10 @@ def check_argument(
         demand(type(x) is int and abs(x) <= MOST_SIZE, f"{a.name} is {quoted(x)}; it may be a whole number")
         return x
     if a.type == "ints":
-        demand(all(type(y) is int and abs(y) <= MOST_SIZE for y in _list(x)), f"{a.name} is {quoted(x)}; it may be whole numbers")
+        demand(
+            all(type(y) is int and abs(y) <= MOST_SIZE for y in _list(x)),
+            f"{a.name} is {quoted(x)}; it may be whole numbers",
+        )
         return x
     if a.type == "size":
         return _size(x, names)
@@ -555,7 +560,10 @@ def _read_sizes(sizes: Any) -> dict:
     for name, said in sizes.items():
         now, low, high = said if isinstance(said, list) and len(said) == 3 else (said, 1, MOST_SIZE)
         good = all(type(x) is int and 0 <= x <= MOST_SIZE for x in (now, low, high)) and low <= now <= high
-        demand(good and name.isidentifier() and len(name) <= 64, f"its graph has the impossible size {quoted(name)}: {quoted(said)}")
+        demand(
+            good and name.isidentifier() and len(name) <= 64,
+            f"its graph has the impossible size {quoted(name)}: {quoted(said)}",
+        )
         found[name] = now, low, high
     return found
 
@@ -578,7 +586,10 @@ def read_graph(
 ) -> Plan:
     "Hold a graph against the table. `PackError` names the node and what is wrong with it."
     keys = {"inputs", "sizes", "nodes", "output"}
-    demand(isinstance(graph, dict) and keys <= graph.keys() <= keys | {"buffers"}, "its graph has unknown or missing fields")
+    demand(
+        isinstance(graph, dict) and keys <= graph.keys() <= keys | {"buffers"},
+        "its graph has unknown or missing fields",
+    )
     sizes = _read_sizes(graph["sizes"])
     inputs = [_read_input(x, sizes) for x in _list(graph["inputs"])]
     demand(len({i.name for i in inputs}) == len(inputs), "two inputs of its graph have one name")
@@ -625,9 +636,13 @@ def last_uses(plan: Plan) -> list[list[int]]:  # for each node, the values that 
 
 
 def _uses_of_output(x: Any) -> list[int]:
-    return [u for y in x for u in _uses_of_output(y)] if isinstance(x, tuple) else _uses(x) if not isinstance(x, (list, dict)) else [
-        u for y in (x.values() if isinstance(x, dict) else x) for u in _uses_of_output(y)
-    ]
+    return (
+        [u for y in x for u in _uses_of_output(y)]
+        if isinstance(x, tuple)
+        else _uses(x)
+        if not isinstance(x, (list, dict))
+        else [u for y in (x.values() if isinstance(x, dict) else x) for u in _uses_of_output(y)]
+    )
 
 # %% ../../nbs/workshop/graphs.ipynb
 def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and output
@@ -656,7 +671,11 @@ def _said_argument(x: Any, names: list[str]) -> str:
     if isinstance(x, list):
         return f"({', '.join(_said_argument(y, names) for y in x)})"
     if isinstance(x, dict):
-        return str(x["number"]) if x.keys() == {"number"} else ", ".join(f"{k}={_said_argument(y, names)}" for k, y in x.items())
+        return (
+            str(x["number"])
+            if x.keys() == {"number"}
+            else ", ".join(f"{k}={_said_argument(y, names)}" for k, y in x.items())
+        )
     return names[-x] if type(x) is int else str(x)
 
 
@@ -667,6 +686,8 @@ def _said(x: Any, kind: str, names: list[str]) -> str:
         return names[-x]
     if kind == "value" and isinstance(x, list):
         return _said(x[0], "size" if isinstance(x[0], (str, list)) else "number", names)
+    if kind == "numbers":
+        return f"{len(x):,} numbers" if len(x) > 8 else str(x)
     if kind == "sizes":
         return f"[{', '.join(map(said_size, x))}]"
     return said_size(x) if kind == "size" and x is not None else x["float"] if isinstance(x, dict) else str(x)
@@ -677,7 +698,7 @@ def _said_output(x: Any, names: list[str]) -> str:
         ((kind, inside),) = x.items()
         if kind == "dict":
             return f"{{{', '.join(f'{k}: {_said_output(y, names)}' for k, y in inside.items())}}}"
-        return f"{'[(' [kind == 'tuple']}{', '.join(_said_output(y, names) for y in inside)}{'])' [kind == 'tuple']}"
+        return f"{'[('[kind == 'tuple']}{', '.join(_said_output(y, names) for y in inside)}{'])'[kind == 'tuple']}"
     return str(x) if x is None else names[-x]
 
 # %% ../../nbs/workshop/graphs.ipynb
