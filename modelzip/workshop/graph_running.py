@@ -8,6 +8,7 @@ __all__ = ['GraphModel', 'graph_of']
 # %% ../../nbs/workshop/graph_running.ipynb
 import collections, copy
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from ..archive import PackError, ascii_name, demand, quoted
 from ..quant import Dequantize
-from .graphs import MOST_SIZE, NEW, OPERATIONS, Plan, graph_lines, last_uses, read_graph, resolved
+from .graphs import MOST_SIZE, NEW, OPERATIONS, Plan, graph_lines, read_graph, resolved
 from .kinds import parent_of
 from .layer_table import make_plain, plain_layer
 from .manifest import Row
+from .walking import items
 
 # %% ../../nbs/workshop/graph_running.ipynb
 def run_plan(
@@ -31,7 +33,7 @@ def run_plan(
 ) -> Any:  # the output
     "Follow a graph. Values are dropped as soon as nobody needs them."
     values, device = list(inputs), inputs[0].device if inputs else None
-    for i, (node, freed) in enumerate(zip(plan.nodes, last_uses(plan))):
+    for i, (node, freed) in enumerate(zip(plan.nodes, plan.freed)):
         args, kwargs = (resolved(x, values, sizes) for x in (node.args, node.kwargs))
         if node.kind == "tensor":
             values.append(tensor(node.name))
@@ -191,10 +193,11 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
-    __slots__ = ("graph", "plan", "ghosts", "known")
+    __slots__ = ("graph", "plan", "ghosts", "known", "signature")
 
     def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module):
         self.graph, self.plan, self.ghosts, self.known = graph, plan, ghosts, set()
+        self.signature = Signature([Parameter(i.name, Parameter.POSITIONAL_OR_KEYWORD) for i in plan.inputs])
 
     def __deepcopy__(self, memo: dict) -> "Program":
         return self
@@ -233,25 +236,25 @@ class GraphModel(Container):
     def extra_repr(self) -> str:
         return repr(self.program)
 
-    def given(self, args: tuple, kwargs: dict) -> list[Tensor]:
-        "The inputs of a call, in order; `TypeError` names what is missing or too much."
-        names = [i.name for i in self.program.plan.inputs]
-        found = dict(zip(names, args)) | kwargs
-        if len(args) > len(names) or found.keys() != set(names) or set(names[: len(args)]) & kwargs.keys():
-            raise TypeError(
-                f"this model takes {', '.join(names)}; it got {len(args)} by place and {sorted(kwargs)} by name"
-            )
-        for i in self.program.plan.inputs:
-            x = found[i.name]
+    @property
+    def forward(self) -> Callable:
+        "What a call does: a function with the names of the inputs, for whoever asks for its signature."
+
+        def forward(*args, **kwargs):
+            return self.computed(*self.program.signature.bind(*args, **kwargs).args)
+
+        forward.__signature__ = self.program.signature if self.program else Signature()
+        return forward
+
+    def computed(self, *inputs: Tensor) -> Any:
+        "Follow the graph. `TypeError` and `ValueError` name the input that it was not made for."
+        plan = self.program.plan
+        for x, i in zip(inputs, plan.inputs):
             sort = lambda t: (t.is_floating_point, t == torch.bool)
             if not isinstance(x, Tensor) or sort(x.dtype) != sort(i.dtype):
                 raise TypeError(
                     f"{i.name} is {x.dtype if isinstance(x, Tensor) else type(x).__name__}; it may be {i.dtype}"
                 )
-        return [found[n] for n in names]
-
-    def forward(self, *args, **kwargs):
-        inputs, plan = self.given(args, kwargs), self.program.plan
         shapes = [tuple(x.shape) for x in inputs]
         sizes = sizes_of(plan, shapes)
         if not torch.compiler.is_compiling():
@@ -290,8 +293,11 @@ def modules_of(
 ) -> GraphModel:  # hollow
     "Make what a file describes. `PackError` for names that hang nowhere and for layers that cannot be made."
     root = GraphModel(kinds.get("", {}))
-    made, whole = {"": root}, set()
-    container_tensors(root, "", kinds.get("", {}), rows, buffers)
+    made, whole, entry = {"": root}, set(), kinds.get("", {})
+    if "class" in entry and entry["class"] != "Sequential":
+        plain = make_plain("", entry, most)
+        root._parameters, root._buffers = plain._parameters, plain._buffers
+    container_tensors(root, "", entry, rows, buffers)
     for name, entry in kinds.items():
         parent, key = parent_of(name), name.rpartition(".")[2]
         if name == "":
@@ -330,6 +336,12 @@ def graph_skeleton(
     model = modules_of(kinds, rows, set(buffers), most)
     if rows is None:
         return model
+    for item in list(items(model)):
+        dtype = rows[item.name].dtype if item.name in rows else item.value.dtype
+        if dtype != item.value.dtype:
+            t, learns = torch.empty(item.value.shape, dtype=dtype, device="meta"), dtype.is_floating_point
+            plain = not isinstance(item.value, nn.Parameter)
+            setattr(item.layer, item.key, t if plain else nn.Parameter(t, requires_grad=learns))
     layers = {n for n, e in kinds.items() if "class" in e and e["class"] != "Sequential" and n}
     plan = read_graph(graph, layers & {n for n, _ in model.named_modules(remove_duplicate=False)}, rows)
     model.program = Program(graph, plan, ghosts_of(model))
