@@ -109,7 +109,8 @@ def map_payload(
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,  # a file that `save` has written
-    # one of the same architecture, of any size, compressed or not; left as it is. None: a registered builder makes one
+    # one of the same architecture, of any size, compressed or not; left as it is. None: the graph in the file says what
+    # is computed, or a registered builder makes one
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     mmap: bool = False,

@@ -125,8 +125,7 @@ KEEP = {"scaled_dot_product_attention", "linalg_vector_norm", "_softmax", "_log_
 @torch.no_grad()
 def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> Any:  # an `ExportedProgram`
     "Follow a model. `ValueError` with the exporter's reason."
-    dims = {n: torch.export.Dim(n) for each in free for n in each.values()}
-    shapes = (tuple({d: dims[n] for d, n in each.items()} for each in free),)
+    shapes = (tuple(dict.fromkeys(each, torch.export.Dim.DYNAMIC) for each in free),)
     try:
         with warnings.catch_warnings(), Quiet():
             warnings.simplefilter("ignore")
@@ -678,7 +677,11 @@ def _name_sizes(w, users, layout, program, limits):
             between = program.range_constraints.get(expression)
             low = 1 if between is None or between.lower <= 2 else int(between.lower)
             high = MOST_SIZE if between is None or not between.upper < MOST_SIZE else int(between.upper)
-            limits[name] = t.shape[d] if (low, high) == (1, MOST_SIZE) else [t.shape[d], low, high]
+            _, least, most = limits.get(name, (0, 1, MOST_SIZE))
+            limits[name] = [t.shape[d], max(low, least), min(high, most)]
+    for name, (size, low, high) in limits.items():
+        if (low, high) == (1, MOST_SIZE):
+            limits[name] = size
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 @torch.no_grad()

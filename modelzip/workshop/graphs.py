@@ -579,10 +579,7 @@ def _read_sizes(sizes: Any) -> dict:
     for name, said in sizes.items():
         now, low, high = said if isinstance(said, list) and len(said) == 3 else (said, 1, MOST_SIZE)
         good = all(type(x) is int and 0 <= x <= MOST_SIZE for x in (now, low, high)) and low <= now <= high
-        demand(
-            good and is_name(name),
-            f"its graph has the impossible size {quoted(name)}: {quoted(said)}",
-        )
+        demand(good and is_name(name), f"its graph has the impossible size {quoted(name)}: {quoted(said)}")
         found[name] = now, low, high
     return found
 
@@ -652,9 +649,6 @@ def resolved(x: Any, values: list, sizes: dict[str, int]) -> Any:
     if kind is dict:
         return {k: resolved(y, values, sizes) for k, y in x.items()}
     return x
-
-
-
 
 # %% ../../nbs/workshop/graphs.ipynb
 def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and output
