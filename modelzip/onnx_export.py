@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .data import need
 from .kernels import QConv2d, QLinear
-from .workshop.calls import Flat, Layout
+from .workshop.calls import Flat, Layout, Quiet
 from .workshop.engines import one_scale_an_output
 from .workshop.models import call, copied
 from .workshop.onnx_attention import spell_out, static_attention, translations
@@ -195,7 +195,7 @@ def _exported(model, example, dynamic, opset, names):
         None,
     )
     arguments = shapes if named is None or named >= len(shapes) else (*shapes[:named], shapes[named:])
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings(), Quiet():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -230,25 +230,6 @@ def _first_cause(e):
     while e.__cause__ is not None:
         e = e.__cause__
     return str(e).strip().partition("\n")[0]
-
-
-class _quiet:
-    "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
-
-    def __enter__(self):
-        self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()
-        logging.disable(logging.WARNING)
-        sys.stderr = self
-
-    def __exit__(self, *_):
-        logging.disable(self.before)
-        sys.stderr = self.stream
-
-    def write(self, text):
-        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
-
-    def __getattr__(self, key):
-        return getattr(self.stream, key)
 
 # %% ../nbs/workshop/onnx_export.ipynb
 FORMS = ("qdq", "integers")  # of layers whose input has a known range

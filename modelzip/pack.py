@@ -15,6 +15,8 @@ from .archive import ALIGN, Entry, PackError, data_offset, demand, naming, open_
 from .archive import seal_solid, several
 from .quant import CompressedTensor
 from .workshop.filling import check_result, fill, rebuild, wrap
+from .workshop.graph_running import GraphModel, graph_of
+from .workshop.graph_tracing import trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
@@ -57,6 +59,9 @@ def save(
     # 2**16 codes and bytes
     archive: bool | str = True,
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
+    # what the model is called with: the file then also says what is done with it, and `load` needs no model
+    example: Any = None,
+    dynamic: dict | tuple | list = {0: "batch"},  # of it, free dimensions and their names, for all tensors or for each
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
@@ -64,8 +69,11 @@ def save(
     an option; `OSError` when the system cannot write."""
     threads = check_saving(model, archive, threads, info)
     table, pieces = table_of(model)
-    manifest = {"modelzip": VERSION, "architecture": architecture_of(model)}
+    graph = graph_of(model) if example is None else trace(model, example, dynamic)
+    manifest = {"modelzip": VERSION, "architecture": None if graph else architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
+    if graph:
+        manifest["graph"] = graph
     if info:
         manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
@@ -101,7 +109,8 @@ def map_payload(
 # %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,  # a file that `save` has written
-    # one of the same architecture, of any size, compressed or not; left as it is. None: a registered builder makes one
+    # one of the same architecture, of any size, compressed or not; left as it is. None: the graph in the file says what
+    # is computed, or a registered builder makes one
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     mmap: bool = False,

@@ -4,10 +4,10 @@
 
 # %% auto 0
 __all__ = ['arguments_of', 'signature_of', 'free_of', 'parts_of', 'Layout', 'same_value', 'fitted', 'tensors_in', 'called',
-           'Flat']
+           'Flat', 'Quiet']
 
 # %% ../../nbs/workshop/calls.ipynb
-import copy, dataclasses, inspect
+import copy, dataclasses, inspect, logging, sys, threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -295,6 +295,25 @@ class Flat(nn.Module):
 
     def forward(self, *tensors):
         return tuple(parts_of(called(self.layout, self.model, tensors))[0])
+
+# %% ../../nbs/workshop/calls.ipynb
+class Quiet:
+    "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
+
+    def __enter__(self):
+        self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()
+        logging.disable(logging.WARNING)
+        sys.stderr = self
+
+    def __exit__(self, *_):
+        logging.disable(self.before)
+        sys.stderr = self.stream
+
+    def write(self, text):
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def __getattr__(self, key):
+        return getattr(self.stream, key)
 
 # %% ../../nbs/workshop/calls.ipynb
 from .arguments import name_arguments

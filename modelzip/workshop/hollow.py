@@ -17,6 +17,7 @@ from ..archive import PackError, demand, quoted, several, shown
 from ..data import build_model, model_builders
 from ..quant import Dequantize
 from .asked import unfit, within
+from .graph_running import graph_skeleton
 from .kinds import alike, check_nothing_hidden, computes_nothing, differing, kinds_of
 from .kinds import small_buffers, walk
 from .kinds import seal as seal_of
@@ -182,6 +183,8 @@ def skeleton_of(
     "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
     layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
     most, bounds = (2**40, ()) if rows is None else (len(rows), check_dense(rows))
+    if model is None and "graph" in manifest:
+        return graph_skeleton(manifest, rows)
     if model is None:
         skeleton = remade(build_from(manifest["architecture"], layers.get(""), *bounds), layers, tensors=most)
         if kind is not None:

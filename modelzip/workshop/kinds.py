@@ -71,6 +71,8 @@ def module_entry(
     module: nn.Module,  # compressed or not
 ) -> dict:  # {"module": its class's name, "attributes", "shapes"}
     "What a file says of a module that it cannot make."
+    if (told := vars(plain_layer(module)).get("file_entry")) is not None:  # it comes from a file that says so
+        return told | ({"shapes": s} if "class" not in told and (s := shapes_of(module)) else {})
     more = {"attributes": attributes_of(plain_layer(module)), "shapes": shapes_of(module)}
     return {"module": type(plain_layer(module)).__name__} | {k: v for k, v in more.items() if v}
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['LAYERS', 'HOMES_OF_LAYERS', 'OWN', 'MAX_LAYERS', 'OURS', 'arguments_known', 'register_layer', 'layer_class',
-           'plain_layer', 'argument', 'layer_entry', 'text_of', 'check_argument', 'make_plain', 'arguments_of',
-           'shapes_of', 'table_class', 'unsound']
+           'plain_layer', 'argument', 'defaults_of', 'layer_entry', 'text_of', 'check_argument', 'make_plain',
+           'arguments_of', 'shapes_of', 'table_class', 'unsound']
 
 # %% ../../nbs/workshop/layer_table.ipynb
 import contextlib, functools, importlib, json, warnings
@@ -195,6 +195,11 @@ def _defaults(cls):
     return {
         k: said(p.default) if p.default is not p.empty else MISSING for k, p in signature(base).parameters.items()
     } | ({"nonlinearity": "tanh"} if cls is nn.RNN else {})
+
+
+def defaults_of(cls: type) -> dict:  # name → value, as JSON has it
+    "What the arguments of a class are if nobody says them; those that must be said are absent."
+    return {k: v for k, v in _defaults(cls).items() if v is not MISSING}
 
 
 def _is_default(v, default):

@@ -206,6 +206,7 @@ class Manifest(Struct, forbid_unknown_fields=True):
     layers: dict[str, Any] | UnsetType = UNSET  # name of a module → what it is
     kind: Annotated[str, Meta(min_length=4, max_length=4)] | UnsetType = UNSET  # seal of all layers
     info: dict[str, Any] | UnsetType = UNSET  # what the author wants to say
+    graph: dict[str, Any] | UnsetType = UNSET  # what is done with an input: see graphs.ipynb
 
 # %% ../../nbs/workshop/manifest.ipynb
 def as_struct(
@@ -258,6 +259,10 @@ def check_manifest(m: Any) -> dict:  # the same
         check_name(name)
     demand(
         whole.kind is UNSET or version > 4 and whole.architecture, "its manifest describes the model in an unknown form"
+    )
+    demand(
+        whole.graph is UNSET or version > 4 and whole.kind is UNSET and whole.layers is not UNSET,
+        "its manifest has a graph, but does not describe all layers",
     )
     return m
 

@@ -16,6 +16,7 @@ import torch
 from ..archive import ALIGN, PackError, demand, quoted, seal, unseal_solid
 from ..coding import AdaptiveDecoder, AdaptiveEncoder, CodingError, adaptive_bytes, adaptive_codes
 from ..quant import pack_bits, packed_bytes, unpack_bits
+from .graph_running import graph_skeleton
 from .hollow import build_from
 from .remaking import remade
 from .manifest import DTYPES, NAMES, VERSION, as_json, check_manifest, check_shape, is_size, read_json
@@ -30,11 +31,14 @@ def expected(
     tensors: int,  # that it has
 ) -> dict:  # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
     "What a reader will know of the tensors before it has seen the table."
-    if manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION:
+    if "graph" in manifest:
+        skeleton = graph_skeleton(manifest, None, tensors)
+    elif manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION:
         return {}
-    skeleton = remade(
-        build_from(manifest["architecture"], None, tensors, 8 * MOST), manifest.get("layers", {}), tensors=tensors
-    )
+    else:
+        skeleton = remade(
+            build_from(manifest["architecture"], None, tensors, 8 * MOST), manifest.get("layers", {}), tensors=tensors
+        )
     return {i.name: {"dtype": NAMES[i.value.dtype], "shape": list(i.value.shape)} for i in items(skeleton)}
 
 # %% ../../nbs/workshop/solid.ipynb

@@ -123,5 +123,5 @@ def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> i
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
     threads = check_threads(threads)
-    check_said(info, "archive", "threads")
+    check_said(info, "archive", "threads", "example", "dynamic")
     return threads

@@ -1,0 +1,544 @@
+"""The graph in the file: models come back without their code, from files that are what they say, and hostile graphs
+are refused."""
+
+import copy, json, os, resource, subprocess, sys, zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import graph_models
+from guards import examples, seeded, share, turns, unchanged
+from modelzip.archive import open_file
+from modelzip.data import LeNet5, MiniLM
+from modelzip.kernels import use_kernels
+from modelzip.pack import PackError, load, save
+from modelzip.prune import prune_model, sparsify_model, use_sparse_products
+from modelzip.quant import QTensor, dequantize_model, quantize_model
+from modelzip.static import quantize_static
+from modelzip.structured import factorize, fold_batchnorm, shrink
+from modelzip.trellis import trellis
+from modelzip.workshop.filling import check_result, fill, rebuild, wrap
+from modelzip.workshop.graphs import OPERATIONS, read_graph
+from modelzip.workshop.hollow import check_match, skeleton_of
+from modelzip.workshop.manifest import check_manifest, read_manifest
+from modelzip.workshop.models import call, output_tensors
+from modelzip.workshop.reading import read_payload
+from modelzip.workshop.small_llama import SmallLlama, smollm2_blocks
+
+BOTH = {0: "batch", 1: "length"}
+
+
+def named(x):
+    "An example as calibration takes it: a tuple would be an input and its labels."
+    return (
+        dict(zip(("input_ids", "attention_mask") if x[0].dim() == 2 else ("x", "mask"), x))
+        if isinstance(x, tuple)
+        else x
+    )
+
+
+WAYS = {
+    "quantized": lambda m, x: quantize_model(m, 4, group=8),
+    "kernels": lambda m, x: use_kernels(quantize_model(m, 8)),
+    "palette": lambda m, x: quantize_model(m, 3, codebook="kmeans"),
+    "sparse": lambda m, x: sparsify_model(prune_model(m, 0.6, scope="layer"), bits=4),
+    "sparse products": lambda m, x: use_sparse_products(sparsify_model(prune_model(m, 0.8, scope="layer"))),
+    "trellis": lambda m, x: trellis(m, [named(x)], bits=3.0),
+    "static": lambda m, x: quantize_static(m, [named(x)]),
+    "structured": lambda m, x: shrink(m, x, 0.3),
+    "thin": lambda m, x: factorize(m, error=0.6),
+    "folded": lambda m, x: fold_batchnorm(m),
+    "mixed": lambda m, x: quantize_model(
+        sparsify_model(prune_model(m, 0.5, scope="layer"), layers=(nn.Linear,)), 5, layers=(nn.Conv2d,)
+    ),
+}
+NOT = {("Encoder", w) for w in ("static", "thin", "structured")} | {("Swin", "static")}  # nothing there to do it to
+
+
+def networks():
+    small = LeNet5(channels=[4, 6], hidden=20).eval()
+    words = MiniLM(words=50, width=24, layers=2, heads=4, hidden=32, length=16).eval()
+    tokens = torch.randint(0, 50, (2, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    return graph_models.networks() | {
+        "LeNet5": (small, torch.rand(2, 1, 28, 28), {0: "batch"}),
+        "MiniLM": (words, tokens, BOTH),
+        "SmallLlama": (SmallLlama().eval(), torch.randint(0, 50, (2, 6)), BOTH),
+    }
+
+
+def write_down(model, x, path, **how):
+    "A file, and what its model computes."
+    save(model, path, **how)
+    inputs = x if isinstance(x, tuple) else (x,)
+    with torch.no_grad():
+        outputs = output_tensors(call(model, x)).values()
+    held = {f"in{i}": t for i, t in enumerate(inputs)} | {f"out{i}": t for i, t in enumerate(outputs)}
+    save_file({k: t.contiguous().clone() for k, t in held.items()}, path.with_suffix(".safetensors"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "Every network, traced; LeNet-5 traced after every transformation, the others transformed when they are loaded."
+    folder = tmp_path_factory.mktemp("graphs")
+    made = networks()
+    for i, (name, (model, x, dynamic)) in enumerate(made.items()):
+        with unchanged(model, x):
+            write_down(model, x, folder / f"{name} plain.mz", example=x, dynamic=dynamic)
+        come_back = load(folder / f"{name} plain.mz")
+        ways = {k: lambda k=k: k for k in WAYS if (name, k) not in NOT and k != "mixed"}
+        for way in turns(i, ways, 3).values() if name != "LeNet5" else ():
+            write_down(WAYS[way](come_back, x), x, folder / f"{name} {way}.mz", archive=i % 2 == 0)
+    model, x, _ = made["LeNet5"]
+    for way, make in WAYS.items():
+        write_down(make(model, x), x, folder / f"LeNet5 {way}.mz", example=x)
+    if (
+        real := smollm2_blocks(["the cat sat on the mat and the dog ran to the house of the man"], blocks=1)
+    ) is not None:
+        own = copy.deepcopy(real[0])
+        own.words = nn.Embedding.from_pretrained(own.words.weight[:2000].detach().clone(), freeze=False)
+        write_down(
+            quantize_model(own, 4, group=64),
+            real[1] % 2000,
+            folder / "SmolLM2 quantized.mz",
+            example=real[1] % 2000,
+            dynamic=BOTH,
+        )
+    return folder
+
+
+def test_files_run_where_their_code_is_not(files):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("graph_child.py"), files], capture_output=True, text=True, cwd=files
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) >= 11 + 10 * 3 + len(WAYS), "a network or a way is missing"
+    assert {k: v for k, v in found.items() if v != 0} == {}  # not one bit is another
+
+
+def test_graphs_that_are_written_stay_what_they_are(files):
+    "What the table says, it says for ever: the three graphs that the specification's readers were given."
+    held = json.loads((Path(__file__).parent / "files/graphs.json").read_text())
+    for name, said in held.items():
+        with zipfile.ZipFile(files / f"{name} plain.mz") as z:
+            now = json.loads(z.read("manifest.json"))
+        assert {k: now[k] for k in ("layers", "graph")} == said, name
+
+
+def test_layers_stay_layers(files):
+    m = load(files / "MobileNet plain.mz")
+    assert type(m.stem[0]) is nn.Conv2d and repr(m.blocks[0]).startswith("Inverted(")
+    assert str(m).startswith("MobileNet(") and "x: float32 [batch, 3, 32, 32]" in str(m)
+    x = torch.rand(4, 3, 32, 32)
+    before = m.stem[1].running_mean.clone()
+    torch.manual_seed(0)
+    m.train()(x).sum().backward()
+    assert not torch.equal(m.stem[1].running_mean, before) and m.stem[0].weight.grad.abs().sum() > 0
+    assert not torch.equal(m(x), m(x))  # dropout drops
+    q = quantize_model(m.eval(), 4)
+    assert isinstance(q.stem[0].q, QTensor) and torch.equal(dequantize_model(q)(x), q(x))
+
+
+def test_a_loaded_model_is_saved_like_its_original(files, tmp_path):
+    for name in share([p.name for p in sorted(files.glob("*.mz"))], 6):
+        m = load(files / name)
+        for use in (True, False):
+            assert (
+                save(m, tmp_path / "x.mz", archive=use).read_bytes()
+                == save(load(tmp_path / "x.mz"), tmp_path / "y.mz", archive=use).read_bytes()
+            )
+
+
+def test_a_model_with_code_still_takes_the_file(files, tmp_path):
+    model, x, _ = networks()["LeNet5"]
+    path = save(quantize_model(model, 4), tmp_path / "x.mz", example=x)
+    own = load(path, LeNet5(channels=[4, 6], hidden=20))
+    assert type(own) is LeNet5 and torch.equal(own(x), load(path)(x))
+    with pytest.raises(PackError, match="was saved as"):
+        load(path, nn.Sequential(nn.Linear(2, 3)))
+    mapped = load(save(model, tmp_path / "m.mz", archive=False, example=x), mmap=True)
+    assert torch.equal(mapped(x), model(x))
+
+
+def test_calls_that_the_graph_was_not_made_for(files):
+    m, ids = load(files / "MiniLM plain.mz"), torch.randint(0, 50, (3, 11))
+    mask = torch.ones_like(ids)
+    whole = m(ids, mask)
+    assert torch.equal(m(attention_mask=mask, input_ids=ids), whole) and whole.shape == (3, 24)
+    torch.testing.assert_close(m(ids[:1], mask[:1]), whole[:1])
+    for args, error, words in [
+        ((ids,), TypeError, "missing a required argument: 'attention_mask'"),
+        ((ids, mask, mask), TypeError, "too many positional"),
+        ((ids.float(), mask), TypeError, "input_ids is torch.float32; it may be torch.int64"),
+        ((ids, mask[:2]), ValueError, r"attention_mask has the shape \[2, 11\]; this graph takes \[batch, length\]"),
+        ((ids[0], mask), ValueError, r"input_ids has the shape \[11\]"),
+    ]:
+        with pytest.raises(error, match=words):
+            m(*args)
+    with pytest.raises(NotImplementedError, match="only the whole model computes"):
+        m.blocks[0](ids)
+
+
+def test_sizes_of_graphs(tmp_path):
+    x = torch.rand(2, 1, 28, 28)
+    small = quantize_model(LeNet5(channels=[4, 6], hidden=20), 4)
+    size = lambda **how: os.path.getsize(save(small, tmp_path / "x.mz", archive="solid", **how))
+    assert size(example=x) - size() <= 250
+    words = MiniLM(words=200, width=24, heads=12, hidden=32).eval()  # as many blocks as the published one
+    ids = torch.randint(0, 200, (2, 7))
+    size = lambda **how: os.path.getsize(save(words, tmp_path / "x.mz", **how))
+    assert size(example=(ids, torch.ones_like(ids)), dynamic=BOTH) - size() <= 6000
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.calls
+
+
+class Only(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.layer = f, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.f(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "model, dynamic, words",
+    [
+        (Asks(), {0: "batch"}, "data-dependent"),
+        (Counts(), {0: "batch"}, "the model changes model.calls while it runs"),
+        (Only(lambda x: torch.linalg.svd(x)[1]), {}, "it uses aten::_linalg_svd"),
+        (Only(lambda x: x + torch.randn_like(x)), {}, "it uses aten::randn_like"),
+        (Only(lambda x: x[x > 0]), {}, "a size that depends on numbers"),
+        (Only(lambda x: x.view(3, 2, 2)), {0: "batch"}, "your code specialized it to be a constant"),
+        (Only(lambda x: x.new_tensor(range(70000))[: x.shape[0], None] ** 2 + x), {}, None),
+        (
+            Only(lambda x: x + torch.sin(torch.arange(70000.0))[: x.shape[0], None]),
+            {0: "batch"},
+            "no part of its state",
+        ),
+    ],
+    ids=["branch", "state", "operation", "chance", "number of places", "fixed size", "folded", "large constant"],
+)
+def test_what_cannot_be_traced_says_why(model, dynamic, words, tmp_path):
+    x, model = torch.rand(3, 4), model.eval()
+    with unchanged(model, x):
+        if words is None:
+            assert torch.equal(load(save(model, tmp_path / "x.mz", example=x, dynamic=dynamic))(x), model(x))
+            return
+        with pytest.raises(ValueError, match=words):
+            save(model, tmp_path / "x.mz", example=x, dynamic=dynamic)
+    assert not (tmp_path / "x.mz").exists()
+
+
+def test_older_readers_name_what_they_do_not_know(files):
+    with zipfile.ZipFile(files / "LeNet5 plain.mz") as z:
+        manifest = json.loads(z.read("manifest.json"))
+    assert manifest["modelzip"] == 5
+    with pytest.raises(PackError, match="unknown field `future`"):  # as those before the graph say of `graph`
+        check_manifest(manifest | {"future": {}})
+
+
+# ---- every operation ----------------------------------------------------------------------------------------------
+
+
+def test_every_operation_of_the_table_runs():
+    "Each with the arguments that it must have, against what PyTorch says in other words, where it has any."
+    dice = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 4, generator=dice)
+    image = torch.rand(2, 4, 6, 6, generator=dice)
+    ids = torch.tensor([[0, 2], [1, 0]])
+    w, b = torch.rand(5, 4, generator=dice), torch.rand(5, generator=dice)
+    four = torch.rand(4, generator=dice)
+    conv = [torch.rand(3, 4, *[2] * n, generator=dice) for n in (1, 2, 3)]
+    line, block = torch.rand(2, 4, 6, generator=dice), torch.rand(2, 4, 3, 3, 3, generator=dice)
+    cases = {
+        "to": ((x, torch.int64), x.long()),
+        "add": ((x, x), x + x),
+        "sub": ((x, 1), x - 1),
+        "rsub": ((x, 1), 1 - x),
+        "mul": ((x, 2.0), x * 2),
+        "div": ((x, 0.3), x / 0.3),
+        "pow": ((x, 2), x**2),
+        "remainder": ((x, 0.3), x % 0.3),
+        "where": ((x > 0.5, x, 0.0), torch.where(x > 0.5, x, 0.0)),
+        "masked_fill": ((x, x > 0.5, 7.0), x.masked_fill(x > 0.5, 7.0)),
+        "clamp": ((x, 0.2, 0.8), x.clip(0.2, 0.8)),
+        "bitwise_not": ((ids > 0,), ~(ids > 0)),
+        "bitwise_and": ((ids, 1), ids & 1),
+        "bitwise_or": ((ids, 1), ids | 1),
+        "bitwise_xor": ((ids, 1), ids ^ 1),
+        "prod": ((x, 1), x.prod(1)),
+        "any": ((x > 0.9, [0, 2]), (x > 0.9).any(2).any(0)),
+        "all": ((x > 0.1, [0, 2]), (x > 0.1).all(2).all(0)),
+        "norm": ((x, 2, [1]), x.norm(dim=1)),
+        "logsumexp": ((x, [1]), x.exp().sum(1).log()),
+        "cumsum": ((x, 1), x.cumsum(1)),
+        "softmax": ((x, 1), x.exp() / x.exp().sum(1, True)),
+        "log_softmax": ((x, 1), x - x.exp().sum(1, True).log()),
+        "topk": ((x, 2), list(x.sort(descending=True).values[..., :2].unbind(-1))),
+        "view": ((x, [6, -1]), x.reshape(6, 4)),
+        "permute": ((x, [2, 0, 1]), x.movedim(-1, 0)),
+        "transpose": ((x, 0, 2), x.permute(2, 1, 0)),
+        "unsqueeze": ((x, 1), x[:, None]),
+        "squeeze": ((x[:, :1], [1]), x[:, 0]),
+        "expand": ((x[:, :1], [-1, 5, 4]), torch.cat([x[:, :1]] * 5, 1)),
+        "repeat": ((x, [2, 1, 1]), torch.cat([x, x])),
+        "repeat_interleave": ((x, 2, 1), torch.stack([x, x], 2).flatten(1, 2)),
+        "flip": ((x, [2]), x[..., [3, 2, 1, 0]]),
+        "roll": ((x, [1], [2]), x[..., [3, 0, 1, 2]]),
+        "cat": (([x, x], 1), torch.cat([x, x], 1)),
+        "stack": (([x, x], 1), torch.cat([x[:, None]] * 2, 1)),
+        "select": ((x, 1, -1), x[:, -1]),
+        "slice": ((x, 2, 1, None, 2), x[..., 1::2]),
+        "split": ((x, 2, 1), [x[:, :2], x[:, 2:]]),
+        "split_with_sizes": ((x, [1, 2], 1), [x[:, :1], x[:, 1:]]),
+        "unbind": ((x, 1), [x[:, 0], x[:, 1], x[:, 2]]),
+        "item": (([x, w], 1), w),
+        "select_scatter": ((x, x[:, 0] * 0, 1, 0), torch.cat([x[:, :1] * 0, x[:, 1:]], 1)),
+        "slice_scatter": ((x, x[:, :2] * 0, 1, 0, 2), torch.cat([x[:, :2] * 0, x[:, 2:]], 1)),
+        "index_put": ((x, [torch.tensor([0])], x[:1] * 0), torch.cat([x[:1] * 0, x[1:]])),
+        "constant_pad_nd": ((x, [1, 2], 5.0), torch.cat([x[..., :1] * 0 + 5, x, x[..., :2] * 0 + 5], 2)),
+        "pixel_shuffle": ((image, 2), image.view(2, 1, 2, 2, 6, 6).permute(0, 1, 4, 2, 5, 3).reshape(2, 1, 12, 12)),
+        "embedding": ((w, ids), w[ids]),
+        "index_select": ((x, 1, ids[0]), x[:, ids[0]]),
+        "gather": ((x, 2, ids[:, None].expand(2, 3, 2)), x.take_along_dim(ids[:, None].expand(2, 3, 2), 2)),
+        "index": ((x, [None, ids[0]]), x[:, ids[0]]),
+        "linear": ((x, w, b), x @ w.T + b),
+        "matmul": ((x, w.T), torch.einsum("ijk,lk->ijl", x, w)),
+        "mm": ((w, w.T), w @ w.T),
+        "bmm": ((x, x.mT), x @ x.mT),
+        "addmm": ((w[:, :1], w, w.T), w[:, :1] + w @ w.T),
+        "baddbmm": ((x[..., :3], x, x.mT), x[..., :3] + x @ x.mT),
+        "scaled_dot_product_attention": ((x, x, x), (x @ x.mT / 2).softmax(-1) @ x),
+        **{
+            f"conv{n}d": ((v, c), getattr(F, f"conv{n}d")(v, c))
+            for n, v, c in zip((1, 2, 3), (line, image, block), conv)
+        },
+        "layer_norm": ((x, [4], four, None, 1e-5), F.layer_norm(x, (4,), four)),
+        "rms_norm": ((x, [4], four, 1e-5), x / (x.square().mean(-1, True) + 1e-5).sqrt() * four),
+        "group_norm": ((image, 2), F.group_norm(image, 2)),
+        "batch_norm": ((image, four, None, four, four, 1e-5), F.batch_norm(image, four, four, four)),
+        "max_pool1d": ((line, [2]), line.unflatten(2, (3, 2)).amax(-1)),
+        "max_pool2d": ((image, [2, 2]), image.view(2, 4, 3, 2, 3, 2).amax((3, 5))),
+        "avg_pool1d": ((line, [2]), line.unflatten(2, (3, 2)).mean(-1)),
+        "avg_pool2d": ((image, [2, 2]), image.view(2, 4, 3, 2, 3, 2).mean((3, 5))),
+        "adaptive_avg_pool1d": ((line, [2]), line.unflatten(2, (2, 3)).mean(-1)),
+        "adaptive_avg_pool2d": ((image, [1, 1]), image.mean((2, 3), True)),
+        "adaptive_max_pool2d": ((image, [1, 1]), image.amax((2, 3), True)),
+        "upsample_nearest2d": ((image, [12, 12]), image.repeat_interleave(2, 2).repeat_interleave(2, 3)),
+        "upsample_bilinear2d": ((image, [6, 6], True), image),
+        "full": (([2, 2], 3), torch.tensor([[3, 3], [3, 3]])),
+        "full_like": ((ids, 3), ids * 0 + 3),
+        "arange": ((1, 6, 2), torch.tensor([1, 3, 5])),
+        "constant": (([2], [1, 2]), torch.tensor([1, 2])),
+    }
+    binary = "maximum minimum eq ne lt le gt ge logical_and logical_or".split()
+    cases |= {k: ((x, x.flip(2)), getattr(torch, k)(x, x.flip(2))) for k in binary}
+    cases |= {k: ((x, [1]), getattr(x, k)(1)) for k in "sum mean var amax amin".split()}
+    cases |= {k: ((x, 1), getattr(x, k)(1)) for k in ("argmax", "argmin")}
+    first = lambda k: getattr(torch, k, None) or getattr(F, k.replace("log_sigmoid", "logsigmoid"))
+    for name, o in OPERATIONS.items():
+        if name not in cases:
+            assert [a.name for a in o.arguments if a.default is ...] == ["self"], name
+            cases[name] = (x - 0.5 if name != "log2" else x,), first(name)(x - 0.5 if name != "log2" else x)
+        args, want = cases[name]
+        new = {"dtype": torch.int64} if name in ("full", "full_like", "arange", "constant") else {}
+        got = o.run(*args, **new)
+        if name == "topk":
+            got = list(got[0].unbind(-1))
+        for a, c in zip(got if isinstance(got, (list, tuple)) else [got], want if isinstance(want, list) else [want]):
+            torch.testing.assert_close(a, c, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
+# ---- hostile graphs -----------------------------------------------------------------------------------------------
+
+STRANGE = [0, -1, 1, 2, 3, 7, 2**31, 10**12, 2**62, 1e308, 0.5, None, True, "", "x", "batch", "relu", ".", "=", [], {}]
+STRANGE += [
+    [10**9],
+    [0.0],
+    ["batch"],
+    ["*", "batch", 10**9],
+    ["//", "batch", 0],
+    {"float": "nan"},
+    {"number": 1},
+    [[[]]],
+]
+BOMBS = [
+    ["full", [10**6, 10**6], [0], "float32"],
+    ["full", [2**40, 2**40, 2**40], [0], "float32"],
+    ["arange", [0], [10**12], [1], "int64"],
+    ["arange", [0], [1], [0], "int64"],
+    ["arange", [0.0], [1e30], [1e-30], "float64"],
+    ["expand", 1, [10**9, -1, -1, -1]],
+    ["repeat", 1, [10**4, 10**4, 10, 10]],
+    ["repeat", 1, [0, 2**40]],
+    ["constant_pad_nd", 1, [10**9, 10**9]],
+    ["upsample_nearest2d", 1, [10**6, 10**6]],
+    ["adaptive_avg_pool2d", 1, [10**6, 10**6]],
+    ["repeat_interleave", 1, 10**9, 0],
+    ["split", 1, 0],
+    ["unbind", 1],
+    ["pixel_shuffle", 1, 2**30],
+    ["view", 1, [2**31, -1]],
+    ["topk", 1, 10**9],
+    ["item", 1, 10**9],
+    ["slice", 1, 0, 0, None, 0],
+    ["conv2d", 1, 1, None, [1, 1], [10**6, 10**6]],
+    ["max_pool2d", 1, [10**6, 10**6], [1, 1], [5 * 10**5, 5 * 10**5]],
+    ["constant", [10**9], [1], "float32"],
+    ["index", 1, [None, None, 1]],
+]
+
+
+def grown(nodes, rng):
+    "A chain that doubles, squares or repeats what is there."
+    link = rng.choice([["cat", [1, 1]], ["stack", [1, 1, 1]], ["repeat", 1, [2, 1]], ["add", 1, [1]]])
+    outer = [
+        ["view", 1, [-1, 1]],
+        ["transpose", 1, 0, 1],
+        ["mul", 1, 2],
+        ["view", 1, [-1, 1]],
+        ["transpose", 1, 0, 1],
+        ["mul", 1, 2],
+    ]
+    return nodes + ([["view", 1, [-1, 1]]] + [link] * 70 if rng.random() < 0.5 else outer * 4)
+
+
+def damaged(manifest, rng):
+    "One manifest of a file with a graph that somebody has been at."
+    m = copy.deepcopy(manifest)
+    graph, nodes = m["graph"], m["graph"]["nodes"]
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        what = rng.randrange(12)
+        at = rng.randrange(len(nodes)) if nodes else 0
+        node = nodes[at] if nodes else [""]
+        if what == 0:
+            nodes.insert(at, copy.deepcopy(rng.choice(BOMBS)))
+        elif what == 1:
+            m["graph"]["nodes"] = nodes = grown(nodes, rng)
+        elif what == 2 and node:
+            node[rng.randrange(len(node))] = copy.deepcopy(rng.choice(STRANGE))
+        elif what == 3:
+            node.append(copy.deepcopy(rng.choice(STRANGE)))
+        elif what == 4 and len(node) > 1:
+            node.pop(rng.randrange(len(node)))
+        elif what == 5 and nodes:
+            nodes[at] = copy.deepcopy(rng.choice([*STRANGE, nodes[rng.randrange(len(nodes))]]))
+        elif what == 6:
+            rng.shuffle(nodes)
+        elif what == 7:
+            node[:1] = [
+                rng.choice([*OPERATIONS, "system", "__import__", "exec", ".", ".fc1", "=fc1.weight", "=", ".__class__"])
+            ]
+        elif what == 8:
+            key = rng.choice([*graph, "buffers", "future"])
+            graph[key] = copy.deepcopy(rng.choice([*STRANGE, graph.get(key)]))
+            if not isinstance(graph.get("nodes"), list):
+                break
+            nodes = graph["nodes"]
+        elif what == 9 and isinstance(graph["inputs"], list) and graph["inputs"]:
+            i = rng.choice(graph["inputs"])
+            if isinstance(i, list) and i:
+                i[rng.randrange(len(i))] = copy.deepcopy(rng.choice([*STRANGE, ["batch", 10**6, 10**6], "int64"]))
+        elif what == 10 and isinstance(graph["sizes"], dict) and graph["sizes"]:
+            graph["sizes"][rng.choice([*graph["sizes"]])] = copy.deepcopy(
+                rng.choice([*STRANGE, [10**9] * 3, [2, 5, 1]])
+            )
+        elif what == 11:
+            name = rng.choice([*m["layers"]])
+            m["layers"].pop(name) if rng.random() < 0.3 else m["layers"][name].__setitem__(
+                rng.choice([*m["layers"][name], "shapes"]),
+                copy.deepcopy(rng.choice([*STRANGE, {"weight": [10**9, 10**9]}])),
+            )
+    return m
+
+
+def opened_graphs(files):
+    "Manifest, table, values and inputs of some files."
+    for name in ("LeNet5 quantized", "ViT plain", "LSTM plain", "MobileNet plain", "MiniLM plain"):
+        held = load_file(files / f"{name}.safetensors")
+        with open_file(files / f"{name}.mz") as f:
+            manifest, rows, payload = read_manifest(f)
+            tensors = read_payload(f, rows, payload)
+        values = {n: rebuild(r, tensors) for n, r in rows.items() if r.same is None}
+        yield manifest, rows, values, [held[f"in{i}"] for i in range(sum(k.startswith("in") for k in held))]
+
+
+def outcome(manifest, rows, values, inputs):
+    "What becomes of a manifest: refused, refused when it is called, or it runs."
+    try:
+        m = json.loads(json.dumps(manifest, allow_nan=False))
+        skeleton = skeleton_of(check_manifest(m), None, rows)
+        check_match(skeleton, rows)
+        fill(skeleton, rows, values)
+        model = wrap(skeleton, rows, values)
+        check_result(model, rows)
+    except PackError:
+        return "refused"
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    except (ValueError, TypeError, IndexError, RuntimeError):
+        return "refused when called"
+    return "runs"
+
+
+@pytest.mark.hypothesis
+def test_hostile_graphs_are_refused_in_little_memory(files):
+    rng, held, counts = seeded(5), list(opened_graphs(files)), {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(examples(120)):
+        manifest, *rest = held[i % len(held)]
+        bad = damaged(manifest, rng)
+        try:
+            found = outcome(bad, *rest)
+        except Exception as e:
+            raise AssertionError(f"case {i}: {type(e).__name__}: {e}; {json.dumps(bad['graph'])[:3000]}") from e
+        counts[found] = counts.get(found, 0) + 1
+    assert counts["refused"] > 0.5 * sum(counts.values()) and counts["runs"] > 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes: 1 GiB
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: f"{b[0]} {str(b[1:])[:30]}")
+def test_bombs_are_named(files, bomb):
+    for manifest, rows, _, _ in share(opened_graphs(files), 1):
+        bad = copy.deepcopy(manifest)
+        bad["graph"]["nodes"] = [bomb] * 1 + bad["graph"]["nodes"]
+        bad["graph"]["output"] = 1
+        with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|takes more than"):
+            skeleton_of(check_manifest(bad), None, rows)
+
+
+def test_memory_of_a_call_is_bounded(files):
+    m = load(files / "ViT plain.mz")
+    m.most_memory = 1000
+    with pytest.raises(ValueError, match=r"node .* takes more than 1,000 bytes together with what is there"):
+        m(torch.rand(2, 1, 28, 28))
+    m.most_memory = None
+    m(torch.rand(2, 1, 28, 28))
+
+
+def test_nothing_is_looked_up_but_in_the_tables():
+    for name in ("system", "exec", "eval", "__class__", "load", "torch.load", "os.system", "run"):
+        with pytest.raises(PackError, match="no operation that this modelzip knows"):
+            read_graph({"inputs": [], "sizes": {}, "nodes": [[name]], "output": None}, [], [])
+    for name in (".", ".__class__", ".forward", "=", "=__dict__"):
+        with pytest.raises(PackError, match="is no layer|is no tensor"):
+            read_graph({"inputs": [], "sizes": {}, "nodes": [[name]], "output": None}, ["fc"], ["fc.weight"])
