@@ -104,7 +104,11 @@ class Buffers(nn.Module):
             "float64": normal(300).double(),
             "float16": normal(300).half(),
             "bfloat16": normal(300).bfloat16(),
-            **{f"{n} times {w:.0%}": (normal(6400) * w).to(getattr(torch, n)) for n in ("bfloat16", "float32") for w in (0.05, 9)},
+            **{
+                f"{n} times {w:.0%}": (normal(6400) * w).to(getattr(torch, n))
+                for n in ("bfloat16", "float32")
+                for w in (0.05, 9)
+            },
             "empty": torch.zeros(0, 3),
             "truth": normal(99) > 0,
             "text": torch.tensor(list(b"to be or not to be " * 400), dtype=torch.uint8),

@@ -241,6 +241,7 @@ class Contents:
     architecture: dict | None  # {"name", "options"} of a registered builder
     info: dict  # what was given to `save` besides model and path
     lines: list  # a `Line` for each tensor
+    graph: dict | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
 
     @property
@@ -263,7 +264,8 @@ class Contents:
 # %% ../../nbs/workshop/inspecting.ipynb
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{c.format.replace('mz', 'format')} {c.version}")
+    graph = f"a graph of {len(c.graph['nodes']):,} operations, " if c.graph else ""
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{c.format.replace('mz', 'format')} {c.version}")
 
 
 def about_info(c: Contents) -> list[str]:
@@ -290,6 +292,8 @@ def inspect(
         if entropy:
             verify_rest(f, rows, payload)
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
+        if "graph" in manifest:
+            skeleton_of(manifest, None, rows)  # what is shown is what `load` would take
         if solid := isinstance(f, Restored):
             lines = [in_solid(l, rows[l.name], f.sizes, total) for l in lines]
     return Contents(
@@ -299,6 +303,7 @@ def inspect(
         manifest["architecture"],
         manifest.get("info", {}),
         lines,
+        manifest.get("graph"),
     )
 
 # %% ../../nbs/workshop/inspecting.ipynb
@@ -397,6 +402,8 @@ def prove(
             manifest, rows, payload = read_manifest(f)
             with torch.random.fork_rng(devices=[]):
                 check_match(skeleton_of(manifest, model, rows), rows)
+                if "graph" in manifest:
+                    check_match(skeleton_of(manifest, None, rows), rows)
             first = {}
             for item in items(model):
                 row = rows[item.name]
@@ -512,6 +519,9 @@ def differences(a: File, b: File) -> list[str]:
         x, y = (m.manifest.get(key, {} if key == "info" else None) for m in (a, b))
         if (p := as_json(x, key)) != (q := as_json(y, key)):
             out.append(f"{key} {cut(p, 400)} and {cut(q, 400)}")
+    if a.manifest.get("graph") != b.manifest.get("graph"):
+        both = all("graph" in m.manifest for m in (a, b))
+        out.append("other graphs" if both else "only one of them has a graph")
     x, y = (m.manifest.get("layers", {}) for m in (a, b))
     names = [n or "(the model)" for n in x | y if as_json(x.get(n), "layers") != as_json(y.get(n), "layers")]
     if names:
