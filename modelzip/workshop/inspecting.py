@@ -265,7 +265,8 @@ class Contents:
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
     graph = f"a graph of {len(c.graph['nodes']):,} operations, " if c.graph else ""
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{c.format.replace('mz', 'format')} {c.version}")
+    version = f"{c.format.replace('mz', 'format')} {c.version}"
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{version}")
 
 
 def about_info(c: Contents) -> list[str]:
