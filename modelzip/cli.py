@@ -695,9 +695,7 @@ def _compress(o):
     target_of(o.output)  # what cannot be written to is said before anything is computed
     archived = Path(o.model).is_file() and is_archived(_info_of(o.model))
     if blocks := archived or Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
-        if not _asked(
-            o, *ROUNDING, "bytes", "cosine", "accuracy_loss", "milliseconds", *SEARCHING, "recipe", "code"
-        ):
+        if not _asked(o, *ROUNDING, "bytes", "cosine", "accuracy_loss", "milliseconds", *SEARCHING, "recipe", "code"):
             if archived:
                 raise ValueError(f"{o.model} is the archive of a GGUF file already; --bits N rounds what it holds")
             return _archived(o)
