@@ -72,7 +72,7 @@ def coder_of(who, name):
 
     if who in ("ours", "everything tried"):
         if who != "ours":
-            streams.SMALL = 1 << 62  # every chunk is small enough to try all methods
+            streams.looks_ordinary = lambda data, width: False
         types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         return lambda x: encode(torch.from_numpy(x).view(types[of_type(name)])), decode
     if who == "planes as they lie":

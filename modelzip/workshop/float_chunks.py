@@ -26,14 +26,14 @@ def shortened(plane: np.ndarray) -> bytes | None:
 
 def code_plane(
     plane: np.ndarray,  # uint8
-) -> tuple[int, Any, bool]:  # method, bytes, whether its order says something
+) -> tuple[int, Any, float]:  # method, bytes; how many its order saves beside its histograms
     "A plane by a Huffman code, or as it is."
     coded = shortened(plane)
     if coded is None:
-        return RAW, plane, False
+        return RAW, plane, 0.0
     if 2 * len(coded) < len(plane):  # few bits: phrases are found by chance
         coded = min(coded, zstd_compress(plane, **HUFFMAN), key=len)
-    return ZSTD, coded, told(plane) - len(coded) > len(plane) / 16
+    return ZSTD, coded, max(0.0, told(plane) - len(coded))
 
 
 def told(plane: np.ndarray) -> float:  # bytes
@@ -59,8 +59,8 @@ def code_floats(
 ) -> tuple[bytes, bool]:  # a chunk; whether it is an ordinary one, so that nothing else has to be tried
     "Code floats by their exponents."
     if width == 1:
-        method, coded, odd = code_plane(data)
-        return b"".join([bytes([method]), coded]), not odd
+        method, coded, saved = code_plane(data)
+        return b"".join([bytes([method]), coded]), 32 * saved <= len(data)
     words = data.view(f"<u{width}")
     if width == 8:
         parts, planes = [bytes([PLANES])], [code_plane(low_byte(words, 8 * j)) for j in range(8)]
@@ -69,13 +69,13 @@ def code_floats(
         room = room and shortened(low_byte(words, 8 * width - 16)) is None
         symbols, rest = float_symbols(words, room), float_rest(words, room)
         coded = zstd_compress(symbols, **HUFFMAN)
-        planes = [(ZSTD, coded, False) if len(coded) < len(symbols) else (RAW, symbols, False)]
-        planes.append((RAW, seven_for_eight(rest), False) if room else code_plane(rest))
+        planes = [(ZSTD, coded, 0) if len(coded) < len(symbols) else (RAW, symbols, 0)]
+        planes.append((RAW, seven_for_eight(rest), 0) if room else code_plane(rest))
         planes += [code_plane(low_byte(words, 8 * j)) for j in range(width - 2)]
         parts = [bytes([FLOAT_PLANES, room])]
     for method, coded, _ in planes:
         parts += [write_varint(1 + len(coded)), bytes([method]), coded]
-    return b"".join(parts), not any(odd for *_, odd in planes)
+    return b"".join(parts), 32 * sum(saved for *_, saved in planes) <= len(data)
 
 # %% ../../nbs/workshop/float_chunks.ipynb
 def expand_floats(

@@ -24,9 +24,6 @@ from .planes import byte_planes, codes_per_byte, gaps_of, join_codes, mask_of, s
 from .values import code_values, expand_values
 
 # %% ../../nbs/workshop/streams.ipynb
-SMALL = 1 << 16  # bytes: in a chunk of fewer, all methods are tried
-
-
 def code_elements(
     data: np.ndarray,  # uint8
     width: int,  # bytes of an element
@@ -36,7 +33,7 @@ def code_elements(
     tries = []
     if not whole and len(data) and width in (1, 2, 4, 8):
         chunk, ordinary = code_floats(data, width)
-        if ordinary and len(data) >= SMALL and looks_ordinary(data, width):
+        if ordinary and looks_ordinary(data, width):
             return chunk
         tries.append((chunk[0], chunk[1:]))
     plain = code_bytes(data)
