@@ -4,8 +4,7 @@
 
 # %% auto 0
 __all__ = ['PRICE', 'NEAR', 'branches', 'best_of_kind', 'trellis_codes', 'search', 'learned_bits', 'feedback_codes',
-           'lane_with_feedback', 'moved_on', 'way_back', 'step_for', 'first_step', 'trellis_weight', 'pulls', 'trellis',
-           'TrellisTensor', 'next_states']
+           'lane_with_feedback', 'step_for', 'first_step', 'trellis_weight', 'trellis', 'TrellisTensor', 'next_states']
 
 # %% ../nbs/11c_trellis.ipynb
 #| code-fold: true
@@ -19,15 +18,8 @@ from torch import Tensor, nn
 from .ptq import LayerStatistics, inverse_factor, quantize_with
 from .workshop.floats import as_tensor, check_finite
 from .workshop.scales import matrices_for, root_mean_square, scaled_to_one
-from modelzip.workshop.trellis_contexts import (
-    bits_a_code,
-    classes_of,
-    code_bits,
-    context_of,
-    own_steps,
-    run_of,
-    spread_of,
-)
+from .workshop.trellis_contexts import bits_a_code, classes_of, code_bits, context_of, run_of, spread_of
+from .workshop.trellis_contexts import moved_on, own_steps, pulls, way_back
 from .workshop.trellis_tensors import TrellisTensor, from_codes, grids, next_states
 
 _all_ = ["TrellisTensor", "next_states"]  # the workshop's
@@ -167,22 +159,6 @@ def lane_with_feedback(
     codes, errors = way_back(total.argmin(0)[None], before, second, codes, errors)[1]
     return codes[:, 0].int(), errors[:, 0]
 
-
-def moved_on(w: Tensor, pull: Tensor, before: Tensor, second: Tensor, errors: Tensor) -> Tensor:
-    "Weights to come, [left, states, rows]: each survivor's are those of the state that it began in, less what it pulls."
-    began, (past,) = way_back(torch.arange(w.shape[1])[:, None].expand(w.shape[1:]), before, second, errors)
-    return w.gather(1, began.expand(w.shape)) - (pull.t() @ past.flatten(1)).view(w.shape)
-
-
-def way_back(state: Tensor, before: Tensor, second: Tensor, *noted: Tensor) -> tuple[Tensor, list[Tensor]]:
-    "From where paths have come to, [paths, rows]: the states in which they began; of what was noted, what is theirs."
-    theirs = [torch.empty(len(t), *state.shape, dtype=t.dtype) for t in noted]
-    for t in reversed(range(len(second))):
-        for out, of_all in zip(theirs, noted):
-            torch.gather(of_all[t], 0, state, out=out[t])
-        state = torch.where(second[t].gather(0, state), before[1][state], before[0][state])
-    return state, theirs
-
 # %% ../nbs/11c_trellis.ipynb
 def step_for(
     x: Tensor,  # [lanes, run] weights
@@ -267,13 +243,6 @@ def trellis_weight(
     else:
         codes = trellis_codes(lanes(x), take, price, states, classes)
     return from_codes(codes.flatten()[: w.numel()].view(shape), step, weight.dtype, states, run, **own, **spread)
-
-
-def pulls(factor: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    "Feedback and cost in units of the columns' own steps."
-    share = columns.to(factor.dtype) / factor.diagonal()
-    counts = share.square()
-    return share[:, None] * factor / columns, counts / counts.mean()
 
 # %% ../nbs/11c_trellis.ipynb
 def trellis(

@@ -583,6 +583,7 @@ RIVALS = {
     "data": ["digits"],
     "recipe": ["4-bit"],
     "seed": ["3"],
+    "trellis": [],
 }
 ROUNDING, TARGETS = (
     {"bits", "group", "codebook", "asymmetric", "observer", "mapped"},
@@ -607,7 +608,9 @@ def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
             searched
             and {a, b} & ROUNDING
             or not searched
-            and {a, b} & {"data", "seed"}
+            and {a, b} & {"data", "seed", "trellis"}
+            or "trellis" in (a, b)
+            and not {a, b} & {"bytes", "cosine", "accuracy-loss"}
             or {"recipe", "seed"} == {a, b}
             or "codebook" in (a, b)
             and {a, b} & {"asymmetric", "observer"}

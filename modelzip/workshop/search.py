@@ -61,7 +61,7 @@ def recipe_of(
     "An allocation as steps."
     how, steps = _said(menu, picks, trellis), list(before)
     if trellis is not None:
-        steps.append(("trellis", how))
+        steps.append(("trellis", how | {"price": 0.0}))
     elif samples.train is not None:
         zeros = {names[0]: s for names, p in zip(menu.layers.values(), picks) if (s := menu.options[p].get("sparsity"))}
         if zeros:
@@ -524,7 +524,7 @@ def curve_at(told: dict[float, float], at: float) -> float:
     return told[a] + steep * (at - a)
 
 # %% ../../nbs/workshop/search.ipynb
-WIDER = 0.22  # log of the factor at which a trellis is about as good as rounding
+WIDER = 0.3  # log of the factor at which a trellis is about as good as rounding
 ALONG = 4  # tries along a trellis, at most
 
 
