@@ -44,7 +44,7 @@ from guards import FUZZ, examples, seeded
 
 TEXT = zlib.__doc__.encode() + b" ".join(str(f.__doc__).encode() for f in vars(math).values())
 each = pytest.mark.parametrize("coder", CODERS.values(), ids=CODERS)
-quick = settings(max_examples=examples(60), deadline=None)
+quick = settings(max_examples=examples(30), deadline=None)
 
 
 def weights(n, seed=0, levels=16):

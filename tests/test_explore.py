@@ -227,7 +227,7 @@ def test_in_script_is_json_that_cannot_end_the_script(value):
     assert "</" not in text and "<!" not in text
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_page_starts_where_its_controls_stand(sizes, data):
     controls = [control(f"c{i}", list(range(n)), data.draw(st.integers(0, n - 1))) for i, n in enumerate(sizes)]

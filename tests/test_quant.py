@@ -69,7 +69,7 @@ def layouts(draw, x):
     return {}
 
 
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.data(), tensors(), st.integers(2, 16), st.booleans())
 def test_error_is_at_most_half_a_step(data, x, bits, symmetric):
     how = data.draw(layouts(x))
@@ -90,7 +90,7 @@ def test_error_is_at_most_half_a_step(data, x, bits, symmetric):
     assert (error <= step * (0.5 + 2 * arithmetic) + 2 * output).all(), (error / step).max()
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.data(), tensors(), st.integers(1, 16), st.booleans())
 def test_parts_and_meta_carry_everything(data, x, bits, symmetric):
     how = data.draw(layouts(x))

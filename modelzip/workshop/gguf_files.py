@@ -69,6 +69,18 @@ class Cursor:
     def text(self, what: str) -> bytes:
         return self.take(self.count(f"bytes of {what}", 1), what)
 
+    def texts(self, n: int, what: str) -> list[bytes]:
+        "As many texts: a vocabulary has fifty thousand, of which none is worth three calls."
+        data, at, found = self.data, self.at, []
+        while len(found) < n:
+            end = at + 8 + int.from_bytes(data[at : at + 8], "little")
+            if end > len(data):
+                break
+            found.append(bytes(data[at + 8 : end]))
+            at = end
+        self.at = at
+        return found + [self.text(what) for _ in range(n - len(found))]  # which says what is wrong
+
     def name(self, what: str) -> str:
         "A text that names something."
         raw = self.text(what)
@@ -95,8 +107,10 @@ class Cursor:
         n = self.count(f"values of {what}", 8 if type == STRING else struct.calcsize(SCALARS[type][1]))
         self.left -= n
         demand(self.left >= 0, f"its metadata has more than {MAX_METADATA:,} values")
-        if type == STRING or SCALARS[type][0] == "bool":
-            return f"array of {'string' if type == STRING else 'bool'}", [self.value(type, what) for _ in range(n)]
+        if type == STRING:
+            return "array of string", [text.decode(errors="surrogateescape") for text in self.texts(n, what)]
+        if SCALARS[type][0] == "bool":
+            return "array of bool", [self.value(type, what) for _ in range(n)]
         name, form = SCALARS[type]
         raw = self.take(n * struct.calcsize(form), what)
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
