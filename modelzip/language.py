@@ -52,7 +52,7 @@ def rotary(
     angles: tuple[Tensor, Tensor],  # of `rotary_angles`
 ) -> Tensor:  # as x
     "Each pair of neighbours, taken for a complex number, turned by its angle."
-    check_pairs(x, angles[0])
+    check_pairs(x, angles)
     (real, imaginary), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
 

@@ -186,10 +186,12 @@ def check_heads(heads: int, kv_heads: int, width: int | None = None) -> None:
         raise ValueError(f"width is {width}; it may be a multiple of {2 * heads}, two numbers for each of the heads")
 
 
-def check_pairs(x: Tensor, cos: Tensor) -> None:
+def check_pairs(x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
     "`ValueError` unless angles are for the pairs of these heads."
-    if x.shape[-1:] != (2 * cos.shape[-1],):
-        raise ValueError(f"x has shape {list(x.shape)}, and angles are for heads of {2 * cos.shape[-1]} numbers")
+    if len(angles) != 2:
+        raise ValueError(f"angles has {len(angles)} parts; it may have two, cosines and sines")
+    if x.shape[-1:] != (head := 2 * angles[0].shape[-1],):
+        raise ValueError(f"x has shape {list(x.shape)}, and angles are for heads of {head} numbers")
 
 
 def read_before(ids: Tensor, cache: Any, context: int) -> int:  # tokens that the cache holds
