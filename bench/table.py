@@ -123,7 +123,7 @@ def language():
         "gptq-4": "4 bits, GPTQ",
         "coded-0.015": "to each weight the step that it deserves",
         "gptq-3": "3 bits, GPTQ",
-        "coded-0.075": "the same, coarser",
+        "coded-0.075": "to each weight the step that it deserves, coarser",
     }
     rows = {r["name"]: r for r in found["rows"]}
     text = "| SmolLM2-135M-Instruct | bytes of the file | of the GGUF | perplexity | same next token |\n"

@@ -377,6 +377,17 @@ def _from_folder(path, own=None):
     return _plain({n: found[n] for n in places}, own, path)
 
 # %% ../nbs/workshop/cli.ipynb
+def _info_of(source):
+    "What a file of modelzip's says about itself."
+    path = Path(source)
+    if path.suffix.lower() == ".mz":
+        return inspect(path, entropy=False).info
+    if not path.is_file() or READERS.get(path.suffix.lower()) is not _from_other:
+        return {}
+    with _open_other(path) as (found, _):
+        return read_note(found.note)["info"] if found.note else {}
+
+
 def _from_mz(path, own=None):
     if is_archived(_info_of(path)):
         with tempfile.TemporaryDirectory() as folder:
@@ -943,17 +954,6 @@ def _compressed(model):
 
 def _with_kernels(model):
     return use_kernels(model) if _compressed(model) else model
-
-
-def _info_of(source):
-    "What a file of modelzip's says about itself."
-    path = Path(source)
-    if path.suffix.lower() == ".mz":
-        return inspect(path, entropy=False).info
-    if not path.is_file() or READERS.get(path.suffix.lower()) is not _from_other:
-        return {}
-    with _open_other(path) as (found, _):
-        return read_note(found.note)["info"] if found.note else {}
 
 
 TO = {"onnx": ".onnx", "openvino": ".xml"}  # graphs for other engines

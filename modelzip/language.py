@@ -12,18 +12,16 @@ __all__ = ['rotary_angles', 'rotary', 'KeyValueCache', 'GroupedAttention', 'Gate
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from collections.abc import Iterable, Sequence
-from operator import index
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .workshop.arguments import at_least
 from .workshop.english import NextSentences, documents, english, next_sentences
 from .workshop.key_value_cache import Cache, QuantizedCache
-from .workshop.listening import Heard, Interval, check_documents, check_known, check_room, log_probabilities
-from .workshop.listening import reference_of, whole_numbers
+from .workshop.listening import Heard, Interval, check_angles, check_documents, check_heads, check_pairs
+from .workshop.listening import check_questions, check_sizes, checked_prompt, dice_of, log_probabilities
+from .workshop.listening import read_before, reference_of
 from .workshop.registry import build_model, register_model
 from .workshop.sentences import zero_init
 from .workshop.settings import SettingsInState
@@ -43,9 +41,7 @@ def rotary_angles(
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, each [length, head / 2]
     "By how much each pair of a head is turned at each place (Su et al. 2021, arXiv:2104.09864)."
-    at_least(0, start=start, length=length)
-    if head < 2 or head % 2 or not 0 < base < float("inf"):
-        raise ValueError(f"head is {head} and base {base}; they may be an even number, and a number above 0")
+    check_angles(start, length, head, base)
     speeds = 1 / base ** (torch.arange(0, head, 2, device=device) / head)
     angles = torch.arange(start, start + length, device=device)[:, None] * speeds
     return angles.cos(), angles.sin()
@@ -56,10 +52,8 @@ def rotary(
     angles: tuple[Tensor, Tensor],  # of `rotary_angles`
 ) -> Tensor:  # as x
     "Each pair of neighbours, taken for a complex number, turned by its angle."
-    cos, sin = angles
-    if x.shape[-1:] != (2 * cos.shape[-1],):
-        raise ValueError(f"x has shape {list(x.shape)}, and angles are for heads of {2 * cos.shape[-1]} numbers")
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    check_pairs(x, angles)
+    (real, imaginary), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
 
 # %% ../nbs/13c_language.ipynb
@@ -106,15 +100,9 @@ class GroupedAttention(SettingsInState, nn.Module):
     def check_settings(self, heads, kv_heads, width=None):
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
             raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
-        at_least(1, heads=heads, kv_heads=kv_heads, width=2 * heads if width is None else width)
-        if heads % kv_heads:
-            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}, of which it may be a multiple")
-        if width is not None and width % (2 * heads):
-            raise ValueError(
-                f"width is {width}; it may be a multiple of {2 * heads}, two numbers for each of the heads"
-            )
+        check_heads(heads, kv_heads, width)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0) -> Tensor:
         split = lambda t, heads: t.unflatten(-1, (heads, -1)).transpose(1, 2)
         q = rotary(split(self.query(x), self.heads), angles)
         k, v = rotary(split(self.key(x), self.kv_heads), angles), split(self.value(x), self.kv_heads)
@@ -131,7 +119,6 @@ class GatedDense(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        at_least(1, width=width, hidden=hidden)
         self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
@@ -144,11 +131,10 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float):
         super().__init__()
-        at_least(1, width=width)
         self.attention_norm, self.attention = nn.RMSNorm(width, eps), GroupedAttention(width, heads, kv_heads)
         self.norm, self.feed = nn.RMSNorm(width, eps), GatedDense(width, hidden)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), angles, cache, layer)
         return x + self.feed(self.norm(x))
 
@@ -170,9 +156,7 @@ class Llama(nn.Module):
         tied: bool = True,  # scores by the table of the words themselves
     ):
         super().__init__()
-        at_least(1, words=words, width=width, layers=layers, heads=heads, context=context)
-        if not 0 < base < float("inf") or not 0 <= eps < float("inf"):
-            raise ValueError(f"base is {base} and eps {eps}; they may be numbers above 0")
+        check_sizes(base, words=words, width=width, layers=layers, heads=heads, hidden=hidden, context=context)
         self.context, self.base, self.head_width = context, base, width // heads
         self.words = nn.Embedding(words, width)
         self.blocks = nn.ModuleList(LlamaBlock(width, heads, kv_heads, hidden, eps) for _ in range(layers))
@@ -183,15 +167,11 @@ class Llama(nn.Module):
     def forward(
         self,
         ids: Tensor,  # tokens [n, length], that follow what the cache holds
-        cache: Any = None,  # what was read before: a `KeyValueCache`, or another that has `length` and `update`
+        cache: Cache | None = None,  # what was read before: a `KeyValueCache`, or another with its methods
         last: bool = False,  # score only what comes after the last token
     ) -> Tensor:  # [n, length or 1, words]: scores, whose softmax are probabilities
-        if ids.dim() != 2:
-            raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
-        start, length = 0 if cache is None else cache.length, ids.shape[1]
-        if not 0 < length <= self.context - start:
-            raise ValueError(f"ids has {length} tokens behind {start}: a text may have 1 to {self.context}")
-        x, angles = self.words(ids), rotary_angles(start, length, self.head_width, self.base, ids.device)
+        start = read_before(ids, cache, self.context)
+        x, angles = self.words(ids), rotary_angles(start, ids.shape[1], self.head_width, self.base, ids.device)
         for i, block in enumerate(self.blocks):
             x = block(x, angles, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))
@@ -225,15 +205,8 @@ def generate(
     """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
     but the last token drawn. `ValueError` for an empty prompt, tokens that the model does not know, a temperature that
     is negative or no number, a text beyond the model's context, and when the model's scores are NaN or infinite."""
-    prompt, stop = whole_numbers(prompt, "prompt"), {*whole_numbers(stop, "stop")}
-    at_least(1, tokens=tokens)
-    if not prompt:
-        raise ValueError("prompt is empty; it may have one token or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it may be 0 or more")
-    dice, cache, said = torch.Generator().manual_seed(index(seed)), KeyValueCache() if cache is None else cache, []
-    check_known(torch.tensor(prompt), "prompt", model)
-    check_room(len(prompt), "prompt", model, cache.length)
+    dice, cache, said = dice_of(seed), KeyValueCache() if cache is None else cache, []
+    prompt, stop = checked_prompt(model, prompt, tokens, temperature, stop, cache.length)
     with eval_mode(model):
         while len(said) < tokens:
             new = torch.tensor([said[-1:] or prompt], device=device_of(model))
@@ -291,8 +264,7 @@ def right_answers(
 ) -> Tensor:  # [questions] bool; half of them is chance
     """Whether the right one of two sentences is the more probable (not so when both are alike), after what stands
     before, which is read once for both."""
-    at_least(1, batch_size=batch_size)
-    check_known(torch.cat([t.flatten() for t in vars(questions).values()]), "questions", model)
+    check_questions(questions, batch_size, model)
     found = []
     with eval_mode(model):
         for before, *answers in zip(*(t.to(device_of(model)).split(batch_size) for t in vars(questions).values())):

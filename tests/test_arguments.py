@@ -134,8 +134,6 @@ CALLS = {  # a call that works, from which one argument after the other is spoil
         rotary_angles=dict(start=0, length=4, head=8),
         rotary=dict(x=KEYS, angles=language.rotary_angles(0, 4, 32)),
         GroupedAttention=SHAPE,
-        GatedDense=dict(width=32, hidden=48),
-        LlamaBlock=SHAPE | dict(hidden=48, eps=1e-5),
         Llama=SHAPE | dict(words=40, layers=1, hidden=48),
         generate=dict(model=LLAMA, prompt=[1, 2, 3], tokens=2),
         listen=dict(model=LLAMA, documents=TEXTS),

@@ -23,6 +23,7 @@ from .gguf_files import from_gguf
 from .integer_layers import FEW
 from .integer_linear import holds_zero
 from .key_value_cache import checked
+from .listening import read_before
 from .models import hooks_of
 from .smollm2 import llama_name, smollm2_file
 
@@ -246,12 +247,8 @@ class QuickLlama(nn.Module):
         cache: object = None,  # with `length` and `update`, such as a `RoomyCache`
         last: bool = False,  # score only what comes after the last token
     ) -> Tensor:  # [n, length or 1, words]
-        if ids.dim() != 2:
-            raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
-        start, length = 0 if cache is None else cache.length, ids.shape[1]
-        if not 0 < length <= self.context - start:
-            raise ValueError(f"ids has {length} tokens behind {start}: a text may have 1 to {self.context}")
-        x, turns = self.words(ids), self.turns[start : start + length]
+        start = read_before(ids, cache, self.context)
+        x, turns = self.words(ids), self.turns[start : start + ids.shape[1]]
         for i, block in enumerate(self.blocks):
             x = block(x, turns, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))

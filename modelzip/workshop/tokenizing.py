@@ -59,7 +59,7 @@ class BytePairs:
     ):
         of = lambda name: metadata.get(f"tokenizer.ggml.{name}")
         if of("model") != "gpt2" or of("pre") not in CUTS:
-            raise ValueError(f"metadata says tokenizer {of('model')!r}, {of('pre')!r}; it may be 'gpt2', {list(CUTS)}")
+            raise ValueError(f"metadata's tokenizer is {of('model')!r}, {of('pre')!r}; it may be 'gpt2', {list(CUTS)}")
         self.tokens, self.end = list(of("tokens")), of("eos_token_id")
         self.merges = [tuple(m.split(" ")) for m in of("merges")]
         self.control = {t: i for i, (t, kind) in enumerate(zip(self.tokens, of("token_type"))) if kind == 3}
