@@ -10,10 +10,10 @@ percentage point.
 The name of a network behind these does that one alone.
 
 For each seed: (1) a full network learns from augmented images and their labels; it is the float32 reference and the
-teacher. (2) A small relative without biases learns from it, in floats. (3) Its weights are rounded to LEVELS values
-while it learns on, and every bit that the file's coder will take for them has a price in the loss. (4) Steps become
-powers of two, and a solid file is written. Every size is that of a file, every accuracy that of the model which was
-loaded from it by its path alone.
+teacher. (2) A small relative learns from it, in floats. (3) Its weights are rounded to LEVELS values while it learns
+on, and every bit that the file's coder will take for them has a price in the loss. (4) Steps become powers of two and
+biases eight-bit floats, and a solid file is written. Every size is that of a file, every accuracy that of the model
+which was loaded from it by its path alone.
 
 Beside it NNCodec, the software of the standard for compressed networks (ISO/IEC 15938-17), codes the very same weights,
 in an environment of its own: NNCODEC_PYTHON=/path/to/python python bench/record.py, where that interpreter has
@@ -229,25 +229,29 @@ def taught(model, pupils, epochs, how, seed, price=0.0):
 
 
 def student(how, seed):
-    "A small relative whose biases are zero and stay so. (How it began is no part of its file.)"
+    """A small relative. In LeNet-5 no nonlinearity but pooling follows the convolutions, so that their biases only
+    move those of fc1: they stay zero. (How it began is no part of its file.)"""
     model = how["make"](**how["student"])
     with seeded(100 + seed):
         for m in model.children():
             m.reset_parameters()
-            nn.init.zeros_(m.bias).requires_grad_(False)
+            if isinstance(m, nn.Conv2d):
+                nn.init.zeros_(m.bias).requires_grad_(False)
     return model
 
 
 @torch.no_grad()
 def whole_steps(model):
-    """A copy of a converted network whose steps are 1, but for the last one's, which is a power of two: without
-    biases, and with no nonlinearity but ReLU and maxima, all answers are multiplied by one positive number, and none
-    of them changes."""
-    model = copy.deepcopy(model)
-    steps = [m.q.scale for m in model.modules() if isinstance(m, Dequantize)]
-    product = torch.stack(steps).log2().sum().round().exp2()
-    for step in steps:
-        step.fill_(1.0 if step is not steps[-1] else product)
+    """A copy of a converted network whose steps are powers of two, and whose biases are eight-bit floats. Where
+    layers follow each other through nothing but maxima and ReLU, a positive factor of one multiplies all that comes
+    later, if biases are multiplied as well: no answer changes but by the rounding of biases. (Steps that were only
+    rounded would change them: weights would no longer fit each other.)"""
+    model, factor = copy.deepcopy(model), 1.0
+    for layer in model.children():
+        whole = layer.q.scale.log2().round().exp2()
+        factor = factor * whole / layer.q.scale
+        layer.q.scale.copy_(whole)
+        layer.bias.copy_((layer.bias * factor).to(torch.float8_e4m3fn))
     return model
 
 
@@ -282,7 +286,7 @@ def files(how, master, small, free, paid):
         (f"{how['levels']} levels, trained", convert(free), True),
         ("a price on bits", convert(paid), True),
         ("solid file", convert(paid), "solid"),
-        ("steps of powers of two", whole_steps(convert(paid)), "solid"),
+        ("8-bit biases, whole steps", whole_steps(convert(paid)), "solid"),
     ]
 
 
@@ -321,35 +325,43 @@ PEER = os.environ.get("NNCODEC_PYTHON")
 PEER_JOBS = {"float32": (-32,), "student": (-32, -20, -16, -12), "priced": (-8, -4, 0, 4), "codes": (0,)}
 
 
-def weights_of(model: nn.Module) -> dict:
-    return {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() > 1}
+def apart(model: nn.Module) -> tuple[dict, dict]:
+    "Weights, biases."
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {n: p for n, p in state.items() if p.dim() > 1}, {n: p for n, p in state.items() if p.dim() == 1}
+
+
+def in_steps(paid: nn.Module) -> tuple[dict, dict]:
+    """Weights in units of their steps, before they are rounded, and biases that go with them: all answers are
+    multiplied by one number."""
+    weights, biases, factor = {}, {}, 1.0
+    for (name, quantizer, weight), layer in zip(quantizers_of(paid), paid.children()):
+        step = quantizer.steps(weight.numel())[0].detach()
+        factor = factor * step
+        weights[f"{name}.weight"], biases[f"{name}.bias"] = weight.detach() / step, layer.bias.detach() / factor
+    return weights, biases
 
 
 def peer_rows(how: dict, models: tuple, split: Split, on: str) -> list[dict]:
-    """What NNCodec makes of the very weights: with its trellis, which is its default, and without; those that were
-    priced in units of their steps, which changes no answer. Bytes are its stream's, accuracies those of what it
-    decodes."""
-    blank = how["make"](**how["student"])
-    for b in (p for p in blank.parameters() if p.dim() == 1):
-        nn.init.zeros_(b)
+    """What NNCodec makes of the very weights: with its trellis, which is its default, and without. Bytes are its
+    stream's, which has no biases in it, accuracies those of what it decodes, with the biases as they were."""
     full, small, _, paid = models
-    given = {"float32": full.state_dict(), "student": weights_of(small)}
-    steps = {name: (w / q.steps(w.numel())[0]).detach() for name, q, w in quantizers_of(paid)}
-    given["priced"] = {f"{n}.weight": w.numpy() for n, w in steps.items()}
-    given["codes"] = {f"{n}.weight": w.round().clamp(-7, 7).numpy() for n, w in steps.items()}
+    priced, biases = in_steps(paid)
+    codes = {n: w.round().clamp(-(how["levels"] // 2), how["levels"] // 2) for n, w in priced.items()}
+    given = {"float32": apart(full), "student": apart(small), "priced": (priced, biases), "codes": (codes, biases)}
     jobs = [(n, qp, t) for n, qps in PEER_JOBS.items() for t in (True, False)[n == "codes" :] for qp in qps]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, weights in given.items():
-            np.savez(f"{folder}/{name}.npz", **{n: np.asarray(w, dtype=np.float32) for n, w in weights.items()})
+        for name, (weights, _) in given.items():
+            np.savez(f"{folder}/{name}.npz", **{n: w.numpy() for n, w in weights.items()})
         Path(folder, "jobs.json").write_text(json.dumps(jobs))
         said = subprocess.run([PEER, "-c", PEER_PROGRAM, folder], check=True, capture_output=True, text=True).stdout
         sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes ")]
         for i, ((name, qp, trellis), size) in enumerate(zip(jobs, sizes, strict=True)):
             decoded = {n: torch.from_numpy(np.asarray(w)) for n, w in np.load(f"{folder}/{i}.npz").items()}
-            model = copy.deepcopy(full if name == "float32" else blank)
-            model.load_state_dict(decoded, strict=name == "float32")
-            rows.append(dict(weights=name, qp=qp, trellis=trellis, bytes=size) | {on: accuracy(model.eval(), split)})
+            model = copy.deepcopy(full if name == "float32" else small)
+            model.load_state_dict(decoded | given[name][1])
+            rows.append(dict(weights=name, qp=qp, trellis=trellis, bytes=size) | {on: accuracy(model, split)})
     return rows
 
 
