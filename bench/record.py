@@ -1,4 +1,4 @@
-"""A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most a third of a
+"""A thousand times smaller: LeNet-5 and LeNet-300-100 as the smallest `.mz` files that lose at most half a
 percentage point.
 
     python bench/record.py             three seeds in two processes, measured on the test part; writes
@@ -10,50 +10,38 @@ percentage point.
 The name of a network behind these does that one alone.
 
 For each seed: (1) a full network learns from augmented images and their labels; it is the float32 reference and the
-teacher. (2) A small relative without biases learns from it, in floats. (3) Its weights are rounded to LEVELS values
-while it learns on, and every bit that the file's coder will take for them has a price in the loss. (4) Steps become
-powers of two, and a solid file is written. Every size is that of a file, every accuracy that of the model which was
-loaded from it by its path alone.
-
-Beside it NNCodec, the software of the standard for compressed networks (ISO/IEC 15938-17), codes the very same weights,
-in an environment of its own: NNCODEC_PYTHON=/path/to/python python bench/record.py, where that interpreter has
-`nncodec`. Where there is none it is left out, and a line says so.
+teacher. (2) A small relative learns from it, in floats. (3) Its weights are rounded to LEVELS values while it
+learns on, and every bit of their entropy has a price in the loss. (4) Biases become eight-bit floats, and a solid
+file is written. Every size is that of a file, every accuracy that of the model which was loaded from it by its path
+alone.
 """
 
-import copy, functools, itertools, json, os, statistics, subprocess, sys, tempfile, time
+import copy, functools, itertools, json, os, statistics, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from modelzip.data import LeNet5, LeNet300, Split, accuracy, mnist5k, seeded, train
-from modelzip.distill import affine
+from modelzip.distill import Labels, affine, distill
 from modelzip.measure import write_whole
 from modelzip.pack import inspect, load, save
-from modelzip.qat import StepAdam, WeightQuantizer, convert, prepare, quantizers_of, straight_through
-from modelzip.quant import Dequantize, quantize_model
+from modelzip.qat import StepAdam, WeightQuantizer, convert, entropy_bits, prepare
+from modelzip.quant import quantize_model
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, COPIES, TEACHING, BATCH, TEMPERATURE = (0, 1, 2), 40, 20, 128, 2.0
 GENTLE = dict(degrees=6.0, shift=0.05, scale=0.07, shear=0.07)  # of `affine`, for students: they have no room for more
-# LeNet-5's: chosen on the validation part; LeNet-300-100's were set once, before its first run, and not searched.
-# `lines`: how wide the pictures in the rows of a matrix are, behind a `flatten`
+# LeNet-5's: chosen on the validation part in about 15 trials; LeNet-300-100's were set once, before its first run, and
+# not searched
 NETS = {
     "LeNet-5": dict(
-        make=LeNet5,
-        student=dict(channels=[8, 16], hidden=24),
-        lines={"fc1": 4},
-        levels=15,
-        price=0.018,
-        first=1,
-        then=5,
-        lr=1e-2,
+        make=LeNet5, student=dict(channels=[8, 16], hidden=24), levels=15, price=0.0145, first=1, then=6, lr=1e-2
     ),
     "LeNet-300-100": dict(
-        make=LeNet300, student=dict(hidden=[32, 16]), lines={"fc1": 28}, levels=15, price=0.01, first=1, then=4, lr=1e-2
+        make=LeNet300, student=dict(hidden=[32, 16]), levels=15, price=0.01, first=1, then=4, lr=1e-2
     ),
 }
 LITERATURE = [  # factor, error in percent on MNIST's 10,000 test images, source
@@ -105,33 +93,13 @@ LITERATURE = [  # factor, error in percent on MNIST's 10,000 test images, source
 ]
 
 
-class ChannelsLast(nn.Module):
-    "The same network, given images in the order of memory in which pooling is quick."
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.as_strided(x.shape, (x[0].numel(), 1, x.shape[3], 1)))  # one channel: the same numbers
-
-
-class Moved(nn.Module):
-    "A network that sees every image moved a little, as long as it learns."
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(affine(x) if self.training else x)
-
-
 def teacher(how, part, seed, epochs=TEACHING):
     "The full network, trained with augmentation on the labels."
-    model = how["make"](seed=seed)
-    train(Moved(ChannelsLast(model)), part, epochs, seed=seed, progress=False)
-    return model
+    first = how["make"](seed=seed)
+    with seeded(seed):
+        return distill(
+            first, copy.deepcopy(first), part, Labels(), epochs=epochs, seed=seed, augment=affine, progress=False
+        )
 
 
 def lesson(master, part, seed, copies=COPIES):
@@ -139,78 +107,14 @@ def lesson(master, part, seed, copies=COPIES):
     of them, their labels."""
     with seeded(1000 + seed), torch.no_grad():
         x = torch.cat([part.x] + [affine(part.x, **GENTLE) for _ in range(copies - 1)])
-        said = torch.cat([ChannelsLast(master)(b) for b in x.split(1000)])
+        said = torch.cat([master(b) for b in x.split(1000)])
     return Split(x, torch.arange(len(x))), said, part.y.repeat(copies)
 
 
-# --- the price: what the coder of solid files takes for codes that know their neighbours ---
-
-
-def as_pictures(name: str, weight: Tensor, lines: dict) -> tuple:  # pictures, their lines, the length of a line
-    "How the coder sees a weight."
-    if weight.dim() > 2:
-        return -1, *weight.shape[-2:]
-    return (len(weight), -1, lines[name]) if name in lines else (len(weight), 1, -1)
-
-
-def bits_of_codes(codes: Tensor, left: Tensor, above: Tensor, most: int) -> Tensor:  # [9 neighbourhoods, 2 most + 1]
-    """What each code takes beside each pair of neighbours' signs, by how often the three questions are answered so:
-    zero? by whether the neighbours are, above? by the sum of their signs, how far away? by nothing."""
-    other, near = codes != 0, lambda left, above: (left != 0).long() + 2 * (above != 0).long()
-
-    def answers(question, n):  # [n, 2]: bits of no and yes
-        counts = question.bincount(minlength=2 * n).view(n, 2) + 0.5
-        return (counts.sum(1, keepdim=True) / counts).log2()
-
-    zero = answers((2 * near(left, above) + other).flatten(), 4)
-    side = answers((2 * (left + above + 2) + (codes > 0))[other], 5)
-    sizes = codes.abs()[other].bincount(minlength=most + 1)[1:] + 0.5
-    size = (sizes.sum() / sizes).log2()
-    left, above = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).t()
-    where, sign = near(left, above), left + above + 2
-    outside = zero[where, 1, None]
-    return torch.cat([outside + side[sign, :1] + size.flip(0), zero[where, :1], outside + side[sign, 1:] + size], 1)
-
-
-class Bill:
-    """What the codes of a prepared model take in a solid file, but for learning. The gradient of a weight is how much
-    dearer the code above it is than the one below, where it stands (after Agustsson et al. 2017, arXiv:1704.00648);
-    prices change slowly, and are looked up anew at every fourth step."""
-
-    def __init__(self, model: nn.Module, lines: dict):
-        self.parts = [(q, w, as_pictures(name, w, lines)) for name, q, w in quantizers_of(model)]
-        self.calls = 0
-
-    def __call__(self) -> Tensor:
-        places = [self.place(*part) for part in self.parts]
-        if self.calls % 4 == 0:
-            self.bits, self.dearer = zip(
-                *(self.prices(u.detach(), q.levels // 2) for u, (q, *_) in zip(places, self.parts))
-            )
-        self.calls += 1
-        return straight_through(sum(self.bits), sum((d * u).sum() for d, u in zip(self.dearer, places)))
-
-    def place(self, quantizer: WeightQuantizer, weight: Tensor, pictures: tuple) -> Tensor:
-        "Where each weight stands among the codes."
-        most = quantizer.levels // 2
-        return (weight / quantizer.steps(weight.numel())[0]).clamp(-most, most).view(pictures)
-
-    @staticmethod
-    def prices(u: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        "Bits of all codes; of each weight what the code above costs more than that below."
-        codes = u.round().long()
-        signs = codes.sign()
-        left, above = F.pad(signs, (1, 0))[..., :-1], F.pad(signs, (0, 0, 1, 0))[:, :-1]
-        bits, at = bits_of_codes(codes, left, above, most), 3 * left + above + 4
-        low = u.floor().long().clamp(max=most - 1) + most
-        return bits[at, codes + most].sum(), bits[at, low + 1] - bits[at, low]
-
-
-def taught(model, pupils, epochs, how, seed, price=0.0):
-    "Learn from teacher and labels; with a price for a thousand bits, which rises during the first half."
+def taught(model, pupils, epochs, lr, seed, price=0.0):
+    "Learn from teacher and labels; with a price for a thousand bits of entropy, which rises during the first half."
     images, said, labels = pupils
     calls, half = itertools.count(), epochs * len(images) / BATCH / 2
-    bill = Bill(model, how["lines"]) if price else None
 
     def loss(out, i):
         soft = F.kl_div(
@@ -220,60 +124,53 @@ def taught(model, pupils, epochs, how, seed, price=0.0):
             reduction="batchmean",
         )
         total = 0.5 * TEMPERATURE**2 * soft + 0.5 * F.cross_entropy(out, labels[i])
-        return total + min(1.0, next(calls) / half) * price * bill() / 1000 if price else total
+        return total + min(1.0, next(calls) / half) * price * entropy_bits(model) / 1000 if price else total
 
     is_prepared = any(isinstance(m, WeightQuantizer) for m in model.modules())
     optimizer = functools.partial(StepAdam, model=model) if is_prepared else torch.optim.Adam
-    train(ChannelsLast(model), images, epochs, how["lr"], BATCH, seed, progress=False, loss=loss, optimizer=optimizer)
-    return model
+    return train(model, images, epochs, lr, BATCH, seed, progress=False, loss=loss, optimizer=optimizer)
 
 
 def student(how, seed):
-    "A small relative whose biases are zero and stay so. (How it began is no part of its file.)"
+    """A small relative. In LeNet-5 no nonlinearity but pooling follows the convolutions, so that their biases only
+    move those of fc1: they stay zero. How it began is no part of its file."""
     model = how["make"](**how["student"])
-    with seeded(100 + seed):
-        for m in model.children():
-            m.reset_parameters()
-            nn.init.zeros_(m.bias).requires_grad_(False)
+    model.load_state_dict(how["make"](seed=100 + seed, **how["student"]).state_dict())
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        nn.init.zeros_(conv.bias).requires_grad_(False)
     return model
 
 
 @torch.no_grad()
-def whole_steps(model):
-    """A copy of a converted network whose steps are 1, but for the last one's, which is a power of two: without
-    biases, and with no nonlinearity but ReLU and maxima, all answers are multiplied by one positive number, and none
-    of them changes."""
+def rounded(model):
+    """A copy of a prepared model whose biases are eight-bit floats. (Its steps stay: a price on bits leaves many
+    weights beside a border between two codes, and the slightest change of a step moves them across; on validation
+    digits that cost half a percentage point.)"""
     model = copy.deepcopy(model)
-    steps = [m.q.scale for m in model.modules() if isinstance(m, Dequantize)]
-    product = torch.stack(steps).log2().sum().round().exp2()
-    for step in steps:
-        step.fill_(1.0 if step is not steps[-1] else product)
+    for m in model.modules():
+        if isinstance(getattr(m, "bias", None), nn.Parameter):
+            m.bias.copy_(m.bias.to(torch.float8_e4m3fn))
     return model
 
 
-def learned(how, part, seed, scale=1):
-    "The full network, the small one, the same rounded, and with a price on bits; seconds of one processor."
-    began, times = time.process_time(), {}
+def steps(how, part, seed, scale=1):
+    "From the full network to the smallest file: (name, model, how it is saved), and seconds."
+    began, times = time.perf_counter(), {}
 
     def clock(name):
-        times[name] = round(time.process_time() - began - sum(times.values()), 1)
+        times[name] = round(time.perf_counter() - began - sum(times.values()), 1)
 
     master = teacher(how, part, seed, max(1, TEACHING // scale))
     clock("teacher")
     pupils = lesson(master, part, seed, max(2, COPIES // scale))
     clock("what it says")
-    small = taught(student(how, seed), pupils, how["first"], how, seed)
+    small = taught(student(how, seed), pupils, how["first"], how["lr"], seed)
     clock("student")
-    free = prepare(small, levels=how["levels"], activations=None, per_channel=False)
-    taught(free, pupils, 1, how, seed)
+    ready = dict(levels=how["levels"], activations=None, per_channel=False)
+    free = taught(prepare(small, **ready), pupils, 1, how["lr"], seed)
     clock("rounding")
-    paid = taught(copy.deepcopy(free), pupils, how["then"], how, seed, how["price"])
+    paid = taught(prepare(small, **ready), pupils, how["then"], how["lr"], seed, how["price"])
     clock("rounding and price")
-    return (master, small, free, paid), times
-
-
-def files(how, master, small, free, paid):
-    "From the full network to the smallest file: (step, model, how it is saved)."
     return [
         ("float32", master, False),
         ("float32, entropy-coded", master, True),
@@ -282,86 +179,25 @@ def files(how, master, small, free, paid):
         (f"{how['levels']} levels, trained", convert(free), True),
         ("a price on bits", convert(paid), True),
         ("solid file", convert(paid), "solid"),
-        ("steps of powers of two", whole_steps(convert(paid)), "solid"),
-    ]
+        ("8-bit biases", convert(rounded(paid)), "solid"),
+    ], times
 
 
-def measured(made, split, on):
-    "Bytes and accuracies of every step's file, loaded back by its path; the last file."
+def run(job):
+    "One seed of one network: bytes and accuracies of every step's file, loaded back by its path."
+    name, seed, part, on, scale = job
+    torch.set_num_threads(1)
+    data, how = mnist5k(), NETS[name]
+    made, times = steps(how, getattr(data, part), seed, scale)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for i, (step, model, archive) in enumerate(made):
             path = save(model, Path(folder) / f"{i}.mz", archive)
-            rows.append(dict(step=step, bytes=os.path.getsize(path)) | {on: accuracy(load(path), split)})
+            again = load(path)
+            rows.append(dict(step=step, bytes=os.path.getsize(path)) | {on: accuracy(again, getattr(data, on))})
+        last = path.read_bytes()
         rows[-1]["tensors"] = {line.name: line.bytes for line in inspect(path).lines}
-        return rows, path.read_bytes()
-
-
-# --- the standard's codec, beside it ---
-
-# self-contained: the peer's interpreter need not have this library
-PEER_PROGRAM = """
-import json, sys
-import numpy as np
-import torch
-
-for name in ("nms", "qnms"):  # of a torchvision for another torch
-    torch.library.define("torchvision::" + name, "(Tensor a, Tensor b, float c) -> Tensor")
-from nncodec import nnc
-
-folder = sys.argv[1]
-for i, (name, qp, trellis) in enumerate(json.load(open(folder + "/jobs.json"))):
-    weights = dict(np.load(f"{folder}/{name}.npz"))
-    data = nnc.compress(weights, None, qp=qp, use_dq=trellis, row_skipping=True, return_bitstream=True)
-    np.savez(f"{folder}/{i}.npz", **nnc.decompress(data))
-    print("bytes", len(data), flush=True)
-"""
-PEER = os.environ.get("NNCODEC_PYTHON")
-# weights, quantization parameters (the step is 2^(qp/4), and between these straight); -32 is the default
-PEER_JOBS = {"float32": (-32,), "student": (-32, -20, -16, -12), "priced": (-8, -4, 0, 4), "codes": (0,)}
-
-
-def weights_of(model: nn.Module) -> dict:
-    return {n: p.detach().numpy() for n, p in model.named_parameters() if p.dim() > 1}
-
-
-def peer_rows(how: dict, models: tuple, split: Split, on: str) -> list[dict]:
-    """What NNCodec makes of the very weights: with its trellis, which is its default, and without; those that were
-    priced in units of their steps, which changes no answer. Bytes are its stream's, accuracies those of what it
-    decodes."""
-    blank = how["make"](**how["student"])
-    for b in (p for p in blank.parameters() if p.dim() == 1):
-        nn.init.zeros_(b)
-    full, small, _, paid = models
-    given = {"float32": full.state_dict(), "student": weights_of(small)}
-    steps = {name: (w / q.steps(w.numel())[0]).detach() for name, q, w in quantizers_of(paid)}
-    given["priced"] = {f"{n}.weight": w.numpy() for n, w in steps.items()}
-    given["codes"] = {f"{n}.weight": w.round().clamp(-7, 7).numpy() for n, w in steps.items()}
-    jobs = [(n, qp, t) for n, qps in PEER_JOBS.items() for t in (True, False)[n == "codes" :] for qp in qps]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, weights in given.items():
-            np.savez(f"{folder}/{name}.npz", **{n: np.asarray(w, dtype=np.float32) for n, w in weights.items()})
-        Path(folder, "jobs.json").write_text(json.dumps(jobs))
-        said = subprocess.run([PEER, "-c", PEER_PROGRAM, folder], check=True, capture_output=True, text=True).stdout
-        sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes ")]
-        for i, ((name, qp, trellis), size) in enumerate(zip(jobs, sizes, strict=True)):
-            decoded = {n: torch.from_numpy(np.asarray(w)) for n, w in np.load(f"{folder}/{i}.npz").items()}
-            model = copy.deepcopy(full if name == "float32" else blank)
-            model.load_state_dict(decoded, strict=name == "float32")
-            rows.append(dict(weights=name, qp=qp, trellis=trellis, bytes=size) | {on: accuracy(model.eval(), split)})
-    return rows
-
-
-def run(job):
-    "One seed of one network."
-    name, seed, part, on, scale = job
-    torch.set_num_threads(1)
-    data, how = mnist5k(), NETS[name]
-    models, times = learned(how, getattr(data, part), seed, scale)
-    split = getattr(data, on)
-    rows, last = measured(files(how, *models), split, on)
-    return name, seed, rows, peer_rows(how, models, split, on) if PEER and name == "LeNet-5" else [], times, last
+    return name, seed, rows, times, last
 
 
 def summary(name, runs, on):
@@ -374,10 +210,6 @@ def summary(name, runs, on):
     ]
     for row in table:
         print(f"{name:<15}{row['step']:<28}{row['bytes']:>12,.0f}{row['factor']:>8,.0f}×  {100 * row[on]:.2f} %")
-    for i, row in enumerate(runs[0]["peer"]):
-        means = {key: statistics.mean(r["peer"][i][key] for r in runs) for key in ("bytes", on)}
-        said = f"NNCodec, {row['weights']}, qp {row['qp']}{', trellis' if row['trellis'] else ''}"
-        print(f"{name:<15}{said:<40}{means['bytes']:>12,.0f}  {100 * means[on]:.2f} %")
     how = {k: v for k, v in NETS[name].items() if k != "make"}
     return dict(how=how, weights=weights, table=table, lost=100 * (table[0][on] - table[-1][on]), runs=runs)
 
@@ -404,13 +236,11 @@ def main(names, scale=1, seeds=SEEDS, part="fit", on="test", write=True):
         "literature": LITERATURE,
         "nets": {},
     }
-    if not PEER:
-        print("NNCodec is left out: NNCODEC_PYTHON names no interpreter that has it")
     with ProcessPoolExecutor(2) as pool:
-        for name, seed, rows, peer, times, last in pool.map(
+        for name, seed, rows, times, last in pool.map(
             run, [(name, seed, part, on, scale) for name in names for seed in seeds]
         ):
-            found[name].append(dict(seed=seed, rows=rows, peer=peer, seconds=times))
+            found[name].append(dict(seed=seed, rows=rows, seconds=times))
             print(name, seed, rows[0][on], rows[-1]["bytes"], rows[-1][on], times, flush=True)
             if write and name == "LeNet-5" and seed == seeds[0]:
                 (RESULTS / "record.mz").write_bytes(last)
