@@ -379,8 +379,9 @@ def test_graphs(reader, tmp_path, name):
 def test_graphs_that_the_library_saved(reader, tmp_path, name):
     model, x = made(name)
     with torch.no_grad():
-        (got,) = run(reader, save(quantize_model(model, 4), tmp_path / "x.mz", example=x), x)
-        assert (got - quantize_model(model, 4)(x)).abs().max() < 1e-5
+        small, how = quantize_model(model, 4), "solid" if name == "LeNet5" else True
+        (got,) = run(reader, save(small, tmp_path / "x.mz", how, example=x), x)
+        assert (got - small(x)).abs().max() < 1e-5
 
 
 X, Y = torch.linspace(-2.5, 3, 24).reshape(2, 3, 4), torch.linspace(1.5, -0.75, 12).reshape(3, 4)
