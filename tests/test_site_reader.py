@@ -480,6 +480,7 @@ BAD_NODES = {
     "a layer that does not exist": [[".nobody", 1]],
     "a tensor that does not exist": [["=nobody"]],
     "a list for one value": [["unbind", 1], ["relu", 1]],
+    "a list for a layer": [["unbind", 1], [".0", 1]],
     "no such value of several": [["unbind", 1], ["item", 1, 2]],
     "shapes that do not match": [["view", 1, [24]], ["add", 1, 2]],
     "a place that is not there": [["select", 1, 0, 9]],
@@ -501,7 +502,8 @@ BAD_GRAPHS = {
 
 def test_bad_graphs_are_errors(reader, tmp_path):
     "An error, soon, and before memory is taken."
-    path = with_graph(tmp_path / "x.mz", nn.Linear(1, 1), X, [["relu", 1]], ("n",))
+    path = with_graph(tmp_path / "x.mz", nn.Sequential(nn.Linear(4, 1)), X, [[".0", 1]], ("n",))
+    assert run(reader, path, X)[0].shape == (2, 3, 1)
     bad = [coded(rewritten(path, lambda m: change(m["graph"]))) for change in BAD_GRAPHS.values()]
     given = [[list(X.shape), coded(X.numpy().tobytes()), False]]
     each = RUN.replace("const [text, inputs] = arguments;", "")

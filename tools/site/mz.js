@@ -1649,7 +1649,7 @@ const mz = (() => {
         const f = layer(what.slice(1));
         if (args.length !== 1 || !isSize(args[0])) bad(i, `gives ${quoted(what)} other arguments than this reader knows`);
         const k = back(args[0], i);
-        return { uses: [k], run: values => f(values[k]) };
+        return { uses: [k], run: values => Array.isArray(values[k]) ? bad(i, "gives a layer a list of values") : f(values[k]) };
       }
       if (!has(OPERATIONS, what)) bad(i, `has the operation ${quoted(what)}, which this reader does not know`);
       const [signature, f] = OPERATIONS[what], kinds = signature.split(" ").map(k => /^(\w)(\?)?(=(.*))?$/.exec(k)), read = [];
