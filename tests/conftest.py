@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 from guards import FUZZ, share
 
 settings.register_profile("same", deadline=None, derandomize=True, database=None)

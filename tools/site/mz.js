@@ -707,8 +707,11 @@ const mz = (() => {
   const bias = (layer, n) => layer.bias === false ? {} : { bias: [n] };
   const TENSORS = {  // class → its own tensors, in the order of the state dict
     Linear: l => ({ weight: [l.out_features, l.in_features], ...bias(l, l.out_features) }),
-    Conv2d: l => ({ weight: [l.out_channels, l.in_channels / (l.groups ?? 1), ...l.kernel_size], ...bias(l, l.out_channels) }),
-    ...Object.fromEntries(["Sequential", "Tanh", "ReLU", "Sigmoid", "GELU", "Identity", "Dropout", "Flatten", "MaxPool2d", "AvgPool2d"].map(n => [n, () => ({})])),
+    Conv2d: l => ({ weight: [l.out_channels, l.in_channels / (l.groups ?? 1), ...[l.kernel_size, l.kernel_size].flat().slice(0, 2)], ...bias(l, l.out_channels) }),
+    ...Object.fromEntries(["BatchNorm1d", "BatchNorm2d"].map(n => [n, l => ({ weight: [l.num_features], ...bias(l, l.num_features), running_mean: [l.num_features], running_var: [l.num_features], num_batches_tracked: [] })])),
+    LayerNorm: l => ({ weight: [l.normalized_shape].flat(), ...l.bias === false ? {} : { bias: [l.normalized_shape].flat() } }),
+    Embedding: l => ({ weight: [l.num_embeddings, l.embedding_dim] }),
+    ...Object.fromEntries(["Sequential", "Tanh", "ReLU", "ReLU6", "Sigmoid", "GELU", "SiLU", "Hardswish", "Hardsigmoid", "Identity", "Dropout", "Flatten", "Softmax", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"].map(n => [n, () => ({})])),
   };
 
   function layersOf(manifest) {  // what the builder makes, and what the file says differs
@@ -722,11 +725,13 @@ const mz = (() => {
     return out;
   }
 
-  function expectedOf(manifest) {  // the tensors of such a model: name → shape, all of them float32
-    const out = new Map();
-    for (const [name, layer] of layersOf(manifest)) {
-      demand(isObject(layer) && has(TENSORS, layer.class), `this reader does not know the layer ${quoted(layer?.class ?? name)}`);
-      for (const [n, shape] of Object.entries(TENSORS[layer.class](layer))) out.set(`${name}.${n}`, { dtype: "float32", shape });
+  function expectedOf(manifest) {  // the tensors of such a model: name → type and shape
+    const out = new Map(), told = manifest.graph === undefined ? layersOf(manifest) : Object.entries(isObject(manifest.layers) ? manifest.layers : {});
+    for (const [name, layer] of told) {
+      demand(isObject(layer) && (has(TENSORS, layer.class) || layer.class === undefined), `this reader does not know the layer ${quoted(layer?.class ?? name)}`);
+      const own = layer.class === undefined ? layer.shapes ?? {} : TENSORS[layer.class](layer);
+      demand(isObject(own), "its layers are described in an unknown form");
+      for (const [n, shape] of Object.entries(own)) out.set(name ? `${name}.${n}` : n, { dtype: n === "num_batches_tracked" ? "int64" : "float32", shape });
     }
     return out;
   }
@@ -776,25 +781,29 @@ const mz = (() => {
       }
       return out;
     }
-    code(levels, where, side, name) {  // less the middle one
+    // One code less the middle one, its first two questions in contexts of their own.
+    code(levels, name, where, side) {
       if (!this.bit(`${name} ${where} other`)) return 0;
       const middle = levels >> 1, up = levels > 2 && this.bit(`${name} ${side} up`), most = up ? levels - 1 - middle : middle;
       let v = 1;
       while (v < most && this.bit(`${name} ${v}`)) v++;
       return up ? v : -v;
     }
-    codes(n, levels, name, shape) {  // `shape`: each code knows its neighbours to the left and above
+    codes(n, levels, name) {  // each in the context of the one before
       if (levels > 32) return this.bytes(n, 1, name);
       const out = new Uint8Array(n), middle = levels >> 1;
-      if (!shape) {
-        for (let i = 0, last = 0; i < n; i++) out[i] = middle + (last = this.code(levels, last !== 0, "", name));
-        return out;
-      }
-      const picture = shape.length > 2 ? product(shape.slice(2)) : shape.length === 2 ? shape[1] : n;
-      const width = (shape.length > 2 ? shape.at(-1) : this.bytes(1, 1, `${name} width`)[0]) || picture;
+      for (let i = 0, last = 0; i < n; i++) out[i] = middle + (last = this.code(levels, name, last !== 0, ""));
+      return out;
+    }
+    pictures(shape, levels, name) {  // of a whole tensor, each in the context of those to its left and above it
+      const n = product(shape), out = new Uint8Array(n), signs = new Int8Array(n), middle = levels >> 1;
+      const size = shape.length > 2 ? product(shape.slice(2)) : shape.length === 2 && shape[0] ? n / shape[0] : n;
+      const line = (shape.length > 2 ? shape.at(-1) : this.bytes(1, 1, `${name} width`)[0]) || size;
       for (let i = 0; i < n; i++) {
-        const k = i % picture, left = k % width ? Math.sign(out[i - 1] - middle) : 0, above = k >= width ? Math.sign(out[i - width] - middle) : 0;
-        out[i] = middle + this.code(levels, `${left !== 0} ${above !== 0}`, left + above, name);
+        const k = i % size, left = k % line ? signs[i - 1] : 0, above = k >= line ? signs[i - line] : 0;
+        const v = this.code(levels, name, `${left !== 0} ${above !== 0}`, left + above);
+        signs[i] = Math.sign(v);
+        out[i] = middle + v;
       }
       return out;
     }
@@ -810,19 +819,19 @@ const mz = (() => {
   // The mapped manifest for which a solid one stands, and its numbers: plain entry → {bytes} or {bits, levels, codes}
   function lengthened(short, message) {
     const wrong = name => `${quoted(name)} is described in an unknown form`, lists = Array.isArray(short.tensors);
-    const known = short.architecture && (short.modelzip < 5 || "kind" in short) ? expectedOf(short) : new Map();
+    const knows = short.graph !== undefined || short.architecture && (short.modelzip < 5 || "kind" in short), known = knows ? expectedOf(short) : new Map();
     demand(lists || isObject(short.tensors), "its manifest has unknown or missing fields");
     demand(!lists || short.tensors.length === known.size, "it is of another architecture: its table has another length");
     const names = lists ? [...known.keys()] : Object.keys(short.tensors), tensors = Object.create(null), parts = [];
     let total = 0, end = 0;
-    const place = (entry, levels, count, shape) => {
+    const place = (entry, levels, count, whole) => {
       checkPlain(entry, "a tensor", true);
       const size = TYPES[entry.dtype][0], bytes = size * product(entry.shape);
       total += levels ? count : bytes;
       demand(total <= 2 ** 16, "it claims more numbers than the 65,536 that a solid file may have");
       entry.offset = end + (size - end % size) % size;
       end = entry.offset + bytes;
-      parts.push({ entry, levels, count, shape });
+      parts.push({ entry, levels, count, whole });
       return entry;
     };
     for (const name of names) {
@@ -840,15 +849,16 @@ const mz = (() => {
         else if (isObject(p)) entry.parts[n] = place({ ...p });
         else {
           demand((typeof p === "number" || Array.isArray(p) && p.length === 2) && isSize(levels) && isSize(count) && levels > 1 && levels <= 256, wrong(`${name}/${n}`));
-          entry.parts[n] = place({ dtype: "uint8", shape: [packedSize(count, bitsFor(levels))] }, levels, count, short.modelzip > 5 && count === product(entry.shape) ? entry.shape : undefined);
+          entry.parts[n] = place({ dtype: "uint8", shape: [packedSize(count, bitsFor(levels))] }, levels, count, count === product(entry.shape) && entry.shape);
         }
       }
       tensors[name] = entry;
     }
     const coder = new Adaptive(message), numbers = new Map(), upTo = () => Math.min(coder.at, message.length);
-    parts.forEach(({ entry, levels, count, shape }, i) => {
-      const before = i ? upTo() : Math.min(5, message.length), size = TYPES[entry.dtype][0];
-      const held = levels ? { bits: bitsFor(levels), levels, codes: coder.codes(count, levels, `#${i}`, shape) } : { bytes: coder.bytes(size * product(entry.shape), size, entry.dtype) };
+    parts.forEach(({ entry, levels, count, whole }, i) => {
+      const before = i ? upTo() : Math.min(5, message.length), size = TYPES[entry.dtype][0], name = `#${i}`;
+      const codes = () => whole && levels <= 32 && short.modelzip > 5 ? coder.pictures(whole, levels, name) : coder.codes(count, levels, name);
+      const held = levels ? { bits: bitsFor(levels), levels, codes: codes() } : { bytes: coder.bytes(size * product(entry.shape), size, entry.dtype) };
       if (levels) demand(held.codes.every(c => c < levels), "a code is too large");
       numbers.set(entry, { ...held, size: upTo() - before });
     });
@@ -1654,7 +1664,7 @@ const mz = (() => {
         const f = layer(what.slice(1));
         if (args.length !== 1 || !isSize(args[0])) bad(i, `gives ${quoted(what)} other arguments than this reader knows`);
         const k = back(args[0], i);
-        return { uses: [k], run: values => f(values[k]) };
+        return { uses: [k], run: values => Array.isArray(values[k]) ? bad(i, "gives a layer a list of values") : f(values[k]) };
       }
       if (!has(OPERATIONS, what)) bad(i, `has the operation ${quoted(what)}, which this reader does not know`);
       const [signature, f] = OPERATIONS[what], kinds = signature.split(" ").map(k => /^(\w)(\?)?(=(.*))?$/.exec(k)), read = [];

@@ -73,7 +73,7 @@
     const files = JSON.parse(root.dataset.files), ink = $(root, ".mz-ink"), pen = ink.getContext("2d"), seen = $(root, ".mz-seen").getContext("2d");
     const nets = [...root.querySelectorAll(".mz-net")], knob = $(root, "input"), chosen = $(root, "output"), said = $(root, ".mz-said");
     const loaded = new Map();
-    let strokes = [], grey = null, sample = -1, down = false, cursor = [140, 140], keys = false, turn = 0;
+    let strokes = [], grey = null, sample = -1, down = false, cursor = [140, 140], keys = false, turn = 0, soon = 0;
 
     function networkNamed(name) {
       if (!loaded.has(name)) loaded.set(name, fileNamed(name).then(bytes => {
@@ -142,6 +142,8 @@
       }
     }
     function changed(aloud) {
+      cancelAnimationFrame(soon);
+      soon = 0;
       if (strokes.length || sample < 0) grey = normalized(strokes);
       const picture = seen.createImageData(SIDE, SIDE);
       for (let i = 0; i < SIDE * SIDE; i++) picture.data.set([...Array(3).fill(255 * (grey ? grey[i] : 0)), 255], 4 * i);
@@ -162,8 +164,7 @@
     }
 
     const place = e => { const r = ink.getBoundingClientRect(); return [(e.clientX - r.left) * 280 / r.width, (e.clientY - r.top) * 280 / r.height]; };
-    let soon = 0;
-    const later = () => { soon ||= requestAnimationFrame(() => { soon = 0; changed(false); }); };
+    const later = () => { soon ||= requestAnimationFrame(() => changed(false)); };
     ink.addEventListener("pointerdown", e => {
       if (e.button) return;
       e.preventDefault();

@@ -1,0 +1,92 @@
+"""What a test in a browser needs: the site, built once; a server; Chromium with the network cut."""
+
+import fcntl, functools, http.server, importlib.util, json, os, shutil, threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
+site = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000"
+).split()
+CHROMIUM, DRIVER = (
+    shutil.which(n) or shutil.which(m)
+    for n, m in (("chromium", "chromium-browser"), ("chromedriver", "chromium.chromedriver"))
+)
+browser_only = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)",
+)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "The site, built once, whichever of several workers comes first."
+    folder = tmp_path_factory.getbasetemp()
+    docs = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "site" / "docs"
+    docs.parent.mkdir(exist_ok=True)
+    with open(docs.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        return docs if docs.exists() else site.build(docs, ROOT / "nbs")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *a):
+        pass
+
+    def do_GET(self):
+        if self.path != FRAMES:
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><link rel=icon href=data:,><title>frames</title><body>")
+
+
+FRAMES = "/frames"  # a page of the same server with nothing on it, in which others are opened
+
+
+@pytest.fixture(scope="session")
+def address(built):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    "A browser whose console must stay empty and which asks nobody but the local server."
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)
+    yield chromium
+    assert [e["message"] for e in chromium.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+    asked = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    assert [u for u in urls if u.startswith(("http", "ws", "ftp")) and not u.startswith("http://127.0.0.1")] == []
+
+
+def wait(browser, script, *arguments, seconds=5):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda b: b.execute_script(script, *arguments))
