@@ -394,14 +394,13 @@ BOMBS = [
     ["adaptive_avg_pool2d", 1, [10**6, 10**6]],
     ["repeat_interleave", 1, 10**9, 0],
     ["split", 1, 0],
-    ["unbind", 1],
     ["pixel_shuffle", 1, 2**30],
     ["view", 1, [2**31, -1]],
     ["topk", 1, 10**9],
     ["item", 1, 10**9],
     ["slice", 1, 0, 0, None, 0],
     ["conv2d", 1, 1, None, [1, 1], [10**6, 10**6]],
-    ["max_pool2d", 1, [10**6, 10**6], [1, 1], [5 * 10**5, 5 * 10**5]],
+    ["max_pool2d", 1, [10**6, 10**6]],
     ["constant", [10**9], [1], "float32"],
     ["index", 1, [None, None, 1]],
 ]
@@ -520,9 +519,8 @@ def test_hostile_graphs_are_refused_in_little_memory(files):
 def test_bombs_are_named(files, bomb):
     for manifest, rows, _, _ in share(opened_graphs(files), 1):
         bad = copy.deepcopy(manifest)
-        bad["graph"]["nodes"] = [bomb] * 1 + bad["graph"]["nodes"]
-        bad["graph"]["output"] = 1
-        with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|takes more than"):
+        bad["graph"]["nodes"].insert(0, bomb)
+        with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|node 1 .*takes more than"):
             skeleton_of(check_manifest(bad), None, rows)
 
 

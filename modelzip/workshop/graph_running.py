@@ -107,13 +107,13 @@ def check_memory(
     measure, at = Measure(most), [0]
 
     def seen(i, value, freed):
-        at[0] = i + 1
         measure(i + len(plan.inputs), value, freed)
+        at[0] = i + 1
 
     inputs = [torch.empty(s, dtype=i.dtype, device="meta") for s, i in zip(shapes, plan.inputs)]
-    for i, x in enumerate(inputs):
-        measure(i, x, [])
     try:
+        for i, x in enumerate(inputs):
+            measure(i, x, [])
         with torch._C.DisableTorchFunction():  # whoever watches the model need not see this
             sizes = sizes_of(plan, shapes)
             run_plan(
@@ -285,6 +285,9 @@ def container_tensors(m: nn.Module, name: str, entry: dict, rows: dict[str, Row]
             m.register_parameter(key, nn.Parameter(t, requires_grad=dtype.is_floating_point))
 
 
+PLAIN = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList, "ModuleDict": nn.ModuleDict}  # that only hold
+
+
 def modules_of(
     kinds: dict,  # name → entry, of all modules, parents first
     rows: dict[str, Row] | None,
@@ -311,8 +314,8 @@ def modules_of(
             whole.add(name)
             most -= len(list(made[name].parameters()))
             demand(most >= 0, "it describes layers that have more tensors than it holds")
-        elif "class" in entry:
-            made[name] = nn.Sequential()
+        elif entry.get("class", entry["module"] if len(entry) == 1 and "module" in entry else None) in PLAIN:
+            made[name] = PLAIN[entry.get("class", entry.get("module"))]()
         else:
             made[name] = Container(entry)
             container_tensors(made[name], name, entry, rows, buffers)

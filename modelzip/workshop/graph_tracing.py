@@ -129,10 +129,16 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
     try:
         with warnings.catch_warnings(), Quiet():
             warnings.simplefilter("ignore")
-            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
-            return program.run_decompositions(_kept())
+            return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
     except Exception as e:
         raise ValueError(f"the model cannot be followed: {reason_of(e)}") from None
+
+
+def apart(program: Any) -> Any:  # an `ExportedProgram`
+    "Take everything apart that the table does not have; nothing is written into any more."
+    with warnings.catch_warnings(), Quiet():
+        warnings.simplefilter("ignore")
+        return program.run_decompositions(_kept())
 
 
 def reason_of(e: Exception) -> str:
@@ -240,6 +246,10 @@ def _from_end(given, value):
     return "slice", given | ({"end": None} if isinstance(end, int) and end >= MOST_SIZE else {})
 
 
+def _shaped(given, value):
+    return {"self": given["self"], "size": list(value.shape)}
+
+
 def _cast(given, value):
     if given.get("dtype", given["self"].meta["val"].dtype) == given["self"].meta["val"].dtype:
         return None
@@ -278,6 +288,11 @@ REWRITES = {
     **dict.fromkeys(
         "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
     ),
+    **dict.fromkeys(
+        "flatten unflatten view_as reshape_as".split(), lambda given, value: ("view", _shaped(given, value))
+    ),
+    "expand_as": lambda given, value: ("expand", _shaped(given, value)),
+    "type_as": lambda given, value: _cast({"self": given["self"], "dtype": value.dtype}, value),
     "_to_copy": _cast,
     "to": _cast,
     "_unsafe_view": _as("view"),
@@ -508,9 +523,9 @@ def write(w: Writer, program: Any) -> None:
     "All nodes of a program."
     calls = {}
     for node in program.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
         target = node.target
+        if node.op in ("placeholder", "output") or target is operator.getitem and not node.users:
+            continue
         if node.op != "call_function":
             raise ValueError(f"it has a branch or a loop that depends on numbers ({target})")
         if target is operator.getitem:
@@ -605,7 +620,10 @@ def trace(
         numbers = hide(own)
         try:
             program = exported(flat, tensors, layout.free)
-            graph = written_graph(layout, own, flat, program, output)
+            try:
+                graph = written_graph(layout, own, flat, program, output)
+            except ValueError:
+                graph = written_graph(layout, own, flat, apart(program), output)
         finally:
             for n in numbers:
                 CALLS.pop(n, None)
@@ -687,7 +705,10 @@ def _name_sizes(w, users, layout, program, limits):
 @torch.no_grad()
 def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same; a size that has to be two says so
     "`ValueError` unless a graph gives what the model gives: for the example, and for other free sizes."
-    own = copied(model).eval()
+    own, original = copied(model).eval(), copied(model).eval()
+    for m in own.modules():
+        if getattr(m, "inplace", False):
+            m.inplace = False  # as a layer is that is made from a file
     try:
         plan = read_graph(graph, leaf_layers(own), {i.name for i in items(own)})
     except PackError as e:
@@ -698,7 +719,7 @@ def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same
         inputs = [_of_size(x, free, sizes) for x, free in zip(layout.example, layout.free)]
         with torch.random.fork_rng(devices=[]):
             try:
-                want = parts_of(called(layout, copied(own), [x.clone() for x in inputs]))[0]
+                want = parts_of(called(layout, copied(original), [x.clone() for x in inputs]))[0]
             except Exception:
                 if sizes is now:
                     raise
