@@ -6,24 +6,23 @@
 __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'diff']
 
 # %% ../nbs/05_pack.ipynb
-import json, mmap, os
+import json, os, torch
 from pathlib import Path
 from typing import Any, BinaryIO
-import torch
 from torch import Tensor, nn
 from .archive import ALIGN, Entry, PackError, data_offset, demand, naming, open_file, quoted, replacing, seal
 from .archive import seal_solid, several
 from .quant import CompressedTensor
 from .workshop.filling import check_result, fill, rebuild, wrap
-from .workshop.graph_running import GraphModel, graph_of
+from .workshop.graph_running import graph_of
 from .workshop.graph_tracing import trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
-from .workshop.reading import check_bool, check_loading, check_mappable, read_payload, read_row, room
-from .workshop.reading import verify_payload, verify_rest
+from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
+from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
 from .workshop.writing import LARGE, check_machine, check_saving, write_payload
@@ -72,8 +71,7 @@ def save(
     graph = graph_of(model) if example is None else trace(model, example, dynamic)
     manifest = {"modelzip": VERSION, "architecture": None if graph else architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"])
-    if graph:
-        manifest["graph"] = graph
+    manifest |= {"graph": graph} if graph else {}
     if info:
         manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
@@ -87,30 +85,9 @@ def save(
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
-def map_payload(
-    f: BinaryIO,
-    rows: dict[str, Row],
-    payload: Entry,
-    verify: bool,  # read everything once, for the checksum
-) -> dict[tuple[str, str], Tensor]:  # by name of the tensor and name of the part
-    "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
-    if verify:
-        verify_payload(f, rows, payload)
-    view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
-    for name, key, part in in_order(rows):
-        if part.nbytes:
-            raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
-            tensors[name, key] = raw.view(part.dtype).reshape(part.shape)
-        else:
-            tensors[name, key] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        check_bool(tensors[name, key])
-    return tensors
-
-# %% ../nbs/05_pack.ipynb
 def load(
     path: str | os.PathLike,  # a file that `save` has written
-    # one of the same architecture, of any size, compressed or not; left as it is. None: the graph in the file says what
-    # is computed, or a registered builder makes one
+    # one of the same architecture, of any size, compressed or not; left as it is. None: the file's graph, or a builder
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     mmap: bool = False,

@@ -4,6 +4,7 @@ are refused."""
 import copy, json, os, resource, subprocess, sys, zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 import graph_models
 from guards import examples, seeded, share, turns, unchanged
 from modelzip.archive import open_file
+from modelzip.cli import cli
 from modelzip.data import LeNet5, MiniLM
 from modelzip.kernels import use_kernels
 from modelzip.pack import PackError, load, save
@@ -90,7 +92,7 @@ def files(tmp_path_factory):
             write_down(model, x, folder / f"{name} plain.mz", example=x, dynamic=dynamic)
         come_back = load(folder / f"{name} plain.mz")
         ways = {k: lambda k=k: k for k in WAYS if (name, k) not in NOT and k != "mixed"}
-        for way in turns(i, ways, 3).values() if name != "LeNet5" else ():
+        for way in turns(i, ways, 2).values() if name != "LeNet5" else ():
             write_down(WAYS[way](come_back, x), x, folder / f"{name} {way}.mz", archive=i % 2 == 0)
     model, x, _ = made["LeNet5"]
     for way, make in WAYS.items():
@@ -116,7 +118,7 @@ def test_files_run_where_their_code_is_not(files):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) >= 11 + 10 * 3 + len(WAYS), "a network or a way is missing"
+    assert len(found) >= 11 + 10 * 2 + len(WAYS), "a network or a way is missing"
     assert {k: v for k, v in found.items() if v != 0} == {}  # not one bit is another
 
 
@@ -144,7 +146,7 @@ def test_layers_stay_layers(files):
 
 
 def test_a_loaded_model_is_saved_like_its_original(files, tmp_path):
-    for name in share([p.name for p in sorted(files.glob("*.mz"))], 6):
+    for name in share([p.name for p in sorted(files.glob("*.mz"))], 3):
         m = load(files / name)
         for use in (True, False):
             assert (
@@ -253,6 +255,43 @@ def test_older_readers_name_what_they_do_not_know(files):
     assert manifest["modelzip"] == 5
     with pytest.raises(PackError, match="unknown field `future`"):  # as those before the graph say of `graph`
         check_manifest(manifest | {"future": {}})
+
+
+def test_commands_run_and_show_a_graph(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mini, lenet = str(files / "MiniLM plain.mz"), str(files / "LeNet5 quantized.mz")
+    held = load_file(files / "LeNet5 quantized.safetensors")
+    np.save("x.npy", held["in0"].double().numpy())
+    assert cli(["run", lenet, "x.npy", "-o", "y.npy"]) == 0
+    assert np.array_equal(np.load("y.npy"), held["out0"].numpy())
+    assert cli(["run", lenet, "x.npy", "--json"]) == 0 and '"shape": [2, 10]' in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    words = load_file(files / "MiniLM plain.safetensors")
+    np.savez("ids.npz", input_ids=words["in0"].numpy(), attention_mask=words["in1"].numpy())
+    assert cli(["run", mini, "ids.npz", "-o", "out.npz"]) == 0
+    assert np.array_equal(np.load("out.npz")["output"], words["out0"].numpy())
+    assert cli(["inspect", "--graph", lenet]) == 0
+    assert "relu = relu(fc1)" in capsys.readouterr().out
+    assert cli(["inspect", lenet]) == 0 and "a graph of 8 operations" in capsys.readouterr().out
+    assert cli(["compress", lenet.replace("quantized", "plain"), "-o", "small.mz", "--bits", "4"]) == 0
+    assert type(load("small.mz")).__name__ == "GraphModel"
+    save(LeNet5(), "none.mz")
+    Path("text.npy").write_text("no array")
+    for line, said in [
+        (["run", "none.mz", "x.npy"], "holds no graph"),
+        (["inspect", "--graph", "none.mz"], "holds no graph"),
+        (["run", lenet, "text.npy"], "cannot be read as numbers"),
+        (["run", lenet, "x.npy", "x.npy"], "2 arrays are given; the model takes x"),
+        (["run", mini, "x.npy", "x.npy"], "cannot compute it: input_ids is torch.float32"),
+        (["run", lenet, "ids.npz"], "it holds input_ids, attention_mask; the model takes x"),
+        (["run", lenet, "x.npy", "-o", "x.npy"], "would replace what is read"),
+        (["run", lenet, "x.npy", "-o", "x.txt"], "ends in '.txt'"),
+        (["run", lenet, "absent.npy"], "absent.npy"),
+    ]:
+        capsys.readouterr()
+        assert cli(line) == 2
+        assert said in capsys.readouterr().err, line
 
 
 # ---- every operation ----------------------------------------------------------------------------------------------
@@ -394,14 +433,13 @@ BOMBS = [
     ["adaptive_avg_pool2d", 1, [10**6, 10**6]],
     ["repeat_interleave", 1, 10**9, 0],
     ["split", 1, 0],
-    ["unbind", 1],
     ["pixel_shuffle", 1, 2**30],
     ["view", 1, [2**31, -1]],
     ["topk", 1, 10**9],
     ["item", 1, 10**9],
     ["slice", 1, 0, 0, None, 0],
     ["conv2d", 1, 1, None, [1, 1], [10**6, 10**6]],
-    ["max_pool2d", 1, [10**6, 10**6], [1, 1], [5 * 10**5, 5 * 10**5]],
+    ["max_pool2d", 1, [10**6, 10**6]],
     ["constant", [10**9], [1], "float32"],
     ["index", 1, [None, None, 1]],
 ]
@@ -520,9 +558,8 @@ def test_hostile_graphs_are_refused_in_little_memory(files):
 def test_bombs_are_named(files, bomb):
     for manifest, rows, _, _ in share(opened_graphs(files), 1):
         bad = copy.deepcopy(manifest)
-        bad["graph"]["nodes"] = [bomb] * 1 + bad["graph"]["nodes"]
-        bad["graph"]["output"] = 1
-        with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|takes more than"):
+        bad["graph"]["nodes"].insert(0, bomb)
+        with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|node 1 .*takes more than"):
             skeleton_of(check_manifest(bad), None, rows)
 
 

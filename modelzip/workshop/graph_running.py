@@ -107,13 +107,13 @@ def check_memory(
     measure, at = Measure(most), [0]
 
     def seen(i, value, freed):
-        at[0] = i + 1
         measure(i + len(plan.inputs), value, freed)
+        at[0] = i + 1
 
     inputs = [torch.empty(s, dtype=i.dtype, device="meta") for s, i in zip(shapes, plan.inputs)]
-    for i, x in enumerate(inputs):
-        measure(i, x, [])
     try:
+        for i, x in enumerate(inputs):
+            measure(i, x, [])
         with torch._C.DisableTorchFunction():  # whoever watches the model need not see this
             sizes = sizes_of(plan, shapes)
             run_plan(
@@ -203,10 +203,11 @@ class Program:
         return self
 
     def __repr__(self) -> str:
-        return f"# a graph of {len(self.graph['nodes']):,} operations, {'; '.join(graph_lines(self.graph)[: len(self.plan.inputs)])}"
+        inputs = "; ".join(graph_lines(self.graph)[: len(self.plan.inputs)])
+        return f"# a graph of {len(self.plan.nodes):,} operations, {inputs}"
 
     def check(self, shapes: list[tuple], most: int | None) -> None:
-        "`ValueError` unless the graph fits these shapes and stays within its memory; remembered for a thousand of them."
+        "`ValueError` unless the graph fits these shapes and its memory; remembered for a thousand of them."
         key = tuple(shapes), most
         if key in self.known:
             return
@@ -268,13 +269,18 @@ def graph_of(model: nn.Module) -> dict | None:
     return plain.graph if isinstance(plain, GraphModel) else None
 
 # %% ../../nbs/workshop/graph_running.ipynb
+def taken(m: nn.Module, key: str) -> bool:
+    "Whether a module has something of this name, be it for nothing yet."
+    return hasattr(m, key) or hasattr(type(m), key)
+
+
 def container_tensors(m: nn.Module, name: str, entry: dict, rows: dict[str, Row] | None, buffers: set[str]) -> None:
     "Give a Container its tensors, as ghosts."
     for key, shape in entry.get("shapes", {}).items():
         full = f"{name}.{key}" if name else key
         good = isinstance(shape, list) and len(shape) <= 64 and all(type(d) is int and 0 <= d < 2**40 for d in shape)
         demand(
-            good and key and "." not in key and not hasattr(m, key) and (rows is None or full in rows),
+            good and key and "." not in key and not taken(m, key) and (rows is None or full in rows),
             f"it describes a tensor {quoted(full)} that it does not have",
         )
         dtype = torch.float32 if rows is None else rows[full].dtype
@@ -283,6 +289,9 @@ def container_tensors(m: nn.Module, name: str, entry: dict, rows: dict[str, Row]
             m.register_buffer(key, t)
         else:
             m.register_parameter(key, nn.Parameter(t, requires_grad=dtype.is_floating_point))
+
+
+PLAIN = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList, "ModuleDict": nn.ModuleDict}  # that only hold
 
 
 def modules_of(
@@ -311,12 +320,12 @@ def modules_of(
             whole.add(name)
             most -= len(list(made[name].parameters()))
             demand(most >= 0, "it describes layers that have more tensors than it holds")
-        elif "class" in entry:
-            made[name] = nn.Sequential()
+        elif entry.get("class", entry["module"] if len(entry) == 1 and "module" in entry else None) in PLAIN:
+            made[name] = PLAIN[entry.get("class", entry.get("module"))]()
         else:
             made[name] = Container(entry)
             container_tensors(made[name], name, entry, rows, buffers)
-        demand(key and not hasattr(made[parent], key), f"it describes a layer {quoted(name)}, which is no name for one")
+        demand(key and not taken(made[parent], key), f"it describes a layer {quoted(name)}, which is no name for one")
         made[parent].add_module(key, made[name])
     return root
 

@@ -48,7 +48,8 @@ log_sigmoid: self -- the logarithm of sigmoid
 tanh: self -- the hyperbolic tangent
 silu: self -- self · sigmoid(self)
 mish: self -- self · tanh(softplus(self))
-gelu: self *approximate:none/tanh="none" -- self/2 · (1 + erf(self/√2)); tanh: self/2·(1 + tanh(√(2/π)(self+0.044715self³)))
+gelu: self *approximate:none/tanh="none"
+    -- self/2 · (1 + erf(self/√2)); tanh: self/2·(1 + tanh(√(2/π)(self+0.044715self³)))
 hardtanh: self min_val:number=-1 max_val:number=1 -- self, kept within min_val and max_val
 hardswish: self -- self · min(max(self + 3, 0), 6) / 6
 hardsigmoid: self -- min(max(self + 3, 0), 6) / 6
@@ -84,7 +85,8 @@ masked_fill: self mask value:value -- self, but value where the mask holds
 Over dimensions
 sum: self dim:ints?=null keepdim:flag=false *dtype:type?=null -- the sum over dim (null: over all)
 mean: self dim:ints?=null keepdim:flag=false *dtype:type?=null -- the mean
-var: self dim:ints?=null *correction:number?=1 *keepdim:flag=false -- the mean square distance, with n − correction for n
+var: self dim:ints?=null *correction:number?=1 *keepdim:flag=false
+    -- the mean square distance, with n − correction for n
 prod: self dim:int keepdim:flag=false -- the product
 amax: self dim:ints=[] keepdim:flag=false -- the largest (no dim: of all)
 amin: self dim:ints=[] keepdim:flag=false -- the smallest
@@ -97,7 +99,8 @@ logsumexp: self dim:ints keepdim:flag=false -- log(sum(exp(self)))
 cumsum: self dim:int *dtype:type?=null -- the sum of all so far along dim
 softmax: self dim:int dtype:type?=null -- exp(self) / sum(exp(self)) along dim
 log_softmax: self dim:int dtype:type?=null -- the logarithm of softmax
-topk: self k:size dim:int=-1 largest:flag=true sorted:flag=true -- two values: the k largest along dim, and their places
+topk: self k:size dim:int=-1 largest:flag=true sorted:flag=true
+    -- two values: the k largest along dim, and their places
 Shapes
 view: self size:sizes -- the same numbers in C order in another shape; one size may be −1, which is what is left
 permute: self dims:ints -- dimension i is dimension dims[i] of self
@@ -122,8 +125,10 @@ unbind: self dim:int=0 -- several values: every slice along dim
 item: values index:int -- one of several values
 tril: self diagonal:int=0 -- of the last two dimensions, j − i ≤ diagonal; else 0
 triu: self diagonal:int=0 -- … j − i ≥ diagonal; else 0
-constant_pad_nd: self pad:sizes value:number=0 -- value in front and behind: of the last dimension, then of the one before, …
-pixel_shuffle: self upscale_factor:int -- [n, c·r², h, w] to [n, c, h·r, w·r]: channel c·r²+i·r+j gives row i, column j
+constant_pad_nd: self pad:sizes value:number=0
+    -- value in front and behind: of the last dimension, then of the one before, …
+pixel_shuffle: self upscale_factor:int
+    -- [n, c·r², h, w] to [n, c, h·r, w·r]: channel c·r²+i·r+j gives row i, column j
 Places
 embedding: weight indices -- rows of weight
 index_select: self dim:int index -- slices along dim
@@ -136,20 +141,27 @@ mm: self mat2 -- of two matrices
 bmm: self mat2 -- of two stacks of matrices
 addmm: self mat1 mat2 *beta:number=1 *alpha:number=1 -- beta · self + alpha · mat1 · mat2
 baddbmm: self batch1 batch2 *beta:number=1 *alpha:number=1 -- the same of stacks
-scaled_dot_product_attention: query key value attn_mask:tensor?=null *is_causal:flag=false *scale:number?=null *enable_gqa:flag=false -- softmax(scale · query · keyᵀ + mask) · value
+scaled_dot_product_attention: query key value attn_mask:tensor?=null *is_causal:flag=false *scale:number?=null
+    *enable_gqa:flag=false -- softmax(scale · query · keyᵀ + mask) · value
 conv1d: input weight bias:tensor?=null stride:sizes=[1] padding:sizes=[0] dilation:sizes=[1] groups:int=1 -- as Conv1d
-conv2d: input weight bias:tensor?=null stride:sizes=[1,1] padding:sizes=[0,0] dilation:sizes=[1,1] groups:int=1 -- as Conv2d
-conv3d: input weight bias:tensor?=null stride:sizes=[1,1,1] padding:sizes=[0,0,0] dilation:sizes=[1,1,1] groups:int=1 -- so
+conv2d: input weight bias:tensor?=null stride:sizes=[1,1] padding:sizes=[0,0] dilation:sizes=[1,1] groups:int=1
+    -- as Conv2d
+conv3d: input weight bias:tensor?=null stride:sizes=[1,1,1] padding:sizes=[0,0,0] dilation:sizes=[1,1,1] groups:int=1
+    -- as the layer of that name
 Norms
 layer_norm: input normalized_shape:sizes weight:tensor?=null bias:tensor?=null eps:number=1e-5 -- as LayerNorm
 rms_norm: input normalized_shape:sizes weight:tensor?=null eps:number?=null -- as RMSNorm
 group_norm: input num_groups:int weight:tensor?=null bias:tensor?=null eps:number=1e-5 -- as GroupNorm
 batch_norm: input weight:tensor? bias:tensor? running_mean running_var eps:number -- as BatchNorm2d that does not learn
 Images
-max_pool1d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0] dilation:sizes=[1] ceil_mode:flag=false -- MaxPool1d
-max_pool2d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0,0] dilation:sizes=[1,1] ceil_mode:flag=false -- MaxPool2d
-avg_pool1d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0] ceil_mode:flag=false count_include_pad:flag=true -- so
-avg_pool2d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0,0] ceil_mode:flag=false count_include_pad:flag=true -- so
+max_pool1d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0] dilation:sizes=[1] ceil_mode:flag=false
+    -- as MaxPool1d
+max_pool2d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0,0] dilation:sizes=[1,1] ceil_mode:flag=false
+    -- as MaxPool2d
+avg_pool1d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0] ceil_mode:flag=false count_include_pad:flag=true
+    -- as the layer of that name
+avg_pool2d: self kernel_size:sizes stride:sizes=[] padding:sizes=[0,0] ceil_mode:flag=false count_include_pad:flag=true
+    -- as the layer of that name
 adaptive_avg_pool1d: self output_size:sizes -- means of output_size regions: ⌊i·n/m⌋ until before ⌈(i+1)·n/m⌉
 adaptive_avg_pool2d: self output_size:sizes -- the same of rows and columns
 adaptive_max_pool2d: self output_size:sizes -- the largest of these regions
@@ -302,7 +314,7 @@ NEW = {"full", "full_like", "arange", "constant"}  # told on which device
 # %% ../../nbs/workshop/graphs.ipynb
 def _operations() -> dict[str, Operation]:
     found, group = {}, ""
-    for line in TABLE.strip().splitlines():
+    for line in TABLE.replace("\n    ", " ").strip().splitlines():  # what is indented goes on
         head, dashes, says = line.partition(" -- ")
         if not dashes:
             group = line
@@ -657,7 +669,8 @@ def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and ou
     lines = [f"{n}: {dtype} [{', '.join(map(said_size, shape))}]" for n, dtype, shape in graph["inputs"]]
     seen = dict.fromkeys(names, 1)
     for node in graph["nodes"]:
-        word = node[0].lstrip(".=").rpartition(".")[2] or "output"
+        word = node[0].lstrip(".=").rpartition(".")[2]
+        word = word if word.isidentifier() else f"layer_{word}"
         seen[word] = seen.get(word, 0) + 1
         name = word if seen[word] == 1 else f"{word}_{seen[word]}"
         lines.append(f"{name} = {_said_node(node, names)}")
@@ -667,9 +680,9 @@ def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and ou
 
 def _said_node(node: list, names: list[str]) -> str:
     if node[0].startswith("="):
-        return node[0][1:]
+        return f"self.{node[0][1:]}"
     if node[0].startswith("."):
-        return f"{node[0][1:] or 'model'}({', '.join(_said_argument(x, names) for x in node[1:])})"
+        return f"self{node[0]}({', '.join(_said_argument(x, names) for x in node[1:])})"
     return f"{node[0]}({', '.join(_said(x, a.type, names) for x, a in zip(node[1:], OPERATIONS[node[0]].arguments))})"
 
 

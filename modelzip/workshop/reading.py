@@ -194,6 +194,26 @@ def verify_payload(
         end = part.offset + part.stored
 
 # %% ../../nbs/workshop/reading.ipynb
+def map_payload(
+    f: BinaryIO,
+    rows: dict[str, Row],
+    payload: Entry,
+    verify: bool,  # read everything once, for the checksum
+) -> dict[tuple[str, str], Tensor]:  # by name of the tensor and name of the part
+    "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
+    if verify:
+        verify_payload(f, rows, payload)
+    view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
+    for name, key, part in in_order(rows):
+        if part.nbytes:
+            raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
+            tensors[name, key] = raw.view(part.dtype).reshape(part.shape)
+        else:
+            tensors[name, key] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
+        check_bool(tensors[name, key])
+    return tensors
+
+# %% ../../nbs/workshop/reading.ipynb
 def verify_rest(f: BinaryIO, rows: dict[str, Row], payload: Entry) -> None:
     """Check all that has no checksum of its own: in our files, the small parts at the end (in files of version 1,
     everything)."""
