@@ -44,10 +44,12 @@ WAYS = {
 }
 
 
-def _cancelling(x: tuple, w: tuple, at: int, dtype: torch.dtype, draw: torch.Generator) -> list[Tensor]:
-    """Random inputs, whose dimension `at` is summed over, weights and biases: in pairs, products add up to zero, so
-    that roundings can be seen."""
+def _inputs(x: tuple, w: tuple, at: int, dtype: torch.dtype, draw: torch.Generator, cancel: bool) -> list[Tensor]:
+    """Random inputs, whose dimension `at` is summed over, weights and biases. `cancel`: in pairs, products add up to
+    zero, so that roundings of small types can be seen; but an order in which nothing but zeros is added cannot."""
     x, w, b = (32 * torch.randn(shape, generator=draw).to(dtype) for shape in (x, w, w[:1]))
+    if not cancel:
+        return [x, w, b * 16 * math.prod(w.shape[1:]) ** 0.5]  # a bias of the size of sums
     one, other = (
         torch.randperm(w.shape[1], generator=draw)[: w.shape[1] // 2 * 2].chunk(2) if w.shape[1] > 1 else ([], [])
     )
@@ -64,12 +66,13 @@ def _way(
     "The quickest way that gives n samples the bits that they have alone, tried on random numbers of these shapes."
     draw, additions = torch.Generator().manual_seed(0), 0
     *quick, truth = WAYS[f]
-    while quick and additions < 1024:
-        inputs = _cancelling(x, w, -1 if f is F.linear else 1, dtype, draw)
-        if not bias:
-            inputs[2] = None
-        y = truth(n, f, *inputs, *options)
-        quick = [way for way in quick if torch.equal(way(n, f, *inputs, *options), y)]
+    while quick and additions < 2048:
+        for cancel in (True, False):
+            inputs = _inputs(x, w, -1 if f is F.linear else 1, dtype, draw, cancel)
+            if not bias:
+                inputs[2] = None
+            y = truth(n, f, *inputs, *options)
+            quick = [way for way in quick if torch.equal(way(n, f, *inputs, *options), y)]
         additions += y.numel() * min(16, math.prod(w[1:])) or 1024  # of a long sum a few show the order
     return (quick or [truth])[0]
 
