@@ -124,8 +124,12 @@ def feedback_codes(
     states: int = 8,
     run: int = 128,  # columns in a lane; it divides the inputs
     classes: Tensor | None = None,  # [rows, inputs]
+    bite: int = 1024,  # rows at a time
 ) -> Tensor:  # [rows, inputs] int32
     "Trellis codes by lanes of columns; those to the right make up for the errors (after Frantar et al. 2022)."
+    if len(x) > bite:
+        pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
+        return torch.cat([feedback_codes(piece, pull, counts, bits, price, states, run, some) for piece, some in pieces])
     x, codes = x.t().clone(), torch.empty(x.shape[::-1], dtype=torch.int32)
     for i in range(0, len(x), run):
         here, some = slice(i, i + run), None if classes is None else classes[:, i : i + run].t()
@@ -143,9 +147,12 @@ def lane_with_feedback(
     codes, errors = (torch.empty(run, states, rows, dtype=w.dtype) for _ in range(2))
     total = torch.full((states, rows), math.inf, dtype=w.dtype)
     total[0] = 0
-    w = w[:, None].expand(run, states, rows)
+    first, row, pull = before * rows, torch.arange(rows), pull.triu(1)
+    w = w.t().repeat(states, 1)  # [states · rows, run]: what a survivor has lies together
+    spare = torch.empty_like(w)
     for t in range(run):
-        size, sign = w[0].abs(), torch.where(w[0] < 0, -1, 1).to(w.dtype)
+        now = w[:, t].reshape(states, rows)
+        size, sign = now.abs(), torch.where(now < 0, -1, 1).to(w.dtype)
         context = odd if classes is None else odd + 2 * classes[t]
         k, cost = zip(*(best_of_kind(size, odd, p, bits, price / counts[t], context) for p in (0, 1)))
         k, cost = torch.stack(k), (torch.stack(cost) * counts[t] + total).flatten(0, 1)
@@ -154,7 +161,9 @@ def lane_with_feedback(
         for out, v in (codes, k * sign), (errors, (size - 2 * k + odd * (k > 0)) * sign):
             v = v.flatten(0, 1)
             torch.where(later, v[way[1]], v[way[0]], out=out[t])
-        w = torch.where(later, w[1:, before[1]], w[1:, before[0]]) - pull[t, t + 1 :, None, None] * errors[t]
+        came = torch.where(later, first[1][:, None], first[0][:, None]) + row
+        w, spare = torch.index_select(w, 0, came.flatten(), out=spare), w
+        w.addr_(errors[t].flatten(), pull[t], alpha=-1)
     state = total.argmin(0)[None]
     for t in reversed(range(run)):
         codes[t, :1], errors[t, :1] = codes[t].gather(0, state), errors[t].gather(0, state)
