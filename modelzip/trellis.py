@@ -129,7 +129,7 @@ def feedback_codes(
     "Trellis codes by lanes of columns; those to the right make up for the errors (after Frantar et al. 2022)."
     if len(x) > bite:
         pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
-        return torch.cat([feedback_codes(piece, pull, counts, bits, price, states, run, some) for piece, some in pieces])
+        return torch.cat([feedback_codes(x, pull, counts, bits, price, states, run, some) for x, some in pieces])
     x, codes = x.t().clone(), torch.empty(x.shape[::-1], dtype=torch.int32)
     for i in range(0, len(x), run):
         here, some = slice(i, i + run), None if classes is None else classes[:, i : i + run].t()

@@ -155,9 +155,7 @@ def sum_of_costs(
     "As if all texts had been looked at in one pass."
     tokens = sum(c.tokens for c in parts)
     mean = lambda of: sum(of(c) * (c.tokens / tokens) for c in parts)
-    total = lambda of: LayerStatistics(
-        count=sum(of(c).count for c in parts), moment=sum(of(c).moment for c in parts)
-    )
+    total = lambda of: LayerStatistics(count=sum(of(c).count for c in parts), moment=sum(of(c).moment for c in parts))
     names = parts[0].inputs
     return Costs(
         outputs={n: mean(lambda c: c.outputs[n]) for n in names},
