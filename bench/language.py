@@ -20,7 +20,7 @@ from modelzip.measure import wilson
 from modelzip.pack import load, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate, gptq, hqq
-from modelzip.quant import dequantize_model, quantize_model
+from modelzip.quant import Dequantize, dequantize_model, quantize_model
 from modelzip.workshop.block_streams import CodedBlocks
 from modelzip.workshop.coded import coded, sensitivities, sum_of_costs
 from modelzip.workshop.english import documents, english, next_sentences
@@ -42,7 +42,8 @@ SHOWN = [
     "nearest-2",
     "gptq-3",
     "gptq-2",
-    "coded-0.075",
+    "coded-0.01",
+    "coded-0.052",
 ]  # in the explorer
 BOTH = lambda **how: {"words": how, "head": how}  # the table is one tensor with two names
 
@@ -127,8 +128,8 @@ def pruned(criterion):
 
 
 OTHERS = {
-    "coded-0.015": coded_at(0.015),
-    "coded-0.075": coded_at(0.075),
+    "coded-0.01": coded_at(0.01),
+    "coded-0.052": coded_at(0.052),
     "wanda-50": pruned("wanda"),
     "sparsegpt-50": pruned("sparsegpt"),
 }
@@ -161,10 +162,12 @@ def spoken(bench, model):
 def row(bench, name, folder):
     "One contestant: the file, and the model that comes back from it."
     began, path = time.process_time(), Path(folder) / "model.mz"
-    model, size, seconds = bench.model, smollm2_file().stat().st_size, 0.0
+    model, size, seconds, kept = bench.model, smollm2_file().stat().st_size, 0.0, {}
     if name != "file":
         new = made(bench, name)
         seconds = time.process_time() - began
+        same = sum(isinstance(m, Dequantize) and m.q.kind == CodedBlocks.kind for m in new.modules())
+        kept = {"kept": same} if same else {}  # layers that are what they were in the file
         save(new, path)
         del new
         model, size = dequantize_model(load(path)), path.stat().st_size  # expanded once: the same numbers, sooner
@@ -179,6 +182,7 @@ def row(bench, name, folder):
         kl=list(heard.kl),
         agreement=list(heard.agreement),
         right=[count / len(right), *wilson(count, len(right))],
+        **kept,
         processor_seconds=round(seconds, 1),
     )
     return found | ({"spoken": spoken(bench, model)} if bench.part == "test" else {})
