@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from .ptq import LayerStatistics, inverse_factor, quantize_with
 from .workshop.floats import as_tensor, check_finite
 from .workshop.scales import matrices_for, scaled_to_one
-from modelzip.workshop.trellis_contexts import (
-    bits_a_code,
-    classes_of,
-    code_bits,
-    context_of,
-    own_steps,
-    run_of,
-    spread_of,
-)
+from .workshop.trellis_contexts import bits_a_code, classes_of, code_bits, context_of
+from .workshop.trellis_contexts import own_steps, run_of, spread_of
 from .workshop.trellis_tensors import TrellisTensor, from_codes, grids, next_states
 
 _all_ = ["TrellisTensor", "next_states"]  # the workshop's
@@ -148,8 +141,7 @@ def lane_with_feedback(
     total = torch.full((states, rows), math.inf, dtype=w.dtype)
     total[0] = 0
     first, row, pull = before * rows, torch.arange(rows), pull.triu(1)
-    w = w.t().repeat(states, 1)  # [states · rows, run]: what a survivor has lies together
-    spare = torch.empty_like(w)
+    w, spare = w.t().repeat(states, 1), w.new_empty(states * rows, run)  # what a survivor has lies together
     for t in range(run):
         now = w[:, t].reshape(states, rows)
         size, sign = now.abs(), torch.where(now < 0, -1, 1).to(w.dtype)
