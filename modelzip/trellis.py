@@ -154,8 +154,7 @@ def lane_with_feedback(
             v = v.flatten(0, 1)
             torch.where(later, v[way[1]], v[way[0]], out=out[t])
         came = torch.where(later, first[1][:, None], first[0][:, None]) + row
-        w, spare = torch.index_select(w, 0, came.flatten(), out=spare), w
-        w.addr_(errors[t].flatten(), pull[t], alpha=-1)
+        spare, w = w, torch.index_select(w, 0, came.flatten(), out=spare).addr_(errors[t].flatten(), pull[t], alpha=-1)
     state = total.argmin(0)[None]
     for t in reversed(range(run)):
         codes[t, :1], errors[t, :1] = codes[t].gather(0, state), errors[t].gather(0, state)
