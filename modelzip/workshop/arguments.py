@@ -168,7 +168,8 @@ def fits_instance(c: type, kind: Any) -> bool:
     "Whether what a class makes would fit."
     if typing.get_origin(kind) is Callable:
         return False
-    return any(isinstance(k, type) and k is not type and issubclass(c, k) for k in typing.get_args(kind) or (kind,))
+    kinds = [k for k in typing.get_args(kind) or (kind,) if not getattr(k, "_is_protocol", False)]
+    return any(isinstance(k, type) and k is not type and issubclass(c, k) for k in kinds)
 
 
 def _short(x):
