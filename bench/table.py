@@ -121,11 +121,12 @@ def language():
     found, exact = read("language"), read("gguf")
     named = {
         "gptq-4": "4 bits, GPTQ",
-        "coded-0.015": "to each weight the step that it deserves",
+        "coded-0.01": "kept as it was where that pays, the rest along trellises",
         "gptq-3": "3 bits, GPTQ",
-        "coded-0.075": "to each weight the step that it deserves, coarser",
+        "coded-0.052": "along trellises, coarser",
     }
     rows = {r["name"]: r for r in found["rows"]}
+    named = {name: how for name, how in named.items() if name in rows}
     text = "| SmolLM2-135M-Instruct | bytes of the file | of the GGUF | perplexity | same next token |\n"
     text += "|---|--:|--:|--:|--:|\n"
     sizes = {"file": "the GGUF file"} | ({"exact": "archived, byte for byte"} if exact["same"] else {}) | named
