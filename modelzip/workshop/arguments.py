@@ -36,8 +36,8 @@ def fits(
         return callable(x) and (not inside or inside[0] is ... or _takes(x, len(inside[0])))
     if kind is bool:
         return isinstance(x, (bool, Integral)) or _number(x)
-    if kind is int:
-        return isinstance(x, Integral) or _number(x, whole=True)
+    if kind is int:  # (a SymInt is a size while a model is traced)
+        return isinstance(x, Integral) or type(x).__name__ == "SymInt" or _number(x, whole=True)
     if kind in (float, Real):
         return isinstance(x, Real) or _number(x)
     if kind in (Path, os.PathLike):

@@ -451,7 +451,7 @@ def inspect_gguf(
             part = Part(torch.uint8, (p.nbytes or 0,), p.offset)
             row = Row(p.name, torch.float32, p.shape, {"": part}, kind_name(p.kind), {})
             lines.append(line_of(row, len(data), "", bits))
-        return Contents(os.fsdecode(path), len(data), head.version, None, about(head.metadata), lines, "GGUF")
+        return Contents(os.fsdecode(path), len(data), head.version, None, about(head.metadata), lines, format="GGUF")
 
 
 def about(metadata: Metadata) -> dict:
