@@ -335,7 +335,9 @@ def test_labelled_batches_are_recognized(trained, data):
     assert compress(trained, [b[:1] for b in loader], progress=False)[1].metric == "cosine"
 
 
-def test_choosing_beats_the_same_bits_for_all():
+def test_choosing_beats_the_same_bits_for_all(monkeypatch):
+    monkeypatch.setattr(search, "DENSE", DENSE)  # all that there is
+    monkeypatch.setattr(search, "SPACED", menus_of_models.SPACED)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16)).eval()
     x = [torch.randn(100, 64) for _ in range(8)]
