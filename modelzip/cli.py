@@ -389,13 +389,14 @@ def _info_of(source):
 
 
 def _from_mz(path, own=None):
-    if is_archived(_info_of(path)):
-        with tempfile.TemporaryDirectory() as folder:
-            return _weights_in(from_gguf(restore_gguf(path, Path(folder) / "restored.gguf")), path, own)
-    if (known := _known_or_weights(load, path, own)) is not None:
-        return known
-    with opened(path) as f, naming(path):
-        return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
+    with opened(path) as f:
+        if not is_archived(f.manifest.get("info", {})):
+            if (known := _known_or_weights(load, path, own)) is not None:
+                return known
+            with naming(path):
+                return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
+    with tempfile.TemporaryDirectory() as folder:
+        return _weights_in(from_gguf(restore_gguf(path, Path(folder) / "restored.gguf")), path, own)
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_builder(text):
@@ -841,9 +842,8 @@ NO_GRAPH = "holds no graph; in Python, save(model, path, example=...) writes one
 def _inspect(o):
     found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file)
     if o.graph:
-        graph = getattr(found, "graph", None)
-        demand(graph, f"{o.file} {NO_GRAPH}")
-        return Done({"graph": graph}, "\n".join(graph_lines(graph)))
+        demand(found.graph, f"{o.file} {NO_GRAPH}")
+        return Done({"graph": found.graph}, "\n".join(graph_lines(found.graph)))
     about = {
         "bytes": found.bytes,
         "format": found.format,

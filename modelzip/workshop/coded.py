@@ -10,7 +10,6 @@ __all__ = ['KAPPA', 'NO_LOSS', 'fine_step', 'coded_weight', 'check_matrix', 'che
 # %% ../../nbs/workshop/coded.ipynb
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from ..prune import inverse_factor
 from ..ptq import LayerStatistics
 from ..quant import CompressedTensor, Dequantize, Packed
 from ..trellis import TrellisTensor, trellis_weight
+from .arguments import at_least
+from .listening import dice_of
 from .rewriting import copy_with
 from .statistics import plus_product
 from .training import eval_mode
@@ -93,8 +94,7 @@ def expected_bits(
 ) -> float:
     "What a weight of `coded_weight` will take with the same arguments, nearly: rounded, without trellis and feedback."
     check_matrix(weight, statistics, rows)
-    if most < 1:
-        raise ValueError(f"most is {most}; it may be 1 or more")
+    at_least(1, most=most)
     rows = positive(rows)
     step, columns = fine_step(statistics, rows, nats, damping)
     _, of_row, of_column = own_steps(weight, columns, rows)
@@ -146,7 +146,7 @@ def sensitivities(
 ) -> Costs:
     "One pass forward and one back over some texts."
     check_shared(model)
-    dice, words = torch.Generator().manual_seed(index(seed)), len(model.words.weight)
+    dice, words = dice_of(seed), len(model.words.weight)
     costs = Costs(asked=torch.zeros(words, dtype=torch.float64), seen=torch.zeros(words, dtype=torch.float64))
     flat, table = lambda t: t.detach().flatten(0, -2), []
 
