@@ -3,11 +3,12 @@
     python tools/site.py build [folder]     render nbs/ to _docs/ (or to the folder)
     python tools/site.py check [folder]     what is wrong with it: links, network, figures, math, hidden cells, sizes
 
-Nothing is executed: a page shows what its notebook has saved. Chapters and the workshop's notebooks lie side by side
-on the site: nbs/workshop/explore.ipynb is workshop_explore.html. Notebooks are first prepared (hidden cells and nbdev's
-directives dropped, the output of `show_doc` set as documentation, names in backticks linked to where they are
-defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
-used for that, because it leaves out the code of every exported cell: here that code is the book.
+Nothing is executed: a page shows what its notebook has saved. Chapters, translations and the workshop's notebooks lie
+side by side on the site: nbs/workshop/explore.ipynb is workshop_explore.html, nbs/zh/90_article.ipynb is
+zh_90_article.html. Notebooks are first prepared (hidden cells and nbdev's directives dropped, the output of `show_doc`
+set as documentation, names in backticks linked to where they are defined), then rendered by Quarto where it is on PATH,
+and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not used for that, because it leaves out the code of every
+exported cell: here that code is the book.
 
 A cell that is nothing but the comment `<!-- try: digits -->` becomes tools/site/try/digits.html: what readers of the site
 try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files.
