@@ -652,22 +652,14 @@ def offline_search(out):
         'index = await new Promise((good, bad) => { const s = document.createElement("script"); s.src = offset +'
         ' "search.js"; s.onload = () => good(window.searchIndex); s.onerror = bad; document.head.append(s); });'
     )
-    whole = '(e.title + " " + e.section + " " + e.text).toLowerCase()'
-    changes = {  # a Chinese word may be one sign, and is looked for as it is: one sign more or less is another word
-        r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);': load,
-        r"\(q\.length < 2\)": "(q.length < 2 && !/\\p{Script=Han}/u.test(q))",
-        r"const hits = fuse \?": "const hits = fuse && !/\\p{Script=Han}/u.test(q) ?",
-        re.escape(
-            f"{whole}.includes(q.toLowerCase())"
-        ): f"q.toLowerCase().split(/\\s+/).every((w) => {whole}.includes(w))",
-    }
     script = out / "site_libs/smalldocs.js"
-    code = script.read_text(encoding="utf-8")
-    for old, new in changes.items():
-        code, there = re.subn(old, lambda m: new, code)
-        if there != 1:
-            raise SystemExit(f"smalldocs.js searches in a new way ({old}): adapt offline_search in tools/site.py")
-    script.write_text(code, encoding="utf-8")
+    old = script.read_text(encoding="utf-8")
+    new = re.sub(
+        r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);', lambda m: load, old
+    )
+    if new == old:
+        raise SystemExit("smalldocs.js reads its search index in a new way: adapt offline_search in tools/site.py")
+    script.write_text(new, encoding="utf-8")
 
 
 def by_quarto(folder, out):
