@@ -1,7 +1,7 @@
 """The course's pages: terms that lead to where they are derived, papers that are those of the chapters, numbers
 that agree."""
 
-import configparser, json, re
+import configparser, json, re, sys
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import translations
+
 SETTINGS = configparser.ConfigParser(delimiters=["="], interpolation=None)
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -186,6 +189,72 @@ def test_a_chapter_has_one_name(name):
     assert rows == [title(name)], f"the first page's table says {rows}, the chapter {title(name)!r}"
     handed_in = re.findall(rf"\[([^\]]+)\]\({name}#exercises\)", markdown("course.ipynb"))
     assert {t.lower() for t in handed_in} <= {title(name).lower()}, f"the course says {handed_in}"
+
+
+# ---------------------------------------------------------------------------------- in other languages
+
+
+@pytest.mark.parametrize("original, translation", translations.pairs(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_translation_agrees_with_its_original(original, translation):
+    "Cells, code, outputs; formulas, numbers, links; and its prose was made from what the original says now."
+    assert list(translations.problems(original, translation)) == []
+    assert translation.read_text(encoding="utf-8") == translations.made(original, translation)
+    assert translation.name in links_down(markdown(original.name), translation.parent.name)
+
+
+def links_down(text, folder):
+    return re.findall(rf"\]\({folder}/([^)]+)\)", text)
+
+
+def notebook(path, *sources):
+    "Markdown cells, and code where a source begins with `>>> `."
+    kinds = ["code" if s.startswith(">>> ") else "markdown" for s in sources]
+    made = [
+        dict(cell_type=k, id=f"c{i}", source=s.removeprefix(">>> ")) for i, (k, s) in enumerate(zip(kinds, sources))
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(cells=made, nbformat=4, nbformat_minor=5, metadata={})), encoding="utf-8")
+
+
+SAID = "Half of $x$ is `half(x)`, 0.5 of it: [here](05_pack.ipynb#sums)."
+IN_CHINESE = "$x$ 的一半是 `half(x)`，即 0.5 倍，见[此处](../05_pack.ipynb#sums)。"
+
+
+@pytest.mark.parametrize(
+    "prose, says",
+    [
+        (IN_CHINESE, None),
+        (IN_CHINESE + "（即 `y`）", None),  # it may say what a name in an output means
+        (IN_CHINESE.replace("0.5", "0.6"), "numbers: ['0.5'] missing, ['0.6'] too many"),
+        (IN_CHINESE.replace("$x$", "x"), "formulas: ['$x$'] missing, [] too many"),
+        (IN_CHINESE.replace("`", ""), "names: ['`half(x)`'] missing"),
+        (IN_CHINESE.replace("#sums", ""), "links: ['05_pack.ipynb#sums'] missing, ['05_pack.ipynb'] too many"),
+        ("- " + IN_CHINESE, "points of a list: [] missing, ['- '] too many"),
+        ("## " + IN_CHINESE, "headings: [] missing, ['##'] too many"),
+    ],
+)
+def test_what_a_translation_has_otherwise_is_said(tmp_path, prose, says):
+    original, translation = tmp_path / "90_a.ipynb", tmp_path / "zh/90_a.ipynb"
+    notebook(original, SAID, ">>> x = 1")
+    notebook(translation, f"{prose}\n\n<!-- of {translations.mark(SAID)} -->", ">>> x = 1")
+    found = list(translations.problems(original, translation))
+    assert len(found) == bool(says) and (not says or says in found[0])
+
+
+def test_a_translation_follows_its_original(tmp_path):
+    "Code does so by itself; prose that has changed, and a cell that is new, are asked for."
+    original, translation = tmp_path / "nbs/90_a.ipynb", tmp_path / "nbs/zh/90_a.ipynb"
+    (tmp_path / "nbs").mkdir()
+    notebook(original, SAID + " More.", ">>> x = 2", "New.")
+    notebook(translation, f"{IN_CHINESE}\n\n<!-- of {translations.mark(SAID)} -->", ">>> x = 1")
+    assert translations.pairs(tmp_path) == [(original, translation)]
+    assert sum("translations.py write" in p for p in translations.problems(original, translation)) == 2
+    translations.write(tmp_path)
+    before, code, new = translations.read(translation)["cells"]
+    assert before["source"].startswith(IN_CHINESE) and code["source"] == "x = 2" and new["source"] == "New."
+    again = list(translations.problems(original, translation))
+    marks = [translations.mark(t) for t in (SAID + " More.", "New.")]
+    assert len(again) == 2 and all(f"end it with <!-- of {m} -->" in p for m, p in zip(marks, again))
 
 
 def test_workflows_use_the_targets_of_make():

@@ -10,6 +10,7 @@ from test_house import UNDER_WORK
 
 CHAPTERS = site.chapters(ROOT / "nbs")
 WORKSHOP = site.workshop(ROOT / "nbs")
+TRANSLATIONS = site.translations(ROOT / "nbs")
 EXPLORERS = "workshop_explore"
 
 
@@ -67,6 +68,44 @@ def test_links_between_chapters_and_the_workshop():
     assert site.site_links("[a](../05_pack.ipynb) [b](player.ipynb#y) [c](https://x.org/a.ipynb)", built) == (
         "[a](05_pack.ipynb) [b](workshop_player.ipynb#y) [c](https://x.org/a.ipynb)"
     )
+
+
+def test_links_between_languages():
+    chapter, chinese = ROOT / "nbs/90_article.ipynb", ROOT / "nbs/zh/90_article.ipynb"
+    assert site.versions(chapter) == site.versions(chinese) == {"en": chapter, "zh": chinese}
+    assert site.page_name(chinese) == "zh_90_article.ipynb"
+    assert site.site_links("[a](zh/90_article.ipynb) [b](workshop/page.ipynb)", chapter) == (
+        "[a](zh_90_article.ipynb) [b](workshop_page.ipynb)"
+    )
+    assert site.site_links("[a](../90_article.ipynb) [b](../workshop/page.ipynb#x) [c](11_x.ipynb)", chinese) == (
+        "[a](90_article.ipynb) [b](workshop_page.ipynb#x) [c](zh_11_x.ipynb)"
+    )
+
+
+@pytest.mark.parametrize("path", TRANSLATIONS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_page_and_its_translation_know_of_each_other(built, path):
+    code, own, other = path.parent.name, f"{path.parent.name}_{path.stem}.html", f"{path.stem}.html"
+    pages = {name: (built / name).read_text() for name in (own, other)}
+    assert f'<html lang="{code}">' in pages[own] and '<html lang="en">' in pages[other]
+    for page in pages.values():
+        assert f'hreflang="{code}" href="{own}"' in page and f'hreflang="en" href="{other}"' in page
+    inside = {name: page.split("<main")[1].split("<h2")[0] for name, page in pages.items()}
+    assert f'href="{other}"' in inside[own] and f'<a lang="{code}" href="{own}"' in inside[other]
+    bar = (built / "index.html").read_text().split('id="quarto-sidebar"')[1]
+    assert f'href="{own}"' in bar and "hreflang" not in bar
+    assert "min to read" not in pages[own] and "<!-- of" not in pages[own] and f"/nbs/{code}/{path.name}" in pages[own]
+    minutes = [re.search(r'at-a-glance">\s*<p>\D*(\d+)', page)[1] for page in pages.values()]
+    assert minutes[0] == minutes[1]  # of the original: Chinese words have no spaces to count them by
+
+
+def test_what_is_in_another_language_says_so():
+    page = (
+        '<html lang="{}"><nav id="quarto-sidebar"><a href="a"><span class="menu-text">中文</span></a></nav><pre>x</pre>'
+    )
+    link = '<span lang="zh" class="menu-text">中文</span>'
+    assert site.spoken(page.format("en")) == page.format("en").replace('<span class="menu-text">中文</span>', link)
+    chinese = site.spoken(page.format("zh"))
+    assert link in chinese and '<nav lang="en" id=' in chinese and '<pre lang="en">x' in chinese
 
 
 def test_a_notebook_that_no_group_names_stands_below_the_groups():
@@ -486,7 +525,7 @@ WIDE = """
 
 
 @browser_only
-@pytest.mark.parametrize("chapter", [p.stem for p in CHAPTERS] + [f"workshop_{p.stem}" for p in WORKSHOP])
+@pytest.mark.parametrize("chapter", [site.page_name(p).removesuffix(".ipynb") for p in site.notebooks(ROOT / "nbs")])
 def test_pages_fit_the_window(browser, address, chapter):
     "In a frame, which is made narrow in place: a quarter of the work of a window, and the same layout."
     if browser.current_url != address + FRAMES:
@@ -511,6 +550,14 @@ def test_search_finds_a_word(browser, address):
     assert f"{EXPLORERS}.html" in found[0]
     browser.get(found[0])
     assert "explorers" in browser.title
+
+
+@browser_only
+def test_search_finds_chinese(browser, address):
+    "There are no spaces between words."
+    for word in ("熵编码", "量化"):
+        browser.get(f"{address}/index.html")
+        assert {f.split("#")[0] for f in search(browser, word)} == {f"{address}/zh_90_article.html"}
 
 
 @browser_only

@@ -17,6 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
+import translations
 from once import replaced, training_kept, translations_read_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,7 @@ def readme(root=ROOT):
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\s*```\n", "", text)
-    text = re.sub(r"\]\(((?:workshop/)?\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\(((?:\w+/)?\w+\.ipynb)", r"](nbs/\1", text)
     (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
 
 
@@ -141,6 +142,7 @@ def run(paths):
     for p in paths:
         print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
         tool("nbdev_clean", "--fname", str(p))
+    translations.write()
     tool("ruff", "format", "--quiet")
     tool("nbdev_export")
     readme()
@@ -233,6 +235,7 @@ def check():
             subprocess.run(
                 [str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL
             )
+        translations.write(copy)
         readme(copy)
         made = {
             p.relative_to(copy)

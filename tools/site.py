@@ -3,11 +3,12 @@
     python tools/site.py build [folder]     render nbs/ to _docs/ (or to the folder)
     python tools/site.py check [folder]     what is wrong with it: links, network, figures, math, hidden cells, sizes
 
-Nothing is executed: a page shows what its notebook has saved. Chapters and the workshop's notebooks lie side by side
-on the site: nbs/workshop/explore.ipynb is workshop_explore.html. Notebooks are first prepared (hidden cells and nbdev's
-directives dropped, the output of `show_doc` set as documentation, names in backticks linked to where they are
-defined), then rendered by Quarto where it is on PATH, and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not
-used for that, because it leaves out the code of every exported cell: here that code is the book.
+Nothing is executed: a page shows what its notebook has saved. Chapters, translations and the workshop's notebooks lie
+side by side on the site: nbs/workshop/explore.ipynb is workshop_explore.html, nbs/zh/90_article.ipynb is
+zh_90_article.html. Notebooks are first prepared (hidden cells and nbdev's directives dropped, the output of `show_doc`
+set as documentation, names in backticks linked to where they are defined), then rendered by Quarto where it is on PATH,
+and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not used for that, because it leaves out the code of every
+exported cell: here that code is the book.
 
 A cell that is nothing but the comment `<!-- try: digits -->` becomes tools/site/try/digits.html: what readers of the site
 try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files.
@@ -30,6 +31,17 @@ TRIES, TRIED = ASSETS / "try", "site_libs/try"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
 SHORT = 44  # characters of code that fit on a telephone
+LANGUAGES = {  # of translations, with what the site says around what a notebook says
+    "zh": {
+        "{} min to read": "阅读约 {} 分钟",
+        "{} to run": "运行约 {}",
+        "open in {}": "在 {} 中打开",
+        "On this page": "本页内容",
+        "Imports": "导入",
+        "Solution": "解答",
+    }
+}
+MARK = re.compile(r"\s*<!-- of \w+ -->\s*\Z")  # by which tools/translations.py knows what a cell translates
 TRY = re.compile(r"<!-- try: (\w+) -->")  # a cell of nothing else: what tools/site/try/ has of that name stands there
 QUARTO = re.compile(r"^\s*#\|\s*(code-[\w-]+|fig-[\w-]+|tbl-[\w-]+|layout-[\w-]+|column|echo|output|include|label)\s*:")
 
@@ -111,21 +123,51 @@ def workshop(folder):
     return chapters(Path(folder) / "workshop")
 
 
+def notebooks(folder):
+    "All that have a page."
+    return chapters(folder) + workshop(folder) + translations(folder)
+
+
 def in_workshop(path):
     return path.parent.name == "workshop"
 
 
+def translations(folder):
+    "The notebooks in other languages, each in the folder of its language: `zh/90_article.ipynb`."
+    return [p for code in LANGUAGES for p in chapters(Path(folder) / code)]
+
+
+def language(path):
+    return path.parent.name if path.parent.name in LANGUAGES else "en"
+
+
+def say(words, path):
+    "What the site says on a notebook's page, in its language."
+    return LANGUAGES.get(language(path), {}).get(words, words)
+
+
+def versions(path):
+    "Language → the notebook in it: a chapter and its translations."
+    home = path.parent if language(path) == "en" else path.parent.parent
+    there = {"en": home / path.name} | {code: home / code / path.name for code in LANGUAGES}
+    return {code: p for code, p in there.items() if p.is_file()}
+
+
+def within(path):
+    "The folder of nbs/ in which a notebook lies: `workshop/`, that of a language, or none."
+    return f"{path.parent.name}/" if path.parent.name in {"workshop", *LANGUAGES} else ""
+
+
 def page_name(path):
     "What a notebook is called on the site, where all of them lie in one folder."
-    return f"workshop_{path.name}" if in_workshop(path) else path.name
+    return within(path).replace("/", "_") + path.name
 
 
 def site_links(source, path):
     "Links between notebooks, as they are where all of them lie in one folder."
-    if in_workshop(path):
-        source = re.sub(r"\]\((?!\.\.)(\w+\.ipynb)", r"](workshop_\1", source)
-        return source.replace("](../", "](")
-    return source.replace("](nbs/", "](").replace("](workshop/", "](workshop_")
+    if within(path):
+        source = re.sub(r"\]\((?!\.\.)(\w+\.ipynb)", rf"]({within(path)}\1", source).replace("](../", "](")
+    return re.sub(rf"\]\((workshop|{'|'.join(LANGUAGES)})/", r"](\1_", source.replace("](nbs/", "]("))
 
 
 def defined_in(path):
@@ -151,10 +193,7 @@ def titles(folder):
     first = lambda p: next(
         "".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"
     )
-    return {
-        page_name(p): (front_matter(first(p))[0] or {"title": p.stem})["title"]
-        for p in chapters(folder) + workshop(folder)
-    }
+    return {page_name(p): (front_matter(first(p))[0] or {"title": p.stem})["title"] for p in notebooks(folder)}
 
 
 @cache
@@ -217,17 +256,18 @@ def at_a_glance(path, cells):
     installing anything."""
     url, branch = repository()
     where, times = urlsplit(url).path.strip("/"), ROOT / "bench/results/chapter_times.json"
-    file = f"nbs/workshop/{path.name}" if in_workshop(path) else f"nbs/{path.name}"
-    key = file.removeprefix("nbs/").removesuffix(".ipynb")
+    file = f"nbs/{within(path)}{path.name}"
+    key = f"{'workshop/' if in_workshop(path) else ''}{path.stem}"
     seconds = json.loads(times.read_text(encoding="utf-8")).get(key) if times.exists() else None
-    facts = [f"{minutes_to_read(cells)} min to read"] + ([] if seconds is None else [f"{duration(seconds)} to run"])
+    facts = [say("{} min to read", path).format(minutes_to_read(cells))]
+    facts += [] if seconds is None else [say("{} to run", path).format(duration(seconds))]
     places = {
         "Colab": f"https://colab.research.google.com/github/{where}/blob/{branch}/{file}",
         "Binder": f"https://mybinder.org/v2/gh/{where}/{branch}?urlpath={quote(f'lab/tree/{file}', safe='')}",
         "GitHub": f"{url}/blob/{branch}/{file}",
     }
     links = " · ".join(f"[{name}]({address})" for name, address in places.items())
-    return "::: {.at-a-glance}\n\n" + " · ".join(facts) + f" · open in {links}\n\n:::\n"
+    return "::: {.at-a-glance}\n\n" + " · ".join([*facts, say("open in {}", path).format(links)]) + "\n\n:::\n"
 
 
 def linked(source, where, page):
@@ -288,6 +328,15 @@ def short_names(text):
     return re.sub(r"(?<![\w'`/])(?:_*[a-z]\w*\.)+(?=[A-Z])", "", text)
 
 
+def in_languages(path):
+    "What the head of a page says of its language, and of the page in others."
+    others = versions(path)
+    alternate = '<link rel="alternate" hreflang="{}" href="{}">'
+    pages = [alternate.format(code, page_name(p).replace(".ipynb", ".html")) for code, p in others.items()]
+    own = {} if language(path) == "en" else {"lang": language(path), "toc-title": say("On this page", path)}
+    return own | ({"include-in-header": [{"text": "\n".join(pages)}]} if len(others) > 1 else {})
+
+
 def prepare(path, where):
     "One notebook as the renderers are to see it."
     book = json.loads(path.read_text(encoding="utf-8"))
@@ -295,7 +344,7 @@ def prepare(path, where):
     if in_workshop(path):
         where = where | defined_in(path)
     for i, cell in enumerate(book["cells"]):
-        source = text(cell)
+        source = MARK.sub("", text(cell))
         if is_hidden(cell) or not source.strip():
             continue
         if cell["cell_type"] == "markdown" and (what := TRY.fullmatch(source.strip())):
@@ -304,6 +353,7 @@ def prepare(path, where):
             if not cells:
                 head, source = front_matter(source)
                 if head:
+                    head |= in_languages(path)
                     cells.append(
                         {
                             "cell_type": "raw",
@@ -312,12 +362,15 @@ def prepare(path, where):
                         }
                     )
                 if head and (path.name[0].isdigit() or in_workshop(path)):
-                    cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, book["cells"])})
+                    read = json.loads(versions(path).get("en", path).read_text(encoding="utf-8"))["cells"]
+                    cells.append({"cell_type": "markdown", "metadata": {}, "source": at_a_glance(path, read)})
                 if not source.strip():
                     continue
             cells.append({**cell, "source": linked(site_links(source, path), where, page)})
         elif cell["cell_type"] == "code":
-            cells.append(prepare_code(cell, source, where, page, labelled))
+            made = prepare_code(cell, source, where, page, labelled)
+            folded = lambda m: f'{m[1]}"{say(m[2], path)}"'
+            cells.append({**made, "source": re.sub(r'(code-summary: *)"(.*)"', folded, made["source"])})
         else:
             cells.append(cell)
     return {**book, "cells": cells}
@@ -435,13 +488,13 @@ def config(present, names=None):
     def pruned(items):
         out = []
         for item in items:
-            if isinstance(item, str) and (name := item.replace("workshop/", "workshop_")) in present:
+            if isinstance(item, str) and (name := item.replace("/", "_")) in present:
                 out.append(entry(name))
             elif isinstance(item, dict) and (inside := pruned(item["contents"])):
                 out.append({**item, "contents": inside})
         return out
 
-    named = {n.replace("workshop/", "workshop_") for n in listed(bar["contents"])}
+    named = {n.replace("/", "_") for n in listed(bar["contents"])}
     more = sorted(n for n in present if n.startswith("workshop_") and n not in named)
     bar["contents"] = pruned(bar["contents"])
     for section in bar["contents"]:
@@ -457,7 +510,7 @@ def listed(contents):
 
 def stage(nbs, folder):
     "Everything that a renderer reads, in one folder."
-    books, where = chapters(nbs) + workshop(nbs), symbols(nbs)
+    books, where = notebooks(nbs), symbols(nbs)
     present, names = {page_name(p) for p in books}, titles(nbs)
     for path in books:
         (folder / page_name(path)).write_text(json.dumps(prepare(path, where), ensure_ascii=False), encoding="utf-8")
@@ -519,7 +572,7 @@ def by_smalldocs(folder, out):
         print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
     for page in out.glob("*.html"):
-        page.write_text(punctuated(hang(page.read_text(encoding="utf-8"))), encoding="utf-8")
+        page.write_text(spoken(punctuated(hang(page.read_text(encoding="utf-8")))), encoding="utf-8")
     for page in out.glob("*.html"):
         replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
     for css in out.glob("site_libs/**/*.css"):
@@ -538,6 +591,14 @@ def replace(path, patterns):
 def punctuated(page):
     "A mark behind a formula becomes part of it: a browser would begin the next line with it."
     return re.sub(r'(<span class="math inline">\\\([^<]*)\\\)</span>([.,;:])', r"\1\\text{\2}\\)</span>", page)
+
+
+def spoken(page):
+    "What is in another language than its page says so: Chinese links on all pages; code, outputs, sidebar on Chinese ones."
+    page = re.sub(r"<(a|span)(?=[^>]*>[^<]*[\u4e00-\u9fff])", r'<\1 lang="zh"', page)
+    if '<html lang="en"' in page[:100]:
+        return page
+    return re.sub(r'<(?=nav id="quarto-sidebar"|footer|pre\b|div class="cell-output)(\w+)', r'<\1 lang="en"', page)
 
 
 def hang(page):
@@ -808,7 +869,7 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         target = target / "index.html" if target.is_dir() else target
         return target, target.is_file()
 
-    books = {Path(page_name(p)).stem: p for p in chapters(nbs) + workshop(nbs)}
+    books = {Path(page_name(p)).stem: p for p in notebooks(nbs)}
     for name, page in pages.items():
         found = [*broken_links(page, pages, out, find), *outside(page, out)]
         if Path(name).stem in books:
@@ -821,7 +882,9 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     missing = [p.name for name, p in books.items() if f"{name}.html" not in pages]
     named = listed(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
     problems += [f"{n} has no page" for n in missing] + [
-        f"{p.name} is not in the sidebar of _quarto.yml" for p in chapters(nbs) if p.name not in named
+        f"{name} is not in the sidebar of _quarto.yml"
+        for name in (p.relative_to(nbs).as_posix() for p in chapters(nbs) + translations(nbs))
+        if name not in named
     ]
     return list(dict.fromkeys(problems))
 
