@@ -170,7 +170,7 @@ def asked(attempt: Callable, args: tuple) -> str:
 def ask(
     attempt: Callable[..., Any],
     *args: Any,  # copies of these are what it is given
-    kind: Any = None,  # what is wanted: int (a whole number), float, Tensor (or an array), list, a type, a tuple of these
+    kind: Any = None,  # what is wanted: int (whole), float, Tensor (or an array), list, a type, a tuple of these
 ) -> Any:  # its answer, as that kind
     "`AssertionError`, with the call, where an attempt raises, changes its input, or answers another kind of thing."
     given = copy.deepcopy(args)
