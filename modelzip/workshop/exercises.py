@@ -208,7 +208,7 @@ def _unlike_tensor(got, want, within):
         return f"it is a tensor of shape {tuple(want.shape)}, yours is {_named(got)}"
     if tuple(got.shape) != tuple(want.shape):
         return f"the shape is {tuple(want.shape)}, yours has {tuple(got.shape)}"
-    a, b = (torch.as_tensor(x).detach().double() for x in (got, want))
+    a, b = (torch.as_tensor(x).detach().double() for x in (np.array(got) if isinstance(got, np.ndarray) else got, want))
     scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     exact = not torch.as_tensor(want).is_floating_point()
     close = torch.isclose(a, b, rtol=0, atol=0 if exact else within * max(scale, 0.01), equal_nan=True)
