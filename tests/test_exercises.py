@@ -233,39 +233,42 @@ WRONG = {
         ("lambda limit: 40", "one fewer than 40 would do"),
     ],
     "03_rounding:check_step": [
-        ("lambda largest, bits: largest / 2 ** (bits - 1)", "at 2 bits the codes above zero are just one"),
-        ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "at 2 bits the codes above zero are just one"),
+        ("lambda largest, bits: largest / 2 ** (bits - 1)", "at 2 bits, just one code is above zero"),
+        ("lambda largest, bits: 2 * largest / (2 ** bits - 1)", "at 2 bits, just one code is above zero"),
         (
             "lambda largest, bits: largest / (2 ** (bits - 1) - 1) if bits > 2 else largest / 2",
-            "the codes above zero are just one",
+            "at 2 bits, just one code is above zero",
         ),
-        ("lambda largest, bits: 1.", "the scale of these ends"),  # a constant
+        ("lambda largest, bits: 1.", "at 2 bits, just one code is above zero"),  # a constant
         (
             "lambda largest, bits: {(127, 8): 1, (7, 4): 1, (1, 2): 1, (.5, 4): .5 / 7}.get((largest, bits), 1.)",
-            "the scale of these ends",
+            "at 2 bits, just one code is above zero",
         ),  # a lookup
     ],
     "03_rounding:check_observer": [
         (
             "lambda k: lambda blocks, levels, symmetric: (-k * blocks.std(), k * blocks.std())",
-            "of 1, 1, 1, 1, 9 it is 3.2",
+            "±k standard deviations of each block, here 3",
         ),
-        ("lambda k: lambda blocks, levels, symmetric: (-blocks.std(1), blocks.std(1))", "of 1, 1, 1, 1, 9 it is 3.2"),
+        (
+            "lambda k: lambda blocks, levels, symmetric: (-blocks.std(1), blocks.std(1))",
+            "±k standard deviations of each block, here 3",
+        ),
         (
             "lambda k: lambda blocks, levels, symmetric: (0 * blocks.std(1), k * blocks.std(1))",
-            "of 1, 1, 1, 1, 9 it is 3.2",
+            "±k standard deviations of each block, here 3",
         ),
         (
             "lambda k: lambda blocks, levels, symmetric: (-3 * blocks.std(1), 3 * blocks.std(1))",
-            "of 1, 1, 1, 1, 9 it is 3.2",
+            "±k standard deviations of each block, here 1",
         ),
         (
             "lambda k: lambda blocks, levels, symmetric: (-max(k, 2) * blocks.std(1), max(k, 2) * blocks.std(1))",
-            "of 1, 1, 1, 1, 9 it is 3.2",
+            "±k standard deviations of each block, here 1",
         ),
         (
             "lambda k: lambda b, levels, symmetric: (-k * b.square().mean(1).sqrt(), k * b.square().mean(1).sqrt())",
-            "of 1, 1, 1, 1, 9 it is 3.2",
+            "±k standard deviations of each block, here 3",
         ),  # around zero, not around the mean
     ],
     "03a_qtensor:check_group": [
@@ -840,7 +843,7 @@ WRONG = {
         (
             """class Margin(Loss):
             def forward(self, a, b, y): return F.mse_loss(*(s.outputs.topk(2).values.diff(dim=1).abs() for s in (a, b)), reduction="sum") / 2""",
-            "a batch of one",
+            "the mean over 3 of 2 classes",
         ),
         (
             """class Margin(Loss):                                                    # the first two, whichever are largest
@@ -1531,6 +1534,16 @@ WRONG = {
             return new""",
             "biases are no matrices",
         ),
+    ],
+    "03_rounding:check_tenfold": [
+        ("lambda: 10", "20 log₁₀ 10"),  # as for powers
+        ("lambda: 3.3", "20 log₁₀ 10"),  # bits
+        ("lambda: '20 dB'", "write down a number"),
+    ],
+    "09_distill:check_shrinks": [
+        ("lambda: 10", "one 1/T from each logit"),
+        ("lambda: 1 / 100", "one 1/T from each logit"),
+        ("lambda: None", "write down a number"),
     ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price

@@ -168,11 +168,12 @@ def asked(attempt: Callable, args: tuple) -> str:
 
 
 def ask(
-    attempt: Callable[..., Any],
+    attempt: Any,  # a function, or what somebody has taken for one
     *args: Any,  # copies of these are what it is given
     kind: Any = None,  # what is wanted: int (whole), float, Tensor (or an array), list, a type, a tuple of these
 ) -> Any:  # its answer, as that kind
     "`AssertionError`, with the call, where an attempt raises, changes its input, or answers another kind of thing."
+    assert callable(attempt), f"expected a function, yours is {_named(attempt)}"
     given = copy.deepcopy(args)
     try:
         answer = attempt(*given)
@@ -208,7 +209,8 @@ def _unlike_tensor(got, want, within):
         return f"it is a tensor of shape {tuple(want.shape)}, yours is {_named(got)}"
     if tuple(got.shape) != tuple(want.shape):
         return f"the shape is {tuple(want.shape)}, yours has {tuple(got.shape)}"
-    a, b = (torch.as_tensor(x).detach().double() for x in (np.array(got) if isinstance(got, np.ndarray) else got, want))
+    got = np.array(got) if isinstance(got, np.ndarray) else got  # one that may be written to
+    a, b = (torch.as_tensor(x).detach().double() for x in (got, want))
     scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     exact = not torch.as_tensor(want).is_floating_point()
     close = torch.isclose(a, b, rtol=0, atol=0 if exact else within * max(scale, 0.01), equal_nan=True)
@@ -246,7 +248,7 @@ def unlike(
 
 
 def expect(
-    attempt: Callable[..., Any],
+    attempt: Any,  # a function, or what somebody has taken for one
     args: tuple,  # of the call; it gets copies
     want: Any,  # the right answer
     why: str = "",  # what may help who is wrong
@@ -258,7 +260,7 @@ def expect(
 
 # %% ../../nbs/workshop/exercises.ipynb
 def predict(
-    attempt: Callable[[], Any],  # no arguments: what you expect
+    attempt: Any,  # a function without arguments: what you expect
     measure: Callable[[], Any],  # called when there is an answer, not before
     why: str = "",  # where it comes from, said with what was measured
     choices: Iterable[
