@@ -1545,6 +1545,66 @@ WRONG = {
         ("lambda: 1 / 100", "one 1/T from each logit"),
         ("lambda: None", "write down a number"),
     ],
+    "03a_qtensor:check_tail": [
+        ("lambda: 3.5", "four groups a row"),  # as if 32 divided 100
+        ("lambda: 3 + 16 * 100 / 32 / 64", "four groups a row"),
+        ("lambda: 4", "four groups a row"),
+    ],
+    "03b_quant:check_times": [
+        ("lambda: 8", "codes, scales, and a bias"),
+        ("lambda: 32 / 4.5", "codes, scales, and a bias"),  # no bias
+    ],
+    "03b_quant:check_larger": [
+        ("lambda: nn.Linear(64, 64)", "at 4 bits they have"),
+        ("lambda: nn.Linear(1, 8)", "at 4 bits they have"),  # scales of 16 bits
+        ("lambda: (lambda l: (l.weight.data.zero_(), l)[1])(nn.Linear(1, 8))", "not all of them zero"),
+        ("lambda: nn.Conv2d(1, 1, 1)", "expected a linear"),
+    ],
+    "04a_lossless:check_sixteen": [
+        ("lambda: 16", "two and a half bits"),
+        ("lambda: 8", "two and a half bits"),
+        ("lambda: 'ten'", "write down a number"),
+    ],
+    "04a_lossless:check_stubborn": [
+        ("lambda: list(np.random.randn(1000))", "the exponents of yours hold"),
+        ("lambda: [2.0 ** i for i in range(1000)]", "1,000 finite numbers"),
+        ("lambda: [2.0 ** (i % 30) for i in range(1000)]", "4.91 bits"),
+        ("lambda: [1.0]", "1,000 finite numbers"),
+    ],
+    "08b_structured:check_ninety": [
+        ("lambda: 6", "no small rank"),
+        ("lambda: 58", "no small rank"),
+    ],
+    "10d_rotations:check_loudest": [
+        ("lambda: 100", "100 / √256"),
+        ("lambda: 100 / 256", "100 / √256"),
+    ],
+    "10e_learned_rounding:check_upward": [
+        ("lambda: 50", "the sum is what counts"),
+        ("lambda: 60", "the sum is what counts"),
+    ],
+    "10e_learned_rounding:check_farther": [
+        ("lambda: (torch.tensor([0.4, 0.1]), torch.eye(2))", "nearest leaves"),
+        ("lambda: (torch.tensor([0.4, 0.1]), -torch.eye(2))", "without a negative eigenvalue"),
+        ("lambda: (torch.tensor([0.5, 0.5]), torch.eye(2))", "none at a half"),
+        ("lambda: (torch.tensor([0.4, 0.1]), torch.ones(3, 3))", "n parts and H n by n"),
+    ],
+    "11b_price:check_wide": [
+        ("lambda: 4", "a little more for so wide a step"),
+        ("lambda: 1.5", "a little more for so wide a step"),
+    ],
+    "13_budget:check_bit_more": [
+        ("lambda: 2", "becomes a quarter"),
+        ("lambda: 0.25", "becomes a quarter"),
+    ],
+    "13b_record:check_where": [
+        ("lambda: 0.5", "for places"),
+        ("lambda: 0.26", "for places"),
+    ],
+    "14_tour:check_wrong_end": [
+        ("lambda: 0.25", "94 % of the weights"),
+        ("lambda: 0.06", "94 % of the weights"),
+    ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price
         (
