@@ -263,10 +263,8 @@ def predict(
     attempt: Any,  # a function without arguments: what you expect
     measure: Callable[[], Any],  # called when there is an answer, not before
     why: str = "",  # where it comes from, said with what was measured
-    choices: Iterable[
-        str
-    ] = (),  # one of these is expected; or all of them in the right order, where a list is measured
     factor: float = 1.25,  # a number may be so many times too large or too small
+    choices: Iterable[str] = (),  # one of these is expected; all of them in order, where a list is measured
 ) -> None:
     "`AssertionError` unless what an attempt says is near what is measured then; it says what was measured."
     guess, choices = ask(attempt), list(choices)
