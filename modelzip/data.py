@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .workshop.datasets import Data, Split, check_shares, dealt, large_and_rare, need
-from .workshop.exercises import Verdict, exercise
+from .workshop.exercises import Verdict, exercise, expect
 from .workshop.networks import Attention, LeNet300, MiniLM, TransformerBlock, minilm
 from .workshop.registry import build_model, model_builders, register_model
 from .workshop.sentences import Retrieval, check_retrieval, docstring_sources, docstrings, embeddings_of

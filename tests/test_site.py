@@ -607,3 +607,11 @@ def test_without_script_the_first_frame_stands_there(browser, address):
     assert e.find_element("css selector", ".mz-frame").text or e.find_elements("css selector", ".mz-frame img")
     assert e.find_elements("css selector", "fieldset:disabled")
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", dict(value=False))
+
+
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.name[0].isdigit()], ids=lambda p: p.stem)
+def test_model_answers_are_on_no_page(path):
+    "They stand in cells with the tag `instructor`, which only the instructor's edition has."
+    assert "Model answer" in path.read_text(encoding="utf-8")
+    shown = "\n".join(site.text(c) for c in site.prepare(path, {})["cells"])
+    assert "## Exercises" in shown and "Model answer" not in shown
