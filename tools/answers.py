@@ -83,9 +83,7 @@ def define(wanted, space, chapter, before):
 def imported(chapter):
     "What the chapter's module defines, and all that its cells import."
     space = dict(vars(fastcore.test))
-    module = next(
-        (m[1] for c in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", c.text, re.M))), None
-    )
+    module = next((m[1] for c in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", c.text, re.M))), None)
     if module:
         space |= vars(importlib.import_module(f"modelzip.{module}"))
     for cell in cells(chapter):
