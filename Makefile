@@ -51,6 +51,6 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv _docs _proc tour build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv _docs _proc tour course build dist *.egg-info .pytest_cache .hypothesis
 
 .PHONY: help setup tour test fuzz lab docs book bench record clean

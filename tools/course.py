@@ -27,8 +27,9 @@ spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/sit
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 text = site.text
-SOLUTION, ANSWER = re.compile(r'^#\| *code-summary: *"Solution', re.M), re.compile(
-    r"<details>\s*<summary>(?:Model )?[Aa]nswer</summary>.*?</details>", re.S
+SOLUTION, ANSWER = (
+    re.compile(r'^#\| *code-summary: *"Solution', re.M),
+    re.compile(r"<details>\s*<summary>(?:Model )?[Aa]nswer</summary>.*?</details>", re.S),
 )
 
 
@@ -78,7 +79,10 @@ def sections(name):
 
 def links(markdown):
     "(label, notebook, place or '') of all links to notebooks."
-    return [(m[1], m[2], m[3] or "") for m in re.finditer(r"\[([^\]]+)\]\(((?:workshop/)?\w+)\.ipynb(?:#([^)]+))?\)", markdown)]
+    return [
+        (m[1], m[2], m[3] or "")
+        for m in re.finditer(r"\[([^\]]+)\]\(((?:workshop/)?\w+)\.ipynb(?:#([^)]+))?\)", markdown)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ handouts
@@ -231,7 +235,9 @@ TYPESET = """<script>renderMathInElement(document.body, {delimiters: [{left: "$$
 
 def page(heading, body, lib="../lib"):
     "A page of its own."
-    return f"{HEAD.format(title=escape(heading), lib=lib, more='')}<body class=\"page\">{body}\n{TYPESET}</body></html>\n"
+    return (
+        f"{HEAD.format(title=escape(heading), lib=lib, more='')}<body class=\"page\">{body}\n{TYPESET}</body></html>\n"
+    )
 
 
 def deck(heading, slides, lib="../lib"):
@@ -279,7 +285,7 @@ def minutes(name, places=()):
     "Reading time of a chapter, or of sections of it."
     cells = book(name)["cells"]
     numbers = {i for p in places for i in sections(name)[p][1]} if places else range(len(cells))
-    return site.minutes_to_read([cells[i] for i in sorted(numbers) if "instructor" not in tags(cells[i])])
+    return site.minutes_to_read([cells[i] for i in sorted(numbers)])
 
 
 def to_prepare(session):
@@ -294,7 +300,9 @@ def essential(name):
     "The cells on the path of fifteen minutes, and the headings that they stand under."
     cells = book(name)["cells"]
     numbers = [i for i, c in enumerate(cells) if "essential" in tags(c)]
-    under = [p for p, (_, inside) in sections(name).items() if p != slug(title(name)) and any(i in numbers for i in inside)]
+    under = [
+        p for p, (_, inside) in sections(name).items() if p != slug(title(name)) and any(i in numbers for i in inside)
+    ]
     return [cells[i] for i in numbers], under
 
 
@@ -308,19 +316,25 @@ def slide_cells(name, place):
 def slides_of(session):
     "A column for the head, one for each row of the plan, one for what is handed in."
     n, columns, seen = session["number"], [], set()
-    columns.append([
-        f"<h1>{escape(session['title'])}</h1><p class='quiet'>Session {n} of 6</p>{prose(part(session, 'Question'))}",
-        f"<h2>Afterwards</h2>{prose(part(session, 'Aims'))}",
-    ])
+    columns.append(
+        [
+            f"<h1>{escape(session['title'])}</h1><p class='quiet'>Session {n} of 6</p>{prose(part(session, 'Question'))}",
+            f"<h2>Afterwards</h2>{prose(part(session, 'Aims'))}",
+        ]
+    )
     for k, (time, what) in enumerate(session["rows"], 1):
-        column = [f"<p class='minutes'>{time} minutes</p><h2 style='font-weight:normal'>{prose(what, '../instructor/')}</h2>"]
+        column = [
+            f"<p class='minutes'>{time} minutes</p><h2 style='font-weight:normal'>{prose(what, '../instructor/')}</h2>"
+        ]
         column += [shown(c, here="../instructor/") for c in notes_of(session, k) if "slide" in tags(c)]
         for label, name, place in links(what):
             for cell in slide_cells(name, place):
                 if id(cell) not in seen:
                     seen.add(id(cell))
                     html = outputs(cell) if is_code(cell) and has_picture(cell) else shown(cell, here="../instructor/")
-                    column.append(f"{html}<p class='from'>{escape(title(name))}: {escape(sections(name)[place][0])}</p>")
+                    column.append(
+                        f"{html}<p class='from'>{escape(title(name))}: {escape(sections(name)[place][0])}</p>"
+                    )
         columns.append(column)
     columns.append([f"<h2>Hand in</h2>{prose(part(session, 'Hand in'), '../instructor/')}"])
     return columns
@@ -335,9 +349,14 @@ def plan(session):
     n = session["number"]
     intro, rest = session["text"].split("| minutes | |", 1)
     after = re.split(r"\n\n", rest, maxsplit=1)[1]
-    body = [f"<p><a href='../index.html'>The course</a> · <a href='../slides/session{n}.html'>slides</a></p>", prose(intro)]
-    body.append(f"<p class='quiet'>To prepare: {to_prepare(session)} minutes of reading for everybody; for you, this page, "
-                "the first exercise of each chapter, and a look at the slides.</p>")
+    body = [
+        f"<p><a href='../index.html'>The course</a> · <a href='../slides/session{n}.html'>slides</a></p>",
+        prose(intro),
+    ]
+    body.append(
+        f"<p class='quiet'>To prepare: {to_prepare(session)} minutes of reading for everybody; for you, this page, "
+        "the first exercise of each chapter, and a look at the slides.</p>"
+    )
     for k, (time, what) in enumerate(session["rows"], 1):
         body.append(f"<div class='row'><b>{time} min</b><span>{prose(what)}</span></div>")
         if inside := notes_of(session, k):
@@ -364,11 +383,15 @@ def chapter_page(name):
             "</button> <span class='quiet'>the bar on the left marks the essential path</span></div>"
         )
     for cell in edition(name)["cells"]:
-        if site.is_hidden(cell):
+        if site.is_hidden(cell) and "instructor" not in tags(cell):
             continue
         kinds = "cell" + " essential" * ("essential" in tags(cell))
         html = shown(cell, here="")
-        body.append(f"<div class='{kinds}'>" + (f"<div class='notes'>{html}</div>" if "instructor" in tags(cell) else html) + "</div>")
+        body.append(
+            f"<div class='{kinds}'>"
+            + (f"<div class='notes'>{html}</div>" if "instructor" in tags(cell) else html)
+            + "</div>"
+        )
     return page(title(name), "\n".join(body))
 
 
@@ -385,7 +408,11 @@ def start(named):
         f"<td><a href='handouts/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
         for n in named
     )
-    ready = [c for c in book("course")["cells"] if not is_code(c) and re.match(r"## (Before the first|For whoever teaches)", text(c))]
+    ready = [
+        c
+        for c in book("course")["cells"]
+        if not is_code(c) and re.match(r"## (Before the first|For whoever teaches|How to mark)", text(c))
+    ]
     return page(
         "The course",
         "<h1>modelzip: the course</h1>"
@@ -403,13 +430,19 @@ def start(named):
 
 def exercised():
     "Notebooks that are handed out: the chapters, and what else of the workshop has exercises."
-    more = [f"workshop/{p.stem}" for p in site.workshop(NBS) if any(is_solution(c) for c in book(f"workshop/{p.stem}")["cells"])]
+    more = [
+        f"workshop/{p.stem}"
+        for p in site.workshop(NBS)
+        if any(is_solution(c) for c in book(f"workshop/{p.stem}")["cells"])
+    ]
     return [*chapters(), *more]
 
 
 def write(path, what):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(what if isinstance(what, str) else json.dumps(what, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        what if isinstance(what, str) else json.dumps(what, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def build(out=OUT):

@@ -43,8 +43,9 @@ def directives(source):
 
 
 def is_hidden(cell):
-    "Whether a reader of the site is not meant to see a cell."
-    return cell["cell_type"] == "code" and bool(directives(text(cell)) & HIDE)
+    "Whether a reader of the site is not meant to see a cell: plumbing, and what is for instructors (tools/course.py)."
+    told = "instructor" in cell.get("metadata", {}).get("tags", [])
+    return told or cell["cell_type"] == "code" and bool(directives(text(cell)) & HIDE)
 
 
 def is_folded(cell):
@@ -192,10 +193,12 @@ def minutes_to_read(cells):
     "How long the prose and the code of a page take to read: what is shown and not folded."
     words = lines = 0
     for c in cells:
+        if is_hidden(c):
+            continue
         if c["cell_type"] == "markdown":
             prose = re.sub(r"\$\$.*?\$\$", " word " * WORDS_A_FORMULA, text(c), flags=re.S)
             words += sum(bool(re.search(r"\w", w)) for w in prose.split())
-        elif c["cell_type"] == "code" and not is_hidden(c) and not is_folded(c):
+        elif c["cell_type"] == "code" and not is_folded(c):
             lines += sum(bool(l.strip()) and not DIRECTIVE.match(l) for l in text(c).splitlines())
     return max(1, round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE))
 
