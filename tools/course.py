@@ -2,9 +2,9 @@
 
     python tools/course.py build [folder]     write course/ (or the folder)
 
-`handouts/` are the chapters without solutions, answers and outputs, with stubs that run; `instructor/` has them whole, as
-pages and as notebooks, and a plan for each session; `slides/` a deck for each session, that opens without a network.
-Where to begin says `index.html`.
+`handouts/` are the chapters without solutions, answers and outputs, with stubs that run, and with the measurements that
+they read; `instructor/` has them whole, as pages and as notebooks, and a plan for each session; `slides/` a deck for each
+session, that opens without a network. Where to begin says `index.html`.
 
 Nothing is executed. Cells are taken by their tags:
 
@@ -289,11 +289,22 @@ def minutes(name, places=()):
 
 
 def to_prepare(session):
-    "Minutes of reading that a session's preparation takes."
+    "Minutes of reading that a session's preparation takes: sections whole, chapters by their short path."
     places = {}
     for _, name, place in links(part(session, "Prepare")):
         places.setdefault(name, set()).add(place)
-    return sum(minutes(n, () if "" in p else p) for n, p in places.items())
+    short = sum(in_short(n) for n, p in places.items() if "" in p)
+    return short + sum(minutes(n, p) for n, p in places.items() if "" not in p)
+
+
+def handed_in(session):
+    "The notebooks whose exercises are handed in."
+    return [name for _, name, place in links(part(session, "Hand in")) if place == "exercises"]
+
+
+def in_short(*names):
+    "Minutes that the essential paths of some notebooks take."
+    return sum(site.minutes_to_read(cells) for cells, _ in map(essential, names) if cells)
 
 
 def essential(name):
@@ -326,7 +337,7 @@ def slides_of(session):
         column = [
             f"<p class='minutes'>{time} minutes</p><h2 style='font-weight:normal'>{prose(what, '../instructor/')}</h2>"
         ]
-        column += [shown(c, here="../instructor/") for c in notes_of(session, k) if "slide" in tags(c)]
+        column += [projected(c) for c in notes_of(session, k) if "slide" in tags(c)]
         for label, name, place in links(what):
             for cell in slide_cells(name, place):
                 if id(cell) not in seen:
@@ -338,6 +349,19 @@ def slides_of(session):
         columns.append(column)
     columns.append([f"<h2>Hand in</h2>{prose(part(session, 'Hand in'), '../instructor/')}"])
     return columns
+
+
+def projected(cell):
+    "A cell as a slide: of a picture, and of what was computed for the board, without its code."
+    alone = is_code(cell) and (has_picture(cell) or "instructor" in tags(cell))
+    return outputs(cell) if alone else shown(cell, here="../instructor/")
+
+
+def beside(cell):
+    "A cell among an instructor's notes: code is folded, what came out is not."
+    if not is_code(cell):
+        return shown(cell)
+    return f"<details><summary>as computed</summary>{shown(cell | EMPTY)}</details>{outputs(cell)}"
 
 
 def has_picture(cell):
@@ -354,24 +378,32 @@ def plan(session):
         prose(intro),
     ]
     body.append(
-        f"<p class='quiet'>To prepare: {to_prepare(session)} minutes of reading for everybody; for you, this page, "
-        "the first exercise of each chapter, and a look at the slides.</p>"
+        f"<p class='quiet'>To prepare: {to_prepare(session)} minutes of reading for everybody. For you: this page, the "
+        f"slides, and {in_short(*handed_in(session))} minutes for the short paths through the chapters of the exercises.</p>"
     )
     for k, (time, what) in enumerate(session["rows"], 1):
         body.append(f"<div class='row'><b>{time} min</b><span>{prose(what)}</span></div>")
         if inside := notes_of(session, k):
-            body.append(f"<div class='notes'>{''.join(shown(c) for c in inside)}</div>")
+            body.append(f"<div class='notes'>{''.join(map(beside, inside))}</div>")
     if others := [c for c in session["notes"] if not any(t.startswith("row-") for t in tags(c))]:
-        body.append(f"<h2>Questions, with answers</h2>{''.join(shown(c) for c in others)}")
+        body.append(f"<h2>Questions, with answers</h2>{''.join(map(beside, others))}")
     body.append("<h2>Afterwards</h2>" + prose(after))
-    names = dict.fromkeys(name for _, name, place in links(part(session, "Hand in")) if place == "exercises")
     rows = "".join(
-        f"<tr><td><a href='{page_of(name, '')}'>{escape(title(name))}</a></td><td><a href='../handouts/{name}.ipynb' download>handout</a></td>"
+        f"<tr><td><a href='{page_of(name, '')}'>{escape(title(name))}</a></td><td><a href='../handouts/nbs/{name}.ipynb' download>handout</a></td>"
         f"<td><a href='notebooks/{name}.ipynb' download>with solutions</a></td></tr>"
-        for name in names
+        for name in handed_in(session)
     )
     body.append(f"<h3>Exercises of this session</h3><table>{rows}</table>")
     return page(f"Session {n}: {session['title']}", "\n".join(body))
+
+
+def taught_alone():
+    "The plans for single chapters, with the answers behind them."
+    cells = book("course")["cells"]
+    first = next(i for i, c in enumerate(cells) if text(c).startswith("## One chapter"))
+    notes = [beside(c) for c in cells[first + 1 :] if "instructor" in tags(c)]
+    body = [prose(text(cells[first])), f"<div class='notes'>{''.join(notes)}</div>"]
+    return page("One chapter, ninety minutes", "<p><a href='../index.html'>The course</a></p>" + "".join(body))
 
 
 def chapter_page(name):
@@ -404,8 +436,8 @@ def start(named):
     )
     listed = "".join(
         f"<tr><td><a href='instructor/{n.replace('/', '_')}.html'>{escape(title(n))}</a></td><td>{minutes(n)} min"
-        f"{f', in short {site.minutes_to_read(essential(n)[0])}' if essential(n)[0] else ''}</td>"
-        f"<td><a href='handouts/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
+        f"{f', in short {in_short(n)}' if in_short(n) else ''}</td>"
+        f"<td><a href='handouts/nbs/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
         for n in named
     )
     ready = [
@@ -419,6 +451,7 @@ def start(named):
         "<p>Six sessions of ninety minutes. For a session: read its page, look through its slides, hand out the notebooks of "
         "its exercises. Everything here opens without a network; students need the handouts and an installed modelzip.</p>"
         f"<h2>Sessions</h2><table><tr><th></th><th></th><th>to read before</th><th></th></tr>{rows}</table>"
+        "<p>For whoever teaches a single chapter: <a href='instructor/alone.html'>three plans of ninety minutes</a>.</p>"
         f"{''.join(prose(text(c), 'instructor/') for c in ready)}"
         f"<h2>Chapters</h2><table><tr><th></th><th>to read</th><th></th><th></th></tr>{listed}</table>",
         lib="lib",
@@ -438,11 +471,20 @@ def exercised():
     return [*chapters(), *more]
 
 
+def saved_results():
+    "The measurements that handouts read: `../bench/results/…` from where they lie."
+    named = {
+        m for n in exercised() for c in book(n)["cells"] for m in re.findall(r"\.\./bench/results/([\w.]+\w)", text(c))
+    }
+    return [p for p in sorted((ROOT / "bench/results").iterdir()) if p.name in named]
+
+
 def write(path, what):
+    "A page, a notebook, or a file as it is."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        what if isinstance(what, str) else json.dumps(what, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    if isinstance(what, dict):
+        what = json.dumps(what, ensure_ascii=False, indent=1) + "\n"
+    path.write_bytes(what if isinstance(what, bytes) else what.encode())
 
 
 def build(out=OUT):
@@ -454,13 +496,16 @@ def build(out=OUT):
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".course-") as tmp:
         new = Path(tmp) / "course"
         for name in exercised():
-            write(new / f"handouts/{name}.ipynb", handout(name))
+            write(new / f"handouts/nbs/{name}.ipynb", handout(name))
             write(new / f"instructor/notebooks/{name}.ipynb", edition(name))
+        for result in saved_results():
+            write(new / f"handouts/bench/results/{result.name}", result.read_bytes())
         for name in pages() | set(exercised()):
             write(new / f"instructor/{name.replace('/', '_')}.html", chapter_page(name))
         for s in sessions():
             write(new / f"instructor/session{s['number']}.html", plan(s))
             write(new / f"slides/session{s['number']}.html", deck(f"Session {s['number']}: {s['title']}", slides_of(s)))
+        write(new / "instructor/alone.html", taught_alone())
         write(new / "index.html", start(exercised()))
         shutil.copytree(ASSETS, new / "lib")
         shutil.copytree(site.ASSETS / "katex", new / "lib/katex")
