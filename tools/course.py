@@ -14,7 +14,7 @@ Nothing is executed. Cells are taken by their tags:
     essential    it is on the path of fifteen minutes through its chapter
 """
 
-import ast, importlib.util, json, re, shutil, sys, tempfile
+import ast, importlib.util, json, re, shutil, symtable, sys, tempfile
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -89,13 +89,18 @@ def links(markdown):
 
 
 def stored(source):
-    "Names that a cell defines at its top level; and those that it reads anywhere."
-    nodes = site.statements(source)
-    walked = [n for top in nodes for n in ast.walk(top)]
-    defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    outside = [n for top in nodes if not isinstance(top, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(top)]
-    defined |= {n.id for n in outside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return defined, {n.id for n in walked if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    "Names that a cell defines for the cells behind it; and those that it reads and does not bind inside a function."
+    try:
+        top = symtable.symtable(source, "cell", "exec")
+    except SyntaxError:  # a magic of the notebook
+        return set(), set()
+    defined = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    reads, inner = {s.get_name() for s in top.get_symbols() if s.is_referenced()}, top.get_children()
+    while inner:
+        table = inner.pop()
+        reads |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
+        inner += table.get_children()
+    return defined, reads
 
 
 def is_solution(cell):
@@ -124,7 +129,7 @@ def without_solutions(cells):
             if "your turn" not in text(cells[i - 1]):
                 kept.append(cell | {"source": "# your turn: what do you expect, and what do you find?"} | EMPTY)
             continue
-        if "your turn" not in source and reads & (gone - defines) and not site.is_hidden(cell):
+        if "your turn" not in source and reads & gone and not site.is_hidden(cell):
             gone |= defines - there
             continue
         there |= defines
@@ -159,7 +164,7 @@ def edition(name):
 
 # ------------------------------------------------------------------------------------------------ rendering
 
-coloured = cache(lambda code: Highlight2HTML(cssclass="code")(code, language="python"))
+coloured = cache(lambda code: Highlight2HTML()(code, language="python"))
 
 
 def prose(markdown, here=""):

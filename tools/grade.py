@@ -187,7 +187,7 @@ def work(chapter, cells, whole, left_out, judged, tell, options, scratch):
 
     base = answers.namespace(chapter, scratch)
     held = foundations()
-    mine = base | {"__name__": "__main__", "exit": sys.exit, "quit": sys.exit}
+    mine = base | {"__name__": "__main__"}
     new = [i for i, c in enumerate(cells) if i not in left_out and (whole or squeezed(c) not in of_the_book(chapter))]
     if not whole:
         mentioned = set().union(*(answers.names(answers.Cell(cells[i]).tree) for i in new))
@@ -195,6 +195,7 @@ def work(chapter, cells, whole, left_out, judged, tell, options, scratch):
     config = Config()
     config.HistoryManager.enabled = False
     shell = InteractiveShell.instance(user_ns=mine, config=config)
+    shell.ask_exit = sys.exit
     failed = []
     for i in new:
         tell("cell", i)
