@@ -6,18 +6,20 @@ What is in force, `raise_fence` says. It is a fence against accidents, and again
 virtual machine, and whoever lets strangers in from the street puts one around it.
 """
 
-import ctypes, os, resource, signal, struct
+import ctypes, os, resource, signal, struct, sys
 from pathlib import Path
 
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ = 1 << 2 | 1 << 3  # files, folders
 WRITE = 1 << 1 | sum(1 << k for k in range(4, 13))  # files, and making and removing all that there is
 NEWER = {2: 1 << 13, 3: 1 << 14}  # since which version of Landlock: moving between folders, truncating
-libc = ctypes.CDLL(None, use_errno=True)
+libc, LINUX = ctypes.CDLL(None, use_errno=True), sys.platform == "linux"
 
 
 def apart():
     "Leave the machine's network, processes and mounts, where that is allowed: what of it was."
+    if not LINUX:
+        return []
     inside = f"{os.getuid()} {os.getuid()} 1", f"{os.getgid()} {os.getgid()} 1"
     for flags in 0, NEWUSER:
         if libc.unshare(NEWNET | NEWPID | NEWNS | NEWIPC | flags) == 0:
@@ -38,7 +40,7 @@ def small_disk(folder, size):
 
 def landlock(readable, writable):
     "Reading beneath some folders alone, writing beneath others alone; no TCP, no signals to others. Where it is there."
-    version = libc.syscall(444, None, 0, 1)
+    version = libc.syscall(444, None, 0, 1) if LINUX else 0
     if version < 1:
         return []
     write = WRITE | sum(bit for since, bit in NEWER.items() if version >= since)
@@ -59,25 +61,24 @@ def landlock(readable, writable):
     return ["writes in its scratch folder alone", "reads no other's work"] * done
 
 
-def raise_fence(scratch, readable, memory, seconds, disk=512 << 20):
+def raise_fence(scratch, readable, memory, seconds, born=print, disk=512 << 20):
     """Fence this process in for good, and tell with what. To be called in a process that was forked for that and has one
-    thread; it goes on in a child of its own, whose end it hands on."""
+    thread; it goes on in a child of its own, whose number it tells `born`, and whose end it hands on."""
     said = apart()
     if said:
         libc.mount(None, b"/", None, 0x44000, None)  # mounts are private from here on
     small = said and small_disk(scratch, disk)
     shared = ["/dev/shm"] if said and small_disk("/dev/shm", disk) else []
     if child := os.fork():
+        born(child)
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 255)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # dies with its parent; and whatever it started, with it
-    here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for what, most in (
-        (resource.RLIMIT_AS, here + memory),
-        (resource.RLIMIT_FSIZE, disk),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, int(seconds) + 1),
-    ):
+    limits = {resource.RLIMIT_FSIZE: disk, resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: int(seconds) + 1}
+    if LINUX:
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # dies with its parent; and whatever it started, with it
+        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits[resource.RLIMIT_AS] = here + memory
+    for what, most in limits.items():
         resource.setrlimit(what, (most, most))
     return [
         f"{memory >> 20} MiB",

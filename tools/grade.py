@@ -225,31 +225,34 @@ def behind_the_fence(chapter, cells, whole, left_out, judged, pipe, token, optio
     here = {*map(os.path.realpath, filter(None, sys.path)), sys.prefix, sys.base_prefix}
     readable = [*(p for p in here if not ROOT.is_relative_to(p)), ROOT / "modelzip", ROOT / "bench"]
     readable += ["/usr", "/lib", "/lib64", "/etc", "/opt", "/proc", "/sys", "/dev"]
-    said = fence.raise_fence(scratch, readable, options.memory, options.notebook)
+
+    def tell(*what):
+        os.write(pipe, (token + json.dumps(what) + "\n").encode())
+
+    born = lambda worker: tell("worker", worker)
+    said = fence.raise_fence(scratch, readable, options.memory, options.notebook, born)
     os.environ |= {"HOME": str(scratch), "TMPDIR": str(scratch), "IPYTHONDIR": str(scratch / "ipython")}
     tempfile.tempdir = None
     (scratch / "nbs").mkdir(exist_ok=True)
     (scratch / "bench").symlink_to(ROOT / "bench")
     os.chdir(scratch / "nbs")
 
-    def tell(*what):
-        os.write(pipe, (token + json.dumps(what) + "\n").encode())
-
     tell("fence", said)
-    work(chapter, cells, whole, left_out, judged, tell, options, scratch)
-    os._exit(0)
+    try:
+        work(chapter, cells, whole, left_out, judged, tell, options, scratch)
+    except BaseException as e:
+        tell("trouble", f"{type(e).__name__}: {e}")
 
 
 # ---------------------------------------------------------------------------------- outside
 
 
 def messages(pipe, token, limit, until):
-    "What is told from behind the fence, and at the end why it is silent: 'ended', 'cell', 'whole'."
-    held, deadline = b"", time.monotonic() + limit
+    "What is told from behind the fence, and at the end why it is silent: 'ended', 'step', 'whole'."
+    held, deadline = b"", until
     while True:
         left = min(deadline, until) - time.monotonic()
-        ready, _, _ = select.select([pipe], [], [], max(0, left))
-        if not ready:
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
             yield ["silent", "whole" if until <= deadline else "step"]
             return
         if not (more := os.read(pipe, 1 << 16)):
@@ -260,8 +263,8 @@ def messages(pipe, token, limit, until):
         for line in lines:
             if line.startswith(token.encode()):
                 with contextlib.suppress(ValueError):
-                    yield json.loads(line[len(token) :])
-                deadline = time.monotonic() + limit
+                    yield (told := json.loads(line[len(token) :]))
+                    deadline = time.monotonic() + limit if told[0] in ("cell", "check") else until
 
 
 def one_run(chapter, cells, whole, left_out, judged, options, until):
@@ -276,16 +279,23 @@ def one_run(chapter, cells, whole, left_out, judged, options, until):
         finally:
             os._exit(1)
     os.close(write_end)
-    verdicts, step, fences = {}, ("cell", None), []
+    verdicts, step, fences, worker = {}, ("cell", None), [], None
     try:
         for kind, *what in messages(read_end, token, options.cell, until):
             if kind == "fence":
                 fences = what[0]
+            elif kind == "trouble" and step[1] is None or what == ["ended"] and not fences:
+                raise RuntimeError(f"{chapter} cannot be graded, whatever the notebook: {what[0]}")
+            elif kind == "worker":
+                worker = worker or what[0]
             elif kind == "verdict":
                 verdicts[what[0]] = what[1:]
             elif kind == "end":
                 step = None
             elif kind == "silent":
+                if worker and what[0] != "ended":  # it is still there, whatever it has done not to die with its parent
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGKILL)
                 return verdicts, step, what[0], fences
             else:
                 step = kind, what[0]
@@ -309,8 +319,8 @@ def grade(chapter, cells, options):
     until, whole = time.monotonic() + options.notebook, False
     left_out, judged, notes, fences = set(), {}, [], []
     while True:
-        verdicts, step, silent, fences = one_run(chapter, cells, whole, left_out, judged, options, until)
-        judged |= verdicts
+        verdicts, step, silent, found = one_run(chapter, cells, whole, left_out, judged, options, until)
+        judged, fences = judged | verdicts, found or fences
         asked = [re.search(r"NameError: name '(\w+)'", why) for _, why, _ in judged.values()]
         if not whole and any(m and m[1] in made_by_the_book(chapter) for m in asked):
             whole, left_out, judged = True, set(), {e: v for e, v in judged.items() if v[0] == "done"}
@@ -334,7 +344,7 @@ def grade(chapter, cells, options):
 
 def plain(text):
     "A cell of a table: one line, not long, and no formula for a spreadsheet."
-    line = " ".join(str(text).split())[:400]
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:400]
     return f"'{line}" if line[:1] in ("=", "+", "-", "@") else line
 
 
@@ -395,22 +405,24 @@ def main():
     options.memory = int(options.memory * 2**30)
     options.seeds = [secrets.randbelow(2**31) for _ in range(options.rounds)]
     ready(options.folder)
-    table, fences = [], []
-    for row, said in rows(options.folder, options):
-        table.append(row)
-        fences = said or fences
-        print(
-            f"{row['student']:<20} {row['chapter']:<22} {row['check']:<24} {'✓' if row['passed'] else '✗'} {row['why'][:80]}",
-            flush=True,
-        )
     to = options.to or options.folder / "grades.csv"
-    with open(to, "w", newline="", encoding="utf-8") as file:
+    part, marks, fences = (
+        to.with_name(f"{to.name}.part"),
+        [],
+        [],
+    )  # the table that was there stays until this one is whole
+    with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(table)
-    print(
-        f"{sum(r['passed'] for r in table)} of {len(table)} passed; fenced by: {', '.join(fences) or 'nothing'}; {to}"
-    )
+        for row, said in rows(options.folder, options):
+            writer.writerow(row)
+            file.flush()
+            marks.append(row["passed"])
+            fences = said or fences
+            mark = "✓" if row["passed"] else "✗"
+            print(f"{row['student']:<20} {row['chapter']:<22} {row['check']:<24} {mark} {row['why'][:80]}", flush=True)
+    os.replace(part, to)
+    print(f"{sum(marks)} of {len(marks)} passed; fenced by: {', '.join(fences) or 'nothing'}; {to}")
 
 
 if __name__ == "__main__":
