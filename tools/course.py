@@ -307,6 +307,11 @@ def handed_in(session):
     return [name for _, name, place in links(part(session, "Hand in")) if place == "exercises"]
 
 
+def exercises_of(name):
+    "The place where a notebook's exercises begin."
+    return next(p for p in sections(name) if p.startswith("exercise"))
+
+
 def in_short(*names):
     "Minutes that the essential paths of some notebooks take."
     return sum(site.minutes_to_read(cells) for cells, _ in map(essential, names) if cells)
@@ -356,15 +361,20 @@ def slides_of(session):
     return columns
 
 
+def is_test(cell):
+    "Whether a cell is there to check what is said beside it."
+    return is_code(cell) and bool(re.search(r"^\s*(assert |test_\w+\()", text(cell), re.M))
+
+
 def projected(cell):
     "A cell as a slide: of a picture, and of what was computed for the board, without its code."
-    alone = is_code(cell) and (has_picture(cell) or "instructor" in tags(cell))
+    alone = is_test(cell) if "instructor" in tags(cell) else is_code(cell) and has_picture(cell)
     return outputs(cell) if alone else shown(cell, here="../instructor/")
 
 
 def beside(cell):
-    "A cell among an instructor's notes: code is folded, what came out is not."
-    if not is_code(cell):
+    "A cell among an instructor's notes: what only checks is folded, what came out is not."
+    if not is_test(cell):
         return shown(cell)
     return f"<details><summary>as computed</summary>{shown(cell | EMPTY)}</details>{outputs(cell)}"
 
@@ -394,7 +404,7 @@ def plan(session):
         body.append(f"<h2>Questions, with answers</h2>{''.join(map(beside, others))}")
     body.append("<h2>Afterwards</h2>" + prose(after))
     rows = "".join(
-        f"<tr><td><a href='{page_of(name, '')}'>{escape(title(name))}</a></td><td><a href='../handouts/nbs/{name}.ipynb' download>handout</a></td>"
+        f"<tr><td><a href='{page_of(name, '')}#{exercises_of(name)}'>{escape(title(name))}</a></td><td><a href='../handouts/nbs/{name}.ipynb' download>handout</a></td>"
         f"<td><a href='notebooks/{name}.ipynb' download>with solutions</a></td></tr>"
         for name in handed_in(session)
     )
@@ -423,7 +433,7 @@ def chapter_page(name):
         if site.is_hidden(cell) and "instructor" not in tags(cell):
             continue
         kinds = "cell" + " essential" * ("essential" in tags(cell))
-        html = shown(cell, here="")
+        html = shown(cell).replace("<details>", "<details open>") if is_solution(cell) else shown(cell)
         body.append(
             f"<div class='{kinds}'>"
             + (f"<div class='notes'>{html}</div>" if "instructor" in tags(cell) else html)
