@@ -1,24 +1,23 @@
 """Each exercise of the book, done right and done wrong: the check must accept the first and say what is wrong with
 the second. Where a check runs without its notebook, and what `SETUP` makes for it, says tools/answers.py. `WRONG` has at
-least two typical mistakes for every exercise, each with a piece of what the check should say to it.
+least two typical mistakes for every exercise, each with a piece of what the check says to it.
 """
 
 import ast, importlib, textwrap
 
 import pytest
-
-from answers import EXERCISES, ROOT, answer_of, cells, check_name, namespace, solution, stub, with_check
+from answers import EXERCISES, ROOT, cells, check_name, namespace, run, with_check
 
 SPACES = {}
 
 
 @pytest.fixture
 def place(request, tmp_path_factory):
-    "The namespace of an exercise, with its check defined."
-    chapter, _ = EXERCISES[request.param]
+    "The namespace of an exercise, with its check defined; its chapter, and the number of the check's cell."
+    chapter, i = EXERCISES[request.param]
     if chapter not in SPACES:
         SPACES[chapter] = namespace(chapter, tmp_path_factory.mktemp(chapter.replace("/", "_")))
-    return *with_check(request.param, SPACES[chapter]), request.param
+    return *with_check(request.param, SPACES[chapter]), chapter, i
 
 
 def attempt(source, space):
@@ -1418,11 +1417,17 @@ def test_every_chapter_has_exercises():
 
 @pytest.mark.parametrize("place", EXERCISES, indirect=True)
 def test_right(place):
-    space, check, exercise = place
-    cell, name = stub(exercise)
-    assert check(answer_of(cell, space, name)).state == "not yet"
-    answer = answer_of(solution(exercise), space, name)
-    assert check(answer), check(answer).message
+    space, check, chapter, i = place
+    stub, solution = cells(chapter)[i + 1].tree, cells(chapter)[i + 2].tree
+    answer = next(n.name for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    run([n for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))], space, chapter)
+    assert check(space[answer]).state == "not yet"
+    run(
+        [n for n in solution.body if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))],
+        space,
+        chapter,
+    )
+    assert check(space[answer]), check(space[answer]).message
 
 
 ALSO_RIGHT = {  # answers of another form than the solution's: other libraries, other number types

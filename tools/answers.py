@@ -36,7 +36,7 @@ def cells(chapter):
 
 def found():
     "Notebook and number of the check's cell; the stub and the solution are the two cells behind it."
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+    for path in sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/workshop").glob("*.ipynb")]):
         chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
         for i, cell in enumerate(cells(chapter)):
             if (

@@ -29,7 +29,7 @@ spec.loader.exec_module(site)
 text = site.text
 SOLUTION, ANSWER = (
     re.compile(r'^#\| *code-summary: *"Solution', re.M),
-    re.compile(r"<details>\s*<summary>(?:Model )?[Aa]nswer</summary>.*?</details>", re.S),
+    re.compile(r"<details>\s*<summary>(?:Model )?[Aa]nswers?</summary>.*?</details>", re.S),
 )
 
 
@@ -114,6 +114,8 @@ def without_solutions(cells):
     for i, cell in enumerate(cells):
         source = text(cell)
         if "instructor" in tags(cell):
+            if ANSWER.search(source):
+                kept.append(cell | {"source": "*Your answer:*", "metadata": {}})
             continue
         if not is_code(cell):
             source, n = ANSWER.subn("*Your answer:*", source)
