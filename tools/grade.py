@@ -382,7 +382,8 @@ def rows(folder, options):
 def ready(folder):
     "Import once, in the process that all others are copies of, what the chapters import that were handed in."
     import torch
-    from IPython.core import interactiveshell  # noqa: F401
+    import torch._dynamo  # it puts a `torch.manual_seed` of its own in the other's place, when the first gradient asks for it
+    from IPython.core import interactiveshell
 
     torch.set_num_threads(1)
     for _, path in submissions(folder):
