@@ -44,6 +44,13 @@ book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
 	$(BIN)/python tools/book.py run
 	$(BIN)/python tools/house.py write
 
+course: $(STAMP)  ## write course/: handouts, slides, and the instructor's pages and notebooks
+	$(BIN)/python tools/course.py build
+
+grade: $(STAMP)  ## mark the notebooks of FOLDER=… (a folder for each student) with the book's checks: FOLDER/grades.csv
+	@test -n "$(FOLDER)" || { echo "say which: make grade FOLDER=submissions"; exit 2; }
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MODELZIP_STATIC=1 PYTHONPATH=. $(BIN)/python tools/grade.py "$(FOLDER)"
+
 bench: $(STAMP)  ## speed, size and memory against peers, as ratios of one run
 	for b in $(filter-out bench/record.py,$(wildcard bench/*.py)); do $(BIN)/python $$b || exit 1; done
 
@@ -51,6 +58,6 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv _docs _proc tour build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv _docs _proc tour course build dist *.egg-info .pytest_cache .hypothesis
 
-.PHONY: help setup tour test fuzz lab docs book bench record clean
+.PHONY: help setup tour test fuzz lab docs book course grade bench record clean

@@ -1,7 +1,7 @@
 """Property tests try the same examples each time, so that the suite is not red by chance; `make fuzz` searches for
 new ones."""
 
-import contextlib, gc, importlib.util, os, sys
+import contextlib, gc, importlib, os, sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 from guards import FUZZ, share
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what tools and tests share
+import once
 
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -39,11 +42,6 @@ def pytest_collection_finish():
     "What was imported stays: whoever collects garbage need not look at a million objects each time."
     gc.collect()
     gc.freeze()
-
-
-spec = importlib.util.spec_from_file_location("modelzip_once", Path(__file__).parent.parent / "tools/once.py")
-once = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(once)
 
 
 @pytest.fixture

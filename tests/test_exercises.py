@@ -1,118 +1,25 @@
 """Each exercise of the book, done right and done wrong: the check must accept the first and say what is wrong with
-the second.
-
-A notebook is not executed here. Of its cells only these are: imports, the check, the definitions that it mentions,
-the stub and the solution. Where a check looks at something that the chapter has made (a trained model, a file),
-`SETUP` makes a small one. `WRONG` has at least two typical mistakes for every exercise, each with a piece of what
-the check should say to it.
+the second. Where a check runs without its notebook, and what `SETUP` makes for it, says tools/answers.py. `WRONG` has at
+least two typical mistakes for every exercise, each with a piece of what the check says to it.
 """
 
-import ast, functools, importlib, json, re, textwrap
-from pathlib import Path
+import ast, importlib, textwrap
 
-import fastcore.test
 import pytest
 import trivial
+from answers import EXERCISES, ROOT, cells, check_name, namespace, run, with_check
 from guards import examples, seeded, share
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Cell:
-    "A code cell: text and syntax tree, which is empty where it is no plain Python."
-
-    def __init__(self, text):
-        self.text = text
-
-    @functools.cached_property
-    def tree(self):
-        try:
-            return ast.parse(self.text)
-        except SyntaxError:
-            return ast.parse("")
-
-
-@functools.cache
-def cells(chapter):
-    "The code cells of a chapter."
-    book = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))
-    return [Cell("".join(c["source"])) for c in book["cells"] if c["cell_type"] == "code"]
-
-
-def exercises():
-    "Notebook and number of the check's cell; the stub and the solution are the two cells behind it."
-    for path in sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/workshop").glob("*.ipynb")]):
-        chapter = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        for i, cell in enumerate(cells(chapter)):
-            if (
-                re.search(r"^@exercise$", cell.text, re.M)
-                and not cell.text.startswith("#| export")
-                and "your turn" in cells(chapter)[i + 1].text
-            ):
-                yield chapter, i
-
-
-def check_name(chapter, i):
-    return next(
-        n.name
-        for n in cells(chapter)[i].tree.body
-        if isinstance(n, ast.FunctionDef) and any(ast.unparse(d) == "exercise" for d in n.decorator_list)
-    )
-
-
-EXERCISES = {f"{c}:{check_name(c, i)}": (c, i) for c, i in exercises()}
-
-
-def names(tree):
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-
-
-def run(nodes, space, chapter):
-    exec(compile(ast.Module(list(nodes), []), f"nbs/{chapter}.ipynb", "exec"), space)
-
-
-def define(wanted, space, chapter, before):
-    """Execute the functions and classes of earlier cells that are mentioned and not there yet, and what they
-    mention in turn."""
-    for name in wanted - space.keys():
-        for cell in reversed(cells(chapter)[:before]):
-            found = [n for n in cell.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
-            if found:
-                space[name] = None
-                define(names(found[-1]), space, chapter, before)
-                run(found[-1:], space, chapter)
-                break
-
 
 SPACES = {}
 
 
-def namespace(chapter, tmp):
-    "What the chapter's module defines, all that its cells import, and what `SETUP` makes."
-    if chapter not in SPACES:
-        space = dict(vars(fastcore.test))
-        module = next(
-            (m[1] for c in cells(chapter) if (m := re.search(r"^#\| ?default_exp ([\w.]+)", c.text, re.M))), None
-        )
-        if module:
-            space |= vars(importlib.import_module(f"modelzip.{module}"))
-        for cell in cells(chapter):
-            if "#| export" not in cell.text:
-                run([n for n in cell.tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], space, chapter)
-        space["folder"] = tmp.mktemp(chapter.replace("/", "_"))
-        exec(textwrap.dedent(SETUP.get(chapter, "")), space)
-        SPACES[chapter] = space
-    return dict(SPACES[chapter])
-
-
 @pytest.fixture
 def place(request, tmp_path_factory):
-    "The namespace of an exercise, with its check defined."
+    "The namespace of an exercise, with its check defined; its chapter, and the number of the check's cell."
     chapter, i = EXERCISES[request.param]
-    space, tree = namespace(chapter, tmp_path_factory), cells(chapter)[i].tree
-    define(names(tree) - {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, space, chapter, i)
-    run(tree.body, space, chapter)
-    return space, space[check_name(chapter, i)], chapter, i
+    if chapter not in SPACES:
+        SPACES[chapter] = namespace(chapter, tmp_path_factory.mktemp(chapter.replace("/", "_")))
+    return *with_check(request.param, SPACES[chapter]), chapter, i
 
 
 def attempt(source, space):
@@ -123,43 +30,6 @@ def attempt(source, space):
     exec(source, space)
     return space[ast.parse(source).body[-1].name]
 
-
-SETUP = {
-    "workshop/archive": "mz = bytes(range(256)) * 5",
-    "05_pack": (
-        """
-        from modelzip.quant import quantize_model
-        model = LeNet5()
-        save(model, folder / "mapped.mz", archive=False)"""
-    ),
-    "workshop/inspecting": (
-        """
-        from modelzip.quant import quantize_model
-        model = LeNet5()
-        save(model, folder / "archived.mz")
-        save(quantize_model(model, 4), folder / "archived4.mz")"""
-    ),
-    "workshop/exchange": (
-        """
-        from modelzip.data import LeNet5
-        model = LeNet5()
-        state = model.state_dict()
-        to_safetensors(model, folder / "l.safetensors")"""
-    ),
-    "workshop/recipe": (
-        """
-        import copy, torch
-        from modelzip.data import LeNet5
-        net = LeNet5().eval()
-        with torch.no_grad(): net.fc1.weight.mul_(4)"""
-    ),
-    "10_ranges": (
-        """
-        from modelzip.data import MiniLM, seeded
-        with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
-        statistics = calibrate(model, [torch.arange(48).reshape(4, 12)])"""
-    ),
-}
 
 WRONG = {
     "00_data:check_count": [

@@ -228,7 +228,9 @@ def check():
         shutil.copytree(
             ROOT,
             copy,
-            ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "tour", "bench", "__pycache__", "build"),
+            ignore=shutil.ignore_patterns(
+                ".git", ".venv", "_docs", "_proc", "tour", "course", "bench", "__pycache__", "build"
+            ),
         )
         shutil.rmtree(copy / "modelzip")
         for command in "nbdev_export", "nbdev_clean":
