@@ -105,10 +105,9 @@ def tool(*command):
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True, cwd=ROOT)
 
 
-def export(paths):
-    "Write modules before anything runs: a chapter's later cells may import the module that its first cells make."
-    code = "import sys; from nbdev.export import nb_export; [nb_export(p) for p in sys.argv[1:]]"
-    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, cwd=ROOT)
+def export(paths=(), root=ROOT):
+    "Write modules: some before anything runs, as a chapter's later cells may import what its first cells make; or all."
+    subprocess.run([sys.executable, str(root / "tools/export.py"), *map(str, paths)], check=True, cwd=root)
 
 
 def readme(root=ROOT):
@@ -142,7 +141,7 @@ def run(paths):
         print(f"{p.name:<22} {execute(p):6.1f} s", flush=True)
         tool("nbdev_clean", "--fname", str(p))
     tool("ruff", "format", "--quiet")
-    tool("nbdev_export")
+    export()
     readme()
 
 
@@ -229,10 +228,9 @@ def check():
             ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "tour", "bench", "__pycache__", "build"),
         )
         shutil.rmtree(copy / "modelzip")
-        for command in "nbdev_export", "nbdev_clean":
-            subprocess.run(
-                [str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL
-            )
+        export(root=copy)
+        clean = str(Path(sys.executable).parent / "nbdev_clean")
+        subprocess.run([clean], check=True, cwd=copy, stdout=subprocess.DEVNULL)
         readme(copy)
         made = {
             p.relative_to(copy)

@@ -100,7 +100,19 @@ def in_range(
     scale: Tensor,
     zero: Tensor | float,
 ) -> Tensor:
-    "Infinities that lie less than a step beyond the largest number of the dtype become that number."
+    """Infinities that lie less than a step beyond the largest number of the dtype become that number.
+
+    Parameters
+    ----------
+    out : Tensor
+        what a QTensor expanded to
+    q : Any
+        the QTensor
+    codes : Tensor
+        these, in blocks
+    scale : Tensor
+    zero : Tensor | float
+    """
     if not _may_overflow(q):
         return out
     half = scale.double() / 2

@@ -15,7 +15,17 @@ from typing import Any
 # %% ../../nbs/workshop/exercises.ipynb
 @dataclass
 class Verdict:
-    "What a check says of an attempt: true only when it is right."
+    """What a check says of an attempt: true only when it is right.
+
+    Parameters
+    ----------
+    state : str
+        "done", "not yet" or "wrong"
+    message : str
+        why
+    task : str, default ''
+        what was to be done
+    """
 
     state: str  # "done", "not yet" or "wrong"
     message: str  # why
@@ -38,7 +48,18 @@ class Verdict:
 def exercise(
     check: Callable[..., Any],  # takes the attempt, asserts what it should do; its docstring says what that is
 ) -> Callable[..., Verdict]:  # the same check, which answers instead of raising
-    "Turn a function of assertions into one that says whether an attempt is done, not done yet, or wrong and why."
+    """Turn a function of assertions into one that says whether an attempt is done, not done yet, or wrong and why.
+
+    Parameters
+    ----------
+    check : Callable[..., Any]
+        takes the attempt, asserts what it should do; its docstring says what that is
+
+    Returns
+    -------
+    Callable[..., Verdict]
+        the same check, which answers instead of raising
+    """
     task = " ".join((check.__doc__ or check.__name__.removeprefix("check_").replace("_", " ")).split())
 
     @functools.wraps(check)

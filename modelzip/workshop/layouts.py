@@ -207,7 +207,19 @@ def layout_of(
     meta: dict,  # what a file says of a sparse tensor
     shape: torch.Size,
 ) -> tuple[str, dict, int]:  # layout, the numbers that describe it, count of values
-    "Layout and its numbers, in their ranges; `ValueError` for anything else."
+    """Layout and its numbers, in their ranges; `ValueError` for anything else.
+
+    Parameters
+    ----------
+    meta : dict
+        what a file says of a sparse tensor
+    shape : torch.Size
+
+    Returns
+    -------
+    tuple[str, dict, int]
+        layout, the numbers that describe it, count of values
+    """
     layout, n = meta.get("layout"), shape.numel()
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r:.40}; it may be {layout_names()}")
