@@ -330,7 +330,13 @@ class Hints(FeatureLoss):
 
 # %% ../nbs/09_distill.ipynb
 class AttentionTransfer(FeatureLoss):
-    "Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928)."
+    """Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928).
+
+    Parameters
+    ----------
+    layers : Mapping[str, str]
+        name of a student's layer → name of a teacher's
+    """
 
     def distance(self, name, ours, theirs):
         check_images(ours, theirs)

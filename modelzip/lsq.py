@@ -113,7 +113,21 @@ def learned_step(
 # %% ../nbs/11_lsq.ipynb
 class WeightQuantizer(StepsOfWeights):
     """Rounds a weight to codes times a learned step (LSQ, Esser et al. 2019, arXiv:1902.08153); a parametrization
-    of `torch.nn.utils.parametrize`."""
+    of `torch.nn.utils.parametrize`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        sets the steps, as the observer 'mse' finds them: least squared error among 60 of them, and at least 2⁻¹⁰⁰
+    levels : int
+        number of codes, 2 (binary), 3 (ternary) … 256
+    axis : int | None, default None
+        a step for each slice along this axis
+    group : int | None, default None
+        or for each run of `group` weights in a row; these are kept as float16
+    learn : bool, default True
+        False: the steps stay as they were set
+    """
 
     def steps(
         self,
@@ -178,7 +192,17 @@ class _Inward(torch.autograd.Function):
 # %% ../nbs/11_lsq.ipynb
 class ActivationQuantizer(RangeOfActivations):
     """Rounds activations to codes with a learned step and zero point (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576),
-    or with a range that is watched."""
+    or with a range that is watched.
+
+    Parameters
+    ----------
+    bits : int, default 8
+        width of a code, 4..8
+    learn : bool, default True
+        step and zero point are trained; False: they follow a moving average of the range until they are frozen
+    momentum : float, default 0.05
+        weight of the newest batch in that average, 0..1
+    """
 
     def codes(
         self,
@@ -211,7 +235,21 @@ class ActivationQuantizer(RangeOfActivations):
 # %% ../nbs/11_lsq.ipynb
 class FakeQuantized(TrainedAsIntegers):
     """A layer that trains as integers: rounded input times rounded weight, and the normalization that follows it
-    folded in."""
+    folded in.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Linear or Conv2d; it may be parametrized, by a mask for example
+    weights : StepsOfWeights
+        one step, or one for each output
+    activations : RangeOfActivations
+        of its input
+    norm : nn.Module | None, default None
+        the BatchNorm that follows
+    name : str, default ''
+        for errors
+    """
 
     def product(
         self,

@@ -425,7 +425,7 @@ def _fifth(data):
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
 
-def in_pieces(batch):
+def in_pieces(batch: Any) -> list:
     "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
     plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
     n = length_of(batch) if plain else None

@@ -374,7 +374,7 @@ def _asked(techniques: Sequence[str] | None) -> list[str]:
     return names
 
 # %% ../nbs/14_tour.ipynb
-def load_alone(path, model=None) -> nn.Module:
+def load_alone(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     "Load a file with nothing else at hand: the model that it was saved from is not looked at."
     return load(path)
 

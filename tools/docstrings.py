@@ -38,8 +38,12 @@ def documented(tree, said, known):
 
 def docstring(node, said, known):
     "The lines of a docstring with its sections; None where there is nothing to say beside the arguments."
-    if (made := takes(node)) is None:
-        return None
+    made = takes(node)
+    if made is None:  # a class that takes what a base takes
+        bases = [known[b.id] for b in node.bases if isinstance(b, ast.Name) and b.id in known]
+        if not bases:
+            return None
+        made, said = bases[0]
     given, gives = parameters(made, said, known), returned(made, said) if made is node else None
     if not any(text for *_, text in given) and not gives:
         return None

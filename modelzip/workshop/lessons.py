@@ -9,7 +9,7 @@ __all__ = ['cloned', 'watched', 'features_of', 'untouched', 'check_apart', 'rehe
 
 # %% ../../nbs/workshop/lessons.ipynb
 import contextlib, copy, itertools, json, math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def cloned(x: Any) -> Any:
 def watched(
     model: nn.Module,
     names: tuple[str, ...],  # of layers
-):  # a dict that is filled with their outputs at each call; of a layer that is called several times the last
+) -> Iterator[dict[str, Tensor]]:  # filled with their outputs at each call; of a layer called several times the last
     """Keep what some layers put out, as it was then: what follows may overwrite it. `ValueError` for a name that is
     not there.
 
@@ -39,8 +39,12 @@ def watched(
     ----------
     model : nn.Module
     names : tuple[str, ...]
-        of layers a dict that is filled with their outputs at each call; of a layer that is called several times the
-        last
+        of layers
+
+    Returns
+    -------
+    Iterator[dict[str, Tensor]]
+        filled with their outputs at each call; of a layer called several times the last
     """
     known, seen = dict(model.named_modules()), {}
     for n in names:
