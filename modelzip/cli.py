@@ -66,6 +66,7 @@ from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_lay
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt, options_of
+from .workshop.doctor import doctor
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_blocks import BlockTensor
 from .workshop.gguf_files import FILE_TYPES, from_gguf, inspect_gguf, to_gguf
@@ -1361,6 +1362,16 @@ def _eval(o):
 def _tour(o):
     report = tour(o.folder, o.seed, progress=not o.quiet)  # minutes: where no bar can be drawn, a line a step
     return Done(json.loads(report.to_json()), f"{report}\n\nThe files and report.html are in {o.folder}/")
+
+
+@command(
+    "show what is installed, which extras are missing and what they bring, and what this processor can do",
+    "modelzip doctor",
+    JSON,
+)
+def _doctor(o):
+    found = doctor()
+    return Done(asdict(found), repr(found), status=0 if found.well else 1)
 
 
 @command(

@@ -41,7 +41,8 @@ def public():
 
 
 def test_the_import_alone_loads_nothing():
-    assert child("""
+    assert (
+        child("""
         import sys, modelzip
         loaded = [m for m in sys.modules if m.startswith(("torch", "numpy", "modelzip."))]
         assert not loaded, loaded
@@ -50,7 +51,9 @@ def test_the_import_alone_loads_nothing():
         modelzip.read_tensor  # what is asked for, and what that needs
         assert "modelzip.pack" in sys.modules and "modelzip.prune" not in sys.modules
         print(modelzip.__version__)
-    """) == modelzip.__version__ + "\n"
+    """)
+        == modelzip.__version__ + "\n"
+    )
 
 
 def test_each_name_is_that_of_its_module():
@@ -72,7 +75,9 @@ def test_a_checker_of_types_knows_the_same_names():
     assert all(n == as_ for _, n, as_ in said)
 
 
-@pytest.mark.parametrize("first", ["import modelzip.deploy, modelzip.distill", "from modelzip.deploy import deploy", ""])
+@pytest.mark.parametrize(
+    "first", ["import modelzip.deploy, modelzip.distill", "from modelzip.deploy import deploy", ""]
+)
 def test_a_module_with_the_name_of_its_function_is_called_like_it(first):
     child(f"""
         import inspect, torch
@@ -94,7 +99,11 @@ def test_help_shows_what_stands_beside_each_argument():
     words, seen, wrong = lambda text: " ".join(text.split()), 0, []
     for name, x in public().items():
         f = inspect.unwrap(x.__init__ if inspect.isclass(x) else x)
-        if not x.__doc__ or not getattr(f, "__module__", "").startswith("modelzip.") or f.__code__.co_filename[0] == "<":
+        if (
+            not x.__doc__
+            or not getattr(f, "__module__", "").startswith("modelzip.")
+            or f.__code__.co_filename[0] == "<"
+        ):
             continue
         doc = words(inspect.getdoc(x))
         for argument, text in docments(f).items():
@@ -153,7 +162,9 @@ def test_a_slip_in_the_name_of_an_argument_is_named():
         try:
             f(**given, **{slip: None})
         except TypeError as e:
-            if not by_python and not re.match(rf"{slip} is no argument of {f.__name__}\(\); (did you mean \w+\?|it has )", str(e)):
+            if not by_python and not re.match(
+                rf"{slip} is no argument of {f.__name__}\(\); (did you mean \w+\?|it has )", str(e)
+            ):
                 wrong.append((name, slip, str(e)))
         except Exception as e:
             wrong.append((name, slip, repr(e)))

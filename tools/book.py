@@ -127,7 +127,10 @@ def readme(root=ROOT):
         if re.search(r"^#\| ?echo: false$", c.source, re.M):
             c.source = ""
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
-    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text, resources = MarkdownExporter().from_notebook_node(nb)
+    for name, data in resources["outputs"].items():  # the picture
+        (root / "nbs" / (kept := f"index{Path(name).suffix}")).write_bytes(data)
+        text = text.replace(f"![svg]({name})", f"![Bytes and accuracy of every technique of the tour](nbs/{kept})")
     text = re.sub(r"```python\s*```\n", "", text)
     text = re.sub(r"\]\(((?:workshop/)?\w+\.ipynb)", r"](nbs/\1", text)
     (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
@@ -234,7 +237,7 @@ def check():
         readme(copy)
         made = {
             p.relative_to(copy)
-            for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "README.md")
+            for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "nbs/index.svg", "README.md")
             for p in copy.glob(pattern)
         }
         made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("**/*.py")}
