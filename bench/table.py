@@ -122,7 +122,7 @@ def answers():
 
     tour = {r["name"]: r["ratios"] for r in read("tour")["rows"]}
     times = lambda name: f"{tour[name]['1'][0]:.2f}× the time for one input and {tour[name]['64'][0]:.2f}× for 64"
-    slow = [r["1"][0] for name, r in tour.items() if "weights" in name and r["1"][0] > 1]
+    slow = [r["1"][0] for n, r in tour.items() if "weights" in n and "kernels" not in n and r["1"][0] > 1]
     net, own = read("record")["nets"]["LeNet-5"], next(text for *_, text in prune(read("prune")) if "LeNet-5" in text)
     size = sum(p.numel() for p in LeNet5(**net["how"]["student"]).parameters())
     return f"""- **Does it get faster?** With fewer multiplications, yes: half of LeNet-5's take {times("half the multiplications, retrained")}, a distilled student {times("student of 19,454 parameters, distilled")}. Products of integers pay for many inputs at once ({tour["8-bit weights, int8 kernels"]["64"][0]:.2f}× for 64), not for one ({tour["8-bit weights, int8 kernels"]["1"][0]:.2f}×). Few bits make the *file* small; run by PyTorch such a model is slower, {min(slow):.1f} to {max(slow):.1f} times for one input, because weights are expanded when they are used. (Rows of the [tour's table](#the-tours-table), on a CPU.) `deploy` measures your model on the engines that are installed, and takes the quickest that computes the same.

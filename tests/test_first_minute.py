@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from fastcore.docments import docments
-from torch import nn
 
 import modelzip
 
@@ -202,3 +201,44 @@ def test_the_library_works_without_plots_and_widgets(tmp_path):
     """)
     told = "this needs `matplotlib`, which is not installed: pip install 'modelzip[notebook]'"
     assert said.count(told) == 3, said
+
+
+# ---------------------------------------------------------------------------------- what is installed, what is promised
+
+
+SETTINGS = dict(re.findall(r"^(\w+) = (.*)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M))
+
+
+def test_doctor_knows_every_extra():
+    from modelzip.workshop.doctor import BRINGS, Findings, doctor
+
+    assert {*BRINGS} == {k.removesuffix("_requirements") for k in SETTINGS if k.endswith("_requirements")} - {"dev"}
+    found = doctor()
+    assert all(name in repr(found) for name in (*found.extras, *found.engines, *found.packages))
+    broken = Findings({}, {"numpy": None}, {"onnx": ["onnx"]}, {}, {})
+    assert not broken.well and "numpy MISSING" in repr(broken) and "pip install 'modelzip[onnx]'" in repr(broken)
+    assert "nobody knows" in repr(Findings({}, {}, {}, {}, {}))  # it runs from a folder
+
+
+def test_promises_are_those_of_the_settings():
+    page = (ROOT / "nbs/promises.ipynb").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"Python {SETTINGS['min_python']} or newer" in page
+    assert f"PyTorch {re.search(r'torch>=([0-9.]+)', SETTINGS['requirements'])[1]} or newer" in page
+    assert f"PyTorch {re.search('^torch==([0-9.]+)', pins, re.M)[1]} on Linux" in page
+    versions = {re.match(r"version(\d)", p.name)[1] for p in (ROOT / "tests/files").glob("version*.mz")}
+    assert versions == set("123456") and "there has been, 1 to 6, is read" in page
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {SETTINGS['version']}" in changes and modelzip.__version__ == SETTINGS["version"]
+
+
+def test_models_of_hugging_face_are_models_like_others(tmp_path):
+    "As the first page says: quantized, calibrated, saved, loaded with a model of their class."
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    ids = torch.arange(16).view(2, 8)
+    for small in modelzip.quantize_model(model, 8), modelzip.gptq(model, [{"input_ids": ids}], 8):
+        loaded = modelzip.load(modelzip.save(small, tmp_path / "bert.mz"), model)
+        ours, exact = loaded(input_ids=ids)[0], model(input_ids=ids)[0]
+        assert torch.equal(ours, small(input_ids=ids)[0]) and (ours - exact).norm() < 0.05 * exact.norm()

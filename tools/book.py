@@ -130,7 +130,8 @@ def readme(root=ROOT):
     text, resources = MarkdownExporter().from_notebook_node(nb)
     for name, data in resources["outputs"].items():  # the picture
         (root / "nbs" / (kept := f"index{Path(name).suffix}")).write_bytes(data)
-        text = text.replace(f"![svg]({name})", f"![Bytes and accuracy of every technique of the tour](nbs/{kept})")
+        shown = f"![Bytes and accuracy of every technique of the tour](nbs/{kept})\n"
+        text = re.sub(rf"^ *\n!\[svg\]\({re.escape(name)}\)\n *\n", lambda m: shown, text, flags=re.M)
     text = re.sub(r"```python\s*```\n", "", text)
     text = re.sub(r"\]\(((?:workshop/)?\w+\.ipynb)", r"](nbs/\1", text)
     (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
