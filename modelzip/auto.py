@@ -326,7 +326,7 @@ def compress(
     # a tenth of the usual pace, at each call, and has no integer kernel: where time counts `dequantize_model` it once
     trellis: bool = False,
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
-    path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
+    path: str | os.PathLike[str] | None = None,  # where the file goes; None: nowhere
     progress: bool = True,  # show a bar; in a file or a pipe a line a try
 ) -> tuple[nn.Module, CompressionReport]:  # the model as it came back from the file; what was done and why
     """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on
@@ -374,7 +374,7 @@ def compress(
         `dequantize_model` it once
     strict : bool, default True
         a target that is not met is a `TargetError`; False: the nearest that was found is returned
-    path : str | os.PathLike | None, default None
+    path : str | os.PathLike[str] | None, default None
         where the file goes; None: nowhere
     progress : bool, default True
         show a bar; in a file or a pipe a line a try

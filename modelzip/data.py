@@ -217,7 +217,7 @@ def train(
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy,  # of outputs and labels
     # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from
     # ten steps on
-    optimizer: Callable = torch.optim.Adam,
+    optimizer: Callable[..., Any] = torch.optim.Adam,
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:  # the same model, in eval mode
     """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises
@@ -243,7 +243,7 @@ def train(
         show a bar
     loss : Callable[[Any, Any], Tensor], default F.cross_entropy
         of outputs and labels
-    optimizer : Callable, default torch.optim.Adam
+    optimizer : Callable[..., Any], default torch.optim.Adam
         called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle,
         from ten steps on
     after_epoch : Callable[[int, float], Any] | None, default None

@@ -47,7 +47,7 @@ class Deployed(nn.Module):
     ----------
     name : str
         of the engine
-    run : Callable
+    run : Callable[..., Any]
         of the example's tensors
     work : Work
     """
@@ -55,7 +55,7 @@ class Deployed(nn.Module):
     def __init__(
         self,
         name: str,  # of the engine
-        run: Callable,  # of the example's tensors
+        run: Callable[..., Any],  # of the example's tensors
         work: Work,
     ):
         super().__init__()
@@ -119,7 +119,7 @@ class Attempt:
     note: str = ""  # why it was left out; 'taken'
 
 
-class Attempts(list):
+class Attempts(list[Any]):
     "Rows of `Attempt`; prints as a table."
 
     def __repr__(self):
@@ -293,7 +293,7 @@ def deploy(
     threads: int | None = None,  # of each call; None: as many as PyTorch uses
     callers: int = 1,  # threads of your program that may call at one time, such as the workers of a `Pool`
     # free dimensions and their names, for all tensors, for each, or by name: `{0: 'batch', 1: 'length'}`
-    dynamic: dict | tuple | list = {0: "batch"},
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},
     cosine: float | None = 0.999,  # least likeness of the outputs to the model's own, on the example; None: any
     precision: str = "f32",  # 'bf16' lets OpenVINO round floats to 8 significant bits, where the processor can
     # integer products in compressed layers; None: 'auto' tries both, and PyTorch keeps those that are quicker
@@ -301,7 +301,7 @@ def deploy(
     form: str | None = None,  # of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
     engines: Sequence[str] | None = None,  # that 'auto' tries beside the model as given; None: all
     # where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     repeats: int = 20,  # rounds of the measurement, 6 or more
     progress: bool = False,  # show a bar
 ) -> Deployed:  # called as the model is, without gradients
@@ -320,7 +320,7 @@ def deploy(
         of each call; None: as many as PyTorch uses
     callers : int, default 1
         threads of your program that may call at one time, such as the workers of a `Pool`
-    dynamic : dict | tuple | list, default {0: 'batch'}
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
         free dimensions and their names, for all tensors, for each, or by name: `{0: 'batch', 1: 'length'}`
     cosine : float | None, default 0.999
         least likeness of the outputs to the model's own, on the example; None: any
@@ -332,7 +332,7 @@ def deploy(
         of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
     engines : Sequence[str] | None, default None
         that 'auto' tries beside the model as given; None: all
-    path : str | os.PathLike | None, default None
+    path : str | os.PathLike[str] | None, default None
         where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
     repeats : int, default 20
         rounds of the measurement, 6 or more

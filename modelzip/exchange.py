@@ -640,7 +640,7 @@ def write_tensors(f: BinaryIO, tensors: Iterable[Tensor]) -> None:
 # %% ../nbs/workshop/exchange.ipynb
 def to_safetensors(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.safetensors
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.safetensors
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
     """Write a model as safetensors, atomically. Errors as for `save`; `ValueError` names a tensor that the format
@@ -650,7 +650,7 @@ def to_safetensors(
     ----------
     model : nn.Module
         any model; compressed layers stay compressed
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.safetensors
     **info : Any
         what else the file should say, as JSON knows it
@@ -802,21 +802,21 @@ def read_into(
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_safetensors(
-    path: str | os.PathLike,  # a safetensors file, from `to_safetensors` or from anybody
+    path: str | os.PathLike[str],  # a safetensors file, from `to_safetensors` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
     """Read a model from safetensors. `PackError` for whatever is wrong with the file; nothing in it is ever executed.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a safetensors file, from `to_safetensors` or from anybody
     model : nn.Module | None, default None
         of the same architecture; left as it is. None: the builder that the file names
-    rename : Callable | None, default None
+    rename : Callable[..., Any] | None, default None
         for files from others: makes the model's name of theirs, or None to leave a tensor out
 
     Returns
@@ -875,7 +875,7 @@ def write_npy(z: zipfile.ZipFile, name: str, x: np.ndarray, compress: bool) -> N
 # %% ../nbs/workshop/exchange.ipynb
 def to_npz(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.npz
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.npz
     compress: bool = False,  # deflate every array
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
@@ -886,7 +886,7 @@ def to_npz(
     ----------
     model : nn.Module
         any model; compressed layers stay compressed
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.npz
     compress : bool, default False
         deflate every array
@@ -1068,21 +1068,21 @@ def open_npz(f: BinaryIO) -> Opened:
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_npz(
-    path: str | os.PathLike,  # an npz file, from `to_npz` or from anybody
+    path: str | os.PathLike[str],  # an npz file, from `to_npz` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
     """Read a model from npz. `PackError` for whatever is wrong with the file; pickled objects are refused, always.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         an npz file, from `to_npz` or from anybody
     model : nn.Module | None, default None
         of the same architecture; left as it is. None: the builder that the file names
-    rename : Callable | None, default None
+    rename : Callable[..., Any] | None, default None
         for files from others: makes the model's name of theirs, or None to leave a tensor out
 
     Returns
@@ -1129,7 +1129,7 @@ class Patient:
 # %% ../nbs/workshop/exchange.ipynb
 def to_hdf5(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.h5
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.h5
     compress: bool = False,  # deflate every array
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
@@ -1140,7 +1140,7 @@ def to_hdf5(
     ----------
     model : nn.Module
         any model; compressed layers stay compressed
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.h5
     compress : bool, default False
         deflate every array
@@ -1292,10 +1292,10 @@ def open_hdf5(f: BinaryIO, h: Any) -> Opened:
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_hdf5(
-    path: str | os.PathLike,  # an HDF5 file, from `to_hdf5` or from anybody
+    path: str | os.PathLike[str],  # an HDF5 file, from `to_hdf5` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
     """Read a model from HDF5. Needs `modelzip[hdf5]`. `PackError` for whatever is wrong with the file.
@@ -1303,11 +1303,11 @@ def from_hdf5(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         an HDF5 file, from `to_hdf5` or from anybody
     model : nn.Module | None, default None
         of the same architecture; left as it is. None: the builder that the file names
-    rename : Callable | None, default None
+    rename : Callable[..., Any] | None, default None
         for files from others: makes the model's name of theirs, or None to leave a tensor out
 
     Returns
@@ -1377,8 +1377,8 @@ def save_next(
 
 # %% ../nbs/workshop/exchange.ipynb
 def save_many(
-    models: Mapping | Iterable,  # name → model, or pairs (name, model), for example from a generator
-    folder: str | os.PathLike = ".",  # where they go; it must exist. A name may be a path of its own
+    models: Mapping[Any, Any] | Iterable[Any],  # name → model, or pairs (name, model), for example from a generator
+    folder: str | os.PathLike[str] = ".",  # where they go; it must exist. A name may be a path of its own
     progress: bool = True,  # show a bar
     **options: Any,  # of `save`: archive, threads, and what the files should say
 ) -> list[Path]:  # the files, in order
@@ -1388,9 +1388,9 @@ def save_many(
 
     Parameters
     ----------
-    models : Mapping | Iterable
+    models : Mapping[Any, Any] | Iterable[Any]
         name → model, or pairs (name, model), for example from a generator
-    folder : str | os.PathLike, default '.'
+    folder : str | os.PathLike[str], default '.'
         where they go; it must exist. A name may be a path of its own
     progress : bool, default True
         show a bar
@@ -1423,7 +1423,7 @@ def loaded(paths: Iterable, model: nn.Module | None, progress: bool, options: di
 
 # %% ../nbs/workshop/exchange.ipynb
 def load_many(
-    paths: str | os.PathLike | Iterable,  # files, or one folder: its *.mz in the order of their names
+    paths: str | os.PathLike[str] | Iterable[Any],  # files, or one folder: its *.mz in the order of their names
     model: nn.Module | None = None,  # of the same architecture, as for `load`; None: registered builders make them
     progress: bool = True,  # show a bar
     **options: Any,  # of `load`: mmap, verify
@@ -1433,7 +1433,7 @@ def load_many(
 
     Parameters
     ----------
-    paths : str | os.PathLike | Iterable
+    paths : str | os.PathLike[str] | Iterable[Any]
         files, or one folder: its *.mz in the order of their names
     model : nn.Module | None, default None
         of the same architecture, as for `load`; None: registered builders make them

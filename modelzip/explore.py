@@ -283,7 +283,7 @@ class Explorer:
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         given one value of each control, returns a figure, a table or a text
     controls : list[Control]
         what turns it
@@ -291,7 +291,7 @@ class Explorer:
 
     def __init__(
         self,
-        f: Callable,  # given one value of each control, returns a figure, a table or a text
+        f: Callable[..., Any],  # given one value of each control, returns a figure, a table or a text
         controls: list[Control],  # what turns it
     ):
         self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
@@ -339,14 +339,14 @@ class Explorer:
 
     def save(
         self,
-        path: str | os.PathLike,  # an HTML file; its folder is there already
+        path: str | os.PathLike[str],  # an HTML file; its folder is there already
         limit: int = MAX_BYTES,  # bytes that the different frames may take
     ) -> Path:  # the file
         """Write a page of its own: it opens in any browser, without a network.
 
         Parameters
         ----------
-        path : str | os.PathLike
+        path : str | os.PathLike[str]
             an HTML file; its folder is there already
         limit : int, default MAX_BYTES
             bytes that the different frames may take
@@ -375,7 +375,7 @@ class Explorer:
             self._widget = widgets(self.f, self.controls)
         return self._widget
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[Any, Any]:
         plain = {"text/plain": repr(self)}
         if not is_live():
             return {**plain, "text/html": self.sample() if is_sample() else self.html()}
@@ -418,7 +418,7 @@ def defaults_of(
 
 # %% ../nbs/workshop/explore.ipynb
 def explore(
-    f: Callable,  # returns a figure, axes, a table, a text …; has one argument for each control
+    f: Callable[..., Any],  # returns a figure, axes, a table, a text …; has one argument for each control
     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
     **controls: Any,
 ) -> Explorer:  # shows itself: widgets in a live kernel, else HTML with all frames inside
@@ -429,7 +429,7 @@ def explore(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         returns a figure, axes, a table, a text …; has one argument for each control
     **controls : Any
         argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends

@@ -121,7 +121,7 @@ def unwrapped_name(model: nn.Module, path: str, wrapper: Dequantize) -> str:
     return ".".join([*parts, *[wrapper.name] * (wrapper.name != "weight")])
 
 # %% ../nbs/workshop/kernels.ipynb
-class Choices(list):
+class Choices(list[Any]):
     "Rows (name, layer, what runs); prints as a table."
 
     def __repr__(self):
@@ -244,7 +244,7 @@ def _with_kernels(model, wanted):
 def use_kernels(
     model: nn.Module,  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
     activations: (
-        str | dict | None
+        str | dict[str, Any] | None
         # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear,
         # the tensor for QConv2d and QRecurrent
     ) = None,
@@ -263,7 +263,7 @@ def use_kernels(
     ----------
     model : nn.Module
         with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
-    activations : str | dict | None, default None
+    activations : str | dict[str, Any] | None, default None
         'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear,
         the tensor for QConv2d and QRecurrent
     requantize : bool, default False

@@ -224,16 +224,16 @@ ROUND_TO_NEAREST.append(adaround_weight)
 # %% ../nbs/10e_learned_rounding.ipynb
 def learned_rounding(
     model: nn.Module,  # it is left as it is
-    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    batches: Iterable[Any],  # calibration data: tensors, tuples or dicts, see `feed`
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
     steps: int = 300,  # of the optimizer, for each matrix
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before rounding
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     progress: bool = True,  # show a bar
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """Learned rounding, layer by layer (Nagel et al. 2020, arXiv:2004.10568). The same data give the same model.
 
@@ -241,7 +241,7 @@ def learned_rounding(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable
+    batches : Iterable[Any]
         calibration data: tensors, tuples or dicts, see `feed`
     bits : int, default 4
         width of a code, 1..8
@@ -255,11 +255,11 @@ def learned_rounding(
         share of the error of earlier layers that a layer makes up for
     columns : Any, default None
         'awq', 'smooth' or a function: column scales before rounding
-    overrides : dict | Callable | None, default None
+    overrides : dict | Callable[..., Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
     progress : bool, default True
         show a bar
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 
     Returns

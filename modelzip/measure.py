@@ -33,13 +33,13 @@ _all_ = ["Latency", "Measurement", "Report", "load_plain", "mac_rules", "machine
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
-    path: str | os.PathLike,  # a file, or a folder, whose files are added up
+    path: str | os.PathLike[str],  # a file, or a folder, whose files are added up
 ) -> int:  # bytes, as the operating system counts them
     """Size on disk. A path that is not there raises FileNotFoundError.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a file, or a folder, whose files are added up
 
     Returns
@@ -339,13 +339,13 @@ def _measured(name, path, right, first, parameters, times) -> Measurement:
 
 # %% ../nbs/01_measure.ipynb
 def compare(
-    models: dict[str, nn.Module | str | os.PathLike],  # name → model, or a file that `load` reads
+    models: dict[str, nn.Module | str | os.PathLike[str]],  # name → model, or a file that `load` reads
     data: Any,  # what `right` is asked about: usually a `Split`
     example: Tensor | None = None,  # inputs [n, …] for the timing; None: those of `data`
     *,
     save: Callable[[nn.Module, Path], Any] = save_plain,  # save(model, path)
     load: Callable[[Path, nn.Module | None], nn.Module] = load_plain,  # load(path, the model that was saved or None)
-    folder: str | os.PathLike | None = None,  # where the files stay; None: they are removed
+    folder: str | os.PathLike[str] | None = None,  # where the files stay; None: they are removed
     batches: Sequence[int] = (1, 64),  # batch sizes to time; () for none
     baseline: str | None = None,  # the row that ratios refer to; None: the first
     repeats: int = 20,  # timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
@@ -358,7 +358,7 @@ def compare(
 
     Parameters
     ----------
-    models : dict[str, nn.Module | str | os.PathLike]
+    models : dict[str, nn.Module | str | os.PathLike[str]]
         name → model, or a file that `load` reads
     data : Any
         what `right` is asked about: usually a `Split`
@@ -368,7 +368,7 @@ def compare(
         save(model, path)
     load : Callable[[Path, nn.Module | None], nn.Module], default load_plain
         load(path, the model that was saved or None)
-    folder : str | os.PathLike | None, default None
+    folder : str | os.PathLike[str] | None, default None
         where the files stay; None: they are removed
     batches : Sequence[int], default (1, 64)
         batch sizes to time; () for none

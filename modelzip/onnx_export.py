@@ -281,14 +281,14 @@ def graph_of(
 
 def to_onnx(
     model: nn.Module,  # with compressed layers, from `quantize_model`, `use_kernels` or `load`
-    path: str | os.PathLike,  # where to write; the file appears whole or not at all
+    path: str | os.PathLike[str],  # where to write; the file appears whole or not at all
     example: (
-        Tensor | tuple
+        Tensor | tuple[Any, ...]
         # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at
         # them
     ),
     opset: int = 21,  # version of the standard: 21 or newer (4-bit codes, blocks)
-    dynamic: dict | tuple = {
+    dynamic: dict[Any, Any] | tuple[Any, ...] = {
         0: "batch"
     },  # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
     # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
@@ -308,14 +308,14 @@ def to_onnx(
     ----------
     model : nn.Module
         with compressed layers, from `quantize_model`, `use_kernels` or `load`
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         where to write; the file appears whole or not at all
-    example : Tensor | tuple
+    example : Tensor | tuple[Any, ...]
         an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at
         them
     opset : int, default 21
         version of the standard: 21 or newer (4-bit codes, blocks)
-    dynamic : dict | tuple, default {0: 'batch'}
+    dynamic : dict[Any, Any] | tuple[Any, ...], default {0: 'batch'}
         free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
     microsoft : bool, default False
         use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard

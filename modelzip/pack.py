@@ -53,7 +53,7 @@ def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, 
 # %% ../nbs/05_pack.ipynb
 def save(
     model: nn.Module,  # any model; layers that are compressed (`Dequantize` and its kin) stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.mz
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.mz
     # True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at most
     # 2**16 codes and bytes
     archive: bool | str = True,
@@ -71,7 +71,7 @@ def save(
     ----------
     model : nn.Module
         any model; layers that are compressed (`Dequantize` and its kin) stay compressed
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.mz
     archive : bool | str, default True
         True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at
@@ -110,7 +110,7 @@ def save(
 
 # %% ../nbs/05_pack.ipynb
 def load(
-    path: str | os.PathLike,  # a file that `save` has written
+    path: str | os.PathLike[str],  # a file that `save` has written
     # one of the same architecture, of any size, compressed or not; left as it is. None: the file's graph, or a builder
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
@@ -123,7 +123,7 @@ def load(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a file that `save` has written
     model : nn.Module | None, default None
         one of the same architecture, of any size, compressed or not; left as it is. None: the file's graph, or a
@@ -157,7 +157,7 @@ def load(
 
 # %% ../nbs/05_pack.ipynb
 def read_tensor(
-    path: str | os.PathLike,  # a `.mz` file
+    path: str | os.PathLike[str],  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
@@ -165,7 +165,7 @@ def read_tensor(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a `.mz` file
     name : str
         of the tensor, as in the state dict of the uncompressed model

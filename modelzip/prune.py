@@ -118,7 +118,7 @@ def prune_model(
         called as retrain(model, step) after each
     loss : Callable | None, default None
         (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
     skip : Iterable[str], default ()
         names or patterns of layers that stay whole
@@ -151,7 +151,7 @@ def sensitivity(
     criterion: str | Criterion = "magnitude",
     granularity: str = "weight",
     batches: Iterable | Split | None = None,  # for criteria that look at data
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
     skip: Iterable[str] = (),  # names or patterns
     **more,  # of `prune_model`: loss …
 ) -> Sensitivity:
@@ -169,7 +169,7 @@ def sensitivity(
     granularity : str, default 'weight'
     batches : Iterable | Split | None, default None
         for criteria that look at data
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes
     skip : Iterable[str], default ()
         names or patterns
@@ -240,9 +240,9 @@ def prune_gradually(
         'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
     scope : str | None, default None
         'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
-    loss : Callable | None, default None
+    loss : Callable[..., Any] | None, default None
         (model, batch) → scalar
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
     skip : Iterable[str], default ()
         names or patterns of layers that stay whole
@@ -290,11 +290,11 @@ def lottery_ticket(
         'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
     scope : str | None, default None
         'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
-    batches : Iterable | Split | None, default None
+    batches : Iterable[Any] | Split | None, default None
         for criteria that look at data
-    loss : Callable | None, default None
+    loss : Callable[..., Any] | None, default None
         (model, batch) → scalar
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
     skip : Iterable[str], default ()
         names or patterns of layers that stay whole

@@ -402,7 +402,7 @@ def quantize_with(
 # %% ../nbs/10b_ptq.ipynb
 def gptq(
     model: nn.Module,  # it is left as it is
-    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    batches: Iterable[Any],  # calibration data: tensors, tuples or dicts, see `feed`
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
@@ -410,9 +410,9 @@ def gptq(
     damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before GPTQ
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits and group: one step for a tensor, in units of its root mean square
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025,
     arXiv:2504.02692).
@@ -421,7 +421,7 @@ def gptq(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable
+    batches : Iterable[Any]
         calibration data: tensors, tuples or dicts, see `feed`
     bits : int, default 4
         width of a code, 1..8
@@ -437,11 +437,11 @@ def gptq(
         share of the error of earlier layers that a layer makes up for
     columns : Any, default None
         'awq', 'smooth' or a function: column scales before GPTQ
-    overrides : dict | Callable | None, default None
+    overrides : dict | Callable[..., Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
     spacing : float | None, default None
         instead of bits and group: one step for a tensor, in units of its root mean square
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 
     Returns
@@ -458,8 +458,8 @@ def hqq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = False,  # zero point fixed in the middle
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     p: float = 0.7,  # the exponent of the norm of the errors, above 0 and up to 1
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """Half-quadratic quantization of every layer: no data (Badri & Shaji 2023).
@@ -474,9 +474,9 @@ def hqq(
         weights of a row that share a scale; None: one scale a row
     symmetric : bool, default False
         zero point fixed in the middle
-    overrides : dict | Callable | None, default None
+    overrides : dict | Callable[..., Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
     p : float, default 0.7
         the exponent of the norm of the errors, above 0 and up to 1

@@ -9,6 +9,7 @@ __all__ = ['prepare', 'quantizers_of', 'freeze', 'set_bits', 'convert', 'Activat
 # %% ../nbs/workshop/qat.ipynb
 import collections, fnmatch, functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,10 +188,10 @@ def prepare(
     # width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
     activations: int | None = 8,
     # sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
-    batches: Iterable | None = None,
+    batches: Iterable[Any] | None = None,
     # by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0':
     # None}`; None leaves it alone; the first match wins
-    overrides: dict | None = None,
+    overrides: dict[str, Any] | None = None,
     levels: int | None = None,  # number of codes when it is not a power of two (3: ternary)
     group: int | None = None,  # weights that share a step; needs `activations=None`
     per_channel: bool = True,  # a step for each output; False: one for the tensor
@@ -214,9 +215,9 @@ def prepare(
         width of a weight's code, 1..8; None: 4, or that of `levels`
     activations : int | None, default 8
         width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
-    batches : Iterable | None, default None
+    batches : Iterable[Any] | None, default None
         sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
-    overrides : dict | None, default None
+    overrides : dict[str, Any] | None, default None
         by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0':
         None}`; None leaves it alone; the first match wins
     levels : int | None, default None

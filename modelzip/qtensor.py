@@ -176,18 +176,18 @@ class CompressedTensor:
     def parts(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[Any, Any]:
         raise NotImplementedError
 
     def packed_parts(self) -> dict[str, tuple[int, int, int]]:
         return {}  # parts that `pack_bits` made: bits, count, levels
 
     @classmethod
-    def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor":
+    def from_parts(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> "CompressedTensor":
         raise NotImplementedError  # trusts nothing
 
     @classmethod
-    def of_checked(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor":
+    def of_checked(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> "CompressedTensor":
         return cls.from_parts(parts, meta)  # of parts that were looked at before
 
     def dequantize(self) -> Tensor:
@@ -272,20 +272,20 @@ def packed_parts(self: QTensor) -> dict[str, tuple[int, int, int]]:
 
 
 @patch
-def meta(self: QTensor) -> dict:
+def meta(self: QTensor) -> dict[Any, Any]:
     "What a file's manifest says of it."
     meta = {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "levels": self.levels}
     return meta | {k: v for k, v in (("axis", self.axis), ("group", self.group)) if v is not None}
 
 # %% ../nbs/03a_qtensor.ipynb
 @patch(cls_method=True)
-def of_checked(cls: QTensor, parts: dict[str, Tensor], meta: dict) -> QTensor:
+def of_checked(cls: QTensor, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
     "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
     return cls(*checked_fields(parts, meta, packed_bytes))
 
 
 @patch(cls_method=True)
-def from_parts(cls: QTensor, parts: dict[str, Tensor], meta: dict) -> QTensor:
+def from_parts(cls: QTensor, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
     """Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no
     scales raise `ValueError` (nothing is trusted)."""
     q = cls.of_checked(parts, meta)

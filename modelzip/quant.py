@@ -13,6 +13,7 @@ __all__ = ['QUANTIZABLE', 'Packed', 'Dequantize', 'quantize_layer', 'quantize_mo
 #| code-summary: "Imports of the module"
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -193,10 +194,10 @@ def quantize_model(
     model: nn.Module,  # any model; it is left as it is
     bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,  # weights that share a scale; None: one scale for each output channel
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     # by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`;
     # None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
-    overrides: dict | Callable | None = None,
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,
     per_channel: bool = True,  # False: one scale for a whole tensor
     **options,  # of `quantize`: symmetric, observer, levels, codebook …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
@@ -213,9 +214,9 @@ def quantize_model(
         width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group : int | None, default None
         weights that share a scale; None: one scale for each output channel
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
-    overrides : dict | Callable | None, default None
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
         by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits':
         6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
     per_channel : bool, default True

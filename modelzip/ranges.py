@@ -33,7 +33,7 @@ _all_ = ["LayerStatistics", "Statistics", "unwatched", "fitted_scales", "nearest
 @torch.no_grad()
 def calibrate(
     model: nn.Module,  # any model; runs in eval mode, and is left as it was
-    batches: Iterable,  # tensors, tuples or dicts: see `feed`
+    batches: Iterable[Any],  # tensors, tuples or dicts: see `feed`
     second_moments: bool = True,  # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
     layers: tuple | None = None,  # classes of the layers that are watched; None: all whose products are known
 ) -> Statistics:  # of each matrix that was used, by its layer's name, or its own where a layer has several
@@ -44,7 +44,7 @@ def calibrate(
     ----------
     model : nn.Module
         any model; runs in eval mode, and is left as it was
-    batches : Iterable
+    batches : Iterable[Any]
         tensors, tuples or dicts: see `feed`
     second_moments : bool, default True
         also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
@@ -332,8 +332,8 @@ def awq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978).
 
@@ -349,9 +349,9 @@ def awq(
         weights of a row that share a scale; None: one scale a row
     symmetric : bool, default True
         zero point fixed in the middle; else fitted and stored
-    overrides : dict | Callable | None, default None
+    overrides : dict | Callable[..., Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 
     Returns
@@ -370,8 +370,8 @@ def smooth(
     bits: int = 8,  # width of a code, 1..8
     group: int | None = None,  # weights of a row that share a scale; None: one scale a row, as integer kernels want it
     symmetric: bool = True,  # zero point fixed in the middle
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers, whose column scales calm the activations
     """SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438).
 
@@ -389,9 +389,9 @@ def smooth(
         weights of a row that share a scale; None: one scale a row, as integer kernels want it
     symmetric : bool, default True
         zero point fixed in the middle
-    overrides : dict | Callable | None, default None
+    overrides : dict | Callable[..., Any] | None, default None
         options by name or pattern, or a rule: see `quantize_with`
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 
     Returns

@@ -58,7 +58,7 @@ class Step:
 
     Parameters
     ----------
-    function : Callable
+    function : Callable[..., Any]
         (model, …) → model, which leaves the model as it is
     given : dict[str, str]
         argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
@@ -68,7 +68,7 @@ class Step:
         what may be said → its default
     """
 
-    function: Callable  # (model, …) → model, which leaves the model as it is
+    function: Callable[..., Any]  # (model, …) → model, which leaves the model as it is
     given: dict[
         str, str
     ]  # argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
@@ -515,7 +515,7 @@ class Recipe:
 
     Parameters
     ----------
-    steps : Sequence
+    steps : Sequence[Any]
         names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
     seed : int, default 0
         of everything that is random
@@ -524,7 +524,7 @@ class Recipe:
     def __init__(
         self,
         # names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
-        steps: Sequence,
+        steps: Sequence[Any],
         seed: int = 0,  # of everything that is random
     ):
         checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
@@ -810,9 +810,9 @@ class Result:
 
     Parameters
     ----------
-    options : dict
+    options : dict[str, Any]
         where in the grid
-    recipe : dict | None
+    recipe : dict[Any, Any] | None
         as `Recipe.to_dict` gives it; None: `make` failed
     bytes : int | None, default None
         of the file
@@ -828,8 +828,8 @@ class Result:
         of the file, where it could not be written
     """
 
-    options: dict  # where in the grid
-    recipe: dict | None  # as `Recipe.to_dict` gives it; None: `make` failed
+    options: dict[str, Any]  # where in the grid
+    recipe: dict[Any, Any] | None  # as `Recipe.to_dict` gives it; None: `make` failed
     bytes: int | None = None  # of the file
     quality: float | None = None  # of the model in the file
     metric: str | None = None  # what quality is: 'accuracy', 'cosine', 'score'
@@ -970,13 +970,13 @@ def pareto(
     return [r for _, r in front]
 
 # %% ../nbs/workshop/recipe.ipynb
-class Results(list):
+class Results(list[Any]):
     """Results of a sweep. Shows itself as a table; `front`, `failed`, `best(bytes=…)` and `plot()` look at it.
     Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the
     one that uses it.
     """
 
-    def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike | None = None):
+    def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike[str] | None = None):
         super().__init__(results)
         self.folder = None if folder is None else Path(folder)
 
@@ -1046,14 +1046,14 @@ Results.best, Results.plot = _best, _plot
 
 # %% ../nbs/workshop/recipe.ipynb
 def sweep(
-    make: Callable,  # a point's values, as named arguments → its `Recipe` (or the list of its steps)
+    make: Callable[..., Any],  # a point's values, as named arguments → its `Recipe` (or the list of its steps)
     grid: Any,  # `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
     model: nn.Module,  # it is left as it is
     data: Any = None,  # see `samples_of`
     executor: (
         Executor | None
     ) = None,  # who does the work; None: this process, one after the other; not one of whose threads this is
-    folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
+    folder: str | os.PathLike[str] = "sweep",  # where results are kept; what is there already is not computed again
     evaluate: (
         Callable[[nn.Module], float] | None
         # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other
@@ -1071,7 +1071,7 @@ def sweep(
 
     Parameters
     ----------
-    make : Callable
+    make : Callable[..., Any]
         a point's values, as named arguments → its `Recipe` (or the list of its steps)
     grid : Any
         `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
@@ -1081,7 +1081,7 @@ def sweep(
         see `samples_of`
     executor : Executor | None, default None
         who does the work; None: this process, one after the other; not one of whose threads this is
-    folder : str | os.PathLike, default 'sweep'
+    folder : str | os.PathLike[str], default 'sweep'
         where results are kept; what is there already is not computed again
     evaluate : Callable[[nn.Module], float] | None, default None
         model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other

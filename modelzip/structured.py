@@ -253,7 +253,7 @@ def factorize(
     model: nn.Module,  # left as it is
     error: float | None = None,  # relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
     bytes: float | None = None,  # or: the smallest such error with tensors of at most so many bytes; below 1: a share
-    rank: int | dict | None = None,  # or: the rank of every layer, or of each by its name
+    rank: int | dict[Any, Any] | None = None,  # or: the rank of every layer, or of each by its name
     layers: Iterable[str] | None = None,  # names or patterns such as "fc*" (not beside a dict); None: all
 ) -> nn.Module:  # a copy, with two thin layers in place of each that becomes smaller by it
     """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014,
@@ -269,7 +269,7 @@ def factorize(
         relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
     bytes : float | None, default None
         or: the smallest such error with tensors of at most so many bytes; below 1: a share
-    rank : int | dict | None, default None
+    rank : int | dict[Any, Any] | None, default None
         or: the rank of every layer, or of each by its name
     layers : Iterable[str] | None, default None
         names or patterns such as "fc*" (not beside a dict); None: all

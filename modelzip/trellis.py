@@ -412,7 +412,7 @@ def trellis(
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for; without data 0
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits: two fine steps, in units of a tensor's root mean square
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     column_steps: bool = True,  # every column its own step, as far as the data ask for it
 ) -> nn.Module:  # a copy with `Dequantize` layers that hold a `TrellisTensor`
     """Trellis-coded quantization of every layer, with feedback where there are data (Fischer and Wang 1992).
@@ -437,7 +437,7 @@ def trellis(
         options by name or pattern, or a rule: see `quantize_with`
     spacing : float | None, default None
         instead of bits: two fine steps, in units of a tensor's root mean square
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
     column_steps : bool, default True
         every column its own step, as far as the data ask for it

@@ -367,7 +367,7 @@ def shrink(
     macs: float | None = None,  # or: at most so many MACs for the example; below 1: a share
     bytes: float | None = None,  # or: parameters and buffers of at most so many bytes; below 1: a share
     milliseconds: float | None = None,  # or: a median time of at most so much for the example, on this machine
-    criterion: str | Callable = "l2",  # which go first: see `channel_scores`
+    criterion: str | Callable[..., Any] = "l2",  # which go first: see `channel_scores`
     round_to: int = 8,  # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",  # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
@@ -394,7 +394,7 @@ def shrink(
         or: parameters and buffers of at most so many bytes; below 1: a share
     milliseconds : float | None, default None
         or: a median time of at most so much for the example, on this machine
-    criterion : str | Callable, default 'l2'
+    criterion : str | Callable[..., Any], default 'l2'
         which go first: see `channel_scores`
     round_to : int, default 8
         what remains is a multiple of this (or all) where there are at least twice as many

@@ -144,11 +144,11 @@ class Parts(nn.Module):
     stands_for = None
 
     @property
-    def meta(self) -> dict:
+    def meta(self) -> dict[Any, Any]:
         return self._meta
 
     @meta.setter
-    def meta(self, meta: dict) -> None:
+    def meta(self, meta: dict[Any, Any]) -> None:
         self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
 
     def get_extra_state(self) -> Tensor:

@@ -116,7 +116,7 @@ class Cursor:
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
 
 # %% ../../nbs/workshop/gguf_files.ipynb
-class Metadata(dict):
+class Metadata(dict[Any, Any]):
     "Keys and plain values, and the type of each in `types`: 'uint32', 'string', 'array of float32' …"
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -126,7 +126,7 @@ class Metadata(dict):
     def copy(self) -> "Metadata":
         return self | {}
 
-    def __or__(self, other: Mapping) -> "Metadata":
+    def __or__(self, other: Mapping[Any, Any]) -> "Metadata":
         "With other values; a key that is there keeps its type."
         new = Metadata({**self, **other})
         new.types = getattr(other, "types", {}) | self.types
@@ -335,14 +335,14 @@ def mapped(f: Any) -> memoryview:
 
 
 def from_gguf(
-    path: str | os.PathLike,  # a GGUF file of version 2 or 3
+    path: str | os.PathLike[str],  # a GGUF file of version 2 or 3
 ) -> GGUF:  # `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
     """Read a file of llama.cpp's. `PackError` says what is wrong with it; kinds that are not in `BLOCKS` are refused by
     name.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a GGUF file of version 2 or 3
 
     Returns
@@ -459,8 +459,8 @@ def head_bytes(metadata: Mapping, tensors: dict[str, Tensor | BlockTensor], alig
 
 def to_gguf(
     tensors: Any,  # a `GGUF`, or name → Tensor, BlockTensor or another compressed tensor (which is expanded)
-    path: str | os.PathLike,  # the file to write or replace, usually *.gguf
-    metadata: Mapping | None = None,  # what the file says besides; None: that of a `GGUF`, or nothing
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.gguf
+    metadata: Mapping[str, Any] | None = None,  # what the file says besides; None: that of a `GGUF`, or nothing
     kind: str | None = None,  # 'F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1' for all matrices; None: as they are
 ) -> Path:  # the path
     """Write a file that llama.cpp and the `gguf` package read, atomically. `TypeError` or `ValueError` for what
@@ -470,9 +470,9 @@ def to_gguf(
     ----------
     tensors : Any
         a `GGUF`, or name → Tensor, BlockTensor or another compressed tensor (which is expanded)
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         the file to write or replace, usually *.gguf
-    metadata : Mapping | None, default None
+    metadata : Mapping[str, Any] | None, default None
         what the file says besides; None: that of a `GGUF`, or nothing
     kind : str | None, default None
         'F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1' for all matrices; None: as they are

@@ -367,13 +367,13 @@ class Contents:
         of the whole file
     version : int
         of the format
-    architecture : dict | None
+    architecture : dict[Any, Any] | None
         {"name", "options"} of a registered builder
-    info : dict
+    info : dict[str, Any]
         what was given to `save` besides model and path
-    lines : list
+    lines : list[Any]
         a `Line` for each tensor
-    graph : dict | None, default None
+    graph : dict[Any, Any] | None, default None
         what is done with an input, see `graph_lines`
     format : str, default 'mz'
         whose version it is
@@ -382,17 +382,17 @@ class Contents:
     path: str
     bytes: int  # of the whole file
     version: int  # of the format
-    architecture: dict | None  # {"name", "options"} of a registered builder
-    info: dict  # what was given to `save` besides model and path
-    lines: list  # a `Line` for each tensor
-    graph: dict | None = None  # what is done with an input, see `graph_lines`
+    architecture: dict[Any, Any] | None  # {"name", "options"} of a registered builder
+    info: dict[str, Any]  # what was given to `save` besides model and path
+    lines: list[Any]  # a `Line` for each tensor
+    graph: dict[Any, Any] | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
 
     @property
     def rest(self) -> int:
         return self.bytes - sum(l.bytes for l in self.lines)
 
-    def cells(self) -> list:
+    def cells(self) -> list[Any]:
         around = {"GGUF": ["metadata, table, gaps"]}.get(self.format, [])
         return cells_of(self.lines, self.rest, self.bytes, *around)
 
@@ -425,7 +425,7 @@ def draw(c: Contents, ax: Any) -> Any:
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def inspect(
-    path: str | os.PathLike,  # a `.mz` file
+    path: str | os.PathLike[str],  # a `.mz` file
     # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
     entropy: bool = True,
 ) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
@@ -433,7 +433,7 @@ def inspect(
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         a `.mz` file
     entropy : bool, default True
         read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
@@ -631,19 +631,19 @@ class Difference:
     paths : tuple[str, str]
     about : list[str]
         what differs outside of the tensors
-    changes : list
+    changes : list[Any]
         a `Change` for each tensor
     """
 
     paths: tuple[str, str]
     about: list[str]  # what differs outside of the tensors
-    changes: list  # a `Change` for each tensor
+    changes: list[Any]  # a `Change` for each tensor
 
     @property
     def same(self) -> bool:
         return not self.about and all(c.what == "same" for c in self.changes)
 
-    def cells(self) -> list:
+    def cells(self) -> list[Any]:
         return [change_cells(c) for c in self.changes]
 
     def __repr__(self) -> str:
@@ -786,17 +786,17 @@ def change_of(
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def diff(
-    a: str | os.PathLike,  # a `.mz` file
-    b: str | os.PathLike,  # another one
+    a: str | os.PathLike[str],  # a `.mz` file
+    b: str | os.PathLike[str],  # another one
 ) -> Difference:  # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
     """Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for
     `load`.
 
     Parameters
     ----------
-    a : str | os.PathLike
+    a : str | os.PathLike[str]
         a `.mz` file
-    b : str | os.PathLike
+    b : str | os.PathLike[str]
         another one
 
     Returns

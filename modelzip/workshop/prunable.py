@@ -207,7 +207,7 @@ WHOLE = {
 
 def left_whole(
     model: nn.Module,
-    layers: tuple = PRUNABLE,  # classes that are pruned
+    layers: tuple[type, ...] = PRUNABLE,  # classes that are pruned
 ) -> dict[str, str]:  # name of a matrix → the reason
     """Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what
     `skip` names, and not what is tied to a weight that is pruned.
@@ -215,7 +215,7 @@ def left_whole(
     Parameters
     ----------
     model : nn.Module
-    layers : tuple, default PRUNABLE
+    layers : tuple[type, ...], default PRUNABLE
         classes that are pruned
 
     Returns

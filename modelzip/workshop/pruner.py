@@ -8,6 +8,7 @@ __all__ = ['Pruner']
 # %% ../../nbs/workshop/pruner.ipynb
 import math, warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -70,12 +71,12 @@ class Pruner:
         'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
     scope : str | None, default None
         'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
-    schedule : str | Callable, default 'cubic'
-    batches : Iterable | Split | None, default None
+    schedule : str | Callable[..., Any], default 'cubic'
+    batches : Iterable[Any] | Split | None, default None
         for criteria that look at data
-    loss : Callable | None, default None
+    loss : Callable[..., Any] | None, default None
         (model, batch) → scalar
-    layers : tuple | None, default None
+    layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
     skip : Iterable[str], default ()
         names or patterns of layers that stay whole
@@ -91,11 +92,11 @@ class Pruner:
         criterion: str | Criterion = "magnitude",
         granularity: str = "weight",  # 'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
         scope: str | None = None,  # 'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
-        schedule: str | Callable = "cubic",
-        batches: Iterable | Split | None = None,  # for criteria that look at data
-        loss: Callable | None = None,  # (model, batch) → scalar
+        schedule: str | Callable[..., Any] = "cubic",
+        batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
+        loss: Callable[..., Any] | None = None,  # (model, batch) → scalar
         # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-        layers: tuple | None = None,
+        layers: tuple[type, ...] | None = None,
         skip: Iterable[str] = (),  # names or patterns of layers that stay whole
         allow_empty: bool = False,  # may a layer lose all its weights?
     ):

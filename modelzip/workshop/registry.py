@@ -8,6 +8,7 @@ __all__ = ['model_builders', 'register_model', 'build_model']
 # %% ../../nbs/workshop/registry.ipynb
 import functools, inspect, json
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -75,7 +76,7 @@ def _stamp_class(name: str, cls: type) -> type:
 def register_model(
     name: str,  # what files call this architecture
     build: Callable | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
-) -> Callable:  # `build`, whose models carry `.architecture`
+) -> Callable[..., Any]:  # `build`, whose models carry `.architecture`
     """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises
     ValueError. A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or
     the returned function make are marked, others are not.
@@ -89,7 +90,7 @@ def register_model(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         `build`, whose models carry `.architecture`
     """
     if build is None:

@@ -379,14 +379,14 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 @patch
 def to_html(
     self: Report,
-    path: str | os.PathLike,  # file to write; its folder must exist
+    path: str | os.PathLike[str],  # file to write; its folder must exist
     title: str = "Smaller and faster, measured",  # heading of the page
 ) -> Path:  # the same path
     """Write the table and the Pareto picture as one self-contained page without scripts.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         file to write; its folder must exist
     title : str, default 'Smaller and faster, measured'
         heading of the page

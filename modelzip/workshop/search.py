@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -168,7 +169,7 @@ class Target:
             ]
         )
 
-    def worth(self, t: Try) -> tuple:
+    def worth(self, t: Try) -> tuple[Any, ...]:
         "Sorts tries, the best last: those that meet the target; among these, what was left open decides."
         quality = -math.inf if t.quality is None else t.quality
         if not self.met_by(t):
@@ -214,7 +215,7 @@ class CompressionReport:
         the model's own quality
     best : Try
     tries : list[Try]
-    layers : list[dict]
+    layers : list[dict[Any, Any]]
         name, weights, choice, bytes in the file, sensitivity, share of the expected error
     notes : list[str], default field(default_factory=list)
     """
@@ -225,7 +226,7 @@ class CompressionReport:
     baseline: float | None  # the model's own quality
     best: Try
     tries: list[Try]
-    layers: list[dict]  # name, weights, choice, bytes in the file, sensitivity, share of the expected error
+    layers: list[dict[Any, Any]]  # name, weights, choice, bytes in the file, sensitivity, share of the expected error
     notes: list[str] = field(default_factory=list)
 
     @property

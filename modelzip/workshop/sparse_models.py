@@ -193,9 +193,9 @@ def _combined(default: dict, how: dict) -> dict:
 def sparsify_model(
     model: nn.Module,  # with masks, zeros, or quantized layers that have zeros; it is left as it is
     bits: int | None = None,  # also quantize what is left; None: floats
-    layers: tuple = QUANTIZABLE,  # classes
+    layers: tuple[type, ...] = QUANTIZABLE,  # classes
     overrides: (
-        dict | None
+        dict[str, Any] | None
         # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
         # without its mask
     ) = None,
@@ -210,9 +210,9 @@ def sparsify_model(
         with masks, zeros, or quantized layers that have zeros; it is left as it is
     bits : int | None, default None
         also quantize what is left; None: floats
-    layers : tuple, default QUANTIZABLE
+    layers : tuple[type, ...], default QUANTIZABLE
         classes
-    overrides : dict | None, default None
+    overrides : dict[str, Any] | None, default None
         options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
         without its mask
     layout : str | None, default None

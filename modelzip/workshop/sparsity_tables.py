@@ -81,16 +81,16 @@ class Sensitivity:
 
     Parameters
     ----------
-    sparsities : tuple
+    sparsities : tuple[Any, ...]
         of the layer
-    scores : dict
+    scores : dict[Any, Any]
         name → the model's score at each of them
     baseline : float
         score of the model as it was
     """
 
-    sparsities: tuple  # of the layer
-    scores: dict  # name → the model's score at each of them
+    sparsities: tuple[Any, ...]  # of the layer
+    scores: dict[Any, Any]  # name → the model's score at each of them
     baseline: float  # score of the model as it was
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error'
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -310,7 +311,7 @@ class Fixed:
         return f"{how}  error {self.error:.2g}{copies}"
 
 
-class Chosen(dict):
+class Chosen(dict[Any, Any]):
     "Name of a layer → `Fixed`, and of an attention → `FixedAttention`; prints as a table."
 
     def __repr__(self):

@@ -204,7 +204,7 @@ def range(
     return low.item(), high.item()
 
 # %% ../../nbs/workshop/statistics.ipynb
-class Statistics(dict):
+class Statistics(dict[Any, Any]):
     "Name of a layer → `LayerStatistics`; prints as a table."
 
     def __repr__(self):

@@ -58,7 +58,7 @@ class Replay(Walks, TorchFunctionMode):
 
 # %% ../../nbs/workshop/steps.ipynb
 @patch
-def compare(self: Replay, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+def compare(self: Replay, name: str, args: tuple[Any, ...], kwargs: dict[Any, Any], outputs: list[Tensor]) -> None:
     "`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same constants."
     if self.at >= self.end:
         raise Mismatch(self.at - 1, "it goes on longer")

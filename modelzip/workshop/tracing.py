@@ -35,11 +35,11 @@ class Step:
         of the function
     path : str
         of the module in which it was called
-    inputs : list
+    inputs : list[Any]
         `Marks` of the tensors that went in
-    outputs : list
+    outputs : list[Any]
         … and of those that came out
-    numbers : tuple
+    numbers : tuple[Any, ...]
         its arguments that are numbers, other than sizes
     made : Any, default None
         the tensor, when it was made of numbers alone
@@ -47,9 +47,9 @@ class Step:
 
     name: str  # of the function
     path: str  # of the module in which it was called
-    inputs: list  # `Marks` of the tensors that went in
-    outputs: list  # … and of those that came out
-    numbers: tuple  # its arguments that are numbers, other than sizes
+    inputs: list[Any]  # `Marks` of the tensors that went in
+    outputs: list[Any]  # … and of those that came out
+    numbers: tuple[Any, ...]  # its arguments that are numbers, other than sizes
     made: Any = None  # the tensor, when it was made of numbers alone
 
 # %% ../../nbs/workshop/tracing.ipynb

@@ -57,7 +57,7 @@ class Wrapper(nn.Module):
         "The compressed parameter."
         return self.packed.q
 
-    def options(self) -> dict:
+    def options(self) -> dict[Any, Any]:
         "Arguments beyond layer, q and name that rebuild this module."
         return {}
 
