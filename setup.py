@@ -14,7 +14,7 @@ extras["all"] = sorted({r for name, rs in extras.items() if name not in ("dev", 
 setuptools.setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",
     author=cfg["author"], url=cfg["git_url"], keywords=cfg["keywords"],
-    packages=setuptools.find_packages(include=["modelzip", "modelzip.*"]),
+    packages=setuptools.find_packages(include=["modelzip", "modelzip.*"]), package_data={"modelzip": ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(), extras_require=extras,
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",

@@ -21,7 +21,15 @@ def demand(
     ok: Any,  # true if all is well
     message: str,  # what is wrong otherwise
 ) -> None:
-    "A check that a file has to pass."
+    """A check that a file has to pass.
+
+    Parameters
+    ----------
+    ok : Any
+        true if all is well
+    message : str
+        what is wrong otherwise
+    """
     if not ok:
         raise PackError(message)
 
@@ -34,7 +42,15 @@ def shown(
     name: Any,  # of a tensor, a layer, a type …: whatever a file says
     most: int = 80,  # characters
 ) -> str:
-    "What a file says, for people: printable, and its middle left out when it is long."
+    """What a file says, for people: printable, and its middle left out when it is long.
+
+    Parameters
+    ----------
+    name : Any
+        of a tensor, a layer, a type …: whatever a file says
+    most : int, default 80
+        characters
+    """
     return ascii_name(cut(name if isinstance(name, str) else ascii(name), most))
 
 
@@ -50,7 +66,14 @@ def several(
     names: Any,  # has a length
     most: int = 8,
 ) -> str:
-    "The first of many names, and how many there are."
+    """The first of many names, and how many there are.
+
+    Parameters
+    ----------
+    names : Any
+        has a length
+    most : int, default 8
+    """
     return ", ".join([shown(n) for n, _ in zip(names, range(most))]) + f" and {len(names) - most:,} more" * (
         len(names) > most
     )
@@ -58,7 +81,23 @@ def several(
 # %% ../nbs/workshop/archive.ipynb
 @dataclass(frozen=True)
 class Entry:
-    "One entry of a zip archive."
+    """One entry of a zip archive.
+
+    Parameters
+    ----------
+    name : str
+        ASCII
+    method : int
+        0: stored as it is, 8: deflated
+    crc : int
+        CRC-32 of the bytes before packing
+    packed : int
+        bytes in the file
+    size : int
+        bytes after unpacking
+    offset : int, default 0
+        where its local header begins
+    """
 
     name: str  # ASCII
     method: int  # 0: stored as it is, 8: deflated
@@ -74,7 +113,18 @@ MARK = 0xFFFFFFFF
 def wide(
     *values: int,  # sizes and offsets
 ) -> tuple[list[int], bytes]:  # what stands in the 32-bit fields, and the zip64 extra field (empty when all fit)
-    "Split numbers into those that fit 32 bits and an extra field with the others."
+    """Split numbers into those that fit 32 bits and an extra field with the others.
+
+    Parameters
+    ----------
+    *values : int
+        sizes and offsets
+
+    Returns
+    -------
+    tuple[list[int], bytes]
+        what stands in the 32-bit fields, and the zip64 extra field (empty when all fit)
+    """
     big = [v for v in values if v >= MARK]
     extra = struct.pack(f"<2H{len(big)}Q", 1, 8 * len(big), *big) if big else b""
     return [min(v, MARK) for v in values], extra
@@ -86,7 +136,18 @@ ALIGN = 64  # bytes: stored entries, and the large tensors inside, begin at mult
 def padding(
     used: int,  # bytes before the padding
 ) -> bytes:  # an extra field of 0 or 6 to 69 bytes
-    "What fills a local header up to a multiple of `ALIGN`."
+    """What fills a local header up to a multiple of `ALIGN`.
+
+    Parameters
+    ----------
+    used : int
+        bytes before the padding
+
+    Returns
+    -------
+    bytes
+        an extra field of 0 or 6 to 69 bytes
+    """
     n = -used % ALIGN
     if 0 < n < 6:
         n += ALIGN  # the smallest possible field has 6 bytes
@@ -99,7 +160,17 @@ MIDNIGHT = 0, 33  # time and date: 1980-01-01 00:00:00
 
 
 def local_header(e: Entry) -> bytes:  # 30 bytes, the name, an extra field
-    "What stands before the bytes of an entry (APPNOTE 4.3.7)."
+    """What stands before the bytes of an entry (APPNOTE 4.3.7).
+
+    Parameters
+    ----------
+    e : Entry
+
+    Returns
+    -------
+    bytes
+        30 bytes, the name, an extra field
+    """
     big, sizes, extra = max(e.size, e.packed) >= MARK, [e.packed, e.size], b""
     if big:
         sizes, extra = [MARK, MARK], struct.pack("<2H2Q", 1, 16, e.size, e.packed)
@@ -114,7 +185,17 @@ CENTRAL = struct.Struct("<4s6H3I5H2I")
 
 
 def central_record(e: Entry) -> bytes:  # 46 bytes, the name, and an extra field if the entry is huge
-    "What the directory says about an entry (APPNOTE 4.3.12)."
+    """What the directory says about an entry (APPNOTE 4.3.12).
+
+    Parameters
+    ----------
+    e : Entry
+
+    Returns
+    -------
+    bytes
+        46 bytes, the name, and an extra field if the entry is huge
+    """
     (size, packed, offset), extra = wide(e.size, e.packed, e.offset)
     needed = 45 if extra else 20 if e.method else 10
     return (
@@ -148,7 +229,19 @@ def directory(
     entries: list[Entry],
     offset: int,  # where the directory begins
 ) -> bytes:  # everything from there to the end of the file
-    "The directory of an archive and its end record (APPNOTE 4.3.12 to 4.3.16)."
+    """The directory of an archive and its end record (APPNOTE 4.3.12 to 4.3.16).
+
+    Parameters
+    ----------
+    entries : list[Entry]
+    offset : int
+        where the directory begins
+
+    Returns
+    -------
+    bytes
+        everything from there to the end of the file
+    """
     records, n = b"".join(map(central_record, entries)), len(entries)
     end64 = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, n, n, len(records), offset)
     end64 += LOCATOR.pack(b"PK\6\7", 0, offset + len(records), 1)
@@ -160,7 +253,17 @@ def directory(
 
 # %% ../nbs/workshop/archive.ipynb
 def deflate(data: bytes) -> bytes:  # a raw deflate stream, as zip holds it
-    "Compress with the settings of zlib that search longest."
+    """Compress with the settings of zlib that search longest.
+
+    Parameters
+    ----------
+    data : bytes
+
+    Returns
+    -------
+    bytes
+        a raw deflate stream, as zip holds it
+    """
     z = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     return z.compress(data) + z.flush()
 
@@ -183,7 +286,14 @@ def inflate(
     size: int,  # what it claims to become
 ) -> bytes:
     """Unpack a deflate stream that has exactly the size it claims; memory is limited by that size whatever the
-    stream says."""
+    stream says.
+
+    Parameters
+    ----------
+    packed : bytes
+    size : int
+        what it claims to become
+    """
     demand(
         size <= min(MAX_MANIFEST, 2**20 + MAX_RATIO * len(packed)),
         f"its manifest claims {size:,} bytes unpacked from {len(packed):,}: more than a manifest can have",
@@ -212,7 +322,17 @@ def path_text(path: str | os.PathLike) -> str:
 def target_of(
     path: str | os.PathLike,
 ) -> tuple[str, os.stat_result | None]:  # the file behind symbolic links, and what the system says of it if it exists
-    "What saving to a path would replace. `OSError` when it may not."
+    """What saving to a path would replace. `OSError` when it may not.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+
+    Returns
+    -------
+    tuple[str, os.stat_result | None]
+        the file behind symbolic links, and what the system says of it if it exists
+    """
     target = os.path.realpath(path_text(path))
     if not os.path.isdir(folder := os.path.dirname(target)):
         raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
@@ -255,7 +375,17 @@ def replacing(
     path: str | os.PathLike,
 ) -> Iterator[BinaryIO]:  # a new, empty file; it takes the path's place when the block ends without an exception
     """Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError`
-    with the path."""
+    with the path.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+
+    Returns
+    -------
+    Iterator[BinaryIO]
+        a new, empty file; it takes the path's place when the block ends without an exception
+    """
     target, before = target_of(path)
     temporary = os.path.join(os.path.dirname(target), f".modelzip-{secrets.token_hex(8)}.tmp")
     try:
@@ -282,7 +412,18 @@ def replacing(
 
 # %% ../nbs/workshop/archive.ipynb
 def times(a: int, b: int) -> int:  # the product of two polynomials modulo that of CRC-32; bit 31 is x^0
-    "Multiply remainders."
+    """Multiply remainders.
+
+    Parameters
+    ----------
+    a : int
+    b : int
+
+    Returns
+    -------
+    int
+        the product of two polynomials modulo that of CRC-32; bit 31 is x^0
+    """
     product = 0
     while a:
         if a & 1 << 31:
@@ -294,7 +435,17 @@ def times(a: int, b: int) -> int:  # the product of two polynomials modulo that 
 
 @functools.lru_cache(1024)
 def power(n: int) -> int:  # x to the power of 8n: what n more bytes do to a checksum
-    "Square and multiply."
+    """Square and multiply.
+
+    Parameters
+    ----------
+    n : int
+
+    Returns
+    -------
+    int
+        x to the power of 8n: what n more bytes do to a checksum
+    """
     result, base = 1 << 31, 1 << 23
     while n:
         result, base, n = times(result, base) if n & 1 else result, times(base, base), n >> 1
@@ -302,7 +453,19 @@ def power(n: int) -> int:  # x to the power of 8n: what n more bytes do to a che
 
 
 def join(a: int, b: int, n: int) -> int:  # the checksum of two pieces, the second n bytes long
-    "Checksum of a whole from those of its parts."
+    """Checksum of a whole from those of its parts.
+
+    Parameters
+    ----------
+    a : int
+    b : int
+    n : int
+
+    Returns
+    -------
+    int
+        the checksum of two pieces, the second n bytes long
+    """
     return times(power(n), a) ^ b
 
 # %% ../nbs/workshop/archive.ipynb
@@ -311,7 +474,13 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 class Checksum:
-    "A CRC-32 that is computed in other threads while this one goes on reading or writing."
+    """A CRC-32 that is computed in other threads while this one goes on reading or writing.
+
+    Parameters
+    ----------
+    pool, default None
+        an executor that it may use; None: one of its own, until the `with` block ends
+    """
 
     def __init__(self, pool=None):  # an executor that it may use; None: one of its own, until the `with` block ends
         self.own = None if pool else ThreadPoolExecutor(THREADS)
@@ -353,7 +522,17 @@ def seal(
     crc: int,  # of the payload
     text: bytes,  # the manifest
 ) -> None:
-    "Make a zip archive of a payload that has been written."
+    """Make a zip archive of a payload that has been written.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        64 bytes, then the payload; the position is its end
+    crc : int
+        of the payload
+    text : bytes
+        the manifest
+    """
     size = f.tell() - ALIGN
     packed, payload = deflate(text), Entry("payload", 0, crc, size, size)
     about = Entry("manifest.json", 8, zlib.crc32(text), len(packed), len(text), ALIGN + size)
@@ -370,7 +549,19 @@ def find_directory(
     f: BinaryIO,
     size: int,  # of the file
 ) -> tuple[int, int]:  # where the directory begins, and how many entries it has
-    "Read the end record."
+    """Read the end record.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    size : int
+        of the file
+
+    Returns
+    -------
+    tuple[int, int]
+        where the directory begins, and how many entries it has
+    """
     demand(size >= END.size, f"it is no zip archive (only {size} bytes)" if size else "it is empty")
     f.seek(size - END.size)
     sign, _, _, _, n, _, offset, _ = END.unpack(f.read(END.size))
@@ -385,7 +576,18 @@ def find_directory(
 def read_record(
     data: bytes,  # the directory from this record on
 ) -> tuple[Entry, int]:  # the entry, and the length of its record
-    "Read one record of the directory; whatever is odd about it is found by writing it anew."
+    """Read one record of the directory; whatever is odd about it is found by writing it anew.
+
+    Parameters
+    ----------
+    data : bytes
+        the directory from this record on
+
+    Returns
+    -------
+    tuple[Entry, int]
+        the entry, and the length of its record
+    """
     sign, _, _, _, method, _, _, crc, packed, size, n, nx, nc, _, _, _, offset = CENTRAL.unpack_from(data)
     end = CENTRAL.size + n
     extra = list(struct.unpack_from(f"<{(nx - 4) // 8}Q", data, end + 4)) if nx >= 12 else []
@@ -397,7 +599,19 @@ def read_entries(
     f: BinaryIO,
     size: int,  # of the file
 ) -> list[Entry]:  # in the order of the file
-    "The entries of an archive that is, outside their data, byte for byte what we would have written."
+    """The entries of an archive that is, outside their data, byte for byte what we would have written.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    size : int
+        of the file
+
+    Returns
+    -------
+    list[Entry]
+        in the order of the file
+    """
     offset, n = find_directory(f, size)
     f.seek(offset)
     found = f.read(size - offset)
@@ -420,7 +634,17 @@ def read_entries(
 
 # %% ../nbs/workshop/archive.ipynb
 def data_offset(e: Entry) -> int:  # bytes from the beginning of the file
-    "Where the data of an entry begins."
+    """Where the data of an entry begins.
+
+    Parameters
+    ----------
+    e : Entry
+
+    Returns
+    -------
+    int
+        bytes from the beginning of the file
+    """
     return e.offset + len(local_header(e))
 
 
@@ -429,7 +653,15 @@ def check_headers(
     entries: list[Entry],
     end: int,  # where the directory begins
 ) -> None:
-    "Entries must follow each other without a gap, each behind the header that it should have."
+    """Entries must follow each other without a gap, each behind the header that it should have.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    entries : list[Entry]
+    end : int
+        where the directory begins
+    """
     at = 0
     for e in entries:
         f.seek(at)
@@ -473,7 +705,18 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 def unseal(
     f: BinaryIO,  # an archive that `seal` has written
 ) -> tuple[bytes, Entry]:  # the manifest, checked; the payload's entry: its bytes are not read yet
-    "Read everything of an archive but its payload. `PackError` for whatever is wrong."
+    """Read everything of an archive but its payload. `PackError` for whatever is wrong.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        an archive that `seal` has written
+
+    Returns
+    -------
+    tuple[bytes, Entry]
+        the manifest, checked; the payload's entry: its bytes are not read yet
+    """
     entries = {e.name: e for e in read_entries(f, f.seek(0, os.SEEK_END))}
     demand(SOLID not in entries, "it is solid where a file of two entries is expected")
     about, payload = entries["manifest.json"], entries.get("payload")
@@ -490,7 +733,14 @@ def seal_solid(
     f: BinaryIO,  # empty
     data: bytes,
 ) -> None:
-    "Make a zip archive of one entry, in 108 bytes more than the data."
+    """Make a zip archive of one entry, in 108 bytes more than the data.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        empty
+    data : bytes
+    """
     e = Entry(SOLID, 0, zlib.crc32(data), len(data), len(data))
     f.write(local_header(e) + data)
     f.write(directory([e], f.tell()))
@@ -500,7 +750,17 @@ MAX_SOLID = 2**20  # bytes
 
 
 def unseal_solid(f: BinaryIO) -> bytes | None:  # None: it is not solid
-    "The data of an archive that `seal_solid` has written, checked. `PackError` for whatever is wrong."
+    """The data of an archive that `seal_solid` has written, checked. `PackError` for whatever is wrong.
+
+    Parameters
+    ----------
+    f : BinaryIO
+
+    Returns
+    -------
+    bytes | None
+        None: it is not solid
+    """
     entries = read_entries(f, f.seek(0, os.SEEK_END))
     if entries[0].name != SOLID:
         return None

@@ -326,7 +326,7 @@ def compress(
     # a tenth of the usual pace, at each call, and has no integer kernel: where time counts `dequantize_model` it once
     trellis: bool = False,
     strict: bool = True,  # a target that is not met is a `TargetError`; False: the nearest that was found is returned
-    path: str | os.PathLike | None = None,  # where the file goes; None: nowhere
+    path: str | os.PathLike[str] | None = None,  # where the file goes; None: nowhere
     progress: bool = True,  # show a bar; in a file or a pipe a line a try
 ) -> tuple[nn.Module, CompressionReport]:  # the model as it came back from the file; what was done and why
     """Compress a model to a target. With none and no recipe, to 8 bits. Everything that is reported is measured on
@@ -335,6 +335,54 @@ def compress(
     NaN, a model that cannot be copied, a target that the data cannot decide, a path that cannot be written;
     `TargetError` when the target was not reached; `WriteError` when the path can no longer be written to at the
     end: it holds what was found.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; it is left as it is
+    data : Any, default None
+        None; batches without labels; a `Split`, `Data` or batches (inputs, labels): see `samples_of`. A test part is
+        never looked at
+    bytes : float | None, default None
+        the file may have so many; below 1: a share of the model's own
+    milliseconds : float | None, default None
+        the loaded model may take so many for the example (median, on this machine)
+    accuracy_loss : float | None, default None
+        so many percentage points may be lost, on the held-out part
+    cosine : float | None, default None
+        mean cosine of the outputs to the model's own, at least; for one number an example Lin's concordance, see
+        `Judge`
+    recipe : Recipe | str | None, default None
+        follow this one (or one of `RECIPES`, by its name) instead of searching
+    example : Any, default None
+        an input as the model is called (a tuple: all its arguments), for the time and for finding channels; None: the
+        first of the data
+    evaluate : Callable[[nn.Module], float] | None, default None
+        model (a copy, in eval mode) → share that is right, 0 to 1, by your own measure; `accuracy_loss` is then
+        counted in it
+    epochs : int, default 4
+        of each training, where there are labels
+    lr : float, default 0.001
+        its highest learning rate
+    tries : int, default 8
+        at most, for each kind of network
+    seed : int, default 0
+        of everything that is random
+    trellis : bool, default False
+        also try codes along a trellis (chapter 11c): fewer bytes, but the model expands some 50 million weights a
+        second, a tenth of the usual pace, at each call, and has no integer kernel: where time counts
+        `dequantize_model` it once
+    strict : bool, default True
+        a target that is not met is a `TargetError`; False: the nearest that was found is returned
+    path : str | os.PathLike[str] | None, default None
+        where the file goes; None: nowhere
+    progress : bool, default True
+        show a bar; in a file or a pipe a line a try
+
+    Returns
+    -------
+    tuple[nn.Module, CompressionReport]
+        the model as it came back from the file; what was done and why
     """
     tensors_of(model)
     model = copied(model)

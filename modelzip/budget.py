@@ -43,6 +43,20 @@ def output_errors(
     """What the output makes of a change in each tensor: mean of ‖ŷ − y‖²/‖y‖² over the examples, and over the
     outputs where there are several. For an example of (nearly) zeros, and for single numbers, see
     `modelzip.workshop.judging.energies`. `ValueError` for a name or a shape that is no parameter's, and for no data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    values : dict[str, Tensor]
+        name of a parameter → what it is to be, one after the other
+    batches : Iterable
+        inputs, see `feed`
+
+    Returns
+    -------
+    dict[str, float]
+        name → relative squared error of the output when this parameter alone is changed
     """
     batches, twin, changes = list(as_batches(batches)), copied(model).eval(), {}
     parameters = dict(twin.named_parameters(remove_duplicate=False))
@@ -71,7 +85,26 @@ def second_order(
     seed: int = 0,  # of these
 ) -> dict[str, float]:  # name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
     """Expected change of the output in second order, from gradients alone (after HAWQ-V2, Dong et al. 2019,
-    arXiv:1911.03852). `ValueError` for a name or a shape that is no parameter's, no data and no probes."""
+    arXiv:1911.03852). `ValueError` for a name or a shape that is no parameter's, no data and no probes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    changes : dict[str, Tensor]
+        name of a parameter → δ, its change
+    batches : Iterable
+        inputs, see `feed`
+    probes : int, default 16
+        random vectors for each batch: the error falls with their root
+    seed : int, default 0
+        of these
+
+    Returns
+    -------
+    dict[str, float]
+        name → δᵀJᵀJδ/‖y‖², mean over the examples (and outputs), as in `output_errors`
+    """
     batches, twin, sums = list(as_batches(batches)), copied(model).eval(), dict.fromkeys(changes, 0.0)
     weights = {n: p.requires_grad_() for n, p in twin.named_parameters(remove_duplicate=False) if n in changes}
     if wrong := [n for n, d in changes.items() if n not in weights or d.shape != weights[n].shape]:
@@ -100,7 +133,23 @@ def waterfill(
     n: Sequence[float],  # weights of each layer
     bits: float,  # to be spent, Σ n_i b_i
 ) -> Tensor:  # b_i ≥ 0, float64
-    "The real-valued bits of least Σ n_i c_i 4^(−b_i): one level for all (reverse water-filling; Shoham & Gersho 1988)."
+    """The real-valued bits of least Σ n_i c_i 4^(−b_i): one level for all (reverse water-filling; Shoham & Gersho
+    1988).
+
+    Parameters
+    ----------
+    c : Sequence[float]
+        c_i of D_i = n_i c_i 4^(−b_i), not negative
+    n : Sequence[float]
+        weights of each layer
+    bits : float
+        to be spent, Σ n_i b_i
+
+    Returns
+    -------
+    Tensor
+        b_i ≥ 0, float64
+    """
     c, n = (torch.as_tensor(t, dtype=torch.float64) for t in (c, n))
     if c.shape != n.shape or not len(c) or not all(bool(((t >= 0) & t.isfinite()).all()) for t in (c, n)) or 0 in n:
         raise ValueError("c and n must be finite and have the same length, 1 or more; c not negative, n positive")
@@ -117,7 +166,19 @@ def lower_hull(
     bytes: Sequence[float],  # of each option; not finite: not on offer
     errors: Sequence[float],
 ) -> list[int]:  # options from the smallest to the most exact
-    "Options that are best for some price of a byte: the lower convex hull."
+    """Options that are best for some price of a byte: the lower convex hull.
+
+    Parameters
+    ----------
+    bytes : Sequence[float]
+        of each option; not finite: not on offer
+    errors : Sequence[float]
+
+    Returns
+    -------
+    list[int]
+        options from the smallest to the most exact
+    """
     same_length("options", bytes=bytes, errors=errors)
     order = sorted(
         (i for i in range(len(bytes)) if math.isfinite(bytes[i]) and math.isfinite(errors[i])),
@@ -143,6 +204,20 @@ def greedy(
     """Steps along the convex hulls, steepest first, until one does not fit (Shoham & Gersho 1988). Optimal where a
     step ends at the budget; elsewhere at most one step's error from it. `ValueError` when even the smallest options
     are too many bytes.
+
+    Parameters
+    ----------
+    bytes : Sequence[Sequence[float]]
+        [layers][options]
+    errors : Sequence[Sequence[float]]
+        [layers][options]
+    budget : float
+        bytes in all
+
+    Returns
+    -------
+    list[int]
+        the option of each layer
     """
     if math.isnan(budget):
         raise ValueError("budget is nan; it may be a number of bytes")
@@ -172,7 +247,24 @@ def knapsack(
     units: int = 2000,  # in how many units the budget is counted, and 100 more for each layer
 ) -> list[int] | None:  # the option of each layer; None: with bytes rounded up to units, nothing fits
     """Least Σ errors within a budget by dynamic programming (Bellman 1957; Kellerer, Pferschy & Pisinger 2004):
-    exact, but for the rounding of each option's bytes up to units of at least one."""
+    exact, but for the rounding of each option's bytes up to units of at least one.
+
+    Parameters
+    ----------
+    bytes : Sequence[Sequence[float]]
+        [layers][options]
+    errors : Sequence[Sequence[float]]
+        [layers][options]
+    budget : float
+        bytes in all
+    units : int, default 2000
+        in how many units the budget is counted, and 100 more for each layer
+
+    Returns
+    -------
+    list[int] | None
+        the option of each layer; None: with bytes rounded up to units, nothing fits
+    """
     same_length("layers", "options", bytes=bytes, errors=errors)
     if not budget >= 0:
         return None

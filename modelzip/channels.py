@@ -60,7 +60,17 @@ def keep(self: Ties, a: np.ndarray, why: str) -> None:
 
 @patch
 def free(self: Ties, a: np.ndarray) -> np.ndarray:  # bool
-    "May they go?"
+    """May they go?
+
+    Parameters
+    ----------
+    a : np.ndarray
+
+    Returns
+    -------
+    np.ndarray
+        bool
+    """
     return ~np.isin(self.find(a), list(self.kept))
 
 # %% ../nbs/08_channels.ipynb
@@ -80,7 +90,22 @@ def tie(self: Ties, a: np.ndarray, b: np.ndarray, why: str = "it is tied to some
 # %% ../nbs/08_channels.ipynb
 @dataclass
 class Marks:
-    "Which number each element of a tensor carries: one array for each set of axes along which it varies."
+    """Which number each element of a tensor carries: one array for each set of axes along which it varies.
+
+    Parameters
+    ----------
+    shape : tuple
+    blocks : dict, default field(default_factory=dict)
+        axes → numbers, an array over these axes
+    zero : bool, default False
+        when a channel's parameters are zeros, so is the channel
+    free : bool, default False
+        made of one constant: takes whatever size it is asked to have
+    taint : list, default field(default_factory=list)
+        numbers that must stay if anybody uses this tensor
+    sources : frozenset, default frozenset()
+        the layers that it comes from
+    """
 
     shape: tuple
     blocks: dict = field(default_factory=dict)  # axes → numbers, an array over these axes
@@ -246,7 +271,22 @@ def dependency_graph(
 ) -> Groups:  # which channels belong together, and what must stay and why
     """What runs of the model tell of its channels (after Fang et al. 2023, arXiv:2301.12900). `TypeError` for what is
     no module and for outputs that hide their numbers, `ValueError` for a name in keep that is no layer, NaN, and a
-    model that cannot be copied. What stands in the model's code alone is for `channel_groups` to find."""
+    model that cannot be copied. What stands in the model's code alone is for `channel_groups` to find.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; left as it is
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict of named ones; several in a list
+    keep : Iterable[str], default ()
+        layers whose outputs must stay; a block: all that is made within it
+
+    Returns
+    -------
+    Groups
+        which channels belong together, and what must stay and why
+    """
     t = watch(Trace, model, examples_of(example))
     for layer in [keep] if isinstance(keep, str) else keep:
         keep_layer(t, layer)

@@ -65,7 +65,8 @@ from modelzip.pack import (
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
-from .workshop.arguments import misspelt
+from .workshop.arguments import misspelt, options_of
+from .workshop.doctor import doctor
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_blocks import BlockTensor
 from .workshop.gguf_files import FILE_TYPES, from_gguf, inspect_gguf, to_gguf
@@ -107,7 +108,18 @@ def as_model(
     tensors: dict[str, Tensor],  # by name, as in a state dict
 ) -> Weights:  # a model with these parameters, which shares their memory
     """Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of
-    a model can have, or when one name is the beginning of another."""
+    a model can have, or when one name is the beginning of another.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+        by name, as in a state dict
+
+    Returns
+    -------
+    Weights
+        a model with these parameters, which shares their memory
+    """
     if not tensors:
         raise ValueError("tensors is empty: there is nothing to compress")
     _check_tree(tensors)
@@ -171,6 +183,7 @@ def _replaced(model, make):
     return model
 
 # %% ../nbs/workshop/cli.ipynb
+@options_of(quantize_layer, but=("name", "per_channel"))
 def quantize_weights(
     model: nn.Module,  # of `as_model`; it is left as it is
     bits: int = 8,  # width of a code
@@ -178,7 +191,48 @@ def quantize_weights(
     progress: bool = False,  # show a bar
     **options,  # of `quantize`: symmetric, observer, codebook …
 ) -> nn.Module:  # a copy in which every tensor of two or more dimensions is compressed
-    "Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize."
+    """Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize.
+
+    Parameters
+    ----------
+    model : nn.Module
+        of `as_model`; it is left as it is
+    bits : int, default 8
+        width of a code
+    group : int | None, default None
+        weights that share a scale; None: one scale for each row
+    progress : bool, default False
+        show a bar
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    nn.Module
+        a copy in which every tensor of two or more dimensions is compressed
+    """
     tensors = expanded_tensors(model)
     if not any(map(_worth_it, tensors.values())):
         raise ValueError("model has no tensor of two or more dimensions: there is nothing to quantize")
@@ -453,7 +507,21 @@ def open_model(
     own: Callable | None = None,  # makes a model of one's own class, for weights that do not say what runs them
 ) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
     """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
-    wrong."""
+    wrong.
+
+    Parameters
+    ----------
+    source : str
+        a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
+        package.module:function
+    own : Callable | None, default None
+        makes a model of one's own class, for weights that do not say what runs them
+
+    Returns
+    -------
+    nn.Module
+        one that runs where its architecture is known, else its weights alone: see `only_weights`
+    """
     if not source:
         raise ValueError(f"the model is ''; it may be {MODEL}")
     path = Path(source)
@@ -483,7 +551,22 @@ def command(
     example: str,  # as typed
     *arguments: tuple[list, dict],  # of `argument`
 ) -> Callable:  # decorator
-    "Add a command of the same name as the function."
+    """Add a command of the same name as the function.
+
+    Parameters
+    ----------
+    help : str
+        one line
+    example : str
+        as typed
+    *arguments : tuple[list, dict]
+        of `argument`
+
+    Returns
+    -------
+    Callable
+        decorator
+    """
 
     def add(f):
         f.help, f.example, f.arguments = help, example, arguments
@@ -499,7 +582,17 @@ def argument(*names, **options):
 
 @dataclass
 class Done:
-    "What a command has found."
+    """What a command has found.
+
+    Parameters
+    ----------
+    found : dict
+        for programs, as JSON
+    said : str
+        for people
+    status : int, default 0
+        1 if the answer is no
+    """
 
     found: dict  # for programs, as JSON
     said: str  # for people
@@ -975,7 +1068,18 @@ WRITERS[".gguf"] = _to_gguf
 def example_of(
     text: str,  # "1x28x28" or "2x64:int64"
 ) -> Tensor:  # of that shape; normally distributed, or whole numbers 0 and 1, which every table of tokens has
-    "An input of a shape, the same each time. `ValueError` for a text that is none."
+    """An input of a shape, the same each time. `ValueError` for a text that is none.
+
+    Parameters
+    ----------
+    text : str
+        "1x28x28" or "2x64:int64"
+
+    Returns
+    -------
+    Tensor
+        of that shape; normally distributed, or whole numbers 0 and 1, which every table of tokens has
+    """
     shape, _, kind = text.partition(":")
     try:
         sizes, dtype = [int(n) for n in shape.split("x")], getattr(torch, kind or "float32")
@@ -1261,6 +1365,16 @@ def _tour(o):
 
 
 @command(
+    "show what is installed, which extras are missing and what they bring, and what this processor can do",
+    "modelzip doctor",
+    JSON,
+)
+def _doctor(o):
+    found = doctor()
+    return Done(asdict(found), repr(found), status=0 if found.well else 1)
+
+
+@command(
     "print a script that completes commands in your shell",
     "modelzip completion bash > modelzip.bash",
     argument("shell", choices=["bash", "zsh", "tcsh"]),
@@ -1315,7 +1429,18 @@ def parser() -> argparse.ArgumentParser:
 def cli(
     arguments: list[str] | None = None,  # None: those of the command line
 ) -> int:  # exit status: 0 done, 1 the answer is no, 2 not done, 128 + the signal that ended it
-    "The command `modelzip`, in this process. Whatever goes wrong is one line on standard error."
+    """The command `modelzip`, in this process. Whatever goes wrong is one line on standard error.
+
+    Parameters
+    ----------
+    arguments : list[str] | None, default None
+        None: those of the command line
+
+    Returns
+    -------
+    int
+        exit status: 0 done, 1 the answer is no, 2 not done, 128 + the signal that ended it
+    """
     try:
         try:
             o = parser().parse_args(arguments)

@@ -37,7 +37,22 @@ def rans_push(
     s: int,  # a symbol with a share above 0
     c: Sequence[int],  # borders of the shares; c[-1] is M
 ) -> int:  # the x-th number that s owns: about x * M / share
-    "Put a symbol onto a number (Duda 2013, arXiv:1311.2540). `ValueError` for a symbol without a share."
+    """Put a symbol onto a number (Duda 2013, arXiv:1311.2540). `ValueError` for a symbol without a share.
+
+    Parameters
+    ----------
+    x : int
+        a whole number, 0 or more
+    s : int
+        a symbol with a share above 0
+    c : Sequence[int]
+        borders of the shares; c[-1] is M
+
+    Returns
+    -------
+    int
+        the x-th number that s owns: about x * M / share
+    """
     f = share_of(s, c)
     return x // f * c[-1] + c[s] + x % f
 
@@ -46,14 +61,33 @@ def rans_pop(
     x: int,  # a number, as `rans_push` made it
     c: Sequence[int],  # the same borders
 ) -> tuple[int, int]:  # the symbol, and the number before it came
-    "Take the last symbol off a number: who owns it, and which of the owner's numbers is it? `ValueError`: nobody."
+    """Take the last symbol off a number: who owns it, and which of the owner's numbers is it? `ValueError`: nobody.
+
+    Parameters
+    ----------
+    x : int
+        a number, as `rans_push` made it
+    c : Sequence[int]
+        the same borders
+
+    Returns
+    -------
+    tuple[int, int]
+        the symbol, and the number before it came
+    """
     block, place = divmod(x, all_shares(c))
     s = bisect_right(c, place) - 1
     return s, block * share_of(s, c) + place - c[s]
 
 # %% ../nbs/04b_coding.ipynb
 class Bets:
-    "The probability of a one in each context, learned from the bits that came (Krichevsky & Trofimov 1981)."
+    """The probability of a one in each context, learned from the bits that came (Krichevsky & Trofimov 1981).
+
+    Parameters
+    ----------
+    memory : int, default 255
+        bits after which a bet no longer gets slower
+    """
 
     def __init__(
         self,
@@ -100,7 +134,13 @@ class AdaptiveEncoder:
 # %% ../nbs/04b_coding.ipynb
 @patch
 def finish(self: AdaptiveEncoder) -> bytes:  # a decoder takes what follows them for zeros
-    "The shortest number within the interval that is left, its final zeros left out."
+    """The shortest number within the interval that is left, its final zeros left out.
+
+    Returns
+    -------
+    bytes
+        a decoder takes what follows them for zeros
+    """
     out, low = bytearray(self.out), self.low
     keep = next(k for k in range(40, -1, -1) if low + (-low % (1 << k)) < low + self.width)
     low += -low % (1 << keep)
@@ -110,7 +150,13 @@ def finish(self: AdaptiveEncoder) -> bytes:  # a decoder takes what follows them
 
 # %% ../nbs/04b_coding.ipynb
 class AdaptiveDecoder:
-    "Gives back the bits of an `AdaptiveEncoder`, in the same contexts."
+    """Gives back the bits of an `AdaptiveEncoder`, in the same contexts.
+
+    Parameters
+    ----------
+    data : bytes
+        from `finish`
+    """
 
     def __init__(
         self,

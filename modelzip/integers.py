@@ -24,7 +24,24 @@ def accumulator_fits(
     activation: int = 255,  # largest magnitude of an activation's code (minus its zero point)
     bits: int = 32,  # width of the signed accumulator
 ) -> bool:  # True when no input whatever can overflow
-    "Whether a sum of products of codes is exact in the accumulator. `ValueError` for what is none of these."
+    """Whether a sum of products of codes is exact in the accumulator. `ValueError` for what is none of these.
+
+    Parameters
+    ----------
+    inner : int
+        length n of the sum: inputs of a linear layer, channels × height × width of a convolution's window
+    weight : int, default 127
+        largest magnitude of a weight's code (minus its zero point)
+    activation : int, default 255
+        largest magnitude of an activation's code (minus its zero point)
+    bits : int, default 32
+        width of the signed accumulator
+
+    Returns
+    -------
+    bool
+        True when no input whatever can overflow
+    """
     check_bits(bits, 1, 64)
     for name, n in {"inner": inner, "weight": weight, "activation": activation}.items():
         check_bits(n, 0, 2**63, name)
@@ -37,7 +54,22 @@ def codes_of(
     zero: int,
     top: int,  # largest code
 ) -> Tensor:  # uint8
-    "A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties."
+    """A fused multiply-add, rounded once to float32, then to the nearest whole number: this decides near-ties.
+
+    Parameters
+    ----------
+    x : Tensor
+        any shape
+    scale : float
+    zero : int
+    top : int
+        largest code
+
+    Returns
+    -------
+    Tensor
+        uint8
+    """
     inverse = (1 / torch.tensor(scale, dtype=torch.float32)).clamp_(max=torch.finfo(torch.float32).max).item()
     return (x.double() * inverse + zero).float().round().clamp_(0, top).to(torch.uint8)
 
@@ -48,7 +80,20 @@ def quantize_activations(
 ) -> tuple[Tensor, float, int]:  # codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
     """Dynamic affine quantization of a whole tensor, to the last code as PyTorch's kernels do it (FBGEMM,
     arXiv:2101.05615) where the range is 0.0156 or more (with `reduce_range` 0.0078): smaller ones they widen, and
-    we do not."""
+    we do not.
+
+    Parameters
+    ----------
+    x : Tensor
+        finite float32 values, any shape
+    reduce_range : bool, default False
+        7 bits instead of 8: for processors that saturate sums of two products
+
+    Returns
+    -------
+    tuple[Tensor, float, int]
+        codes (uint8), scale, zero point: x ≈ scale·(codes − zero point)
+    """
     top = 127 if reduce_range else 255
     low, high = (v.item() for v in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
     low, high = min(low, 0.0), max(high, 0.0)
@@ -66,7 +111,18 @@ def quantize_activations(
 def stretch_rows(
     x: Tensor,  # [rows, n] float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # stretched to 0 … 1, smallest value [rows, 1], width [rows, 1]
-    "Make each row reach from 0 to 1; a constant row becomes zeros."
+    """Make each row reach from 0 to 1; a constant row becomes zeros.
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, n] float32
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        stretched to 0 … 1, smallest value [rows, 1], width [rows, 1]
+    """
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
     return (x - low).div_(torch.where(width == 0, 1, width)), low, width
@@ -77,7 +133,18 @@ def quantize_rows(
     x: Tensor,  # [rows, n] finite float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes [rows, n] uint8, step [rows, 1], smallest value [rows, 1]
     """x ≈ codes·step + low, with a range for each row, as PyTorch packs the rows of embeddings (FBGEMM,
-    arXiv:2101.05615); ranges below 5e-6 get fewer of them."""
+    arXiv:2101.05615); ranges below 5e-6 get fewer of them.
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, n] finite float32
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        codes [rows, n] uint8, step [rows, 1], smallest value [rows, 1]
+    """
     low = x.amin(1, keepdim=True)
     width = x.amax(1, keepdim=True).sub_(low)
     inverse = (255 / (width.double() + 1e-8)).float()
@@ -93,7 +160,26 @@ def integer_linear(
     reduce_range: bool = False,  # 7-bit activations
 ) -> Tensor:  # [rows, outputs] float32
     """Product of a dynamically quantized input with int8 weights, integers emulated exactly (Jacob et al. 2018,
-    arXiv:1712.05877)."""
+    arXiv:1712.05877).
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, inputs] finite float32
+    weight : Tensor
+        [outputs, inputs] int8 codes
+    scale : Tensor
+        [outputs] float32: one for each output channel
+    zero : Tensor | None, default None
+        [outputs] zero points of the weight; None: symmetric
+    reduce_range : bool, default False
+        7-bit activations
+
+    Returns
+    -------
+    Tensor
+        [rows, outputs] float32
+    """
     codes, x_scale, x_zero = quantize_activations(x, reduce_range)
     w = weight.double() if zero is None else weight.double() - zero.double()[:, None]
     total = (codes.double() - x_zero) @ w.t()
@@ -111,7 +197,32 @@ def integer_conv2d(
     groups: int = 1,  # blocks of channels that do not mix
     reduce_range: bool = False,  # 7-bit activations
 ) -> Tensor:  # [batch, outputs, height, width] float32
-    "Convolution of a dynamically quantized input with int8 weights, integers emulated exactly."
+    """Convolution of a dynamically quantized input with int8 weights, integers emulated exactly.
+
+    Parameters
+    ----------
+    x : Tensor
+        [batch, channels, height, width] finite float32
+    weight : Tensor
+        [outputs, channels/groups, height, width] int8 codes, symmetric
+    scale : Tensor
+        [outputs] float32
+    stride : tuple, default (1, 1)
+        as in nn.Conv2d
+    padding : tuple, default (0, 0)
+        zeros added on each side
+    dilation : tuple, default (1, 1)
+        distance of a filter's taps
+    groups : int, default 1
+        blocks of channels that do not mix
+    reduce_range : bool, default False
+        7-bit activations
+
+    Returns
+    -------
+    Tensor
+        [batch, outputs, height, width] float32
+    """
     codes, x_scale, x_zero = quantize_activations(x, reduce_range)
     total = nn.functional.conv2d(codes.double() - x_zero, weight.double(), None, stride, padding, dilation, groups)
     return total.float() * (scale * x_scale)[:, None, None]
@@ -134,7 +245,20 @@ def quantize_images(
     x: Tensor,  # [batch, channels, height, width] finite float32
     top: int = 255,  # largest code
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes uint8; step and zero point of each image [batch, 1, 1, 1]
-    "Codes with a range for each image, which holds zero: x ≈ step·(codes − zero)."
+    """Codes with a range for each image, which holds zero: x ≈ step·(codes − zero).
+
+    Parameters
+    ----------
+    x : Tensor
+        [batch, channels, height, width] finite float32
+    top : int, default 255
+        largest code
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        codes uint8; step and zero point of each image [batch, 1, 1, 1]
+    """
     check_bits(top, 1, 255, "top")
     step, zero = image_ranges(x, top)
     return image_codes(x, step, zero, top), step, zero
@@ -158,7 +282,20 @@ def gather_rows(
     rows: Tensor,  # [n] int64, which rows
 ) -> QTensor:  # [n, width]: the same codes and scales, still packed
     """Rows of a quantized table as a smaller quantized table; nothing is expanded. `IndexError` for a row that is
-    not there."""
+    not there.
+
+    Parameters
+    ----------
+    q : QTensor
+        [rows, width]: a scale for each row, for groups, or one for all
+    rows : Tensor
+        [n] int64, which rows
+
+    Returns
+    -------
+    QTensor
+        [n, width]: the same codes and scales, still packed
+    """
     if (why := why_not_rows(q)) is not None:
         raise ValueError(f"q has no rows to gather: {why}")
     if rows.dtype not in (torch.int32, torch.int64):

@@ -121,7 +121,7 @@ def unwrapped_name(model: nn.Module, path: str, wrapper: Dequantize) -> str:
     return ".".join([*parts, *[wrapper.name] * (wrapper.name != "weight")])
 
 # %% ../nbs/workshop/kernels.ipynb
-class Choices(list):
+class Choices(list[Any]):
     "Rows (name, layer, what runs); prints as a table."
 
     def __repr__(self):
@@ -134,7 +134,18 @@ def what_runs(
     model: nn.Module,  # with compressed layers
 ) -> Choices:  # a row for each of them, then one for each matrix that stays float
     """For every compressed layer what its product is, and for those without one why; and why any other matrix is
-    not compressed."""
+    not compressed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with compressed layers
+
+    Returns
+    -------
+    Choices
+        a row for each of them, then one for each matrix that stays float
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
 
@@ -233,7 +244,7 @@ def _with_kernels(model, wanted):
 def use_kernels(
     model: nn.Module,  # with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
     activations: (
-        str | dict | None
+        str | dict[str, Any] | None
         # 'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear,
         # the tensor for QConv2d and QRecurrent
     ) = None,
@@ -246,7 +257,25 @@ def use_kernels(
     an example the model runs some forty times in both ways, in turns, and layers that are quicker as floats here (this
     processor, size of input, number of threads) compute in floats, all of them if the whole would be slower otherwise:
     a choice by the clock, which may be another next time. It is printed, and saved. `ValueError` when there is no
-    compressed layer, and when a copy of the model would run the original."""
+    compressed layer, and when a copy of the model would run the original.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with `Dequantize` layers, as `quantize_model` or `load` returns it; it is left as it is
+    activations : str | dict[str, Any] | None, default None
+        'row' or 'tensor', for all or by name or pattern: `{'*.down': 'row', '*': 'tensor'}`; None: rows for QLinear,
+        the tensor for QConv2d and QRecurrent
+    requantize : bool, default False
+        run groups and codebooks as int8, too: one more rounding, to a scale for each output
+    example : Any, default None
+        what the model is called with; a tuple holds several arguments, a dict named ones. None: nothing is measured
+
+    Returns
+    -------
+    nn.Module
+        a copy that shares the compressed weights
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]

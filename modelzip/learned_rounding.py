@@ -31,7 +31,18 @@ LAMBDA, FIRST, LAST = 0.3, 8.0, 2.0  # the price of standing in between; β at t
 def rectified(
     V: Tensor,  # any shape
 ) -> tuple[Tensor, Tensor]:  # h(V), 0 … 1, and its derivative
-    "The rectified sigmoid (Louizos et al. 2018, arXiv:1712.01312)."
+    """The rectified sigmoid (Louizos et al. 2018, arXiv:1712.01312).
+
+    Parameters
+    ----------
+    V : Tensor
+        any shape
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        h(V), 0 … 1, and its derivative
+    """
     p = V.sigmoid()
     h = 1.2 * p - 0.1
     return h.clamp(0, 1), 1.2 * p * (1 - p) * ((h > 0) & (h < 1))
@@ -41,7 +52,20 @@ def indecision(
     h: Tensor,  # switches, 0 … 1
     beta: float,  # above 1
 ) -> tuple[Tensor, Tensor]:  # f(h) and its derivative
-    "The price of standing in between: 0 at both ends, 1 in the middle."
+    """The price of standing in between: 0 at both ends, 1 in the middle.
+
+    Parameters
+    ----------
+    h : Tensor
+        switches, 0 … 1
+    beta : float
+        above 1
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        f(h) and its derivative
+    """
     x = 2 * h - 1
     return 1 - x.abs() ** beta, -2 * beta * x.abs() ** (beta - 1) * x.sign()
 
@@ -54,7 +78,28 @@ def learned_switches(
     rate: float = 0.1,  # learning rate
     free: Tensor | None = None,  # [rows, inputs] bool: those that have another value to go to; None: all
 ) -> Tensor:  # [rows, inputs] bool: up
-    "Which weights go up: gradient steps on relaxed switches (Nagel et al. 2020, arXiv:2004.10568)."
+    """Which weights go up: gradient steps on relaxed switches (Nagel et al. 2020, arXiv:2004.10568).
+
+    Parameters
+    ----------
+    part : Tensor
+        [rows, inputs] u − ⌊u⌋, 0 … 1; of those that are not free, u less their only code
+    size : Tensor
+        [rows, inputs] the step of each weight
+    H : Tensor
+        [inputs, inputs]
+    steps : int, default 300
+        of the optimizer
+    rate : float, default 0.1
+        learning rate
+    free : Tensor | None, default None
+        [rows, inputs] bool: those that have another value to go to; None: all
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs] bool: up
+    """
     size = size / size.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(size.dtype).tiny)
     H = H / H.diagonal().mean().clamp(min=torch.finfo(H.dtype).tiny)
     free = torch.ones_like(part, dtype=torch.bool) if free is None else free
@@ -80,7 +125,26 @@ def flipped(
     free: Tensor,  # [rows, inputs] bool: those that have another value to go to
 ) -> Tensor:  # [rows, inputs] bool
     """Turn switches over one by one, the best of each row first, until none makes its row's error smaller by more than
-    1e-5 of what a step of one weight alone costs on average; at most 4 times as many flips as there are inputs."""
+    1e-5 of what a step of one weight alone costs on average; at most 4 times as many flips as there are inputs.
+
+    Parameters
+    ----------
+    up : Tensor
+        [rows, inputs] bool: a rounding
+    part : Tensor
+        [rows, inputs] u − ⌊u⌋
+    size : Tensor
+        [rows, inputs] the step of each weight
+    H : Tensor
+        [inputs, inputs]
+    free : Tensor
+        [rows, inputs] bool: those that have another value to go to
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs] bool
+    """
     up, change = up.clone(), torch.where(up, -size, size)
     product = ((up.to(size.dtype) - part) * size) @ H
     for _ in range(4 * up.shape[1]):
@@ -106,7 +170,27 @@ def adaround_weight(
     axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D
 ) -> QTensor:
     """Learned rounding of one layer's weight (Nagel et al. 2020, arXiv:2004.10568), then flips until no single one
-    helps (see `flipped`). No row's error on the data exceeds that of `nearest_weight`. Nothing in it is random."""
+    helps (see `flipped`). No row's error on the data exceeds that of `nearest_weight`. Nothing in it is random.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] of a Linear or a convolution
+    statistics : LayerStatistics | None
+        with second moments; without them the weight is rounded by `nearest_weight`
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    columns : Tensor | None, default None
+        [weight.shape[1]] column scales
+    steps : int, default 300
+        of the optimizer; 0: flips alone
+    axis : int, default 0
+        which dimension holds the outputs: 1 in GPT-2's Conv1D
+    """
     b = Blocks(weight, bits, group, symmetric, columns, axis)
     if steps != int(steps) or steps < 0:
         raise ValueError(f"steps is {steps}; it may be a whole number of 0 or more")
@@ -140,20 +224,51 @@ ROUND_TO_NEAREST.append(adaround_weight)
 # %% ../nbs/10e_learned_rounding.ipynb
 def learned_rounding(
     model: nn.Module,  # it is left as it is
-    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    batches: Iterable[Any],  # calibration data: tensors, tuples or dicts, see `feed`
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
     steps: int = 300,  # of the optimizer, for each matrix
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before rounding
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     progress: bool = True,  # show a bar
-    **more,  # of `quantize_with`: layers
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
-    "Learned rounding, layer by layer (Nagel et al. 2020, arXiv:2004.10568). The same data give the same model."
+    """Learned rounding, layer by layer (Nagel et al. 2020, arXiv:2004.10568). The same data give the same model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : Iterable[Any]
+        calibration data: tensors, tuples or dicts, see `feed`
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    steps : int, default 300
+        of the optimizer, for each matrix
+    catch_up : float, default 0.5
+        share of the error of earlier layers that a layer makes up for
+    columns : Any, default None
+        'awq', 'smooth' or a function: column scales before rounding
+    overrides : dict | Callable[..., Any] | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    progress : bool, default True
+        show a bar
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers
+    """
     how = dict(bits=bits, group=group, symmetric=symmetric, steps=steps)
-    plan = choose_matrices(model, overrides, more.get("layers"), how)
+    plan = choose_matrices(model, overrides, layers, how)
     with tqdm(total=len({m.tie for m in plan}), desc="learned rounding", disable=None if progress else True) as bar:
 
         @functools.wraps(adaround_weight)
@@ -162,7 +277,7 @@ def learned_rounding(
             bar.update()
             return q
 
-        return quantize_with(method, model, batches, None, columns, catch_up, overrides, **how, **more)
+        return quantize_with(method, model, batches, None, columns, catch_up, overrides, layers, **how)
 
 # %% ../nbs/10e_learned_rounding.ipynb
 from .workshop.arguments import name_arguments

@@ -18,7 +18,20 @@ def low_byte(
     words: np.ndarray,  # uint16, uint32 or uint64
     shift: int,  # bits that are left out below it
 ) -> np.ndarray:  # uint8, of the same shape
-    "Eight bits of each word."
+    """Eight bits of each word.
+
+    Parameters
+    ----------
+    words : np.ndarray
+        uint16, uint32 or uint64
+    shift : int
+        bits that are left out below it
+
+    Returns
+    -------
+    np.ndarray
+        uint8, of the same shape
+    """
     return (words >> shift if shift else words).astype(np.uint8)
 
 
@@ -26,12 +39,36 @@ def float_symbols(
     words: np.ndarray,  # floats of 2, 4 or 8 bytes, seen as unsigned words
     room: int = 0,  # 1: where no exponent has its highest bit, begin one bit later
 ) -> np.ndarray:  # uint8: the eight bits behind the sign
-    "The symbols of floats that are worth coding: exponents, with what of the fraction has room in a byte."
+    """The symbols of floats that are worth coding: exponents, with what of the fraction has room in a byte.
+
+    Parameters
+    ----------
+    words : np.ndarray
+        floats of 2, 4 or 8 bytes, seen as unsigned words
+    room : int, default 0
+        1: where no exponent has its highest bit, begin one bit later
+
+    Returns
+    -------
+    np.ndarray
+        uint8: the eight bits behind the sign
+    """
     return low_byte(words, 8 * words.itemsize - 9 - room)
 
 
 def float_rest(words: np.ndarray, room: int = 0) -> np.ndarray:  # uint8: sign, then 7 bits, or 6 with room
-    "What `float_symbols` leaves of the upper sixteen bits. Bytes below these are `low_byte(words, 8 * j)`."
+    """What `float_symbols` leaves of the upper sixteen bits. Bytes below these are `low_byte(words, 8 * j)`.
+
+    Parameters
+    ----------
+    words : np.ndarray
+    room : int, default 0
+
+    Returns
+    -------
+    np.ndarray
+        uint8: sign, then 7 bits, or 6 with room
+    """
     top = 8 * words.itemsize - 16
     rest, sign = low_byte(words, top), low_byte(words, top + 8 + room)
     rest &= 0x7F >> room
@@ -41,7 +78,17 @@ def float_rest(words: np.ndarray, room: int = 0) -> np.ndarray:  # uint8: sign, 
 
 # %% ../nbs/04a_lossless.ipynb
 def has_room(words: np.ndarray) -> bool:  # floats as unsigned words
-    "Whether no float uses the highest bit of its exponent: all are below two."
+    """Whether no float uses the highest bit of its exponent: all are below two.
+
+    Parameters
+    ----------
+    words : np.ndarray
+
+    Returns
+    -------
+    bool
+        floats as unsigned words
+    """
     return not int(np.bitwise_or.reduce(words, initial=0)) >> 8 * words.itemsize - 2 & 1
 
 # %% ../nbs/04a_lossless.ipynb
@@ -52,13 +99,34 @@ SHIFTS = np.arange(7, 0, -1, dtype=np.uint64)[:, None]  # from bit 0, bit 1 … 
 def seven_for_eight(
     rest: np.ndarray,  # uint8, below 128; a multiple of 64 of them
 ) -> np.ndarray:  # uint8, seven eighths as many
-    "Let the last eighth ride in the highest bits of the others."
+    """Let the last eighth ride in the highest bits of the others.
+
+    Parameters
+    ----------
+    rest : np.ndarray
+        uint8, below 128; a multiple of 64 of them
+
+    Returns
+    -------
+    np.ndarray
+        uint8, seven eighths as many
+    """
     parts = rest.view(np.uint64).reshape(8, -1)
     return (parts[:7] | parts[7] << SHIFTS & HOLE).reshape(-1).view(np.uint8)
 
 
 def last_eighth(packed: np.ndarray) -> np.ndarray:  # from `seven_for_eight`; uint8, a seventh as many
-    "The bytes that ride on the others."
+    """The bytes that ride on the others.
+
+    Parameters
+    ----------
+    packed : np.ndarray
+
+    Returns
+    -------
+    np.ndarray
+        from `seven_for_eight`; uint8, a seventh as many
+    """
     parts = packed.view(np.uint64).reshape(7, -1)
     return np.bitwise_or.reduce((parts & HOLE) >> SHIFTS, axis=0).view(np.uint8)
 
@@ -70,7 +138,21 @@ def join_floats(
     out: np.ndarray,  # words for the result
     room: int = 0,  # as they were made
 ) -> None:
-    "The floats again, as unsigned words, every bit of them."
+    """The floats again, as unsigned words, every bit of them.
+
+    Parameters
+    ----------
+    symbols : np.ndarray
+        from `float_symbols`
+    rest : np.ndarray
+        from `float_rest`; with room, seven eighths of it, from `seven_for_eight`
+    low : Sequence[np.ndarray]
+        the bytes below the upper two, the lowest first
+    out : np.ndarray
+        words for the result
+    room : int, default 0
+        as they were made
+    """
     top, word = 8 * out.itemsize - 16, out.dtype.type
     twice = word((1 << 8 + room) + 1 << top)
     np.multiply(rest, twice, out=out[: len(rest)])

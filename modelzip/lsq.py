@@ -33,7 +33,20 @@ def straight_through(
     value: Tensor,  # what the forward pass uses, exactly
     smooth: Tensor,  # of the same shape: what the backward pass differentiates instead
 ) -> Tensor:  # value, with the gradient of smooth
-    "The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). `ValueError` for shapes that differ."
+    """The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). `ValueError` for shapes that differ.
+
+    Parameters
+    ----------
+    value : Tensor
+        what the forward pass uses, exactly
+    smooth : Tensor
+        of the same shape: what the backward pass differentiates instead
+
+    Returns
+    -------
+    Tensor
+        value, with the gradient of smooth
+    """
     if value.shape != smooth.shape:
         raise ValueError(
             f"value has shape {tuple(value.shape)} and smooth {tuple(smooth.shape)}; they must be the same"
@@ -42,7 +55,19 @@ def straight_through(
 
 # %% ../nbs/11_lsq.ipynb
 def clip(u: Tensor, low: float, high: float) -> Tensor:  # u.clamp(low, high), with a gradient only strictly inside
-    "Clipping as LSQ's gradient has it: a value on the last code counts as clipped."
+    """Clipping as LSQ's gradient has it: a value on the last code counts as clipped.
+
+    Parameters
+    ----------
+    u : Tensor
+    low : float
+    high : float
+
+    Returns
+    -------
+    Tensor
+        u.clamp(low, high), with a gradient only strictly inside
+    """
     return torch.where((u > low) & (u < high), u, u.detach().clamp(low, high))
 
 # %% ../nbs/11_lsq.ipynb
@@ -65,7 +90,22 @@ def learned_step(
     top: float,  # the largest code
 ) -> Tensor:  # at least 2⁻¹⁰⁰
     """A step as the forward pass uses it: positive, with a gradient that suits a step which `shared` values share,
-    and that never vanishes at a bound."""
+    and that never vanishes at a bound.
+
+    Parameters
+    ----------
+    parameter : Tensor
+        what the optimizer moves; it may become negative or zero
+    shared : int
+        values that share a step
+    top : float
+        the largest code
+
+    Returns
+    -------
+    Tensor
+        at least 2⁻¹⁰⁰
+    """
     sign = torch.where(parameter.detach() < 0, -1.0, 1.0).to(parameter.dtype)
     positive = straight_through(parameter.abs().clamp(min=LEAST), parameter * sign)
     return _Scaled.apply(positive, 1 / math.sqrt(max(1, shared) * max(1.0, top)))
@@ -73,13 +113,38 @@ def learned_step(
 # %% ../nbs/11_lsq.ipynb
 class WeightQuantizer(StepsOfWeights):
     """Rounds a weight to codes times a learned step (LSQ, Esser et al. 2019, arXiv:1902.08153); a parametrization
-    of `torch.nn.utils.parametrize`."""
+    of `torch.nn.utils.parametrize`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        sets the steps, as the observer 'mse' finds them: least squared error among 60 of them, and at least 2⁻¹⁰⁰
+    levels : int
+        number of codes, 2 (binary), 3 (ternary) … 256
+    axis : int | None, default None
+        a step for each slice along this axis
+    group : int | None, default None
+        or for each run of `group` weights in a row; these are kept as float16
+    learn : bool, default True
+        False: the steps stay as they were set
+    """
 
     def steps(
         self,
         shared: int,  # weights in a block
     ) -> Tensor:  # [blocks, 1]
-        "The steps as a file keeps them: groups have 16 bits for theirs."
+        """The steps as a file keeps them: groups have 16 bits for theirs.
+
+        Parameters
+        ----------
+        shared : int
+            weights in a block
+
+        Returns
+        -------
+        Tensor
+            [blocks, 1]
+        """
         scale = learned_step(self.scale, shared, self.levels - 1 - self.zero)[:, None]
         return scale if self.group is None else straight_through(half_precision(scale.detach()), scale)
 
@@ -87,7 +152,18 @@ class WeightQuantizer(StepsOfWeights):
         self,
         weight: Tensor,  # of the shape that it was made for
     ) -> tuple[Tensor, Tensor]:  # codes minus zero point, of the weight's shape; steps [blocks, 1]
-        "Whole numbers with the gradient of weight / step, and the steps."
+        """Whole numbers with the gradient of weight / step, and the steps.
+
+        Parameters
+        ----------
+        weight : Tensor
+            of the shape that it was made for
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            codes minus zero point, of the weight's shape; steps [blocks, 1]
+        """
         blocks = as_blocks(weight.float(), self.axis, self.group)
         scale = self.steps(blocks.shape[1])
         if self.levels == 2:
@@ -116,13 +192,34 @@ class _Inward(torch.autograd.Function):
 # %% ../nbs/11_lsq.ipynb
 class ActivationQuantizer(RangeOfActivations):
     """Rounds activations to codes with a learned step and zero point (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576),
-    or with a range that is watched."""
+    or with a range that is watched.
+
+    Parameters
+    ----------
+    bits : int, default 8
+        width of a code, 4..8
+    learn : bool, default True
+        step and zero point are trained; False: they follow a moving average of the range until they are frozen
+    momentum : float, default 0.05
+        weight of the newest batch in that average, 0..1
+    """
 
     def codes(
         self,
         x: Tensor,  # float32
     ) -> tuple[Tensor, Tensor]:  # codes minus zero point, as floats with a gradient; the step
-        "`ValueError` for NaN and infinities, and for a quantizer that has seen nothing."
+        """`ValueError` for NaN and infinities, and for a quantizer that has seen nothing.
+
+        Parameters
+        ----------
+        x : Tensor
+            float32
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            codes minus zero point, as floats with a gradient; the step
+        """
         self.look(x)
         top = self.levels - 1
         scale, whole = learned_step(self.scale, x[:1].numel(), top), _Inward.apply(self.zero_point, top)
@@ -138,14 +235,41 @@ class ActivationQuantizer(RangeOfActivations):
 # %% ../nbs/11_lsq.ipynb
 class FakeQuantized(TrainedAsIntegers):
     """A layer that trains as integers: rounded input times rounded weight, and the normalization that follows it
-    folded in."""
+    folded in.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Linear or Conv2d; it may be parametrized, by a mask for example
+    weights : StepsOfWeights
+        one step, or one for each output
+    activations : RangeOfActivations
+        of its input
+    norm : nn.Module | None, default None
+        the BatchNorm that follows
+    name : str, default ''
+        for errors
+    """
 
     def product(
         self,
         codes: Tensor,  # of the input, minus their zero point
         step: Tensor,  # of the input
     ) -> Tensor:  # float32
-        "Whole numbers times whole numbers, scaled afterwards, and the bias."
+        """Whole numbers times whole numbers, scaled afterwards, and the bias.
+
+        Parameters
+        ----------
+        codes : Tensor
+            of the input, minus their zero point
+        step : Tensor
+            of the input
+
+        Returns
+        -------
+        Tensor
+            float32
+        """
         weight, bias = self.folded(codes * step if self.measures and codes.numel() else None)
         whole, scale = self.weights.codes(weight)
         y = self.sums_of_codes(codes, whole) * across_outputs(self.layer, scale[:, 0] * step)

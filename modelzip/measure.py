@@ -33,9 +33,20 @@ _all_ = ["Latency", "Measurement", "Report", "load_plain", "mac_rules", "machine
 
 # %% ../nbs/01_measure.ipynb
 def file_bytes(
-    path: str | os.PathLike,  # a file, or a folder, whose files are added up
+    path: str | os.PathLike[str],  # a file, or a folder, whose files are added up
 ) -> int:  # bytes, as the operating system counts them
-    "Size on disk. A path that is not there raises FileNotFoundError."
+    """Size on disk. A path that is not there raises FileNotFoundError.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a file, or a folder, whose files are added up
+
+    Returns
+    -------
+    int
+        bytes, as the operating system counts them
+    """
     path = Path(path)
     if path.is_dir():
         return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -45,7 +56,18 @@ def file_bytes(
 def count_parameters(
     model: nn.Module,  # tied parameters count once
 ) -> int:  # weights and biases
-    "The number of parameters."
+    """The number of parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        tied parameters count once
+
+    Returns
+    -------
+    int
+        weights and biases
+    """
     return sum(p.numel() for p in model.parameters())
 
 
@@ -53,7 +75,18 @@ def tensor_bytes(
     model: nn.Module,  # any, also on the device "meta"
 ) -> int:  # bytes in memory
     """What the parameters and buffers of a model occupy, each byte once: ties, views and expanded tensors lie on
-    the same bytes."""
+    the same bytes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any, also on the device "meta"
+
+    Returns
+    -------
+    int
+        bytes in memory
+    """
     shared = {}  # tensors by the storage that they lie on
     for t in (*model.parameters(), *model.buffers()):
         for part in dense_parts(t):
@@ -68,7 +101,20 @@ def macs(
     """Count the multiply-accumulates of all matrix products, convolutions and attentions that run; what runs outside
     of layers is booked to the module that runs it. Element by element nothing is counted, masks and causality save
     nothing, sparse matrices count what they store. `ValueError` names an operation that cannot be looked into, or a
-    model that cannot be copied."""
+    model that cannot be copied.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; a copy of it runs, in eval mode
+    example : Any
+        what it is called with; a tuple holds several arguments, a dict named ones
+
+    Returns
+    -------
+    dict[str, int]
+        layer → multiply-accumulates for this example, in the order of the model
+    """
     model = copied(model)
     owners = owners_of(model)
     work = Work(owners, own_formula, formula_of)
@@ -83,7 +129,19 @@ def median_interval(
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:  # lowest, highest, and the probability that the true median lies between them
     """Order statistics that enclose the true median, and the probability of that: `confidence` or more when there
-    are enough values for it."""
+    are enough values for it.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        of rounds that do not depend on each other
+    confidence : float, default 0.95
+
+    Returns
+    -------
+    tuple[float, float, float]
+        lowest, highest, and the probability that the true median lies between them
+    """
     values, n = np.sort(values), len(values)
     missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n // 2 + 1)]
     k = max(1, sum(m <= 1 - confidence for m in missed))
@@ -100,7 +158,28 @@ def latency(
 ) -> dict[str, Latency]:  # name → medians, quartiles and the ratio to the first
     """Time functions against each other, in inference mode (but for the warm-up): paired rounds in random order,
     medians, and an interval of the ratio that makes no assumption but that rounds are independent; below six rounds
-    it cannot reach 95 %, and `.confidence` says what it is worth."""
+    it cannot reach 95 %, and `.confidence` says what it is worth.
+
+    Parameters
+    ----------
+    candidates : dict[str, Callable[[], Any]]
+        name → function without arguments; the first is the baseline
+    repeats : int, default 30
+        rounds, 2 or more; each times every candidate once
+    warmup : int, default 3
+        calls of each before the clock starts
+    at_least : float, default 0.002
+        seconds that a sample should last; quick functions are called several times
+    seed : int, default 0
+        of the order within rounds
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    dict[str, Latency]
+        name → medians, quartiles and the ratio to the first
+    """
     check_candidates(candidates, repeats, warmup, at_least)
     rng, names = np.random.default_rng(seed), list(candidates)
     calls = [calls_a_sample(f, warmup, at_least) for f in candidates.values()]
@@ -124,7 +203,18 @@ def peak_memory(
 ) -> int:  # bytes of resident memory that the call added at its highest, above what was there before
     """Peak extra memory of a call, from the kernel's high-water mark (Linux). Exact to some hundred KB; counts all
     threads of this process, files mapped and touched too, no child process, no GPU. Where the mark cannot be reset,
-    RuntimeError; what `f` raises goes through."""
+    RuntimeError; what `f` raises goes through.
+
+    Parameters
+    ----------
+    f : Callable[[], Any]
+        called once
+
+    Returns
+    -------
+    int
+        bytes of resident memory that the call added at its highest, above what was there before
+    """
     before = reset_peak()
     f()
     return max(0, status_bytes("VmHWM") - before)
@@ -134,7 +224,20 @@ def sqnr(
     x: Tensor,  # the truth, any shape
     x_hat: Tensor,  # what replaces it, the same shape
 ) -> float:  # dB; inf when they are equal, −inf when x is zero and x_hat is not
-    "Signal-to-quantization-noise ratio. Different shapes, empty or complex tensors, NaN or infinity raise ValueError."
+    """Signal-to-quantization-noise ratio. Different shapes, empty or complex tensors, NaN or infinity raise ValueError.
+
+    Parameters
+    ----------
+    x : Tensor
+        the truth, any shape
+    x_hat : Tensor
+        what replaces it, the same shape
+
+    Returns
+    -------
+    float
+        dB; inf when they are equal, −inf when x is zero and x_hat is not
+    """
     x, error = signal_and_error(x.detach().cpu(), x_hat.detach().cpu())
     big, wrong = x.abs().max().item(), error.abs().max().item()
     if wrong == 0:
@@ -150,7 +253,22 @@ def wilson(
     n: int,  # answers, at least 1
     confidence: float = 0.95,  # above 0 and below 1
 ) -> tuple[float, float]:  # lowest and highest plausible share, within 0 and 1
-    "Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."
+    """Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    Parameters
+    ----------
+    correct : int
+        right answers, 0..n
+    n : int
+        answers, at least 1
+    confidence : float, default 0.95
+        above 0 and below 1
+
+    Returns
+    -------
+    tuple[float, float]
+        lowest and highest plausible share, within 0 and 1
+    """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"n must be at least 1 and correct from 0 to n, but they are {n} and {correct}")
     if not 0 < confidence < 1:
@@ -165,7 +283,20 @@ def mcnemar(
     lost: int,  # examples that only the first model has right
     gained: int,  # examples that only the second has right
 ) -> float:  # probability of so lopsided a result, were the models equally good
-    "Exact test of two models on the same examples (McNemar 1947, doi:10.1007/BF02295996)."
+    """Exact test of two models on the same examples (McNemar 1947, doi:10.1007/BF02295996).
+
+    Parameters
+    ----------
+    lost : int
+        examples that only the first model has right
+    gained : int
+        examples that only the second has right
+
+    Returns
+    -------
+    float
+        probability of so lopsided a result, were the models equally good
+    """
     if lost < 0 or gained < 0:
         raise ValueError(f"lost and gained must not be negative, but are {lost} and {gained}")
     lost, gained = operator.index(lost), operator.index(gained)  # Python's own, which do not overflow
@@ -179,7 +310,20 @@ def is_right(
     model: nn.Module,  # gives [n, classes]
     data: Split,  # inputs with their labels
 ) -> Tensor:  # [n] bool
-    "Which examples a model labels rightly: the default question of `compare`."
+    """Which examples a model labels rightly: the default question of `compare`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gives [n, classes]
+    data : Split
+        inputs with their labels
+
+    Returns
+    -------
+    Tensor
+        [n] bool
+    """
     answers = predictions(model, data)
     return (answers == data.y.cpu()) & (answers >= 0)
 
@@ -195,13 +339,13 @@ def _measured(name, path, right, first, parameters, times) -> Measurement:
 
 # %% ../nbs/01_measure.ipynb
 def compare(
-    models: dict[str, nn.Module | str | os.PathLike],  # name → model, or a file that `load` reads
+    models: dict[str, nn.Module | str | os.PathLike[str]],  # name → model, or a file that `load` reads
     data: Any,  # what `right` is asked about: usually a `Split`
     example: Tensor | None = None,  # inputs [n, …] for the timing; None: those of `data`
     *,
     save: Callable[[nn.Module, Path], Any] = save_plain,  # save(model, path)
     load: Callable[[Path, nn.Module | None], nn.Module] = load_plain,  # load(path, the model that was saved or None)
-    folder: str | os.PathLike | None = None,  # where the files stay; None: they are removed
+    folder: str | os.PathLike[str] | None = None,  # where the files stay; None: they are removed
     batches: Sequence[int] = (1, 64),  # batch sizes to time; () for none
     baseline: str | None = None,  # the row that ratios refer to; None: the first
     repeats: int = 20,  # timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
@@ -210,7 +354,40 @@ def compare(
     progress: bool = True,  # show bars
 ) -> Report:  # a row a model, the baseline first
     """Save every model, load it back, and measure the file and the model that came back: bytes, accuracy with its
-    interval, paired latency."""
+    interval, paired latency.
+
+    Parameters
+    ----------
+    models : dict[str, nn.Module | str | os.PathLike[str]]
+        name → model, or a file that `load` reads
+    data : Any
+        what `right` is asked about: usually a `Split`
+    example : Tensor | None, default None
+        inputs [n, …] for the timing; None: those of `data`
+    save : Callable[[nn.Module, Path], Any], default save_plain
+        save(model, path)
+    load : Callable[[Path, nn.Module | None], nn.Module], default load_plain
+        load(path, the model that was saved or None)
+    folder : str | os.PathLike[str] | None, default None
+        where the files stay; None: they are removed
+    batches : Sequence[int], default (1, 64)
+        batch sizes to time; () for none
+    baseline : str | None, default None
+        the row that ratios refer to; None: the first
+    repeats : int, default 20
+        timing rounds; with fewer than 6 the interval of a ratio is not a 95 % one
+    right : Callable[[nn.Module, Any], Tensor], default is_right
+        (model, data) → which answers are right [n] bool
+    suffix : str | None, default None
+        of the files; None: .safetensors, or .mz with another `save`
+    progress : bool, default True
+        show bars
+
+    Returns
+    -------
+    Report
+        a row a model, the baseline first
+    """
     baseline = check_models(models, batches, baseline)
     models = {baseline: models[baseline], **models}
     suffix = suffix or (".safetensors" if save is save_plain else ".mz")

@@ -245,7 +245,27 @@ def graph_of(
     layout: Layout | None = None,  # of the call; None: the tensors are the arguments
     bare: bool = False,  # also a model without compressed layers
 ) -> tuple[Any, dict]:  # onnx.ModelProto; free dimensions that may not have every size: name → least and largest
-    "A model as a graph, see `to_onnx`; with a layout inputs and outputs have the names that it says."
+    """A model as a graph, see `to_onnx`; with a layout inputs and outputs have the names that it says.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : tuple
+        of tensors, in the order of the layout where there is one
+    dynamic : dict | tuple | list
+    opset : int, default 21
+    microsoft : bool, default False
+    form : str, default 'qdq'
+    layout : Layout | None, default None
+        of the call; None: the tensors are the arguments
+    bare : bool, default False
+        also a model without compressed layers
+
+    Returns
+    -------
+    tuple[Any, dict]
+        onnx.ModelProto; free dimensions that may not have every size: name → least and largest
+    """
     if empty := [tuple(x.shape) for x in example if not x.numel()]:
         raise ValueError(f"example holds an empty tensor, {empty[0]}; give one with a size of 1 or more everywhere")
     onnx, names = need("onnx", "onnx"), {}
@@ -261,14 +281,14 @@ def graph_of(
 
 def to_onnx(
     model: nn.Module,  # with compressed layers, from `quantize_model`, `use_kernels` or `load`
-    path: str | os.PathLike,  # where to write; the file appears whole or not at all
+    path: str | os.PathLike[str],  # where to write; the file appears whole or not at all
     example: (
-        Tensor | tuple
+        Tensor | tuple[Any, ...]
         # an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at
         # them
     ),
     opset: int = 21,  # version of the standard: 21 or newer (4-bit codes, blocks)
-    dynamic: dict | tuple = {
+    dynamic: dict[Any, Any] | tuple[Any, ...] = {
         0: "batch"
     },  # free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
     # use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
@@ -283,6 +303,32 @@ def to_onnx(
     of integers, all others with weights that are expanded from their codes. Hooks are written down as they act on
     the example. `ImportError` says what to install, `ValueError` what cannot be written, `OSError` why the file
     cannot be.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with compressed layers, from `quantize_model`, `use_kernels` or `load`
+    path : str | os.PathLike[str]
+        where to write; the file appears whole or not at all
+    example : Tensor | tuple[Any, ...]
+        an input of the model, or a tuple of them: shapes and dtypes matter; values where hooks or `check` look at
+        them
+    opset : int, default 21
+        version of the standard: 21 or newer (4-bit codes, blocks)
+    dynamic : dict[Any, Any] | tuple[Any, ...], default {0: 'batch'}
+        free dimensions and their names, for all inputs or for each: `{0: 'batch', 1: 'length'}`
+    microsoft : bool, default False
+        use ONNX Runtime's MatMulNBits for linear layers with groups: quicker, but no part of the standard
+    form : str, default 'qdq'
+        layers of known range: 'qdq' says QuantizeLinear and DequantizeLinear around products of floats, which engines
+        fuse into products of integers; 'integers' says MatMulInteger and ConvInteger
+    check : bool, default True
+        where ONNX Runtime is installed, compare what it computes with the model's own output before the file appears
+
+    Returns
+    -------
+    Path
+        the file; a model of 2 GiB or more has its tensors beside it, in a file with `.data` behind its name
     """
     onnx = need("onnx", "onnx")
     if not isinstance(model, nn.Module):
@@ -307,7 +353,17 @@ def to_onnx(
 
 
 def tolerance_of(model: nn.Module) -> float:  # relative, of the norm of a difference
-    "How far off what an engine computes may be; integer layers round activations, at ties to either side."
+    """How far off what an engine computes may be; integer layers round activations, at ties to either side.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    float
+        relative, of the norm of a difference
+    """
     integers = any(isinstance(m, (QLinear, QConv2d)) for m in model.modules())
     return 0.05 if integers else 0.01  # measured: 0.011 at most; with 7-bit activations about twice that
 
@@ -342,7 +398,23 @@ def onnx_session(
     exact: bool = True,  # False: float activations may be rounded to 8 bits in front of expanded weights
     spinning: bool = True,  # threads wait for the next call by turning in a loop
 ) -> Any:  # onnxruntime.InferenceSession
-    "A file in ONNX Runtime."
+    """A file in ONNX Runtime.
+
+    Parameters
+    ----------
+    file : bytes | str | os.PathLike
+        content, or path
+    threads : int
+    exact : bool, default True
+        False: float activations may be rounded to 8 bits in front of expanded weights
+    spinning : bool, default True
+        threads wait for the next call by turning in a loop
+
+    Returns
+    -------
+    Any
+        onnxruntime.InferenceSession
+    """
     runtime = need("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -359,7 +431,23 @@ def onnx_model(
     # quicker
     exact: bool = True,
 ) -> Callable[..., Tensor]:  # a function from tensors to a tensor, or to a tuple when there are more outputs
-    "A file as a function, computed by ONNX Runtime."
+    """A file as a function, computed by ONNX Runtime.
+
+    Parameters
+    ----------
+    path : bytes | str | os.PathLike
+        an ONNX file, or its content
+    threads : int | None, default None
+        of ONNX Runtime; None: as many as PyTorch uses
+    exact : bool, default True
+        expanded weights multiply float activations; False: ONNX Runtime may round these to 8 bits on the way, which
+        is quicker
+
+    Returns
+    -------
+    Callable[..., Tensor]
+        a function from tensors to a tensor, or to a tuple when there are more outputs
+    """
     session = onnx_session(os.fspath(path), threads or torch.get_num_threads(), exact)
     names = [i.name for i in session.get_inputs()]
 
@@ -382,7 +470,18 @@ def onnx_model(
 def onnx_bytes(
     path: str | os.PathLike,  # an ONNX file
 ) -> dict[str, int]:  # bytes of the stored tensors by their dtype, the largest first
-    "What a file is made of: a weight that is stored as float shows at once."
+    """What a file is made of: a weight that is stored as float shows at once.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        an ONNX file
+
+    Returns
+    -------
+    dict[str, int]
+        bytes of the stored tensors by their dtype, the largest first
+    """
     onnx, total = need("onnx", "onnx"), {}
     for i in onnx.load(os.fspath(path), load_external_data=False).graph.initializer:
         kind = onnx.TensorProto.DataType.Name(i.data_type).lower()

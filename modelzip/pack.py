@@ -53,7 +53,7 @@ def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, 
 # %% ../nbs/05_pack.ipynb
 def save(
     model: nn.Module,  # any model; layers that are compressed (`Dequantize` and its kin) stay compressed
-    path: str | os.PathLike,  # the file to write or replace, usually *.mz
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.mz
     # True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at most
     # 2**16 codes and bytes
     archive: bool | str = True,
@@ -65,7 +65,31 @@ def save(
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
     for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
-    an option; `OSError` when the system cannot write."""
+    an option; `OSError` when the system cannot write.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; layers that are compressed (`Dequantize` and its kin) stay compressed
+    path : str | os.PathLike[str]
+        the file to write or replace, usually *.mz
+    archive : bool | str, default True
+        True: entropy-coded; False: mapped, ready to run (see `load`, mmap); "solid": smaller still, for models of at
+        most 2**16 codes and bytes
+    threads : int | None, default None
+        that code side by side; None: as many as there are processors, at most 4
+    example : Any, default None
+        what the model is called with: the file then also says what is done with it, and `load` needs no model
+    dynamic : dict | tuple | list, default {0: 'batch'}
+        of it, free dimensions and their names, for all tensors or for each
+    **info : Any
+        what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
+
+    Returns
+    -------
+    Path
+        the path
+    """
     threads = check_saving(model, archive, threads, info)
     table, pieces = table_of(model)
     graph = graph_of(model) if example is None else trace(model, example, dynamic)
@@ -86,7 +110,7 @@ def save(
 
 # %% ../nbs/05_pack.ipynb
 def load(
-    path: str | os.PathLike,  # a file that `save` has written
+    path: str | os.PathLike[str],  # a file that `save` has written
     # one of the same architecture, of any size, compressed or not; left as it is. None: the file's graph, or a builder
     model: nn.Module | None = None,
     # use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
@@ -95,7 +119,25 @@ def load(
     verify: bool = True,
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
-    `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened."""
+    `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a file that `save` has written
+    model : nn.Module | None, default None
+        one of the same architecture, of any size, compressed or not; left as it is. None: the file's graph, or a
+        builder
+    mmap : bool, default False
+        use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
+    verify : bool, default True
+        with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
+
+    Returns
+    -------
+    nn.Module
+        a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
+    """
     check_loading(model, mmap, verify)
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
@@ -115,11 +157,24 @@ def load(
 
 # %% ../nbs/05_pack.ipynb
 def read_tensor(
-    path: str | os.PathLike,  # a `.mz` file
+    path: str | os.PathLike[str],  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
-    name, `PackError` as for `load`."""
+    name, `PackError` as for `load`.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a `.mz` file
+    name : str
+        of the tensor, as in the state dict of the uncompressed model
+
+    Returns
+    -------
+    Tensor | CompressedTensor
+        a tensor, or one that knows how to `dequantize()`
+    """
     check_machine()
     with naming(path), open_file(path) as f:
         f = as_mapped(f)

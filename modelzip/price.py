@@ -25,7 +25,19 @@ def soft_counts(
     weight: Tensor,  # what it rounds
 ) -> Tensor:  # [levels]: how often each code occurs, with a gradient; the sum is the number of weights
     """A histogram of codes in which each weight counts in part for the codes to its left and right (after Agustsson
-    et al. 2017, arXiv:1704.00648)."""
+    et al. 2017, arXiv:1704.00648).
+
+    Parameters
+    ----------
+    quantizer : WeightQuantizer
+    weight : Tensor
+        what it rounds
+
+    Returns
+    -------
+    Tensor
+        [levels]: how often each code occurs, with a gradient; the sum is the number of weights
+    """
     blocks = as_blocks(weight.float(), quantizer.axis, quantizer.group)
     low, top = -quantizer.zero, quantizer.levels - 1
     u = ((blocks / quantizer.steps(blocks.shape[1])).clamp(low, low + top) - low).flatten()
@@ -42,7 +54,18 @@ def entropy_bits(
 ) -> Tensor:  # scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
     """Differentiable estimate of a file's size, to be added to a loss (Agustsson et al. 2017, arXiv:1704.00648;
     Oktay et al. 2019, arXiv:1906.06624); its gradient is that of the soft counts. `ValueError` for a
-    model that is not prepared."""
+    model that is not prepared.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared
+
+    Returns
+    -------
+    Tensor
+        scalar: bits that its codes take by their own entropy, each weight tensor by itself, without tables
+    """
     found = {id(q): (q, w) for _, q, w in quantizers_of(model)}
     bits = lambda n: -(n * (n / n.sum().clamp(min=1)).clamp(min=1e-12).log2()).sum()
     return sum(straight_through(bits(hard_counts(q, w)), bits(soft_counts(q, w))) for q, w in found.values()).float()
@@ -53,14 +76,32 @@ def hard_counts(
     quantizer: WeightQuantizer,
     weight: Tensor,  # what it rounds
 ) -> Tensor:  # [levels]
-    "How often each code occurs."
+    """How often each code occurs.
+
+    Parameters
+    ----------
+    quantizer : WeightQuantizer
+    weight : Tensor
+        what it rounds
+
+    Returns
+    -------
+    Tensor
+        [levels]
+    """
     codes = (quantizer.codes(weight)[0] + quantizer.zero).long().flatten()
     return codes.bincount(minlength=quantizer.levels).to(torch.float32 if weight.is_mps else torch.float64)
 
 # %% ../nbs/11b_price.ipynb
 class EntropyBits(Loss):
     """`entropy_bits` of a prepared student in thousands, as a part of a distillation's loss: `SoftTargets(2) + 0.02
-    * EntropyBits(student)`."""
+    * EntropyBits(student)`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared; the one that is trained
+    """
 
     def __init__(
         self,
@@ -79,7 +120,21 @@ class EntropyBits(Loss):
 # %% ../nbs/11b_price.ipynb
 class StepAdam(torch.optim.Adam):
     """Adam that moves the quantizers' steps, and zero points of activations, at a share of the learning rate: for
-    `train(…, optimizer=functools.partial(StepAdam, model=model))`."""
+    `train(…, optimizer=functools.partial(StepAdam, model=model))`.
+
+    Parameters
+    ----------
+    parameters : Iterable[Tensor]
+        to be trained, or groups of them with options as in `torch.optim.Adam`
+    lr : float
+        learning rate of all that is no step
+    model : nn.Module
+        prepared; tells which are steps
+    share : float, default 0.02
+        of the learning rate for steps, above 0
+    **options : Any
+        of `torch.optim.Adam`
+    """
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from .data import Split, train
 from .quant import packed_bytes
 from .saliency import *
 from .saliency import reconstruction_error
+from .workshop.arguments import at_least, name_arguments, options_of
 from .workshop.collecting import CALIBRATED, Evidence, label_loss
 from .workshop.criteria import CRITERIA
 from .workshop.cutting import cut_layer, cut_model
@@ -72,6 +73,7 @@ def cosine(t: float, final: float, initial: float = 0.0) -> float:
 SCHEDULES |= {"one-shot": one_shot, "iterative": iterative, "cubic": cubic, "cosine": cosine}
 
 # %% ../nbs/07b_prune.ipynb
+@options_of(Pruner)
 def prune_model(
     model: nn.Module,  # it is left as it is
     # share of the weights that go, in [0, 1); by layer with a dict; None: what N:M implies
@@ -92,12 +94,44 @@ def prune_model(
     afterwards. Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning
     names them unless `layers` is given, `left_whole` lists them with the reasons. `ValueError` names what is wrong:
     the sparsity, data that are missing, nothing to prune, a layer that would lose everything.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    sparsity : float | Mapping[str, float] | None, default None
+        share of the weights that go, in [0, 1); by layer with a dict; None: what N:M implies
+    criterion : str | Criterion, default 'magnitude'
+        a name in `CRITERIA`, or an object
+    granularity : str, default 'weight'
+        'weight', 'row' ('channel'), 'column', 'kernel', blocks '4x4', N:M '2:4' (a short last group keeps N)
+    scope : str | None, default None
+        among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's
+        own
+    schedule : str | Callable, default 'one-shot'
+        a name in `SCHEDULES`, or a function (t, final, initial)
+    batches : Iterable | Split | None, default None
+        for criteria that look at data
+    steps : int | None, default None
+        times that are pruned; None: 1 for 'one-shot', else 8
+    retrain : Callable[[nn.Module, int], None] | None, default None
+        called as retrain(model, step) after each
+    loss : Callable | None, default None
+        (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
+    layers : tuple[type, ...] | None, default None
+        classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
+    skip : Iterable[str], default ()
+        names or patterns of layers that stay whole
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+
+    Returns
+    -------
+    nn.Module
+        a copy with masks
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     steps = (1 if schedule in ("one-shot", one_shot) else 8) if steps is None else steps
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it may be 1 or more")
+    at_least(1, steps=steps)
     new = copied(model)
     # of the original: a copy no longer shows which tensors share their memory
     prunable_layers(model, **{k: more[k] for k in ("layers", "skip") if more.get(k) is not None})
@@ -109,6 +143,7 @@ def prune_model(
     return pruner.model
 
 # %% ../nbs/07b_prune.ipynb
+@options_of(prune_model, but=("sparsity",))
 def sensitivity(
     model: nn.Module,  # it is left as it is
     evaluate: Callable[[nn.Module], float],  # model → score; say on the validation part
@@ -116,11 +151,42 @@ def sensitivity(
     criterion: str | Criterion = "magnitude",
     granularity: str = "weight",
     batches: Iterable | Split | None = None,  # for criteria that look at data
-    layers: tuple = PRUNABLE,  # classes
+    layers: tuple[type, ...] = PRUNABLE,  # classes
     skip: Iterable[str] = (),  # names or patterns
     **more,  # of `prune_model`: loss …
 ) -> Sensitivity:
-    "Prune each layer alone, at each share, and evaluate."
+    """Prune each layer alone, at each share, and evaluate.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    evaluate : Callable[[nn.Module], float]
+        model → score; say on the validation part
+    sparsities : Iterable[float], default (0.5, 0.8, 0.9, 0.95, 0.98)
+        of each layer in its turn
+    criterion : str | Criterion, default 'magnitude'
+    granularity : str, default 'weight'
+    batches : Iterable | Split | None, default None
+        for criteria that look at data
+    layers : tuple[type, ...], default PRUNABLE
+        classes
+    skip : Iterable[str], default ()
+        names or patterns
+    scope : str | None, default None
+        among which weights scores are compared: 'global', 'layer' ('uniform'), 'output', 'erk'; None: the criterion's
+        own
+    schedule : str | Callable, default 'one-shot'
+        a name in `SCHEDULES`, or a function (t, final, initial)
+    steps : int | None, default None
+        times that are pruned; None: 1 for 'one-shot', else 8
+    retrain : Callable[[nn.Module, int], None] | None, default None
+        called as retrain(model, step) after each
+    loss : Callable | None, default None
+        (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+    """
     sparsities, found = tuple(sparsities), prunable_layers(model, layers, skip)
     for s in sparsities:
         check_sparsity(s, "one of sparsities")
@@ -132,6 +198,7 @@ def sensitivity(
     return Sensitivity(sparsities, scores, float(evaluate(model)))
 
 # %% ../nbs/07b_prune.ipynb
+@options_of(Pruner)
 def prune_gradually(
     model: nn.Module,  # trained; it is left as it is
     data: Split,  # inputs with their labels
@@ -145,7 +212,48 @@ def prune_gradually(
     batches: Iterable | Split | None = None,  # for criteria that look at data; None: the training data
     **how,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
 ) -> nn.Module:  # a copy with masks, in eval mode
-    "Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878)."
+    """Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878).
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained; it is left as it is
+    data : Split
+        inputs with their labels
+    sparsity : float | Mapping[str, float] | None, default None
+        share of the weights that is gone at the end
+    epochs : int, default 12
+        of training, during which masks tighten
+    lr : float, default 0.002
+        highest learning rate of the one-cycle schedule
+    until : float, default 0.65
+        share of the epochs after which the sparsity is reached; the rest is for healing
+    schedule : str | Callable, default 'cubic'
+    seed : int, default 0
+        of the shuffling
+    progress : bool, default True
+        show a bar
+    batches : Iterable | Split | None, default None
+        for criteria that look at data; None: the training data
+    criterion : str | Criterion, default 'magnitude'
+    granularity : str, default 'weight'
+        'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
+    scope : str | None, default None
+        'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
+    loss : Callable[..., Any] | None, default None
+        (model, batch) → scalar
+    layers : tuple[type, ...] | None, default None
+        classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
+    skip : Iterable[str], default ()
+        names or patterns of layers that stay whole
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+
+    Returns
+    -------
+    nn.Module
+        a copy with masks, in eval mode
+    """
     if not 0 < until <= 1:
         raise ValueError(f"until is {until}; it may be above 0 and up to 1")
     pruner = Pruner(copied(model), sparsity, schedule=schedule, batches=data if batches is None else batches, **how)
@@ -155,6 +263,7 @@ def prune_gradually(
     return train(pruner.model, data, epochs=epochs, lr=lr, seed=seed, progress=progress, after_epoch=after)
 
 # %% ../nbs/07b_prune.ipynb
+@options_of(Pruner)
 def lottery_ticket(
     model: nn.Module,  # untrained, or at the point to rewind to; it is left as it is
     retrain: Callable[[nn.Module, int], None],  # called as retrain(model, round): trains in place
@@ -163,9 +272,41 @@ def lottery_ticket(
     schedule: str | Callable = "iterative",
     **how,  # of `Pruner`: criterion, granularity, scope, batches …
 ) -> nn.Module:  # the ticket: masks, and the weights that `model` began with
-    "Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635)."
-    if not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds is {rounds!r}; it may be 1 or more")
+    """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
+
+    Parameters
+    ----------
+    model : nn.Module
+        untrained, or at the point to rewind to; it is left as it is
+    retrain : Callable[[nn.Module, int], None]
+        called as retrain(model, round): trains in place
+    sparsity : float
+        share of the weights that is gone at the end
+    rounds : int, default 5
+        of training, pruning, rewinding
+    schedule : str | Callable, default 'iterative'
+    criterion : str | Criterion, default 'magnitude'
+    granularity : str, default 'weight'
+        'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
+    scope : str | None, default None
+        'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
+    batches : Iterable[Any] | Split | None, default None
+        for criteria that look at data
+    loss : Callable[..., Any] | None, default None
+        (model, batch) → scalar
+    layers : tuple[type, ...] | None, default None
+        classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
+    skip : Iterable[str], default ()
+        names or patterns of layers that stay whole
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+
+    Returns
+    -------
+    nn.Module
+        the ticket: masks, and the weights that `model` began with
+    """
+    at_least(1, rounds=rounds)
     ticket, start = copied(model), {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     pruner = Pruner(ticket, sparsity, schedule=schedule, **how)
     for i in range(1, rounds + 1):
@@ -175,6 +316,4 @@ def lottery_ticket(
     return ticket
 
 # %% ../nbs/07b_prune.ipynb
-from .workshop.arguments import name_arguments
-
 name_arguments(globals(), *(f.__name__ for f in SCHEDULES.values()))  # errors name the argument

@@ -41,7 +41,28 @@ def gptq_codes(
     levels: int,  # number of codes
     block: int = 64,  # columns whose updates of the rest are saved up
 ) -> Tensor:  # [rows, inputs] codes 0 … levels − 1, as floats
-    "Round column by column; the columns to the right make up for each error (Frantar et al. 2022, arXiv:2210.17323)."
+    """Round column by column; the columns to the right make up for each error (Frantar et al. 2022, arXiv:2210.17323).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [rows, inputs] float
+    factor : Tensor
+        [inputs, inputs]: `inverse_factor` of H
+    scale : Tensor
+        [rows, inputs]: the step of each weight
+    zero : Tensor
+        [rows, inputs]: its zero point
+    levels : int
+        number of codes
+    block : int, default 64
+        columns whose updates of the rest are saved up
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs] codes 0 … levels − 1, as floats
+    """
     w, s, z, U = weight.detach().t().clone(), scale.t().contiguous(), zero.t().contiguous(), factor.to(weight.dtype)
     codes = torch.empty_like(w)
     for i in range(0, len(w), block):
@@ -80,7 +101,31 @@ def gptq_weight(
 ) -> QTensor:
     """GPTQ of one layer's weight (Frantar et al. 2022, arXiv:2210.17323), with scales fitted for the original
     groups. A row that nearest rounding serves better is rounded to nearest: no row's error on the data exceeds that
-    of `nearest_weight`."""
+    of `nearest_weight`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] of a Linear or a convolution
+    statistics : LayerStatistics | None
+        with second moments; without them the weight is rounded by `nearest_weight`
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    columns : Tensor | None, default None
+        [weight.shape[1]] column scales
+    act_order : bool, default True
+        the inputs that matter most first
+    damping : float, default 0.01
+        share of H's mean diagonal added to its diagonal, 0 or more
+    axis : int, default 0
+        which dimension holds the outputs: 1 in GPT-2's Conv1D
+    spacing : float | None, default None
+        instead of bits and group: one step, in units of the root mean square
+    """
     b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     if statistics is None or statistics.moment is None or not b.weight.numel():
         return nearest_weight(b.weight, None, bits, group, symmetric, columns, axis, spacing=spacing)
@@ -109,7 +154,22 @@ def shrinkage(
     beta: float = 10.0,  # how strongly the copy is tied to the error
     p: float = 0.7,  # the norm's exponent, above 0 and up to 1
 ) -> Tensor:  # zero where |error|ᵖ⁻¹ / β exceeds |error|
-    "The proximal step of |e|ᵖ: small errors become 0, large ones stay."
+    """The proximal step of |e|ᵖ: small errors become 0, large ones stay.
+
+    Parameters
+    ----------
+    error : Tensor
+        any shape
+    beta : float, default 10.0
+        how strongly the copy is tied to the error
+    p : float, default 0.7
+        the norm's exponent, above 0 and up to 1
+
+    Returns
+    -------
+    Tensor
+        zero where |error|ᵖ⁻¹ / β exceeds |error|
+    """
     size = error.abs()
     return error.sign() * (size - size.clamp(min=torch.finfo(size.dtype).tiny).pow(p - 1) / beta).clamp(min=0)
 
@@ -142,7 +202,28 @@ def half_quadratic(
     p: float = 0.7,  # the norm's exponent
 ) -> tuple[Tensor, Tensor]:  # scale; zero point, whole: one of each for a block
     """Scale and zero point of small Σ|e|ᵖ by half-quadratic splitting (Badri & Shaji 2023): never above the whole
-    range's, nor above that of `fitted_scales`."""
+    range's, nor above that of `fitted_scales`.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements] float: weights that share a scale
+    levels : int
+        number of codes
+    symmetric : bool, default False
+        zero point fixed in the middle
+    iterations : int, default 10
+        of each kind
+    beta : float, default 10.0
+        grows by a twentieth each time
+    p : float, default 0.7
+        the norm's exponent
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        scale; zero point, whole: one of each for a block
+    """
     unit = unit_of_blocks(blocks)
     blocks = blocks / unit
     first, zero = (t[:, None] for t in fitted_scales(blocks, None, levels, symmetric, steps=12))
@@ -176,7 +257,27 @@ def hqq_weight(
     axis: int = 0,  # which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
     p: float = 0.7,  # the norm's exponent, above 0 and up to 1
 ) -> QTensor:
-    "Half-quadratic quantization, which needs no data (Badri & Shaji 2023)."
+    """Half-quadratic quantization, which needs no data (Badri & Shaji 2023).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    statistics : LayerStatistics | None, default None
+        not looked at
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default False
+        zero point fixed in the middle
+    columns : Tensor | None, default None
+        [weight.shape[1]] column scales
+    axis : int, default 0
+        which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
+    p : float, default 0.7
+        the norm's exponent, above 0 and up to 1
+    """
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; it may be above 0 and up to 1")
     b = Blocks(weight, bits, group, symmetric, columns, axis)
@@ -194,7 +295,24 @@ def caught_up(
     share: float = 0.5,  # how much of the way: 0 the weight as it is, 1 least squares
     damping: float = 0.1,  # share of H's mean diagonal that is added to its diagonal
 ) -> Tensor:  # W + share · W (C − H) H⁻¹
-    "The weight that gives, on the inputs of the quantized model, most nearly what the original gave on its own."
+    """The weight that gives, on the inputs of the quantized model, most nearly what the original gave on its own.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    statistics : LayerStatistics
+        with `moment` and `cross`
+    share : float, default 0.5
+        how much of the way: 0 the weight as it is, 1 least squares
+    damping : float, default 0.1
+        share of H's mean diagonal that is added to its diagonal
+
+    Returns
+    -------
+    Tensor
+        W + share · W (C − H) H⁻¹
+    """
     if statistics.cross is None or not share:
         return weight
     H = statistics.moment.clone()
@@ -243,7 +361,34 @@ def quantize_with(
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
     weights stay tied. A matrix of which there are no statistics though data were given is rounded as well as the
     method can without, with a warning that says which and why (tables, which multiply nothing, need none; see
-    `unwatched`)."""
+    `unwatched`).
+
+    Parameters
+    ----------
+    method : Callable
+        (weight, statistics, **options) → QTensor: `gptq_weight`, `hqq_weight` … or your own
+    model : nn.Module
+        it is left as it is
+    batches : Iterable | None, default None
+        calibration data, see `feed`: layers are done in order
+    statistics : Statistics | None, default None
+        instead: of the original model, for all layers; neither: no data
+    columns : Callable | None, default None
+        (weight, statistics, **options) → column scales; also by name: 'awq', 'smooth'
+    catch_up : float, default 0.0
+        share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
+    overrides : dict | Callable | None, default None
+        by name or pattern: options, None: left alone; or (name, layer) → those
+    layers : tuple | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+    **options
+        of the method: bits, group, symmetric …
+
+    Returns
+    -------
+    nn.Module
+        a copy in which each of these layers is a `Dequantize`
+    """
     if batches is not None and statistics is not None:
         raise ValueError("batches and statistics are both given; give one of them")
     if not 0 <= catch_up <= 1 or catch_up and batches is None:
@@ -257,7 +402,7 @@ def quantize_with(
 # %% ../nbs/10b_ptq.ipynb
 def gptq(
     model: nn.Module,  # it is left as it is
-    batches: Iterable,  # calibration data: tensors, tuples or dicts, see `feed`
+    batches: Iterable[Any],  # calibration data: tensors, tuples or dicts, see `feed`
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
@@ -265,14 +410,47 @@ def gptq(
     damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before GPTQ
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits and group: one step for a tensor, in units of its root mean square
-    **more,  # of `quantize_with`: layers
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """GPTQ, layer by layer (Frantar et al. 2022, arXiv:2210.17323), with GPTAQ's target (Li et al. 2025,
-    arXiv:2504.02692)."""
+    arXiv:2504.02692).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : Iterable[Any]
+        calibration data: tensors, tuples or dicts, see `feed`
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    act_order : bool, default True
+        the inputs that matter most first
+    damping : float, default 0.05
+        share of H's mean diagonal added to its diagonal
+    catch_up : float, default 0.5
+        share of the error of earlier layers that a layer makes up for
+    columns : Any, default None
+        'awq', 'smooth' or a function: column scales before GPTQ
+    overrides : dict | Callable[..., Any] | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    spacing : float | None, default None
+        instead of bits and group: one step for a tensor, in units of its root mean square
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers
+    """
     how = dict(bits=bits, group=group, symmetric=symmetric, act_order=act_order, damping=damping, spacing=spacing)
-    return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, **how, **more)
+    return quantize_with(gptq_weight, model, batches, None, columns, catch_up, overrides, layers, **how)
 
 # %% ../nbs/10b_ptq.ipynb
 def hqq(
@@ -280,11 +458,36 @@ def hqq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = False,  # zero point fixed in the middle
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,  # of `quantize_with` and `hqq_weight`: layers, p
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    p: float = 0.7,  # the exponent of the norm of the errors, above 0 and up to 1
 ) -> nn.Module:  # a copy with `Dequantize` layers
-    "Half-quadratic quantization of every layer: no data (Badri & Shaji 2023)."
-    return quantize_with(hqq_weight, model, overrides=overrides, bits=bits, group=group, symmetric=symmetric, **more)
+    """Half-quadratic quantization of every layer: no data (Badri & Shaji 2023).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default False
+        zero point fixed in the middle
+    overrides : dict | Callable[..., Any] | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+    p : float, default 0.7
+        the exponent of the norm of the errors, above 0 and up to 1
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers
+    """
+    how = dict(bits=bits, group=group, symmetric=symmetric, p=p)
+    return quantize_with(hqq_weight, model, overrides=overrides, layers=layers, **how)
 
 # %% ../nbs/10b_ptq.ipynb
 from .workshop.arguments import name_arguments

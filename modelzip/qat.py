@@ -9,6 +9,7 @@ __all__ = ['prepare', 'quantizers_of', 'freeze', 'set_bits', 'convert', 'Activat
 # %% ../nbs/workshop/qat.ipynb
 import collections, fnmatch, functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,10 +188,10 @@ def prepare(
     # width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
     activations: int | None = 8,
     # sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
-    batches: Iterable | None = None,
+    batches: Iterable[Any] | None = None,
     # by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0':
     # None}`; None leaves it alone; the first match wins
-    overrides: dict | None = None,
+    overrides: dict[str, Any] | None = None,
     levels: int | None = None,  # number of codes when it is not a power of two (3: ternary)
     group: int | None = None,  # weights that share a step; needs `activations=None`
     per_channel: bool = True,  # a step for each output; False: one for the tensor
@@ -205,6 +206,34 @@ def prepare(
     nothing to quantize, a weight that an old-style hook computes (`torch.nn.utils.prune`, `weight_norm`) or that is
     no parameter, tied weights of which different things are said, NaN, a model whose copy would run the original
     (an instance's own `forward`), and one whose code asks for the class of a layer or goes through `parameters()`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; it is left as it is
+    bits : int | None, default None
+        width of a weight's code, 1..8; None: 4, or that of `levels`
+    activations : int | None, default 8
+        width of an activation's code, 4..8, in Linear and Conv2d; None: activations stay floats
+    batches : Iterable[Any] | None, default None
+        sets the range of activations (tensors, tuples or dicts: see `feed`); None: the first batch of training does
+    overrides : dict[str, Any] | None, default None
+        by name or pattern of a layer or matrix: `{'conv1': {'bits': 8}, 'fc*': {'levels': 3}, 'lstm.weight_hh_l0':
+        None}`; None leaves it alone; the first match wins
+    levels : int | None, default None
+        number of codes when it is not a power of two (3: ternary)
+    group : int | None, default None
+        weights that share a step; needs `activations=None`
+    per_channel : bool, default True
+        a step for each output; False: one for the tensor
+    learn : bool, default True
+        steps are trained (LSQ), those of frozen weights are not; False: weights keep theirs, activations watch a
+        moving range
+
+    Returns
+    -------
+    nn.Module
+        a copy, in train mode, whose rounding can be trained through
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
@@ -242,7 +271,18 @@ def _parts(model):
 def quantizers_of(
     model: nn.Module,  # prepared
 ) -> list[tuple[str, "WeightQuantizer", Tensor]]:  # name of a matrix, what rounds it, the weight as it is before that
-    "All that is rounded. `ValueError` for a model that is not prepared."
+    """All that is rounded. `ValueError` for a model that is not prepared.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared
+
+    Returns
+    -------
+    list[tuple[str, 'WeightQuantizer', Tensor]]
+        name of a matrix, what rounds it, the weight as it is before that
+    """
     return [(n, q, w) for n, _, _, q, w in _parts(model)]
 
 
@@ -258,7 +298,18 @@ def freeze(
     model: nn.Module,  # prepared; changed in place
 ) -> nn.Module:  # the same
     """From now on steps and ranges of activations stay (once a first batch has set them), and normalizations that
-    were folded use their averages: for the last epochs, in which the weights settle."""
+    were folded use their averages: for the last epochs, in which the weights settle.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared; changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same
+    """
     quantizers_of(model)
     for m in model.modules():
         if isinstance(m, (FakeQuantized, ActivationQuantizer)):
@@ -279,7 +330,26 @@ def set_bits(
 ) -> nn.Module:  # the same
     """Change widths in the middle of training: weights get new steps as the observer 'mse' finds them, activations
     keep their range; tied weights change together. `ValueError` when no layer has such a name, or none of them
-    rounds its input."""
+    rounds its input.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared; changed in place
+    bits : int | None, default None
+        new width of the weights' codes, 1..8; None: as it is
+    activations : int | None, default None
+        new width of the activations' codes, 4..8; None: as it is
+    levels : int | None, default None
+        number of the weights' codes instead of bits
+    layers : str, default '*'
+        pattern of the names of the layers that change
+
+    Returns
+    -------
+    nn.Module
+        the same
+    """
     if bits is not None:
         check_bits(bits, 1, 8)
     if levels is not None:
@@ -310,7 +380,18 @@ def convert(
     model: nn.Module,  # prepared and trained; it is left as it is
 ) -> nn.Module:  # a copy in eval mode, with layers of integers
     """From a trained model to one of integers that puts out the same in evaluation mode, to the last bit.
-    `ValueError` for a model that is not prepared, or whose activations were never seen."""
+    `ValueError` for a model that is not prepared, or whose activations were never seen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        prepared and trained; it is left as it is
+
+    Returns
+    -------
+    nn.Module
+        a copy in eval mode, with layers of integers
+    """
     with device_of(model):
         return _integers(copied(model).eval())  # wherever the caller makes new tensors
 

@@ -26,7 +26,18 @@ from .workshop.qtensor_checks import PARTS, check_numbers, checked_fields
 def bit_planes(
     bits: int,  # width of a code, 1..16
 ) -> list[int]:  # widths of its planes, widest first; each is 8, 4, 2 or 1
-    "Split a width into powers of two: 3 = 2+1, 7 = 4+2+1, 12 = 8+4."
+    """Split a width into powers of two: 3 = 2+1, 7 = 4+2+1, 12 = 8+4.
+
+    Parameters
+    ----------
+    bits : int
+        width of a code, 1..16
+
+    Returns
+    -------
+    list[int]
+        widths of its planes, widest first; each is 8, 4, 2 or 1
+    """
     check_bits(bits)
     return [8] * (bits // 8) + [w for w in (4, 2, 1) if bits % 8 & w]
 
@@ -64,7 +75,20 @@ def packed_bytes(
     n: int,  # number of codes
     bits: int,  # width of a code, 1..16
 ) -> int:  # bytes
-    "How many bytes `n` codes take: each plane is rounded up to a whole byte."
+    """How many bytes `n` codes take: each plane is rounded up to a whole byte.
+
+    Parameters
+    ----------
+    n : int
+        number of codes
+    bits : int
+        width of a code, 1..16
+
+    Returns
+    -------
+    int
+        bytes
+    """
     return sum(-(-n * w // 8) for w in bit_planes(bits))
 
 # %% ../nbs/03a_qtensor.ipynb
@@ -72,7 +96,20 @@ def pack_bits(
     codes: Tensor,  # integers in 0 .. 2**bits - 1, any shape
     bits: int,  # width of a code, 1..16
 ) -> Tensor:  # uint8, 1-D, `packed_bytes(n, bits)` long
-    "Store codes in `bits` bits each: plane after plane, within a byte the first code lowest."
+    """Store codes in `bits` bits each: plane after plane, within a byte the first code lowest.
+
+    Parameters
+    ----------
+    codes : Tensor
+        integers in 0 .. 2**bits - 1, any shape
+    bits : int
+        width of a code, 1..16
+
+    Returns
+    -------
+    Tensor
+        uint8, 1-D, `packed_bytes(n, bits)` long
+    """
     check_bits(bits)
     return _pack(check_codes(codes, bits).reshape(-1), bits)
 
@@ -94,7 +131,22 @@ def unpack_bits(
     bits: int,  # width of a code, 1..16
     n: int,  # number of codes
 ) -> Tensor:  # 1-D, `n` long; uint8 up to 8 bits, else int32
-    "The exact inverse of `pack_bits`; `ValueError` when `packed` is not as long as `n` codes are."
+    """The exact inverse of `pack_bits`; `ValueError` when `packed` is not as long as `n` codes are.
+
+    Parameters
+    ----------
+    packed : Tensor
+        uint8, 1-D, as `pack_bits` made it
+    bits : int
+        width of a code, 1..16
+    n : int
+        number of codes
+
+    Returns
+    -------
+    Tensor
+        1-D, `n` long; uint8 up to 8 bits, else int32
+    """
     want, found = (packed_bytes(n, bits),), tuple(packed.shape)
     if packed.dtype != torch.uint8 or found != want or n < 0:
         raise ValueError(f"packed is {packed.dtype} {found}; {n} codes of {bits} bits are uint8 {want}")
@@ -124,18 +176,18 @@ class CompressedTensor:
     def parts(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[Any, Any]:
         raise NotImplementedError
 
     def packed_parts(self) -> dict[str, tuple[int, int, int]]:
         return {}  # parts that `pack_bits` made: bits, count, levels
 
     @classmethod
-    def from_parts(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor":
+    def from_parts(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> "CompressedTensor":
         raise NotImplementedError  # trusts nothing
 
     @classmethod
-    def of_checked(cls, parts: dict[str, Tensor], meta: dict) -> "CompressedTensor":
+    def of_checked(cls, parts: dict[str, Tensor], meta: dict[Any, Any]) -> "CompressedTensor":
         return cls.from_parts(parts, meta)  # of parts that were looked at before
 
     def dequantize(self) -> Tensor:
@@ -144,7 +196,31 @@ class CompressedTensor:
 # %% ../nbs/03a_qtensor.ipynb
 @dataclass(eq=False, repr=False)
 class QTensor(Shown, Sized, CompressedTensor, kind="quantized"):
-    "Packed codes together with all that turns them back into numbers."
+    """Packed codes together with all that turns them back into numbers.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8, 1-D: the codes of all elements in order, packed
+    scale : Tensor
+        [], [slices] or [rows, groups]
+    packed_zero_point : Tensor | None
+        uint8, packed like the codes; None when symmetric
+    codebook : Tensor | None
+        [levels]: values instead of the affine map
+    shape : torch.Size
+        of the tensor it stands for
+    dtype : torch.dtype
+        of the tensor it stands for
+    levels : int
+        number of codes
+    axis : int | None, default None
+        one scale per slice along this axis
+    group : int | None, default None
+        one scale per this many elements of a row
+    columns : Tensor | None, default None
+        [shape[1]]: what every index of dimension 1 is multiplied by, on top of its scale
+    """
 
     codes: Tensor  # uint8, 1-D: the codes of all elements in order, packed
     scale: Tensor  # [], [slices] or [rows, groups]
@@ -171,7 +247,13 @@ class QTensor(Shown, Sized, CompressedTensor, kind="quantized"):
         return zero.to(torch.int32).reshape(self.scale.shape)
 
     def unpack(self) -> Tensor:  # uint8 up to 8 bits, else int32; of shape `self.shape`
-        "The integer codes, one an element."
+        """The integer codes, one an element.
+
+        Returns
+        -------
+        Tensor
+            uint8 up to 8 bits, else int32; of shape `self.shape`
+        """
         return unpack_bits(self.codes, self.bits, self.shape.numel()).reshape(self.shape)
 
 # %% ../nbs/03a_qtensor.ipynb
@@ -190,20 +272,20 @@ def packed_parts(self: QTensor) -> dict[str, tuple[int, int, int]]:
 
 
 @patch
-def meta(self: QTensor) -> dict:
+def meta(self: QTensor) -> dict[Any, Any]:
     "What a file's manifest says of it."
     meta = {"shape": list(self.shape), "dtype": dtype_name(self.dtype), "levels": self.levels}
     return meta | {k: v for k, v in (("axis", self.axis), ("group", self.group)) if v is not None}
 
 # %% ../nbs/03a_qtensor.ipynb
 @patch(cls_method=True)
-def of_checked(cls: QTensor, parts: dict[str, Tensor], meta: dict) -> QTensor:
+def of_checked(cls: QTensor, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
     "Build from parts whose numbers were looked at before; shapes and dtypes are checked."
     return cls(*checked_fields(parts, meta, packed_bytes))
 
 
 @patch(cls_method=True)
-def from_parts(cls: QTensor, parts: dict[str, Tensor], meta: dict) -> QTensor:
+def from_parts(cls: QTensor, parts: dict[str, Tensor], meta: dict[Any, Any]) -> QTensor:
     """Build from stored parts; whatever does not fit together, codes beyond the levels and scales that are no
     scales raise `ValueError` (nothing is trusted)."""
     q = cls.of_checked(parts, meta)
@@ -245,7 +327,48 @@ def quantize(
 ) -> QTensor:  # packed codes with the scales that turn them back
     """Uniform affine or codebook quantization (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018,
     arXiv:1806.08342). `TypeError` and `ValueError` name the argument that is wrong; a tensor whose codes all become
-    zero warns."""
+    zero warns.
+
+    Parameters
+    ----------
+    x : Any
+        values, any shape: a float tensor or any array with `__dlpack__`
+    bits : int | None, default None
+        width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    axis : int | None, default None
+        None: one scale for the tensor; else one scale for each slice along `axis`
+    group : int | None, default None
+        instead: one scale for each run of so many elements in a row `x[i]`, or what is left
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    QTensor
+        packed codes with the scales that turn them back
+    """
     x = as_tensor(x)
     asked.check_together(bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator)
     axis, levels = asked.check_layout(x, axis, group), asked.count_levels(bits, levels, codebook)

@@ -13,6 +13,7 @@ __all__ = ['QUANTIZABLE', 'Packed', 'Dequantize', 'quantize_layer', 'quantize_mo
 #| code-summary: "Imports of the module"
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -22,6 +23,7 @@ from .qtensor import CompressedTensor, QTensor, bit_planes, dequantize, pack_bit
 from .qtensor import unpack_bits
 from .rounding import OBSERVERS, MinMax, Percentile, MSE, as_blocks, from_blocks, kmeans, nf4
 from .rounding import number_of_blocks, scale_and_zero_point, symmetric_zero_point
+from .workshop.arguments import options_of
 from .workshop.compressed import Parts
 from .workshop.floats import FLOATS, as_tensor, check_bits, dtype_name
 from .workshop.matrices import MATRICES, choose_matrices, floats_left, layers_of, matrices_of, unwrapped
@@ -59,7 +61,19 @@ class Packed(Parts):
 
 # %% ../nbs/03b_quant.ipynb
 class Dequantize(Wrapper):
-    "A layer that keeps one parameter compressed and expands it on every use: small in memory, not faster."
+    """A layer that keeps one parameter compressed and expands it on every use: small in memory, not faster.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        the layer whose parameter is replaced
+    q : CompressedTensor | Packed
+        its compressed value; a `Packed` is shared (tied weights)
+    name : str, default 'weight'
+        which parameter
+    **options
+        what a subclass needs to be rebuilt
+    """
 
     kinds: dict[str, type] = {}
     operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
@@ -114,6 +128,7 @@ QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, n
 QUANTIZABLE += (nn.Embedding, nn.EmbeddingBag)  # layers with one matrix, called weight
 
 
+@options_of(quantize, but=("axis",))
 def quantize_layer(
     layer: nn.Module,  # that `MATRICES` knows (Linear, Conv, Embedding …); or any module with the parameter `name`
     bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
@@ -124,28 +139,118 @@ def quantize_layer(
 ) -> Dequantize:  # computes the same function with compressed weights
     """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is. `ValueError` for a
     layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the
-    original."""
+    original.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        that `MATRICES` knows (Linear, Conv, Embedding …); or any module with the parameter `name`
+    bits : int | None, default None
+        width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    group : int | None, default None
+        weights that share a scale; None: a scale for each output channel (or row)
+    per_channel : bool, default True
+        False: one scale for the whole tensor
+    name : str | None, default None
+        which parameter; None: all matrices of the layer
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    Dequantize
+        computes the same function with compressed weights
+    """
     how = dict(bits=bits, group=group, per_channel=per_channel) | options
     for key, weight, axis in wanted_matrices(layer, name):
         layer = Dequantize(layer, compress_matrix(quantize, key, weight, axis, how), key)
     return copy_wrapper(layer)
 
 # %% ../nbs/03b_quant.ipynb
+@options_of(quantize, but=("axis",))
 def quantize_model(
     model: nn.Module,  # any model; it is left as it is
     bits: int | None = None,  # width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
     group: int | None = None,  # weights that share a scale; None: one scale for each output channel
-    layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     # by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits': 6}}`;
     # None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
-    overrides: dict | Callable | None = None,
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,
     per_channel: bool = True,  # False: one scale for a whole tensor
     **options,  # of `quantize`: symmetric, observer, levels, codebook …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
     """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied.
     `ValueError` that names the layer when there is nothing to quantize, when a pattern matches nothing, when two
     names of one tensor have different options, when a weight is computed (weight_norm, prune, a parametrization …)
-    or not finite, and when the model has functions that no copy can follow (see `copied`)."""
+    or not finite, and when the model has functions that no copy can follow (see `copied`).
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; it is left as it is
+    bits : int | None, default None
+        width of a code, 1..16; None: 8, or what `levels`, `step` or a codebook need
+    group : int | None, default None
+        weights that share a scale; None: one scale for each output channel
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern of a layer or matrix: `{'fc2': {'bits': 8}, 'conv*': None, 'lstm.weight_hh_l0': {'bits':
+        6}}`; None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
+    per_channel : bool, default True
+        False: one scale for a whole tensor
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    nn.Module
+        a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
+    """
     check_ordinary(model)
     chosen = choose_matrices(model, overrides, layers, dict(bits=bits, group=group, per_channel=per_channel) | options)
     packed, done = {}, {}

@@ -33,12 +33,29 @@ _all_ = ["LayerStatistics", "Statistics", "unwatched", "fitted_scales", "nearest
 @torch.no_grad()
 def calibrate(
     model: nn.Module,  # any model; runs in eval mode, and is left as it was
-    batches: Iterable,  # tensors, tuples or dicts: see `feed`
+    batches: Iterable[Any],  # tensors, tuples or dicts: see `feed`
     second_moments: bool = True,  # also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
     layers: tuple | None = None,  # classes of the layers that are watched; None: all whose products are known
 ) -> Statistics:  # of each matrix that was used, by its layer's name, or its own where a layer has several
     """Run a copy of a model on some data and sum up what each layer saw.
-    `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer)."""
+    `ValueError` for no data, no layers, batches that do not fit, and NaN (names the layer).
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; runs in eval mode, and is left as it was
+    batches : Iterable[Any]
+        tensors, tuples or dicts: see `feed`
+    second_moments : bool, default True
+        also H = Σ x xᵀ, [inputs, inputs] for each layer: what `awq` needs
+    layers : tuple | None, default None
+        classes of the layers that are watched; None: all whose products are known
+
+    Returns
+    -------
+    Statistics
+        of each matrix that was used, by its layer's name, or its own where a layer has several
+    """
     twin, seen = Twin(model), Statistics()
     points, _ = points_of(twin.model, layers)
     if not points:
@@ -58,7 +75,24 @@ def output_error(
     statistics: LayerStatistics,  # of the layer, with second moments
     axis: int = 0,  # where the outputs lie: 1 in GPT-2's Conv1D
 ) -> float:  # 0: the same outputs; 1: as wrong as no output at all
-    "Relative squared error of a layer's output over the calibration data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
+    """Relative squared error of a layer's output over the calibration data: tr(Δ H Δᵀ) / tr(W H Wᵀ).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    other : Tensor
+        its approximation, of the same shape
+    statistics : LayerStatistics
+        of the layer, with second moments
+    axis : int, default 0
+        where the outputs lie: 1 in GPT-2's Conv1D
+
+    Returns
+    -------
+    float
+        0: the same outputs; 1: as wrong as no output at all
+    """
     if statistics.moment is None:
         raise ValueError("statistics have no second moments; calibrate with second_moments=True")
     wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
@@ -77,7 +111,22 @@ def mean_shift(
     other: Tensor,  # its approximation
     statistics: LayerStatistics,  # of the layer
 ) -> Tensor:  # [outputs]: E[Wx] − E[Ŵx]
-    "What an approximation takes from the mean of each output."
+    """What an approximation takes from the mean of each output.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    other : Tensor
+        its approximation
+    statistics : LayerStatistics
+        of the layer
+
+    Returns
+    -------
+    Tensor
+        [outputs]: E[Wx] − E[Ŵx]
+    """
     difference = matrices_for(weight - other, statistics).to(statistics.total.dtype)
     return (difference @ statistics.mean[..., None]).reshape(-1)
 
@@ -92,6 +141,20 @@ def correct_bias(
     original's inputs (Nagel et al. 2019, arXiv:1906.04721). In a chain the inputs of a layer are no longer the
     original's, and what that does to its mean stays. `ValueError` when there is nothing to correct, and for a bias
     that is computed (names the layer).
+
+    Parameters
+    ----------
+    quantized : nn.Module
+        with `Dequantize` layers
+    model : nn.Module
+        what it was made from
+    statistics : Statistics
+        of the model's layers, as `calibrate` returns them
+
+    Returns
+    -------
+    nn.Module
+        a copy with other biases; layers of other kinds, without a bias or without statistics stay
     """
     new, biases = copied(quantized), {}
     for name, m, original in movable_biases(new, model, statistics):
@@ -106,7 +169,22 @@ def equalizing_scales(
     groups: int = 1,  # of the second layer, when it is a convolution
 ) -> Tensor:  # [channels], positive; float32, or float64 for weights that are
     """s = √(r₁ / r₂) from the ranges of rows and columns, within 2⁻¹⁰⁰ and 2¹⁰⁰; 1 where either range is zero, or
-    where the one that both would get is too small for the weights' dtype."""
+    where the one that both would get is too small for the weights' dtype.
+
+    Parameters
+    ----------
+    first : Tensor
+        [channels, …]: the weight before the ReLU
+    second : Tensor
+        [outputs, channels / groups · k, …]: the weight after it; k > 1 when a Flatten lies between
+    groups : int, default 1
+        of the second layer, when it is a convolution
+
+    Returns
+    -------
+    Tensor
+        [channels], positive; float32, or float64 for weights that are
+    """
     r1 = first.abs().flatten(1).amax(1).double()
     r2 = by_channel(second, len(first), groups).abs().flatten(2).amax((0, 2)).double()
     s = (r1.sqrt() / r2.sqrt()).clamp(2.0**-100, 2.0**100)  # roots first: neither quotient nor product leaves float64
@@ -124,6 +202,22 @@ def equalize(
     """Cross-layer equalization (Nagel et al. 2019, arXiv:1906.04721). Only pairs of which it can be proved that the
     function stays the same are touched. `ValueError` when there is none, when one that is asked for cannot be
     proved, and when outputs for the example differ. The first axis of what is flattened is taken for the batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        float layers; it is left as it is
+    pairs : list[tuple[str, str]] | None, default None
+        by name: the second alone reads the first; None: all of `find_pairs`
+    rounds : int, default 10
+        times that all pairs are visited: a layer in the middle belongs to two
+    example : Any, default None
+        an input: the result is compared with the model on it and on others like it
+
+    Returns
+    -------
+    nn.Module
+        a copy that computes the same, to rounding, with fairer ranges
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it may be a whole number of 1 or more")
@@ -144,7 +238,18 @@ def find_pairs(
     model: nn.Module,  # it is left as it is
 ) -> list[tuple[str, str]]:  # names, in the order of their calls
     """Neighbours between which a positive factor of each channel may move: nothing but ReLU, pooling, Flatten and
-    the like lies between, and nothing else reads or shares either."""
+    the like lies between, and nothing else reads or shares either.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        names, in the order of their calls
+    """
     return proven_pairs(model)[0]
 
 # %% ../nbs/10_ranges.ipynb
@@ -153,7 +258,22 @@ def smooth_columns(
     statistics: LayerStatistics,  # of the layer
     alpha: float = 0.5,  # 0: the weights keep calm; 1: the activations do
 ) -> Tensor:  # [inputs] float16: for `quantize(weight, columns=…)`
-    "SmoothQuant's balance between the ranges of inputs and weights (Xiao et al. 2022, arXiv:2211.10438)."
+    """SmoothQuant's balance between the ranges of inputs and weights (Xiao et al. 2022, arXiv:2211.10438).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs, …]
+    statistics : LayerStatistics
+        of the layer
+    alpha : float, default 0.5
+        0: the weights keep calm; 1: the activations do
+
+    Returns
+    -------
+    Tensor
+        [inputs] float16: for `quantize(weight, columns=…)`
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     weight = as_tensor(weight, "weight")
@@ -169,14 +289,37 @@ def awq_columns(
     weight: Tensor,  # [outputs, inputs, …]
     statistics: LayerStatistics,  # of the layer, with second moments
     grid: int = 12,  # values of α that are tried, 0 … 1
-    **how,  # of `nearest_weight`: bits, group, symmetric
+    bits: int = 4,  # width of a code, 1..8
+    group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
+    symmetric: bool = True,  # zero point fixed in the middle
 ) -> Tensor | None:  # [inputs] float16; None when no scaling is best
     """AWQ: of `grid` column scales and none, those of least output error on the calibration data (Lin et al. 2023,
-    arXiv:2306.00978)."""
+    arXiv:2306.00978).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs, …]
+    statistics : LayerStatistics
+        of the layer, with second moments
+    grid : int, default 12
+        values of α that are tried, 0 … 1
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle
+
+    Returns
+    -------
+    Tensor | None
+        [inputs] float16; None when no scaling is best
+    """
     weight = as_tensor(weight, "weight")
     x = largest_of_columns(statistics.magnitude / statistics.count, weight)
     tried = [None] + [as_columns(x ** (i / grid), x > 0) for i in range(1, grid + 1)]
-    rounded = lambda c: nearest_weight(weight, statistics, columns=c, **how).dequantize()
+    rounded = lambda c: nearest_weight(weight, statistics, bits, group, symmetric, c).dequantize()
     return min(tried, key=lambda c: output_error(weight, rounded(c), statistics))
 
 
@@ -189,12 +332,35 @@ def awq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,  # of `quantize_with`: layers
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
-    "Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978)."
+    """Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    statistics : Statistics
+        of `calibrate`, with second moments
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    overrides : dict | Callable[..., Any] | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers
+    """
     how = dict(bits=bits, group=group, symmetric=symmetric)
-    return quantize_at_once(nearest_weight, model, statistics, "awq", overrides, **how, **more)
+    return quantize_at_once(nearest_weight, model, statistics, "awq", overrides, layers, **how)
 
 # %% ../nbs/10_ranges.ipynb
 def smooth(
@@ -204,16 +370,41 @@ def smooth(
     bits: int = 8,  # width of a code, 1..8
     group: int | None = None,  # weights of a row that share a scale; None: one scale a row, as integer kernels want it
     symmetric: bool = True,  # zero point fixed in the middle
-    overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
-    **more,  # of `quantize_with`: layers
+    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers, whose column scales calm the activations
-    "SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438)."
+    """SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    statistics : Statistics
+        of `calibrate`
+    alpha : float, default 0.5
+        0: the weights keep calm; 1: the activations do
+    bits : int, default 8
+        width of a code, 1..8
+    group : int | None, default None
+        weights of a row that share a scale; None: one scale a row, as integer kernels want it
+    symmetric : bool, default True
+        zero point fixed in the middle
+    overrides : dict | Callable[..., Any] | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers, whose column scales calm the activations
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it may be 0 to 1")
     sharing = sharing_inputs(model, statistics)
     balance = lambda weight, seen: smooth_columns(sharing.get(id(seen), weight), seen, alpha)
     how = dict(bits=bits, group=group, symmetric=symmetric)
-    return quantize_at_once(nearest_weight, model, statistics, balance, overrides, **how, **more)
+    return quantize_at_once(nearest_weight, model, statistics, balance, overrides, layers, **how)
 
 # %% ../nbs/10_ranges.ipynb
 from .workshop.arguments import name_arguments

@@ -36,6 +36,7 @@ from .ptq import awq, calibrate, equalize, gptq, hqq, nearest_weight, quantize_w
 from .qat import convert, prepare
 from .rotations import rotate
 from .trellis import trellis
+from .workshop.arguments import need
 from .workshop.content import fingerprint
 from .workshop.deadlines import checked_count
 from .workshop.matrices import layers_of, matrices_of, outputs_of
@@ -53,9 +54,21 @@ STEPS: dict[str, "Step"] = {}
 
 @dataclass(frozen=True)
 class Step:
-    "A function that a recipe may name."
+    """A function that a recipe may name.
 
-    function: Callable  # (model, …) → model, which leaves the model as it is
+    Parameters
+    ----------
+    function : Callable[..., Any]
+        (model, …) → model, which leaves the model as it is
+    given : dict[str, str]
+        argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
+    needed : frozenset[str]
+        those of them without which it cannot be done
+    options : dict[str, Any]
+        what may be said → its default
+    """
+
+    function: Callable[..., Any]  # (model, …) → model, which leaves the model as it is
     given: dict[
         str, str
     ]  # argument → what of the `Samples` it is given: 'batches', 'train', 'example', 'teacher', 'statistics'
@@ -72,7 +85,26 @@ def register_step(
 ) -> Callable:  # the function
     """Let recipes name a function. `ValueError` when it has no name of its own, or when the name is taken by
     another function. The same function of the same module, executed anew as a notebook's cell is, takes its own
-    place."""
+    place.
+
+    Parameters
+    ----------
+    function : Callable
+        (model, …) → model; its name is the step's
+    *more : Callable
+        functions that its `**options` go to
+    optional : Iterable[str], default ()
+        arguments that are given when they are there
+    hidden : Iterable[str], default ()
+        arguments that no recipe can say: objects
+    **given : str
+        argument='batches', 'train', 'example', 'teacher' or 'statistics'
+
+    Returns
+    -------
+    Callable
+        the function
+    """
     name = getattr(function, "__name__", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"function is {function!r}; a recipe can only name what was defined by def, with a name")
@@ -119,7 +151,38 @@ def learn(
     seed: int = 0,  # of the shuffling
     progress: bool = False,  # show a bar
 ) -> nn.Module:  # a copy, in eval mode
-    "Train a copy on labels and on what the original says (chapter 09)."
+    """Train a copy on labels and on what the original says (chapter 09).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is; may be masked, or prepared for quantization
+    teacher : nn.Module
+        the original
+    data : Split
+        inputs and labels
+    labels : float, default 0.5
+        share of the labels in the loss, 0 to 1; the rest is the teacher's
+    temperature : float, default 2.0
+        of the teacher's answers
+    augment : bool, default False
+        images: turn, move and stretch them a little
+    epochs : int, default 4
+        times that each example is seen
+    lr : float, default 0.001
+        highest learning rate of the one-cycle schedule
+    batch_size : int, default 64
+        examples a step
+    seed : int, default 0
+        of the shuffling
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    nn.Module
+        a copy, in eval mode
+    """
     if not 0 <= labels <= 1:
         raise ValueError(f"labels is {labels!r}; it may be 0 to 1")
     student = copied(model)
@@ -139,7 +202,17 @@ def other_matrices(
     model: nn.Module,
 ) -> dict[str, tuple[str, str]]:  # name of the tensor → names of its module and of the parameter
     """Matrices that are floats, in layers whose matrix is not just `weight` of a linear layer, convolution or
-    embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`."""
+    embedding: recurrent ones, their cells, attention, GPT-2's `Conv1D`.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[str, tuple[str, str]]
+        name of the tensor → names of its module and of the parameter
+    """
     return {
         f"{names[0]}.{k}".lstrip("."): (names[0], k)
         for m, names in layers_of(model).values()
@@ -158,7 +231,26 @@ def quantize_others(
     ) = None,  # by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
 ) -> nn.Module:  # a copy; of a model in which they are all compressed already, the same model
     """Round `other_matrices` to nearest, and nothing else. `ValueError` when there are none, and for overrides that
-    match none."""
+    match none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    bits : int, default 8
+        width of a code, 1..8
+    group : int | None, default None
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point in the middle
+    overrides : dict | None, default None
+        by name or pattern of the tensor: `{'lstm.weight_hh_l0': {'bits': 4}}`; None leaves it alone
+
+    Returns
+    -------
+    nn.Module
+        a copy; of a model in which they are all compressed already, the same model
+    """
     others = {type(m) for m, _ in layers_of(model).values() if outputs_of(m) and not isinstance(m, QUANTIZABLE)}
     if not others:
         raise ValueError("model has no recurrent and no attention layer: there is nothing for quantize_others")
@@ -205,7 +297,19 @@ register_step(use_kernels);
 # %% ../nbs/workshop/recipe.ipynb
 @dataclass
 class Samples:
-    "What steps are given, and what their result is judged by."
+    """What steps are given, and what their result is judged by.
+
+    Parameters
+    ----------
+    batches : list | None, default None
+        to calibrate with, see `feed`
+    train : Split | None, default None
+        labelled, to train on
+    held : Split | list | None, default None
+        to judge by: labelled, or batches; none of them is in `batches` or `train`
+    example : Any, default None
+        one input, as the model is called; or a batch
+    """
 
     batches: list | None = None  # to calibrate with, see `feed`
     train: Split | None = None  # labelled, to train on
@@ -220,7 +324,16 @@ def samples_of(
     example: Any = None,  # an input, as the model is called; None: the first of the data
 ) -> Samples:
     """Divide data into what may be learned from and what is judged by. Where there is one example alone, nothing is
-    held out. `TypeError` for anything else, `ValueError` for no data."""
+    held out. `TypeError` for anything else, `ValueError` for no data.
+
+    Parameters
+    ----------
+    data : Any
+        `Samples`: as they are; `Data`: its train and valid parts, never test; a `Split`, or batches `Labelled` by
+        classes: a fifth is held out; other batches: a quarter is; None
+    example : Any, default None
+        an input, as the model is called; None: the first of the data
+    """
     if isinstance(data, Samples):
         return data if example is None else replace(data, example=example)
     if data is None:
@@ -312,7 +425,7 @@ def _fifth(data):
     return data[shuffled[~held[shuffled]]], data[shuffled[held[shuffled]]]
 
 
-def in_pieces(batch):
+def in_pieces(batch: Any) -> list:
     "Few large batches as more small ones, where they are nothing but tensors with the same number of rows."
     plain = all(isinstance(t, Tensor) and t.dim() for t in tree_leaves(batch))
     n = length_of(batch) if plain else None
@@ -325,7 +438,17 @@ def in_pieces(batch):
 class Judge:
     """How good a model is: its accuracy on held-out labels, or its likeness to the original's outputs, or what
     `evaluate` says. Models are judged in eval mode, as copies. `ValueError` where there is nothing to judge by:
-    NaN, no float tensor."""
+    NaN, no float tensor.
+
+    Parameters
+    ----------
+    model : nn.Module
+        the original
+    samples : Samples
+        of which the held-out part is used
+    evaluate : Callable[[nn.Module], float] | None, default None
+        model → number, more is better
+    """
 
     def __init__(
         self,
@@ -388,12 +511,20 @@ def _right(model, data):
 
 # %% ../nbs/workshop/recipe.ipynb
 class Recipe:
-    "Steps in order, as data. Call it with a model to follow it."
+    """Steps in order, as data. Call it with a model to follow it.
+
+    Parameters
+    ----------
+    steps : Sequence[Any]
+        names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
+    seed : int, default 0
+        of everything that is random
+    """
 
     def __init__(
         self,
         # names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`
-        steps: Sequence,
+        steps: Sequence[Any],
         seed: int = 0,  # of everything that is random
     ):
         checked_count(seed, "seed", -(2**63), 2**64 - 1)  # what PyTorch's generators take
@@ -559,7 +690,18 @@ def _given(step, how, model, now, samples):
 
 
 def example_for(model: nn.Module, samples: Samples) -> Any:  # as the model is called: of a batch without its labels
-    "The example of samples. `ValueError` for a batch of which nobody can tell labels from arguments."
+    """The example of samples. `ValueError` for a batch of which nobody can tell labels from arguments.
+
+    Parameters
+    ----------
+    model : nn.Module
+    samples : Samples
+
+    Returns
+    -------
+    Any
+        as the model is called: of a batch without its labels
+    """
     return (
         as_called(model, samples.example)
         if any(samples.example is b for b in samples.batches or ())
@@ -620,7 +762,22 @@ def file_of(
     path: str | os.PathLike,  # the file to write
     recipe: Recipe | None = None,  # kept in it
 ) -> tuple[int, nn.Module]:  # bytes of the file; the model that it holds
-    "Save a model with its recipe, and load it again. What has a registered builder is loaded by the file alone."
+    """Save a model with its recipe, and load it again. What has a registered builder is loaded by the file alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        compressed
+    path : str | os.PathLike
+        the file to write
+    recipe : Recipe | None, default None
+        kept in it
+
+    Returns
+    -------
+    tuple[int, nn.Module]
+        bytes of the file; the model that it holds
+    """
     save(model, path, **({} if recipe is None else {"recipe": recipe.to_dict()}))
     known = (getattr(model, "architecture", None) or {}).get(
         "name"
@@ -631,17 +788,48 @@ def file_of(
 def expanded(
     model: nn.Module,  # as it was loaded
 ) -> nn.Module:  # the same numbers, sooner: weights expanded once, unless something else than floats computes with them
-    "Ready to be judged."
+    """Ready to be judged.
+
+    Parameters
+    ----------
+    model : nn.Module
+        as it was loaded
+
+    Returns
+    -------
+    nn.Module
+        the same numbers, sooner: weights expanded once, unless something else than floats computes with them
+    """
     wrapped = [m for m in model.modules() if isinstance(m, Dequantize)]
     return dequantize_model(model) if wrapped and all(type(m) is Dequantize for m in wrapped) else model
 
 # %% ../nbs/workshop/recipe.ipynb
 @dataclass
 class Result:
-    "One point of a sweep."
+    """One point of a sweep.
 
-    options: dict  # where in the grid
-    recipe: dict | None  # as `Recipe.to_dict` gives it; None: `make` failed
+    Parameters
+    ----------
+    options : dict[str, Any]
+        where in the grid
+    recipe : dict[Any, Any] | None
+        as `Recipe.to_dict` gives it; None: `make` failed
+    bytes : int | None, default None
+        of the file
+    quality : float | None, default None
+        of the model in the file
+    metric : str | None, default None
+        what quality is: 'accuracy', 'cosine', 'score'
+    error : str | None, default None
+        traceback, when it failed
+    key : str, default ''
+        under which it is kept
+    content : bytes | None, default field(default=None, repr=False)
+        of the file, where it could not be written
+    """
+
+    options: dict[str, Any]  # where in the grid
+    recipe: dict[Any, Any] | None  # as `Recipe.to_dict` gives it; None: `make` failed
     bytes: int | None = None  # of the file
     quality: float | None = None  # of the model in the file
     metric: str | None = None  # what quality is: 'accuracy', 'cosine', 'score'
@@ -723,7 +911,13 @@ def _checksum(note, content):
 def grid_points(
     grid: Mapping[str, Sequence] | Iterable[Mapping],  # lists of values: all combinations; or the points themselves
 ) -> list[dict]:
-    "The points of a grid, in order."
+    """The points of a grid, in order.
+
+    Parameters
+    ----------
+    grid : Mapping[str, Sequence] | Iterable[Mapping]
+        lists of values: all combinations; or the points themselves
+    """
     if isinstance(grid, Mapping):
         for k, v in grid.items():
             if isinstance(v, str) or not isinstance(v, Iterable):
@@ -744,7 +938,22 @@ def pareto(
     smaller: Sequence[str] = ("bytes",),  # what should be small
     larger: Sequence[str] = ("quality",),  # what should be large
 ) -> list:  # those that no other dominates, smallest first; equal ones all stay
-    "The Pareto front. What failed, or lacks a number, is left out."
+    """The Pareto front. What failed, or lacks a number, is left out.
+
+    Parameters
+    ----------
+    results : Iterable
+        of `sweep`; or anything with these attributes or keys
+    smaller : Sequence[str], default ('bytes',)
+        what should be small
+    larger : Sequence[str], default ('quality',)
+        what should be large
+
+    Returns
+    -------
+    list
+        those that no other dominates, smallest first; equal ones all stay
+    """
     if not [*smaller, *larger]:
         raise ValueError("smaller and larger are both empty: there is nothing to compare by")
     get = lambda r, k: r[k] if isinstance(r, Mapping) else getattr(r, k)
@@ -761,13 +970,13 @@ def pareto(
     return [r for _, r in front]
 
 # %% ../nbs/workshop/recipe.ipynb
-class Results(list):
+class Results(list[Any]):
     """Results of a sweep. Shows itself as a table; `front`, `failed`, `best(bytes=…)` and `plot()` look at it.
     Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the
     one that uses it.
     """
 
-    def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike | None = None):
+    def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike[str] | None = None):
         super().__init__(results)
         self.folder = None if folder is None else Path(folder)
 
@@ -809,7 +1018,7 @@ def _plot(
     ax: Any = None,  # matplotlib axes
 ) -> Any:  # the axes
     "Size against quality, and the front."
-    import matplotlib.pyplot as plt
+    plt = need("matplotlib.pyplot", "notebook")
 
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
     good, front = [r for r in self if not r.error and r.quality is not None], _front(self)
@@ -837,14 +1046,14 @@ Results.best, Results.plot = _best, _plot
 
 # %% ../nbs/workshop/recipe.ipynb
 def sweep(
-    make: Callable,  # a point's values, as named arguments → its `Recipe` (or the list of its steps)
+    make: Callable[..., Any],  # a point's values, as named arguments → its `Recipe` (or the list of its steps)
     grid: Any,  # `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
     model: nn.Module,  # it is left as it is
     data: Any = None,  # see `samples_of`
     executor: (
         Executor | None
     ) = None,  # who does the work; None: this process, one after the other; not one of whose threads this is
-    folder: str | os.PathLike = "sweep",  # where results are kept; what is there already is not computed again
+    folder: str | os.PathLike[str] = "sweep",  # where results are kept; what is there already is not computed again
     evaluate: (
         Callable[[nn.Module], float] | None
         # model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other
@@ -859,6 +1068,33 @@ def sweep(
     threads of one process wait for each other, as they share PyTorch's random numbers. A point that fails has its
     traceback as result; the others go on. A result that cannot be written is kept in memory, and a warning says so.
     `TypeError` and `ValueError` for arguments that make no sense.
+
+    Parameters
+    ----------
+    make : Callable[..., Any]
+        a point's values, as named arguments → its `Recipe` (or the list of its steps)
+    grid : Any
+        `{"bits": [2, 3, 4], "sparsity": [.8, .9]}`, or a list of points
+    model : nn.Module
+        it is left as it is
+    data : Any, default None
+        see `samples_of`
+    executor : Executor | None, default None
+        who does the work; None: this process, one after the other; not one of whose threads this is
+    folder : str | os.PathLike[str], default 'sweep'
+        where results are kept; what is there already is not computed again
+    evaluate : Callable[[nn.Module], float] | None, default None
+        model (a copy, in eval mode) → number, more is better; None: see `Judge`. A module's function, for other
+        processes to find it
+    retry : bool, default False
+        try again what failed before
+    progress : bool, default True
+        a bar that shows the front so far
+
+    Returns
+    -------
+    Results
+        in the grid's order
     """
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(f"executor is a {type(executor).__name__}; it may be None or a concurrent.futures.Executor")

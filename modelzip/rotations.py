@@ -26,7 +26,18 @@ _all_ = ["turnable"]  # made in the workshop
 def incoherence(
     x: Tensor,  # any shape; vectors lie along the last axis
 ) -> tuple[float, float]:  # peak: max |x| / rms, 1 … √n; kurtosis: mean x⁴ / (mean x²)², 1 … n: means over the vectors
-    "How far the loudest coordinates stick out: both are 1 where all are of one size, zeros too."
+    """How far the loudest coordinates stick out: both are 1 where all are of one size, zeros too.
+
+    Parameters
+    ----------
+    x : Tensor
+        any shape; vectors lie along the last axis
+
+    Returns
+    -------
+    tuple[float, float]
+        peak: max |x| / rms, 1 … √n; kurtosis: mean x⁴ / (mean x²)², 1 … n: means over the vectors
+    """
     top = x.double().abs().amax(-1, keepdim=True)
     square = torch.where(top == 0, 1.0, x.double() / top).square()
     mean = square.mean(-1)
@@ -36,7 +47,18 @@ def incoherence(
 def paley(
     q: int,  # an odd prime
 ) -> Tensor:  # ±1, of order q + 1 if q = 4k + 3, else 2 (q + 1): 12 for 11, 20 for 19, 28 for 13
-    "A Hadamard matrix from the squares modulo q (Paley 1933)."
+    """A Hadamard matrix from the squares modulo q (Paley 1933).
+
+    Parameters
+    ----------
+    q : int
+        an odd prime
+
+    Returns
+    -------
+    Tensor
+        ±1, of order q + 1 if q = 4k + 3, else 2 (q + 1): 12 for 11, 20 for 19, 28 for 13
+    """
     if q < 3 or any(q % d == 0 for d in range(2, math.isqrt(q) + 1)):
         raise ValueError(f"q is {q}; it may be an odd prime")
     chi = torch.full((q,), -1.0)
@@ -58,7 +80,18 @@ PRIMES = {12: 11, 20: 19, 28: 13, 36: 17, 44: 43, 60: 59, 68: 67, 76: 37, 84: 83
 def orders_of(
     n: int,  # size of a vector, 1 or more
 ) -> tuple[int, ...] | None:  # whose product it is; None: there is no such product
-    "Orders of the Hadamard matrices that a size is made of."
+    """Orders of the Hadamard matrices that a size is made of.
+
+    Parameters
+    ----------
+    n : int
+        size of a vector, 1 or more
+
+    Returns
+    -------
+    tuple[int, ...] | None
+        whose product it is; None: there is no such product
+    """
     if n < 1:
         raise ValueError(f"n is {n}; it may be 1 or more")
     if n & (n - 1) == 0:
@@ -74,7 +107,18 @@ def orders_of(
 def hadamard(
     n: int,  # of which `orders_of` knows a product
 ) -> Tensor:  # [n, n] of ±1 with H Hᵀ = n I; not to be written into
-    "A Hadamard matrix: Paley's (1933) and Sylvester's (1867), multiplied."
+    """A Hadamard matrix: Paley's (1933) and Sylvester's (1867), multiplied.
+
+    Parameters
+    ----------
+    n : int
+        of which `orders_of` knows a product
+
+    Returns
+    -------
+    Tensor
+        [n, n] of ±1 with H Hᵀ = n I; not to be written into
+    """
     if n < 1 or (orders := orders_of(n)) is None:
         raise ValueError(f"n is {n}; it may be a product of 2 and {', '.join(map(str, PRIMES))}")
     double = [torch.tensor([[1.0, 1.0], [1.0, -1.0]])]
@@ -87,7 +131,22 @@ def hadamard_transform(
     block: int | None = None,  # numbers that are turned together; None: all
     back: bool = False,  # the way back: with the transposed matrix
 ) -> Tensor:  # of the same shape and length: each block times H / √block
-    "Multiply by a Hadamard matrix, order by order. `ValueError` for a size that has none."
+    """Multiply by a Hadamard matrix, order by order. `ValueError` for a size that has none.
+
+    Parameters
+    ----------
+    x : Tensor
+        [..., k · block] floats
+    block : int | None, default None
+        numbers that are turned together; None: all
+    back : bool, default False
+        the way back: with the transposed matrix
+
+    Returns
+    -------
+    Tensor
+        of the same shape and length: each block times H / √block
+    """
     block = x.shape[-1] if block is None else block
     if block < 1 or x.shape[-1] % block or (orders := orders_of(block)) is None:
         raise ValueError(f"block is {block}, x has {x.shape[-1]} coordinates; it may divide them: see orders_of")
@@ -99,7 +158,19 @@ def hadamard_transform(
 
 # %% ../nbs/10d_rotations.ipynb
 class Turn(nn.Module):
-    "Multiplies vectors by random signs and a Hadamard matrix, an orthogonal Q (Tseng et al. 2024, arXiv:2402.04396)."
+    """Multiplies vectors by random signs and a Hadamard matrix, an orthogonal Q (Tseng et al. 2024, arXiv:2402.04396).
+
+    Parameters
+    ----------
+    width : int
+        numbers with signs of their own; the last axis may hold several times as many
+    block : int | None, default None
+        numbers turned together; None: the largest that divides width and has a matrix
+    back : bool, default False
+        the way back
+    seed : int | None, default None
+        of the signs; None: all are +
+    """
 
     def __init__(
         self,
@@ -151,7 +222,26 @@ def rotate(
     arXiv:2404.00456; Tseng et al. 2024, arXiv:2402.04396); `turnable` lists what cannot, and why. `ValueError` when
     there is nothing to turn, for 16-bit floats, for an `online` that names no plain linear layer whose input is not
     turned yet, and when outputs for the examples, or for others like them, differ. A file of a model with turns
-    inside is loaded into what `rotate` makes of an empty one: its layers have other names."""
+    inside is loaded into what `rotate` makes of an empty one: its layers have other names.
+
+    Parameters
+    ----------
+    model : nn.Module
+        float32 or float64; it is left as it is
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict; several in a list
+    online : Iterable[str], default ()
+        names or patterns of linear layers whose inputs are turned while the model runs
+    free : bool, default True
+        also turn what costs nothing at run time; False: `online` alone
+    seed : int, default 0
+        of the signs
+
+    Returns
+    -------
+    nn.Module
+        a copy that computes the same in evaluation, to rounding
+    """
     examples = examples_of(example)
     plan = turnable(model, examples) if free else Plan([], [], {})
     chosen = chosen_layers(model, online, plan)

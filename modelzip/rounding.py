@@ -29,7 +29,24 @@ def scale_and_zero_point(
 ) -> tuple[Tensor, Tensor | None]:  # scale > 0; zero point (int32), None when symmetric
     """Step and offset of the affine map x ≈ scale·(code − zero_point) that covers [low, high] (to within half a step
     when there is a zero point, for that is rounded) and represents 0 exactly (but for two symmetric levels). A step
-    that is too large for the dtype is infinite; `quantize` refuses it."""
+    that is too large for the dtype is infinite; `quantize` refuses it.
+
+    Parameters
+    ----------
+    low : Tensor
+        smallest value to be represented, one per block
+    high : Tensor
+        largest
+    levels : int
+        number of codes
+    symmetric : bool, default True
+        zero point fixed at `levels // 2`
+
+    Returns
+    -------
+    tuple[Tensor, Tensor | None]
+        scale > 0; zero point (int32), None when symmetric
+    """
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = max((levels - 1) // 2, 0.5) if symmetric else levels - 1
     reach = torch.maximum(-low, high) if symmetric else high - low
@@ -60,7 +77,22 @@ def as_blocks(
     axis: int | None,  # one block for each slice along this axis
     group: int | None,  # one block for each run of `group` elements in a row x[i]
 ) -> Tensor:  # [number of blocks, elements in a block]
-    "Lay out `x` with one row for each scale; a last group that is short repeats its last value."
+    """Lay out `x` with one row for each scale; a last group that is short repeats its last value.
+
+    Parameters
+    ----------
+    x : Tensor
+        any shape
+    axis : int | None
+        one block for each slice along this axis
+    group : int | None
+        one block for each run of `group` elements in a row x[i]
+
+    Returns
+    -------
+    Tensor
+        [number of blocks, elements in a block]
+    """
     if not x.numel():
         return x.reshape(number_of_blocks(x.shape, axis, group), 0)
     if group is not None:
@@ -157,7 +189,22 @@ def kmeans(
     iterations: int = 50,  # at most; stops when no centroid moves
 ) -> Tensor:  # [2**bits] float32, ascending; when there are fewer different values, some stand there twice
     """Lloyd's algorithm in one dimension (Lloyd 1982), as Deep Compression shares weights (Han et al. 2016,
-    arXiv:1510.00149). `ValueError` for values beyond float32."""
+    arXiv:1510.00149). `ValueError` for values beyond float32.
+
+    Parameters
+    ----------
+    x : Any
+        values, any shape
+    bits : int, default 4
+        2**bits centroids, 1..8
+    iterations : int, default 50
+        at most; stops when no centroid moves
+
+    Returns
+    -------
+    Tensor
+        [2**bits] float32, ascending; when there are fewer different values, some stand there twice
+    """
     check_bits(bits, 1, 8)
     x = check_finite(as_tensor(x)).reshape(-1).double().sort().values
     if not len(x):
@@ -183,7 +230,13 @@ def kmeans(
 # %% ../nbs/03_rounding.ipynb
 def nf4() -> Tensor:  # [16] float32, ascending, from -1 to 1
     """The 4-bit NormalFloat levels: quantiles of a normal distribution, with an exact zero (Dettmers et al. 2023,
-    arXiv:2305.14314)."""
+    arXiv:2305.14314).
+
+    Returns
+    -------
+    Tensor
+        [16] float32, ascending, from -1 to 1
+    """
     offset, how = (1 - 1 / 32 + 1 - 1 / 30) / 2, dict(dtype=torch.float64, device="cpu")
     normal = torch.distributions.Normal(torch.tensor(0.0, **how), torch.tensor(1.0, **how))
     upper = normal.icdf(torch.linspace(offset, 0.5, 9, **how))[:-1]

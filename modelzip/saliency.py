@@ -71,7 +71,20 @@ def removal_cost(
     moment: Tensor,  # [groups, inputs, inputs] H
 ) -> Tensor:  # of the weight's shape: w² H_jj
     """The squared output error, summed over the data, when a weight is set to zero and nothing else moves. Wanda is
-    its root."""
+    its root.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    moment : Tensor
+        [groups, inputs, inputs] H
+
+    Returns
+    -------
+    Tensor
+        of the weight's shape: w² H_jj
+    """
     power = moment.diagonal(dim1=1, dim2=2)
     return (as_matrices(weight, len(moment)).square() * power[:, None].to(weight.dtype)).reshape(weight.shape)
 
@@ -92,7 +105,22 @@ def reconstruction_error(
     other: Tensor,  # what it becomes, of the same shape
     moment: Tensor,  # [groups, inputs, inputs] H
 ) -> float:  # 0: the same outputs; 1: as wrong as no output at all
-    "Relative squared error of a layer's output over the data: tr(Δ H Δᵀ) / tr(W H Wᵀ)."
+    """Relative squared error of a layer's output over the data: tr(Δ H Δᵀ) / tr(W H Wᵀ).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    other : Tensor
+        what it becomes, of the same shape
+    moment : Tensor
+        [groups, inputs, inputs] H
+
+    Returns
+    -------
+    float
+        0: the same outputs; 1: as wrong as no output at all
+    """
     w, d = (as_matrices(t, len(moment)).to(moment.dtype) for t in (weight, weight - other))
     power = lambda m: ((m @ moment) * m).sum().item()
     with torch.autocast(moment.device.type, enabled=False):
@@ -104,7 +132,20 @@ def inverse_factor(
     damping: float = 0.01,  # share of the mean diagonal that is added to the diagonal
 ) -> Tensor:  # [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
     """Cholesky factor of the inverse; more damping is added while it does not exist. `ValueError` for NaN and
-    infinite values, and for values that leave no room in their dtype."""
+    infinite values, and for values that leave no room in their dtype.
+
+    Parameters
+    ----------
+    moment : Tensor
+        [inputs, inputs] H, symmetric, without negative eigenvalues
+    damping : float, default 0.01
+        share of the mean diagonal that is added to the diagonal
+
+    Returns
+    -------
+    Tensor
+        [inputs, inputs] upper triangular: UᵀU = (H + damping)⁻¹; float64 up to 1,024 inputs, above as `moment`
+    """
     check_moment(moment, damping)
     H = moment.to(torch.float64 if len(moment) <= 1024 else moment.dtype, copy=True)
     extra = float(damping) * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -124,7 +165,22 @@ def least_cost(
     moment: Tensor,  # [groups, inputs, inputs] H
     damping: float = 0.01,  # of `inverse_factor`
 ) -> Tensor:  # of the weight's shape: w² / [H⁻¹]_jj
-    "The least error at which a weight can become zero, whatever the others do (OBS, Hassibi & Stork 1992)."
+    """The least error at which a weight can become zero, whatever the others do (OBS, Hassibi & Stork 1992).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    moment : Tensor
+        [groups, inputs, inputs] H
+    damping : float, default 0.01
+        of `inverse_factor`
+
+    Returns
+    -------
+    Tensor
+        of the weight's shape: w² / [H⁻¹]_jj
+    """
     spread = torch.stack([inverse_factor(h, damping).square().sum(0) for h in moment])  # the diagonal of UᵀU
     return (as_matrices(weight, len(moment)).square() / spread[:, None].to(weight.dtype)).reshape(weight.shape)
 
@@ -152,7 +208,24 @@ def surgeon_weight(
     damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
 ) -> Tensor:  # [rows, inputs] with zeros, the others moved
     """Optimal Brain Surgeon, one weight of each row at a time, with exact inverses (Hassibi & Stork 1992): slow,
-    and the one to compare with."""
+    and the one to compare with.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [rows, inputs] of a Linear, or some rows of it: every row keeps an [inputs, inputs] matrix
+    moment : Tensor
+        [inputs, inputs] H
+    sparsity : float
+        share of each row that goes
+    damping : float, default 0.01
+        share of H's mean diagonal that is added to its diagonal
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs] with zeros, the others moved
+    """
     check_sparsity(sparsity)
     U, w = inverse_factor(moment, damping).double(), weight.double().clone()
     if w.dim() != 2 or w.shape[1] != len(U):
@@ -175,7 +248,24 @@ def refit_weight(
     moment: Tensor,  # [inputs, inputs] H
     damping: float = 0.01,  # share of H's mean diagonal that is added to its diagonal
 ) -> Tensor:  # [rows, inputs]: zero where not kept, the rest of least output error
-    "The best values for a given mask: a linear system for each row, so costly for wide layers."
+    """The best values for a given mask: a linear system for each row, so costly for wide layers.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [rows, inputs]
+    keep : Tensor
+        bool [rows, inputs]
+    moment : Tensor
+        [inputs, inputs] H
+    damping : float, default 0.01
+        share of H's mean diagonal that is added to its diagonal
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs]: zero where not kept, the rest of least output error
+    """
     H = moment.double() + damping * moment.diagonal().mean() * torch.eye(
         len(moment), dtype=torch.float64, device=moment.device
     )
@@ -196,7 +286,24 @@ def prune_columns(
     ],  # (scores [columns, rows] of a group, its start, its end) → bool: goes
 ) -> Tensor:  # bool [columns, rows]: what was kept
     """Column by column: prune, and let the columns that follow make up for it (Frantar & Alistarh 2023,
-    arXiv:2301.00774)."""
+    arXiv:2301.00774).
+
+    Parameters
+    ----------
+    w : Tensor
+        [columns, rows], changed in place
+    U : Tensor
+        [columns, columns]: `inverse_factor` of H
+    spans : list
+        blocks of columns, each a list of groups (start, end) that are chosen together
+    choose : Callable[[Tensor, int, int], Tensor]
+        (scores [columns, rows] of a group, its start, its end) → bool: goes
+
+    Returns
+    -------
+    Tensor
+        bool [columns, rows]: what was kept
+    """
     keep, scale = torch.ones_like(w, dtype=torch.bool), U.diagonal()[:, None]
     for groups in spans:
         start, end = groups[0][0], groups[-1][1]

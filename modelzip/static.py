@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .quant import OBSERVERS, QTensor, check_bits, scale_and_zero_point
 from .ranges import LayerStatistics, smooth_columns
+from .workshop.arguments import options_of
 from .workshop.alternatives import Way, Wish, common_inputs, decided, input_range, made_up, places_of, row_hurt
 from .workshop.copying import makers_of, same_with_copies
 from .workshop.halves import seen_in_halves
@@ -34,7 +35,22 @@ def whole_codes(
     times: Tensor | None = None,  # [inputs] how often each column may stand there: its codes reach so much farther
     moment: Tensor | None = None,  # [groups, inputs, inputs] H = Σ x xᵀ behind column scales: GPTQ; None: nearest
 ) -> tuple[Tensor, Tensor]:  # [outputs, inputs] whole numbers; [outputs, 1] their steps
-    "Codes of a weight with a step for each output, −127 … 127, or `times` as far."
+    """Codes of a weight with a step for each output, −127 … 127, or `times` as far.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] float, without its column scales
+    times : Tensor | None, default None
+        [inputs] how often each column may stand there: its codes reach so much farther
+    moment : Tensor | None, default None
+        [groups, inputs, inputs] H = Σ x xᵀ behind column scales: GPTQ; None: nearest
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        [outputs, inputs] whole numbers; [outputs, 1] their steps
+    """
     flat, most = weight.flatten(1), 127 * (torch.ones(1) if times is None else times)
     reach = (flat.abs() / most).amax(1) * 127 if flat.numel() else flat.new_ones(len(flat))
     step = Blocks(weight, 8, None).kept(scale_and_zero_point(-reach, reach, 256, True)[0]).to(flat)[:, None]
@@ -56,7 +72,25 @@ def balanced(
     gptq: bool = False,  # round each weight so that the others make up for it; needs second moments
     observer: str = "minmax",  # of the input's range
 ) -> Way:
-    "SmoothQuant's column scales (Xiao et al. 2022, arXiv:2211.10438), and all that is rounded behind them."
+    """SmoothQuant's column scales (Xiao et al. 2022, arXiv:2211.10438), and all that is rounded behind them.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] of all layers that read the input
+    statistics : LayerStatistics
+        what is fitted to
+    rows : Tensor
+        [groups, rows, inputs] some of it
+    alpha : float | None, default None
+        0: the weights keep calm; 1: the input does; None: neither is moved
+    copies : int, default 0
+        of columns that reach far
+    gptq : bool, default False
+        round each weight so that the others make up for it; needs second moments
+    observer : str, default 'minmax'
+        of the input's range
+    """
     c = None if alpha is None else smooth_columns(weight, statistics, alpha)
     each = None if c is None else each_input(c, weight)
     step = step_of(*input_range(statistics, rows, each, observer))
@@ -72,7 +106,20 @@ def copies_of(
     weight: Tensor,  # [outputs, inputs], without its column scales
     most: int = 8,  # copies in all
 ) -> Tensor:  # [inputs] how often each column is to stand in the weight: 1, or more
-    "Whom to split: whichever column reaches farthest, again and again (Zhao et al. 2019, arXiv:1901.09504)."
+    """Whom to split: whichever column reaches farthest, again and again (Zhao et al. 2019, arXiv:1901.09504).
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs], without its column scales
+    most : int, default 8
+        copies in all
+
+    Returns
+    -------
+    Tensor
+        [inputs] how often each column is to stand in the weight: 1, or more
+    """
     reach = weight.abs().amax(0).double()
     times = torch.ones_like(reach)
     for _ in range(most):
@@ -84,7 +131,20 @@ def split_codes(
     whole: Tensor,  # [outputs, inputs] whole numbers
     times: Tensor,  # [inputs] how often each stands in the result
 ) -> Tensor:  # [outputs, places] whole numbers; those of an input stand side by side and add up to what it had
-    "Share codes among copies, evenly: ⌊(N + i) / k⌋ for i = 0 … k − 1."
+    """Share codes among copies, evenly: ⌊(N + i) / k⌋ for i = 0 … k − 1.
+
+    Parameters
+    ----------
+    whole : Tensor
+        [outputs, inputs] whole numbers
+    times : Tensor
+        [inputs] how often each stands in the result
+
+    Returns
+    -------
+    Tensor
+        [outputs, places] whole numbers; those of an input stand side by side and add up to what it had
+    """
     at = places_of(times)
     nth = torch.arange(len(at)) - (times.cumsum(0) - times)[at]
     return torch.floor((whole[:, at] + nth) / times[at])
@@ -115,7 +175,36 @@ def choose_static(
 ) -> Chosen:  # for each layer that was called
     """Choose fixed input ranges, column scales, copies and codes of the weights: fitted on one half of the batches,
     compared on the other, fitted again on all. BatchNorms are folded first. `ValueError` for an option out of its
-    range, no layer, no data, NaN, a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer."""
+    range, no layer, no data, NaN, a computed weight (names the layer). GPTQ keeps H, inputs², twice for each layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : Iterable
+        calibration data: tensors, tuples or dicts, see `feed`
+    observer : str, default 'minmax'
+        of the range of an input: 'minmax', 'percentile', 'mse', 'entropy'
+    alphas : Iterable[float], default (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+        balances that are tried, beside none
+    copies : int, default 8
+        of inputs whose columns reach far, where the layer before can make them; 0: none
+    weights : str, default 'gptq'
+        how weights are rounded: 'gptq' where that is better, or 'nearest'
+    biases : bool, default True
+        take the mean of the error off, where that is better
+    limit : float | None, default None
+        a linear layer that errs more keeps a range for each row, if it errs less with that
+    overrides : Mapping | None, default None
+        by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    attention : bool, default False
+        also the products of attentions, up to `limit`; `overrides` may name them
+
+    Returns
+    -------
+    Chosen
+        for each layer that was called
+    """
     if observer not in ("minmax", *OBSERVERS):
         raise ValueError(f"observer is {observer!r}; it may be {', '.join(map(repr, OBSERVERS))}")
     alphas = list(alphas)
@@ -148,6 +237,7 @@ def choose_static(
 
 # %% ../nbs/10c_static.ipynb
 @torch.no_grad()
+@options_of(choose_static)
 def quantize_static(
     model: nn.Module,  # any model; it is left as it is
     batches: Iterable | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
@@ -157,7 +247,38 @@ def quantize_static(
     """Post-training quantization with input ranges that are fixed beforehand (Jacob et al. 2018, arXiv:1712.05877),
     behind column scales (Xiao et al. 2022, arXiv:2211.10438). BatchNorms are folded into convolutions first. All
     other layers stay as they are. `ValueError` as `choose_static` has it, and for what a copy would run of the
-    original."""
+    original.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; it is left as it is
+    batches : Iterable | None, default None
+        calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
+    chosen : Mapping | None, default None
+        of `choose_static`, for this model; None: choose now
+    observer : str, default 'minmax'
+        of the range of an input: 'minmax', 'percentile', 'mse', 'entropy'
+    alphas : Iterable[float], default (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+        balances that are tried, beside none
+    copies : int, default 8
+        of inputs whose columns reach far, where the layer before can make them; 0: none
+    weights : str, default 'gptq'
+        how weights are rounded: 'gptq' where that is better, or 'nearest'
+    biases : bool, default True
+        take the mean of the error off, where that is better
+    limit : float | None, default None
+        a linear layer that errs more keeps a range for each row, if it errs less with that
+    overrides : Mapping | None, default None
+        by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    attention : bool, default False
+        also the products of attentions, up to `limit`; `overrides` may name them
+
+    Returns
+    -------
+    nn.Module
+        a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
+    """
     if (batches is None) == (chosen is None):
         raise ValueError("batches and chosen are two ways to say what the ranges are; give one of them")
     if chosen is not None and how:

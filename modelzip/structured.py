@@ -63,7 +63,28 @@ def fold(
     axis: int = 0,  # of the outputs in the weight: 1 in a transposed convolution
 ) -> tuple[Tensor, Tensor]:  # weight and bias of a layer that does both
     """What a BatchNorm in evaluation mode does, the layer before it can do as well (Jacob et al. 2018,
-    arXiv:1712.05877)."""
+    arXiv:1712.05877).
+
+    Parameters
+    ----------
+    weight : Tensor
+        of a Linear or a convolution
+    bias : Tensor | None
+        its bias
+    norm : nn.Module
+        the BatchNorm behind it, for its factor, offset and eps
+    mean : Tensor
+        running mean
+    variance : Tensor
+        running variance
+    axis : int, default 0
+        of the outputs in the weight: 1 in a transposed convolution
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        weight and bias of a layer that does both
+    """
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -101,7 +122,19 @@ def foldable(
     runs over the outputs of the layer. Without an example it must follow from the code for every input. (How many
     axes an input has mostly does not: then, a Linear or Conv1d with a BatchNorm1d is a pair only where the code
     says it, such as behind a flatten.) With one, what runs show is enough, for inputs that take the same way with
-    as many axes, and a trial on other inputs and with other weights confirms it."""
+    as many axes, and a trial on other inputs and with other weights confirms it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : Any, default None
+        what it is called with, or several in a list: what its code alone does not tell, runs may
+
+    Returns
+    -------
+    dict[str, str]
+        name of a layer → name of the BatchNorm that alone receives its output
+    """
     examples = None if example is None else examples_of(example)
     return provable_pairs(ready(copied(model), False), examples, folded, fold_pairs)
 
@@ -113,6 +146,18 @@ def fold_batchnorm(
     """Let layers do what the BatchNorms behind them do, where `foldable` shows that this is the same; masks become
     real. The outputs in evaluation mode stay, up to rounding. What cannot be shown stays as it is, and so does a
     layer with hooks or with a computed weight.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    example : Any, default None
+        what it is called with, or several examples in a list; see `foldable`
+
+    Returns
+    -------
+    nn.Module
+        a copy in evaluation mode, with `nn.Identity` where the BatchNorms were; without any, a copy
     """
     check_ordinary(model)
     new = remove_masks(model).eval()
@@ -122,7 +167,18 @@ def fold_batchnorm(
 def split_ranks(
     weight: Tensor,  # [outputs, …]
 ) -> tuple[Tensor, Tensor, Tensor]:  # U, singular values, V
-    "Of the matrix [outputs, all the rest], in double precision."
+    """Of the matrix [outputs, all the rest], in double precision.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        U, singular values, V
+    """
     u, s, v = torch.linalg.svd(weight.detach().flatten(1).double(), full_matrices=False)
     return u, s, v
 
@@ -131,7 +187,20 @@ def rank_for(
     s: Tensor,  # singular values, largest first
     error: float,  # of the matrix, relative, in the Frobenius norm
 ) -> int:  # at least 1
-    "The smallest rank with an error of at most so much (Eckart & Young 1936)."
+    """The smallest rank with an error of at most so much (Eckart & Young 1936).
+
+    Parameters
+    ----------
+    s : Tensor
+        singular values, largest first
+    error : float
+        of the matrix, relative, in the Frobenius norm
+
+    Returns
+    -------
+    int
+        at least 1
+    """
     tail = s.square().flip(0).cumsum(0).flip(0) / s.square().sum().clamp(min=1e-300)  # tail[r]: what rank r leaves out
     return max(1, int((tail.sqrt() > error).sum()))
 
@@ -157,7 +226,16 @@ def error_within(
     svds: dict[str, tuple],
     budget: float,  # bytes of the whole model
 ) -> float:
-    "The smallest error, the same for all layers, that keeps to a budget."
+    """The smallest error, the same for all layers, that keeps to a budget.
+
+    Parameters
+    ----------
+    model : nn.Module
+    found : dict[str, nn.Module]
+    svds : dict[str, tuple]
+    budget : float
+        bytes of the whole model
+    """
     left = lambda e: tensor_bytes(model) - sum(saved_at(m, rank_for(svds[n][1], e)) for n, m in found.items())
     if left(1) > budget:
         raise ValueError(f"bytes is {budget:,.0f}, but with rank 1 everywhere there are still {left(1):,}")
@@ -175,13 +253,32 @@ def factorize(
     model: nn.Module,  # left as it is
     error: float | None = None,  # relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
     bytes: float | None = None,  # or: the smallest such error with tensors of at most so many bytes; below 1: a share
-    rank: int | dict | None = None,  # or: the rank of every layer, or of each by its name
+    rank: int | dict[Any, Any] | None = None,  # or: the rank of every layer, or of each by its name
     layers: Iterable[str] | None = None,  # names or patterns such as "fc*" (not beside a dict); None: all
 ) -> nn.Module:  # a copy, with two thin layers in place of each that becomes smaller by it
     """Replace matrices by products of two thin ones, by their largest singular values (Denton et al. 2014,
     arXiv:1404.0736). A layer whose weight others hold too, or is computed, stays as it is. The error is that before
     rounding to the type of the weights. `ValueError` unless exactly one of error, bytes and rank says how much, for
-    bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN."""
+    bytes that rank 1 everywhere exceeds, for layers that there are not, and for NaN.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    error : float | None, default None
+        relative error of each weight matrix that is allowed (Frobenius norm), 0 to below 1
+    bytes : float | None, default None
+        or: the smallest such error with tensors of at most so many bytes; below 1: a share
+    rank : int | dict[Any, Any] | None, default None
+        or: the rank of every layer, or of each by its name
+    layers : Iterable[str] | None, default None
+        names or patterns such as "fc*" (not beside a dict); None: all
+
+    Returns
+    -------
+    nn.Module
+        a copy, with two thin layers in place of each that becomes smaller by it
+    """
     check_thinness(error, bytes, rank, layers)
     check_ordinary(model)
     found = factors_of(model, [layers] if isinstance(layers, str) else layers, rank)

@@ -26,7 +26,18 @@ from .workshop.coders import histogram, pairs_of, slices_of, whole_numbers
 def entropy_of(
     counts: Tensor,  # how often each symbol occurs
 ) -> float:  # bits a symbol
-    "The entropy of a histogram."
+    """The entropy of a histogram.
+
+    Parameters
+    ----------
+    counts : Tensor
+        how often each symbol occurs
+
+    Returns
+    -------
+    float
+        bits a symbol
+    """
     p = counts.double() / counts.sum().clamp(min=1)
     return torch.special.entr(p).sum().item() / math.log(2) + 0.0
 
@@ -37,7 +48,22 @@ def entropy(
     axis: int | None = None,  # one entropy for each slice along this axis
 ) -> float | Tensor:  # bits a symbol; with `axis` a float64 tensor, one entry for each slice
     """How many bits a symbol tells (Shannon 1948). `TypeError` for floating-point numbers, `ValueError` for wrong
-    shapes."""
+    shapes.
+
+    Parameters
+    ----------
+    x : Any
+        symbols: a tensor or array of whole numbers, bytes, or text
+    given : Any, default None
+        something known beforehand, of the same shape: the entropy that is left
+    axis : int | None, default None
+        one entropy for each slice along this axis
+
+    Returns
+    -------
+    float | Tensor
+        bits a symbol; with `axis` a float64 tensor, one entry for each slice
+    """
     x, given = whole_numbers(x), None if given is None else whole_numbers(given, "given")
     if given is not None and given.shape != x.shape:
         raise ValueError(f"given has shape {tuple(given.shape)}; x has {tuple(x.shape)}")
@@ -55,7 +81,20 @@ def divergence(
     model: Sequence[float],  # the shares that a code gives them, to any scale
 ) -> float:  # bits a symbol; infinite when a symbol occurs that has no share
     """What it costs to code symbols with the shares of a model: the Kullback-Leibler divergence D(p‖q) in bits.
-    `ValueError` for other shapes, and for shares that are below 0 or add up to nothing."""
+    `ValueError` for other shapes, and for shares that are below 0 or add up to nothing.
+
+    Parameters
+    ----------
+    counts : Sequence[int]
+        how often each symbol occurs
+    model : Sequence[float]
+        the shares that a code gives them, to any scale
+
+    Returns
+    -------
+    float
+        bits a symbol; infinite when a symbol occurs that has no share
+    """
     p, q = (np.asarray(v, dtype=np.float64) for v in (counts, model))
     if p.shape != q.shape:
         raise ValueError(f"counts has shape {p.shape}; model has {q.shape}")
@@ -69,7 +108,18 @@ def divergence(
 def huffman_lengths(
     counts: dict,  # symbol: how often it occurs; symbols that never do get no word
 ) -> dict:  # symbol: length of its word in bits
-    "Word lengths of the prefix code with the fewest bits (Huffman 1952). A symbol that is alone gets one bit."
+    """Word lengths of the prefix code with the fewest bits (Huffman 1952). A symbol that is alone gets one bit.
+
+    Parameters
+    ----------
+    counts : dict
+        symbol: how often it occurs; symbols that never do get no word
+
+    Returns
+    -------
+    dict
+        symbol: length of its word in bits
+    """
     heap = [(n, i, [s]) for i, (s, n) in enumerate(counts.items()) if n > 0]
     lengths = dict.fromkeys((s for _, _, group in heap for s in group), 1 if len(heap) == 1 else 0)
     heapify(heap)
@@ -85,7 +135,18 @@ def huffman_lengths(
 def canonical_codes(
     lengths: dict,  # symbol: length of its word in bits
 ) -> dict:  # symbol: its word, of '0' and '1'
-    "The prefix code with these lengths whose words ascend; `ValueError` when they break Kraft's inequality."
+    """The prefix code with these lengths whose words ascend; `ValueError` when they break Kraft's inequality.
+
+    Parameters
+    ----------
+    lengths : dict
+        symbol: length of its word in bits
+
+    Returns
+    -------
+    dict
+        symbol: its word, of '0' and '1'
+    """
     words, code, last = {}, 0, 0
     for s in sorted(lengths, key=lambda s: (lengths[s], s)):
         code <<= lengths[s] - last
@@ -102,7 +163,22 @@ def read_words(
     words: dict,  # symbol: its word
     n: int,  # how many symbols to read
 ) -> list:  # the symbols
-    "Read a prefix code; `CodingError` when the bits end within a word."
+    """Read a prefix code; `CodingError` when the bits end within a word.
+
+    Parameters
+    ----------
+    bits : str
+        words of a prefix code, one after the other
+    words : dict
+        symbol: its word
+    n : int
+        how many symbols to read
+
+    Returns
+    -------
+    list
+        the symbols
+    """
     symbol_of, longest = {w: s for s, w in words.items()}, max(map(len, words.values()), default=0)
     out, start, at = [], 0, 1
     while len(out) < n:
@@ -139,7 +215,18 @@ huffman = CODERS["huffman"] = Coder("huffman", encode_huffman, decode_huffman, a
 def lz77_replay(
     tokens: Iterable,  # literals (a byte) and matches (length, distance)
 ) -> bytes:  # what they say
-    "Follow the pointers of LZ77; `CodingError` when one points before the beginning."
+    """Follow the pointers of LZ77; `CodingError` when one points before the beginning.
+
+    Parameters
+    ----------
+    tokens : Iterable
+        literals (a byte) and matches (length, distance)
+
+    Returns
+    -------
+    bytes
+        what they say
+    """
     out = bytearray()
     for token in tokens:
         if isinstance(token, int):
@@ -155,7 +242,23 @@ def lz77_replay(
 def longest_match(
     data: bytes, i: int, last: dict, before: list, window: int, patience: int, longest: int
 ) -> tuple[int, int]:  # length and distance; 0 where there is none
-    "The longest earlier copy of what begins at i, along the chain of its first four bytes."
+    """The longest earlier copy of what begins at i, along the chain of its first four bytes.
+
+    Parameters
+    ----------
+    data : bytes
+    i : int
+    last : dict
+    before : list
+    window : int
+    patience : int
+    longest : int
+
+    Returns
+    -------
+    tuple[int, int]
+        length and distance; 0 where there is none
+    """
     length, distance, most = 0, 0, min(longest, len(data) - i)
     j = last.get(data[i : i + 4], -1)
     while j >= 0 and i - j <= window and patience and length < most:
@@ -175,7 +278,24 @@ def lz77_parse(
     patience: int = 32,  # how many earlier places are tried for each match
     longest: int = 259,  # length of a match at most; at least it is 4
 ) -> list:  # literals (a byte) and matches (length, distance)
-    "Cut data into literals and matches, always the longest match found (Ziv and Lempel 1977, with hash chains)."
+    """Cut data into literals and matches, always the longest match found (Ziv and Lempel 1977, with hash chains).
+
+    Parameters
+    ----------
+    data : bytes
+        any bytes
+    window : int, default 1 << 16
+        how far back a match may begin
+    patience : int, default 32
+        how many earlier places are tried for each match
+    longest : int, default 259
+        length of a match at most; at least it is 4
+
+    Returns
+    -------
+    list
+        literals (a byte) and matches (length, distance)
+    """
     last, before, tokens, i = {}, [-1] * len(data), [], 0
     while i < len(data):
         length, distance = longest_match(data, i, last, before, window, patience, longest)
@@ -191,7 +311,20 @@ def lz78_parse(
     data: bytes,  # any bytes
     phrases: int = 1 << 16,  # the list starts afresh when it has that many
 ) -> list:  # (number of an earlier phrase, next byte); the last byte may be missing (None)
-    "Cut data into phrases, each an earlier one and a byte more; phrase 0 is empty (Ziv and Lempel 1978)."
+    """Cut data into phrases, each an earlier one and a byte more; phrase 0 is empty (Ziv and Lempel 1978).
+
+    Parameters
+    ----------
+    data : bytes
+        any bytes
+    phrases : int, default 1 << 16
+        the list starts afresh when it has that many
+
+    Returns
+    -------
+    list
+        (number of an earlier phrase, next byte); the last byte may be missing (None)
+    """
     longer, at, tokens = {}, 0, []
     for byte in data:
         if (at, byte) in longer:

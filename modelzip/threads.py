@@ -34,7 +34,20 @@ def amdahl(
     n: Any,  # processors: a number, array or tensor of at least 1
     serial: float,  # share of the work that cannot be split, 0 to 1
 ) -> Any:  # how many times as fast as with one
-    "Amdahl's law (1967, doi:10.1145/1465482.1465560). `TypeError`, `ValueError`: n or serial is not as above."
+    """Amdahl's law (1967, doi:10.1145/1465482.1465560). `TypeError`, `ValueError`: n or serial is not as above.
+
+    Parameters
+    ----------
+    n : Any
+        processors: a number, array or tensor of at least 1
+    serial : float
+        share of the work that cannot be split, 0 to 1
+
+    Returns
+    -------
+    Any
+        how many times as fast as with one
+    """
     n, serial = checked_share(n, serial)
     return n * 1.0 if serial == 0 else 1 / (serial + (1 - serial) / n)
 
@@ -43,7 +56,20 @@ def fit_amdahl(
     n: Sequence[float],  # numbers of processors, at least one of them above 1
     speedup: Sequence[float],  # what was measured with each: times as fast as with one
 ) -> float:  # serial share: below 0 when they did better than their number, above 1 when they did harm
-    "Serial share by least squares on 1/speed-up. `ValueError`: not finite, n below 1 or all 1, speedup 0 or less."
+    """Serial share by least squares on 1/speed-up. `ValueError`: not finite, n below 1 or all 1, speedup 0 or less.
+
+    Parameters
+    ----------
+    n : Sequence[float]
+        numbers of processors, at least one of them above 1
+    speedup : Sequence[float]
+        what was measured with each: times as fast as with one
+
+    Returns
+    -------
+    float
+        serial share: below 0 when they did better than their number, above 1 when they did harm
+    """
     n, speedup = checked_speedups(n, speedup)
     x, y = [1 / k for k in n], [1 / s for s in speedup]
     return checked_fit(sum((1 - a) * (b - a) for a, b in zip(x, y)) / sum((1 - a) ** 2 for a in x))

@@ -39,7 +39,20 @@ def technique(
 ) -> (
     Callable
 ):  # decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
-    "Add a technique to the tour. `ValueError` when the name is taken, and for another `archive`."
+    """Add a technique to the tour. `ValueError` when the name is taken, and for another `archive`.
+
+    Parameters
+    ----------
+    name : str
+        what the table calls it
+    archive : bool | str, default True
+        its file is entropy-coded; False: mapped, ready to run; "solid": smaller still, for small models
+
+    Returns
+    -------
+    Callable
+        decorator of a function (trained model, data) → compressed model; the model is a copy, its own to change
+    """
     if name == "fp32":
         raise ValueError("name is 'fp32', which is what the model itself is called")
     if archive not in (True, False, "solid"):
@@ -125,7 +138,17 @@ def _gptq2(model, data):
 
 
 def calibration(data: Data) -> list:  # 10 batches of 100 digits from the training part
-    "What the techniques that look at data may look at."
+    """What the techniques that look at data may look at.
+
+    Parameters
+    ----------
+    data : Data
+
+    Returns
+    -------
+    list
+        10 batches of 100 digits from the training part
+    """
     return [data.train.x[i : i + 100] for i in range(0, 1000, 100)]
 
 # %% ../nbs/14_tour.ipynb
@@ -154,7 +177,21 @@ def through_rounding(
     data: Data,
     **how: int,  # of `prepare`
 ) -> nn.Module:  # of integers
-    "Four epochs of training through rounding, at the learning rate that `bench/qat.py` chose on validation digits."
+    """Four epochs of training through rounding, at the learning rate that `bench/qat.py` chose on validation digits.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained
+    data : Data
+    **how : int
+        of `prepare`
+
+    Returns
+    -------
+    nn.Module
+        of integers
+    """
     return convert(train(prepare(model, batches=calibration(data), **how), data.fit, epochs=4, lr=1e-3, progress=False))
 
 # %% ../nbs/14_tour.ipynb
@@ -190,7 +227,21 @@ def pruned(
     data: Data,
     sparsity: float = 0.95,  # share of the weights that goes
 ) -> nn.Module:  # with masks
-    "Eight epochs, in the first five of which the masks tighten."
+    """Eight epochs, in the first five of which the masks tighten.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained
+    data : Data
+    sparsity : float, default 0.95
+        share of the weights that goes
+
+    Returns
+    -------
+    nn.Module
+        with masks
+    """
     model = copy.deepcopy(model)
     pruner = Pruner(model, sparsity, schedule="cubic")
     return train(
@@ -249,7 +300,25 @@ def taught(
     lr: float = 5e-3,  # highest learning rate
     price: float = 0.0,  # of a thousand bits of the codes' entropy, in the loss; for a student that was prepared
 ) -> nn.Module:  # in eval mode; of integers or codes, if it was prepared for that
-    "Distil into a student, with augmentation."
+    """Distil into a student, with augmentation.
+
+    Parameters
+    ----------
+    student : nn.Module
+    teacher : nn.Module
+    data : Data
+    epochs : int, default 15
+        times that each digit is seen
+    lr : float, default 0.005
+        highest learning rate
+    price : float, default 0.0
+        of a thousand bits of the codes' entropy, in the loss; for a student that was prepared
+
+    Returns
+    -------
+    nn.Module
+        in eval mode; of integers or codes, if it was prepared for that
+    """
     loss, options = 0.5 * SoftTargets(2) + 0.5 * Labels(), {}
     if price:
         loss, options = loss + price * EntropyBits(student), {"optimizer": functools.partial(StepAdam, model=student)}
@@ -265,7 +334,24 @@ def compressed(
     techniques: Sequence[str] | None = None,  # names of `TECHNIQUES`; None: all of them
 ) -> dict[str, nn.Module]:  # the model itself as 'fp32', then one model for each technique
     """Apply every technique of the list, or some by name, to a copy of one model. Of models that are one and the same,
-    the later are copies. `TypeError` when a technique returns no model; `ValueError` names one that is not there."""
+    the later are copies. `TypeError` when a technique returns no model; `ValueError` names one that is not there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained
+    data : Data
+        what it was trained on, for the techniques that look at data
+    progress : bool, default True
+        show a bar; a line a technique where none can be drawn
+    techniques : Sequence[str] | None, default None
+        names of `TECHNIQUES`; None: all of them
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        the model itself as 'fp32', then one model for each technique
+    """
     models, names = {"fp32": model}, _asked(techniques)
     for i, name in enumerate(tqdm(names, desc="compressing", disable=not (progress and draws())), 1):
         tell(progress, f"compressing {i}/{len(names)}: {name}")
@@ -288,7 +374,7 @@ def _asked(techniques: Sequence[str] | None) -> list[str]:
     return names
 
 # %% ../nbs/14_tour.ipynb
-def load_alone(path, model=None) -> nn.Module:
+def load_alone(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     "Load a file with nothing else at hand: the model that it was saved from is not looked at."
     return load(path)
 
@@ -301,7 +387,26 @@ def tour(
     techniques: Sequence[str] | None = None,  # names of `TECHNIQUES`, in the order of the rows; None: all of them
 ) -> Report:  # one row for each technique, the fp32 model first
     """Train LeNet-5 on 4,000 real digits, compress it by every technique, or by some, save, load, measure on 1,000
-    others, write `report.html`. `ValueError` names a technique that is not there."""
+    others, write `report.html`. `ValueError` names a technique that is not there.
+
+    Parameters
+    ----------
+    folder : str | Path, default 'tour'
+        where report.html and the .mz files go; made when missing
+    seed : int, default 0
+        of the training
+    repeats : int, default 20
+        timing rounds
+    progress : bool, default True
+        show bars; in a file or a pipe a line a step
+    techniques : Sequence[str] | None, default None
+        names of `TECHNIQUES`, in the order of the rows; None: all of them
+
+    Returns
+    -------
+    Report
+        one row for each technique, the fp32 model first
+    """
     techniques = _asked(techniques)
     folder, data = Path(folder), mnist5k()
     folder.mkdir(parents=True, exist_ok=True)

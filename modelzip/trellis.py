@@ -28,7 +28,17 @@ _all_ = ["TrellisTensor", "next_states"]  # the workshop's
 def branches(
     states: int,
 ) -> tuple[Tensor, Tensor]:  # [2, states]: the two states that lead to each; by which kind of code: 2 · grid + parity
-    "The machine backwards."
+    """The machine backwards.
+
+    Parameters
+    ----------
+    states : int
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        [2, states]: the two states that lead to each; by which kind of code: 2 · grid + parity
+    """
     came = next_states(states).flatten().long().argsort(stable=True).view(states, 2).t()  # 2 · state + parity
     return came // 2, 2 * (came // 2 >= states // 2) + came % 2
 
@@ -41,7 +51,29 @@ def best_of_kind(
     price: Tensor | float,  # of a bit
     context: Tensor | int,  # which row of `bits`
 ) -> tuple[Tensor, Tensor]:  # |k|; squared error and price
-    "The code of least cost among those of one parity on one grid, while price times what `bits` differ by is below 21."
+    """The code of least cost among those of one parity on one grid, while price times what `bits` differ by is below
+    21.
+
+    Parameters
+    ----------
+    size : Tensor
+        |x| in fine steps, any shape
+    odd : Tensor | int
+        0 or 1: which grid
+    parity : Tensor | int
+        of the code
+    bits : Tensor
+        [contexts, most + 1]: what |k| takes, with its sign
+    price : Tensor | float
+        of a bit
+    context : Tensor | int
+        which row of `bits`
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        |k|; squared error and price
+    """
     most, table = bits.shape[1] - 1, bits.flatten()
     near = (((size + odd) / 2 - parity) / 2).round_().mul_(2).add_(parity).clamp_(parity, most - (most - parity) % 2)
     below = (near - 2).clamp_(min=parity)
@@ -62,7 +94,28 @@ def trellis_codes(
     classes: Tensor | None = None,  # [lanes, run] whole: contexts are 2 · class + grid
     bite: int = 4096,  # lanes at a time
 ) -> Tensor:  # [lanes, run] int32
-    "The codes of least squared error plus price times bits, of all sequences that begin in state 0 (Viterbi 1967)."
+    """The codes of least squared error plus price times bits, of all sequences that begin in state 0 (Viterbi 1967).
+
+    Parameters
+    ----------
+    x : Tensor
+        [lanes, run] weights in fine steps
+    bits : Tensor
+        [contexts, most + 1]: what |k| takes, see `code_bits`
+    price : float, default PRICE
+        of a bit, in squared fine steps; times what bits differ by it is to be below 21
+    states : int, default 8
+        of the machine: 4, 8, 16 or 32
+    classes : Tensor | None, default None
+        [lanes, run] whole: contexts are 2 · class + grid
+    bite : int, default 4096
+        lanes at a time
+
+    Returns
+    -------
+    Tensor
+        [lanes, run] int32
+    """
     pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
     return torch.cat([search(piece, bits, price, states, some) for piece, some in pieces])
 
@@ -94,7 +147,26 @@ def learned_bits(
     rounds: int = 3,  # of choosing and counting
     lanes: int = 256,  # that are looked at
 ) -> Tensor:  # [contexts, most + 1]
-    "Prices that agree with what is chosen at them."
+    """Prices that agree with what is chosen at them.
+
+    Parameters
+    ----------
+    x : Tensor
+        [lanes, run] weights in fine steps
+    price : float, default PRICE
+    states : int, default 8
+    classes : Tensor | None, default None
+        [lanes, run]
+    rounds : int, default 3
+        of choosing and counting
+    lanes : int, default 256
+        that are looked at
+
+    Returns
+    -------
+    Tensor
+        [contexts, most + 1]
+    """
     most, n = int(x.abs().max() / 2) + 2, 2 if classes is None else 2 * int(classes.max()) + 2
     some = torch.linspace(0, len(x) - 1, min(lanes, len(x))).long()
     x, classes = x[some], None if classes is None else classes[some]
@@ -119,7 +191,32 @@ def feedback_codes(
     classes: Tensor | None = None,  # [rows, inputs]
     bite: int = 1024,  # rows at a time
 ) -> Tensor:  # [rows, inputs] int32
-    "Trellis codes by lanes of columns; those to the right make up for the errors (after Frantar et al. 2022)."
+    """Trellis codes by lanes of columns; those to the right make up for the errors (after Frantar et al. 2022).
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, inputs] weights in fine steps
+    pull : Tensor
+        [inputs, inputs] upper triangular: an error of 1 in column t moves column l by −pull[t, l]
+    counts : Tensor
+        [inputs]: what a squared error in a column costs
+    bits : Tensor
+        [contexts, most + 1]: what |k| takes
+    price : float, default PRICE
+    states : int, default 8
+    run : int, default 128
+        columns in a lane; it divides the inputs
+    classes : Tensor | None, default None
+        [rows, inputs]
+    bite : int, default 1024
+        rows at a time
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs] int32
+    """
     if len(x) > bite:
         pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
         return torch.cat([feedback_codes(x, pull, counts, bits, price, states, run, some) for x, some in pieces])
@@ -134,7 +231,23 @@ def feedback_codes(
 def lane_with_feedback(
     w: Tensor, pull: Tensor, counts: Tensor, bits: Tensor, price: float, states: int, classes: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # [run, rows] codes; errors
-    "One lane of each row, [run, rows]. Each survivor has its own copy of the weights to come."
+    """One lane of each row, [run, rows]. Each survivor has its own copy of the weights to come.
+
+    Parameters
+    ----------
+    w : Tensor
+    pull : Tensor
+    counts : Tensor
+    bits : Tensor
+    price : float
+    states : int
+    classes : Tensor | None
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        [run, rows] codes; errors
+    """
     (before, kind), odd, (run, rows) = branches(states), (torch.arange(states) >= states // 2).long()[:, None], w.shape
     way, second = before + kind % 2 * states, torch.empty(run, states, rows, dtype=torch.bool)
     codes, errors = (torch.empty(run, states, rows, dtype=w.dtype) for _ in range(2))
@@ -167,7 +280,26 @@ def step_for(
     classes: Tensor | None = None,  # [lanes, run]
     lanes: int = 256,  # that are tried on, at least: many codes take many weights to count
 ) -> float:  # the fine step
-    "At which step codes take so many bits (few weights, or outliers, may take fewer). `ValueError` for other bits."
+    """At which step codes take so many bits (few weights, or outliers, may take fewer). `ValueError` for other bits.
+
+    Parameters
+    ----------
+    x : Tensor
+        [lanes, run] weights
+    bits : float
+        that a code should take, 0.1 to 12
+    price : float, default PRICE
+    states : int, default 8
+    classes : Tensor | None, default None
+        [lanes, run]
+    lanes : int, default 256
+        that are tried on, at least: many codes take many weights to count
+
+    Returns
+    -------
+    float
+        the fine step
+    """
     if not 0.1 <= bits <= 12:
         raise ValueError(f"bits is {bits!r}; it may be 0.1 to 12")
     some = torch.linspace(0, len(x) - 1, min(max(lanes, int(16 * 2**bits)), len(x))).long()
@@ -205,7 +337,33 @@ def trellis_weight(
 ) -> TrellisTensor:
     """Trellis-coded quantization of one layer's weight (Marcellin and Fischer 1990; Fischer and Wang 1992), with
     GPTQ's feedback where the inputs are known (Frantar et al. 2022, arXiv:2210.17323). `ValueError` for a weight that
-    is not finite, for options out of range, and for steps that float32 cannot say."""
+    is not finite, for options out of range, and for steps that float32 cannot say.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    statistics : LayerStatistics | None, default None
+        with second moments of one group: columns make up for errors
+    bits : float, default 3.0
+        that a code should take once it is coded
+    step : float | None, default None
+        instead: the fine step; that of columns and rows is this in the geometric mean
+    states : int, default 8
+        of the machine: 4, 8, 16 or 32
+    price : float, default PRICE
+        of a bit, in squared fine steps; up to 1/2 is sensible
+    column_steps : bool, default True
+        every column its own step, as far as statistics ask for it
+    importance : Tensor | None, default None
+        [len(weight)]: what a squared error in weight[i] counts; its step follows
+    damping : float, default 0.01
+        share of H's mean diagonal that is added to its diagonal
+    axis : int, default 0
+        which dimension holds the outputs; unless it is 0, nothing is made up for
+    spacing : float | None, default None
+        instead of bits: two fine steps, what values of one grid are apart, in units of the weight's root mean square
+    """
     weight = check_finite(as_tensor(weight, "weight"), "weight")
     if not (step is None or 0 < step < math.inf) or not 0 <= price < math.inf:
         raise ValueError(f"step is {step}, price {price}; a step is above 0, a price 0 or more, and both are finite")
@@ -254,12 +412,44 @@ def trellis(
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for; without data 0
     overrides: dict | Callable | None = None,  # options by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits: two fine steps, in units of a tensor's root mean square
-    **more,  # of `quantize_with` and `trellis_weight`: layers, column_steps
+    layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
+    column_steps: bool = True,  # every column its own step, as far as the data ask for it
 ) -> nn.Module:  # a copy with `Dequantize` layers that hold a `TrellisTensor`
-    "Trellis-coded quantization of every layer, with feedback where there are data (Fischer and Wang 1992)."
+    """Trellis-coded quantization of every layer, with feedback where there are data (Fischer and Wang 1992).
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : Iterable | None, default None
+        calibration data, see `feed`; None: nothing makes up for errors
+    bits : float, default 3.0
+        that a code should take once it is coded
+    states : int, default 8
+        of the machine: 4, 8, 16 or 32
+    price : float, default PRICE
+        of a bit, in squared fine steps
+    damping : float, default 0.05
+        share of H's mean diagonal added to its diagonal
+    catch_up : float, default 0.5
+        share of the error of earlier layers that a layer makes up for; without data 0
+    overrides : dict | Callable | None, default None
+        options by name or pattern, or a rule: see `quantize_with`
+    spacing : float | None, default None
+        instead of bits: two fine steps, in units of a tensor's root mean square
+    layers : tuple[type, ...] | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+    column_steps : bool, default True
+        every column its own step, as far as the data ask for it
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers that hold a `TrellisTensor`
+    """
     how, catch_up = dict(bits=bits, states=states, price=price, damping=damping), catch_up if batches is not None else 0
-    how["spacing"] = spacing
-    return quantize_with(trellis_weight, model, batches, None, None, catch_up, overrides, **how, **more)
+    how |= dict(spacing=spacing, column_steps=column_steps)
+    return quantize_with(trellis_weight, model, batches, None, None, catch_up, overrides, layers, **how)
 
 # %% ../nbs/11c_trellis.ipynb
 from .workshop.arguments import name_arguments

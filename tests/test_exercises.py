@@ -3,7 +3,7 @@ the second. Where a check runs without its notebook, and what `SETUP` makes for 
 least two typical mistakes for every exercise, each with a piece of what the check says to it.
 """
 
-import ast, importlib, textwrap
+import ast, importlib, json, re, textwrap
 
 import pytest
 import trivial

@@ -2,7 +2,7 @@
 
 import fcntl, functools
 import importlib.metadata as metadata
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 USE = """
 import importlib.util, pathlib, sys
+import modelzip
+assert "torch" not in sys.modules and modelzip.quantize_model is modelzip.quant.quantize_model
 from modelzip.quant import *
-import modelzip, torch
+import torch
 assert pathlib.Path(modelzip.__file__).is_relative_to(sys.prefix), modelzip.__file__
-for absent in "nbdev", "execnb", "transformers", "pandas", "sklearn": assert importlib.util.find_spec(absent) is None, absent
+for absent in "nbdev", "execnb", "transformers", "pandas", "sklearn", "matplotlib", "ipywidgets", "IPython": assert importlib.util.find_spec(absent) is None, absent
 model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
 small, x = quantize_model(model, bits=8), torch.randn(4, 64)
 assert (small(x) - model(x)).abs().max() < 0.1
@@ -138,10 +140,25 @@ def environment(wheel, installed):
 
 def test_requirements_are_few(environment):
     _, _, required = environment
-    assert {"numpy", "torch", "matplotlib", "ipywidgets", "safetensors", "zstandard", "constriction", "tqdm"} <= set(
-        required
-    )
-    assert not {"nbdev", "execnb", "jupyterlab", "transformers"} & set(required)
+    assert {"numpy", "torch", "safetensors", "zstandard", "constriction", "tqdm"} <= set(required)
+    assert not {"nbdev", "execnb", "jupyterlab", "transformers", "matplotlib", "ipywidgets", "ipython"} & set(required)
+
+
+def test_all_extras_resolve(wheel):
+    "pip itself, offline: what `modelzip[all]` asks for is what is installed here, and each extra is in it."
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--no-index", "--quiet"]
+    done = subprocess.run([*pip, f"{wheel}[all]"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    extras = {
+        name: set(rs.split())
+        for name, rs in re.findall(r"^(\w+)_requirements = (.*)$", settings, re.M)
+        if name != "dev"
+    }
+    said = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA")))
+    of_all = set(re.findall(r"^Requires-Dist: ([^;\s]+); extra == \"all\"", said.decode(), re.M))
+    assert of_all == set().union(*(rs for name, rs in extras.items() if name != "openvino"))
+    assert {"notebook", "data", "hf", "onnx", "language", "cli"} <= extras.keys()
 
 
 def test_wheel_works_in_an_empty_environment(environment, tmp_path):
@@ -152,11 +169,9 @@ def test_wheel_works_in_an_empty_environment(environment, tmp_path):
 
 
 def test_wheel_holds_the_library_alone(environment):
-    import zipfile
-
     names = zipfile.ZipFile(environment[1]).namelist()
     assert all(n.startswith(("modelzip/", "modelzip-")) for n in names), names
-    assert "modelzip/quant.py" in names and not any(n.endswith(".ipynb") for n in names)
+    assert {"modelzip/quant.py", "modelzip/py.typed"} <= {*names} and not any(n.endswith(".ipynb") for n in names)
 
 
 # ---------------------------------------------------------------------------------- the readme, pasted

@@ -74,10 +74,17 @@ def methods(cls):
 
 @functools.cache
 def rendered(thing, documentation):
-    "Signature, docstring and the table of arguments as nbdev shows them."
+    "Signature, docstring and the table of arguments as nbdev shows them; what is in the table is said once."
     from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
-    return documentation(show_doc(thing, renderer=BasicMarkdownRenderer)._repr_markdown_()).strip()
+    shown = show_doc(thing, renderer=BasicMarkdownRenderer)
+    shown.docs = prose(shown.docs)
+    return documentation(shown._repr_markdown_()).strip()
+
+
+def prose(text):
+    "A docstring without its sections."
+    return re.split(r"\n\s*(?:Parameters|Returns)\n\s*-+\n", text)[0].strip()
 
 
 def entry(name, thing, derived, documentation):

@@ -106,10 +106,9 @@ def tool(*command):
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True, cwd=ROOT)
 
 
-def export(paths):
-    "Write modules before anything runs: a chapter's later cells may import the module that its first cells make."
-    code = "import sys; from nbdev.export import nb_export; [nb_export(p) for p in sys.argv[1:]]"
-    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, cwd=ROOT)
+def export(paths=(), root=ROOT):
+    "Write modules: some before anything runs, as a chapter's later cells may import what its first cells make; or all."
+    subprocess.run([sys.executable, str(root / "tools/export.py"), *map(str, paths)], check=True, cwd=root)
 
 
 def readme(root=ROOT):
@@ -129,7 +128,11 @@ def readme(root=ROOT):
         if re.search(r"^#\| ?echo: false$", c.source, re.M):
             c.source = ""
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
-    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text, resources = MarkdownExporter().from_notebook_node(nb)
+    for name, data in resources["outputs"].items():  # the picture
+        (root / "nbs" / (kept := f"index{Path(name).suffix}")).write_bytes(data)
+        shown = f"![Bytes and accuracy of every technique of the tour](nbs/{kept})\n"
+        text = re.sub(rf"^ *\n!\[svg\]\({re.escape(name)}\)\n *\n", lambda m: shown, text, flags=re.M)
     text = re.sub(r"```python\s*```\n", "", text)
     text = re.sub(r"\]\(((?:\w+/)?\w+\.ipynb)", r"](nbs/\1", text)
     (root / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
@@ -144,7 +147,7 @@ def run(paths):
         tool("nbdev_clean", "--fname", str(p))
     translations.write()
     tool("ruff", "format", "--quiet")
-    tool("nbdev_export")
+    export()
     readme()
 
 
@@ -233,15 +236,14 @@ def check():
             ),
         )
         shutil.rmtree(copy / "modelzip")
-        for command in "nbdev_export", "nbdev_clean":
-            subprocess.run(
-                [str(Path(sys.executable).parent / command)], check=True, cwd=copy, stdout=subprocess.DEVNULL
-            )
+        export(root=copy)
+        clean = str(Path(sys.executable).parent / "nbdev_clean")
+        subprocess.run([clean], check=True, cwd=copy, stdout=subprocess.DEVNULL)
         translations.write(copy)
         readme(copy)
         made = {
             p.relative_to(copy)
-            for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "README.md")
+            for pattern in ("modelzip/**/*.py", "nbs/**/*.ipynb", "nbs/index.svg", "README.md")
             for p in copy.glob(pattern)
         }
         made |= {p.relative_to(ROOT) for p in (ROOT / "modelzip").glob("**/*.py")}

@@ -22,7 +22,24 @@ def branch_and_bound(
     most: int = 100_000,  # states at a time
 ) -> list[int] | None:  # the option of each layer; None: nothing fits, or there would be more states
     """Least Σ errors within a budget, exactly: states that no other dominates, and that a Lagrangian bound leaves a
-    chance (after Dyer, Kayal & Walker 1984)."""
+    chance (after Dyer, Kayal & Walker 1984).
+
+    Parameters
+    ----------
+    bytes : Sequence[Sequence[float]]
+        [layers][options]; not finite: not on offer
+    errors : Sequence[Sequence[float]]
+        [layers][options]
+    budget : float
+        bytes in all
+    most : int, default 100000
+        states at a time
+
+    Returns
+    -------
+    list[int] | None
+        the option of each layer; None: nothing fits, or there would be more states
+    """
     same_length("layers", "options", bytes=bytes, errors=errors)
     offers = [
         sorted((b, e, o) for o, (b, e) in enumerate(zip(*row)) if math.isfinite(b) and math.isfinite(e))
@@ -80,7 +97,22 @@ def allocate(
     budget: float,  # bytes in all
 ) -> list[int]:  # the option of each layer
     """Least Σ errors within a budget: exact, by `branch_and_bound`, unless that becomes too large; then the better
-    of `greedy` and `knapsack`. `ValueError` when even the smallest options are too many bytes, or budget is NaN."""
+    of `greedy` and `knapsack`. `ValueError` when even the smallest options are too many bytes, or budget is NaN.
+
+    Parameters
+    ----------
+    bytes : Sequence[Sequence[float]]
+        [layers][options]; not finite: not on offer
+    errors : Sequence[Sequence[float]]
+        [layers][options]
+    budget : float
+        bytes in all
+
+    Returns
+    -------
+    list[int]
+        the option of each layer
+    """
     budget = float(budget)
     found = [greedy(bytes, errors, budget), branch_and_bound(bytes, errors, budget)]
     if found[1] is None:

@@ -82,7 +82,13 @@ batch_samples = contextvars.ContextVar("samples", default=1)  # in the batch tha
 
 class AsAlone(TorchFunctionMode):
     """A block for a batch of `n` samples, in which linear layers and convolutions give each the bits that it would
-    get alone."""
+    get alone.
+
+    Parameters
+    ----------
+    n : int
+        samples in the batch; inputs hold them one after another along their first dimension
+    """
 
     def __init__(
         self,

@@ -25,7 +25,27 @@ from .statistics import LayerStatistics
 # %% ../../nbs/workshop/alternatives.ipynb
 @dataclass
 class Way:
-    "One way to round an input and the weights that read it."
+    """One way to round an input and the weights that read it.
+
+    Parameters
+    ----------
+    alpha : float | None
+        of the column scales; None: there are none
+    columns : Tensor | None
+        [channels]
+    each : Tensor | None
+        [inputs] the same: a convolution reads a channel at each place of its window
+    step : tuple[float, int]
+        step of the input, and its code of zero
+    times : Tensor | None
+        [inputs] how often each stands in the weight; None: once
+    codes : Tensor
+        [outputs, inputs] of the weights that read it, one below the other
+    steps : Tensor
+        [outputs, 1]
+    near : Tensor
+        the weight that codes, steps and column scales say
+    """
 
     alpha: float | None  # of the column scales; None: there are none
     columns: Tensor | None  # [channels]
@@ -43,7 +63,18 @@ def input_range(
     columns: Tensor | None,  # [inputs] column scales
     observer: str,  # 'minmax', or of `OBSERVERS`
 ) -> tuple[float, float]:
-    "From where to where an input reaches behind its column scales."
+    """From where to where an input reaches behind its column scales.
+
+    Parameters
+    ----------
+    statistics : LayerStatistics
+    rows : Tensor
+        [groups, rows, inputs] some of them
+    columns : Tensor | None
+        [inputs] column scales
+    observer : str
+        'minmax', or of `OBSERVERS`
+    """
     if observer == "minmax":
         c = torch.ones(()) if columns is None else columns.to(statistics.low)
         return (statistics.low * c).min().item(), (statistics.high * c).max().item()
@@ -57,7 +88,22 @@ def made_up(
     moment: Tensor,  # [groups, inputs, inputs] H
     top: int,  # largest code
 ) -> Tensor:  # [outputs, inputs] whole numbers
-    "GPTQ's codes (Frantar et al. 2022, arXiv:2210.17323), those of each group, inputs that matter most first."
+    """GPTQ's codes (Frantar et al. 2022, arXiv:2210.17323), those of each group, inputs that matter most first.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs] in steps of one
+    moment : Tensor
+        [groups, inputs, inputs] H
+    top : int
+        largest code
+
+    Returns
+    -------
+    Tensor
+        [outputs, inputs] whole numbers
+    """
     parts = weight.reshape(len(moment), -1, weight.shape[1])
     H = moment / moment.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(moment.dtype).tiny)
     one, zero = torch.ones_like(parts[0]), torch.full_like(parts[0], top)
@@ -69,7 +115,20 @@ def row_hurt(
     change: Tensor,  # [outputs, inputs]
     moment: Tensor,  # [groups, inputs, inputs] H
 ) -> Tensor:  # [outputs, 1] δᵀHδ
-    "What a change of the weight does to each output."
+    """What a change of the weight does to each output.
+
+    Parameters
+    ----------
+    change : Tensor
+        [outputs, inputs]
+    moment : Tensor
+        [groups, inputs, inputs] H
+
+    Returns
+    -------
+    Tensor
+        [outputs, 1] δᵀHδ
+    """
     d = change.reshape(len(moment), -1, change.shape[1]).to(moment)
     return ((d @ moment) * d).sum(2).reshape(-1, 1)
 
@@ -78,12 +137,29 @@ def apart(
     t: Tensor,  # [all outputs, …]
     weights: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    "What was laid one below the other, by layer."
+    """What was laid one below the other, by layer.
+
+    Parameters
+    ----------
+    t : Tensor
+        [all outputs, …]
+    weights : Mapping[str, Tensor]
+    """
     return dict(zip(weights, t.split([len(w) for w in weights.values()])))
 
 
 def together(weights: Mapping[str, Tensor]) -> Tensor:  # float32
-    "Weights one below the other."
+    """Weights one below the other.
+
+    Parameters
+    ----------
+    weights : Mapping[str, Tensor]
+
+    Returns
+    -------
+    Tensor
+        float32
+    """
     return torch.cat([w.float() for w in weights.values()])
 
 
@@ -94,7 +170,20 @@ def errors_of(
     step: tuple | None,  # of the input; None: a range for each row
     shifts: Mapping[str, Tensor] | None = None,  # what is added to biases
 ) -> dict[str, float]:
-    "Relative error of each layer's output on the second half."
+    """Relative error of each layer's output on the second half.
+
+    Parameters
+    ----------
+    weights : Mapping[str, Tensor]
+        by layer
+    way : Way
+        fitted on the first half
+    seen : Seen
+    step : tuple | None
+        of the input; None: a range for each row
+    shifts : Mapping[str, Tensor] | None, default None
+        what is added to biases
+    """
     near, found = apart(way.near, weights), {}
     for n, w in weights.items():
         how = (seen.statistics(0), seen.rows(1), way.columns, step, near[n], None if shifts is None else shifts[n])
@@ -109,7 +198,23 @@ def bias_shifts(
     rows: Tensor,  # [groups, rows, inputs]
     step: tuple | None,  # of the input; None: a range for each row
 ) -> dict[str, Tensor]:  # E[Wx − Ŵx̂] of each layer's outputs
-    "What both roundings take from the mean of each output (Nagel et al. 2019, arXiv:1906.04721)."
+    """What both roundings take from the mean of each output (Nagel et al. 2019, arXiv:1906.04721).
+
+    Parameters
+    ----------
+    weights : Mapping[str, Tensor]
+    way : Way
+    statistics : LayerStatistics
+    rows : Tensor
+        [groups, rows, inputs]
+    step : tuple | None
+        of the input; None: a range for each row
+
+    Returns
+    -------
+    dict[str, Tensor]
+        E[Wx − Ŵx̂] of each layer's outputs
+    """
     mean = lambda r, w: (r @ matrices_for(w, statistics).mT).mean(1).reshape(-1)
     shift = mean(rows, together(weights)) - mean(rounded_rows(rows, way.each, step), way.near)
     return apart(shift, weights)
@@ -123,7 +228,26 @@ def best_way(
     copies: int,  # 0: none
     gptq: bool,
 ) -> tuple[Way, bool]:  # fitted on the first half; whether by GPTQ
-    "Of all that may be tried, what errs least on the second half."
+    """Of all that may be tried, what errs least on the second half.
+
+    Parameters
+    ----------
+    weights : Mapping[str, Tensor]
+        of layers with a common input
+    seen : Seen
+    fit : Callable
+        (weight, statistics, rows, alpha, copies, gptq) → Way
+    alphas : list
+        None: no column scales
+    copies : int
+        0: none
+    gptq : bool
+
+    Returns
+    -------
+    tuple[Way, bool]
+        fitted on the first half; whether by GPTQ
+    """
     both, first = together(weights), (seen.statistics(0), seen.rows(0))
     fitted = lambda alpha, copies, gptq: named(next(iter(weights)), fit, both, *first, alpha, copies, gptq)
     error = lambda way: sum(e * e for e in errors_of(weights, way, seen, way.step).values()) ** 0.5
@@ -141,7 +265,16 @@ def common_inputs(
     seen: Mapping[str, Seen],  # by layer
     tied: Iterable[str] = (),  # names of layers that share a weight: each is alone
 ) -> list[list[str]]:
-    "Names of layers, those of one input together."
+    """Names of layers, those of one input together.
+
+    Parameters
+    ----------
+    model : nn.Module
+    seen : Mapping[str, Seen]
+        by layer
+    tied : Iterable[str], default ()
+        names of layers that share a weight: each is alone
+    """
     groups = {}
     for n, s in seen.items():
         alone = not isinstance(model.get_submodule(n), nn.Linear) or n in tied
@@ -153,7 +286,22 @@ def common_inputs(
 # %% ../../nbs/workshop/alternatives.ipynb
 @dataclass
 class Wish:
-    "What may be tried."
+    """What may be tried.
+
+    Parameters
+    ----------
+    fit : Callable
+        (weight, statistics, rows, alpha, copies, gptq) → Way
+    pack : Callable
+        (weight, codes, steps, way) → QTensor
+    alphas : list
+        of column scales; None: without
+    copies : int
+    gptq : bool
+    biases : bool
+    limit : float | None
+        error from which a linear layer keeps a range for each row
+    """
 
     fit: Callable  # (weight, statistics, rows, alpha, copies, gptq) → Way
     pack: Callable  # (weight, codes, steps, way) → QTensor
@@ -171,7 +319,20 @@ def decided(
     asked: Mapping[str, str | None],  # layer → 'static', 'row', or None: whatever is better
     makers: frozenset = frozenset(),  # who could make copies
 ) -> dict[str, Fixed]:
-    "The choice for the layers of one input."
+    """The choice for the layers of one input.
+
+    Parameters
+    ----------
+    layers : Mapping[str, nn.Module]
+        with a common input
+    seen : Seen
+        what it is like
+    wish : Wish
+    asked : Mapping[str, str | None]
+        layer → 'static', 'row', or None: whatever is better
+    makers : frozenset, default frozenset()
+        who could make copies
+    """
     weights = {n: m.weight.detach() for n, m in layers.items()}
     some = next(iter(layers.values()))
     if seen.one_sided:
@@ -211,7 +372,18 @@ def decided(
 def places_of(
     times: Tensor,  # [inputs] how often each is wanted
 ) -> Tensor:  # [places] which input stands at each
-    "Each input as often as it is wanted, side by side."
+    """Each input as often as it is wanted, side by side.
+
+    Parameters
+    ----------
+    times : Tensor
+        [inputs] how often each is wanted
+
+    Returns
+    -------
+    Tensor
+        [places] which input stands at each
+    """
     return torch.arange(len(times)).repeat_interleave(times)
 
 # %% ../../nbs/workshop/alternatives.ipynb

@@ -164,7 +164,18 @@ def rule_of(
     cls: str,  # name of a class
     key: str,  # of an argument
 ) -> tuple[str, Callable]:  # in words, and as a function of the value and the number of dimensions
-    "What an argument of a class may be."
+    """What an argument of a class may be.
+
+    Parameters
+    ----------
+    key : str
+        of an argument
+
+    Returns
+    -------
+    tuple[str, Callable]
+        in words, and as a function of the value and the number of dimensions
+    """
     if key == "padding" and "Pad" in cls:
         return f"a whole number, or two for each dimension, {MOST_ADDED:,} places at most", _around
     if key == "padding" and cls.startswith(("Conv", "ThinConv")) and "Transpose" not in cls:
@@ -192,7 +203,18 @@ def unfit(
     cls: str,  # name of a class
     arguments: dict,  # what it is to be made with
 ) -> str | None:  # None: nothing is wrong
-    "What is wrong with arguments: which, what it is, what it may be."
+    """What is wrong with arguments: which, what it is, what it may be.
+
+    Parameters
+    ----------
+    arguments : dict
+        what it is to be made with
+
+    Returns
+    -------
+    str | None
+        None: nothing is wrong
+    """
     for k, v in arguments.items():
         words, right = rule_of(cls, k)
         if not right(v, dimensions(cls)):
@@ -211,7 +233,13 @@ def counted(
     most: int,  # modules, parameters and buffers
 ) -> Iterator[None]:
     """A block in which this thread may register so many, and make so many modules, registered or not; `TooMuch` at
-    the next."""
+    the next.
+
+    Parameters
+    ----------
+    most : int
+        modules, parameters and buffers
+    """
     me, seen, made, profile = threading.get_ident(), [0], [0], sys.getprofile()
 
     def construct(frame, event, _):
@@ -264,7 +292,18 @@ def without_compiler(
     dispatch: Callable,  # `__torch_dispatch__` of a mode
 ) -> Callable:  # the same
     """PyTorch keeps its compiler out of a dispatch mode, and loads the compiler for that, which takes longer than a
-    model's file: this does it only where somebody has loaded it."""
+    model's file: this does it only where somebody has loaded it.
+
+    Parameters
+    ----------
+    dispatch : Callable
+        `__torch_dispatch__` of a mode
+
+    Returns
+    -------
+    Callable
+        the same
+    """
     quiet = []
 
     @functools.wraps(dispatch)
@@ -334,7 +373,14 @@ def is_whole_on_meta(
     made: list,  # `Weighed.made`
 ) -> bool:
     """Whether all that was made and is still there are parameters and buffers that a state dict has: then nothing
-    is missing when they are filled."""
+    is missing when they are filled.
+
+    Parameters
+    ----------
+    model : nn.Module
+    made : list
+        `Weighed.made`
+    """
     kept = [
         t
         for m in model.modules()
@@ -354,7 +400,21 @@ def within(
     held: int = 0,  # bytes of them
 ) -> nn.Module:  # on the meta device if that is the same
     """Call a builder. `TooMuch` when it registers more than 1,000 layers and tensors and 64 for each of `tensors`,
-    or when PyTorch takes more than 2²⁸ bytes and 16 for each of `held`; else what it raises."""
+    or when PyTorch takes more than 2²⁸ bytes and 16 for each of `held`; else what it raises.
+
+    Parameters
+    ----------
+    build : Callable[[], nn.Module]
+    tensors : int | None, default None
+        that the network may have, by what a file says; None: nothing is bounded
+    held : int, default 0
+        bytes of them
+
+    Returns
+    -------
+    nn.Module
+        on the meta device if that is the same
+    """
     things = 2**62 if tensors is None else SPARE_THINGS + 64 * tensors
     most = 2**62 if tensors is None else SPARE_BYTES + 16 * held
     try:

@@ -24,7 +24,19 @@ def isolate(
     ties: Any, m: Any, axis: int
 ) -> np.ndarray | None:  # the numbers along this axis; None: there are none, its size is fixed
     """See to it that the numbers along an axis do not depend on other axes: what lies behind one of its places goes
-    together."""
+    together.
+
+    Parameters
+    ----------
+    ties : Any
+    m : Any
+    axis : int
+
+    Returns
+    -------
+    np.ndarray | None
+        the numbers along this axis; None: there are none, its size is fixed
+    """
     axis %= max(len(m.shape), 1)
     axes = next((a for a in m.blocks if axis in a), None)
     if axes is not None and len(axes) > 1:
@@ -61,7 +73,16 @@ def link(
     b: np.ndarray | None,
     why: str = "it meets a tensor of fixed size",
 ) -> None:
-    "Tie what may be of fixed size."
+    """Tie what may be of fixed size.
+
+    Parameters
+    ----------
+    ties : Any
+    a : np.ndarray | None
+        numbers along two axes that are one; None: of fixed size
+    b : np.ndarray | None
+    why : str, default 'it meets a tensor of fixed size'
+    """
     if a is not None and b is not None:
         ties.tie(a, b, why)
     elif a is not None or b is not None:
@@ -117,7 +138,22 @@ def meet(
     out: Any,  # what the result carries: its shape, to which they are broadcast, and nothing yet
     why: str = "it meets a tensor of fixed size",
 ) -> Any:  # out
-    "Tie the channels of tensors that are combined element by element."
+    """Tie the channels of tensors that are combined element by element.
+
+    Parameters
+    ----------
+    ties : Any
+    marks : list
+        of tensors that are combined element by element
+    out : Any
+        what the result carries: its shape, to which they are broadcast, and nothing yet
+    why : str, default 'it meets a tensor of fixed size'
+
+    Returns
+    -------
+    Any
+        out
+    """
     for m in marks:
         take_apart(ties, m, [o for o in marks if o is not m and not o.free], len(out.shape), why)
     for axis in range(len(out.shape)):
@@ -147,7 +183,18 @@ def spread(labels: np.ndarray, axes: tuple, shape: tuple) -> Tensor:
 def condensed(
     a: np.ndarray,  # a number for each element of a tensor
 ) -> tuple[tuple, np.ndarray]:  # the axes along which they vary, and the numbers along these
-    "Leave out the axes along which nothing changes."
+    """Leave out the axes along which nothing changes.
+
+    Parameters
+    ----------
+    a : np.ndarray
+        a number for each element of a tensor
+
+    Returns
+    -------
+    tuple[tuple, np.ndarray]
+        the axes along which they vary, and the numbers along these
+    """
     if not a.size:
         return (), np.zeros((), np.int64)
     axes = tuple(i for i in range(a.ndim) if a.shape[i] > 1 and not (a == a.take([0], i)).all())
@@ -191,7 +238,16 @@ def cut(
     g: Callable,  # cuts pieces out of a tensor
     name: str,
 ) -> None:
-    "Equal pieces lose the same; a single place is picked by its number, so that none before it may go."
+    """Equal pieces lose the same; a single place is picked by its number, so that none before it may go.
+
+    Parameters
+    ----------
+    t : Any
+    m : Any
+    g : Callable
+        cuts pieces out of a tensor
+    name : str
+    """
     for axes in list(m.blocks):
         for axis in axes:
             if not any(axis in b for b in m.blocks):
@@ -256,7 +312,15 @@ def track(
     attribute: str,
     labels: np.ndarray | None,  # as many as there are of these is what the attribute says
 ) -> None:
-    "The module that is running says a size in an attribute, which has to follow."
+    """The module that is running says a size in an attribute, which has to follow.
+
+    Parameters
+    ----------
+    t : Any
+    attribute : str
+    labels : np.ndarray | None
+        as many as there are of these is what the attribute says
+    """
     m = t.modules.get(t.path[-1])
     if labels is not None and getattr(m, attribute, None) == len(labels):
         t.tracks.append((t.path[-1], attribute, None, labels))
@@ -314,7 +378,14 @@ def settle(
     labels: np.ndarray,  # over several axes of a tensor
 ) -> None:
     """A tensor is a box: what remains of it must be one. Along one axis slices may go; we take the one with the
-    most of them."""
+    most of them.
+
+    Parameters
+    ----------
+    ties : Any
+    labels : np.ndarray
+        over several axes of a tensor
+    """
     r = ties.find(labels)
     rows = [np.moveaxis(r, k, 0).reshape(r.shape[k], -1) for k in range(r.ndim)]
     if any((x == x[:, :1]).all() for x in rows):
@@ -336,7 +407,18 @@ def line(ties: Any, labels: np.ndarray, axis: int) -> np.ndarray:
 
 # %% ../../nbs/workshop/axes.ipynb
 def gone_among(t: Any, roots: Iterable[int]) -> np.ndarray:  # of the channels that are removed
-    "For every number whether it goes."
+    """For every number whether it goes.
+
+    Parameters
+    ----------
+    t : Any
+    roots : Iterable[int]
+
+    Returns
+    -------
+    np.ndarray
+        of the channels that are removed
+    """
     table = np.zeros(len(t.ties.parent), bool)
     table[list(roots)] = True
     return table[t.ties.find(np.arange(len(table)))]

@@ -17,7 +17,17 @@ BITE = 1 << 20  # elements worked on at a time, a multiple of 8: they stay in th
 
 # %% ../../nbs/workshop/bites.ipynb
 def bites(blocks: Tensor) -> list[tuple[slice, slice]]:  # rows and columns of each bite
-    "Slices of a matrix with at most about `BITE` elements each."
+    """Slices of a matrix with at most about `BITE` elements each.
+
+    Parameters
+    ----------
+    blocks : Tensor
+
+    Returns
+    -------
+    list[tuple[slice, slice]]
+        rows and columns of each bite
+    """
     n, m = blocks.shape
     if n == 1:
         return [(slice(None), slice(i, i + BITE)) for i in range(0, m, BITE)]
@@ -47,7 +57,28 @@ def codes_of_blocks(
     generator: torch.Generator | None = None,  # of stochastic rounding; None rounds half to even
     fused: bool = False,  # round x / scale + zero_point once and not twice, as PyTorch does with one scale for a tensor
 ) -> Tensor:  # uint8 up to 256 levels, else int32
-    "clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point))."
+    """clip(round(x / scale) + zero_point), asymmetric clip(round(x / scale + zero_point)).
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]
+    scale : Tensor
+        [blocks or 1, 1]; 0 says that a block holds nothing but zeros
+    zero_point : Tensor
+        [blocks or 1, 1]
+    levels : int
+    symmetric : bool, default True
+    generator : torch.Generator | None, default None
+        of stochastic rounding; None rounds half to even
+    fused : bool, default False
+        round x / scale + zero_point once and not twice, as PyTorch does with one scale for a tensor
+
+    Returns
+    -------
+    Tensor
+        uint8 up to 256 levels, else int32
+    """
     codes = torch.empty(blocks.shape, dtype=torch.uint8 if levels <= 256 else torch.int32, device=blocks.device)
     inverse, zero = torch.where(scale == 0, 0, 1 / scale), zero_point.to(scale.dtype)
     buffer = _buffer(blocks, scale.dtype)
@@ -75,7 +106,22 @@ def nearest_entries(
     scale: Tensor,  # [blocks or 1, 1]
     codebook: Tensor,  # [levels] ascending
 ) -> Tensor:  # uint8
-    "Index of the nearest entry of an ascending codebook, for x / scale."
+    """Index of the nearest entry of an ascending codebook, for x / scale.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]
+    scale : Tensor
+        [blocks or 1, 1]
+    codebook : Tensor
+        [levels] ascending
+
+    Returns
+    -------
+    Tensor
+        uint8
+    """
     middle = ((codebook[1:].double() + codebook[:-1].double()) / 2).to(blocks.dtype)
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
     for b in bites(blocks):
@@ -94,7 +140,29 @@ def values_of_codes(
     dtype: torch.dtype,  # of the values
     wide: torch.dtype,  # of the arithmetic
 ) -> Tensor:  # [blocks, elements]
-    "scale · (code − zero point), or scale · codebook[code]."
+    """scale · (code − zero point), or scale · codebook[code].
+
+    Parameters
+    ----------
+    codes : Tensor
+        [blocks, elements]
+    scale : Tensor
+        [blocks or 1, 1]
+    zero : Tensor | float
+        [blocks or 1, 1], or the middle
+    codebook : Tensor | None
+        [levels]: values instead of the affine map
+    levels : int
+    dtype : torch.dtype
+        of the values
+    wide : torch.dtype
+        of the arithmetic
+
+    Returns
+    -------
+    Tensor
+        [blocks, elements]
+    """
     table = None if codebook is None else codebook.to(wide)
     in_bytes = 2 < levels <= (256 if isinstance(zero, float) else 128)  # code − zero_point fits a signed byte
     if in_bytes:
@@ -125,7 +193,23 @@ def squared_errors(
     zero: Tensor,  # [tries · blocks]
     levels: int,
 ) -> Tensor:  # [tries, blocks]; infinite where it is no number
-    "Σ(x − x̂)² of each block by each of its rulers, without storing codes."
+    """Σ(x − x̂)² of each block by each of its rulers, without storing codes.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]
+    scale : Tensor
+        [tries · blocks]
+    zero : Tensor
+        [tries · blocks]
+    levels : int
+
+    Returns
+    -------
+    Tensor
+        [tries, blocks]; infinite where it is no number
+    """
     tries, n = len(scale) // max(len(blocks), 1), len(blocks)
     many = blocks.expand(tries, *blocks.shape).flatten(0, 1)
     step = max(1, BITE // max(blocks.shape[1], 1))
@@ -148,7 +232,15 @@ def planes_of(
     n: int,  # number of codes
     widths: list[int],  # of the planes
 ) -> Iterator[tuple[int, int, slice, slice]]:
-    "Of each bite of each plane: width, how far up in a code it lies, and which codes and which bytes it has."
+    """Of each bite of each plane: width, how far up in a code it lies, and which codes and which bytes it has.
+
+    Parameters
+    ----------
+    n : int
+        number of codes
+    widths : list[int]
+        of the planes
+    """
     start = shift = 0
     for w in widths:
         for i in range(0, n, BITE):
@@ -159,14 +251,34 @@ def planes_of(
 # %% ../../nbs/workshop/bites.ipynb
 def unit_of_blocks(blocks: Tensor) -> Tensor:  # [blocks, 1]
     """A power of two beside each block's largest magnitude: of blocks / unit no square overflows or vanishes, and no
-    digit is lost by it."""
+    digit is lost by it.
+
+    Parameters
+    ----------
+    blocks : Tensor
+
+    Returns
+    -------
+    Tensor
+        [blocks, 1]
+    """
     most = 1022 if blocks.dtype == torch.float64 else 126
     return torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent.clamp(-most, most).double().exp2().to(blocks.dtype)
 
 
 def mean_magnitude(blocks: Tensor) -> tuple[Tensor, Tensor]:  # low, high of each block
     """Two levels have nothing to cover and nothing to clip: ±mean|x| errs least (divided before it is summed: no
-    sum of large numbers overflows)."""
+    sum of large numbers overflows).
+
+    Parameters
+    ----------
+    blocks : Tensor
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        low, high of each block
+    """
     unit = unit_of_blocks(blocks)
     part = (blocks.abs() / unit / blocks.shape[1]).sum(1)
     mean = torch.where(part > 0, (part * unit[:, 0]).clamp(min=_least(blocks.dtype)), 0.0)
@@ -182,7 +294,16 @@ def lifted(
     reach: Tensor,  # what each ruler has to cover
     steps: float,  # and in how many steps
 ) -> Tensor:
-    "Steps below the smallest normal number that fall short of their range become the next larger number."
+    """Steps below the smallest normal number that fall short of their range become the next larger number.
+
+    Parameters
+    ----------
+    scale : Tensor
+    reach : Tensor
+        what each ruler has to cover
+    steps : float
+        and in how many steps
+    """
     tiny = torch.finfo(scale.dtype).tiny
     if not bool(scale.new_tensor(tiny) / 2 > 0):
         return scale.clamp(min=tiny)  # where these count as zero (`torch.set_flush_denormal`)

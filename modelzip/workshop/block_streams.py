@@ -26,7 +26,29 @@ from .gguf_blocks import BLOCKS, BlockTensor, check_blocks
 # %% ../../nbs/workshop/block_streams.ipynb
 @dataclass(frozen=True)
 class Rule:
-    "What is known of a kind of block."
+    """What is known of a kind of block.
+
+    Parameters
+    ----------
+    bits : int
+        of a code
+    middle : int
+        the code that stands for 0, or for the minimum
+    extremes : tuple[tuple[int, ...], ...]
+        sets of codes of which each block has one
+    divisor : float
+        scale = the extreme value (or the range) / divisor
+    sigmas : int, default 4
+        classes of width
+    zeros : int, default 1
+        classes of the place of zero
+    means : bool, default False
+        codes are written as distances from their column's mean
+    minimum : bool, default False
+        blocks have one
+    seek : bool, default True
+        numbers in bfloat16 that made the scales are looked for
+    """
 
     bits: int  # of a code
     middle: int  # the code that stands for 0, or for the minimum
@@ -68,7 +90,18 @@ def as_float(x: np.ndarray) -> np.ndarray:
 
 
 def scale_from(value: np.ndarray, rule: Rule) -> np.ndarray:  # float16
-    "What the rule makes of an extreme value, or of a range."
+    """What the rule makes of an extreme value, or of a range.
+
+    Parameters
+    ----------
+    value : np.ndarray
+    rule : Rule
+
+    Returns
+    -------
+    np.ndarray
+        float16
+    """
     with np.errstate(all="ignore"):
         return (value / np.float32(rule.divisor)).astype(np.float16)
 
@@ -80,7 +113,20 @@ def extremes_of(
 ) -> (
     list[np.ndarray] | None
 ):  # uint16 for each: the greatest (or that of largest magnitude), the least with its sign turned
-    "Numbers in bfloat16 from which the rule makes scales and minima; None if there are none for some block."
+    """Numbers in bfloat16 from which the rule makes scales and minima; None if there are none for some block.
+
+    Parameters
+    ----------
+    d : np.ndarray
+        float16
+    m : np.ndarray | None
+    rule : Rule
+
+    Returns
+    -------
+    list[np.ndarray] | None
+        uint16 for each: the greatest (or that of largest magnitude), the least with its sign turned
+    """
     low = np.float32(0) if m is None else m.astype(np.float32)
     with np.errstate(all="ignore"):
         guess = (d.astype(np.float32) * np.float32(rule.divisor) + low).view(np.uint32).astype(np.int64) + 0x8000 >> 16
@@ -111,7 +157,37 @@ def scales_of(planes: list[np.ndarray], rule: Rule) -> tuple[np.ndarray, np.ndar
 # %% ../../nbs/workshop/block_streams.ipynb
 @dataclass
 class Side:
-    "What stands in front of the lanes."
+    """What stands in front of the lanes.
+
+    Parameters
+    ----------
+    rows : int
+        of a chunk
+    split : int
+        lanes of a row
+    plain : bool
+        planes are float16 numbers, and no bfloat16 makes them
+    shifts : np.ndarray
+        int16 [planes]: low bits of a scale that are written as they are
+    row_level : np.ndarray
+        int16 [rows]
+    column_level : np.ndarray
+        int16 [planes · blocks of a row]
+    spread : np.ndarray
+        int16 [columns], eight steps an octave
+    mean : np.ndarray
+        float16 [columns], or none
+    sigma_ends : np.ndarray
+        int16: where classes of width end
+    zero_ends : np.ndarray
+        int16: where classes of the place of zero end
+    strays : np.ndarray
+        uint32: places of scales that are written as they are
+    stray_values : np.ndarray
+        uint16
+    weights : np.ndarray, default None
+        uint8 [contexts, symbols]
+    """
 
     rows: int  # of a chunk
     split: int  # lanes of a row
@@ -145,7 +221,18 @@ def contexts_in(rule: Rule) -> int:
 
 def all_weights(side: Side, rule: Rule) -> np.ndarray:  # uint8 [contexts, 256]
     """The tables of all contexts from those that are stored: one for each class of codes, from which those are taken
-    out that cannot come yet."""
+    out that cannot come yet.
+
+    Parameters
+    ----------
+    side : Side
+    rule : Rule
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [contexts, 256]
+    """
     stored = side.weights.reshape(-1, 256)
     out = np.zeros((contexts_in(rule), 256), np.uint8)
     out[SURE, 0] = 1
@@ -159,7 +246,18 @@ def all_weights(side: Side, rule: Rule) -> np.ndarray:  # uint8 [contexts, 256]
 
 
 def stored_weights(counts: np.ndarray, rule: Rule) -> np.ndarray:  # uint8 [8 + classes, 256]
-    "The inverse: what of the counts is stored. An extreme is as likely as it is among the codes where it can be."
+    """The inverse: what of the counts is stored. An extreme is as likely as it is among the codes where it can be.
+
+    Parameters
+    ----------
+    counts : np.ndarray
+    rule : Rule
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [8 + classes, 256]
+    """
     by_state = counts[CODES:].reshape(-1, 4, 256).astype(float)
     total = by_state.sum(1)
     if not rule.means:
@@ -174,17 +272,51 @@ def stored_weights(counts: np.ndarray, rule: Rule) -> np.ndarray:  # uint8 [8 + 
 
 # %% ../../nbs/workshop/block_streams.ipynb
 def in_lanes(x: np.ndarray, lanes: int) -> np.ndarray:  # [… of a lane, lanes]
-    "Rows of a chunk, dealt out to lanes."
+    """Rows of a chunk, dealt out to lanes.
+
+    Parameters
+    ----------
+    x : np.ndarray
+    lanes : int
+
+    Returns
+    -------
+    np.ndarray
+        [… of a lane, lanes]
+    """
     return np.ascontiguousarray(x.reshape(lanes, -1).T)
 
 
 def in_rows(x: np.ndarray, rows: int) -> np.ndarray:  # [rows, …]
-    "The inverse."
+    """The inverse.
+
+    Parameters
+    ----------
+    x : np.ndarray
+    rows : int
+
+    Returns
+    -------
+    np.ndarray
+        [rows, …]
+    """
     return np.ascontiguousarray(x.T).reshape(rows, -1)
 
 
 def base_of(side: Side, rule: Rule, rows: slice) -> np.ndarray:  # int32 [planes, rows, blocks of a row]
-    "Where the scales of some rows lie, by their rows and columns, less the half of what high bits can say."
+    """Where the scales of some rows lie, by their rows and columns, less the half of what high bits can say.
+
+    Parameters
+    ----------
+    side : Side
+    rule : Rule
+    rows : slice
+
+    Returns
+    -------
+    np.ndarray
+        int32 [planes, rows, blocks of a row]
+    """
     levels = side.row_level[rows].astype(np.int32)[None, :, None]
     columns = side.column_level.reshape(rule.planes, 1, -1).astype(np.int32)
     return levels + columns - (HIGH // 2 << side.shifts.astype(np.int32))[:, None, None]
@@ -210,7 +342,19 @@ def take_scales(coder: Any, side: Side, rule: Rule, base: np.ndarray, planes: np
 # %% ../../nbs/workshop/block_streams.ipynb
 @dataclass
 class Expected:
-    "What scales say about codes."
+    """What scales say about codes.
+
+    Parameters
+    ----------
+    width : np.ndarray
+        int32 [rows, blocks]: eight steps an octave, 128 where it is that of its row
+    classes : np.ndarray
+        uint32 [rows, blocks]: the first context of the class of its place of zero
+    mirrored : np.ndarray | None
+        bool [rows, blocks]
+    ratio : np.ndarray | None
+        float32 [rows, blocks]: a row's step over that of a block
+    """
 
     width: np.ndarray  # int32 [rows, blocks]: eight steps an octave, 128 where it is that of its row
     classes: np.ndarray  # uint32 [rows, blocks]: the first context of the class of its place of zero
@@ -223,7 +367,19 @@ def step_logs(d: np.ndarray) -> np.ndarray:  # int32, 128 steps an octave
 
 
 def zero_logs(d: np.ndarray, m: np.ndarray, rule: Rule) -> np.ndarray:  # int32
-    "The logarithm of −m less that of the greatest value."
+    """The logarithm of −m less that of the greatest value.
+
+    Parameters
+    ----------
+    d : np.ndarray
+    m : np.ndarray
+    rule : Rule
+
+    Returns
+    -------
+    np.ndarray
+        int32
+    """
     low = m.astype(np.float32)
     high = np.float32(rule.divisor) * d.astype(np.float32) + low
     logs = [np.abs(x).view(np.uint32).astype(np.int64) >> 16 for x in (low, high)]
@@ -253,7 +409,17 @@ def class_table(side: Side) -> np.ndarray:  # uint32 [256]: four times the class
 # %% ../../nbs/workshop/block_streams.ipynb
 @dataclass
 class Extreme:
-    "The first code of a set in each lane's block."
+    """The first code of a set in each lane's block.
+
+    Parameters
+    ----------
+    value : np.ndarray
+        uint8 [lanes]
+    order : np.ndarray
+        lanes by place
+    ends : np.ndarray
+        [34]: where in `order` each place begins
+    """
 
     value: np.ndarray  # uint8 [lanes]
     order: np.ndarray  # lanes by place
@@ -326,7 +492,25 @@ def walk(
     planes: np.ndarray | None = None,  # uint16 [planes, rows, blocks]; None: they are read
     codes: np.ndarray | None = None,  # uint8 [rows, blocks, 32]
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:  # float16 [rows, blocks], the same, uint8 [rows, blocks · 32]
-    "Scales and minima, then codes."
+    """Scales and minima, then codes.
+
+    Parameters
+    ----------
+    coder : Any
+        a `LaneWriter`, or a `LaneReader`
+    side : Side
+    rule : Rule
+    rows : slice
+    planes : np.ndarray | None, default None
+        uint16 [planes, rows, blocks]; None: they are read
+    codes : np.ndarray | None, default None
+        uint8 [rows, blocks, 32]
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray | None, np.ndarray]
+        float16 [rows, blocks], the same, uint8 [rows, blocks · 32]
+    """
     base = base_of(side, rule, rows)
     found = take_scales(coder, side, rule, base, planes)
     put_strays(found, side, rows)
@@ -351,7 +535,19 @@ def put_strays(planes: np.ndarray, side: Side, rows: slice) -> None:
 def to_planes(
     d: np.ndarray, m: np.ndarray | None, rule: Rule
 ) -> tuple[bool, np.ndarray]:  # whether they are the float16s themselves; uint16 [planes, …]
-    "Scales and minima as numbers that grow with the logarithm; the sign of a scale becomes its lowest bit."
+    """Scales and minima as numbers that grow with the logarithm; the sign of a scale becomes its lowest bit.
+
+    Parameters
+    ----------
+    d : np.ndarray
+    m : np.ndarray | None
+    rule : Rule
+
+    Returns
+    -------
+    tuple[bool, np.ndarray]
+        whether they are the float16s themselves; uint16 [planes, …]
+    """
     planes, plain = None, False
     if rule.seek:
         planes = extremes_of(d.reshape(-1), None if m is None else m.reshape(-1), rule)
@@ -373,7 +569,18 @@ def from_planes(planes: np.ndarray, side: Side, rule: Rule) -> tuple[np.ndarray,
 
 # %% ../../nbs/workshop/block_streams.ipynb
 def layout_of(rows: int, blocks: int) -> tuple[int, int]:  # rows of a chunk, lanes of a row
-    "Some thousands of lanes, of three blocks at least."
+    """Some thousands of lanes, of three blocks at least.
+
+    Parameters
+    ----------
+    rows : int
+    blocks : int
+
+    Returns
+    -------
+    tuple[int, int]
+        rows of a chunk, lanes of a row
+    """
     fits = [s for s in range(1, blocks + 1) if blocks % s == 0 and (s == 1 or blocks // s >= 3)]
     split = next((s for s in fits if rows * s >= 1500), fits[-1])
     return max(1, min(rows, 6144 // split)), split
@@ -440,7 +647,15 @@ def write_blocks(
     q: BlockTensor,  # of a kind in `RULES`
     rule: Rule | None = None,  # another than `read_blocks` takes: to see what a part of it is worth
 ) -> bytes:
-    "Code a tensor of blocks. `ValueError` for other kinds, tensors without weights, and scales that are no numbers."
+    """Code a tensor of blocks. `ValueError` for other kinds, tensors without weights, and scales that are no numbers.
+
+    Parameters
+    ----------
+    q : BlockTensor
+        of a kind in `RULES`
+    rule : Rule | None, default None
+        another than `read_blocks` takes: to see what a part of it is worth
+    """
     if q.type not in RULES:
         raise ValueError(f"q is {q.type}; it may be {', '.join(RULES)}")
     if not q.numel():
@@ -504,7 +719,16 @@ def read_blocks(
     shape: tuple,
     dtype: torch.dtype = torch.float32,
 ) -> BlockTensor:
-    "The inverse of `write_blocks`; `CodingError` for data that gives back no such tensor."
+    """The inverse of `write_blocks`; `CodingError` for data that gives back no such tensor.
+
+    Parameters
+    ----------
+    data : bytes
+        from `write_blocks`
+    type : str
+    shape : tuple
+    dtype : torch.dtype, default torch.float32
+    """
     rule, columns = rule_for(type, torch.Size(shape).numel()), shape[-1]
     rows = torch.Size(shape).numel() // columns
     side, crc, chunks = read_side(bytes(data), rule, rows, columns)
@@ -528,7 +752,18 @@ def read_blocks(
 # %% ../../nbs/workshop/block_streams.ipynb
 @dataclass(eq=False, repr=False)
 class CodedBlocks(Sized, CompressedTensor, kind="gguf coded"):
-    "A `BlockTensor` as one coded stream: small in a file, and expanded whole whenever it is used."
+    """A `BlockTensor` as one coded stream: small in a file, and expanded whole whenever it is used.
+
+    Parameters
+    ----------
+    type : str
+        in `RULES`
+    shape : torch.Size
+        of the tensor it stands for
+    dtype : torch.dtype
+    stream : Tensor
+        uint8, from `write_blocks`
+    """
 
     type: str  # in `RULES`
     shape: torch.Size  # of the tensor it stands for

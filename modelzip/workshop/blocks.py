@@ -42,7 +42,22 @@ def zstd_compress(
     level: int = 1,  # of zstandard
     **parameters: Any,  # min_match=7: only long repetitions
 ) -> bytes:  # a frame without its magic number, size and checksum
-    "What zstandard makes of some bytes."
+    """What zstandard makes of some bytes.
+
+    Parameters
+    ----------
+    data : Any
+        bytes-like
+    level : int, default 1
+        of zstandard
+    **parameters : Any
+        min_match=7: only long repetitions
+
+    Returns
+    -------
+    bytes
+        a frame without its magic number, size and checksum
+    """
     if level > 1:
         return compressor(level, parameters).compress(data)
     key = tuple(parameters.items())
@@ -55,7 +70,14 @@ def zstd_expand(
     data: bytes,
     size: int,  # bytes that must come out
 ) -> bytes:
-    "The inverse of `zstd_compress`; `CodingError` unless the data is one whole frame of that size."
+    """The inverse of `zstd_compress`; `CodingError` unless the data is one whole frame of that size.
+
+    Parameters
+    ----------
+    data : bytes
+    size : int
+        bytes that must come out
+    """
     try:
         claim = zstandard.get_frame_parameters(data, format=MAGICLESS).content_size
         if claim not in (size, zstandard.CONTENTSIZE_UNKNOWN):
@@ -75,7 +97,18 @@ METHODS = ["raw", "zstd", "zstd, joined", "sparse", "rans", "byte planes", "spli
 def code_bytes(
     data: np.ndarray,  # uint8
 ) -> bytes:  # a chunk: method, then what it made of the bytes
-    "Code bytes as they are: raw, or by zstandard with long matches only, or with all matches it can find."
+    """Code bytes as they are: raw, or by zstandard with long matches only, or with all matches it can find.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8
+
+    Returns
+    -------
+    bytes
+        a chunk: method, then what it made of the bytes
+    """
     tries = [zstd_compress(data, min_match=7), zstd_compress(data, level=9)] if len(data) > 16 else []
     return smallest(data.nbytes, (RAW, data.tobytes()), *((ZSTD, t) for t in tries))
 
@@ -84,14 +117,33 @@ def smallest(
     size: int,  # bytes before coding
     *tries: tuple[int, bytes],  # method and payload
 ) -> bytes:
-    "The shortest chunk, though not below a share of 2**-15, so that a reader may refuse what claims to be smaller."
+    """The shortest chunk, though not below a share of 2**-15, so that a reader may refuse what claims to be smaller.
+
+    Parameters
+    ----------
+    size : int
+        bytes before coding
+    *tries : tuple[int, bytes]
+        method and payload
+    """
     fair = [t for t in tries if (len(t[1]) + 1) << 15 >= size]
     method, payload = min(fair, key=lambda t: len(t[1]))
     return bytes([method]) + payload
 
 # %% ../../nbs/workshop/blocks.ipynb
 def expand_bytes(chunk: bytes, size: int) -> np.ndarray:  # uint8 [size]
-    "The inverse of `code_bytes`."
+    """The inverse of `code_bytes`.
+
+    Parameters
+    ----------
+    chunk : bytes
+    size : int
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [size]
+    """
     if not chunk:
         raise CodingError("a chunk is empty")
     method, payload = chunk[0], chunk[1:]
@@ -112,7 +164,15 @@ def take_pieces(
     n: int,  # pieces that there must be, to the last byte
     at: int = 0,
 ) -> list[bytes]:
-    "The inverse of `pieces`."
+    """The inverse of `pieces`.
+
+    Parameters
+    ----------
+    data : bytes
+    n : int
+        pieces that there must be, to the last byte
+    at : int, default 0
+    """
     out = []
     for _ in range(n):
         size, at = read_varint(data, at)
@@ -131,7 +191,18 @@ RANS_TOTAL = 1 << 12
 def scaled_counts(
     counts: np.ndarray,  # of each code, at least one of them above zero
 ) -> np.ndarray:  # int64, with a sum about RANS_TOTAL, zero only where counts are
-    "Counts that a short table can hold."
+    """Counts that a short table can hold.
+
+    Parameters
+    ----------
+    counts : np.ndarray
+        of each code, at least one of them above zero
+
+    Returns
+    -------
+    np.ndarray
+        int64, with a sum about RANS_TOTAL, zero only where counts are
+    """
     return np.where(counts > 0, np.maximum(1, np.round(counts * (RANS_TOTAL / counts.sum()))), 0).astype(np.int64)
 
 
@@ -145,7 +216,19 @@ def rans_compress(
     codes: np.ndarray,  # uint8
     levels: int,
 ) -> bytes:  # the table as varints, then 32-bit words
-    "A stream of codes by ANS (Duda 2013, arXiv:1311.2540), with its model in front."
+    """A stream of codes by ANS (Duda 2013, arXiv:1311.2540), with its model in front.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+        uint8
+    levels : int
+
+    Returns
+    -------
+    bytes
+        the table as varints, then 32-bit words
+    """
     table = scaled_counts(np.bincount(codes, minlength=levels))
     rank, coder = np.cumsum(table > 0) - 1, constriction.stream.stack.AnsCoder()
     if (table > 0).sum() > 1:
@@ -154,7 +237,19 @@ def rans_compress(
 
 # %% ../../nbs/workshop/blocks.ipynb
 def rans_expand(data: bytes, levels: int, count: int) -> np.ndarray:  # uint8
-    "The inverse of `rans_compress`; `CodingError` for words that no encoder left behind."
+    """The inverse of `rans_compress`; `CodingError` for words that no encoder left behind.
+
+    Parameters
+    ----------
+    data : bytes
+    levels : int
+    count : int
+
+    Returns
+    -------
+    np.ndarray
+        uint8
+    """
     table, at = np.zeros(levels, np.int64), 0
     for i in range(levels):
         n, at = read_varint(data, at)
@@ -174,7 +269,21 @@ def ans_decode(
     table: np.ndarray,  # counts, more than one of them above zero
     count: int,
 ) -> np.ndarray:  # int32: ranks among the codes that occur
-    "Run constriction's decoder, and demand that it ends where the encoder began."
+    """Run constriction's decoder, and demand that it ends where the encoder began.
+
+    Parameters
+    ----------
+    words : np.ndarray
+        uint32
+    table : np.ndarray
+        counts, more than one of them above zero
+    count : int
+
+    Returns
+    -------
+    np.ndarray
+        int32: ranks among the codes that occur
+    """
     if (table > 0).sum() < 2:
         raise CodingError("a single code needs no words")
     try:

@@ -22,7 +22,18 @@ from .timing import undisturbed
 def timed_layers(
     layers: dict[str, nn.Module],  # name → layer
 ) -> Iterator[dict[str, float]]:  # name → seconds so far
-    "Let a clock run while each layer runs."
+    """Let a clock run while each layer runs.
+
+    Parameters
+    ----------
+    layers : dict[str, nn.Module]
+        name → layer
+
+    Returns
+    -------
+    Iterator[dict[str, float]]
+        name → seconds so far
+    """
     spent, began, hooks = dict.fromkeys(layers, 0.0), {}, []
 
     def start(name):
@@ -85,7 +96,24 @@ def quicker_as_floats(
     example: Any,  # what both are called with; a tuple holds several arguments, a dict named ones
     repeats: int = 15,  # rounds, each a call of both
 ) -> set[str]:  # names of layers; those that the example does not reach are not among them
-    "Which integer layers take longer than floats do, by the median of paired rounds, both inside their model."
+    """Which integer layers take longer than floats do, by the median of paired rounds, both inside their model.
+
+    Parameters
+    ----------
+    integers : nn.Module
+        with integer layers
+    floats : nn.Module
+        the same, whose layers compute in floats
+    example : Any
+        what both are called with; a tuple holds several arguments, a dict named ones
+    repeats : int, default 15
+        rounds, each a call of both
+
+    Returns
+    -------
+    set[str]
+        names of layers; those that the example does not reach are not among them
+    """
     layers = {n: m for n, m in integers.named_modules() if isinstance(m, IntegerLayer) and m.kernel not in SAME}
     rounds = _rounds((integers, floats), list(layers), example, repeats)
     return {n for group in _groups(layers) if _ratio(rounds, group) > 1 for n in group}
@@ -97,7 +125,22 @@ def is_slower(
     example: Any,  # what both are called with
     repeats: int = 15,  # rounds, each a call of both
 ) -> bool:  # by the median of paired rounds
-    "Whether a whole model takes longer than another."
+    """Whether a whole model takes longer than another.
+
+    Parameters
+    ----------
+    first : nn.Module
+    second : nn.Module
+    example : Any
+        what both are called with
+    repeats : int, default 15
+        rounds, each a call of both
+
+    Returns
+    -------
+    bool
+        by the median of paired rounds
+    """
     return _ratio(_rounds((first, second), [], example, repeats), [""]) > 1
 
 

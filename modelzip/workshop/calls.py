@@ -21,14 +21,36 @@ from .models import HARMLESS, Inputs, as_inputs, own_copy
 def arguments_of(
     signature: inspect.Signature, args: tuple, kwargs: dict
 ) -> dict[str, Any]:  # name → what it is given, or its default
-    "The arguments of a call by name. `TypeError` where they do not fit."
+    """The arguments of a call by name. `TypeError` where they do not fit.
+
+    Parameters
+    ----------
+    signature : inspect.Signature
+    args : tuple
+    kwargs : dict
+
+    Returns
+    -------
+    dict[str, Any]
+        name → what it is given, or its default
+    """
     given = signature.bind(*args, **kwargs)
     given.apply_defaults()
     return dict(given.arguments)
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:  # of its `forward`
-    "What a model is called with; where Python cannot tell, anything."
+    """What a model is called with; where Python cannot tell, anything.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    inspect.Signature
+        of its `forward`
+    """
     try:
         return inspect.signature(model.forward)
     except (TypeError, ValueError):
@@ -40,7 +62,21 @@ def free_of(
     names: Sequence[str],  # of the tensors
     tensors: Sequence[Tensor],
 ) -> list[dict[int, str]]:  # for each tensor its free dimensions by name
-    "The free dimensions of an example. `ValueError` names what does not fit."
+    """The free dimensions of an example. `ValueError` names what does not fit.
+
+    Parameters
+    ----------
+    dynamic : dict | tuple | list
+        `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
+    names : Sequence[str]
+        of the tensors
+    tensors : Sequence[Tensor]
+
+    Returns
+    -------
+    list[dict[int, str]]
+        for each tensor its free dimensions by name
+    """
     if isinstance(dynamic, Mapping) and any(isinstance(k, str) for k in dynamic):
         if strange := [k for k in dynamic if k not in names]:
             raise ValueError(f"dynamic names {strange[0]!r}; the tensors are {', '.join(names)}")
@@ -71,7 +107,18 @@ def free_of(
 def parts_of(
     output: Any,  # of a model
 ) -> tuple[list[Tensor], list[str], Callable]:  # its tensors, their names, and what makes the same of other tensors
-    """Take an output apart into tensors. `TypeError` names what is neither a tensor nor a container of them."""
+    """Take an output apart into tensors. `TypeError` names what is neither a tensor nor a container of them.
+
+    Parameters
+    ----------
+    output : Any
+        of a model
+
+    Returns
+    -------
+    tuple[list[Tensor], list[str], Callable]
+        its tensors, their names, and what makes the same of other tensors
+    """
     tensors, names = [], []
     rebuild = _taken(output, "", tensors, names)
     if not tensors:
@@ -132,7 +179,17 @@ def _of_dataclass(x, parts):
 
 # %% ../../nbs/workshop/calls.ipynb
 class Layout:
-    "What a call has to be like, taken from an example."
+    """What a call has to be like, taken from an example.
+
+    Parameters
+    ----------
+    model : nn.Module
+        what is called; it is not kept
+    example : Any
+        what it is called with, see `call`
+    dynamic : dict | tuple | list
+        free dimensions, see `free_of`
+    """
 
     def __init__(
         self,
@@ -171,7 +228,17 @@ class Layout:
 
     @torch.no_grad()
     def learn(self, model: nn.Module) -> "Layout":  # itself
-        "Take the structure of what a model puts out; where a list of tensors cannot say it, `unsaid` is why."
+        """Take the structure of what a model puts out; where a list of tensors cannot say it, `unsaid` is why.
+
+        Parameters
+        ----------
+        model : nn.Module
+
+        Returns
+        -------
+        Layout
+            itself
+        """
         try:
             tensors, names, self.rebuild = parts_of(called(self, model, [t.clone() for t in self.example]))
         except TypeError as e:
@@ -232,7 +299,19 @@ def fitted(layout: Layout, tensors: Sequence[Tensor]) -> None:
 
 # %% ../../nbs/workshop/calls.ipynb
 def tensors_in(layout: Layout, args: tuple, kwargs: dict) -> list[Tensor]:  # of a call, in the order of the layout
-    "The tensors of a call that is like the example; `TypeError` or `ValueError` names what differs."
+    """The tensors of a call that is like the example; `TypeError` or `ValueError` names what differs.
+
+    Parameters
+    ----------
+    layout : Layout
+    args : tuple
+    kwargs : dict
+
+    Returns
+    -------
+    list[Tensor]
+        of a call, in the order of the layout
+    """
     if not kwargs and layout.in_order and len(args) == len(layout.names) and all(isinstance(a, Tensor) for a in args):
         found = args
     else:
@@ -266,7 +345,20 @@ def called(
     model: Callable,  # the model of the layout, or what stands for it
     tensors: Sequence[Tensor],
 ) -> Any:  # its output
-    "Call a model with the tensors of a layout in their places."
+    """Call a model with the tensors of a layout in their places.
+
+    Parameters
+    ----------
+    layout : Layout
+    model : Callable
+        the model of the layout, or what stands for it
+    tensors : Sequence[Tensor]
+
+    Returns
+    -------
+    Any
+        its output
+    """
     if layout.in_order and len(layout.names) == len(layout.leaves):
         return model(*tensors)
     leaves = list(layout.leaves)

@@ -31,7 +31,22 @@ def energy(
     weight: Tensor,  # its values
     axis: int,  # along which its channels lie
 ) -> Tensor:  # a score a channel
-    "The sum of squares of each slice: added up over a group, the squared L2 norm of all that goes with a channel."
+    """The sum of squares of each slice: added up over a group, the squared L2 norm of all that goes with a channel.
+
+    Parameters
+    ----------
+    name : str
+        of a parameter
+    weight : Tensor
+        its values
+    axis : int
+        along which its channels lie
+
+    Returns
+    -------
+    Tensor
+        a score a channel
+    """
     return weight.float().square().movedim(axis, 0).reshape(weight.shape[axis], -1).sum(1)
 
 # %% ../../nbs/workshop/choosing.ipynb
@@ -49,7 +64,21 @@ def channel_scores(
         str | Callable
     ) = "l2",  # "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
 ) -> dict[str, np.ndarray]:  # group → a score for each of its channels, in their order
-    "How much the model would lose with each channel: the scores of all its slices added up."
+    """How much the model would lose with each channel: the scores of all its slices added up.
+
+    Parameters
+    ----------
+    model : nn.Module
+    groups : Groups
+        from `channel_groups(model, …)`
+    criterion : str | Callable, default 'l2'
+        "l2", "l1", "random", or a function (name, weight, axis) → scores [weight.shape[axis]]
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        group → a score for each of its channels, in their order
+    """
     if (
         isinstance(criterion, str)
         and criterion not in CRITERIA
@@ -83,7 +112,23 @@ def how_many(
     round_to: int,
 ) -> int:  # … that remain
     """At least one remains. Where there are enough of them, the number of slices that remain is a multiple of
-    `round_to` (or none goes)."""
+    `round_to` (or none goes).
+
+    Parameters
+    ----------
+    n : int
+        channels of a group
+    width : int
+        slices of each
+    ratio : float
+        share that should go
+    round_to : int
+
+    Returns
+    -------
+    int
+        … that remain
+    """
     step = round_to // math.gcd(round_to, width)
     left = n * (1 - ratio)
     if n >= 2 * step:
@@ -94,7 +139,21 @@ def how_many(
 def pick(
     groups: Groups, scores: dict[str, np.ndarray], ratio: float, round_to: int, scope: str
 ) -> list[int]:  # roots that go
-    "The lowest scores go: in each group the same share, or wherever they are lowest compared with their group's mean."
+    """The lowest scores go: in each group the same share, or wherever they are lowest compared with their group's mean.
+
+    Parameters
+    ----------
+    groups : Groups
+    scores : dict[str, np.ndarray]
+    ratio : float
+    round_to : int
+    scope : str
+
+    Returns
+    -------
+    list[int]
+        roots that go
+    """
     gone, shares = [], dict.fromkeys(scores, ratio) if scope == "group" else global_shares(scores, ratio)
     for g in groups:
         left = how_many(len(g), g.width, shares[g.name], round_to)
@@ -156,7 +215,33 @@ def choose_channels(
     keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
     groups: Groups | None = None,  # from `channel_groups`, if they are known already; what is to be kept was said there
 ) -> Choice:
-    "Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed."
+    """Choose channels to remove. `ValueError` for an impossible wish, or a model of which nothing can be removed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    ratio : float | None, default None
+        share of the channels of each group that goes, 0 to below 1
+    macs : float | None, default None
+        or: the smallest ratio (in steps of 1/1024) with at most so many MACs for the (first) example; below 1: a
+        share
+    bytes : float | None, default None
+        or: with parameters and buffers of at most so many bytes; below 1: a share
+    milliseconds : float | None, default None
+        or: the first of 32 ratios, by bisection, with a median time of at most so much, on this machine
+    criterion : str | Callable, default 'l2'
+        which go first: see `channel_scores`
+    round_to : int, default 8
+        what remains is a multiple of this (or all) where there are at least twice as many
+    scope : str, default 'group'
+        "group": each loses the same share; "global": the lowest scores go
+    keep : Iterable[str], default ()
+        layers whose outputs stay; a block: all that is made within it
+    groups : Groups | None, default None
+        from `channel_groups`, if they are known already; what is to be kept was said there
+    """
     kind, value = the_wish(
         {"ratio": ratio, "macs": macs, "bytes": bytes, "milliseconds": milliseconds}, round_to, scope
     )
@@ -210,7 +295,18 @@ def within(
     budget: float,
     example: Any,
 ) -> Choice:
-    "The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none does."
+    """The smallest of 1024 ratios (32, where time is measured) whose model keeps to a budget; `ValueError` if none
+    does.
+
+    Parameters
+    ----------
+    at : Callable
+        ratio → Choice
+    kind : str
+        "macs", "bytes" or "milliseconds"
+    budget : float
+    example : Any
+    """
     cost = lambda m: COSTS[kind](m, example)
     if kind == "macs" and not cost(at(0).shrunk()):
         raise ValueError("macs cannot be met: no multiplication of this model is counted; say ratio or bytes")
@@ -271,7 +367,7 @@ def shrink(
     macs: float | None = None,  # or: at most so many MACs for the example; below 1: a share
     bytes: float | None = None,  # or: parameters and buffers of at most so many bytes; below 1: a share
     milliseconds: float | None = None,  # or: a median time of at most so much for the example, on this machine
-    criterion: str | Callable = "l2",  # which go first: see `channel_scores`
+    criterion: str | Callable[..., Any] = "l2",  # which go first: see `channel_scores`
     round_to: int = 8,  # what remains is a multiple of this (or all) where there are at least twice as many
     scope: str = "group",  # "group": each loses the same share; "global": the lowest scores go
     keep: Iterable[str] = (),  # layers whose outputs stay; a block: all that is made within it
@@ -282,7 +378,40 @@ def shrink(
     outputs are those of the masked model, which is tried before it is handed out: on the examples, on other inputs
     and with other weights, and in training mode where that is deterministic. (With `exact=False` normalizations
     over channels change them, and only sizes and constants are tried.) `RuntimeError` if they are not, `ValueError`
-    for an impossible wish, or a model of which nothing can be removed."""
+    for an impossible wish, or a model of which nothing can be removed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    ratio : float | None, default None
+        share of the channels of each group that goes, 0 to below 1
+    macs : float | None, default None
+        or: at most so many MACs for the example; below 1: a share
+    bytes : float | None, default None
+        or: parameters and buffers of at most so many bytes; below 1: a share
+    milliseconds : float | None, default None
+        or: a median time of at most so much for the example, on this machine
+    criterion : str | Callable[..., Any], default 'l2'
+        which go first: see `channel_scores`
+    round_to : int, default 8
+        what remains is a multiple of this (or all) where there are at least twice as many
+    scope : str, default 'group'
+        "group": each loses the same share; "global": the lowest scores go
+    keep : Iterable[str], default ()
+        layers whose outputs stay; a block: all that is made within it
+    groups : Groups | None, default None
+        from `channel_groups`, if they are known already; what is to be kept was said there
+    exact : bool, default True
+        LayerNorms and RMSNorms go on counting the channels that are gone; False: ordinary ones
+
+    Returns
+    -------
+    nn.Module
+        a smaller ordinary model
+    """
     choice = choose_channels(model, example, ratio, macs, bytes, milliseconds, criterion, round_to, scope, keep, groups)
     wrong = (
         replayed(choice.groups, choice.roots, exact)

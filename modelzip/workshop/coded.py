@@ -35,7 +35,24 @@ def fine_step(
     nats: float,  # what an error in one weight may cost
     damping: float = 0.02,  # share of H's mean diagonal added to its diagonal
 ) -> tuple[float, Tensor]:  # the fine step in the geometric mean; [inputs] to which those of columns are proportional
-    "Steps of equal cost. `ValueError` for inputs that were not seen."
+    """Steps of equal cost. `ValueError` for inputs that were not seen.
+
+    Parameters
+    ----------
+    statistics : LayerStatistics
+        with second moments of one group
+    rows : Tensor
+        [outputs] what a squared error of each output costs, twice; above 0
+    nats : float
+        what an error in one weight may cost
+    damping : float, default 0.02
+        share of H's mean diagonal added to its diagonal
+
+    Returns
+    -------
+    tuple[float, Tensor]
+        the fine step in the geometric mean; [inputs] to which those of columns are proportional
+    """
     if statistics is None or statistics.moment is None or len(statistics.moment) != 1:
         raise ValueError("statistics has no inputs of this layer, it was not called: leave it out with overrides")
     check_nats(nats)
@@ -53,7 +70,28 @@ def coded_weight(
     damping: float = 0.02,  # share of H's mean diagonal added to its diagonal
     states: int = 8,  # of the trellis: 4, 8, 16 or 32
 ) -> TrellisTensor:  # with a step for each row and each column
-    "A trellis with feedback and steps of equal cost, for a file that is entropy-coded."
+    """A trellis with feedback and steps of equal cost, for a file that is entropy-coded.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs] of a Linear
+    statistics : LayerStatistics | None
+        with second moments of one group
+    nats : float, default 1e-10
+        what an error in one weight may cost
+    rows : Tensor | None, default None
+        [outputs] what a squared error of each output costs, twice; None: all alike
+    damping : float, default 0.02
+        share of H's mean diagonal added to its diagonal
+    states : int, default 8
+        of the trellis: 4, 8, 16 or 32
+
+    Returns
+    -------
+    TrellisTensor
+        with a step for each row and each column
+    """
     rows = positive(torch.ones(weight.shape[:1]) if rows is None else rows)
     check_matrix(weight, statistics, rows)
     step, _ = fine_step(statistics, rows, nats, damping)
@@ -92,7 +130,18 @@ def expected_bits(
     damping: float = 0.02,
     most: int = 512,  # rows that are looked at
 ) -> float:
-    "What a weight of `coded_weight` will take with the same arguments, nearly: rounded, without trellis and feedback."
+    """What a weight of `coded_weight` will take with the same arguments, nearly: rounded, without trellis and feedback.
+
+    Parameters
+    ----------
+    weight : Tensor
+    statistics : LayerStatistics
+    nats : float
+    rows : Tensor
+    damping : float, default 0.02
+    most : int, default 512
+        rows that are looked at
+    """
     check_matrix(weight, statistics, rows)
     at_least(1, most=most)
     rows = positive(rows)
@@ -108,7 +157,15 @@ def is_bargain(
     kept: CompressedTensor,  # the same weight without any loss
     bits: float,  # that a weight takes without it
 ) -> bool:
-    "Whether it is worth its bits to keep a weight as it is."
+    """Whether it is worth its bits to keep a weight as it is.
+
+    Parameters
+    ----------
+    kept : CompressedTensor
+        the same weight without any loss
+    bits : float
+        that a weight takes without it
+    """
     return 8 * kept.nbytes < (bits + NO_LOSS) * kept.shape.numel()
 
 # %% ../../nbs/workshop/coded.ipynb
@@ -122,7 +179,24 @@ def check_shared(model: nn.Module) -> None:
 
 @dataclass
 class Costs:
-    "What errors cost a `Llama`, as means over tokens."
+    """What errors cost a `Llama`, as means over tokens.
+
+    Parameters
+    ----------
+    outputs : dict[str, Tensor], default field(default_factory=dict)
+        of a linear layer: [outputs] mean g²
+    inputs : dict[str, LayerStatistics], default field(default_factory=dict)
+        of a linear layer: Σ |g|² x xᵀ, and Σ |g|²
+    asked : Tensor | None, default None
+        [words] mean p (1 − p): of the score of each word
+    final : LayerStatistics, default field(default_factory=LayerStatistics)
+        Σ x xᵀ of what the scores are made from
+    read : LayerStatistics, default field(default_factory=LayerStatistics)
+        Σ g gᵀ of what the table of words gives
+    seen : Tensor | None, default None
+        [words] how often each word was read
+    tokens : int, default 0
+    """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of a linear layer: [outputs] mean g²
     inputs: dict[str, LayerStatistics] = field(default_factory=dict)  # of a linear layer: Σ |g|² x xᵀ, and Σ |g|²
@@ -144,7 +218,17 @@ def sensitivities(
     batches: Iterable[Tensor],  # tokens [n, length]
     seed: int = 0,  # of the words that are drawn
 ) -> Costs:
-    "One pass forward and one back over some texts."
+    """One pass forward and one back over some texts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a `Llama`
+    batches : Iterable[Tensor]
+        tokens [n, length]
+    seed : int, default 0
+        of the words that are drawn
+    """
     check_shared(model)
     dice, words = dice_of(seed), len(model.words.weight)
     costs = Costs(asked=torch.zeros(words, dtype=torch.float64), seen=torch.zeros(words, dtype=torch.float64))
@@ -192,7 +276,13 @@ def sensitivities(
 def sum_of_costs(
     parts: Sequence[Costs],  # of other texts, perhaps by other processes
 ) -> Costs:
-    "As if all texts had been looked at in one pass."
+    """As if all texts had been looked at in one pass.
+
+    Parameters
+    ----------
+    parts : Sequence[Costs]
+        of other texts, perhaps by other processes
+    """
     if not (parts := list(parts)):
         raise ValueError("parts is empty; it may hold one or more")
     tokens = sum(c.tokens for c in parts)
@@ -214,7 +304,20 @@ def expected_share(
     seen: Tensor,  # [words] counts
     prior: float = 0.5,  # share of the rank's word
 ) -> Tensor:  # [words], sums to 1
-    "How often each word is to be expected: half counted, half by its rank."
+    """How often each word is to be expected: half counted, half by its rank.
+
+    Parameters
+    ----------
+    seen : Tensor
+        [words] counts
+    prior : float, default 0.5
+        share of the rank's word
+
+    Returns
+    -------
+    Tensor
+        [words], sums to 1
+    """
     if seen.dim() != 1:
         raise ValueError(f"seen has shape {list(seen.shape)}; it may be [words]")
     rank = 1 / (torch.arange(len(seen), dtype=torch.float64) + 100)
@@ -224,7 +327,17 @@ def expected_share(
 def table_costs(
     costs: Costs,
 ) -> tuple[LayerStatistics, Tensor]:  # the sum over words of what their errors cost; [words] how much of it is theirs
-    "What errors in the table of words cost, which is both read and asked."
+    """What errors in the table of words cost, which is both read and asked.
+
+    Parameters
+    ----------
+    costs : Costs
+
+    Returns
+    -------
+    tuple[LayerStatistics, Tensor]
+        the sum over words of what their errors cost; [words] how much of it is theirs
+    """
     share = expected_share(costs.seen)
     asked = 0.5 * costs.asked + 0.5 * share * costs.asked.sum()
     F, R = (s.moment[0].double() / s.count for s in (costs.final, costs.read))
@@ -239,7 +352,16 @@ def coded_table(
     costs: Costs,
     nats: float,  # what an error in one weight may cost
 ) -> TrellisTensor:
-    "The table of words, its rows as fine as words are frequent."
+    """The table of words, its rows as fine as words are frequent.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a `Llama` whose scores are made with the table of its words
+    costs : Costs
+    nats : float
+        what an error in one weight may cost
+    """
     check_shared(model)
     check_nats(nats)
     statistics, rows = table_costs(costs)
@@ -253,7 +375,26 @@ def coded(
     costs: Costs | None = None,  # of `sensitivities`; None: computed
     kept: Mapping[str, CompressedTensor] | None = None,  # weights of layers without loss, by the names of the layers
 ) -> nn.Module:  # a copy with `Dequantize` layers
-    "A language model for the smallest file at a given loss: a trellis with steps of equal cost, or what is kept."
+    """A language model for the smallest file at a given loss: a trellis with steps of equal cost, or what is kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a `Llama` whose scores are made with the table of its words; it is left as it is
+    batches : Sequence[Tensor]
+        calibration texts [n, length]
+    nats : float, default 0.02
+        loss that may be spent, a token
+    costs : Costs | None, default None
+        of `sensitivities`; None: computed
+    kept : Mapping[str, CompressedTensor] | None, default None
+        weights of layers without loss, by the names of the layers
+
+    Returns
+    -------
+    nn.Module
+        a copy with `Dequantize` layers
+    """
     check_shared(model)
     check_nats(nats)
     costs, kept = sensitivities(model, batches) if costs is None else costs, kept or {}

@@ -24,7 +24,20 @@ def whole_numbers(
     x: Any,  # a tensor or array of whole numbers, bytes, or text
     name: str = "x",  # what an error calls it
 ) -> Tensor:  # uint8 or int64, of the same shape
-    "Symbols as a tensor; `TypeError` for what is none."
+    """Symbols as a tensor; `TypeError` for what is none.
+
+    Parameters
+    ----------
+    x : Any
+        a tensor or array of whole numbers, bytes, or text
+    name : str, default 'x'
+        what an error calls it
+
+    Returns
+    -------
+    Tensor
+        uint8 or int64, of the same shape
+    """
     if isinstance(x, str):
         x = x.encode()
     if isinstance(x, (bytes, bytearray, memoryview)):
@@ -43,7 +56,18 @@ def whole_numbers(
 def histogram(
     x: Tensor,  # flat, whole numbers
 ) -> Tensor:  # int64, in no particular order; zeros may be among them
-    "How often each value occurs."
+    """How often each value occurs.
+
+    Parameters
+    ----------
+    x : Tensor
+        flat, whole numbers
+
+    Returns
+    -------
+    Tensor
+        int64, in no particular order; zeros may be among them
+    """
     low, high = (int(x.min()), int(x.max())) if len(x) else (0, 0)
     if high - low < 1 << 20:
         return torch.bincount(x - low)
@@ -54,7 +78,20 @@ def pairs_of(
     x: Tensor,  # flat, whole numbers
     y: Tensor,  # as many
 ) -> Tensor:  # as many: equal where both are
-    "One number for each pair of symbols."
+    """One number for each pair of symbols.
+
+    Parameters
+    ----------
+    x : Tensor
+        flat, whole numbers
+    y : Tensor
+        as many
+
+    Returns
+    -------
+    Tensor
+        as many: equal where both are
+    """
     if x.dtype == y.dtype == torch.uint8:
         return y.to(torch.int32) << 8 | x
     x, y = (torch.unique(v, return_inverse=True)[1] for v in (x, y))
@@ -66,7 +103,20 @@ def slices_of(
     given: Tensor | None,  # of the same shape
     axis: int,
 ) -> list[tuple[Tensor, Tensor | None]]:  # one pair for each slice
-    "The slices of two tensors along an axis; `ValueError` for an axis that x has not."
+    """The slices of two tensors along an axis; `ValueError` for an axis that x has not.
+
+    Parameters
+    ----------
+    x : Tensor
+    given : Tensor | None
+        of the same shape
+    axis : int
+
+    Returns
+    -------
+    list[tuple[Tensor, Tensor | None]]
+        one pair for each slice
+    """
     if isinstance(axis, bool) or not isinstance(axis, int) or not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis is {axis!r}; x has {x.dim()} dimensions")
     slices = x.movedim(axis, 0)
@@ -76,7 +126,13 @@ def slices_of(
 def as_bytes(
     data: Any,  # bytes-like, text, or a uint8 or bool tensor or array
 ) -> bytes:
-    "What may be coded, as bytes; text as UTF-8. `TypeError` for anything else."
+    """What may be coded, as bytes; text as UTF-8. `TypeError` for anything else.
+
+    Parameters
+    ----------
+    data : Any
+        bytes-like, text, or a uint8 or bool tensor or array
+    """
     if isinstance(data, str):
         return data.encode()
     if isinstance(data, (bytes, bytearray, memoryview)):
@@ -108,7 +164,18 @@ def fixed_bits(n: int, width: int) -> str:
 def write_varint(
     n: int,  # 0 or more
 ) -> bytes:  # a byte for every seven bits, the lowest first
-    "A whole number in as few bytes as it needs (LEB128)."
+    """A whole number in as few bytes as it needs (LEB128).
+
+    Parameters
+    ----------
+    n : int
+        0 or more
+
+    Returns
+    -------
+    bytes
+        a byte for every seven bits, the lowest first
+    """
     if n < 0:
         raise ValueError(f"n is {n}; it may be 0 or more")
     out = bytearray()
@@ -122,7 +189,20 @@ def read_varint(
     data: bytes,  # bytes, bytearray or memoryview
     at: int,  # where the number begins
 ) -> tuple[int, int]:  # the number, and where the next thing begins
-    "The inverse of `write_varint`; `CodingError` when it is cut off, longer than 9 bytes, or padded with zeros."
+    """The inverse of `write_varint`; `CodingError` when it is cut off, longer than 9 bytes, or padded with zeros.
+
+    Parameters
+    ----------
+    data : bytes
+        bytes, bytearray or memoryview
+    at : int
+        where the number begins
+
+    Returns
+    -------
+    tuple[int, int]
+        the number, and where the next thing begins
+    """
     n = 0
     for i in range(9):
         if at + i >= len(data):
@@ -138,7 +218,19 @@ def read_varint(
 # %% ../../nbs/workshop/coders.ipynb
 @dataclass(frozen=True)
 class Coder:
-    "An encoder and its exact inverse for any bytes; `CODERS` has one for each method."
+    """An encoder and its exact inverse for any bytes; `CODERS` has one for each method.
+
+    Parameters
+    ----------
+    name : str
+        what errors call it
+    encode_body : Callable[[bytes], bytes], default field(repr=False)
+        bytes -> body
+    decode_body : Callable[[bytes, int], bytes], default field(repr=False)
+        body, number of bytes -> bytes
+    at_most : int, default 8
+        bytes that one byte of a body can stand for
+    """
 
     name: str  # what errors call it
     encode_body: Callable[[bytes], bytes] = field(repr=False)  # bytes -> body
@@ -167,7 +259,19 @@ def opened(
     data: bytes,  # from `Coder.encode`
     coder: Coder,
 ) -> tuple[int, bytes]:  # length of what was coded; the body
-    "Look into a frame: `CodingError` for a claim that is impossible, or a checksum that is wrong."
+    """Look into a frame: `CodingError` for a claim that is impossible, or a checksum that is wrong.
+
+    Parameters
+    ----------
+    data : bytes
+        from `Coder.encode`
+    coder : Coder
+
+    Returns
+    -------
+    tuple[int, bytes]
+        length of what was coded; the body
+    """
     if isinstance(data, str):
         raise TypeError("data is a str; it may be the bytes that encode returned")
     data = as_bytes(data)
@@ -192,7 +296,14 @@ def check_inverse(
     coder: Coder,
     *more: bytes,  # other data that it must give back
 ) -> None:
-    "`AssertionError` unless a coder gives back what it was given, on cases where coders go wrong."
+    """`AssertionError` unless a coder gives back what it was given, on cases where coders go wrong.
+
+    Parameters
+    ----------
+    coder : Coder
+    *more : bytes
+        other data that it must give back
+    """
     for data in [*EDGES, *more]:
         assert coder.decode(coder.encode(data)) == data, f"{coder.name} does not give back {data[:20]!r}"
 

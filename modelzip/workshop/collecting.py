@@ -34,7 +34,19 @@ def feed_copy(
     forward: Callable | None = None,  # of `feed`
     call: Callable = feed,  # (model, batch) → output, or a loss
 ) -> Any:
-    "Feed a copy of a batch; `ValueError` with its number when the model cannot take it."
+    """Feed a copy of a batch; `ValueError` with its number when the model cannot take it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batch : Any
+    i : int
+        which batch it is, for errors
+    forward : Callable | None, default None
+        of `feed`
+    call : Callable, default feed
+        (model, batch) → output, or a loss
+    """
     batch, device = own_copy(batch), device_of(model)
     for t in tree_leaves(batch):
         if isinstance(t, Tensor) and t.device != device:
@@ -50,7 +62,20 @@ def label_loss(
     model: nn.Module,  # gives [n, classes]
     batch: Any,  # a pair: inputs, labels [n]; `Labelled`; a dict with 'labels'
 ) -> Tensor:  # scalar
-    "Cross-entropy of a batch that has inputs and int64 labels. Other batches need a loss of their own."
+    """Cross-entropy of a batch that has inputs and int64 labels. Other batches need a loss of their own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gives [n, classes]
+    batch : Any
+        a pair: inputs, labels [n]; `Labelled`; a dict with 'labels'
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     try:
         inputs, y = labelled(batch)
     except ValueError:
@@ -62,7 +87,25 @@ def label_loss(
 # %% ../../nbs/workshop/collecting.ipynb
 @dataclass
 class Evidence:
-    "What data had to say about one layer; None where nobody asked."
+    """What data had to say about one layer; None where nobody asked.
+
+    Parameters
+    ----------
+    gradient : Tensor | None, default None
+        of the weight's shape: mean of ∂L/∂w over batches
+    fisher : Tensor | None, default None
+        of the weight's shape: mean of (∂L/∂w)²
+    movement : Tensor | None, default None
+        of the weight's shape: −Σ η·w·∂L/∂w while it is trained
+    power : Tensor | None, default None
+        [groups, inputs]: Σ x²
+    moment : Tensor | None, default None
+        [groups, inputs, inputs]: H = Σ x xᵀ
+    rows : int, default 0
+        how many x, of all calls
+    batches : int, default 0
+        how many gradients
+    """
 
     gradient: Tensor | None = None  # of the weight's shape: mean of ∂L/∂w over batches
     fisher: Tensor | None = None  # of the weight's shape: mean of (∂L/∂w)²
@@ -84,7 +127,24 @@ def gradients(
     batch: Any,
     i: int,  # which batch it is, for errors
 ) -> dict[str, Tensor]:  # name → ∂L/∂w
-    "The gradient of the loss with respect to each layer's weight, as far as the loss depends on it."
+    """The gradient of the loss with respect to each layer's weight, as far as the loss depends on it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : Mapping[str, nn.Module]
+        name → layer
+    loss : Callable
+        (model, batch) → scalar
+    batch : Any
+    i : int
+        which batch it is, for errors
+
+    Returns
+    -------
+    dict[str, Tensor]
+        name → ∂L/∂w
+    """
     check_function(loss, "loss", "model", "batch")
     weights = {n: original_of(m) for n, m in layers.items()}
     with torch.enable_grad():
@@ -131,7 +191,17 @@ def add(
     original: None = None,  # the original model's, which no criterion looks at
     whole: bool = True,  # x xᵀ, or x² alone
 ) -> None:
-    "Add to the sums of inputs."
+    """Add to the sums of inputs.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [groups, rows, inputs]
+    original : None, default None
+        the original model's, which no criterion looks at
+    whole : bool, default True
+        x xᵀ, or x² alone
+    """
     with torch.autocast(rows.device.type, enabled=False):  # whatever the model runs in: sums are exact
         if not whole:
             self.power = _sum(self.power, rows.square().sum(1))
@@ -175,7 +245,13 @@ def _see_inputs(
 def check_calibrated(
     layers: Mapping[str, nn.Module],  # name → layer
 ) -> None:
-    "`ValueError` for a layer whose inputs have no rows."
+    """`ValueError` for a layer whose inputs have no rows.
+
+    Parameters
+    ----------
+    layers : Mapping[str, nn.Module]
+        name → layer
+    """
     odd = next((f"{n} is a {type(m).__name__}" for n, m in layers.items() if not isinstance(m, CALIBRATED)), None)
     if odd:
         raise ValueError(
@@ -203,7 +279,25 @@ def collect(
     first: bool = False,  # for 'power' and 'moment': stop each run when all of the layers have been called once
 ) -> dict[str, Evidence]:
     """Run a copy of a model over data and sum up what a criterion asks for. `ValueError` when there are no data, or
-    they do not fit."""
+    they do not fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        runs in eval mode, and is left as it was
+    batches : Iterable | Split
+        of inputs, or of whatever `loss` takes
+    needs : str
+        'gradient', 'movement', 'power' or 'moment'
+    loss : Callable | None, default None
+        (model, batch) → scalar; None: cross-entropy of (inputs, labels)
+    layers : dict[str, nn.Module] | None, default None
+        name → layer; None: all that can be pruned
+    lr : float, default 0.01
+        for 'movement'
+    first : bool, default False
+        for 'power' and 'moment': stop each run when all of the layers have been called once
+    """
     layers = prunable_layers(model) if layers is None else layers
     seen, batches = {n: Evidence() for n in layers}, as_batches(batches)
     if needs in ("power", "moment"):
@@ -231,7 +325,19 @@ def in_order(
     # (name, its twin in the copy that runs, `Evidence` with H) → None; sets new values in both, which may share them
     change: Callable,
 ) -> None:
-    "Go through the layers in the order of their calls; each is seen with all before it as they were changed."
+    """Go through the layers in the order of their calls; each is seen with all before it as they were changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is, but for what `change` does to it
+    layers : Mapping[str, nn.Module]
+        name → layer
+    batches : Iterable
+    change : Callable
+        (name, its twin in the copy that runs, `Evidence` with H) → None; sets new values in both, which may share
+        them
+    """
     none = lambda n, why: ValueError(f"layer {n or '(model)'} was {why}, so there are no data for it; skip it")
     if not (batches := list(batches)):
         raise ValueError("there are no data: batches is empty")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .datasets import need
+from .arguments import need
 from .models import copied
 
 # %% ../../nbs/workshop/comparing.ipynb
@@ -22,7 +22,15 @@ def save_plain(
     model: nn.Module,  # any model; tied tensors are stored once
     path: str | os.PathLike,  # file to write
 ) -> None:
-    "Save the state dict as safetensors, the uncompressed baseline."
+    """Save the state dict as safetensors, the uncompressed baseline.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; tied tensors are stored once
+    path : str | os.PathLike
+        file to write
+    """
     need("safetensors.torch", "hf").save_model(model, str(path))
 
 
@@ -30,7 +38,20 @@ def load_plain(
     path: str | os.PathLike,  # what `save_plain` wrote
     model: nn.Module,  # of the same architecture; it is copied, not changed
 ) -> nn.Module:  # in eval mode
-    "Load a state dict from safetensors into a copy of `model`."
+    """Load a state dict from safetensors into a copy of `model`.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        what `save_plain` wrote
+    model : nn.Module
+        of the same architecture; it is copied, not changed
+
+    Returns
+    -------
+    nn.Module
+        in eval mode
+    """
     if model is None:
         raise ValueError("a safetensors file holds tensors only: pass the model that they belong to")
     model = copied(model)
@@ -70,7 +91,21 @@ def stored_models(
     suffix: str,  # of the files
     progress: bool,  # show a bar
 ) -> dict[str, tuple[Path, nn.Module]]:
-    "Save and load every model: name → its file and what came back from it."
+    """Save and load every model: name → its file and what came back from it.
+
+    Parameters
+    ----------
+    models : dict
+        name → model or path
+    save : Callable
+    load : Callable
+    folder : Path
+        where the files go
+    suffix : str
+        of the files
+    progress : bool
+        show a bar
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stored, some = {}, next((m for m in models.values() if isinstance(m, nn.Module)), None)
     for i, (name, m) in enumerate(

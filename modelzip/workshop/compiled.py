@@ -32,7 +32,17 @@ ARGUMENTS = {
 
 
 def described(layer: Dequantize) -> str:  # JSON; '' unless its `layer` is a Linear or a Conv2d
-    "All that makes a layer what it is, but for its tensors."
+    """All that makes a layer what it is, but for its tensors.
+
+    Parameters
+    ----------
+    layer : Dequantize
+
+    Returns
+    -------
+    str
+        JSON; '' unless its `layer` is a Linear or a Conv2d
+    """
     inner = layer.layer
     # a parametrized bias makes a class of its own
     cls = next((c for c in type(inner).__mro__ if c in ARGUMENTS), None)
@@ -58,7 +68,17 @@ def _plain_layer(how):
 def bias_of(
     layer: nn.Module,
 ) -> Tensor | None:  # of the replicas of `nn.DataParallel` it is an attribute, and of parametrized layers a property
-    "The bias of an ordinary layer."
+    """The bias of an ordinary layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    Tensor | None
+        of the replicas of `nn.DataParallel` it is an attribute, and of parametrized layers a property
+    """
     bias = layer._parameters.get("bias", layer)
     return layer.bias if bias is layer else bias
 
@@ -78,7 +98,20 @@ def rebuilt(
     bias: Tensor | None,
     how: str,  # from `described`
 ) -> Dequantize:
-    "The layer that an operation's arguments describe; the same object for the same tensors."
+    """The layer that an operation's arguments describe; the same object for the same tensors.
+
+    Parameters
+    ----------
+    parts : list[Tensor]
+        of the compressed weight
+    names : str
+        of these parts, with commas between
+    said : str
+        what the parts mean, as `Packed.said`
+    bias : Tensor | None
+    how : str
+        from `described`
+    """
     tensors = parts if bias is None else [*parts, bias]
     key, state = (
         (*map(id, tensors), bias is None, names, said, how),
@@ -140,7 +173,14 @@ def traced(
     x: Tensor,
 ) -> Tensor:
     """The forward pass of a layer as a compiler or exporter can follow it; under autocast the result is cast as
-    that of PyTorch's own layers."""
+    that of PyTorch's own layers.
+
+    Parameters
+    ----------
+    layer : Dequantize
+        with `said`, from `described`
+    x : Tensor
+    """
     packed = layer._modules["packed"]
     bias = bias_of(layer._modules["layer"])
     y = integer_layer(x, list(packed._buffers.values()), ",".join(packed._buffers), packed.said, bias, layer.said)
@@ -162,7 +202,13 @@ def _mapped(info, dims, x, parts, names, said, bias, how):
 def refuse_gradient(
     who: str,  # the layer, for the error
 ) -> None:
-    "`RuntimeError`: integers have no gradient."
+    """`RuntimeError`: integers have no gradient.
+
+    Parameters
+    ----------
+    who : str
+        the layer, for the error
+    """
     raise RuntimeError(
         f"{who} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before training"
     )
@@ -196,7 +242,19 @@ def unusually(
     x: Tensor,
 ) -> Tensor | None:  # None: there is nothing unusual about it
     """The forward pass for tensors that are more than numbers: mapped, derived or nested. `RuntimeError` where a
-    derivative is wanted, `TypeError` for a nested tensor of no rows."""
+    derivative is wanted, `TypeError` for a nested tensor of no rows.
+
+    Parameters
+    ----------
+    layer : Dequantize
+        with `said`, from `described`
+    x : Tensor
+
+    Returns
+    -------
+    Tensor | None
+        None: there is nothing unusual about it
+    """
     if not isinstance(x, Tensor):
         return None
     if x.is_nested:
@@ -216,7 +274,21 @@ def by_rows(
     x: Tensor,  # nested
     least: int,  # dimensions that it must have
 ) -> Tensor:  # nested alike
-    "What a layer makes of the rows of a jagged tensor."
+    """What a layer makes of the rows of a jagged tensor.
+
+    Parameters
+    ----------
+    layer : Dequantize
+    x : Tensor
+        nested
+    least : int
+        dimensions that it must have
+
+    Returns
+    -------
+    Tensor
+        nested alike
+    """
     if (
         isinstance(layer._modules["layer"], nn.Conv2d)
         or x.layout is not torch.jagged
@@ -235,7 +307,19 @@ def looked_up(
     table: Dequantize,  # an embedding
     x: Tensor,
 ) -> Tensor | None:  # None: there is nothing unusual about it
-    "The same for an embedding, which computes with floats: what is mapped is looked up in the expanded table."
+    """The same for an embedding, which computes with floats: what is mapped is looked up in the expanded table.
+
+    Parameters
+    ----------
+    table : Dequantize
+        an embedding
+    x : Tensor
+
+    Returns
+    -------
+    Tensor | None
+        None: there is nothing unusual about it
+    """
     if x.is_nested:
         return by_rows(table, x, 2)
     if any(

@@ -100,7 +100,19 @@ def in_range(
     scale: Tensor,
     zero: Tensor | float,
 ) -> Tensor:
-    "Infinities that lie less than a step beyond the largest number of the dtype become that number."
+    """Infinities that lie less than a step beyond the largest number of the dtype become that number.
+
+    Parameters
+    ----------
+    out : Tensor
+        what a QTensor expanded to
+    q : Any
+        the QTensor
+    codes : Tensor
+        these, in blocks
+    scale : Tensor
+    zero : Tensor | float
+    """
     if not _may_overflow(q):
         return out
     half = scale.double() / 2
@@ -132,11 +144,11 @@ class Parts(nn.Module):
     stands_for = None
 
     @property
-    def meta(self) -> dict:
+    def meta(self) -> dict[Any, Any]:
         return self._meta
 
     @meta.setter
-    def meta(self, meta: dict) -> None:
+    def meta(self, meta: dict[Any, Any]) -> None:
         self._meta, self.said = meta, json.dumps({"kind": self.kind} | meta)
 
     def get_extra_state(self) -> Tensor:

@@ -412,6 +412,16 @@ def fingerprint(
     """A hash (SHA-256) of what things are made of, wherever they lie in memory: numbers, attributes, hooks, code,
     and what code reads. Of a `Data`, its test part does not count. `TypeError` for what nobody can look into, such
     as a generator, a lock or an open file.
+
+    Parameters
+    ----------
+    *things : Any
+        tensors, modules, data, functions and other objects, nested as you like
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits: other digits for other content
     """
     try:
         return _Walk()(list(things)).hex()[:32]

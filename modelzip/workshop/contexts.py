@@ -18,7 +18,18 @@ BITS = 12  # shares of a context add up to 2**BITS
 def weights_of(
     counts: np.ndarray,  # [contexts, symbols]
 ) -> np.ndarray:  # uint8, as many: 0 only where counts are
-    "Counts in a byte each."
+    """Counts in a byte each.
+
+    Parameters
+    ----------
+    counts : np.ndarray
+        [contexts, symbols]
+
+    Returns
+    -------
+    np.ndarray
+        uint8, as many: 0 only where counts are
+    """
     most = np.maximum(counts.max(1, keepdims=True), 1)
     return np.where(counts > 0, np.maximum(1, np.round(counts * (255 / most))), 0).astype(np.uint8)
 
@@ -26,7 +37,18 @@ def weights_of(
 def shares_of_rows(
     weights: np.ndarray,  # uint8 [contexts, symbols]
 ) -> np.ndarray:  # int64, as many; each row adds up to 2**BITS, a row of zeros is all its first symbol's
-    "Whole shares, at least 1 where a weight is not 0, computed without fractions."
+    """Whole shares, at least 1 where a weight is not 0, computed without fractions.
+
+    Parameters
+    ----------
+    weights : np.ndarray
+        uint8 [contexts, symbols]
+
+    Returns
+    -------
+    np.ndarray
+        int64, as many; each row adds up to 2**BITS, a row of zeros is all its first symbol's
+    """
     w = weights.astype(np.int64)
     w[:, 0] += w.sum(1) == 0
     share, rest = np.divmod(w << BITS, w.sum(1, keepdims=True))
@@ -42,7 +64,13 @@ def shares_of_rows(
 
 # %% ../../nbs/workshop/contexts.ipynb
 class Tables:
-    "Shares by context, and what reading and writing look up in them."
+    """Shares by context, and what reading and writing look up in them.
+
+    Parameters
+    ----------
+    weights : np.ndarray
+        uint8 [contexts, symbols]; at most 256 symbols
+    """
 
     def __init__(
         self,
@@ -57,7 +85,16 @@ class Tables:
 
 # %% ../../nbs/workshop/contexts.ipynb
 class LaneReader:
-    "Takes symbols out of many states side by side; `CodingError` when the digits end too early."
+    """Takes symbols out of many states side by side; `CodingError` when the digits end too early.
+
+    Parameters
+    ----------
+    tables : Tables
+    states : np.ndarray
+        uint32 [lanes]
+    digits : np.ndarray
+        uint16
+    """
 
     def __init__(
         self,
@@ -92,7 +129,19 @@ class LaneReader:
         return out
 
     def rest(self, bits: int, count: int, symbols: None = None) -> np.ndarray:  # uint8 [count, lanes]
-        "The last symbols, which the states began with; `CodingError` unless all is used up."
+        """The last symbols, which the states began with; `CodingError` unless all is used up.
+
+        Parameters
+        ----------
+        bits : int
+        count : int
+        symbols : None, default None
+
+        Returns
+        -------
+        np.ndarray
+            uint8 [count, lanes]
+        """
         left = self.x - np.uint32(LOW)
         if self.at != len(self.digits) or (left >> np.uint32(bits * count)).any():
             raise CodingError("it does not end where the encoder began")
@@ -123,7 +172,18 @@ class LaneWriter:
         return symbols
 
     def counts(self, contexts: int, symbols: int) -> np.ndarray:  # int64 [contexts, symbols]
-        "How often each symbol was recorded in each context."
+        """How often each symbol was recorded in each context.
+
+        Parameters
+        ----------
+        contexts : int
+        symbols : int
+
+        Returns
+        -------
+        np.ndarray
+            int64 [contexts, symbols]
+        """
         found = np.zeros(contexts * symbols, np.int64)
         for i in range(0, len(self.steps), 64):
             keys = [c.astype(np.int32) * symbols + s for c, s in self.steps[i : i + 64]]
@@ -131,7 +191,17 @@ class LaneWriter:
         return found.reshape(contexts, symbols)
 
     def finish(self, tables: Tables) -> tuple[np.ndarray, np.ndarray]:  # uint32 [lanes], uint16
-        "The states that are left, and the digits in the order of reading."
+        """The states that are left, and the digits in the order of reading.
+
+        Parameters
+        ----------
+        tables : Tables
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            uint32 [lanes], uint16
+        """
         x, out = self.first.copy(), []
         for contexts, symbols in reversed(self.steps):
             found = tables.packed.take(contexts.astype(np.uint32) * np.uint32(tables.symbols) + symbols)
@@ -147,7 +217,18 @@ class LaneWriter:
 def write_states(
     x: np.ndarray,  # uint32, 2**16 or more
 ) -> bytes:  # octaves, low halves, what is below the leading bit
-    "States in as many bits as they have."
+    """States in as many bits as they have.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        uint32, 2**16 or more
+
+    Returns
+    -------
+    bytes
+        octaves, low halves, what is below the leading bit
+    """
     high = x >> np.uint32(16)
     octave = (np.frexp(high.astype(np.float64))[1] - 1).astype(np.uint8)  # 0 … 15
     bits = (high[:, None] >> np.arange(15, dtype=np.uint32) & np.uint32(1)).astype(np.uint8)
@@ -157,7 +238,18 @@ def write_states(
 
 
 def read_states(data: bytes, lanes: int) -> tuple[np.ndarray, int]:  # uint32 [lanes], bytes read
-    "The inverse; `CodingError` when the data is cut off."
+    """The inverse; `CodingError` when the data is cut off.
+
+    Parameters
+    ----------
+    data : bytes
+    lanes : int
+
+    Returns
+    -------
+    tuple[np.ndarray, int]
+        uint32 [lanes], bytes read
+    """
     at = -(-lanes // 2)
     if len(data) < at + 2 * lanes:
         raise CodingError("its states are cut off")

@@ -17,7 +17,21 @@ import numpy as np
 # %% ../../nbs/workshop/controls.ipynb
 @dataclass(frozen=True)
 class Control:
-    "One thing that a reader can turn: the values that it may have, and what each is called."
+    """One thing that a reader can turn: the values that it may have, and what each is called.
+
+    Parameters
+    ----------
+    name : str
+        the argument of the function that it sets
+    kind : str
+        'slider', 'menu' or 'checkbox'
+    values : tuple
+        what the function is given
+    labels : tuple
+        what the reader sees, one text for each value
+    start : int, default 0
+        position of the value that is shown first
+    """
 
     name: str  # the argument of the function that it sets
     kind: str  # 'slider', 'menu' or 'checkbox'
@@ -37,7 +51,18 @@ def is_number(x: Any) -> bool:
 def label(
     value: Any,  # a value of a control
 ) -> str:  # what a reader sees
-    "The name of a value: six significant digits for a float, `str` for anything else."
+    """The name of a value: six significant digits for a float, `str` for anything else.
+
+    Parameters
+    ----------
+    value : Any
+        a value of a control
+
+    Returns
+    -------
+    str
+        what a reader sees
+    """
     return f"{value:g}" if is_number(value) and not isinstance(value, Integral) else str(value)
 
 # %% ../../nbs/workshop/controls.ipynb
@@ -46,7 +71,22 @@ def steps(
     high: float,  # the last value, included when a whole number of steps leads to it
     step: float = 1,  # the distance between two values, above 0
 ) -> list:  # low, low + step, … up to high; integers stay integers
-    "Evenly spaced values from `low` to `high`, as `(low, high, step)` asks for them."
+    """Evenly spaced values from `low` to `high`, as `(low, high, step)` asks for them.
+
+    Parameters
+    ----------
+    low : float
+        the first value
+    high : float
+        the last value, included when a whole number of steps leads to it
+    step : float, default 1
+        the distance between two values, above 0
+
+    Returns
+    -------
+    list
+        low, low + step, … up to high; integers stay integers
+    """
     if (
         not all(math.isfinite(v) for v in (low, high, step))
         or step <= 0
@@ -74,7 +114,20 @@ def values_of(
     name: str,  # the control's name, for the error message
     spec: Any,  # range, list, tuple, dict, or an array of one dimension
 ) -> tuple[list, list]:  # the values and their labels
-    "Read a control's specification, everything but a bool."
+    """Read a control's specification, everything but a bool.
+
+    Parameters
+    ----------
+    name : str
+        the control's name, for the error message
+    spec : Any
+        range, list, tuple, dict, or an array of one dimension
+
+    Returns
+    -------
+    tuple[list, list]
+        the values and their labels
+    """
     if isinstance(spec, dict):
         return list(spec.values()), [str(k) for k in spec]
     if isinstance(spec, tuple) and spec and all(map(is_number, spec)):
@@ -111,7 +164,22 @@ def control(
     # the value to start from, when it is among the values (2 is 2.0); else the first of them
     first: Any = inspect.Parameter.empty,
 ) -> Control:  # the control
-    "Make a control; ValueError or TypeError says what is wrong with a specification that makes no sense."
+    """Make a control; ValueError or TypeError says what is wrong with a specification that makes no sense.
+
+    Parameters
+    ----------
+    name : str
+        the argument that it sets
+    spec : Any
+        range, list, tuple, dict, bool, or an array of one dimension
+    first : Any, default inspect.Parameter.empty
+        the value to start from, when it is among the values (2 is 2.0); else the first of them
+
+    Returns
+    -------
+    Control
+        the control
+    """
     if isinstance(spec, (bool, np.bool_)):
         return Control(name, "checkbox", (False, True), ("off", "on"), int(spec))
     values, labels = values_of(name, spec)
@@ -137,7 +205,20 @@ def choice(
     controls: list[Control],  # the controls
     positions: tuple[int, ...],  # a position for each of them
 ) -> dict:  # arguments by name
-    "The arguments that a position of the controls stands for."
+    """The arguments that a position of the controls stands for.
+
+    Parameters
+    ----------
+    controls : list[Control]
+        the controls
+    positions : tuple[int, ...]
+        a position for each of them
+
+    Returns
+    -------
+    dict
+        arguments by name
+    """
     return {c.name: c.values[i] for c, i in zip(controls, positions)}
 
 

@@ -20,7 +20,23 @@ def pack_weight(
     dilation: list[int],
     groups: int,
 ) -> Tensor:  # opaque, for `convolve`
-    "A weight in oneDNN's own layout."
+    """A weight in oneDNN's own layout.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs of a group, height, width] int8
+    scale : Tensor
+        [outputs] float32
+    stride : list[int]
+    dilation : list[int]
+    groups : int
+
+    Returns
+    -------
+    Tensor
+        opaque, for `convolve`
+    """
     return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, 0, stride, [0, 0], dilation, groups, None)
 
 
@@ -51,7 +67,18 @@ def _run(codes, step, zero, packed, scale, stride, padding, dilation, groups):
 def no_offset(
     n: int,  # outputs
 ) -> Tensor:  # [n] int32
-    "Zero points of a symmetric weight."
+    """Zero points of a symmetric weight.
+
+    Parameters
+    ----------
+    n : int
+        outputs
+
+    Returns
+    -------
+    Tensor
+        [n] int32
+    """
     return torch.zeros(n, dtype=torch.int32, device="cpu")
 
 # %% ../../nbs/workshop/convolutions.ipynb
@@ -65,7 +92,21 @@ def is_right(
     groups: int,
     threads: int,  # of PyTorch
 ) -> bool:
-    "Whether oneDNN gives the sums of the integers for these shapes. Runs once for each; nobody's random numbers move."
+    """Whether oneDNN gives the sums of the integers for these shapes. Runs once for each; nobody's random numbers move.
+
+    Parameters
+    ----------
+    images : tuple[int, ...]
+        shape of the codes: batch, channels, height, width
+    weight : tuple[int, ...]
+        shape of the weight
+    stride : tuple[int, int]
+    padding : tuple[int, int]
+    dilation : tuple[int, int]
+    groups : int
+    threads : int
+        of PyTorch
+    """
     column = (images[3] + 2 * padding[1] - dilation[1] * (weight[3] - 1) - 1) // stride[1] == 0
     if weight[1] * weight[2] * weight[3] > 1 << 16 or column and stride[1] > 1:
         return False
@@ -91,7 +132,32 @@ def convolve(
     dilation: list[int],
     groups: int,
 ) -> Tensor:  # [batch, outputs, height, width] float32: step·scale·Σ (code − zero)·weight
-    "Sums of products of bytes: by oneDNN where it's right, in float64 elsewhere."
+    """Sums of products of bytes: by oneDNN where it's right, in float64 elsewhere.
+
+    Parameters
+    ----------
+    codes : Tensor
+        [batch, channels, height, width] uint8
+    step : float
+        value of a code's step
+    zero : int
+        code of the value 0, and of the padding
+    weight : Tensor
+        [outputs, inputs of a group, height, width] int8
+    packed : Tensor
+        the same weight, from `pack_weight`
+    scale : Tensor
+        [outputs] float32
+    stride : list[int]
+    padding : list[int]
+    dilation : list[int]
+    groups : int
+
+    Returns
+    -------
+    Tensor
+        [batch, outputs, height, width] float32: step·scale·Σ (code − zero)·weight
+    """
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
     if any(p >= r or p and n < r for p, r, n in zip(padding, reach, codes.shape[2:])):
         (a, b), padding = padding, [0, 0]

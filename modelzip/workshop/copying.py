@@ -84,7 +84,22 @@ def makers_of(
     batches: list,  # of `feed`
     layers: Iterable[str],  # names of `Linear` layers: those that may make copies, and those that may ask for them
 ) -> dict[str, frozenset]:  # layer → the layers whose outputs, number by number, are its input, and go nowhere else
-    "Who could make copies for whom, as runs on the data show."
+    """Who could make copies for whom, as runs on the data show.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in eval mode; it is left as it is
+    batches : list
+        of `feed`
+    layers : Iterable[str]
+        names of `Linear` layers: those that may make copies, and those that may ask for them
+
+    Returns
+    -------
+    dict[str, frozenset]
+        layer → the layers whose outputs, number by number, are its input, and go nowhere else
+    """
     layers = [n for n in layers if not hooks_of(model.get_submodule(n))]
     twin, follow = Twin(model), Follow()
     for i, batch in enumerate(batches):
@@ -111,7 +126,20 @@ def copied_outputs(
     model: nn.Module,  # it is left as it is
     places: Mapping[str, tuple[frozenset, Tensor]],  # reader → its makers, and which input stands at each place
 ) -> nn.Module:  # a copy that computes the same
-    "A float model in which layers put some of their outputs out several times."
+    """A float model in which layers put some of their outputs out several times.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    places : Mapping[str, tuple[frozenset, Tensor]]
+        reader → its makers, and which input stands at each place
+
+    Returns
+    -------
+    nn.Module
+        a copy that computes the same
+    """
     new = copied(model)
     for reader, (makers, at) in places.items():
         m = new.get_submodule(reader)
@@ -137,7 +165,17 @@ def same_with_copies(
     batches: list,  # of `feed`
     places: Mapping[str, tuple[frozenset, Tensor]],  # as for `copied_outputs`
 ) -> bool:
-    "Whether a model with copies answers as before, to rounding."
+    """Whether a model with copies answers as before, to rounding.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in eval mode
+    batches : list
+        of `feed`
+    places : Mapping[str, tuple[frozenset, Tensor]]
+        as for `copied_outputs`
+    """
     twins = Twin(model), Twin(copied_outputs(model, places))
     for i, batch in enumerate(batches):
         old, new = (output_tensors(t.run(batch, i)) for t in twins)

@@ -194,7 +194,17 @@ class SlowPath(TorchFunctionMode):
 
 # %% ../../nbs/workshop/counting.ipynb
 class Work(TorchDispatchMode):
-    "A block in which the products that a model runs are summed up in `counts`, by owner."
+    """A block in which the products that a model runs are summed up in `counts`, by owner.
+
+    Parameters
+    ----------
+    owners : dict[nn.Module, str]
+        module → whom its work is booked to
+    own : Callable
+        module → the formula of its class, which is believed without looking, or None
+    formula : Callable
+        module → a formula (inputs, output) → MACs for kernels that hide their work, or None
+    """
 
     def __init__(
         self,

@@ -40,7 +40,13 @@ CRITERIA: dict[str, Callable] = {}  # name → what makes a criterion; chapters 
 def as_criterion(
     criterion: str | Criterion,  # a name in `CRITERIA`, or an object with `needs` and `score`
 ) -> Criterion:
-    "Look up a criterion. An unknown name raises ValueError and lists the known ones."
+    """Look up a criterion. An unknown name raises ValueError and lists the known ones.
+
+    Parameters
+    ----------
+    criterion : str | Criterion
+        a name in `CRITERIA`, or an object with `needs` and `score`
+    """
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             raise ValueError(f"criterion is {criterion!r}; it may be {', '.join(map(repr, CRITERIA))} or a Criterion")
@@ -54,7 +60,19 @@ def needed(
     criterion: Criterion,  # one that looks at data
     batches: Iterable | Split | None,
 ) -> Iterable | Split:  # the same batches
-    "`ValueError` when a criterion needs data, and there are none."
+    """`ValueError` when a criterion needs data, and there are none.
+
+    Parameters
+    ----------
+    criterion : Criterion
+        one that looks at data
+    batches : Iterable | Split | None
+
+    Returns
+    -------
+    Iterable | Split
+        the same batches
+    """
     if batches is None:
         raise ValueError(f"criterion {criterion!r} looks at data, but batches is None; give some, such as [(x, y)]")
     return batches

@@ -28,7 +28,26 @@ def cut_layer(
     loss: Callable | None = None,  # (layer, batch) → scalar, for criteria that need a gradient
 ) -> nn.Module:  # a copy with a mask
     """Cut the weights whose heuristic saliency is at most a bound. If h bounds the true saliency from above, all
-    that was cut is cheap."""
+    that was cut is cheap.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        it is left as it is
+    h : Tensor | Callable | Criterion | str
+        bool mask: True stays; or what gives a saliency to each weight
+    bound : float, default 0.0
+        ε: weights with h ≤ ε are cut
+    batches : Iterable | None, default None
+        inputs of this layer, for criteria that need data
+    loss : Callable | None, default None
+        (layer, batch) → scalar, for criteria that need a gradient
+
+    Returns
+    -------
+    nn.Module
+        a copy with a mask
+    """
     return cut_model(layer, {"": h}, bound, batches, loss, layers=(type(layer),))
 
 # %% ../../nbs/workshop/cutting.ipynb
@@ -41,7 +60,30 @@ def cut_model(
     layers: tuple = PRUNABLE,  # classes of the layers that are cut
     allow_empty: bool = False,  # may a layer lose all its weights?
 ) -> nn.Module:  # a copy with masks
-    "Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything."
+    """Cut every layer. `ValueError` when a mask does not fit, data are missing, or a layer would lose everything.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    h : Any
+        a heuristic for all layers; or a dict of names or patterns and masks or heuristics
+    bound : float, default 0.0
+        ε: weights with h ≤ ε are cut
+    batches : Iterable | None, default None
+        for criteria that need data
+    loss : Callable | None, default None
+        (model, batch) → scalar, for criteria that need a gradient
+    layers : tuple, default PRUNABLE
+        classes of the layers that are cut
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+
+    Returns
+    -------
+    nn.Module
+        a copy with masks
+    """
     if not isinstance(bound, (int, float)) or math.isnan(bound):
         raise ValueError(f"bound is {bound!r}; it may be a number")
     new = copied(model)

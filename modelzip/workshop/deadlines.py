@@ -19,7 +19,21 @@ def checked_count(
     least: int = 1,
     most: float = 1024,
 ) -> int:  # the same
-    "A whole number, checked."
+    """A whole number, checked.
+
+    Parameters
+    ----------
+    n : Any
+    name : str
+        of the argument
+    least : int, default 1
+    most : float, default 1024
+
+    Returns
+    -------
+    int
+        the same
+    """
     at_least(least, **{name: n})
     if n > most:
         raise ValueError(f"{name} is {n}; it may be at most {most}")
@@ -31,7 +45,20 @@ def checked_seconds(
     name: str,  # of the argument
     most: float = math.inf,
 ) -> float | None:  # the same, at most three years; None is for ever
-    "A time, checked."
+    """A time, checked.
+
+    Parameters
+    ----------
+    t : Any
+    name : str
+        of the argument
+    most : float, default math.inf
+
+    Returns
+    -------
+    float | None
+        the same, at most three years; None is for ever
+    """
     if t is None:
         return None
     if isinstance(t, bool) or not isinstance(t, (int, float)):
@@ -44,7 +71,15 @@ def checked_seconds(
 
 # %% ../../nbs/workshop/deadlines.ipynb
 class Watch:
-    "Breaks promises when their time is over."
+    """Breaks promises when their time is over.
+
+    Parameters
+    ----------
+    lock : threading.RLock
+        under which `note` and `end` are called, and `late`
+    late : Callable
+        now → those whose time is over, and the next deadline (infinity: none)
+    """
 
     def __init__(
         self,
@@ -92,7 +127,14 @@ def all_ended(
     threads: list[threading.Thread],
     timeout: float | None = None,  # seconds for all of them; None: as long as it takes
 ) -> None:
-    "Wait for threads. `TimeoutError` names those that still run, and where."
+    """Wait for threads. `TimeoutError` names those that still run, and where.
+
+    Parameters
+    ----------
+    threads : list[threading.Thread]
+    timeout : float | None, default None
+        seconds for all of them; None: as long as it takes
+    """
     until = None if timeout is None else time.monotonic() + timeout
     for t in [*threads]:
         t.join(None if until is None else max(0, until - time.monotonic()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from .arguments import need
 from .tracing import output_axis
 
 # %% ../../nbs/workshop/drawing.ipynb
@@ -70,7 +71,19 @@ def groups_html(g: Any) -> str:
 # %% ../../nbs/workshop/drawing.ipynb
 @dataclass(frozen=True)
 class Group:
-    "Channels that are equals: any of them may go, alone, with all that depends on it."
+    """Channels that are equals: any of them may go, alone, with all that depends on it.
+
+    Parameters
+    ----------
+    name : str
+        the layer that makes them
+    roots : tuple
+        a number for each
+    members : tuple
+        (name of a tensor, axis): where each has a slice, or several
+    width : int
+        slices that one of them has along the first of these
+    """
 
     name: str  # the layer that makes them
     roots: tuple  # a number for each
@@ -86,7 +99,19 @@ class Group:
 # %% ../../nbs/workshop/drawing.ipynb
 @dataclass(repr=False)
 class Groups:
-    "All groups of a model, what was left alone and why. A sequence; shows itself as a table; `plot()` draws the graph."
+    """All groups of a model, what was left alone and why. A sequence; shows itself as a table; `plot()` draws the
+    graph.
+
+    Parameters
+    ----------
+    groups : list[Group]
+    left : dict[str, str]
+        layer whose outputs stay → the reason
+    trace : Any
+        the `Trace` that found them
+    axes : dict
+        (name of a tensor, axis) → the root of each place
+    """
 
     groups: list[Group]
     left: dict[str, str]  # layer whose outputs stay → the reason
@@ -109,12 +134,33 @@ class Groups:
         return groups_html(self)
 
     def plot(self, light: str | Iterable[str] = (), ax: Any = None) -> Any:  # names of groups; matplotlib axes
-        "The layers, what reads what, and where the channels of some groups have their slices."
+        """The layers, what reads what, and where the channels of some groups have their slices.
+
+        Parameters
+        ----------
+        light : str | Iterable[str], default ()
+        ax : Any, default None
+
+        Returns
+        -------
+        Any
+            names of groups; matplotlib axes
+        """
         return draw_groups(self, light, ax)
 
 # %% ../../nbs/workshop/drawing.ipynb
 def layout(t: Any) -> dict[str, tuple[float, float]]:  # layer → its place in the picture
-    "Depth to the right: each layer stands behind all that it reads."
+    """Depth to the right: each layer stands behind all that it reads.
+
+    Parameters
+    ----------
+    t : Any
+
+    Returns
+    -------
+    dict[str, tuple[float, float]]
+        layer → its place in the picture
+    """
     names = list(dict.fromkeys(n.rpartition(".")[0] or n for n in t.owned))
     depth = dict.fromkeys(names, 0)
     for _ in names:
@@ -134,8 +180,22 @@ def draw_groups(
     light: str | Iterable[str] = (),  # names of groups, whose layers light up
     ax: Any = None,  # matplotlib axes; None: new ones
 ) -> Any:  # the axes
-    "The layers, what reads what, and where the channels of some groups have their slices."
-    import matplotlib.pyplot as plt
+    """The layers, what reads what, and where the channels of some groups have their slices.
+
+    Parameters
+    ----------
+    g : Any
+    light : str | Iterable[str], default ()
+        names of groups, whose layers light up
+    ax : Any, default None
+        matplotlib axes; None: new ones
+
+    Returns
+    -------
+    Any
+        the axes
+    """
+    plt = need("matplotlib.pyplot", "notebook")
 
     spots = layout(g.trace)
     wide = max(x for x, _ in spots.values()) + 1

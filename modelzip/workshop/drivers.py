@@ -59,7 +59,24 @@ def columns_by_name(columns: Callable | str | None) -> Callable | None:
 
 @dataclass
 class Job:
-    "A model being quantized: what is planned, and what is done."
+    """A model being quantized: what is planned, and what is done.
+
+    Parameters
+    ----------
+    method : Callable
+        (weight, statistics, **options) → QTensor
+    columns : Callable | None
+        (weight, statistics, **options) → column scales
+    plan : list[Matrix]
+    ties : dict, default field(default_factory=dict)
+        tie → its places in the plan
+    packed : dict, default field(default_factory=dict)
+        tie → what it has become
+    untold : dict, default field(default_factory=dict)
+        name of a matrix → why there are no statistics of it
+    told : set, default field(default_factory=set)
+        ties that had some
+    """
 
     method: Callable  # (weight, statistics, **options) → QTensor
     columns: Callable | None  # (weight, statistics, **options) → column scales
@@ -84,7 +101,18 @@ def one(
     why: str | None = None,  # why nothing is known, where something should be
     target: Tensor | None = None,  # where the weight should go; None: where it is
 ) -> None:
-    "Quantize one tensor, for all its places."
+    """Quantize one tensor, for all its places.
+
+    Parameters
+    ----------
+    tie : tuple
+    statistics : Any
+        of its rows; None: nothing is known
+    why : str | None, default None
+        why nothing is known, where something should be
+    target : Tensor | None, default None
+        where the weight should go; None: where it is
+    """
     m, how = self.ties[tie][0], dict(self.ties[tie][0].options)
     if statistics is not None:
         self.told.add(tie)
@@ -109,8 +137,7 @@ def scales_for(self: Job, m: Matrix, weight: Tensor, statistics: Any, how: dict)
         self.untold[name_of(m.layer, m.owner, m.key)] = why
         return {}
     takes = inspect.signature(self.columns).parameters
-    known = ("bits", "group", "symmetric") if "how" in takes else [k for k in how if k in takes]
-    return {"columns": named(m.name, self.columns, weight, statistics, **{k: how[k] for k in known if k in how})}
+    return {"columns": named(m.name, self.columns, weight, statistics, **{k: how[k] for k in how if k in takes})}
 
 # %% ../../nbs/workshop/drivers.ipynb
 @patch
@@ -120,7 +147,21 @@ def sources(
     reasons: dict,
     reached: Callable | None = None,  # name → whether any batch does; None: nobody knows
 ) -> tuple[dict, dict]:  # tie → the names under which its rows can be seen; tie → why they cannot
-    "Where to look."
+    """Where to look.
+
+    Parameters
+    ----------
+    points : dict
+        of `points_of`
+    reasons : dict
+    reached : Callable | None, default None
+        name → whether any batch does; None: nobody knows
+
+    Returns
+    -------
+    tuple[dict, dict]
+        tie → the names under which its rows can be seen; tie → why they cannot
+    """
     sources, why = {}, {}
     for tie, places in self.ties.items():
         names = [name_of(m.layer, m.owner, m.key) for m in places]
@@ -181,7 +222,17 @@ def rounded_layer(
     key: str,  # name of a parameter
     packed: Packed,  # what it has become
 ) -> nn.Module:
-    "A layer that computes with a rounded matrix."
+    """A layer that computes with a rounded matrix.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        compressed or not
+    key : str
+        name of a parameter
+    packed : Packed
+        what it has become
+    """
     new = Dequantize(layer, packed, key)
     if isinstance(unwrapped(layer), nn.Embedding) and QEmbedding.refuses(new.layer, new.q) is None:
         return QEmbedding(new.layer, packed)  # expands only the rows it is asked for (chapter 06)
@@ -205,7 +256,19 @@ def settle(
     why: str | None = None,  # why there are none
     target: Tensor | None = None,  # where the weight should go
 ) -> None:
-    "Quantize one tensor, and let the model run on it from now on."
+    """Quantize one tensor, and let the model run on it from now on.
+
+    Parameters
+    ----------
+    replay : Any
+        a `Replay`
+    tie : tuple
+    statistics : Any
+    why : str | None, default None
+        why there are none
+    target : Tensor | None, default None
+        where the weight should go
+    """
     self.one(tie, statistics, why, target)
     for m in self.ties[tie]:
         replay.put(m.layer, rounded_layer(replay.model.get_submodule(m.layer), m.key, self.packed[tie]))
@@ -221,7 +284,30 @@ def quantize_at_once(
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     **options,  # of the method
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
-    "Quantize a model with one method for a matrix, all matrices from the original."
+    """Quantize a model with one method for a matrix, all matrices from the original.
+
+    Parameters
+    ----------
+    method : Callable
+        (weight, statistics, **options) → QTensor
+    model : nn.Module
+        it is left as it is
+    statistics : Mapping | None
+        of the original model; None: no data
+    columns : Callable | str | None, default None
+        rule for column scales
+    overrides : Mapping | Callable | None, default None
+        options by name or pattern, or a rule: see `choose_matrices`
+    layers : tuple | None, default None
+        classes of the layers that are quantized; None: all that `MATRICES` knows
+    **options
+        of the method
+
+    Returns
+    -------
+    nn.Module
+        a copy in which each of these layers is a `Dequantize`
+    """
     job = Job(method, columns_by_name(columns), choose_matrices(model, overrides, layers, options))
     job.all_at_once(model, statistics)
     return job.result(model)
@@ -231,7 +317,19 @@ def sharing_inputs(
     model: nn.Module,
     statistics: Mapping,  # of its layers
 ) -> dict[int, Tensor]:  # `id` of a layer's statistics → the weights of all that saw the same, one below the other
-    "Linear layers that saw the very same input."
+    """Linear layers that saw the very same input.
+
+    Parameters
+    ----------
+    model : nn.Module
+    statistics : Mapping
+        of its layers
+
+    Returns
+    -------
+    dict[int, Tensor]
+        `id` of a layer's statistics → the weights of all that saw the same, one below the other
+    """
     groups, linear = {}, {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and matrices_of(m)}
     for name, seen in statistics.items():
         if name in linear:
@@ -246,7 +344,22 @@ def movable_biases(
     known: Mapping,  # names of layers of which something is known
 ) -> Iterator[tuple[str, Dequantize, nn.Module]]:  # name, wrapper, the original layer
     """The layers whose bias can be moved. `ValueError` for a bias that is computed, and for models that do not belong
-    together."""
+    together.
+
+    Parameters
+    ----------
+    quantized : nn.Module
+        a copy, with `Dequantize` layers
+    model : nn.Module
+        what it was made from
+    known : Mapping
+        names of layers of which something is known
+
+    Returns
+    -------
+    Iterator[tuple[str, Dequantize, nn.Module]]
+        name, wrapper, the original layer
+    """
     names = {i: found[0] for i, (_, found) in layers_of(quantized).items()}
     originals = dict(model.named_modules())
     for m in quantized.modules():
@@ -266,7 +379,20 @@ def with_biases(
     quantized: nn.Module,  # gets them, in place
     biases: dict[str, tuple[Dequantize, Tensor]],  # name → wrapper, its new bias
 ) -> nn.Module:  # the same, or what stands for it
-    "Put biases in place. `ValueError` when there are none, or one is not finite."
+    """Put biases in place. `ValueError` when there are none, or one is not finite.
+
+    Parameters
+    ----------
+    quantized : nn.Module
+        gets them, in place
+    biases : dict[str, tuple[Dequantize, Tensor]]
+        name → wrapper, its new bias
+
+    Returns
+    -------
+    nn.Module
+        the same, or what stands for it
+    """
     if not biases:
         raise ValueError("nothing to correct: no quantized layer has both a bias and statistics")
     fixed = {}
@@ -283,7 +409,20 @@ def later(
     module: str,  # `__name__` of the one that has them
     **homes: str,  # module of this library = the names that it makes, with blanks between
 ) -> Callable:  # for `__getattr__`
-    "Names that a module makes which builds on this one: imported when they are asked for."
+    """Names that a module makes which builds on this one: imported when they are asked for.
+
+    Parameters
+    ----------
+    module : str
+        `__name__` of the one that has them
+    **homes : str
+        module of this library = the names that it makes, with blanks between
+
+    Returns
+    -------
+    Callable
+        for `__getattr__`
+    """
     home = {n: m for m, names in homes.items() for n in names.split()}
 
     def ask(name: str) -> Any:

@@ -22,7 +22,18 @@ from .convolutions import convolve, no_offset, pack_weight
 def rows_in_one_pass(
     x: Tensor,  # [rows, n] float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # bytes [rows, n + 8], step [rows, 1], smallest value [rows, 1]
-    "As `quantize_rows`, with 8 more bytes in each row of codes: its step and its smallest value."
+    """As `quantize_rows`, with 8 more bytes in each row of codes: its step and its smallest value.
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, n] float32
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        bytes [rows, n + 8], step [rows, 1], smallest value [rows, 1]
+    """
     packed, n = torch.ops.quantized.embedding_bag_byte_prepack.default(x), x.shape[1]
     ends = (
         packed if n % 4 == 0 else packed[:, n:].clone(memory_format=torch.contiguous_format)
@@ -34,7 +45,25 @@ def rows_in_one_pass(
 # %% ../../nbs/workshop/engines.ipynb
 @dataclass(frozen=True)
 class Capabilities:
-    "What this processor and this build of PyTorch can do with int8."
+    """What this processor and this build of PyTorch can do with int8.
+
+    Parameters
+    ----------
+    cpu : str
+        vector instructions that PyTorch uses
+    linear : bool
+        an int8 matrix product that gives exact sums
+    large : bool
+        rows quantized in one pass and oneDNN's product, the quicker one for many rows
+    convolution : bool
+        an int8 convolution that gives exact sums
+    int4 : bool
+        a product with 4-bit weights in groups
+    reduce_range : bool
+        sums are exact only with 7-bit activations (no VNNI)
+    small : bool, default False
+        a product that is quicker to start than oneDNN's for many rows, and has the same bits
+    """
 
     cpu: str  # vector instructions that PyTorch uses
     linear: bool  # an int8 matrix product that gives exact sums
@@ -48,7 +77,13 @@ class Capabilities:
 @functools.cache
 def capabilities() -> Capabilities:  # found by trying, once in a process
     """Try the int8 kernels on the largest codes there are: one that is missing, or saturates, is not used. What the
-    caller has set (default dtype and device, autocast) does not matter."""
+    caller has set (default dtype and device, autocast) does not matter.
+
+    Returns
+    -------
+    Capabilities
+        found by trying, once in a process
+    """
     with (
         warnings.catch_warnings(),
         torch.device("cpu"),
@@ -177,7 +212,18 @@ def _try_int4():
 def why_not_int8(
     q: CompressedTensor,  # a layer's weight, output channels along axis 0
 ) -> str | None:  # the reason in words; None when it can
-    "Why a compressed weight cannot enter an integer product as it is."
+    """Why a compressed weight cannot enter an integer product as it is.
+
+    Parameters
+    ----------
+    q : CompressedTensor
+        a layer's weight, output channels along axis 0
+
+    Returns
+    -------
+    str | None
+        the reason in words; None when it can
+    """
     if not isinstance(q, QTensor):
         return f"a {type(q).__name__} has no integer codes"
     if q.codebook is not None:
@@ -201,7 +247,18 @@ def as_int8(
     Tensor, Tensor, Tensor | None
 ]:  # codes [as q.shape] int8, scale [outputs] float32, zero point [outputs] int32 or None
     """The same weight as signed bytes: value = scale·(code − zero point), times `q.columns` where there are any.
-    `ValueError` says why when it cannot be."""
+    `ValueError` says why when it cannot be.
+
+    Parameters
+    ----------
+    q : QTensor
+        at most 8 bits, a scale for the tensor or for each slice along axis 0
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor | None]
+        codes [as q.shape] int8, scale [outputs] float32, zero point [outputs] int32 or None
+    """
     if (why := why_not_int8(q)) is not None:
         raise ValueError(f"q cannot be int8: {why}")
     codes, scale = q.unpack().to(torch.int16), q.scale.float().expand(q.shape[0]).contiguous()
@@ -224,7 +281,18 @@ def one_scale_an_output(q: CompressedTensor) -> QTensor:
 def fits_int4(
     q: CompressedTensor,  # a linear layer's weight
 ) -> bool:  # whether PyTorch's 4-bit product can read it
-    "At most 4 bits, in groups of 32, 64, 128 or 256 that divide a row, and a multiple of 16 outputs."
+    """At most 4 bits, in groups of 32, 64, 128 or 256 that divide a row, and a multiple of 16 outputs.
+
+    Parameters
+    ----------
+    q : CompressedTensor
+        a linear layer's weight
+
+    Returns
+    -------
+    bool
+        whether PyTorch's 4-bit product can read it
+    """
     return (
         isinstance(q, QTensor)
         and len(q.shape) == 2

@@ -33,7 +33,18 @@ NO_PROSE = r"https?:|>>>|::|\.\. |[{}\\|<>=$]|^(Changed|New|Added|Deprecated) in
 def paragraphs_of(
     text: str,  # of a docstring, or of a page of a manual
 ) -> Iterator[str]:  # each on one line
-    "The paragraphs of prose in a text."
+    """The paragraphs of prose in a text.
+
+    Parameters
+    ----------
+    text : str
+        of a docstring, or of a page of a manual
+
+    Returns
+    -------
+    Iterator[str]
+        each on one line
+    """
     text = re.sub(r"^.*\n([-=~*^#])\1{2,} *$", "", inspect.cleandoc(text), flags=re.M)  # headings
     for paragraph in re.split(r"\n\s*\n", text):
         lines = [l for l in paragraph.splitlines() if l.strip()]
@@ -52,7 +63,20 @@ def docstrings_in(
     package: str,  # its name
     folders: Sequence[str],  # below the package's own; "." is that
 ) -> Iterator[tuple[str, str]]:  # where it stands, docstring
-    "The docstrings in the files of a package's folders, in order."
+    """The docstrings in the files of a package's folders, in order.
+
+    Parameters
+    ----------
+    package : str
+        its name
+    folders : Sequence[str]
+        below the package's own; "." is that
+
+    Returns
+    -------
+    Iterator[tuple[str, str]]
+        where it stands, docstring
+    """
     if not package or (found := importlib.util.find_spec(package)) is None:
         raise ValueError(f"package is {package!r}, which is not installed")
     root = Path(found.origin).parent
@@ -85,7 +109,18 @@ MORE = [
 # %% ../../nbs/workshop/english.ipynb
 @dataclass(frozen=True)
 class English:
-    "Texts of one part."
+    """Texts of one part.
+
+    Parameters
+    ----------
+    part : str
+    names : list[str], default field(repr=False)
+        where each comes from
+    texts : list[str], default field(repr=False)
+        paragraphs of prose, an empty line between them
+    versions : dict[str, str]
+        of what they were read from
+    """
 
     part: str
     names: list[str] = field(repr=False)  # where each comes from
@@ -114,7 +149,15 @@ def english(
     part: str = "test",  # 'calibration', 'validation', 'test' or 'more'
     least: int = 60,  # words that a text has at least
 ) -> English:
-    "Real English prose that is installed with the book. `ValueError` for a part that is none."
+    """Real English prose that is installed with the book. `ValueError` for a part that is none.
+
+    Parameters
+    ----------
+    part : str, default 'test'
+        'calibration', 'validation', 'test' or 'more'
+    least : int, default 60
+        words that a text has at least
+    """
     if part not in SOURCES:
         raise ValueError(f"part is {part!r}; it may be {', '.join(map(repr, SOURCES))}")
     names, texts, seen = [], [], set()
@@ -150,7 +193,24 @@ def documents(
     least: int | None = None,  # texts of fewer are left out; None: `length`
     at_most: int | None = None,  # documents; None: all
 ) -> list[Tensor]:  # each [tokens]
-    "Texts as tokens. `ValueError` when none is long enough."
+    """Texts as tokens. `ValueError` when none is long enough.
+
+    Parameters
+    ----------
+    texts : English
+    tokenizer : Tokenizer
+    length : int, default 128
+        tokens that are kept of a text
+    least : int | None, default None
+        texts of fewer are left out; None: `length`
+    at_most : int | None, default None
+        documents; None: all
+
+    Returns
+    -------
+    list[Tensor]
+        each [tokens]
+    """
     at_least(2, length=length)
     least = length if least is None else least
     at_least(0, least=least)
@@ -165,7 +225,17 @@ def documents(
 # %% ../../nbs/workshop/english.ipynb
 @dataclass(frozen=True)
 class NextSentences:
-    "Questions 2i and 2i + 1 have the same two answers, the right one of each is the wrong one of the other."
+    """Questions 2i and 2i + 1 have the same two answers, the right one of each is the wrong one of the other.
+
+    Parameters
+    ----------
+    before : Tensor
+        [questions, tokens]: what stands before
+    right : Tensor
+        [questions, tokens]: how it goes on
+    wrong : Tensor
+        [questions, tokens]: how another page goes on
+    """
 
     before: Tensor  # [questions, tokens]: what stands before
     right: Tensor  # [questions, tokens]: how it goes on
@@ -187,7 +257,19 @@ def next_sentences(
     before: int = 24,  # tokens that are shown
     after: int = 12,  # tokens of an answer
 ) -> NextSentences:
-    "Which of two sentences comes next? `ValueError` when the texts do not give so many questions."
+    """Which of two sentences comes next? `ValueError` when the texts do not give so many questions.
+
+    Parameters
+    ----------
+    texts : English
+    tokenizer : Tokenizer
+    questions : int, default 200
+        an even number
+    before : int, default 24
+        tokens that are shown
+    after : int, default 12
+        tokens of an answer
+    """
     at_least(2, questions=questions)
     at_least(1, before=before, after=after)
     if questions % 2:

@@ -35,7 +35,18 @@ DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 
 
 def said(value: Any, depth: int = 0) -> Any:  # as JSON has it; `MISSING` for what is no fact
-    "A plain value as data."
+    """A plain value as data.
+
+    Parameters
+    ----------
+    value : Any
+    depth : int, default 0
+
+    Returns
+    -------
+    Any
+        as JSON has it; `MISSING` for what is no fact
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, enum.Enum):
@@ -344,7 +355,20 @@ def meant(
     value: Any,  # what `said` gives
     like: Any = None,  # what stands there now: a tuple remains one
 ) -> Any:  # `MISSING` for a function, which no data can bring
-    "The inverse; `PackError` for what `said` never says."
+    """The inverse; `PackError` for what `said` never says.
+
+    Parameters
+    ----------
+    value : Any
+        what `said` gives
+    like : Any, default None
+        what stands there now: a tuple remains one
+
+    Returns
+    -------
+    Any
+        `MISSING` for a function, which no data can bring
+    """
     if isinstance(value, list):
         found = [
             meant(v, like[i] if isinstance(like, (list, tuple)) and i < len(like) else None)

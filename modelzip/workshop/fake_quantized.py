@@ -22,7 +22,21 @@ from .readonly import read_only
 # %% ../../nbs/workshop/fake_quantized.ipynb
 class TrainedAsIntegers(Settings):
     """A layer, the quantizers of its weight and its input, and the normalization that follows; a class that derives
-    from it says with `product` what is computed."""
+    from it says with `product` what is computed.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Linear or Conv2d; it may be parametrized, by a mask for example
+    weights : StepsOfWeights
+        one step, or one for each output
+    activations : RangeOfActivations
+        of its input
+    norm : nn.Module | None, default None
+        the BatchNorm that follows
+    name : str, default ''
+        for errors
+    """
 
     frozen = setting(0, bool)
 
@@ -74,7 +88,13 @@ def folded(
     self: TrainedAsIntegers,
     x: Tensor | None = None,  # an input, whose batch's statistics then decide and are counted in
 ) -> tuple[Tensor, Tensor | None]:
-    "Weight and bias that will be rounded."
+    """Weight and bias that will be rounded.
+
+    Parameters
+    ----------
+    x : Tensor | None, default None
+        an input, whose batch's statistics then decide and are counted in
+    """
     weight, bias = self.layer.weight, self.layer.bias
     if self.norm is None:
         return weight, bias
@@ -111,7 +131,18 @@ def checked(
     self: TrainedAsIntegers,
     input: Tensor,  # as the layer gets it, of any type
 ) -> Tensor:  # of the same type
-    "The product of codes, with errors that name the layer."
+    """The product of codes, with errors that name the layer.
+
+    Parameters
+    ----------
+    input : Tensor
+        as the layer gets it, of any type
+
+    Returns
+    -------
+    Tensor
+        of the same type
+    """
     try:
         codes, step = self.activations.codes(input.float())
         if (why := self.activations.too_small()) is not None:
@@ -127,7 +158,20 @@ def sums_of_codes(
     x: Tensor,  # codes of the input, whole numbers in floats
     weight: Tensor,  # codes of the weight
 ) -> Tensor:  # exact in eval mode; in train mode where they fit into 24 bits
-    "The layer's product without its bias."
+    """The layer's product without its bias.
+
+    Parameters
+    ----------
+    x : Tensor
+        codes of the input, whole numbers in floats
+    weight : Tensor
+        codes of the weight
+
+    Returns
+    -------
+    Tensor
+        exact in eval mode; in train mode where they fit into 24 bits
+    """
     fits = accumulator_fits(weight[0].numel(), self.weights.levels // 2, self.activations.levels - 1, bits=25)
     if not fits and not self.training:
         x, weight = x.double(), weight.double()
@@ -146,7 +190,14 @@ def _shown(quantizer, weight, name):
 
 # %% ../../nbs/workshop/fake_quantized.ipynb
 class FakeRecurrent(nn.Module):
-    "An RNN, LSTM or GRU whose matrices are rounded at each use."
+    """An RNN, LSTM or GRU whose matrices are rounded at each use.
+
+    Parameters
+    ----------
+    layer : nn.RNNBase
+    weights : dict[str, StepsOfWeights]
+        name of a matrix → its quantizer
+    """
 
     def __init__(
         self,

@@ -43,7 +43,15 @@ def fill(
     rows: dict[str, Row],
     values: dict[str, Tensor | CompressedTensor],  # by name; tied names are absent
 ) -> None:
-    "Put plain tensors into their places."
+    """Put plain tensors into their places.
+
+    Parameters
+    ----------
+    skeleton : nn.Module
+    rows : dict[str, Row]
+    values : dict[str, Tensor | CompressedTensor]
+        by name; tied names are absent
+    """
     parameters = {}
     for item in list(items(skeleton)):
         row = rows[item.name]
@@ -60,7 +68,19 @@ def fill(
 def wrap(
     skeleton: nn.Module, rows: dict[str, Row], values: dict[str, Tensor | CompressedTensor]
 ) -> nn.Module:  # the skeleton, or what has replaced it
-    "Put compressed tensors into layers of the class that the file names."
+    """Put compressed tensors into layers of the class that the file names.
+
+    Parameters
+    ----------
+    skeleton : nn.Module
+    rows : dict[str, Row]
+    values : dict[str, Tensor | CompressedTensor]
+
+    Returns
+    -------
+    nn.Module
+        the skeleton, or what has replaced it
+    """
     packed, done, found = {}, {}, [i for i in items(skeleton) if rows[i.name].kind is not None]
     several = held_apart(found, skeleton)
     for item in reversed(found):
@@ -89,7 +109,17 @@ def make_layer(
     q: Any,  # a compressed tensor, or the `packed` of a layer that shares it
     key: str,  # the parameter that it replaces
 ) -> nn.Module:
-    "Wrap one layer."
+    """Wrap one layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    row : Row
+    q : Any
+        a compressed tensor, or the `packed` of a layer that shares it
+    key : str
+        the parameter that it replaces
+    """
     cls = find_kind(Dequantize.kinds, row.layer)
     try:
         new = cls(layer, q, key, **(row.options or {}))

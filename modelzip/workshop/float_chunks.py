@@ -27,7 +27,18 @@ def shortened(plane: np.ndarray) -> bytes | None:
 def code_plane(
     plane: np.ndarray,  # uint8
 ) -> tuple[int, Any, float]:  # method, bytes; how many its order saves beside its histograms
-    "A plane by a Huffman code, or as it is."
+    """A plane by a Huffman code, or as it is.
+
+    Parameters
+    ----------
+    plane : np.ndarray
+        uint8
+
+    Returns
+    -------
+    tuple[int, Any, float]
+        method, bytes; how many its order saves beside its histograms
+    """
     coded = shortened(plane)
     if coded is None:
         return RAW, plane, 0.0
@@ -37,7 +48,17 @@ def code_plane(
 
 
 def told(plane: np.ndarray) -> float:  # bytes
-    "What the histograms of its blocks of 64 KiB tell of a plane, from a sample."
+    """What the histograms of its blocks of 64 KiB tell of a plane, from a sample.
+
+    Parameters
+    ----------
+    plane : np.ndarray
+
+    Returns
+    -------
+    float
+        bytes
+    """
     step = max(1, min(16, len(plane) >> 12))
     some = plane[::step]
     counts = np.bincount(some + 256 * (np.arange(len(some)) * step >> 16))
@@ -57,7 +78,20 @@ def code_floats(
     data: np.ndarray,  # uint8, whole elements
     width: int,  # bytes of an element: 1, 2, 4 or 8
 ) -> tuple[bytes, bool]:  # a chunk; whether it is an ordinary one, so that nothing else has to be tried
-    "Code floats by their exponents."
+    """Code floats by their exponents.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8, whole elements
+    width : int
+        bytes of an element: 1, 2, 4 or 8
+
+    Returns
+    -------
+    tuple[bytes, bool]
+        a chunk; whether it is an ordinary one, so that nothing else has to be tried
+    """
     if width == 1:
         method, coded, saved = code_plane(data)
         return b"".join([bytes([method]), coded]), 32 * saved <= len(data)
@@ -83,7 +117,15 @@ def expand_floats(
     out: np.ndarray,  # uint8, where the elements go
     width: int,
 ) -> None:
-    "The inverse of `code_floats`, for the method `FLOAT_PLANES`."
+    """The inverse of `code_floats`, for the method `FLOAT_PLANES`.
+
+    Parameters
+    ----------
+    chunk : bytes
+    out : np.ndarray
+        uint8, where the elements go
+    width : int
+    """
     if width not in (2, 4) or len(chunk) < 2 or chunk[1] > 1:
         raise CodingError("a chunk of floats has a wrong form")
     words, room = out.view(f"<u{width}"), chunk[1]
@@ -99,7 +141,15 @@ def looks_ordinary(
     data: np.ndarray,  # uint8, whole elements
     width: int,  # bytes of an element
 ) -> bool:
-    "Whether values hardly repeat, from a sample."
+    """Whether values hardly repeat, from a sample.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8, whole elements
+    width : int
+        bytes of an element
+    """
     some = data.view(f"<u{width}")[:: max(1, len(data) // width >> 10)]
     values, counts = np.unique(some, return_counts=True)
     return len(some) > 0 and 8 * counts.max() < len(some) and (width == 1 or 8 * len(values) > len(some))

@@ -18,7 +18,17 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dtype_name(dtype: torch.dtype) -> str:  # such as 'float16'
-    "What a manifest calls a type of numbers."
+    """What a manifest calls a type of numbers.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+
+    Returns
+    -------
+    str
+        such as 'float16'
+    """
     return str(dtype).removeprefix("torch.")
 
 # %% ../../nbs/workshop/floats.ipynb
@@ -32,7 +42,18 @@ def all_finite(x: Tensor) -> bool:
 
 
 def check_finite(x: Tensor, name: str = "x") -> Tensor:  # x itself
-    "`ValueError` that counts what is NaN or infinite."
+    """`ValueError` that counts what is NaN or infinite.
+
+    Parameters
+    ----------
+    x : Tensor
+    name : str, default 'x'
+
+    Returns
+    -------
+    Tensor
+        x itself
+    """
     if not all_finite(x):
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
     return x
@@ -45,7 +66,18 @@ def check_bits(bits: int, low: int = 1, high: int = 16, name: str = "bits") -> N
 
 
 def check_codes(codes: Tensor, bits: int) -> Tensor:  # the same; int64 where torch has no arithmetic for their type
-    "`TypeError` or `ValueError` unless codes are whole numbers that fit a width."
+    """`TypeError` or `ValueError` unless codes are whole numbers that fit a width.
+
+    Parameters
+    ----------
+    codes : Tensor
+    bits : int
+
+    Returns
+    -------
+    Tensor
+        the same; int64 where torch has no arithmetic for their type
+    """
     if codes.is_floating_point() or codes.is_complex() or codes.is_quantized:
         raise TypeError(f"codes has dtype {codes.dtype}; it must be integers")
     whole = codes.long() if codes.dtype in (torch.uint16, torch.uint32, torch.uint64) else codes
@@ -59,7 +91,20 @@ def as_tensor(
     x: Any,  # a tensor, or any array with `__dlpack__` (NumPy, CuPy, JAX)
     name: str = "x",  # what errors call it
 ) -> Tensor:  # a detached floating-point tensor; shares memory where it can
-    "Accept whatever holds an array of floating-point numbers; `TypeError` for anything else."
+    """Accept whatever holds an array of floating-point numbers; `TypeError` for anything else.
+
+    Parameters
+    ----------
+    x : Any
+        a tensor, or any array with `__dlpack__` (NumPy, CuPy, JAX)
+    name : str, default 'x'
+        what errors call it
+
+    Returns
+    -------
+    Tensor
+        a detached floating-point tensor; shares memory where it can
+    """
     if isinstance(x, np.generic):
         x = np.array(x)
     if not isinstance(x, Tensor):

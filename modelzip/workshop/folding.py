@@ -69,7 +69,24 @@ def provable_pairs(
     folded: Callable,  # layer, norm → weight and bias that do both
     fold_pairs: Callable,  # model, pairs → the same model, changed
 ) -> dict[str, str]:  # name of a layer → name of the BatchNorm that alone receives its output
-    "Pairs that can become one layer."
+    """Pairs that can become one layer.
+
+    Parameters
+    ----------
+    base : nn.Module
+        a copy in evaluation mode
+    examples : list | None
+        None: it must follow from the code
+    folded : Callable
+        layer, norm → weight and bias that do both
+    fold_pairs : Callable
+        model, pairs → the same model, changed
+
+    Returns
+    -------
+    dict[str, str]
+        name of a layer → name of the BatchNorm that alone receives its output
+    """
     modules = dict(base.named_modules())
     uses = collections.Counter(id(m) for _, m in base.named_modules(remove_duplicate=False))
     alone = lambda n: uses[id(modules[n])] == 1

@@ -61,7 +61,13 @@ def reset_peak() -> int:
 
 
 def machine() -> dict[str, Any]:  # nothing in it tells one machine of a kind from another
-    "Facts about the machine on which times depend."
+    """Facts about the machine on which times depend.
+
+    Returns
+    -------
+    dict[str, Any]
+        nothing in it tells one machine of a kind from another
+    """
     return {
         "CPUs": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -20,7 +20,18 @@ from .pictures import compact_svg, data_uri, drawn, palette_png
 def figures_of(
     result: Any,  # what a function returned
 ) -> list:  # of matplotlib Figures, each once; empty when it is something else
-    "The figures that `result` is, holds, or is drawn on."
+    """The figures that `result` is, holds, or is drawn on.
+
+    Parameters
+    ----------
+    result : Any
+        what a function returned
+
+    Returns
+    -------
+    list
+        of matplotlib Figures, each once; empty when it is something else
+    """
     if "matplotlib" not in sys.modules:
         return []
     from matplotlib.figure import Figure
@@ -79,7 +90,22 @@ def img(
     alt: str,  # what a reader who cannot see it is told
     width: str = "auto",  # as CSS writes it
 ) -> str:  # an <img> element
-    "A picture in HTML. It is decoded before it is shown, so that turning a control does not flicker."
+    """A picture in HTML. It is decoded before it is shown, so that turning a control does not flicker.
+
+    Parameters
+    ----------
+    uri : str
+        where the picture is; here always a data URI
+    alt : str
+        what a reader who cannot see it is told
+    width : str, default 'auto'
+        as CSS writes it
+
+    Returns
+    -------
+    str
+        an <img> element
+    """
     return (
         f'<img src="{html.escape(uri)}" style="width:{width};max-width:100%" decoding="sync" alt="{html.escape(alt)}">'
     )
@@ -105,7 +131,18 @@ FORMS = {
 def forms_of(
     result: Any,  # any object
 ) -> Iterator[tuple]:  # (media type, data) of what it says of itself, the best first
-    "Ask an object how it wants to be shown, as Jupyter does."
+    """Ask an object how it wants to be shown, as Jupyter does.
+
+    Parameters
+    ----------
+    result : Any
+        any object
+
+    Returns
+    -------
+    Iterator[tuple]
+        (media type, data) of what it says of itself, the best first
+    """
 
     def says(method, **args):
         said = getattr(result, method, None)
@@ -124,7 +161,22 @@ def rendered(
     alt: str = "",  # the text that stands for a picture
 ) -> str:  # a piece of HTML
     """Show anything as HTML, like a notebook does: the pictures when there are any, then HTML, then text.
-    ValueError for an explorer."""
+    ValueError for an explorer.
+
+    Parameters
+    ----------
+    result : Any
+        a figure, axes, several of them, an object with a picture or HTML of itself, or anything with a str
+    form : str, default 'png'
+        how figures are drawn, 'png' or 'svg'
+    alt : str, default ''
+        the text that stands for a picture
+
+    Returns
+    -------
+    str
+        a piece of HTML
+    """
     inner = getattr(result, "controls", None)
     if isinstance(inner, list) and inner and isinstance(inner[0], Control):
         raise ValueError("a frame cannot hold an explorer: give its controls to the outer one")
@@ -171,7 +223,22 @@ def frame_in(
     values: dict,  # its arguments by name
     *forms: str,  # how figures are drawn: 'png', 'svg' or both
 ) -> dict[str, str]:  # a piece of HTML for each form
-    "What one call printed and returned, as HTML; ValueError when that is nothing at all."
+    """What one call printed and returned, as HTML; ValueError when that is nothing at all.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    values : dict
+        its arguments by name
+    *forms : str
+        how figures are drawn: 'png', 'svg' or both
+
+    Returns
+    -------
+    dict[str, str]
+        a piece of HTML for each form
+    """
     printed = io.StringIO()
     with fresh_figures() as opened, redirect_stdout(printed):
         result = f(**values)
@@ -203,7 +270,22 @@ def frame(
     values: dict,  # its arguments by name
     form: str = "png",  # how figures are drawn, 'png' or 'svg'
 ) -> str:  # what it printed and what it returned, as a piece of HTML
-    "One frame of an explorer; ValueError when the function shows nothing at all."
+    """One frame of an explorer; ValueError when the function shows nothing at all.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    values : dict
+        its arguments by name
+    form : str, default 'png'
+        how figures are drawn, 'png' or 'svg'
+
+    Returns
+    -------
+    str
+        what it printed and what it returned, as a piece of HTML
+    """
     return frame_in(f, values, form)[form]
 
 # %% ../../nbs/workshop/frames.ipynb

@@ -104,7 +104,24 @@ def archive_gguf(
     done: Callable | None = None,  # called with the name and the bytes of each tensor that is coded
 ) -> Path:  # the path
     """Write a smaller file from which `restore_gguf` makes the same GGUF file, byte for byte; nothing is rounded.
-    `PackError` for a file that is no GGUF, or damaged; it need not be one that `from_gguf` reads."""
+    `PackError` for a file that is no GGUF, or damaged; it need not be one that `from_gguf` reads.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        a GGUF file
+    output : str | os.PathLike
+        the .mz file to write or replace
+    threads : int | None, default None
+        that code side by side; None: as many as there are processors, at most 4
+    done : Callable | None, default None
+        called with the name and the bytes of each tensor that is coded
+
+    Returns
+    -------
+    Path
+        the path
+    """
     threads = check_threads(threads)
     with naming(path), open_file(path) as f:
         data = mapped(f)
@@ -133,7 +150,22 @@ def restore_gguf(
     threads: int | None = None,  # that expand side by side; None: as many as there are processors, at most 4
 ) -> Path:  # the path
     """Write the GGUF file that was archived, atomically, after its SHA-256 was compared. `PackError` for a file that
-    is no such archive, or damaged."""
+    is no such archive, or damaged.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        a .mz file that `archive_gguf` has written
+    output : str | os.PathLike
+        the .gguf file to write or replace
+    threads : int | None, default None
+        that expand side by side; None: as many as there are processors, at most 4
+
+    Returns
+    -------
+    Path
+        the path
+    """
     threads = check_threads(threads)
     with naming(path), opened(path) as f:
         about = f.manifest.get("info", {})
@@ -233,7 +265,20 @@ def diff_gguf(
     a: str | os.PathLike,  # a .gguf file, or a .mz
     b: str | os.PathLike,  # another one
 ) -> Difference:  # the table of `diff`
-    "Compare two files, metadata and tensor by tensor. `PackError` as for `from_gguf` and `load`."
+    """Compare two files, metadata and tensor by tensor. `PackError` as for `from_gguf` and `load`.
+
+    Parameters
+    ----------
+    a : str | os.PathLike
+        a .gguf file, or a .mz
+    b : str | os.PathLike
+        another one
+
+    Returns
+    -------
+    Difference
+        the table of `diff`
+    """
     with looked_into(a) as (one, bytes_one, said), looked_into(b) as (two, bytes_two, told):
         changes, about = [], []
         for name in one | two:

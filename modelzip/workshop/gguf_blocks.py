@@ -23,7 +23,23 @@ from .qtensor_checks import check_part
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 @dataclass(frozen=True)
 class Run:
-    "Bits of some numbers, in as many bytes side by side."
+    """Bits of some numbers, in as many bytes side by side.
+
+    Parameters
+    ----------
+    first : int
+        of the numbers
+    count : int
+        of them
+    byte : int
+        of the block, where the first one's bits are
+    bits : int, default 8
+        taken from each byte
+    shift : int, default 0
+        where they lie in it
+    to : int, default 0
+        where they belong in the number
+    """
 
     first: int  # of the numbers
     count: int  # of them
@@ -35,7 +51,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Field:
-    "Numbers of one sort in a block."
+    """Numbers of one sort in a block.
+
+    Parameters
+    ----------
+    count : int
+    bits : int
+    runs : tuple[Run, ...]
+    signed : bool, default False
+        two's complement in the block; kept as number + 128
+    """
 
     count: int
     bits: int
@@ -45,7 +70,23 @@ class Field:
 
 @dataclass(frozen=True)
 class Layout:
-    "One kind of block."
+    """One kind of block.
+
+    Parameters
+    ----------
+    number : int
+        by which GGUF calls it
+    weights : int
+        in a block
+    nbytes : int
+        of a block
+    halves : dict[str, int]
+        float16s: name → first byte
+    fields : dict[str, Field]
+        all other numbers
+    middle : int, default 0
+        the code that stands for 0, or for the minimum
+    """
 
     number: int  # by which GGUF calls it
     weights: int  # in a block
@@ -93,7 +134,19 @@ def split_blocks(
     blocks: np.ndarray,  # uint8 [blocks, bytes of a block]
     layout: Layout,
 ) -> dict[str, np.ndarray]:  # float16 [blocks], and uint8 [blocks, numbers]
-    "The numbers in blocks."
+    """The numbers in blocks.
+
+    Parameters
+    ----------
+    blocks : np.ndarray
+        uint8 [blocks, bytes of a block]
+    layout : Layout
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        float16 [blocks], and uint8 [blocks, numbers]
+    """
     out = {k: np.ascontiguousarray(blocks[:, b : b + 2]).view("<f2")[:, 0] for k, b in layout.halves.items()}
     for k, field in layout.fields.items():
         x = out[k] = np.zeros((len(blocks), field.count), np.uint8)
@@ -109,7 +162,19 @@ def join_blocks(
     numbers: dict[str, np.ndarray],  # from `split_blocks`
     layout: Layout,
 ) -> np.ndarray:  # uint8 [blocks, bytes of a block]
-    "The inverse."
+    """The inverse.
+
+    Parameters
+    ----------
+    numbers : dict[str, np.ndarray]
+        from `split_blocks`
+    layout : Layout
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [blocks, bytes of a block]
+    """
     blocks = np.zeros((len(numbers["scale"]), layout.nbytes), np.uint8)
     for k, b in layout.halves.items():
         blocks[:, b : b + 2] = np.ascontiguousarray(numbers[k], "<f2").reshape(-1, 1).view(np.uint8)
@@ -123,7 +188,19 @@ def join_blocks(
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 @dataclass(eq=False, repr=False)
 class BlockTensor(Sized, CompressedTensor, kind="gguf"):
-    "A tensor of a GGUF file: packed codes, with the scales and minima of their blocks."
+    """A tensor of a GGUF file: packed codes, with the scales and minima of their blocks.
+
+    Parameters
+    ----------
+    type : str
+        in `BLOCKS`
+    shape : torch.Size
+        of the tensor it stands for; the last dimension is whole blocks
+    dtype : torch.dtype
+        of the tensor it stands for
+    fields : dict[str, Tensor]
+        float16 [blocks]; uint8, packed as `pack_bits` does
+    """
 
     type: str  # in `BLOCKS`
     shape: torch.Size  # of the tensor it stands for; the last dimension is whole blocks
@@ -143,7 +220,17 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
         return f"BlockTensor({'×'.join(map(str, self.shape))} {dtype_name(self.dtype)}, {self.describe()}, {size})"
 
     def numbers(self, name: str) -> Tensor:  # uint8 [blocks, numbers of a block]
-        "One field, unpacked."
+        """One field, unpacked.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        Tensor
+            uint8 [blocks, numbers of a block]
+        """
         field, n = self.layout.fields[name], self.shape.numel() // self.layout.weights
         return unpack_bits(self.fields[name], field.bits, n * field.count).reshape(n, field.count)
 
@@ -170,7 +257,13 @@ def packed_parts(self: BlockTensor) -> dict[str, tuple[int, int, int]]:
 def check_blocks(
     meta: Any,  # what a manifest says
 ) -> tuple[str, torch.Size, torch.dtype]:
-    "`ValueError` unless it describes a tensor of blocks."
+    """`ValueError` unless it describes a tensor of blocks.
+
+    Parameters
+    ----------
+    meta : Any
+        what a manifest says
+    """
     if not isinstance(meta, dict) or meta.keys() != {"shape", "dtype", "type"}:
         raise ValueError(f"meta is {meta!r:.80}")
     name, shape = meta["type"], meta["shape"]
@@ -207,7 +300,19 @@ def from_blocks(
     shape: tuple,  # of the tensor, in PyTorch's order
     dtype: torch.dtype = torch.float32,  # to expand to
 ) -> BlockTensor:
-    "A tensor as a GGUF file holds it. `ValueError` unless the bytes are as many as the shape needs."
+    """A tensor as a GGUF file holds it. `ValueError` unless the bytes are as many as the shape needs.
+
+    Parameters
+    ----------
+    data : Any
+        bytes-like: the blocks, one after the other
+    type : str
+        in `BLOCKS`
+    shape : tuple
+        of the tensor, in PyTorch's order
+    dtype : torch.dtype, default torch.float32
+        to expand to
+    """
     name, shape, dtype = check_blocks({"type": type, "shape": list(shape), "dtype": dtype_name(dtype)})
     layout, data = BLOCKS[name], np.frombuffer(data, np.uint8)
     if len(data) != (want := shape.numel() // layout.weights * layout.nbytes):
@@ -219,14 +324,26 @@ def from_blocks(
 
 @patch
 def blocks(self: BlockTensor) -> np.ndarray:  # uint8 [blocks, bytes of a block]
-    "The bytes in a GGUF file."
+    """The bytes in a GGUF file.
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [blocks, bytes of a block]
+    """
     halves = {k: self.fields[k].cpu().numpy() for k in self.layout.halves}
     return join_blocks(halves | {k: self.numbers(k).cpu().numpy() for k in self.layout.fields}, self.layout)
 
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 @patch
 def steps(self: BlockTensor) -> tuple[Tensor, Tensor | None]:  # float32 [blocks, groups], twice
-    "Scale and minimum of every group."
+    """Scale and minimum of every group.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor | None]
+        float32 [blocks, groups], twice
+    """
     scale, minimum = (self.fields[k].float()[:, None] if k in self.fields else None for k in ("scale", "minimum"))
     if "scales" in self.fields:
         scale = scale * (self.numbers("scales").float() - 128 * self.layout.fields["scales"].signed)
@@ -322,7 +439,15 @@ def quantize_blocks(
     type: str = "Q8_0",  # 'Q8_0', 'Q4_0' or 'Q4_1'
 ) -> BlockTensor:
     """Round to blocks as llama.cpp does without calibration data. `ValueError` for NaN, infinities, a last dimension
-    that is not whole blocks, and values beyond float16's reach."""
+    that is not whole blocks, and values beyond float16's reach.
+
+    Parameters
+    ----------
+    x : Any
+        values: a float tensor or array; the last dimension is a multiple of 32
+    type : str, default 'Q8_0'
+        'Q8_0', 'Q4_0' or 'Q4_1'
+    """
     if type not in FROM_FLOATS:
         raise ValueError(f"type is {type!r:.40}; it may be {', '.join(FROM_FLOATS)}")
     x = check_finite(as_tensor(x)).detach()

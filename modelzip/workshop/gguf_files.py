@@ -116,7 +116,7 @@ class Cursor:
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
 
 # %% ../../nbs/workshop/gguf_files.ipynb
-class Metadata(dict):
+class Metadata(dict[Any, Any]):
     "Keys and plain values, and the type of each in `types`: 'uint32', 'string', 'array of float32' …"
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -126,7 +126,7 @@ class Metadata(dict):
     def copy(self) -> "Metadata":
         return self | {}
 
-    def __or__(self, other: Mapping) -> "Metadata":
+    def __or__(self, other: Mapping[Any, Any]) -> "Metadata":
         "With other values; a key that is there keeps its type."
         new = Metadata({**self, **other})
         new.types = getattr(other, "types", {}) | self.types
@@ -135,7 +135,20 @@ class Metadata(dict):
 
 @dataclass(frozen=True)
 class Place:
-    "A tensor as the beginning of a file describes it."
+    """A tensor as the beginning of a file describes it.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple[int, ...]
+        in PyTorch's order
+    kind : int
+        its number
+    offset : int
+        from the beginning of the file
+    nbytes : int | None
+        None: the kind is unknown
+    """
 
     name: str
     shape: tuple[int, ...]  # in PyTorch's order
@@ -146,7 +159,18 @@ class Place:
 
 @dataclass
 class Head:
-    "Everything but the numbers."
+    """Everything but the numbers.
+
+    Parameters
+    ----------
+    version : int
+    metadata : Metadata
+    places : list[Place]
+        in the order of the file's table
+    start : int
+        where numbers may begin
+    alignment : int
+    """
 
     version: int
     metadata: Metadata
@@ -164,7 +188,15 @@ def read_head(
     data: bytes,  # or a memoryview: the file, or its beginning
     size: int | None = None,  # of the whole file; None: that of the data
 ) -> Head:
-    "Metadata, and where each tensor lies. `PackError` for whatever is wrong; no number of a tensor is looked at."
+    """Metadata, and where each tensor lies. `PackError` for whatever is wrong; no number of a tensor is looked at.
+
+    Parameters
+    ----------
+    data : bytes
+        or a memoryview: the file, or its beginning
+    size : int | None, default None
+        of the whole file; None: that of the data
+    """
     c = Cursor(data)
     demand(c.take(4, "its first four bytes") == b"GGUF", "it is no GGUF file")
     version = c.whole("I", "its version")
@@ -207,7 +239,15 @@ def places_of(
     start: int,
     size: int,  # of the file
 ) -> list[Place]:
-    "Where the tensors lie; `PackError` where they cannot."
+    """Where the tensors lie; `PackError` where they cannot.
+
+    Parameters
+    ----------
+    infos : list[tuple]
+    start : int
+    size : int
+        of the file
+    """
     places, names = [], set()
     for name, shape, kind, offset in infos:
         demand(name not in names, f"it has two tensors called {quoted(name)}")
@@ -227,7 +267,19 @@ def places_of(
 
 
 def nbytes_of(name: str, shape: tuple, kind: int) -> int | None:  # None: unknown
-    "How many bytes a tensor takes."
+    """How many bytes a tensor takes.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple
+    kind : int
+
+    Returns
+    -------
+    int | None
+        None: unknown
+    """
     n = math.prod(shape)
     if kind in PLAIN:
         return n * PLAIN[kind][1].itemsize
@@ -283,10 +335,21 @@ def mapped(f: Any) -> memoryview:
 
 
 def from_gguf(
-    path: str | os.PathLike,  # a GGUF file of version 2 or 3
+    path: str | os.PathLike[str],  # a GGUF file of version 2 or 3
 ) -> GGUF:  # `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
     """Read a file of llama.cpp's. `PackError` says what is wrong with it; kinds that are not in `BLOCKS` are refused by
-    name."""
+    name.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a GGUF file of version 2 or 3
+
+    Returns
+    -------
+    GGUF
+        `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
+    """
     with naming(path), open_file(path) as f:
         data = mapped(f)
         head = read_head(data)
@@ -396,12 +459,29 @@ def head_bytes(metadata: Mapping, tensors: dict[str, Tensor | BlockTensor], alig
 
 def to_gguf(
     tensors: Any,  # a `GGUF`, or name → Tensor, BlockTensor or another compressed tensor (which is expanded)
-    path: str | os.PathLike,  # the file to write or replace, usually *.gguf
-    metadata: Mapping | None = None,  # what the file says besides; None: that of a `GGUF`, or nothing
+    path: str | os.PathLike[str],  # the file to write or replace, usually *.gguf
+    metadata: Mapping[str, Any] | None = None,  # what the file says besides; None: that of a `GGUF`, or nothing
     kind: str | None = None,  # 'F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1' for all matrices; None: as they are
 ) -> Path:  # the path
     """Write a file that llama.cpp and the `gguf` package read, atomically. `TypeError` or `ValueError` for what
-    such a file cannot hold, and for values beyond the reach of a kind."""
+    such a file cannot hold, and for values beyond the reach of a kind.
+
+    Parameters
+    ----------
+    tensors : Any
+        a `GGUF`, or name → Tensor, BlockTensor or another compressed tensor (which is expanded)
+    path : str | os.PathLike[str]
+        the file to write or replace, usually *.gguf
+    metadata : Mapping[str, Any] | None, default None
+        what the file says besides; None: that of a `GGUF`, or nothing
+    kind : str | None, default None
+        'F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1' for all matrices; None: as they are
+
+    Returns
+    -------
+    Path
+        the path
+    """
     if kind is not None and kind not in TO_KINDS:
         raise ValueError(f"kind is {kind!r:.40}; it may be {', '.join(TO_KINDS)}, or None")
     metadata = getattr(tensors, "metadata", {}) if metadata is None else metadata
@@ -440,7 +520,21 @@ def inspect_gguf(
     path: str | os.PathLike,  # a GGUF file
     entropy: bool = True,  # read the numbers for their order-0 entropies
 ) -> Contents:  # the table of `inspect`
-    "What is in a GGUF file, tensor by tensor. `PackError` as for `from_gguf`; kinds that are not read have no entropy."
+    """What is in a GGUF file, tensor by tensor. `PackError` as for `from_gguf`; kinds that are not read have no
+    entropy.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+        a GGUF file
+    entropy : bool, default True
+        read the numbers for their order-0 entropies
+
+    Returns
+    -------
+    Contents
+        the table of `inspect`
+    """
     with naming(path), open_file(path) as f:
         data = mapped(f)
         head, lines = read_head(data), []

@@ -31,7 +31,25 @@ def run_plan(
     sizes: dict[str, int],
     seen: Callable = lambda i, value, freed: None,  # told of each value, and of which are given back
 ) -> Any:  # the output
-    "Follow a graph. Values are dropped as soon as nobody needs them."
+    """Follow a graph. Values are dropped as soon as nobody needs them.
+
+    Parameters
+    ----------
+    plan : Plan
+    layer : Callable
+        name → the function of a layer
+    tensor : Callable
+        name → a tensor
+    inputs : list[Tensor]
+    sizes : dict[str, int]
+    seen : Callable, default lambda i, value, freed: None
+        told of each value, and of which are given back
+
+    Returns
+    -------
+    Any
+        the output
+    """
     values, device = list(inputs), inputs[0].device if inputs else None
     for i, (node, freed) in enumerate(zip(plan.nodes, plan.freed)):
         args, kwargs = (resolved(x, values, sizes) for x in (node.args, node.kwargs))
@@ -103,7 +121,18 @@ def check_memory(
     shapes: list[tuple],  # of the inputs
     most: int,  # bytes
 ) -> None:
-    "`ValueError` that names the node which does not fit, or takes too much memory."
+    """`ValueError` that names the node which does not fit, or takes too much memory.
+
+    Parameters
+    ----------
+    plan : Plan
+    ghosts : nn.Module
+        the layers and tensors of the graph, on the meta device
+    shapes : list[tuple]
+        of the inputs
+    most : int
+        bytes
+    """
     measure, at = Measure(most), [0]
 
     def seen(i, value, freed):
@@ -300,7 +329,22 @@ def modules_of(
     buffers: set[str],
     most: int,  # tensors
 ) -> GraphModel:  # hollow
-    "Make what a file describes. `PackError` for names that hang nowhere and for layers that cannot be made."
+    """Make what a file describes. `PackError` for names that hang nowhere and for layers that cannot be made.
+
+    Parameters
+    ----------
+    kinds : dict
+        name → entry, of all modules, parents first
+    rows : dict[str, Row] | None
+    buffers : set[str]
+    most : int
+        tensors
+
+    Returns
+    -------
+    GraphModel
+        hollow
+    """
     root = GraphModel(kinds.get("", {}))
     made, whole, entry = {"": root}, set(), kinds.get("", {})
     if "class" in entry and entry["class"] != "Sequential":
@@ -335,7 +379,21 @@ def graph_skeleton(
     rows: dict[str, Row] | None,  # its table; None: it is not known yet, and the graph is not looked at
     tensors: int = 2**40,  # that it has, if it is not known
 ) -> GraphModel:  # hollow: its tensors are ghosts
-    "The model that a file with a graph describes. `PackError` says what is wrong with the graph."
+    """The model that a file with a graph describes. `PackError` says what is wrong with the graph.
+
+    Parameters
+    ----------
+    manifest : dict
+    rows : dict[str, Row] | None
+        its table; None: it is not known yet, and the graph is not looked at
+    tensors : int, default 2 ** 40
+        that it has, if it is not known
+
+    Returns
+    -------
+    GraphModel
+        hollow: its tensors are ghosts
+    """
     graph, kinds = manifest["graph"], manifest.get("layers", {})
     buffers = graph.get("buffers", []) if isinstance(graph, dict) else []
     demand(

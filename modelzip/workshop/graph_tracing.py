@@ -80,7 +80,18 @@ def faked(ghost: nn.Module) -> nn.Module:
 def leaf_layers(
     model: nn.Module, name: str = ""
 ) -> dict[str, nn.Module]:  # name in the uncompressed model → the layer, with its wrappers
-    "The outermost layers that a file can make."
+    """The outermost layers that a file can make.
+
+    Parameters
+    ----------
+    model : nn.Module
+    name : str, default ''
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        name in the uncompressed model → the layer, with its wrappers
+    """
     made = layer_entry(plain_layer(model)) is not None and type(plain_layer(model)) is not nn.Sequential
     if name and made and not hooks_named(model):  # hooks are followed, and a file has none
         return {name: model}
@@ -92,7 +103,17 @@ def leaf_layers(
 
 
 def hide(model: nn.Module) -> list[int]:  # the numbers that its calls will have are in this list
-    "Let each layer of a model stand for itself when it is followed."
+    """Let each layer of a model stand for itself when it is followed.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    list[int]
+        the numbers that its calls will have are in this list
+    """
     numbers, done = [], set()
     for name, layer in leaf_layers(model).items():
         if id(layer) not in done:
@@ -124,7 +145,19 @@ KEEP = {"scaled_dot_product_attention", "linalg_vector_norm", "_softmax", "_log_
 
 @torch.no_grad()
 def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> Any:  # an `ExportedProgram`
-    "Follow a model. `ValueError` with the exporter's reason."
+    """Follow a model. `ValueError` with the exporter's reason.
+
+    Parameters
+    ----------
+    flat : Flat
+    tensors : list[Tensor]
+    free : list[dict[int, str]]
+
+    Returns
+    -------
+    Any
+        an `ExportedProgram`
+    """
     shapes = (tuple(dict.fromkeys(each, torch.export.Dim.DYNAMIC) for each in free),)
     try:
         with warnings.catch_warnings(), Quiet():
@@ -135,7 +168,17 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
 
 
 def apart(program: Any) -> Any:  # an `ExportedProgram`
-    "Take everything apart that the table does not have; nothing is written into any more."
+    """Take everything apart that the table does not have; nothing is written into any more.
+
+    Parameters
+    ----------
+    program : Any
+
+    Returns
+    -------
+    Any
+        an `ExportedProgram`
+    """
     with warnings.catch_warnings(), Quiet():
         warnings.simplefilter("ignore")
         return program.run_decompositions(_kept())
@@ -444,7 +487,18 @@ def _counted(w, x):
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
-    "A node for an operation of ATen."
+    """A node for an operation of ATen.
+
+    Parameters
+    ----------
+    w : Writer
+    node : fx.Node
+
+    Returns
+    -------
+    int
+        the number of its value
+    """
     schema = node.target._schema
     space, _, name = schema.name.partition("::")
     value = node.meta.get("val")
@@ -493,7 +547,18 @@ def folded(w: Writer, node: fx.Node) -> Tensor | None:
 
 
 def write_call(w: Writer, node: fx.Node) -> tuple:  # how its outputs are found: a list of (number of a value) by place
-    "A node for a call of a layer."
+    """A node for a call of a layer.
+
+    Parameters
+    ----------
+    w : Writer
+    node : fx.Node
+
+    Returns
+    -------
+    tuple
+        how its outputs are found: a list of (number of a value) by place
+    """
     call = CALLS[node.args[1]]
     args, kwargs = call.filled([_Value(w.number(x)) for x in node.args[0]])
     args, kwargs = ([_said_layer(w, x) for x in args], {k: _said_layer(w, x) for k, x in kwargs.items()})
@@ -610,7 +675,22 @@ def trace(
     dynamic: dict | tuple | list = {0: "batch"},  # free dimensions and their names, for all tensors or for each
 ) -> dict:  # a graph, as JSON
     """What a model does with an example, as a list of operations of the [table](graphs.ipynb) and calls of its
-    layers. `ValueError` says what cannot be traced and why; `TypeError` what the example may be."""
+    layers. `ValueError` says what cannot be traced and why; `TypeError` what the example may be.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is; followed in evaluation mode
+    example : Any
+        what it is called with: a tensor, a tuple of all arguments, a dict of named ones
+    dynamic : dict | tuple | list, default {0: 'batch'}
+        free dimensions and their names, for all tensors or for each
+
+    Returns
+    -------
+    dict
+        a graph, as JSON
+    """
     layout = Layout(model, example, dynamic)
     own = copied(model).eval()
     flat = Flat(own, layout).eval()
@@ -704,7 +784,19 @@ def _name_sizes(w, users, layout, program, limits):
 # %% ../../nbs/workshop/graph_tracing.ipynb
 @torch.no_grad()
 def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same; a size that has to be two says so
-    "`ValueError` unless a graph gives what the model gives: for the example, and for other free sizes."
+    """`ValueError` unless a graph gives what the model gives: for the example, and for other free sizes.
+
+    Parameters
+    ----------
+    graph : dict
+    model : nn.Module
+    layout : Layout
+
+    Returns
+    -------
+    dict
+        the same; a size that has to be two says so
+    """
     own, original = copied(model).eval(), copied(model).eval()
     for m in own.modules():
         if getattr(m, "inplace", False):

@@ -196,7 +196,20 @@ NUMBERS = {
 # %% ../../nbs/workshop/graphs.ipynb
 @dataclass(frozen=True)
 class Argument:
-    "What an operation takes."
+    """What an operation takes.
+
+    Parameters
+    ----------
+    name : str
+    type : str
+        in `TYPES`, or words with / between
+    null : bool, default False
+        may be null
+    named : bool, default False
+        handed on by name
+    default : Any, default ...
+        the Ellipsis: it must be given
+    """
 
     name: str
     type: str  # in `TYPES`, or words with / between
@@ -207,7 +220,17 @@ class Argument:
 
 @dataclass(frozen=True)
 class Operation:
-    "A line of the table."
+    """A line of the table.
+
+    Parameters
+    ----------
+    name : str
+    arguments : tuple[Argument, ...]
+    says : str
+        what it computes
+    group : str
+    run : Callable
+    """
 
     name: str
     arguments: tuple[Argument, ...]
@@ -398,7 +421,20 @@ class Size:
 
 @dataclass(frozen=True)
 class Node:
-    "One call of a graph, checked."
+    """One call of a graph, checked.
+
+    Parameters
+    ----------
+    kind : str
+        "layer", "tensor" or an operation's name
+    name : str
+        of the layer or the tensor
+    args : list
+        with a `Use` for a value and a `Size` for a size
+    kwargs : dict
+    uses : tuple[int, ...]
+        values by number
+    """
 
     kind: str  # "layer", "tensor" or an operation's name
     name: str  # of the layer or the tensor
@@ -409,7 +445,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Input:
-    "What a graph is called with."
+    """What a graph is called with.
+
+    Parameters
+    ----------
+    name : str
+    dtype : torch.dtype
+    shape : list
+        sizes
+    """
 
     name: str
     dtype: torch.dtype
@@ -418,7 +462,19 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    "A graph, checked."
+    """A graph, checked.
+
+    Parameters
+    ----------
+    inputs : list[Input]
+    sizes : dict[str, tuple[int, int, int]]
+        in the example, the least, the largest
+    nodes : list[Node]
+    output : Any
+        with a `Use` for a value
+    freed : list[list[int]]
+        for each node, the values that nobody needs after it
+    """
 
     inputs: list[Input]
     sizes: dict[str, tuple[int, int, int]]  # in the example, the least, the largest
@@ -474,7 +530,18 @@ def check_argument(
     at: int,  # the number of values before it
     names: Collection[str],  # of sizes
 ) -> Any:
-    "What an operation will be given; `PackError` for what is not of its type."
+    """What an operation will be given; `PackError` for what is not of its type.
+
+    Parameters
+    ----------
+    x : Any
+        what the file says
+    a : Argument
+    at : int
+        the number of values before it
+    names : Collection[str]
+        of sizes
+    """
     if x is None:
         demand(a.null, f"{a.name} is null")
         return None
@@ -612,7 +679,17 @@ def read_graph(
     layers: Collection[str],  # names of layers that it may call
     tensors: Collection[str],  # names of tensors that it may read
 ) -> Plan:
-    "Hold a graph against the table. `PackError` names the node and what is wrong with it."
+    """Hold a graph against the table. `PackError` names the node and what is wrong with it.
+
+    Parameters
+    ----------
+    graph : Any
+        from a manifest
+    layers : Collection[str]
+        names of layers that it may call
+    tensors : Collection[str]
+        names of tensors that it may read
+    """
     keys = {"inputs", "sizes", "nodes", "output"}
     demand(
         isinstance(graph, dict) and keys <= graph.keys() <= keys | {"buffers"},
@@ -664,7 +741,17 @@ def resolved(x: Any, values: list, sizes: dict[str, int]) -> Any:
 
 # %% ../../nbs/workshop/graphs.ipynb
 def graph_lines(graph: dict) -> list[str]:  # a line for each input, node and output
-    "A graph as people read it: what each value is called, and what it is made of."
+    """A graph as people read it: what each value is called, and what it is made of.
+
+    Parameters
+    ----------
+    graph : dict
+
+    Returns
+    -------
+    list[str]
+        a line for each input, node and output
+    """
     names = [x[0] for x in graph["inputs"]]
     lines = [f"{n}: {dtype} [{', '.join(map(said_size, shape))}]" for n, dtype, shape in graph["inputs"]]
     seen = dict.fromkeys(names, 1)

@@ -22,7 +22,17 @@ ROWS = 512  # rows that are kept of a half, at most
 
 @dataclass
 class Seen:
-    "What one layer was given."
+    """What one layer was given.
+
+    Parameters
+    ----------
+    halves : list[LayerStatistics], default field(default_factory=lambda: [LayerStatistics(), LayerStatistics()])
+    kept : list[Tensor | None], default field(default_factory=lambda: [None, None])
+        [groups, rows, inputs] of each half
+    drawn : list[Tensor | None], default field(default_factory=lambda: [None, None])
+        a number for each row that is kept
+    chance : torch.Generator, default field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+    """
 
     halves: list[LayerStatistics] = field(default_factory=lambda: [LayerStatistics(), LayerStatistics()])
     kept: list[Tensor | None] = field(default_factory=lambda: [None, None])  # [groups, rows, inputs] of each half
@@ -68,7 +78,22 @@ def some_of(
     drawn: Tensor,  # [rows] a number for each
     most: int,  # how many
 ) -> tuple[Tensor, Tensor]:  # rows and their numbers, in the order that they had; a copy
-    "The rows with the least numbers."
+    """The rows with the least numbers.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [groups, rows, inputs]
+    drawn : Tensor
+        [rows] a number for each
+    most : int
+        how many
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        rows and their numbers, in the order that they had; a copy
+    """
     at = drawn.argsort()[:most].sort().values
     return rows[:, at.to(rows.device)], drawn[at]
 
@@ -91,7 +116,24 @@ def seen_in_halves(
     names: Iterable[str],  # of layers
     moments: bool = True,  # also H = Σ x xᵀ
 ) -> dict[str, Seen]:  # of each layer that was called
-    "What layers are given, in two halves. `ValueError` for batches that do not fit, NaN (names the layer), no rows."
+    """What layers are given, in two halves. `ValueError` for batches that do not fit, NaN (names the layer), no rows.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        it is left as it is
+    batches : list
+        of `feed`
+    names : Iterable[str]
+        of layers
+    moments : bool, default True
+        also H = Σ x xᵀ
+
+    Returns
+    -------
+    dict[str, Seen]
+        of each layer that was called
+    """
     twin, names = Twin(model), set(names)
     points = {n: p for n, p in points_of(twin.model)[0].items() if n in names}
     seen = _seen(twin, batches, points, len(batches) == 1, moments)

@@ -29,7 +29,17 @@ from .walking import items, own_tensors
 
 # %% ../../nbs/workshop/hollow.ipynb
 def ghost(t: Tensor) -> Tensor:  # same kind, type and shape, no memory
-    "Stand in for a tensor whose values are not needed."
+    """Stand in for a tensor whose values are not needed.
+
+    Parameters
+    ----------
+    t : Tensor
+
+    Returns
+    -------
+    Tensor
+        same kind, type and shape, no memory
+    """
     g = torch.empty(t.shape, dtype=t.dtype, device="meta")
     return nn.Parameter(g, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else g
 
@@ -49,7 +59,17 @@ def deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def hollow(
     model: nn.Module,
 ) -> nn.Module:  # a copy with plain layers, whose parameters and persistent buffers are ghosts
-    "Copy what a model does, but none of its numbers."
+    """Copy what a model does, but none of its numbers.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        a copy with plain layers, whose parameters and persistent buffers are ghosts
+    """
     check_ordinary(model)
     memo = {id(t): ghost(t) for m in model.modules() for t in own_tensors(m).values()}
     memo |= {
@@ -74,7 +94,24 @@ def build_from(
     held: int = 0,  # … their bytes
 ) -> nn.Module:  # hollow
     """Let the registered builder that a file names make its model, where it takes no memory if that can be, and
-    within what the file's tensors allow."""
+    within what the file's tensors allow.
+
+    Parameters
+    ----------
+    architecture : dict | None
+        of a manifest
+    root : dict | None, default None
+        what the file says of the model itself, for an error
+    tensors : int | None, default None
+        that the file holds; None: nothing bounds what is built
+    held : int, default 0
+        … their bytes
+
+    Returns
+    -------
+    nn.Module
+        hollow
+    """
     demand(
         architecture,
         (
@@ -106,7 +143,19 @@ def meaning_of(
     model: nn.Module,
     architecture: dict | None,  # {"name", "options"}
 ) -> dict:  # {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
-    "What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original."
+    """What a file says of a model besides its numbers. `ValueError` for a model of which a copy would run the original.
+
+    Parameters
+    ----------
+    model : nn.Module
+    architecture : dict | None
+        {"name", "options"}
+
+    Returns
+    -------
+    dict
+        {"layers": what differs, "kind": the seal of the whole}, or {"layers": everything}
+    """
     check_ordinary(model)
     check_nothing_hidden(model)
     if computes_nothing(model):
@@ -147,7 +196,14 @@ def shorter(
     entry: dict,
     there: dict,  # what the builder has at this place
 ) -> dict:
-    "An entry without what the builder makes the same."
+    """An entry without what the builder makes the same.
+
+    Parameters
+    ----------
+    entry : dict
+    there : dict
+        what the builder has at this place
+    """
     if "module" not in entry or entry["module"] != there.get("module"):
         return entry
     out = dict(entry)
@@ -165,7 +221,17 @@ SPARE = 2**26  # weights that may be zeros of which nothing is stored
 
 def check_dense(rows: dict[str, Row]) -> tuple[int, int]:  # tensors, and bytes of all that they stand for
     """Positions of a sparse tensor take 16 bits for 2¹⁶ zeros or more: what claims to stand for more than that many
-    is refused."""
+    is refused.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+
+    Returns
+    -------
+    tuple[int, int]
+        tensors, and bytes of all that they stand for
+    """
     own = [r for r in rows.values() if r.same is None]
     stands = sum(math.prod(r.shape) for r in own if r.kind is not None)
     demand(
@@ -180,7 +246,21 @@ def skeleton_of(
     model: nn.Module | None,  # what the caller passes
     rows: dict | None = None,  # the table, so that an error can list everything that does not match
 ) -> nn.Module:  # hollow, and what the file says that it is
-    "The model into which the numbers go. `PackError` unless it computes what the one computed that was saved."
+    """The model into which the numbers go. `PackError` unless it computes what the one computed that was saved.
+
+    Parameters
+    ----------
+    manifest : dict
+    model : nn.Module | None
+        what the caller passes
+    rows : dict | None, default None
+        the table, so that an error can list everything that does not match
+
+    Returns
+    -------
+    nn.Module
+        hollow, and what the file says that it is
+    """
     layers, kind, said = manifest.get("layers", {}), manifest.get("kind"), manifest["modelzip"] >= VERSION
     most, bounds = (2**40, ()) if rows is None else (len(rows), check_dense(rows))
     if model is None and "graph" in manifest:
@@ -216,7 +296,23 @@ def whole_of(
     most: int = 2**40,  # tensors of the file
     bounds: tuple = (),  # … and their bytes, for a builder
 ) -> dict:  # as from `kinds_of`
-    "All that a file says of a model, where it relies on a builder."
+    """All that a file says of a model, where it relies on a builder.
+
+    Parameters
+    ----------
+    manifest : dict
+    skeleton : nn.Module
+        what the caller passes
+    most : int, default 2 ** 40
+        tensors of the file
+    bounds : tuple, default ()
+        … and their bytes, for a builder
+
+    Returns
+    -------
+    dict
+        as from `kinds_of`
+    """
     try:
         built = remade(build_from(manifest["architecture"], None, *bounds), manifest.get("layers", {}), tensors=most)
     except PackError:
@@ -234,7 +330,18 @@ def whole_of(
 # %% ../../nbs/workshop/hollow.ipynb
 def mismatch(skeleton: nn.Module, rows: dict[str, Row]) -> str:  # '': all agree
     """Every tensor that is missing, unexpected, of another shape, or, for a parameter, of another sort of numbers, in
-    words."""
+    words.
+
+    Parameters
+    ----------
+    skeleton : nn.Module
+    rows : dict[str, Row]
+
+    Returns
+    -------
+    str
+        '': all agree
+    """
     there = {i.name: i.value for i in items(skeleton) if not nn.parameter.is_lazy(i.value)}
     have = {n: tuple(v.shape) for n, v in there.items()}
     sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)

@@ -21,6 +21,7 @@ from ..archive import BLOCK, Entry, PackError, ascii_name, cut, data_offset, dem
 from ..archive import several, shown
 from ..coding import CODES, chunk_slices, coders
 from ..quant import CompressedTensor, unpack_bits
+from .arguments import need
 from .hollow import check_match, skeleton_of
 from .manifest import NAMES, Row, as_json, read_manifest
 from .reading import read_row, verify_rest
@@ -30,7 +31,17 @@ from .writing import check_machine
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def information(value: Tensor | CompressedTensor) -> float:  # bits
-    "The order-0 entropy of all that is stored of a tensor."
+    """The order-0 entropy of all that is stored of a tensor.
+
+    Parameters
+    ----------
+    value : Tensor | CompressedTensor
+
+    Returns
+    -------
+    float
+        bits
+    """
     packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.0
     for k, t in ({"": value} if isinstance(value, Tensor) else value.parts()).items():
         for counts in counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(t):
@@ -40,7 +51,17 @@ def information(value: Tensor | CompressedTensor) -> float:  # bits
 
 
 def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
-    "How often each byte occurs at each place of an element, a block at a time."
+    """How often each byte occurs at each place of an element, a block at a time.
+
+    Parameters
+    ----------
+    t : Tensor
+
+    Returns
+    -------
+    np.ndarray
+        [bytes of an element, 256]
+    """
     data, width = np.frombuffer(as_bytes(t), np.uint8).reshape(-1, t.element_size()), t.element_size()
     counts = np.zeros((width, 256), np.int64)
     for i in range(0, len(data), BLOCK // width):
@@ -50,7 +71,19 @@ def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
 
 
 def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:  # [1, 2**bits]
-    "How often each code occurs."
+    """How often each code occurs.
+
+    Parameters
+    ----------
+    packed : Tensor
+    bits : int
+    count : int
+
+    Returns
+    -------
+    np.ndarray
+        [1, 2**bits]
+    """
     counts = np.zeros((1, 1 << bits), np.int64)
     for first in range(0, count, CODES):
         some = torch.cat([packed[s] for s in chunk_slices(bits, count, first)])
@@ -60,7 +93,25 @@ def counted_codes(packed: Tensor, bits: int, count: int) -> np.ndarray:  # [1, 2
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass(frozen=True)
 class Line:
-    "A tensor in the table that `inspect` shows."
+    """A tensor in the table that `inspect` shows.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple[int, ...]
+    kind : str
+        type of a plain tensor, kind of a compressed one, or to which tensor it is tied
+    layer : str
+        class of the compressed layer, or ""
+    coder : str
+        how its bytes were made: "raw", "zstd", "rans", … (several when its parts or chunks differ)
+    bytes : int
+        in the file
+    share : float
+        … of all its bytes
+    entropy : float | None
+        bits a weight, order 0; None when it was not computed
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -89,7 +140,18 @@ def line_of(
     coder: str | None = None,  # how it is stored; None: what the manifest knows of it
     entropy: float | None = None,  # bits a weight
 ) -> Line:
-    "What `inspect` shows of a tensor."
+    """What `inspect` shows of a tensor.
+
+    Parameters
+    ----------
+    row : Row
+    total : int
+        bytes of the file
+    coder : str | None, default None
+        how it is stored; None: what the manifest knows of it
+    entropy : float | None, default None
+        bits a weight
+    """
     kind = f"= {row.same}" if row.same is not None else NAMES[row.dtype] if row.kind is None else kind_text(row)
     if coder is None:
         coder = ", ".join(sorted({"raw" if p.coded is None else "coded" for p in row.parts.values()}))
@@ -103,13 +165,34 @@ def in_solid(
     total: int,
 ) -> Line:
     """What `inspect` shows of a tensor in a solid file: its share of the one message, to the byte that was written
-    when it ended."""
+    when it ended.
+
+    Parameters
+    ----------
+    line : Line
+    row : Row
+    sizes : dict[tuple, int]
+        from a `Restored` file
+    total : int
+    """
     size = sum(sizes[p.offset, p.nbytes] for p in row.parts.values())
     return replace(line, coder="" if row.same else "adaptive", bytes=size, share=size / total)
 
 
 def coder_of(f: BinaryIO, row: Row, payload: Entry) -> str:  # "raw", "zstd", …: the coder of the most bytes first
-    "Look into the streams of a tensor for the methods of their chunks."
+    """Look into the streams of a tensor for the methods of their chunks.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    row : Row
+    payload : Entry
+
+    Returns
+    -------
+    str
+        "raw", "zstd", …: the coder of the most bytes first
+    """
     found = collections.Counter()
     for part in row.parts.values():
         if part.coded is None:
@@ -139,7 +222,22 @@ def cells_of(
     total: int,
     around: str = "manifest, directory, gaps",  # what these are
 ) -> list[list[str]]:  # rows of text; the last two are what is around the numbers, and the sum
-    "The table as text."
+    """The table as text.
+
+    Parameters
+    ----------
+    lines : list[Line]
+    rest : int
+        bytes of the file that are no numbers
+    total : int
+    around : str, default 'manifest, directory, gaps'
+        what these are
+
+    Returns
+    -------
+    list[list[str]]
+        rows of text; the last two are what is around the numbers, and the sum
+    """
     body = [
         [
             shown(l.name),
@@ -181,7 +279,15 @@ def as_text(
     columns: list[str] = COLUMNS,
     left: int = 5,  # columns of words; numbers follow
 ) -> str:
-    "A table for the terminal: words to the left, numbers to the right."
+    """A table for the terminal: words to the left, numbers to the right.
+
+    Parameters
+    ----------
+    cells : list[list[str]]
+    columns : list[str], default COLUMNS
+    left : int, default 5
+        columns of words; numbers follow
+    """
     width = [max(map(len, column)) for column in zip(columns, *cells)]
     line = lambda c: "  ".join(
         x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(zip(c, width))
@@ -195,7 +301,16 @@ def as_html(
     columns: list[str] = COLUMNS,
     left: int = 5,
 ) -> str:
-    "The same table for a notebook."
+    """The same table for a notebook.
+
+    Parameters
+    ----------
+    cells : list[list[str]]
+    *about : str
+        HTML that stands above it
+    columns : list[str], default COLUMNS
+    left : int, default 5
+    """
     cell = lambda tag, i, x: f'<{tag} style="text-align:{"left" if i < left else "right"}">{html.escape(x)}</{tag}>'
     line = lambda tag, c: "<tr>" + "".join(cell(tag, i, x) for i, x in enumerate(c)) + "</tr>"
     head, body = line("th", columns), "".join(line("td", c) for c in cells)
@@ -208,7 +323,17 @@ def plot_bytes(
     ax: Any,  # matplotlib axes
     most: int = 24,  # layers that are shown; the smallest are summed up beyond that
 ) -> Any:
-    "Where the bytes of a file went: a bar per layer, a colour per tensor in it."
+    """Where the bytes of a file went: a bar per layer, a colour per tensor in it.
+
+    Parameters
+    ----------
+    lines : list[Line]
+    rest : int
+    ax : Any
+        matplotlib axes
+    most : int, default 24
+        layers that are shown; the smallest are summed up beyond that
+    """
     layers, colors = {}, {}
     for l in lines:
         layer, _, key = l.name.rpartition(".")
@@ -233,22 +358,41 @@ def plot_bytes(
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass(frozen=True, repr=False)
 class Contents:
-    "What a `.mz` file holds, as `inspect` found it. Shows itself as a table; `plot()` draws it."
+    """What a `.mz` file holds, as `inspect` found it. Shows itself as a table; `plot()` draws it.
+
+    Parameters
+    ----------
+    path : str
+    bytes : int
+        of the whole file
+    version : int
+        of the format
+    architecture : dict[Any, Any] | None
+        {"name", "options"} of a registered builder
+    info : dict[str, Any]
+        what was given to `save` besides model and path
+    lines : list[Any]
+        a `Line` for each tensor
+    graph : dict[Any, Any] | None, default None
+        what is done with an input, see `graph_lines`
+    format : str, default 'mz'
+        whose version it is
+    """
 
     path: str
     bytes: int  # of the whole file
     version: int  # of the format
-    architecture: dict | None  # {"name", "options"} of a registered builder
-    info: dict  # what was given to `save` besides model and path
-    lines: list  # a `Line` for each tensor
-    graph: dict | None = None  # what is done with an input, see `graph_lines`
+    architecture: dict[Any, Any] | None  # {"name", "options"} of a registered builder
+    info: dict[str, Any]  # what was given to `save` besides model and path
+    lines: list[Any]  # a `Line` for each tensor
+    graph: dict[Any, Any] | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
 
     @property
     def rest(self) -> int:
         return self.bytes - sum(l.bytes for l in self.lines)
 
-    def cells(self) -> list:
+    def cells(self) -> list[Any]:
         around = {"GGUF": ["metadata, table, gaps"]}.get(self.format, [])
         return cells_of(self.lines, self.rest, self.bytes, *around)
 
@@ -275,17 +419,30 @@ def about_info(c: Contents) -> list[str]:
 
 def draw(c: Contents, ax: Any) -> Any:
     "Where the bytes went."
-    import matplotlib.pyplot as plt
+    plt = need("matplotlib.pyplot", "notebook")
 
     return plot_bytes(c.lines, c.rest, ax or plt.subplots()[1])
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def inspect(
-    path: str | os.PathLike,  # a `.mz` file
+    path: str | os.PathLike[str],  # a `.mz` file
     # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
     entropy: bool = True,
 ) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
-    "What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed."
+    """What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        a `.mz` file
+    entropy : bool, default True
+        read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
+
+    Returns
+    -------
+    Contents
+        a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
+    """
     check_machine()
     with naming(path), open_file(path) as f:
         total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
@@ -310,7 +467,20 @@ def inspect(
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass(frozen=True)
 class Change:
-    "A tensor in two files."
+    """A tensor in two files.
+
+    Parameters
+    ----------
+    name : str
+    what : str
+        "same", "same numbers, stored differently", "other numbers", "other shape", "only in …"
+    bytes : tuple[int, int]
+        in either file
+    largest : float | None
+        the largest difference of two numbers
+    sqnr : float | None
+        dB: the first file's numbers over the difference
+    """
 
     name: str
     what: str  # "same", "same numbers, stored differently", "other numbers", "other shape", "only in …"
@@ -322,7 +492,18 @@ class Change:
 def compared(
     a: Tensor | CompressedTensor, b: Tensor | CompressedTensor
 ) -> tuple[str, float | None, float | None]:  # what, largest difference, SQNR in dB
-    "Compare what is stored, then what it stands for."
+    """Compare what is stored, then what it stands for.
+
+    Parameters
+    ----------
+    a : Tensor | CompressedTensor
+    b : Tensor | CompressedTensor
+
+    Returns
+    -------
+    tuple[str, float | None, float | None]
+        what, largest difference, SQNR in dB
+    """
     if tuple(a.shape) != tuple(b.shape):
         return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
     if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)):
@@ -351,7 +532,19 @@ def distance(
     y: Tensor,  # of the same shape
 ) -> tuple[float, float | None]:  # the largest difference, SQNR in dB
     """How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not
-    differ."""
+    differ.
+
+    Parameters
+    ----------
+    x : Tensor
+    y : Tensor
+        of the same shape
+
+    Returns
+    -------
+    tuple[float, float | None]
+        the largest difference, SQNR in dB
+    """
     largest, signal, noise = 0.0, 0.0, 0.0
     for p, q in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK)):
         p, q = (
@@ -395,7 +588,15 @@ def prove(
     model: nn.Module,  # what it should hold
 ) -> None:
     """Read it back. `ValueError` unless a copy of the model takes what it says, and every number and tie is the
-    same, to the bit."""
+    same, to the bit.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        a file that has just been written
+    model : nn.Module
+        what it should hold
+    """
     f.flush()
     try:
         with os.fdopen(os.dup(f.fileno()), "rb") as read:  # what reads and writes makes copies of what it reads
@@ -423,17 +624,26 @@ def prove(
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass(frozen=True, repr=False)
 class Difference:
-    "What `diff` found. Shows itself as a table; `same` says whether there is nothing to show."
+    """What `diff` found. Shows itself as a table; `same` says whether there is nothing to show.
+
+    Parameters
+    ----------
+    paths : tuple[str, str]
+    about : list[str]
+        what differs outside of the tensors
+    changes : list[Any]
+        a `Change` for each tensor
+    """
 
     paths: tuple[str, str]
     about: list[str]  # what differs outside of the tensors
-    changes: list  # a `Change` for each tensor
+    changes: list[Any]  # a `Change` for each tensor
 
     @property
     def same(self) -> bool:
         return not self.about and all(c.what == "same" for c in self.changes)
 
-    def cells(self) -> list:
+    def cells(self) -> list[Any]:
         return [change_cells(c) for c in self.changes]
 
     def __repr__(self) -> str:
@@ -541,7 +751,20 @@ def differences(a: File, b: File) -> list[str]:
 def change_of(
     name: str, a: File, b: File, seen: dict
 ) -> Change:  # seen: what is known of tensors that have several names
-    "One tensor in two files."
+    """One tensor in two files.
+
+    Parameters
+    ----------
+    name : str
+    a : File
+    b : File
+    seen : dict
+
+    Returns
+    -------
+    Change
+        seen: what is known of tensors that have several names
+    """
     here = [f for f in (a, b) if name in f.rows]
     if len(here) == 1:
         what = f"only in {os.path.basename(here[0].path)}", None, None
@@ -563,11 +786,24 @@ def change_of(
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def diff(
-    a: str | os.PathLike,  # a `.mz` file
-    b: str | os.PathLike,  # another one
+    a: str | os.PathLike[str],  # a `.mz` file
+    b: str | os.PathLike[str],  # another one
 ) -> Difference:  # a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
     """Compare two files: what they say, and tensor by tensor what they hold, one in memory at a time. Errors as for
-    `load`."""
+    `load`.
+
+    Parameters
+    ----------
+    a : str | os.PathLike[str]
+        a `.mz` file
+    b : str | os.PathLike[str]
+        another one
+
+    Returns
+    -------
+    Difference
+        a table: tensor, what, largest difference, SQNR, bytes in either; `.same`
+    """
     with opened(a) as one, opened(b) as two:
         about, seen = differences(one, two), {}
         changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]

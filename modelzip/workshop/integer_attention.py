@@ -30,7 +30,19 @@ def whole(
     x: Tensor,  # any floating dtype
     step: float,
 ) -> Tensor:  # float32 of the same shape: −128 … 127, or NaN
-    "Codes of a tensor whose zero has the code 0."
+    """Codes of a tensor whose zero has the code 0.
+
+    Parameters
+    ----------
+    x : Tensor
+        any floating dtype
+    step : float
+
+    Returns
+    -------
+    Tensor
+        float32 of the same shape: −128 … 127, or NaN
+    """
     x = x.float()
     codes = (x * (torch.ones((), device=x.device) / step)).round().clamp(-128, 127)
     return codes.add_(x - x)
@@ -39,7 +51,13 @@ def whole(
 def step_for(
     reach: float,  # the largest magnitude
 ) -> float:
-    "The step with which a reach has the code 127."
+    """The step with which a reach has the code 127.
+
+    Parameters
+    ----------
+    reach : float
+        the largest magnitude
+    """
     return max(reach / 127, LEAST)
 
 # %% ../../nbs/workshop/integer_attention.ipynb
@@ -50,14 +68,44 @@ def integer_products(
     mask: Tensor | None,  # bool, True for a key that is seen; or float; to be spread over [n, heads, length, length]
     steps: tuple[float, float, float],  # of queries, keys and values
 ) -> Tensor:  # float32, as q
-    "softmax(q kᵀ / √width) v with both products in whole numbers."
+    """softmax(q kᵀ / √width) v with both products in whole numbers.
+
+    Parameters
+    ----------
+    q : Tensor
+        [n, heads, length, width of a head]
+    k : Tensor
+    v : Tensor
+    mask : Tensor | None
+        bool, True for a key that is seen; or float; to be spread over [n, heads, length, length]
+    steps : tuple[float, float, float]
+        of queries, keys and values
+
+    Returns
+    -------
+    Tensor
+        float32, as q
+    """
     return (whole_weights(q, k, mask, steps) @ whole(v, steps[2])).mul_(steps[2] / 255)
 
 
 def whole_weights(
     q: Tensor, k: Tensor, mask: Tensor | None, steps: tuple[float, float, float]
 ) -> Tensor:  # float32 [n, heads, length, length]: 0 … 255
-    "Codes of the probabilities: softmax(q kᵀ / √width)."
+    """Codes of the probabilities: softmax(q kᵀ / √width).
+
+    Parameters
+    ----------
+    q : Tensor
+    k : Tensor
+    mask : Tensor | None
+    steps : tuple[float, float, float]
+
+    Returns
+    -------
+    Tensor
+        float32 [n, heads, length, length]: 0 … 255
+    """
     (a, b), width = map(whole, (q, k), steps), q.shape[-1]
     wide = torch.float32 if width < 1024 else torch.float64
     scores = (a.to(wide) @ b.to(wide).mT).float().mul_(steps[0] * steps[1] * width**-0.5)
@@ -69,7 +117,17 @@ STEPS = "query_step", "key_step", "value_step"
 
 class StaticAttention(Attention):
     """An `Attention` both of whose products are of whole numbers: queries, keys and values have known steps,
-    probabilities the step 1/255. There is no gradient through it."""
+    probabilities the step 1/255. There is no gradient through it.
+
+    Parameters
+    ----------
+    width : int
+        of what it reads; its layers may be others than the constructor makes
+    heads : int
+    query_step : float
+    key_step : float
+    value_step : float
+    """
 
     in_state = ("heads", *STEPS)
     floats = Attention  # whose place it takes
@@ -93,7 +151,15 @@ class StaticAttention(Attention):
         layer: Attention,  # gives its four layers, hooks and attributes
         steps: tuple[float, float, float],  # of queries, keys and values
     ) -> "StaticAttention":
-        "What takes an attention's place."
+        """What takes an attention's place.
+
+        Parameters
+        ----------
+        layer : Attention
+            gives its four layers, hooks and attributes
+        steps : tuple[float, float, float]
+            of queries, keys and values
+        """
         settings = {k: getattr(layer, k) for k in layer.in_state} | dict(zip(STEPS, steps))
         with torch.device("meta"):
             new = cls(layer.query.in_features, **settings)
@@ -142,7 +208,18 @@ def check_steps(query_step: float, key_step: float, value_step: float) -> None:
 
 
 class StaticOpenAttention(StaticAttention, OpenAttention):
-    "The same, called as `nn.MultiheadAttention` is; its weights are those that it multiplies with."
+    """The same, called as `nn.MultiheadAttention` is; its weights are those that it multiplies with.
+
+    Parameters
+    ----------
+    width : int
+    heads : int
+    query_step : float
+    key_step : float
+    value_step : float
+    batch_first : bool, default False
+        [n, places, width]; False: [places, n, width]
+    """
 
     in_state = ("heads", "batch_first", *STEPS)
     floats = OpenAttention
@@ -172,7 +249,20 @@ KEPT = 16  # examples that are kept of a half, at most
 
 @dataclass
 class Products:
-    "What one attention was given."
+    """What one attention was given.
+
+    Parameters
+    ----------
+    reach : list[list[float]], default field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])
+        of q, k, v in each half
+    count : list[int], default field(default_factory=lambda: [0, 0])
+        examples of each half
+    kept : list[list[tuple]], default field(default_factory=lambda: [[], []])
+        (q, k, v, mask), one example each
+    drawn : list[list[float]], default field(default_factory=lambda: [[], []])
+        a number for each that is kept: the least stay
+    chance : torch.Generator, default field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+    """
 
     reach: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])  # of q, k, v in each half
     count: list[int] = field(default_factory=lambda: [0, 0])  # examples of each half
@@ -219,7 +309,22 @@ def seen_products(
     batches: list,  # of `feed`
     names: Iterable[str],  # of attentions
 ) -> dict[str, Products]:  # of each that was called
-    "What attentions are given, in two halves. `ValueError` for NaN and infinity, by name."
+    """What attentions are given, in two halves. `ValueError` for NaN and infinity, by name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : list
+        of `feed`
+    names : Iterable[str]
+        of attentions
+
+    Returns
+    -------
+    dict[str, Products]
+        of each that was called
+    """
     twin, told = Twin(model), {}
     for name in names:
         m = twin.model.get_submodule(name)
@@ -264,7 +369,20 @@ def _seen(twin, batches, told, cut, names=None):
 # %% ../../nbs/workshop/integer_attention.ipynb
 @dataclass
 class FixedAttention:
-    "What was chosen for one attention."
+    """What was chosen for one attention.
+
+    Parameters
+    ----------
+    kind : str
+        'static', or 'float': it stays as it is
+    query_step : float
+    key_step : float
+    value_step : float
+    error : float
+        relative error of what the products put out, on the half that was not fitted to
+    made_of : str, default ''
+        fingerprint of the tensors that it was chosen for
+    """
 
     kind: str  # 'static', or 'float': it stays as it is
     query_step: float
@@ -285,7 +403,22 @@ def attention_places(
 ) -> dict[str, str | None]:  # name of each → 'static', 'float' to leave it alone, or None: whatever is better
     """Attentions whose products can be integers; an `nn.MultiheadAttention` is to be opened before (`open_where`).
     `ValueError` where there are none, and for 'row', which they cannot have; a warning names others, which stay as
-    they are."""
+    they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    overrides : Mapping | None, default None
+        by name or pattern: 'static', or None to leave it alone
+    attention : bool, default True
+        False: none is wanted
+
+    Returns
+    -------
+    dict[str, str | None]
+        name of each → 'static', 'float' to leave it alone, or None: whatever is better
+    """
     if not isinstance(attention, bool):
         raise ValueError(f"attention is {attention!r}; it may be True or False")
     if not attention:
@@ -316,7 +449,23 @@ def opened_places(
     overrides: Mapping | None = None,  # as `attention_places` takes them
     attention: bool = True,
 ) -> tuple[nn.Module, dict[str, str | None]]:  # the model, in a copy where it was opened; and its attentions
-    "Open what can be opened, see `open_where`, and say which attentions there are."
+    """Open what can be opened, see `open_where`, and say which attentions there are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : list
+        of `feed`: an attention that is opened gives the same answers on them
+    overrides : Mapping | None, default None
+        as `attention_places` takes them
+    attention : bool, default True
+
+    Returns
+    -------
+    tuple[nn.Module, dict[str, str | None]]
+        the model, in a copy where it was opened; and its attentions
+    """
     new = open_where(model, batches, overrides, attention)
     return new, attention_places(new, overrides, attention)
 
@@ -327,7 +476,24 @@ def choose_attention(
     places: Mapping[str, str | None],  # of `attention_places`
     limit: float | None = None,  # relative error from which an attention stays in floats; None: none does
 ) -> dict[str, FixedAttention]:  # for each attention that was called
-    "Steps of queries, keys and values: judged on the half that they were not fitted to, fitted again to all."
+    """Steps of queries, keys and values: judged on the half that they were not fitted to, fitted again to all.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in eval mode; it is left as it is
+    batches : list
+        of `feed`
+    places : Mapping[str, str | None]
+        of `attention_places`
+    limit : float | None, default None
+        relative error from which an attention stays in floats; None: none does
+
+    Returns
+    -------
+    dict[str, FixedAttention]
+        for each attention that was called
+    """
     asked, found = [n for n, how in places.items() if how != "float"], {}
     for name, seen in (seen_products(model, batches, asked) if asked else {}).items():
         error = seen.error()
@@ -351,7 +517,19 @@ def attentions_of(
 ]:  # the model; attention → function of its copy, which gives what takes its place; others
     """The model with the attentions opened for which something was chosen; and what `exchange` wants. `TypeError` for
     what is no mapping, `ValueError` for a name that the model does not have, and for what was chosen for another
-    model."""
+    model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    chosen : Mapping
+        name → `FixedAttention`, among others
+
+    Returns
+    -------
+    tuple[nn.Module, dict, dict]
+        the model; attention → function of its copy, which gives what takes its place; others
+    """
     if not isinstance(chosen, Mapping):
         raise TypeError(f"chosen is a {type(chosen).__name__}; it may be what `choose_static` returns")
     model = open_as(model, chosen)

@@ -20,7 +20,24 @@ from .integer_layers import TINY, IntegerLayer, check_floating, not_the_weight_o
 
 # %% ../../nbs/workshop/integer_convolution.ipynb
 class QConv2d(IntegerLayer):
-    "A two-dimensional convolution with int8 products and int32 sums."
+    """A two-dimensional convolution with int8 products and int32 sums.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d
+        gives bias, stride, padding, dilation and groups; its weight is dropped
+    q : QTensor | Packed
+        the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
+    name : str, default 'weight'
+        which parameter `q` is
+    activations : str, default 'tensor'
+        one scale for the whole batch, or for each 'row' (image): the same integers, and so the same answer, in any
+        batch (of few weights, which compute in floats, but for rounding); slower
+    requantize : bool, default False
+        round groups, a codebook or a zero point once more, to symmetric int8 with a scale for each output channel
+    floats : bool, default False
+        compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
+    """
 
     def __init__(
         self,

@@ -28,7 +28,23 @@ from modelzip.workshop.integer_layers import (
 
 # %% ../../nbs/workshop/integer_linear.ipynb
 class QLinear(IntegerLayer):
-    "A linear layer with int8 products, int32 sums and activations that are quantized as they come."
+    """A linear layer with int8 products, int32 sums and activations that are quantized as they come.
+
+    Parameters
+    ----------
+    layer : nn.Linear
+        gives the bias; its weight is dropped
+    q : QTensor | Packed
+        the weight [outputs, inputs]: at most 8 bits, a scale for the tensor or for each output; or 4 bits in groups
+    name : str, default 'weight'
+        which parameter `q` is
+    activations : str, default 'row'
+        a range for each 'row' (token) of the input, or one for the whole 'tensor': coarser, a little quicker
+    requantize : bool, default False
+        round groups or a codebook once more, to int8 with a scale for each output
+    floats : bool, default False
+        compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
+    """
 
     def __init__(
         self,

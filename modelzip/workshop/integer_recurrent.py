@@ -54,7 +54,25 @@ def stepwise(
     products: list[tuple[Callable, Callable]],  # for each layer and direction: of inputs, and of hidden states
     directions: int = 1,
 ) -> tuple[Tensor, ...]:  # outputs [of all steps, directions · hidden], and the last states
-    "An LSTM (two states) or a GRU (one), a step at a time, with any products."
+    """An LSTM (two states) or a GRU (one), a step at a time, with any products.
+
+    Parameters
+    ----------
+    data : Tensor
+        [inputs of all steps, features]
+    sizes : list[int]
+        sequences at each step, none more than at the one before
+    starts : tuple[Tensor, ...]
+        first states, each [layers · directions, sequences, hidden]
+    products : list[tuple[Callable, Callable]]
+        for each layer and direction: of inputs, and of hidden states
+    directions : int, default 1
+
+    Returns
+    -------
+    tuple[Tensor, ...]
+        outputs [of all steps, directions · hidden], and the last states
+    """
     ends, cell = [], _lstm_cell if len(starts) == 2 else _gru_cell
     for k in range(0, len(products), directions):
         outputs = []
@@ -94,7 +112,27 @@ def run_cells(
     directions: int,
     batch_first: bool = False,  # of what is padded
 ) -> tuple[Tensor, ...]:  # outputs, and the last states
-    "PyTorch's loop in C++."
+    """PyTorch's loop in C++.
+
+    Parameters
+    ----------
+    data : Tensor
+        padded [steps, sequences, features], or packed [inputs of all steps, features]
+    sizes : Tensor | None
+        of what is packed: sequences at each step
+    starts : tuple[Tensor, ...]
+        first states
+    cells : list
+        of `packed_cell`
+    directions : int
+    batch_first : bool, default False
+        of what is padded
+
+    Returns
+    -------
+    tuple[Tensor, ...]
+        outputs, and the last states
+    """
     layers = len(cells) // directions
     how = True, layers, 0.0, False, directions == 2  # biases, layers, dropout, training, both directions
     where = (data,) if sizes is None else (data, sizes)
@@ -106,7 +144,13 @@ def run_cells(
 
 @functools.cache
 def loop_is_right() -> bool:  # found by trying, once in a process
-    "Whether PyTorch's loop is there and gives what single products give."
+    """Whether PyTorch's loop is there and gives what single products give.
+
+    Returns
+    -------
+    bool
+        found by trying, once in a process
+    """
     has = engines.capabilities()
     with engines.MISSING, torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return has.linear and all(_same_as_single(gates, has.reduce_range) for gates in (4, 3))
@@ -133,7 +177,24 @@ LEAST_HIDDEN = 1 << 19
 
 
 class QRecurrent(IntegerLayer):
-    "An LSTM or GRU whose products with inputs and hidden states are of integers."
+    """An LSTM or GRU whose products with inputs and hidden states are of integers.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        an LSTM or GRU, all of whose other matrices are compressed (a `Dequantize`)
+    q : QTensor | Packed
+        its first matrix: at most 8 bits, a scale for the tensor or for each output
+    name : str, default 'weight_ih_l0'
+        which parameter `q` is
+    activations : str, default 'tensor'
+        one range for the whole 'tensor' of inputs, and for the hidden states of each step; or each sequence by itself
+        ('row'): what becomes of it does not depend on the others
+    requantize : bool, default False
+        round groups or a codebook once more, to int8 with a scale for each output
+    floats : bool, default False
+        compute in floats, with a copy of the weights that is kept: 4 bytes a weight
+    """
 
     # what is set here is the wrapper's own, and none of the layer's inside
     activations, requantize, prepared, kernel, said = "tensor", False, None, "", ""

@@ -20,7 +20,18 @@ from .deadlines import checked_count
 def elsewhere(
     f: Callable[[], Any],  # called once
 ) -> Any:  # what it gives
-    "Call a function in a thread that lives only for this."
+    """Call a function in a thread that lives only for this.
+
+    Parameters
+    ----------
+    f : Callable[[], Any]
+        called once
+
+    Returns
+    -------
+    Any
+        what it gives
+    """
     out = []
     t = threading.Thread(target=lambda: out.append(f()))
     t.start()
@@ -53,7 +64,13 @@ class _Blas:
 # %% ../../nbs/workshop/intra_op.ipynb
 class intra_op_threads:
     """A block in which operations of this thread (PyTorch's, and the process's BLAS) use `n` threads. Other threads
-    keep theirs."""
+    keep theirs.
+
+    Parameters
+    ----------
+    n : int
+        at least 1
+    """
 
     lock = threading.Lock()
 
@@ -87,7 +104,13 @@ def set(self: intra_op_threads, n: int) -> int:
 
 # %% ../../nbs/workshop/intra_op.ipynb
 def cores() -> int:  # at least 1
-    "Cores that this process may use."
+    """Cores that this process may use.
+
+    Returns
+    -------
+    int
+        at least 1
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

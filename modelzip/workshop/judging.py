@@ -23,7 +23,19 @@ def as_called(
     model: nn.Module,
     batch: Any,  # see `feed`
 ) -> Any:  # a tensor, a tuple of all arguments, a dict of named ones, or `Inputs`
-    "What of a batch the model is called with: an example, without labels. `ValueError` where nobody can tell."
+    """What of a batch the model is called with: an example, without labels. `ValueError` where nobody can tell.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batch : Any
+        see `feed`
+
+    Returns
+    -------
+    Any
+        a tensor, a tuple of all arguments, a dict of named ones, or `Inputs`
+    """
     found = feed(Inputs, batch, model.forward)
     if found.args and found.kwargs:
         return found
@@ -31,7 +43,17 @@ def as_called(
 
 
 def length_of(batch: Any) -> int | None:  # how many examples are in it, as far as one can see
-    "The number of rows that all tensors of a batch have in common; None when they differ, or have none."
+    """The number of rows that all tensors of a batch have in common; None when they differ, or have none.
+
+    Parameters
+    ----------
+    batch : Any
+
+    Returns
+    -------
+    int | None
+        how many examples are in it, as far as one can see
+    """
     sizes = {
         len(t)
         for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
@@ -44,7 +66,20 @@ def rows_of(
     model: nn.Module,  # called as it is, without gradients or with, as the caller has it
     batches: Iterable,  # see `feed`
 ) -> dict[str, list[Tensor]]:  # name of an output → for each batch its rows [n, numbers]
-    "What a model puts out, as rows to be compared. `ValueError` or `TypeError` when there is nothing to compare."
+    """What a model puts out, as rows to be compared. `ValueError` or `TypeError` when there is nothing to compare.
+
+    Parameters
+    ----------
+    model : nn.Module
+        called as it is, without gradients or with, as the caller has it
+    batches : Iterable
+        see `feed`
+
+    Returns
+    -------
+    dict[str, list[Tensor]]
+        name of an output → for each batch its rows [n, numbers]
+    """
     found = {}
     for b in batches:
         for name, rows in rows_in(feed(model, fresh(b)), b).items():
@@ -56,7 +91,20 @@ def rows_in(
     output: Any,  # what a model has put out for a batch
     batch: Any,  # whose rows are counted
 ) -> dict[str, Tensor]:  # name of an output → its rows [n, numbers]
-    "The same of one output. `ValueError` or `TypeError` when there is nothing to compare."
+    """The same of one output. `ValueError` or `TypeError` when there is nothing to compare.
+
+    Parameters
+    ----------
+    output : Any
+        what a model has put out for a batch
+    batch : Any
+        whose rows are counted
+
+    Returns
+    -------
+    dict[str, Tensor]
+        name of an output → its rows [n, numbers]
+    """
     n = length_of(batch)
     return {name: _as_rows(t, n) for name, t in _answers(output).items()}
 
@@ -90,7 +138,20 @@ def likeness(
     was: dict[str, list[Tensor]],  # the same of the original
 ) -> float:  # −1 to 1; of several outputs the least alike counts
     """How alike outputs are: the mean cosine of the rows, or Lin's concordance where rows have a single number.
-    `ValueError` when they do not fit together."""
+    `ValueError` when they do not fit together.
+
+    Parameters
+    ----------
+    now : dict[str, list[Tensor]]
+        of `rows_of`
+    was : dict[str, list[Tensor]]
+        the same of the original
+
+    Returns
+    -------
+    float
+        −1 to 1; of several outputs the least alike counts
+    """
     if now.keys() != was.keys():
         raise ValueError(f"the model puts out {', '.join(now)}, the original {', '.join(was)}")
     return min(_alike(now[k], was[k], k) for k in was)
@@ -134,7 +195,18 @@ def energies(
     was: list[Tensor],  # rows of an output, for each batch
 ) -> list[Tensor]:  # [n] for each batch, above 0
     """What squared errors of rows are divided by: ‖y‖², but at least a thousandth of its mean; for single numbers
-    their variance."""
+    their variance.
+
+    Parameters
+    ----------
+    was : list[Tensor]
+        rows of an output, for each batch
+
+    Returns
+    -------
+    list[Tensor]
+        [n] for each batch, above 0
+    """
     rows = [b.detach().double().nan_to_num(0.0, 0.0, 0.0) for b in was]  # −inf is a mask, as of classes that cannot be
     if all(b.shape[1] == 1 for b in rows):
         y = torch.cat(rows)

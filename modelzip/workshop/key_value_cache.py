@@ -20,7 +20,20 @@ from .arguments import at_least
 # %% ../../nbs/workshop/key_value_cache.ipynb
 @dataclass
 class Rounded:
-    "Blocks of numbers as codes with a range for each row along one dimension."
+    """Blocks of numbers as codes with a range for each row along one dimension.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8 [n, heads, groups, bytes]
+    low : Tensor
+        float16, as the blocks, with one entry along `dim`
+    step : Tensor
+        likewise
+    bits : int
+    shape : torch.Size
+        of a group: [tokens, chunks, channels]
+    """
 
     codes: Tensor  # uint8 [n, heads, groups, bytes]
     low: Tensor  # float16, as the blocks, with one entry along `dim`
@@ -35,7 +48,16 @@ class Rounded:
         bits: int,
         dim: int,  # what a range is taken over
     ) -> "Rounded":
-        "Round to the nearest of 2**bits numbers. `ValueError` for what float16 cannot hold."
+        """Round to the nearest of 2**bits numbers. `ValueError` for what float16 cannot hold.
+
+        Parameters
+        ----------
+        blocks : Tensor
+            [n, heads, groups, tokens, chunks, channels]
+        bits : int
+        dim : int
+            what a range is taken over
+        """
         x, most = blocks.float(), 2**bits - 1
         low, high = x.amin(dim, True), x.amax(dim, True)
         base = low.half()
@@ -47,7 +69,13 @@ class Rounded:
         return cls(packed, base, step, bits, blocks.shape[3:])
 
     def expand(self) -> Tensor:  # float32 [n, heads, groups, tokens, chunks, channels]
-        "The numbers that are kept."
+        """The numbers that are kept.
+
+        Returns
+        -------
+        Tensor
+            float32 [n, heads, groups, tokens, chunks, channels]
+        """
         count = self.codes.shape[:3].numel() * self.shape.numel()
         codes = unpack_bits(self.codes.reshape(-1), self.bits, count).view(*self.codes.shape[:3], *self.shape)
         return torch.addcmul(self.low.float(), codes.float(), self.step.float())
@@ -72,7 +100,17 @@ class Cache(Protocol):
 class QuantizedCache:
     """Keys and values of all that was read: keys in groups of tokens with a range for each channel, values with one
     for each token, the newest tokens as they came (Liu et al. 2024, arXiv:2402.02750). Smaller, not faster: a layer's
-    codes are expanded whenever it is asked."""
+    codes are expanded whenever it is asked.
+
+    Parameters
+    ----------
+    bits : int, default 4
+        width of a code: 8, 4, 2 or 1
+    group : int, default 32
+        tokens that share a range of keys, channels that share one of values; a multiple of 8
+    recent : int, default 64
+        newest tokens that stay as they came, at least; older ones do until a group is full
+    """
 
     def __init__(
         self,
@@ -144,7 +182,21 @@ def update(
     values: Tensor,  # likewise
 ) -> tuple[Tensor, Tensor]:  # of all tokens
     """Take what is new, give all there is: the new ones as they came. `ValueError` for shapes that do not follow those
-    before, and for numbers to be rounded that float16 cannot hold; what is kept is then as it was."""
+    before, and for numbers to be rounded that float16 cannot hold; what is kept is then as it was.
+
+    Parameters
+    ----------
+    layer : int
+    keys : Tensor
+        [n, heads, tokens, head], of new tokens
+    values : Tensor
+        likewise
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        of all tokens
+    """
     *old, k, v = self.kept.get(layer, (None, None, None, None))
     checked(layer, keys, values, None if k is None else (k, v))
     news, found, kept = (keys, values), [], []
@@ -170,7 +222,13 @@ def truncate(
     self: QuantizedCache,
     length: int,  # tokens that stay, the first ones
 ) -> None:
-    "Forget all that came later. `ValueError` for more tokens than there are."
+    """Forget all that came later. `ValueError` for more tokens than there are.
+
+    Parameters
+    ----------
+    length : int
+        tokens that stay, the first ones
+    """
     if not 0 <= length <= self.length:
         raise ValueError(f"length is {length}; this cache holds {self.length} tokens")
     for layer, (rk, rv, k, v) in self.kept.items():
@@ -185,7 +243,17 @@ def truncate(
 
 # %% ../../nbs/workshop/key_value_cache.ipynb
 class ThroughCache(nn.Module):
-    "A language model that reads every text in pieces, each through a cache of its own."
+    """A language model that reads every text in pieces, each through a cache of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        (ids, cache) → scores
+    make : Callable[[], Cache]
+        an empty one
+    piece : int, default 1
+        tokens that are fed at once
+    """
 
     def __init__(
         self,

@@ -26,7 +26,17 @@ def of_torch(module: nn.Module) -> bool:
 
 
 def attributes_of(module: nn.Module) -> dict:  # name → value, as `said` says it
-    "The plain attributes of a module that may change what it computes."
+    """The plain attributes of a module that may change what it computes.
+
+    Parameters
+    ----------
+    module : nn.Module
+
+    Returns
+    -------
+    dict
+        name → value, as `said` says it
+    """
     takes, library = (
         signature(type(module)).parameters if of_torch(module) else None,
         type(module).__module__.partition(".")[0] in LIBRARIES,
@@ -57,7 +67,13 @@ def small_buffers(module: nn.Module) -> dict:
 def hooks_named(
     module: nn.Module,  # compressed or not: hooks on its wrappers count
 ) -> list[str]:
-    "What hangs on a layer and is run with it, by name."
+    """What hangs on a layer and is run with it, by name.
+
+    Parameters
+    ----------
+    module : nn.Module
+        compressed or not: hooks on its wrappers count
+    """
     own = [
         f"{what} {getattr(h, '__qualname__', type(h).__name__)}"
         for key, what in HOOKS.items()
@@ -70,7 +86,18 @@ def hooks_named(
 def module_entry(
     module: nn.Module,  # compressed or not
 ) -> dict:  # {"module": its class's name, "attributes", "shapes"}
-    "What a file says of a module that it cannot make."
+    """What a file says of a module that it cannot make.
+
+    Parameters
+    ----------
+    module : nn.Module
+        compressed or not
+
+    Returns
+    -------
+    dict
+        {"module": its class's name, "attributes", "shapes"}
+    """
     if (told := vars(plain_layer(module)).get("file_entry")) is not None:  # it comes from a file that says so
         return told | ({"shapes": s} if "class" not in told and (s := shapes_of(module)) else {})
     more = {"attributes": attributes_of(plain_layer(module)), "shapes": shapes_of(module)}
@@ -121,12 +148,32 @@ def entry_of(module: nn.Module) -> dict:
 
 
 def kinds_of(model: nn.Module) -> dict:  # name → entry, in the order of the model
-    "Of which classes a model consists, and with which facts."
+    """Of which classes a model consists, and with which facts.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict
+        name → entry, in the order of the model
+    """
     return {name: entry_of(m) for name, m in walk(model)}
 
 # %% ../../nbs/workshop/kinds.ipynb
 def seal(model: nn.Module) -> str:  # four characters
-    "A checksum of what a model is made of."
+    """A checksum of what a model is made of.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    str
+        four characters
+    """
     library = lambda m: type(plain_layer(m)).__module__.partition(".")[0] in LIBRARIES
     kept = lambda m, a: {k: v for k, v in a.items() if k not in plain_layer(m)._buffers}
     told = [
@@ -186,7 +233,15 @@ def alike(
     model: nn.Module,  # of the same kinds
 ) -> bool:
     """Whether two models of the same kinds are also of the same classes, and equal in those attributes for which a
-    file has no word."""
+    file has no word.
+
+    Parameters
+    ----------
+    made : nn.Module
+        by a builder
+    model : nn.Module
+        of the same kinds
+    """
     for (_, a), (_, b) in zip(walk(model), walk(made)):
         a, b = plain_layer(a), plain_layer(b)
         if not _same_class(type(a), type(b)):
@@ -210,7 +265,15 @@ def fits(
     want: dict,  # an entry of a file
     have: dict,  # of a module that is there
 ) -> bool:
-    "Whether a module is what a file says."
+    """Whether a module is what a file says.
+
+    Parameters
+    ----------
+    want : dict
+        an entry of a file
+    have : dict
+        of a module that is there
+    """
     rest = lambda e: text({k: v for k, v in e.items() if k != "attributes"})
     there = have.get("attributes", {})
     return rest(want) == rest(have) and all(
@@ -235,7 +298,20 @@ def differing(
     want: dict,  # from `kinds_of`
     have: dict,  # … of another model
 ) -> dict:  # name → entry of `want`, where the other differs or lacks it
-    "What would have to change."
+    """What would have to change.
+
+    Parameters
+    ----------
+    want : dict
+        from `kinds_of`
+    have : dict
+        … of another model
+
+    Returns
+    -------
+    dict
+        name → entry of `want`, where the other differs or lacks it
+    """
     ours, theirs, out, anew = children_in(want), children_in(have), {}, set()
     for name, entry in want.items():
         order = entry.get("class") == "Sequential" and ours.get(name) != theirs.get(name)
@@ -250,7 +326,14 @@ def are_kinds(
     value: Any,
     most: int = 2**20,  # modules
 ) -> bool:
-    "The outer form of what a file says of layers."
+    """The outer form of what a file says of layers.
+
+    Parameters
+    ----------
+    value : Any
+    most : int, default 2 ** 20
+        modules
+    """
 
     def right(e):
         if not isinstance(e, dict):

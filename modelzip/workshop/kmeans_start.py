@@ -15,13 +15,34 @@ from torch import Tensor
 # %% ../../nbs/workshop/kmeans_start.ipynb
 def sums_before(x: Tensor) -> Tensor:  # one longer
     """What lies before each place of a sorted `x`, summed from the middle outwards: a far outlier does not swallow
-    the digits of the rest."""
+    the digits of the rest.
+
+    Parameters
+    ----------
+    x : Tensor
+
+    Returns
+    -------
+    Tensor
+        one longer
+    """
     m = len(x) // 2
     return torch.cat([-x[:m].flip(0).cumsum(0).flip(0), x.new_zeros(1), x[m:].cumsum(0)])
 
 
 def runs_of(x: Tensor, points: Tensor) -> Tensor:  # one longer than points
-    "Where the runs of a sorted `x` begin and end that lie nearest to each of some ascending points."
+    """Where the runs of a sorted `x` begin and end that lie nearest to each of some ascending points.
+
+    Parameters
+    ----------
+    x : Tensor
+    points : Tensor
+
+    Returns
+    -------
+    Tensor
+        one longer than points
+    """
     cut = torch.searchsorted(x, (points[1:] + points[:-1]) / 2)
     return torch.cat([cut.new_zeros(1), cut, cut.new_full((1,), len(x))])
 
@@ -67,7 +88,21 @@ def first_centroids(
     total: Tensor,  # its `sums_before`
     k: int,
 ) -> Tensor:  # [k] ascending
-    "Where k-means starts: the best solution that does not cut any of 512 small cells."
+    """Where k-means starts: the best solution that does not cut any of 512 small cells.
+
+    Parameters
+    ----------
+    x : Tensor
+        sorted
+    total : Tensor
+        its `sums_before`
+    k : int
+
+    Returns
+    -------
+    Tensor
+        [k] ascending
+    """
     squares = sums_before(x.square())
     cut = _cells(x, total, squares).to(x.device)
     ends = cut[_best_runs(cut.to(x.dtype), total[cut], squares[cut], k)]

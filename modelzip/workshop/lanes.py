@@ -24,7 +24,24 @@ def push_lanes(
     f: np.ndarray,  # shares
     c: np.ndarray,  # borders
 ) -> np.ndarray:  # uint16: the digits that had to move out
-    "One push in each lane."
+    """One push in each lane.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        int64 states; changed in place
+    s : np.ndarray
+        a symbol for each
+    f : np.ndarray
+        shares
+    c : np.ndarray
+        borders
+
+    Returns
+    -------
+    np.ndarray
+        uint16: the digits that had to move out
+    """
     share = f[s]
     full = x >= share * ((LOW << 16) // c[-1])  # above I_s
     digits = (x[full] & 0xFFFF).astype(np.uint16)
@@ -38,7 +55,22 @@ def rans_encode(
     c: Sequence[int],  # borders of the shares; c[-1] is a power of two, 2**16 at most
     lanes: int = 1,  # states side by side
 ) -> tuple[np.ndarray, np.ndarray]:  # uint32 [lanes]: the states that are left; uint16: the stack of digits
-    "rANS with 16-bit digits, the symbols dealt out to lanes that share a stack (Giesen 2014, arXiv:1402.3392)."
+    """rANS with 16-bit digits, the symbols dealt out to lanes that share a stack (Giesen 2014, arXiv:1402.3392).
+
+    Parameters
+    ----------
+    symbols : np.ndarray
+        whole numbers, each with a share above 0
+    c : Sequence[int]
+        borders of the shares; c[-1] is a power of two, 2**16 at most
+    lanes : int, default 1
+        states side by side
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        uint32 [lanes]: the states that are left; uint16: the stack of digits
+    """
     symbols, c = np.asarray(symbols), np.asarray(c, dtype=np.int64)
     check_lanes(symbols, c, lanes)
     f, x, stack = np.diff(c), np.full(lanes, LOW, np.int64), [np.empty(0, np.uint16)]
@@ -64,7 +96,24 @@ def pop_lanes(
     f: np.ndarray,  # shares
     c: np.ndarray,  # borders
 ) -> np.ndarray:  # symbols
-    "One pop in each lane."
+    """One pop in each lane.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        int64 states; changed in place
+    owner : np.ndarray
+        the symbol that owns each place
+    f : np.ndarray
+        shares
+    c : np.ndarray
+        borders
+
+    Returns
+    -------
+    np.ndarray
+        symbols
+    """
     block, place = np.divmod(x, c[-1])
     s = owner[place]
     x[:] = block * f[s] + place - c[s]
@@ -77,7 +126,24 @@ def rans_decode(
     n: int,  # number of symbols
     c: Sequence[int],  # the same borders
 ) -> np.ndarray:  # int64 [n] symbols
-    "The inverse of `rans_encode`; `CodingError` unless it ends in the state in which the encoder began."
+    """The inverse of `rans_encode`; `CodingError` unless it ends in the state in which the encoder began.
+
+    Parameters
+    ----------
+    states : np.ndarray
+        uint32 [lanes]
+    digits : np.ndarray
+        uint16
+    n : int
+        number of symbols
+    c : Sequence[int]
+        the same borders
+
+    Returns
+    -------
+    np.ndarray
+        int64 [n] symbols
+    """
     c, x, end, out = np.asarray(c, dtype=np.int64), states.astype(np.int64), len(digits), [np.empty(0, np.int64)]
     owner, f = np.repeat(np.arange(len(c) - 1), np.diff(c)), np.diff(c)
     for i in range(0, n, len(x)):

@@ -131,7 +131,18 @@ OWN = {}  # name → a layer of this library, registered by the module that make
 def arguments_known(
     name: str,  # of a class, as a file says it
 ) -> str | None:  # with blanks between; None for a class that no file may name
-    "The arguments that a file may give to a class. The module of one of ours is imported for it if need be."
+    """The arguments that a file may give to a class. The module of one of ours is imported for it if need be.
+
+    Parameters
+    ----------
+    name : str
+        of a class, as a file says it
+
+    Returns
+    -------
+    str | None
+        with blanks between; None for a class that no file may name
+    """
     if name not in LAYERS and name in HOMES_OF_LAYERS:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}")
@@ -142,7 +153,18 @@ def register_layer(
     arguments: str,  # those of its constructor that a file may give, with blanks between
 ) -> Any:  # a decorator
     """Let files name a layer class of this library. `ValueError` for a class of another, a name that is taken, or a
-    module that `HOMES_OF_LAYERS` does not name: what a file may name must be what every reader has and finds."""
+    module that `HOMES_OF_LAYERS` does not name: what a file may name must be what every reader has and finds.
+
+    Parameters
+    ----------
+    arguments : str
+        those of its constructor that a file may give, with blanks between
+
+    Returns
+    -------
+    Any
+        a decorator
+    """
 
     def register(cls: type) -> type:
         if cls.__module__.partition(".")[0] != "modelzip" or cls.__name__ in LAYERS:
@@ -163,7 +185,13 @@ def layer_class(
     name: str,  # in `LAYERS`
 ) -> type:
     """A class of the table; modelzip's own are imported when they are needed. `PackError` for one that this PyTorch
-    or modelzip does not have."""
+    or modelzip does not have.
+
+    Parameters
+    ----------
+    name : str
+        in `LAYERS`
+    """
     found = OWN.get(name) or getattr(
         importlib.import_module(f"modelzip.{HOMES_OF_LAYERS[name]}") if name in HOMES_OF_LAYERS else nn, name, None
     )
@@ -172,12 +200,33 @@ def layer_class(
 
 # %% ../../nbs/workshop/layer_table.ipynb
 def plain_layer(layer: nn.Module) -> nn.Module:  # the layer inside, if it is compressed
-    "What a layer was before it was compressed."
+    """What a layer was before it was compressed.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        the layer inside, if it is compressed
+    """
     return plain_layer(layer.layer) if isinstance(layer, Dequantize) else layer
 
 
 def argument(layer: nn.Module, key: str) -> Any:  # as JSON has it
-    "With what a layer was made."
+    """With what a layer was made.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    key : str
+
+    Returns
+    -------
+    Any
+        as JSON has it
+    """
     if key == "bias":
         value = getattr(layer, next((k for k in ("in_proj_bias", "bias_ih") if hasattr(layer, k)), "bias"), True)
     elif key == "p" and isinstance(layer, nn.PairwiseDistance):
@@ -198,7 +247,13 @@ def _defaults(cls):
 
 
 def defaults_of(cls: type) -> dict:  # name → value, as JSON has it
-    "What the arguments of a class are if nobody says them; those that must be said are absent."
+    """What the arguments of a class are if nobody says them; those that must be said are absent.
+
+    Returns
+    -------
+    dict
+        name → value, as JSON has it
+    """
     return {k: v for k, v in _defaults(cls).items() if v is not MISSING}
 
 
@@ -210,7 +265,18 @@ def _is_default(v, default):
 def layer_entry(
     layer: nn.Module,  # not compressed
 ) -> dict | None:  # {"class": …, arguments that are not the default}; None: it is of no class of the table
-    "What a file says of a layer that it can make."
+    """What a file says of a layer that it can make.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        not compressed
+
+    Returns
+    -------
+    dict | None
+        {"class": …, arguments that are not the default}; None: it is of no class of the table
+    """
     name = type(layer).__name__
     if (
         name not in LAYERS
@@ -251,7 +317,17 @@ MAX_LAYERS = 1000  # of a recurrent layer
 
 
 def check_argument(value: Any) -> Any:  # lists as tuples
-    "`PackError` unless it is a value that the constructor of a layer can have."
+    """`PackError` unless it is a value that the constructor of a layer can have.
+
+    Parameters
+    ----------
+    value : Any
+
+    Returns
+    -------
+    Any
+        lists as tuples
+    """
     if isinstance(value, list):
         demand(
             len(value) <= 8 and not any(isinstance(v, list) for v in value),
@@ -278,7 +354,21 @@ def make_plain(
     most: int = 2**40,  # tensors that it may have
 ) -> nn.Module:  # hollow
     """Make a layer of the table; `PackError` that names the argument which it cannot have, or if its constructor
-    does not want to."""
+    does not want to.
+
+    Parameters
+    ----------
+    name : str
+    entry : dict
+        {"class", arguments}
+    most : int, default 2 ** 40
+        tensors that it may have
+
+    Returns
+    -------
+    nn.Module
+        hollow
+    """
     arguments, where = arguments_of(entry), f"the layer {ascii(name)[:80]}"
     demand(not (why := unfit(entry["class"], arguments)), f"{where} {why}")
     n, top = arguments.get("num_layers", 0), max(1, min(MAX_LAYERS, most))
@@ -337,7 +427,18 @@ def table_class(layer: nn.Module) -> type | None:
 def unsound(
     layer: nn.Module,  # not compressed
 ) -> str | None:  # None: nothing is wrong, or it inherits from no layer of the table
-    "What of a layer does not fit together: its attributes, what follows from them, or the shapes of its tensors."
+    """What of a layer does not fit together: its attributes, what follows from them, or the shapes of its tensors.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        not compressed
+
+    Returns
+    -------
+    str | None
+        None: nothing is wrong, or it inherits from no layer of the table
+    """
     if (cls := table_class(layer)) is None:
         return None
     try:

@@ -47,7 +47,23 @@ def whole(x: object, low: int, high: int) -> bool:
 
 
 class Bitmap(Layout):
-    "One bit a weight."
+    """One bit a weight.
+
+    Parameters
+    ----------
+    number : int
+        by which GGUF calls it
+    weights : int
+        in a block
+    nbytes : int
+        of a block
+    halves : dict[str, int]
+        float16s: name → first byte
+    fields : dict[str, Field]
+        all other numbers
+    middle : int, default 0
+        the code that stands for 0, or for the minimum
+    """
 
     def ways(self, keep):
         yield pack_bits(keep.flatten().to(torch.uint8), 1), {}, keep
@@ -63,7 +79,23 @@ class Bitmap(Layout):
 
 # %% ../../nbs/workshop/layouts.ipynb
 class Gaps(Layout):
-    "Zeros before each survivor, b bits each."
+    """Zeros before each survivor, b bits each.
+
+    Parameters
+    ----------
+    number : int
+        by which GGUF calls it
+    weights : int
+        in a block
+    nbytes : int
+        of a block
+    halves : dict[str, int]
+        float16s: name → first byte
+    fields : dict[str, Field]
+        all other numbers
+    middle : int, default 0
+        the code that stands for 0, or for the minimum
+    """
 
     keys = ("gap", "gaps")  # bits of a code, number of codes
 
@@ -144,7 +176,23 @@ def _filled_groups(keep: Tensor, n: int, m: int) -> Tensor:
 
 # %% ../../nbs/workshop/layouts.ipynb
 class Groups(Layout):
-    "The number of each group's pattern; of each m neighbours along the inputs n are stored."
+    """The number of each group's pattern; of each m neighbours along the inputs n are stored.
+
+    Parameters
+    ----------
+    number : int
+        by which GGUF calls it
+    weights : int
+        in a block
+    nbytes : int
+        of a block
+    halves : dict[str, int]
+        float16s: name → first byte
+    fields : dict[str, Field]
+        all other numbers
+    middle : int, default 0
+        the code that stands for 0, or for the minimum
+    """
 
     keys = ("n", "m")
 
@@ -185,7 +233,23 @@ class Groups(Layout):
 
 # %% ../../nbs/workshop/layouts.ipynb
 class Dense(Layout):
-    "Nothing to say: zeros are stored as values."
+    """Nothing to say: zeros are stored as values.
+
+    Parameters
+    ----------
+    number : int
+        by which GGUF calls it
+    weights : int
+        in a block
+    nbytes : int
+        of a block
+    halves : dict[str, int]
+        float16s: name → first byte
+    fields : dict[str, Field]
+        all other numbers
+    middle : int, default 0
+        the code that stands for 0, or for the minimum
+    """
 
     def ways(self, keep):
         yield None, {}, torch.ones_like(keep)
@@ -207,7 +271,19 @@ def layout_of(
     meta: dict,  # what a file says of a sparse tensor
     shape: torch.Size,
 ) -> tuple[str, dict, int]:  # layout, the numbers that describe it, count of values
-    "Layout and its numbers, in their ranges; `ValueError` for anything else."
+    """Layout and its numbers, in their ranges; `ValueError` for anything else.
+
+    Parameters
+    ----------
+    meta : dict
+        what a file says of a sparse tensor
+    shape : torch.Size
+
+    Returns
+    -------
+    tuple[str, dict, int]
+        layout, the numbers that describe it, count of values
+    """
     layout, n = meta.get("layout"), shape.numel()
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r:.40}; it may be {layout_names()}")

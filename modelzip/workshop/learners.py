@@ -18,7 +18,13 @@ from .coders import CodingError
 def check_asks(
     coder: Any,  # an `AdaptiveEncoder` or an `AdaptiveDecoder`
 ) -> None:
-    "`TypeError` for what is no coder."
+    """`TypeError` for what is no coder.
+
+    Parameters
+    ----------
+    coder : Any
+        an `AdaptiveEncoder` or an `AdaptiveDecoder`
+    """
     if not hasattr(coder, "bit"):
         kind = type(coder).__name__
         raise TypeError(f"coder is a {kind}; it may be an AdaptiveEncoder or an AdaptiveDecoder")
@@ -31,7 +37,26 @@ def adaptive_bytes(
     name: Any = "",  # bets are shared by what has the same name
     data: bytes | None = None,  # what is to be written; None: it is read
 ) -> bytes:  # the bytes
-    "Write or read bytes by bits that learn. `TypeError` for what is no coder."
+    """Write or read bytes by bits that learn. `TypeError` for what is no coder.
+
+    Parameters
+    ----------
+    coder : Any
+        an `AdaptiveEncoder` or an `AdaptiveDecoder`
+    count : int
+        bytes, whole elements
+    width : int, default 1
+        bytes of an element, lowest first
+    name : Any, default ''
+        bets are shared by what has the same name
+    data : bytes | None, default None
+        what is to be written; None: it is read
+
+    Returns
+    -------
+    bytes
+        the bytes
+    """
     check_asks(coder)
     out = bytearray([1])
     for i in range(count):
@@ -47,7 +72,17 @@ def adaptive_byte(
     shaped: bool,  # are the bits before context?
     byte: int | None,  # None: it is read
 ) -> int:
-    "Eight bits, the highest first."
+    """Eight bits, the highest first.
+
+    Parameters
+    ----------
+    coder : Any
+    name : Any
+    shaped : bool
+        are the bits before context?
+    byte : int | None
+        None: it is read
+    """
     seen = 1
     for k in range(7, -1, -1):
         seen = seen << 1 | coder.bit((name, seen if shaped else k), None if byte is None else byte >> k & 1)
@@ -62,7 +97,26 @@ def adaptive_code(
     name: Any,  # of the others
     v: int | None,  # a code less the middle one; None: it is read
 ) -> int:  # the same
-    "One code, by questions."
+    """One code, by questions.
+
+    Parameters
+    ----------
+    coder : Any
+    levels : int
+    where : Any
+        context of the first question
+    side : Any
+        of the second
+    name : Any
+        of the others
+    v : int | None
+        a code less the middle one; None: it is read
+
+    Returns
+    -------
+    int
+        the same
+    """
     ask = lambda question, answer: coder.bit(question, None if v is None else int(answer))
     if not ask((where, "other"), v is not None and v != 0):
         return 0
@@ -76,7 +130,18 @@ def adaptive_code(
 def width_of(
     values: np.ndarray,  # [rows, inputs] codes less the middle one
 ) -> int:  # 2..255; 0: signs agree at no distance more than chance has it
-    "How wide the pictures in the rows of a matrix are: the distance at which signs agree most."
+    """How wide the pictures in the rows of a matrix are: the distance at which signs agree most.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        [rows, inputs] codes less the middle one
+
+    Returns
+    -------
+    int
+        2..255; 0: signs agree at no distance more than chance has it
+    """
     signs, best = np.sign(values).astype(np.int32), (3.0, 0)
     for w in range(2, min(255, signs.shape[1] // 2) + 1):
         agree = signs[:, w:] * signs[:, :-w]
@@ -91,7 +156,23 @@ def on_a_grid(
     name: Any,
     values: list[int] | None,  # codes less the middle one; None: they are read
 ) -> list[int]:  # the same
-    "Codes in the context of their neighbours to the left and above."
+    """Codes in the context of their neighbours to the left and above.
+
+    Parameters
+    ----------
+    coder : Any
+    shape : Sequence[int]
+        of the weight
+    levels : int
+    name : Any
+    values : list[int] | None
+        codes less the middle one; None: they are read
+
+    Returns
+    -------
+    list[int]
+        the same
+    """
     count = math.prod(shape)
     picture = math.prod(shape[2:]) if len(shape) > 2 else count // max(1, shape[0]) if len(shape) == 2 else count
     if len(shape) > 2:
@@ -120,7 +201,28 @@ def adaptive_codes(
     shape: Sequence[int] | None = None,
 ) -> list[int]:  # the codes
     """Write or read codes by questions that learn: zero? above? further away? (after Wiedemann et al. 2019,
-    arXiv:1907.11900). `TypeError` for what is no coder."""
+    arXiv:1907.11900). `TypeError` for what is no coder.
+
+    Parameters
+    ----------
+    coder : Any
+        an `AdaptiveEncoder` or an `AdaptiveDecoder`
+    count : int
+        codes
+    levels : int
+        codes are below it, 2..256
+    name : Any, default ''
+        bets are shared by what has the same name
+    codes : Sequence[int] | None, default None
+        what is to be written; None: they are read
+    shape : Sequence[int] | None, default None
+        of the weight that has a code for each of its elements; None: only the code before is looked at
+
+    Returns
+    -------
+    list[int]
+        the codes
+    """
     check_asks(coder)
     if shape is not None and math.prod(shape) != count:
         raise ValueError(f"shape is {list(shape)}, which has {math.prod(shape)} elements, and count {count}")

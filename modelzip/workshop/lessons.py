@@ -9,7 +9,7 @@ __all__ = ['cloned', 'watched', 'features_of', 'untouched', 'check_apart', 'rehe
 
 # %% ../../nbs/workshop/lessons.ipynb
 import contextlib, copy, itertools, json, math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,21 @@ def cloned(x: Any) -> Any:
 def watched(
     model: nn.Module,
     names: tuple[str, ...],  # of layers
-):  # a dict that is filled with their outputs at each call; of a layer that is called several times the last
+) -> Iterator[dict[str, Tensor]]:  # filled with their outputs at each call; of a layer called several times the last
     """Keep what some layers put out, as it was then: what follows may overwrite it. `ValueError` for a name that is
-    not there."""
+    not there.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : tuple[str, ...]
+        of layers
+
+    Returns
+    -------
+    Iterator[dict[str, Tensor]]
+        filled with their outputs at each call; of a layer called several times the last
+    """
     known, seen = dict(model.named_modules()), {}
     for n in names:
         if n not in known:
@@ -148,7 +160,20 @@ def softmax_divergence(
     z: Tensor,  # logits [..., classes]
     v: Tensor,  # other logits of the same shape
 ) -> Tensor:  # [...]: KL(softmax(v) ‖ softmax(z))
-    "Kullback-Leibler divergence of two softmaxes, also where they hardly differ."
+    """Kullback-Leibler divergence of two softmaxes, also where they hardly differ.
+
+    Parameters
+    ----------
+    z : Tensor
+        logits [..., classes]
+    v : Tensor
+        other logits of the same shape
+
+    Returns
+    -------
+    Tensor
+        [...]: KL(softmax(v) ‖ softmax(z))
+    """
     z, v = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (z, v))
     log_p = v.log_softmax(-1)
     p, d = log_p.exp(), z - v
@@ -165,7 +190,22 @@ def classes_last(
     labels: Tensor | None = None,  # whole numbers, which tell that it is another axis where they fit to that one alone
 ) -> Tensor:  # [n, …, classes]
     """Outputs with the classes in the last place. `ValueError` for an axis that is not there, or that the labels
-    contradict."""
+    contradict.
+
+    Parameters
+    ----------
+    outputs : Tensor
+        [n, classes, …], or [n]: one logit each
+    axis : int, default 1
+        of the classes
+    labels : Tensor | None, default None
+        whole numbers, which tell that it is another axis where they fit to that one alone
+
+    Returns
+    -------
+    Tensor
+        [n, …, classes]
+    """
     if outputs.dim() == 1:
         outputs = outputs[:, None]
     if not -outputs.dim() < axis < outputs.dim() or axis == 0:
@@ -204,7 +244,19 @@ def same_size(
     a: Tensor,  # [n, channels, height, width] or [n, …]
     b: Tensor,
 ) -> tuple[Tensor, Tensor]:  # both with the smaller height and width
-    "Average images of different sizes down to the smaller."
+    """Average images of different sizes down to the smaller.
+
+    Parameters
+    ----------
+    a : Tensor
+        [n, channels, height, width] or [n, …]
+    b : Tensor
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        both with the smaller height and width
+    """
     if a.dim() != 4 or b.dim() != 4 or a.shape[2:] == b.shape[2:]:
         return a, b
     size = [min(*s) for s in zip(a.shape[2:], b.shape[2:])]
@@ -233,7 +285,21 @@ def layer_map(
     ours: Tensor,  # features of the student
     theirs: Tensor,  # of the teacher
 ) -> nn.Module:
-    "The map of a pair: 1×1 over channels of images, else linear over the last dimension; made when first asked for."
+    """The map of a pair: 1×1 over channels of images, else linear over the last dimension; made when first asked for.
+
+    Parameters
+    ----------
+    maps : nn.ModuleDict
+        those that were made so far
+    name : str
+        of the student's layer
+    goal : str
+        of the teacher's
+    ours : Tensor
+        features of the student
+    theirs : Tensor
+        of the teacher
+    """
     key, images = name.replace(".", "·"), ours.dim() == 4
     if hasattr(nn.ModuleDict, key):
         key += "·"  # such as 'keys', which PyTorch refuses
@@ -309,7 +375,26 @@ def affine(
     scale: float = 0.1,  # made larger or smaller by up to this share
     shear: float = 0.1,  # slanted by up to this many widths per height
 ) -> Tensor:  # each image moved, turned and scaled about its middle, slanted, at random; zeros come in from outside
-    "Random affine augmentation, from torch's global generator."
+    """Random affine augmentation, from torch's global generator.
+
+    Parameters
+    ----------
+    x : Tensor
+        images [n, channels, height, width]
+    degrees : float, default 10.0
+        turned by up to so much either way
+    shift : float, default 0.08
+        moved by up to this share of the width and the height
+    scale : float, default 0.1
+        made larger or smaller by up to this share
+    shear : float, default 0.1
+        slanted by up to this many widths per height
+
+    Returns
+    -------
+    Tensor
+        each image moved, turned and scaled about its middle, slanted, at random; zeros come in from outside
+    """
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; it may be [n, channels, height, width]")
     u = torch.rand(5, len(x), device=x.device) * 2 - 1

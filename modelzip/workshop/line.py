@@ -90,7 +90,7 @@ def forget_cancelled(self: Line) -> None:
 
 
 @patch
-def leave_out(self: Line, which: Callable) -> list[Request]:
+def leave_out(self: Line, which: Callable[..., Any]) -> list[Request]:
     "Take some requests out of the queues."
     out = [r for line in self.queues.values() for r in line if which(r)]
     if out:
@@ -118,7 +118,7 @@ def tell(self: Line, n: int) -> None:
 
 
 @patch
-def pop(self: Line, key: tuple, most: int) -> list[Request]:
+def pop(self: Line, key: tuple[Any, ...], most: int) -> list[Request]:
     "Up to `most` requests of one shape, oldest first."
     line = self.queues.get(key, ())
     taken = [line.popleft() for _ in range(min(most, len(line)))]
@@ -133,7 +133,7 @@ def pop(self: Line, key: tuple, most: int) -> list[Request]:
 # %% ../../nbs/workshop/line.ipynb
 @patch
 def take(
-    self: Line, most: int, hopes: int = 1, patience: float = 0.0, into: list | None = None
+    self: Line, most: int, hopes: int = 1, patience: float = 0.0, into: list[Any] | None = None
 ) -> list[Request] | None:
     """A batch for one worker, `into` its hands at once; sleeps until there is one. None when the line is closed and
     empty."""

@@ -37,7 +37,17 @@ class Interval:
     __repr__ = __str__
 
     def map(self, f: Callable[[float], float]) -> "Interval":  # f rises
-        "The same of a function of it."
+        """The same of a function of it.
+
+        Parameters
+        ----------
+        f : Callable[[float], float]
+
+        Returns
+        -------
+        Interval
+            f rises
+        """
         return Interval(*map(f, self))
 
 
@@ -58,7 +68,18 @@ def ratio_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    "Σ top / Σ bottom, with a percentile interval of the bootstrap over documents (Efron 1979)."
+    """Σ top / Σ bottom, with a percentile interval of the bootstrap over documents (Efron 1979).
+
+    Parameters
+    ----------
+    top : Tensor
+        [documents]
+    bottom : Tensor
+        [documents], positive
+    draws : int, default 2000
+    seed : int, default 0
+    confidence : float, default 0.95
+    """
     at_least(1, draws=draws)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it may be a share between 0 and 1")
@@ -77,7 +98,17 @@ def check_known(
     name: str,  # of what they are, for the error
     model: nn.Module,  # whose table of `words` says how many there are, if it has one
 ) -> None:
-    "`ValueError` that names a token which the model does not know."
+    """`ValueError` that names a token which the model does not know.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        whole numbers
+    name : str
+        of what they are, for the error
+    model : nn.Module
+        whose table of `words` says how many there are, if it has one
+    """
     words = getattr(getattr(model, "words", None), "num_embeddings", math.inf)
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < words:
         odd = int(tokens.max() if tokens.min() >= 0 else tokens.min())
@@ -90,7 +121,19 @@ def check_room(
     model: nn.Module,  # whose `context` says how many it can read, if it has one
     before: int = 0,  # tokens that were read
 ) -> None:
-    "`ValueError` for a text that is too long for a model."
+    """`ValueError` for a text that is too long for a model.
+
+    Parameters
+    ----------
+    length : int
+        tokens
+    name : str
+        of what they are, for the error
+    model : nn.Module
+        whose `context` says how many it can read, if it has one
+    before : int, default 0
+        tokens that were read
+    """
     if before + length > getattr(model, "context", math.inf):
         behind = f" behind {before:,} that were read" * bool(before)
         raise ValueError(f"{name} has {length:,} tokens{behind}; this model reads {model.context:,} at most")
@@ -100,7 +143,15 @@ def whole_numbers(
     tokens: Iterable[int],  # a list, a set, a tensor [tokens] …
     name: str,  # of the caller's argument
 ) -> list[int]:
-    "Tokens, checked: `TypeError` for a text, for several texts at once, and for what is no whole number."
+    """Tokens, checked: `TypeError` for a text, for several texts at once, and for what is no whole number.
+
+    Parameters
+    ----------
+    tokens : Iterable[int]
+        a list, a set, a tensor [tokens] …
+    name : str
+        of the caller's argument
+    """
     if isinstance(tokens, (str, bytes)):
         raise TypeError(f"{name} is the text {tokens!r:.40}; it may be a list of tokens: tokenizer.encode(text)")
     if len(shape := getattr(tokens, "shape", (0,))) != 1:
@@ -117,7 +168,15 @@ def check_questions(
     batch_size: int,
     model: nn.Module,
 ) -> None:
-    "`TypeError` and `ValueError` unless a model knows all tokens of some questions."
+    """`TypeError` and `ValueError` unless a model knows all tokens of some questions.
+
+    Parameters
+    ----------
+    questions : Any
+        `NextSentences`
+    batch_size : int
+    model : nn.Module
+    """
     at_least(1, batch_size=batch_size)
     check_known(torch.cat([t.flatten() for t in vars(questions).values()]), "questions", model)
 
@@ -130,7 +189,24 @@ def checked_prompt(
     stop: Iterable[int],
     before: int,  # tokens that were read
 ) -> tuple[list[int], set[int]]:  # prompt and stop
-    "What `generate` is asked for; `TypeError` and `ValueError` say what is wrong."
+    """What `generate` is asked for; `TypeError` and `ValueError` say what is wrong.
+
+    Parameters
+    ----------
+    model : nn.Module
+    prompt : Iterable[int]
+    tokens : int
+        to be said
+    temperature : float
+    stop : Iterable[int]
+    before : int
+        tokens that were read
+
+    Returns
+    -------
+    tuple[list[int], set[int]]
+        prompt and stop
+    """
     at_least(1, tokens=tokens)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it may be 0 or more")
@@ -145,7 +221,14 @@ def check_documents(
     documents: Sequence[Tensor],
     model: nn.Module | None = None,  # that will read them
 ) -> None:
-    "Lists of tokens, each of two or more; TypeError and ValueError say what is wrong."
+    """Lists of tokens, each of two or more; TypeError and ValueError say what is wrong.
+
+    Parameters
+    ----------
+    documents : Sequence[Tensor]
+    model : nn.Module | None, default None
+        that will read them
+    """
     if isinstance(documents, Tensor) and documents.dim() < 2:
         raise TypeError("documents is one text; it may be a list of them, each a tensor of tokens")
     if not len(documents):
@@ -163,7 +246,15 @@ def check_sizes(
     base: float,  # of the rotary positions
     **sizes: int,  # by the names of the caller's arguments
 ) -> None:
-    "`TypeError` and `ValueError` for sizes that no model has."
+    """`TypeError` and `ValueError` for sizes that no model has.
+
+    Parameters
+    ----------
+    base : float
+        of the rotary positions
+    **sizes : int
+        by the names of the caller's arguments
+    """
     at_least(1, **sizes)
     if not 0 < base < math.inf:
         raise ValueError(f"base is {base}; it may be a number above 0")
@@ -195,7 +286,19 @@ def check_pairs(x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
 
 
 def read_before(ids: Tensor, cache: Any, context: int) -> int:  # tokens that the cache holds
-    "`ValueError` unless these are tokens [n, length] for which there is room behind those."
+    """`ValueError` unless these are tokens [n, length] for which there is room behind those.
+
+    Parameters
+    ----------
+    ids : Tensor
+    cache : Any
+    context : int
+
+    Returns
+    -------
+    int
+        tokens that the cache holds
+    """
     start = 0 if cache is None else cache.length
     if ids.dim() != 2:
         raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
@@ -208,7 +311,20 @@ def log_probabilities(
     model: nn.Module,  # tokens [n, length] → scores [n, length, words]
     ids: Tensor,  # [n, length]
 ) -> Tensor:  # [n, length − 1, words]: of the token that follows each but the last
-    "ln p of what comes next. `ValueError` when the model gives something else than finite scores."
+    """ln p of what comes next. `ValueError` when the model gives something else than finite scores.
+
+    Parameters
+    ----------
+    model : nn.Module
+        tokens [n, length] → scores [n, length, words]
+    ids : Tensor
+        [n, length]
+
+    Returns
+    -------
+    Tensor
+        [n, length − 1, words]: of the token that follows each but the last
+    """
     scores = model(ids)
     if not isinstance(scores, Tensor) or scores.dim() != 3 or scores.shape[:2] != ids.shape:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -226,7 +342,25 @@ def reference_of(
     ids: Tensor,  # [1, length], that document for a model
     shape: torch.Size,  # [length − 1, words] of the model that is asked
 ) -> Tensor:  # [length − 1, words]
-    "What the reference says of a document. `ValueError` when that belongs to other documents or another vocabulary."
+    """What the reference says of a document. `ValueError` when that belongs to other documents or another vocabulary.
+
+    Parameters
+    ----------
+    reference : nn.Module | Sequence[Tensor]
+        another model, or its log probabilities of each document
+    documents : Sequence[Tensor]
+    i : int
+        of the document
+    ids : Tensor
+        [1, length], that document for a model
+    shape : torch.Size
+        [length − 1, words] of the model that is asked
+
+    Returns
+    -------
+    Tensor
+        [length − 1, words]
+    """
     if isinstance(reference, nn.Module):
         other = log_probabilities(reference, ids)[0]
     elif len(reference) != len(documents):
@@ -244,7 +378,19 @@ def reference_of(
 
 @dataclass(frozen=True)
 class Heard:
-    "Sums of each document: of tokens that were predicted, and of what was said of them."
+    """Sums of each document: of tokens that were predicted, and of what was said of them.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [documents]
+    surprise : Tensor
+        Σ −ln p of what came
+    divergence : Tensor | None, default None
+        Σ of the divergence from a reference, in nats; None: there was none
+    agreed : Tensor | None, default None
+        how often the reference's most probable token was the most probable
+    """
 
     tokens: Tensor  # [documents]
     surprise: Tensor  # Σ −ln p of what came
@@ -281,7 +427,18 @@ class Heard:
 # %% ../../nbs/workshop/listening.ipynb
 @dataclass(frozen=True)
 class NextWord:
-    "A text, and the probabilities of a few words that may come next by two models; shows itself as HTML."
+    """A text, and the probabilities of a few words that may come next by two models; shows itself as HTML.
+
+    Parameters
+    ----------
+    text : str
+    words : Sequence[tuple[str, float, float]]
+        word, probability by the one, by the other
+    names : tuple[str, str]
+        of the models
+    chosen : str | None, default None
+        the word that came
+    """
 
     text: str
     words: Sequence[tuple[str, float, float]]  # word, probability by the one, by the other

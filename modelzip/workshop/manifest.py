@@ -56,7 +56,19 @@ def as_json(
     value: Any,
     what: str,  # what errors call it
 ) -> str:  # compact, ASCII
-    "JSON without surprises: `TypeError` for what JSON cannot say, `ValueError` for NaN, infinity and endless nesting."
+    """JSON without surprises: `TypeError` for what JSON cannot say, `ValueError` for NaN, infinity and endless nesting.
+
+    Parameters
+    ----------
+    value : Any
+    what : str
+        what errors call it
+
+    Returns
+    -------
+    str
+        compact, ASCII
+    """
     try:
         check_keys(value)
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
@@ -79,7 +91,18 @@ MAX_DEPTH = 64
 def depth(
     value: Any,  # what JSON can say
 ) -> int:  # 0 for a number; at most `MAX_DEPTH` is counted
-    "How deeply lists and objects are nested, level by level."
+    """How deeply lists and objects are nested, level by level.
+
+    Parameters
+    ----------
+    value : Any
+        what JSON can say
+
+    Returns
+    -------
+    int
+        0 for a number; at most `MAX_DEPTH` is counted
+    """
     level, n = [value], -1
     while level and n < MAX_DEPTH:
         level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
@@ -144,7 +167,20 @@ def find_kind(
     registry: dict[str, type],  # `CompressedTensor.kinds` or `Dequantize.kinds`
     name: str,  # what a file says
 ) -> type:  # the class; `PackError` when nobody knows it
-    "Look up a kind of tensor or layer, importing modelzip's own chapter for it if need be."
+    """Look up a kind of tensor or layer, importing modelzip's own chapter for it if need be.
+
+    Parameters
+    ----------
+    registry : dict[str, type]
+        `CompressedTensor.kinds` or `Dequantize.kinds`
+    name : str
+        what a file says
+
+    Returns
+    -------
+    type
+        the class; `PackError` when nobody knows it
+    """
     if name not in registry and name in HOMES:
         with suppress(ImportError):
             importlib.import_module(f"modelzip.{HOMES[name]}")
@@ -214,7 +250,22 @@ def as_struct(
     value: Any,  # what JSON gives
     problem: str,  # what an error begins with
 ) -> Any:  # a `kind`
-    "Data as a struct; `PackError` that names the field, what it is and what it may be."
+    """Data as a struct; `PackError` that names the field, what it is and what it may be.
+
+    Parameters
+    ----------
+    kind : type
+        a `Struct`
+    value : Any
+        what JSON gives
+    problem : str
+        what an error begins with
+
+    Returns
+    -------
+    Any
+        a `kind`
+    """
     try:
         return msgspec.convert(value, kind)
     except UnicodeError:
@@ -242,7 +293,17 @@ VERSION = 5  # of the format; a file carries the lowest version that can read it
 
 
 def check_manifest(m: Any) -> dict:  # the same
-    "The outer form of a manifest. The version comes first: a newer file may differ in all the rest."
+    """The outer form of a manifest. The version comes first: a newer file may differ in all the rest.
+
+    Parameters
+    ----------
+    m : Any
+
+    Returns
+    -------
+    dict
+        the same
+    """
     version = m.get("modelzip") if isinstance(m, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(
@@ -269,7 +330,18 @@ def check_manifest(m: Any) -> dict:  # the same
 # %% ../../nbs/workshop/manifest.ipynb
 @dataclass(frozen=True)
 class Part:
-    "A piece of the payload that is one plain tensor."
+    """A piece of the payload that is one plain tensor.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+    shape : tuple[int, ...]
+    offset : int
+    crc : int | None, default None
+        of its bytes, if the file says so
+    coded : int | None, default None
+        length of its stream, if it is coded
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -312,7 +384,25 @@ def check_part(entry: Any, name: str) -> Part:
 # %% ../../nbs/workshop/manifest.ipynb
 @dataclass(frozen=True)
 class Row:
-    "A tensor of the table: plain, compressed, or the same as an earlier one."
+    """A tensor of the table: plain, compressed, or the same as an earlier one.
+
+    Parameters
+    ----------
+    name : str
+    dtype : torch.dtype
+    shape : tuple[int, ...]
+    parts : dict[str, Part]
+        {"": …} if it is plain, {} if it is tied
+    kind : str | None, default None
+        of a compressed tensor
+    meta : dict | None, default None
+    same : str | None, default None
+        the name of the tensor to which it is tied
+    layer : str | None, default None
+        the class of the compressed layer
+    options : dict | None, default None
+        … and its options
+    """
 
     name: str
     dtype: torch.dtype
@@ -338,7 +428,15 @@ def check_row(
     entry: Any,
     rows: dict[str, Row],  # those before it
 ) -> Row:
-    "One entry of the table, in whichever of its three forms."
+    """One entry of the table, in whichever of its three forms.
+
+    Parameters
+    ----------
+    name : str
+    entry : Any
+    rows : dict[str, Row]
+        those before it
+    """
     check_name(name)
     keys = entry.keys() if isinstance(entry, dict) else ()
     if "same" in keys:
@@ -397,7 +495,16 @@ def check_table(
     size: int,  # of the payload
     version: int,  # of the format
 ) -> dict[str, Row]:
-    "The whole table of a manifest, checked against the payload's real size."
+    """The whole table of a manifest, checked against the payload's real size.
+
+    Parameters
+    ----------
+    table : dict
+    size : int
+        of the payload
+    version : int
+        of the format
+    """
     rows, end = {}, 0
     for name, entry in table.items():
         rows[name] = check_row(name, entry, rows)
@@ -414,7 +521,14 @@ def check_left_out(
     rows: dict[str, Row],
     size: int,  # bytes of numbers in the file
 ) -> None:
-    "What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here."
+    """What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+    size : int
+        bytes of numbers in the file
+    """
     held = [(math.prod(r.shape), r.nbytes) for r in rows.values() if r.kind is not None and r.same is None]
     most = 2**25 + 2**12 * size
     demand(
@@ -426,7 +540,17 @@ def check_left_out(
 def in_order(
     rows: dict[str, Row],
 ) -> list[tuple[str, str, Part]]:  # name of the tensor, name of the part ("" if it is the whole), the part
-    "All parts in the order in which they lie in the payload."
+    """All parts in the order in which they lie in the payload.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+
+    Returns
+    -------
+    list[tuple[str, str, Part]]
+        name of the tensor, name of the part ("" if it is the whole), the part
+    """
     return sorted(
         ((r.name, k, p) for r in rows.values() for k, p in r.parts.items()), key=lambda x: (x[2].offset, x[2].stored)
     )
@@ -436,7 +560,15 @@ def check_readable(
     text: bytes,  # a manifest
     size: int,  # of the payload
 ) -> None:
-    "`ValueError` if a manifest is one that `load` would refuse."
+    """`ValueError` if a manifest is one that `load` would refuse.
+
+    Parameters
+    ----------
+    text : bytes
+        a manifest
+    size : int
+        of the payload
+    """
     try:
         check_table((m := check_manifest(read_json(inflate(deflate(text), len(text)))))["tensors"], size, m["modelzip"])
     except PackError as e:
@@ -444,7 +576,17 @@ def check_readable(
 
 # %% ../../nbs/workshop/manifest.ipynb
 def read_manifest(f: BinaryIO) -> tuple[dict, dict[str, Row], Entry]:  # the manifest, its table, the payload's entry
-    "Everything that a file says about itself, checked; the payload is not read yet."
+    """Everything that a file says about itself, checked; the payload is not read yet.
+
+    Parameters
+    ----------
+    f : BinaryIO
+
+    Returns
+    -------
+    tuple[dict, dict[str, Row], Entry]
+        the manifest, its table, the payload's entry
+    """
     text, payload = unseal(f)
     manifest = check_manifest(read_json(text))
     demand(payload is not None, "it has entries that do not belong there")

@@ -21,7 +21,13 @@ from .readonly import read_only
 # %% ../../nbs/workshop/masks.ipynb
 class Mask(nn.Module):
     """A parametrization that keeps some weights and makes the others zero, whatever they were; no gradient reaches
-    those."""
+    those.
+
+    Parameters
+    ----------
+    keep : Tensor
+        bool, of the weight's shape: True stays
+    """
 
     undo = "modelzip.prune.remove_masks(model)"  # how to get an ordinary weight
 
@@ -55,7 +61,13 @@ LOST = (
 def read_from_outside(
     frame: FrameType,  # of who asked
 ) -> bool:
-    "Whether a weight is read by code that is neither PyTorch's nor ours, which only read it."
+    """Whether a weight is read by code that is neither PyTorch's nor ours, which only read it.
+
+    Parameters
+    ----------
+    frame : FrameType
+        of who asked
+    """
     between = ("torch.nn.utils.parametrize", "torch.nn.modules.module", "torch.nn.modules.container")
     while frame.f_globals.get("__name__") in between:
         frame = frame.f_back
@@ -86,7 +98,22 @@ def mask_layer(
     name: str = "weight",  # which parameter
 ) -> nn.Module:  # the same layer
     """Mask a parameter. What another mask has cut already stays cut. `ValueError` for a mask of another shape, for
-    recurrent layers (not cells), and for a weight that is no parameter but computed from others."""
+    recurrent layers (not cells), and for a weight that is no parameter but computed from others.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        gets the mask, in place
+    keep : Tensor | Mask
+        bool, of the parameter's shape; or a `Mask` that is shared with a tied layer
+    name : str, default 'weight'
+        which parameter
+
+    Returns
+    -------
+    nn.Module
+        the same layer
+    """
     _check_maskable(layer, name)
     mask, old = keep if isinstance(keep, Mask) else Mask(keep.bool().clone()), find_mask(layer, name)
     shape = getattr(layer, name).shape
@@ -120,7 +147,17 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 def masked_in(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, str, Mask]]:  # name of the layer, the layer, name in it, mask
-    "Each masked parameter."
+    """Each masked parameter.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    Iterator[tuple[str, nn.Module, str, Mask]]
+        name of the layer, the layer, name in it, mask
+    """
     for n, m in model.named_modules():
         for key in getattr(m, "parametrizations", ()):
             if (mask := find_mask(m, key)) is not None:
@@ -130,7 +167,18 @@ def masked_in(
 def remove_masks(
     model: nn.Module,  # with masked layers; it is left as it is
 ) -> nn.Module:  # a copy with ordinary weights, some of which are zero
-    "Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well."
+    """Make masks final. Other parametrizations of the same weights, such as quantizers, are worked in as well.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with masked layers; it is left as it is
+
+    Returns
+    -------
+    nn.Module
+        a copy with ordinary weights, some of which are zero
+    """
     new = copied(model)
     for _, m, key, _ in list(masked_in(new)):
         m.__class__ = type(type(m).__name__, type(m).__bases__, dict(vars(type(m))))
@@ -143,7 +191,14 @@ def check_survivors(
     layers: Mapping[str, nn.Module],  # name → layer
     allow_empty: bool,
 ) -> None:
-    "`ValueError` for a layer that has lost all its weights."
+    """`ValueError` for a layer that has lost all its weights.
+
+    Parameters
+    ----------
+    layers : Mapping[str, nn.Module]
+        name → layer
+    allow_empty : bool
+    """
     for n, m in layers.items():
         if not allow_empty and (mask := find_mask(m)) is not None and not bool(mask.keep.any()):
             raise ValueError(
@@ -156,7 +211,19 @@ def share_masks(
     model: nn.Module,
     layers: Mapping[str, nn.Module],  # name → layer that was masked
 ) -> nn.Module:  # the same model
-    "Give tied layers the mask of the first of them."
+    """Give tied layers the mask of the first of them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : Mapping[str, nn.Module]
+        name → layer that was masked
+
+    Returns
+    -------
+    nn.Module
+        the same model
+    """
     first = {id(original_of(m)): find_mask(m) for m in layers.values()}
     for m in model.modules():
         chained = parametrize.is_parametrized(m, "weight") and not_plain(m) is None
@@ -169,7 +236,13 @@ def share_masks(
 def share_gone(
     layers: Mapping[str, nn.Module],  # name → layer
 ) -> float:
-    "The share of weights behind masks."
+    """The share of weights behind masks.
+
+    Parameters
+    ----------
+    layers : Mapping[str, nn.Module]
+        name → layer
+    """
     cut = sum(int((~m.keep).sum()) for layer in layers.values() if (m := find_mask(layer)) is not None)
     return cut / sum(original_of(m).numel() for m in layers.values())
 
@@ -180,7 +253,13 @@ PARAMETRIZED = re.compile(r"^((?:.*\.)?)parametrizations\.([^.]+)\.(\d+|original
 def without_masks(
     state: Mapping[str, Tensor],  # of `state_dict`
 ) -> dict[str, Tensor]:
-    "The state under the names that it would have without masks."
+    """The state under the names that it would have without masks.
+
+    Parameters
+    ----------
+    state : Mapping[str, Tensor]
+        of `state_dict`
+    """
     found, parts = {n: PARAMETRIZED.match(n) for n in state}, {}
     for m in filter(None, found.values()):
         if m[3] != "original":
@@ -211,7 +290,20 @@ def rewind(
     state: Mapping[str, Tensor],  # `state_dict()` of the same model at an earlier time, with or without masks
 ) -> nn.Module:  # the same model
     """Give every parameter and buffer its earlier value. Masks stay (Frankle & Carbin 2019, arXiv:1803.03635).
-    `ValueError` when one is missing or has another shape; then nothing is changed."""
+    `ValueError` when one is missing or has another shape; then nothing is changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        masked, or not; changed in place
+    state : Mapping[str, Tensor]
+        `state_dict()` of the same model at an earlier time, with or without masks
+
+    Returns
+    -------
+    nn.Module
+        the same model
+    """
     own = model.state_dict(keep_vars=True).items()
     own = {n: t for n, t in own if isinstance(t, Tensor) and n.rpartition(".")[2] != "_extra_state"}
     own, state = without_masks(own), without_masks(state)

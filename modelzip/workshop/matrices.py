@@ -44,14 +44,35 @@ MATRICES: dict[
 def outputs_of(
     layer: nn.Module,  # an ordinary one
 ) -> dict[str, int]:  # name → axis of the output channels; {} for a class that nobody knows
-    "The matrices that layers of this class have, whatever has become of them in this one."
+    """The matrices that layers of this class have, whatever has become of them in this one.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        an ordinary one
+
+    Returns
+    -------
+    dict[str, int]
+        name → axis of the output channels; {} for a class that nobody knows
+    """
     names = ((c, f"{c.__module__}.{c.__qualname__}") for c in type(layer).__mro__)
     found = next((MATRICES[k] for pair in names for k in pair if k in MATRICES), {})
     return found(layer) if callable(found) else found
 
 # %% ../../nbs/workshop/matrices.ipynb
 def unwrapped(layer: nn.Module) -> nn.Module:  # the ordinary layer
-    "What is inside any number of compressing wrappers."
+    """What is inside any number of compressing wrappers.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        the ordinary layer
+    """
     while {"layer", "packed"} <= {*layer._modules.keys()}:
         layer = layer._modules["layer"]
     return layer
@@ -60,7 +81,18 @@ def unwrapped(layer: nn.Module) -> nn.Module:  # the ordinary layer
 def matrices_of(
     layer: nn.Module,  # compressed or not
 ) -> dict[str, int]:  # name of a parameter → axis of its output channels; {} when there is none
-    "The matrices of a layer that are floats, and plain parameters."
+    """The matrices of a layer that are floats, and plain parameters.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        compressed or not
+
+    Returns
+    -------
+    dict[str, int]
+        name of a parameter → axis of its output channels; {} when there is none
+    """
     layer = unwrapped(layer)
     return {k: axis for k, axis in outputs_of(layer).items() if isinstance(layer._parameters.get(k), Tensor)}
 
@@ -68,7 +100,17 @@ def matrices_of(
 def layers_of(
     model: nn.Module,
 ) -> dict[int, tuple[nn.Module, list[str]]]:  # `id` of an ordinary layer → it, and all its names
-    "Every module of a model; one that is compressed under the name of its wrapper."
+    """Every module of a model; one that is compressed under the name of its wrapper.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[int, tuple[nn.Module, list[str]]]
+        `id` of an ordinary layer → it, and all its names
+    """
     found = {}
     _walk(model, "", frozenset(), found)
     return found
@@ -114,7 +156,15 @@ def looks_made_of(
     w: Tensor,  # a weight
 ) -> bool:
     """Whether a tensor is a weight, or its transpose, up to a factor and a shift for all, for each row or for each
-    column: its copy, scaled or normalized. What is less alike is not seen."""
+    column: its copy, scaled or normalized. What is less alike is not seen.
+
+    Parameters
+    ----------
+    t : Tensor
+        such as what a first call has kept
+    w : Tensor
+        a weight
+    """
     if (
         any(is_lazy(x) or x.is_meta or x.layout is not torch.strided or not x.is_floating_point() for x in (t, w))
         or t.numel() != w.numel()
@@ -139,7 +189,21 @@ def _parallel(x, y):
 # %% ../../nbs/workshop/matrices.ipynb
 @dataclass(eq=False)
 class Matrix:
-    "One matrix of a model, and how it is to be compressed."
+    """One matrix of a model, and how it is to be compressed.
+
+    Parameters
+    ----------
+    layer : str
+        name of its layer
+    owner : nn.Module
+        the layer
+    key : str
+        name of the parameter
+    axis : int
+        of the output channels
+    options : dict
+        the caller's defaults and what overrides say
+    """
 
     layer: str  # name of its layer
     owner: nn.Module  # the layer
@@ -172,7 +236,24 @@ def choose_matrices(
 ) -> list[Matrix]:  # in the model's order
     """What is to be compressed. `ValueError` for a pattern that matches nothing, for tied tensors with different
     options, for a matrix that is no plain parameter (see `computed`) unless it is left alone, and when nothing is
-    left to do."""
+    left to do.
+
+    Parameters
+    ----------
+    model : nn.Module
+    overrides : Mapping | Callable | None, default None
+        by name or pattern of a layer or matrix: options, or None to leave it alone, the first match wins; or a rule
+        (name of the layer, layer) → options or None
+    layers : tuple | None, default None
+        classes of layers; None: all that `MATRICES` knows
+    default : Mapping | None, default None
+        options of all
+
+    Returns
+    -------
+    list[Matrix]
+        in the model's order
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     if layers is not None and not all(
@@ -321,7 +402,17 @@ def _options(how, what):
 # %% ../../nbs/workshop/matrices.ipynb
 def also_held(model: nn.Module) -> list[tuple[str, Tensor]]:  # where, and what
     """Tensors in plain attributes: alone, in whatever holds values (containers, objects, functions and their
-    arguments), or in modules that PyTorch does not know of."""
+    arguments), or in modules that PyTorch does not know of.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    list[tuple[str, Tensor]]
+        where, and what
+    """
     known, found = layers_of(model), []
     for module, names in known.values():
         for path, x in _hidden(module, known):
@@ -339,7 +430,17 @@ def check_kept(
     weights: list[tuple[str, Tensor]],  # that will have other numbers, and what they are called
     else_: str,  # what to do but to clear it
 ) -> None:
-    "`ValueError` for a tensor that a call seems to have made of a weight and kept: see `looks_made_of`."
+    """`ValueError` for a tensor that a call seems to have made of a weight and kept: see `looks_made_of`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        of which no plain attribute shares memory with these
+    weights : list[tuple[str, Tensor]]
+        that will have other numbers, and what they are called
+    else_ : str
+        what to do but to clear it
+    """
     for where, t in also_held(model):
         if (name := next((n for n, w in weights if looks_made_of(t, w)), None)) is not None:
             raise ValueError(
@@ -353,7 +454,18 @@ def held_beside(
 ) -> tuple[
     set[str], dict[str, str]
 ]:  # where tensors are held of which PyTorch does not know; and which of these share memory with one of which it does
-    "What has to be as it was when layers have been exchanged: see `left_behind`."
+    """What has to be as it was when layers have been exchanged: see `left_behind`.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    tuple[set[str], dict[str, str]]
+        where tensors are held of which PyTorch does not know; and which of these share memory with one of which it
+        does
+    """
     held, tensors = also_held(model), {}
     for n, t in (*model.named_parameters(), *model.named_buffers()) if held else ():
         tensors.setdefault(None if is_lazy(t) or t.is_meta else t.untyped_storage().data_ptr(), []).append((n, t))
@@ -372,7 +484,15 @@ def left_behind(
     before: tuple,  # `held_beside` of what it was
 ) -> str | None:
     """What to say of a layer or a tensor that is still the former one where only Python finds it: in a list, an
-    object, a bound method."""
+    object, a bound method.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in which layers and tensors were exchanged
+    before : tuple
+        `held_beside` of what it was
+    """
     places, ties = before
     for where, n in ties.items():
         return (
@@ -472,7 +592,18 @@ def floats_left(
     model: nn.Module,  # compressed or not
 ) -> dict[str, str]:  # name → reason, in the model's order
     """Every floating tensor of a model that is not compressed, with the reason; also those in plain lists, of which
-    PyTorch does not know."""
+    PyTorch does not know.
+
+    Parameters
+    ----------
+    model : nn.Module
+        compressed or not
+
+    Returns
+    -------
+    dict[str, str]
+        name → reason, in the model's order
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     left, known = Left(), layers_of(model)

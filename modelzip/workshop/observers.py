@@ -20,7 +20,22 @@ def kl_after_quantizing(
     keep: int,  # bins below the threshold; what lies above is clipped into the last of them
     levels: int,  # codes that share these bins
 ) -> float:  # nats
-    "KL divergence between the clipped histogram and the same after its bins were merged into `levels` codes."
+    """KL divergence between the clipped histogram and the same after its bins were merged into `levels` codes.
+
+    Parameters
+    ----------
+    counts : Tensor
+        [bins] histogram of magnitudes
+    keep : int
+        bins below the threshold; what lies above is clipped into the last of them
+    levels : int
+        codes that share these bins
+
+    Returns
+    -------
+    float
+        nats
+    """
     p = counts[:keep].clone()
     p[-1] += counts[keep:].sum()
     code = torch.arange(keep, device=counts.device) * levels // keep
@@ -40,7 +55,21 @@ def divergences(
     levels: int,
     keeps: Tensor,  # [tries] ascending
 ) -> Tensor:  # [rows, tries]: `kl_after_quantizing` of each row and number of bins
-    "All divergences from prefix sums."
+    """All divergences from prefix sums.
+
+    Parameters
+    ----------
+    counts : Tensor
+        [rows, bins] histograms
+    levels : int
+    keeps : Tensor
+        [tries] ascending
+
+    Returns
+    -------
+    Tensor
+        [rows, tries]: `kl_after_quantizing` of each row and number of bins
+    """
     sums = lambda t: nn.functional.pad(t.cumsum(1), (1, 0))
     mass, filled, own = sums(counts), sums((counts > 0).to(counts.dtype)), sums(torch.xlogy(counts, counts))
     places = torch.arange(levels + 1, device=counts.device)
@@ -98,7 +127,18 @@ OBSERVERS["entropy"] = Entropy
 def short_group(
     shape: torch.Size, group: int | None
 ) -> tuple[int, int] | None:  # groups in a row, and values in the last of them; None when that is full
-    "Whether the last group of each row is short."
+    """Whether the last group of each row is short.
+
+    Parameters
+    ----------
+    shape : torch.Size
+    group : int | None
+
+    Returns
+    -------
+    tuple[int, int] | None
+        groups in a row, and values in the last of them; None when that is full
+    """
     row = shape.numel() // max(shape[0] if len(shape) > 1 else 1, 1)
     return (-(-row // group), row % group) if group is not None and row % group else None
 
@@ -112,7 +152,22 @@ def observe(
     wide: torch.dtype,  # of the arithmetic
     short: tuple[int, int] | None,  # see `short_group`
 ) -> tuple[Tensor, Tensor | None]:
-    "Scale and zero point of each block by the observer's range."
+    """Scale and zero point of each block by the observer's range.
+
+    Parameters
+    ----------
+    blocks : Tensor
+    extremes : tuple[Tensor, Tensor]
+        least and greatest value of each block
+    observer
+        a name in `OBSERVERS`, or a callable
+    levels : int
+    symmetric : bool
+    wide : torch.dtype
+        of the arithmetic
+    short : tuple[int, int] | None
+        see `short_group`
+    """
     if isinstance(observer, str):
         if observer not in OBSERVERS:
             raise ValueError(

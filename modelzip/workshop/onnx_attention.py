@@ -26,7 +26,21 @@ def attention_nodes(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    "`scaled_dot_product_attention` as MatMul, Add, Softmax and MatMul; 0 for a row that is wholly masked."
+    """`scaled_dot_product_attention` as MatMul, Add, Softmax and MatMul; 0 for a row that is wholly masked.
+
+    Parameters
+    ----------
+    query : Any
+        [batch, heads, length, width], as the exporter's tensors
+    key : Any
+    value : Any
+    attn_mask : Any, default None
+        bool: True where a key is seen; float: added to the scores
+    dropout_p : float, default 0.0
+    is_causal : bool, default False
+    scale : float | None, default None
+    enable_gqa : bool, default False
+    """
     from onnxscript import opset21 as op
     from onnxscript.function_libs.torch_lib.ops import nn as usual
 
@@ -95,7 +109,17 @@ def static_attention(
     layer: StaticAttention,
     form: str,  # 'qdq' or 'integers'
 ) -> str:
-    "Both products of an attention, of whole numbers; 0 for a row that is wholly masked."
+    """Both products of an attention, of whole numbers; 0 for a row that is wholly masked.
+
+    Parameters
+    ----------
+    g : Graph
+    node : Any
+        of an `AttentionHole`
+    layer : StaticAttention
+    form : str
+        'qdq' or 'integers'
+    """
     q, k, v, *masks = node.input
     said = {a.name: a.i for a in node.attribute}
     keys, scale = g.add("Transpose", k, perm=[0, 1, 3, 2]), said["width"] ** -0.5
@@ -150,7 +174,13 @@ def spell_out(
     model: nn.Module,  # a private copy; changed in place
 ) -> None:
     """Let encoders call their layers one by one. A call with a padding mask that an encoder would answer with zeros is
-    a `ValueError` from then on."""
+    a `ValueError` from then on.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a private copy; changed in place
+    """
     for name, m in model.named_modules():
         if isinstance(m, nn.TransformerEncoderLayer):
             m.activation_relu_or_gelu = 0

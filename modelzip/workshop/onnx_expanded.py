@@ -60,7 +60,20 @@ def float_linear(
     name: str,  # of what is stored
     microsoft: bool,  # MatMulNBits where it fits
 ) -> str:
-    "A product with a weight that is expanded from its codes."
+    """A product with a weight that is expanded from its codes.
+
+    Parameters
+    ----------
+    g : Graph
+    x : str
+        input
+    q : QTensor
+        weight [outputs, inputs]
+    name : str
+        of what is stored
+    microsoft : bool
+        MatMulNBits where it fits
+    """
     if q.columns is not None:
         x = g.add("Mul", x, store_float(g, name + ".columns", q.columns))
     if microsoft and _fits_nbits(q):
@@ -81,7 +94,19 @@ def fetched_rows(
     name: str,  # of what is stored
     rank: int,  # dimensions of `ids`
 ) -> str:
-    "Rows of codes, expanded after they were fetched; groups have a dimension of their own for a moment."
+    """Rows of codes, expanded after they were fetched; groups have a dimension of their own for a moment.
+
+    Parameters
+    ----------
+    g : Graph
+    ids : str
+    q : QTensor
+        weight [rows, width], see `fits_rows`
+    name : str
+        of what is stored
+    rank : int
+        dimensions of `ids`
+    """
     codes, scale, zero, bits = affine_parts(q)
     rows = (
         g.add("Gather", store_codes(g, name + ".codes", codes, bits), ids)

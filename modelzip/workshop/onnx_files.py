@@ -25,7 +25,13 @@ LIMIT = 2**31 - 2**24  # bytes of tensors up to which a graph is one file; Proto
 def stored_bytes(
     tensor: Any,  # onnx.TensorProto
 ) -> int:
-    "How many bytes the numbers of a stored tensor take, wherever they are."
+    """How many bytes the numbers of a stored tensor take, wherever they are.
+
+    Parameters
+    ----------
+    tensor : Any
+        onnx.TensorProto
+    """
     outside = next((int(e.value) for e in tensor.external_data if e.key == "length"), None)
     return outside if outside is not None else len(tensor.raw_data) or tensor.ByteSize()
 
@@ -39,7 +45,22 @@ def written(
     bytes | Path
 ]:  # the file's content, or the path of a draft where it is too large: to be checked in the block
     """Write a graph. Its tensors lie beside it in `<path>.data` when they take more than `LIMIT` bytes. `OSError`
-    names the path."""
+    names the path.
+
+    Parameters
+    ----------
+    onnx : Any
+        the package
+    proto : Any
+        onnx.ModelProto; its large tensors may be moved out of it
+    path : str | os.PathLike
+        where the file appears when the block ends without an exception
+
+    Returns
+    -------
+    Iterator[bytes | Path]
+        the file's content, or the path of a draft where it is too large: to be checked in the block
+    """
     path = Path(path)
     if sum(map(stored_bytes, proto.graph.initializer)) < LIMIT:
         content = proto.SerializeToString()
@@ -59,7 +80,19 @@ def together(
     *beside: str,  # names of other files of its folder
 ) -> Iterator[Path]:  # a folder to write all of them in
     """Files that appear when the block ends without an exception, each whole, `path` as the last. `OSError` names
-    the path."""
+    the path.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+    *beside : str
+        names of other files of its folder
+
+    Returns
+    -------
+    Iterator[Path]
+        a folder to write all of them in
+    """
     path = Path(path)
     folder = path.parent / f".modelzip-{secrets.token_hex(8)}.tmp"
     try:
@@ -102,7 +135,32 @@ def disagreement(
     sizes: dict | None = None,  # name of a free dimension → least and largest size for which the graph is right
     strict: bool = False,  # an engine that fails where the model does not is an error, for other sizes too
 ) -> float | None:  # the largest relative difference above the tolerance; None: there is none
-    "How far the outputs of a file are from those of its model."
+    """How far the outputs of a file are from those of its model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is, random numbers too
+    run : Callable
+        what computes the same, from the same tensors
+    example : tuple
+        of tensors
+    free : tuple
+        for each of them its free dimensions by name
+    tolerance : float, default 0.01
+        of the norm of an output's difference, relative to the output's
+    engine : str, default 'ONNX Runtime'
+        what computes, for the error
+    sizes : dict | None, default None
+        name of a free dimension → least and largest size for which the graph is right
+    strict : bool, default False
+        an engine that fails where the model does not is an error, for other sizes too
+
+    Returns
+    -------
+    float | None
+        the largest relative difference above the tolerance; None: there is none
+    """
     shared = {id(t): t for t in model.parameters()} | {id(t): t for t in model.buffers() if t.numel() > 1 << 16}
     with torch.random.fork_rng(devices=[]):
         own, worst = copied(model, shared).eval(), 0.0

@@ -49,7 +49,19 @@ class Graph:
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 def store_tensor(g: Graph, name: str, value: Tensor) -> str:  # its name in the graph
-    "Keep a tensor as it is, under a name."
+    """Keep a tensor as it is, under a name.
+
+    Parameters
+    ----------
+    g : Graph
+    name : str
+    value : Tensor
+
+    Returns
+    -------
+    str
+        its name in the graph
+    """
     return g.store(g.onnx.numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name))
 
 
@@ -59,7 +71,21 @@ def store_codes(
     codes: Tensor,  # whole numbers of `bits` bits
     bits: int,
 ) -> str:  # their name in the graph
-    "Codes as uint4, two to a byte, or uint8, or uint16: the narrowest that holds them."
+    """Codes as uint4, two to a byte, or uint8, or uint16: the narrowest that holds them.
+
+    Parameters
+    ----------
+    g : Graph
+    name : str
+    codes : Tensor
+        whole numbers of `bits` bits
+    bits : int
+
+    Returns
+    -------
+    str
+        their name in the graph
+    """
     if bits > 4:
         return store_tensor(g, name, codes.to(torch.uint8 if bits <= 8 else torch.uint16))
     raw = pack_bits(codes, 4).numpy().tobytes()  # ONNX keeps the first code in the low bits, as we do
@@ -71,7 +97,20 @@ def store_float(
     name: str,
     value: Tensor,  # float32, float16 or bfloat16
 ) -> str:  # the name of a float32 tensor in the graph
-    "A stored float tensor as float32; what is stored in 16 bits stays so in the file."
+    """A stored float tensor as float32; what is stored in 16 bits stays so in the file.
+
+    Parameters
+    ----------
+    g : Graph
+    name : str
+    value : Tensor
+        float32, float16 or bfloat16
+
+    Returns
+    -------
+    str
+        the name of a float32 tensor in the graph
+    """
     if value.dtype == torch.bfloat16:
         value = value.float()
     name = store_tensor(g, name, value)
@@ -90,7 +129,18 @@ def store_number(g: Graph, value: float, dtype: torch.dtype = torch.float32) -> 
 def affine_parts(
     q: QTensor,  # no codebook
 ) -> tuple:  # codes, scale, zero point, bits
-    "Codes, scale and zero point (integers) with value = scale·(code − zero), and the bits that they need."
+    """Codes, scale and zero point (integers) with value = scale·(code − zero), and the bits that they need.
+
+    Parameters
+    ----------
+    q : QTensor
+        no codebook
+
+    Returns
+    -------
+    tuple
+        codes, scale, zero point, bits
+    """
     codes, zero = q.unpack().int(), q.zero_point
     if q.levels == 2 and q.packed_zero_point is None:
         return codes * 2, q.scale / 2, torch.ones(q.scale.shape, dtype=torch.int32), 2
@@ -104,7 +154,20 @@ def expanded_weight(
     name: str,  # of what is stored
     q: QTensor,
 ) -> str:  # the name of a float tensor in the graph
-    "The name of the float tensor that a QTensor stands for."
+    """The name of the float tensor that a QTensor stands for.
+
+    Parameters
+    ----------
+    g : Graph
+    name : str
+        of what is stored
+    q : QTensor
+
+    Returns
+    -------
+    str
+        the name of a float tensor in the graph
+    """
     if q.codebook is not None:
         w = _looked_up(g, name, q)
     elif q.group is None:
@@ -125,7 +188,21 @@ def dequantized(
     bits: int,  # of a code
     how: dict,  # attributes of DequantizeLinear: axis, block_size
 ) -> str:
-    "Stored codes behind a DequantizeLinear."
+    """Stored codes behind a DequantizeLinear.
+
+    Parameters
+    ----------
+    g : Graph
+    name : str
+        of what is stored
+    codes : Tensor
+    scale : Tensor
+    zero : Tensor
+    bits : int
+        of a code
+    how : dict
+        attributes of DequantizeLinear: axis, block_size
+    """
     zero = store_codes(g, name + ".zero_point", zero, bits)
     return g.add(
         "DequantizeLinear",

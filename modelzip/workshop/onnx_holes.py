@@ -118,7 +118,14 @@ def with_holes(
     bare: bool = False,  # also one without compressed layers
 ) -> tuple[nn.Module, list]:
     """A copy of the model with a hole for each compressed layer, which calls its hooks; and by number the names of
-    weights and their layers."""
+    weights and their layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+    bare : bool, default False
+        also one without compressed layers
+    """
     check_ordinary(model)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, Dequantize)]
     names = [

@@ -67,7 +67,18 @@ def recurrent_nodes(
     m: nn.Module,  # the layer, its weights compressed or not
     name: str,  # of what is stored
 ) -> list[str]:
-    "A recurrent layer as ONNX's operation, layer upon layer: the output and the last states."
+    """A recurrent layer as ONNX's operation, layer upon layer: the output and the last states.
+
+    Parameters
+    ----------
+    g : Graph
+    inputs : list[str]
+        the input, and the first states where they are given
+    m : nn.Module
+        the layer, its weights compressed or not
+    name : str
+        of what is stored
+    """
     (x, *starts), ends, layer = inputs, [], unwrapped(m)
     across = 1 + layer.bidirectional
     for i in range(layer.num_layers):

@@ -38,7 +38,22 @@ def known_input(
     layer: nn.Module,  # StaticLinear or StaticConv2d
     form: str,  # as what it is wanted: "codes", "values"
 ) -> tuple[dict, tuple]:  # step, zero point and levels; what layers have in common that can share it
-    "What is known of an input."
+    """What is known of an input.
+
+    Parameters
+    ----------
+    x : str
+        what the layer reads
+    layer : nn.Module
+        StaticLinear or StaticConv2d
+    form : str
+        as what it is wanted: "codes", "values"
+
+    Returns
+    -------
+    tuple[dict, tuple]
+        step, zero point and levels; what layers have in common that can share it
+    """
     how, columns = {"levels": 256} | layer.options(), layer.q.columns
     return how, (x, form, *how.values(), None if columns is None else columns.float().numpy().tobytes())
 
@@ -73,7 +88,26 @@ def static_product(
     name: str,  # of what is stored
     **how,  # attributes of the operation
 ) -> str:
-    "Whole numbers, times one number for each output."
+    """Whole numbers, times one number for each output.
+
+    Parameters
+    ----------
+    g : Graph
+    op : str
+        MatMulInteger or ConvInteger
+    u : str
+        codes of the input
+    codes : str
+        of the weight
+    scale : Tensor
+        of the weight, one for each output
+    layer : nn.Module
+        StaticLinear or StaticConv2d
+    name : str
+        of what is stored
+    **how
+        attributes of the operation
+    """
     how_quantized = layer.options()
     total = g.add(op, u, codes, store_number(g, how_quantized["zero_point"], torch.uint8), **how)
     return g.add(
@@ -179,7 +213,23 @@ def whole_bias(
     scale: Tensor,  # [outputs], of the weight
     input_scale: float,
 ) -> tuple[Tensor, Tensor] | None:  # int32 and its steps; None where it does not fit beside the sums
-    "A bias as whole multiples of the step of the sums, at most half a step off."
+    """A bias as whole multiples of the step of the sums, at most half a step off.
+
+    Parameters
+    ----------
+    bias : Tensor
+        [outputs]
+    weight : Tensor
+        [outputs, …] int8
+    scale : Tensor
+        [outputs], of the weight
+    input_scale : float
+
+    Returns
+    -------
+    tuple[Tensor, Tensor] | None
+        int32 and its steps; None where it does not fit beside the sums
+    """
     step = (scale.double() * input_scale).float()
     sums = 255 * weight.flatten(1).abs().sum(1, dtype=torch.int64).double()
     if not bool((step > torch.finfo(torch.float32).tiny).all()):
@@ -226,7 +276,26 @@ def static_linear(
     bias: str,  # of its bias
     rank: int,  # dimensions of the input
 ) -> str | None:  # with its bias; None where only integers can say it
-    "A linear layer as QuantizeLinear, DequantizeLinear and a product."
+    """A linear layer as QuantizeLinear, DequantizeLinear and a product.
+
+    Parameters
+    ----------
+    g : Graph
+    x : str
+    layer : nn.Module
+        StaticLinear
+    name : str
+        of its weight, for what is stored
+    bias : str
+        of its bias
+    rank : int
+        dimensions of the input
+
+    Returns
+    -------
+    str | None
+        with its bias; None where only integers can say it
+    """
     weight, scale, _ = layer._prepare_bytes()
     plain, flat = layer.layer.bias, rank < 3
     added = _bias_nodes(g, layer, weight, scale, bias) if plain is not None and flat else None
@@ -252,7 +321,26 @@ def static_conv(
     bias: str,  # of its bias
     size: tuple[int | None, ...] = (None, None),  # height and width of the output; None where these are free
 ) -> str:  # with its bias
-    "A convolution as QuantizeLinear, DequantizeLinear and Conv; an image is padded before it is rounded."
+    """A convolution as QuantizeLinear, DequantizeLinear and Conv; an image is padded before it is rounded.
+
+    Parameters
+    ----------
+    g : Graph
+    x : str
+    layer : QConv2d
+        StaticConv2d
+    name : str
+        of its weight, for what is stored
+    bias : str
+        of its bias
+    size : tuple[int | None, ...], default (None, None)
+        height and width of the output; None where these are free
+
+    Returns
+    -------
+    str
+        with its bias
+    """
     weight, scale, _ = layer._prepare_bytes()
     stride, _, dilation, groups = layer.geometry
     zeros, plain = pads_zeros(layer), layer.layer.bias
@@ -276,7 +364,14 @@ def round_early(
     g: Graph,
     kept: set[str],  # outputs of the graph, and names that branches and loops read
 ) -> None:
-    "Where a convolution's output is rounded after operations that keep order, round it before these as well."
+    """Where a convolution's output is rounded after operations that keep order, round it before these as well.
+
+    Parameters
+    ----------
+    g : Graph
+    kept : set[str]
+        outputs of the graph, and names that branches and loops read
+    """
     made = {o: n for n in g.nodes for o in n.output}
     readers: dict = {}
     for n in g.nodes:

@@ -28,7 +28,21 @@ def seen_by(
     heads: int,
 ) -> Tensor | None:  # bool, True for a key that is seen; or float; None: all are seen
     """The masks of `nn.MultiheadAttention` as one, to be spread over [n, heads, queries, keys]. `TypeError` for other
-    types."""
+    types.
+
+    Parameters
+    ----------
+    hidden : Tensor | None
+        [n, keys]: True hides a key; or floats, to be added
+    mask : Tensor | None
+        [queries, keys] or [n · heads, queries, keys] of the same kinds
+    heads : int
+
+    Returns
+    -------
+    Tensor | None
+        bool, True for a key that is seen; or float; None: all are seen
+    """
     parts = []
     for name, m in ("key_padding_mask", hidden), ("attn_mask", mask):
         if m is not None and m.dtype is not torch.bool and not m.is_floating_point():
@@ -48,7 +62,18 @@ def seen_by(
 def shown(
     mask: Tensor | None,  # bool: True for a key that is seen; float: added to the scores; None: all are seen
 ) -> Tensor | None:  # float32, added to the scores; −∞ hides a key
-    "A mask as what is added. `TypeError` for another dtype."
+    """A mask as what is added. `TypeError` for another dtype.
+
+    Parameters
+    ----------
+    mask : Tensor | None
+        bool: True for a key that is seen; float: added to the scores; None: all are seen
+
+    Returns
+    -------
+    Tensor | None
+        float32, added to the scores; −∞ hides a key
+    """
     if mask is None or mask.is_floating_point():
         return mask if mask is None else mask.float()
     if mask.dtype is not torch.bool:
@@ -60,7 +85,20 @@ def weights_of(
     scores: Tensor,  # [n, heads, queries, keys]
     mask: Tensor | None,  # as `shown` takes it
 ) -> Tensor:  # probabilities; 0 in a row of which nothing is seen
-    "The softmax over what a mask leaves."
+    """The softmax over what a mask leaves.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [n, heads, queries, keys]
+    mask : Tensor | None
+        as `shown` takes it
+
+    Returns
+    -------
+    Tensor
+        probabilities; 0 in a row of which nothing is seen
+    """
     if (added := shown(mask)) is None:
         return scores.softmax(-1)
     hidden = (added == -torch.inf).all(-1, keepdim=True)
@@ -69,7 +107,18 @@ def weights_of(
 # %% ../../nbs/workshop/open_attention.ipynb
 class OpenAttention(Attention):
     """An attention that is called as `nn.MultiheadAttention` is (Vaswani et al. 2017, arXiv:1706.03762), and calls its
-    four layers."""
+    four layers.
+
+    Parameters
+    ----------
+    width : int
+        of what goes in as query and comes out; keys and values may have others, with other layers
+    heads : int
+    batch_first : bool, default False
+        [n, places, width]; False: [places, n, width]
+    dropout : float, default 0.0
+        of probabilities, while it trains
+    """
 
     in_state = ("heads", "batch_first")
     _qkv_same_embed_dim = False  # so that an encoder layer calls it
@@ -105,7 +154,29 @@ class OpenAttention(Attention):
         average_attn_weights: bool = True,  # over the heads
         is_causal: bool = False,  # a word about `attn_mask`, which is what counts
     ) -> tuple[Tensor, Tensor | None]:  # output, weights [n, queries, keys]
-        "As `nn.MultiheadAttention.forward`. `ValueError` for masks of another shape."
+        """As `nn.MultiheadAttention.forward`. `ValueError` for masks of another shape.
+
+        Parameters
+        ----------
+        query : Tensor
+            [n, queries, width] if batch_first, else [queries, n, width]; or without n
+        key : Tensor
+        value : Tensor
+        key_padding_mask : Tensor | None, default None
+            [n, keys]: True hides a key; or floats, to be added
+        need_weights : bool, default True
+        attn_mask : Tensor | None, default None
+            [queries, keys], or [n · heads, queries, keys]
+        average_attn_weights : bool, default True
+            over the heads
+        is_causal : bool, default False
+            a word about `attn_mask`, which is what counts
+
+        Returns
+        -------
+        tuple[Tensor, Tensor | None]
+            output, weights [n, queries, keys]
+        """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says something of attn_mask, which is None")
         lone, first = query.dim() == 2, self.batch_first or query.dim() == 2
@@ -129,17 +200,52 @@ class OpenAttention(Attention):
         return y if first else y.transpose(0, 1), p
 
     def products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # as q
-        "softmax(q kᵀ / √width) v, over the keys that the mask leaves."
+        """softmax(q kᵀ / √width) v, over the keys that the mask leaves.
+
+        Parameters
+        ----------
+        q : Tensor
+        k : Tensor
+        v : Tensor
+        mask : Tensor | None
+
+        Returns
+        -------
+        Tensor
+            as q
+        """
         mask = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:  # [n, heads, queries, keys]
-        "softmax(q kᵀ / √width)."
+        """softmax(q kᵀ / √width).
+
+        Parameters
+        ----------
+        q : Tensor
+        k : Tensor
+        mask : Tensor | None
+
+        Returns
+        -------
+        Tensor
+            [n, heads, queries, keys]
+        """
         return weights_of(q @ k.mT * q.shape[-1] ** -0.5, mask).to(q.dtype)
 
 # %% ../../nbs/workshop/open_attention.ipynb
 def why_closed(m: nn.MultiheadAttention) -> str | None:  # None: it can be opened
-    "Why an attention stays as it is."
+    """Why an attention stays as it is.
+
+    Parameters
+    ----------
+    m : nn.MultiheadAttention
+
+    Returns
+    -------
+    str | None
+        None: it can be opened
+    """
     if getattr(m, "in_proj_weight", None) is None and getattr(m, "q_proj_weight", None) is None:
         return "its weights are compressed already; dequantize_model(model) brings them back"
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
@@ -180,7 +286,22 @@ def open_attention(
     names: Iterable[str] | None = None,  # of attentions; None: all that can be opened
 ) -> nn.Module:  # a copy in eval mode
     """Rewrite each `nn.MultiheadAttention` as an `OpenAttention`, exactly. `ValueError` where there is none, where
-    one that is named cannot be opened (says why), and where the answers would be others."""
+    one that is named cannot be opened (says why), and where the answers would be others.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : Iterable, default ()
+        data on which the answers are compared, see `feed`
+    names : Iterable[str] | None, default None
+        of attentions; None: all that can be opened
+
+    Returns
+    -------
+    nn.Module
+        a copy in eval mode
+    """
     check_ordinary(model)
     there = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     asked = list(there) if names is None else list(names)
@@ -213,7 +334,20 @@ def differing(
     other: nn.Module,
     batch: Any,  # see `feed`
 ) -> float:  # relative, of the output that differs most; infinite for other shapes
-    "How far apart two models' answers are; both are private copies in eval mode."
+    """How far apart two models' answers are; both are private copies in eval mode.
+
+    Parameters
+    ----------
+    one : nn.Module
+    other : nn.Module
+    batch : Any
+        see `feed`
+
+    Returns
+    -------
+    float
+        relative, of the output that differs most; infinite for other shapes
+    """
     found = []
     for m in one, other:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -236,7 +370,24 @@ def open_where(
     overrides: Mapping | None = None,  # by name or pattern: None leaves an attention alone
     attention: bool = True,  # False: none is wanted
 ) -> nn.Module:  # itself when nothing is opened
-    "Open what integers are asked for in; a warning says what stays closed, and why."
+    """Open what integers are asked for in; a warning says what stays closed, and why.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : list
+        data on which the answers are compared
+    overrides : Mapping | None, default None
+        by name or pattern: None leaves an attention alone
+    attention : bool, default True
+        False: none is wanted
+
+    Returns
+    -------
+    nn.Module
+        itself when nothing is opened
+    """
     there = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     alone = lambda n: next((how is None for p, how in (overrides or {}).items() if fnmatch.fnmatchcase(n, p)), False)
     wanted = [n for n in there if not alone(n)] if attention is True else []
@@ -256,7 +407,20 @@ def open_as(
     model: nn.Module,  # it is left as it is
     chosen: Any,  # of `choose_static`
 ) -> nn.Module:  # itself when nothing is opened
-    "Open the attentions for which something was chosen."
+    """Open the attentions for which something was chosen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    chosen : Any
+        of `choose_static`
+
+    Returns
+    -------
+    nn.Module
+        itself when nothing is opened
+    """
     there = {n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     names = [n for n in chosen if n in there] if isinstance(chosen, Mapping) else []
     return open_attention(model, names=names) if names else model

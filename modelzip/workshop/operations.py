@@ -32,7 +32,17 @@ SAME = {
 
 # %% ../../nbs/workshop/operations.ipynb
 def name_of(f: Callable) -> str:  # "conv2d", "add" (also for add_, __add__ …), "T", "shape"
-    "The name of a function of PyTorch."
+    """The name of a function of PyTorch.
+
+    Parameters
+    ----------
+    f : Callable
+
+    Returns
+    -------
+    str
+        "conv2d", "add" (also for add_, __add__ …), "T", "shape"
+    """
     name = getattr(f, "__name__", str(f))
     if name == "__get__":
         return f.__self__.__name__
@@ -99,6 +109,14 @@ def numbers_in(
     kwargs: dict,
 ) -> tuple:
     """The numbers among its arguments. Whole numbers count too, unless the function takes sizes: q/8 is as much a
-    constant as q/8.0."""
+    constant as q/8.0.
+
+    Parameters
+    ----------
+    name : str
+        of a function
+    args : tuple
+    kwargs : dict
+    """
     kinds = (float, complex, np.floating) if name in SIZED else (int, float, complex, np.number)
     return tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, kinds))

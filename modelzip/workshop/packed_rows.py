@@ -18,7 +18,17 @@ from .integer_layers import IntegerLayer, not_the_weight_of, refuse_trace
 
 # %% ../../nbs/workshop/packed_rows.ipynb
 class QEmbedding(Dequantize):
-    "An embedding that fetches packed rows and expands only these; the same numbers as Dequantize, to the last bit."
+    """An embedding that fetches packed rows and expands only these; the same numbers as Dequantize, to the last bit.
+
+    Parameters
+    ----------
+    layer : nn.Embedding
+        its weight is dropped
+    q : QTensor | Packed
+        the table [rows, width]; a `Packed` is shared with a tied output layer
+    name : str, default 'weight'
+        which parameter `q` is
+    """
 
     def __init__(
         self,

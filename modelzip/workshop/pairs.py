@@ -61,7 +61,18 @@ class _Reads(TorchFunctionMode):
 def graphs_of(
     model: nn.Module,  # it is left as it is
 ) -> list[fx.Graph]:  # what it does: in evaluation and in training, with and without each optional argument
-    "Follow a model's code. `Unproven` when that is not the whole truth about it, `ValueError` as in `copied`."
+    """Follow a model's code. `Unproven` when that is not the whole truth about it, `ValueError` as in `copied`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+
+    Returns
+    -------
+    list[fx.Graph]
+        what it does: in evaluation and in training, with and without each optional argument
+    """
     graphs = []
     for training in (False, True):
         for arguments in _ways_to_call(model):
@@ -240,7 +251,26 @@ def why_not(
     second: str,  # and of the one that reads it
     holders: dict | None = None,  # of `_holders`, when it is asked for often
 ) -> str | None:  # what speaks against trading factors between them; None: nothing
-    "Check a pair of layers."
+    """Check a pair of layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        as it is
+    graphs : list[fx.Graph]
+        of `graphs_of`
+    first : str
+        name of a layer
+    second : str
+        and of the one that reads it
+    holders : dict | None, default None
+        of `_holders`, when it is asked for often
+
+    Returns
+    -------
+    str | None
+        what speaks against trading factors between them; None: nothing
+    """
     names = dict(model.named_modules(remove_duplicate=False))
     a, b = (names.get(n) for n in (first, second))
     holders = _holders(model) if holders is None else holders
@@ -271,7 +301,18 @@ def scalable(
 ) -> (
     nn.Parameter | None
 ):  # what a factor may be worked into: the parameter, or what lies under a mask; None where there is no such thing
-    "The numbers behind a tensor of a layer."
+    """The numbers behind a tensor of a layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    name : str, default 'weight'
+
+    Returns
+    -------
+    nn.Parameter | None
+        what a factor may be worked into: the parameter, or what lies under a mask; None where there is no such thing
+    """
     if parametrize.is_parametrized(layer, name):
         under = layer.parametrizations[name]
         return under.original if all(type(p) is Mask for p in under) else None
@@ -362,7 +403,18 @@ def _watched_over(way, modules):
 def proven_pairs(
     model: nn.Module,  # it is left as it is
 ) -> tuple[list[tuple[str, str]], str]:  # pairs in the order of their calls; why there are no more
-    "All pairs of layers between which a positive factor of each channel may be moved."
+    """All pairs of layers between which a positive factor of each channel may be moved.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+
+    Returns
+    -------
+    tuple[list[tuple[str, str]], str]
+        pairs in the order of their calls; why there are no more
+    """
     try:
         graphs = graphs_of(model)
     except Unproven as e:
@@ -395,7 +447,20 @@ def asked_pairs(
     model: nn.Module,  # it is left as it is
     pairs: list[tuple[str, str]],  # that somebody names
 ) -> list[tuple[str, str]]:  # the same
-    "Pairs, each of them proved; `ValueError` for the first that is not."
+    """Pairs, each of them proved; `ValueError` for the first that is not.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    pairs : list[tuple[str, str]]
+        that somebody names
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        the same
+    """
     try:
         graphs = graphs_of(model)
     except Unproven as e:
@@ -414,7 +479,22 @@ def by_channel(
     channels: int,  # outputs of the first
     groups: int,  # of the second, when it is a convolution
 ) -> Tensor:  # [outputs / groups, channels, rest]
-    "What multiplies each channel."
+    """What multiplies each channel.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, channels / groups · k, …] of the second layer
+    channels : int
+        outputs of the first
+    groups : int
+        of the second, when it is a convolution
+
+    Returns
+    -------
+    Tensor
+        [outputs / groups, channels, rest]
+    """
     if (inputs := weight.shape[1] * groups) % channels:
         raise ValueError(
             f"the second layer has {inputs} inputs; they must be a multiple of the first layer's {channels} outputs"
@@ -424,7 +504,18 @@ def by_channel(
 
 
 def layers_to_scale(model: nn.Module, pairs: list[tuple[str, str]]) -> list[list[nn.Module]]:  # the layers of each pair
-    "`ValueError` for a weight that is not finite: there is no fair range for it."
+    """`ValueError` for a weight that is not finite: there is no fair range for it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    pairs : list[tuple[str, str]]
+
+    Returns
+    -------
+    list[list[nn.Module]]
+        the layers of each pair
+    """
     layers = [[model.get_submodule(n) for n in pair] for pair in pairs]
     for pair, two in zip(pairs, layers):
         for name, m in zip(pair, two):
@@ -439,7 +530,17 @@ def move_factor(
     second: nn.Module,  # the one that reads it, in place
     s: Tensor,  # [channels] positive
 ) -> None:
-    "Divide the rows of one weight, multiply the columns of the next."
+    """Divide the rows of one weight, multiply the columns of the next.
+
+    Parameters
+    ----------
+    first : nn.Module
+        a layer, in place
+    second : nn.Module
+        the one that reads it, in place
+    s : Tensor
+        [channels] positive
+    """
     groups, w1, w2 = getattr(second, "groups", 1), scalable(first), scalable(second)
     if w1.dtype == torch.float16:
         s = s.clamp(min=1)
@@ -455,7 +556,19 @@ def others_like(
     example: Any,  # of `call`
     seed: int,
 ) -> Any:  # floats moved by about their own size; everything else, such as token ids, as it is
-    "Another input of the same kind."
+    """Another input of the same kind.
+
+    Parameters
+    ----------
+    example : Any
+        of `call`
+    seed : int
+
+    Returns
+    -------
+    Any
+        floats moved by about their own size; everything else, such as token ids, as it is
+    """
     g = torch.Generator().manual_seed(seed)
 
     def moved(t):
@@ -474,7 +587,19 @@ def check_same(
     digits: float = 256,  # so many last digits of the largest output are allowed to rounding
 ) -> None:
     """`ValueError` unless two models put out the same numbers, to rounding, for an example and two like it. Whole
-    numbers (such as a class that was chosen) are not compared. Both are left as they are."""
+    numbers (such as a class that was chosen) are not compared. Both are left as they are.
+
+    Parameters
+    ----------
+    new : nn.Module
+        what a model has become
+    model : nn.Module
+        what it was
+    example : Any
+        of `call`
+    digits : float, default 256
+        so many last digits of the largest output are allowed to rounding
+    """
     twins = [copied(m, _shared(m)).eval() for m in (new, model)]
     for i, x in enumerate((example, others_like(example, 1), others_like(example, 2))):
         found = []

@@ -29,7 +29,18 @@ def _opened(path):
 def received(
     what: Any,  # of `sent_once`
 ) -> tuple:  # the things
-    "The things themselves, in a worker; a process opens what it was sent last only once."
+    """The things themselves, in a worker; a process opens what it was sent last only once.
+
+    Parameters
+    ----------
+    what : Any
+        of `sent_once`
+
+    Returns
+    -------
+    tuple
+        the things
+    """
     return _opened(what.path) if isinstance(what, Parcel) else what
 
 # %% ../../nbs/workshop/parcels.ipynb
@@ -38,7 +49,19 @@ def sent_once(
     executor: Executor | None,
     things: tuple,  # what all jobs read, and none changes
 ) -> Iterator[Any]:  # an argument for jobs, which call `received` with it
-    "Send things to the workers of an executor. The block has to last until the last job is done."
+    """Send things to the workers of an executor. The block has to last until the last job is done.
+
+    Parameters
+    ----------
+    executor : Executor | None
+    things : tuple
+        what all jobs read, and none changes
+
+    Returns
+    -------
+    Iterator[Any]
+        an argument for jobs, which call `received` with it
+    """
     if isinstance(executor, ProcessPoolExecutor):
         with tempfile.TemporaryDirectory(prefix="modelzip-") as folder:
             path = os.path.join(folder, "things")

@@ -17,7 +17,19 @@ def l1_penalty(
     model: nn.Module,
     layers: tuple = PRUNABLE,  # classes
 ) -> Tensor:  # scalar, with a gradient
-    "Σ|w| over all weights (not biases)."
+    """Σ|w| over all weights (not biases).
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : tuple, default PRUNABLE
+        classes
+
+    Returns
+    -------
+    Tensor
+        scalar, with a gradient
+    """
     return sum(m.weight.abs().sum() for m in prunable_layers(model, layers).values())
 
 
@@ -26,7 +38,21 @@ def group_lasso(
     granularity: str = "row",  # 'row', 'column', 'kernel' or blocks
     layers: tuple = PRUNABLE,  # classes
 ) -> Tensor:  # scalar, with a gradient
-    "Σ √n·‖w_u‖₂ over units of n weights (Yuan & Lin 2006; for networks Wen et al. 2016, arXiv:1608.03665)."
+    """Σ √n·‖w_u‖₂ over units of n weights (Yuan & Lin 2006; for networks Wen et al. 2016, arXiv:1608.03665).
+
+    Parameters
+    ----------
+    model : nn.Module
+    granularity : str, default 'row'
+        'row', 'column', 'kernel' or blocks
+    layers : tuple, default PRUNABLE
+        classes
+
+    Returns
+    -------
+    Tensor
+        scalar, with a gradient
+    """
     if parse_granularity(granularity)[0] == "n:m":
         raise ValueError(
             "granularity is N:M, whose units change with the weights; it may be 'row', 'column', 'kernel' or a block"

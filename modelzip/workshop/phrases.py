@@ -80,7 +80,20 @@ def lzw_parse(
     data: bytes,  # any bytes
     phrases: int = 1 << 16,  # the list starts afresh when it has that many
 ) -> list[int]:  # numbers of phrases; 0 to 255 are the single bytes
-    "Cut data into the longest known phrases; each and the byte after it become a new one (Welch 1984)."
+    """Cut data into the longest known phrases; each and the byte after it become a new one (Welch 1984).
+
+    Parameters
+    ----------
+    data : bytes
+        any bytes
+    phrases : int, default 1 << 16
+        the list starts afresh when it has that many
+
+    Returns
+    -------
+    list[int]
+        numbers of phrases; 0 to 255 are the single bytes
+    """
     longer, out, at = {}, [], None
     for byte in data:
         if at is None:

@@ -19,7 +19,22 @@ def drawn(
     sharp: float = 1.5,  # pixels of the file for each pixel on the page
 ) -> bytes:  # the file: the same bytes for the same figure
     """Draw a figure into bytes, without date or version; its whole canvas when a layout engine keeps labels inside,
-    else cut to its contents."""
+    else cut to its contents.
+
+    Parameters
+    ----------
+    fig : Any
+        a matplotlib figure
+    form : str
+        'png' or 'svg'
+    sharp : float, default 1.5
+        pixels of the file for each pixel on the page
+
+    Returns
+    -------
+    bytes
+        the file: the same bytes for the same figure
+    """
     from matplotlib import rc_context
 
     box = "standard" if fig.get_layout_engine() else "tight"
@@ -49,7 +64,20 @@ def with_rare_colors(
     picture: Any,  # a Pillow image in RGB
     colors: int,  # as many as the new palette may have
 ) -> Any:  # a Pillow image of one pixel, with the palette
-    "Half of the palette for what is frequent, the rest for what lies farthest from it."
+    """Half of the palette for what is frequent, the rest for what lies farthest from it.
+
+    Parameters
+    ----------
+    picture : Any
+        a Pillow image in RGB
+    colors : int
+        as many as the new palette may have
+
+    Returns
+    -------
+    Any
+        a Pillow image of one pixel, with the palette
+    """
     from PIL import Image
 
     chosen, there = (
@@ -70,7 +98,20 @@ def palette_png(
     colors: int = 64,  # at most so many different colours remain in a palette, 2..256
 ) -> bytes:  # a PNG file with a palette: one byte or less a pixel before it is compressed
     """Make a PNG small by giving it a palette, on white where it is transparent; the file comes back as it was
-    where that is no smaller."""
+    where that is no smaller.
+
+    Parameters
+    ----------
+    png : bytes
+        a PNG file of any kind
+    colors : int, default 64
+        at most so many different colours remain in a palette, 2..256
+
+    Returns
+    -------
+    bytes
+        a PNG file with a palette: one byte or less a pixel before it is compressed
+    """
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -94,7 +135,18 @@ TAG = re.compile(r"""(<(?:[^<>"']|"[^"]*"|'[^']*')*>)""")
 def compact_svg(
     svg: bytes,  # an SVG file as matplotlib writes it
 ) -> bytes:  # the same picture in fewer bytes
-    "Leave out what draws nothing, and give coordinates two decimals. Only tags are rewritten: what a text says stays."
+    """Leave out what draws nothing, and give coordinates two decimals. Only tags are rewritten: what a text says stays.
+
+    Parameters
+    ----------
+    svg : bytes
+        an SVG file as matplotlib writes it
+
+    Returns
+    -------
+    bytes
+        the same picture in fewer bytes
+    """
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg.decode(), flags=re.S)
     parts = TAG.split(text)  # between, before, behind tags: what is no tag
     used = {name for tag in parts[1::2] for name in re.findall(r"#([\w.-]+)", tag)}
@@ -118,7 +170,20 @@ def data_uri(
     data: bytes,  # a file
     kind: str,  # its media type, such as image/png
 ) -> str:  # an address that holds the file itself
-    "A file inside a page (RFC 2397): SVG as text, anything else as base64."
+    """A file inside a page (RFC 2397): SVG as text, anything else as base64.
+
+    Parameters
+    ----------
+    data : bytes
+        a file
+    kind : str
+        its media type, such as image/png
+
+    Returns
+    -------
+    str
+        an address that holds the file itself
+    """
     if kind == "image/svg+xml":
         return f"data:{kind}," + quote(data.decode(), safe=" /:=;,.()'*+!?@$")
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

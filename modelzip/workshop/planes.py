@@ -17,12 +17,29 @@ from .coders import CodingError
 def codes_per_byte(
     levels: int,  # number of different codes, 2..256
 ) -> int:
-    "How many digits in base `levels` fit into a byte."
+    """How many digits in base `levels` fit into a byte.
+
+    Parameters
+    ----------
+    levels : int
+        number of different codes, 2..256
+    """
     return max(k for k in range(1, 9) if levels**k <= 256)
 
 
 def filled(x: np.ndarray, multiple: int) -> np.ndarray:  # the same, or a copy with zeros behind it
-    "Make the length a multiple of something."
+    """Make the length a multiple of something.
+
+    Parameters
+    ----------
+    x : np.ndarray
+    multiple : int
+
+    Returns
+    -------
+    np.ndarray
+        the same, or a copy with zeros behind it
+    """
     return np.pad(x, (0, -len(x) % multiple)) if len(x) % multiple else x
 
 
@@ -31,7 +48,21 @@ def join_codes(
     levels: int,
     k: int,  # codes to a byte
 ) -> np.ndarray:  # uint8, a k-th as many; the last byte is filled up with code 0
-    "Write codes as digits of bytes, the first one lowest."
+    """Write codes as digits of bytes, the first one lowest.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+        uint8, below `levels`
+    levels : int
+    k : int
+        codes to a byte
+
+    Returns
+    -------
+    np.ndarray
+        uint8, a k-th as many; the last byte is filled up with code 0
+    """
     digits = filled(codes, k).reshape(-1, k)
     joined = digits[:, -1].copy()
     for i in reversed(range(k - 1)):
@@ -46,7 +77,23 @@ def pair_table(
     width: int,  # of the plane
     shift: int,  # where the plane begins in a code
 ) -> tuple[np.ndarray, int]:  # [65536]: the fields of two bytes next to each other; how many pairs fill whole bytes
-    "What each possible pair of bytes contributes to a plane."
+    """What each possible pair of bytes contributes to a plane.
+
+    Parameters
+    ----------
+    levels : int
+    k : int
+        digits in a byte
+    width : int
+        of the plane
+    shift : int
+        where the plane begins in a code
+
+    Returns
+    -------
+    tuple[np.ndarray, int]
+        [65536]: the fields of two bytes next to each other; how many pairs fill whole bytes
+    """
     digits = np.arange(256)[:, None] // levels ** np.arange(k) % levels
     fields = ((digits >> shift & (1 << width) - 1) << width * np.arange(k)).sum(1)
     group = next(g for g in (1, 2, 4) if g * 2 * k * width % 8 == 0)
@@ -62,7 +109,25 @@ def split_to_plane(
     shift: int,
     size: int,  # bytes of the plane
 ) -> np.ndarray:  # uint8 [size]
-    "Digits of bytes to one plane of packed bits."
+    """Digits of bytes to one plane of packed bits.
+
+    Parameters
+    ----------
+    joined : np.ndarray
+        uint8, k digits in base `levels` each
+    levels : int
+    k : int
+    width : int
+        of the plane
+    shift : int
+    size : int
+        bytes of the plane
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [size]
+    """
     table, group = pair_table(levels, k, width, shift)
     pairs = filled(joined, 2 * group).view("<u2").reshape(-1, group)
     words = np.take(table, pairs[:, 0], mode="wrap")  # "wrap" needs no check: every pair is in the table
@@ -86,7 +151,24 @@ def fold_to_plane(
     shift: int,  # where it begins in a code
     size: int,  # bytes of the plane
 ) -> np.ndarray:  # uint8 [size]
-    "One code to a byte: its bits `shift` to `shift + width`, packed."
+    """One code to a byte: its bits `shift` to `shift + width`, packed.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+        uint8
+    width : int
+        of the plane: 4, 2 or 1
+    shift : int
+        where it begins in a code
+    size : int
+        bytes of the plane
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [size]
+    """
     word, mask, folds = FOLD[width]
     words, out = filled(codes, 8 // width).view(word), np.empty(size, np.uint8)
     for i in range(0, len(words), 1 << 14):
@@ -104,7 +186,24 @@ def split_codes(
     bits: int,  # of a packed code
     count: int,  # codes
 ) -> np.ndarray:  # uint8, as `pack_bits` would have packed them
-    "From digits of bytes to packed bits."
+    """From digits of bytes to packed bits.
+
+    Parameters
+    ----------
+    joined : np.ndarray
+        uint8, from `join_codes`
+    levels : int
+    k : int
+    bits : int
+        of a packed code
+    count : int
+        codes
+
+    Returns
+    -------
+    np.ndarray
+        uint8, as `pack_bits` would have packed them
+    """
     if levels**k < 256 and joined.size and joined.max() >= levels**k:
         raise CodingError(f"a byte of {k} codes is {levels}^{k} or more")
     if bits == 8:
@@ -122,7 +221,18 @@ def split_codes(
 def gaps_of(
     mask: np.ndarray,  # bool
 ) -> np.ndarray:  # uint8
-    "The zeros before each one, in bytes; 255 says that more follow."
+    """The zeros before each one, in bytes; 255 says that more follow.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        bool
+
+    Returns
+    -------
+    np.ndarray
+        uint8
+    """
     more, last = np.divmod(np.diff(np.flatnonzero(mask), prepend=-1) - 1, 255)
     out = np.full(int(more.sum()) + len(more), 255, np.uint8)
     out[np.cumsum(more + 1) - 1] = last
@@ -134,7 +244,21 @@ def mask_of(
     ones: int,
     count: int,  # length of the mask
 ) -> np.ndarray:  # bool
-    "The inverse of `gaps_of`; `CodingError` when the gaps do not fit the count."
+    """The inverse of `gaps_of`; `CodingError` when the gaps do not fit the count.
+
+    Parameters
+    ----------
+    gaps : np.ndarray
+        uint8, from `gaps_of`
+    ones : int
+    count : int
+        length of the mask
+
+    Returns
+    -------
+    np.ndarray
+        bool
+    """
     end = gaps < 255
     at = np.cumsum(gaps, dtype=np.int64)[end] + np.arange(end.sum())
     if len(at) != ones or ones and (not end[-1] or at[-1] >= count):
@@ -148,5 +272,18 @@ def byte_planes(
     data: np.ndarray,  # uint8, whole elements
     width: int,  # bytes of an element
 ) -> list[np.ndarray]:  # `width` arrays
-    "Bytes sorted by their place in the element."
+    """Bytes sorted by their place in the element.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8, whole elements
+    width : int
+        bytes of an element
+
+    Returns
+    -------
+    list[np.ndarray]
+        `width` arrays
+    """
     return list(np.ascontiguousarray(data.reshape(-1, width).T))

@@ -23,7 +23,20 @@ def too_much(
     controls: list[Control],  # the controls
     why: str,  # which limit is passed, and by how much
 ) -> ValueError:  # the error to raise
-    "Say what is too much, and which control to take values from."
+    """Say what is too much, and which control to take values from.
+
+    Parameters
+    ----------
+    controls : list[Control]
+        the controls
+    why : str
+        which limit is passed, and by how much
+
+    Returns
+    -------
+    ValueError
+        the error to raise
+    """
     sizes, longest = " × ".join(f"{c.name} {len(c)}" for c in controls), max(controls, key=len)
     return ValueError(
         f"{sizes} = {math.prod(map(len, controls)):,} frames: {why}. "
@@ -49,7 +62,26 @@ def table(
     limit: int = MAX_BYTES,  # bytes that the different frames may take together
     ready: dict = {},  # frames that are there already, by the controls' positions
 ) -> tuple[list[str], list[int]]:  # the different frames, and for every combination which of them it shows
-    "Call `f` once for every combination; frames that look the same are kept once."
+    """Call `f` once for every combination; frames that look the same are kept once.
+
+    Parameters
+    ----------
+    f : Callable
+        the function of an explorer
+    controls : list[Control]
+        what turns it
+    form : str, default 'png'
+        how figures are drawn
+    limit : int, default MAX_BYTES
+        bytes that the different frames may take together
+    ready : dict, default {}
+        frames that are there already, by the controls' positions
+
+    Returns
+    -------
+    tuple[list[str], list[int]]
+        the different frames, and for every combination which of them it shows
+    """
     count = math.prod(map(len, controls))
     if count > MAX_FRAMES:
         raise too_much(controls, f"at most {MAX_FRAMES:,} are drawn")
@@ -69,7 +101,18 @@ def table(
 def knob(
     c: Control,  # a control
 ) -> str:  # a <label> with an input inside
-    "A control as HTML: a range input, a menu, or a checkbox."
+    """A control as HTML: a range input, a menu, or a checkbox.
+
+    Parameters
+    ----------
+    c : Control
+        a control
+
+    Returns
+    -------
+    str
+        a <label> with an input inside
+    """
     name, now = html.escape(c.name), html.escape(c.labels[c.start])
     if c.kind == "checkbox":
         return f'<label><input type="checkbox"{" checked" * c.start}> {name}</label>'
@@ -127,7 +170,18 @@ padding:.1em .3em}
 def in_script(
     value: Any,  # anything that JSON can say
 ) -> str:  # JSON that no HTML parser takes for the end of a script
-    "A value as JSON that can stand inside <script>."
+    """A value as JSON that can stand inside <script>.
+
+    Parameters
+    ----------
+    value : Any
+        anything that JSON can say
+
+    Returns
+    -------
+    str
+        JSON that no HTML parser takes for the end of a script
+    """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return (
         text.replace("</", "<\\/").replace("<!", "\\u003c!").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -140,7 +194,24 @@ def page(
     order: list[int],  # which frame each combination shows
     title: str = "",  # what the group of controls is called for a screen reader
 ) -> str:  # HTML that needs nothing else
-    "Controls, the first frame, and the script that swaps frames."
+    """Controls, the first frame, and the script that swaps frames.
+
+    Parameters
+    ----------
+    controls : list[Control]
+        what can be turned
+    frames : list[str]
+        the different frames
+    order : list[int]
+        which frame each combination shows
+    title : str, default ''
+        what the group of controls is called for a screen reader
+
+    Returns
+    -------
+    str
+        HTML that needs nothing else
+    """
     first = order[list(combinations(controls)).index(tuple(c.start for c in controls))]
     knobs = "".join(map(knob, controls))
     ident = hashlib.sha256(json.dumps([title, knobs, order, frames]).encode()).hexdigest()[:12]

@@ -27,7 +27,29 @@ from .workers import Counts, WorkerDied, abandon, begin, dismiss, hire
 
 # %% ../../nbs/workshop/pool.ipynb
 class Pool:
-    "Serves a model to many threads: batches, back-pressure, time-outs. Use it in a `with` block, or `close` it."
+    """Serves a model to many threads: batches, back-pressure, time-outs. Use it in a `with` block, or `close` it.
+
+    Parameters
+    ----------
+    model : nn.Module | Callable | str | os.PathLike
+        a module (tensors are shared), a `.mz` file, a function of a batch
+    workers : int | None, default None
+        None: the file's, at most one a core, else as many as workers × intra_op = cores
+    max_batch : int | None, default None
+        most samples in a batch, 1: the very calls of serial code; None: the file's, else 32
+    max_wait : float | None, default None
+        seconds to wait for a full batch, at most 60; None: the file's, else a tenth of the last's time
+    queue_size : int | None, default None
+        requests that may wait; None: the file's, else 1024
+    intra_op : int | None, default None
+        threads in each operation; None: the file's, at most one a core, else 1
+    exact : bool | None, default None
+        answers have the bits of serial ones; False: only close. None: the file's, else True
+    processes : bool | None, default None
+        each worker has an interpreter of its own; None: the file's, else False
+    collate : Callable | None, default None
+        makes a batch of a list of samples (with exact=False); None: stacks equal shapes
+    """
 
     def __init__(
         self,
@@ -90,7 +112,22 @@ def submit(
     ) = None,  # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
 ) -> Future:  # result() is the answer, cancel() works until the model runs
     """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,
-    which must not wait, awaits `asubmit`."""
+    which must not wait, awaits `asubmit`.
+
+    Parameters
+    ----------
+    x : Any
+        a sample without batch dimension: tensor, tuple (arguments) or dict (names); left unchanged
+    timeout : float | None, default None
+        seconds; a request that has not begun by then gets TimeoutError and is not run
+    wait : float | None, default None
+        seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
+
+    Returns
+    -------
+    Future
+        result() is the answer, cancel() works until the model runs
+    """
     request = self._request(x, checked_seconds(timeout, "timeout"))
     wait = 0.0 if self._inside() else checked_seconds(timeout if wait is None else wait, "wait")
     self._line.put([request], wait)
@@ -143,7 +180,22 @@ async def asubmit(
     ) = None,  # seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
 ) -> Any:  # the model's answer to it
     """As a call, for coroutines: `y = await pool.asubmit(x)`. The event loop goes on meanwhile; a request whose
-    task is cancelled is not run, unless the model has it already."""
+    task is cancelled is not run, unless the model has it already.
+
+    Parameters
+    ----------
+    x : Any
+        a sample, as for `submit`
+    timeout : float | None, default None
+        seconds to wait for the answer, then TimeoutError
+    wait : float | None, default None
+        seconds to wait for room in a full queue, then `PoolFull`; None: as long as `timeout` allows
+
+    Returns
+    -------
+    Any
+        the model's answer to it
+    """
     request, wait = (
         self._request(x, timeout := checked_seconds(timeout, "timeout")),
         checked_seconds(timeout if wait is None else wait, "wait"),
@@ -166,7 +218,20 @@ def map(
     xs: Iterable,  # samples, as for `submit`
     timeout: float | None = None,  # seconds for each of them
 ) -> list:  # answers in the same order
-    "Answers to many samples. The first error is raised; what has not begun by then is cancelled."
+    """Answers to many samples. The first error is raised; what has not begun by then is cancelled.
+
+    Parameters
+    ----------
+    xs : Iterable
+        samples, as for `submit`
+    timeout : float | None, default None
+        seconds for each of them
+
+    Returns
+    -------
+    list
+        answers in the same order
+    """
     if self._inside():
         raise RuntimeError("a worker that waits for its own pool may wait for ever: use submit and a callback")
     promises, xs, timeout = [], iter(xs), checked_seconds(timeout, "timeout")
@@ -189,7 +254,17 @@ def close(
     | None = None,  # seconds to wait; then processes are killed, and threads, which nobody can end, named
 ) -> None:
     """Take no more requests. May be called again, and from any thread; in a copy of the process by fork, it leaves
-    the pool to the original. `TimeoutError` when a thread has not come back from the model in time."""
+    the pool to the original. `TimeoutError` when a thread has not come back from the model in time.
+
+    Parameters
+    ----------
+    wait : bool, default True
+        return when the workers have ended
+    cancel : bool, default False
+        cancel what has not begun; else it is served
+    timeout : float | None, default None
+        seconds to wait; then processes are killed, and threads, which nobody can end, named
+    """
     if os.getpid() != self._pid:
         return
     if not wait and timeout is not None:
@@ -218,7 +293,27 @@ def __enter__(self: Pool) -> Pool:
 # %% ../../nbs/workshop/pool.ipynb
 @dataclass(frozen=True)
 class PoolStats:
-    "What a pool has done so far."
+    """What a pool has done so far.
+
+    Parameters
+    ----------
+    served : int
+        answers given
+    failed : int
+        errors given
+    cancelled : int
+        requests that were cancelled before they began
+    expired : int
+        requests whose time was over before they began
+    batches : int
+        batches taken
+    mean_batch : float
+        samples in an average batch
+    waiting : int
+        requests in the queue now
+    apart : int
+        kinds of samples computed one by one, since a batch would change their answers (threads only)
+    """
 
     served: int  # answers given
     failed: int  # errors given
@@ -258,7 +353,22 @@ def through(
     *numbers: float,  # one sample each, handed in while the worker is busy with another
     cancel: Iterable[int] = (),  # places of those that are cancelled before the gate opens
 ) -> tuple[list[float], list[bool]]:  # the numbers that the model was given, and for each whether it was answered
-    "Samples before a model that waits at a gate and dislikes negative ones: what happens, in a fixed order."
+    """Samples before a model that waits at a gate and dislikes negative ones: what happens, in a fixed order.
+
+    Parameters
+    ----------
+    make : Callable
+        model → something with `submit` and `close`, and one worker
+    *numbers : float
+        one sample each, handed in while the worker is busy with another
+    cancel : Iterable[int], default ()
+        places of those that are cancelled before the gate opens
+
+    Returns
+    -------
+    tuple[list[float], list[bool]]
+        the numbers that the model was given, and for each whether it was answered
+    """
     gate, entered, ran = threading.Event(), threading.Event(), []
 
     def double(x):

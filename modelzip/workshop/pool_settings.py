@@ -32,7 +32,18 @@ POOL_SETTINGS = {
 def pool_settings(
     given: Mapping | None = None,  # any of `POOL_SETTINGS`
 ) -> dict:  # the same, checked
-    "Check settings of a pool. `ValueError` or `TypeError` names the one that is wrong."
+    """Check settings of a pool. `ValueError` or `TypeError` names the one that is wrong.
+
+    Parameters
+    ----------
+    given : Mapping | None, default None
+        any of `POOL_SETTINGS`
+
+    Returns
+    -------
+    dict
+        the same, checked
+    """
     known = ", ".join(POOL_SETTINGS)
     if not isinstance(given, Mapping | None):
         raise TypeError(f"pool is a {type(given).__name__}; it may be a dict of {known}")
@@ -86,7 +97,27 @@ def save_multi_threaded_model(
     pool: Mapping | None = None,  # settings for `Pool(path)`, any of `POOL_SETTINGS`
     **info: Any,  # what else the file should say, as for `save`
 ) -> Path:  # the path
-    "Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and `pool_settings`."
+    """Save an archive, its tensors coded in parallel, with the settings of a pool. Errors as `save` and
+    `pool_settings`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model
+    path : str | os.PathLike
+        the file to write or replace, usually *.mz
+    threads : int | None, default None
+        that code tensors side by side; None: as many as there are processors, at most 4
+    pool : Mapping | None, default None
+        settings for `Pool(path)`, any of `POOL_SETTINGS`
+    **info : Any
+        what else the file should say, as for `save`
+
+    Returns
+    -------
+    Path
+        the path
+    """
     settings = {} if pool is None else {"pool": pool_settings(pool)}
     return save(model, path, archive=True, threads=threads, **settings, **info)
 

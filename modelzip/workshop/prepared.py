@@ -66,7 +66,15 @@ def setting(
     i: int,  # place in the buffer
     kind: Callable | None = None,  # bool or float; None: a whole number, or None for −1
 ) -> property:
-    "A setting that reads and is set like an attribute."
+    """A setting that reads and is set like an attribute.
+
+    Parameters
+    ----------
+    i : int
+        place in the buffer
+    kind : Callable | None, default None
+        bool or float; None: a whole number, or None for −1
+    """
 
     def get(self):
         v = self._read(i)
@@ -85,7 +93,21 @@ def setting(
 # %% ../../nbs/workshop/prepared.ipynb
 @dataclass(eq=False)
 class Place:
-    "A matrix that is to be trained through rounding."
+    """A matrix that is to be trained through rounding.
+
+    Parameters
+    ----------
+    names : list[str]
+        of its layer
+    owner : nn.Module
+        the layer
+    key : str
+        name of the matrix
+    axis : int
+        of the output channels
+    how : dict
+        its options
+    """
 
     names: list[str]  # of its layer
     owner: nn.Module  # the layer
@@ -127,7 +149,21 @@ def choose_places(
 ) -> list[Place]:  # in the model's order
     """What is to be trained through rounding. `ValueError` names what is neither a parameter nor parametrized, tied
     tensors with different options, and patterns that match nothing; a warning names matrices in modules that nobody
-    knows."""
+    knows.
+
+    Parameters
+    ----------
+    model : nn.Module
+    overrides : Mapping | None
+        by name or pattern of a layer or matrix: options, or None to leave it alone; the first match wins
+    options : Callable
+        (name, owner, key, what overrides say) → checked options
+
+    Returns
+    -------
+    list[Place]
+        in the model's order
+    """
     known = [(m, names) for m, names in layers_of(model).values() if outputs_of(m)]
     rule, places, alone = (
         option_rule(model, overrides or {}, [(m, names, k) for m, names in known for k in outputs_of(m)]),
@@ -175,7 +211,13 @@ def _no_parameter(m, key, raw, why):
 def warn_of_floats(
     model: nn.Module,  # not quantized yet
 ) -> None:
-    "Say what no table knows: parameters with two or more dimensions that will stay floats."
+    """Say what no table knows: parameters with two or more dimensions that will stay floats.
+
+    Parameters
+    ----------
+    model : nn.Module
+        not quantized yet
+    """
     found = floats_left(model)
     left = {
         n: why
@@ -246,7 +288,17 @@ def exchange(
     keep: tuple = (),  # modules that are shared rather than copied
 ) -> nn.Module:
     """The model with layers exchanged under all their names. `ValueError` for a layer that refers to the module in
-    which it hangs."""
+    which it hangs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a copy of the caller's; what is returned shares its tensors
+    new : Mapping[nn.Module, Callable]
+        layer → function of a copy of it, whose inner layers are exchanged already, that returns what takes its place
+    keep : tuple, default ()
+        modules that are shared rather than copied
+    """
     memo = {id(x): x for x in (*model.parameters(), *model.buffers(), *keep)}
     inner = sorted(new, key=lambda m: sum(1 for _ in m.modules()))  # those inside others have fewer modules
     made = []

@@ -26,14 +26,31 @@ PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.C
 def original_of(
     layer: nn.Module,  # whose weight is a parameter, or behind parametrizations
 ) -> Tensor:
-    "The parameter behind a layer's weight."
+    """The parameter behind a layer's weight.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        whose weight is a parameter, or behind parametrizations
+    """
     return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 def not_plain(
     layer: nn.Module, name: str = "weight"
 ) -> str | None:  # None for a parameter, also behind parametrizations that begin with one
-    "Why a weight cannot be masked or exchanged."
+    """Why a weight cannot be masked or exchanged.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    name : str, default 'weight'
+
+    Returns
+    -------
+    str | None
+        None for a parameter, also behind parametrizations that begin with one
+    """
     chain = layer.parametrizations[name] if parametrize.is_parametrized(layer, name) else None
     return None if hasattr(chain, "original") else computed(layer, name)
 
@@ -55,7 +72,17 @@ def key_of(layer: nn.Module) -> int:
 
 # %% ../../nbs/workshop/prunable.ipynb
 def not_ours(layer: nn.Module) -> str | None:  # None for masks, and for quantizers of this library
-    "Why a parametrized weight need not have zeros where its original has them."
+    """Why a parametrized weight need not have zeros where its original has them.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    str | None
+        None for masks, and for quantizers of this library
+    """
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     ours = all(type(k).__module__.partition(".")[0] == "modelzip" for k in layer.parametrizations["weight"])
@@ -67,7 +94,14 @@ def check_held(
     kept: dict[str, nn.Module],  # name → layer that is to be pruned
 ) -> None:
     """`ValueError` for a weight that the model also reads where no mask can be, and for code that would see that it
-    has one."""
+    has one.
+
+    Parameters
+    ----------
+    model : nn.Module
+    kept : dict[str, nn.Module]
+        name → layer that is to be pruned
+    """
     ours = {identity_of(original_of(m)): n for n, m in kept.items()}
     sharing = lambda t: next((n for n, m in kept.items() if overlap(original_of(m), t)), None)
     for module, names in layers_of(model).values():
@@ -96,7 +130,13 @@ def check_held(
 def names_of(
     layers: type | tuple,  # as `isinstance` takes them
 ) -> str:
-    "Classes in words."
+    """Classes in words.
+
+    Parameters
+    ----------
+    layers : type | tuple
+        as `isinstance` takes them
+    """
     flat = lambda c: [n for x in c for n in flat(x)] if isinstance(c, tuple) else [getattr(c, "__name__", repr(c))]
     return f"({', '.join(flat(layers))})"
 
@@ -107,7 +147,21 @@ def prunable_layers(
     skip: Iterable[str] = (),  # names or patterns of layers that are left alone: `('conv1', 'head.*')`
 ) -> dict[str, nn.Module]:  # name → layer; of tied layers the first
     """The layers that have a weight to prune. `ValueError` when there are none, when a pattern fits none, or when a
-    weight is computed from others. A pattern that fits one of several names or tied layers skips them all."""
+    weight is computed from others. A pattern that fits one of several names or tied layers skips them all.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : tuple, default PRUNABLE
+        classes
+    skip : Iterable[str], default ()
+        names or patterns of layers that are left alone: `('conv1', 'head.*')`
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        name → layer; of tied layers the first
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -153,10 +207,22 @@ WHOLE = {
 
 def left_whole(
     model: nn.Module,
-    layers: tuple = PRUNABLE,  # classes that are pruned
+    layers: tuple[type, ...] = PRUNABLE,  # classes that are pruned
 ) -> dict[str, str]:  # name of a matrix → the reason
     """Matrices that `prune_model` leaves as they are, with the reason, also those in plain attributes; not what
-    `skip` names, and not what is tied to a weight that is pruned."""
+    `skip` names, and not what is tied to a weight that is pruned.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : tuple[type, ...], default PRUNABLE
+        classes that are pruned
+
+    Returns
+    -------
+    dict[str, str]
+        name of a matrix → the reason
+    """
     pruned = {
         identity_of(original_of(m))
         for m in model.modules()
@@ -184,7 +250,13 @@ def _why_whole(layer, layers):
 def by_reason(
     whole: Mapping[str, str],  # of `left_whole`
 ) -> str:
-    "Reasons, each with what it holds for, in one line."
+    """Reasons, each with what it holds for, in one line.
+
+    Parameters
+    ----------
+    whole : Mapping[str, str]
+        of `left_whole`
+    """
     names = {why: [n for n, w in whole.items() if w == why] for why in whole.values()}
     return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)} ({why})" for why, n in names.items())
 
@@ -198,7 +270,19 @@ def as_rows(
     layer: nn.Module,
     weight: Tensor,  # or anything of its shape
 ) -> Tensor:  # [outputs, inputs of a group, *kernel]
-    "A weight with its outputs first, as all layers but transposed convolutions and GPT-2's Conv1D have it anyway."
+    """A weight with its outputs first, as all layers but transposed convolutions and GPT-2's Conv1D have it anyway.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    weight : Tensor
+        or anything of its shape
+
+    Returns
+    -------
+    Tensor
+        [outputs, inputs of a group, *kernel]
+    """
     if is_conv1d(layer):
         return weight.transpose(0, 1)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -220,7 +304,16 @@ def check_patterns(
     patterns: Iterable[str],
     names: Iterable[str],  # of layers
 ) -> None:
-    "`ValueError` for a pattern that fits no layer."
+    """`ValueError` for a pattern that fits no layer.
+
+    Parameters
+    ----------
+    what : str
+        the argument
+    patterns : Iterable[str]
+    names : Iterable[str]
+        of layers
+    """
     for p in patterns:
         if not fnmatch.filter(names, p):
             raise ValueError(f"{what} names {p!r}; the layers are {', '.join(names)}")
@@ -230,7 +323,14 @@ def check_finite(
     name: str,  # of the layer
     layer: nn.Module,
 ) -> None:
-    "`ValueError` for weights that are NaN or infinite, which have no order."
+    """`ValueError` for weights that are NaN or infinite, which have no order.
+
+    Parameters
+    ----------
+    name : str
+        of the layer
+    layer : nn.Module
+    """
     if not bool(torch.isfinite(layer.weight).all()):
         raise ValueError(f"layer {name or '(model)'} holds weights that are NaN or infinite")
 

@@ -8,6 +8,7 @@ __all__ = ['Pruner']
 # %% ../../nbs/workshop/pruner.ipynb
 import math, warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -37,7 +38,17 @@ SCHEDULES: dict[str, Callable] = {}  # name → (t, final, initial) → share at
 
 
 def as_schedule(schedule: str | Callable) -> Callable:  # (t, final, initial) → share
-    "Look up a schedule; `ValueError` lists the known ones."
+    """Look up a schedule; `ValueError` lists the known ones.
+
+    Parameters
+    ----------
+    schedule : str | Callable
+
+    Returns
+    -------
+    Callable
+        (t, final, initial) → share
+    """
     function = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
     if not fits(function, Callable[[float, float, float], float]):
         raise ValueError(
@@ -47,7 +58,31 @@ def as_schedule(schedule: str | Callable) -> Callable:  # (t, final, initial) �
 
 # %% ../../nbs/workshop/pruner.ipynb
 class Pruner:
-    "Tightens the masks of a model step by step, in place, along a schedule."
+    """Tightens the masks of a model step by step, in place, along a schedule.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gets masks
+    sparsity : float | Mapping[str, float] | None, default None
+        share of the weights that is gone at the end; by layer with a dict; None: what N:M implies
+    criterion : str | Criterion, default 'magnitude'
+    granularity : str, default 'weight'
+        'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
+    scope : str | None, default None
+        'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
+    schedule : str | Callable[..., Any], default 'cubic'
+    batches : Iterable[Any] | Split | None, default None
+        for criteria that look at data
+    loss : Callable[..., Any] | None, default None
+        (model, batch) → scalar
+    layers : tuple[type, ...] | None, default None
+        classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
+    skip : Iterable[str], default ()
+        names or patterns of layers that stay whole
+    allow_empty : bool, default False
+        may a layer lose all its weights?
+    """
 
     def __init__(
         self,
@@ -57,11 +92,11 @@ class Pruner:
         criterion: str | Criterion = "magnitude",
         granularity: str = "weight",  # 'weight', 'row', 'column', 'kernel', '4x4', '2:4' …
         scope: str | None = None,  # 'global', 'layer', 'uniform', 'output', 'erk'; None: the criterion's own
-        schedule: str | Callable = "cubic",
-        batches: Iterable | Split | None = None,  # for criteria that look at data
-        loss: Callable | None = None,  # (model, batch) → scalar
+        schedule: str | Callable[..., Any] = "cubic",
+        batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
+        loss: Callable[..., Any] | None = None,  # (model, batch) → scalar
         # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-        layers: tuple | None = None,
+        layers: tuple[type, ...] | None = None,
         skip: Iterable[str] = (),  # names or patterns of layers that stay whole
         allow_empty: bool = False,  # may a layer lose all its weights?
     ):
@@ -93,7 +128,13 @@ def step(
     self: Pruner,
     t: float = 1.0,  # how much of the way is done, 0 to 1
 ) -> None:
-    "Prune to where the schedule is at time t."
+    """Prune to where the schedule is at time t.
+
+    Parameters
+    ----------
+    t : float, default 1.0
+        how much of the way is done, 0 to 1
+    """
     if not 0 <= t <= 1:
         raise ValueError(f"t is {t}; it may be 0 to 1")
     now = lambda s, began: self.schedule(t, s, min(began, s))

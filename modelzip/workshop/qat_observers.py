@@ -40,14 +40,34 @@ ROUNDED = (
 def check_levels(
     levels: int,  # number of codes, 2 … 256
 ) -> None:
-    "`ValueError` for what is no number of codes."
+    """`ValueError` for what is no number of codes.
+
+    Parameters
+    ----------
+    levels : int
+        number of codes, 2 … 256
+    """
     if type(levels) is not int or not 2 <= levels <= 256:
         raise ValueError(f"levels is {levels!r}; it may be a whole number from 2 to 256")
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 class StepsOfWeights(Settings):
     """Steps of a weight and what they apply to; a class that derives from it says with `codes` and `steps` how the
-    weight is rounded."""
+    weight is rounded.
+
+    Parameters
+    ----------
+    weight : Tensor
+        sets the steps, as the observer 'mse' finds them: least squared error among 60 of them, and at least 2⁻¹⁰⁰
+    levels : int
+        number of codes, 2 (binary), 3 (ternary) … 256
+    axis : int | None, default None
+        a step for each slice along this axis
+    group : int | None, default None
+        or for each run of `group` weights in a row; these are kept as float16
+    learn : bool, default True
+        False: the steps stay as they were set
+    """
 
     levels, axis, group = setting(0), setting(1), setting(2)  # in its state, beside the steps
 
@@ -87,7 +107,13 @@ def fit(
     self: StepsOfWeights,
     weight: Tensor,  # what is to be quantized
 ) -> None:
-    "Set the steps as the observer 'mse' finds them."
+    """Set the steps as the observer 'mse' finds them.
+
+    Parameters
+    ----------
+    weight : Tensor
+        what is to be quantized
+    """
     blocks = as_blocks(weight.detach().float(), self.axis, self.group)
     if not bool(torch.isfinite(blocks).all()):
         raise ValueError("the weight holds NaN or infinite values")
@@ -116,7 +142,18 @@ def values(
     self: StepsOfWeights,
     weight: Tensor,  # of the shape that it was made for
 ) -> Tensor:  # codes times steps, of the weight's shape and type
-    "The weight that the codes stand for."
+    """The weight that the codes stand for.
+
+    Parameters
+    ----------
+    weight : Tensor
+        of the shape that it was made for
+
+    Returns
+    -------
+    Tensor
+        codes times steps, of the weight's shape and type
+    """
     codes, scale = self.codes(weight)
     if weight.dtype == torch.float64:
         codes, scale = codes.double(), scale.double()  # a value is rounded once, to the weight's own type
@@ -157,13 +194,34 @@ def as_qtensor(self: StepsOfWeights, weight: Tensor) -> QTensor:
 def half_precision(
     scale: Tensor,  # positive steps
 ) -> Tensor:  # as float16 has them, in float32
-    "Steps of groups have 16 bits in a file; never rounded to zero or infinity."
+    """Steps of groups have 16 bits in a file; never rounded to zero or infinity.
+
+    Parameters
+    ----------
+    scale : Tensor
+        positive steps
+
+    Returns
+    -------
+    Tensor
+        as float16 has them, in float32
+    """
     return scale.clamp(2.0**-24, 65504.0).half().float()
 
 # %% ../../nbs/workshop/qat_observers.ipynb
 class RangeOfActivations(Settings):
     """Step and zero point of activations, and the range from which they came; a class that derives from it says with
-    `codes` how activations are rounded."""
+    `codes` how activations are rounded.
+
+    Parameters
+    ----------
+    bits : int, default 8
+        width of a code, 4..8
+    learn : bool, default True
+        step and zero point are trained; False: they follow a moving average of the range until they are frozen
+    momentum : float, default 0.05
+        weight of the newest batch in that average, 0..1
+    """
 
     levels, learn = setting(0), setting(1, bool)  # in its state, beside step and zero point
     frozen, momentum = setting(2, bool), setting(3, float)
@@ -216,7 +274,15 @@ def set_range(
     high: float,  # greatest
 ) -> None:
     """Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the zero
-    point is 0. `ValueError` for what is no range."""
+    point is 0. `ValueError` for what is no range.
+
+    Parameters
+    ----------
+    low : float
+        least value that is to have a code
+    high : float
+        greatest
+    """
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"the range is {low} to {high}; it may be two finite numbers, the smaller first")
     self.low.fill_(low), self.high.fill_(high)
@@ -254,7 +320,13 @@ def look(
     self: RangeOfActivations,
     x: Tensor,  # float32
 ) -> None:
-    "`ValueError` for NaN and infinities, and for a quantizer that has seen nothing; in train mode the range may move."
+    """`ValueError` for NaN and infinities, and for a quantizer that has seen nothing; in train mode the range may move.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32
+    """
     if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
         raise ValueError("the input holds NaN or infinite values")
     if self.training and not (self.frozen and self.ready) and x.numel():
@@ -271,7 +343,13 @@ def set_bits(
     self: RangeOfActivations,
     bits: int,  # 4 … 8
 ) -> None:
-    "Other codes for the same range."
+    """Other codes for the same range.
+
+    Parameters
+    ----------
+    bits : int
+        4 … 8
+    """
     factor = (self.levels - 1) / ((1 << bits) - 1)
     self.levels = 1 << bits
     self.scale.mul_(factor), self.zero_point.div_(factor)

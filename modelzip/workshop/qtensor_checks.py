@@ -18,7 +18,17 @@ from .quantize_options import check_columns, says_zero, scale_shape
 
 # %% ../../nbs/workshop/qtensor_checks.ipynb
 def checked_meta(meta: Any) -> tuple:  # shape, dtype, levels, axis, group
-    "Types and ranges of what a manifest says."
+    """Types and ranges of what a manifest says.
+
+    Parameters
+    ----------
+    meta : Any
+
+    Returns
+    -------
+    tuple
+        shape, dtype, levels, axis, group
+    """
     if not isinstance(meta, dict) or set(meta) - {"shape", "dtype", "levels", "axis", "group"}:
         raise ValueError(f"meta is {meta!r}")
     whole = lambda v, low, high: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
@@ -51,7 +61,17 @@ def check_part(name: str, part: Any, dtypes: tuple, shape: tuple) -> None:
 
 
 def check_numbers(q: Any) -> None:  # a QTensor whose sizes fit together
-    "`ValueError` for codes that no level belongs to, and for scales and tables that are not finite, or not positive."
+    """`ValueError` for codes that no level belongs to, and for scales and tables that are not finite, or not positive.
+
+    Parameters
+    ----------
+    q : Any
+
+    Returns
+    -------
+    None
+        a QTensor whose sizes fit together
+    """
     if q.codes.is_meta:
         return
     least = 0.0 if not says_zero(q.levels, q.packed_zero_point is None, q.codebook) else 5e-324
@@ -80,7 +100,15 @@ def checked_fields(
     meta: Any,
     packed_bytes: Callable,  # (number of codes, bits) → bytes
 ) -> tuple:
-    "What a QTensor is made of; `ValueError` for shapes and dtypes that do not fit together."
+    """What a QTensor is made of; `ValueError` for shapes and dtypes that do not fit together.
+
+    Parameters
+    ----------
+    parts : dict[str, Tensor]
+    meta : Any
+    packed_bytes : Callable
+        (number of codes, bits) → bytes
+    """
     shape, dtype, levels, axis, group = checked_meta(meta)
     if extra := set(parts) - set(PARTS):
         raise ValueError(f"unknown parts {sorted(extra)}")

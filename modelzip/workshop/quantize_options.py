@@ -21,7 +21,19 @@ from .observers import observe, short_group
 
 # %% ../../nbs/workshop/quantize_options.ipynb
 def check_layout(x: Tensor, axis: int | None, group: int | None) -> int | None:  # the axis
-    "A valid axis (counted from the front) or group, or an error that says which may be."
+    """A valid axis (counted from the front) or group, or an error that says which may be.
+
+    Parameters
+    ----------
+    x : Tensor
+    axis : int | None
+    group : int | None
+
+    Returns
+    -------
+    int | None
+        the axis
+    """
     whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
     if axis is not None and group is not None:
         raise ValueError(f"axis is {axis} and group is {group}; give one of them (a group runs along the rows x[i])")
@@ -37,7 +49,19 @@ def check_layout(x: Tensor, axis: int | None, group: int | None) -> int | None: 
 
 
 def scale_shape(shape: tuple, axis: int | None, group: int | None) -> tuple:  # (), (slices,) or (rows, groups)
-    "In which shape the scales of a tensor are kept."
+    """In which shape the scales of a tensor are kept.
+
+    Parameters
+    ----------
+    shape : tuple
+    axis : int | None
+    group : int | None
+
+    Returns
+    -------
+    tuple
+        (), (slices,) or (rows, groups)
+    """
     n = number_of_blocks(shape, axis, group)
     if group is None:
         return () if axis is None else (n,)
@@ -48,7 +72,25 @@ def scale_shape(shape: tuple, axis: int | None, group: int | None) -> tuple:  # 
 def check_together(
     bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator
 ) -> None:  # all as in `quantize`
-    "Options of which one would be ignored are refused."
+    """Options of which one would be ignored are refused.
+
+    Parameters
+    ----------
+    bits
+    symmetric
+    levels
+    step
+    codebook
+    stochastic
+    scale
+    observer
+    generator
+
+    Returns
+    -------
+    None
+        all as in `quantize`
+    """
     given = {
         "step": step is not None,
         "bits": bits is not None,
@@ -100,7 +142,16 @@ def only_finite(
     x: Tensor,  # what they were made of
     nonfinite: str,  # 'raise', 'zero' or 'clip'
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    "Blocks without NaN or infinity, and the least and greatest value of each; says what it replaced."
+    """Blocks without NaN or infinity, and the least and greatest value of each; says what it replaced.
+
+    Parameters
+    ----------
+    blocks : Tensor
+    x : Tensor
+        what they were made of
+    nonfinite : str
+        'raise', 'zero' or 'clip'
+    """
     if nonfinite not in ("raise", "zero", "clip"):
         raise ValueError(f"nonfinite is {nonfinite!r}; it may be 'raise', 'zero' or 'clip'")
     if not blocks.numel():
@@ -251,7 +302,17 @@ def _as_stored(
 
 # %% ../../nbs/workshop/quantize_options.ipynb
 class Ruler(NamedTuple):
-    "What turns the codes of each block back."
+    """What turns the codes of each block back.
+
+    Parameters
+    ----------
+    scale : Tensor
+        in the shape of `scale_shape`
+    zero : Tensor | None
+        int32, like scale; None when symmetric
+    codebook : Tensor | None
+    levels : int
+    """
 
     scale: Tensor  # in the shape of `scale_shape`
     zero: Tensor | None  # int32, like scale; None when symmetric
@@ -279,7 +340,27 @@ def ruler_for(
     zero_point: Any,
     scale_dtype: torch.dtype | None,
 ) -> Ruler:
-    "Scale, zero point and table by which each block is measured."
+    """Scale, zero point and table by which each block is measured.
+
+    Parameters
+    ----------
+    blocks : Tensor
+    extremes : tuple[Tensor, Tensor]
+        least and greatest value of each
+    x : Tensor
+        what they were made of
+    levels : int
+    axis : int | None
+        these, and all others: as in `quantize`
+    group : int | None
+    symmetric : bool
+    observer : Any
+    step : float | None
+    codebook : Any
+    scale : Any
+    zero_point : Any
+    scale_dtype : torch.dtype | None
+    """
     if zero_point is not None and scale is None:
         raise ValueError("zero_point is given without scale; give both or neither")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -31,7 +31,18 @@ from .smollm2 import llama_name, smollm2_file
 def stacked_tensors(
     qs: list[QTensor],  # matrices [outputs, inputs]
 ) -> QTensor | None:  # one below the other; None when that is not one of the same kind
-    "The same codes and scales in one tensor."
+    """The same codes and scales in one tensor.
+
+    Parameters
+    ----------
+    qs : list[QTensor]
+        matrices [outputs, inputs]
+
+    Returns
+    -------
+    QTensor | None
+        one below the other; None when that is not one of the same kind
+    """
     if not len(qs):
         raise ValueError("qs is empty; it may hold one matrix or more")
     first, rows = qs[0], sum(q.shape[0] for q in qs)
@@ -49,7 +60,18 @@ def stacked_tensors(
 def stacked_blocks(
     qs: list[BlockTensor],  # matrices [outputs, inputs]
 ) -> BlockTensor | None:  # one below the other; None when they are not of the same 4-bit kind
-    "The same blocks in one tensor."
+    """The same blocks in one tensor.
+
+    Parameters
+    ----------
+    qs : list[BlockTensor]
+        matrices [outputs, inputs]
+
+    Returns
+    -------
+    BlockTensor | None
+        one below the other; None when they are not of the same 4-bit kind
+    """
     if not len(qs):
         raise ValueError("qs is empty; it may hold one matrix or more")
     same = lambda q: isinstance(q, BlockTensor) and (q.type, q.shape[1], q.dtype)
@@ -74,7 +96,18 @@ class SideBySide(nn.Module):
 def stacked(
     layers: list[nn.Module],  # all of the same input
 ) -> nn.Module:  # their results side by side
-    "One layer for several where they are of the same kind and have no biases."
+    """One layer for several where they are of the same kind and have no biases.
+
+    Parameters
+    ----------
+    layers : list[nn.Module]
+        all of the same input
+
+    Returns
+    -------
+    nn.Module
+        their results side by side
+    """
     if not len(layers):
         raise ValueError("layers is empty; it may hold one or more")
     if any(getattr(layer, "bias", None) is not None for layer in layers):
@@ -98,7 +131,18 @@ def stacked(
 def blocks_for_kernel(
     q: BlockTensor,  # Q4_0 or Q4_1, a multiple of 16 outputs
 ) -> tuple[Tensor, Tensor, int]:  # as `engines.pack_int4` gives
-    "The very codes of a file in the order of PyTorch's 4-bit product: scale·(code − 8) + offset."
+    """The very codes of a file in the order of PyTorch's 4-bit product: scale·(code − 8) + offset.
+
+    Parameters
+    ----------
+    q : BlockTensor
+        Q4_0 or Q4_1, a multiple of 16 outputs
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, int]
+        as `engines.pack_int4` gives
+    """
     scale, minimum = q.steps()
     offset = scale * (8 - q.layout.middle) + (0 if minimum is None else minimum)
     pairs = torch.stack([scale, offset], 2).view(q.shape[0], -1, 2).transpose(0, 1).bfloat16().contiguous()
@@ -107,7 +151,13 @@ def blocks_for_kernel(
 
 
 class FewRows(nn.Module):
-    "A layer whose kernel is called with hardly a look at the input, when that has few rows."
+    """A layer whose kernel is called with hardly a look at the input, when that has few rows.
+
+    Parameters
+    ----------
+    layer : Dequantize
+        a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
+    """
 
     def __init__(self, layer: Dequantize):  # a QLinear with a 4-bit or 8-bit kernel, or one with 4-bit blocks; no bias
         super().__init__()
@@ -141,7 +191,13 @@ def without_checks(layer: nn.Module) -> nn.Module:
 # %% ../../nbs/workshop/quick_llama.ipynb
 class RoomyCache:
     """Keys and values of all that was read, in buffers that double when they are full. What `update` gives are views
-    that the next update may go on writing behind."""
+    that the next update may go on writing behind.
+
+    Parameters
+    ----------
+    room : int, default 256
+        tokens to begin with
+    """
 
     def __init__(
         self,
@@ -167,7 +223,21 @@ class RoomyCache:
         keys: Tensor,  # [n, heads, tokens, head], of new tokens
         values: Tensor,  # likewise
     ) -> tuple[Tensor, Tensor]:  # of all tokens
-        "Take what is new, give all there is. `ValueError` for shapes that do not follow those before."
+        """Take what is new, give all there is. `ValueError` for shapes that do not follow those before.
+
+        Parameters
+        ----------
+        layer : int
+        keys : Tensor
+            [n, heads, tokens, head], of new tokens
+        values : Tensor
+            likewise
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            of all tokens
+        """
         start, *buffers = self.kept.get(layer, (0, None, None))
         checked(layer, keys, values, None if buffers[0] is None else buffers)
         end = start + keys.shape[2]
@@ -265,7 +335,18 @@ def quick_llama(
 ) -> QuickLlama:  # in eval mode; it shares what need not be stacked, and copies the rest
     """The same scores with fewer calls, for speaking: `generate(quick_llama(model), prompt, cache=RoomyCache())`. A few
     rows at once are multiplied with a file's 4-bit blocks (`smollm2_in_blocks`) by a kernel that computes in bfloat16.
-    `ValueError` for a model that is no `Llama` with its own parts, that has hooks, or that is not in float32."""
+    `ValueError` for a model that is no `Llama` with its own parts, that has hooks, or that is not in float32.
+
+    Parameters
+    ----------
+    model : Llama
+        in floats, in codes, or with kernels (`use_kernels`); it is left as it is
+
+    Returns
+    -------
+    QuickLlama
+        in eval mode; it shares what need not be stacked, and copies the rest
+    """
     if type(model) is not Llama:
         raise ValueError(f"model is a {type(model).__name__}; it may be a Llama")
     parts = {"": LlamaBlock, ".attention": GroupedAttention, ".feed": GatedDense}

@@ -17,7 +17,20 @@ def range_encode(
     symbols: Sequence[int],  # each with a share above 0
     c: Sequence[int],  # borders of the shares; c[-1] is at most 2**16
 ) -> bytes:  # the beginning of a binary fraction within the message's interval
-    "Arithmetic coding with 32-bit numbers (Rissanen 1976, Pasco 1976, Martin 1979)."
+    """Arithmetic coding with 32-bit numbers (Rissanen 1976, Pasco 1976, Martin 1979).
+
+    Parameters
+    ----------
+    symbols : Sequence[int]
+        each with a share above 0
+    c : Sequence[int]
+        borders of the shares; c[-1] is at most 2**16
+
+    Returns
+    -------
+    bytes
+        the beginning of a binary fraction within the message's interval
+    """
     check_shares(symbols, c)
     out, low, width = bytearray(), 0, 1 << 32
     for s in symbols:
@@ -39,7 +52,22 @@ def carried(
     low: int,  # at least 2**bits
     bits: int,  # of `low` that are kept
 ) -> int:  # `low` without what was carried
-    "Add one to the number that is written, and take it off `low`."
+    """Add one to the number that is written, and take it off `low`.
+
+    Parameters
+    ----------
+    out : bytearray
+        what is written; changed in place
+    low : int
+        at least 2**bits
+    bits : int
+        of `low` that are kept
+
+    Returns
+    -------
+    int
+        `low` without what was carried
+    """
     i = len(out) - 1
     while out[i] == 255:
         i -= 1
@@ -52,7 +80,22 @@ def range_decode(
     n: int,  # number of symbols
     c: Sequence[int],  # the same borders
 ) -> list[int]:  # the symbols
-    "The inverse of `range_encode`; `CodingError` when the data is cut off or names no symbol."
+    """The inverse of `range_encode`; `CodingError` when the data is cut off or names no symbol.
+
+    Parameters
+    ----------
+    data : bytes
+        as `range_encode` made it
+    n : int
+        number of symbols
+    c : Sequence[int]
+        the same borders
+
+    Returns
+    -------
+    list[int]
+        the symbols
+    """
     out, offset, width, at = [], int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 1 << 32, 4
     for _ in range(n):
         step = width // c[-1]

@@ -133,7 +133,18 @@ def ways_to_call(model: nn.Module) -> list[tuple[dict, bool]]:
 def graphs_of(
     model: nn.Module,  # in evaluation mode; left as it is
 ) -> list[Symbols]:  # one for each way to call it
-    "Run the code of a model with symbols. `Unproved` where that does not work."
+    """Run the code of a model with symbols. `Unproved` where that does not work.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode; left as it is
+
+    Returns
+    -------
+    list[Symbols]
+        one for each way to call it
+    """
     return [s for way, needed in ways_to_call(model) if (s := graph_of(model, way, needed)) is not None]
 
 
@@ -170,7 +181,18 @@ def pairs_in_code(
 ) -> dict[
     str, tuple[str, int | None]
 ]:  # layer → the one that alone reads it; the number of axes of what goes between them, if the code says so
-    "What holds whatever the inputs are. `Unproved` where the code does not say."
+    """What holds whatever the inputs are. `Unproved` where the code does not say.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode
+
+    Returns
+    -------
+    dict[str, tuple[str, int | None]]
+        layer → the one that alone reads it; the number of axes of what goes between them, if the code says so
+    """
     found = None
     for s in graphs_of(model):
         calls = collections.Counter(n.target for n in s.graph.nodes if n.op == "call_module")
@@ -295,7 +317,21 @@ def pairs_in_runs(
     examples: list,
     layers: list[str],  # whose readers we want to know
 ) -> dict[str, tuple[str, int]]:  # layer → the one that alone reads it; the number of axes of what goes between them
-    "What is seen when a model runs on examples."
+    """What is seen when a model runs on examples.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode; left as it is
+    examples : list
+    layers : list[str]
+        whose readers we want to know
+
+    Returns
+    -------
+    dict[str, tuple[str, int]]
+        layer → the one that alone reads it; the number of axes of what goes between them
+    """
     running = copy.deepcopy(model)
     r = Readers(running)
     hooks = [
@@ -355,7 +391,21 @@ def pairs_shown(
     str, tuple[str, int | None]
 ]:  # layer → the one that alone reads it; the number of axes of what goes between them
     """What the code says, or runs show, or both where both can tell. A hook on a module around a layer may read it:
-    only a run sees that."""
+    only a run sees that.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode; left as it is
+    layers : list[str]
+    examples : list | None
+        None: by the code alone
+
+    Returns
+    -------
+    dict[str, tuple[str, int | None]]
+        layer → the one that alone reads it; the number of axes of what goes between them
+    """
     above = lambda n: [n.rpartition(".")[0], *above(n.rpartition(".")[0])] if n else []
     seen = None if examples is None else pairs_in_runs(model, examples, layers)
     try:

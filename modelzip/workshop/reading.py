@@ -29,7 +29,19 @@ def room(
     part: Part,
     name: str,  # for errors
 ) -> Tensor:  # uninitialized
-    "Memory for a part."
+    """Memory for a part.
+
+    Parameters
+    ----------
+    part : Part
+    name : str
+        for errors
+
+    Returns
+    -------
+    Tensor
+        uninitialized
+    """
     try:
         return torch.empty(part.shape, dtype=part.dtype, device="cpu")
     except (RuntimeError, MemoryError):
@@ -42,7 +54,16 @@ def read_raw(
     name: str,
     crc: Checksum,  # sees what is read
 ) -> Tensor:
-    "Read a raw part from where the file stands."
+    """Read a raw part from where the file stands.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    part : Part
+    name : str
+    crc : Checksum
+        sees what is read
+    """
     t = room(part, name)
     data = as_bytes(t)
     for i in range(0, len(data), BLOCK):
@@ -58,7 +79,21 @@ def read_stream(
     name: str,
     pool: Any,  # an executor
 ) -> tuple[Tensor, list[Callable]]:  # a tensor that is not filled yet, and functions that wait for it
-    "Read a coded part from where the file stands, and have it expanded."
+    """Read a coded part from where the file stands, and have it expanded.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    part : Part
+    name : str
+    pool : Any
+        an executor
+
+    Returns
+    -------
+    tuple[Tensor, list[Callable]]
+        a tensor that is not filled yet, and functions that wait for it
+    """
     data = memoryview(
         bytearray(part.coded) if part.coded < BLOCK else mmap.mmap(-1, part.coded)
     )  # large ones go back to the system at once
@@ -85,7 +120,19 @@ RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
 def read_payload(
     f: BinaryIO, rows: dict[str, Row], payload: Entry
 ) -> dict[tuple[str, str], Tensor]:  # by name of the tensor and name of the part
-    "Read all tensors and check them."
+    """Read all tensors and check them.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    rows : dict[str, Row]
+    payload : Entry
+
+    Returns
+    -------
+    dict[tuple[str, str], Tensor]
+        by name of the tensor and name of the part
+    """
     f.seek(data_offset(payload))
     tensors, end, waiting, held = {}, 0, collections.deque(), 0
     with ThreadPoolExecutor(THREADS) as pool:
@@ -116,7 +163,16 @@ def read_checked(
     name: str,
     crc: Checksum,  # of the payload so far
 ) -> Tensor:
-    "Read a raw part from where the file stands, and compare its own checksum if it has one."
+    """Read a raw part from where the file stands, and compare its own checksum if it has one.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    part : Part
+    name : str
+    crc : Checksum
+        of the payload so far
+    """
     t = read_raw(f, part, name, own := Checksum(crc.pool))
     demand(part.crc in (None, own.finish()), f"{quoted(name)} is damaged (wrong checksum)")
     crc.append(own.finish(), part.nbytes)
@@ -128,7 +184,15 @@ def read_gap(
     n: int,  # bytes
     crc: Checksum,
 ) -> None:
-    "What lies between two parts."
+    """What lies between two parts.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    n : int
+        bytes
+    crc : Checksum
+    """
     gap = f.read(n)
     crc.add(gap)
     demand(not any(gap), "it has bytes between tensors that should be zero")
@@ -139,7 +203,21 @@ def settle(
     waits: list[Callable],  # is empty afterwards, and no longer holds the stream
     coded: int = 0,  # length of the stream
 ) -> int:  # the same
-    "Wait for the jobs of a stream."
+    """Wait for the jobs of a stream.
+
+    Parameters
+    ----------
+    name : str
+    waits : list[Callable]
+        is empty afterwards, and no longer holds the stream
+    coded : int, default 0
+        length of the stream
+
+    Returns
+    -------
+    int
+        the same
+    """
     with naming_part(name):
         for wait in waits:
             wait()
@@ -176,7 +254,18 @@ def verify_payload(
     begin: int = 0,  # where in the payload to begin
     crc: int = 0,  # checksum of what comes before
 ) -> None:
-    "Compare the payload's checksum, and see that its gaps are zero, without keeping anything."
+    """Compare the payload's checksum, and see that its gaps are zero, without keeping anything.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    rows : dict[str, Row]
+    payload : Entry
+    begin : int, default 0
+        where in the payload to begin
+    crc : int, default 0
+        checksum of what comes before
+    """
     f.seek(data_offset(payload) + begin)
     with Checksum() as c:
         c.append(crc, begin)
@@ -200,7 +289,21 @@ def map_payload(
     payload: Entry,
     verify: bool,  # read everything once, for the checksum
 ) -> dict[tuple[str, str], Tensor]:  # by name of the tensor and name of the part
-    "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
+    """Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    rows : dict[str, Row]
+    payload : Entry
+    verify : bool
+        read everything once, for the checksum
+
+    Returns
+    -------
+    dict[tuple[str, str], Tensor]
+        by name of the tensor and name of the part
+    """
     if verify:
         verify_payload(f, rows, payload)
     view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
@@ -234,7 +337,17 @@ def read_alone(
     payload: Entry,
     pool: Any = None,  # an executor; None: one of its own
 ) -> Tensor:
-    "Read one part, wherever the file stands, and check it if it has a checksum of its own."
+    """Read one part, wherever the file stands, and check it if it has a checksum of its own.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    part : Part
+    name : str
+    payload : Entry
+    pool : Any, default None
+        an executor; None: one of its own
+    """
     f.seek(data_offset(payload) + part.offset)
     with ThreadPoolExecutor(THREADS) if pool is None else nullcontext(pool) as pool:
         if part.coded is not None:

@@ -105,7 +105,20 @@ def read_only(
     reason: str,  # what the error says
 ) -> ReadOnly:  # the same memory
     """Show a tensor that must not be written to. While a program is recorded (`torch.compile`, `torch.export`,
-    `torch.jit.trace`) it is shown as it is."""
+    `torch.jit.trace`) it is shown as it is.
+
+    Parameters
+    ----------
+    t : Tensor
+        not read-only itself
+    reason : str
+        what the error says
+
+    Returns
+    -------
+    ReadOnly
+        the same memory
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) not in (Tensor, torch.nn.Parameter):
         return t
     new = t.as_subclass(ReadOnly)

@@ -8,6 +8,7 @@ __all__ = ['model_builders', 'register_model', 'build_model']
 # %% ../../nbs/workshop/registry.ipynb
 import functools, inspect, json
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -75,10 +76,22 @@ def _stamp_class(name: str, cls: type) -> type:
 def register_model(
     name: str,  # what files call this architecture
     build: Callable | None = None,  # function or `nn.Module` class with JSON options; None: use as a decorator
-) -> Callable:  # `build`, whose models carry `.architecture`
+) -> Callable[..., Any]:  # `build`, whose models carry `.architecture`
     """Give an architecture a name, so that a file can say in one word what it holds. A name that is taken raises
     ValueError. A class of an installed library, such as `nn.Conv2d`, is left as it is: models that `build_model` or
     the returned function make are marked, others are not.
+
+    Parameters
+    ----------
+    name : str
+        what files call this architecture
+    build : Callable | None, default None
+        function or `nn.Module` class with JSON options; None: use as a decorator
+
+    Returns
+    -------
+    Callable[..., Any]
+        `build`, whose models carry `.architecture`
     """
     if build is None:
         return lambda b: register_model(name, b)
@@ -104,7 +117,20 @@ def build_model(
     **options,  # what its builder takes
 ) -> nn.Module:  # a new model, with `.architecture` set; its weights are whatever the builder leaves there
     """Build a registered architecture. An unknown name raises KeyError and lists the known ones; a bad option
-    raises ValueError."""
+    raises ValueError.
+
+    Parameters
+    ----------
+    name : str
+        a registered name
+    **options
+        what its builder takes
+
+    Returns
+    -------
+    nn.Module
+        a new model, with `.architecture` set; its weights are whatever the builder leaves there
+    """
     if name not in model_builders:
         raise KeyError(f"no model is registered as {name!r}; known: {', '.join(sorted(model_builders))}")
     try:

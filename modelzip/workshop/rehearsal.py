@@ -27,7 +27,13 @@ from .models import Labelled, call, output_tensors, own_copy
 def examples_of(
     example: Any,  # a list: several examples; anything else is one
 ) -> list:
-    "Copies of the examples, which nobody else holds. `ValueError` for an empty list."
+    """Copies of the examples, which nobody else holds. `ValueError` for an empty list.
+
+    Parameters
+    ----------
+    example : Any
+        a list: several examples; anything else is one
+    """
     several = example if isinstance(example, list) else [example]
     if not several:
         raise ValueError("example is an empty list; it may be an input, or several of them in a list")
@@ -50,7 +56,18 @@ def same_draws(seed: int = 0) -> Iterator[None]:
 
 # %% ../../nbs/workshop/rehearsal.ipynb
 def shaken(example: Any, g: torch.Generator) -> Any:  # the same shapes with other numbers
-    "Another example."
+    """Another example.
+
+    Parameters
+    ----------
+    example : Any
+    g : torch.Generator
+
+    Returns
+    -------
+    Any
+        the same shapes with other numbers
+    """
     return tree_map(lambda t: shaken_tensor(t, g) if isinstance(t, Tensor) and t.numel() else t, example)
 
 
@@ -76,7 +93,19 @@ def larger(
     example: Any,
     axis: int,  # 0: more rows; 1: longer sequences
 ) -> Any | None:  # twice as many; None where its tensors do not agree in their number
-    "The same behind itself."
+    """The same behind itself.
+
+    Parameters
+    ----------
+    example : Any
+    axis : int
+        0: more rows; 1: longer sequences
+
+    Returns
+    -------
+    Any | None
+        twice as many; None where its tensors do not agree in their number
+    """
     have = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim() > axis]
     if len({t.shape[axis] for t in have}) != 1 or axis and any(t.dim() > 3 for t in have):
         return None
@@ -87,7 +116,14 @@ def reweigh(
     model: nn.Module,  # changed in place
     g: torch.Generator,
 ) -> nn.Module:
-    "Random weights of moderate size: nothing is zero, or one, or huge, and statistics are those of nobody's data."
+    """Random weights of moderate size: nothing is zero, or one, or huge, and statistics are those of nobody's data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    g : torch.Generator
+    """
     with torch.no_grad():
         for p in model.parameters():
             if not p.is_floating_point() or not p.numel() or p.device.type == "meta":
@@ -127,7 +163,16 @@ def unlike(
     want: dict[str, Tensor],
     eps: float,  # of the coarsest numbers that they are computed with
 ) -> str | None:
-    "In words how outputs differ; None if they are equal up to rounding errors."
+    """In words how outputs differ; None if they are equal up to rounding errors.
+
+    Parameters
+    ----------
+    got : dict[str, Tensor]
+        see `output_tensors`
+    want : dict[str, Tensor]
+    eps : float
+        of the coarsest numbers that they are computed with
+    """
     if got.keys() != want.keys():
         return f"it puts out {', '.join(got)} instead of {', '.join(want)}"
     for k, b in want.items():
@@ -193,7 +238,21 @@ def disagreement(
     training: bool = True,  # also in training mode
 ) -> str | None:
     """In words where two versions of a model differ; None if they agree in every stage. An error of the right one
-    on the example itself is raised."""
+    on the example itself is raised.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    examples : list
+        from `examples_of`
+    right : Callable
+        model → the model that is right, a copy
+    judged : Callable
+        model → the model that must do the same, a copy
+    training : bool, default True
+        also in training mode
+    """
     for weights in (False, True):
         base = ready(copy.deepcopy(model), False)
         if weights:

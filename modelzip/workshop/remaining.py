@@ -32,7 +32,19 @@ def layer_norm(
     eps: float,
     total: int,  # channels that there were once; those that are gone count as zeros
 ) -> Tensor:
-    "LayerNorm that goes on counting the zeros."
+    """LayerNorm that goes on counting the zeros.
+
+    Parameters
+    ----------
+    input : Tensor
+        [..., channels]
+    normalized_shape : tuple
+    weight : Tensor | None
+    bias : Tensor | None
+    eps : float
+    total : int
+        channels that there were once; those that are gone count as zeros
+    """
     if has_torch_function((input,)):
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, total)
     share, x = (
@@ -55,7 +67,24 @@ def check_counting(m: nn.Module, total: Any, eps: Any, more: bool = True) -> Non
 
 # %% ../../nbs/workshop/remaining.ipynb
 class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
-    "What remains of a LayerNorm when channels were removed: it gives what the whole would give if those were zeros."
+    """What remains of a LayerNorm when channels were removed: it gives what the whole would give if those were zeros.
+
+    Parameters
+    ----------
+    channels : int
+        that are there
+    total : int
+        that were there
+    eps : float, default 1e-05
+    elementwise_affine : bool, default True
+        with a factor a channel
+    bias : bool, default True
+        … and an offset
+    channels_first : bool, default False
+        [n, channels, …] instead of […, channels]
+    device, default None
+    dtype, default None
+    """
 
     in_state = ("total", "channels_first", "eps")
 
@@ -95,7 +124,19 @@ def rms_norm(
     eps: float | None,  # None: the smallest difference from 1 in the input's precision
     total: int,  # channels that there were once
 ) -> Tensor:
-    "RMSNorm that goes on counting the zeros."
+    """RMSNorm that goes on counting the zeros.
+
+    Parameters
+    ----------
+    input : Tensor
+        [..., channels]
+    normalized_shape : tuple
+    weight : Tensor | None
+    eps : float | None
+        None: the smallest difference from 1 in the input's precision
+    total : int
+        channels that there were once
+    """
     if has_torch_function((input,)):
         return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, total)
     x = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -105,7 +146,21 @@ def rms_norm(
 
 # %% ../../nbs/workshop/remaining.ipynb
 class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
-    "What remains of an RMSNorm when channels were removed: it gives what the whole would give if those were zeros."
+    """What remains of an RMSNorm when channels were removed: it gives what the whole would give if those were zeros.
+
+    Parameters
+    ----------
+    channels : int
+        that are there
+    total : int
+        that were there
+    eps : float | None, default None
+        None: the smallest difference from 1 in the input's precision
+    elementwise_affine : bool, default True
+        with a factor a channel
+    device, default None
+    dtype, default None
+    """
 
     in_state = ("total", "eps")
 
@@ -138,7 +193,19 @@ def multi_head_attention_forward(
     *first: Any,  # as PyTorch's: embed_dim, num_heads, in_proj_weight … out_proj_bias
     **more: Any,  # … training, key_padding_mask, need_weights, attn_mask, q_proj_weight …
 ) -> tuple[Tensor, Tensor | None]:
-    "PyTorch's function of this name, for heads whose widths need not add up to the width of the model."
+    """PyTorch's function of this name, for heads whose widths need not add up to the width of the model.
+
+    Parameters
+    ----------
+    query : Tensor
+    key : Tensor
+    value : Tensor
+        [places, n, width]
+    *first : Any
+        as PyTorch's: embed_dim, num_heads, in_proj_weight … out_proj_bias
+    **more : Any
+        … training, key_padding_mask, need_weights, attn_mask, q_proj_weight …
+    """
     if has_torch_function((query,)):
         return handle_torch_function(multi_head_attention_forward, (query,), query, key, value, *first, **more)
     _, heads, _, bias, *_, dropout, out_weight, out_bias = first
@@ -166,7 +233,27 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor
 # %% ../../nbs/workshop/remaining.ipynb
 class RemainingAttention(SettingsInState, nn.Module):
     """What remains of an `nn.MultiheadAttention` when heads, or channels of the model, were removed. It is called
-    in the same way."""
+    in the same way.
+
+    Parameters
+    ----------
+    embed_dim : int
+        width of what goes in as query and comes out
+    num_heads : int
+        heads that are there
+    head_dim : int
+        width of each
+    dropout : float, default 0.0
+    bias : bool, default True
+    kdim : int | None, default None
+        width of the keys; None: embed_dim
+    vdim : int | None, default None
+        … of the values
+    batch_first : bool, default False
+        [n, places, width]; False: [places, n, width]
+    device, default None
+    dtype, default None
+    """
 
     in_state = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
@@ -305,7 +392,15 @@ def remaining_attention(
     m: nn.Module,  # `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
     head_dim: int,  # the width of a head
 ) -> RemainingAttention:
-    "Put the parameters of an attention into a module that does not insist on how many they are."
+    """Put the parameters of an attention into a module that does not insist on how many they are.
+
+    Parameters
+    ----------
+    m : nn.Module
+        `nn.MultiheadAttention` or `RemainingAttention`, with the parameters that remain already in it
+    head_dim : int
+        the width of a head
+    """
     whole = m.in_proj_weight
     weights = (
         [getattr(m, f"{k}_proj_weight") for k in "qkv"]
@@ -433,7 +528,16 @@ def follow(
     gone: np.ndarray,
     exact: bool,
 ) -> None:
-    "Sizes in attributes, and the layers that have to become others."
+    """Sizes in attributes, and the layers that have to become others.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    t : Any
+    gone : np.ndarray
+    exact : bool
+    """
     for path, attribute, i, labels in t.tracks:
         m, n = model.get_submodule(path), int((~gone[labels]).sum())
         if not hasattr(m, attribute):

@@ -27,7 +27,17 @@ def change_module(
     entry: dict,  # {"attributes", "shapes"}
     add: bool = False,  # attributes may be new
 ) -> None:
-    "Give a module other values of plain attributes, and hollow tensors of other shapes."
+    """Give a module other values of plain attributes, and hollow tensors of other shapes.
+
+    Parameters
+    ----------
+    name : str
+    module : nn.Module
+    entry : dict
+        {"attributes", "shapes"}
+    add : bool, default False
+        attributes may be new
+    """
     have, where = attributes_of(module), f"the module {ascii_name(name)[:80]}"
     was_sound = unsound(module) is None
     for k, v in entry.get("attributes", {}).items():
@@ -90,7 +100,24 @@ def remade(
     tensors: int = 2**40,  # that the file holds: no more can be in layers that are made
 ) -> nn.Module:  # changed in place, or what has replaced it
     """Put the layers that a file describes into their places, where others stand. `PackError` for those that cannot
-    be made."""
+    be made.
+
+    Parameters
+    ----------
+    skeleton : nn.Module
+        hollow
+    kinds : dict
+        what differs, or all there is, from a file
+    strict : bool, default False
+        a layer takes the place of one of its own class only, or of what transformations put there
+    tensors : int, default 2 ** 40
+        that the file holds: no more can be in layers that are made
+
+    Returns
+    -------
+    nn.Module
+        changed in place, or what has replaced it
+    """
     done, inside = {}, children_in(kinds)
     for name, entry in kinds.items():
         demand(
@@ -174,7 +201,14 @@ def check_kinds(
     model: nn.Module,
     kinds: dict,  # of the whole model
 ) -> None:
-    "`PackError` that names the first module which is not what a file says."
+    """`PackError` that names the first module which is not what a file says.
+
+    Parameters
+    ----------
+    model : nn.Module
+    kinds : dict
+        of the whole model
+    """
     have = kinds_of(model)
     for name, entry in kinds.items():
         if name not in have or not fits(entry, have[name]):
@@ -198,7 +232,15 @@ def made_so(
     kinds: dict,  # of the whole model
     tensors: int = 2**40,
 ) -> nn.Module:
-    "Make a model that somebody passes what a file says that it is, or refuse."
+    """Make a model that somebody passes what a file says that it is, or refuse.
+
+    Parameters
+    ----------
+    skeleton : nn.Module
+    kinds : dict
+        of the whole model
+    tensors : int, default 2 ** 40
+    """
     check_kinds(skeleton := remade(skeleton, kinds, True, tensors), kinds)
     return skeleton
 

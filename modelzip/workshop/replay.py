@@ -79,7 +79,19 @@ class Stop(BaseException):
 
 
 class Replay:
-    "A private copy of a model that shares its weights, runs up to a layer, and remembers what is finished."
+    """A private copy of a model that shares its weights, runs up to a layer, and remembers what is finished.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    batches : list
+        see `feed`
+    look : Look | None, default None
+        of another replay of the same model and batches
+    points : dict[str, Point] | None, default None
+        name → where its rows are seen; None: whatever can be watched
+    """
 
     def __init__(
         self,
@@ -122,7 +134,15 @@ def looked(self: Replay) -> Look:
 # %% ../../nbs/workshop/replay.ipynb
 @dataclass
 class Unit:
-    "Tied matrices that are quantized once, or several that see the very same rows."
+    """Tied matrices that are quantized once, or several that see the very same rows.
+
+    Parameters
+    ----------
+    ties : list
+        their keys, as `stages` was given them
+    sources : list
+        the names under which their rows are seen
+    """
 
     ties: list  # their keys, as `stages` was given them
     sources: list  # the names under which their rows are seen
@@ -142,7 +162,18 @@ def stages(
     self: Replay,
     sources: dict,  # tie → the names under which its rows are seen, keys of `points`
 ) -> list[list[Unit]]:  # what is done together, in the order of calls
-    "What comes when. A layer that earlier batches did not call comes behind the one that is called before it."
+    """What comes when. A layer that earlier batches did not call comes behind the one that is called before it.
+
+    Parameters
+    ----------
+    sources : dict
+        tie → the names under which its rows are seen, keys of `points`
+
+    Returns
+    -------
+    list[list[Unit]]
+        what is done together, in the order of calls
+    """
     stages, order, wanted = {}, [], {self.points[n].module for names in sources.values() for n in names}
     for run in self.look.runs:
         place = 0
@@ -189,7 +220,22 @@ def show_rows(
     undo: Callable[[], Any] | None = None,  # forgets what was told of the first batch
 ) -> None:
     """Run one batch, and tell the rows of matrices. Whether a model draws random numbers, and so needs a seed for each
-    batch, its first run tells: that is a run of its own, unless its rows can be forgotten."""
+    batch, its first run tells: that is a run of its own, unless its rows can be forgotten.
+
+    Parameters
+    ----------
+    twin : Twin
+    batch : Any
+    i : int
+        its number
+    points : Mapping[str, Point]
+    tell : Callable[[str, Tensor], None]
+        is given a name and its rows, at each call; the rows may be a view
+    calls : Mapping[str, int] | None, default None
+        layer → after so many calls of each the run ends; None: at its own end
+    undo : Callable[[], Any] | None, default None
+        forgets what was told of the first batch
+    """
     first = twin.draws is None
     if first and (undo is None or calls):
         twin.run(
@@ -225,7 +271,19 @@ def rows(
     stage: list[Unit],
     i: int,  # number of the batch
 ) -> dict[str, list[Tensor]]:  # name → rows [groups, rows, inputs], call by call
-    "What the matrices of a stage are given in one batch."
+    """What the matrices of a stage are given in one batch.
+
+    Parameters
+    ----------
+    stage : list[Unit]
+    i : int
+        number of the batch
+
+    Returns
+    -------
+    dict[str, list[Tensor]]
+        name → rows [groups, rows, inputs], call by call
+    """
     self.now, found, points = i, {}, {n: self.points[n] for unit in stage for n in unit.sources}
     self.asked.clear()
     calls = {n: self.look.calls(n) for n in {p.module for p in points.values()}}
@@ -243,7 +301,15 @@ def put(
     name: str,  # of a layer
     new: nn.Module,  # takes its place
 ) -> None:
-    "Exchange a layer, under all its names."
+    """Exchange a layer, under all its names.
+
+    Parameters
+    ----------
+    name : str
+        of a layer
+    new : nn.Module
+        takes its place
+    """
     for n in self.aliases[name]:
         above, _, last = n.rpartition(".")
         if n:
@@ -258,7 +324,13 @@ def changed(
     self: Replay,
     name: str,  # of a layer of the copy that was changed where it is
 ) -> None:
-    "Go on from what a layer has become."
+    """Go on from what a layer has become.
+
+    Parameters
+    ----------
+    name : str
+        of a layer of the copy that was changed where it is
+    """
     self.twin.adopt(self.model.get_submodule(name))
     self.exchanged[name] += 1
 
@@ -293,7 +365,15 @@ def remember(
     done: set[str],  # layers that are finished
     chosen: list[str],  # all that will be
 ) -> None:
-    "Let modules whose layers are all done answer from memory from now on; forget what is asked for no more."
+    """Let modules whose layers are all done answer from memory from now on; forget what is asked for no more.
+
+    Parameters
+    ----------
+    done : set[str]
+        layers that are finished
+    chosen : list[str]
+        all that will be
+    """
     for name in self.look.used_in:
         if name and self.finished(name, done, chosen):
             for n in [n for n in self.memory if n.startswith(f"{name}.")]:  # its parts need not remember any more
@@ -347,7 +427,15 @@ def aligned(
     original: Tensor | None,  # of the model as it was
 ) -> Tensor:
     """The original's rows beside those of the changed model; a row that is nearer to nothing than to its own stands for
-    itself."""
+    itself.
+
+    Parameters
+    ----------
+    rows : Tensor
+        of the changed model
+    original : Tensor | None
+        of the model as it was
+    """
     if original is None or original.shape != rows.shape:
         return rows
     original = original.to(rows.dtype)
@@ -366,7 +454,26 @@ def in_order(
 ) -> Iterator[
     tuple[Unit, Any]
 ]:  # a unit and its collector, None when no batch gave it rows; put its layers before the next
-    "What each unit is given by the model as it is by then."
+    """What each unit is given by the model as it is by then.
+
+    Parameters
+    ----------
+    sources : dict
+        see `stages`
+    collector : Callable
+        () → an object with `add(rows, original=None)`, one for each unit
+    places : Iterable[str]
+        the layers that will be exchanged, one with several matrices several times
+    before : Replay | None, default None
+        the model as it was
+    apart : bool, default False
+        add the rows of each call by themselves; False: those of a batch together
+
+    Returns
+    -------
+    Iterator[tuple[Unit, Any]]
+        a unit and its collector, None when no batch gave it rows; put its layers before the next
+    """
     wanted = Counter(list(places))
     for stage in self.stages(sources):
         seen, some = [collector() for _ in stage], set()

@@ -17,12 +17,36 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .datasets import need
+from .arguments import need
 
 # %% ../../nbs/workshop/reports.ipynb
 @dataclass
 class Measurement:
-    "One model as it was measured: all figures belong to the model loaded from its file."
+    """One model as it was measured: all figures belong to the model loaded from its file.
+
+    Parameters
+    ----------
+    name : str
+    bytes : int
+        of the file
+    bits_per_weight : float
+        8 · bytes / parameters of the baseline
+    accuracy : float
+        share of right answers, 0 to 1
+    low : float
+        its 95 % Wilson interval
+    high : float
+    n : int
+        examples behind it
+    p : float, default 1.0
+        McNemar's P against the baseline: small means that they truly differ
+    milliseconds : dict[int, tuple[float, float, float]], default field(default_factory=dict)
+        batch → median, quartiles
+    ratios : dict[int, tuple[float, float, float]], default field(default_factory=dict)
+        batch → time / baseline's, its interval: 95 % from six rounds on
+    extra : dict[str, Any], default field(default_factory=dict)
+        columns that others add
+    """
 
     name: str
     bytes: int  # of the file
@@ -153,7 +177,13 @@ def as_html(report: Report) -> str:
 def contest_as_text(
     rows: Mapping,  # name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
 ) -> str:
-    "A line for each contestant; t1 b8: one thread, batch 8."
+    """A line for each contestant; t1 b8: one thread, batch 8.
+
+    Parameters
+    ----------
+    rows : Mapping
+        name → {"cosine": …, "threads 1, batch 8": {"times as fast": …}, …}
+    """
     cells = [c for c in next(iter(rows.values())) if c.startswith("threads")]
     short = [c.replace("threads ", "t").replace(", batch ", " b") for c in cells]
     wide = max(map(len, rows))
@@ -176,7 +206,13 @@ def from_json(
     cls: Report,
     text: str,  # what `to_json` wrote
 ) -> Report:
-    "Read a report back. A text that is none raises ValueError."
+    """Read a report back. A text that is none raises ValueError.
+
+    Parameters
+    ----------
+    text : str
+        what `to_json` wrote
+    """
     try:
         data = json.loads(text)
         rows = [
@@ -271,8 +307,14 @@ def size_ticks(ax) -> None:
 @patch
 def pareto(self: Report) -> Any:  # a figure of matplotlib
     """File size (logarithmic) against accuracy with its 95 % interval; the line joins the models that no other
-    beats in both."""
-    import matplotlib.pyplot as plt
+    beats in both.
+
+    Returns
+    -------
+    Any
+        a figure of matplotlib
+    """
+    plt = need("matplotlib.pyplot", "notebook")
 
     fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     kb, shares = [r.bytes / 1e3 for r in self.rows], [100 * r.accuracy for r in self.rows]
@@ -316,7 +358,7 @@ tbody tr:first-child{{background:#f3f3f3}}svg{{max-width:100%;height:auto}}</sty
 # %% ../../nbs/workshop/reports.ipynb
 def svg_of(fig: Any) -> str:
     "A figure as SVG to stand inside HTML: no date, no fixed size."
-    import matplotlib.pyplot as plt
+    plt = need("matplotlib.pyplot", "notebook")
 
     with plt.rc_context({"svg.hashsalt": "modelzip"}):
         out = StringIO()
@@ -337,10 +379,23 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 @patch
 def to_html(
     self: Report,
-    path: str | os.PathLike,  # file to write; its folder must exist
+    path: str | os.PathLike[str],  # file to write; its folder must exist
     title: str = "Smaller and faster, measured",  # heading of the page
 ) -> Path:  # the same path
-    "Write the table and the Pareto picture as one self-contained page without scripts."
+    """Write the table and the Pareto picture as one self-contained page without scripts.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        file to write; its folder must exist
+    title : str, default 'Smaller and faster, measured'
+        heading of the page
+
+    Returns
+    -------
+    Path
+        the same path
+    """
     caption = "Up and to the left is better. Bars: 95 % interval of the accuracy (Wilson)."
     parts = dict(title=escape(title), table=as_html(self), picture=svg_of(self.pareto()), caption=caption)
     write_whole(path, PAGE.format(**parts))

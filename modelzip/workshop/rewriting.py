@@ -35,7 +35,18 @@ def copy_with(
     kept: Iterable[Tensor] = (),  # tensors that are shared, not copied
     checked: bool = False,  # `check_ordinary` was called before
 ) -> nn.Module:
-    "A deep copy in which some layers are replaced; their old weights are never copied."
+    """A deep copy in which some layers are replaced; their old weights are never copied.
+
+    Parameters
+    ----------
+    model : nn.Module
+    replaced : dict
+        a layer, or its name → what stands in its place
+    kept : Iterable[Tensor], default ()
+        tensors that are shared, not copied
+    checked : bool, default False
+        `check_ordinary` was called before
+    """
     if not checked:
         check_ordinary(model)
     old = {id(model.get_submodule(n) if isinstance(n, str) else n): new for n, new in replaced.items()}
@@ -56,7 +67,20 @@ def copy_with(
 
 # %% ../../nbs/workshop/rewriting.ipynb
 def layout(weight: Tensor, axis: int, group: int | None, per_channel: bool) -> dict:  # options of `quantize`
-    "One scale for each output channel, or for each group."
+    """One scale for each output channel, or for each group.
+
+    Parameters
+    ----------
+    weight : Tensor
+    axis : int
+    group : int | None
+    per_channel : bool
+
+    Returns
+    -------
+    dict
+        options of `quantize`
+    """
     if group is not None and per_channel is False:
         raise ValueError(f"group is {group} and per_channel is False, one scale for the tensor; give one of them")
     if group is not None:
@@ -76,7 +100,20 @@ def compress_matrix(
     axis: int,  # of its outputs
     options: dict,  # group, per_channel, and what f takes
 ):
-    "f of a matrix, with one scale for each output channel or for each group; errors begin with its name."
+    """f of a matrix, with one scale for each output channel or for each group; errors begin with its name.
+
+    Parameters
+    ----------
+    f : Callable
+        such as `quantize`
+    name : str
+        with which errors begin
+    weight : Tensor
+    axis : int
+        of its outputs
+    options : dict
+        group, per_channel, and what f takes
+    """
     how = dict(options)
     if "axis" in how:
         raise TypeError(f"{name}: axis follows from the layer; per_channel=False makes one scale for the tensor")
@@ -90,7 +127,20 @@ def wanted_matrices(
     layer: nn.Module,  # an ordinary one, or a wrapper
     name: str | None,  # None: all
 ) -> list[tuple[str, Tensor, int]]:  # name, weight and axis of the outputs; the first matrix last, so outermost
-    "Matrices that a wrapper is to replace, or an error that says why one cannot be."
+    """Matrices that a wrapper is to replace, or an error that says why one cannot be.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        an ordinary one, or a wrapper
+    name : str | None
+        None: all
+
+    Returns
+    -------
+    list[tuple[str, Tensor, int]]
+        name, weight and axis of the outputs; the first matrix last, so outermost
+    """
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer is a {type(layer).__name__}; it may be an nn.Module")
     check_ordinary(layer)
@@ -116,7 +166,18 @@ def _all_matrices(layer: nn.Module) -> list[str]:
 
 # %% ../../nbs/workshop/rewriting.ipynb
 def plain_layer(layer: Wrapper, expanded: dict) -> nn.Module:  # expanded: id of a `Packed` → its parameter; is filled
-    "The ordinary layer with expanded weights, which shares all else with the one inside; tied weights stay tied."
+    """The ordinary layer with expanded weights, which shares all else with the one inside; tied weights stay tied.
+
+    Parameters
+    ----------
+    layer : Wrapper
+    expanded : dict
+
+    Returns
+    -------
+    nn.Module
+        expanded: id of a `Packed` → its parameter; is filled
+    """
     plain = plain_layer(layer.layer, expanded) if isinstance(layer.layer, Wrapper) else shallow_copy(layer.layer)
     if id(layer.packed) not in expanded:
         expanded[id(layer.packed)] = nn.Parameter(layer.q.dequantize(), requires_grad=layer.packed.trainable)
@@ -140,7 +201,19 @@ def _with_hooks_of(wrapper: nn.Module, layer: nn.Module) -> nn.Module:  # layer
 def dequantize_layer(
     layer: Wrapper,  # a `Dequantize`, as `quantize_layer` made it
 ) -> nn.Module:  # the ordinary layer with the weight expanded for good
-    "Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's were."
+    """Back to an ordinary layer, with the quantized values as its parameters; they are trainable if the original's
+    were.
+
+    Parameters
+    ----------
+    layer : Wrapper
+        a `Dequantize`, as `quantize_layer` made it
+
+    Returns
+    -------
+    nn.Module
+        the ordinary layer with the weight expanded for good
+    """
     if not isinstance(layer, Wrapper):
         raise TypeError(f"layer is a {type(layer).__name__}; it may be a Dequantize")
     check_ordinary(layer)
@@ -151,7 +224,18 @@ def dequantize_layer(
 def dequantize_model(
     model: nn.Module,  # with `Dequantize` layers anywhere
 ) -> nn.Module:  # a copy with ordinary layers
-    "Back to an ordinary model with the quantized values; tied weights stay tied, and what was trainable is so again."
+    """Back to an ordinary model with the quantized values; tied weights stay tied, and what was trainable is so again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with `Dequantize` layers anywhere
+
+    Returns
+    -------
+    nn.Module
+        a copy with ordinary layers
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be an nn.Module")
     found = [m for m in model.modules() if isinstance(m, Wrapper)]

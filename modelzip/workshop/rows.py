@@ -23,7 +23,20 @@ def input_rows(
     x: Tensor,  # its input
 ) -> Tensor:  # [groups, rows, inputs], float32 (float64 stays)
     """The vectors that a layer multiplies its weight with; a convolution's are its windows, one set for each of its
-    groups."""
+    groups.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Linear, Conv1d or Conv2d
+    x : Tensor
+        its input
+
+    Returns
+    -------
+    Tensor
+        [groups, rows, inputs], float32 (float64 stays)
+    """
     x = x if x.dtype == torch.float64 else x.float()
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -42,7 +55,20 @@ def as_matrices(
     weight: Tensor,  # [outputs, …] of a Linear or a convolution
     groups: int = 1,  # of the convolution
 ) -> Tensor:  # [groups, outputs / groups, inputs]
-    "A weight as the matrices that multiply `input_rows`."
+    """A weight as the matrices that multiply `input_rows`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] of a Linear or a convolution
+    groups : int, default 1
+        of the convolution
+
+    Returns
+    -------
+    Tensor
+        [groups, outputs / groups, inputs]
+    """
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 # %% ../../nbs/workshop/rows.ipynb

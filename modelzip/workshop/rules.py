@@ -40,7 +40,19 @@ def tried(
     makes: nn.Module | None = None,  # what makes them; None: a convolution
     x: Tensor | None = None,  # its input
 ) -> None:
-    "The test of a rule: so many may go, and zero equals gone. `AssertionError` if not."
+    """The test of a rule: so many may go, and zero equals gone. `AssertionError` if not.
+
+    Parameters
+    ----------
+    f : Callable
+        an operation, or a layer
+    may_go : int
+        channels, or sets of them, of the eight that are made
+    makes : nn.Module | None, default None
+        what makes them; None: a convolution
+    x : Tensor | None, default None
+        its input
+    """
     makes = nn.Conv2d(3, 8, 3, padding=1) if makes is None else makes
     x = torch.randn(2, 3, 6, 6) if x is None else x
     net = Tried(f, makes, x)
@@ -153,7 +165,18 @@ def contract(
     tensors: list[Tensor],
     shape: tuple,
 ) -> Marks:
-    "A sum of products: axes of one letter go together, and carry on into the result."
+    """A sum of products: axes of one letter go together, and carry on into the result.
+
+    Parameters
+    ----------
+    t : Trace
+    letters : list[str]
+        of the axes of each tensor
+    result : str
+        of the axes of the result
+    tensors : list[Tensor]
+    shape : tuple
+    """
     marks = [t.marks(x) for x in tensors]
     for letter in sorted(set("".join(letters))):
         same_letter(t.ties, marks, letters, letter, letter not in result)

@@ -85,7 +85,17 @@ def same_answers(a: Any, b: Any) -> bool:
 
 # %% ../../nbs/workshop/runner.ipynb
 class Runner:
-    "Computes samples: together where that changes no bit of an answer (or where `exact` is False), else one by one."
+    """Computes samples: together where that changes no bit of an answer (or where `exact` is False), else one by one.
+
+    Parameters
+    ----------
+    model : Callable
+        an nn.Module, which is copied but for its tensors, or any function of a batch
+    exact : bool, default True
+        answers as if each sample were alone
+    collate : Callable | None, default None
+        makes a batch from a list of samples; None: stack them
+    """
 
     def __init__(
         self,

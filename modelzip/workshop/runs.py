@@ -19,7 +19,18 @@ from .rehearsal import larger, own_copy, ready, same_draws
 
 # %% ../../nbs/workshop/runs.ipynb
 def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluation mode
-    "What is made in the first call, such as a grid of positions, belongs to the model from then on."
+    """What is made in the first call, such as a grid of positions, belongs to the model from then on.
+
+    Parameters
+    ----------
+    model : nn.Module
+    examples : list
+
+    Returns
+    -------
+    nn.Module
+        a copy, in evaluation mode
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
@@ -70,7 +81,18 @@ def run(
     keep: Callable,  # called with each output that is a floating tensor
 ) -> None:
     """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried
-    with two of it; if this does not help either, nothing is said of its training."""
+    with two of it; if this does not help either, nothing is said of its training.
+
+    Parameters
+    ----------
+    t : Any
+        a trace: a mode that knows its `steps` and `runs`
+    model : nn.Module
+    example : Any
+    training : bool
+    keep : Callable
+        called with each output that is a floating tensor
+    """
     first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]
     for x in tries:
         try:
@@ -103,7 +125,20 @@ def keep_uncalled(
     model: nn.Module,  # that ran
 ) -> dict[str, str]:  # layer → that it was not called
     """Another input may call what no example calls, such as another expert. It stays as it is, and so does, by its
-    size, all that it could read or meet: what passes through the module that owns it."""
+    size, all that it could read or meet: what passes through the module that owns it.
+
+    Parameters
+    ----------
+    t : Any
+        a trace
+    model : nn.Module
+        that ran
+
+    Returns
+    -------
+    dict[str, str]
+        layer → that it was not called
+    """
     idle = {n: p for n, p in model.named_parameters() if n not in t.owned and p.numel() and p.is_floating_point()}
     sizes, uncalled = collections.defaultdict(set), {}
     for n, p in idle.items():

@@ -31,7 +31,30 @@ from .onnx_static import is_static
 # %% ../../nbs/workshop/runtimes.ipynb
 @dataclass(frozen=True)
 class Work:
-    "A model, an example, and how it is to be computed."
+    """A model, an example, and how it is to be computed.
+
+    Parameters
+    ----------
+    given : nn.Module
+        a copy of the caller's, in eval mode, which nobody changes
+    layout : Layout
+    threads : int | None, default None
+        of each call; None: as many as PyTorch uses
+    callers : int, default 1
+        threads of the program that may call at one time
+    precision : str, default 'f32'
+        or 'bf16': what an engine may round floats to
+    kernels : bool, default False
+        integer products in compressed layers
+    form : str, default 'qdq'
+        of layers of known range
+    measured : bool, default False
+        leave as floats what PyTorch computes quicker so, on the example
+    folder : Path | None, default None
+        for files that do not fit in memory twice
+    made : dict, default field(default_factory=dict, repr=False)
+        what is made once
+    """
 
     given: nn.Module  # a copy of the caller's, in eval mode, which nobody changes
     layout: Layout
@@ -72,7 +95,19 @@ def with_kernels(
     model: nn.Module,
     example: Any = None,  # None: nothing is measured
 ) -> nn.Module:  # itself when nothing is to be exchanged
-    "A model with integer products where there are such; with an example, where they are quicker than floats."
+    """A model with integer products where there are such; with an example, where they are quicker than floats.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : Any, default None
+        None: nothing is measured
+
+    Returns
+    -------
+    nn.Module
+        itself when nothing is to be exchanged
+    """
     if not any(type(m) is Dequantize for m in model.modules()):
         return model
     quick = use_kernels(model, example=example).eval()
@@ -89,13 +124,30 @@ def first_line(
     e: BaseException,
     start: str = "",  # the line that begins so, if there is one
 ) -> str:
-    "What an exception of another library says, in a line."
+    """What an exception of another library says, in a line.
+
+    Parameters
+    ----------
+    e : BaseException
+    start : str, default ''
+        the line that begins so, if there is one
+    """
     lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
     return next((l for l in lines if start and l.startswith(start)), lines[0])
 
 # %% ../../nbs/workshop/runtimes.ipynb
 def file_of(work: Work) -> bytes | Path:  # the content of an ONNX file, or where it lies
-    "The graph of a model. `ImportError` says what to install, `ValueError` what cannot be written."
+    """The graph of a model. `ImportError` says what to install, `ValueError` what cannot be written.
+
+    Parameters
+    ----------
+    work : Work
+
+    Returns
+    -------
+    bytes | Path
+        the content of an ONNX file, or where it lies
+    """
     layout = work.layout
     if layout.outputs is None:
         raise ValueError(layout.unsaid)
@@ -132,7 +184,14 @@ def keep(
     work: Work,
     path: str | os.PathLike,  # where it appears, whole or not at all
 ) -> Path:
-    "Write a graph to where somebody wants it."
+    """Write a graph to where somebody wants it.
+
+    Parameters
+    ----------
+    work : Work
+    path : str | os.PathLike
+        where it appears, whole or not at all
+    """
     path, file = Path(path), file_of(work)
     if isinstance(file, bytes):
         with replacing(path) as f:
@@ -149,7 +208,16 @@ def agrees(
     run: Callable,  # of tensors, to a tuple of tensors
     engine: str,  # its name, for the error
 ) -> None:
-    "`ValueError` where an engine computes something else than the model."
+    """`ValueError` where an engine computes something else than the model.
+
+    Parameters
+    ----------
+    work : Work
+    run : Callable
+        of tensors, to a tuple of tensors
+    engine : str
+        its name, for the error
+    """
     flat, layout = Flat(work.model, work.layout), work.layout
     tolerance = max(tolerance_of(work.model), 0.05 if work.precision != "f32" else 0)
     free, sizes = tuple(layout.free), work.made.get("sizes", {})
@@ -162,7 +230,19 @@ def shaped(
     work: Work,
     run: Callable,  # of tensors, to a tuple of tensors
 ) -> Callable:  # of tensors, to what the model puts out
-    "A function that gives the structure and the types of the model's output."
+    """A function that gives the structure and the types of the model's output.
+
+    Parameters
+    ----------
+    work : Work
+    run : Callable
+        of tensors, to a tuple of tensors
+
+    Returns
+    -------
+    Callable
+        of tensors, to what the model puts out
+    """
     rebuild, kinds, sizes = work.layout.rebuild, work.layout.kinds, work.made.get("sizes", {})
     bounds = [(i, d, n, *sizes[n]) for i, free in enumerate(work.layout.free) for d, n in free.items() if n in sizes]
 
@@ -183,7 +263,22 @@ def shaped(
 # %% ../../nbs/workshop/runtimes.ipynb
 @dataclass(frozen=True)
 class Engine:
-    "How an engine is started, and in which ways `auto` tries it."
+    """How an engine is started, and in which ways `auto` tries it.
+
+    Parameters
+    ----------
+    name : str
+    start : Callable[[Work], Callable]
+        gives a function of the example's tensors
+    kernels : bool, default False
+        integer products when nothing is said
+    forms : tuple, default ()
+        of layers of known range that are worth trying; () for an engine that reads no file
+    precisions : tuple, default ('f32',)
+        that it knows
+    said : str, default ''
+        its first line
+    """
 
     name: str
     start: Callable[[Work], Callable]  # gives a function of the example's tensors
@@ -202,7 +297,23 @@ def register_engine(
     forms: Sequence[str] = (),  # of layers of known range that are worth trying; () for an engine that reads no file
     precisions: Sequence[str] = ("f32",),  # that it knows
 ) -> Callable:  # a decorator
-    "Enter a function into the table of engines: it takes a `Work` and returns a function of the example's tensors."
+    """Enter a function into the table of engines: it takes a `Work` and returns a function of the example's tensors.
+
+    Parameters
+    ----------
+    name : str
+    kernels : bool, default False
+        with integer products when nothing is said
+    forms : Sequence[str], default ()
+        of layers of known range that are worth trying; () for an engine that reads no file
+    precisions : Sequence[str], default ('f32',)
+        that it knows
+
+    Returns
+    -------
+    Callable
+        a decorator
+    """
 
     def enter(start):
         said = (start.__doc__ or "").partition("\n")[0]
@@ -223,7 +334,19 @@ def threaded(
     work: Work,
     model: Callable,  # called as the layout says
 ) -> Callable:  # of tensors
-    "A model of this process, with as many threads as were asked for."
+    """A model of this process, with as many threads as were asked for.
+
+    Parameters
+    ----------
+    work : Work
+    model : Callable
+        called as the layout says
+
+    Returns
+    -------
+    Callable
+        of tensors
+    """
     layout, n = work.layout, work.threads
 
     def run(*tensors):
@@ -248,7 +371,13 @@ def _torch(work):
 
 # %% ../../nbs/workshop/runtimes.ipynb
 def compiler() -> str | None:  # its path
-    "A C++ compiler that PyTorch's own compiler finds."
+    """A C++ compiler that PyTorch's own compiler finds.
+
+    Returns
+    -------
+    str | None
+        its path
+    """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     return next((p for n in names if (p := shutil.which(n))), None)
 
@@ -294,7 +423,23 @@ def openvino_model(
     callers: int = 1,  # at one time
     precision: str = "f32",
 ) -> Callable:  # of tensors by name, to tensors
-    "A file as a function, computed by OpenVINO."
+    """A file as a function, computed by OpenVINO.
+
+    Parameters
+    ----------
+    file : bytes | str | os.PathLike
+        content of an ONNX file, or the path of one, or of an .xml
+    threads : int
+        of each call
+    callers : int, default 1
+        at one time
+    precision : str, default 'f32'
+
+    Returns
+    -------
+    Callable
+        of tensors by name, to tensors
+    """
     vino = need("openvino", "openvino")
     core = vino.Core()
     how = {"INFERENCE_NUM_THREADS": threads * callers, "NUM_STREAMS": callers, "ENABLE_CPU_PINNING": False}
@@ -329,7 +474,14 @@ def keep_openvino(
     work: Work,
     path: str | os.PathLike,  # that of the .xml; the .bin lies beside it
 ) -> Path:
-    "Write a model in OpenVINO's format. `ValueError` where what is read back computes something else."
+    """Write a model in OpenVINO's format. `ValueError` where what is read back computes something else.
+
+    Parameters
+    ----------
+    work : Work
+    path : str | os.PathLike
+        that of the .xml; the .bin lies beside it
+    """
     vino, path, file, names = need("openvino", "openvino"), Path(path), file_of(work), work.layout.names
     graph = vino.Core().read_model(file if isinstance(file, bytes) else os.fspath(file))
     with together(path, path.with_suffix(".bin").name) as folder:

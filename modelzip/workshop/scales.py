@@ -39,7 +39,24 @@ def scale_of(
     levels: int,  # number of codes
     symmetric: bool,  # zero point in the middle
 ) -> tuple[Tensor, Tensor]:  # scale and zero point of each block; the second as floats, also where it is fixed
-    "Step and zero point that a range asks for."
+    """Step and zero point that a range asks for.
+
+    Parameters
+    ----------
+    low : Tensor
+        [blocks] where the range begins
+    high : Tensor
+        [blocks] where it ends
+    levels : int
+        number of codes
+    symmetric : bool
+        zero point in the middle
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        scale and zero point of each block; the second as floats, also where it is fixed
+    """
     scale, zero = scale_and_zero_point(low, high, levels, symmetric)
     return scale, torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
 
@@ -57,7 +74,26 @@ def fitted_scales(
     symmetric: bool = True,  # zero point in the middle
     steps: int = 36,  # ranges that are tried, from the whole down to 0.3 of it
 ) -> tuple[Tensor, Tensor]:  # scale; zero point, float: one of each for a block
-    "Scale and zero point of least weighted squared error, over shrunken ranges."
+    """Scale and zero point of least weighted squared error, over shrunken ranges.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]: weights that share a scale
+    importance : Tensor | None
+        the same shape: what a squared error counts; None: all alike
+    levels : int
+        number of codes
+    symmetric : bool, default True
+        zero point in the middle
+    steps : int, default 36
+        ranges that are tried, from the whole down to 0.3 of it
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        scale; zero point, float: one of each for a block
+    """
     bite = max(1, (1 << 18) // max(blocks.shape[1], 1))
     if len(blocks) > bite:
         counts = [None] * len(blocks) if importance is None else importance.split(bite)
@@ -87,7 +123,21 @@ def matrices_for(
     statistics: LayerStatistics,
     axis: int = 0,  # where the outputs lie
 ) -> Tensor:  # [groups, outputs / groups, inputs]
-    "A weight as what multiplies the rows that were seen; `ValueError` for statistics of another layer."
+    """A weight as what multiplies the rows that were seen; `ValueError` for statistics of another layer.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …], or with the outputs along `axis`
+    statistics : LayerStatistics
+    axis : int, default 0
+        where the outputs lie
+
+    Returns
+    -------
+    Tensor
+        [groups, outputs / groups, inputs]
+    """
     w = weight if axis == 0 else weight.transpose(0, 1)
     n = next(t for t in (statistics.moment, statistics.total) if t is not None)
     if w.shape[0] % len(n) or w[:1].numel() != n.shape[-1] and w.numel():
@@ -117,7 +167,22 @@ def row_errors(
     statistics: LayerStatistics,
     axis: int = 0,  # where the outputs lie
 ) -> Tensor:  # [outputs] δᵢᵀ H δᵢ, each on a scale of its own
-    "The output error of each row; two approximations of one weight can be compared by it, two rows cannot."
+    """The output error of each row; two approximations of one weight can be compared by it, two rows cannot.
+
+    Parameters
+    ----------
+    weight : Tensor
+    other : Tensor
+        its approximation, of the same shape
+    statistics : LayerStatistics
+    axis : int, default 0
+        where the outputs lie
+
+    Returns
+    -------
+    Tensor
+        [outputs] δᵢᵀ H δᵢ, each on a scale of its own
+    """
     wide = torch.promote_types(weight.dtype, statistics.moment.dtype)
     w, moment = weight.to(wide), scaled_to_one(statistics.moment).to(wide)
     d, rows = (matrices_for(t, statistics, axis) for t in (w - other.to(wide), w))
@@ -134,7 +199,20 @@ def as_columns(
     s: Tensor,  # [inputs] what each column is to be multiplied with
     used: Tensor,  # [inputs] whether there is anything to balance
 ) -> Tensor:  # [inputs] float16: c = 1/s, around 1
-    "Column scales as a file keeps them."
+    """Column scales as a file keeps them.
+
+    Parameters
+    ----------
+    s : Tensor
+        [inputs] what each column is to be multiplied with
+    used : Tensor
+        [inputs] whether there is anything to balance
+
+    Returns
+    -------
+    Tensor
+        [inputs] float16: c = 1/s, around 1
+    """
     used = used & (s > 0) & torch.isfinite(s)
     if not used.any():
         return torch.ones_like(s, dtype=torch.float16)
@@ -147,7 +225,20 @@ def largest_of_columns(
     what: Tensor,  # [groups, inputs] something that is known of each input
     weight: Tensor,  # [outputs, columns, …]
 ) -> Tensor:  # [columns] the largest over groups and over a convolution's window
-    "One number for each column that can be scaled."
+    """One number for each column that can be scaled.
+
+    Parameters
+    ----------
+    what : Tensor
+        [groups, inputs] something that is known of each input
+    weight : Tensor
+        [outputs, columns, …]
+
+    Returns
+    -------
+    Tensor
+        [columns] the largest over groups and over a convolution's window
+    """
     if what.shape[1] % max(weight.shape[1], 1) or what.shape[1] // max(weight.shape[1], 1) != math.prod(
         weight.shape[2:]
     ):
@@ -168,7 +259,20 @@ def bits_for(
     weight: Tensor,  # float32 or more
     spacing: float,  # of neighbouring values, in units of the root mean square
 ) -> int:  # 2..8
-    "The width of codes that reach the largest weight, with one to spare for what GPTQ moves."
+    """The width of codes that reach the largest weight, with one to spare for what GPTQ moves.
+
+    Parameters
+    ----------
+    weight : Tensor
+        float32 or more
+    spacing : float
+        of neighbouring values, in units of the root mean square
+
+    Returns
+    -------
+    int
+        2..8
+    """
     if isinstance(spacing, bool) or not 0 < spacing < math.inf:
         raise ValueError(f"spacing is {spacing!r}; it may be above 0")
     most = weight.abs().amax().item() / root_mean_square(weight) / spacing if weight.numel() else 0.0
@@ -176,7 +280,25 @@ def bits_for(
 
 
 class Blocks:
-    "A weight that holds finite numbers, cut into blocks that share a scale."
+    """A weight that holds finite numbers, cut into blocks that share a scale.
+
+    Parameters
+    ----------
+    weight : Tensor
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale for each index of `axis`
+    symmetric : bool, default True
+        zero point fixed in the middle; else stored
+    columns : Tensor | None, default None
+        [weight.shape[1]] column scales
+    axis : int, default 0
+        where the outputs lie
+    spacing : float | None, default None
+        instead of bits and group: a step for the whole tensor, in units of its root mean square, and as many codes as
+        that takes; 256 at most, so rows that reach further have a larger one
+    """
 
     def __init__(
         self,
@@ -220,7 +342,13 @@ def seen(
     self: Blocks,
     statistics: LayerStatistics | None,  # of the layer
 ) -> LayerStatistics | None:
-    "What the layer sees behind its column scales: H → diag(c) H diag(c)."
+    """What the layer sees behind its column scales: H → diag(c) H diag(c).
+
+    Parameters
+    ----------
+    statistics : LayerStatistics | None
+        of the layer
+    """
     if statistics is None or self.columns is None or statistics.moment is None:
         return statistics
     c = self.columns.to(statistics.moment.dtype).repeat_interleave(math.prod(self.weight.shape[2:]))
@@ -242,7 +370,20 @@ def kept(
     scale: Tensor,  # [blocks]
     blocks: Tensor | None = None,  # [blocks, elements] what they are for
 ) -> Tensor:  # [blocks] as they will be stored
-    "Scales rounded to what a file will hold; 0 where no code says zero and nothing else is there."
+    """Scales rounded to what a file will hold; 0 where no code says zero and nothing else is there.
+
+    Parameters
+    ----------
+    scale : Tensor
+        [blocks]
+    blocks : Tensor | None, default None
+        [blocks, elements] what they are for
+
+    Returns
+    -------
+    Tensor
+        [blocks] as they will be stored
+    """
     fits = lambda d: (scale.min() >= torch.finfo(d).tiny) & (scale.max() <= torch.finfo(d).max)
     if self.group is not None and scale.numel() and bool((scale.min() >= 50 * 2**-24) & (scale.max() <= 65504)):
         scale = scale.half()
@@ -259,7 +400,20 @@ def scales(
     statistics: LayerStatistics | None = None,  # behind the column scales; None: all inputs alike
     steps: int = 36,  # ranges that are tried for each
 ) -> tuple[Tensor, Tensor]:  # scale and zero point of each block, as they are stored and in that shape
-    "The scales of least squared error, each error counted H_jj times."
+    """The scales of least squared error, each error counted H_jj times.
+
+    Parameters
+    ----------
+    statistics : LayerStatistics | None, default None
+        behind the column scales; None: all inputs alike
+    steps : int, default 36
+        ranges that are tried for each
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        scale and zero point of each block, as they are stored and in that shape
+    """
     weight = self.flat
     if self.spacing is not None:
         reach = self.cut(weight).abs().amax(1) / (self.levels // 2 - 1)  # of each row: nothing is cut off
@@ -281,7 +435,15 @@ def nearest(
     scale: Tensor,  # as stored
     zero: Tensor,  # zero points; not looked at where they are fixed
 ) -> QTensor:
-    "Nearest codes for scales that are known; where a scale is 0 so is the block."
+    """Nearest codes for scales that are known; where a scale is 0 so is the block.
+
+    Parameters
+    ----------
+    scale : Tensor
+        as stored
+    zero : Tensor
+        zero points; not looked at where they are fixed
+    """
     if self.spacing is not None:  # all zero, as a wide step makes them, is an answer like any other
         codes = (self.flat / self.each(scale, self.flat.dtype)).round_().add_(self.levels // 2)
         return self.stored(codes.clamp_(0, self.levels - 1), scale, zero)
@@ -320,6 +482,27 @@ def nearest_weight(
     """Round to nearest, with the scales of least (weighted) squared error among those that are tried. The scale is
     then rounded to what is stored (of groups float16, by at most 2⁻¹¹ of it, where all fit it), and the codes are
     the nearest for that: another scale of the grid may by then be better by as little.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …]
+    statistics : LayerStatistics | None, default None
+        what the inputs were like; None: all alike
+    bits : int, default 4
+        width of a code, 1..8
+    group : int | None, default 32
+        weights of a row that share a scale; None: one scale a row
+    symmetric : bool, default True
+        zero point fixed in the middle; else fitted and stored
+    columns : Tensor | None, default None
+        [weight.shape[1]] column scales, see `smooth_columns`
+    axis : int, default 0
+        which dimension holds the outputs: 1 in GPT-2's Conv1D and in transposed convolutions
+    steps : int, default 36
+        ranges that are tried for each scale
+    spacing : float | None, default None
+        instead of bits and group: see `Blocks`
     """
     b = Blocks(weight, bits, group, symmetric, columns, axis, spacing)
     weight = b.weight

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .arguments import fits, same_length
+from .arguments import fits, need, same_length
 from .deadlines import checked_count, checked_seconds
 from .runner import call_with
 from .teams import run_in_threads
@@ -35,7 +35,18 @@ def as_float(x: Any, name: str, what: str = "a number") -> float:
 
 
 def checked_share(n: Any, serial: float) -> tuple[Any, float]:  # n as a float, array or tensor; the share
-    "Refuse what is no number of processors, or no share."
+    """Refuse what is no number of processors, or no share.
+
+    Parameters
+    ----------
+    n : Any
+    serial : float
+
+    Returns
+    -------
+    tuple[Any, float]
+        n as a float, array or tensor; the share
+    """
     may = "a number, array or tensor of at least 1"
     serial = as_float(serial, "serial", "a number from 0 to 1")
     if not 0 <= serial <= 1:
@@ -54,7 +65,18 @@ def checked_share(n: Any, serial: float) -> tuple[Any, float]:  # n as a float, 
 def checked_speedups(
     n: Sequence[float], speedup: Sequence[float]
 ) -> tuple[list[float], list[float]]:  # both as lists of floats
-    "Refuse numbers of processors and speed-ups that tell nothing of a law."
+    """Refuse numbers of processors and speed-ups that tell nothing of a law.
+
+    Parameters
+    ----------
+    n : Sequence[float]
+    speedup : Sequence[float]
+
+    Returns
+    -------
+    tuple[list[float], list[float]]
+        both as lists of floats
+    """
     for values, name in ((n, "n"), (speedup, "speedup")):
         if isinstance(values, (set, frozenset)) or not fits(values, Sequence):
             raise TypeError(f"{name} is {values!r:.60}; it may be a list of numbers")
@@ -70,7 +92,17 @@ def checked_speedups(
 
 
 def checked_fit(share: float) -> float:  # the same
-    "Refuse a share that no float can hold: the speed-ups were too near to 0."
+    """Refuse a share that no float can hold: the speed-ups were too near to 0.
+
+    Parameters
+    ----------
+    share : float
+
+    Returns
+    -------
+    float
+        the same
+    """
     if not math.isfinite(share):
         raise ValueError("speedup is so near to 0 that its serial share is beyond every float")
     return share
@@ -93,7 +125,25 @@ def spread(values: Iterable[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Way:
-    "One way to share work out, as it was measured."
+    """One way to share work out, as it was measured.
+
+    Parameters
+    ----------
+    workers : int
+        threads that call the model
+    intra_op : int
+        threads in each of their operations
+    batch : int
+        samples in a call
+    rate : Spread
+        samples a second
+    milliseconds : Spread
+        that a call takes
+    gain : Spread
+        rate / the first way's rate in the same round
+    speedup : Spread
+        rate / the rate of one worker with the same batch and intra_op
+    """
 
     workers: int  # threads that call the model
     intra_op: int  # threads in each of their operations
@@ -106,7 +156,13 @@ class Way:
 # %% ../../nbs/workshop/scaling.ipynb
 @dataclass
 class Scaling:
-    "What `scaling` found: a row a way; the first is what gains refer to."
+    """What `scaling` found: a row a way; the first is what gains refer to.
+
+    Parameters
+    ----------
+    ways : list[Way]
+        one at least
+    """
 
     ways: list[Way]  # one at least
 
@@ -151,7 +207,7 @@ class Scaling:
 @patch
 def plot(self: Scaling, axes: Any = None) -> Any:
     "Left: samples a second over workers. Right: what they cost in waiting."
-    import matplotlib.pyplot as plt
+    plt = need("matplotlib.pyplot", "notebook")
 
     left, right = plt.subplots(1, 2, figsize=(8, 3.2))[1] if axes is None else axes
     first = self.ways[0].milliseconds.median
@@ -202,7 +258,34 @@ def scaling(
     seed: int = 0,  # of the order
     progress: bool = False,  # show a bar
 ) -> Scaling:  # a table with `plot()`, `best` way and the `serial_fraction` of Amdahl's law
-    "Measure how a model's throughput and latency depend on workers, intra-op threads and batch size."
+    """Measure how a model's throughput and latency depend on workers, intra-op threads and batch size.
+
+    Parameters
+    ----------
+    model : Callable
+        called with batches, from several threads
+    data : Any
+        samples: a tensor [n, …], a tuple or dict of them, or a `Split`
+    threads : Sequence[int], default (1, 2)
+        numbers of workers; the first is what speed-ups refer to, so let it be 1
+    batches : Sequence[int], default (1, 8, 64)
+        batch sizes
+    intra_op : Sequence[int], default (1,)
+        threads in each operation
+    rounds : int, default 5
+        each measures every way once, in random order
+    seconds : float, default 0.05
+        that a measurement should take
+    seed : int, default 0
+        of the order
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    Scaling
+        a table with `plot()`, `best` way and the `serial_fraction` of Amdahl's law
+    """
     for name, values in (("threads", threads), ("batches", batches), ("intra_op", intra_op)):
         if not len(values):
             raise ValueError(f"{name} is empty; it may be a list of whole numbers")

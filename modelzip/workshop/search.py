@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -58,7 +59,25 @@ def recipe_of(
     seed: int = 0,
     trellis: float | None = None,  # a factor: along a trellis, of so many times the steps that were picked
 ) -> Recipe:
-    "An allocation as steps."
+    """An allocation as steps.
+
+    Parameters
+    ----------
+    menu : Menu
+    picks : list[int]
+        of `Menu.pick`
+    samples : Samples
+        which decide how it is done
+    before : Sequence, default ()
+        steps that come first
+    epochs : int, default 4
+        of training through pruning, and as many through rounding
+    lr : float, default 0.001
+        highest learning rate
+    seed : int, default 0
+    trellis : float | None, default None
+        a factor: along a trellis, of so many times the steps that were picked
+    """
     how, steps = _said(menu, picks, trellis), list(before)
     if trellis is not None:
         steps.append(("trellis", how | {"price": 0.0}))
@@ -76,7 +95,31 @@ def recipe_of(
 # %% ../../nbs/workshop/search.ipynb
 @dataclass
 class Try:
-    "One recipe that was followed, saved, loaded and judged."
+    """One recipe that was followed, saved, loaded and judged.
+
+    Parameters
+    ----------
+    why : str
+        it was tried
+    recipe : Recipe | None
+        None: it failed before there was one
+    bytes : int | None, default None
+        of the file
+    quality : float | None, default None
+        of the model in the file
+    milliseconds : float | None, default None
+        median time for the example, if it was asked for
+    error : str | None, default None
+        it could not be followed
+    file : Path | None, default None
+    model : nn.Module | None, default None
+        what came back from it; only the best so far is kept
+    menu : Menu | None, default None
+        from which it was chosen
+    picks : list | None, default None
+    trellis : float | None, default None
+        it is coded along a trellis, of so many times the steps in the menu
+    """
 
     why: str  # it was tried
     recipe: Recipe | None  # None: it failed before there was one
@@ -99,7 +142,17 @@ def quality_in_digits(quality: float) -> str:
 
 @dataclass
 class Target:
-    "What is wished for; None: nothing."
+    """What is wished for; None: nothing.
+
+    Parameters
+    ----------
+    bytes : float | None, default None
+    milliseconds : float | None, default None
+    quality : float | None, default None
+        at least so much of the judge's metric
+    metric : str, default 'quality'
+        what that is called
+    """
 
     bytes: float | None = None
     milliseconds: float | None = None
@@ -116,7 +169,7 @@ class Target:
             ]
         )
 
-    def worth(self, t: Try) -> tuple:
+    def worth(self, t: Try) -> tuple[Any, ...]:
         "Sorts tries, the best last: those that meet the target; among these, what was left open decides."
         quality = -math.inf if t.quality is None else t.quality
         if not self.met_by(t):
@@ -149,7 +202,23 @@ class Target:
 # %% ../../nbs/workshop/search.ipynb
 @dataclass(repr=False)
 class CompressionReport:
-    "What `compress` did and why. Shows itself as two tables."
+    """What `compress` did and why. Shows itself as two tables.
+
+    Parameters
+    ----------
+    target : Target
+    metric : str | None
+        what quality is
+    baseline_bytes : int
+        the model's own numbers in a file, as they are
+    baseline : float | None
+        the model's own quality
+    best : Try
+    tries : list[Try]
+    layers : list[dict[Any, Any]]
+        name, weights, choice, bytes in the file, sensitivity, share of the expected error
+    notes : list[str], default field(default_factory=list)
+    """
 
     target: Target
     metric: str | None  # what quality is
@@ -157,7 +226,7 @@ class CompressionReport:
     baseline: float | None  # the model's own quality
     best: Try
     tries: list[Try]
-    layers: list[dict]  # name, weights, choice, bytes in the file, sensitivity, share of the expected error
+    layers: list[dict[Any, Any]]  # name, weights, choice, bytes in the file, sensitivity, share of the expected error
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -507,7 +576,23 @@ def where_on_curve(
     low: float,  # log of bytes
     high: float,
 ) -> float:  # log of bytes, strictly between
-    "Where the line through the nearest two points reaches what is wanted."
+    """Where the line through the nearest two points reaches what is wanted.
+
+    Parameters
+    ----------
+    told : dict[float, float]
+        log of bytes → log(1 − quality)
+    wanted : float
+        log(1 − quality)
+    low : float
+        log of bytes
+    high : float
+
+    Returns
+    -------
+    float
+        log of bytes, strictly between
+    """
     near = sorted(told, key=lambda at: abs(told[at] - wanted))[:2]
     a, b = near[0], near[-1]
     steep = (told[a] - told[b]) / (a - b) if a != b else STEEP
@@ -567,7 +652,13 @@ def room(self: Search, t):
 def next_factor(
     rooms: dict[float, float],  # log of a factor → by how much it may grow
 ) -> float:
-    "Between the largest that may grow and the next that must not, by their rooms; without either beside the other."
+    """Between the largest that may grow and the next that must not, by their rooms; without either beside the other.
+
+    Parameters
+    ----------
+    rooms : dict[float, float]
+        log of a factor → by how much it may grow
+    """
     low = max((x for x, r in rooms.items() if r >= 0), default=-math.inf)
     high = min((x for x, r in rooms.items() if r < 0 and x > low), default=math.inf)
     if math.isinf(low - high):

@@ -44,7 +44,17 @@ class Readers(TorchFunctionMode):
 
 # %% ../../nbs/workshop/sensitivities.ipynb
 def places_of(model: nn.Module) -> dict[tuple, list]:  # tensor → the layers that have it, and under which key
-    "Where each matrix hangs."
+    """Where each matrix hangs.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[tuple, list]
+        tensor → the layers that have it, and under which key
+    """
     found = {}
     for m, _ in layers_of(model).values():
         for k in matrices_of(m):
@@ -81,7 +91,22 @@ def changes_of(
     values: Mapping[tuple, list],
     batches: Iterable,  # inputs, see `feed`
 ) -> dict[tuple, list[float]]:  # the same → relative squared error of the output when this matrix alone is changed
-    "What `output_errors` measures, of several changes to each matrix."
+    """What `output_errors` measures, of several changes to each matrix.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is
+    values : Mapping[tuple, list]
+        `identity_of` a matrix → what it is to be, one after the other: tensors, or compressed ones
+    batches : Iterable
+        inputs, see `feed`
+
+    Returns
+    -------
+    dict[tuple, list[float]]
+        the same → relative squared error of the output when this matrix alone is changed
+    """
     replay = Replay(model, list(as_batches(batches)))
     places = places_of(replay.model)
     shared = {t: p for t, p in zip(places_of(model), places)}  # the private copy's own, where its code may write

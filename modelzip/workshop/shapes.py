@@ -15,7 +15,20 @@ def misfit(
     axes: Mapping[str, str],  # argument → its axes: "rows, n+", or "…, inputs"
     given: Mapping[str, Any],  # argument → what it is; what has no shape fits
 ) -> str | None:  # None when all fit
-    "Which tensor has other axes than it may have, in words."
+    """Which tensor has other axes than it may have, in words.
+
+    Parameters
+    ----------
+    axes : Mapping[str, str]
+        argument → its axes: "rows, n+", or "…, inputs"
+    given : Mapping[str, Any]
+        argument → what it is; what has no shape fits
+
+    Returns
+    -------
+    str | None
+        None when all fit
+    """
     lengths = {}  # axis → its length, and who has it
     for name, said in axes.items():
         if (shape := getattr(given.get(name), "shape", None)) is None:
@@ -38,7 +51,18 @@ def misfit(
 def with_shapes(
     **axes: str,  # argument → its axes, see `misfit`
 ) -> Callable:  # a decorator
-    "Let a function refuse (`ValueError`) tensors of other axes than it says."
+    """Let a function refuse (`ValueError`) tensors of other axes than it says.
+
+    Parameters
+    ----------
+    **axes : str
+        argument → its axes, see `misfit`
+
+    Returns
+    -------
+    Callable
+        a decorator
+    """
 
     def above(f):
         places = {n: i for i, n in enumerate(inspect.signature(f).parameters)}

@@ -19,7 +19,18 @@ from .coders import CodingError, read_varint, write_varint
 def borders(
     counts: Sequence[int],  # the share of each symbol, in whole numbers
 ) -> list[int]:  # 0, then running sums; symbol s owns what lies between number s and number s + 1
-    "Where the share of each symbol begins and ends."
+    """Where the share of each symbol begins and ends.
+
+    Parameters
+    ----------
+    counts : Sequence[int]
+        the share of each symbol, in whole numbers
+
+    Returns
+    -------
+    list[int]
+        0, then running sums; symbol s owns what lies between number s and number s + 1
+    """
     return [0, *accumulate(int(n) for n in counts)]
 
 # %% ../../nbs/workshop/shares.ipynb
@@ -27,7 +38,20 @@ def quantize_counts(
     counts: Sequence[int],  # how often each symbol occurs
     bits: int = 12,  # the sum of the shares is 2**bits
 ) -> np.ndarray:  # int64 shares: 1 or more where counts are above 0, else 0
-    "Whole shares that add up to a power of two and cost the fewest bits; `ValueError` for more symbols than shares."
+    """Whole shares that add up to a power of two and cost the fewest bits; `ValueError` for more symbols than shares.
+
+    Parameters
+    ----------
+    counts : Sequence[int]
+        how often each symbol occurs
+    bits : int, default 12
+        the sum of the shares is 2**bits
+
+    Returns
+    -------
+    np.ndarray
+        int64 shares: 1 or more where counts are above 0, else 0
+    """
     n = np.asarray(counts, dtype=np.float64)
     if n.ndim != 1 or not n.sum() > 0 or n.min() < 0:
         raise ValueError("counts holds a negative number, or nothing above 0")
@@ -53,12 +77,35 @@ def shares_above(
     used: np.ndarray,  # how often each symbol occurs, to any scale, above 0
     saving: float,  # the threshold, to the same scale, in natural units
 ) -> np.ndarray:  # float64
-    "The shares of each symbol as long as the next one saves that much: while n log(1 + 1/f) is not below it."
+    """The shares of each symbol as long as the next one saves that much: while n log(1 + 1/f) is not below it.
+
+    Parameters
+    ----------
+    used : np.ndarray
+        how often each symbol occurs, to any scale, above 0
+    saving : float
+        the threshold, to the same scale, in natural units
+
+    Returns
+    -------
+    np.ndarray
+        float64
+    """
     return 1 + np.floor(1 / np.expm1(np.minimum(saving / used, 700)))
 
 # %% ../../nbs/workshop/shares.ipynb
 def shares_of(data: bytes) -> np.ndarray:  # int64 [256]
-    "Shares for 256 symbols, two of them or more above 0, that add up to 4096."
+    """Shares for 256 symbols, two of them or more above 0, that add up to 4096.
+
+    Parameters
+    ----------
+    data : bytes
+
+    Returns
+    -------
+    np.ndarray
+        int64 [256]
+    """
     n = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
     if (n > 0).sum() == 1:
         n[n.argmax() - 1] = 1
@@ -68,7 +115,13 @@ def shares_of(data: bytes) -> np.ndarray:  # int64 [256]
 def write_shares(
     f: np.ndarray,  # from `shares_of`
 ) -> bytes:
-    "How many, which, and how much each."
+    """How many, which, and how much each.
+
+    Parameters
+    ----------
+    f : np.ndarray
+        from `shares_of`
+    """
     used = np.flatnonzero(f)
     return bytes([len(used) - 1, *used]) + b"".join(write_varint(int(n)) for n in f[used])
 
@@ -91,7 +144,22 @@ def share_of(
     c: Sequence[int],  # borders
     name: str = "s",  # what the caller's argument is called
 ) -> int:  # above 0
-    "How large the share of a symbol is; `ValueError` where it has none."
+    """How large the share of a symbol is; `ValueError` where it has none.
+
+    Parameters
+    ----------
+    s : int
+        a symbol
+    c : Sequence[int]
+        borders
+    name : str, default 's'
+        what the caller's argument is called
+
+    Returns
+    -------
+    int
+        above 0
+    """
     if not 0 <= s < len(c) - 1 or c[s + 1] <= c[s]:
         raise ValueError(f"{name} is {s}, which has no share")
     return c[s + 1] - c[s]
@@ -100,7 +168,18 @@ def share_of(
 def all_shares(
     c: Sequence[int],  # borders
 ) -> int:  # above 0
-    "M, the sum of the shares; `ValueError` for what are no borders: they begin with 0 and end above it."
+    """M, the sum of the shares; `ValueError` for what are no borders: they begin with 0 and end above it.
+
+    Parameters
+    ----------
+    c : Sequence[int]
+        borders
+
+    Returns
+    -------
+    int
+        above 0
+    """
     if not len(c) or c[0] != 0 or c[-1] <= 0:
         raise ValueError(f"c is {list(c)}; borders begin with 0 and end with the sum of the shares, above 0")
     return c[-1]
@@ -110,7 +189,14 @@ def check_shares(
     symbols: Sequence[int],
     c: Sequence[int],  # borders
 ) -> None:
-    "`ValueError` for a symbol without a share, or for shares that are too fine."
+    """`ValueError` for a symbol without a share, or for shares that are too fine.
+
+    Parameters
+    ----------
+    symbols : Sequence[int]
+    c : Sequence[int]
+        borders
+    """
     if c[-1] > 1 << 16:
         raise ValueError(f"c ends with {c[-1]}; shares may add up to 65536 at most")
     for s in set(symbols):

@@ -25,7 +25,17 @@ WINDOWS, WINDOW = 4, 1 << 15  # of a sample: stretches, and codes in each
 
 
 def entropy_bytes(codes: np.ndarray) -> float:  # of order 0
-    "What Shannon asks for these codes."
+    """What Shannon asks for these codes.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+
+    Returns
+    -------
+    float
+        of order 0
+    """
     counts = np.bincount(codes)
     counts = counts[counts > 0]
     return float((counts * np.log2(len(codes) / counts)).sum()) / 8
@@ -43,7 +53,24 @@ def told_size(
     count: int,  # codes
     levels: int,  # codes are below it
 ) -> float | None:  # bytes of the stream; None: the sample says nothing
-    "The size of a stream, from the entropy of its chunks and what a sample takes beyond its own."
+    """The size of a stream, from the entropy of its chunks and what a sample takes beyond its own.
+
+    Parameters
+    ----------
+    packed : Tensor
+        uint8, as `pack_bits` makes it
+    bits : int
+        of a code
+    count : int
+        codes
+    levels : int
+        codes are below it
+
+    Returns
+    -------
+    float | None
+        bytes of the stream; None: the sample says nothing
+    """
     codes = unpack_bits(packed, bits, count)
     some = sample_of(codes)
     if not (least := entropy_bytes(some.numpy())) > WINDOW / 8:
@@ -67,7 +94,21 @@ def sizes_of(
     names: Iterable[str],  # of tensors, as in the state dict of the uncompressed model
     threads: int | None = None,  # that code side by side; None: as `save`
 ) -> dict[str, float]:  # name → bytes in an archived file
-    "What tensors would take in a file."
+    """What tensors would take in a file.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : Iterable[str]
+        of tensors, as in the state dict of the uncompressed model
+    threads : int | None, default None
+        that code side by side; None: as `save`
+
+    Returns
+    -------
+    dict[str, float]
+        name → bytes in an archived file
+    """
     table, pieces = table_of(model)
     found = {n: table[table[n].get("same", n)] for n in names}
     owner = {id(e): n for n, entry in found.items() for e in entry.get("parts", {"": entry}).values()}

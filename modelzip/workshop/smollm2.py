@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..archive import naming, open_file
 from .arguments import at_least
-from .datasets import need
+from .arguments import need
 from .gguf_files import Metadata, from_gguf, mapped, read_head
 
 # %% ../../nbs/workshop/smollm2.ipynb
@@ -121,7 +121,19 @@ def rows_in_halves(
     weight: Tensor,  # [heads × head, inputs], pairs are neighbours
     heads: int,
 ) -> Tensor:  # pairs are the i-th rows of each half of a head
-    "The rows of a query or key matrix in Hugging Face's order."
+    """The rows of a query or key matrix in Hugging Face's order.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [heads × head, inputs], pairs are neighbours
+    heads : int
+
+    Returns
+    -------
+    Tensor
+        pairs are the i-th rows of each half of a head
+    """
     at_least(1, heads=heads)
     if weight.dim() != 2 or len(weight) % (2 * heads):
         raise ValueError(
@@ -149,7 +161,18 @@ THEIR_NAMES = [
 def as_transformers(
     model: nn.Module,  # a `Llama`
 ) -> nn.Module:  # a `LlamaForCausalLM` with its weights, in eval mode
-    "The same model, in Hugging Face's code. Needs `modelzip[hf]`."
+    """The same model, in Hugging Face's code. Needs `modelzip[hf]`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a `Llama`
+
+    Returns
+    -------
+    nn.Module
+        a `LlamaForCausalLM` with its weights, in eval mode
+    """
     block, before = model.blocks[0], logging.root.manager.disable
     logging.disable(logging.WARNING)  # what other libraries say while this one is imported
     try:

@@ -30,7 +30,20 @@ def expected(
     manifest: dict,  # its architecture and layers
     tensors: int,  # that it has
 ) -> dict:  # name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
-    "What a reader will know of the tensors before it has seen the table."
+    """What a reader will know of the tensors before it has seen the table.
+
+    Parameters
+    ----------
+    manifest : dict
+        its architecture and layers
+    tensors : int
+        that it has
+
+    Returns
+    -------
+    dict
+        name → {"dtype", "shape"}, in the order of the model; empty when the file names no architecture
+    """
     if "graph" in manifest:
         skeleton = graph_skeleton(manifest, None, tensors)
     elif manifest["architecture"] is None or "kind" not in manifest and manifest["modelzip"] >= VERSION:
@@ -46,7 +59,19 @@ def short_part(
     piece: Piece,
     count: int,  # elements of the tensor to which the part belongs
 ) -> Any:  # levels; [levels, count]; a type; or {"dtype", "shape"}
-    "What a solid file says of a part."
+    """What a solid file says of a part.
+
+    Parameters
+    ----------
+    piece : Piece
+    count : int
+        elements of the tensor to which the part belongs
+
+    Returns
+    -------
+    Any
+        levels; [levels, count]; a type; or {"dtype", "shape"}
+    """
     if piece.packed is not None and piece.packed[2] <= 256:
         return piece.packed[2] if piece.packed[1] == count else [piece.packed[2], piece.packed[1]]
     entry = {k: piece.entry[k] for k in ("dtype", "shape")}
@@ -58,7 +83,20 @@ def long_part(
     shape: list,  # of the tensor
     name: str,
 ) -> tuple[dict, tuple | None]:  # the entry, and (bits, count, levels) of packed codes
-    "The inverse of `short_part`."
+    """The inverse of `short_part`.
+
+    Parameters
+    ----------
+    short : Any
+    shape : list
+        of the tensor
+    name : str
+
+    Returns
+    -------
+    tuple[dict, tuple | None]
+        the entry, and (bits, count, levels) of packed codes
+    """
     if isinstance(short, int):
         short = [short, math.prod(shape)]
     if isinstance(short, str):
@@ -82,7 +120,16 @@ def short_entry(
     known: dict,  # what is expected of it
     pieces: dict[int, Piece],  # by the identity of their entries
 ) -> dict:
-    "What a solid file says of a tensor."
+    """What a solid file says of a tensor.
+
+    Parameters
+    ----------
+    entry : dict
+    known : dict
+        what is expected of it
+    pieces : dict[int, Piece]
+        by the identity of their entries
+    """
     out = {k: v for k, v in entry.items() if (known | (USUAL if "parts" in entry else {})).get(k) != v}
     if "parts" not in entry:
         return {k: v for k, v in out.items() if k != "offset"}
@@ -96,7 +143,19 @@ def short_entry(
 def long_entry(
     name: str, short: Any, known: dict
 ) -> tuple[dict, list]:  # the entry; its plain entries as (entry, packed)
-    "The inverse of `short_entry`."
+    """The inverse of `short_entry`.
+
+    Parameters
+    ----------
+    name : str
+    short : Any
+    known : dict
+
+    Returns
+    -------
+    tuple[dict, list]
+        the entry; its plain entries as (entry, packed)
+    """
     demand(isinstance(short, dict) and "offset" not in short, f"{quoted(name)} is described in an unknown form")
     if "same" in short:
         return short, []
@@ -120,7 +179,15 @@ def shorten(
     pieces: list[Piece],
     known: dict,  # from `expected`
 ) -> dict:
-    "A manifest without what a reader can work out."
+    """A manifest without what a reader can work out.
+
+    Parameters
+    ----------
+    manifest : dict
+    pieces : list[Piece]
+    known : dict
+        from `expected`
+    """
     by_entry, table = {id(p.entry): p for p in pieces}, manifest["tensors"]
     short = {n: e if "same" in e else short_entry(e, known.get(n, {}), by_entry) for n, e in table.items()}
     return manifest | {"modelzip": SOLID_VERSION, "tensors": [*short.values()] if list(short) == list(known) else short}
@@ -132,7 +199,17 @@ SOLID_VERSION = 6  # from which on codes know their neighbours
 def lengthen(
     short: dict,
 ) -> tuple[dict, list]:  # the manifest of a mapped file; its plain entries in order, as (entry, packed)
-    "The inverse of `shorten`. `PackError` for what is none."
+    """The inverse of `shorten`. `PackError` for what is none.
+
+    Parameters
+    ----------
+    short : dict
+
+    Returns
+    -------
+    tuple[dict, list]
+        the manifest of a mapped file; its plain entries in order, as (entry, packed)
+    """
     version = short.get("modelzip") if isinstance(short, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(
@@ -165,7 +242,18 @@ def with_shape(packed: tuple | None, entry: dict, version: int) -> tuple | None:
 def place(
     parts: list,  # (entry, packed)
 ) -> list:  # the same
-    "Give every part its offset."
+    """Give every part its offset.
+
+    Parameters
+    ----------
+    parts : list
+        (entry, packed)
+
+    Returns
+    -------
+    list
+        the same
+    """
     end = total = 0
     for entry, packed in parts:
         dtype, shape = check_shape(entry, "a tensor")
@@ -212,7 +300,17 @@ def pack_text(text: bytes) -> bytes:
 
 def unpack_text(data: bytes) -> tuple[bytes, bytes]:  # the text, and what follows it
     """The inverse; `PackError` unless it is a deflate stream of at most a megabyte. With the wrong dictionary it is
-    no JSON."""
+    no JSON.
+
+    Parameters
+    ----------
+    data : bytes
+
+    Returns
+    -------
+    tuple[bytes, bytes]
+        the text, and what follows it
+    """
     found = [t for words in (WORDS, WORDS_4) for t in unpacked(data, words)]
     demand(found, "its manifest cannot be unpacked, is cut off, or too large")
     for text, rest in found:
@@ -235,7 +333,22 @@ def through(
     parts: list,  # (entry, packed)
     data: list | None = None,  # bytes of each part; None: they are read
 ) -> tuple[list[bytes], list[float]]:  # the same; how far the coder was after each part, in bytes
-    "Code the numbers of a solid file."
+    """Code the numbers of a solid file.
+
+    Parameters
+    ----------
+    coder : Any
+        an adaptive encoder or decoder
+    parts : list
+        (entry, packed)
+    data : list | None, default None
+        bytes of each part; None: they are read
+
+    Returns
+    -------
+    tuple[list[bytes], list[float]]
+        the same; how far the coder was after each part, in bytes
+    """
     out, ends = [], []
     for i, (entry, packed) in enumerate(parts):
         dtype, shape = check_shape(entry, "a tensor")
@@ -288,7 +401,13 @@ class Restored(io.BytesIO):
 def restored(
     data: bytes,  # from `unseal_solid`
 ) -> Restored:
-    "Undo `solid_bytes`. `PackError` for whatever is wrong."
+    """Undo `solid_bytes`. `PackError` for whatever is wrong.
+
+    Parameters
+    ----------
+    data : bytes
+        from `unseal_solid`
+    """
     text, numbers = unpack_text(data)
     manifest, parts = lengthen(short := read_json(text))
     try:
@@ -311,6 +430,16 @@ def restored(
 
 
 def as_mapped(f: BinaryIO) -> BinaryIO:  # the file itself, unless it is solid
-    "See a solid file as the mapped file for which it stands."
+    """See a solid file as the mapped file for which it stands.
+
+    Parameters
+    ----------
+    f : BinaryIO
+
+    Returns
+    -------
+    BinaryIO
+        the file itself, unless it is solid
+    """
     data = unseal_solid(f)
     return f if data is None else restored(data)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant import QUANTIZABLE, Dequantize, QTensor, quantize
+from .arguments import options_of
 from .rewriting import copy_with, layout_for, plain_layer
 from .masks import find_mask, masks, remove_masks
 from .matrices import combined
@@ -22,6 +23,7 @@ from .prunable import check_patterns, key_of, names_of, not_plain, weighs
 from .sparse_tensors import SparseTensor, sparsify
 
 # %% ../../nbs/workshop/sparse_models.ipynb
+@options_of(quantize)
 def quantize_survivors(
     weight: Tensor,  # with zeros
     keep: Tensor,  # bool: what stays
@@ -29,7 +31,50 @@ def quantize_survivors(
     **options,  # of `quantize`: group, axis, symmetric, observer, codebook …
 ) -> QTensor:  # zeros have some code, too; `sparsify` leaves it out
     """Quantize what is left. With codebook='kmeans' the table is that of the survivors alone (Han et al. 2016,
-    arXiv:1510.00149)."""
+    arXiv:1510.00149).
+
+    Parameters
+    ----------
+    weight : Tensor
+        with zeros
+    keep : Tensor
+        bool: what stays
+    bits : int, default 4
+        width of a code
+    axis : int | None, default None
+        None: one scale for the tensor; else one scale for each slice along `axis`
+    group : int | None, default None
+        instead: one scale for each run of so many elements in a row `x[i]`, or what is left
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    QTensor
+        zeros have some code, too; `sparsify` leaves it out
+    """
     if options.get("codebook") != "kmeans" or not bool(keep.any()):
         return quantize(weight, bits, **options)
     if options.get("group") or options.get("axis") is not None:
@@ -48,20 +93,73 @@ def bare(
     name: str,  # of the parameter
     q: Any,  # the compressed tensor that it will have
 ) -> nn.Module:
-    "A layer as `Dequantize` wants it: with a parameter of the right shape, here without memory."
+    """A layer as `Dequantize` wants it: with a parameter of the right shape, here without memory.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    name : str
+        of the parameter
+    q : Any
+        the compressed tensor that it will have
+    """
     new = copy.copy(layer)
     hollow = nn.Parameter(torch.empty(q.shape, dtype=q.dtype, device="meta"), requires_grad=False)
     new._parameters = layer._parameters | {name: hollow}
     return new
 
 # %% ../../nbs/workshop/sparse_models.ipynb
+@options_of(quantize)
 def sparsify_layer(
     layer: nn.Module,  # with a mask, with zeros, or a `Dequantize` whose tensor has zeros; it is left as it is
     bits: int | None = None,  # also quantize what is left, to codes of so many bits; None: floats
     layout: str | None = None,  # how positions are said; None: the smallest
     **options,  # of `quantize`: group, symmetric, observer, codebook … ; by default one scale for each output
 ) -> Dequantize:  # computes the same with a compressed weight
-    "Make the zeros of one layer real."
+    """Make the zeros of one layer real.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        with a mask, with zeros, or a `Dequantize` whose tensor has zeros; it is left as it is
+    bits : int | None, default None
+        also quantize what is left, to codes of so many bits; None: floats
+    layout : str | None, default None
+        how positions are said; None: the smallest
+    axis : int | None, default None
+        None: one scale for the tensor; else one scale for each slice along `axis`
+    group : int | None, default None
+        instead: one scale for each run of so many elements in a row `x[i]`, or what is left
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    Dequantize
+        computes the same with a compressed weight
+    """
     if isinstance(layer, Dequantize):
         if not isinstance(layer.q, QTensor) or bits is not None:
             raise ValueError(
@@ -91,19 +189,68 @@ def _combined(default: dict, how: dict) -> dict:
     return combined({k: v for k, v in default.items() if not floats or k in ("bits", "layout")}, how)
 
 # %% ../../nbs/workshop/sparse_models.ipynb
+@options_of(sparsify_layer)
 def sparsify_model(
     model: nn.Module,  # with masks, zeros, or quantized layers that have zeros; it is left as it is
     bits: int | None = None,  # also quantize what is left; None: floats
-    layers: tuple = QUANTIZABLE,  # classes
+    layers: tuple[type, ...] = QUANTIZABLE,  # classes
     overrides: (
-        dict | None
+        dict[str, Any] | None
         # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
         # without its mask
     ) = None,
     **options,  # of `sparsify_layer`: layout, group, symmetric, codebook …
 ) -> nn.Module:  # a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
     """Make masks real. Layers that would not become smaller stay as they are (without masks); tied weights stay
-    tied. `ValueError` when there is no zero anywhere."""
+    tied. `ValueError` when there is no zero anywhere.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with masks, zeros, or quantized layers that have zeros; it is left as it is
+    bits : int | None, default None
+        also quantize what is left; None: floats
+    layers : tuple[type, ...], default QUANTIZABLE
+        classes
+    overrides : dict[str, Any] | None, default None
+        options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
+        without its mask
+    layout : str | None, default None
+        how positions are said; None: the smallest
+    axis : int | None, default None
+        None: one scale for the tensor; else one scale for each slice along `axis`
+    group : int | None, default None
+        instead: one scale for each run of so many elements in a row `x[i]`, or what is left
+    symmetric : bool, default True
+        zero point in the middle; else fitted and stored (a step or a codebook need none)
+    observer : Any, default 'minmax'
+        range: 'minmax', 'percentile', 'mse', 'entropy' or an object like `MSE(steps=80)`
+    levels : int | None, default None
+        number of codes, 2..65536, when it is not a power of two (3: ternary)
+    step : float | None, default None
+        a fixed scale; `levels` are then as many as the values need
+    codebook : Any, default None
+        a table instead of a ruler: 'nf4' (16), 'kmeans' (2**bits), or ascending values [levels]
+    stochastic : bool, default False
+        round up with probability equal to the fraction, instead of half to even
+    nonfinite : str, default 'raise'
+        NaN and infinities; 'zero': 0; 'clip': 0 and the largest finite magnitude
+    scale_dtype : torch.dtype | None, default None
+        of stored scales; None: float16 for groups if it does, else float32 or 64
+    scale : Any, default None
+        use this scale (shape as in `QTensor.scale`) instead of observing
+    zero_point : Any, default None
+        use this zero point with `scale`; needs `symmetric=False`
+    columns : Any, default None
+        [x.shape[1]] positive: quantize x / columns, and multiply again when it is expanded
+    generator : torch.Generator | None, default None
+        of the random numbers of stochastic rounding
+
+    Returns
+    -------
+    nn.Module
+        a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
+    """
     overrides, done, shared = overrides or {}, {}, {}
     if had_masks := bool(masks(model)):
         model = remove_masks(model)
@@ -188,7 +335,18 @@ def fill_zeros(
     model: nn.Module,  # with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
 ) -> nn.Module:  # a copy in which these are quantized (codes) or ordinary (floats) layers
     """Give every zero its value, or its code, back. A codebook without a zero becomes floats. `ValueError` when no
-    layer is sparse."""
+    layer is sparse.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
+
+    Returns
+    -------
+    nn.Module
+        a copy in which these are quantized (codes) or ordinary (floats) layers
+    """
     found = {n: m for n, m in model.named_modules() if isinstance(m, Dequantize) and isinstance(m.q, SparseTensor)}
     if not found:
         raise ValueError("model has no sparse layer; sparsify_model makes them")

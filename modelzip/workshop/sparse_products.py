@@ -27,7 +27,18 @@ SPARSE_PAYS = 0.15  # density below which a CSR product is clearly quicker than 
 
 class SparseLinear(Dequantize):
     """A Linear whose few weights are multiplied as a CSR matrix (as a dense one, when they are not few). As small
-    as before in a file; in memory the matrix comes on top."""
+    as before in a file; in memory the matrix comes on top.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        a Linear
+    q : SparseTensor | Packed
+        its weight
+    name : str, default 'weight'
+    density : float, default SPARSE_PAYS
+        up to this share of weights it is CSR, 8 bytes for each weight that is left
+    """
 
     def __init__(
         self,
@@ -104,7 +115,20 @@ def use_sparse_products(
     density: float = SPARSE_PAYS,
 ) -> nn.Module:  # a copy that shares the compressed weights
     """Exchange sparse Linear layers for `SparseLinear`, which keeps a matrix ready to multiply. `ValueError` when
-    there is none."""
+    there is none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with `Dequantize` layers that hold a `SparseTensor`; it is left as it is
+    density : float, default SPARSE_PAYS
+        layers with at most this share of their weights are multiplied sparsely, others densely
+
+    Returns
+    -------
+    nn.Module
+        a copy that shares the compressed weights
+    """
     found = {
         n: m
         for n, m in model.named_modules()

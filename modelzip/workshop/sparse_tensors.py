@@ -32,7 +32,27 @@ from .layouts import LAYOUTS, layout_names, layout_of
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @dataclass(eq=False, repr=False)
 class SparseTensor(Sized, CompressedTensor, kind="sparse"):
-    "The values that are left, floats or codes, and where they belong."
+    """The values that are left, floats or codes, and where they belong.
+
+    Parameters
+    ----------
+    shape : torch.Size
+        of the tensor it stands for
+    dtype : torch.dtype
+        of the tensor it stands for
+    layout : str
+        how positions are said: 'bitmap', 'gaps', 'n:m', 'dense'
+    how : dict
+        what that layout needs: gap and gaps, or n and m
+    count : int
+        values that are stored
+    positions : Tensor | None
+        uint8, packed; None when dense
+    values : dict[str, Tensor]
+        {"values": floats [count]}, or the parts of a `QTensor` with `count` codes
+    quantized : dict | None, default None
+        levels, axis, group of that `QTensor`
+    """
 
     shape: torch.Size  # of the tensor it stands for
     dtype: torch.dtype  # of the tensor it stands for
@@ -137,7 +157,13 @@ def _check_values(x: SparseTensor) -> None:
 # %% ../../nbs/workshop/sparse_tensors.ipynb
 @patch
 def mask(self: SparseTensor) -> Tensor:  # bool, of `self.shape`
-    "Where the values belong; worked out once."
+    """Where the values belong; worked out once.
+
+    Returns
+    -------
+    Tensor
+        bool, of `self.shape`
+    """
     if "_keep" in self.__dict__:
         return self._keep
     if self.positions is None:
@@ -165,7 +191,13 @@ def as_qtensor(
     self: SparseTensor,
     fill: bool = True,  # zeros get the code of zero; False: the code 0, whatever it stands for
 ) -> QTensor:
-    "Pruned and quantized → quantized, with codes for the zeros as well: what integer kernels take."
+    """Pruned and quantized → quantized, with codes for the zeros as well: what integer kernels take.
+
+    Parameters
+    ----------
+    fill : bool, default True
+        zeros get the code of zero; False: the code 0, whatever it stands for
+    """
     if self.quantized is None:
         raise ValueError("the values are floats, which have no codes; quantize them first")
     hollow = self._hollow()
@@ -200,7 +232,17 @@ def sparsify(
     keep: Tensor | None = None,  # bool: what stays; None: what is not zero
     layout: str | None = None,  # 'bitmap', 'gaps', 'n:m' or 'dense'; None: the smallest
 ) -> SparseTensor:
-    "Leave out the zeros. `ValueError` for a layout that does not fit, and for NaN."
+    """Leave out the zeros. `ValueError` for a layout that does not fit, and for NaN.
+
+    Parameters
+    ----------
+    x : Any
+        values, any shape: a float tensor, an array with `__dlpack__`, or a `QTensor`
+    keep : Tensor | None, default None
+        bool: what stays; None: what is not zero
+    layout : str | None, default None
+        'bitmap', 'gaps', 'n:m' or 'dense'; None: the smallest
+    """
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout is {layout!r}; it may be None, {layout_names()}")
     q = x if isinstance(x, QTensor) else None

@@ -89,7 +89,32 @@ def sparsegpt_weight(
     scope: str = "layer",  # 'layer': the share is that of the whole weight; 'output': that of each row
 ) -> tuple[Tensor, Tensor]:  # the new weight; bool, of its shape: what was kept
     """SparseGPT: prune column by column, and let the rest of each row make up for it (Frantar & Alistarh 2023,
-    arXiv:2301.00774). `ValueError` for a weight or a moment that is not finite."""
+    arXiv:2301.00774). `ValueError` for a weight or a moment that is not finite.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, …] of a Linear or a convolution
+    moment : Tensor
+        [groups, inputs, inputs] H
+    sparsity : float | None, default None
+        share of the weights that go; None: what N:M implies
+    granularity : str, default 'weight'
+        'weight' or N:M
+    keep : Tensor | None, default None
+        bool: what an earlier mask has left
+    damping : float, default 0.01
+        share of H's mean diagonal that is added to its diagonal
+    block : int, default 128
+        columns that are chosen together
+    scope : str, default 'layer'
+        'layer': the share is that of the whole weight; 'output': that of each row
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        the new weight; bool, of its shape: what was kept
+    """
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds NaN or infinite values")
     kind, *size = parse_granularity(granularity)

@@ -13,12 +13,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quant import Dequantize
+from .arguments import need
 from .prunable import PRUNABLE, left_whole, names_of
 
 # %% ../../nbs/workshop/sparsity_tables.ipynb
 @dataclass(repr=False)
 class SparsityTable:
-    "Which layers have how many zeros. Shows itself as a table."
+    """Which layers have how many zeros. Shows itself as a table.
+
+    Parameters
+    ----------
+    rows : list
+        (name, shape, weights, zeros)
+    whole : dict, default field(default_factory=dict)
+        name of a matrix that is not counted → why it is left whole
+    """
 
     rows: list  # (name, shape, weights, zeros)
     whole: dict = field(default_factory=dict)  # name of a matrix that is not counted → why it is left whole
@@ -47,7 +56,15 @@ def sparsity_table(
     model: nn.Module,  # masked, with zeros in its weights, or with compressed layers
     layers: tuple = PRUNABLE,  # classes
 ) -> SparsityTable:
-    "Count the zeros of each layer's weight."
+    """Count the zeros of each layer's weight.
+
+    Parameters
+    ----------
+    model : nn.Module
+        masked, with zeros in its weights, or with compressed layers
+    layers : tuple, default PRUNABLE
+        classes
+    """
     counted = lambda m: isinstance(m, layers) and isinstance(getattr(m, "weight", None), Tensor)
     found = {n: m for n, m in model.named_modules() if counted(m) or isinstance(m, Dequantize)}
     if not found:
@@ -60,10 +77,20 @@ def sparsity_table(
 # %% ../../nbs/workshop/sparsity_tables.ipynb
 @dataclass(repr=False)
 class Sensitivity:
-    "What a model is worth when one layer is pruned alone. Shows itself as a table; `plot()` draws it."
+    """What a model is worth when one layer is pruned alone. Shows itself as a table; `plot()` draws it.
 
-    sparsities: tuple  # of the layer
-    scores: dict  # name → the model's score at each of them
+    Parameters
+    ----------
+    sparsities : tuple[Any, ...]
+        of the layer
+    scores : dict[Any, Any]
+        name → the model's score at each of them
+    baseline : float
+        score of the model as it was
+    """
+
+    sparsities: tuple[Any, ...]  # of the layer
+    scores: dict[Any, Any]  # name → the model's score at each of them
     baseline: float  # score of the model as it was
 
     def __repr__(self) -> str:
@@ -74,7 +101,7 @@ class Sensitivity:
         )
 
     def plot(self, ax: Any = None) -> Any:  # matplotlib axes
-        import matplotlib.pyplot as plt
+        plt = need("matplotlib.pyplot", "notebook")
 
         ax = ax or plt.subplots()[1]
         for (n, row), style in zip(self.scores.items(), itertools.cycle(("o-", "s--", "^-.", "D:"))):

@@ -29,7 +29,24 @@ def static_codes(
     levels: int = 256,  # number of codes, at most 256
 ) -> Tensor:  # uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
     """Codes of activations whose range is known beforehand, as PyTorch's kernels compute them: x times 1 / scale (a
-    float32) plus the zero point in one step, rounded to float32, then half to even."""
+    float32) plus the zero point in one step, rounded to float32, then half to even.
+
+    Parameters
+    ----------
+    x : Tensor
+        finite float32 values, any shape
+    scale : float
+        step
+    zero_point : int
+        code of zero, 0 … levels − 1
+    levels : int, default 256
+        number of codes, at most 256
+
+    Returns
+    -------
+    Tensor
+        uint8, shape of x: clip(round(x / scale + zero_point), 0, levels − 1)
+    """
     if scale < 1e-37:  # 1 / scale has no float32
         return (x.double() / scale + zero_point).round().clamp(0, levels - 1).to(torch.uint8)
     reach = min(scale * 2.0**22, torch.finfo(torch.float32).max)  # beyond, whole numbers may wrap around
@@ -136,7 +153,20 @@ def across_outputs(
     layer: nn.Module,  # Linear or Conv2d
     v: Tensor,  # one value for each output, or one for all
 ) -> Tensor:  # such that it can be multiplied with the outputs
-    "Lay out one value for each output beside the outputs."
+    """Lay out one value for each output beside the outputs.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Linear or Conv2d
+    v : Tensor
+        one value for each output, or one for all
+
+    Returns
+    -------
+    Tensor
+        such that it can be multiplied with the outputs
+    """
     return v if isinstance(layer, nn.Linear) else v.view(-1, 1, 1)
 
 # %% ../../nbs/workshop/static_layers.ipynb
@@ -168,7 +198,23 @@ def _elsewhere(self: KnownInput, x, plain):
 
 # %% ../../nbs/workshop/static_layers.ipynb
 class StaticLinear(KnownInput, QLinear):
-    "A linear layer of integers whose input has a step and a zero point that are known beforehand."
+    """A linear layer of integers whose input has a step and a zero point that are known beforehand.
+
+    Parameters
+    ----------
+    layer : nn.Linear
+        gives the bias; its weight is dropped
+    q : QTensor | Packed
+        the weight [outputs, inputs]: symmetric, at most 8 bits, a scale for the tensor or for each output
+    name : str, default 'weight'
+        which parameter `q` is
+    scale : float, default 1.0
+        of the input
+    zero_point : int, default 0
+        code of an input of zero
+    levels : int, default 256
+        codes of the input
+    """
 
     def __init__(
         self,
@@ -219,7 +265,23 @@ def _sum(self: StaticLinear, codes, weight):
 
 # %% ../../nbs/workshop/static_layers.ipynb
 class StaticConv2d(KnownInput, QConv2d):
-    "A convolution of integers whose input has a step and a zero point that are known beforehand."
+    """A convolution of integers whose input has a step and a zero point that are known beforehand.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d
+        gives bias and geometry; its weight is dropped
+    q : QTensor | Packed
+        the weight: symmetric, at most 8 bits, a scale for the tensor or for each output channel
+    name : str, default 'weight'
+        which parameter `q` is
+    scale : float, default 1.0
+        of the input
+    zero_point : int, default 0
+        code of an input of zero
+    levels : int, default 256
+        codes of the input
+    """
 
     def __init__(
         self,

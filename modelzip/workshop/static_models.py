@@ -10,6 +10,7 @@ __all__ = ['step_of', 'sharing', 'tied_layers', 'static_places', 'product_error'
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,38 @@ def step_of(
     high: float,  # greatest
     levels: int = 256,  # codes
 ) -> tuple[float, int]:  # step, and the code of zero
-    "Step and zero point of a range, widened to hold zero."
+    """Step and zero point of a range, widened to hold zero.
+
+    Parameters
+    ----------
+    low : float
+        least value
+    high : float
+        greatest
+    levels : int, default 256
+        codes
+
+    Returns
+    -------
+    tuple[float, int]
+        step, and the code of zero
+    """
     scale, zero = scale_and_zero_point(*torch.tensor([low, high], dtype=torch.float64), levels, symmetric=False)
     return max(scale.item(), LEAST), zero.item()
 
 # %% ../../nbs/workshop/static_models.ipynb
 def sharing(model: nn.Module) -> dict[int, list[nn.Module]]:  # `id` of a parameter → the layers that hold it
-    "Who has the weight of whom."
+    """Who has the weight of whom.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict[int, list[nn.Module]]
+        `id` of a parameter → the layers that hold it
+    """
     uses = {}
     for m in model.modules():
         for p in m._parameters.values():
@@ -50,7 +76,17 @@ def sharing(model: nn.Module) -> dict[int, list[nn.Module]]:  # `id` of a parame
 
 
 def tied_layers(model: nn.Module) -> set[str]:  # names
-    "Layers that share their weight with others."
+    """Layers that share their weight with others.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    set[str]
+        names
+    """
     uses = sharing(model)
     return {n for n, m in model.named_modules() if len(uses.get(id(m._parameters.get("weight")), ())) > 1}
 
@@ -62,7 +98,22 @@ def static_places(
 ) -> dict[str, str | None]:  # name of each layer → what is asked for; None: whatever is better
     """Layers without numbers stay as they are. `ValueError` for a pattern that matches nothing, an unknown wish, a
     weight that is computed, and wishes that tied layers cannot have together. A warning names those that
-    stay as they are because another has their weight."""
+    stay as they are because another has their weight.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    overrides : Mapping | None, default None
+        by name or pattern of a layer: 'static', 'row', or None to leave it alone
+    others : Iterable[str], default ()
+        names that a pattern may mean besides
+
+    Returns
+    -------
+    dict[str, str | None]
+        name of each layer → what is asked for; None: whatever is better
+    """
     uses, places = sharing(model), {}
     for name, point in points_of(model, tuple(STATIC_LAYERS))[0].items():
         m = model.get_submodule(point.module)
@@ -120,7 +171,30 @@ def product_error(
     near: Tensor | None = None,  # the weight as rounded, without column scales; None: to nearest, 8 bits an output
     shift: Tensor | None = None,  # [outputs] what is added to the bias
 ) -> float:  # 0: the same outputs
-    "Relative error of a layer's output when weight and input are rounded to 8 bits: ‖ŷ − y‖ / ‖y‖."
+    """Relative error of a layer's output when weight and input are rounded to 8 bits: ‖ŷ − y‖ / ‖y‖.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [outputs, inputs, …]
+    statistics
+        `LayerStatistics` of the layer
+    rows : Tensor
+        [groups, rows, inputs]
+    columns : Tensor | None
+        column scales
+    step : tuple[float, int] | None
+        step and zero point of the input; None: a range for each row
+    near : Tensor | None, default None
+        the weight as rounded, without column scales; None: to nearest, 8 bits an output
+    shift : Tensor | None, default None
+        [outputs] what is added to the bias
+
+    Returns
+    -------
+    float
+        0: the same outputs
+    """
     w = matrices_for(weight.float(), statistics)
     near = quantize(weight.float(), 8, axis=0, columns=columns).dequantize() if near is None else near
     c = None if columns is None else each_input(columns, weight)
@@ -136,7 +210,22 @@ def rounded_rows(
     columns: Tensor | None,  # [inputs] column scales
     step: tuple[float, int] | None,  # step and zero point of the input; None: a range for each row
 ) -> Tensor:  # the same shape
-    "Inputs as their codes say them."
+    """Inputs as their codes say them.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [groups, rows, inputs]
+    columns : Tensor | None
+        [inputs] column scales
+    step : tuple[float, int] | None
+        step and zero point of the input; None: a range for each row
+
+    Returns
+    -------
+    Tensor
+        the same shape
+    """
     c = torch.ones(()) if columns is None else columns
     x = rows * c
     if step is None:
@@ -152,13 +241,54 @@ def each_input(
     columns: Tensor,  # [channels]
     weight: Tensor,  # [outputs, channels, …]
 ) -> Tensor:  # [inputs]: a convolution reads each channel once for each place of its window
-    "Column scales beside the rows of an input."
+    """Column scales beside the rows of an input.
+
+    Parameters
+    ----------
+    columns : Tensor
+        [channels]
+    weight : Tensor
+        [outputs, channels, …]
+
+    Returns
+    -------
+    Tensor
+        [inputs]: a convolution reads each channel once for each place of its window
+    """
     return columns.float().repeat_interleave(max(weight[0, :1].numel(), 1))
 
 # %% ../../nbs/workshop/static_models.ipynb
 @dataclass
 class Fixed:
-    "What was chosen for one layer."
+    """What was chosen for one layer.
+
+    Parameters
+    ----------
+    kind : str
+        'static', or 'row'
+    scale : float
+        of the input
+    zero_point : int
+    alpha : float | None
+        of the column scales; None: there are none
+    columns : Tensor | None
+    error : float
+        relative error of the output, as chosen, on the half that was not fitted to
+    other : float
+        with the input rounded the other way: by row, or with the fixed range
+    q : QTensor
+        the weight
+    weights : str, default 'nearest'
+        how it was rounded: 'nearest' or 'gptq'
+    shift : Tensor | None, default None
+        [outputs] that is added to the bias
+    at : Tensor | None, default None
+        which input stands at each place of the weight, where some have copies
+    makers : frozenset, default frozenset()
+        the layers that make the copies
+    made_of : str, default ''
+        fingerprint of the weight that was rounded
+    """
 
     kind: str  # 'static', or 'row'
     scale: float  # of the input
@@ -181,7 +311,7 @@ class Fixed:
         return f"{how}  error {self.error:.2g}{copies}"
 
 
-class Chosen(dict):
+class Chosen(dict[Any, Any]):
     "Name of a layer → `Fixed`, and of an attention → `FixedAttention`; prints as a table."
 
     def __repr__(self):
@@ -194,7 +324,14 @@ def check_chosen(
     chosen: Mapping[str, Fixed],
 ) -> None:
     """`TypeError` for what `choose_static` does not return, `ValueError` for what was chosen for another model, and for
-    copies that nobody is to make."""
+    copies that nobody is to make.
+
+    Parameters
+    ----------
+    model : nn.Module
+        with its BatchNorms folded
+    chosen : Mapping[str, Fixed]
+    """
     layers = dict(model.named_modules())
     for n, f in chosen.items():
         if not isinstance(f, Fixed):
@@ -227,7 +364,26 @@ def static_layer(
     rows: Tensor | None = None,  # which output stands at each place, where some are put out several times
     packed: dict | None = None,  # codes of a weight, for tied layers that share them
 ) -> nn.Module:  # StaticLinear, StaticConv2d, or QLinear with a range for each row
-    "The integer layer that takes a layer's place."
+    """The integer layer that takes a layer's place.
+
+    Parameters
+    ----------
+    layer : nn.Linear | nn.Conv2d
+        it is left as it is
+    name : str
+        for errors
+    fixed : Fixed
+        what was chosen for it
+    rows : Tensor | None, default None
+        which output stands at each place, where some are put out several times
+    packed : dict | None, default None
+        codes of a weight, for tied layers that share them
+
+    Returns
+    -------
+    nn.Module
+        StaticLinear, StaticConv2d, or QLinear with a range for each row
+    """
     bare, bias, q = without_hooks(layer), layer.bias, fixed.q
     if bias is not None:
         new = bias.detach() if fixed.shift is None else bias.detach() + fixed.shift.to(bias)

@@ -22,7 +22,29 @@ SAMPLE = 1 << 17  # values that are kept of a layer's input, at most
 
 @dataclass(repr=False)
 class LayerStatistics:
-    "What a layer's inputs were like, as sums over rows; grows with `add`."
+    """What a layer's inputs were like, as sums over rows; grows with `add`.
+
+    Parameters
+    ----------
+    count : int, default 0
+        rows seen
+    low : Tensor | None, default None
+        [groups, inputs] least value of each input
+    high : Tensor | None, default None
+        [groups, inputs] greatest
+    total : Tensor | None, default None
+        [groups, inputs] Σ x
+    magnitude : Tensor | None, default None
+        [groups, inputs] Σ |x|
+    moment : Tensor | None, default None
+        [groups, inputs, inputs] H = Σ x xᵀ; None when it was not asked for
+    cross : Tensor | None, default None
+        [groups, inputs, inputs] Σ x₀ xᵀ, x₀: what the original model has in place of x
+    sample : Tensor | None, default None
+        [at most SAMPLE] some of the values
+    stride : int, default 1
+        of each so many values in a row one is in the sample: a power of 7
+    """
 
     count: int = 0  # rows seen
     low: Tensor | None = None  # [groups, inputs] least value of each input
@@ -78,7 +100,21 @@ def drawn(
     length: int,  # of a run, 1 or more
     seed: int = 0,
 ) -> Tensor:  # [n] int64: 0 … length − 1, always the same for the same run
-    "For each run a place in it, as by chance."
+    """For each run a place in it, as by chance.
+
+    Parameters
+    ----------
+    runs : Tensor
+        [n] int64: which runs of values, by number
+    length : int
+        of a run, 1 or more
+    seed : int, default 0
+
+    Returns
+    -------
+    Tensor
+        [n] int64: 0 … length − 1, always the same for the same run
+    """
     x = (runs + 1) * -7046029254386353131 + (length + 1000003 * seed)  # overflow is meant
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
@@ -89,7 +125,20 @@ def one_of_each(
     runs: Tensor,  # [n] int64: which runs of `stride` values, by number
     stride: int,  # a power of 7
 ) -> Tensor:  # [n] int64: which value of each, counted from the first value of all
-    "A run of 49 is seven runs of seven: one of them is drawn, and one value of it."
+    """A run of 49 is seven runs of seven: one of them is drawn, and one value of it.
+
+    Parameters
+    ----------
+    runs : Tensor
+        [n] int64: which runs of `stride` values, by number
+    stride : int
+        a power of 7
+
+    Returns
+    -------
+    Tensor
+        [n] int64: which value of each, counted from the first value of all
+    """
     while stride > 1:
         runs, stride = 7 * runs + drawn(runs, 7, stride), stride // 7
     return runs
@@ -127,7 +176,22 @@ def range(
     bits: int = 8,  # width of a code
     symmetric: bool = False,  # zero in the middle
 ) -> tuple[float, float]:  # low, high
-    "From where to where a quantizer of this layer's whole input should reach."
+    """From where to where a quantizer of this layer's whole input should reach.
+
+    Parameters
+    ----------
+    observer : Any, default 'minmax'
+        of all values; 'percentile', 'mse', 'entropy' or an object like `MSE()`: of the sample
+    bits : int, default 8
+        width of a code
+    symmetric : bool, default False
+        zero in the middle
+
+    Returns
+    -------
+    tuple[float, float]
+        low, high
+    """
     check_bits(bits)
     if observer == "minmax":
         return self.low.min().item(), self.high.max().item()
@@ -140,7 +204,7 @@ def range(
     return low.item(), high.item()
 
 # %% ../../nbs/workshop/statistics.ipynb
-class Statistics(dict):
+class Statistics(dict[Any, Any]):
     "Name of a layer → `LayerStatistics`; prints as a table."
 
     def __repr__(self):
@@ -152,7 +216,20 @@ def unwatched(
     model: nn.Module,  # compressed or not
     statistics: Statistics | None = None,  # of `calibrate`; None: what no data could show
 ) -> dict[str, str]:  # name of a matrix → why there are no statistics of it
-    "What GPTQ, AWQ and SmoothQuant can only round to nearest, and why."
+    """What GPTQ, AWQ and SmoothQuant can only round to nearest, and why.
+
+    Parameters
+    ----------
+    model : nn.Module
+        compressed or not
+    statistics : Statistics | None, default None
+        of `calibrate`; None: what no data could show
+
+    Returns
+    -------
+    dict[str, str]
+        name of a matrix → why there are no statistics of it
+    """
     points, reasons = points_of(model)
     if statistics is not None:
         reasons |= {n: "no batch reached it" for n in points if n not in statistics}

@@ -58,7 +58,7 @@ class Replay(Walks, TorchFunctionMode):
 
 # %% ../../nbs/workshop/steps.ipynb
 @patch
-def compare(self: Replay, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+def compare(self: Replay, name: str, args: tuple[Any, ...], kwargs: dict[Any, Any], outputs: list[Tensor]) -> None:
     "`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same constants."
     if self.at >= self.end:
         raise Mismatch(self.at - 1, "it goes on longer")
@@ -88,7 +88,19 @@ def same_numbers(a: tuple, b: tuple) -> bool:
 # %% ../../nbs/workshop/steps.ipynb
 def replayed(groups: Groups, roots: Iterable[int], exact: bool = True) -> Mismatch | None:  # where it goes wrong first
     """Remove channels and see whether each step of each run has the sizes, the constants and the order that it
-    should have."""
+    should have.
+
+    Parameters
+    ----------
+    groups : Groups
+    roots : Iterable[int]
+    exact : bool, default True
+
+    Returns
+    -------
+    Mismatch | None
+        where it goes wrong first
+    """
     t = groups.trace
     try:
         small = removed(t.base, groups, roots, exact, True)
@@ -157,7 +169,21 @@ def candidates(
     path: str,  # of the module in which a step went wrong
     upto: int,  # its number
 ) -> list[tuple]:  # (path, attribute, position in it, numbers): what would follow which sizes
-    "Attributes of a module whose value is a size that changes within it."
+    """Attributes of a module whose value is a size that changes within it.
+
+    Parameters
+    ----------
+    t : Trace
+    path : str
+        of the module in which a step went wrong
+    upto : int
+        its number
+
+    Returns
+    -------
+    list[tuple]
+        (path, attribute, position in it, numbers): what would follow which sizes
+    """
     sizes, known = changing_sizes(t, path, upto), {(p, a, i) for p, a, i, _ in t.tracks}
     found = []
     for k, v in vars(t.modules[path]).items():
@@ -195,7 +221,18 @@ def first_wrong(groups: Groups, before: Mismatch | None = None) -> Mismatch | No
 
 # %% ../../nbs/workshop/steps.ipynb
 def adapt(groups: Groups, wrong: Mismatch) -> Mismatch | None | bool:  # what is wrong afterwards; False: nothing helped
-    "Let attributes follow until the step comes out right, in all rehearsals."
+    """Let attributes follow until the step comes out right, in all rehearsals.
+
+    Parameters
+    ----------
+    groups : Groups
+    wrong : Mismatch
+
+    Returns
+    -------
+    Mismatch | None | bool
+        what is wrong afterwards; False: nothing helped
+    """
     t = groups.trace
     path = t.steps[wrong.at].path
     kind = type(t.modules[path]), t.steps[wrong.at].name
@@ -228,7 +265,22 @@ def channel_groups(
     arXiv:2301.12900). They are found, and rehearsed, in the code that the examples run through, in evaluation mode
     and (where it runs) in training; what they never call stays whole. `TypeError` for what is no module and for
     outputs that hide their numbers, `ValueError` for a name in keep that is no layer, NaN, and a model that cannot
-    be copied."""
+    be copied.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any model; left as it is
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict of named ones; several of these in a list
+    keep : Iterable[str], default ()
+        layers whose outputs must stay; a block: all that is made within it
+
+    Returns
+    -------
+    Groups
+        what can be removed, and what was left alone and why
+    """
     return rehearsed(model, examples_of(example), dependency_graph(model, example, keep))
 
 # %% ../../nbs/workshop/steps.ipynb

@@ -29,7 +29,17 @@ def code_elements(
     width: int,  # bytes of an element
     whole: bool = True,  # they are whole numbers, or bytes of which nobody knows; False: floats
 ) -> bytes:
-    "Code a chunk of numbers."
+    """Code a chunk of numbers.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8
+    width : int
+        bytes of an element
+    whole : bool, default True
+        they are whole numbers, or bytes of which nobody knows; False: floats
+    """
     tries = []
     if not whole and len(data) and width in (1, 2, 4, 8):
         chunk, ordinary = code_floats(data, width)
@@ -57,7 +67,15 @@ def expand_elements(
     out: np.ndarray,  # uint8: where they go; of just the right size
     width: int,
 ) -> None:
-    "The inverse of `code_elements`."
+    """The inverse of `code_elements`.
+
+    Parameters
+    ----------
+    chunk : bytes
+    out : np.ndarray
+        uint8: where they go; of just the right size
+    width : int
+    """
     method = chunk[0] if chunk else RAW
     if method == FLOAT_PLANES:
         expand_floats(chunk, out, width)
@@ -74,7 +92,21 @@ def expand_elements(
 # %% ../../nbs/workshop/streams.ipynb
 @dataclass(frozen=True)
 class Codes:
-    "A chunk of packed codes."
+    """A chunk of packed codes.
+
+    Parameters
+    ----------
+    packed : np.ndarray
+        uint8, from `pack_bits`
+    bits : int
+        of a code
+    count : int
+        codes
+    levels : int
+        codes are below it
+    sparse : bool, default True
+        may the sparse view be tried?
+    """
 
     packed: np.ndarray  # uint8, from `pack_bits`
     bits: int  # of a code
@@ -93,7 +125,17 @@ class Codes:
 # %% ../../nbs/workshop/streams.ipynb
 @dataclass(frozen=True)
 class Method:
-    "One way to code a chunk of codes."
+    """One way to code a chunk of codes.
+
+    Parameters
+    ----------
+    write : Callable[[Codes, int], bytes | None]
+        the chunk, bytes of the best try so far → payload, or None
+    read : Callable[[bytes, int, int, int], np.ndarray]
+        chunk, bits, count, levels → packed codes
+    most : int, default 16
+        bits of a code, at most
+    """
 
     write: Callable[[Codes, int], bytes | None]  # the chunk, bytes of the best try so far → payload, or None
     read: Callable[[bytes, int, int, int], np.ndarray]  # chunk, bits, count, levels → packed codes
@@ -110,7 +152,26 @@ def code_codes(
     levels: int,  # codes are below it
     sparse: bool = True,  # may the sparse view be tried?
 ) -> bytes:  # method, then payload
-    "Code a chunk of packed codes."
+    """Code a chunk of packed codes.
+
+    Parameters
+    ----------
+    packed : np.ndarray
+        uint8, from `pack_bits`
+    bits : int
+        of a code
+    count : int
+        codes
+    levels : int
+        codes are below it
+    sparse : bool, default True
+        may the sparse view be tried?
+
+    Returns
+    -------
+    bytes
+        method, then payload
+    """
     chunk, tries = Codes(packed, bits, count, levels, sparse), []
     for number, method in FOR_CODES.items():
         if bits > method.most:
@@ -128,7 +189,22 @@ def expand_codes(
     levels: int,
     sparse: bool = True,  # may it be a sparse view?
 ) -> np.ndarray:  # uint8, packed as `pack_bits` does
-    "The inverse of `code_codes`."
+    """The inverse of `code_codes`.
+
+    Parameters
+    ----------
+    chunk : bytes
+    bits : int
+    count : int
+    levels : int
+    sparse : bool, default True
+        may it be a sparse view?
+
+    Returns
+    -------
+    np.ndarray
+        uint8, packed as `pack_bits` does
+    """
     if not chunk:
         raise CodingError("a chunk is empty")
     method = FOR_CODES.get(chunk[0])
@@ -157,7 +233,18 @@ FOR_CODES[RAW], FOR_CODES[ZSTD] = Method(packed_raw, packed_back), Method(packed
 
 # %% ../../nbs/workshop/streams.ipynb
 def split_high(c: Codes, best: int) -> bytes | None:  # the low bits, packed; the high eight bits as coded bytes
-    "Separate what has a shape from what is noise."
+    """Separate what has a shape from what is noise.
+
+    Parameters
+    ----------
+    c : Codes
+    best : int
+
+    Returns
+    -------
+    bytes | None
+        the low bits, packed; the high eight bits as coded bytes
+    """
     if c.bits <= 8:
         return None
     codes, below = torch.from_numpy(c.codes), c.bits - 8
@@ -198,7 +285,18 @@ FOR_CODES[JOINED] = Method(joined, joined_back, most=8)
 
 # %% ../../nbs/workshop/streams.ipynb
 def sparse_of(c: Codes, best: int) -> bytes | None:  # the common code; mask or gaps; the other codes
-    "Where the rare codes are, and which they are."
+    """Where the rare codes are, and which they are.
+
+    Parameters
+    ----------
+    c : Codes
+    best : int
+
+    Returns
+    -------
+    bytes | None
+        the common code; mask or gaps; the other codes
+    """
     if not c.sparse or not c.count or c.counts.max() <= c.count / 2:
         return None
     common = int(c.counts.argmax())
@@ -232,7 +330,20 @@ def where_back(
     ones: int,
     count: int,
 ) -> np.ndarray:  # bool
-    "The mask of a sparse chunk."
+    """The mask of a sparse chunk.
+
+    Parameters
+    ----------
+    where : bytes
+        0 and a bitmap, or 1, a length and gaps
+    ones : int
+    count : int
+
+    Returns
+    -------
+    np.ndarray
+        bool
+    """
     if where[:1] == b"\0":
         mask = np.unpackbits(expand_bytes(where[1:], -(-count // 8)), bitorder="little")[:count].view(bool)
         if mask.sum() != ones:
@@ -251,7 +362,15 @@ def ans_could_help(
     counts: np.ndarray,  # of the codes
     best: int,  # bytes of the best try so far
 ) -> bool:
-    "Is the best more than one percent above the entropy, and could ANS do better, its table included?"
+    """Is the best more than one percent above the entropy, and could ANS do better, its table included?
+
+    Parameters
+    ----------
+    counts : np.ndarray
+        of the codes
+    best : int
+        bytes of the best try so far
+    """
     n, used = counts.sum(), counts[counts > 0]
     information = float((used * np.log2(n / used)).sum()) / 8 if n else 0
     return n > 0 and best > max(1.01 * information, information + 4 + len(counts))
@@ -309,7 +428,20 @@ def chunk_slices(
     count: int,
     first: int,  # code with which the chunk begins
 ) -> list[slice]:  # where its planes lie in the packed codes
-    "A chunk of packed codes consists of one slice for each plane."
+    """A chunk of packed codes consists of one slice for each plane.
+
+    Parameters
+    ----------
+    bits : int
+    count : int
+    first : int
+        code with which the chunk begins
+
+    Returns
+    -------
+    list[slice]
+        where its planes lie in the packed codes
+    """
     n, out, start = min(CODES, count - first), [], 0
     for w in bit_planes(bits):
         out.append(slice(start + first * w // 8, start + first * w // 8 + -(-n * w // 8)))
@@ -320,7 +452,18 @@ def chunk_slices(
 def as_uint8(
     x: Any,  # bytes-like, a tensor or an array of any type
 ) -> tuple[np.ndarray, int]:  # its bytes, one-dimensional, and the bytes of an element, or of half a complex one
-    "See anything as bytes."
+    """See anything as bytes.
+
+    Parameters
+    ----------
+    x : Any
+        bytes-like, a tensor or an array of any type
+
+    Returns
+    -------
+    tuple[np.ndarray, int]
+        its bytes, one-dimensional, and the bytes of an element, or of half a complex one
+    """
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
         return x.reshape(-1).view(torch.uint8).numpy(), x.element_size() // (1 + x.is_complex())
@@ -340,7 +483,21 @@ def check_codes(
     count: int | None,
     levels: int | None,
 ) -> int:  # levels
-    "`ValueError` unless these are so many packed codes below so many levels."
+    """`ValueError` unless these are so many packed codes below so many levels.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        packed codes
+    bits : int
+    count : int | None
+    levels : int | None
+
+    Returns
+    -------
+    int
+        levels
+    """
     check_bits(bits)
     if not isinstance(count, int) or count < 0 or packed_bytes(count, bits) != len(data):
         raise ValueError(
@@ -366,7 +523,21 @@ def holds_whole(x: Any) -> bool:
 def stream_parts(
     x: Any, bits: int | None = None, count: int | None = None, levels: int | None = None, map: Callable = map
 ) -> list[bytes]:  # header, chunks, CRC-32
-    "A stream in pieces, for those who write it somewhere: joining them would double it in memory."
+    """A stream in pieces, for those who write it somewhere: joining them would double it in memory.
+
+    Parameters
+    ----------
+    x : Any
+    bits : int | None, default None
+    count : int | None, default None
+    levels : int | None, default None
+    map : Callable, default map
+
+    Returns
+    -------
+    list[bytes]
+        header, chunks, CRC-32
+    """
     data, width = as_uint8(x)
     if bits is None:
         jobs = [
@@ -396,6 +567,24 @@ def encode(
     saves more than a percent. Whole numbers and codes take at most a percent more than their order-0 entropy, a
     table of the values that occur, and some 30 bytes for each chunk. `TypeError` or `ValueError` for what is no
     stream of numbers or codes.
+
+    Parameters
+    ----------
+    x : Any
+        bytes-like, tensor or array of any type; or packed codes, when `bits` says so
+    bits : int | None, default None
+        x is what `pack_bits` makes of codes of that many bits, 1..16
+    count : int | None, default None
+        … and this is their number
+    levels : int | None, default None
+        codes are below it; None: 2**bits
+    map : Callable, default map
+        runs the chunks; that of a ThreadPoolExecutor runs them side by side
+
+    Returns
+    -------
+    bytes
+        a stream: header, chunks, CRC-32; `decode` needs nothing else
     """
     return b"".join(stream_parts(x, bits, count, levels, map))
 
@@ -412,7 +601,17 @@ def code_chunk(
     levels: int,
     first: int,
 ) -> bytes:
-    "Code the chunk that begins at one code. `ValueError` when a code is too large."
+    """Code the chunk that begins at one code. `ValueError` when a code is too large.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        all packed codes
+    bits : int
+    count : int
+    levels : int
+    first : int
+    """
     packed, n = np.concatenate([data[s] for s in chunk_slices(bits, count, first)]), min(CODES, count - first)  # a copy
     codes = unpack_bits(torch.from_numpy(packed), bits, n)
     if levels < 1 << bits and int(codes.max()) >= levels:
@@ -424,7 +623,19 @@ def read_head(
     data: bytes,
     size: int | None,  # bytes that the caller expects
 ) -> tuple:  # bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
-    "Read and check a stream's header."
+    """Read and check a stream's header.
+
+    Parameters
+    ----------
+    data : bytes
+    size : int | None
+        bytes that the caller expects
+
+    Returns
+    -------
+    tuple
+        bits, levels or width, count or bytes, size, lengths of the chunks, where they begin
+    """
     if len(data) < 6:
         raise CodingError("it is too short for a stream")
     if zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
@@ -456,7 +667,20 @@ def decoding(
     data: bytes,  # a stream
     out: np.ndarray,  # uint8: where the result goes; of just the right size
 ) -> list[Callable]:  # jobs without arguments, independent of each other: when all are done, so is `out`
-    "Plan the decoding of a stream. `CodingError` here or in a job for whatever is wrong with it."
+    """Plan the decoding of a stream. `CodingError` here or in a job for whatever is wrong with it.
+
+    Parameters
+    ----------
+    data : bytes
+        a stream
+    out : np.ndarray
+        uint8: where the result goes; of just the right size
+
+    Returns
+    -------
+    list[Callable]
+        jobs without arguments, independent of each other: when all are done, so is `out`
+    """
     return planned(data, read_head(data, len(out)), out)
 
 
@@ -495,7 +719,22 @@ def decode(
     size: int | None = None,  # bytes that must come out; None: what the stream says, at most 32,768 times its length
     map: Callable = map,  # runs the chunks, as in `encode`
 ) -> np.ndarray:  # uint8: the bytes, or the packed codes
-    "The exact inverse of `encode`. `CodingError` for data that is damaged or was never a stream."
+    """The exact inverse of `encode`. `CodingError` for data that is damaged or was never a stream.
+
+    Parameters
+    ----------
+    data : bytes
+        what `encode` gave
+    size : int | None, default None
+        bytes that must come out; None: what the stream says, at most 32,768 times its length
+    map : Callable, default map
+        runs the chunks, as in `encode`
+
+    Returns
+    -------
+    np.ndarray
+        uint8: the bytes, or the packed codes
+    """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"data is a {type(data).__name__}; it may be bytes")
     data = bytes(data)
@@ -509,7 +748,18 @@ def decode(
 def coders(
     data: bytes,  # a stream
 ) -> dict[str, int]:  # bytes by the name of the method
-    "Which methods coded a stream, and how many bytes each of them took. Errors as for `decode`."
+    """Which methods coded a stream, and how many bytes each of them took. Errors as for `decode`.
+
+    Parameters
+    ----------
+    data : bytes
+        a stream
+
+    Returns
+    -------
+    dict[str, int]
+        bytes by the name of the method
+    """
     *_, lengths, at = read_head(data, None)
     found = {}
     for n in lengths:

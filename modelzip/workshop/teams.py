@@ -174,7 +174,34 @@ def run_in_threads(
     timeout: float | None = None,  # seconds for all calls, then TimeoutError; what runs is left to end by itself
 ) -> list:  # results in the order of `args`
     """Make calls in several threads. After an error no more begin, those that run are waited for, the first in
-    order is raised."""
+    order is raised.
+
+    Parameters
+    ----------
+    func : Callable
+        called in the threads
+    num_threads : int | None, default None
+        threads that run side by side; None: one a core
+    args : Iterable | None, default None
+        an entry a call, tuples unpacked. None: each thread calls func(number) or func()
+    kwargs : Mapping | Sequence | None, default None
+        keyword arguments: a dict for all calls, or a list with one for each
+    intra_op : int, default 1
+        threads that an operation may use inside each of these threads
+    progress : bool, default False
+        show a bar
+    cancel : threading.Event | None, default None
+        once it is set, no more calls begin
+    on_error : str, default 'raise'
+        'raise' a `CallError`, or 'return' one in the place of each call that failed
+    timeout : float | None, default None
+        seconds for all calls, then TimeoutError; what runs is left to end by itself
+
+    Returns
+    -------
+    list
+        results in the order of `args`
+    """
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
     num_threads = cores() if num_threads is None else checked_count(num_threads, "num_threads")
@@ -191,7 +218,24 @@ def multi_threading(
     progress: bool = False,  # show a bar
 ) -> Callable:  # f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
     """Let a function run in threads over lists, ranges and iterators; any other argument is one. Errors as
-    `run_in_threads`."""
+    `run_in_threads`.
+
+    Parameters
+    ----------
+    func : Callable | None, default None
+        the function; None: use as a decorator with arguments
+    num_threads : int | None, default None
+        threads that run side by side; None: one a core
+    intra_op : int, default 1
+        threads that an operation may use inside each of them
+    progress : bool, default False
+        show a bar
+
+    Returns
+    -------
+    Callable
+        f(x) is a call; f([x, y]) and f.map((x, y)) give [f(x), f(y)], made in threads
+    """
     if func is None:
         return functools.partial(multi_threading, num_threads=num_threads, intra_op=intra_op, progress=progress)
     if not callable(func):

@@ -13,7 +13,18 @@ from typing import Any, TextIO
 
 # %% ../../nbs/workshop/terminal.ipynb
 def fitting(text: str, out: TextIO) -> str:  # what `out` can write
-    "Escape what an encoding does not have."
+    """Escape what an encoding does not have.
+
+    Parameters
+    ----------
+    text : str
+    out : TextIO
+
+    Returns
+    -------
+    str
+        what `out` can write
+    """
     encoding = getattr(out, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -24,7 +35,17 @@ def printable(text: str) -> str:
 
 
 def as_json(found: Any) -> str:  # plain ASCII where standard output knows no more
-    "For other programs. JSON knows no NaN and no infinity: they are the texts that `float` reads."
+    """For other programs. JSON knows no NaN and no infinity: they are the texts that `float` reads.
+
+    Parameters
+    ----------
+    found : Any
+
+    Returns
+    -------
+    str
+        plain ASCII where standard output knows no more
+    """
 
     def known(x):
         if isinstance(x, float) and x - x != 0:
@@ -57,7 +78,18 @@ def silence(out: TextIO) -> None:
 
 # %% ../../nbs/workshop/terminal.ipynb
 def complain(what: str, status: int) -> int:  # the same
-    "One line on standard error, if there is one."
+    """One line on standard error, if there is one.
+
+    Parameters
+    ----------
+    what : str
+    status : int
+
+    Returns
+    -------
+    int
+        the same
+    """
     line = " ".join(what.split())
     line = printable(line[:2000]) + " …" * (len(line) > 2000)
     if sys.stderr is None:
@@ -73,7 +105,19 @@ def say(
     text: str | None,  # None: what has been printed already
     status: int,
 ) -> int:  # the same; 2 if it could not be said
-    "Results go to standard output."
+    """Results go to standard output.
+
+    Parameters
+    ----------
+    text : str | None
+        None: what has been printed already
+    status : int
+
+    Returns
+    -------
+    int
+        the same; 2 if it could not be said
+    """
     if sys.stdout is None:
         return complain("standard output is closed", 2)
     try:
@@ -92,7 +136,17 @@ def say(
 
 
 def raised_at(e: BaseException) -> str:  # " (file.py, line 3)"
-    "Where an exception was raised."
+    """Where an exception was raised.
+
+    Parameters
+    ----------
+    e : BaseException
+
+    Returns
+    -------
+    str
+        " (file.py, line 3)"
+    """
     frames = traceback.extract_tb(e.__traceback__)
     return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
@@ -101,7 +155,14 @@ def reason(
     e: BaseException,
     expected: tuple = (),  # exceptions whose message says it all
 ) -> str:
-    "An exception in words, which `complain` makes a line."
+    """An exception in words, which `complain` makes a line.
+
+    Parameters
+    ----------
+    e : BaseException
+    expected : tuple, default ()
+        exceptions whose message says it all
+    """
     if isinstance(e, OSError):
         return (
             f"{os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else e.filename}: {e.strerror}"
@@ -122,7 +183,15 @@ def tell(
     progress: bool,  # whether anybody wants to know
     line: str,  # the step that begins
 ) -> None:
-    "What a bar would show, on standard error at once, where none can be drawn."
+    """What a bar would show, on standard error at once, where none can be drawn.
+
+    Parameters
+    ----------
+    progress : bool
+        whether anybody wants to know
+    line : str
+        the step that begins
+    """
     if not progress or draws() or sys.stderr is None or os.environ.get("TQDM_DISABLE"):
         return
     with suppress(OSError, ValueError):
@@ -135,7 +204,17 @@ if hasattr(signal, "SIGHUP"):
 
 
 def ending_of(e: KeyboardInterrupt) -> tuple[str, int]:  # 128 and the number of the signal
-    "What ended a program, in words, and its exit status."
+    """What ended a program, in words, and its exit status.
+
+    Parameters
+    ----------
+    e : KeyboardInterrupt
+
+    Returns
+    -------
+    tuple[str, int]
+        128 and the number of the signal
+    """
     number = e.args[0] if e.args and e.args[0] in ENDS else signal.SIGINT
     return ENDS[number], 128 + number
 
@@ -151,7 +230,13 @@ def _leave(number, frame):
 
 
 def main() -> int:  # exit status
-    "The program `modelzip`."
+    """The program `modelzip`.
+
+    Returns
+    -------
+    int
+        exit status
+    """
     usual = (signal.default_int_handler, signal.SIG_DFL)  # else somebody, such as nohup, wants it to be ignored
     mine = [s for s in ENDS if signal.getsignal(s) in usual]
     for s in mine:

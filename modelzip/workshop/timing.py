@@ -16,7 +16,28 @@ import torch
 # %% ../../nbs/workshop/timing.ipynb
 @dataclass(frozen=True)
 class Latency:
-    "Time of one call, from paired and interleaved rounds."
+    """Time of one call, from paired and interleaved rounds.
+
+    Parameters
+    ----------
+    median : float
+        ms
+    low : float
+        lower quartile, ms
+    high : float
+        upper quartile, ms
+    ratio : float
+        median over the rounds of time / the first candidate's time in the same round
+    ratio_low : float
+        interval of that ratio
+    ratio_high : float
+    threads : int
+        torch's intra-op threads
+    times : list[float], default field(repr=False, default_factory=list)
+        ms, one a round
+    confidence : float, default math.nan
+        that the interval holds the true ratio: .95 or more from six rounds on, .5 with two
+    """
 
     median: float  # ms
     low: float  # lower quartile, ms

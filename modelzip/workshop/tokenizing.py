@@ -10,13 +10,19 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .datasets import need
+from .arguments import need
 from .smollm2 import smollm2_metadata
 
 # %% ../../nbs/workshop/tokenizing.ipynb
 @functools.lru_cache(1)
 def byte_letters() -> str:  # letter i stands for byte i
-    "256 visible letters, one for each byte (Radford et al. 2019)."
+    """256 visible letters, one for each byte (Radford et al. 2019).
+
+    Returns
+    -------
+    str
+        letter i stands for byte i
+    """
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return "".join(chr(b if b in seen else next(others)) for b in range(256))
@@ -26,7 +32,20 @@ def joined(
     letters: Sequence[str],  # pieces, at first one letter each
     ranks: Mapping[tuple[str, str], int],  # pair → its place among the rules
 ) -> list[str]:  # the pieces that are left
-    "Byte-pair encoding of one word (Sennrich et al. 2016, arXiv:1508.07909)."
+    """Byte-pair encoding of one word (Sennrich et al. 2016, arXiv:1508.07909).
+
+    Parameters
+    ----------
+    letters : Sequence[str]
+        pieces, at first one letter each
+    ranks : Mapping[tuple[str, str], int]
+        pair → its place among the rules
+
+    Returns
+    -------
+    list[str]
+        the pieces that are left
+    """
     pieces = list(letters)
     while len(pieces) > 1:
         best = min(zip(pieces, pieces[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
@@ -51,7 +70,13 @@ CUTS = {"smollm": _digits_then_words}  # a file's name for how texts are cut →
 
 class BytePairs:
     """A byte-level tokenizer out of a GGUF file's metadata. `ValueError` for one of another kind. Needs
-    `modelzip[language]`."""
+    `modelzip[language]`.
+
+    Parameters
+    ----------
+    metadata : Mapping[str, Any]
+        of a file: `tokenizer.ggml.…`
+    """
 
     def __init__(
         self,
@@ -86,7 +111,19 @@ def sayable(
     text: str,
     lacking: frozenset[int],  # bytes that are no tokens
 ) -> bytes:  # the text's UTF-8
-    "A text's bytes; `ValueError` that names the first character which has one that the vocabulary lacks."
+    """A text's bytes; `ValueError` that names the first character which has one that the vocabulary lacks.
+
+    Parameters
+    ----------
+    text : str
+    lacking : frozenset[int]
+        bytes that are no tokens
+
+    Returns
+    -------
+    bytes
+        the text's UTF-8
+    """
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -106,7 +143,14 @@ def encode(
     text: str,
     special: bool = False,  # whether control tokens that stand in the text are meant; else they are letters
 ) -> list[int]:
-    "Tokens of a text. `ValueError` for a character that the vocabulary cannot say."
+    """Tokens of a text. `ValueError` for a character that the vocabulary cannot say.
+
+    Parameters
+    ----------
+    text : str
+    special : bool, default False
+        whether control tokens that stand in the text are meant; else they are letters
+    """
     sayable(text, self.lacking)
     return (self.special if special else self.plain).encode(text).ids
 
@@ -122,7 +166,17 @@ def lacking(self: BytePairs) -> frozenset[int]:
 
 @patch
 def piece(self: BytePairs, token: int) -> bytes:  # a character may lie in several
-    "What a token stands for. `IndexError` for one that is not in the vocabulary."
+    """What a token stands for. `IndexError` for one that is not in the vocabulary.
+
+    Parameters
+    ----------
+    token : int
+
+    Returns
+    -------
+    bytes
+        a character may lie in several
+    """
     if not 0 <= token < len(self):
         raise IndexError(f"token {token} is not one of {len(self)}")
     text = self.tokens[token]
@@ -136,7 +190,17 @@ def _byte_of() -> dict[str, int]:
 
 @patch
 def decode(self: BytePairs, tokens: Iterable[int]) -> str:  # an unfinished character at the end becomes U+FFFD
-    "The text that tokens stand for."
+    """The text that tokens stand for.
+
+    Parameters
+    ----------
+    tokens : Iterable[int]
+
+    Returns
+    -------
+    str
+        an unfinished character at the end becomes U+FFFD
+    """
     return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
 
 # %% ../../nbs/workshop/tokenizing.ipynb
@@ -153,7 +217,20 @@ def chat(
     answer: bool = True,  # end where the assistant begins to speak
 ) -> list[int]:  # tokens
     """A conversation as the file's template writes it. What looks like a control token within a message is refused
-    with a `ValueError`: it would end it."""
+    with a `ValueError`: it would end it.
+
+    Parameters
+    ----------
+    messages : Sequence[Mapping[str, str]]
+        each {'role': 'user', 'content': 'Hello'}; system, user or assistant
+    answer : bool, default True
+        end where the assistant begins to speak
+
+    Returns
+    -------
+    list[int]
+        tokens
+    """
     if self.template is None:
         raise ValueError("the file has no chat template")
     for m in messages:

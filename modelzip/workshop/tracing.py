@@ -27,13 +27,29 @@ from .runs import keep_uncalled, run, warm
 # %% ../../nbs/workshop/tracing.ipynb
 @dataclass
 class Step:
-    "One operation of a traced model."
+    """One operation of a traced model.
+
+    Parameters
+    ----------
+    name : str
+        of the function
+    path : str
+        of the module in which it was called
+    inputs : list[Any]
+        `Marks` of the tensors that went in
+    outputs : list[Any]
+        … and of those that came out
+    numbers : tuple[Any, ...]
+        its arguments that are numbers, other than sizes
+    made : Any, default None
+        the tensor, when it was made of numbers alone
+    """
 
     name: str  # of the function
     path: str  # of the module in which it was called
-    inputs: list  # `Marks` of the tensors that went in
-    outputs: list  # … and of those that came out
-    numbers: tuple  # its arguments that are numbers, other than sizes
+    inputs: list[Any]  # `Marks` of the tensors that went in
+    outputs: list[Any]  # … and of those that came out
+    numbers: tuple[Any, ...]  # its arguments that are numbers, other than sizes
     made: Any = None  # the tensor, when it was made of numbers alone
 
 # %% ../../nbs/workshop/tracing.ipynb
@@ -76,7 +92,17 @@ class Record(Walks, TorchFunctionMode):
         self.tracks, self.norms, self.heads, self.hopeless = [], {}, {}, set()
 
     def remembered(self, t: Tensor) -> Any:  # marks, or None
-        "What is known of a tensor that is none of the model's."
+        """What is known of a tensor that is none of the model's.
+
+        Parameters
+        ----------
+        t : Tensor
+
+        Returns
+        -------
+        Any
+            marks, or None
+        """
         known, m = self.table.get(id(t), (lambda: None, None))
         if known() is t:
             return m
@@ -158,7 +184,17 @@ def watch(
     model: nn.Module,  # left as it is
     examples: list,  # see `examples_of`
 ) -> Record:
-    "Run a copy of a model with each example, in both modes, and settle what is left open."
+    """Run a copy of a model with each example, in both modes, and settle what is left open.
+
+    Parameters
+    ----------
+    kind : Callable
+        model → a `Record` of it
+    model : nn.Module
+        left as it is
+    examples : list
+        see `examples_of`
+    """
     base = warm(model, examples)
     running = copy.deepcopy(base)
     t = kind(running)

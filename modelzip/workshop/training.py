@@ -126,7 +126,26 @@ def checked_loss(
     step: int,  # how many steps there were before
     lr: float,  # the rate at this step
 ) -> Tensor:  # a scalar with a gradient
-    "The loss; ValueError when it is none, FloatingPointError when it is no number."
+    """The loss; ValueError when it is none, FloatingPointError when it is no number.
+
+    Parameters
+    ----------
+    loss : Callable
+        of outputs and labels
+    output : Any
+        of the model
+    labels : Tensor
+        [n]
+    step : int
+        how many steps there were before
+    lr : float
+        the rate at this step
+
+    Returns
+    -------
+    Tensor
+        a scalar with a gradient
+    """
     value = loss(_several(scores_of(output)) if loss is F.cross_entropy else output, labels)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ValueError(f"loss gave {value!r:.60}; it may give a scalar with a gradient")

@@ -27,7 +27,23 @@ def code_bits(
     most: int,  # the largest |k| that may be asked for
     contexts: int = 2,
 ) -> Tensor:  # [contexts, most + 1]
-    "What |k| takes in each context, its sign included, by how often it occurs; half an occurrence is added to each."
+    """What |k| takes in each context, its sign included, by how often it occurs; half an occurrence is added to each.
+
+    Parameters
+    ----------
+    codes : Tensor
+        [lanes, run]
+    context : Tensor
+        [lanes, run]
+    most : int
+        the largest |k| that may be asked for
+    contexts : int, default 2
+
+    Returns
+    -------
+    Tensor
+        [contexts, most + 1]
+    """
     at = context.flatten().long() * (most + 1) + codes.flatten().abs().clamp(max=most)
     n = at.bincount(minlength=contexts * (most + 1)).view(contexts, -1) + 0.5
     return ((n.sum(1, keepdim=True) / n).log2() + (torch.arange(most + 1) > 0)).float()
@@ -37,7 +53,15 @@ def bits_a_code(
     codes: Tensor,  # [lanes, run]
     context: Tensor,  # [lanes, run]
 ) -> float:
-    "Entropy of the codes in their contexts: bits for each."
+    """Entropy of the codes in their contexts: bits for each.
+
+    Parameters
+    ----------
+    codes : Tensor
+        [lanes, run]
+    context : Tensor
+        [lanes, run]
+    """
     codes = codes.flatten().long() - codes.min()
     wide, contexts = int(codes.max()) + 1, int(context.max()) + 1
     n = (context.flatten().long() * wide + codes).bincount(minlength=contexts * wide).view(contexts, wide).double()
@@ -48,7 +72,18 @@ def bits_a_code(
 def spread_of(
     x: Tensor,  # [rows, inputs] weights in fine steps
 ) -> dict[str, Tensor]:  # of row_spread and column_spread, uint8, those that pay
-    "How widely codes are spread in each row and column, in quarter octaves."
+    """How widely codes are spread in each row and column, in quarter octaves.
+
+    Parameters
+    ----------
+    x : Tensor
+        [rows, inputs] weights in fine steps
+
+    Returns
+    -------
+    dict[str, Tensor]
+        of row_spread and column_spread, uint8, those that pay
+    """
     if min(x.shape) < 2:
         return {}
     level = lambda dim: (4 * (x.abs().mean(dim) + 0.05).log2()).round()
@@ -65,14 +100,35 @@ def spread_of(
 
 
 def classes_of(spread: dict[str, Tensor], shape: tuple) -> Tensor:  # [rows, inputs]
-    "The class of each weight: half the sum of what is known of its row and of its column."
+    """The class of each weight: half the sum of what is known of its row and of its column.
+
+    Parameters
+    ----------
+    spread : dict[str, Tensor]
+    shape : tuple
+
+    Returns
+    -------
+    Tensor
+        [rows, inputs]
+    """
     zero = lambda n: torch.zeros(n, dtype=torch.uint8)
     rows, columns = spread.get("row_spread", zero(shape[0])), spread.get("column_spread", zero(shape[1]))
     return (rows[:, None] + columns) // 2  # at most 40
 
 # %% ../../nbs/workshop/trellis_contexts.ipynb
 def exponents(size: Tensor) -> Tensor:  # uint8
-    "Sizes in eighths of an octave above the smallest of them; what is more than 31 octaves above it is cut."
+    """Sizes in eighths of an octave above the smallest of them; what is more than 31 octaves above it is cut.
+
+    Parameters
+    ----------
+    size : Tensor
+
+    Returns
+    -------
+    Tensor
+        uint8
+    """
     return (8 * size.log2()).round().sub_((8 * size.log2()).round().min()).clamp_(0, 255).to(torch.uint8)
 
 
@@ -83,7 +139,22 @@ def own_steps(
 ) -> tuple[
     dict[str, Tensor], Tensor, Tensor
 ]:  # vectors of a trellis tensor; what they make of a step of 1: rows, columns
-    "Steps of rows and columns as a file says them. `ValueError` for an importance that is none."
+    """Steps of rows and columns as a file says them. `ValueError` for an importance that is none.
+
+    Parameters
+    ----------
+    w : Tensor
+        [rows, inputs]
+    columns : Tensor | None
+        [inputs] to which the steps of columns are proportional; None: all alike
+    importance : Tensor | None
+        [rows]: steps are as one over its root
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], Tensor, Tensor]
+        vectors of a trellis tensor; what they make of a step of 1: rows, columns
+    """
     own = {} if columns is None else {"column_steps": exponents(columns)}
     if importance is not None:
         if importance.shape != (len(w),) or not bool((importance.isfinite() & (importance > 0)).all()):

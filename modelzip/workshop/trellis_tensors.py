@@ -27,7 +27,18 @@ TAPS = {4: (1, 2), 8: (5, 2), 16: (9, 4), 32: (9, 4)}  # states → what a one o
 def next_states(
     states: int,  # 4, 8, 16 or 32
 ) -> Tensor:  # [states, 2] uint8: the next state after an even and after an odd code
-    "The machine that says which grid is next (Ungerboeck 1982). `ValueError` for another number of states."
+    """The machine that says which grid is next (Ungerboeck 1982). `ValueError` for another number of states.
+
+    Parameters
+    ----------
+    states : int
+        4, 8, 16 or 32
+
+    Returns
+    -------
+    Tensor
+        [states, 2] uint8: the next state after an even and after an odd code
+    """
     if states not in TAPS:
         raise ValueError(f"states is {states!r}; it may be 4, 8, 16 or 32")
     top, odd = TAPS[states]
@@ -39,7 +50,20 @@ def lanes_of(
     x: np.ndarray,  # flat
     run: int,  # codes in a lane
 ) -> np.ndarray:  # [run, lanes]: step by step
-    "Cut into lanes; what is missing of the last is zero."
+    """Cut into lanes; what is missing of the last is zero.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        flat
+    run : int
+        codes in a lane
+
+    Returns
+    -------
+    np.ndarray
+        [run, lanes]: step by step
+    """
     lanes = -(-len(x) // run)
     return np.ascontiguousarray(np.pad(x, (0, lanes * run - len(x))).reshape(lanes, run).T)
 
@@ -51,7 +75,25 @@ def walk(
     run: int,  # codes in a lane
     states: int,
 ) -> np.ndarray:  # [n] codes on the fine grid: 2k, or 2k less its sign
-    "Read codes back. `ValueError` unless there are just as many in each context as the walk asks for."
+    """Read codes back. `ValueError` unless there are just as many in each context as the walk asks for.
+
+    Parameters
+    ----------
+    streams : list[np.ndarray]
+        codes of each context, signed, in the order in which they are asked for
+    classes : np.ndarray | None
+        [n] uint8: the class of each weight; None: one for all
+    n : int
+        weights
+    run : int
+        codes in a lane
+    states : int
+
+    Returns
+    -------
+    np.ndarray
+        [n] codes on the fine grid: 2k, or 2k less its sign
+    """
     run = min(run, n)
     lanes, after = -(-n // run), next_states(states).numpy().reshape(-1)
     codes, odd = np.zeros((run, lanes), streams[0].dtype), np.zeros((run, lanes), bool)
@@ -74,7 +116,18 @@ def take(
     key: np.ndarray,  # which context each lane asks: uint8, or bool where there are two
     out: np.ndarray,  # gets a code for each lane
 ) -> None:
-    "The next codes. `ValueError` when a context has no more."
+    """The next codes. `ValueError` when a context has no more.
+
+    Parameters
+    ----------
+    streams : list[np.ndarray]
+    at : list[int]
+        where each of them stands; moves on
+    key : np.ndarray
+        which context each lane asks: uint8, or bool where there are two
+    out : np.ndarray
+        gets a code for each lane
+    """
     ones = int(np.count_nonzero(key)) if len(streams) == 2 else 0
     counts = [len(key) - ones, ones] if len(streams) == 2 else np.bincount(key, minlength=len(streams)).tolist()
     some = []
@@ -94,7 +147,20 @@ def grids(
     run: int,
     states: int,
 ) -> np.ndarray:  # [n] uint8: 1 where a code lies on the odd grid
-    "Which grid each code lies on."
+    """Which grid each code lies on.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+        [n] signed
+    run : int
+    states : int
+
+    Returns
+    -------
+    np.ndarray
+        [n] uint8: 1 where a code lies on the odd grid
+    """
     run = min(run, max(1, len(codes)))
     k, after = lanes_of((codes & 1).astype(np.uint8), run), next_states(states).numpy().reshape(-1)
     state, odd = np.zeros(k.shape[1], np.uint8), np.empty(k.shape, np.uint8)
@@ -109,7 +175,22 @@ def deal(
     run: int,
     states: int,
 ) -> list[np.ndarray]:  # the codes of each context, as `walk` asks for them
-    "Sort codes by context; two for each class."
+    """Sort codes by context; two for each class.
+
+    Parameters
+    ----------
+    codes : np.ndarray
+        [n] signed
+    classes : np.ndarray | None
+        [n] uint8
+    run : int
+    states : int
+
+    Returns
+    -------
+    list[np.ndarray]
+        the codes of each context, as `walk` asks for them
+    """
     run = min(run, max(1, len(codes)))
     key = grids(codes, run, states) + (0 if classes is None else classes * np.uint8(2))
     live = lanes_of(np.ones(len(codes), bool), run).reshape(-1)
@@ -122,7 +203,29 @@ VECTORS = ("row_steps", "column_steps", "row_spread", "column_spread")
 
 @dataclass(eq=False, repr=False)
 class TrellisTensor(Sized, CompressedTensor, kind="trellis"):
-    "Codes on two grids in turn, and all that turns them back into numbers."
+    """Codes on two grids in turn, and all that turns them back into numbers.
+
+    Parameters
+    ----------
+    codes : list[Tensor]
+        uint8, packed: of each context; code minus half the levels is k
+    counts : list[int]
+        codes in each context
+    levels : list[int]
+        of each context: an odd number
+    scale : Tensor
+        []: the fine step, half of that of either grid
+    shape : torch.Size
+        of the tensor it stands for
+    dtype : torch.dtype
+        of the tensor it stands for
+    states : int
+        of the machine
+    run : int
+        weights in a lane
+    vectors : dict[str, Tensor]
+        of `VECTORS`, uint8: what a row or a column has of its own; {} without
+    """
 
     codes: list[Tensor]  # uint8, packed: of each context; code minus half the levels is k
     counts: list[int]  # codes in each context
@@ -214,7 +317,13 @@ def from_parts(cls: TrellisTensor, parts: dict[str, Tensor], meta: dict) -> Trel
 
 @patch
 def classes(self: TrellisTensor) -> np.ndarray | None:  # [numel] uint8
-    "The class of each weight."
+    """The class of each weight.
+
+    Returns
+    -------
+    np.ndarray | None
+        [numel] uint8
+    """
     if len(self.codes) == 2:
         return None
     rows, columns = (self.vectors.get(f"{k}_spread") for k in ("row", "column"))
@@ -226,7 +335,13 @@ def classes(self: TrellisTensor) -> np.ndarray | None:  # [numel] uint8
 
 @patch
 def grid(self: TrellisTensor) -> Tensor:  # int16 or int32, of `self.shape`, on the CPU
-    "Codes on the fine grid: each times the step of its row and column is a weight. `ValueError` for damaged codes."
+    """Codes on the fine grid: each times the step of its row and column is a weight. `ValueError` for damaged codes.
+
+    Returns
+    -------
+    Tensor
+        int16 or int32, of `self.shape`, on the CPU
+    """
     wide = np.int16 if max(self.levels) < 1 << 14 else np.int32
     streams = []
     for i, (packed, count, levels) in enumerate(zip(self.codes, self.counts, self.levels)):
@@ -274,7 +389,13 @@ def dequantize(self: TrellisTensor) -> Tensor:
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 @patch
 def coded_bits(self: TrellisTensor) -> float:  # for each weight
-    "Entropy of the codes in their contexts: what a file takes, but for tables and a percent."
+    """Entropy of the codes in their contexts: what a file takes, but for tables and a percent.
+
+    Returns
+    -------
+    float
+        for each weight
+    """
     each = [unpack_bits(c, (m - 1).bit_length(), n) for c, m, n in zip(self.codes, self.levels, self.counts)]
     counts = [k.flatten().long().bincount().double() for k in each]
     bits = sum((torch.special.xlogy(n.sum(), n.sum()) - torch.special.xlogy(n, n).sum()).item() for n in counts)
@@ -289,7 +410,23 @@ def from_codes(
     run: int = 128,  # weights in a lane
     **vectors: Tensor | None,  # of `VECTORS`: uint8
 ) -> TrellisTensor:
-    "Keep what was chosen along a trellis. `ValueError` for what no file could say: a scale, states, codes, vectors."
+    """Keep what was chosen along a trellis. `ValueError` for what no file could say: a scale, states, codes, vectors.
+
+    Parameters
+    ----------
+    codes : Tensor
+        signed, of the tensor's shape: k, not yet 2k
+    scale : float | Tensor
+        the fine step, above 0
+    dtype : torch.dtype, default torch.float32
+        of the tensor it stands for
+    states : int, default 8
+        of the machine: 4, 8, 16 or 32
+    run : int, default 128
+        weights in a lane
+    **vectors : Tensor | None
+        of `VECTORS`: uint8
+    """
     next_states(states)
     vectors, shape = {k: v for k, v in vectors.items() if v is not None}, codes.shape
     whole = torch.as_tensor(scale, dtype=torch.float32)

@@ -62,7 +62,30 @@ class Spaces:
 # %% ../../nbs/workshop/turnable.ipynb
 @dataclass
 class Norm:
-    "A norm of a model, and what was seen around it."
+    """A norm of a model, and what was seen around it.
+
+    Parameters
+    ----------
+    name : str
+    kind : str
+        'rms', 'layer'
+    size : int
+    eps : float
+    plain : bool
+        without gain and offset
+    offset : bool, default False
+        with an offset
+    into : int | None, default None
+        the space of its inputs
+    out : int | None, default None
+        … and of its outputs
+    readers : set, default field(default_factory=set)
+        (parameter, axis): the linear layers that read its output directly
+    mixed : str | None, default None
+        what else happens to its output
+    folded : bool, default False
+        its gain can go into its readers
+    """
 
     name: str
     kind: str  # 'rms', 'layer'
@@ -102,7 +125,14 @@ def as_norm(name: str, m: nn.Module) -> Norm | None:
 
 # %% ../../nbs/workshop/turnable.ipynb
 class Vectors(NamedTuple):
-    "What lies along the last axis of a tensor."
+    """What lies along the last axis of a tensor.
+
+    Parameters
+    ----------
+    space : int
+    norm : str | None, default None
+        the norm whose output it is
+    """
 
     space: int
     norm: str | None = None  # the norm whose output it is
@@ -401,7 +431,17 @@ def flipped(w, f, output, input):
 # %% ../../nbs/workshop/turnable.ipynb
 @dataclass
 class Space:
-    "Vectors that can be turned."
+    """Vectors that can be turned.
+
+    Parameters
+    ----------
+    size : int
+        blocks of so many numbers may be turned, all alike
+    axes : list
+        (parameter, axis): all that writes and reads them
+    writes : list
+        those that write
+    """
 
     size: int  # blocks of so many numbers may be turned, all alike
     axes: list  # (parameter, axis): all that writes and reads them
@@ -410,7 +450,16 @@ class Space:
 
 @dataclass
 class Plan:
-    "What can be turned in a model."
+    """What can be turned in a model.
+
+    Parameters
+    ----------
+    spaces : list[Space]
+    norms : list[tuple[Norm, int | None, int | None]]
+        beside each the numbers of the spaces before and behind it
+    left : dict[str, str]
+        weight of a linear layer whose input is not turned → why
+    """
 
     spaces: list[Space]
     norms: list[tuple[Norm, int | None, int | None]]  # beside each the numbers of the spaces before and behind it
@@ -482,7 +531,15 @@ def turnable(
     example: Any,  # what it is called with: a tensor, a tuple of arguments, a dict; several in a list
 ) -> Plan:
     """Watch a model run, in evaluation, and say which vectors may be turned. `ValueError` for a model that cannot be
-    copied."""
+    copied.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    example : Any
+        what it is called with: a tensor, a tuple of arguments, a dict; several in a list
+    """
     examples = examples_of(example)
     running = warm(model, examples)
     with same_draws():
@@ -510,7 +567,20 @@ def fold_norms(
     model: nn.Module,  # a copy, changed in place
     plan: Plan,  # of the same model
 ) -> nn.Module:  # the same
-    "Take gain, offset and mean out of the norms of a plan that can be without. What the model computes stays."
+    """Take gain, offset and mean out of the norms of a plan that can be without. What the model computes stays.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a copy, changed in place
+    plan : Plan
+        of the same model
+
+    Returns
+    -------
+    nn.Module
+        the same
+    """
     modules, held, swapped = dict(model.named_modules()), dict(model.named_parameters()), {}
     for i in {i for k, i, _ in plan.norms if k.folded and k.kind == "layer" and i is not None}:
         for name, axis in plan.spaces[i].writes:
@@ -536,7 +606,20 @@ def exchange(
     model: nn.Module,  # changed in place
     new: dict[int, nn.Module],  # `id` of a module → what stands in its place
 ) -> nn.Module:  # the model, or what stands for it
-    "Put modules in the places of others, wherever these are."
+    """Put modules in the places of others, wherever these are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    new : dict[int, nn.Module]
+        `id` of a module → what stands in its place
+
+    Returns
+    -------
+    nn.Module
+        the model, or what stands for it
+    """
     for m in list(model.modules()):
         m._modules.update({k: new.get(id(child), child) for k, child in m._modules.items()})
     return new.get(id(model), model)
@@ -546,7 +629,15 @@ def between(
     layer: nn.Module,  # one of the parts
     parts: list[nn.Module],  # what is computed in its place, one after the other
 ) -> nn.Sequential:
-    "A layer among others, on its device and in its mode."
+    """A layer among others, on its device and in its mode.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        one of the parts
+    parts : list[nn.Module]
+        what is computed in its place, one after the other
+    """
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
     return nn.Sequential(*(m if device is None else m.to(device) for m in parts)).train(layer.training)
 
@@ -557,7 +648,21 @@ def chosen_layers(
     plan: Plan,  # of the model
 ) -> list[str]:  # names of plain linear layers, in the model's order
     """Whose inputs are to be turned while the model runs. `ValueError` for 16-bit floats, a pattern that names no such
-    layer, and when neither they nor the plan leave anything to turn."""
+    layer, and when neither they nor the plan leave anything to turn.
+
+    Parameters
+    ----------
+    model : nn.Module
+    patterns : Iterable[str]
+        names, or with * and ?
+    plan : Plan
+        of the model
+
+    Returns
+    -------
+    list[str]
+        names of plain linear layers, in the model's order
+    """
     patterns, layers = [patterns] if isinstance(patterns, str) else list(patterns), {}
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for n, p in model.named_parameters():

@@ -172,7 +172,17 @@ def _loops(promise: concurrent.futures.Future) -> list:
 
 
 def works_for(executor: concurrent.futures.Executor | None) -> bool:  # whether this thread is one of its own
-    "A thread that waits for what its own executor is to do may wait for itself."
+    """A thread that waits for what its own executor is to do may wait for itself.
+
+    Parameters
+    ----------
+    executor : concurrent.futures.Executor | None
+
+    Returns
+    -------
+    bool
+        whether this thread is one of its own
+    """
     with getattr(executor, "_shutdown_lock", contextlib.nullcontext()):
         return threading.current_thread() in (
             getattr(executor, "_threads", None) or ()

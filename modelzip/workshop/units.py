@@ -19,7 +19,17 @@ from .prunable import check_patterns, check_sparsity
 # %% ../../nbs/workshop/units.ipynb
 @dataclass
 class Units:
-    "How the weights of a layer go together."
+    """How the weights of a layer go together.
+
+    Parameters
+    ----------
+    of : Tensor | None
+        [outputs, …] int64: the unit of each weight, −1 for those that are protected; None: each is its own
+    count : int
+        units
+    size : Tensor
+        [count] or [1], weights in a unit
+    """
 
     of: (
         Tensor | None
@@ -59,7 +69,14 @@ def units(
     scores: Tensor,  # [outputs, inputs, …] of a layer
     granularity: str = "weight",
 ) -> Units:
-    "Divide a layer's weights into what goes or stays together. Blocks and groups at the edge may be smaller."
+    """Divide a layer's weights into what goes or stays together. Blocks and groups at the edge may be smaller.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [outputs, inputs, …] of a layer
+    granularity : str, default 'weight'
+    """
     kind, *size = parse_granularity(granularity)
     if kind == "weight" or scores.dim() < 2:
         return Units(None, scores.numel(), torch.ones(1, dtype=torch.int64))
@@ -95,7 +112,19 @@ def unit_scores(
     scores: Tensor,  # [outputs, …], −inf where nothing is left to prune
     parts: Units,
 ) -> Tensor:  # [count]: the mean score of what is left in each unit, −inf for units that are gone
-    "What each unit is worth, for each weight in it."
+    """What each unit is worth, for each weight in it.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [outputs, …], −inf where nothing is left to prune
+    parts : Units
+
+    Returns
+    -------
+    Tensor
+        [count]: the mean score of what is left in each unit, −inf for units that are gone
+    """
     if parts.of is None:
         return scores.flatten()
     inside, gone = parts.of >= 0, scores == -math.inf
@@ -109,7 +138,20 @@ def erk_sparsities(
     shapes: Mapping[str, tuple],  # name → shape of the weight
     sparsity: float,  # of all together
 ) -> dict[str, float]:  # of each layer
-    "Erdős–Rényi–Kernel: densities in proportion to Σ dimensions / Π dimensions (Evci et al. 2020, arXiv:1911.11134)."
+    """Erdős–Rényi–Kernel: densities in proportion to Σ dimensions / Π dimensions (Evci et al. 2020, arXiv:1911.11134).
+
+    Parameters
+    ----------
+    shapes : Mapping[str, tuple]
+        name → shape of the weight
+    sparsity : float
+        of all together
+
+    Returns
+    -------
+    dict[str, float]
+        of each layer
+    """
     size = {n: math.prod(s) for n, s in shapes.items()}
     raw = {n: sum(s) / math.prod(s) for n, s in shapes.items()}
     whole = set()
@@ -127,7 +169,16 @@ def shares_of(
     sparsity: float | Mapping[str, float],  # of all, or by name or pattern
     scope: str,
 ) -> dict[str, float]:
-    "The share that each layer gives."
+    """The share that each layer gives.
+
+    Parameters
+    ----------
+    scores : Mapping[str, Tensor]
+        name → [outputs, …]
+    sparsity : float | Mapping[str, float]
+        of all, or by name or pattern
+    scope : str
+    """
     if isinstance(sparsity, Mapping):
         check_patterns("sparsity", sparsity, scores)
         return {n: next((s for p, s in sparsity.items() if fnmatch.fnmatchcase(n, p)), 0.0) for n in scores}
@@ -149,7 +200,26 @@ def lowest(
     total: int,  # weights, protected ones included
     gone: int = 0,  # of these, how many are gone already; `size` then counts what is left
 ) -> Tensor:  # bool [units]: True goes
-    "The units of least score that make up a share of all weights."
+    """The units of least score that make up a share of all weights.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [units]
+    size : Tensor
+        [units] or [1]: weights in each
+    sparsity : float
+        share of `total` that should go
+    total : int
+        weights, protected ones included
+    gone : int, default 0
+        of these, how many are gone already; `size` then counts what is left
+
+    Returns
+    -------
+    Tensor
+        bool [units]: True goes
+    """
     drop = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     if not len(scores) or not bool(size.any()):
         return drop  # all are protected
@@ -170,7 +240,23 @@ def choose_masks(
     granularity: str = "weight",
     scope: str = "global",  # 'global', 'layer' (or 'uniform'), 'output', 'erk'
 ) -> dict[str, Tensor]:  # name → bool: True stays
-    "Which weights stay, given what each is worth."
+    """Which weights stay, given what each is worth.
+
+    Parameters
+    ----------
+    scores : Mapping[str, Tensor]
+        name → [outputs, inputs, …] of each layer; −inf for what is gone already
+    sparsity : float | Mapping[str, float]
+        share of all weights that should be gone; or of each layer
+    granularity : str, default 'weight'
+    scope : str, default 'global'
+        'global', 'layer' (or 'uniform'), 'output', 'erk'
+
+    Returns
+    -------
+    dict[str, Tensor]
+        name → bool: True stays
+    """
     shares = shares_of(scores, sparsity, "erk" if scope == "erk" else "layer")
     if scope == "output":
         return {n: _within_outputs(s, shares[n], granularity) for n, s in scores.items()}
@@ -231,7 +317,19 @@ SCOPES = ("global", "layer", "uniform", "output", "erk")
 def check_request(
     sparsity: float | Mapping[str, float] | None, granularity: str, scope: str
 ) -> float | Mapping[str, float]:  # the sparsity, which N:M may imply
-    "Everything that can be judged before the model is looked at; `ValueError` says what may be."
+    """Everything that can be judged before the model is looked at; `ValueError` says what may be.
+
+    Parameters
+    ----------
+    sparsity : float | Mapping[str, float] | None
+    granularity : str
+    scope : str
+
+    Returns
+    -------
+    float | Mapping[str, float]
+        the sparsity, which N:M may imply
+    """
     kind, *size = parse_granularity(granularity)
     if sparsity is None:
         if kind != "n:m":

@@ -21,7 +21,18 @@ MOST_VALUES = 1 << 15  # in a table
 def counted(
     d: np.ndarray,  # uint64
 ) -> tuple[np.ndarray, np.ndarray]:  # the values that occur, ascending; how often each does
-    "The histogram of values, whatever their range."
+    """The histogram of values, whatever their range.
+
+    Parameters
+    ----------
+    d : np.ndarray
+        uint64
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        the values that occur, ascending; how often each does
+    """
     if not len(d) or int(d.max()) >= 1 << 17:
         return np.unique(d, return_counts=True)
     counts = np.bincount(d.astype(np.int64))
@@ -34,7 +45,19 @@ def low_bits(
 ) -> tuple[
     int, np.ndarray, np.ndarray, float
 ]:  # bits that stay as they are; what is left of the values; how often; bytes, roughly
-    "The split that costs least."
+    """The split that costs least.
+
+    Parameters
+    ----------
+    u : np.ndarray
+        values, ascending
+    counts : np.ndarray
+
+    Returns
+    -------
+    tuple[int, np.ndarray, np.ndarray, float]
+        bits that stay as they are; what is left of the values; how often; bytes, roughly
+    """
     n, best = counts.sum(), None
     for s in range(64):
         if s:
@@ -83,7 +106,22 @@ def code_values(
     width: int,  # bytes of an element: 1, 2, 4 or 8
     best: int,  # bytes that other methods need
 ) -> bytes | None:  # None: it would not help
-    "Code whole numbers as symbols: bits that stay, the smallest value, a table, the bits, words of ANS."
+    """Code whole numbers as symbols: bits that stay, the smallest value, a table, the bits, words of ANS.
+
+    Parameters
+    ----------
+    data : np.ndarray
+        uint8, whole elements
+    width : int
+        bytes of an element: 1, 2, 4 or 8
+    best : int
+        bytes that other methods need
+
+    Returns
+    -------
+    bytes | None
+        None: it would not help
+    """
     v = np.frombuffer(data, f"<i{width}")
     base = v.min()
     d = v.astype(np.int64).view(np.uint64) - np.int64(base).view(np.uint64)
@@ -114,7 +152,20 @@ def expand_values(
     size: int,  # bytes
     width: int,
 ) -> np.ndarray:  # uint8 [size]
-    "The inverse of `code_values`."
+    """The inverse of `code_values`.
+
+    Parameters
+    ----------
+    payload : bytes
+    size : int
+        bytes
+    width : int
+
+    Returns
+    -------
+    np.ndarray
+        uint8 [size]
+    """
     n = size // width
     if width not in (1, 2, 4, 8) or len(payload) < 1 + width or payload[0] >= 64 or not n:
         raise CodingError("a chunk of values has a wrong form")

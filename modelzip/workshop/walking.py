@@ -39,14 +39,41 @@ def check_storable(name: str, t: Tensor) -> None:
 def as_bytes(
     t: Tensor,  # any shape, device and strides
 ) -> memoryview:  # its elements in C order, little-endian; shares memory with a dense CPU tensor
-    "The bytes of a tensor."
+    """The bytes of a tensor.
+
+    Parameters
+    ----------
+    t : Tensor
+        any shape, device and strides
+
+    Returns
+    -------
+    memoryview
+        its elements in C order, little-endian; shares memory with a dense CPU tensor
+    """
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(t.reshape(-1).view(torch.uint8).numpy())
 
 # %% ../../nbs/workshop/walking.ipynb
 @dataclass
 class Item:
-    "A tensor of a model and where it hangs."
+    """A tensor of a model and where it hangs.
+
+    Parameters
+    ----------
+    name : str
+        as in the state dict of the uncompressed model: "fc1.weight"
+    key : str
+        its name in the layer: "weight"
+    value : Any
+        a tensor, or a `CompressedTensor`
+    layer : nn.Module
+        the layer that owns it (the `Dequantize` if it is compressed)
+    parent : nn.Module | None, default None
+        the module in which that layer is a child
+    child : str, default ''
+        … and under which name
+    """
 
     name: str  # as in the state dict of the uncompressed model: "fc1.weight"
     key: str  # its name in the layer: "weight"
@@ -59,7 +86,17 @@ class Item:
 def own_tensors(
     layer: nn.Module,
 ) -> dict[str, Tensor]:  # the parameters and persistent buffers of this very layer, not of its children
-    "What a layer contributes to the state of its model."
+    """What a layer contributes to the state of its model.
+
+    Parameters
+    ----------
+    layer : nn.Module
+
+    Returns
+    -------
+    dict[str, Tensor]
+        the parameters and persistent buffers of this very layer, not of its children
+    """
     buffers = {k: v for k, v in layer._buffers.items() if k not in layer._non_persistent_buffers_set}
     return {k: v for k, v in {**layer._parameters, **buffers}.items() if v is not None}
 
@@ -71,7 +108,21 @@ def items(
     child: str = "",
 ) -> Iterator[Item]:  # every tensor under every name that it has
     """Walk through a model: each tensor with its name and its owner; compressed weights under the name of what they
-    stand for."""
+    stand for.
+
+    Parameters
+    ----------
+    module : nn.Module
+    prefix : str, default ''
+        name of the module, with a dot behind it
+    parent : nn.Module | None, default None
+    child : str, default ''
+
+    Returns
+    -------
+    Iterator[Item]
+        every tensor under every name that it has
+    """
     if isinstance(module, Dequantize):
         yield Item(prefix + module.name, module.name, module.q, module, parent, child)
         yield from items(module.layer, prefix, parent, child)
@@ -92,7 +143,17 @@ def items(
 
 # %% ../../nbs/workshop/walking.ipynb
 def identity(item: Item) -> tuple:  # equal for tensors that are tied to each other
-    "What makes two tensors one."
+    """What makes two tensors one.
+
+    Parameters
+    ----------
+    item : Item
+
+    Returns
+    -------
+    tuple
+        equal for tensors that are tied to each other
+    """
     if isinstance(item.layer, Dequantize) and not isinstance(item.value, Tensor):
         return ("packed", id(item.layer.packed))
     t = item.value
@@ -103,7 +164,20 @@ def identity(item: Item) -> tuple:  # equal for tensors that are tied to each ot
 # %% ../../nbs/workshop/walking.ipynb
 @dataclass
 class Piece:
-    "A plain tensor that goes into the payload."
+    """A plain tensor that goes into the payload.
+
+    Parameters
+    ----------
+    name : str
+        for errors
+    tensor : Tensor
+    entry : dict
+        of the manifest; gets offset, crc, coded when it is written
+    packed : tuple[int, int, int] | None, default None
+        bits, count, levels: it holds packed codes
+    version : int, default 1
+        of the format that it needs; known when it is written
+    """
 
     name: str  # for errors
     tensor: Tensor
@@ -118,7 +192,22 @@ def describe(
     pieces: list,  # gets a `Piece` with the new entry: the offset is filled in when it is written
     packed: tuple[int, int, int] | None = None,  # bits, count, levels
 ) -> dict:  # {"dtype", "shape", "offset"}
-    "The manifest's entry for a plain tensor."
+    """The manifest's entry for a plain tensor.
+
+    Parameters
+    ----------
+    t : Tensor
+    name : str
+    pieces : list
+        gets a `Piece` with the new entry: the offset is filled in when it is written
+    packed : tuple[int, int, int] | None, default None
+        bits, count, levels
+
+    Returns
+    -------
+    dict
+        {"dtype", "shape", "offset"}
+    """
     check_storable(name, t)
     entry = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "offset": 0}
     try:
@@ -134,7 +223,20 @@ def describe_compressed(
     name: str,
     pieces: list,  # gets the parts
 ) -> dict:  # {"dtype", "shape", "kind", "meta", "parts"}
-    "The manifest's entry for a compressed tensor."
+    """The manifest's entry for a compressed tensor.
+
+    Parameters
+    ----------
+    q : CompressedTensor
+    name : str
+    pieces : list
+        gets the parts
+
+    Returns
+    -------
+    dict
+        {"dtype", "shape", "kind", "meta", "parts"}
+    """
     kind = next((k for k, cls in CompressedTensor.kinds.items() if cls is type(q)), None)
     if kind is None:
         raise TypeError(
@@ -151,7 +253,18 @@ def describe_compressed(
 
 # %% ../../nbs/workshop/walking.ipynb
 def describe_layer(layer: Dequantize, name: str) -> dict:  # {"layer", "options"}
-    "How the manifest remembers the layer around a compressed tensor."
+    """How the manifest remembers the layer around a compressed tensor.
+
+    Parameters
+    ----------
+    layer : Dequantize
+    name : str
+
+    Returns
+    -------
+    dict
+        {"layer", "options"}
+    """
     if told := vars(layer).get("told"):
         return told  # weights alone: as another file said
     kind = type(layer).__name__
@@ -165,7 +278,14 @@ def check_named(
     item: Item,
     table: dict,  # of those before it
 ) -> None:
-    "`ValueError` for a name that no tensor of a module can have, or that another one has."
+    """`ValueError` for a name that no tensor of a module can have, or that another one has.
+
+    Parameters
+    ----------
+    item : Item
+    table : dict
+        of those before it
+    """
     if not all(item.name.split(".")) or "." in item.key:
         raise ValueError(f"{item.name!r:.200} is no name for a tensor of a model")
     if item.name in table or item.key in plain_layer(item.layer)._modules:
@@ -173,7 +293,17 @@ def check_named(
 
 
 def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the manifest; what it describes
-    "Describe every tensor of a model."
+    """Describe every tensor of a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    tuple[dict, list[Piece]]
+        the table of the manifest; what it describes
+    """
     table, first, pieces = {}, {}, []
     for item in items(model):
         check_named(item, table)
@@ -190,6 +320,16 @@ def table_of(model: nn.Module) -> tuple[dict, list[Piece]]:  # the table of the 
 
 # %% ../../nbs/workshop/walking.ipynb
 def architecture_of(model: nn.Module) -> dict | None:  # {"name": …, "options": {…}}
-    "How a registered builder makes such a model, if one does."
+    """How a registered builder makes such a model, if one does.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict | None
+        {"name": …, "options": {…}}
+    """
     a = getattr(model, "architecture", None)
     return json.loads(as_json(a, "model.architecture")) if is_architecture(a) else None

@@ -42,7 +42,13 @@ _OURS = (
 
 class Twin:
     """A private copy of a model in eval mode, with the model's parameters (its own where its code may write to
-    them) and its own of everything else."""
+    them) and its own of everything else.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left as it is, and never run
+    """
 
     @torch.inference_mode(False)  # writes are counted by versions, which tensors made in inference mode lack
     def __init__(
@@ -298,7 +304,18 @@ def _known(layer):
 def unseen(
     layer: nn.Module,  # an ordinary one
 ) -> str | None:  # why nobody can tell what its matrices are multiplied with; None: they can
-    "What speaks against watching a layer."
+    """What speaks against watching a layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        an ordinary one
+
+    Returns
+    -------
+    str | None
+        why nobody can tell what its matrices are multiplied with; None: they can
+    """
     kind, found = _known(layer)
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return "a table, of which rows are looked up; nothing is multiplied"
@@ -319,7 +336,24 @@ def rows_given(
     # has a forward of its own; None: all, and 'out_proj.weight' of an attention
     keys: Any = None,
 ) -> dict[str, Tensor]:  # parameter → [groups, rows, inputs]
-    "What the matrices of a layer are multiplied with in one call."
+    """What the matrices of a layer are multiplied with in one call.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        compressed or not
+    args : tuple
+        of a call
+    kwargs : dict
+    keys : Any, default None
+        the parameters that are asked for; 'input': the first argument of a Linear or a convolution, also where its
+        class has a forward of its own; None: all, and 'out_proj.weight' of an attention
+
+    Returns
+    -------
+    dict[str, Tensor]
+        parameter → [groups, rows, inputs]
+    """
     layer = layer.expanded() if isinstance(layer, Dequantize) else layer
     if keys is not None and "input" in keys:
         return {"input": input_rows(layer, next(iter((*args, *kwargs.values()))))}
@@ -335,7 +369,15 @@ def rows_given(
 
 # %% ../../nbs/workshop/watching.ipynb
 class Point(NamedTuple):
-    "Where the rows of one matrix can be seen."
+    """Where the rows of one matrix can be seen.
+
+    Parameters
+    ----------
+    module : str
+        name of the layer that is called
+    key : str
+        of `rows_given`
+    """
 
     module: str  # name of the layer that is called
     key: str  # of `rows_given`
@@ -350,7 +392,19 @@ def points_of(
     model: nn.Module,
     layers: tuple | None = None,  # classes of the layers that are looked at; None: all
 ) -> tuple[dict[str, Point], dict[str, str]]:  # name → where it is seen; name → why it is not
-    "All matrices of a model."
+    """All matrices of a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : tuple | None, default None
+        classes of the layers that are looked at; None: all
+
+    Returns
+    -------
+    tuple[dict[str, Point], dict[str, str]]
+        name → where it is seen; name → why it is not
+    """
     points, reasons, done = {}, {}, set()
     known = list(layers_of(model).values())
     for m, names in known:
@@ -409,7 +463,23 @@ def watch(
     tell: Callable[[str, Tensor], None],  # is given a name and its rows, at each call
     batch: Callable[[], int],  # the number of the batch that runs, for errors
 ) -> list:  # the hooks
-    "Look at the rows of matrices while a model runs."
+    """Look at the rows of matrices while a model runs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        gets hooks; take them away by `remove`
+    points : dict[str, Point]
+    tell : Callable[[str, Tensor], None]
+        is given a name and its rows, at each call
+    batch : Callable[[], int]
+        the number of the batch that runs, for errors
+
+    Returns
+    -------
+    list
+        the hooks
+    """
     at = {}
     for name, p in points.items():
         at.setdefault(p.module, {})[p.key] = name

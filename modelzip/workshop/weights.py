@@ -47,7 +47,18 @@ class Beside(Weights):
 def beside(
     module: nn.Module,  # compressed or not
 ) -> bool:  # its own name is no part of the name of its tensor
-    "Whether a module is one tensor of the module that it stands in."
+    """Whether a module is one tensor of the module that it stands in.
+
+    Parameters
+    ----------
+    module : nn.Module
+        compressed or not
+
+    Returns
+    -------
+    bool
+        its own name is no part of the name of its tensor
+    """
     return getattr(type(plain_layer(module)), "set_apart", False) is True
 
 
@@ -60,7 +71,20 @@ def apart(
     module: nn.Module,  # that computes nothing; changed
     key: str,  # of a parameter
 ) -> Beside:  # stands in the module, under the same name
-    "Set one parameter apart."
+    """Set one parameter apart.
+
+    Parameters
+    ----------
+    module : nn.Module
+        that computes nothing; changed
+    key : str
+        of a parameter
+
+    Returns
+    -------
+    Beside
+        stands in the module, under the same name
+    """
     cell = Beside().train(module.training)
     cell._parameters[key] = module._parameters.pop(key)
     module._modules[key] = cell
@@ -76,7 +100,20 @@ def held_apart(
     found: list,  # the `Item`s of a model that get compressed tensors
     root: nn.Module,  # the model
 ) -> set[int]:  # identities of the modules whose tensors are to be set apart
-    "Where several compressed tensors meet. `PackError` for more in a layer that computes than can be walked through."
+    """Where several compressed tensors meet. `PackError` for more in a layer that computes than can be walked through.
+
+    Parameters
+    ----------
+    found : list
+        the `Item`s of a model that get compressed tensors
+    root : nn.Module
+        the model
+
+    Returns
+    -------
+    set[int]
+        identities of the modules whose tensors are to be set apart
+    """
     layers = {id(i.layer): i for i in found}
     counts = collections.Counter(k for k, _ in {(id(i.layer), i.key) for i in found})
     several = {k for k, n in counts.items() if n > 1 and alone(root) and alone(layers[k].layer)}

@@ -40,7 +40,22 @@ def in_turns(
     sources: Mapping[tuple, list],  # tie → the names under which its rows are seen
     room: float,  # bytes
 ) -> Iterator[list[tuple]]:  # ties that are done together
-    "Fill turns one after the other; what is too large for any has one of its own."
+    """Fill turns one after the other; what is too large for any has one of its own.
+
+    Parameters
+    ----------
+    ties : Mapping[tuple, list]
+        tie → its places
+    sources : Mapping[tuple, list]
+        tie → the names under which its rows are seen
+    room : float
+        bytes
+
+    Returns
+    -------
+    Iterator[list[tuple]]
+        ties that are done together
+    """
     some, left = [], room
     for tie, names in sources.items():
         size = len(names) * moment_bytes(ties[tie][0])
@@ -58,7 +73,21 @@ def moments_of(
     batches: Iterable,  # see `feed`
     names: Iterable[str],  # of `points_of`
 ) -> dict[str, LayerStatistics]:  # of those that some batch reached
-    "What `calibrate` sums up, of some matrices."
+    """What `calibrate` sums up, of some matrices.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches : Iterable
+        see `feed`
+    names : Iterable[str]
+        of `points_of`
+
+    Returns
+    -------
+    dict[str, LayerStatistics]
+        of those that some batch reached
+    """
     twin, seen = Twin(model), {}
     known = points_of(twin.model)[0]
     tell = lambda name, rows: seen.setdefault(name, LayerStatistics()).add(rows)
@@ -85,7 +114,23 @@ def power(d: Tensor, unit: Tensor, seen: LayerStatistics | None, axis: int) -> f
 
 @dataclass
 class Widths:
-    "Tensors, each at the choices that were asked for so far."
+    """Tensors, each at the choices that were asked for so far.
+
+    Parameters
+    ----------
+    model : nn.Module
+        the original
+    jobs : list[Job]
+        one for each choice
+    why : dict, default field(default_factory=dict)
+        tie → why nothing is known of its inputs
+    seen : dict, default field(default_factory=dict)
+        tie → what is known of them, as long as that is kept
+    wrong : dict, default field(default_factory=dict)
+        choice and tie → share of what the tensor's product has
+    whole : dict, default field(default_factory=dict)
+        tie → what that product has
+    """
 
     model: nn.Module  # the original
     jobs: list[Job]  # one for each choice
@@ -108,7 +153,18 @@ class Widths:
         self,
         picks: Mapping[tuple, int],  # tie → its choice
     ) -> nn.Module:  # shares what is compressed
-        "The model with a choice for each tensor."
+        """The model with a choice for each tensor.
+
+        Parameters
+        ----------
+        picks : Mapping[tuple, int]
+            tie → its choice
+
+        Returns
+        -------
+        nn.Module
+            shares what is compressed
+        """
         done = {}
         for m in self.jobs[0].plan:
             self.make(picks[m.tie], m.tie)
@@ -142,7 +198,21 @@ def widths_of(
     progress: bool = False,  # show a bar
 ) -> Widths:
     """Quantize each tensor at each choice, once: with data by GPTQ, from the second moments of the original's inputs.
-    `ValueError` as in `gptq`: for no data, and for what cannot be quantized."""
+    `ValueError` as in `gptq`: for no data, and for what cannot be quantized.
+
+    Parameters
+    ----------
+    model : nn.Module
+        it is left as it is
+    choices : list[dict]
+        {"bits", "group"} or {"spacing"}
+    batches : Iterable | None, default None
+        to calibrate with, see `feed`; None: rounded to nearest
+    later : Iterable[int], default ()
+        choices that wait until they are asked for, if what is known of the inputs can be kept
+    progress : bool, default False
+        show a bar
+    """
     method, how = METHODS[batches is not None]
     jobs = [Job(method, None, choose_matrices(model, None, None, how | {"group": None} | c)) for c in choices]
     batches = None if batches is None else list(as_batches(batches))

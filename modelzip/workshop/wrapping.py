@@ -57,7 +57,7 @@ class Wrapper(nn.Module):
         "The compressed parameter."
         return self.packed.q
 
-    def options(self) -> dict:
+    def options(self) -> dict[Any, Any]:
         "Arguments beyond layer, q and name that rebuild this module."
         return {}
 
@@ -153,7 +153,17 @@ def _read(wrapper: Wrapper, key: str):
 
 @patch
 def shown_to(self: Wrapper, reader) -> Tensor:  # reader: the frame that reads
-    "The expanded parameter, read-only unless PyTorch's own modules read it."
+    """The expanded parameter, read-only unless PyTorch's own modules read it.
+
+    Parameters
+    ----------
+    reader
+
+    Returns
+    -------
+    Tensor
+        reader: the frame that reads
+    """
     refuse_tracing()
     value = self.q.dequantize()
     if reader.f_globals.get("__name__", "").startswith("torch.nn.modules."):
@@ -207,7 +217,20 @@ def expand_operation(
     kinds: dict[str, type],  # the registry of compressed tensors
     home: str,  # the module to which it belongs
 ) -> Callable:  # (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
-    "Expanding as one opaque operation of a compiled graph."
+    """Expanding as one opaque operation of a compiled graph.
+
+    Parameters
+    ----------
+    kinds : dict[str, type]
+        the registry of compressed tensors
+    home : str
+        the module to which it belongs
+
+    Returns
+    -------
+    Callable
+        (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
+    """
 
     @torch.library.custom_op(f"modelzip_{home.rpartition('.')[2].strip('_')}::expand", mutates_args=())
     def expand(parts: list[Tensor], names: str, said: str) -> Tensor:

@@ -30,7 +30,24 @@ def ahead(
     weight: Callable,  # bytes that the result for an x may have
     most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
 ) -> Iterator:  # f(x) for each x, in order
-    "The executor's `map` for long lists: it does not run away from whoever takes the results."
+    """The executor's `map` for long lists: it does not run away from whoever takes the results.
+
+    Parameters
+    ----------
+    f : Callable
+    xs : Iterable
+    pool : Any
+        an executor
+    weight : Callable
+        bytes that the result for an x may have
+    most : int, default WAITING
+        bytes that may wait; a result that is larger waits alone
+
+    Returns
+    -------
+    Iterator
+        f(x) for each x, in order
+    """
     pending, held = collections.deque(), 0
     for x in xs:
         while pending and held + weight(x) > most:
@@ -46,7 +63,19 @@ def coded_pieces(
     pieces: list[tuple[Piece, bool, int]],  # from `arranged`
     threads: int,
 ) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes as they are stored (in several parts), its alignment
-    "Turn pieces into bytes, in order; what is coded is coded by several threads."
+    """Turn pieces into bytes, in order; what is coded is coded by several threads.
+
+    Parameters
+    ----------
+    pieces : list[tuple[Piece, bool, int]]
+        from `arranged`
+    threads : int
+
+    Returns
+    -------
+    Iterator[tuple[Piece, list, int]]
+        the piece, its bytes as they are stored (in several parts), its alignment
+    """
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
 
         def stored(p):
@@ -67,7 +96,21 @@ def write_payload(
     pieces: list[tuple[Piece, bool, int]],  # in their order: the piece, whether it is coded, its alignment
     threads: int,
 ) -> int:  # the payload's CRC-32
-    "Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are."
+    """Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are.
+
+    Parameters
+    ----------
+    f : BinaryIO
+        stands where the payload begins
+    pieces : list[tuple[Piece, bool, int]]
+        in their order: the piece, whether it is coded, its alignment
+    threads : int
+
+    Returns
+    -------
+    int
+        the payload's CRC-32
+    """
     with Checksum() as crc:
         end = 0
         for piece, data, align in coded_pieces(pieces, threads):
@@ -85,7 +128,22 @@ def write_piece(
     data: list,  # bytes, in several parts
     crc: Checksum,  # of the payload so far
 ) -> int:  # their number
-    "Write one piece where the file stands."
+    """Write one piece where the file stands.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    piece : Piece
+    data : list
+        bytes, in several parts
+    crc : Checksum
+        of the payload so far
+
+    Returns
+    -------
+    int
+        their number
+    """
     piece.entry["offset"] = f.tell() - ALIGN
     own, n = Checksum(crc.pool), sum(map(len, data))
     for d in data:
@@ -116,7 +174,20 @@ def check_threads(threads: int | None) -> int:
 
 # %% ../../nbs/workshop/writing.ipynb
 def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> int:  # threads
-    "Errors for what `save` cannot do, before it does anything."
+    """Errors for what `save` cannot do, before it does anything.
+
+    Parameters
+    ----------
+    model : Any
+    archive : Any
+    threads : int | None
+    info : dict
+
+    Returns
+    -------
+    int
+        threads
+    """
     check_machine()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")

@@ -67,7 +67,18 @@ def find_gaps(
     data: bytes,  # not empty
 ) -> tuple[int, list, bytes]:  # the background; the gaps; the values
     """See bytes as a background, the most frequent byte, and other values that stand in it.
-    Gaps say how much background lies before each value, and after the last."""
+    Gaps say how much background lies before each value, and after the last.
+
+    Parameters
+    ----------
+    data : bytes
+        not empty
+
+    Returns
+    -------
+    tuple[int, list, bytes]
+        the background; the gaps; the values
+    """
     x = np.frombuffer(data, np.uint8)
     background = int(np.bincount(x).argmax())
     places = np.flatnonzero(x != background)
@@ -125,7 +136,20 @@ def rice_word(
     n: int,  # 0 or more
     k: int,  # low bits that are written as they are
 ) -> str:  # n >> k ones, a zero, k bits
-    "The Golomb-Rice code of a number (Rice and Plaunt 1971)."
+    """The Golomb-Rice code of a number (Rice and Plaunt 1971).
+
+    Parameters
+    ----------
+    n : int
+        0 or more
+    k : int
+        low bits that are written as they are
+
+    Returns
+    -------
+    str
+        n >> k ones, a zero, k bits
+    """
     return "1" * (n >> k) + "0" + fixed_bits(n & (1 << k) - 1, k)
 
 # %% ../../nbs/workshop/zeros.ipynb
@@ -133,7 +157,20 @@ def rice_bits(
     numbers: Sequence[int],  # each 0 or more
     k: int,  # parameter of the code
 ) -> int:  # bits
-    "How long the Rice words of these numbers are together."
+    """How long the Rice words of these numbers are together.
+
+    Parameters
+    ----------
+    numbers : Sequence[int]
+        each 0 or more
+    k : int
+        parameter of the code
+
+    Returns
+    -------
+    int
+        bits
+    """
     numbers = np.asarray(numbers, dtype=np.int64)
     return int((numbers >> k).sum()) + len(numbers) * (k + 1)
 

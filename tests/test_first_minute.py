@@ -1,0 +1,242 @@
+"The first minute of somebody who has installed the library: `import modelzip`, Tab, `help`, a slip, a missing package."
+
+import importlib, inspect, re, subprocess, sys, textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from fastcore.docments import docments
+
+import modelzip
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [m for m in modelzip._MODULES if m != "cli"]
+
+
+def child(code, *options):
+    "What a fresh interpreter prints."
+    done = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@cache
+def public():
+    "Name → function or class, of all that `import *` brings from a module that is the library's own."
+    found = {}
+    for m in MODULES:
+        module = importlib.import_module(f"modelzip.{m}")
+        for name in module.__all__:
+            x = getattr(module, name)
+            if getattr(x, "__module__", "").startswith("modelzip.") and (inspect.isfunction(x) or inspect.isclass(x)):
+                found[name] = x
+    return found
+
+
+# ---------------------------------------------------------------------------------- import modelzip
+
+
+def test_the_import_alone_loads_nothing():
+    assert (
+        child("""
+        import sys, modelzip
+        loaded = [m for m in sys.modules if m.startswith(("torch", "numpy", "modelzip."))]
+        assert not loaded, loaded
+        assert {"quantize_model", "save", "pack", "__version__"} <= {*dir(modelzip)}
+        assert not {"sys", "importlib", "Any"} & {*dir(modelzip)}  # not what Tab is for
+        modelzip.explore  # what is asked for, and what that needs
+        assert "modelzip.explore" in sys.modules and not {"modelzip.pack", "torch"} & {*sys.modules}
+        print(modelzip.__version__)
+    """)
+        == modelzip.__version__ + "\n"
+    )
+
+
+def test_each_name_is_that_of_its_module():
+    for home, names in modelzip._HOMES.items():
+        module = importlib.import_module(f"modelzip.{home}")
+        for name in names.split():
+            thing = getattr(modelzip, name)
+            assert thing is getattr(module, name) or thing is module, name  # a module of this name can be called
+    assert sorted(n for names in modelzip._HOMES.values() for n in names.split()) == sorted(modelzip.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'quantise_model'") as e:
+        modelzip.quantise_model
+    assert e.value.obj is modelzip  # so that Python can say which name was meant
+
+
+def test_a_checker_of_types_knows_the_same_names():
+    text = (ROOT / "modelzip/__init__.py").read_text(encoding="utf-8")
+    said = re.findall(r"^    from \.(\w+) import (\w+) as (\w+)$", text, re.M)
+    assert {(m, n) for m, n, _ in said} == {(m, n) for m, names in modelzip._HOMES.items() for n in names.split()}
+    assert all(n == as_ for _, n, as_ in said)
+
+
+def test_a_module_with_the_name_of_its_function_is_called_like_it():
+    "Whichever was imported first, and in whichever way."
+    child("""
+        import inspect, torch
+        import modelzip.deploy
+        from modelzip.trellis import trellis
+        m, x = torch.nn.Linear(4, 3).eval(), torch.randn(2, 4)
+        assert torch.allclose(modelzip.deploy(m, x, "torch")(x), m(x), atol=1e-5)
+        assert inspect.signature(modelzip.deploy) == inspect.signature(modelzip.deploy.deploy)
+        assert isinstance(modelzip.trellis(m).q, modelzip.trellis.TrellisTensor)  # the function's module
+        assert "teacher" in inspect.signature(modelzip.distill).parameters  # not imported before
+    """)
+
+
+# ---------------------------------------------------------------------------------- help
+
+
+def test_help_shows_what_stands_beside_each_argument():
+    "Held against fastcore's own reading of the comments (which may take a line for the next argument's)."
+    words, seen, wrong = lambda text: " ".join(text.split()), 0, []
+    for name, x in public().items():
+        f = inspect.unwrap(x.__init__ if inspect.isclass(x) else x)
+        if (
+            not x.__doc__
+            or not getattr(f, "__module__", "").startswith("modelzip.")
+            or f.__code__.co_filename[0] == "<"
+        ):
+            continue
+        doc = words(inspect.getdoc(x))
+        for argument, text in docments(f).items():
+            if text and argument not in ("self", "return"):
+                seen += 1
+                if not all(words(line) in doc for line in text.splitlines()):
+                    wrong.append((name, argument, text))
+    assert seen > 800 and not wrong, wrong[:5]
+
+
+def test_help_has_every_argument_of_the_signature_and_no_other():
+    wrong = []
+    for name, x in public().items():
+        if inspect.isfunction(x) and "\nParameters\n" in inspect.getdoc(x):
+            section = inspect.getdoc(x).partition("\nParameters\n----------\n")[2].partition("\nReturns\n")[0]
+            said = re.findall(r"^\*{0,2}(\w+)", section, re.M)
+            if said != [*inspect.signature(x).parameters]:
+                wrong.append((name, said, [*inspect.signature(x).parameters]))
+    assert not wrong, wrong[:3]
+
+
+def test_every_public_function_has_types():
+    "Each argument, and the result."
+    wrong = []
+    for name, f in public().items():
+        if inspect.isfunction(f):
+            s = inspect.signature(f)
+            bare = [p.name for p in s.parameters.values() if p.annotation is p.empty and p.kind is not p.VAR_KEYWORD]
+            if bare or s.return_annotation is s.empty:
+                wrong.append((name, bare, s.return_annotation is s.empty))
+    assert not wrong, wrong
+
+
+# ---------------------------------------------------------------------------------- a slip
+
+
+def keywords(f):
+    ways = inspect.signature(f).parameters.values()
+    return [p.name for p in ways if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is not p.empty]
+
+
+def test_a_slip_in_the_name_of_an_argument_is_named():
+    "For each public function with options: the name as it was written, the function that was called, what was meant."
+    wrong, seen = [], 0
+    for name, f in public().items():
+        options = keywords(f) if inspect.isfunction(f) else []
+        if not options or any(p.kind is p.VAR_KEYWORD for p in inspect.signature(f).parameters.values()):
+            continue
+        option = max(options, key=len)
+        slip = option[:-1] + "_x" if len(option) < 4 else option[:2] + option[3] + option[2] + option[4:] + "x"
+        given = {p.name: None for p in inspect.signature(f).parameters.values() if p.default is p.empty}
+        needed = [p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+        given = dict.fromkeys(needed) | ({"batches": []} if f is modelzip.quantize_static else {})  # one of two
+        by_python = not hasattr(f, "__wrapped__")  # it hands nothing on: Python says which function it was
+        seen += 1
+        try:
+            f(**given, **{slip: None})
+        except TypeError as e:
+            if not by_python and not re.match(
+                rf"{slip} is no argument of {f.__name__}\(\); (did you mean \w+\?|it has )", str(e)
+            ):
+                wrong.append((name, slip, str(e)))
+        except Exception as e:
+            wrong.append((name, slip, repr(e)))
+        else:
+            wrong.append((name, slip, "nothing was said"))
+    assert seen > 100 and not wrong, wrong[:10]
+
+
+# ---------------------------------------------------------------------------------- without plots and widgets
+
+
+def test_the_library_works_without_plots_and_widgets(tmp_path):
+    "matplotlib, ipywidgets and IPython are an extra; who asks for a picture is told which."
+    said = child(f"""
+        import sys
+        for name in "matplotlib", "ipywidgets", "IPython":
+            sys.modules[name] = None  # to import it fails
+        import os, torch, modelzip as mz
+        os.chdir({str(tmp_path)!r})
+        model, x = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)), torch.randn(200, 64)
+        small = mz.quantize_model(model, 4, group=16)
+        mz.save(small, "a.mz", example=x[:1])
+        mz.save(mz.sparsify_model(mz.prune_model(model, 0.8)), "b.mz")
+        mz.to_safetensors(model, "m.safetensors")
+        assert torch.allclose(mz.load("a.mz")(x), small(x), atol=1e-5)
+        data = mz.Split(x, x[:, 0].gt(0).long())
+        table = mz.compare({{"float32": model, "4 bits": small}}, data, save=mz.save, load=mz.load, batches=(), progress=False)
+        mz.compress(model, bytes=5000)
+        from modelzip import cli
+        for line in "inspect a.mz", "compress m.safetensors -o m.mz --bits 4", "diff a.mz a.mz", "--version":
+            assert cli.cli(line.split()) == 0, line
+        for draw in table.pareto, mz.pack.inspect("a.mz").plot, lambda: mz.explore.plot_matrix(x):
+            try: draw()
+            except ImportError as e: print(e)
+    """)
+    told = "this needs `matplotlib`, which is not installed: pip install 'modelzip[notebook]'"
+    assert said.count(told) == 3, said
+
+
+# ---------------------------------------------------------------------------------- what is installed, what is promised
+
+
+SETTINGS = dict(re.findall(r"^(\w+) = (.*)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M))
+
+
+def test_doctor_knows_every_extra():
+    from modelzip.workshop.doctor import BRINGS, Findings, doctor
+
+    assert {*BRINGS} == {k.removesuffix("_requirements") for k in SETTINGS if k.endswith("_requirements")} - {"dev"}
+    found = doctor()
+    assert all(name in repr(found) for name in (*found.extras, *found.engines, *found.packages))
+    broken = Findings({}, {"numpy": None}, {"onnx": ["onnx"]}, {}, {})
+    assert not broken.well and "numpy MISSING" in repr(broken) and "pip install 'modelzip[onnx]'" in repr(broken)
+    assert "nobody knows" in repr(Findings({}, {}, {}, {}, {}))  # it runs from a folder
+
+
+def test_promises_are_those_of_the_settings():
+    page = (ROOT / "nbs/promises.ipynb").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"Python {SETTINGS['min_python']} or newer" in page
+    assert f"PyTorch {re.search(r'torch>=([0-9.]+)', SETTINGS['requirements'])[1]} or newer" in page
+    assert f"PyTorch {re.search('^torch==([0-9.]+)', pins, re.M)[1]} on Linux" in page
+    versions = {re.match(r"version(\d)", p.name)[1] for p in (ROOT / "tests/files").glob("version*.mz")}
+    assert versions == set("123456") and "there has been, 1 to 6, is read" in page
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {SETTINGS['version']}" in changes and modelzip.__version__ == SETTINGS["version"]
+
+
+def test_models_of_hugging_face_are_models_like_others(tmp_path):
+    "As the first page says: quantized, calibrated, saved, loaded with a model of their class."
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    ids = torch.arange(16).view(2, 8)
+    for small in modelzip.quantize_model(model, 8), modelzip.gptq(model, [{"input_ids": ids}], 8):
+        loaded = modelzip.load(modelzip.save(small, tmp_path / "bert.mz"), model)
+        ours, exact = loaded(input_ids=ids)[0], model(input_ids=ids)[0]
+        assert torch.equal(ours, small(input_ids=ids)[0]) and (ours - exact).norm() < 0.05 * exact.norm()
