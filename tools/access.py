@@ -29,7 +29,9 @@ def mend(page):
     page = re.sub(r'(<span class="sidebar-item-toggle[^>]*?) aria-expanded="\w+"', r"\1", page)
     page = SCHEME.sub(r'<button type="button"\1\2 aria-label="Light or dark"\3>\4</button>', page)
     page = page.replace('<i class="bi', '<i aria-hidden="true" class="bi')
-    page = page.replace('<i aria-hidden="true" class="bi bi-search" aria-hidden="true">', '<i class="bi bi-search" aria-hidden="true">')
+    page = page.replace(
+        '<i aria-hidden="true" class="bi bi-search" aria-hidden="true">', '<i class="bi bi-search" aria-hidden="true">'
+    )
     page = page.replace('class="code-copy-button"', 'class="code-copy-button" aria-label="Copy the code"')
     page = page.replace("<head>", '<head><meta name="color-scheme" content="light dark">', 1)
     page = re.sub(r"<body[^>]*>", lambda m: m[0] + SKIP, page, count=1)
@@ -47,10 +49,14 @@ def table(html):
     if "<th" not in html:
         return html
     head, body = (html.split("</thead>") + [""])[:2] if "</thead>" in html else ("", html)
-    if not head and (first := re.match(r"<table\b[^>]*>\s*(?:<tbody>)?\s*<tr\b[^>]*>(?:(?!</tr>|<td).)*</tr>", body, re.S)):
+    if not head and (
+        first := re.match(r"<table\b[^>]*>\s*(?:<tbody>)?\s*<tr\b[^>]*>(?:(?!</tr>|<td).)*</tr>", body, re.S)
+    ):
         head, body = first[0], body[first.end() :]  # headers without a <thead>
     if re.search(r">\s*smaller\s*<", head):
-        head = re.sub(r"<table\b( class=\")?", lambda m: f'<table class="mz-compact{" " if m[1] else chr(34)}', head, count=1)
+        head = re.sub(
+            r"<table\b( class=\")?", lambda m: f'<table class="mz-compact{" " if m[1] else chr(34)}', head, count=1
+        )
         body = re.sub(r"(?:\xa0|&nbsp;)±", " ±", body)
     head = re.sub(r"<th\b([^>]*)>\s*</th>", r"<td\1></td>", head)  # a corner
     head = re.sub(r"<th\b(?![^>]*scope)", '<th scope="col"', head)

@@ -435,7 +435,9 @@ def figure_texts(source):
 def figure_output(output, texts):
     "A picture as an element with its text and its size, so that the page does not move when it comes."
     data = output.get("data", {})
-    kind = next((k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data and "text/html" not in data), None)
+    kind = next(
+        (k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data and "text/html" not in data), None
+    )
     if not kind:
         return output
     held, alt = "".join(data[kind]).strip(), escape(next(texts, ""), quote=True)
@@ -573,7 +575,9 @@ def by_smalldocs(folder, out):
         replace(css, {r"@import\s+url\([^)]*\);?": ""})
     for name, theme in THEMES.items():
         sheet = out / f"site_libs/themes/{theme}.min.css"
-        sheet.write_text(sheet.read_text(encoding="utf-8") + (ASSETS / name).read_text(encoding="utf-8"), encoding="utf-8")
+        sheet.write_text(
+            sheet.read_text(encoding="utf-8") + (ASSETS / name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
     own_search(out)
 
 

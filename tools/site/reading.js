@@ -40,7 +40,7 @@
 
   // ---- search: words of a question, by how rare they are and where they stand; chapters before the workshop and the reference
   const IDLE = new Set("a an and are as at be by can do does for from has have how i if in is it its me my of on or that the this to was what when where which why with you your".split(" "));
-  const KINDS = { chapter: 2, workshop: 1, reference: 0.7 };
+  const KINDS = { chapter: 1, workshop: 0.4, reference: 0.2 };
   const kindOf = (href) => (href.startsWith("workshop_") ? "workshop" : href.startsWith("api") ? "reference" : "chapter");
   const stem = (word) => word.replace(/(?:ing|ed|es|s|e)$/, (end) => (word.length - end.length < 3 ? end : ""));
   const offset = (document.querySelector('meta[name="smalldocs:offset"]') || { content: "./" }).content;
@@ -96,7 +96,7 @@
       const hits = found(question, 12);
       status.textContent = `${hits.length} found`;
       results.innerHTML = hits.map((e) => `<a class="search-result" href="${offset}${safe(e.href)}"><div class="search-result-title">${safe(e.section || e.title)}</div>` +
-        `<div class="search-result-section">${safe(e.section ? e.title : "")} ${e.kind === "chapter" ? "" : e.kind}</div><div class="search-result-text">${part(e.text, question)}</div></a>`).join("") || '<div class="search-none">Nothing found</div>';
+        `<div class="search-result-section">${safe(e.section && e.section !== e.title ? e.title : "")} ${e.kind === "chapter" ? "" : e.kind}</div><div class="search-result-text">${part(e.text, question)}</div></a>`).join("") || '<div class="search-none">Nothing found</div>';
       results.classList.add("show");
       active = -1;
     };
