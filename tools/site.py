@@ -446,7 +446,8 @@ def figure_output(output, texts):
     size = ""
     if kind == "image/png":
         head = base64.b64decode(held[:32])
-        size = ' width="{}" height="{}"'.format(*(int.from_bytes(head[i : i + 4], "big") for i in (16, 20)))
+        wide, high = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
+        size = f' width="{wide}" height="{high}" style="--wide:{wide}px"'
     image = f'<img src="data:{kind};base64,{held}" alt="{alt}"{size} class="img-fluid">'
     return {**output, "data": {"text/html": image}}
 
@@ -637,10 +638,37 @@ def continued(line):
     return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
 
+def sections(page):
+    """What search looks through on a page: (anchor, heading, words) of each section. Words are prose and printed outputs;
+    of code only what it defines."""
+    inside = page.partition("<main")[2].partition('<nav class="page-navigation"')[0]
+    made = r'<span class="kw">(?:def|class)</span> <span class="\w\w">(\w+)</span>'
+    code = lambda m: " ".join(re.findall(made, m[0])) + " " if "sourceCode" in m[0] else " " + m[0][:600]
+    inside = re.sub(r"<(script|style)\b.*?</\1>|<select.*?</select>", " ", inside, flags=re.S)
+    inside = re.sub(r"<pre\b.*?</pre>", code, inside, flags=re.S)
+    parts = re.split(r'<h[23] [^>]*data-anchor-id="([^"]*)"[^>]*>(.*?)</h[23]>', inside, flags=re.S)
+
+    def words(html):
+        html = re.sub(r"\\text\{([.,;:])\}", r"\1", html)  # as `punctuated` writes it
+        return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>|\\[()\[\]]", " ", html))).strip()
+
+    for anchor, heading, body in zip(["", *parts[1::3]], ["", *parts[2::3]], parts[::3]):
+        yield anchor, words(heading), words(body.partition(">")[2] if not anchor else body)
+
+
 def own_search(out):
     """Search by tools/site/reading.js in place of smalldocs': its index is a script, which, unlike what is fetched, also
     loads from file://, and is loaded when somebody searches."""
-    index = (out / "search.json").read_text(encoding="utf-8")
+    found = []
+    for page in sorted(out.glob("*.html")):
+        html = page.read_text(encoding="utf-8")
+        title = unescape(re.sub(r"<[^>]*>", "", re.search(r'<h1 class="title">(.*?)</h1>', html, re.S)[1]))
+        found += [
+            {"href": page.name + (f"#{anchor}" if anchor else ""), "title": title, "section": heading, "text": text}
+            for anchor, heading, text in sections(html)
+            if text or heading
+        ]
+    index = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     (out / "search.js").write_text(f"window.searchIndex = {index};\n", encoding="utf-8")
     (out / "search.json").unlink()
     shutil.rmtree(out / "site_libs/fuse")

@@ -40,8 +40,8 @@
 
   // ---- search: words of a question, by how rare they are and where they stand; chapters before the workshop and the reference
   const IDLE = new Set("a an and are as at be by can do does for from has have how i if in is it its me my of on or that the this to was what when where which why with you your".split(" "));
-  const KINDS = { chapter: 1, workshop: 0.4, reference: 0.2 };
-  const kindOf = (href) => (href.startsWith("workshop_") ? "workshop" : href.startsWith("api") ? "reference" : "chapter");
+  const KINDS = { chapter: 1, course: 0.6, workshop: 0.4, reference: 0.2 };
+  const kindOf = (href) => (href.startsWith("workshop_") ? "workshop" : href.startsWith("api") ? "reference" : /^(course|glossary|references)/.test(href) ? "course" : "chapter");
   const stem = (word) => word.replace(/(?:ing|ed|es|s|e)$/, (end) => (word.length - end.length < 3 ? end : ""));
   const offset = (document.querySelector('meta[name="smalldocs:offset"]') || { content: "./" }).content;
   let entries = null;
@@ -56,15 +56,20 @@
   };
   const count = (text, pattern) => { pattern.lastIndex = 0; let n = 0; while (n < 9 && pattern.test(text)) n++; return n; };
   const found = (question, limit) => {
+    const once = (text, term) => Math.min(1, count(text, term));
     const said = question.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || [];
-    const words = said.filter((w) => !IDLE.has(w)), terms = (words.length ? words : said).map((w) => new RegExp("(?<![\\p{L}\\p{N}_])" + stem(w), "gu"));
-    const hits = terms.map((t) => entries.map((e) => 4 * Math.min(1, count(e.part, t)) + 2 * Math.min(1, count(e.name, t)) + ((n) => n / (n + 2))(count(e.low, t))));
+    const words = said.filter((w) => !IDLE.has(w));
+    const terms = (words.length ? words : said).map((w) => [stem(w), w + "(?![\\p{L}\\p{N}_])"].map((t) => new RegExp("(?<![\\p{L}\\p{N}_])" + t, "gu")));
+    const hits = terms.map(([t, whole]) => entries.map((e) => {
+      const n = count(e.low, t) + count(e.low, whole);
+      return 2 * once(e.part, t) + 2 * once(e.part, whole) + 2 * once(e.name, t) + 3 * n / (n + 4);
+    }));
     const rare = hits.map((h) => Math.log(1 + entries.length / (1 + h.filter(Boolean).length)));
     const phrase = said.length > 1 ? said.join(" ") : null;
     const scored = entries.map((e, i) => {
       const met = hits.filter((h) => h[i]).length / terms.length;
       const sum = hits.reduce((s, h, t) => s + h[i] * rare[t], 0) * met ** 3 * KINDS[e.kind];
-      return [sum * (phrase && (e.part + " " + e.low).includes(phrase) ? 1.5 : 1), i];
+      return [sum * (phrase && (e.part + " " + e.low).includes(phrase) ? 2 : 1), i];
     }).filter(([s]) => s).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
     const pages = new Map();
     return scored.map(([, i]) => entries[i]).filter((e) => {
