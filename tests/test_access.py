@@ -22,7 +22,12 @@ PAGES = list(dict.fromkeys([*PAGES, "api", *(f"api_{name}" for name in site.api(
 
 def test_contrast():
     "Against values that WebAIM's checker gives."
-    pairs = {("#000000", "#ffffff"): 21, ("#777777", "#ffffff"): 4.48, ("#2780e3", "#f8f9fa"): 3.77, ("#ff0000", "#ffffff"): 4.0}
+    pairs = {
+        ("#000000", "#ffffff"): 21,
+        ("#777777", "#ffffff"): 4.48,
+        ("#2780e3", "#f8f9fa"): 3.77,
+        ("#ff0000", "#ffffff"): 4.0,
+    }
     for (a, b), want in pairs.items():
         assert access.contrast(a, b) == access.contrast(b, a) == pytest.approx(want, abs=0.01)
     assert access.over("#000000", 0.5, "#ffffff") == "#808080"
@@ -61,7 +66,9 @@ def test_figures_have_a_text_and_a_size(tmp_path):
 
 
 def test_tables_say_of_what_their_headers_are():
-    made = access.table("<table><thead><tr><th></th><th>bits</th></tr></thead><tbody><tr><th>a</th><td>1</td></tr></tbody></table>")
+    made = access.table(
+        "<table><thead><tr><th></th><th>bits</th></tr></thead><tbody><tr><th>a</th><td>1</td></tr></tbody></table>"
+    )
     assert made == (
         '<table><thead><tr><td></td><th scope="col">bits</th></tr></thead><tbody><tr><th scope="row">a</th><td>1</td></tr></tbody></table>'
     )
@@ -76,7 +83,9 @@ def test_solutions_start_folded_and_say_what_they_are():
     for path in (*site.chapters(ROOT / "nbs"), *site.workshop(ROOT / "nbs")):
         for cell in json.loads(path.read_text())["cells"]:
             if re.search(r'^#\| *code-summary: *"Solution"', site.text(cell), re.M):
-                found.append((site.text(cell).startswith('#| code-summary: "Solution"\n#| code-fold: true\n'), cell["metadata"]))
+                found.append(
+                    (site.text(cell).startswith('#| code-summary: "Solution"\n#| code-fold: true\n'), cell["metadata"])
+                )
     assert len(found) >= 70 and all(f == (True, {"jupyter": {"source_hidden": True}}) for f in found)
 
 
@@ -106,8 +115,12 @@ def axe():
 
 
 def shown(browser, width, theme):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=False))
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value=theme)]))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value=theme)])
+    )
 
 
 @pytest.fixture
@@ -143,7 +156,12 @@ def test_nothing_is_in_a_readers_way(browser, address, as_before, page):
     for way in ways:
         shown(browser, *way)
         dark = way[1] == "dark"
-        wait(browser, "return document.documentElement.classList.contains('quarto-dark') == arguments[0]", dark, seconds=20)
+        wait(
+            browser,
+            "return document.documentElement.classList.contains('quarto-dark') == arguments[0]",
+            dark,
+            seconds=20,
+        )
         browser.execute_async_script("setTimeout(arguments[0], 250)")  # what scrolls is marked a moment after a change
         found[way] = browser.execute_async_script(WRONG, way != ways[0], page == "index")
     assert {k: v for k, v in found.items() if v} == {}
@@ -208,7 +226,9 @@ def test_search_answers_questions(browser, address):
         browser.execute_script("document.querySelector('.smalldocs-search-results').innerHTML = ''")
         box.send_keys(question)
         wait(browser, "return document.querySelectorAll('.search-result').length > 0")
-        found = [r.get_attribute("href").rsplit("/")[-1] for r in browser.find_elements("css selector", ".search-result")]
+        found = [
+            r.get_attribute("href").rsplit("/")[-1] for r in browser.find_elements("css selector", ".search-result")
+        ]
         assert [f for f in found[:3] if f.startswith(page)], (question, found)
         assert not found[0].startswith("api"), (question, found)
     over = browser.execute_script("""

@@ -351,7 +351,9 @@ def test_a_mark_behind_a_formula_stays_with_it():
 
 def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     nbs = book(
-        tmp_path / "nbs", "# t\n\n$x^2$", ('#| fig-alt: "a line"\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)', FIGURE)
+        tmp_path / "nbs",
+        "# t\n\n$x^2$",
+        ('#| fig-alt: "a line"\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)', FIGURE),
     )
     out = site.build(tmp_path / "out", nbs)
     assert site.check(out, nbs) == []
