@@ -40,6 +40,10 @@ lab: $(STAMP)  ## open JupyterLab on the chapters
 docs: $(STAMP)  ## render the site to _docs/
 	$(BIN)/python tools/site.py build
 
+paper: docs  ## the chapters as paper/modelzip.pdf and paper/modelzip.epub
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pypandoc-binary==1.17 typst==0.15.2
+	$(BIN)/python tools/paper.py
+
 book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
 	$(BIN)/python tools/book.py run
 	$(BIN)/python tools/house.py write
@@ -51,6 +55,6 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv _docs _proc tour build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv _docs _proc paper tour build dist *.egg-info .pytest_cache .hypothesis
 
-.PHONY: help setup tour test fuzz lab docs book bench record clean
+.PHONY: help setup tour test fuzz lab docs paper book bench record clean

@@ -236,3 +236,20 @@ def test_search_answers_questions(browser, address):
         const at = [[shown.left + 5, shown.top + 5], [shown.right - 5, shown.bottom - 5]];
         return at.map(([x, y]) => !!document.elementFromPoint(x, y)?.closest('.smalldocs-search-results'));""")
     assert over == [True, True]
+
+
+# ---------------------------------------------------------------------------------- on paper
+
+
+def test_links_on_paper_lead_within_the_book_or_to_the_source():
+    paper = site.tool("paper")
+    page = (
+        '<main class="x"><header><h1 class="title">T</h1><div class="description">what</div></header><section id="s" class="level2">'
+        '\n<h2 class="anchored">S</h2><a href="#s">1</a><a href="b.html#t">2</a><a href="workshop_c.html#u">3</a>'
+        '<a href="https://x.org/">4</a></section><fieldset>knobs</fieldset></main>'
+    )
+    made, url = paper.chapter(page, "a", ["a", "b"]), site.settings()["git_url"]
+    assert made.startswith('<h1 id="a--">T</h1><p><em>what</em></p><h2 id="a--s">S</h2>') and "knobs" not in made
+    links = re.findall(r'href="([^"]*)"', made)
+    assert links == ["#a--s", "#b--t", f"{url}/blob/main/nbs/workshop/c.ipynb", "https://x.org/"]
+    assert {"index", "03_rounding", "course"} <= set(paper.order()) and "explore" not in paper.order()
