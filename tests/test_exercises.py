@@ -1521,7 +1521,7 @@ def test_every_chapter_has_exercises():
         for i in mine:
             stub, solution = (cells(path.stem)[i + k].text for k in (1, 2))
             assert "raise NotImplementedError" in stub and solution.startswith(
-                '#| code-fold: true\n#| code-summary: "Solution"'
+                '#| code-summary: "Solution"\n#| code-fold: true\n'
             ), f"{path.name}: {check_name(path.stem, i)}"
 
 

@@ -96,10 +96,10 @@ def test_markup():
 
 def test_first_frame_is_the_direct_call():
     e = explore(words, n=range(1, 4), loud=False)
-    assert f'<div class="mz-frame">{frame(words, dict(n=2, loud=False))}</div>' in e.html()
+    assert f'<div class="mz-frame" aria-live="polite">{frame(words, dict(n=2, loud=False))}</div>' in e.html()
     drawn = explore(curve, k=[3, 1, 2])
     assert any(
-        f'<div class="mz-frame">{frame(curve, dict(k=1), form)}</div>' in drawn.html() for form in ("png", "svg")
+        f'<div class="mz-frame" aria-live="polite">{frame(curve, dict(k=1), form)}</div>' in drawn.html() for form in ("png", "svg")
     )
 
 
@@ -108,7 +108,7 @@ def test_every_combination_shows_its_frame():
     labels, order, frames = data_of(e)
     assert labels == [["1", "2", "3"], ["off", "on"]]
     first = frames.index(None)
-    frames[first] = re.search(r'<div class="mz-frame">(.*?)</div>', e.html())[1]
+    frames[first] = re.search(r'<div class="mz-frame" aria-live="polite">(.*?)</div>', e.html())[1]
     for p, places in zip(order, combinations(e.controls)):
         values = {c.name: c.values[i] for c, i in zip(e.controls, places)}
         assert frames[p] == frame(words, values)
@@ -233,7 +233,7 @@ def test_page_starts_where_its_controls_stand(sizes, data):
     controls = [control(f"c{i}", list(range(n)), data.draw(st.integers(0, n - 1))) for i, n in enumerate(sizes)]
     frames, order = table(lambda **values: str(sorted(values.items())), controls)
     start = {c.name: c.values[c.start] for c in controls}
-    assert f'<div class="mz-frame"><pre>{html.escape(str(sorted(start.items())))}</pre></div>' in page(
+    assert f'<div class="mz-frame" aria-live="polite"><pre>{html.escape(str(sorted(start.items())))}</pre></div>' in page(
         controls, frames, order
     )
 
@@ -668,7 +668,7 @@ def test_the_first_frame_has_the_default():
     def f(x=None):
         return str(x)
 
-    assert '<div class="mz-frame"><pre>None</pre>' in explore(f, x=["x", None]).html()
+    assert '<div class="mz-frame" aria-live="polite"><pre>None</pre>' in explore(f, x=["x", None]).html()
     with pytest.raises(TypeError, match="takes x by position alone"):
         explore(lambda x, /, n: n, n=[1])
 

@@ -214,8 +214,7 @@ def test_cells_and_directives(tmp_path):
         "# A title\n> what it says",
         ("#| hide\nimport secret_helper_that_nobody_needs_to_see_on_the_site",),
         ("#| default_exp explore",),
-        ("", FIGURE),
-        ("#| export\ndef hop(n: int): return n", FIGURE),
+        ('#| export\n#| fig-alt: "a hop"\ndef hop(n: int): return n', FIGURE),
         "Then `hop` and `hop()` and `other`.",
         ("#| code-fold: true\n#| code-summary: \"Solution\"\nanswer = 42",),
     )
@@ -391,7 +390,9 @@ def test_a_mark_behind_a_formula_stays_with_it():
 
 def test_check_finds_shown_hidden_cells_and_lost_mathematics(tmp_path):
     nbs = book(
-        tmp_path / "nbs", "# t\n\n$x^2$", ("a_long_line_of_code_that_is_to_stay_hidden = compute(everything)", FIGURE)
+        tmp_path / "nbs",
+        "# t\n\n$x^2$",
+        ('#| fig-alt: "a line"\na_long_line_of_code_that_is_to_stay_hidden = compute(everything)', FIGURE),
     )
     out = site.build(tmp_path / "out", nbs)
     assert site.check(out, nbs) == []

@@ -30,6 +30,7 @@ KATEX = "site_libs/katex"
 TRIES, TRIED = ASSETS / "try", "site_libs/try"
 DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)")
 HIDE = {"hide", "default_exp", "exporti_hide"}
+THEMES = {"light.css": "cosmo", "dark.css": "darkly"}  # our colours, and the sheet at whose end they stand
 SHORT = 44  # characters of code that fit on a telephone
 LANGUAGES = {  # of translations, with what the site says around what a notebook says
     "zh": {
@@ -198,12 +199,22 @@ def titles(folder):
 
 
 @cache
-def api():
-    "tools/api.py as a module."
-    spec = importlib.util.spec_from_file_location("modelzip_api", Path(__file__).resolve().parent / "api.py")
+def tool(name):
+    "A file beside this one as a module."
+    spec = importlib.util.spec_from_file_location(f"modelzip_{name}", Path(__file__).resolve().parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def api():
+    "What makes the reference."
+    return tool("api")
+
+
+def access():
+    "What pages need so that everyone can read them."
+    return tool("access")
 
 
 def front_matter(source):
@@ -247,11 +258,17 @@ def duration(seconds):
     return f"{max(5, -(-seconds // 5) * 5)} s" if seconds <= 90 else f"{round(seconds / 60)} min"
 
 
+@cache
+def settings():
+    "What settings.ini says."
+    read = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    read.read(ROOT / "settings.ini", encoding="utf-8")
+    return read["DEFAULT"]
+
+
 def repository():
     "Address and branch of the book's source."
-    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
+    return settings()["git_url"], settings()["branch"]
 
 
 def at_a_glance(path, cells):
@@ -447,6 +464,9 @@ def prepare_code(cell, source, where, page, labelled):
         labelled.add(defined[0])
         keep.append(f"#| label: def-{defined[0]}")
     outputs = joined([document_output(o) if shown else o for o in cell.get("outputs", []) if not is_noise(o)])
+    texts = iter(figure_texts(source))
+    outputs = [figure_output(o, texts) for o in outputs]
+    keep = [l for l in keep if "fig-alt" not in l]
     return {**cell, "source": "\n".join(keep + [code]), "outputs": outputs}
 
 
@@ -459,6 +479,33 @@ def joined(outputs):
         else:
             out.append(o)
     return out
+
+
+def figure_texts(source):
+    "What `#| fig-alt:` says in a cell for those who do not see its figures: a text, or a list of them."
+    said = re.search(r"^#\| *fig-alt: *(.+)$", source, re.M)
+    texts = yaml.safe_load(said[1]) if said else []
+    return [texts] if isinstance(texts, str) else texts
+
+
+def figure_output(output, texts):
+    "A picture as an element with its text and its size, so that the page does not move when it comes."
+    data = output.get("data", {})
+    kind = next(
+        (k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data and "text/html" not in data), None
+    )
+    if not kind:
+        return output
+    held, alt = "".join(data[kind]).strip(), escape(next(texts, ""), quote=True)
+    if kind == "image/svg+xml":
+        return {**output, "data": {"text/html": held.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)}}
+    size = ""
+    if kind == "image/png":
+        head = base64.b64decode(held[:32])
+        wide, high = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
+        size = f' width="{wide}" height="{high}" style="--wide:{wide}px"'
+    image = f'<img src="data:{kind};base64,{held}" alt="{alt}"{size} class="img-fluid">'
+    return {**output, "data": {"text/html": image}}
 
 
 def is_noise(output):
@@ -481,8 +528,11 @@ def config(present, names=None):
     """`_quarto.yml` with the pages that are there, by the names that they have on the site. A notebook of the workshop
     stands in the sidebar without the word "Workshop" in front; one that no group names yet stands below the groups.
     `names`: page → title."""
-    settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    bar, names = settings["website"]["sidebar"], names or {}
+    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    bar, names = quarto["website"]["sidebar"], names or {}
+    foot = quarto["website"]["page-footer"]
+    foot["center"] = foot["center"].replace("modelzip", f"modelzip {settings()['version']}", 1)
+    bar["tools"] = [{"icon": "github", "href": settings()["git_url"], "text": "The source on GitHub"}]
 
     def entry(name):
         title = names.get(name, "").removeprefix("Workshop: ")
@@ -503,7 +553,7 @@ def config(present, names=None):
     for section in bar["contents"]:
         if isinstance(section, dict) and section["section"] == "Workshop":
             section["contents"] += [entry(n) for n in more]
-    return settings
+    return quarto
 
 
 def listed(contents):
@@ -525,8 +575,8 @@ def stage(nbs, folder):
     reference = api().pages(where, names, documentation)
     for name, page in reference.items():
         (folder / name).write_text(page, encoding="utf-8")
-    settings = config(present | reference.keys(), names)
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    quarto = config(present | reference.keys(), names)
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(quarto, allow_unicode=True, sort_keys=False), encoding="utf-8")
     for name in ("book.css", "favicon.svg"):
         shutil.copy(ASSETS / name, folder / name)
 
@@ -575,12 +625,17 @@ def by_smalldocs(folder, out):
         print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
     for page in out.glob("*.html"):
-        page.write_text(spoken(punctuated(hang(page.read_text(encoding="utf-8")))), encoding="utf-8")
-    for page in out.glob("*.html"):
-        replace(page, {r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?": KATEX})
+        html = spoken(access().mend(punctuated(hang(page.read_text(encoding="utf-8")))))
+        html = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?", KATEX, html)
+        page.write_text(re.sub(r'<script src="[^"]*fuse\.min\.js"></script>', "", html), encoding="utf-8")
     for css in out.glob("site_libs/**/*.css"):
         replace(css, {r"@import\s+url\([^)]*\);?": ""})
-    offline_search(out)
+    for name, theme in THEMES.items():
+        sheet = out / f"site_libs/themes/{theme}.min.css"
+        sheet.write_text(
+            sheet.read_text(encoding="utf-8") + (ASSETS / name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
+    own_search(out)
 
 
 def replace(path, patterns):
@@ -647,35 +702,80 @@ def continued(line):
     return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
 
-def offline_search(out):
-    "The search index as a script: unlike fetch, it also loads from file://."
-    index = (out / "search.json").read_text(encoding="utf-8")
+def sections(page):
+    """What search looks through on a page: (anchor, heading, words) of each section. Words are prose and printed outputs;
+    of code only what it defines."""
+    inside = page.partition("<main")[2].partition('<nav class="page-navigation"')[0]
+    made = r'<span class="kw">(?:def|class)</span> <span class="\w\w">(\w+)</span>'
+    code = lambda m: " ".join(re.findall(made, m[0])) + " " if "sourceCode" in m[0] else " " + m[0][:600]
+    inside = re.sub(r"<(script|style)\b.*?</\1>|<select.*?</select>", " ", inside, flags=re.S)
+    inside = re.sub(r"<pre\b.*?</pre>", code, inside, flags=re.S)
+    parts = re.split(r'<h[23] [^>]*data-anchor-id="([^"]*)"[^>]*>(.*?)</h[23]>', inside, flags=re.S)
+
+    def words(html):
+        html = re.sub(r"\\text\{([.,;:])\}", r"\1", html)  # as `punctuated` writes it
+        return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>|\\[()\[\]]", " ", html))).strip()
+
+    for anchor, heading, body in zip(["", *parts[1::3]], ["", *parts[2::3]], parts[::3]):
+        yield anchor, words(heading), words(body.partition(">")[2] if not anchor else body)
+
+
+def own_search(out):
+    """Search by tools/site/reading.js in place of smalldocs': its index is a script, which, unlike what is fetched, also
+    loads from file://, and is loaded when somebody searches."""
+    found = []
+    for page in sorted(out.glob("*.html")):
+        html = page.read_text(encoding="utf-8")
+        title = unescape(re.sub(r"<[^>]*>", "", re.search(r'<h1 class="title">(.*?)</h1>', html, re.S)[1]))
+        found += [
+            {"href": page.name + (f"#{anchor}" if anchor else ""), "title": title, "section": heading, "text": text}
+            for anchor, heading, text in sections(html)
+            if text or heading
+        ]
+    index = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     (out / "search.js").write_text(f"window.searchIndex = {index};\n", encoding="utf-8")
-    load = (
-        'index = await new Promise((good, bad) => { const s = document.createElement("script"); s.src = offset +'
-        ' "search.js"; s.onload = () => good(window.searchIndex); s.onerror = bad; document.head.append(s); });'
-    )
+    (out / "search.json").unlink()
+    shutil.rmtree(out / "site_libs/fuse")
     script = out / "site_libs/smalldocs.js"
-    old = script.read_text(encoding="utf-8")
-    new = re.sub(
-        r'const r = await fetch\(offset \+ "search\.json"\);\s*index = await r\.json\(\);', lambda m: load, old
-    )
-    if new == old:
-        raise SystemExit("smalldocs.js reads its search index in a new way: adapt offline_search in tools/site.py")
-    script.write_text(new, encoding="utf-8")
+    theirs = script.read_text(encoding="utf-8")
+    kept = re.sub(r"  // ---- search\n.*?(?=  // the keys that focus search)", "", theirs, flags=re.S)
+    if kept == theirs:
+        raise SystemExit("smalldocs.js has its search elsewhere: adapt own_search in tools/site.py")
+    script.write_text(kept + (ASSETS / "reading.js").read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def by_quarto(folder, out):
     "Render with Quarto, with the same KaTeX beside the pages."
-    settings = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
-    settings["format"]["html"]["html-math-method"] = {"method": "katex", "url": f"{KATEX}/"}
-    settings["format"]["html"]["code-overflow"] = "wrap"
-    settings["execute"] = {"enabled": False}
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    quarto = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    quarto["format"]["html"]["html-math-method"] = {"method": "katex", "url": f"{KATEX}/"}
+    quarto["format"]["html"]["code-overflow"] = "wrap"
+    quarto["execute"] = {"enabled": False}
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(quarto, allow_unicode=True, sort_keys=False), encoding="utf-8")
     subprocess.run(["quarto", "render", str(folder), "--no-execute"], check=True)
-    made = folder / settings["project"]["output-dir"]
+    made = folder / quarto["project"]["output-dir"]
     shutil.copytree(made, out, dirs_exist_ok=True)
     shutil.copytree(ASSETS / "katex", out / KATEX, dirs_exist_ok=True)
+
+
+def for_machines(nbs):
+    "The site's pages for a program that reads it (llmstxt.org): what it is, then a line for each page."
+
+    def line(path):
+        first = next(text(c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if text(c).strip())
+        head = front_matter(first)[0] or {"title": path.stem}
+        said = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head.get("description", ""))
+        return f"- [{head['title']}]({Path(page_name(path)).stem}.html)" + (f": {said}" if said else "")
+
+    web = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    index = [p for p in chapters(nbs) if p.stem == "index"]
+    rest = [p for p in chapters(nbs) if p.stem != "index"]
+    parts = {"Chapters": [*index, *(p for p in rest if p.name[0].isdigit())]}
+    parts["Course"] = [p for p in rest if not p.name[0].isdigit()]
+    parts["Workshop"] = workshop(nbs)
+    lists = "\n\n".join(f"## {name}\n\n" + "\n".join(map(line, found)) for name, found in parts.items() if found)
+    about = f"Version {settings()['version']}. Each page is a notebook of {settings()['git_url']}, under nbs/; the library is made from them."
+    reference = "## Reference\n\n- [All names](api.html): every public name of the library, by module"
+    return f"# {web['title']}\n\n> {web['description']}\n\n{about}\n\n{lists}\n\n{reference}\n"
 
 
 def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
@@ -690,6 +790,7 @@ def build(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         (by_quarto if shutil.which("quarto") else by_smalldocs)(source, made)
         if any(TRY.search(p.read_text(encoding="utf-8")) for p in chapters(nbs)):
             lay_out_tries(made)
+        (made / "llms.txt").write_text(for_machines(nbs), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -725,6 +826,7 @@ class Page(HTMLParser):
         self.path, self.raw = path, path.read_text(encoding="utf-8")
         self.links, self.loads, self.ids, self.math, self.figures = [], [], set(), 0, 0
         self.code, self.words, self.scripts, self.styles = [], [], [], []
+        self.reader = access().Reader()
         self._inside, self._main = [], 0
         self.feed(COLOURED.sub(r"\1", self.raw))
 
@@ -748,8 +850,10 @@ class Page(HTMLParser):
             self.figures += 1
         if tag in ("pre", "script", "style", "main"):
             self._inside.append(tag)
+        self.reader.starts(tag, a, self._main > 0)
 
     def handle_endtag(self, tag):
+        self.reader.ends(tag)
         if tag in self._inside:
             del self._inside[len(self._inside) - 1 - self._inside[::-1].index(tag) :]
         if tag == "main":
@@ -762,6 +866,7 @@ class Page(HTMLParser):
             self.styles.append(data)
         else:
             self.words.append(data)
+            self.reader.says(data)
             if "pre" in self._inside:
                 self.code.append(data)
 
@@ -865,6 +970,9 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     if "index.html" not in pages:
         return [f"{out} has no index.html: build it first"]
     problems = list(stylesheets(out))
+    for sheet in THEMES:
+        colours = access().variables((ASSETS / sheet).read_text(encoding="utf-8"))
+        problems += [f"{sheet}: {p}" for p in access().pale(colours)]
 
     @cache  # two hundred pages have the same two hundred links
     def find(path):
@@ -875,6 +983,7 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     books = {Path(page_name(p)).stem: p for p in notebooks(nbs)}
     for name, page in pages.items():
         found = [*broken_links(page, pages, out, find), *outside(page, out)]
+        found += access().problems(page.reader, page.raw)
         if Path(name).stem in books:
             found += against_notebook(page, books[Path(name).stem])
         if (size := sum(map(len, page.explorers))) > EXPLORERS:

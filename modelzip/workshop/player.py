@@ -134,15 +134,19 @@ for (const root of document.querySelectorAll('.mz-ID:not([data-live])')) {
   const turn = [...box.querySelectorAll('input,select')], labels = LABELS, order = ORDER, frames = FRAMES;
   frames[FIRST] = stage.innerHTML;
   const at = c => c.type == 'checkbox' ? +c.checked : c.type == 'range' ? +c.value : c.selectedIndex;
+  const name = c => [...c.labels[0].childNodes].map(n => n.nodeType == 3 ? n.data.trim() : '').join('');
   const show = () => {
     let p = 0;
-    turn.forEach((c, j) => {
+    const said = turn.map((c, j) => {
       p = p * labels[j].length + at(c);
       const t = labels[j][at(c)];
       if (c.type == 'range') { c.nextElementSibling.value = t; c.setAttribute('aria-valuetext', t); }
+      return name(c) + ' ' + t;
     });
     stage.innerHTML = frames[order[p]];
+    stage.querySelectorAll('img').forEach(i => i.alt += ': ' + said.join(', '));
   };
+  root.querySelector('.mz-note').remove();
   box.disabled = false;
   box.addEventListener('input', show);
   box.addEventListener('keydown', e => { if (e.key.startsWith('Arrow')) e.stopPropagation(); });
@@ -164,6 +168,7 @@ padding:.1em .3em}
 .mz-explore .mz-frame{overflow-x:auto}
 .mz-explore .mz-frame>img{display:block;height:auto;background:#fff;border-radius:4px}
 .mz-explore pre{margin:.3em 0}
+.mz-explore .mz-note{margin:0 0 .6em;font-size:.85em}
 """.strip().replace("\n", "")
 
 # %% ../../nbs/workshop/player.ipynb
@@ -188,6 +193,9 @@ def in_script(
     )
 
 # %% ../../nbs/workshop/player.ipynb
+NOTE = '<p class="mz-note">Run the notebook to turn this.</p>'
+
+
 def page(
     controls: list[Control],  # what can be turned
     frames: list[str],  # the different frames
@@ -225,8 +233,8 @@ def page(
     script = re.sub(r"\b(ID|LABELS|ORDER|FIRST|FRAMES)\b", lambda m: fill[m[0]], SCRIPT)
     return (
         f'<div class="mz-explore mz-{ident}"><style>{STYLE}</style><fieldset disabled'
-        f' aria-label="{html.escape(title)}">{knobs}</fieldset><div'
-        f' class="mz-frame">{frames[first]}</div><script>{script}</script></div>'
+        f' aria-label="{html.escape(title)}">{knobs}</fieldset>{NOTE}<div class="mz-frame"'
+        f' aria-live="polite">{frames[first]}</div><script>{script}</script></div>'
     )
 
 # %% ../../nbs/workshop/player.ipynb
