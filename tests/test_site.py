@@ -555,8 +555,8 @@ def test_search_finds_a_word(browser, address):
 
 @browser_only
 def test_search_finds_chinese(browser, address):
-    "There are no spaces between words."
-    for word in ("熵编码", "量化"):
+    "There are no spaces between words, and a word may be one sign."
+    for word in ("熵编码", "熵", "掩码 阈值"):
         browser.get(f"{address}/index.html")
         assert {f.split("#")[0] for f in search(browser, word)} == {f"{address}/zh_90_article.html"}
 

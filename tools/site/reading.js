@@ -42,6 +42,8 @@
   const IDLE = new Set("a an and are as at be by can do does for from has have how i if in is it its me my of on or that the this to was what when where which why with you your".split(" "));
   const KINDS = { chapter: 1, course: 0.6, workshop: 0.4, reference: 0.2 };
   const kindOf = (href) => (href.startsWith("workshop_") ? "workshop" : href.startsWith("api") ? "reference" : /^(course|glossary|references)/.test(href) ? "course" : "chapter");
+  const HAN = /\p{Script=Han}/u; // Chinese has no spaces: each of its signs is taken for a word, a word of several for a phrase
+  const low = (text) => text.toLowerCase().replace(/\p{Script=Han}/gu, " $& ").replace(/\s+/g, " ");
   const stem = (word) => word.replace(/(?:ing|ed|es|s|e)$/, (end) => (word.length - end.length < 3 ? end : ""));
   const offset = (document.querySelector('meta[name="smalldocs:offset"]') || { content: "./" }).content;
   let entries = null;
@@ -52,12 +54,12 @@
       Object.assign(script, { src: offset + "search.js", onload: done, onerror: done });
       document.head.append(script);
     });
-    entries = (window.searchIndex || []).map((e) => ({ ...e, kind: kindOf(e.href), name: e.title.toLowerCase(), part: e.section.toLowerCase(), low: e.text.toLowerCase() }));
+    entries = (window.searchIndex || []).map((e) => ({ ...e, kind: kindOf(e.href), name: low(e.title), part: low(e.section), low: low(e.text) }));
   };
   const count = (text, pattern) => { pattern.lastIndex = 0; let n = 0; while (n < 9 && pattern.test(text)) n++; return n; };
   const found = (question, limit) => {
     const once = (text, term) => Math.min(1, count(text, term));
-    const said = question.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || [];
+    const said = low(question).match(/[\p{L}\p{N}_]+/gu) || [];
     const words = said.filter((w) => !IDLE.has(w));
     const terms = (words.length ? words : said).map((w) => [stem(w), w + "(?![\\p{L}\\p{N}_])"].map((t) => new RegExp("(?<![\\p{L}\\p{N}_])" + t, "gu")));
     const hits = terms.map(([t, whole]) => entries.map((e) => {
@@ -80,8 +82,8 @@
   };
   const safe = (s) => s.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
   const part = (text, question) => {
-    const words = (question.match(/[\p{L}\p{N}_]+/gu) || []).filter((w) => !IDLE.has(w.toLowerCase()) && w.length > 1);
-    const marks = new RegExp("(?<![\\p{L}\\p{N}_])(?:" + words.map(stem).join("|") + ")[\\p{L}\\p{N}_]*", "giu");
+    const words = (question.match(/\p{Script=Han}+|(?:(?!\p{Script=Han})[\p{L}\p{N}_])+/gu) || []).filter((w) => HAN.test(w) || !IDLE.has(w.toLowerCase()) && w.length > 1);
+    const marks = new RegExp(words.map((w) => (HAN.test(w) ? w : "(?<![\\p{L}\\p{N}_])" + stem(w) + "[\\p{L}\\p{N}_]*")).join("|"), "giu");
     const from = Math.max(0, (words.length ? text.search(marks) : 0) - 50), shown = text.slice(from, from + 180);
     return (from ? "…" : "") + (words.length ? safe(shown).replace(marks, "<mark>$&</mark>") : safe(shown));
   };
@@ -94,7 +96,7 @@
     const hide = () => results.classList.remove("show");
     const run = async () => {
       const question = input.value.trim();
-      if (question.length < 2) return hide();
+      if (question.length < 2 && !HAN.test(question)) return hide();
       await index();
       const place = input.getBoundingClientRect(), width = Math.min(560, innerWidth - 16);
       Object.assign(results.style, { top: place.bottom + 4 + "px", left: Math.max(8, Math.min(place.left, innerWidth - width - 8)) + "px", width: width + "px", maxHeight: innerHeight - place.bottom - 16 + "px" });
