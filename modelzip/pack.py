@@ -7,6 +7,7 @@ __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'd
 
 # %% ../nbs/05_pack.ipynb
 import json, os, torch
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ from .workshop.graph_running import graph_of
 from .workshop.graph_tracing import trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
-from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
+from .workshop.manifest import DTYPES, NAMES, UPDATE, VERSION, Part, Row, as_json, check_left_out
+from .workshop.manifest import check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
+from .workshop.updates import based, update_of
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
 from .workshop.writing import LARGE, check_machine, check_saving, write_payload
 
@@ -45,7 +48,10 @@ def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, 
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, arranged(pieces, archive), threads)
-    manifest["modelzip"] = VERSION if manifest.keys() & {"layers", "kind"} else max([1, *(p.version for p in pieces)])
+    if not any("base" in p.entry for p in pieces):
+        manifest.pop("base", None)  # nothing is taken from it
+    version = VERSION if manifest.keys() & {"layers", "kind"} else max([1, *(p.version for p in pieces)])
+    manifest["modelzip"] = UPDATE if "base" in manifest else version
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -61,12 +67,13 @@ def save(
     # what the model is called with: the file then also says what is done with it, and `load` needs no model
     example: Any = None,
     dynamic: dict | tuple | list = {0: "batch"},  # of it, free dimensions and their names, for all tensors or for each
+    base: str | os.PathLike | None = None,  # an older file: only what has changed since is written, and both are needed
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
     for what a file cannot hold, and for what would not come back; `TypeError` also for `info` with nearly the name of
     an option; `OSError` when the system cannot write."""
-    threads = check_saving(model, archive, threads, info)
+    threads = check_saving(model, archive, threads, info, base)
     table, pieces = table_of(model)
     graph = graph_of(model) if example is None else trace(model, example, dynamic)
     manifest = {"modelzip": VERSION, "architecture": None if graph else architecture_of(model)}
@@ -76,12 +83,12 @@ def save(
         manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
-    with replacing(path) as f:
+    with update_of(base, path, manifest, pieces) as old, replacing(path) as f:
         if solid is None:
             write_file(f, manifest, pieces, archive, threads)
         else:
             seal_solid(f, solid)
-        prove(f, model)
+        prove(f, model, old)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
@@ -93,13 +100,15 @@ def load(
     mmap: bool = False,
     # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     verify: bool = True,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
     `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened."""
     check_loading(model, mmap, verify)
-    with naming(path), open_file(path) as f:
+    with naming(path), open_file(path) as f, ExitStack() as stack:
         f = as_mapped(f)
         manifest, rows, payload = read_manifest(f)
+        rows = stack.enter_context(based(manifest, rows, path, base))
         if mmap:
             check_mappable(rows, path, isinstance(f, Restored))
         skeleton = skeleton_of(manifest, model, rows)
@@ -117,19 +126,21 @@ def load(
 def read_tensor(
     path: str | os.PathLike,  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
     name, `PackError` as for `load`."""
     check_machine()
     with naming(path), open_file(path) as f:
         f = as_mapped(f)
-        _, rows, payload = read_manifest(f)
+        manifest, rows, payload = read_manifest(f)
         if name not in rows:
             raise ValueError(f"name is {quoted(name)}; {os.fsdecode(path)} holds {several(rows, 24)}")
-        row = rows[rows[name].same or name]
-        if any(p.crc is p.coded is None for p in row.parts.values()):
-            verify_rest(f, rows, payload)
-        return read_row(f, row, payload)
+        with based(manifest, rows, path, base) as rows:
+            row = rows[rows[name].same or name]
+            if any(p.crc is p.coded is None for p in row.parts.values()):
+                verify_rest(f, rows, payload)
+            return read_row(f, row, payload)
 
 # %% ../nbs/05_pack.ipynb
 from .workshop.arguments import name_arguments

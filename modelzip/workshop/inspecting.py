@@ -22,10 +22,11 @@ from ..archive import several, shown
 from ..coding import CODES, chunk_slices, coders
 from ..quant import CompressedTensor, unpack_bits
 from .hollow import check_match, skeleton_of
-from .manifest import NAMES, Row, as_json, read_manifest
+from .manifest import NAMES, Part, Row, as_json, read_manifest
 from .reading import read_row, verify_rest
 from .solid import Restored, as_mapped
-from .walking import as_bytes, identity, items
+from .updates import Base, based
+from .walking import as_bytes, identical, identity, items
 from .writing import check_machine
 
 # %% ../../nbs/workshop/inspecting.ipynb
@@ -92,8 +93,13 @@ def line_of(
     "What `inspect` shows of a tensor."
     kind = f"= {row.same}" if row.same is not None else NAMES[row.dtype] if row.kind is None else kind_text(row)
     if coder is None:
-        coder = ", ".join(sorted({"raw" if p.coded is None else "coded" for p in row.parts.values()}))
+        coder = ", ".join(sorted(set(map(stored_as, row.parts.values()))))
     return Line(row.name, row.shape, kind, row.layer or "", coder, row.stored, row.stored / total, entropy)
+
+
+def stored_as(part: Part) -> str:
+    "What the manifest knows of how a part is stored."
+    return "base" if part.offset is None else "raw" if part.coded is None else "coded"
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def in_solid(
@@ -113,10 +119,11 @@ def coder_of(f: BinaryIO, row: Row, payload: Entry) -> str:  # "raw", "zstd", â€
     found = collections.Counter()
     for part in row.parts.values():
         if part.coded is None:
-            found["raw"] += part.nbytes
+            found[stored_as(part)] += part.nbytes
             continue
         f.seek(data_offset(payload) + part.offset)
-        found.update(coders(f.read(part.coded)))
+        methods = coders(f.read(part.coded))
+        found.update(methods if part.base is None else {f"base + {k}": n for k, n in methods.items()})
     return "; ".join(name for name, _ in found.most_common())
 
 
@@ -243,6 +250,7 @@ class Contents:
     lines: list  # a `Line` for each tensor
     graph: dict | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
+    base: dict | None = None  # {"name", "content"} of the file of which this one is an update
 
     @property
     def rest(self) -> int:
@@ -265,8 +273,9 @@ class Contents:
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
     graph = f"a graph of {len(c.graph['nodes']):,} operations, " if c.graph else ""
+    update = f"an update of {shown(c.base['name'])}, " if c.base else ""
     version = f"{c.format.replace('mz', 'format')} {c.version}"
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{version}")
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{update}{version}")
 
 
 def about_info(c: Contents) -> list[str]:
@@ -284,14 +293,17 @@ def inspect(
     path: str | os.PathLike,  # a `.mz` file
     # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
     entropy: bool = True,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
 ) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
-    "What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed."
+    """What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed, and the base
+    of an update is not asked for."""
     check_machine()
-    with naming(path), open_file(path) as f:
+    with naming(path), open_file(path) as f, ExitStack() as stack:
         total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if entropy:
             verify_rest(f, rows, payload)
+            rows = stack.enter_context(based(manifest, rows, path, base))
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
         if "graph" in manifest:
             skeleton_of(manifest, None, rows)  # what is shown is what `load` would take
@@ -305,6 +317,7 @@ def inspect(
         manifest.get("info", {}),
         lines,
         manifest.get("graph"),
+        base=manifest.get("base"),
     )
 
 # %% ../../nbs/workshop/inspecting.ipynb
@@ -374,14 +387,6 @@ def distance(
     return largest, 10 * math.log10(signal / noise) if noise else math.inf
 
 # %% ../../nbs/workshop/inspecting.ipynb
-def identical(a: Tensor, b: Tensor) -> bool:
-    "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    x, y = (np.frombuffer(as_bytes(t), np.uint8) for t in (a, b))
-    return all(np.array_equal(x[i : i + BLOCK], y[i : i + BLOCK]) for i in range(0, len(x), BLOCK))
-
-# %% ../../nbs/workshop/inspecting.ipynb
 class Here:
     "An executor that runs what it gets at once, in this thread: each thread more has memory of its own."
 
@@ -393,6 +398,7 @@ class Here:
 def prove(
     f: BinaryIO,  # a file that has just been written
     model: nn.Module,  # what it should hold
+    base: Base | None = None,  # of an update
 ) -> None:
     """Read it back. `ValueError` unless a copy of the model takes what it says, and every number and tie is the
     same, to the bit."""
@@ -401,6 +407,7 @@ def prove(
         with os.fdopen(os.dup(f.fileno()), "rb") as read:  # what reads and writes makes copies of what it reads
             f = as_mapped(read)
             manifest, rows, payload = read_manifest(f)
+            rows = rows if base is None else base.linked(manifest["tensors"], rows)
             with torch.random.fork_rng(devices=[]):
                 check_match(skeleton_of(manifest, model, rows), rows)
                 if "graph" in manifest:
@@ -428,6 +435,7 @@ class Difference:
     paths: tuple[str, str]
     about: list[str]  # what differs outside of the tensors
     changes: list  # a `Change` for each tensor
+    bases: tuple = ("", "")  # names of the files of which they are updates
 
     @property
     def same(self) -> bool:
@@ -459,11 +467,8 @@ def change_cells(c: Change) -> list[str]:
 
 def heading_of(d: Difference) -> str:
     same = sum(c.what == "same" for c in d.changes)
-    return ascii_name(
-        "; ".join(
-            [" and ".join(map(os.path.basename, d.paths)), f"{same} of {len(d.changes)} tensors are the same", *d.about]
-        )
-    )
+    names = [os.path.basename(p) + f" (an update of {shown(b)})" * bool(b) for p, b in zip(d.paths, d.bases)]
+    return ascii_name("; ".join([" and ".join(names), f"{same} of {len(d.changes)} tensors are the same", *d.about]))
 
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass
@@ -502,7 +507,10 @@ class File:
 
 
 @contextmanager
-def opened(path: str | os.PathLike) -> Iterator[File]:
+def opened(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
+) -> Iterator[File]:
     "Open and check a file once, for many tensors."
     check_machine()
     with ExitStack() as stack:
@@ -510,6 +518,7 @@ def opened(path: str | os.PathLike) -> Iterator[File]:
             f = as_mapped(stack.enter_context(open_file(path)))
             manifest, rows, payload = read_manifest(f)
             verify_rest(f, rows, payload)
+            rows = stack.enter_context(based(manifest, rows, path, base))
         yield File(os.fsdecode(path), f, manifest, rows, payload)
 
 
@@ -571,7 +580,8 @@ def diff(
     with opened(a) as one, opened(b) as two:
         about, seen = differences(one, two), {}
         changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]
-    return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
+        bases = tuple(f.manifest.get("base", {}).get("name", "") for f in (one, two))
+    return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes, bases)
 
 # %% ../../nbs/workshop/inspecting.ipynb
 from .arguments import name_arguments

@@ -158,6 +158,7 @@ def find_kind(
 # %% ../../nbs/workshop/manifest.ipynb
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Word = Annotated[str, Meta(min_length=1)]
+Sum = Annotated[int, Meta(ge=0, le=MARK)]  # a CRC-32
 
 
 class Plain(Struct, forbid_unknown_fields=True):
@@ -166,8 +167,17 @@ class Plain(Struct, forbid_unknown_fields=True):
     dtype: str  # one of `DTYPES`
     shape: list[Whole]
     offset: Whole  # in the payload
-    crc: Annotated[int, Meta(ge=0, le=MARK)] | UnsetType = UNSET  # of its bytes
+    crc: Sum | UnsetType = UNSET  # of its bytes
     coded: Whole | UnsetType = UNSET  # length of its stream
+    base: Sum | UnsetType = UNSET  # of its bytes: the stream is the difference to the base's part of that name
+
+
+class Kept(Struct, forbid_unknown_fields=True):
+    "A tensor that is the base's part of that name."
+
+    dtype: str
+    shape: list[Whole]
+    base: Sum  # of its bytes
 
 
 class Compressed(Struct, forbid_unknown_fields=True):
@@ -197,6 +207,13 @@ class Architecture(Struct, forbid_unknown_fields=True):
     options: dict[str, Any]
 
 
+class Base(Struct, forbid_unknown_fields=True):
+    "The file of which this one is an update."
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]  # that it had, without a folder
+    content: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of its manifest and of its payload's CRC-32
+
+
 class Manifest(Struct, forbid_unknown_fields=True):
     "All that a file says besides its numbers."
 
@@ -207,6 +224,7 @@ class Manifest(Struct, forbid_unknown_fields=True):
     kind: Annotated[str, Meta(min_length=4, max_length=4)] | UnsetType = UNSET  # seal of all layers
     info: dict[str, Any] | UnsetType = UNSET  # what the author wants to say
     graph: dict[str, Any] | UnsetType = UNSET  # what is done with an input: see graphs.ipynb
+    base: Base | UnsetType = UNSET  # of an update: see updates.ipynb
 
 # %% ../../nbs/workshop/manifest.ipynb
 def as_struct(
@@ -239,6 +257,12 @@ def is_architecture(a: Any) -> bool:
 
 # %% ../../nbs/workshop/manifest.ipynb
 VERSION = 5  # of the format; a file carries the lowest version that can read it
+UPDATE = 7  # … and an update this one (6 is that of solid files)
+
+
+def is_plain_name(name: str) -> bool:
+    "Whether it names a file in a folder, and leads nowhere else."
+    return name.isprintable() and name not in (".", "..") and not set("/\\:") & set(name)
 
 
 def check_manifest(m: Any) -> dict:  # the same
@@ -246,7 +270,7 @@ def check_manifest(m: Any) -> dict:  # the same
     version = m.get("modelzip") if isinstance(m, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(
-        version <= VERSION,
+        version <= VERSION or version == UPDATE,
         f"it was made by a newer modelzip: it has version {version} of the format, "
         f"this modelzip reads up to {VERSION} (update it)",
     )
@@ -264,6 +288,8 @@ def check_manifest(m: Any) -> dict:  # the same
         whole.graph is UNSET or version > 4 and whole.kind is UNSET and whole.layers is not UNSET,
         "its manifest has a graph, but does not describe all layers",
     )
+    demand((whole.base is not UNSET) == (version == UPDATE), f"its manifest has version {version}, and {UPDATE} is that of updates, which have a base")
+    demand(whole.base is UNSET or is_plain_name(whole.base.name), "the name of its base is none of a file in a folder")
     return m
 
 # %% ../../nbs/workshop/manifest.ipynb
@@ -273,9 +299,11 @@ class Part:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int | None  # None: it has no bytes here, but is the base's
     crc: int | None = None  # of its bytes, if the file says so
     coded: int | None = None  # length of its stream, if it is coded
+    base: int | None = None  # of an update: the checksum of its bytes, if it takes the base's to have them
+    source: Any = None  # … and what reads those: see updates.ipynb
 
     @property
     def numel(self) -> int:
@@ -287,22 +315,32 @@ class Part:
 
     @property
     def stored(self) -> int:
+        if self.offset is None:
+            return 0
         return self.nbytes if self.coded is None else self.coded  # bytes in the file
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_part(entry: Any, name: str) -> Part:
+def check_part(
+    entry: Any,
+    name: str,
+    update: bool = False,  # it may refer to a base
+) -> Part:
     "An entry of the table that is a plain tensor."
-    plain = as_struct(Plain, entry, f"{quoted(name)} is described in an unknown form")
+    based, problem = isinstance(entry, dict) and "base" in entry, f"{quoted(name)} is described in an unknown form"
+    demand(update or not based, f"{problem}: it has a base, and the file has none")
+    if based and "offset" not in entry:
+        kept = as_struct(Kept, entry, problem)
+        return Part(*check_shape(entry, name), None, base=kept.base)
+    plain = as_struct(Plain, entry, problem)
     dtype, shape = check_shape(entry, name)
     crc, coded = (None if v is UNSET else v for v in (plain.crc, plain.coded))
-    demand(
-        crc is None or coded is None, f"{quoted(name)} is described in an unknown form: both crc and coded are there"
-    )
+    demand(crc is None or coded is None, f"{problem}: both crc and coded are there")
+    demand(coded is not None or not based, f"{problem}: it has a base, but is no stream")
     demand(
         coded is not None or plain.offset % dtype.itemsize == 0,
         f"{quoted(name)} has the impossible offset {plain.offset}: its elements have {dtype.itemsize} bytes",
     )
-    part = Part(dtype, shape, plain.offset, crc, coded)
+    part = Part(dtype, shape, plain.offset, crc, coded, plain.base if based else None)
     demand(
         coded is None or part.nbytes <= coded << 15,
         f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}",
@@ -332,11 +370,17 @@ class Row:
     def stored(self) -> int:
         return sum(p.stored for p in self.parts.values())
 
+    @property
+    def based(self) -> bool:
+        "Whether it takes something of the base's."
+        return any(p.base is not None for p in self.parts.values())
+
 # %% ../../nbs/workshop/manifest.ipynb
 def check_row(
     name: str,
     entry: Any,
     rows: dict[str, Row],  # those before it
+    update: bool = False,  # it may refer to a base
 ) -> Row:
     "One entry of the table, in whichever of its three forms."
     check_name(name)
@@ -344,19 +388,19 @@ def check_row(
     if "same" in keys:
         return check_tied(name, entry, rows)
     if "parts" in keys:
-        return check_compressed(name, entry)
-    part = check_part(entry, name)
+        return check_compressed(name, entry, update)
+    part = check_part(entry, name, update)
     return Row(name, part.dtype, part.shape, {"": part})
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_compressed(name: str, entry: dict) -> Row:
+def check_compressed(name: str, entry: dict, update: bool = False) -> Row:
     "An entry that is a compressed tensor."
     e = as_struct(Compressed, entry, f"{quoted(name)} is described in an unknown form")
     options = {} if e.options is UNSET else e.options
     row = Row(
         name,
         *check_shape(entry, name),
-        {k: check_part(p, f"{name}/{k}") for k, p in e.parts.items()},
+        {k: check_part(p, f"{name}/{k}", update) for k, p in e.parts.items()},
         e.kind,
         e.meta,
         None,
@@ -400,7 +444,7 @@ def check_table(
     "The whole table of a manifest, checked against the payload's real size."
     rows, end = {}, 0
     for name, entry in table.items():
-        rows[name] = check_row(name, entry, rows)
+        rows[name] = check_row(name, entry, rows, version == UPDATE)
     for name, _, part in in_order(rows):
         demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
         demand(version > 1 or part.crc is part.coded is None, f"{quoted(name)} has a form that version 1 does not know")
@@ -414,8 +458,10 @@ def check_left_out(
     rows: dict[str, Row],
     size: int,  # bytes of numbers in the file
 ) -> None:
-    "What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here."
-    held = [(math.prod(r.shape), r.nbytes) for r in rows.values() if r.kind is not None and r.same is None]
+    """What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here. (What an
+    update takes from its base is as large as there, and bounded there.)"""
+    own = [r for r in rows.values() if r.kind is not None and r.same is None and not r.based]
+    held = [(math.prod(r.shape), r.nbytes) for r in own]
     most = 2**25 + 2**12 * size
     demand(
         sum(max(0, n - 128 * b) for n, b in held) <= most,
@@ -426,10 +472,9 @@ def check_left_out(
 def in_order(
     rows: dict[str, Row],
 ) -> list[tuple[str, str, Part]]:  # name of the tensor, name of the part ("" if it is the whole), the part
-    "All parts in the order in which they lie in the payload."
-    return sorted(
-        ((r.name, k, p) for r in rows.values() for k, p in r.parts.items()), key=lambda x: (x[2].offset, x[2].stored)
-    )
+    "All parts that lie in the payload, in the order in which they do."
+    here = ((r.name, k, p) for r in rows.values() for k, p in r.parts.items() if p.offset is not None)
+    return sorted(here, key=lambda x: (x[2].offset, x[2].stored))
 
 # %% ../../nbs/workshop/manifest.ipynb
 def check_readable(

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/reading.ipynb
-import collections, mmap, os, zlib
+import collections, functools, mmap, os, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..archive import BLOCK, THREADS, Checksum, Entry, PackError, data_offset, demand, join, quoted
-from ..coding import CodingError, decoding
+from ..coding import CodingError
 from ..quant import CompressedTensor
+from .differences import add_difference
 from .filling import rebuild
 from .manifest import Part, Row, in_order
+from .streams import planned, read_head
 from .walking import as_bytes
 from .writing import WAITING, check_machine
 
@@ -66,8 +68,11 @@ def read_stream(
     t = room(part, name)
     out = np.frombuffer(as_bytes(t), np.uint8)
     with naming_part(name):
-        jobs = decoding(data, out)
-    return t, [pool.submit(job).result for job in jobs]
+        jobs = planned(data, head := read_head(data, len(out)), out)
+    waits = [pool.submit(job).result for job in jobs]
+    if part.base is not None:
+        waits.append(functools.partial(add_base, t, part, name, head))
+    return t, waits
 
 
 @contextmanager
@@ -77,6 +82,40 @@ def naming_part(name: str) -> Iterator[None]:
         yield
     except CodingError as e:
         raise PackError(f"{quoted(name)}: {e}") from None
+
+# %% ../../nbs/workshop/reading.ipynb
+def base_of(part: Part, name: str) -> Any:  # a `Source`: see updates.ipynb
+    demand(part.source is not None, f"{quoted(name)} is made from its base, which was not opened")
+    return part.source
+
+
+def kept_parts(rows: dict[str, Row]) -> Iterator[tuple[str, str, Part]]:  # name of the tensor, of the part, the part
+    "Those that are the base's."
+    return ((r.name, k, p) for r in rows.values() for k, p in r.parts.items() if p.offset is None)
+
+
+def check_based(t: Tensor, part: Part, name: str) -> None:
+    "Is it what was saved?"
+    demand(zlib.crc32(as_bytes(t)) == part.base, f"{quoted(name)} and its base do not make what was saved (checksum)")
+
+
+def read_kept(part: Part, name: str) -> Tensor:
+    "A part that is the base's."
+    t = base_of(part, name).read()
+    check_based(t, part, name)
+    return t
+
+
+def add_base(
+    t: Tensor,  # has the difference
+    part: Part,
+    name: str,
+    head: tuple,  # of its stream
+) -> None:
+    "Make the whole of a difference, in its place."
+    bits, levels, count, *_ = head
+    add_difference(t, base_of(part, name).read(), bits, levels, count)
+    check_based(t, part, name)
 
 # %% ../../nbs/workshop/reading.ipynb
 RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
@@ -105,6 +144,8 @@ def read_payload(
         while waiting:
             settle(*waiting.popleft())
         demand(crc.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
+    for name, key, part in kept_parts(rows):
+        tensors[name, key] = read_kept(part, name)
     for t in tensors.values():
         check_bool(t)
     return tensors
@@ -167,6 +208,8 @@ def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = 
         raise ValueError(
             f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped"
         )
+    for name, _, part in kept_parts(rows):
+        base_of(part, name).check_mappable()
 
 # %% ../../nbs/workshop/reading.ipynb
 def verify_payload(
@@ -203,15 +246,32 @@ def map_payload(
     "Tensors that are the file. Their memory is the system's cache of it, until somebody writes to them."
     if verify:
         verify_payload(f, rows, payload)
-    view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
-    for name, key, part in in_order(rows):
-        if part.nbytes:
-            raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
-            tensors[name, key] = raw.view(part.dtype).reshape(part.shape)
-        else:
-            tensors[name, key] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        check_bool(tensors[name, key])
+    view, start = mapped(f), data_offset(payload)
+    tensors = {(name, key): map_part(view, start, part) for name, key, part in in_order(rows)}
+    for name, key, part in kept_parts(rows):
+        tensors[name, key] = base_of(part, name).mapped()
+        if verify:
+            check_based(tensors[name, key], part, name)
+    for t in tensors.values():
+        check_bool(t)
     return tensors
+
+
+def mapped(f: BinaryIO) -> mmap.mmap:
+    "The system's private map of a file."
+    return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def map_part(
+    view: mmap.mmap,
+    start: int,  # of the payload
+    part: Part,
+) -> Tensor:
+    "A part where it lies."
+    if not part.nbytes:
+        return torch.empty(part.shape, dtype=part.dtype, device="cpu")
+    raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
+    return raw.view(part.dtype).reshape(part.shape)
 
 # %% ../../nbs/workshop/reading.ipynb
 def verify_rest(f: BinaryIO, rows: dict[str, Row], payload: Entry) -> None:
@@ -235,6 +295,10 @@ def read_alone(
     pool: Any = None,  # an executor; None: one of its own
 ) -> Tensor:
     "Read one part, wherever the file stands, and check it if it has a checksum of its own."
+    if part.offset is None:
+        t = read_kept(part, name)
+        check_bool(t)
+        return t
     f.seek(data_offset(payload) + part.offset)
     with ThreadPoolExecutor(THREADS) if pool is None else nullcontext(pool) as pool:
         if part.coded is not None:

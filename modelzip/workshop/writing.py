@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/writing.ipynb
-import collections, sys
+import collections, sys, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -16,8 +16,9 @@ from torch import nn
 from ..archive import ALIGN, BLOCK, THREADS, Checksum, PackError
 from ..coding import has_values, stream_parts
 from .arguments import check_said
+from .differences import difference
 from .manifest import VERSION
-from .walking import Piece, as_bytes
+from .walking import Piece, as_bytes, identical
 
 # %% ../../nbs/workshop/writing.ipynb
 WAITING = 2**24  # bytes of streams that may wait for each other
@@ -45,16 +46,24 @@ def ahead(
 def coded_pieces(
     pieces: list[tuple[Piece, bool, int]],  # from `arranged`
     threads: int,
-) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes as they are stored (in several parts), its alignment
-    "Turn pieces into bytes, in order; what is coded is coded by several threads."
+) -> Iterator[tuple[Piece, list | None, int]]:  # the piece, its bytes as they are stored (several parts), its alignment
+    "Turn pieces into bytes, in order; what is coded is coded by several threads. None: they are the base's."
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
 
         def stored(p):
             piece, coded, align = p
+            old = None if piece.source is None else piece.source.read()
+            if old is not None and identical(old, piece.tensor):
+                return piece, None, align
             if not coded:
                 return piece, [as_bytes(piece.tensor)], align
-            bits, count, levels = piece.packed or (None, None, None)
-            return piece, stream_parts(piece.tensor, bits, count, levels, map=inner.map), align
+            how = piece.packed or (None, None, None)
+            data = stream_parts(piece.tensor, *how, map=inner.map)
+            if old is not None:
+                other = stream_parts(difference(piece.tensor, old, piece.packed), *how, map=inner.map)
+                if sum(map(len, other)) < sum(map(len, data)):
+                    data, piece.entry["base"] = other, zlib.crc32(as_bytes(piece.tensor))
+            return piece, data, align
 
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
@@ -71,6 +80,10 @@ def write_payload(
     with Checksum() as crc:
         end = 0
         for piece, data, align in coded_pieces(pieces, threads):
+            if data is None:
+                del piece.entry["offset"]
+                piece.entry["base"] = zlib.crc32(as_bytes(piece.tensor))
+                continue
             gap = bytes(-end % align)
             f.write(gap)
             crc.add(gap)
@@ -115,13 +128,15 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 # %% ../../nbs/workshop/writing.ipynb
-def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> int:  # threads
+def check_saving(model: Any, archive: Any, threads: int | None, info: dict, base: Any = None) -> int:  # threads
     "Errors for what `save` cannot do, before it does anything."
     check_machine()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
+    if base is not None and archive == "solid":
+        raise ValueError("base is given, and archive is 'solid': an update may be archived (True) or mapped (False)")
     threads = check_threads(threads)
-    check_said(info, "archive", "threads", "example", "dynamic")
+    check_said(info, "archive", "threads", "example", "dynamic", "base")
     return threads
