@@ -8,6 +8,7 @@ __all__ = ['GraphModel', 'graph_of']
 # %% ../../nbs/workshop/graph_running.ipynb
 import collections, copy
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..archive import PackError, ascii_name, demand, quoted
 from ..quant import Dequantize
-from .graphs import MOST_SIZE, NEW, OPERATIONS, Plan, graph_lines, read_graph, resolved
+from .graphs import MOST_SIZE, NEW, NUMBERS, OPERATIONS, Plan, graph_lines, read_graph, resolved
 from .kinds import parent_of
 from .layer_table import make_plain, plain_layer
 from .manifest import Row
@@ -193,10 +194,10 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
-    __slots__ = ("graph", "plan", "ghosts", "known", "signature")
+    __slots__ = ("graph", "plan", "ghosts", "known", "signature", "others")
 
     def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module):
-        self.graph, self.plan, self.ghosts, self.known = graph, plan, ghosts, set()
+        self.graph, self.plan, self.ghosts, self.known, self.others = graph, plan, ghosts, set(), {}
         self.signature = Signature([Parameter(i.name, Parameter.POSITIONAL_OR_KEYWORD) for i in plan.inputs])
 
     def __deepcopy__(self, memo: dict) -> "Program":
@@ -220,6 +221,46 @@ class Program:
             self.known.clear()
         self.known.add(key)
 
+    def with_types(self, types: dict[torch.dtype, torch.dtype]) -> Plan:
+        "The graph of a model that was converted."
+        if not types:
+            return self.plan
+        key = frozenset(types.items())
+        if key not in self.others:
+            other = lambda x: types.get(x, x) if isinstance(x, torch.dtype) else x
+            nodes = [
+                replace(n, args=[*map(other, n.args)], kwargs={k: other(x) for k, x in n.kwargs.items()})
+                for n in self.plan.nodes
+            ]
+            self.others[key] = replace(self.plan, nodes=nodes)
+        return self.others[key]
+
+# %% ../../nbs/workshop/graph_running.ipynb
+def types_between(
+    before: nn.Module,  # the layers of a graph, as the file has them
+    now: nn.Module,
+) -> dict[torch.dtype, torch.dtype]:  # those that changed; empty if it is not clear into what
+    "What became of the types of floats when a model was converted."
+    was = {i.name: i.value.dtype for i in items(before) if i.value.dtype.is_floating_point}
+    pairs = {(was[i.name], i.value.dtype) for i in items(now) if i.name in was}
+    types = dict(pairs)
+    return {a: b for a, b in types.items() if a != b} if len(types) == len(pairs) else {}
+
+
+def said_with(graph: dict, types: dict[torch.dtype, torch.dtype]) -> dict:
+    "A graph with other types, as a file says it."
+    if not types:
+        return graph
+    names = {dtype: name for name, dtype in NUMBERS.items()}
+    if odd := [b for b in types.values() if b not in names]:
+        raise TypeError(f"the model was converted to {odd[0]}, which a graph cannot say; it may be {', '.join(NUMBERS)}")
+    other = {names[a]: names[b] for a, b in types.items() if a in names}
+    given = lambda node: zip(OPERATIONS[node[0]].arguments, node[1:]) if node[0] in OPERATIONS else ()
+    typed = lambda node: {i for i, (a, x) in enumerate(given(node), 1) if a.type == "type" and x in other}
+    changed = lambda node: [other[x] if i in typed(node) else x for i, x in enumerate(node)]
+    inputs = [[name, other.get(dtype, dtype), shape] for name, dtype, shape in graph["inputs"]]
+    return graph | {"inputs": inputs, "nodes": [changed(node) if typed(node) else node for node in graph["nodes"]]}
+
 # %% ../../nbs/workshop/graph_running.ipynb
 class GraphModel(Container):
     """A model that a file describes completely. `most_memory` is what the values of a call may use, in bytes (None: 256
@@ -228,11 +269,19 @@ class GraphModel(Container):
     def __init__(self, entry: dict):
         super().__init__(entry)
         self.most_memory = self.program = None
+        self.types = {}  # that the graph names → what they are now
 
     @property
     def graph(self) -> dict:
-        "What it does, as the file says it."
-        return self.program.graph
+        "What it does, as a file says it."
+        return said_with(self.program.graph, self.types)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GraphModel":
+        "Move or convert everything, as `half()` and `to()` do; the graph follows."
+        super()._apply(fn, recurse)
+        if self.program is not None:
+            self.types = types_between(self.program.ghosts, self)
+        return self
 
     def extra_repr(self) -> str:
         return repr(self.program)
@@ -260,6 +309,7 @@ class GraphModel(Container):
         sizes = sizes_of(plan, shapes)
         if not torch.compiler.is_compiling():
             self.program.check(shapes, self.most_memory)
+        plan = self.program.with_types(self.types)
         return run_plan(plan, lambda n: submodule(self, n), lambda n: tensor_of(self, n), inputs, sizes)
 
 

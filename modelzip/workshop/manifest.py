@@ -211,7 +211,7 @@ class Base(Struct, forbid_unknown_fields=True):
     "The file of which this one is an update."
 
     name: Annotated[str, Meta(min_length=1, max_length=255)]  # that it had, without a folder
-    content: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of its manifest and of its payload's CRC-32
+    content: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of all that it says, and of its checksums
 
 
 class Manifest(Struct, forbid_unknown_fields=True):

@@ -17,20 +17,27 @@ from torch import Tensor
 
 from ..archive import Entry, PackError, data_offset, demand, naming, open_file, path_text, quoted, unseal
 from ..archive import unseal_solid
-from .manifest import Part, Row, as_json, is_plain_name, read_manifest
+from .manifest import Part, Row, as_json, in_order, is_plain_name, read_manifest
 from .reading import map_part, mapped, read_alone, verify_rest
 from .solid import Restored, as_mapped
 from .walking import Piece
 
 # %% ../../nbs/workshop/updates.ipynb
-def content_of(f: BinaryIO) -> str:  # 64 hexadecimal digits
-    "What a file holds, in short. `PackError` for one that is none."
+def content_of(
+    f: BinaryIO,
+    rows: dict[str, Row],  # from `read_manifest` of what it is mapped to
+    payload: Entry,
+) -> str:  # 64 hexadecimal digits
+    "What a file holds, in short."
     solid = unseal_solid(f)
     if solid is not None:
         return hashlib.sha256(solid).hexdigest()
-    text, payload = unseal(f)
-    demand(payload is not None, "it has entries that do not belong there")
-    return hashlib.sha256(text + payload.crc.to_bytes(4, "little")).hexdigest()
+    found = hashlib.sha256(unseal(f)[0] + payload.crc.to_bytes(4, "little"))
+    for _, _, part in in_order(rows):
+        if part.coded is not None:
+            f.seek(data_offset(payload) + part.offset + part.coded - 4)
+            found.update(f.read(4))
+    return found.hexdigest()
 
 # %% ../../nbs/workshop/updates.ipynb
 def form_of(entry: dict) -> str:
@@ -118,12 +125,13 @@ def open_base(
     with ExitStack() as stack:
         with naming(f"its base {os.fsdecode(path)}"):
             file = stack.enter_context(open_file(path))
-            content, f = content_of(file), as_mapped(file)
+            f = as_mapped(file)
+            manifest, rows, payload = read_manifest(f)
+            content = content_of(file, rows, payload)
             demand(
                 asked in (None, content),
                 f"it is another file: its content is {content[:16]}…, and {(asked or '')[:16]}… is asked for",
             )
-            manifest, rows, payload = read_manifest(f)
             verify_rest(f, rows, payload)
             rows, below = stack.enter_context(chain(manifest, rows, path, None, depth + 1))
         yield Base(os.fsdecode(path), f, manifest["tensors"], rows, payload, content, below)
@@ -193,7 +201,7 @@ def update_of(
     name, target = os.path.basename(path_text(base)), path_text(path)
     if not is_plain_name(name) or len(name) > 255:
         raise ValueError(f"base is {name!r:.300}, and an update cannot say such a name")
-    with open_base(base) as b:
+    with open_base(base, 0) as b:
         for other in [b.path, *b.below]:
             if os.path.exists(target) and os.path.samefile(target, other):
                 raise ValueError(f"base is {b.path!r}, and an update of it cannot take the place of {other}")
