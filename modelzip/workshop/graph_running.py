@@ -194,10 +194,11 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
-    __slots__ = ("graph", "plan", "ghosts", "known", "signature", "others")
+    __slots__ = ("graph", "plan", "ghosts", "first", "known", "signature", "others")
 
-    def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module):
+    def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module, first: "Program | None" = None):
         self.graph, self.plan, self.ghosts, self.known, self.others = graph, plan, ghosts, set(), {}
+        self.first = first or self  # the file's; `others` are the same for models that were converted
         self.signature = Signature([Parameter(i.name, Parameter.POSITIONAL_OR_KEYWORD) for i in plan.inputs])
 
     def __deepcopy__(self, memo: dict) -> "Program":
@@ -209,6 +210,8 @@ class Program:
 
     def check(self, shapes: list[tuple], most: int | None) -> None:
         "`ValueError` unless the graph fits these shapes and its memory; remembered for a thousand of them."
+        if self.first is not self:
+            return self.first.check(shapes, most)
         key = tuple(shapes), most
         if key in self.known:
             return
@@ -221,19 +224,20 @@ class Program:
             self.known.clear()
         self.known.add(key)
 
-    def with_types(self, types: dict[torch.dtype, torch.dtype]) -> Plan:
-        "The graph of a model that was converted."
-        if not types:
-            return self.plan
+    def of(self, model: nn.Module) -> "Program":
+        "The same for a model that may have been converted."
+        first, types = self.first, types_between(self.ghosts, model)
         key = frozenset(types.items())
-        if key not in self.others:
+        if types and key not in first.others:
             other = lambda x: types.get(x, x) if isinstance(x, torch.dtype) else x
             nodes = [
                 replace(n, args=[*map(other, n.args)], kwargs={k: other(x) for k, x in n.kwargs.items()})
-                for n in self.plan.nodes
+                for n in first.plan.nodes
             ]
-            self.others[key] = replace(self.plan, nodes=nodes)
-        return self.others[key]
+            inputs = [replace(i, dtype=other(i.dtype)) for i in first.plan.inputs]
+            plan = replace(first.plan, nodes=nodes, inputs=inputs)
+            first.others[key] = Program(said_with(first.graph, types), plan, first.ghosts, first)
+        return first.others[key] if types else first
 
 # %% ../../nbs/workshop/graph_running.ipynb
 def types_between(
@@ -244,17 +248,14 @@ def types_between(
     was = {i.name: i.value.dtype for i in items(before) if i.value.dtype.is_floating_point}
     pairs = {(was[i.name], i.value.dtype) for i in items(now) if i.name in was}
     types = dict(pairs)
-    return {a: b for a, b in types.items() if a != b} if len(types) == len(pairs) else {}
+    clear = len(types) == len(pairs) and all(t in NUMBERS.values() for pair in pairs for t in pair)
+    return {a: b for a, b in types.items() if a != b} if clear else {}
 
 
 def said_with(graph: dict, types: dict[torch.dtype, torch.dtype]) -> dict:
     "A graph with other types, as a file says it."
-    if not types:
-        return graph
     names = {dtype: name for name, dtype in NUMBERS.items()}
-    if odd := [b for b in types.values() if b not in names]:
-        raise TypeError(f"the model was converted to {odd[0]}, which a graph cannot say; it may be {', '.join(NUMBERS)}")
-    other = {names[a]: names[b] for a, b in types.items() if a in names}
+    other = {names[a]: names[b] for a, b in types.items()}
     given = lambda node: zip(OPERATIONS[node[0]].arguments, node[1:]) if node[0] in OPERATIONS else ()
     typed = lambda node: {i for i, (a, x) in enumerate(given(node), 1) if a.type == "type" and x in other}
     changed = lambda node: [other[x] if i in typed(node) else x for i, x in enumerate(node)]
@@ -269,18 +270,17 @@ class GraphModel(Container):
     def __init__(self, entry: dict):
         super().__init__(entry)
         self.most_memory = self.program = None
-        self.types = {}  # that the graph names → what they are now
 
     @property
     def graph(self) -> dict:
         "What it does, as a file says it."
-        return said_with(self.program.graph, self.types)
+        return self.program.graph
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "GraphModel":
         "Move or convert everything, as `half()` and `to()` do; the graph follows."
         super()._apply(fn, recurse)
         if self.program is not None:
-            self.types = types_between(self.program.ghosts, self)
+            self.program = self.program.of(self)
         return self
 
     def extra_repr(self) -> str:
@@ -309,7 +309,6 @@ class GraphModel(Container):
         sizes = sizes_of(plan, shapes)
         if not torch.compiler.is_compiling():
             self.program.check(shapes, self.most_memory)
-        plan = self.program.with_types(self.types)
         return run_plan(plan, lambda n: submodule(self, n), lambda n: tensor_of(self, n), inputs, sizes)
 
 
