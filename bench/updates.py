@@ -65,7 +65,9 @@ def patches(old: Path, new: Path, folder: Path) -> dict:  # bytes by program
     found = {"zstd --patch-from": zstd_patch(a, b)}
     if PEER is not None:
         (folder / "old.bin").write_bytes(a), (folder / "new.bin").write_bytes(b)
-        done = subprocess.run([PEER, "-c", PEER_PROGRAM, folder, str(SMALL)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [PEER, "-c", PEER_PROGRAM, folder, str(SMALL)], capture_output=True, text=True, check=True
+        )
         found |= json.loads(done.stdout)
     return found
 
@@ -116,7 +118,10 @@ def main():
                     "tensors": len(inspect(update).lines),
                     "left": {k: n / size for k, n in found.items()},
                 }
-                print(f"{name}, {how}: {size:,} bytes; " + ", ".join(f"{k} {x:.1%}" for k, x in row["left"].items()), flush=True)
+                print(
+                    f"{name}, {how}: {size:,} bytes; " + ", ".join(f"{k} {x:.1%}" for k, x in row["left"].items()),
+                    flush=True,
+                )
     about = {"steps": STEPS, "batch": BATCH, "rate": RATE, "peers": PEER is not None}
     write_whole(RESULTS, json.dumps({"table": table, "about": about}, indent=1) + "\n")
 

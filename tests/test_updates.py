@@ -159,7 +159,9 @@ def test_the_base_is_asked_for_by_what_it_holds(tmp_path):
     }
     moved = base.rename(tmp_path / "moved.mz")
     for f in readers.values():
-        with pytest.raises(PackError, match=r"new\.mz: it is an update of 'old\.mz' with the content [0-9a-f]{16}…, which"):
+        with pytest.raises(
+            PackError, match=r"new\.mz: it is an update of 'old\.mz' with the content [0-9a-f]{16}…, which"
+        ):
             f()
         f(base=moved), f(base=str(moved)), f(base=os.fsencode(moved))
         with pytest.raises(FileNotFoundError):
@@ -300,4 +302,3 @@ def test_damaged_updates_and_damaged_bases(tmp_path):
         if below:
             target.write_bytes(whole)
     assert {o for forged, o in outcomes if not forged} <= {"refused", "exact"} and outcomes[True, "refused"]
-

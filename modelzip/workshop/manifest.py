@@ -288,7 +288,10 @@ def check_manifest(m: Any) -> dict:  # the same
         whole.graph is UNSET or version > 4 and whole.kind is UNSET and whole.layers is not UNSET,
         "its manifest has a graph, but does not describe all layers",
     )
-    demand((whole.base is not UNSET) == (version == UPDATE), f"its manifest has version {version}, and {UPDATE} is that of updates, which have a base")
+    demand(
+        (whole.base is not UNSET) == (version == UPDATE),
+        f"its manifest has version {version}, and {UPDATE} is that of updates, which have a base",
+    )
     demand(whole.base is UNSET or is_plain_name(whole.base.name), "the name of its base is none of a file in a folder")
     return m
 

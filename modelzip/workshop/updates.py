@@ -157,11 +157,7 @@ def found_base(
 
 @contextmanager
 def chain(
-    manifest: dict,
-    rows: dict[str, Row],
-    path: str | os.PathLike,
-    base: str | os.PathLike | None,
-    depth: int,
+    manifest: dict, rows: dict[str, Row], path: str | os.PathLike, base: str | os.PathLike | None, depth: int
 ) -> Iterator[tuple[dict[str, Row], list[str]]]:  # rows that know where to read; the paths of all that is below
     "The bases of a file, open."
     about = manifest.get("base")
