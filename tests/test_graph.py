@@ -504,7 +504,7 @@ def damaged(manifest, rng):
     for _ in range(rng.choice([1, 1, 2, 3])):
         what = rng.randrange(12)
         at = rng.randrange(len(nodes)) if nodes else 0
-        node = nodes[at] if nodes else [""]
+        node = nodes[at] if nodes and isinstance(nodes[at], list) else [""]
         if what == 0:
             nodes.insert(at, copy.deepcopy(rng.choice(BOMBS)))
         elif what == 1:

@@ -2,6 +2,7 @@
 
 import copy, json, os, random, zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modelzip.archive import PackError, open_file
 from modelzip.data import LeNet5, seeded
 from modelzip.pack import diff, inspect, load, read_tensor, save
 from modelzip.prune import prune_model, sparsify_model
-from modelzip.quant import CompressedTensor, quantize_model
+from modelzip.quant import CompressedTensor, pack_bits, quantize_model, unpack_bits
 from modelzip.trellis import trellis
 from modelzip.workshop import manifest as manifests, updates
 from modelzip.workshop.manifest import read_manifest
@@ -271,6 +272,32 @@ def test_an_update_with_a_graph_needs_no_code(tmp_path):
     assert torch.equal(load(path)(x), load(base)(x)) and path.stat().st_size < 0.5 * base.stat().st_size
     path = save(m, tmp_path / "new.mz", example=x, base=base)
     assert torch.equal(load(path)(x), m(x)) and diff(base, path).about == []
+
+
+def stored_models():
+    "The two of which version7_base.mz and version7.mz were written."
+    numbers = lambda *shape: (
+        torch.arange(torch.Size(shape).numel()).mul(7919).remainder(1009).sub(504).reshape(shape) / 500
+    )
+    old = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 40))
+    with torch.no_grad():
+        for p in old.parameters():
+            p.copy_(numbers(*p.shape))
+    old[1] = quantize_model(old[1], 4, group=15)
+    new = copy.deepcopy(old)
+    new[0].weight.data *= 1 + numbers(30, 40).sign() / 1024
+    new[0].bias.data += 1
+    codes = unpack_bits(new[1].packed.codes, 4, 1200).int()
+    new[1].packed.codes = pack_bits((codes + (torch.arange(1200) % 17 == 0)) % new[1].q.levels, 4)
+    return old, new
+
+
+def test_stored_updates_are_still_read():
+    old, new = stored_models()
+    path = Path(__file__).with_name("files") / "version7.mz"
+    assert inspect(path).version == 7 and mutations.state(load(path, new)) == mutations.state(new)
+    coders = {l.name: l.coder for l in inspect(path).lines}
+    assert coders["1.bias"] == "base" and "base + " in coders["0.weight"] and "base + " in coders["1.weight"]
 
 
 @pytest.mark.hypothesis  # so that a search for new cases comes here, too

@@ -52,17 +52,19 @@ def coded_pieces(
 
         def stored(p):
             piece, coded, align = p
-            old = None if piece.source is None else piece.source.read()
-            if old is not None and identical(old, piece.tensor):
-                return piece, None, align
+            how, changed = piece.packed or (None, None, None), None
+            if piece.source is not None:
+                old = piece.source.read()
+                if identical(old, piece.tensor):
+                    return piece, None, align
+                if coded:
+                    changed = stream_parts(difference(piece.tensor, old, piece.packed), *how, map=inner.map)
+                del old  # before the whole is coded
             if not coded:
                 return piece, [as_bytes(piece.tensor)], align
-            how = piece.packed or (None, None, None)
             data = stream_parts(piece.tensor, *how, map=inner.map)
-            if old is not None:
-                other = stream_parts(difference(piece.tensor, old, piece.packed), *how, map=inner.map)
-                if sum(map(len, other)) < sum(map(len, data)):
-                    data, piece.entry["base"] = other, zlib.crc32(as_bytes(piece.tensor))
+            if changed is not None and sum(map(len, changed)) < sum(map(len, data)):
+                data, piece.entry["base"] = changed, zlib.crc32(as_bytes(piece.tensor))
             return piece, data, align
 
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
