@@ -4,18 +4,17 @@ steps for its last block, in floats and in 4 bits. What is left to send, as a sh
     python bench/updates.py                writes bench/results/updates.json
 
 The full file is our archived one. A patch is made from what suits it best: our mapped files, in which numbers lie as
-they are. zstandard has the old file as its dictionary (what `zstd --patch-from` does: level 19, long distances). xdelta,
-HDiffPatch and bsdiff are found through an interpreter that has them (`pip install pyxdelta==0.2.3 hdiffpatch==2.6.0
-bsdiff4==1.3.2`): PATCH_PYTHON=/path/to/python python bench/updates.py; without one they are left out, and a line says
-so. bsdiff, which sorts all that both files hold, is asked for small ones only. Every patch is applied, and what comes of it compared.
+they are. `zstd --patch-from` (level 19, long distances) is the program on the path. xdelta, HDiffPatch and bsdiff are
+found through an interpreter that has them (`pip install pyxdelta==0.2.3 hdiffpatch==2.6.0 bsdiff4==1.3.2`):
+PATCH_PYTHON=/path/to/python python bench/updates.py. What is not there is left out, and a line says so. bsdiff, which
+sorts all that both files hold, is asked for small ones only. Every patch is applied, and what comes of it compared.
 """
 
-import copy, json, os, subprocess, tempfile
+import copy, json, os, shutil, subprocess, tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import zstandard
 
 from modelzip.data import LeNet5, docstrings, minilm, mnist5k, train
 from modelzip.measure import write_whole
@@ -23,6 +22,7 @@ from modelzip.pack import inspect, save
 from modelzip.quant import quantize_model
 
 RESULTS, PEER = Path(__file__).parent / "results/updates.json", os.environ.get("PATCH_PYTHON")
+ZSTD = shutil.which("zstd")
 SMALL = 1 << 22  # bytes of a file that bsdiff is asked for
 STEPS, BATCH, RATE = 8, 16, 2e-5  # of MiniLM's last block
 # self-contained: the peer's interpreter need not have this library
@@ -49,22 +49,20 @@ print(json.dumps(found))
 """
 
 
-def zstd_patch(old: bytes, new: bytes) -> int:  # bytes
+def zstd_patch(old: Path, new: Path, folder: Path) -> int:  # bytes
     "What `zstd --patch-from` makes."
-    window = max(10, (len(old) + len(new)).bit_length())  # both files are within reach
-    how = zstandard.ZstdCompressionParameters.from_level(19, window_log=window, enable_ldm=True)
-    words = zstandard.ZstdCompressionDict(old, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    patch = zstandard.ZstdCompressor(dict_data=words, compression_params=how).compress(new)
-    back = zstandard.ZstdDecompressor(dict_data=words, max_window_size=1 << window).decompress(patch)
-    assert back == new
-    return len(patch)
+    patch, back = folder / "patch.zst", folder / "back.zst"
+    reach = f"--long={min(31, (old.stat().st_size + new.stat().st_size).bit_length())}"  # both files are within it
+    run = lambda *how: subprocess.run(["zstd", "-q", "-f", reach, f"--patch-from={old}", *how], check=True)
+    run("-19", new, "-o", patch), run("-d", patch, "-o", back)
+    assert back.read_bytes() == new.read_bytes()
+    return patch.stat().st_size
 
 
 def patches(old: Path, new: Path, folder: Path) -> dict:  # bytes by program
-    a, b = old.read_bytes(), new.read_bytes()
-    found = {"zstd --patch-from": zstd_patch(a, b)}
+    found = {"zstd --patch-from": zstd_patch(old, new, folder)} if ZSTD else {}
     if PEER is not None:
-        (folder / "old.bin").write_bytes(a), (folder / "new.bin").write_bytes(b)
+        shutil.copy(old, folder / "old.bin"), shutil.copy(new, folder / "new.bin")
         done = subprocess.run(
             [PEER, "-c", PEER_PROGRAM, folder, str(SMALL)], capture_output=True, text=True, check=True
         )
@@ -98,6 +96,8 @@ def sentences():
 
 
 def main():
+    if ZSTD is None:
+        print("there is no program zstd: it is left out")
     if PEER is None:
         print("PATCH_PYTHON is not set: xdelta, HDiffPatch and bsdiff are left out")
     table = {}

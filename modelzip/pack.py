@@ -7,7 +7,6 @@ __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'd
 
 # %% ../nbs/05_pack.ipynb
 import json, os, torch
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 from torch import Tensor, nn
@@ -19,16 +18,15 @@ from .workshop.graph_running import graph_of
 from .workshop.graph_tracing import trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
-from .workshop.manifest import DTYPES, NAMES, UPDATE, VERSION, Part, Row, as_json, check_left_out
-from .workshop.manifest import check_readable
+from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
 from .workshop.manifest import check_row, in_order, is_architecture, read_json, read_manifest
 from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
-from .workshop.updates import based, update_of
+from .workshop.updates import opened_table, update_of
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
-from .workshop.writing import LARGE, check_machine, check_saving, write_payload
+from .workshop.writing import LARGE, check_machine, check_saving, lowest_version, write_payload
 
 _all_ = ["PackError", "Contents", "inspect", "diff"]
 
@@ -48,10 +46,7 @@ def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, 
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc = write_payload(f, arranged(pieces, archive), threads)
-    if not any("base" in p.entry for p in pieces):
-        manifest.pop("base", None)  # nothing is taken from it
-    version = VERSION if manifest.keys() & {"layers", "kind"} else max([1, *(p.version for p in pieces)])
-    manifest["modelzip"] = UPDATE if "base" in manifest else version
+    manifest["modelzip"] = lowest_version(manifest, pieces)
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -84,10 +79,7 @@ def save(
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
     with update_of(base, path, manifest, pieces) as old, replacing(path) as f:
-        if solid is None:
-            write_file(f, manifest, pieces, archive, threads)
-        else:
-            seal_solid(f, solid)
+        write_file(f, manifest, pieces, archive, threads) if solid is None else seal_solid(f, solid)
         prove(f, model, old)
     return Path(os.fsdecode(path))
 
@@ -105,10 +97,7 @@ def load(
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
     `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened."""
     check_loading(model, mmap, verify)
-    with naming(path), open_file(path) as f, ExitStack() as stack:
-        f = as_mapped(f)
-        manifest, rows, payload = read_manifest(f)
-        rows = stack.enter_context(based(manifest, rows, path, base))
+    with naming(path), opened_table(path, base) as (f, manifest, rows, payload):
         if mmap:
             check_mappable(rows, path, isinstance(f, Restored))
         skeleton = skeleton_of(manifest, model, rows)
@@ -131,16 +120,13 @@ def read_tensor(
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
     name, `PackError` as for `load`."""
     check_machine()
-    with naming(path), open_file(path) as f:
-        f = as_mapped(f)
-        manifest, rows, payload = read_manifest(f)
+    with naming(path), opened_table(path, base) as (f, _, rows, payload):
         if name not in rows:
             raise ValueError(f"name is {quoted(name)}; {os.fsdecode(path)} holds {several(rows, 24)}")
-        with based(manifest, rows, path, base) as rows:
-            row = rows[rows[name].same or name]
-            if any(p.crc is p.coded is None for p in row.parts.values()):
-                verify_rest(f, rows, payload)
-            return read_row(f, row, payload)
+        row = rows[rows[name].same or name]
+        if any(p.crc is p.coded is None for p in row.parts.values()):
+            verify_rest(f, rows, payload)
+        return read_row(f, row, payload)
 
 # %% ../nbs/05_pack.ipynb
 from .workshop.arguments import name_arguments

@@ -182,6 +182,18 @@ def based(
     with chain(manifest, rows, path, base, 1) as (rows, _):
         yield rows
 
+
+@contextmanager
+def opened_table(
+    path: str | os.PathLike, base: str | os.PathLike | None = None
+) -> Iterator[tuple[BinaryIO, dict, dict[str, Row], Entry]]:  # the file, its manifest and table, the payload's entry
+    "A file of any sort, open, as the mapped or archived one for which it stands; its numbers are not read yet."
+    with open_file(path) as file:
+        f = as_mapped(file)
+        manifest, rows, payload = read_manifest(f)
+        with based(manifest, rows, path, base) as rows:
+            yield f, manifest, rows, payload
+
 # %% ../../nbs/workshop/updates.ipynb
 @contextmanager
 def update_of(

@@ -17,7 +17,7 @@ from ..archive import ALIGN, BLOCK, THREADS, Checksum, PackError
 from ..coding import has_values, stream_parts
 from .arguments import check_said
 from .differences import difference
-from .manifest import VERSION
+from .manifest import UPDATE, VERSION
 from .walking import Piece, as_bytes, identical
 
 # %% ../../nbs/workshop/writing.ipynb
@@ -113,6 +113,18 @@ def write_piece(
     elif n >= LARGE:
         piece.entry["crc"], piece.version = own.finish(), 2
     return n
+
+
+def lowest_version(
+    manifest: dict,  # of what has been written; loses a `base` of which nothing was taken
+    pieces: list[Piece],
+) -> int:
+    "The lowest version of the format that can read it."
+    if not any("base" in p.entry for p in pieces):
+        manifest.pop("base", None)
+    if "base" in manifest:
+        return UPDATE
+    return VERSION if manifest.keys() & {"layers", "kind"} else max([1, *(p.version for p in pieces)])
 
 # %% ../../nbs/workshop/writing.ipynb
 def check_machine() -> None:
