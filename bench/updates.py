@@ -53,7 +53,9 @@ def zstd_patch(old: Path, new: Path, folder: Path) -> int:  # bytes
     "What `zstd --patch-from` makes."
     patch, back = folder / "patch.zst", folder / "back.zst"
     reach = f"--long={min(31, (old.stat().st_size + new.stat().st_size).bit_length())}"  # both files are within it
-    run = lambda *how: subprocess.run(["zstd", "-q", "-f", reach, f"--patch-from={old}", *how], check=True)
+    run = lambda *how: subprocess.run(
+        ["zstd", "-q", "-f", reach, f"--patch-from={old}", *how], check=True, stderr=subprocess.DEVNULL
+    )
     run("-19", new, "-o", patch), run("-d", patch, "-o", back)
     assert back.read_bytes() == new.read_bytes()
     return patch.stat().st_size
