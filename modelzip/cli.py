@@ -689,6 +689,7 @@ def _by_bits(model, o):
             _quantized(model, o, bits),
             path,
             archive=not o.mapped,
+            base=o.base,
             made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group),
         )
         return file_bytes(path)
@@ -702,7 +703,10 @@ def _by_bits(model, o):
         if not bits:
             raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
     write(bits, o.output)
-    return f"{bits} bits"
+    if o.base is None:
+        return f"{bits} bits"
+    update = inspect(o.output, entropy=False).base is not None
+    return f"{bits} bits, " + (f"an update of {o.base}: both are needed" if update else f"nothing of {o.base} is in it")
 
 # %% ../nbs/workshop/cli.ipynb
 def _recipe_in(path):
@@ -775,6 +779,9 @@ DATA: dict[str, Callable] = {
     argument(
         "--mapped", action="store_true", help="not entropy-coded: larger, but starts at once, and processes share it"
     ),
+    argument(
+        "--base", metavar="FILE", help="an older .mz file: only what has changed since is written, and both are needed"
+    ),
     argument("--bytes", type=int, help="target: the file has at most so many"),
     argument(
         "--cosine", type=float, help="target: mean cosine of the outputs to the original's, at least; needs --data"
@@ -800,6 +807,8 @@ def _compress(o):
     target_of(o.output)  # what cannot be written to is said before anything is computed
     archived = Path(o.model).is_file() and is_archived(_info_of(o.model))
     if blocks := archived or Path(o.model).suffix.lower() == ".gguf" and Path(o.model).is_file():
+        if o.base is not None and o.bits is None:
+            raise ValueError("--base does not act where nothing is rounded: a GGUF file's archive is whole")
         if not _asked(o, *ROUNDING, "bytes", "cosine", "accuracy_loss", "milliseconds", *SEARCHING, "recipe", "code"):
             if archived:
                 raise ValueError(f"{o.model} is the archive of a GGUF file already; --bits N rounds what it holds")
@@ -845,7 +854,7 @@ def _times(ratio):
     return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
 
 
-ROUNDING = "bits", "group", "codebook", "asymmetric", "observer", "mapped"
+ROUNDING = "bits", "group", "codebook", "asymmetric", "observer", "mapped", "base"
 SEARCHING = "data", "seed", "trellis"
 
 

@@ -207,18 +207,16 @@ def follow(x, at):
 
 
 def parts_of(manifest):
-    "The entries of all plain parts."
+    "The entries of all plain parts that lie in the payload."
     for e in manifest["tensors"].values():
-        if "parts" in e:
-            yield from e["parts"].values()
-        elif "same" not in e:
-            yield e
+        if "same" not in e:
+            yield from (p for p in e.get("parts", {"": e}).values() if "offset" in p)
 
 
 def forge_numbers(manifest, payload, rng):
     "Other numbers, or another stream, with every checksum corrected: of the part, of the stream, of the payload."
     m, data = copy.deepcopy(manifest), bytearray(payload)
-    part = rng.choice([*parts_of(m)])
+    part = rng.choice([*parts_of(m)] or [{"offset": 0, "shape": [0], "dtype": "uint8"}])
     begin, end = (
         part["offset"],
         part["offset"] + part.get("coded", math.prod(part["shape"]) * pack.DTYPES[part["dtype"]].itemsize),

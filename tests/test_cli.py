@@ -345,6 +345,27 @@ def test_examples_are_commands_that_parse():
         parser().parse_args(f.example.split(">")[0].split()[1:])
 
 
+def test_an_update_from_the_shell(place, tmp_path, monkeypatch, capsys):
+    "Compressed against an older file, looked into, made whole again; and what is no base."
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    new = load(place / "little.mz")
+    new.fc2.bias.data += 1
+    save(new, "new.mz")
+    assert cli(["compress", str(place / "little.mz"), "-o", "old4.mz", "--bits", "4", "--quiet"]) == 0
+    assert cli(["compress", "new.mz", "-o", "new4.mz", "--bits", "4", "--base", "old4.mz", "--quiet"]) == 0
+    assert "an update of old4.mz: both are needed" in capsys.readouterr().out
+    assert os.path.getsize("new4.mz") < 1000 and inspect("new4.mz").base["name"] == "old4.mz"
+    assert cli(["convert", "new4.mz", "whole.mz"]) == 0 and inspect("whole.mz").base is None
+    assert cli(["diff", "new4.mz", "whole.mz"]) == 0 and cli(["inspect", "new4.mz"]) == 0
+    assert "an update of old4.mz" in capsys.readouterr().out
+    assert cli(["compress", "new.mz", "-o", "old4.mz", "--bits", "4", "--base", "old4.mz", "--quiet"]) == 2
+    assert "cannot take the place of" in capsys.readouterr().err
+    os.remove("old4.mz")
+    assert cli(["inspect", "new4.mz"]) == 2
+    assert "it is an update of 'old4.mz'" in capsys.readouterr().err
+
+
 def test_colours_on_a_terminal_alone(place, monkeypatch, capsys):
     assert not modelzip.cli._colours()
     monkeypatch.setattr("modelzip.cli._colours", lambda: True)

@@ -245,6 +245,13 @@ def test_other_networks_of_the_same_builder_are_refused(reader, tmp_path):
     )
 
 
+def test_updates_are_refused_by_the_name_of_their_base(reader, tmp_path):
+    path = save(LeNet5(), tmp_path / "new.mz", base=save(LeNet5(), tmp_path / "old.mz"))
+    path = save(load(path), tmp_path / "newer.mz", base=path)
+    said = reader("return tried(() => mz.read(bytesOf(arguments[0])))", coded(path.read_bytes()))
+    assert "it is an update of 'new.mz'" in said.replace('"', "'")
+
+
 # ---- graphs: the page's, written here by hand ----------------------------------------------------------------------
 
 

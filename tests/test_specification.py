@@ -1,7 +1,7 @@
 """Mapped files, read by a reader that was written from the specification alone (nbs/workshop/specification.ipynb): `zipfile`,
 `json` and NumPy, nothing of modelzip."""
 
-import itertools, json, math, zipfile, zlib
+import copy, hashlib, itertools, json, math, zipfile, zlib
 
 import numpy as np
 import pytest
@@ -9,11 +9,12 @@ import torch
 import zstandard
 from torch import nn
 
+from modelzip.coding import decode
 from modelzip.data import LeNet300, LeNet5, seeded
 from modelzip.pack import read_tensor, save
 from modelzip.prune import prune_model, sparsify, sparsify_model
 from modelzip.ptq import LayerStatistics
-from modelzip.quant import Dequantize, quantize_model
+from modelzip.quant import Dequantize, pack_bits, quantize_model, unpack_bits
 from modelzip.trellis import trellis_weight
 from modelzip.workshop.trellis_tensors import from_codes
 
@@ -118,19 +119,42 @@ def trellis(parts, meta):
     return x * power.get("column_steps", np.float32(1))
 
 
-def tensors(path):
+def contents(path):
+    "The manifest and what gives an entry of it as an array: entry, name of its tensor, name of its part."
     with zipfile.ZipFile(path) as z:
-        payload, table = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]
+        payload, manifest = z.read("payload"), json.loads(z.read("manifest.json"))
+    base, old = manifest.get("base"), None
+    if base is not None:
+        old, older = contents(path.with_name(base["name"]))
+        with zipfile.ZipFile(path.with_name(base["name"])) as z:
+            crc = z.getinfo("payload").CRC.to_bytes(4, "little")
+            assert hashlib.sha256(z.read("manifest.json") + crc).hexdigest() == base["content"]
 
-    def array(e):
-        return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])
+    def array(e, name, key=None):
+        if "base" not in e:
+            return np.frombuffer(payload, e["dtype"], math.prod(e["shape"]), e["offset"]).reshape(e["shape"])
+        assert e.keys() == {"dtype", "shape", "base"}
+        name = old["tensors"][name].get("same", name)
+        there = old["tensors"][name] if key is None else old["tensors"][name]["parts"][key]
+        assert [there[k] for k in ("dtype", "shape")] == [e[k] for k in ("dtype", "shape")]
+        found = older(there, name, key)
+        assert zlib.crc32(found.tobytes()) == e["base"]
+        return found
 
-    def whole(e):
+    return manifest, array
+
+
+def tensors(path):
+    manifest, array = contents(path)
+    table = manifest["tensors"]
+
+    def whole(name):
+        e = table[name]
         if "same" in e:
-            return whole(table[e["same"]])
+            return whole(e["same"])
         if "parts" not in e:
-            return array(e)
-        parts, meta = {k: array(p) for k, p in e["parts"].items()}, e["meta"]
+            return array(e, name)
+        parts, meta = {k: array(p, name, k) for k, p in e["parts"].items()}, e["meta"]
         if e["kind"] == "trellis":
             return trellis(parts, meta)
         x = sparse(parts, meta) if e["kind"] == "sparse" else quantized(parts, meta).reshape(meta["shape"])
@@ -138,14 +162,14 @@ def tensors(path):
             x = x * parts["columns"].astype(np.float32).reshape([-1 if i == 1 else 1 for i in range(x.ndim)])
         return x
 
-    return {name: whole(e) for name, e in table.items()}
+    return {name: whole(name) for name in table}
 
 
 # ---- what it reads ------------------------------------------------------------------------------------------------
 
 
-def same(model, path):
-    save(model, path, archive=False)
+def same(model, path, **how):
+    save(model, path, archive=False, **how)
     found = tensors(path)
     for name, theirs in found.items():
         ours = read_tensor(path, name)
@@ -199,6 +223,45 @@ def test_every_layout_of_sparse_tensors(tmp_path, layout):
     same(nn.Sequential(Dequantize(layer, sparsify(layer.weight.detach(), layout=layout))), tmp_path / "x.mz")
     with zipfile.ZipFile(tmp_path / "x.mz") as z:
         assert json.loads(z.read("manifest.json"))["tensors"]["0.weight"]["meta"]["layout"] == layout
+
+
+# ---- updates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_mapped_updates(tmp_path, bits):
+    "Of an update, and of one of that."
+    with seeded(0):
+        m = quantize_model(tied(), bits) if bits else tied()
+        models = [nn.Sequential(*copy.deepcopy(m), nn.Linear(3, 3)) for _ in range(3)]
+    for i, m in enumerate(models):
+        m[2].load_state_dict(models[0][2].state_dict())
+        m[2].bias.data += i
+        same(m, tmp_path / f"{i}.mz", **({"base": tmp_path / f"{i - 1}.mz"} if i else {}))
+
+
+def test_differences(tmp_path):
+    "Streams that are added to what was there; how a stream is expanded is the matter of others."
+    with seeded(0):
+        m = nn.Sequential(nn.Linear(60, 50), quantize_model(nn.Linear(50, 40), 3, group=20))
+        new, levels = copy.deepcopy(m), m[1].q.levels
+        new[0].weight.data *= 1.001 - 0.002 * (torch.rand(50, 60) < 0.5)
+        codes = unpack_bits(new[1].q.codes, 3, 2000)
+        new[1].packed.codes = pack_bits((codes.int() + (torch.rand(2000) < 0.1)) % levels, 3)
+    old, path = save(m, tmp_path / "old.mz"), tmp_path / "new.mz"
+    save(new, path, base=old)
+    with zipfile.ZipFile(path) as z:
+        payload, table = z.read("payload"), json.loads(z.read("manifest.json"))["tensors"]
+    step = lambda e: decode(payload[e["offset"] : e["offset"] + e["coded"]])
+    weight, part = table["0.weight"], table["1.weight"]["parts"]["codes"]
+    assert weight["base"] and part["base"] and weight["coded"] < 0.7 * 4 * 3000 and part["coded"] < 0.7 * 750
+    turned = lambda i: np.where(i < 0, i ^ 0x7FFFFFFF, i).astype("<i4")
+    was = read_tensor(old, "0.weight").numpy().view("<i4")
+    now = turned(turned(was) + step(weight).view("<i4").reshape(was.shape)).view("<f4")
+    assert np.array_equal(now, new[0].weight.detach().numpy()) and zlib.crc32(now.tobytes()) == weight["base"]
+    was = unpacked(read_tensor(old, "1.weight").codes.numpy(), 3, 2000)
+    now = (was + unpacked(step(part), 3, 2000)) % levels
+    assert np.array_equal(now, unpacked(new[1].q.codes.numpy(), 3, 2000))
 
 
 # ---- streams of floats --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ __all__ = ['GraphModel', 'graph_of']
 # %% ../../nbs/workshop/graph_running.ipynb
 import collections, copy
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..archive import PackError, ascii_name, demand, quoted
 from ..quant import Dequantize
-from .graphs import MOST_SIZE, NEW, OPERATIONS, Plan, graph_lines, read_graph, resolved
+from .graphs import MOST_SIZE, NEW, NUMBERS, OPERATIONS, Plan, graph_lines, read_graph, resolved
 from .kinds import parent_of
 from .layer_table import make_plain, plain_layer
 from .manifest import Row
@@ -222,10 +223,11 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
-    __slots__ = ("graph", "plan", "ghosts", "known", "signature")
+    __slots__ = ("graph", "plan", "ghosts", "first", "known", "signature", "others")
 
-    def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module):
-        self.graph, self.plan, self.ghosts, self.known = graph, plan, ghosts, set()
+    def __init__(self, graph: dict, plan: Plan, ghosts: nn.Module, first: "Program | None" = None):
+        self.graph, self.plan, self.ghosts, self.known, self.others = graph, plan, ghosts, set(), {}
+        self.first = first or self  # the file's; `others` are the same for models that were converted
         self.signature = Signature([Parameter(i.name, Parameter.POSITIONAL_OR_KEYWORD) for i in plan.inputs])
 
     def __deepcopy__(self, memo: dict) -> "Program":
@@ -237,6 +239,8 @@ class Program:
 
     def check(self, shapes: list[tuple], most: int | None) -> None:
         "`ValueError` unless the graph fits these shapes and its memory; remembered for a thousand of them."
+        if self.first is not self:
+            return self.first.check(shapes, most)
         key = tuple(shapes), most
         if key in self.known:
             return
@@ -249,6 +253,44 @@ class Program:
             self.known.clear()
         self.known.add(key)
 
+    def of(self, model: nn.Module) -> "Program":
+        "The same for a model that may have been converted."
+        first, types = self.first, types_between(self.ghosts, model)
+        key = frozenset(types.items())
+        if types and key not in first.others:
+            other = lambda x: types.get(x, x) if isinstance(x, torch.dtype) else x
+            nodes = [
+                replace(n, args=[*map(other, n.args)], kwargs={k: other(x) for k, x in n.kwargs.items()})
+                for n in first.plan.nodes
+            ]
+            inputs = [replace(i, dtype=other(i.dtype)) for i in first.plan.inputs]
+            plan = replace(first.plan, nodes=nodes, inputs=inputs)
+            first.others[key] = Program(said_with(first.graph, types), plan, first.ghosts, first)
+        return first.others[key] if types else first
+
+# %% ../../nbs/workshop/graph_running.ipynb
+def types_between(
+    before: nn.Module,  # the layers of a graph, as the file has them
+    now: nn.Module,
+) -> dict[torch.dtype, torch.dtype]:  # those that changed; empty if it is not clear into what
+    "What became of the types of floats when a model was converted."
+    was = {i.name: i.value.dtype for i in items(before) if i.value.dtype.is_floating_point}
+    pairs = {(was[i.name], i.value.dtype) for i in items(now) if i.name in was}
+    types = dict(pairs)
+    clear = len(types) == len(pairs) and all(t in NUMBERS.values() for pair in pairs for t in pair)
+    return {a: b for a, b in types.items() if a != b} if clear else {}
+
+
+def said_with(graph: dict, types: dict[torch.dtype, torch.dtype]) -> dict:
+    "A graph with other types, as a file says it."
+    names = {dtype: name for name, dtype in NUMBERS.items()}
+    other = {names[a]: names[b] for a, b in types.items()}
+    given = lambda node: zip(OPERATIONS[node[0]].arguments, node[1:]) if node[0] in OPERATIONS else ()
+    typed = lambda node: {i for i, (a, x) in enumerate(given(node), 1) if a.type == "type" and x in other}
+    changed = lambda node: [other[x] if i in typed(node) else x for i, x in enumerate(node)]
+    inputs = [[name, other.get(dtype, dtype), shape] for name, dtype, shape in graph["inputs"]]
+    return graph | {"inputs": inputs, "nodes": [changed(node) if typed(node) else node for node in graph["nodes"]]}
+
 # %% ../../nbs/workshop/graph_running.ipynb
 class GraphModel(Container):
     """A model that a file describes completely. `most_memory` is what the values of a call may use, in bytes (None: 256
@@ -260,8 +302,15 @@ class GraphModel(Container):
 
     @property
     def graph(self) -> dict:
-        "What it does, as the file says it."
+        "What it does, as a file says it."
         return self.program.graph
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GraphModel":
+        "Move or convert everything, as `half()` and `to()` do; the graph follows."
+        super()._apply(fn, recurse)
+        if self.program is not None:
+            self.program = self.program.of(self)
+        return self
 
     def extra_repr(self) -> str:
         return repr(self.program)

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..archive import PackError, quoted
+from ..archive import BLOCK, PackError, quoted
 from ..quant import CompressedTensor, Dequantize
 from .layer_table import plain_layer
 from .manifest import DTYPES, NAMES, as_json, check_shape, is_architecture
@@ -53,6 +54,14 @@ def as_bytes(
     """
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(t.reshape(-1).view(torch.uint8).numpy())
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    x, y = (np.frombuffer(as_bytes(t), np.uint8) for t in (a, b))
+    return all(np.array_equal(x[i : i + BLOCK], y[i : i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 # %% ../../nbs/workshop/walking.ipynb
 @dataclass
@@ -184,6 +193,7 @@ class Piece:
     entry: dict  # of the manifest; gets offset, crc, coded when it is written
     packed: tuple[int, int, int] | None = None  # bits, count, levels: it holds packed codes
     version: int = 1  # of the format that it needs; known when it is written
+    source: Any = None  # of an update: what reads the base's part of that name; see updates.ipynb
 
 # %% ../../nbs/workshop/walking.ipynb
 def describe(

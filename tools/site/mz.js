@@ -992,6 +992,7 @@ const mz = (() => {
       const text = method ? inflate(about, full) : { text: about, end: about.length };
       demand(text.end === about.length && text.text.length === full, "its manifest is damaged");
       manifest = readJSON(whole(text.text, crc, "the manifest"));
+      demand(!isObject(manifest) || manifest.base === undefined, `it is an update of ${quoted(manifest?.base?.name)}, and this reader knows whole files only`);
       checkVersion(manifest.modelzip, 5);
       demand(isObject(manifest.tensors), "its manifest has unknown or missing fields");
     }
