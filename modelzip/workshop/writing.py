@@ -43,8 +43,9 @@ def ahead(
 
 # %% ../../nbs/workshop/writing.ipynb
 def coded_pieces(
-    pieces: list[tuple[Piece, bool, int]],  # from `arranged`
+    pieces: Iterable[tuple[Piece, bool, int]],  # from `arranged`: the piece, whether it is coded, its alignment
     threads: int,
+    prove: bool = False,  # expand what was coded, and compare
 ) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes as they are stored (in several parts), its alignment
     "Turn pieces into bytes, in order; what is coded is coded by several threads."
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
@@ -54,7 +55,7 @@ def coded_pieces(
             if not coded:
                 return piece, [as_bytes(piece.tensor)], align
             bits, count, levels = piece.packed or (None, None, None)
-            return piece, stream_parts(piece.tensor, bits, count, levels, map=inner.map), align
+            return piece, stream_parts(piece.tensor, bits, count, levels, inner.map, prove), align
 
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
@@ -64,19 +65,19 @@ LARGE = 2**16  # bytes: what has as many begins at a multiple of `ALIGN` in a ma
 # %% ../../nbs/workshop/writing.ipynb
 def write_payload(
     f: BinaryIO,  # stands where the payload begins
-    pieces: list[tuple[Piece, bool, int]],  # in their order: the piece, whether it is coded, its alignment
-    threads: int,
-) -> int:  # the payload's CRC-32
+    stored: Iterable[tuple[Piece, list, int]],  # in their order: the piece, its bytes as they are stored, its alignment
+) -> tuple[int, int]:  # the payload's CRC-32; the lowest version of the format that can say it
     "Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are."
     with Checksum() as crc:
-        end = 0
-        for piece, data, align in coded_pieces(pieces, threads):
+        end, version = 0, 1
+        for piece, data, align in stored:
             gap = bytes(-end % align)
             f.write(gap)
             crc.add(gap)
             end += len(gap) + write_piece(f, piece, data, crc)
-            del data  # before the next is waited for
-        return crc.finish()
+            version = max(version, piece.version)
+            del piece, data  # before the next is waited for
+        return crc.finish(), version
 
 # %% ../../nbs/workshop/writing.ipynb
 def write_piece(
@@ -95,7 +96,7 @@ def write_piece(
     crc.append(own.finish(), n)
     if isinstance(data[0], bytes):
         piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
-    elif n >= LARGE:
+    elif n >= LARGE and "coded" not in piece.entry:  # as it is where a stream was made elsewhere
         piece.entry["crc"], piece.version = own.finish(), 2
     return n
 
