@@ -407,11 +407,11 @@ def weights_in(
     "Weights alone, to be read one by one. None where a file says more than that, and for the archive of a GGUF file."
     path, ending = Path(source), Path(source).suffix.lower()
     tensors = lambda found: {n: Part(t.dtype, tuple(t.shape), 0) for n, t in found.items()}
-    if path.is_dir() or ending == ".json" and path.is_file():
+    if not source or not path.exists():
+        yield None
+    elif path.is_dir() or ending == ".json":
         with _open_folder(path) as found:
             yield (found, {}) if found.note is None else None
-    elif not path.is_file():
-        yield None
     elif READERS.get(ending) is _from_other:
         with _open_other(path) as (found, _):
             yield (found, {}) if found.note is None else None
@@ -869,10 +869,11 @@ NO_GRAPH = "holds no graph; in Python, save(model, path, example=...) writes one
     "modelzip inspect model.mz",
     argument("file", help="a .mz or .gguf file"),
     argument("--graph", action="store_true", help="show what is done with an input, operation by operation"),
+    argument("--entropy", action="store_true", help="read and check the numbers, for their coders and entropies"),
     JSON,
 )
 def _inspect(o):
-    found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file)
+    found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file, o.entropy)
     if o.graph:
         demand(found.graph, f"{o.file} {NO_GRAPH}")
         return Done({"graph": found.graph}, "\n".join(graph_lines(found.graph)))

@@ -147,9 +147,9 @@ def best_shares(
         better, before = error < least[left], least[left]
         best[left] = torch.where(better, shares[some][first].to(best.dtype), best[left])
         least[left] = torch.where(better, error, before)
-        more = 0.999 * cut_off_errors(blocks, s[-1], z[-1], levels, symmetric) < least[left]
-        if not more.all():
-            left, blocks = left[more], blocks[more]
+        if at < len(shares):
+            more = 0.999 * cut_off_errors(blocks, s[-1], z[-1], levels, symmetric) < least[left]
+            left, blocks = (left, blocks) if more.all() else (left[more], blocks[more])
     return best
 
 # %% ../nbs/03_rounding.ipynb

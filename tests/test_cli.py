@@ -821,7 +821,7 @@ def test_every_command_with_every_bad_file(coded, place, kind, tmp_path, monkeyp
     lines += [
         ["bench", "bad.mz", "--input", "1x1x28x28"],
         ["eval", "bad.mz", "--data", "mnist5k"],
-        ["inspect", "bad.mz"],
+        ["inspect", "bad.mz", "--entropy"],
         ["diff", "bad.mz", good],
         ["diff", good, "bad.mz"],
         ["compress", good, "-o", "out.mz", "--recipe", "bad.json"],

@@ -7,7 +7,7 @@ __all__ = ['Contents', 'inspect', 'diff']
 
 # %% ../../nbs/workshop/inspecting.ipynb
 import collections, functools, html, math, os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..archive import BLOCK, Entry, PackError, ascii_name, cut, data_offset, demand, naming, open_file
 from ..archive import several, shown
 from ..coding import CODES, chunk_slices, coders
+from ..integers import gather_rows, why_not_rows
 from ..quant import CompressedTensor, unpack_bits
 from .hollow import check_match, skeleton_of
 from .manifest import NAMES, Row, as_json, read_manifest
-from .reading import read_row, verify_rest
+from .reading import read_blocks, read_row, verify_rest
 from .solid import Restored, as_mapped
 from .walking import as_bytes, identity, items
 from .writing import check_machine
@@ -33,19 +34,27 @@ def information(value: Tensor | CompressedTensor) -> float:  # bits
     "The order-0 entropy of all that is stored of a tensor."
     packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.0
     for k, t in ({"": value} if isinstance(value, Tensor) else value.parts()).items():
-        for counts in counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(t):
-            n = counts[counts > 0]
-            bits += float((n * np.log2(n.sum() / n)).sum())
+        counts = counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(blocks_of(t), t.element_size())
+        bits += counted_bits(counts)
     return bits
 
 
-def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
-    "How often each byte occurs at each place of an element, a block at a time."
-    data, width = np.frombuffer(as_bytes(t), np.uint8).reshape(-1, t.element_size()), t.element_size()
+def counted_bits(counts: np.ndarray) -> float:  # of histograms, one below the other
+    return sum(float((n * np.log2(n.sum() / n)).sum()) for row in counts for n in [row[row > 0]])
+
+
+def blocks_of(t: Tensor) -> Iterator[np.ndarray]:  # uint8, whole elements
+    "The bytes of a tensor, some at a time."
+    data, step = np.frombuffer(as_bytes(t), np.uint8), BLOCK // t.element_size() * t.element_size()
+    yield from (data[i : i + step] for i in range(0, len(data), step))
+
+
+def counted_bytes(blocks: Iterable[np.ndarray], width: int) -> np.ndarray:  # [bytes of an element, 256]
+    "How often each byte occurs at each place of an element."
     counts = np.zeros((width, 256), np.int64)
-    for i in range(0, len(data), BLOCK // width):
+    for block in blocks:
         for j in range(width):
-            counts[j] += np.bincount(data[i : i + BLOCK // width, j], minlength=256)
+            counts[j] += np.bincount(block[j::width], minlength=256)
     return counts
 
 
@@ -124,10 +133,12 @@ def measured_line(f: BinaryIO, row: Row, payload: Entry, total: int) -> Line:
     "What `inspect` shows of a tensor after it has read it."
     if row.same is not None:
         return line_of(row, total)
-    value = read_row(f, row, payload)
-    return line_of(
-        row, total, coder_of(f, row, payload), information(value) / n if (n := math.prod(row.shape)) else None
-    )
+    if row.kind is None:
+        blocks = read_blocks(f, part := row.parts[""], row.name, payload)
+        bits = counted_bits(counted_bytes(blocks, part.dtype.itemsize))
+    else:
+        bits = information(read_row(f, row, payload))
+    return line_of(row, total, coder_of(f, row, payload), bits / n if (n := math.prod(row.shape)) else None)
 
 # %% ../../nbs/workshop/inspecting.ipynb
 COLUMNS = ["tensor", "shape", "kind", "layer", "coder", "bits", "entropy", "bytes", "share"]
@@ -327,12 +338,31 @@ def compared(
         return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
     if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)):
         return "same", 0.0, None
-    x, y = (t.dequantize() if isinstance(t, CompressedTensor) else t for t in (a, b))
-    if identical(x, y):
+    if a.dtype == b.dtype and all(identical(x, y) for x, y in in_step(numbers_of(a), numbers_of(b))):
         return "same numbers, stored differently", 0.0, None
-    if x.is_complex() or y.is_complex():
-        return "other numbers", None, None
-    return "other numbers", *distance(x, y)
+    return "other numbers", *distance(numbers_of(a), numbers_of(b))
+
+
+def numbers_of(value: Tensor | CompressedTensor) -> Iterator[Tensor]:  # 1-D
+    "The numbers that a tensor stands for, in order, some at a time where it can be expanded so."
+    if isinstance(value, CompressedTensor) and why_not_rows(value) is None:
+        step = max(1, BLOCK // value.shape[1])
+        for rows in torch.arange(value.shape[0]).split(step):
+            yield gather_rows(value, rows).dequantize().reshape(-1)
+    else:
+        yield from (value.dequantize() if isinstance(value, CompressedTensor) else value).reshape(-1).split(BLOCK)
+
+
+def in_step(xs: Iterator[Tensor], ys: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    "Pieces of the same numbers, cut where either is cut."
+    x = y = torch.empty(0)
+    while True:
+        x, y = (t if len(t) else next((t for t in ts if len(t)), None) for t, ts in ((x, xs), (y, ys)))
+        if x is None or y is None:
+            return
+        n = min(len(x), len(y))
+        yield x[:n], y[:n]
+        x, y = x[n:], y[n:]
 
 
 def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
@@ -347,13 +377,14 @@ def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
 
 
 def distance(
-    x: Tensor,
-    y: Tensor,  # of the same shape
-) -> tuple[float, float | None]:  # the largest difference, SQNR in dB
-    """How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not
-    differ."""
+    xs: Iterator[Tensor],
+    ys: Iterator[Tensor],  # as many numbers
+) -> tuple[float | None, float | None]:  # the largest difference, SQNR in dB; None of complex numbers
+    "How far two tensors are apart; exact for whole numbers. Infinities that are equal do not differ."
     largest, signal, noise = 0.0, 0.0, 0.0
-    for p, q in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK)):
+    for p, q in in_step(xs, ys):
+        if p.is_complex() or q.is_complex():
+            return None, None
         p, q = (
             (
                 t.to(torch.float64).numpy()
@@ -476,9 +507,19 @@ class File:
     rows: dict[str, Row]
     payload: Entry
 
+    def row(self, name: str) -> Row:
+        return self.rows[self.rows[name].same or name]
+
     def read(self, name: str) -> Tensor | CompressedTensor:
         with naming(self.path):
-            return read_row(self.f, self.rows[self.rows[name].same or name], self.payload)
+            return read_row(self.f, self.row(name), self.payload)
+
+    def numbers(self, name: str) -> Iterator[Tensor]:  # 1-D
+        "A plain tensor, some at a time."
+        with naming(self.path):
+            row = self.row(name)
+            for block in read_blocks(self.f, row.parts[""], row.name, self.payload):
+                yield torch.from_numpy(block).view(row.dtype)
 
     @functools.cached_property
     def ties(self) -> dict:  # name → all names of the same tensor
@@ -538,6 +579,16 @@ def differences(a: File, b: File) -> list[str]:
     return out
 
 
+def compared_in(name: str, a: File, b: File) -> tuple[str, float | None, float | None]:
+    "`compared` of one tensor in two files: plain ones without having either of them in memory."
+    x, y = (f.row(name) for f in (a, b))
+    if x.kind is not None or y.kind is not None or x.shape != y.shape:
+        return compared(a.read(name), b.read(name))
+    if x.dtype == y.dtype and all(identical(p, q) for p, q in in_step(a.numbers(name), b.numbers(name))):
+        return "same", 0.0, None
+    return "other numbers", *distance(a.numbers(name), b.numbers(name))
+
+
 def change_of(
     name: str, a: File, b: File, seen: dict
 ) -> Change:  # seen: what is known of tensors that have several names
@@ -548,7 +599,7 @@ def change_of(
     else:
         key = tuple(f.rows[name].same or name for f in (a, b))
         if key not in seen:
-            seen[key] = compared(a.read(name), b.read(name)), a.ties[name] == b.ties[name]
+            seen[key] = compared_in(name, a, b), a.ties[name] == b.ties[name]
         what, tied = seen[key]
         x, y = a.says(name), b.says(name)
         if what[0] == "same" and not (tied and x == y):

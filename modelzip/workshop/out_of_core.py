@@ -56,7 +56,7 @@ def in_file_order(
     return found
 
 # %% ../../nbs/workshop/out_of_core.ipynb
-SLICE = 1 << 22  # elements that are rounded at a time
+SLICE = 1 << 21  # elements that are rounded at a time
 
 
 def slices(
@@ -112,10 +112,10 @@ def rounded(
     if part.numel <= SLICE or opened.rows is None and part.nbytes <= 2**26:
         done(part.nbytes)
         return quantize(opened.read(name), **how)
-    q, kinds = joined(ahead(one, slices(opened, name, done), pool, lambda x: x.nbytes, 2**26), part)
+    q, kinds = joined(ahead(one, slices(opened, name, done), pool, lambda x: x.nbytes, 2**25), part)
     if len(kinds) > 1:
         how["scale_dtype"] = functools.reduce(torch.promote_types, kinds)
-        q, _ = joined(ahead(one, slices(opened, name), pool, lambda x: x.nbytes, 2**26), part)
+        q, _ = joined(ahead(one, slices(opened, name), pool, lambda x: x.nbytes, 2**25), part)
     return q
 
 

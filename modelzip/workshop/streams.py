@@ -383,7 +383,7 @@ def stream_parts(
         levels = check_codes(data, bits, count, levels)
         jobs = [functools.partial(code_chunk, data, bits, count, levels, i, prove) for i in range(0, count, CODES)]
         head = bytes([bits]) + write_varint(levels) + write_varint(count)
-    chunks = list(map(run, jobs))
+    chunks = list(map(run, jobs)) if len(jobs) > 1 else [job() for job in jobs]
     parts, crc = [head + b"".join(write_varint(len(c)) for c in chunks), *chunks], 0
     for p in parts:
         crc = zlib.crc32(p, crc)

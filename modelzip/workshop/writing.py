@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/workshop/writing.ipynb
 import collections, sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from torch import nn
@@ -21,6 +21,7 @@ from .walking import Piece, as_bytes
 
 # %% ../../nbs/workshop/writing.ipynb
 WAITING = 2**24  # bytes of streams that may wait for each other
+SOON = 2**13  # bytes: what is smaller is done sooner than it is given to another thread
 
 
 def ahead(
@@ -30,14 +31,20 @@ def ahead(
     weight: Callable,  # bytes that the result for an x may have
     most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
 ) -> Iterator:  # f(x) for each x, in order
-    "The executor's `map` for long lists: it does not run away from whoever takes the results."
+    """The executor's `map` for long lists: it does not run away from whoever takes the results. What is small is done
+    in this thread."""
     pending, held = collections.deque(), 0
     for x in xs:
         while pending and held + weight(x) > most:
             held -= pending[0][0]
             yield pending.popleft()[1].result()
-        pending.append((weight(x), pool.submit(f, x)))
-        held += weight(x)
+        if (n := weight(x)) < SOON:
+            result = Future()
+            result.set_result(f(x))
+        else:
+            result = pool.submit(f, x)
+        pending.append((n, result))
+        held += n
     while pending:
         yield pending.popleft()[1].result()
 
