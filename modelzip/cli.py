@@ -48,19 +48,7 @@ from modelzip.exchange import (
 from .kernels import use_kernels
 from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
-from modelzip.pack import (
-    Contents,
-    as_text,
-    diff,
-    identity,
-    inspect,
-    items,
-    load,
-    opened,
-    read_row,
-    rebuild,
-    save,
-)
+from .pack import Contents, as_text, diff, identity, inspect, items, load, opened, read_row, rebuild, save
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
@@ -425,7 +413,11 @@ def weights_in(
             plain = all(r.kind is None for r in f.rows.values()) and not is_archived(f.manifest.get("info", {}))
             alone = plain and not _says_what_runs(f.manifest, f.rows)
             tied = {n: r.same or n for n, r in f.rows.items()}
-            yield (Opened({n: Part(r.dtype, r.shape, 0) for n, r in f.rows.items()}, f.read, None), tied) if alone else None
+            yield (
+                (Opened({n: Part(r.dtype, r.shape, 0) for n, r in f.rows.items()}, f.read, None), tied)
+                if alone
+                else None
+            )
     elif ending == ".gguf":
         with _gguf_in(path) as found:
             held = found.tensors
@@ -641,7 +633,10 @@ def _recipe_in(path):
 def _by_target(model, o):
     "Search for a target, or follow a recipe."
     if only_weights(model):
-        raise ValueError(_no_code(o))
+        raise ValueError(
+            f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; name"
+            " the code by --model package.module:class"
+        )
     recipe = None if o.recipe is None else o.recipe if o.recipe in RECIPES else _recipe_in(o.recipe)
     try:
         report = compress(
@@ -660,13 +655,6 @@ def _by_target(model, o):
     except WriteError as e:
         raise _kept(e, o.output) from e
     return repr(report)
-
-
-def _no_code(o):
-    return (
-        f"{o.model} holds weights without the code that runs them: of the targets only --bytes can be met; name the code"
-        " by --model package.module:class"
-    )
 
 
 def _kept(e, path):
@@ -733,8 +721,9 @@ def _compress(o):
             if archived:
                 raise ValueError(f"{o.model} is the archive of a GGUF file already; --bits N rounds what it holds")
             return _archived(o)
-    with nullcontext() if o.code else weights_in(o.model) as found:
-        how, before, left = _rounded_weights(*found, o) if found else _rounded_model(o, blocks)
+    searched = o.recipe is not None or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
+    with nullcontext() if o.code or searched else weights_in(o.model) as found:
+        how, before, left = _rounded_weights(*found, o) if found else _rounded_model(o, blocks, searched)
     if blocks:
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
         how += "; its metadata (tokenizer, chat template) is left out"
@@ -757,21 +746,17 @@ def _compress(o):
 
 def _rounded_weights(found, tied, o):
     "What was done with weights alone, how many bytes they had, and what is left as it was."
-    searched = o.recipe is not None or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
-    if searched:
-        raise ValueError(_no_code(o))
     _check_options(None, o, False)
     how, before = _tensor_by_tensor(found, tied, o)
     return how, before, [f"{n} ({dtype_name(p.dtype)})" for n, p in found.index.items() if _left(p)]
 
 
-def _rounded_model(o, blocks):
+def _rounded_model(o, blocks, searched):
     "The same of a model."
     (model,) = _opened(o, o.model)
     _check_kept(o)
     if blocks and only_weights(model):
         model = as_model(expanded_tensors(model))
-    searched = o.recipe is not None or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
     searched = searched or o.bytes is not None and not only_weights(model)
     _check_options(model, o, searched)
     left = [i for i in items(model) if only_weights(model) and isinstance(i.value, Tensor)]

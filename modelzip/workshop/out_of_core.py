@@ -37,9 +37,7 @@ def worth_rounding(part: Part) -> bool:
     return wide and len(part.shape) >= 2 and part.numel > 0
 
 
-def in_file_order(
-    index: dict[str, Part],
-) -> list[str]:  # the names
+def in_file_order(index: dict[str, Part]) -> list[str]:  # the names
     "Names as a file has them. `ValueError` for a name that no tensor of a model can have."
     none, found = torch.empty(0), []
 
@@ -56,7 +54,7 @@ def in_file_order(
     return found
 
 # %% ../../nbs/workshop/out_of_core.ipynb
-SLICE = 1 << 21  # elements that are rounded at a time
+SLICE = 1 << 20  # elements that are rounded at a time
 
 
 def slices(
@@ -112,10 +110,10 @@ def rounded(
     if part.numel <= SLICE or opened.rows is None and part.nbytes <= 2**26:
         done(part.nbytes)
         return quantize(opened.read(name), **how)
-    q, kinds = joined(ahead(one, slices(opened, name, done), pool, lambda x: x.nbytes, 2**25), part)
+    q, kinds = joined(ahead(one, slices(opened, name, done), pool, lambda x: x.nbytes, 2**24), part)
     if len(kinds) > 1:
         how["scale_dtype"] = functools.reduce(torch.promote_types, kinds)
-        q, _ = joined(ahead(one, slices(opened, name), pool, lambda x: x.nbytes, 2**25), part)
+        q, _ = joined(ahead(one, slices(opened, name), pool, lambda x: x.nbytes, 2**24), part)
     return q
 
 
@@ -270,14 +268,16 @@ def compress_shards(
     places = read_index(index)
     with tempfile.TemporaryDirectory(prefix=".modelzip-", dir=path.resolve().parent) as folder, ExitStack() as stack:
         shards = {s: str(Path(folder).resolve() / f"{i}.mz") for i, s in enumerate(sorted(set(places.values())))}
-        jobs = {s: executor.submit(compress_shard, str(index.resolve().parent / s), out, how) for s, out in shards.items()}
+        jobs = {
+            s: executor.submit(compress_shard, str(index.resolve().parent / s), out, how) for s, out in shards.items()
+        }
         files, known = {}, {}
         for s, job in jobs.items():
             files[s] = f = stack.enter_context(open(job.result(), "rb"))
             known[f] = read_manifest(f)
             done((index.parent / s).stat().st_size)
         at = {n: files[s] for n, s in places.items()}
-        parts = {n: Part(r.dtype, r.shape, 0) for f in files.values() for n, r in known[f][1].items()}
+        parts = {n: Part(r.dtype, r.shape, 0) for n, f in at.items() for r in [known[f][1][n]]}
         table, manifest = {}, {"modelzip": VERSION, "architecture": None} | ({"info": info} if info else {})
         with replacing(path) as f:
             write_file(f, manifest | {"tensors": table}, copied(at, known, table, in_file_order(parts)))

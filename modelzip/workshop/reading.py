@@ -259,10 +259,7 @@ def read_row(f: BinaryIO, row: Row, payload: Entry, pool: Any = None) -> Tensor 
 
 # %% ../../nbs/workshop/reading.ipynb
 def read_blocks(
-    f: BinaryIO,
-    part: Part,
-    name: str,
-    payload: Entry,
+    f: BinaryIO, part: Part, name: str, payload: Entry
 ) -> Iterator[np.ndarray]:  # uint8, whole elements; all have been checked only when the last has come
     "Read one part, some at a time, and check it if it has a checksum of its own."
     f.seek(data_offset(payload) + part.offset)

@@ -26,9 +26,7 @@ def index_of(
     return index if index.is_file() else None
 
 
-def read_index(
-    index: Path,
-) -> dict[str, str]:  # name of a tensor → name of the file beside the index
+def read_index(index: Path) -> dict[str, str]:  # name of a tensor → name of the file beside the index
     "Where each tensor lies. `ValueError` for what is no index."
     with naming(index), open_file(index) as f:
         text = f.read()
@@ -65,9 +63,7 @@ def check_listed(
 
 
 @contextmanager
-def opened_shards(
-    index: Path,
-) -> Iterator[Opened]:
+def opened_shards(index: Path) -> Iterator[Opened]:
     "All files of a checkpoint as one. `ValueError` or `PackError` name the file that is wrong."
     places, parts = read_index(index), {}
     with ExitStack() as stack:
