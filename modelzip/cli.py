@@ -63,8 +63,8 @@ from .workshop.hollow import skeleton_of
 from .workshop.layer_table import plain_layer
 from .workshop.manifest import Part
 from .workshop.models import output_tensors
-from .workshop.out_of_core import compress_weights, worth_rounding
-from .workshop.shards import INDEX, index_of, opened_shards
+from .workshop.out_of_core import compress_weights, taken, worth_rounding
+from .workshop.shards import INDEX, SHARD, index_of, opened_shards, write_shards
 from .workshop.weights import MOST_BESIDE, Weights, apart, as_model, put_apart
 from .workshop.terminal import as_json, complain, draws, ending_of, fitting, printable, raised_at, reason
 from .workshop.terminal import say, tell
@@ -405,9 +405,9 @@ def weights_in(
             yield (found, {}) if found.note is None else None
     elif READERS.get(ending) is _from_torch:
         held = _torch_tensors(path)
-        some = lambda n, first, last: held[n][first:last]
+        some = lambda n, first, last: taken(held[n][first:last])
         tied = {n: (t.data_ptr(), t.dtype, t.shape, t.stride()) for n, t in held.items() if t.numel()}
-        yield Opened(tensors(held), held.__getitem__, None, some), tied
+        yield Opened(tensors(held), lambda n: taken(held[n]), None, some), tied
     elif ending == ".mz":
         with opened(path) as f:
             plain = all(r.kind is None for r in f.rows.values()) and not is_archived(f.manifest.get("info", {}))
@@ -1019,10 +1019,12 @@ def example_of(
     argument(
         "output",
         nargs="?",
-        help=f"file to write or replace: {', '.join([*WRITERS, '.onnx'])} or .xml (OpenVINO); not needed with --to",
+        help=f"file to write or replace: {', '.join([*WRITERS, '.onnx'])} or .xml (OpenVINO), not needed with --to; or"
+        " model.safetensors.index.json, the index of many files",
     ),
     argument("--to", choices=list(TO), help="for which engine; without an output the file lies beside the model"),
     argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
+    argument("--shard-bytes", type=int, help=f"of each file beside an index, at most (default: {SHARD:,})"),
     argument(
         "--input",
         action="append",
@@ -1035,7 +1037,9 @@ def example_of(
 def _convert(o):
     o.output = _output_of(o)
     _check_kept(o)
-    ending = _ending(o.output, *WRITERS, *TO.values())
+    ending = _ending(o.output, *WRITERS, *TO.values(), ".json")
+    if o.shard_bytes is not None and ending != ".json":
+        raise ValueError("--shard-bytes does not act: only an index of many files has several")
     beside = [os.path.splitext(o.output)[0] + ".bin"] * (ending == ".xml")
     for name in (o.output, *beside):
         target_of(name)
@@ -1049,6 +1053,8 @@ def _convert(o):
         exact(o.model, o.output)
         size = file_bytes(o.output)
         return Done({"file": o.output, "bytes": size}, f"{o.output}: {size:,} bytes")
+    if ending == ".json":
+        return _in_shards(o)
     (model,) = _opened(o, o.model)
     _check_kept(o)
     if o.expand and not _compressed(model):
@@ -1074,6 +1080,38 @@ def _convert(o):
     files = [o.output, *beside]
     size = sum(map(file_bytes, files))
     return Done({"file": o.output, "bytes": size}, f"{printable(' and '.join(files))}: {size:,} bytes{left}")
+
+
+@contextmanager
+def _numbers_in(o):
+    "The tensors of a file as plain ones, and whether some of them are compressed there."
+    part = lambda v: Part(v.dtype, tuple(v.shape), 0)
+    expanded = lambda v: v if isinstance(v, Tensor) else v.dequantize()
+    if not o.code and Path(o.model).suffix.lower() == ".mz" and not is_archived(_info_of(o.model)):
+        with opened(o.model) as f:
+            small = any(r.kind is not None for r in f.rows.values())
+            yield Opened({n: part(r) for n, r in f.rows.items()}, lambda n: expanded(f.read(n)), None), small
+        return
+    with nullcontext() if o.code else weights_in(o.model) as found:
+        if found:
+            yield found[0], Path(o.model).suffix.lower() == ".gguf"
+            return
+    (model,) = _opened(o, o.model)
+    held = {i.name: i.value for i in items(model)}
+    yield Opened({n: part(v) for n, v in held.items()}, lambda n: expanded(held[n]), None), _compressed(model)
+
+
+def _in_shards(o):
+    "Many files with an index, a tensor at a time."
+    with _numbers_in(o) as (found, small):
+        if small and not o.expand:
+            raise ValueError(f"{o.output} stands for files of plain tensors, and {o.model} is compressed: --expand")
+        if o.expand and not small:
+            raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
+        paths = write_shards(found, o.output, SHARD if o.shard_bytes is None else o.shard_bytes)
+    size = sum(map(file_bytes, paths))
+    said = f"{printable(o.output)} and {len(paths) - 1} files beside it: {size:,} bytes"
+    return Done({"file": o.output, "bytes": size, "files": [str(p) for p in paths]}, said)
 
 
 def _exact(o, ending):

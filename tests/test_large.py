@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from modelzip import rounding
 from modelzip.cli import cli, quantize_weights, weights_in
-from modelzip.pack import diff, inspect, load, save
-from modelzip.quant import MSE, dequantize_model, quantize_model
-from modelzip.workshop import inspecting, out_of_core
+from modelzip.pack import diff, inspect, save
+from modelzip.quant import MSE
+from modelzip.workshop import out_of_core
 from modelzip.workshop.out_of_core import compress_shards, compress_weights
 from modelzip.workshop.weights import as_model
 from test_recipe import processes
@@ -129,8 +129,6 @@ def test_what_would_not_come_back_is_not_written(tmp_path, monkeypatch):
     from modelzip.workshop import streams
 
     save_file({"a": torch.randn(64, 64)}, source := tmp_path / "w.safetensors")
-    code = streams.code_codes
-    broken = lambda *a: bytes([streams.RAW]) + bytes(len(code(*a)))
     monkeypatch.setattr(streams, "code_codes", lambda *a: bytes([streams.RAW]) + bytes(64 * 64))
     with weights_in(str(source)) as (found, tied), pytest.raises(CodingError, match="come back"):
         compress_weights(found, tmp_path / "w.mz")
@@ -170,6 +168,34 @@ def test_a_folder_is_its_index(tmp_path):
         assert cli(["compress", str(source), "-o", str(tmp_path / output), "--bits", "4", "--quiet"]) == 0
     assert (tmp_path / "a.mz").read_bytes() == (tmp_path / "b.mz").read_bytes()
     assert {l.name for l in inspect(tmp_path / "a.mz").lines} == set(some_tensors())
+
+
+def test_many_files_and_back(tmp_path, monkeypatch, capsys):
+    "Compressed, expanded into many files, read from there: the numbers are those of the compressed file."
+    monkeypatch.chdir(tmp_path)
+    save_file(some_tensors(), "w.safetensors")
+    assert cli("compress w.safetensors -o w.mz --bits 4 --quiet".split()) == 0
+    Path("out").mkdir()
+    assert cli("convert w.mz out/model.safetensors.index.json --expand --shard-bytes 20000".split()) == 0
+    places = json.loads(Path("out/model.safetensors.index.json").read_text())["weight_map"]
+    assert places.keys() == some_tensors().keys() and len(set(places.values())) > 2
+    assert cli("convert out out.safetensors".split()) == cli("convert w.mz one.safetensors --expand".split()) == 0
+    assert (
+        cli("convert out/model.safetensors.index.json out.mz".split())
+        == cli("convert one.safetensors one.mz".split())
+        == 0
+    )
+    assert all(c.what == "same" for c in diff("out.mz", "one.mz").changes)
+    capsys.readouterr()
+    for line, said in (
+        ("convert w.mz out/model.safetensors.index.json --expand", "is there already"),
+        ("convert w.mz new.safetensors.index.json", "--expand"),
+        ("convert w.safetensors new.safetensors.index.json --expand", "does not act"),
+        ("convert w.mz new.json --expand", "may end in .safetensors.index.json"),
+        ("convert w.mz x.npz --shard-bytes 7", "does not act"),
+        ("convert w.safetensors new.safetensors.index.json --shard-bytes 0", "1 or more"),
+    ):
+        assert cli(line.split()) == 2 and said in capsys.readouterr().err
 
 
 def test_many_workers_write_the_file_of_one(tmp_path):
