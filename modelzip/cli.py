@@ -870,7 +870,7 @@ def _inspect(o):
         "info": found.info,
     }
     return Done(
-        about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]},
+        about | {"tensors": [vars(l) | {"bits": l.bits} for l in found.lines]},
         _coloured(found) if _colours() else repr(found),
     )
 
