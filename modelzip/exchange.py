@@ -274,6 +274,7 @@ class Opened:
     index: dict[str, Part]  # plain tensors by name
     read: Callable[[str], Tensor]  # by name
     note: dict[str, str] | None  # what modelzip said when it wrote the file; None in files from others
+    rows: Callable[[str, int, int], Tensor] | None = None  # by name, the first, the one behind the last; None: no way
 
 
 def with_types(
@@ -777,7 +778,13 @@ def open_safetensors(f: BinaryIO) -> Opened:
         f.seek(start + index[name].offset)
         return read_into(f, index[name], name)
 
-    return Opened(index, read, note if "modelzip" in note else None)
+    def rows(name, first, last):
+        whole = index[name]
+        some = dataclasses.replace(whole, shape=(last - first, *whole.shape[1:]))
+        f.seek(start + whole.offset + first * math.prod(whole.shape[1:]) * whole.dtype.itemsize)
+        return read_into(f, some, name)
+
+    return Opened(index, read, note if "modelzip" in note else None, rows)
 
 # %% ../nbs/workshop/exchange.ipynb
 def read_into(

@@ -7,6 +7,7 @@ __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'd
 
 # %% ../nbs/05_pack.ipynb
 import json, os, torch
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .workshop.reading import check_bool, check_loading, check_mappable, map_pay
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
-from .workshop.writing import LARGE, check_machine, check_saving, write_payload
+from .workshop.writing import LARGE, check_machine, check_saving, coded_pieces, write_payload
 
 _all_ = ["PackError", "Contents", "inspect", "diff"]
 
@@ -41,11 +42,11 @@ def arranged(pieces: list[Piece], archive: bool) -> list[tuple[Piece, bool, int]
     return [(p, archive and p.tensor.nbytes >= big, align(p)) for p in sorted(pieces, key=key)]
 
 # %% ../nbs/05_pack.ipynb
-def write_file(f: BinaryIO, manifest: dict, pieces: list[Piece], archive: bool, threads: int) -> None:
+def write_file(f: BinaryIO, manifest: dict, stored: Iterable[tuple[Piece, list, int]]) -> None:
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
-    crc = write_payload(f, arranged(pieces, archive), threads)
-    manifest["modelzip"] = VERSION if manifest.keys() & {"layers", "kind"} else max([1, *(p.version for p in pieces)])
+    crc, version = write_payload(f, stored)
+    manifest["modelzip"] = VERSION if manifest.keys() & {"layers", "kind"} else version
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -102,7 +103,7 @@ def save(
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
     with replacing(path) as f:
         if solid is None:
-            write_file(f, manifest, pieces, archive, threads)
+            write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
         else:
             seal_solid(f, solid)
         prove(f, model)

@@ -619,6 +619,8 @@ def test_pairs_of_options(place, source, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setattr("modelzip.cli._by_bits", lambda model, o: save(model, o.output) and "")
     monkeypatch.setattr("modelzip.cli._by_target", lambda model, o: save(model, o.output) and "")
+    written = lambda found, tied, o: Path(o.output).write_bytes(b"x") and ("", 1)
+    monkeypatch.setattr("modelzip.cli._tensor_by_tensor", written)
     known = source == "mine:net"
     for a, b in itertools.combinations(RIVALS, 2):
         status = cli(
@@ -842,7 +844,7 @@ def test_every_command_with_every_bad_file(coded, place, kind, tmp_path, monkeyp
     lines += [
         ["bench", "bad.mz", "--input", "1x1x28x28"],
         ["eval", "bad.mz", "--data", "mnist5k"],
-        ["inspect", "bad.mz"],
+        ["inspect", "bad.mz", "--entropy"],
         ["diff", "bad.mz", good],
         ["diff", good, "bad.mz"],
         ["compress", good, "-o", "out.mz", "--recipe", "bad.json"],

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/manifest.ipynb
-import importlib, json, math, re
+import functools, importlib, json, math, re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
@@ -134,14 +134,14 @@ def is_size(x: Any) -> bool:
 
 def check_shape(entry: dict, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
     "The type and the shape in an entry of the table."
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    demand(isinstance(dtype, str) and dtype in DTYPES, f"{quoted(name)} has the unknown type {ascii(dtype)[:40]}")
+    dtype, shape, who = entry.get("dtype"), entry.get("shape"), quoted(name)
+    demand(isinstance(dtype, str) and dtype in DTYPES, f"{who} has the unknown type {ascii(dtype)[:40]}")
     demand(
         isinstance(shape, list)
         and len(shape) <= MAX_DIMS
         and all(map(is_size, shape))
         and math.prod(d or 1 for d in shape) < 2**59,
-        f"{quoted(name)} has the impossible shape {quoted(shape)}",
+        f"{who} has the impossible shape {quoted(shape)}",
     )
     return DTYPES[dtype], tuple(shape)
 
@@ -349,11 +349,11 @@ class Part:
     crc: int | None = None  # of its bytes, if the file says so
     coded: int | None = None  # length of its stream, if it is coded
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
@@ -364,21 +364,17 @@ class Part:
 # %% ../../nbs/workshop/manifest.ipynb
 def check_part(entry: Any, name: str) -> Part:
     "An entry of the table that is a plain tensor."
-    plain = as_struct(Plain, entry, f"{quoted(name)} is described in an unknown form")
+    who = quoted(name)
+    plain = as_struct(Plain, entry, f"{who} is described in an unknown form")
     dtype, shape = check_shape(entry, name)
     crc, coded = (None if v is UNSET else v for v in (plain.crc, plain.coded))
-    demand(
-        crc is None or coded is None, f"{quoted(name)} is described in an unknown form: both crc and coded are there"
-    )
+    demand(crc is None or coded is None, f"{who} is described in an unknown form: both crc and coded are there")
     demand(
         coded is not None or plain.offset % dtype.itemsize == 0,
-        f"{quoted(name)} has the impossible offset {plain.offset}: its elements have {dtype.itemsize} bytes",
+        f"{who} has the impossible offset {plain.offset}: its elements have {dtype.itemsize} bytes",
     )
     part = Part(dtype, shape, plain.offset, crc, coded)
-    demand(
-        coded is None or part.nbytes <= coded << 15,
-        f"{quoted(name)} claims {part.nbytes:,} bytes from a stream of {coded}",
-    )
+    demand(coded is None or part.nbytes <= coded << 15, f"{who} claims {part.nbytes:,} bytes from a stream of {coded}")
     return part
 
 # %% ../../nbs/workshop/manifest.ipynb
@@ -449,7 +445,8 @@ def check_row(
 # %% ../../nbs/workshop/manifest.ipynb
 def check_compressed(name: str, entry: dict) -> Row:
     "An entry that is a compressed tensor."
-    e = as_struct(Compressed, entry, f"{quoted(name)} is described in an unknown form")
+    who = quoted(name)
+    e = as_struct(Compressed, entry, f"{who} is described in an unknown form")
     options = {} if e.options is UNSET else e.options
     row = Row(
         name,
@@ -463,11 +460,11 @@ def check_compressed(name: str, entry: dict) -> Row:
     )
     demand(
         e.kind not in HOMES or all(e.meta.get(k, entry[k]) == entry[k] for k in ("shape", "dtype")),
-        f"{quoted(name)} is described in two ways that differ",
+        f"{who} is described in two ways that differ",
     )
     demand(
         row.nbytes <= 2**16 + 8 * math.prod(row.shape) * row.dtype.itemsize,
-        f"{quoted(name)} has parts that are larger than what they stand for",
+        f"{who} has parts that are larger than what they stand for",
     )
     return row
 

@@ -21,6 +21,7 @@ from ..coding import CodingError, decoding
 from ..quant import CompressedTensor
 from .filling import rebuild
 from .manifest import Part, Row, in_order
+from .streams import BYTES, expand_elements, read_head
 from .walking import as_bytes
 from .writing import WAITING, check_machine
 
@@ -368,3 +369,43 @@ def read_row(f: BinaryIO, row: Row, payload: Entry, pool: Any = None) -> Tensor 
             for k, p in row.parts.items()
         },
     )
+
+# %% ../../nbs/workshop/reading.ipynb
+def read_blocks(
+    f: BinaryIO, part: Part, name: str, payload: Entry
+) -> Iterator[np.ndarray]:  # uint8, whole elements; all have been checked only when the last has come
+    "Read one part, some at a time, and check it if it has a checksum of its own."
+    f.seek(data_offset(payload) + part.offset)
+    for block in raw_blocks(f, part, name) if part.coded is None else stream_blocks(f, part, name):
+        check_bool(torch.from_numpy(block).view(part.dtype))
+        yield block
+
+
+def raw_blocks(f: BinaryIO, part: Part, name: str) -> Iterator[np.ndarray]:
+    "What is stored as it is, from where the file stands."
+    crc, step = 0, BLOCK // part.dtype.itemsize * part.dtype.itemsize
+    for i in range(0, part.nbytes, step):
+        block = np.empty(min(step, part.nbytes - i), np.uint8)
+        demand(f.readinto(block) == len(block), "it became shorter while it was being read")
+        crc = zlib.crc32(block, crc)
+        yield block
+    demand(part.crc in (None, crc), f"{quoted(name)} is damaged (wrong checksum)")
+
+
+def stream_blocks(f: BinaryIO, part: Part, name: str) -> Iterator[np.ndarray]:
+    "What a stream of elements holds, a chunk at a time."
+    data = memoryview(f.read(part.coded))
+    with naming_part(name):
+        bits, width, count, _, lengths, at = read_head(data, part.nbytes)
+        if bits or BYTES // width * width % part.dtype.itemsize:  # not as we write plain tensors
+            for job in decoding(data, block := np.empty(part.nbytes, np.uint8)):
+                job()
+            yield block
+            return
+    for i, n in enumerate(lengths):
+        first = i * (BYTES // width * width)
+        block = np.empty(min(BYTES // width * width, count - first), np.uint8)
+        with naming_part(name):
+            expand_elements(data[at : at + n], block, width)
+        at += n
+        yield block

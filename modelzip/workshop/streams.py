@@ -521,7 +521,12 @@ def holds_whole(x: Any) -> bool:
 
 
 def stream_parts(
-    x: Any, bits: int | None = None, count: int | None = None, levels: int | None = None, map: Callable = map
+    x: Any,
+    bits: int | None = None,
+    count: int | None = None,
+    levels: int | None = None,
+    map: Callable = map,
+    prove: bool = False,  # expand each chunk again, and compare
 ) -> list[bytes]:  # header, chunks, CRC-32
     """A stream in pieces, for those who write it somewhere: joining them would double it in memory.
 
@@ -541,15 +546,15 @@ def stream_parts(
     data, width = as_uint8(x)
     if bits is None:
         jobs = [
-            functools.partial(code_elements, data[i : i + BYTES // width * width], width, holds_whole(x))
+            functools.partial(code_range, data[i : i + BYTES // width * width], width, holds_whole(x), prove)
             for i in range(0, len(data), BYTES // width * width)
         ]
         head = b"\0" + write_varint(width) + write_varint(len(data))
     else:
         levels = check_codes(data, bits, count, levels)
-        jobs = [functools.partial(code_chunk, data, bits, count, levels, i) for i in range(0, count, CODES)]
+        jobs = [functools.partial(code_chunk, data, bits, count, levels, i, prove) for i in range(0, count, CODES)]
         head = bytes([bits]) + write_varint(levels) + write_varint(count)
-    chunks = list(map(run, jobs))
+    chunks = list(map(run, jobs)) if len(jobs) > 1 else [job() for job in jobs]
     parts, crc = [head + b"".join(write_varint(len(c)) for c in chunks), *chunks], 0
     for p in parts:
         crc = zlib.crc32(p, crc)
@@ -594,12 +599,27 @@ def run(job: Callable) -> Any:
     return job()
 
 
+def check_same(back: np.ndarray, before: np.ndarray) -> None:
+    if not np.array_equal(back, before):
+        raise CodingError("a chunk does not come back as it was")
+
+
+def code_range(data: np.ndarray, width: int, whole: bool, prove: bool) -> bytes:
+    "Code a chunk of elements."
+    chunk = code_elements(data, width, whole)
+    if prove:
+        expand_elements(chunk, back := np.empty_like(data), width)
+        check_same(back, data)
+    return chunk
+
+
 def code_chunk(
     data: np.ndarray,  # all packed codes
     bits: int,
     count: int,
     levels: int,
     first: int,
+    prove: bool = False,
 ) -> bytes:
     """Code the chunk that begins at one code. `ValueError` when a code is too large.
 
@@ -616,7 +636,10 @@ def code_chunk(
     codes = unpack_bits(torch.from_numpy(packed), bits, n)
     if levels < 1 << bits and int(codes.max()) >= levels:
         raise ValueError(f"x holds the code {int(codes.max())}; with levels={levels} codes are below {levels}")
-    return code_codes(packed, bits, n, levels)
+    chunk = code_codes(packed, bits, n, levels)
+    if prove:
+        check_same(expand_codes(chunk, bits, n, levels), packed)
+    return chunk
 
 # %% ../../nbs/workshop/streams.ipynb
 def read_head(
