@@ -4,14 +4,14 @@
 
 # %% auto 0
 __all__ = ['READERS', 'COMMANDS', 'MODEL', 'CODE', 'JSON', 'QUIET', 'FORCE', 'DATA', 'ROUNDING', 'SEARCHING', 'NO_GRAPH', 'TO',
-           'WRITERS', 'KERNELS', 'EXPECTED', 'as_model', 'expanded_tensors', 'only_weights', 'quantize_weights',
+           'WRITERS', 'KERNELS', 'EXPECTED', 'expanded_tensors', 'only_weights', 'quantize_weights', 'weights_in',
            'open_model', 'command', 'argument', 'Done', 'bars', 'weight_bytes', 'example_of', 'parser', 'cli',
-           'MOST_BESIDE', 'Weights']
+           'MOST_BESIDE', 'Weights', 'as_model']
 
 # %% ../nbs/workshop/cli.ipynb
 import argparse, bisect, importlib, json, os, sys, tempfile, zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .archive import MAX_PARTS, PackError, demand, naming, open_file, quoted, replacing, several, target_of
+from .archive import PackError, demand, naming, open_file, replacing, several, target_of
 from .coding import CodingError
 from . import __version__
 from .auto import WriteError, compress
@@ -48,94 +48,30 @@ from modelzip.exchange import (
 from .kernels import use_kernels
 from .measure import file_bytes, is_right, latency, wilson
 from .onnx_export import to_onnx
-from modelzip.pack import (
-    Contents,
-    as_text,
-    diff,
-    identity,
-    inspect,
-    items,
-    load,
-    opened,
-    read_json,
-    read_row,
-    rebuild,
-    save,
-)
+from .pack import Contents, as_text, diff, identity, inspect, items, load, opened, read_row, rebuild, save
 from .quant import OBSERVERS, Dequantize, Packed, dequantize_model, quantize_layer, quantize_model
 from .recipe import RECIPES, Recipe
 from .tour import tour
 from .workshop.arguments import misspelt, options_of
 from .workshop.doctor import doctor
+from .workshop.floats import dtype_name
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_blocks import BlockTensor
-from .workshop.gguf_files import FILE_TYPES, from_gguf, inspect_gguf, to_gguf
+from .workshop.gguf_files import FILE_TYPES, GGUF, from_gguf, inspect_gguf, to_gguf
 from .workshop.graph_running import GraphModel
 from .workshop.graphs import graph_lines
+from .workshop.hollow import skeleton_of
 from .workshop.layer_table import plain_layer
 from .workshop.manifest import Part
 from .workshop.models import output_tensors
-from .workshop.weights import MOST_BESIDE, Weights, apart, put_apart
+from .workshop.out_of_core import compress_weights, taken, worth_rounding
+from .workshop.shards import INDEX, SHARD, index_of, opened_shards, write_shards
+from .workshop.weights import MOST_BESIDE, Weights, apart, as_model, put_apart
 from .workshop.terminal import as_json, complain, draws, ending_of, fitting, printable, raised_at, reason
 from .workshop.terminal import say, tell
 
 # %% ../nbs/workshop/cli.ipynb
-_all_ = ["MOST_BESIDE", "Weights"]  # parameters by name, and nothing that they compute
-
-
-def _child(module, part, name):
-    "The module that a part of a name leads to, made when it is missing."
-    if part in module._parameters:
-        raise ValueError(f"tensors holds {quoted(name)} below {quoted(part)}, which is a tensor itself")
-    if part not in module._modules:
-        module.add_module(part, Weights())
-    return module._modules[part]
-
-
-def _check_tree(names):
-    "Names build a tree: it must not be deeper than recursion can walk, nor much larger than what hangs on it."
-    for n in names:
-        if n.count(".") >= MAX_PARTS:
-            raise ValueError(
-                f"tensors holds {quoted(n)}, a name in {n.count('.') + 1:,} parts; it may have {MAX_PARTS}"
-            )
-    parts = {n.rpartition(".")[0] for n in names}
-    if sum(p.count(".") + 1 for p in parts) > 2**16 + 16 * len(names):
-        raise ValueError(f"tensors holds {len(names):,} names that build far more modules ({several(names, 2)})")
-
-# %% ../nbs/workshop/cli.ipynb
-def as_model(
-    tensors: dict[str, Tensor],  # by name, as in a state dict
-) -> Weights:  # a model with these parameters, which shares their memory
-    """Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of
-    a model can have, or when one name is the beginning of another.
-
-    Parameters
-    ----------
-    tensors : dict[str, Tensor]
-        by name, as in a state dict
-
-    Returns
-    -------
-    Weights
-        a model with these parameters, which shares their memory
-    """
-    if not tensors:
-        raise ValueError("tensors is empty: there is nothing to compress")
-    _check_tree(tensors)
-    root = Weights()
-    for name in tensors:
-        if not isinstance(name, str) or any(not part or hasattr(root, part) for part in name.split(".")):
-            raise ValueError(f"tensors holds the name {ascii(name)[:200]}, which no tensor of a model can have")
-    for name, t in tensors.items():
-        *path, last = name.split(".")
-        module = root
-        for part in path:
-            module = _child(module, part, name)
-        if last in module._modules:
-            raise ValueError(f"tensors holds {quoted(name)}, and other tensors below it")
-        module.register_parameter(last, nn.Parameter(t, requires_grad=False))
-    return root.eval()
+_all_ = ["MOST_BESIDE", "Weights", "as_model"]  # parameters by name, and nothing that they compute
 
 # %% ../nbs/workshop/cli.ipynb
 def expanded_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -163,13 +99,12 @@ def _as_told(model, like):
 
 
 def _worth_it(t):
-    return t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.dim() >= 2 and t.numel() > 0
+    return worth_rounding(Part(t.dtype, tuple(t.shape), 0))
 
 
-def _left(v):
-    return (
-        isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2 and v.numel() > 0 and not _worth_it(v)
-    )  # 8 bits already
+def _left(p):
+    "Whether a tensor would be worth rounding, but has 8 bits already."
+    return p.dtype.is_floating_point and len(p.shape) >= 2 and p.numel > 0 and not worth_rounding(p)
 
 
 def _replaced(model, make):
@@ -271,6 +206,10 @@ def _plain(tensors, own, path):
 
 
 def _from_torch(path, own=None):
+    return _plain(_torch_tensors(path), own, path)
+
+
+def _torch_tensors(path):
     "A state dict in PyTorch's own format; `weights_only` admits tensors and containers, and no code."
     with naming(path), open_file(path) as f:
         new = f.read(2) == b"PK"  # a zip file; before PyTorch 1.6 it was none
@@ -290,7 +229,7 @@ def _from_torch(path, own=None):
                 f"{path} holds {str(n)[:200]!r}, which is no dense tensor of plain numbers; write it as one"
                 " (`to_dense()`, `dequantize()`)"
             )
-    return _plain(found, own, path)
+    return found
 
 
 def _state_dict_in(found, path):
@@ -390,45 +329,26 @@ def _from_other(path, own=None):
         return _weights_of(found, joint)
 
 # %% ../nbs/workshop/cli.ipynb
+@contextmanager
+def _open_folder(path) -> Iterator[Opened]:
+    """A folder as the Hugging Face Hub has them, or its index: one safetensors file, or several, of which the index
+    says where each tensor is."""
+    if (index := index_of(path)) is None:
+        single = path / "model.safetensors"
+        if not single.is_file():
+            raise ValueError(f"{path} holds neither model.safetensors nor {INDEX}")
+        with _open_other(single) as (found, _):
+            yield found
+        return
+    with opened_shards(index) as found:
+        yield found
+
+
 def _from_folder(path, own=None):
-    """A folder as the Hugging Face Hub has them: one safetensors file, or several with an index, which says where
-    each tensor is."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if not index.is_file():
-        if single.is_file():
-            return _from_other(single, own)
-        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    with naming(index), open_file(index) as f:
-        text = f.read()
-    try:
-        places = dict(read_json(text)["weight_map"].items())
-    except (PackError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{index} is no index of safetensors files") from None
-    if odd := [
-        s for s in places.values() if not isinstance(s, str) or not s.endswith(".safetensors") or set(s) & set("/\\\0:")
-    ]:
-        raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
-    if single.is_file() and single.name not in places.values():
-        raise ValueError(
-            f"{path} holds model.safetensors, and an index that does not name it: which of them is the model? Name the"
-            " file, or put the other away"
-        )
-    found = {}
-    for shard in sorted(set(places.values())):
-        with _open_other(path / shard) as (part, _):
-            demand(part.note is None, "it is a whole model that modelzip wrote, and no part of one")
-            held = {n: part.read(n) for n in part.index}
-        for n, s in places.items():
-            if s == shard and n not in held:
-                raise ValueError(f"{path / shard} lacks {n!r}, which {index.name} says is in it")
-        for n in held:
-            if places.get(n) != shard:
-                raise ValueError(
-                    f"{path / shard} holds {n!r}, which {index.name} "
-                    + (f"says is in {places[n]}" if n in places else "does not list")
-                )
-        found |= held
-    return _plain({n: found[n] for n in places}, own, path)
+    if index_of(path) is None and (path / "model.safetensors").is_file():
+        return _from_other(path / "model.safetensors", own)
+    with _open_folder(path) as found:
+        return _plain({n: found.read(n) for n in found.index}, own, path)
 
 # %% ../nbs/workshop/cli.ipynb
 def _info_of(source):
@@ -449,8 +369,18 @@ def _from_mz(path, own=None):
                 return known
             with naming(path):
                 return _tree(f.rows, f.manifest, lambda r: read_row(f.f, r, f.payload))
+    with _gguf_in(path) as found:
+        return _weights_in(found, path, own)
+
+
+@contextmanager
+def _gguf_in(path) -> Iterator[GGUF]:
+    "What a GGUF file holds, or the archive of one."
+    if path.suffix.lower() == ".gguf":
+        yield from_gguf(path)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        return _weights_in(from_gguf(restore_gguf(path, Path(folder) / "restored.gguf")), path, own)
+        yield from_gguf(restore_gguf(path, Path(folder) / "restored.gguf"))
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_builder(text):
@@ -497,7 +427,68 @@ READERS = {
     ".pth": _from_torch,
     ".bin": _from_torch,
     ".gguf": _from_gguf,
+    ".json": _from_folder,
 }
+
+
+@contextmanager
+def weights_in(
+    source: str,  # a file or folder of `READERS`
+) -> Iterator[tuple[Opened, dict] | None]:  # what is in it, and what is the same for names of the same tensor
+    """Weights alone, to be read one by one. None where a file says more than that, and for the archive of a GGUF file.
+
+    Parameters
+    ----------
+    source : str
+        a file or folder of `READERS`
+
+    Returns
+    -------
+    Iterator[tuple[Opened, dict] | None]
+        what is in it, and what is the same for names of the same tensor
+    """
+    path, ending = Path(source), Path(source).suffix.lower()
+    tensors = lambda found: {n: Part(t.dtype, tuple(t.shape), 0) for n, t in found.items()}
+    if not source or not path.exists():
+        yield None
+    elif path.is_dir() or ending == ".json":
+        with _open_folder(path) as found:
+            yield (found, {}) if found.note is None else None
+    elif READERS.get(ending) is _from_other:
+        with _open_other(path) as (found, _):
+            yield (found, {}) if found.note is None else None
+    elif READERS.get(ending) is _from_torch:
+        held = _torch_tensors(path)
+        some = lambda n, first, last: taken(held[n][first:last])
+        tied = {n: (t.data_ptr(), t.dtype, t.shape, t.stride()) for n, t in held.items() if t.numel()}
+        yield Opened(tensors(held), lambda n: taken(held[n]), None, some), tied
+    elif ending == ".mz":
+        with opened(path) as f:
+            plain = all(r.kind is None for r in f.rows.values()) and not is_archived(f.manifest.get("info", {}))
+            alone = plain and not _says_what_runs(f.manifest, f.rows)
+            tied = {n: r.same or n for n, r in f.rows.items()}
+            yield (
+                (Opened({n: Part(r.dtype, r.shape, 0) for n, r in f.rows.items()}, f.read, None), tied)
+                if alone
+                else None
+            )
+    elif ending == ".gguf":
+        with _gguf_in(path) as found:
+            held = found.tensors
+            expanded = lambda n: held[n] if isinstance(held[n], Tensor) else held[n].dequantize()
+            yield Opened(tensors(held), expanded, None), {}
+    else:
+        yield None
+
+
+def _says_what_runs(manifest, rows):
+    try:
+        skeleton_of(manifest, None, rows)
+    except PackError as e:
+        if "pass a model" not in str(e):
+            raise
+        return False
+    return True
 
 
 def open_model(
@@ -674,35 +665,53 @@ def _opened(o, *sources):
 # %% ../nbs/workshop/cli.ipynb
 def _quantized(model, o, bits):
     "What the options ask for, without data."
-    how = {"codebook": o.codebook} if o.codebook else {"symmetric": not o.asymmetric, "observer": o.observer or "mse"}
     if only_weights(model):
-        return quantize_weights(model, bits, o.group, bars(o), **how)
-    return quantize_model(model, bits, group=o.group, **how)
+        return quantize_weights(model, bits, o.group, bars(o), **_rounding(o))
+    return quantize_model(model, bits, group=o.group, **_rounding(o))
 
 
 def _by_bits(model, o):
-    "Quantize and save; with a limit of bytes, at the most bits with which the file fits."
+    "Quantize and save."
 
-    def write(bits, path):
+    def write(bits, path, **info):
+        save(_quantized(model, o, bits), path, archive=not o.mapped, base=o.base, **info)
+
+    return _most_bits(write, o)
+
+
+def _rounding(o):
+    return {"codebook": o.codebook} if o.codebook else {"symmetric": not o.asymmetric, "observer": o.observer or "mse"}
+
+
+def _tensor_by_tensor(found, tied, o):
+    "The same of weights alone, without having them all in memory."
+    total = sum({tied.get(n, n): p.nbytes for n, p in found.index.items()}.values())
+
+    def write(bits, path, **info):
+        with tqdm(total=total, desc="compressing", unit="B", unit_scale=True, disable=not bars(o)) as bar:
+            how = dict(archive=not o.mapped, info=info, tied=tied, done=bar.update)
+            compress_weights(found, path, bits, o.group, **how, **_rounding(o))
+
+    return _most_bits(write, o), total
+
+
+def _most_bits(write, o):
+    "Write a file; with a limit of bytes, at the most bits with which it fits."
+
+    def tried(bits, path):
         tell(not o.quiet, f"rounding to {bits} bits, and writing")
-        save(
-            _quantized(model, o, bits),
-            path,
-            archive=not o.mapped,
-            base=o.base,
-            made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group),
-        )
+        write(bits, path, made_by=f"modelzip compress --bits {bits}" + f" --group {o.group}" * bool(o.group))
         return file_bytes(path)
 
     bits = most = (4 if o.codebook == "nf4" else 8) if o.bits is None else o.bits
     if o.bytes is not None:
         with tempfile.TemporaryDirectory() as folder:
             bits = bisect.bisect(
-                range(1, most + 1), False, key=lambda bits: write(bits, Path(folder) / "tried.mz") > o.bytes
+                range(1, most + 1), False, key=lambda bits: tried(bits, Path(folder) / "tried.mz") > o.bytes
             )
         if not bits:
             raise ValueError(f"--bytes is {o.bytes:,}, and even at 1 bit the file is larger")
-    write(bits, o.output)
+    tried(bits, o.output)
     if o.base is None:
         return f"{bits} bits"
     update = inspect(o.output, entropy=False).base is not None
@@ -813,27 +822,14 @@ def _compress(o):
             if archived:
                 raise ValueError(f"{o.model} is the archive of a GGUF file already; --bits N rounds what it holds")
             return _archived(o)
-    (model,) = _opened(o, o.model)
-    _check_kept(o)
-    if blocks and only_weights(model):
-        model = as_model(expanded_tensors(model))
-    searched = (
-        o.recipe is not None
-        or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
-        or o.bytes is not None
-        and not only_weights(model)
-    )
-    _check_options(model, o, searched)
-    how, before = (_by_target if searched else _by_bits)(model, o), weight_bytes(model)
+    searched = o.recipe is not None or not (o.cosine is o.accuracy_loss is o.milliseconds is None)
+    whole = o.code or searched or o.base is not None  # an update is compared with its base, all of both
+    with nullcontext() if whole else weights_in(o.model) as found:
+        how, before, left = _rounded_weights(*found, o) if found else _rounded_model(o, blocks, searched)
     if blocks:
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
-    left = [
-        f"{i.name} ({i.value.dtype})".replace("torch.", "")
-        for i in items(model)
-        if only_weights(model) and _left(i.value)
-    ]
     found = {
         "file": o.output,
         "bytes": file_bytes(o.output),
@@ -848,6 +844,27 @@ def _compress(o):
         + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
         + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
+
+
+def _rounded_weights(found, tied, o):
+    "What was done with weights alone, how many bytes they had, and what is left as it was."
+    _check_options(None, o, False)
+    how, before = _tensor_by_tensor(found, tied, o)
+    return how, before, [f"{n} ({dtype_name(p.dtype)})" for n, p in found.index.items() if _left(p)]
+
+
+def _rounded_model(o, blocks, searched):
+    "The same of a model."
+    (model,) = _opened(o, o.model)
+    _check_kept(o)
+    if blocks and only_weights(model):
+        model = as_model(expanded_tensors(model))
+    searched = searched or o.bytes is not None and not only_weights(model)
+    _check_options(model, o, searched)
+    left = [i for i in items(model) if only_weights(model) and isinstance(i.value, Tensor)]
+    left = [(i.name, Part(i.value.dtype, tuple(i.value.shape), 0)) for i in left]
+    how = (_by_target if searched else _by_bits)(model, o)
+    return how, weight_bytes(model), [f"{n} ({dtype_name(p.dtype)})" for n, p in left if _left(p)]
 
 
 def _times(ratio):
@@ -899,7 +916,7 @@ def _check_options(model, o, searched):
         raise ValueError(f"--bits is {o.bits}, and nf4 has 4 bits")
     if o.codebook == "nf4" and o.bytes is not None:
         raise ValueError("--bytes chooses the bits, and nf4 always has 4")
-    if not searched and any(isinstance(m, Dequantize) for m in model.modules()):
+    if model is not None and not searched and any(isinstance(m, Dequantize) for m in model.modules()):
         raise ValueError(
             f"{o.model} is compressed already, and would be rounded twice; to do that, write it as floats first:"
             f" modelzip convert {o.model} floats.safetensors --expand"
@@ -939,10 +956,11 @@ NO_GRAPH = "holds no graph; in Python, save(model, path, example=...) writes one
     "modelzip inspect model.mz",
     argument("file", help="a .mz or .gguf file"),
     argument("--graph", action="store_true", help="show what is done with an input, operation by operation"),
+    argument("--entropy", action="store_true", help="read and check the numbers, for their coders and entropies"),
     JSON,
 )
 def _inspect(o):
-    found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file)
+    found = (inspect_gguf if o.file.lower().endswith(".gguf") else inspect)(o.file, o.entropy)
     if o.graph:
         demand(found.graph, f"{o.file} {NO_GRAPH}")
         return Done({"graph": found.graph}, "\n".join(graph_lines(found.graph)))
@@ -954,7 +972,7 @@ def _inspect(o):
         "info": found.info,
     }
     return Done(
-        about | {"tensors": [asdict(l) | {"bits": l.bits} for l in found.lines]},
+        about | {"tensors": [vars(l) | {"bits": l.bits} for l in found.lines]},
         _coloured(found) if _colours() else repr(found),
     )
 
@@ -1114,10 +1132,12 @@ def example_of(
     argument(
         "output",
         nargs="?",
-        help=f"file to write or replace: {', '.join([*WRITERS, '.onnx'])} or .xml (OpenVINO); not needed with --to",
+        help=f"file to write or replace: {', '.join([*WRITERS, '.onnx'])} or .xml (OpenVINO), not needed with --to; or"
+        " model.safetensors.index.json, the index of many files",
     ),
     argument("--to", choices=list(TO), help="for which engine; without an output the file lies beside the model"),
     argument("--expand", action="store_true", help="ordinary floats instead of codes and scales"),
+    argument("--shard-bytes", type=int, help=f"of each file beside an index, at most (default: {SHARD:,})"),
     argument(
         "--input",
         action="append",
@@ -1130,7 +1150,9 @@ def example_of(
 def _convert(o):
     o.output = _output_of(o)
     _check_kept(o)
-    ending = _ending(o.output, *WRITERS, *TO.values())
+    ending = _ending(o.output, *WRITERS, *TO.values(), ".json")
+    if o.shard_bytes is not None and ending != ".json":
+        raise ValueError("--shard-bytes does not act: only an index of many files has several")
     beside = [os.path.splitext(o.output)[0] + ".bin"] * (ending == ".xml")
     for name in (o.output, *beside):
         target_of(name)
@@ -1144,6 +1166,8 @@ def _convert(o):
         exact(o.model, o.output)
         size = file_bytes(o.output)
         return Done({"file": o.output, "bytes": size}, f"{o.output}: {size:,} bytes")
+    if ending == ".json":
+        return _in_shards(o)
     (model,) = _opened(o, o.model)
     _check_kept(o)
     if o.expand and not _compressed(model):
@@ -1169,6 +1193,38 @@ def _convert(o):
     files = [o.output, *beside]
     size = sum(map(file_bytes, files))
     return Done({"file": o.output, "bytes": size}, f"{printable(' and '.join(files))}: {size:,} bytes{left}")
+
+
+@contextmanager
+def _numbers_in(o):
+    "The tensors of a file as plain ones, and whether some of them are compressed there."
+    part = lambda v: Part(v.dtype, tuple(v.shape), 0)
+    expanded = lambda v: v if isinstance(v, Tensor) else v.dequantize()
+    if not o.code and Path(o.model).suffix.lower() == ".mz" and not is_archived(_info_of(o.model)):
+        with opened(o.model) as f:
+            small = any(r.kind is not None for r in f.rows.values())
+            yield Opened({n: part(r) for n, r in f.rows.items()}, lambda n: expanded(f.read(n)), None), small
+        return
+    with nullcontext() if o.code else weights_in(o.model) as found:
+        if found:
+            yield found[0], Path(o.model).suffix.lower() == ".gguf"
+            return
+    (model,) = _opened(o, o.model)
+    held = {i.name: i.value for i in items(model)}
+    yield Opened({n: part(v) for n, v in held.items()}, lambda n: expanded(held[n]), None), _compressed(model)
+
+
+def _in_shards(o):
+    "Many files with an index, a tensor at a time."
+    with _numbers_in(o) as (found, small):
+        if small and not o.expand:
+            raise ValueError(f"{o.output} stands for files of plain tensors, and {o.model} is compressed: --expand")
+        if o.expand and not small:
+            raise ValueError(f"--expand does not act: nothing in {o.model} is compressed")
+        paths = write_shards(found, o.output, SHARD if o.shard_bytes is None else o.shard_bytes)
+    size = sum(map(file_bytes, paths))
+    said = f"{printable(o.output)} and {len(paths) - 1} files beside it: {size:,} bytes"
+    return Done({"file": o.output, "bytes": size, "files": [str(p) for p in paths]}, said)
 
 
 def _exact(o, ending):

@@ -269,6 +269,8 @@ class Opened:
         by name
     note : dict[str, str] | None
         what modelzip said when it wrote the file; None in files from others
+    rows : Callable[[str, int, int], Tensor] | None, default None
+        by name, the first, the one behind the last; None: no way
     """
 
     index: dict[str, Part]  # plain tensors by name

@@ -25,8 +25,9 @@ from .workshop.matrices import held_beside, left_behind
 from .workshop.reading import check_bool, check_loading, check_mappable, map_payload, read_payload
 from .workshop.reading import read_row, room, verify_rest
 from .workshop.solid import Restored, as_mapped, solid_bytes
+from .workshop.updates import opened_table, update_of
 from .workshop.walking import Piece, architecture_of, as_bytes, identity, items, table_of
-from .workshop.writing import LARGE, check_machine, check_saving, coded_pieces, write_payload
+from .workshop.writing import LARGE, check_machine, check_saving, coded_pieces, lowest_version, write_payload
 
 _all_ = ["PackError", "Contents", "inspect", "diff"]
 
@@ -46,7 +47,7 @@ def write_file(f: BinaryIO, manifest: dict, stored: Iterable[tuple[Piece, list, 
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc, version = write_payload(f, stored)
-    manifest["modelzip"] = VERSION if manifest.keys() & {"layers", "kind"} else version
+    manifest["modelzip"] = lowest_version(manifest, version)
     text = as_json(manifest, "the manifest").encode()
     check_readable(text, f.tell() - ALIGN)
     seal(f, crc, text)
@@ -62,6 +63,7 @@ def save(
     # what the model is called with: the file then also says what is done with it, and `load` needs no model
     example: Any = None,
     dynamic: dict | tuple | list = {0: "batch"},  # of it, free dimensions and their names, for all tensors or for each
+    base: str | os.PathLike | None = None,  # an older file: only what has changed since is written, and both are needed
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
@@ -83,6 +85,8 @@ def save(
         what the model is called with: the file then also says what is done with it, and `load` needs no model
     dynamic : dict | tuple | list, default {0: 'batch'}
         of it, free dimensions and their names, for all tensors or for each
+    base : str | os.PathLike | None, default None
+        an older file: only what has changed since is written, and both are needed
     **info : Any
         what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 
@@ -91,7 +95,7 @@ def save(
     Path
         the path
     """
-    threads = check_saving(model, archive, threads, info)
+    threads = check_saving(model, archive, threads, info, base)
     table, pieces = table_of(model)
     graph = graph_of(model) if example is None else trace(model, example, dynamic)
     manifest = {"modelzip": VERSION, "architecture": None if graph else architecture_of(model)}
@@ -101,12 +105,12 @@ def save(
         manifest["info"] = json.loads(as_json(info, "what is given besides model and path"))
     manifest["tensors"] = table
     solid = solid_bytes(manifest, pieces) if archive == "solid" else None
-    with replacing(path) as f:
+    with update_of(base, path, manifest, pieces) as old, replacing(path) as f:
         if solid is None:
             write_file(f, manifest, coded_pieces(arranged(pieces, archive), threads))
         else:
             seal_solid(f, solid)
-        prove(f, model)
+        prove(f, model, old)
     return Path(os.fsdecode(path))
 
 # %% ../nbs/05_pack.ipynb
@@ -118,6 +122,7 @@ def load(
     mmap: bool = False,
     # with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
     verify: bool = True,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> nn.Module:  # a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """Load a model. `model` says which classes are called in which order; sizes and numbers are the file's.
     `PackError` says what is wrong with the file before memory is allocated for it; `OSError` if it cannot be opened.
@@ -133,6 +138,8 @@ def load(
         use the numbers where they lie in the file: shared by processes, read when needed (archive=False files)
     verify : bool, default True
         with mmap: read the file once for its checksum. False: start at once, damaged numbers go unnoticed
+    base : str | os.PathLike | None, default None
+        of an update: where its base is; None: beside it, under its former name
 
     Returns
     -------
@@ -140,9 +147,7 @@ def load(
         a new model on the CPU, in evaluation mode, with exactly the tensors that were saved
     """
     check_loading(model, mmap, verify)
-    with naming(path), open_file(path) as f:
-        f = as_mapped(f)
-        manifest, rows, payload = read_manifest(f)
+    with naming(path), opened_table(path, base) as (f, manifest, rows, payload):
         if mmap:
             check_mappable(rows, path, isinstance(f, Restored))
         skeleton = skeleton_of(manifest, model, rows)
@@ -160,6 +165,7 @@ def load(
 def read_tensor(
     path: str | os.PathLike[str],  # a `.mz` file
     name: str,  # of the tensor, as in the state dict of the uncompressed model
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it, under its former name
 ) -> Tensor | CompressedTensor:  # a tensor, or one that knows how to `dequantize()`
     """Read one tensor, and of the rest of the numbers only what its checksum needs. `ValueError` for an unknown
     name, `PackError` as for `load`.
@@ -170,6 +176,8 @@ def read_tensor(
         a `.mz` file
     name : str
         of the tensor, as in the state dict of the uncompressed model
+    base : str | os.PathLike | None, default None
+        of an update: where its base is; None: beside it, under its former name
 
     Returns
     -------
@@ -177,9 +185,7 @@ def read_tensor(
         a tensor, or one that knows how to `dequantize()`
     """
     check_machine()
-    with naming(path), open_file(path) as f:
-        f = as_mapped(f)
-        _, rows, payload = read_manifest(f)
+    with naming(path), opened_table(path, base) as (f, _, rows, payload):
         if name not in rows:
             raise ValueError(f"name is {quoted(name)}; {os.fsdecode(path)} holds {several(rows, 24)}")
         row = rows[rows[name].same or name]

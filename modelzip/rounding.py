@@ -165,7 +165,26 @@ def best_shares(
     levels: int,
     symmetric: bool,
 ) -> Tensor:  # [blocks]
-    "The share of each block's range that has the least squared error."
+    """The share of each block's range that has the least squared error.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]
+    low : Tensor
+        [blocks] the whole range of each
+    high : Tensor
+        [blocks]
+    shares : Tensor
+        of it, from the largest down
+    levels : int
+    symmetric : bool
+
+    Returns
+    -------
+    Tensor
+        [blocks]
+    """
     unit, wide = unit_of_blocks(blocks), torch.promote_types(blocks.dtype, torch.float32)
     blocks, ends = blocks / unit, [x / unit[:, 0] for x in (low, high)]
     scale, zero = scale_and_zero_point(*((shares[:, None] * x.to(wide)).to(x.dtype) for x in ends), levels, symmetric)

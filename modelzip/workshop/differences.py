@@ -22,7 +22,19 @@ def code_chunks(
     bits: int,
     count: int,  # of all codes
 ) -> Iterator[tuple[list[slice], int]]:  # where the planes of some codes lie, and how many codes these are
-    "Packed codes, some at a time."
+    """Packed codes, some at a time.
+
+    Parameters
+    ----------
+    bits : int
+    count : int
+        of all codes
+
+    Returns
+    -------
+    Iterator[tuple[list[slice], int]]
+        where the planes of some codes lie, and how many codes these are
+    """
     for first in range(0, count, CODES):
         yield chunk_slices(bits, count, first), min(CODES, count - first)
 
@@ -47,12 +59,29 @@ def numbered(
     x: np.ndarray,  # signed integers: the bits of floats, or whole numbers
     floats: bool,
 ) -> np.ndarray:
-    "Floats in their order, as whole numbers; its own inverse."
+    """Floats in their order, as whole numbers; its own inverse.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        signed integers: the bits of floats, or whole numbers
+    floats : bool
+    """
     return x ^ (x >> (8 * x.itemsize - 1) & np.iinfo(x.dtype).max) if floats else x
 
 
 def as_integers(t: Tensor) -> np.ndarray:  # shares memory with a dense CPU tensor
-    "The bits of numbers, as signed integers; a complex number is two."
+    """The bits of numbers, as signed integers; a complex number is two.
+
+    Parameters
+    ----------
+    t : Tensor
+
+    Returns
+    -------
+    np.ndarray
+        shares memory with a dense CPU tensor
+    """
     return np.frombuffer(as_bytes(t), np.uint8).view(f"<i{t.element_size() // (1 + t.is_complex())}")
 
 
@@ -65,7 +94,21 @@ def difference(
     old: Tensor,  # of the same type and shape
     packed: tuple[int, int, int] | None = None,  # bits, count, levels: they hold packed codes
 ) -> Tensor:  # one-dimensional: packed codes, or whole numbers with a sign
-    "What has to be added to the old to have the new."
+    """What has to be added to the old to have the new.
+
+    Parameters
+    ----------
+    new : Tensor
+    old : Tensor
+        of the same type and shape
+    packed : tuple[int, int, int] | None, default None
+        bits, count, levels: they hold packed codes
+
+    Returns
+    -------
+    Tensor
+        one-dimensional: packed codes, or whole numbers with a sign
+    """
     if packed is not None:
         bits, count, levels = packed
         a, b = flat_bytes(new), flat_bytes(old)
@@ -87,7 +130,21 @@ def add_difference(
     levels: int,  # of codes
     count: int,  # of codes
 ) -> None:
-    "The inverse of `difference`, in place."
+    """The inverse of `difference`, in place.
+
+    Parameters
+    ----------
+    out : Tensor
+        has the bytes of a difference; gets those of the new
+    old : Tensor
+        of the same type and shape
+    bits : int
+        of a code; 0: they are numbers
+    levels : int
+        of codes
+    count : int
+        of codes
+    """
     if bits:
         a, b = flat_bytes(out), flat_bytes(old)
         for places, n in code_chunks(bits, count):

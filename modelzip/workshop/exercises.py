@@ -19,7 +19,19 @@ from torch import Tensor, nn
 # %% ../../nbs/workshop/exercises.ipynb
 @dataclass
 class Verdict:
-    "What a check says of an attempt: true only when it is right."
+    """What a check says of an attempt: true only when it is right.
+
+    Parameters
+    ----------
+    state : str
+        "done", "not yet" or "wrong"
+    message : str
+        why
+    task : str, default ''
+        what was to be done
+    seed : int, default 0
+        of the cases that were tried: the check repeats them when it is given this number
+    """
 
     state: str  # "done", "not yet" or "wrong"
     message: str  # why
@@ -44,7 +56,13 @@ class Verdict:
 def new_dice(
     seed: int,  # 0 to 2³² − 1
 ):  # inside, chance begins with the seed
-    "Python's, NumPy's and PyTorch's numbers by chance begin anew, and are afterwards what they were."
+    """Python's, NumPy's and PyTorch's numbers by chance begin anew, and are afterwards what they were.
+
+    Parameters
+    ----------
+    seed : int
+        0 to 2³² − 1 inside, chance begins with the seed
+    """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -60,7 +78,18 @@ def new_dice(
 def exercise(
     check: Callable[..., Any],  # takes the attempt, asserts what it should do; its docstring says what that is
 ) -> Callable[..., Verdict]:  # the same check, which answers instead of raising, for new cases each time
-    "Turn a function of assertions into one that says whether an attempt is done, not done yet, or wrong and why."
+    """Turn a function of assertions into one that says whether an attempt is done, not done yet, or wrong and why.
+
+    Parameters
+    ----------
+    check : Callable[..., Any]
+        takes the attempt, asserts what it should do; its docstring says what that is
+
+    Returns
+    -------
+    Callable[..., Verdict]
+        the same check, which answers instead of raising, for new cases each time
+    """
     task = " ".join((check.__doc__ or check.__name__.removeprefix("check_").replace("_", " ")).split())
 
     @functools.wraps(check)
@@ -84,7 +113,15 @@ def short(
     x: Any,  # an argument or an answer
     most: int = 6,  # of a list's elements that are shown
 ) -> str:
-    "A value as a message shows it, in one line."
+    """A value as a message shows it, in one line.
+
+    Parameters
+    ----------
+    x : Any
+        an argument or an answer
+    most : int, default 6
+        of a list's elements that are shown
+    """
     if isinstance(x, (Tensor, np.ndarray)):
         if x.ndim == 0:
             return short(x.item())
@@ -125,7 +162,17 @@ def unchanged(now: Any, before: Any) -> bool:
 
 # %% ../../nbs/workshop/exercises.ipynb
 def as_number(x: Any) -> Any:  # None where it is none
-    "A number, whatever library it comes from."
+    """A number, whatever library it comes from.
+
+    Parameters
+    ----------
+    x : Any
+
+    Returns
+    -------
+    Any
+        None where it is none
+    """
     if isinstance(x, (Tensor, np.ndarray)) and x.ndim == 0:
         x = x.item()
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.number)):
@@ -172,7 +219,22 @@ def ask(
     *args: Any,  # copies of these are what it is given
     kind: Any = None,  # what is wanted: int (whole), float, Tensor (or an array), list, a type, a tuple of these
 ) -> Any:  # its answer, as that kind
-    "`AssertionError`, with the call, where an attempt raises, changes its input, or answers another kind of thing."
+    """`AssertionError`, with the call, where an attempt raises, changes its input, or answers another kind of thing.
+
+    Parameters
+    ----------
+    attempt : Any
+        a function, or what somebody has taken for one
+    *args : Any
+        copies of these are what it is given
+    kind : Any, default None
+        what is wanted: int (whole), float, Tensor (or an array), list, a type, a tuple of these
+
+    Returns
+    -------
+    Any
+        its answer, as that kind
+    """
     assert callable(attempt), f"expected a function, yours is {_named(attempt)}"
     given = copy.deepcopy(args)
     try:
@@ -226,7 +288,21 @@ def unlike(
     want: Any,  # None, a truth, text, a number, a tensor or array, a list or dict of these
     within: float = 1e-5,  # how far a number that is not whole may be off, as a part of its size (0.01 at least)
 ) -> str:  # what is different, or nothing
-    "How an answer differs from the right one."
+    """How an answer differs from the right one.
+
+    Parameters
+    ----------
+    got : Any
+    want : Any
+        None, a truth, text, a number, a tensor or array, a list or dict of these
+    within : float, default 1e-05
+        how far a number that is not whole may be off, as a part of its size (0.01 at least)
+
+    Returns
+    -------
+    str
+        what is different, or nothing
+    """
     if isinstance(want, (Tensor, np.ndarray)) and want.ndim:
         return _unlike_tensor(got, want, within)
     if (number := as_number(want)) is not None:
@@ -254,7 +330,21 @@ def expect(
     why: str = "",  # what may help who is wrong
     within: float = 1e-5,  # how far a number that is not whole may be off, as a part of its size
 ) -> None:
-    "`AssertionError`, with the call and both answers, unless an attempt gives the right one and spares its input."
+    """`AssertionError`, with the call and both answers, unless an attempt gives the right one and spares its input.
+
+    Parameters
+    ----------
+    attempt : Any
+        a function, or what somebody has taken for one
+    args : tuple
+        of the call; it gets copies
+    want : Any
+        the right answer
+    why : str, default ''
+        what may help who is wrong
+    within : float, default 1e-05
+        how far a number that is not whole may be off, as a part of its size
+    """
     wrong = unlike(ask(attempt, *args), want, within)
     assert not wrong, f"{asked(attempt, args)}: {wrong}{'; ' * bool(why)}{why}"
 
@@ -266,7 +356,21 @@ def predict(
     factor: float = 1.25,  # a number may be so many times too large or too small
     choices: Iterable[str] = (),  # one of these is expected; all of them in order, where a list is measured
 ) -> None:
-    "`AssertionError` unless what an attempt says is near what is measured then; it says what was measured."
+    """`AssertionError` unless what an attempt says is near what is measured then; it says what was measured.
+
+    Parameters
+    ----------
+    attempt : Any
+        a function without arguments: what you expect
+    measure : Callable[[], Any]
+        called when there is an answer, not before
+    why : str, default ''
+        where it comes from, said with what was measured
+    factor : float, default 1.25
+        a number may be so many times too large or too small
+    choices : Iterable[str], default ()
+        one of these is expected; all of them in order, where a list is measured
+    """
     guess, choices = ask(attempt), list(choices)
     number = as_number(guess)
     if not choices:

@@ -273,7 +273,19 @@ def types_between(
     before: nn.Module,  # the layers of a graph, as the file has them
     now: nn.Module,
 ) -> dict[torch.dtype, torch.dtype]:  # those that changed; empty if it is not clear into what
-    "What became of the types of floats when a model was converted."
+    """What became of the types of floats when a model was converted.
+
+    Parameters
+    ----------
+    before : nn.Module
+        the layers of a graph, as the file has them
+    now : nn.Module
+
+    Returns
+    -------
+    dict[torch.dtype, torch.dtype]
+        those that changed; empty if it is not clear into what
+    """
     was = {i.name: i.value.dtype for i in items(before) if i.value.dtype.is_floating_point}
     pairs = {(was[i.name], i.value.dtype) for i in items(now) if i.name in was}
     types = dict(pairs)

@@ -7,7 +7,7 @@ __all__ = ['Contents', 'inspect', 'diff']
 
 # %% ../../nbs/workshop/inspecting.ipynb
 import collections, functools, html, math, os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from ..archive import BLOCK, Entry, PackError, ascii_name, cut, data_offset, demand, naming, open_file
 from ..archive import several, shown
 from ..coding import CODES, chunk_slices, coders
+from ..integers import gather_rows, why_not_rows
 from ..quant import CompressedTensor, unpack_bits
 from .arguments import need
 from .hollow import check_match, skeleton_of
-from .manifest import NAMES, Row, as_json, read_manifest
-from .reading import read_row, verify_rest
+from .manifest import NAMES, Part, Row, as_json, read_manifest
+from .reading import read_blocks, read_row, verify_rest
 from .solid import Restored, as_mapped
-from .walking import as_bytes, identity, items
+from .updates import Base, based
+from .walking import as_bytes, identical, identity, items
 from .writing import check_machine
 
 # %% ../../nbs/workshop/inspecting.ipynb
@@ -44,14 +46,17 @@ def information(value: Tensor | CompressedTensor) -> float:  # bits
     """
     packed, bits = {} if isinstance(value, Tensor) else value.packed_parts(), 0.0
     for k, t in ({"": value} if isinstance(value, Tensor) else value.parts()).items():
-        for counts in counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(t):
-            n = counts[counts > 0]
-            bits += float((n * np.log2(n.sum() / n)).sum())
+        counts = counted_codes(t, *packed[k][:2]) if k in packed else counted_bytes(blocks_of(t), t.element_size())
+        bits += counted_bits(counts)
     return bits
 
 
-def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
-    """How often each byte occurs at each place of an element, a block at a time.
+def counted_bits(counts: np.ndarray) -> float:  # of histograms, one below the other
+    return sum(float((n * np.log2(n.sum() / n)).sum()) for row in counts for n in [row[row > 0]])
+
+
+def blocks_of(t: Tensor) -> Iterator[np.ndarray]:  # uint8, whole elements
+    """The bytes of a tensor, some at a time.
 
     Parameters
     ----------
@@ -59,14 +64,30 @@ def counted_bytes(t: Tensor) -> np.ndarray:  # [bytes of an element, 256]
 
     Returns
     -------
+    Iterator[np.ndarray]
+        uint8, whole elements
+    """
+    data, step = np.frombuffer(as_bytes(t), np.uint8), BLOCK // t.element_size() * t.element_size()
+    yield from (data[i : i + step] for i in range(0, len(data), step))
+
+
+def counted_bytes(blocks: Iterable[np.ndarray], width: int) -> np.ndarray:  # [bytes of an element, 256]
+    """How often each byte occurs at each place of an element.
+
+    Parameters
+    ----------
+    blocks : Iterable[np.ndarray]
+    width : int
+
+    Returns
+    -------
     np.ndarray
         [bytes of an element, 256]
     """
-    data, width = np.frombuffer(as_bytes(t), np.uint8).reshape(-1, t.element_size()), t.element_size()
     counts = np.zeros((width, 256), np.int64)
-    for i in range(0, len(data), BLOCK // width):
+    for block in blocks:
         for j in range(width):
-            counts[j] += np.bincount(data[i : i + BLOCK // width, j], minlength=256)
+            counts[j] += np.bincount(block[j::width], minlength=256)
     return counts
 
 
@@ -154,8 +175,13 @@ def line_of(
     """
     kind = f"= {row.same}" if row.same is not None else NAMES[row.dtype] if row.kind is None else kind_text(row)
     if coder is None:
-        coder = ", ".join(sorted({"raw" if p.coded is None else "coded" for p in row.parts.values()}))
+        coder = ", ".join(sorted(set(map(stored_as, row.parts.values()))))
     return Line(row.name, row.shape, kind, row.layer or "", coder, row.stored, row.stored / total, entropy)
+
+
+def stored_as(part: Part) -> str:
+    "What the manifest knows of how a part is stored."
+    return "base" if part.offset is None else "raw" if part.coded is None else "coded"
 
 # %% ../../nbs/workshop/inspecting.ipynb
 def in_solid(
@@ -196,10 +222,11 @@ def coder_of(f: BinaryIO, row: Row, payload: Entry) -> str:  # "raw", "zstd", â€
     found = collections.Counter()
     for part in row.parts.values():
         if part.coded is None:
-            found["raw"] += part.nbytes
+            found[stored_as(part)] += part.nbytes
             continue
         f.seek(data_offset(payload) + part.offset)
-        found.update(coders(f.read(part.coded)))
+        methods = coders(f.read(part.coded))
+        found.update(methods if part.base is None else {f"base + {k}": n for k, n in methods.items()})
     return "; ".join(name for name, _ in found.most_common())
 
 
@@ -207,10 +234,12 @@ def measured_line(f: BinaryIO, row: Row, payload: Entry, total: int) -> Line:
     "What `inspect` shows of a tensor after it has read it."
     if row.same is not None:
         return line_of(row, total)
-    value = read_row(f, row, payload)
-    return line_of(
-        row, total, coder_of(f, row, payload), information(value) / n if (n := math.prod(row.shape)) else None
-    )
+    if row.kind is None:
+        blocks = read_blocks(f, part := row.parts[""], row.name, payload)
+        bits = counted_bits(counted_bytes(blocks, part.dtype.itemsize))
+    else:
+        bits = information(read_row(f, row, payload))
+    return line_of(row, total, coder_of(f, row, payload), bits / n if (n := math.prod(row.shape)) else None)
 
 # %% ../../nbs/workshop/inspecting.ipynb
 COLUMNS = ["tensor", "shape", "kind", "layer", "coder", "bits", "entropy", "bytes", "share"]
@@ -377,6 +406,8 @@ class Contents:
         what is done with an input, see `graph_lines`
     format : str, default 'mz'
         whose version it is
+    base : dict | None, default None
+        {"name", "content"} of the file of which this one is an update
     """
 
     path: str
@@ -387,6 +418,7 @@ class Contents:
     lines: list[Any]  # a `Line` for each tensor
     graph: dict[Any, Any] | None = None  # what is done with an input, see `graph_lines`
     format: str = "mz"  # whose version it is
+    base: dict | None = None  # {"name", "content"} of the file of which this one is an update
 
     @property
     def rest(self) -> int:
@@ -409,8 +441,9 @@ class Contents:
 def heading(c: Contents) -> str:
     architecture = f"architecture {shown(c.architecture['name'])}, " if c.architecture else ""
     graph = f"a graph of {len(c.graph['nodes']):,} operations, " if c.graph else ""
+    update = f"an update of {shown(c.base['name'])}, " if c.base else ""
     version = f"{c.format.replace('mz', 'format')} {c.version}"
-    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{version}")
+    return ascii_name(f"{os.path.basename(c.path)}: {architecture}{graph}{update}{version}")
 
 
 def about_info(c: Contents) -> list[str]:
@@ -428,8 +461,10 @@ def inspect(
     path: str | os.PathLike[str],  # a `.mz` file
     # read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
     entropy: bool = True,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
 ) -> Contents:  # a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
-    """What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed.
+    """What is in a file. Errors as for `load`; with `entropy=False` damage in the numbers goes unnoticed, and the base
+    of an update is not asked for.
 
     Parameters
     ----------
@@ -437,6 +472,8 @@ def inspect(
         a `.mz` file
     entropy : bool, default True
         read the numbers, tensor by tensor, for their coders and entropies. False: the manifest alone
+    base : str | os.PathLike | None, default None
+        of an update: where its base is; None: beside it
 
     Returns
     -------
@@ -444,11 +481,12 @@ def inspect(
         a table: tensor, shape, kind, coder, bits, entropy, bytes, share of the file
     """
     check_machine()
-    with naming(path), open_file(path) as f:
+    with naming(path), open_file(path) as f, ExitStack() as stack:
         total, f = os.fstat(f.fileno()).st_size, as_mapped(f)
         manifest, rows, payload = read_manifest(f)
         if entropy:
             verify_rest(f, rows, payload)
+            rows = stack.enter_context(based(manifest, rows, path, base))
         lines = [measured_line(f, r, payload, total) if entropy else line_of(r, total) for r in rows.values()]
         if "graph" in manifest:
             skeleton_of(manifest, None, rows)  # what is shown is what `load` would take
@@ -462,6 +500,7 @@ def inspect(
         manifest.get("info", {}),
         lines,
         manifest.get("graph"),
+        base=manifest.get("base"),
     )
 
 # %% ../../nbs/workshop/inspecting.ipynb
@@ -508,12 +547,41 @@ def compared(
         return f"other shape: {tuple(a.shape)} and {tuple(b.shape)}", None, None
     if type(a) is type(b) and (same_parts(a, b) if isinstance(a, CompressedTensor) else identical(a, b)):
         return "same", 0.0, None
-    x, y = (t.dequantize() if isinstance(t, CompressedTensor) else t for t in (a, b))
-    if identical(x, y):
+    if a.dtype == b.dtype and all(identical(x, y) for x, y in in_step(numbers_of(a), numbers_of(b))):
         return "same numbers, stored differently", 0.0, None
-    if x.is_complex() or y.is_complex():
-        return "other numbers", None, None
-    return "other numbers", *distance(x, y)
+    return "other numbers", *distance(numbers_of(a), numbers_of(b))
+
+
+def numbers_of(value: Tensor | CompressedTensor) -> Iterator[Tensor]:  # 1-D
+    """The numbers that a tensor stands for, in order, some at a time where it can be expanded so.
+
+    Parameters
+    ----------
+    value : Tensor | CompressedTensor
+
+    Returns
+    -------
+    Iterator[Tensor]
+        1-D
+    """
+    if isinstance(value, CompressedTensor) and why_not_rows(value) is None:
+        step = max(1, BLOCK // value.shape[1])
+        for rows in torch.arange(value.shape[0]).split(step):
+            yield gather_rows(value, rows).dequantize().reshape(-1)
+    else:
+        yield from (value.dequantize() if isinstance(value, CompressedTensor) else value).reshape(-1).split(BLOCK)
+
+
+def in_step(xs: Iterator[Tensor], ys: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    "Pieces of the same numbers, cut where either is cut."
+    x = y = torch.empty(0)
+    while True:
+        x, y = (t if len(t) else next((t for t in ts if len(t)), None) for t, ts in ((x, xs), (y, ys)))
+        if x is None or y is None:
+            return
+        n = min(len(x), len(y))
+        yield x[:n], y[:n]
+        x, y = x[n:], y[n:]
 
 
 def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
@@ -528,25 +596,26 @@ def same_parts(a: CompressedTensor, b: CompressedTensor) -> bool:
 
 
 def distance(
-    x: Tensor,
-    y: Tensor,  # of the same shape
-) -> tuple[float, float | None]:  # the largest difference, SQNR in dB
-    """How far two tensors are apart, a block at a time; exact for whole numbers. Infinities that are equal do not
-    differ.
+    xs: Iterator[Tensor],
+    ys: Iterator[Tensor],  # as many numbers
+) -> tuple[float | None, float | None]:  # the largest difference, SQNR in dB; None of complex numbers
+    """How far two tensors are apart; exact for whole numbers. Infinities that are equal do not differ.
 
     Parameters
     ----------
-    x : Tensor
-    y : Tensor
-        of the same shape
+    xs : Iterator[Tensor]
+    ys : Iterator[Tensor]
+        as many numbers
 
     Returns
     -------
-    tuple[float, float | None]
-        the largest difference, SQNR in dB
+    tuple[float | None, float | None]
+        the largest difference, SQNR in dB; None of complex numbers
     """
     largest, signal, noise = 0.0, 0.0, 0.0
-    for p, q in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK)):
+    for p, q in in_step(xs, ys):
+        if p.is_complex() or q.is_complex():
+            return None, None
         p, q = (
             (
                 t.to(torch.float64).numpy()
@@ -567,14 +636,6 @@ def distance(
     return largest, 10 * math.log10(signal / noise) if noise else math.inf
 
 # %% ../../nbs/workshop/inspecting.ipynb
-def identical(a: Tensor, b: Tensor) -> bool:
-    "The same type, shape and bits (so that NaN equals itself, and 0 differs from -0)."
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    x, y = (np.frombuffer(as_bytes(t), np.uint8) for t in (a, b))
-    return all(np.array_equal(x[i : i + BLOCK], y[i : i + BLOCK]) for i in range(0, len(x), BLOCK))
-
-# %% ../../nbs/workshop/inspecting.ipynb
 class Here:
     "An executor that runs what it gets at once, in this thread: each thread more has memory of its own."
 
@@ -586,6 +647,7 @@ class Here:
 def prove(
     f: BinaryIO,  # a file that has just been written
     model: nn.Module,  # what it should hold
+    base: Base | None = None,  # of an update
 ) -> None:
     """Read it back. `ValueError` unless a copy of the model takes what it says, and every number and tie is the
     same, to the bit.
@@ -596,12 +658,15 @@ def prove(
         a file that has just been written
     model : nn.Module
         what it should hold
+    base : Base | None, default None
+        of an update
     """
     f.flush()
     try:
         with os.fdopen(os.dup(f.fileno()), "rb") as read:  # what reads and writes makes copies of what it reads
             f = as_mapped(read)
             manifest, rows, payload = read_manifest(f)
+            rows = rows if base is None else base.linked(manifest["tensors"], rows)
             with torch.random.fork_rng(devices=[]):
                 check_match(skeleton_of(manifest, model, rows), rows)
                 if "graph" in manifest:
@@ -633,11 +698,14 @@ class Difference:
         what differs outside of the tensors
     changes : list[Any]
         a `Change` for each tensor
+    bases : tuple[str, str], default ('', '')
+        names of the files of which they are updates
     """
 
     paths: tuple[str, str]
     about: list[str]  # what differs outside of the tensors
     changes: list[Any]  # a `Change` for each tensor
+    bases: tuple[str, str] = ("", "")  # names of the files of which they are updates
 
     @property
     def same(self) -> bool:
@@ -669,11 +737,8 @@ def change_cells(c: Change) -> list[str]:
 
 def heading_of(d: Difference) -> str:
     same = sum(c.what == "same" for c in d.changes)
-    return ascii_name(
-        "; ".join(
-            [" and ".join(map(os.path.basename, d.paths)), f"{same} of {len(d.changes)} tensors are the same", *d.about]
-        )
-    )
+    names = [os.path.basename(p) + f" (an update of {shown(b)})" * bool(b) for p, b in zip(d.paths, d.bases)]
+    return ascii_name("; ".join([" and ".join(names), f"{same} of {len(d.changes)} tensors are the same", *d.about]))
 
 # %% ../../nbs/workshop/inspecting.ipynb
 @dataclass
@@ -686,9 +751,29 @@ class File:
     rows: dict[str, Row]
     payload: Entry
 
+    def row(self, name: str) -> Row:
+        return self.rows[self.rows[name].same or name]
+
     def read(self, name: str) -> Tensor | CompressedTensor:
         with naming(self.path):
-            return read_row(self.f, self.rows[self.rows[name].same or name], self.payload)
+            return read_row(self.f, self.row(name), self.payload)
+
+    def numbers(self, name: str) -> Iterator[Tensor]:  # 1-D
+        """A plain tensor, some at a time.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        Iterator[Tensor]
+            1-D
+        """
+        with naming(self.path):
+            row = self.row(name)
+            for block in read_blocks(self.f, row.parts[""], row.name, self.payload):
+                yield torch.from_numpy(block).view(row.dtype)
 
     @functools.cached_property
     def ties(self) -> dict:  # name â†’ all names of the same tensor
@@ -712,14 +797,25 @@ class File:
 
 
 @contextmanager
-def opened(path: str | os.PathLike) -> Iterator[File]:
-    "Open and check a file once, for many tensors."
+def opened(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,  # of an update: where its base is; None: beside it
+) -> Iterator[File]:
+    """Open and check a file once, for many tensors.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+    base : str | os.PathLike | None, default None
+        of an update: where its base is; None: beside it
+    """
     check_machine()
     with ExitStack() as stack:
         with naming(path):
             f = as_mapped(stack.enter_context(open_file(path)))
             manifest, rows, payload = read_manifest(f)
             verify_rest(f, rows, payload)
+            rows = stack.enter_context(based(manifest, rows, path, base))
         yield File(os.fsdecode(path), f, manifest, rows, payload)
 
 
@@ -748,6 +844,16 @@ def differences(a: File, b: File) -> list[str]:
     return out
 
 
+def compared_in(name: str, a: File, b: File) -> tuple[str, float | None, float | None]:
+    "`compared` of one tensor in two files: plain ones without having either of them in memory."
+    x, y = (f.row(name) for f in (a, b))
+    if x.kind is not None or y.kind is not None or x.shape != y.shape:
+        return compared(a.read(name), b.read(name))
+    if x.dtype == y.dtype and all(identical(p, q) for p, q in in_step(a.numbers(name), b.numbers(name))):
+        return "same", 0.0, None
+    return "other numbers", *distance(a.numbers(name), b.numbers(name))
+
+
 def change_of(
     name: str, a: File, b: File, seen: dict
 ) -> Change:  # seen: what is known of tensors that have several names
@@ -771,7 +877,7 @@ def change_of(
     else:
         key = tuple(f.rows[name].same or name for f in (a, b))
         if key not in seen:
-            seen[key] = compared(a.read(name), b.read(name)), a.ties[name] == b.ties[name]
+            seen[key] = compared_in(name, a, b), a.ties[name] == b.ties[name]
         what, tied = seen[key]
         x, y = a.says(name), b.says(name)
         if what[0] == "same" and not (tied and x == y):
@@ -807,7 +913,8 @@ def diff(
     with opened(a) as one, opened(b) as two:
         about, seen = differences(one, two), {}
         changes = [change_of(name, one, two, seen) for name in one.rows | two.rows]
-    return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes)
+        bases = tuple(f.manifest.get("base", {}).get("name", "") for f in (one, two))
+    return Difference((os.fsdecode(a), os.fsdecode(b)), about, changes, bases)
 
 # %% ../../nbs/workshop/inspecting.ipynb
 from .arguments import name_arguments

@@ -194,6 +194,7 @@ def find_kind(
 # %% ../../nbs/workshop/manifest.ipynb
 Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Word = Annotated[str, Meta(min_length=1)]
+Sum = Annotated[int, Meta(ge=0, le=MARK)]  # a CRC-32
 
 
 class Plain(Struct, forbid_unknown_fields=True):
@@ -202,8 +203,17 @@ class Plain(Struct, forbid_unknown_fields=True):
     dtype: str  # one of `DTYPES`
     shape: list[Whole]
     offset: Whole  # in the payload
-    crc: Annotated[int, Meta(ge=0, le=MARK)] | UnsetType = UNSET  # of its bytes
+    crc: Sum | UnsetType = UNSET  # of its bytes
     coded: Whole | UnsetType = UNSET  # length of its stream
+    base: Sum | UnsetType = UNSET  # of its bytes: the stream is the difference to the base's part of that name
+
+
+class Kept(Struct, forbid_unknown_fields=True):
+    "A tensor that is the base's part of that name."
+
+    dtype: str
+    shape: list[Whole]
+    base: Sum  # of its bytes
 
 
 class Compressed(Struct, forbid_unknown_fields=True):
@@ -233,6 +243,13 @@ class Architecture(Struct, forbid_unknown_fields=True):
     options: dict[str, Any]
 
 
+class Base(Struct, forbid_unknown_fields=True):
+    "The file of which this one is an update."
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)]  # that it had, without a folder
+    content: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of all that it says, and of its checksums
+
+
 class Manifest(Struct, forbid_unknown_fields=True):
     "All that a file says besides its numbers."
 
@@ -243,6 +260,7 @@ class Manifest(Struct, forbid_unknown_fields=True):
     kind: Annotated[str, Meta(min_length=4, max_length=4)] | UnsetType = UNSET  # seal of all layers
     info: dict[str, Any] | UnsetType = UNSET  # what the author wants to say
     graph: dict[str, Any] | UnsetType = UNSET  # what is done with an input: see graphs.ipynb
+    base: Base | UnsetType = UNSET  # of an update: see updates.ipynb
 
 # %% ../../nbs/workshop/manifest.ipynb
 def as_struct(
@@ -290,6 +308,12 @@ def is_architecture(a: Any) -> bool:
 
 # %% ../../nbs/workshop/manifest.ipynb
 VERSION = 5  # of the format; a file carries the lowest version that can read it
+UPDATE = 7  # … and an update this one (6 is that of solid files)
+
+
+def is_plain_name(name: str) -> bool:
+    "Whether it names a file in a folder, and leads nowhere else."
+    return name.isprintable() and name not in (".", "..") and not set("/\\:") & set(name)
 
 
 def check_manifest(m: Any) -> dict:  # the same
@@ -307,7 +331,7 @@ def check_manifest(m: Any) -> dict:  # the same
     version = m.get("modelzip") if isinstance(m, dict) else None
     demand(type(version) is int and version > 0, "its manifest does not say which version of the format it has")
     demand(
-        version <= VERSION,
+        version <= VERSION or version == UPDATE,
         f"it was made by a newer modelzip: it has version {version} of the format, "
         f"this modelzip reads up to {VERSION} (update it)",
     )
@@ -325,6 +349,11 @@ def check_manifest(m: Any) -> dict:  # the same
         whole.graph is UNSET or version > 4 and whole.kind is UNSET and whole.layers is not UNSET,
         "its manifest has a graph, but does not describe all layers",
     )
+    demand(
+        (whole.base is not UNSET) == (version == UPDATE),
+        f"its manifest has version {version}, and {UPDATE} is that of updates, which have a base",
+    )
+    demand(whole.base is UNSET or is_plain_name(whole.base.name), "the name of its base is none of a file in a folder")
     return m
 
 # %% ../../nbs/workshop/manifest.ipynb
@@ -336,18 +365,25 @@ class Part:
     ----------
     dtype : torch.dtype
     shape : tuple[int, ...]
-    offset : int
+    offset : int | None
+        None: it has no bytes here, but is the base's
     crc : int | None, default None
         of its bytes, if the file says so
     coded : int | None, default None
         length of its stream, if it is coded
+    base : int | None, default None
+        of an update: the checksum of its bytes, if it takes the base's to have them
+    source : Any, default None
+        … and what reads those: see updates.ipynb
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int | None  # None: it has no bytes here, but is the base's
     crc: int | None = None  # of its bytes, if the file says so
     coded: int | None = None  # length of its stream, if it is coded
+    base: int | None = None  # of an update: the checksum of its bytes, if it takes the base's to have them
+    source: Any = None  # … and what reads those: see updates.ipynb
 
     @functools.cached_property
     def numel(self) -> int:
@@ -359,21 +395,41 @@ class Part:
 
     @property
     def stored(self) -> int:
+        if self.offset is None:
+            return 0
         return self.nbytes if self.coded is None else self.coded  # bytes in the file
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_part(entry: Any, name: str) -> Part:
-    "An entry of the table that is a plain tensor."
-    who = quoted(name)
-    plain = as_struct(Plain, entry, f"{who} is described in an unknown form")
+def check_part(
+    entry: Any,
+    name: str,
+    update: bool = False,  # it may refer to a base
+) -> Part:
+    """An entry of the table that is a plain tensor.
+
+    Parameters
+    ----------
+    entry : Any
+    name : str
+    update : bool, default False
+        it may refer to a base
+    """
+    who, based = quoted(name), isinstance(entry, dict) and "base" in entry
+    problem = f"{who} is described in an unknown form"
+    demand(update or not based, f"{problem}: it has a base, and the file has none")
+    if based and "offset" not in entry:
+        kept = as_struct(Kept, entry, problem)
+        return Part(*check_shape(entry, name), None, base=kept.base)
+    plain = as_struct(Plain, entry, problem)
     dtype, shape = check_shape(entry, name)
     crc, coded = (None if v is UNSET else v for v in (plain.crc, plain.coded))
-    demand(crc is None or coded is None, f"{who} is described in an unknown form: both crc and coded are there")
+    demand(crc is None or coded is None, f"{problem}: both crc and coded are there")
+    demand(coded is not None or not based, f"{problem}: it has a base, but is no stream")
     demand(
         coded is not None or plain.offset % dtype.itemsize == 0,
         f"{who} has the impossible offset {plain.offset}: its elements have {dtype.itemsize} bytes",
     )
-    part = Part(dtype, shape, plain.offset, crc, coded)
+    part = Part(dtype, shape, plain.offset, crc, coded, plain.base if based else None)
     demand(coded is None or part.nbytes <= coded << 15, f"{who} claims {part.nbytes:,} bytes from a stream of {coded}")
     return part
 
@@ -418,11 +474,17 @@ class Row:
     def stored(self) -> int:
         return sum(p.stored for p in self.parts.values())
 
+    @property
+    def based(self) -> bool:
+        "Whether it takes something of the base's."
+        return any(p.base is not None for p in self.parts.values())
+
 # %% ../../nbs/workshop/manifest.ipynb
 def check_row(
     name: str,
     entry: Any,
     rows: dict[str, Row],  # those before it
+    update: bool = False,  # it may refer to a base
 ) -> Row:
     """One entry of the table, in whichever of its three forms.
 
@@ -432,18 +494,20 @@ def check_row(
     entry : Any
     rows : dict[str, Row]
         those before it
+    update : bool, default False
+        it may refer to a base
     """
     check_name(name)
     keys = entry.keys() if isinstance(entry, dict) else ()
     if "same" in keys:
         return check_tied(name, entry, rows)
     if "parts" in keys:
-        return check_compressed(name, entry)
-    part = check_part(entry, name)
+        return check_compressed(name, entry, update)
+    part = check_part(entry, name, update)
     return Row(name, part.dtype, part.shape, {"": part})
 
 # %% ../../nbs/workshop/manifest.ipynb
-def check_compressed(name: str, entry: dict) -> Row:
+def check_compressed(name: str, entry: dict, update: bool = False) -> Row:
     "An entry that is a compressed tensor."
     who = quoted(name)
     e = as_struct(Compressed, entry, f"{who} is described in an unknown form")
@@ -451,7 +515,7 @@ def check_compressed(name: str, entry: dict) -> Row:
     row = Row(
         name,
         *check_shape(entry, name),
-        {k: check_part(p, f"{name}/{k}") for k, p in e.parts.items()},
+        {k: check_part(p, f"{name}/{k}", update) for k, p in e.parts.items()},
         e.kind,
         e.meta,
         None,
@@ -504,7 +568,7 @@ def check_table(
     """
     rows, end = {}, 0
     for name, entry in table.items():
-        rows[name] = check_row(name, entry, rows)
+        rows[name] = check_row(name, entry, rows, version == UPDATE)
     for name, _, part in in_order(rows):
         demand(0 <= part.offset - end < ALIGN, f"its tensors overlap or leave gaps (at byte {end} of the payload)")
         demand(version > 1 or part.crc is part.coded is None, f"{quoted(name)} has a form that version 1 does not know")
@@ -518,7 +582,8 @@ def check_left_out(
     rows: dict[str, Row],
     size: int,  # bytes of numbers in the file
 ) -> None:
-    """What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here.
+    """What a file leaves out, as pruned weights, has no bytes that would bound it; so it is bounded here. (What an
+    update takes from its base is as large as there, and bounded there.)
 
     Parameters
     ----------
@@ -526,7 +591,8 @@ def check_left_out(
     size : int
         bytes of numbers in the file
     """
-    held = [(math.prod(r.shape), r.nbytes) for r in rows.values() if r.kind is not None and r.same is None]
+    own = [r for r in rows.values() if r.kind is not None and r.same is None and not r.based]
+    held = [(math.prod(r.shape), r.nbytes) for r in own]
     most = 2**25 + 2**12 * size
     demand(
         sum(max(0, n - 128 * b) for n, b in held) <= most,
@@ -537,7 +603,7 @@ def check_left_out(
 def in_order(
     rows: dict[str, Row],
 ) -> list[tuple[str, str, Part]]:  # name of the tensor, name of the part ("" if it is the whole), the part
-    """All parts in the order in which they lie in the payload.
+    """All parts that lie in the payload, in the order in which they do.
 
     Parameters
     ----------
@@ -548,9 +614,8 @@ def in_order(
     list[tuple[str, str, Part]]
         name of the tensor, name of the part ("" if it is the whole), the part
     """
-    return sorted(
-        ((r.name, k, p) for r in rows.values() for k, p in r.parts.items()), key=lambda x: (x[2].offset, x[2].stored)
-    )
+    here = ((r.name, k, p) for r in rows.values() for k, p in r.parts.items() if p.offset is not None)
+    return sorted(here, key=lambda x: (x[2].offset, x[2].stored))
 
 # %% ../../nbs/workshop/manifest.ipynb
 def check_readable(

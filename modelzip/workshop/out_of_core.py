@@ -38,7 +38,17 @@ def worth_rounding(part: Part) -> bool:
 
 
 def in_file_order(index: dict[str, Part]) -> list[str]:  # the names
-    "Names as a file has them. `ValueError` for a name that no tensor of a model can have."
+    """Names as a file has them. `ValueError` for a name that no tensor of a model can have.
+
+    Parameters
+    ----------
+    index : dict[str, Part]
+
+    Returns
+    -------
+    list[str]
+        the names
+    """
     none, found = torch.empty(0), []
 
     def walk(module: nn.Module, prefix: str) -> None:
@@ -62,7 +72,20 @@ def slices(
     name: str,
     done: Callable[[int], None] = lambda nbytes: None,  # told what was read
 ) -> Iterator[Tensor]:  # rows
-    "The rows of a tensor, in order, some at a time: a multiple of eight."
+    """The rows of a tensor, in order, some at a time: a multiple of eight.
+
+    Parameters
+    ----------
+    opened : Opened
+    name : str
+    done : Callable[[int], None], default lambda nbytes: None
+        told what was read
+
+    Returns
+    -------
+    Iterator[Tensor]
+        rows
+    """
     part = opened.index[name]
     step = max(1, SLICE // max(1, part.numel // part.shape[0]) // 8) * 8
     whole = opened.read(name) if opened.rows is None else None
@@ -81,7 +104,22 @@ def put_codes(
     n: int,  # how many they are
     bits: int,
 ) -> None:
-    "Put packed codes where they belong: a piece of each plane."
+    """Put packed codes where they belong: a piece of each plane.
+
+    Parameters
+    ----------
+    out : Tensor
+        uint8: room for the packed codes of all rows
+    count : int
+        of all codes
+    packed : Tensor
+        some of them
+    first : int
+        which code they begin with, a multiple of 8
+    n : int
+        how many they are
+    bits : int
+    """
     at = start = 0
     for w in bit_planes(bits):
         size = -(-n * w // 8)
@@ -96,7 +134,18 @@ def rounded(
     done: Callable[[int], None],
     **how: Any,  # of `quantize`
 ) -> QTensor:
-    "Quantize a tensor without having all of it in memory; where all of it decides (k-means), with it."
+    """Quantize a tensor without having all of it in memory; where all of it decides (k-means), with it.
+
+    Parameters
+    ----------
+    opened : Opened
+    name : str
+    pool : Executor
+        that rounds slices side by side
+    done : Callable[[int], None]
+    **how : Any
+        of `quantize`
+    """
     part = opened.index[name]
     if how.get("codebook") == "kmeans":
         q = quantize(opened.read(name), **how)
@@ -121,7 +170,20 @@ def joined(
     some: Iterator[QTensor],  # rows, in order
     part: Part,  # all of them
 ) -> tuple[QTensor, set]:  # the tensor; types of its scales: if there are several, it has to be made anew
-    "One tensor of its slices."
+    """One tensor of its slices.
+
+    Parameters
+    ----------
+    some : Iterator[QTensor]
+        rows, in order
+    part : Part
+        all of them
+
+    Returns
+    -------
+    tuple[QTensor, set]
+        the tensor; types of its scales: if there are several, it has to be made anew
+    """
     codes, zeros, scales, first = None, [], [], 0
     for q in some:
         if codes is None:
@@ -143,7 +205,18 @@ def joined(
 def taken(
     t: Tensor,  # of a mapped file
 ) -> Tensor:  # a copy; the pages are no longer this process's, where the system can do that
-    "Read some of a mapped file without keeping it in memory."
+    """Read some of a mapped file without keeping it in memory.
+
+    Parameters
+    ----------
+    t : Tensor
+        of a mapped file
+
+    Returns
+    -------
+    Tensor
+        a copy; the pages are no longer this process's, where the system can do that
+    """
     copy, page, own = t.clone(), mmap.PAGESIZE, t.untyped_storage()
     first, last = -(-own.data_ptr() // page) * page, (own.data_ptr() + own.nbytes()) // page * page
     if t.is_contiguous():
@@ -167,7 +240,24 @@ def made_pieces(
     make: Callable[[str], QTensor],
     done: Callable[[int], None],
 ) -> Iterator[tuple[Piece, bool, int]]:  # as `arranged` gives them
-    "Read and round one tensor after the other."
+    """Read and round one tensor after the other.
+
+    Parameters
+    ----------
+    opened : Opened
+    table : dict[str, dict]
+        gets the entries
+    tied : dict[str, Any]
+        name → what is the same for names of the same tensor
+    archive : bool
+    make : Callable[[str], QTensor]
+    done : Callable[[int], None]
+
+    Returns
+    -------
+    Iterator[tuple[Piece, bool, int]]
+        as `arranged` gives them
+    """
     small, first = [], {}
     for name in in_file_order(opened.index):
         key, worth, pieces = tied.get(name, name), worth_rounding(opened.index[name]), []
@@ -216,7 +306,38 @@ def compress_weights(
     **options: Any,  # of `quantize`: symmetric, observer, codebook …
 ) -> Path:  # the path
     """Quantize every tensor of two dimensions or more, and write all of them, atomically, a tensor at a time.
-    `ValueError` that names a tensor that cannot be rounded, and when there is none; `PackError` for a damaged file."""
+    `ValueError` that names a tensor that cannot be rounded, and when there is none; `PackError` for a damaged file.
+
+    Parameters
+    ----------
+    opened : Opened
+        weights alone, from any file
+    path : str | os.PathLike
+        the .mz file to write or replace
+    bits : int | None, default 8
+        width of a code
+    group : int | None, default None
+        weights that share a scale; None: one scale for each row
+    archive : bool, default True
+        entropy-coded; False: mapped
+    threads : int | None, default None
+        that code side by side; None: as many as there are processors, at most 4
+    info : dict | None, default None
+        what the file should say about itself
+    tied : dict[str, Any] | None, default None
+        of names of the same tensor: something that is the same for them
+    done : Callable[[int], None], default lambda nbytes: None
+        told of bytes that were read
+    any_will_do : bool, default False
+        also of weights of which none is worth rounding
+    **options : Any
+        of `quantize`: symmetric, observer, codebook …
+
+    Returns
+    -------
+    Path
+        the path
+    """
     check_machine()
     threads = check_threads(threads)
     if not any_will_do and not any(map(worth_rounding, opened.index.values())):
@@ -242,7 +363,22 @@ def compress_shard(
     output: str,  # the .mz file to write
     how: dict,  # of `compress_weights`
 ) -> str:  # output
-    "The job of a worker."
+    """The job of a worker.
+
+    Parameters
+    ----------
+    path : str
+        a safetensors file
+    output : str
+        the .mz file to write
+    how : dict
+        of `compress_weights`
+
+    Returns
+    -------
+    str
+        output
+    """
     with naming(path), open_file(path) as f:
         compress_weights(open_safetensors(f), output, any_will_do=True, **how)
     return output
@@ -254,7 +390,24 @@ def copied(
     table: dict[str, dict],  # gets the entries
     order: list[str],  # of the names
 ) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes, its alignment
-    "The pieces of several files for one."
+    """The pieces of several files for one.
+
+    Parameters
+    ----------
+    files : dict[str, BinaryIO]
+        name of a tensor → the .mz file that holds it
+    known : dict[BinaryIO, tuple]
+        what `read_manifest` says of each
+    table : dict[str, dict]
+        gets the entries
+    order : list[str]
+        of the names
+
+    Returns
+    -------
+    Iterator[tuple[Piece, list, int]]
+        the piece, its bytes, its alignment
+    """
     small = []
     for name in order:
         manifest, rows, payload = known[f := files[name]]
@@ -279,7 +432,28 @@ def compress_shards(
     done: Callable[[int], None] = lambda nbytes: None,  # told of bytes that are finished
     **how: Any,  # of `compress_weights`
 ) -> Path:  # the path
-    "Compress a checkpoint, each file of it in a worker. Byte for byte what `compress_weights` writes."
+    """Compress a checkpoint, each file of it in a worker. Byte for byte what `compress_weights` writes.
+
+    Parameters
+    ----------
+    index : str | os.PathLike
+        model.safetensors.index.json
+    path : str | os.PathLike
+        the .mz file to write or replace; the workers' files lie beside it for a while
+    executor : Executor
+        processes, or Dask's `Client.get_executor()`
+    info : dict | None, default None
+        what the file should say about itself
+    done : Callable[[int], None], default lambda nbytes: None
+        told of bytes that are finished
+    **how : Any
+        of `compress_weights`
+
+    Returns
+    -------
+    Path
+        the path
+    """
     index, path = Path(index), Path(path)
     places = read_index(index)
     with tempfile.TemporaryDirectory(prefix=".modelzip-", dir=path.resolve().parent) as folder, ExitStack() as stack:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/workshop/reading.ipynb
-import collections, mmap, os, zlib
+import collections, functools, mmap, os, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..archive import BLOCK, THREADS, Checksum, Entry, PackError, data_offset, demand, join, quoted
 from ..coding import CodingError, decoding
 from ..quant import CompressedTensor
+from .differences import add_difference
 from .filling import rebuild
 from .manifest import Part, Row, in_order
-from .streams import BYTES, expand_elements, read_head
+from .streams import BYTES, expand_elements, planned, read_head
 from .walking import as_bytes
 from .writing import WAITING, check_machine
 
@@ -102,8 +103,11 @@ def read_stream(
     t = room(part, name)
     out = np.frombuffer(as_bytes(t), np.uint8)
     with naming_part(name):
-        jobs = decoding(data, out)
-    return t, [pool.submit(job).result for job in jobs]
+        jobs = planned(data, head := read_head(data, len(out)), out)
+    waits = [pool.submit(job).result for job in jobs]
+    if part.base is not None:
+        waits.append(functools.partial(add_base, t, part, name, head))
+    return t, waits
 
 
 @contextmanager
@@ -113,6 +117,60 @@ def naming_part(name: str) -> Iterator[None]:
         yield
     except CodingError as e:
         raise PackError(f"{quoted(name)}: {e}") from None
+
+# %% ../../nbs/workshop/reading.ipynb
+def base_of(part: Part, name: str) -> Any:  # a `Source`: see updates.ipynb
+    demand(part.source is not None, f"{quoted(name)} is made from its base, which was not opened")
+    return part.source
+
+
+def kept_parts(rows: dict[str, Row]) -> Iterator[tuple[str, str, Part]]:  # name of the tensor, of the part, the part
+    """Those that are the base's.
+
+    Parameters
+    ----------
+    rows : dict[str, Row]
+
+    Returns
+    -------
+    Iterator[tuple[str, str, Part]]
+        name of the tensor, of the part, the part
+    """
+    return ((r.name, k, p) for r in rows.values() for k, p in r.parts.items() if p.offset is None)
+
+
+def check_based(t: Tensor, part: Part, name: str) -> None:
+    "Is it what was saved?"
+    demand(zlib.crc32(as_bytes(t)) == part.base, f"{quoted(name)} and its base do not make what was saved (checksum)")
+
+
+def read_kept(part: Part, name: str) -> Tensor:
+    "A part that is the base's."
+    t = base_of(part, name).read()
+    check_based(t, part, name)
+    return t
+
+
+def add_base(
+    t: Tensor,  # has the difference
+    part: Part,
+    name: str,
+    head: tuple,  # of its stream
+) -> None:
+    """Make the whole of a difference, in its place.
+
+    Parameters
+    ----------
+    t : Tensor
+        has the difference
+    part : Part
+    name : str
+    head : tuple
+        of its stream
+    """
+    bits, levels, count, *_ = head
+    add_difference(t, base_of(part, name).read(), bits, levels, count)
+    check_based(t, part, name)
 
 # %% ../../nbs/workshop/reading.ipynb
 RESIDUE = 0x2144DF1C  # CRC-32 of anything that is followed by its own CRC-32
@@ -153,6 +211,8 @@ def read_payload(
         while waiting:
             settle(*waiting.popleft())
         demand(crc.finish() == payload.crc, "its numbers are damaged (wrong checksum)")
+    for name, key, part in kept_parts(rows):
+        tensors[name, key] = read_kept(part, name)
     for t in tensors.values():
         check_bool(t)
     return tensors
@@ -246,6 +306,8 @@ def check_mappable(rows: dict[str, Row], path: str | os.PathLike, solid: bool = 
         raise ValueError(
             f"mmap is True, but {os.fsdecode(path)} is archived: only a file saved with archive=False can be mapped"
         )
+    for name, _, part in kept_parts(rows):
+        base_of(part, name).check_mappable()
 
 # %% ../../nbs/workshop/reading.ipynb
 def verify_payload(
@@ -307,15 +369,40 @@ def map_payload(
     """
     if verify:
         verify_payload(f, rows, payload)
-    view, start, tensors = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), data_offset(payload), {}
-    for name, key, part in in_order(rows):
-        if part.nbytes:
-            raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
-            tensors[name, key] = raw.view(part.dtype).reshape(part.shape)
-        else:
-            tensors[name, key] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        check_bool(tensors[name, key])
+    view, start = mapped(f), data_offset(payload)
+    tensors = {(name, key): map_part(view, start, part) for name, key, part in in_order(rows)}
+    for name, key, part in kept_parts(rows):
+        tensors[name, key] = base_of(part, name).mapped()
+        if verify:
+            check_based(tensors[name, key], part, name)
+    for t in tensors.values():
+        check_bool(t)
     return tensors
+
+
+def mapped(f: BinaryIO) -> mmap.mmap:
+    "The system's private map of a file."
+    return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def map_part(
+    view: mmap.mmap,
+    start: int,  # of the payload
+    part: Part,
+) -> Tensor:
+    """A part where it lies.
+
+    Parameters
+    ----------
+    view : mmap.mmap
+    start : int
+        of the payload
+    part : Part
+    """
+    if not part.nbytes:
+        return torch.empty(part.shape, dtype=part.dtype, device="cpu")
+    raw = torch.frombuffer(view, dtype=torch.uint8, count=part.nbytes, offset=start + part.offset)
+    return raw.view(part.dtype).reshape(part.shape)
 
 # %% ../../nbs/workshop/reading.ipynb
 def verify_rest(f: BinaryIO, rows: dict[str, Row], payload: Entry) -> None:
@@ -349,6 +436,10 @@ def read_alone(
     pool : Any, default None
         an executor; None: one of its own
     """
+    if part.offset is None:
+        t = read_kept(part, name)
+        check_bool(t)
+        return t
     f.seek(data_offset(payload) + part.offset)
     with ThreadPoolExecutor(THREADS) if pool is None else nullcontext(pool) as pool:
         if part.coded is not None:
@@ -374,7 +465,23 @@ def read_row(f: BinaryIO, row: Row, payload: Entry, pool: Any = None) -> Tensor 
 def read_blocks(
     f: BinaryIO, part: Part, name: str, payload: Entry
 ) -> Iterator[np.ndarray]:  # uint8, whole elements; all have been checked only when the last has come
-    "Read one part, some at a time, and check it if it has a checksum of its own."
+    """Read one part, some at a time, and check it if it has a checksum of its own. One that takes a base's comes whole.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    part : Part
+    name : str
+    payload : Entry
+
+    Returns
+    -------
+    Iterator[np.ndarray]
+        uint8, whole elements; all have been checked only when the last has come
+    """
+    if part.base is not None:
+        yield np.frombuffer(as_bytes(read_alone(f, part, name, payload)), np.uint8)
+        return
     f.seek(data_offset(payload) + part.offset)
     for block in raw_blocks(f, part, name) if part.coded is None else stream_blocks(f, part, name):
         check_bool(torch.from_numpy(block).view(part.dtype))

@@ -25,13 +25,34 @@ INDEX = "model.safetensors.index.json"
 def index_of(
     path: Path,  # a folder, or an index
 ) -> Path | None:  # None: the folder has none
-    "The index of a checkpoint in many files."
+    """The index of a checkpoint in many files.
+
+    Parameters
+    ----------
+    path : Path
+        a folder, or an index
+
+    Returns
+    -------
+    Path | None
+        None: the folder has none
+    """
     index = path / INDEX if path.is_dir() else path
     return index if index.is_file() else None
 
 
 def read_index(index: Path) -> dict[str, str]:  # name of a tensor → name of the file beside the index
-    "Where each tensor lies. `ValueError` for what is no index."
+    """Where each tensor lies. `ValueError` for what is no index.
+
+    Parameters
+    ----------
+    index : Path
+
+    Returns
+    -------
+    dict[str, str]
+        name of a tensor → name of the file beside the index
+    """
     with naming(index), open_file(index) as f:
         text = f.read()
     try:
@@ -56,7 +77,17 @@ def check_listed(
     places: dict[str, str],  # of `read_index`
     index: Path,
 ) -> None:
-    "`ValueError` unless a file holds what the index says, and nothing else."
+    """`ValueError` unless a file holds what the index says, and nothing else.
+
+    Parameters
+    ----------
+    shard : Path
+    held : dict
+        the tensors that it has
+    places : dict[str, str]
+        of `read_index`
+    index : Path
+    """
     for n, s in places.items():
         if s == shard.name and n not in held:
             raise ValueError(f"{shard} lacks {n!r}, which {index.name} says is in it")
@@ -90,7 +121,20 @@ def shared_out(
     index: dict[str, Part],  # what there is
     most: int = SHARD,  # bytes in a file
 ) -> list[list[str]]:  # the names of the tensors in each
-    "What goes into which file."
+    """What goes into which file.
+
+    Parameters
+    ----------
+    index : dict[str, Part]
+        what there is
+    most : int, default SHARD
+        bytes in a file
+
+    Returns
+    -------
+    list[list[str]]
+        the names of the tensors in each
+    """
     files, held = [], most
     for name, part in index.items():
         if held + part.nbytes > most or not files:
@@ -122,7 +166,23 @@ def write_shards(
     index: str | os.PathLike,  # the file `….safetensors.index.json` to write; the others lie beside it
     most: int = SHARD,  # bytes of numbers in a file
 ) -> list[Path]:  # all files, the index last
-    "Write a checkpoint in many files, a tensor at a time. `ValueError` where there is one already, or nothing to write."
+    """Write a checkpoint in many files, a tensor at a time. `ValueError` where there is one already, or nothing to
+    write.
+
+    Parameters
+    ----------
+    opened : Opened
+        plain tensors from anywhere
+    index : str | os.PathLike
+        the file `….safetensors.index.json` to write; the others lie beside it
+    most : int, default SHARD
+        bytes of numbers in a file
+
+    Returns
+    -------
+    list[Path]
+        all files, the index last
+    """
     index = Path(index)
     stem = index.name.removesuffix(".safetensors.index.json")
     if stem == index.name or not stem:

@@ -537,6 +537,8 @@ def stream_parts(
     count : int | None, default None
     levels : int | None, default None
     map : Callable, default map
+    prove : bool, default False
+        expand each chunk again, and compare
 
     Returns
     -------
@@ -631,6 +633,7 @@ def code_chunk(
     count : int
     levels : int
     first : int
+    prove : bool, default False
     """
     packed, n = np.concatenate([data[s] for s in chunk_slices(bits, count, first)]), min(CODES, count - first)  # a copy
     codes = unpack_bits(torch.from_numpy(packed), bits, n)

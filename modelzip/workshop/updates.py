@@ -28,7 +28,20 @@ def content_of(
     rows: dict[str, Row],  # from `read_manifest` of what it is mapped to
     payload: Entry,
 ) -> str:  # 64 hexadecimal digits
-    "What a file holds, in short."
+    """What a file holds, in short.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    rows : dict[str, Row]
+        from `read_manifest` of what it is mapped to
+    payload : Entry
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits
+    """
     solid = unseal_solid(f)
     if solid is not None:
         return hashlib.sha256(solid).hexdigest()
@@ -50,7 +63,22 @@ def form_of(entry: dict) -> str:
 # %% ../../nbs/workshop/updates.ipynb
 @dataclass
 class Base:
-    "A file that is open, as the base of another one."
+    """A file that is open, as the base of another one.
+
+    Parameters
+    ----------
+    path : str
+    f : BinaryIO
+    table : dict
+        of its manifest
+    rows : dict[str, Row]
+    payload : Entry
+    content : str
+    below : list[str]
+        its own base, and so on
+    lock : Any, default field(default_factory=threading.Lock)
+        the file stands at one place at a time
+    """
 
     path: str
     f: BinaryIO
@@ -62,7 +90,18 @@ class Base:
     lock: Any = field(default_factory=threading.Lock)  # the file stands at one place at a time
 
     def source(self, name: str, entry: dict) -> "dict[str, Source] | None":  # by part; None: there is nothing like it
-        "What reads the parts of a tensor that is described like that."
+        """What reads the parts of a tensor that is described like that.
+
+        Parameters
+        ----------
+        name : str
+        entry : dict
+
+        Returns
+        -------
+        dict[str, Source] | None
+            by part; None: there is nothing like it
+        """
         row = self.rows.get(name)
         row = row if row is None or row.same is None else self.rows[row.same]
         if row is None or form_of(self.table[row.name]) != form_of(entry):
@@ -87,7 +126,15 @@ class Base:
 
 @dataclass
 class Source:
-    "A part of a base."
+    """A part of a base.
+
+    Parameters
+    ----------
+    base : Base
+    name : str
+        for errors
+    part : Part
+    """
 
     base: Base
     name: str  # for errors
@@ -121,7 +168,16 @@ def open_base(
     depth: int = 1,  # how far below the update it is
     asked: str | None = None,  # the content that it must have
 ) -> Iterator[Base]:
-    "Open a base, and all that are below it. `PackError` names it, `OSError` if it cannot be opened."
+    """Open a base, and all that are below it. `PackError` names it, `OSError` if it cannot be opened.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+    depth : int, default 1
+        how far below the update it is
+    asked : str | None, default None
+        the content that it must have
+    """
     with ExitStack() as stack:
         with naming(f"its base {os.fsdecode(path)}"):
             file = stack.enter_context(open_file(path))
@@ -144,7 +200,18 @@ def found_base(
     base: str | os.PathLike | None,  # where it is; None: beside the update, under its name
     depth: int,
 ) -> Iterator[Base]:
-    "Open the base of an update. `PackError` when it is not there, or is another file."
+    """Open the base of an update. `PackError` when it is not there, or is another file.
+
+    Parameters
+    ----------
+    about : dict
+        what an update says of it
+    path : str | os.PathLike
+        of the update
+    base : str | os.PathLike | None
+        where it is; None: beside the update, under its name
+    depth : int
+    """
     where = Path(os.fsdecode(path)).parent / about["name"] if base is None else base
     demand(
         base is not None or os.path.exists(where),
@@ -159,7 +226,21 @@ def found_base(
 def chain(
     manifest: dict, rows: dict[str, Row], path: str | os.PathLike, base: str | os.PathLike | None, depth: int
 ) -> Iterator[tuple[dict[str, Row], list[str]]]:  # rows that know where to read; the paths of all that is below
-    "The bases of a file, open."
+    """The bases of a file, open.
+
+    Parameters
+    ----------
+    manifest : dict
+    rows : dict[str, Row]
+    path : str | os.PathLike
+    base : str | os.PathLike | None
+    depth : int
+
+    Returns
+    -------
+    Iterator[tuple[dict[str, Row], list[str]]]
+        rows that know where to read; the paths of all that is below
+    """
     about = manifest.get("base")
     if about is None:
         if base is not None:
@@ -178,7 +259,22 @@ def based(
     path: str | os.PathLike,
     base: str | os.PathLike | None = None,  # where its base is; None: beside it
 ) -> Iterator[dict[str, Row]]:  # the same rows; those of an update know where to read what is the base's
-    "What every reader of numbers goes through. `PackError` for a base that is missing, another one, or damaged."
+    """What every reader of numbers goes through. `PackError` for a base that is missing, another one, or damaged.
+
+    Parameters
+    ----------
+    manifest : dict
+    rows : dict[str, Row]
+        from `read_manifest`
+    path : str | os.PathLike
+    base : str | os.PathLike | None, default None
+        where its base is; None: beside it
+
+    Returns
+    -------
+    Iterator[dict[str, Row]]
+        the same rows; those of an update know where to read what is the base's
+    """
     with chain(manifest, rows, path, base, 1) as (rows, _):
         yield rows
 
@@ -187,7 +283,18 @@ def based(
 def opened_table(
     path: str | os.PathLike, base: str | os.PathLike | None = None
 ) -> Iterator[tuple[BinaryIO, dict, dict[str, Row], Entry]]:  # the file, its manifest and table, the payload's entry
-    "A file of any sort, open, as the mapped or archived one for which it stands; its numbers are not read yet."
+    """A file of any sort, open, as the mapped or archived one for which it stands; its numbers are not read yet.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+    base : str | os.PathLike | None, default None
+
+    Returns
+    -------
+    Iterator[tuple[BinaryIO, dict, dict[str, Row], Entry]]
+        the file, its manifest and table, the payload's entry
+    """
     with open_file(path) as file:
         f = as_mapped(file)
         manifest, rows, payload = read_manifest(f)
@@ -202,7 +309,24 @@ def update_of(
     manifest: dict,  # gets `base`
     pieces: list[Piece],  # get their sources
 ) -> Iterator[Base | None]:  # open while the update is written
-    "Make an update of what is about to be written. `ValueError` for a base that cannot be one."
+    """Make an update of what is about to be written. `ValueError` for a base that cannot be one.
+
+    Parameters
+    ----------
+    base : str | os.PathLike | None
+        None: no update
+    path : str | os.PathLike
+        to be written
+    manifest : dict
+        gets `base`
+    pieces : list[Piece]
+        get their sources
+
+    Returns
+    -------
+    Iterator[Base | None]
+        open while the update is written
+    """
     if base is None:
         yield None
         return

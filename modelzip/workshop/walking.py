@@ -186,6 +186,8 @@ class Piece:
         bits, count, levels: it holds packed codes
     version : int, default 1
         of the format that it needs; known when it is written
+    source : Any, default None
+        of an update: what reads the base's part of that name; see updates.ipynb
     """
 
     name: str  # for errors

@@ -151,7 +151,18 @@ def as_model(
     tensors: dict[str, Tensor],  # by name, as in a state dict
 ) -> Weights:  # a model with these parameters, which shares their memory
     """Grow the tree that names with dots describe. `ValueError` when there is nothing, for a name that no tensor of
-    a model can have, or when one name is the beginning of another."""
+    a model can have, or when one name is the beginning of another.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+        by name, as in a state dict
+
+    Returns
+    -------
+    Weights
+        a model with these parameters, which shares their memory
+    """
     if not tensors:
         raise ValueError("tensors is empty: there is nothing to compress")
     _check_tree(tensors)

@@ -6,9 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/workshop/writing.ipynb
-import collections, sys
+import collections, sys, zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from torch import nn
@@ -16,11 +16,13 @@ from torch import nn
 from ..archive import ALIGN, BLOCK, THREADS, Checksum, PackError
 from ..coding import has_values, stream_parts
 from .arguments import check_said
-from .manifest import VERSION
-from .walking import Piece, as_bytes
+from .differences import difference
+from .manifest import UPDATE, VERSION
+from .walking import Piece, as_bytes, identical
 
 # %% ../../nbs/workshop/writing.ipynb
 WAITING = 2**24  # bytes of streams that may wait for each other
+SOON = 2**13  # bytes: what is smaller is done sooner than it is given to another thread
 
 
 def ahead(
@@ -30,7 +32,8 @@ def ahead(
     weight: Callable,  # bytes that the result for an x may have
     most: int = WAITING,  # bytes that may wait; a result that is larger waits alone
 ) -> Iterator:  # f(x) for each x, in order
-    """The executor's `map` for long lists: it does not run away from whoever takes the results.
+    """The executor's `map` for long lists: it does not run away from whoever takes the results. What is small is done
+    in this thread.
 
     Parameters
     ----------
@@ -53,37 +56,55 @@ def ahead(
         while pending and held + weight(x) > most:
             held -= pending[0][0]
             yield pending.popleft()[1].result()
-        pending.append((weight(x), pool.submit(f, x)))
-        held += weight(x)
+        if (n := weight(x)) < SOON:
+            result = Future()
+            result.set_result(f(x))
+        else:
+            result = pool.submit(f, x)
+        pending.append((n, result))
+        held += n
     while pending:
         yield pending.popleft()[1].result()
 
 # %% ../../nbs/workshop/writing.ipynb
 def coded_pieces(
-    pieces: list[tuple[Piece, bool, int]],  # from `arranged`
+    pieces: Iterable[tuple[Piece, bool, int]],  # from `arranged`: the piece, whether it is coded, its alignment
     threads: int,
-) -> Iterator[tuple[Piece, list, int]]:  # the piece, its bytes as they are stored (in several parts), its alignment
-    """Turn pieces into bytes, in order; what is coded is coded by several threads.
+    prove: bool = False,  # expand what was coded, and compare
+) -> Iterator[tuple[Piece, list | None, int]]:  # the piece, its bytes as they are stored (several parts), its alignment
+    """Turn pieces into bytes, in order; what is coded is coded by several threads. None: they are the base's.
 
     Parameters
     ----------
-    pieces : list[tuple[Piece, bool, int]]
-        from `arranged`
+    pieces : Iterable[tuple[Piece, bool, int]]
+        from `arranged`: the piece, whether it is coded, its alignment
     threads : int
+    prove : bool, default False
+        expand what was coded, and compare
 
     Returns
     -------
-    Iterator[tuple[Piece, list, int]]
-        the piece, its bytes as they are stored (in several parts), its alignment
+    Iterator[tuple[Piece, list | None, int]]
+        the piece, its bytes as they are stored (several parts), its alignment
     """
     with ThreadPoolExecutor(threads) as outer, ThreadPoolExecutor(threads) as inner:
 
         def stored(p):
             piece, coded, align = p
+            how, changed = piece.packed or (None, None, None), None
+            if piece.source is not None:
+                old = piece.source.read()
+                if identical(old, piece.tensor):
+                    return piece, None, align
+                if coded:
+                    changed = stream_parts(difference(piece.tensor, old, piece.packed), *how, inner.map, prove)
+                del old  # before the whole is coded
             if not coded:
                 return piece, [as_bytes(piece.tensor)], align
-            bits, count, levels = piece.packed or (None, None, None)
-            return piece, stream_parts(piece.tensor, bits, count, levels, map=inner.map), align
+            data = stream_parts(piece.tensor, *how, inner.map, prove)
+            if changed is not None and sum(map(len, changed)) < sum(map(len, data)):
+                data, piece.entry["base"] = changed, zlib.crc32(as_bytes(piece.tensor))
+            return piece, data, align
 
         yield from ahead(stored, pieces, outer, lambda p: p[0].tensor.nbytes if p[1] else 0)
 
@@ -93,33 +114,36 @@ LARGE = 2**16  # bytes: what has as many begins at a multiple of `ALIGN` in a ma
 # %% ../../nbs/workshop/writing.ipynb
 def write_payload(
     f: BinaryIO,  # stands where the payload begins
-    pieces: list[tuple[Piece, bool, int]],  # in their order: the piece, whether it is coded, its alignment
-    threads: int,
-) -> int:  # the payload's CRC-32
+    stored: Iterable[tuple[Piece, list, int]],  # in their order: the piece, its bytes as they are stored, its alignment
+) -> tuple[int, int]:  # the payload's CRC-32; the lowest version of the format that can say it
     """Write the numbers, with zeros in the gaps, and note in the manifest's entries where they are.
 
     Parameters
     ----------
     f : BinaryIO
         stands where the payload begins
-    pieces : list[tuple[Piece, bool, int]]
-        in their order: the piece, whether it is coded, its alignment
-    threads : int
+    stored : Iterable[tuple[Piece, list, int]]
+        in their order: the piece, its bytes as they are stored, its alignment
 
     Returns
     -------
-    int
-        the payload's CRC-32
+    tuple[int, int]
+        the payload's CRC-32; the lowest version of the format that can say it
     """
     with Checksum() as crc:
-        end = 0
-        for piece, data, align in coded_pieces(pieces, threads):
+        end, version = 0, 1
+        for piece, data, align in stored:
+            if data is None:
+                del piece.entry["offset"]
+                piece.entry["base"], version = zlib.crc32(as_bytes(piece.tensor)), UPDATE
+                continue
             gap = bytes(-end % align)
             f.write(gap)
             crc.add(gap)
             end += len(gap) + write_piece(f, piece, data, crc)
-            del data  # before the next is waited for
-        return crc.finish()
+            version = max(version, UPDATE if "base" in piece.entry else piece.version)
+            del piece, data  # before the next is waited for
+        return crc.finish(), version
 
 # %% ../../nbs/workshop/writing.ipynb
 def write_piece(
@@ -153,9 +177,28 @@ def write_piece(
     crc.append(own.finish(), n)
     if isinstance(data[0], bytes):
         piece.entry["coded"], piece.version = n, VERSION if any(map(has_values, data[1:-1])) else 2
-    elif n >= LARGE:
+    elif n >= LARGE and "coded" not in piece.entry:  # as it is where a stream was made elsewhere
         piece.entry["crc"], piece.version = own.finish(), 2
     return n
+
+
+def lowest_version(
+    manifest: dict,  # of what has been written; loses a `base` of which nothing was taken
+    version: int,  # from `write_payload`
+) -> int:
+    """The lowest version of the format that can read it.
+
+    Parameters
+    ----------
+    manifest : dict
+        of what has been written; loses a `base` of which nothing was taken
+    version : int
+        from `write_payload`
+    """
+    if version == UPDATE:
+        return UPDATE
+    manifest.pop("base", None)
+    return VERSION if manifest.keys() & {"layers", "kind"} else version
 
 # %% ../../nbs/workshop/writing.ipynb
 def check_machine() -> None:
@@ -173,7 +216,7 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 # %% ../../nbs/workshop/writing.ipynb
-def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> int:  # threads
+def check_saving(model: Any, archive: Any, threads: int | None, info: dict, base: Any = None) -> int:  # threads
     """Errors for what `save` cannot do, before it does anything.
 
     Parameters
@@ -182,6 +225,7 @@ def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> i
     archive : Any
     threads : int | None
     info : dict
+    base : Any, default None
 
     Returns
     -------
@@ -193,6 +237,8 @@ def check_saving(model: Any, archive: Any, threads: int | None, info: dict) -> i
         raise TypeError(f"model is a {type(model).__name__}; it may be a torch.nn.Module")
     if not isinstance(archive, bool) and archive != "solid":
         raise TypeError(f"archive is {archive!r}; it may be True, False or 'solid'")
+    if base is not None and archive == "solid":
+        raise ValueError("base is given, and archive is 'solid': an update may be archived (True) or mapped (False)")
     threads = check_threads(threads)
-    check_said(info, "archive", "threads", "example", "dynamic")
+    check_said(info, "archive", "threads", "example", "dynamic", "base")
     return threads
