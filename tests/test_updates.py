@@ -315,7 +315,7 @@ def test_damaged_updates_and_damaged_bases(tmp_path):
     kinds = [*mutations.DAMAGE, *mutations.FORGERY, *mutations.FORGERY]
     for n in range(examples(100)):
         base, new, archive, want, single, good, (manifest, payload) = files[n % len(files)]
-        kind, below = kinds[n // len(files) % len(kinds)], n % 3 == 2
+        kind, below = kinds[(n + n // len(files)) % len(kinds)], n // 7 % 3 == 2
         target, whole = (base, base.read_bytes()) if below else (path, good)
         path.write_bytes(good)
         if kind in mutations.DAMAGE:
@@ -325,9 +325,10 @@ def test_damaged_updates_and_damaged_bases(tmp_path):
             target.write_bytes(mutations.FORGERY[kind](*about, rng))
         forged = kind in mutations.FORGERY
         try:
-            outcomes[forged, mutations.judge(path, new, want, single, not archive, forged, rng)] += 1
+            outcomes[forged, below, mutations.judge(path, new, want, single, not archive, forged, rng)] += 1
         except BaseException as e:
             raise AssertionError(f"case {n} ({kind}, {base.name}, {below}): {type(e).__name__}: {e}") from e
         if below:
             target.write_bytes(whole)
-    assert {o for forged, o in outcomes if not forged} <= {"refused", "exact"} and outcomes[True, "refused"]
+    assert {o for forged, _, o in outcomes if not forged} <= {"refused", "exact"}
+    assert all(outcomes[forged, below, "refused"] for forged in (True, False) for below in (True, False)), outcomes
