@@ -599,6 +599,7 @@ RIVALS = {
     "asymmetric": [],
     "observer": ["minmax"],
     "mapped": [],
+    "base": ["own.mz"],
     "bytes": ["2000"],
     "cosine": [".9"],
     "accuracy-loss": ["5"],
@@ -609,7 +610,7 @@ RIVALS = {
     "trellis": [],
 }
 ROUNDING, TARGETS = (
-    {"bits", "group", "codebook", "asymmetric", "observer", "mapped"},
+    {"bits", "group", "codebook", "asymmetric", "observer", "mapped", "base"},
     {"cosine", "accuracy-loss", "milliseconds", "recipe"},
 )
 
