@@ -970,7 +970,7 @@ def _inspect(o):
         "version": found.version,
         "architecture": found.architecture,
         "info": found.info,
-    }
+    } | ({"base": found.base} if found.base else {})
     return Done(
         about | {"tensors": [vars(l) | {"bits": l.bits} for l in found.lines]},
         _coloured(found) if _colours() else repr(found),

@@ -359,6 +359,8 @@ def test_an_update_from_the_shell(place, tmp_path, monkeypatch, capsys):
     assert cli(["convert", "new4.mz", "whole.mz"]) == 0 and inspect("whole.mz").base is None
     assert cli(["diff", "new4.mz", "whole.mz"]) == 0 and cli(["inspect", "new4.mz"]) == 0
     assert "an update of old4.mz" in capsys.readouterr().out
+    assert cli(["inspect", "new4.mz", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == inspect("new4.mz").base
     assert cli(["compress", "new.mz", "-o", "old4.mz", "--bits", "4", "--base", "old4.mz", "--quiet"]) == 2
     assert "cannot take the place of" in capsys.readouterr().err
     os.remove("old4.mz")
@@ -597,6 +599,7 @@ RIVALS = {
     "asymmetric": [],
     "observer": ["minmax"],
     "mapped": [],
+    "base": ["own.mz"],
     "bytes": ["2000"],
     "cosine": [".9"],
     "accuracy-loss": ["5"],
@@ -607,7 +610,7 @@ RIVALS = {
     "trellis": [],
 }
 ROUNDING, TARGETS = (
-    {"bits", "group", "codebook", "asymmetric", "observer", "mapped"},
+    {"bits", "group", "codebook", "asymmetric", "observer", "mapped", "base"},
     {"cosine", "accuracy-loss", "milliseconds", "recipe"},
 )
 
