@@ -173,7 +173,7 @@ def prose(markdown, here=""):
     "Markdown as HTML, with links that lead where the pages of the course lie."
     html = re.sub(r'<a class="anchor-link".*?</a>', "", markdown2html(markdown))
     html = re.sub(r'<h(\d) id="[^"]*">(.*?)</h\1>', lambda m: heading(m[1], m[2]), html, flags=re.S)
-    return re.sub(r'href="((?:\.\./)?(?:workshop/)?\w+)\.ipynb', lambda m: f'href="{page_of(m[1], here)}', html)
+    return re.sub(r'href="((?:\.\./)?(?:\w+/)?\w+)\.ipynb', lambda m: f'href="{page_of(m[1], here)}', html)
 
 
 def heading(rank, html):
@@ -184,12 +184,12 @@ def heading(rank, html):
 def page_of(name, here):
     "Where a link to a notebook leads: the instructor's page, or the site."
     name = name.removeprefix("../")
+    page = site.page_name(NBS / f"{name}.ipynb").removesuffix(".ipynb") + ".html"
     if name in pages():
-        return f"{here}{name.replace('/', '_')}.html"
+        return here + page
     settings = site.configparser.ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    found = settings["DEFAULT"]
-    return f"{found['doc_host']}{found['doc_baseurl']}/{name.replace('/', '_')}.html"
+    return f"{settings['DEFAULT']['doc_host']}{settings['DEFAULT']['doc_baseurl']}/{page}"
 
 
 @cache
@@ -452,7 +452,7 @@ def start(named):
         for s in sessions()
     )
     listed = "".join(
-        f"<tr><td><a href='instructor/{n.replace('/', '_')}.html'>{escape(title(n))}</a></td><td>{minutes(n)} min"
+        f"<tr><td><a href='instructor/{page_of(n, '')}'>{escape(title(n))}</a></td><td>{minutes(n)} min"
         f"{f', in short {in_short(n)}' if in_short(n) else ''}</td>"
         f"<td><a href='handouts/nbs/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
         for n in named
@@ -518,7 +518,7 @@ def build(out=OUT):
         for result in saved_results():
             write(new / f"handouts/bench/results/{result.name}", result.read_bytes())
         for name in pages() | set(exercised()):
-            write(new / f"instructor/{name.replace('/', '_')}.html", chapter_page(name))
+            write(new / f"instructor/{page_of(name, '')}", chapter_page(name))
         for s in sessions():
             write(new / f"instructor/session{s['number']}.html", plan(s))
             write(new / f"slides/session{s['number']}.html", deck(f"Session {s['number']}: {s['title']}", slides_of(s)))
