@@ -194,9 +194,9 @@ def page_of(name, here):
 
 @cache
 def pages():
-    "The notebooks that have a page: chapters, the course, and what it links to."
+    "The notebooks that have a page: what is handed out, and what the course links to."
     named = {n for c in book("course")["cells"] if not is_code(c) for _, n, _ in links(text(c))}
-    return {*chapters(), *(n for n in named if (NBS / f"{n}.ipynb").exists())} - {"course"}
+    return {*exercised(), *(n for n in named if (NBS / f"{n}.ipynb").exists())} - {"course"}
 
 
 def output(out):
@@ -517,7 +517,7 @@ def build(out=OUT):
             write(new / f"instructor/notebooks/{name}.ipynb", edition(name))
         for result in saved_results():
             write(new / f"handouts/bench/results/{result.name}", result.read_bytes())
-        for name in pages() | set(exercised()):
+        for name in pages():
             write(new / f"instructor/{page_of(name, '')}", chapter_page(name))
         for s in sessions():
             write(new / f"instructor/session{s['number']}.html", plan(s))
