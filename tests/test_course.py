@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from course import slug
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import translations
@@ -27,12 +29,6 @@ def cells(name):
 
 def markdown(name):
     return "\n\n".join(t for kind, t in cells(name) if kind == "markdown")
-
-
-def slug(heading):
-    "The name that pandoc and smalldocs give to a heading's place."
-    heading = re.sub(r"[`*$]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
-    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", heading.lower()).strip()))
 
 
 @cache

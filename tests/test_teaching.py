@@ -192,6 +192,9 @@ def must_fail(*tries):
         try: f()
         except OSError: continue
         raise SystemError("the fence has a hole")
+for fd in range(3, 40):
+    try: os.write(fd, b"cheating,03_rounding,check_step,1,,0\\n" * 9)
+    except OSError: pass
 must_fail(lambda: Path({outside!r}).write_text("cheating,1"), lambda: os.listdir({folder!r}),
           lambda: Path({nbs!r}).read_text(), lambda: socket.create_connection(("192.0.2.1", 80), 1))"""
 
@@ -244,7 +247,8 @@ def test_six_notebooks_are_marked(tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     with open(folder / "grades.csv", newline="", encoding="utf-8") as file:
-        table = {(r["student"], r["check"]): r for r in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    table = {(r["student"], r["check"]): r for r in rows}
     passed = {k: r["passed"] == "1" for k, r in table.items()}
     names = "right", "wrong", "cheating", "endless", "crashing", "empty"
     assert {n: (passed[n, "check_step"], passed[n, "check_observer"]) for n in names} == {
@@ -265,7 +269,8 @@ def test_six_notebooks_are_marked(tmp_path):
         ("empty", "check_step"): "there is no step",
     }.items():
         assert says in table[who]["why"], table[who]
-    assert not outside.exists() and "hole" not in (folder / "grades.csv").read_text(encoding="utf-8")
+    assert len(rows) == 6 * len(grade.exercises_of("03_rounding")) and not outside.exists()
+    assert "hole" not in (folder / "grades.csv").read_text(encoding="utf-8")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 12
 
 

@@ -173,7 +173,7 @@ def prose(markdown, here=""):
     "Markdown as HTML, with links that lead where the pages of the course lie."
     html = re.sub(r'<a class="anchor-link".*?</a>', "", markdown2html(markdown))
     html = re.sub(r'<h(\d) id="[^"]*">(.*?)</h\1>', lambda m: heading(m[1], m[2]), html, flags=re.S)
-    return re.sub(r'href="((?:\.\./)?(?:workshop/)?\w+)\.ipynb', lambda m: f'href="{page_of(m[1], here)}', html)
+    return re.sub(r'href="((?:\.\./)?(?:\w+/)?\w+)\.ipynb', lambda m: f'href="{page_of(m[1], here)}', html)
 
 
 def heading(rank, html):
@@ -184,19 +184,19 @@ def heading(rank, html):
 def page_of(name, here):
     "Where a link to a notebook leads: the instructor's page, or the site."
     name = name.removeprefix("../")
+    page = site.page_name(NBS / f"{name}.ipynb").removesuffix(".ipynb") + ".html"
     if name in pages():
-        return f"{here}{name.replace('/', '_')}.html"
+        return here + page
     settings = site.configparser.ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    found = settings["DEFAULT"]
-    return f"{found['doc_host']}{found['doc_baseurl']}/{name.replace('/', '_')}.html"
+    return f"{settings['DEFAULT']['doc_host']}{settings['DEFAULT']['doc_baseurl']}/{page}"
 
 
 @cache
 def pages():
-    "The notebooks that have a page: chapters, the course, and what it links to."
+    "The notebooks that have a page: what is handed out, and what the course links to."
     named = {n for c in book("course")["cells"] if not is_code(c) for _, n, _ in links(text(c))}
-    return {*chapters(), *(n for n in named if (NBS / f"{n}.ipynb").exists())} - {"course"}
+    return {*exercised(), *(n for n in named if (NBS / f"{n}.ipynb").exists())} - {"course"}
 
 
 def output(out):
@@ -452,7 +452,7 @@ def start(named):
         for s in sessions()
     )
     listed = "".join(
-        f"<tr><td><a href='instructor/{n.replace('/', '_')}.html'>{escape(title(n))}</a></td><td>{minutes(n)} min"
+        f"<tr><td><a href='instructor/{page_of(n, '')}'>{escape(title(n))}</a></td><td>{minutes(n)} min"
         f"{f', in short {in_short(n)}' if in_short(n) else ''}</td>"
         f"<td><a href='handouts/nbs/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
         for n in named
@@ -517,8 +517,8 @@ def build(out=OUT):
             write(new / f"instructor/notebooks/{name}.ipynb", edition(name))
         for result in saved_results():
             write(new / f"handouts/bench/results/{result.name}", result.read_bytes())
-        for name in pages() | set(exercised()):
-            write(new / f"instructor/{name.replace('/', '_')}.html", chapter_page(name))
+        for name in pages():
+            write(new / f"instructor/{page_of(name, '')}", chapter_page(name))
         for s in sessions():
             write(new / f"instructor/session{s['number']}.html", plan(s))
             write(new / f"slides/session{s['number']}.html", deck(f"Session {s['number']}: {s['title']}", slides_of(s)))
