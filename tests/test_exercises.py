@@ -1592,6 +1592,11 @@ WRONG = {
         ("lambda: 0.5", "a fourteenth of the squares"),
     ],
     "90_article:check_zipped": [("lambda: 0.5", "the fraction does not"), ("lambda: 0.25", "the fraction does not")],
+    "13_budget:check_missed": [
+        ("lambda: ([[1, 5, 10]], [[10.0, 1.0, 0.0]], 5)", "finds [1]"),  # on the hull
+        ("lambda: ([[1, 5, 10]], [[10.0, 9.0, 0.0]], 10)", "finds [2]"),  # with bytes enough
+        ("lambda: 5", "expected 3 answers"),
+    ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price
         (
