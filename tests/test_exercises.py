@@ -928,6 +928,7 @@ WRONG = {
         ("lambda W, b: (W - W.mean(0), b)", "is left"),
         ("lambda W, b: (W * 0, b * 0)", "behind the norm"),
     ],
+    "10e_learned_rounding:check_start": {"right where argument 1 is nothing negative": "parts between 0 and 1"},
     "10e_learned_rounding:check_two": [
         ("lambda part, H: (part > 0.5).int().tolist()", "is possible"),  # nearest
         ("lambda part, H: (1, 0)", "is possible"),
@@ -1596,6 +1597,32 @@ WRONG = {
         ("lambda: ([[1, 5, 10]], [[10.0, 1.0, 0.0]], 5)", "finds [1]"),  # on the hull
         ("lambda: ([[1, 5, 10]], [[10.0, 9.0, 0.0]], 10)", "finds [2]"),  # with bytes enough
         ("lambda: 5", "expected 3 answers"),
+    ],
+    "08b_structured:check_stiff": [
+        ("lambda: torch.randn(64, 64)", "half the rank of yours keeps"),
+        ("lambda: torch.eye(8)", "16 or more"),
+        ("lambda: torch.zeros(16, 16)", "16 or more"),
+        ("lambda: torch.ones(16, 16)", "keeps 100.0% of the squares"),
+    ],
+    "10d_rotations:check_louder": [
+        ("lambda: [1.0] + [0.0] * 255", "becomes 0.06 times as large"),
+        ("lambda: [(-1.0) ** (i * i // 3) for i in range(256)]", "times as large"),
+        ("lambda: [1.0] * 16", "256 finite numbers"),
+    ],
+    "11b_price:check_more_zeros": [
+        ("lambda: ([60, 40], [50, 50])", "the first takes"),
+        ("lambda: ([40, 60], [50, 50])", "the first should have more zeros"),
+        ("lambda: ([50, 25], [40, 60])", "100 codes each"),
+    ],
+    "13b_record:check_orderly": [
+        ("lambda: (np.random.rand(10_000).argsort() < 1000).astype(int).tolist()", "bits; 4,690 are"),
+        ("lambda: [1] * 500 + [0] * 9500", "of yours 500 are"),
+        ("lambda: [1] * 1000", "10,000 times 0 or 1"),
+    ],
+    "14_tour:check_two_points": [
+        ("lambda: ((20, 0), (30, 10))", "chance does that in"),
+        ("lambda: ((10, 0), (120, 100))", "20 more for the first"),
+        ("lambda: (20, 0)", "expected 2 answers"),
     ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price
