@@ -1227,7 +1227,7 @@ WRONG = {
         ),  # the wrong way round
         (
             "lambda key, speeds, n, m: key[:, :4]",
-            "from place 7 to 7 it should be as if it had been turned by 7 at once",
+            "from place 7 to 7: as if turned by 7 at once",
         ),
         (
             "lambda key, speeds, n, m: key.copy_(rotary(key, (((m - n) * speeds).cos(), ((m - n) * speeds).sin())))",
@@ -1624,6 +1624,10 @@ WRONG = {
         ("lambda: ((10, 0), (120, 100))", "20 more for the first"),
         ("lambda: (20, 0)", "expected 2 answers"),
     ],
+    "13c_language:check_beside": [
+        ("lambda: 0.9", "for one conversation"),  # keys alone
+        ("lambda: 3.8", "for one conversation"),  # 32 bits
+    ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price
         (
@@ -1690,7 +1694,7 @@ def test_every_chapter_has_exercises():
 KINDS = ("code", "predict", "explain", "break it")
 NOTHING_TO_PREDICT = {  # chapters that ask for no guess yet: whoever makes room for one takes the chapter off
     *("00_data", "01_measure", "04_symbols", "04b_coding", "06_integers", "07b_prune", "10_ranges"),
-    *("10b_ptq", "10c_static", "11_lsq", "11c_trellis", "13c_language"),
+    *("10b_ptq", "10c_static", "11_lsq", "11c_trellis"),
 }
 
 
