@@ -1225,10 +1225,7 @@ WRONG = {
             "lambda key, speeds, n, m: rotary(key, (((n - m) * speeds).cos(), ((n - m) * speeds).sin()))",
             "from place 7 to 3",
         ),  # the wrong way round
-        (
-            "lambda key, speeds, n, m: key[:, :4]",
-            "from place 7 to 7: as if turned by 7 at once",
-        ),
+        ("lambda key, speeds, n, m: key[:, :4]", "from place 7 to 7: as if turned by 7 at once"),
         (
             "lambda key, speeds, n, m: key.copy_(rotary(key, (((m - n) * speeds).cos(), ((m - n) * speeds).sin())))",
             "…] of shape (3, 8), [1, 0.316228, 0.1, 0.0316228], 7, 3) has changed",
@@ -1556,7 +1553,7 @@ WRONG = {
         ("lambda: nn.Linear(64, 64)", "at 4 bits they have"),
         ("lambda: nn.Linear(2, 8)", "at 4 bits they have"),  # a scale for two weights
         ("lambda: (lambda l: (l.weight.data.zero_(), l)[1])(nn.Linear(1, 8))", "not all of them zero"),
-        ("lambda: nn.Conv2d(1, 1, 1)", "expected a linear"),
+        ("lambda: nn.Conv2d(1, 1, 1)", "expected a Linear"),
     ],
     "04a_lossless:check_sixteen": [
         ("lambda: 16", "two and a half bits"),
