@@ -798,6 +798,7 @@ WRONG = {
         ("lambda W, b: (W - W.mean(0), b)", "is left"),
         ("lambda W, b: (W * 0, b * 0)", "behind the norm"),
     ],
+    "10e_learned_rounding:check_start": {"right where argument 1 is nothing negative": "parts between 0 and 1"},
     "10e_learned_rounding:check_two": [
         ("lambda part, H: (part > 0.5).int().tolist()", "is possible"),  # nearest
         ("lambda part, H: (1, 0)", "is possible"),
@@ -1094,10 +1095,7 @@ WRONG = {
             "lambda key, speeds, n, m: rotary(key, (((n - m) * speeds).cos(), ((n - m) * speeds).sin()))",
             "from place 7 to 3",
         ),  # the wrong way round
-        (
-            "lambda key, speeds, n, m: key[:, :4]",
-            "from place 7 to 7 it should be as if it had been turned by 7 at once",
-        ),
+        ("lambda key, speeds, n, m: key[:, :4]", "from place 7 to 7: as if turned by 7 at once"),
         (
             "lambda key, speeds, n, m: key.copy_(rotary(key, (((m - n) * speeds).cos(), ((m - n) * speeds).sin())))",
             "…] of shape (3, 8), [1, 0.316228, 0.1, 0.0316228], 7, 3) has changed",
@@ -1425,7 +1423,7 @@ WRONG = {
         ("lambda: nn.Linear(64, 64)", "at 4 bits they have"),
         ("lambda: nn.Linear(2, 8)", "at 4 bits they have"),  # a scale for two weights
         ("lambda: (lambda l: (l.weight.data.zero_(), l)[1])(nn.Linear(1, 8))", "not all of them zero"),
-        ("lambda: nn.Conv2d(1, 1, 1)", "expected a linear"),
+        ("lambda: nn.Conv2d(1, 1, 1)", "expected a Linear"),
     ],
     "04a_lossless:check_sixteen": [
         ("lambda: 16", "two and a half bits"),
@@ -1462,6 +1460,41 @@ WRONG = {
         ("lambda: 0.5", "a fourteenth of the squares"),
     ],
     "90_article:check_zipped": [("lambda: 0.5", "the fraction does not"), ("lambda: 0.25", "the fraction does not")],
+    "13_budget:check_missed": [
+        ("lambda: ([[1, 5, 10]], [[10.0, 1.0, 0.0]], 5)", "finds [1]"),  # on the hull
+        ("lambda: ([[1, 5, 10]], [[10.0, 9.0, 0.0]], 10)", "finds [2]"),  # with bytes enough
+        ("lambda: 5", "expected 3 answers"),
+    ],
+    "08b_structured:check_stiff": [
+        ("lambda: torch.randn(64, 64)", "half the rank of yours keeps"),
+        ("lambda: torch.eye(8)", "16 or more"),
+        ("lambda: torch.zeros(16, 16)", "16 or more"),
+        ("lambda: torch.ones(16, 16)", "keeps 100.0% of the squares"),
+    ],
+    "10d_rotations:check_louder": [
+        ("lambda: [1.0] + [0.0] * 255", "becomes 0.06 times as large"),
+        ("lambda: [(-1.0) ** (i * i // 3) for i in range(256)]", "times as large"),
+        ("lambda: [1.0] * 16", "256 finite numbers"),
+    ],
+    "11b_price:check_more_zeros": [
+        ("lambda: ([60, 40], [50, 50])", "the first takes"),
+        ("lambda: ([40, 60], [50, 50])", "the first should have more zeros"),
+        ("lambda: ([50, 25], [40, 60])", "100 codes each"),
+    ],
+    "13b_record:check_orderly": [
+        ("lambda: (np.random.rand(10_000).argsort() < 1000).astype(int).tolist()", "bits; 4,690 are"),
+        ("lambda: [1] * 500 + [0] * 9500", "of yours 500 are"),
+        ("lambda: [1] * 1000", "10,000 times 0 or 1"),
+    ],
+    "14_tour:check_two_points": [
+        ("lambda: ((20, 0), (30, 10))", "chance does that in"),
+        ("lambda: ((10, 0), (120, 100))", "20 more for the first"),
+        ("lambda: (20, 0)", "expected 2 answers"),
+    ],
+    "13c_language:check_beside": [
+        ("lambda: 0.9", "for one conversation"),  # keys alone
+        ("lambda: 3.8", "for one conversation"),  # 32 bits
+    ],
     "13_budget:check_cheapest": [
         ("lambda R, D, price: [0] * len(R)", "at a price of 0."),  # the smallest, whatever the price
         (
@@ -1528,7 +1561,7 @@ def test_every_chapter_has_exercises():
 KINDS = ("code", "predict", "explain", "break it")
 NOTHING_TO_PREDICT = {  # chapters that ask for no guess yet: whoever makes room for one takes the chapter off
     *("00_data", "01_measure", "04_symbols", "04b_coding", "06_integers", "07b_prune", "10_ranges"),
-    *("10b_ptq", "10c_static", "11_lsq", "11c_trellis", "13c_language"),
+    *("10b_ptq", "10c_static", "11_lsq", "11c_trellis"),
 }
 
 

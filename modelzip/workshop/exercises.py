@@ -180,31 +180,37 @@ def as_number(x: Any) -> Any:  # None where it is none
     return x.item() if isinstance(x, np.generic) else x
 
 
+def _a(kind):
+    return f"{'an' if kind.__name__[0].lower() in 'aeiou' else 'a'} {kind.__name__}"
+
+
 def _named(x):
-    return short(x) if x is None else f"{short(x)}, a {type(x).__name__}"
+    return short(x) if x is None else f"{short(x)}, {_a(type(x))}"
 
 
 def _kind(kind):
     "What a kind of answer is called."
     if isinstance(kind, tuple):
         return f"{len(kind)} answers: {', '.join(map(_kind, kind))}"
-    return {int: "a whole number", float: "a number", Tensor: "a tensor"}.get(kind, f"a {kind.__name__.lower()}")
+    return {int: "a whole number", float: "a number", Tensor: "a tensor"}.get(kind, _a(kind))
 
 
 def _of_kind(x, kind):
     "An answer as what was wanted; None where it is something else."
     if kind in (int, float):
         number = as_number(x)
-        return None if number is None or not math.isfinite(number) or number != kind(number) else kind(number)
+        fits = number is not None and math.isfinite(number) and (kind is float or number == int(number))
+        return kind(number) if fits else None
     if kind is Tensor:
         return torch.as_tensor(x) if isinstance(x, (Tensor, np.ndarray)) else None
     if isinstance(kind, tuple) or kind is list:
         if not isinstance(x, Iterable) or isinstance(x, (str, bytes, Mapping, set)) or getattr(x, "ndim", 1) == 0:
             return None
+        x = list(x)
         if kind is list:
-            return list(x)
-        parts = [_of_kind(y, k) for y, k in zip(x, kind)]
-        return tuple(parts) if len(list(x)) == len(kind) and not any(p is None for p in parts) else None
+            return x
+        parts = tuple(map(_of_kind, x, kind))
+        return parts if len(x) == len(kind) and not any(p is None for p in parts) else None
     return x if kind is None or isinstance(x, kind) else None
 
 # %% ../../nbs/workshop/exercises.ipynb
