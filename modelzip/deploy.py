@@ -64,7 +64,7 @@ class Deployed(nn.Module):
         self.cosine, self.tried, self.path, self.bytes = 1.0, Attempts(), None, None
         self.__dict__ |= {"_run": run, "work": work}  # the work until the file is kept
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self._run(*tensors_in(self.layout, args, kwargs))
 
@@ -73,7 +73,7 @@ class Deployed(nn.Module):
             raise TypeError("a deployed model cannot be trained; train the model itself, and deploy it again")
         return self
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a deployed model holds no weights to save; save the model itself, or deploy it with path=")
 
     def __reduce_ex__(self, protocol):
@@ -82,7 +82,7 @@ class Deployed(nn.Module):
             " needed"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         said = [self.engine, f"{self.threads} thread{'s' * (self.threads > 1)}"]
         if self.kernels:
             said.append("kernels")
@@ -122,7 +122,7 @@ class Attempt:
 class Attempts(list[Any]):
     "Rows of `Attempt`; prints as a table."
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         number = lambda x, form: "" if x is None else format(x, form)
         rows = [
             [a.engine, number(a.ratio, ".2f"), f"{number(a.low, '.2f')}–{number(a.high, '.2f')}".strip("–")]
@@ -203,7 +203,7 @@ class _Fixed(nn.Module):
         super().__init__()
         self.__dict__["output"] = output
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
 
 # %% ../nbs/workshop/deploy.ipynb

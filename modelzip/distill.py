@@ -110,7 +110,7 @@ class Sum(Loss):
     def forward(self, student, teacher, labels):
         return sum(f * p(student, teacher, labels) for f, p in zip(self.factors, self.parts))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return " + ".join(f"{f:g} * {p!r}" if f != 1 else repr(p) for f, p in zip(self.factors, self.parts))
 
 # %% ../nbs/09_distill.ipynb
@@ -138,7 +138,7 @@ class Labels(Loss):
             return F.cross_entropy(z.movedim(-1, 1), labels.movedim(self.axis, 1) if soft else labels)
         return F.binary_cross_entropy_with_logits(z[..., 0], labels_of_one_logit(z, labels))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "Labels()" if self.axis == 1 else f"Labels(axis={self.axis})"
 
 # %% ../nbs/09_distill.ipynb
@@ -172,7 +172,7 @@ class SoftTargets(Loss):
             z, v = F.pad(z, (0, 1)), F.pad(v, (0, 1))  # sigmoid(z) is the softmax of z and 0
         return self.temperature**2 * softmax_divergence(z, v).mean()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"SoftTargets({self.temperature:g}" + (")" if self.axis == 1 else f", axis={self.axis})")
 
 # %% ../nbs/09_distill.ipynb
@@ -184,7 +184,7 @@ class Logits(Loss):
         same_shape(student, teacher)
         return F.mse_loss(student.outputs, teacher.outputs)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "Logits()"
 
 # %% ../nbs/09_distill.ipynb
@@ -304,7 +304,7 @@ class FeatureLoss(Loss):
         each = [self.distance(s, student.features[s], teacher.features[t]) for s, t in self.pairs.items()]
         return sum(each) / len(each)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pairs})"
 
 
@@ -418,7 +418,7 @@ class Relations(Loss):
         loss = F.smooth_l1_loss(distances(a), distances(b))
         return loss + self.angles * F.smooth_l1_loss(cosines(a), cosines(b)) if self.angles else loss
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         names = [layers[0] if layers else None for layers in (self.student_layers, self.teacher_layers)]
         return f"Relations({names[0]!r}, {names[1]!r}" + (")" if self.angles == 2 else f", angles={self.angles:g})")
 

@@ -124,7 +124,7 @@ def unwrapped_name(model: nn.Module, path: str, wrapper: Dequantize) -> str:
 class Choices(list[Any]):
     "Rows (name, layer, what runs); prints as a table."
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         rows = [("name", "layer", "runs"), *self]
         wide = [max(len(r[i]) for r in rows) for i in range(2)]
         return "\n".join(f"{n:<{wide[0]}}  {l:<{wide[1]}}  {r}" for n, l, r in rows)

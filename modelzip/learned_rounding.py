@@ -231,7 +231,7 @@ def learned_rounding(
     steps: int = 300,  # of the optimizer, for each matrix
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before rounding
-    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # by name or pattern, or a rule: see `quantize_with`
     progress: bool = True,  # show a bar
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
@@ -255,8 +255,8 @@ def learned_rounding(
         share of the error of earlier layers that a layer makes up for
     columns : Any, default None
         'awq', 'smooth' or a function: column scales before rounding
-    overrides : dict | Callable[..., Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern, or a rule: see `quantize_with`
     progress : bool, default True
         show a bar
     layers : tuple[type, ...] | None, default None

@@ -114,7 +114,7 @@ class EntropyBits(Loss):
     def forward(self, student, teacher, labels):
         return entropy_bits(self.model[0]) / 1000
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "EntropyBits()"
 
 # %% ../nbs/11b_price.ipynb

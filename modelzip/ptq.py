@@ -356,7 +356,7 @@ def quantize_with(
     catch_up: float = 0.0,  # share of the error of earlier layers that a layer makes up for, 0..1; needs `batches`
     overrides: dict | Callable | None = None,  # by name or pattern: options, None: left alone; or (name, layer) → those
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
-    **options,  # of the method: bits, group, symmetric …
+    **options: Any,  # of the method: bits, group, symmetric …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
     """Quantize a model with one method for a matrix. `ValueError` as in `calibrate` and `quantize_model`; tied
     weights stay tied. A matrix of which there are no statistics though data were given is rounded as well as the
@@ -381,7 +381,7 @@ def quantize_with(
         by name or pattern: options, None: left alone; or (name, layer) → those
     layers : tuple | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
-    **options
+    **options : Any
         of the method: bits, group, symmetric …
 
     Returns
@@ -410,7 +410,7 @@ def gptq(
     damping: float = 0.05,  # share of H's mean diagonal added to its diagonal
     catch_up: float = 0.5,  # share of the error of earlier layers that a layer makes up for
     columns: Any = None,  # 'awq', 'smooth' or a function: column scales before GPTQ
-    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # by name or pattern, or a rule: see `quantize_with`
     spacing: float | None = None,  # instead of bits and group: one step for a tensor, in units of its root mean square
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
@@ -437,8 +437,8 @@ def gptq(
         share of the error of earlier layers that a layer makes up for
     columns : Any, default None
         'awq', 'smooth' or a function: column scales before GPTQ
-    overrides : dict | Callable[..., Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern, or a rule: see `quantize_with`
     spacing : float | None, default None
         instead of bits and group: one step for a tensor, in units of its root mean square
     layers : tuple[type, ...] | None, default None
@@ -458,7 +458,7 @@ def hqq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = False,  # zero point fixed in the middle
-    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # by name or pattern, or a rule: see `quantize_with`
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
     p: float = 0.7,  # the exponent of the norm of the errors, above 0 and up to 1
 ) -> nn.Module:  # a copy with `Dequantize` layers
@@ -474,8 +474,8 @@ def hqq(
         weights of a row that share a scale; None: one scale a row
     symmetric : bool, default False
         zero point fixed in the middle
-    overrides : dict | Callable[..., Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern, or a rule: see `quantize_with`
     layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
     p : float, default 0.7

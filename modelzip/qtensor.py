@@ -168,7 +168,7 @@ class CompressedTensor:
     kinds: dict[str, type] = {}
     kind: str
 
-    def __init_subclass__(cls, kind: str | None = None, **kwargs):
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if kind is not None:
             cls.kind, CompressedTensor.kinds[kind] = kind, cls

@@ -78,7 +78,7 @@ class Dequantize(Wrapper):
     kinds: dict[str, type] = {}
     operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.partition(".")[0] != "torch":
             Dequantize.kinds[cls.__name__] = cls  # while PyTorch records a program, it makes classes of the same name
@@ -135,7 +135,7 @@ def quantize_layer(
     group: int | None = None,  # weights that share a scale; None: a scale for each output channel (or row)
     per_channel: bool = True,  # False: one scale for the whole tensor
     name: str | None = None,  # which parameter; None: all matrices of the layer
-    **options,  # of `quantize`: symmetric, observer, levels, codebook …
+    **options: Any,  # of `quantize`: symmetric, observer, levels, codebook …
 ) -> Dequantize:  # computes the same function with compressed weights
     """Keep a layer's weights quantized; all else is copied. The layer itself is left as it is. `ValueError` for a
     layer without such a parameter, for one that is computed (see `computed`), and for what a copy would run of the
@@ -199,7 +199,7 @@ def quantize_model(
     # None leaves it alone; the first match wins, also over `levels`, `step` or `codebook` of all
     overrides: dict[str, Any] | Callable[..., Any] | None = None,
     per_channel: bool = True,  # False: one scale for a whole tensor
-    **options,  # of `quantize`: symmetric, observer, levels, codebook …
+    **options: Any,  # of `quantize`: symmetric, observer, levels, codebook …
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`; `floats_left` lists what stays float, and why
     """Quantize all matrices of a model, also those of recurrent and attention layers; tied weights stay tied.
     `ValueError` that names the layer when there is nothing to quantize, when a pattern matches nothing, when two

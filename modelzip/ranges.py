@@ -332,7 +332,7 @@ def awq(
     bits: int = 4,  # width of a code, 1..8
     group: int | None = 32,  # weights of a row that share a scale; None: one scale a row
     symmetric: bool = True,  # zero point fixed in the middle; else fitted and stored
-    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # by name or pattern, or a rule: see `quantize_with`
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers
     """Round to nearest with column scales searched for each layer (Lin et al. 2023, arXiv:2306.00978).
@@ -349,8 +349,8 @@ def awq(
         weights of a row that share a scale; None: one scale a row
     symmetric : bool, default True
         zero point fixed in the middle; else fitted and stored
-    overrides : dict | Callable[..., Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern, or a rule: see `quantize_with`
     layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 
@@ -370,7 +370,7 @@ def smooth(
     bits: int = 8,  # width of a code, 1..8
     group: int | None = None,  # weights of a row that share a scale; None: one scale a row, as integer kernels want it
     symmetric: bool = True,  # zero point fixed in the middle
-    overrides: dict | Callable[..., Any] | None = None,  # options by name or pattern, or a rule: see `quantize_with`
+    overrides: dict[str, Any] | Callable[..., Any] | None = None,  # by name or pattern, or a rule: see `quantize_with`
     layers: tuple[type, ...] | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
 ) -> nn.Module:  # a copy with `Dequantize` layers, whose column scales calm the activations
     """SmoothQuant: for kernels that quantize activations too (Xiao et al. 2022, arXiv:2211.10438).
@@ -389,8 +389,8 @@ def smooth(
         weights of a row that share a scale; None: one scale a row, as integer kernels want it
     symmetric : bool, default True
         zero point fixed in the middle
-    overrides : dict | Callable[..., Any] | None, default None
-        options by name or pattern, or a rule: see `quantize_with`
+    overrides : dict[str, Any] | Callable[..., Any] | None, default None
+        by name or pattern, or a rule: see `quantize_with`
     layers : tuple[type, ...] | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
 

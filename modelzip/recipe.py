@@ -536,13 +536,13 @@ class Recipe:
         if not self.steps:
             raise ValueError("steps is empty: a recipe has at least one")
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.to_json() == other.to_json()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.to_json())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [
             f"{i:>2}. {n}({', '.join(f'{k}={v!r}' for k, v in how.items())})"
             for i, (n, how) in enumerate(self.steps, 1)
@@ -837,7 +837,7 @@ class Result:
     key: str = ""  # under which it is kept
     content: "bytes | None" = field(default=None, repr=False)  # of the file, where it could not be written
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         where = ", ".join(f"{k}={v}" for k, v in self.options.items())
         return f"{where}: " + (
             _what_happened(self.error)
@@ -991,7 +991,7 @@ class Results(list[Any]):
     def file(self, result: Result) -> Path:
         return self.folder / f"{result.key}.mz"  # where its model lies, unless the result has `content`
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         front = {id(r) for r in _front(self)}
         rows = sorted(self, key=lambda r: (r.bytes is None, r.bytes))
         return "\n".join(f"{'*' if id(r) in front else ' '} {r!r}" for r in rows)

@@ -133,7 +133,7 @@ class MinMax:
             return mean_magnitude(blocks)
         return blocks.amin(1), blocks.amax(1)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
 # %% ../nbs/03_rounding.ipynb

@@ -257,7 +257,7 @@ class Layout:
             if not isinstance(v, (Tensor, float, *HARMLESS)):
                 raise TypeError(f"example holds a {type(v).__name__}; it may hold tensors, numbers, text, None")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return ", ".join(f"{n}: {_said(t, f)}" for n, t, f in zip(self.names, self.example, self.free))
 
 

@@ -49,10 +49,10 @@ class Sized:
         "How it is compressed, in a few words; a kind that has options says them, too."
         return self.kind
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({'×'.join(map(str, self.shape))}, {self.describe()}, {self.nbytes:,} bytes)"
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
         a, b = self.parts(), other.parts()
@@ -74,7 +74,7 @@ class Shown:
         how, where = "codebook" if self.codebook is not None else how, f"group {self.group}" if self.group else where
         return f"{what} {how}, {where}" + ", column scales" * (self.columns is not None)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"QTensor({'×'.join(map(str, self.shape)) or 'scalar'} {dtype_name(self.dtype)}, {self.describe()}, "
             f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
@@ -172,5 +172,5 @@ class Parts(nn.Module):
         if old is not None and not old.is_meta and old.requires_grad != self.trainable:
             self.trainable = old.requires_grad
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return repr(self.q)

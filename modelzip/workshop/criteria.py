@@ -30,7 +30,7 @@ class Criterion:
 
     repairs = False  # whether it has a `cut` of its own, that moves the weights which stay
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 # %% ../../nbs/workshop/criteria.ipynb

@@ -8,6 +8,7 @@ __all__ = ['Split', 'Data', 'check_shares', 'large_and_rare', 'dealt', 'need']
 # %% ../../nbs/workshop/datasets.ipynb
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .arguments import need
 _all_ = ["need"]
 
 # %% ../../nbs/workshop/datasets.ipynb
-class Split(torch.utils.data.Dataset):
+class Split(torch.utils.data.Dataset[Any]):
     """Inputs `x` with their labels `y`. An index gives a pair, a slice or a list a smaller `Split`; `x, y = split`
     unpacks it.
 
@@ -29,6 +30,9 @@ class Split(torch.utils.data.Dataset):
     y : Tensor
         labels [n], integers
     """
+
+    x: Tensor
+    y: Tensor
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class Split(torch.utils.data.Dataset):
     def __repr__(self) -> str:
         return f"Split(x {list(self.x.shape)} {self.x.dtype}, y {list(self.y.shape)})"
 
-    def __getitem__(self, i) -> "Split | tuple[Tensor, Tensor]":
+    def __getitem__(self, i: Any) -> "Split | tuple[Tensor, Tensor]":
         if isinstance(i, (int, np.integer)) and not isinstance(i, bool) or isinstance(i, Tensor) and not i.dim():
             return self.x[i], self.y[i]
         return Split(self.x[i], self.y[i])

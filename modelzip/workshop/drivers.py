@@ -86,7 +86,7 @@ class Job:
     untold: dict = field(default_factory=dict)  # name of a matrix → why there are no statistics of it
     told: set = field(default_factory=set)  # ties that had some
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for m in self.plan:
             what = f"the weight of layer {m.layer or '(model)'}" if m.key == "weight" else f"the weight {m.name}"
             check_finite(m.weight.detach(), what)
@@ -282,7 +282,7 @@ def quantize_at_once(
     columns: Callable | str | None = None,  # rule for column scales
     overrides: Mapping | Callable | None = None,  # options by name or pattern, or a rule: see `choose_matrices`
     layers: tuple | None = None,  # classes of the layers that are quantized; None: all that `MATRICES` knows
-    **options,  # of the method
+    **options: Any,  # of the method
 ) -> nn.Module:  # a copy in which each of these layers is a `Dequantize`
     """Quantize a model with one method for a matrix, all matrices from the original.
 
@@ -300,7 +300,7 @@ def quantize_at_once(
         options by name or pattern, or a rule: see `choose_matrices`
     layers : tuple | None, default None
         classes of the layers that are quantized; None: all that `MATRICES` knows
-    **options
+    **options : Any
         of the method
 
     Returns

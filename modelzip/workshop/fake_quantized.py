@@ -53,7 +53,7 @@ class TrainedAsIntegers(Settings):
         self.layer, self.weights, self.activations, self.norm, self.name = layer, weights, activations, norm, name
         self.training = layer.training
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return "frozen" if self.frozen else ""
 
     def __getattr__(self, key):

@@ -215,7 +215,7 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
         "How it is compressed, in a few words."
         return f"{self.type}, blocks of {self.layout.weights}"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         size = f"{self.nbytes:,} bytes = {self.bits_per_weight:g} bits a weight"
         return f"BlockTensor({'×'.join(map(str, self.shape))} {dtype_name(self.dtype)}, {self.describe()}, {size})"
 

@@ -301,7 +301,7 @@ class GGUF:
     metadata: Metadata
     tensors: dict[str, Tensor | BlockTensor]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kinds = {}
         for t in self.tensors.values():
             name = t.type if isinstance(t, BlockTensor) else KINDS[t.dtype][1]

@@ -214,7 +214,7 @@ class Container(nn.Module):
     def _get_name(self):
         return str(self.file_entry.get("module", self.file_entry.get("class")))[:80]
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "only the whole model computes: what it does is a graph, see graph_lines(model.graph)"
         )

@@ -391,7 +391,7 @@ class FixedAttention:
     error: float  # relative error of what the products put out, on the half that was not fitted to
     made_of: str = ""  # fingerprint of the tensors that it was chosen for
 
-    def __str__(self):
+    def __str__(self) -> str:
         steps = " ".join(f"{s:.3g}" for s in (self.query_step, self.key_step, self.value_step))
         return f"{self.kind:<6}  query, key, value: steps {steps}  error {self.error:.2g}"
 

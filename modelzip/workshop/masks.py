@@ -47,7 +47,7 @@ class Mask(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{(~self.keep).float().mean().item():.1%} of {'×'.join(map(str, self.keep.shape))} are zero"
 
 # %% ../../nbs/workshop/masks.ipynb

@@ -570,7 +570,7 @@ class Left(dict):
 
     bytes: dict[str, int]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         small = [n for n, why in self.items() if why == SMALL]
         rows = [(n, f"{self.bytes[n]:,}", why) for n, why in self.items() if why != SMALL]
         if small:

@@ -43,7 +43,7 @@ class Inputs:
     def __init__(self, *args, **kwargs):
         self.args, self.kwargs = args, kwargs
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Inputs({', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])})"
 
 

@@ -79,7 +79,7 @@ class QEmbedding(Dequantize):
     where, _who, __prepare_scriptable__ = "", IntegerLayer._who, IntegerLayer.__prepare_scriptable__
     runs = "fetches packed rows and expands these alone"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"QEmbedding({self.num_embeddings}×{self.embedding_dim}, {self.q.describe()}, {self.runs},"
             f" {self.q.nbytes:,} bytes)"

@@ -96,7 +96,7 @@ class StepsOfWeights(Settings):
     def zero(self) -> float:
         return symmetric_zero_point(self.levels)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         layout = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
         return f"{self.levels} levels, {f'group {self.group}' if self.group else layout}"
 
@@ -258,7 +258,7 @@ class RangeOfActivations(Settings):
                 " overrides)"
             )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.levels} levels, " + (
             f"step {self.scale.item():.4g}, zero point {round(self.zero_point.item())}"
             if self.ready

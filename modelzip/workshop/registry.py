@@ -114,7 +114,7 @@ def register_model(
 # %% ../../nbs/workshop/registry.ipynb
 def build_model(
     name: str,  # a registered name
-    **options,  # what its builder takes
+    **options: Any,  # what its builder takes
 ) -> nn.Module:  # a new model, with `.architecture` set; its weights are whatever the builder leaves there
     """Build a registered architecture. An unknown name raises KeyError and lists the known ones; a bad option
     raises ValueError.
@@ -123,7 +123,7 @@ def build_model(
     ----------
     name : str
         a registered name
-    **options
+    **options : Any
         what its builder takes
 
     Returns

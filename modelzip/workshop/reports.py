@@ -69,7 +69,7 @@ class Report:
     rows: list[Measurement]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError("a report needs at least one row")
 

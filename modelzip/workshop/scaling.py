@@ -166,7 +166,7 @@ class Scaling:
 
     ways: list[Way]  # one at least
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.ways or not all(isinstance(w, Way) for w in self.ways):
             raise ValueError(f"ways is {self.ways!r:.60}; it may be a list of one `Way` or more")
 

@@ -190,7 +190,7 @@ class Target:
             misses.append((self.quality - t.quality) / max(1 - self.quality, 0.01))
         return max(misses)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         wishes = (
             (self.bytes, "at most {:,.0f} bytes"),
             (self.milliseconds, "at most {:g} ms"),

@@ -157,7 +157,7 @@ class Retrieval:
     names: list[str] = field(default_factory=list, repr=False)  # what each pair describes
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that the texts come from
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.queries) != len(self.documents):
             raise ValueError(
                 f"each query needs its document, but there are {len(self.queries)} and {len(self.documents)}"

@@ -28,7 +28,7 @@ def quantize_survivors(
     weight: Tensor,  # with zeros
     keep: Tensor,  # bool: what stays
     bits: int = 4,  # width of a code
-    **options,  # of `quantize`: group, axis, symmetric, observer, codebook …
+    **options: Any,  # of `quantize`: group, axis, symmetric, observer, codebook …
 ) -> QTensor:  # zeros have some code, too; `sparsify` leaves it out
     """Quantize what is left. With codebook='kmeans' the table is that of the survivors alone (Han et al. 2016,
     arXiv:1510.00149).
@@ -114,7 +114,7 @@ def sparsify_layer(
     layer: nn.Module,  # with a mask, with zeros, or a `Dequantize` whose tensor has zeros; it is left as it is
     bits: int | None = None,  # also quantize what is left, to codes of so many bits; None: floats
     layout: str | None = None,  # how positions are said; None: the smallest
-    **options,  # of `quantize`: group, symmetric, observer, codebook … ; by default one scale for each output
+    **options: Any,  # of `quantize`: group, symmetric, observer, codebook … ; by default one scale for each output
 ) -> Dequantize:  # computes the same with a compressed weight
     """Make the zeros of one layer real.
 
@@ -199,7 +199,7 @@ def sparsify_model(
         # options by name or pattern: `{'fc2': {'bits': 8}, 'conv*': {'bits': None}}`; None leaves a layer as it is,
         # without its mask
     ) = None,
-    **options,  # of `sparsify_layer`: layout, group, symmetric, codebook …
+    **options: Any,  # of `sparsify_layer`: layout, group, symmetric, codebook …
 ) -> nn.Module:  # a copy in which these layers are `Dequantize` with a `SparseTensor`; ready for `save`
     """Make masks real. Layers that would not become smaller stay as they are (without masks); tied weights stay
     tied. `ValueError` when there is no zero anywhere.

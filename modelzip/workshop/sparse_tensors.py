@@ -67,7 +67,7 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
     def sparsity(self) -> float:
         return 1 - self.count / max(1, self.shape.numel())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"SparseTensor({'×'.join(map(str, self.shape)) or 'scalar'} {dtype_name(self.dtype)}, {self.describe()}, "
             f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"

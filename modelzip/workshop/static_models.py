@@ -304,7 +304,7 @@ class Fixed:
     makers: frozenset = frozenset()  # the layers that make the copies
     made_of: str = ""  # fingerprint of the weight that was rounded
 
-    def __str__(self):
+    def __str__(self) -> str:
         alpha = "no columns" if self.alpha is None else f"α = {self.alpha:<6.3g}"
         copies = "" if self.at is None else f"  {len(self.at) - len(self.at.unique())} copies"
         how = f"{self.kind:<6}  step {self.scale:<9.3g} zero {self.zero_point:<3}  {alpha}  {self.weights:<7}"
@@ -314,7 +314,7 @@ class Fixed:
 class Chosen(dict[Any, Any]):
     "Name of a layer → `Fixed`, and of an attention → `FixedAttention`; prints as a table."
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         wide = max(map(len, self), default=0)
         return "\n".join(f"{n:<{wide}}  {f}" for n, f in self.items())
 

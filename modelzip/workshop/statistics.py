@@ -56,7 +56,7 @@ class LayerStatistics:
     sample: Tensor | None = None  # [at most SAMPLE] some of the values
     stride: int = 1  # of each so many values in a row one is in the sample: a power of 7
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if not self.count or not self.low.numel():
             return f"LayerStatistics({self.count:,} rows{' of 0' if self.count else ''})"
         kept = "" if self.moment is None else ", H"
@@ -207,7 +207,7 @@ def range(
 class Statistics(dict[Any, Any]):
     "Name of a layer → `LayerStatistics`; prints as a table."
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         wide = max(map(len, self), default=0)
         return "\n".join(f"{n:<{wide}}  {s!r}" for n, s in self.items())
 

@@ -76,7 +76,7 @@ class Wrapper(nn.Module):
             " first"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         layer, held = self, []
         while type(layer) is type(self):
             held.append(f"{layer.name}: {layer.q.describe()}, {layer.q.nbytes:,} bytes")
