@@ -99,7 +99,8 @@ def test_first_frame_is_the_direct_call():
     assert f'<div class="mz-frame" aria-live="polite">{frame(words, dict(n=2, loud=False))}</div>' in e.html()
     drawn = explore(curve, k=[3, 1, 2])
     assert any(
-        f'<div class="mz-frame" aria-live="polite">{frame(curve, dict(k=1), form)}</div>' in drawn.html() for form in ("png", "svg")
+        f'<div class="mz-frame" aria-live="polite">{frame(curve, dict(k=1), form)}</div>' in drawn.html()
+        for form in ("png", "svg")
     )
 
 
@@ -233,8 +234,9 @@ def test_page_starts_where_its_controls_stand(sizes, data):
     controls = [control(f"c{i}", list(range(n)), data.draw(st.integers(0, n - 1))) for i, n in enumerate(sizes)]
     frames, order = table(lambda **values: str(sorted(values.items())), controls)
     start = {c.name: c.values[c.start] for c in controls}
-    assert f'<div class="mz-frame" aria-live="polite"><pre>{html.escape(str(sorted(start.items())))}</pre></div>' in page(
-        controls, frames, order
+    assert (
+        f'<div class="mz-frame" aria-live="polite"><pre>{html.escape(str(sorted(start.items())))}</pre></div>'
+        in page(controls, frames, order)
     )
 
 
