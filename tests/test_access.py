@@ -9,10 +9,12 @@ import pytest
 
 from browsing import ROOT, browser_only, site, wait
 from guards import FUZZ
+from modelzip.workshop.controls import control
+from modelzip.workshop.player import page as flip_book
 from test_site import EXPLORED, FIGURE, page_of
 
 access = site.access()
-KINDS = ["index", "08_channels", "workshop_controls", "api_price", "glossary"]
+KINDS = ["index", "11b_price", "workshop_controls", "api_price", "glossary"]
 PAGES = ["index", *(Path(site.page_name(p)).stem for p in (*site.chapters(ROOT / "nbs"), *site.workshop(ROOT / "nbs")))]
 PAGES = list(dict.fromkeys([*PAGES, "api", *(f"api_{name}" for name in site.api().modules())])) if FUZZ else KINDS
 
@@ -45,6 +47,16 @@ def test_texts_stand_out_in_both_themes(sheet):
 # ---------------------------------------------------------------------------------- pages
 
 
+FRAMES = ["<img src='x' alt='a line'>", "<img src='x'>"]
+EXPLORER = dict(
+    output_type="display_data",
+    metadata={},
+    data={
+        "text/html": page([control("n", [1, 2, 3])], ["<b>1</b>", *(f.replace("'", '"') for f in FRAMES)], [0, 1, 2])
+    },
+)
+
+
 @pytest.mark.parametrize(
     "cells, says",
     [
@@ -52,6 +64,7 @@ def test_texts_stand_out_in_both_themes(sheet):
         (["# t", ('#| fig-alt: "one"\ndraw()', FIGURE, FIGURE)], "a figure without a text"),
         (["# t\n\n### deep", ('#| fig-alt: "one"\ndraw()', FIGURE)], "a heading of level 3 follows one of level 1"),
         (["# t\n\n[](index.html)", ('#| fig-alt: "one"\ndraw()', FIGURE)], "a link or button that says nothing"),
+        (["# t", ("explore(draw)", EXPLORER)], "1 frames of explorers without a text"),
     ],
 )
 def test_check_finds_what_is_in_a_readers_way(tmp_path, cells, says):

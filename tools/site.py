@@ -702,20 +702,23 @@ def continued(line):
     return comment.end() + 2 if comment and comment.end() <= 80 else len(line) - len(line.lstrip()) + 4
 
 
+def formula(found):
+    "A formula as search has it: letters and numbers; what only TeX reads is left out."
+    held = re.sub(r"\\text\{([.,;:])\}", r"\1", found[1])[2:-2]  # as `punctuated` writes it
+    return " " if "\\" in held else held
+
+
 def sections(page):
     """What search looks through on a page: (anchor, heading, words) of each section. Words are prose and printed outputs;
     of code only what it defines."""
     inside = page.partition("<main")[2].partition('<nav class="page-navigation"')[0]
     made = r'<span class="kw">(?:def|class)</span> <span class="\w\w">(\w+)</span>'
     code = lambda m: " ".join(re.findall(made, m[0])) + " " if "sourceCode" in m[0] else " " + m[0][:600]
-    inside = re.sub(r"<(script|style)\b.*?</\1>|<select.*?</select>", " ", inside, flags=re.S)
+    inside = re.sub(r"<(script|style|nav|h1|select)\b.*?</\1>", " ", inside, flags=re.S)
+    inside = re.sub(r'<span class="math[^>]*>(.*?)</span>', formula, inside, flags=re.S)
     inside = re.sub(r"<pre\b.*?</pre>", code, inside, flags=re.S)
     parts = re.split(r'<h[23] [^>]*data-anchor-id="([^"]*)"[^>]*>(.*?)</h[23]>', inside, flags=re.S)
-
-    def words(html):
-        html = re.sub(r"\\text\{([.,;:])\}", r"\1", html)  # as `punctuated` writes it
-        return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>|\\[()\[\]]", " ", html))).strip()
-
+    words = lambda html: re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html))).strip()
     for anchor, heading, body in zip(["", *parts[1::3]], ["", *parts[2::3]], parts[::3]):
         yield anchor, words(heading), words(body.partition(">")[2] if not anchor else body)
 

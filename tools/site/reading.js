@@ -1,24 +1,34 @@
-// What a page does for its readers beside smalldocs.js: boxes that scroll can be reached by keyboard, the telephone's sidebar
-// says whether it is open, and search.
+// What a page does for its readers beside smalldocs.js: boxes that scroll can be reached by keyboard, the telephone's
+// sidebar says whether it is open, and search.
 (() => {
   "use strict";
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
   // ---- boxes that scroll: a stop for the keyboard, with a name, as long as they do
-  const BOXES = { Code: ".sourceCode pre", Output: ".cell-output pre", Table: ".sd-table, .cell-output-display, .cell-output-display > div, .mz-rows",
-    Formula: ".katex-display, .math.display", Documentation: ".api", Picture: ".mz-frame" };
+  const BOXES = {
+    Code: ".sourceCode pre",
+    Output: ".cell-output pre",
+    Table: ".sd-table, .cell-output-display, .cell-output-display > div, .mz-rows",
+    Formula: ".katex-display, .math.display",
+    Documentation: ".api",
+    Picture: ".mz-frame",
+  };
   const scrolls = (box) => {
-    const wide = box.scrollWidth > box.clientWidth, high = box.scrollHeight > box.clientHeight;
+    const wide = box.scrollWidth > box.clientWidth, high = box.scrollHeight > box.clientHeight, may = /auto|scroll/;
     if (!wide && !high) return false;
-    const style = getComputedStyle(box), may = /auto|scroll/;
+    const style = getComputedStyle(box);
     return (wide && may.test(style.overflowX)) || (high && may.test(style.overflowY));
   };
-  const mark = () => Object.entries(BOXES).forEach(([name, selector]) => all(selector, document.querySelector("main") || document).forEach((box) => {
+  const stop = (box, name) => {
     const now = scrolls(box);
     if (now === "stop" in box.dataset) return;
-    if (now) Object.assign(box, { tabIndex: 0, role: "group", ariaLabel: name + ", scrolls" }); else ["tabindex", "role", "aria-label"].forEach((a) => box.removeAttribute(a));
-    if (now) box.dataset.stop = ""; else delete box.dataset.stop;
-  }));
+    if (now) Object.assign(box, { tabIndex: 0, role: "group", ariaLabel: name + ", scrolls" });
+    else ["tabindex", "role", "aria-label"].forEach((a) => box.removeAttribute(a));
+    if (now) box.dataset.stop = "";
+    else delete box.dataset.stop;
+  };
+  const text = document.querySelector("main") || document;
+  const mark = () => Object.entries(BOXES).forEach(([name, selector]) => all(selector, text).forEach((box) => stop(box, name)));
   let waiting = 0;
   const soon = () => { clearTimeout(waiting); waiting = setTimeout(mark, 100); };
   mark();
@@ -39,9 +49,11 @@
   }
 
   // ---- search: words of a question, by how rare they are and where they stand; chapters before the workshop and the reference
-  const IDLE = new Set("a an and are as at be by can do does for from has have how i if in is it its me my of on or that the this to was what when where which why with you your".split(" "));
+  const IDLE = new Set(("a an and are as at be by can do does for from has have how i if in is it its me my of on or that the this to " +
+    "was what when where which why with you your").split(" "));
   const KINDS = { chapter: 1, course: 0.6, workshop: 0.4, reference: 0.2 };
-  const kindOf = (href) => (href.startsWith("workshop_") ? "workshop" : href.startsWith("api") ? "reference" : /^(course|glossary|references)/.test(href) ? "course" : "chapter");
+  const NAMES = { workshop: /^workshop_/, reference: /^api/, course: /^(course|glossary|references)/, chapter: /./ };
+  const kindOf = (href) => Object.keys(NAMES).find((kind) => NAMES[kind].test(href));
   const HAN = /\p{Script=Han}/u; // Chinese has no spaces: each of its signs is taken for a word, a word of several for a phrase
   const low = (text) => text.toLowerCase().replace(/\p{Script=Han}/gu, " $& ").replace(/\s+/g, " ");
   const stem = (word) => word.replace(/(?:ing|ed|es|s|e)$/, (end) => (word.length - end.length < 3 ? end : ""));
@@ -54,17 +66,23 @@
       Object.assign(script, { src: offset + "search.js", onload: done, onerror: done });
       document.head.append(script);
     });
-    entries = (window.searchIndex || []).map((e) => ({ ...e, kind: kindOf(e.href), name: low(e.title), part: low(e.section), low: low(e.text) }));
+    const lower = (e) => ({ name: low(e.title), part: low(e.section), low: low(e.text) });
+    entries = (window.searchIndex || []).map((e) => ({ ...e, ...lower(e), kind: kindOf(e.href) }));
   };
-  const count = (text, pattern) => { pattern.lastIndex = 0; let n = 0; while (n < 9 && pattern.test(text)) n++; return n; };
+  const count = (text, pattern) => {
+    let n = 0;
+    for (pattern.lastIndex = 0; n < 9 && pattern.test(text); ) n++;
+    return n;
+  };
   const found = (question, limit) => {
     const once = (text, term) => Math.min(1, count(text, term));
     const said = low(question).match(/[\p{L}\p{N}_]+/gu) || [];
     const words = said.filter((w) => !IDLE.has(w));
-    const terms = (words.length ? words : said).map((w) => [stem(w), w + "(?![\\p{L}\\p{N}_])"].map((t) => new RegExp("(?<![\\p{L}\\p{N}_])" + t, "gu")));
-    const hits = terms.map(([t, whole]) => entries.map((e) => {
-      const n = count(e.low, t) + count(e.low, whole);
-      return 2 * once(e.part, t) + 2 * once(e.part, whole) + 2 * once(e.name, t) + 3 * n / (n + 4);
+    const begins = (t) => new RegExp("(?<![\\p{L}\\p{N}_])" + t, "gu"), whole = (w) => begins(w + "(?![\\p{L}\\p{N}_])");
+    const terms = (words.length ? words : said).map((w) => [begins(stem(w)), whole(w)]);
+    const hits = terms.map(([t, exact]) => entries.map((e) => {
+      const n = count(e.low, t) + count(e.low, exact);
+      return 2 * once(e.part, t) + 2 * once(e.part, exact) + 2 * once(e.name, t) + (3 * n) / (n + 4);
     }));
     const rare = hits.map((h) => Math.log(1 + entries.length / (1 + h.filter(Boolean).length)));
     const phrase = said.length > 1 ? said.join(" ") : null;
@@ -82,10 +100,18 @@
   };
   const safe = (s) => s.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
   const part = (text, question) => {
-    const words = (question.match(/\p{Script=Han}+|(?:(?!\p{Script=Han})[\p{L}\p{N}_])+/gu) || []).filter((w) => HAN.test(w) || !IDLE.has(w.toLowerCase()) && w.length > 1);
-    const marks = new RegExp(words.map((w) => (HAN.test(w) ? w : "(?<![\\p{L}\\p{N}_])" + stem(w) + "[\\p{L}\\p{N}_]*")).join("|"), "giu");
+    const told = (w) => HAN.test(w) || (!IDLE.has(w.toLowerCase()) && w.length > 1);
+    const words = (question.match(/\p{Script=Han}+|(?:(?!\p{Script=Han})[\p{L}\p{N}_])+/gu) || []).filter(told);
+    const mark = (w) => (HAN.test(w) ? w : "(?<![\\p{L}\\p{N}_])" + stem(w) + "[\\p{L}\\p{N}_]*");
+    const marks = new RegExp(words.map(mark).join("|"), "giu");
     const from = Math.max(0, (words.length ? text.search(marks) : 0) - 50), shown = text.slice(from, from + 180);
     return (from ? "…" : "") + (words.length ? safe(shown).replace(marks, "<mark>$&</mark>") : safe(shown));
+  };
+  const entry = (question) => (e) => {
+    const page = e.section && e.section !== e.title ? e.title : "", kind = e.kind === "chapter" ? "" : e.kind;
+    const line = (what, html) => `<div class="search-result-${what}">${html}</div>`;
+    const lines = line("title", safe(e.section || e.title)) + line("section", safe(`${page} ${kind}`)) + line("text", part(e.text, question));
+    return `<a class="search-result" href="${offset}${safe(e.href)}">${lines}</a>`;
   };
   all(".smalldocs-search").forEach((box) => {
     const input = box.querySelector("input"), results = box.querySelector(".smalldocs-search-results");
@@ -99,11 +125,12 @@
       if (question.length < 2 && !HAN.test(question)) return hide();
       await index();
       const place = input.getBoundingClientRect(), width = Math.min(560, innerWidth - 16);
-      Object.assign(results.style, { top: place.bottom + 4 + "px", left: Math.max(8, Math.min(place.left, innerWidth - width - 8)) + "px", width: width + "px", maxHeight: innerHeight - place.bottom - 16 + "px" });
+      const left = Math.max(8, Math.min(place.left, innerWidth - width - 8));
+      const edges = { top: place.bottom + 4, left, width, maxHeight: innerHeight - place.bottom - 16 };
+      for (const [side, pixels] of Object.entries(edges)) results.style[side] = pixels + "px";
       const hits = found(question, 12);
       status.textContent = `${hits.length} found`;
-      results.innerHTML = hits.map((e) => `<a class="search-result" href="${offset}${safe(e.href)}"><div class="search-result-title">${safe(e.section || e.title)}</div>` +
-        `<div class="search-result-section">${safe(e.section && e.section !== e.title ? e.title : "")} ${e.kind === "chapter" ? "" : e.kind}</div><div class="search-result-text">${part(e.text, question)}</div></a>`).join("") || '<div class="search-none">Nothing found</div>';
+      results.innerHTML = hits.map(entry(question)).join("") || '<div class="search-none">Nothing found</div>';
       results.classList.add("show");
       active = -1;
     };
