@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 from guards import FUZZ, share
 
-settings.register_profile("same", deadline=None, derandomize=True, database=None)
+settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if FUZZ else "same")
 
