@@ -5,15 +5,14 @@ import contextlib, gc, importlib.util, os, sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
-from guards import FUZZ, share
 
+# PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-settings.load_profile("search" if FUZZ else "same")
+settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +48,8 @@ spec.loader.exec_module(once)
 @pytest.fixture
 def seeded():
     "PyTorch's numbers by chance are the same ones in every test."
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -63,6 +64,7 @@ def read_once():
 def fewer_choices():
     """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, every other step, and each share of zeros
     but one; all where the suite is a search itself."""
+    from guards import share
     from modelzip.workshop import search
 
     with pytest.MonkeyPatch.context() as patch:
