@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 
 # PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
+gc.disable()  # until all is imported
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
@@ -29,15 +30,20 @@ def pytest_collection(session):
             importlib.import_module(name)
 
 
+DEAR = ("test_wheel", "test_site", "test_site_reader", "test_graph", "test_right_pack")
+
+
 def pytest_collection_modifyitems(items):
-    "The longest begin first: else a processor waits for them at the end."
-    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    """What takes longest begins first: else a processor waits for it at the end, or another worker takes half of its
+    tests and makes once more what they share."""
+    items.sort(key=lambda item: DEAR.index(item.path.stem) if item.path.stem in DEAR else len(DEAR))
 
 
 def pytest_collection_finish():
     "What was imported stays: whoever collects garbage need not look at a million objects each time."
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 spec = importlib.util.spec_from_file_location("modelzip_once", Path(__file__).parent.parent / "tools/once.py")

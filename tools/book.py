@@ -149,6 +149,7 @@ def run(paths):
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
+    gc.disable()  # what is imported stays
     import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, threadpoolctl
     import tokenizers, torch, zstandard
     import torch._dynamo  # the first optimizer of a process imports it
@@ -160,7 +161,9 @@ def preload():
         for name in docstring_sources:
             importlib.import_module(name)
         all_pairs(), minilm_tokenizer()
+    gc.collect()
     gc.freeze()  # the copies' collectors leave it alone
+    gc.enable()
 
 
 def one(path, folder):
