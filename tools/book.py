@@ -170,8 +170,10 @@ def one(path, folder):
     """Run a notebook's cells in this process, and end it. What another notebook has trained in the same way is in the
     folder."""
     import torch
+    from matplotlib_inline.config import InlineBackend
     from nbdev.test import test_nb
 
+    InlineBackend.instance(print_figure_kwargs={})  # figures as they are: cutting them out draws each twice
     os.chdir(ROOT / "nbs")
     torch.manual_seed(0)  # who sets no seed is not red by chance
     with contextlib.ExitStack() as once:
