@@ -26,7 +26,6 @@ tour: $(STAMP)  ## train LeNet-5 on real digits, compress it by every technique,
 	$(BIN)/modelzip tour
 
 test: $(STAMP)  ## run everything: notebooks, sync, tests, wheel, site
-	$(BIN)/python tools/book.py check
 	OMP_NUM_THREADS=1 MODELZIP_STATIC=sample TQDM_DISABLE=1 $(BIN)/python tools/book.py test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
 

@@ -5,18 +5,18 @@ import contextlib, gc, importlib, os, sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
-from guards import FUZZ, share
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what tools and tests share
 import once
 
-settings.register_profile("same", deadline=None, derandomize=True, database=None)
+# PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
+gc.disable()  # until all is imported
+settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-settings.load_profile("search" if FUZZ else "same")
+settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,20 +33,27 @@ def pytest_collection(session):
             importlib.import_module(name)
 
 
+DEAR = ("test_wheel", "test_site", "test_site_reader", "test_graph", "test_right_pack")
+
+
 def pytest_collection_modifyitems(items):
-    "The longest begin first: else a processor waits for them at the end."
-    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    """What takes longest begins first: else a processor waits for it at the end, or another worker takes half of its
+    tests and makes once more what they share."""
+    items.sort(key=lambda item: DEAR.index(item.path.stem) if item.path.stem in DEAR else len(DEAR))
 
 
 def pytest_collection_finish():
     "What was imported stays: whoever collects garbage need not look at a million objects each time."
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
 def seeded():
     "PyTorch's numbers by chance are the same ones in every test."
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -61,6 +68,7 @@ def read_once():
 def fewer_choices():
     """What a search has on offer for each tensor: 2, 4, 6 and 8 bits, groups, every other step, and each share of zeros
     but one; all where the suite is a search itself."""
+    from guards import share
     from modelzip.workshop import search
 
     with pytest.MonkeyPatch.context() as patch:

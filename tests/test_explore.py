@@ -1,7 +1,7 @@
 """What explorers promise wherever they are shown: one piece of HTML, the same every time, safe, small, and live in
 a kernel."""
 
-import html, io, json, math, os, re, subprocess, sys
+import html, inspect, io, json, math, os, re, subprocess, sys, textwrap
 from html.parser import HTMLParser
 
 import matplotlib
@@ -248,11 +248,13 @@ def test_two_runs_give_the_same_bytes(monkeypatch):
     pages = lambda: (
         explore(curve, k=[1, 2]).html() + explore(lambda k: curve().axes[0].imshow(np.eye(9) * k), k=[1]).html()
     )
-    code = (
-        "import matplotlib; matplotlib.use('agg')\nimport sys; sys.path.insert(0, 'tests')\nfrom test_explore import"
-        " *\nprint(explore(curve, k=[1, 2]).html() + explore(lambda k: curve().axes[0].imshow(np.eye(9) * k),"
-        " k=[1]).html())"
-    )
+    code = f"""if True:
+        import matplotlib
+        matplotlib.use('agg')
+        import numpy as np, matplotlib.pyplot as plt
+        from modelzip.explore import explore
+{textwrap.indent(inspect.getsource(curve), " " * 8)}
+        print(explore(curve, k=[1, 2]).html() + explore(lambda k: curve().axes[0].imshow(np.eye(9) * k), k=[1]).html())"""
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     monkeypatch.setenv("MODELZIP_STATIC", "1")
     done = subprocess.run(

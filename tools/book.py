@@ -3,7 +3,7 @@
     python tools/book.py run [nbs/03b_quant.ipynb …]     execute, export, clean (all chapters when none is named)
     python tools/book.py time [nbs/03b_quant.ipynb …]    execute without saving, to note how long chapters take
     python tools/book.py test                           execute all without saving, as nbdev_test does, the longest
-    first
+    first; and check
     python tools/book.py check                          exit 1 when modelzip/, README.md or a notebook is out of date
 
 How long a chapter took goes to bench/results/chapter_times.json, from which the site says it at the chapter's head.
@@ -154,6 +154,7 @@ def run(paths):
 def preload():
     """Import what many notebooks import and none of them is about: a process that is a copy of this one has it.
     Nothing of the book is among it but where texts come from, so that every notebook loads its own modules."""
+    gc.disable()  # what is imported stays
     import constriction, matplotlib.pyplot, msgspec, nbdev.test, pandas, safetensors.torch, threadpoolctl
     import tokenizers, torch, zstandard
     import torch._dynamo  # the first optimizer of a process imports it
@@ -165,15 +166,19 @@ def preload():
         for name in docstring_sources:
             importlib.import_module(name)
         all_pairs(), minilm_tokenizer()
+    gc.collect()
     gc.freeze()  # the copies' collectors leave it alone
+    gc.enable()
 
 
 def one(path, folder):
     """Run a notebook's cells in this process, and end it. What another notebook has trained in the same way is in the
     folder."""
     import torch
+    from matplotlib_inline.config import InlineBackend
     from nbdev.test import test_nb
 
+    InlineBackend.instance(print_figure_kwargs={})  # figures as they are: cutting them out draws each twice
     os.chdir(ROOT / "nbs")
     torch.manual_seed(0)  # who sets no seed is not red by chance
     with contextlib.ExitStack() as once:
@@ -188,7 +193,7 @@ def one(path, folder):
 
 
 def test(workers=2):
-    "Run every notebook's cells, each in a process of its own, `workers` at a time."
+    """Run every notebook's cells, each in a process of its own, `workers` at a time; and check what is made of them."""
     with tempfile.TemporaryDirectory() as folder:
         return test_with(workers, folder)
 
@@ -199,29 +204,32 @@ def test_with(workers, folder):
     waiting = sorted(notebooks(), key=lambda p: times.get(key_of(p), 2 if p.parent.name == "workshop" else 20))
     running, failed = {}, []
 
-    def start(kind):
-        path = waiting.pop()
-        process = multiprocessing.get_context(kind).Process(target=one, args=(path, folder))
+    def start(kind, name, target, *arguments):
+        process = multiprocessing.get_context(kind).Process(target=target, args=arguments)
         process.start()
-        running[process.sentinel] = process, path, time.perf_counter()
+        running[process.sentinel] = process, name, time.perf_counter()
 
-    for _ in range(workers - 1):  # these import for themselves while this process gets ready for the others
-        start("spawn")
+    start("spawn", "what is made of them", up_to_date)  # while this process gets ready for the notebooks
     preload()
     while waiting or running:
         while waiting and len(running) < workers:
-            start("fork")
+            path = waiting.pop()
+            start("fork", path.relative_to(ROOT / "nbs").as_posix(), one, path, folder)
         for ended in multiprocessing.connection.wait(running):
-            process, path, began = running.pop(ended)
+            process, name, began = running.pop(ended)
             process.join()
             if process.exitcode:
-                failed.append(path)
+                failed.append(name)
             print(
-                f"{path.relative_to(ROOT / 'nbs').as_posix():<28} {'FAILED' if process.exitcode else 'passed'}"
-                f" {time.perf_counter() - began:6.1f} s",
+                f"{name:<28} {'FAILED' if process.exitcode else 'passed'} {time.perf_counter() - began:6.1f} s",
                 flush=True,
             )
     return not failed
+
+
+def up_to_date():
+    "A process that checks, and ends."
+    sys.exit(not check())
 
 
 def check():
