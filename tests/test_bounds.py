@@ -527,8 +527,8 @@ def test_ties_are_compared_once(tmp_path, monkeypatch):
     m.w0 = nn.Parameter(torch.zeros(50, 50))
     for i in range(1, 30):
         m.register_parameter(f"w{i}", m.w0)
-    path, read, calls = save(m, tmp_path / "ties.mz"), inspecting.read_row, []
-    monkeypatch.setattr(inspecting, "read_row", lambda *a: calls.append(a) or read(*a))
+    path, read, calls = save(m, tmp_path / "ties.mz"), inspecting.read_blocks, []
+    monkeypatch.setattr(inspecting, "read_blocks", lambda *a: calls.append(a) or read(*a))
     assert diff(path, path).same and len(diff(path, path).changes) == 30 and len(calls) == 4
 
 

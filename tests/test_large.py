@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modelzip import rounding
 from modelzip.cli import cli, quantize_weights, weights_in
 from modelzip.pack import diff, inspect, save
 from modelzip.quant import MSE
-from modelzip.workshop import out_of_core
+from modelzip.workshop import bites, out_of_core
 from modelzip.workshop.out_of_core import compress_shards, compress_weights
 from modelzip.workshop.weights import as_model
 from test_recipe import processes
@@ -146,7 +145,7 @@ def test_a_search_that_stops_finds_what_one_to_the_end_finds(monkeypatch, levels
     blocks[4::7] += 3
     blocks[5::60] = blocks[5::60].round()
     found = [MSE()(b, levels, symmetric) for b in (blocks, blocks.double(), blocks * 1e-30)]
-    monkeypatch.setattr(rounding, "cut_off_errors", lambda blocks, *ruler: torch.zeros(len(blocks)))
+    monkeypatch.setattr(bites, "cut_off_errors", lambda blocks, *ruler: torch.zeros(len(blocks)))
     for before, b in zip(found, (blocks, blocks.double(), blocks * 1e-30)):
         assert all(map(torch.equal, before, MSE()(b, levels, symmetric)))
 

@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['BITE', 'bites', 'codes_of_blocks', 'nearest_entries', 'values_of_codes', 'tried_at_once', 'rows_at_once',
-           'squared_errors', 'cut_off_errors', 'planes_of', 'unit_of_blocks', 'mean_magnitude', 'lifted']
+           'squared_errors', 'cut_off_errors', 'least_errors', 'planes_of', 'unit_of_blocks', 'mean_magnitude',
+           'lifted']
 
 # %% ../../nbs/workshop/bites.ipynb
 import math
@@ -257,6 +258,31 @@ def cut_off_errors(
     spare = 0 if symmetric else 1
     top, bottom = (levels - 1 - zero + spare) * scale, -(zero + spare) * scale
     return torch.maximum(blocks - top[:, None], bottom[:, None] - blocks).clamp_(min=0).square_().sum(1)
+
+# %% ../../nbs/workshop/bites.ipynb
+def least_errors(
+    blocks: Tensor,  # [blocks, elements]
+    scale: Tensor,  # [tries, blocks]: of ranges that shrink
+    zero: Tensor,  # [tries, blocks]
+    levels: int,
+    symmetric: bool,
+) -> Tensor:  # [blocks] int64: the first try of least squared error
+    "Which ruler fits a block best; those that cannot are not tried."
+    best = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device)
+    least = torch.full_like(scale[0], math.inf)
+    at, left = 0, torch.arange(len(blocks), device=blocks.device)  # the blocks that are not done
+    while at < len(scale) and len(left):
+        some = slice(at, at + max(4, tried_at_once(blocks)))
+        s, z = scale[some, left], zero[some, left]
+        error, first = squared_errors(blocks, s, z, levels).min(0)
+        before = least[left]
+        best[left] = torch.where(error < before, first + at, best[left])
+        least[left] = torch.where(error < before, error, before)
+        at = some.stop
+        if at < len(scale):
+            more = 0.999 * cut_off_errors(blocks, s[-1], z[-1], levels, symmetric) < least[left]
+            left, blocks = (left, blocks) if more.all() else (left[more], blocks[more])
+    return best
 
 # %% ../../nbs/workshop/bites.ipynb
 def planes_of(
