@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .workshop.bites import cut_off_errors, lifted, mean_magnitude, rows_at_once, squared_errors
-from .workshop.bites import tried_at_once, unit_of_blocks
+from .workshop.bites import least_errors, lifted, mean_magnitude, rows_at_once, unit_of_blocks
 from .workshop.floats import as_tensor, check_bits, check_finite
 from .workshop.kmeans_start import first_centroids, runs_of, sums_before
 
@@ -157,53 +156,6 @@ class Percentile(MinMax):
         return blocks.kthvalue(m + 1 - k, dim=1).values, blocks.kthvalue(k, dim=1).values
 
 # %% ../nbs/03_rounding.ipynb
-def best_shares(
-    blocks: Tensor,  # [blocks, elements]
-    low: Tensor,  # [blocks] the whole range of each
-    high: Tensor,  # [blocks]
-    shares: Tensor,  # of it, from the largest down
-    levels: int,
-    symmetric: bool,
-) -> Tensor:  # [blocks]
-    """The share of each block's range that has the least squared error.
-
-    Parameters
-    ----------
-    blocks : Tensor
-        [blocks, elements]
-    low : Tensor
-        [blocks] the whole range of each
-    high : Tensor
-        [blocks]
-    shares : Tensor
-        of it, from the largest down
-    levels : int
-    symmetric : bool
-
-    Returns
-    -------
-    Tensor
-        [blocks]
-    """
-    unit, wide = unit_of_blocks(blocks), torch.promote_types(blocks.dtype, torch.float32)
-    blocks, ends = blocks / unit, [x / unit[:, 0] for x in (low, high)]
-    scale, zero = scale_and_zero_point(*((shares[:, None] * x.to(wide)).to(x.dtype) for x in ends), levels, symmetric)
-    zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
-    best, least = torch.ones_like(low), torch.full_like(low, math.inf)
-    at, left = 0, torch.arange(len(low), device=low.device)  # the blocks that are not done
-    while at < len(shares) and len(left):
-        some = slice(at, at + max(4, tried_at_once(blocks)))
-        at, s, z = some.stop, scale[some, left], zero[some, left]
-        error, first = squared_errors(blocks, s, z, levels).min(0)
-        better, before = error < least[left], least[left]
-        best[left] = torch.where(better, shares[some][first].to(best.dtype), best[left])
-        least[left] = torch.where(better, error, before)
-        if at < len(shares):
-            more = 0.999 * cut_off_errors(blocks, s[-1], z[-1], levels, symmetric) < least[left]
-            left, blocks = (left, blocks) if more.all() else (left[more], blocks[more])
-    return best
-
-# %% ../nbs/03_rounding.ipynb
 class MSE(MinMax):
     "The share of the range, of `steps` down to `smallest`, with the least squared error: clipping against finer steps."
 
@@ -215,8 +167,14 @@ class MSE(MinMax):
     def __call__(self, blocks, levels, symmetric):
         low, high = super().__call__(blocks, levels, symmetric)
         shares = torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").to(low.device)
-        parts = zip(*(t.split(rows_at_once(blocks)) for t in (blocks, low, high)))
-        best = torch.cat([best_shares(*part, shares, levels, symmetric) for part in parts])
+        best, wide = torch.ones_like(low), torch.promote_types(blocks.dtype, torch.float32)
+        for i in range(0, len(blocks), n := rows_at_once(blocks)):
+            b = slice(i, i + n)
+            unit = unit_of_blocks(blocks[b])
+            shrunk = [(shares[:, None] * (x[b] / unit[:, 0]).to(wide)).to(x.dtype) for x in (low, high)]
+            scale, zero = scale_and_zero_point(*shrunk, levels, symmetric)
+            zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
+            best[b] = shares[least_errors(blocks[b] / unit, scale, zero, levels, symmetric)].to(best.dtype)
         return low * best, high * best
 
 # %% ../nbs/03_rounding.ipynb

@@ -267,7 +267,24 @@ def least_errors(
     levels: int,
     symmetric: bool,
 ) -> Tensor:  # [blocks] int64: the first try of least squared error
-    "Which ruler fits a block best; those that cannot are not tried."
+    """Which ruler fits a block best; those that cannot are not tried.
+
+    Parameters
+    ----------
+    blocks : Tensor
+        [blocks, elements]
+    scale : Tensor
+        [tries, blocks]: of ranges that shrink
+    zero : Tensor
+        [tries, blocks]
+    levels : int
+    symmetric : bool
+
+    Returns
+    -------
+    Tensor
+        [blocks] int64: the first try of least squared error
+    """
     best = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device)
     least = torch.full_like(scale[0], math.inf)
     at, left = 0, torch.arange(len(blocks), device=blocks.device)  # the blocks that are not done

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..archive import PackError, cut
@@ -499,6 +498,8 @@ def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
     int
         the number of its value
     """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # takes thrice as long as this library
+
     schema = node.target._schema
     space, _, name = schema.name.partition("::")
     value = node.meta.get("val")
