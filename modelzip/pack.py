@@ -7,7 +7,6 @@ __all__ = ['save', 'load', 'read_tensor', 'PackError', 'Contents', 'inspect', 'd
 
 # %% ../nbs/05_pack.ipynb
 import json, os, torch
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ def arranged(pieces: list[Piece], archive: bool) -> list[tuple[Piece, bool, int]
     return [(p, archive and p.tensor.nbytes >= big, align(p)) for p in sorted(pieces, key=key)]
 
 # %% ../nbs/05_pack.ipynb
-def write_file(f: BinaryIO, manifest: dict, stored: Iterable[tuple[Piece, list, int]]) -> None:
+def write_file(f: BinaryIO, manifest: dict, stored: Any) -> None:  # stored: of `coded_pieces`
     "Write a whole `.mz` file. The manifest gets the lowest version that can read it."
     f.write(bytes(ALIGN))
     crc, version = write_payload(f, stored)

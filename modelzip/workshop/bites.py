@@ -190,8 +190,8 @@ def tried_at_once(blocks: Tensor) -> int:
 
 def rows_at_once(blocks: Tensor) -> int:
     """How many blocks stay in the cache of one core while many rulers are laid to them. Where operations may have
-    several threads, so few that PyTorch does not split them: threads that wait for each other after each step of a short
-    way lose more than they gain, on a busy machine nearly everything."""
+    several threads, so few that PyTorch does not split them: threads that wait for each other after each short step
+    lose more than they gain, on a busy machine nearly everything."""
     most = BITE // 8 if torch.get_num_threads() == 1 else BITE // 32
     return max(1, most // max(blocks.shape[1], 1))
 
