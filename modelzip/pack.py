@@ -60,7 +60,7 @@ def save(
     threads: int | None = None,  # that code side by side; None: as many as there are processors, at most 4
     # what the model is called with: the file then also says what is done with it, and `load` needs no model
     example: Any = None,
-    dynamic: dict | tuple | list = {0: "batch"},  # of it, free dimensions and their names, for all tensors or for each
+    dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any] = {0: "batch"},  # its free dimensions, of all tensors or each
     **info: Any,  # what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 ) -> Path:  # the path
     """Save a model as one file, atomically, after it has been read back and compared. `TypeError` or `ValueError`
@@ -80,8 +80,8 @@ def save(
         that code side by side; None: as many as there are processors, at most 4
     example : Any, default None
         what the model is called with: the file then also says what is done with it, and `load` needs no model
-    dynamic : dict | tuple | list, default {0: 'batch'}
-        of it, free dimensions and their names, for all tensors or for each
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any], default {0: 'batch'}
+        its free dimensions, of all tensors or each
     **info : Any
         what else the file should say, as JSON knows it: recipe=…, note=…, accuracy=…
 
