@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['READERS', 'COMMANDS', 'MODEL', 'CODE', 'JSON', 'QUIET', 'FORCE', 'DATA', 'ROUNDING', 'SEARCHING', 'NO_GRAPH', 'TO',
-           'WRITERS', 'KERNELS', 'EXPECTED', 'expanded_tensors', 'only_weights', 'quantize_weights', 'weights_in',
-           'open_model', 'command', 'argument', 'Done', 'bars', 'weight_bytes', 'example_of', 'parser', 'cli',
-           'MOST_BESIDE', 'Weights', 'as_model']
+           'WRITERS', 'KERNELS', 'EXPECTED', 'expanded_tensors', 'only_weights', 'quantize_weights', 'open_model',
+           'command', 'argument', 'Done', 'bars', 'weight_bytes', 'example_of', 'parser', 'cli', 'MOST_BESIDE',
+           'Weights', 'as_model']
 
 # %% ../nbs/workshop/cli.ipynb
 import argparse, bisect, importlib, json, os, sys, tempfile, zipfile
@@ -431,6 +431,49 @@ READERS = {
 }
 
 
+def open_model(
+    # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
+    # package.module:function
+    source: str,
+    own: Callable | None = None,  # makes a model of one's own class, for weights that do not say what runs them
+) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
+    """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
+    wrong.
+
+    Parameters
+    ----------
+    source : str
+        a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
+        package.module:function
+    own : Callable | None, default None
+        makes a model of one's own class, for weights that do not say what runs them
+
+    Returns
+    -------
+    nn.Module
+        one that runs where its architecture is known, else its weights alone: see `only_weights`
+    """
+    if not source:
+        raise ValueError(f"the model is ''; it may be {MODEL}")
+    path = Path(source)
+    if ":" in source and not path.exists():
+        return _from_builder(source)
+    read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
+    if read:
+        try:
+            return read(path, own)
+        except RecursionError:
+            raise ValueError(f"{source}: it is nested too deeply to be a model") from None
+        except ValueError as e:
+            raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", source)
+    raise ValueError(
+        f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with"
+        " model.safetensors, or package.module:function"
+    )
+
+# %% ../nbs/workshop/cli.ipynb
 @contextmanager
 def weights_in(
     source: str,  # a file or folder of `READERS`
@@ -489,49 +532,6 @@ def _says_what_runs(manifest, rows):
             raise
         return False
     return True
-
-
-def open_model(
-    # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
-    # package.module:function
-    source: str,
-    own: Callable | None = None,  # makes a model of one's own class, for weights that do not say what runs them
-) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
-    """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
-    wrong.
-
-    Parameters
-    ----------
-    source : str
-        a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
-        package.module:function
-    own : Callable | None, default None
-        makes a model of one's own class, for weights that do not say what runs them
-
-    Returns
-    -------
-    nn.Module
-        one that runs where its architecture is known, else its weights alone: see `only_weights`
-    """
-    if not source:
-        raise ValueError(f"the model is ''; it may be {MODEL}")
-    path = Path(source)
-    if ":" in source and not path.exists():
-        return _from_builder(source)
-    read = _from_folder if path.is_dir() else READERS.get(path.suffix.lower())
-    if read:
-        try:
-            return read(path, own)
-        except RecursionError:
-            raise ValueError(f"{source}: it is nested too deeply to be a model") from None
-        except ValueError as e:
-            raise e if str(path) in str(e) else ValueError(f"{source}: {e}") from None
-    if not path.exists():
-        raise FileNotFoundError(2, "No such file or directory", source)
-    raise ValueError(
-        f"{source} ends in {path.suffix!r}; a model may be a file {', '.join(READERS)}, a folder with"
-        " model.safetensors, or package.module:function"
-    )
 
 # %% ../nbs/workshop/cli.ipynb
 COMMANDS: dict[str, Callable] = {}

@@ -521,6 +521,9 @@ class Recipe:
         of everything that is random
     """
 
+    steps: list[tuple[str, dict[str, Any]]]
+    seed: int
+
     def __init__(
         self,
         # names of `STEPS`, or pairs of a name and its arguments: `["fold_batchnorm", ("gptq", {"bits": 4})]`

@@ -166,8 +166,7 @@ def write_shards(
     index: str | os.PathLike,  # the file `….safetensors.index.json` to write; the others lie beside it
     most: int = SHARD,  # bytes of numbers in a file
 ) -> list[Path]:  # all files, the index last
-    """Write a checkpoint in many files, a tensor at a time. `ValueError` where there is one already, or nothing to
-    write.
+    """Write a checkpoint in many files, a tensor at a time. `ValueError` where there is one, or nothing to write.
 
     Parameters
     ----------
