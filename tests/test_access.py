@@ -52,7 +52,9 @@ EXPLORER = dict(
     output_type="display_data",
     metadata={},
     data={
-        "text/html": page([control("n", [1, 2, 3])], ["<b>1</b>", *(f.replace("'", '"') for f in FRAMES)], [0, 1, 2])
+        "text/html": flip_book(
+            [control("n", [1, 2, 3])], ["<b>1</b>", *(f.replace("'", '"') for f in FRAMES)], [0, 1, 2]
+        )
     },
 )
 
