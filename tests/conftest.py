@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 
@@ -17,6 +18,8 @@ gc.disable()  # until all is imported
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
+if not os.environ.get("MODELZIP_FUZZ"):  # Hypothesis would try the numbers that stand in modules, and so other examples
+    providers._get_local_constants = lambda: providers.Constants()  # in each process, by what it has imported till then
 
 
 @pytest.hookimpl(tryfirst=True)

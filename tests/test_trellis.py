@@ -99,6 +99,16 @@ def test_what_goes_in_comes_out(data):
     assert torch.equal(q.as_qtensor().dequantize(), q.dequantize())
 
 
+def test_classes_that_are_all_the_first():
+    "Two contexts, whether classes are named or not."
+    codes, none = np.array([0, 3, -2, 1, 1, 0, 2], np.int32), np.zeros(7, np.uint8)
+    for run in (1, 3, 40):
+        streams = deal(codes, none, run, 4)
+        want = 2 * codes - np.sign(codes) * grids(codes, run, 4)
+        assert len(streams) == 2 and all(map(np.array_equal, streams, deal(codes, None, run, 4)))
+        assert np.array_equal(walk(streams, none, 7, run, 4), want)
+
+
 @settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 @pytest.mark.hypothesis

@@ -98,7 +98,7 @@ def walk(
     lanes, after = -(-n // run), next_states(states).numpy().reshape(-1)
     codes, odd = np.zeros((run, lanes), streams[0].dtype), np.zeros((run, lanes), bool)
     state, at = np.zeros(lanes, np.uint8), [0] * len(streams)
-    classes = None if classes is None else lanes_of(classes * np.uint8(2), run)
+    classes = None if len(streams) == 2 else lanes_of(classes * np.uint8(2), run)  # two contexts are those of one class
     for t in range(run):
         m = lanes if (lanes - 1) * run + t < n else lanes - 1  # the last lane may have ended
         k, grid = codes[t, :m], odd[t, :m]
