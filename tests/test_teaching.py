@@ -168,7 +168,8 @@ def test_slides_without_a_network(browser, built):
             const found = [];
             for (const s of Reveal.getSlides()) {
                 const {h, v} = Reveal.getIndices(s); Reveal.slide(h, v);
-                found.push([s.innerText.trim().length + s.querySelectorAll('img, svg').length, s.scrollWidth - s.clientWidth]);
+                const things = s.innerText.trim().length + s.querySelectorAll('img, svg').length;
+                found.push([things, s.scrollWidth - s.clientWidth]);
             }
             return found;""")
         assert len(seen) >= len(session["rows"]) + 6

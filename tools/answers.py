@@ -1,7 +1,8 @@
 """The exercises of the book: check, stub and solution, and a place where a check can run without its notebook.
 
 A notebook is not executed for that. Of its cells only these are: imports, the check, and the definitions that it
-mentions. Where a check looks at something that the chapter has made (a trained model, a file), `SETUP` makes a small one.
+mentions. Where a check looks at something that the chapter has made (a trained model, a file), `SETUP` makes a small
+one.
 """
 
 import ast, importlib, json, re, textwrap

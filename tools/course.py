@@ -3,14 +3,15 @@
     python tools/course.py build [folder]     write course/ (or the folder)
 
 `handouts/` are the chapters without solutions, answers and outputs, with stubs that run, and with the measurements that
-they read; `instructor/` has them whole, as pages and as notebooks, and a plan for each session; `slides/` a deck for each
-session, that opens without a network. Where to begin says `index.html`.
+they read; `instructor/` has them whole, as pages and as notebooks, and a plan for each session; `slides/` a deck for
+each session, that opens without a network. Where to begin says `index.html`.
 
 Nothing is executed. Cells are taken by their tags:
 
     instructor   a derivation for the board, an answer to a question: on no page of the site, in no handout
     row-2        (in nbs/course.ipynb) it belongs to the second row of the session's plan
-    slide        it is a slide: of a chapter, where a row of the plan links to its section; of nbs/course.ipynb, in its row
+    slide        it is a slide: of a chapter, where a row of the plan links to its section; of nbs/course.ipynb, in
+                 its row
     essential    it is on the path of fifteen minutes through its chapter
 """
 
@@ -108,8 +109,8 @@ def is_solution(cell):
 
 
 def without_solutions(cells):
-    """The cells of a handout: no solution, no output, nothing for instructors; nor what needs a solution to run. What is
-    said behind a cell to be predicted is folded."""
+    """The cells of a handout: no solution, no output, nothing for instructors; nor what needs a solution to run. What
+    is said behind a cell to be predicted is folded."""
     kept, gone, there, predicted = [], set(), set(), False
     for i, cell in enumerate(cells):
         source = text(cell)
@@ -255,7 +256,8 @@ def deck(heading, slides, lib="../lib"):
     )
     return (
         f"{HEAD.format(title=escape(heading), lib=lib, more=styles)}<body>"
-        f'<div class="reveal"><div class="slides">{inside}</div></div>{TYPESET}\n<script src="{lib}/reveal.js"></script>'
+        f'<div class="reveal"><div class="slides">{inside}</div></div>{TYPESET}\n'
+        f'<script src="{lib}/reveal.js"></script>'
         '<script>Reveal.initialize({hash: true, slideNumber: "c/t", center: false, transition: "none", width: 1100, '
         "height: 700});</script></body></html>\n"
     )
@@ -341,7 +343,8 @@ def slides_of(session):
     n, columns, seen = session["number"], [], set()
     columns.append(
         [
-            f"<h1>{escape(session['title'])}</h1><p class='quiet'>Session {n} of 6</p>{prose(part(session, 'Question'))}",
+            f"<h1>{escape(session['title'])}</h1><p class='quiet'>Session {n} of 6</p>"
+            f"{prose(part(session, 'Question'))}",
             f"<h2>Afterwards</h2>{prose(part(session, 'Aims'))}",
         ]
     )
@@ -396,7 +399,8 @@ def plan(session):
     ]
     body.append(
         f"<p class='quiet'>To prepare: {to_prepare(session)} minutes of reading for everybody. For you: this page, the "
-        f"slides, and {in_short(*handed_in(session))} minutes for the short paths through the chapters of the exercises.</p>"
+        f"slides, and {in_short(*handed_in(session))} minutes for the short paths through the chapters of the "
+        "exercises.</p>"
     )
     for k, (time, what) in enumerate(session["rows"], 1):
         body.append(f"<div class='row'><b>{time} min</b><span>{prose(what)}</span></div>")
@@ -406,7 +410,8 @@ def plan(session):
         body.append(f"<h2>Questions, with answers</h2>{''.join(map(beside, others))}")
     body.append("<h2>Afterwards</h2>" + prose(after))
     rows = "".join(
-        f"<tr><td><a href='{page_of(name, '')}#{exercises_of(name)}'>{escape(title(name))}</a></td><td><a href='../handouts/nbs/{name}.ipynb' download>handout</a></td>"
+        f"<tr><td><a href='{page_of(name, '')}#{exercises_of(name)}'>{escape(title(name))}</a></td>"
+        f"<td><a href='../handouts/nbs/{name}.ipynb' download>handout</a></td>"
         f"<td><a href='notebooks/{name}.ipynb' download>with solutions</a></td></tr>"
         for name in handed_in(session)
     )
@@ -454,7 +459,8 @@ def start(named):
     listed = "".join(
         f"<tr><td><a href='instructor/{page_of(n, '')}'>{escape(title(n))}</a></td><td>{minutes(n)} min"
         f"{f', in short {in_short(n)}' if in_short(n) else ''}</td>"
-        f"<td><a href='handouts/nbs/{n}.ipynb' download>handout</a></td><td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
+        f"<td><a href='handouts/nbs/{n}.ipynb' download>handout</a></td>"
+        f"<td><a href='instructor/notebooks/{n}.ipynb' download>with solutions</a></td></tr>"
         for n in named
     )
     ready = [
@@ -465,10 +471,13 @@ def start(named):
     return page(
         "The course",
         "<h1>modelzip: the course</h1>"
-        "<p>Six sessions of ninety minutes. For a session: read its page, look through its slides, hand out the notebooks of "
-        "its exercises. Everything here opens without a network; students need the handouts and an installed modelzip.</p>"
+        "<p>Six sessions of ninety minutes. For a session: read its page, look through its slides, hand out the "
+        "notebooks of its exercises. Everything here opens without a network. Students get the folder "
+        "<code>handouts</code>, open its <code>nbs</code> in JupyterLab where modelzip is installed (as below), "
+        "and hand in notebooks that keep "
+        "their names.</p>"
         f"<h2>Sessions</h2><table><tr><th></th><th></th><th>to read before</th><th></th></tr>{rows}</table>"
-        "<p>For whoever teaches a single chapter: <a href='instructor/alone.html'>three plans of ninety minutes</a>.</p>"
+        "<p>For whoever teaches one chapter: <a href='instructor/alone.html'>three plans of ninety minutes</a>.</p>"
         f"{''.join(prose(text(c), 'instructor/') for c in ready)}"
         f"<h2>Chapters</h2><table><tr><th></th><th>to read</th><th></th><th></th></tr>{listed}</table>",
         lib="lib",

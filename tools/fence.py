@@ -1,9 +1,9 @@
 """A fence around somebody else's code: a process of its own that may compute, and do nothing else.
 
 Of what Linux offers, this takes what it gets: namespaces (no network, no other process, a scratch folder of limited
-size), Landlock (writing in the scratch folder alone, reading in what was named alone), limits on memory, files and time.
-What is in force, `raise_fence` says. It is a fence against accidents, and against cheating as it is usual; it is no
-virtual machine, and whoever lets strangers in from the street puts one around it.
+size), Landlock (writing in the scratch folder alone, reading in what was named alone), limits on memory, files and
+time. What is in force, `raise_fence` says. It is a fence against accidents, and against cheating as it is usual; it is
+no virtual machine, and whoever lets strangers in from the street puts one around it.
 """
 
 import ctypes, os, resource, signal, struct, sys
@@ -62,8 +62,8 @@ def landlock(readable, writable):
 
 
 def raise_fence(scratch, readable, memory, seconds, born=print, disk=512 << 20):
-    """Fence this process in for good, and tell with what. To be called in a process that was forked for that and has one
-    thread; it goes on in a child of its own, whose number it tells `born`, and whose end it hands on."""
+    """Fence this process in for good, and tell with what. To be called in a process that was forked for that and has
+    one thread; it goes on in a child of its own, whose number it tells `born`, and whose end it hands on."""
     said = apart()
     if said:
         libc.mount(None, b"/", None, 0x44000, None)  # mounts are private from here on

@@ -2,22 +2,24 @@
 
     python tools/grade.py FOLDER [--to grades.csv] [--cell 60] [--notebook 600] [--memory 2] [--rounds 3]
 
-FOLDER holds a folder for each student, with notebooks that have the names of their chapters: `ada/03_rounding.ipynb`, or
-`ada/session2/03_rounding.ipynb` as nbgrader collects them. (A notebook that lies in FOLDER itself is a student's, too.)
-The table has a row for each exercise of each notebook: student, chapter, check, passed (1 or 0), why not, seconds.
+FOLDER holds a folder for each student, with notebooks that have the names of their chapters: `ada/03_rounding.ipynb`,
+or `ada/session2/03_rounding.ipynb` as nbgrader collects them. (A notebook that lies in FOLDER itself is a student's,
+too.) The table has a row for each exercise of each notebook: student, chapter, check, passed (1 or 0), why not,
+seconds.
 
-A notebook runs in a process of its own behind a fence (tools/fence.py), with a time for each cell, for each check and for
-the whole. Its cells that are the book's own need not run again: the names that they define are there. Where an answer
-needs more of them (a trained model), the notebook runs whole. A cell that ends the process, or does not end, is left out,
-and the notebook is run again without it.
+A notebook runs in a process of its own behind a fence (tools/fence.py), with a time for each cell, for each check and
+for the whole. Its cells that are the book's own need not run again: the names that they define are there. Where an
+answer needs more of them (a trained model), the notebook runs whole. A cell that ends the process, or does not end, is
+left out, and the notebook is run again without it.
 
-The checks come from the book, and run in a namespace that the notebook does not share. What they stand on (functions and
-methods of PyTorch, NumPy, Python and modelzip) is put back before each of them if the notebook has replaced it. A check
-runs several times, with new numbers by chance each time; with each submission it must also accept the book's solution and
-refuse the stub, else nobody passes it.
+The checks come from the book, and run in a namespace that the notebook does not share. What they stand on (functions
+and methods of PyTorch, NumPy, Python and modelzip) is put back before each of them if the notebook has replaced it. A
+check runs several times, with new numbers by chance each time; with each submission it must also accept the book's
+solution and refuse the stub, else nobody passes it.
 """
 
-import argparse, ast, contextlib, csv, functools, json, os, re, secrets, select, shutil, signal, sys, tempfile, time, types
+import argparse, ast, contextlib, csv, functools, json, os, re, secrets, select, shutil, signal, sys, tempfile, time
+import types
 from pathlib import Path
 
 import answers, fence
@@ -25,8 +27,8 @@ import answers, fence
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ["student", "chapter", "check", "passed", "why", "seconds"]
 LARGEST = 50 << 20  # bytes of a notebook
-STANDS_ON = """builtins math random itertools collections fractions json zipfile numpy numpy.random numpy.linalg torch torch.nn
-torch.nn.functional torch.linalg torch.testing fastcore.test""".split()
+STANDS_ON = """builtins math random itertools collections fractions json zipfile numpy numpy.random numpy.linalg
+torch torch.nn torch.nn.functional torch.linalg torch.testing fastcore.test""".split()
 CLAIMS = set(
     "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __sub__ __rsub__ __abs__ __torch_function__ __array_ufunc__".split()
 )
@@ -383,7 +385,7 @@ def rows(folder, options):
 def ready(folder):
     "Import once, in the process that all others are copies of, what the chapters import that were handed in."
     import torch
-    import torch._dynamo  # it puts a `torch.manual_seed` of its own in the other's place, when the first gradient asks for it
+    import torch._dynamo  # it replaces `torch.manual_seed`, else when the first gradient asks for it
     from IPython.core import interactiveshell
 
     torch.set_num_threads(1)
