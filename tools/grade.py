@@ -148,15 +148,6 @@ def honest(attempt):
     return answer
 
 
-def seed(n):
-    import random
-
-    import numpy as np
-    import torch
-
-    random.seed(n), np.random.seed(n % 2**32), torch.manual_seed(n)
-
-
 def judge(exercise, base, mine, failed, held, rounds):
     "State and message of one exercise, in words for the table."
     tampered = put_back(held)
@@ -165,8 +156,7 @@ def judge(exercise, base, mine, failed, held, rounds):
         return "not yet", "; ".join([f"there is no {name}", *failed[-1:]])
     space, check = answers.with_check(exercise, base)
     for n in rounds:
-        seed(n)
-        verdict = check(honest(mine[name]))
+        verdict = check(honest(mine[name]), seed=n)
         if late := put_back(held):
             return "wrong", f"it replaced {', '.join(late[:3])} while it was checked"
         if verdict.state != "done":
