@@ -7,9 +7,9 @@ from html import escape, unescape
 
 SKIP = '<a class="mz-skip" href="#quarto-document-content">Skip to the text</a>'
 NAMED = {  # parts of a page that several others are like: what they are called
-    '<nav id="quarto-sidebar"': ' aria-label="Book"',
-    '<nav class="page-navigation"': ' aria-label="Next and previous page"',
-    '<nav id="TOC"': ' aria-labelledby="toc-title"',
+    ' id="quarto-sidebar"': ' aria-label="Book"',
+    ' class="page-navigation"': ' aria-label="Next and previous page"',
+    ' id="TOC"': ' aria-labelledby="toc-title"',
     '<main class="content"': ' tabindex="-1"',  # where the skip link leads
 }
 TOGGLE = re.compile(r'<a( class="sidebar-item-text[^>]*data-bs-toggle[^>]*) role="navigation"([^>]*)>(.*?)</a>')

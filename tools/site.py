@@ -774,7 +774,7 @@ def for_machines(nbs):
     rest = [p for p in chapters(nbs) if p.stem != "index"]
     parts = {"Chapters": [*index, *(p for p in rest if p.name[0].isdigit())]}
     parts["Course"] = [p for p in rest if not p.name[0].isdigit()]
-    parts |= {code: [p for p in translations(nbs) if language(p) == code] for code in LANGUAGES}
+    parts["In other languages"] = translations(nbs)
     parts["Workshop"] = workshop(nbs)
     lists = "\n\n".join(f"## {name}\n\n" + "\n".join(map(line, found)) for name, found in parts.items() if found)
     about = f"Version {settings()['version']}. Each page is a notebook of {settings()['git_url']}, under nbs/; the library is made from them."

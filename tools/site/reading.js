@@ -54,8 +54,7 @@
   const KINDS = { chapter: 1, course: 0.6, workshop: 0.4, reference: 0.2 };
   const NAMES = { workshop: /^workshop_/, reference: /^api/, course: /^(course|glossary|references)/, chapter: /./ };
   const kindOf = (href) => Object.keys(NAMES).find((kind) => NAMES[kind].test(href));
-  const HAN = /\p{Script=Han}/u; // Chinese has no spaces: each of its signs is taken for a word, a word of several for a phrase
-  const low = (text) => text.toLowerCase().replace(/\p{Script=Han}/gu, " $& ").replace(/\s+/g, " ");
+  const HAN = /\p{Script=Han}/u;  // words that no spaces part from others
   const stem = (word) => word.replace(/(?:ing|ed|es|s|e)$/, (end) => (word.length - end.length < 3 ? end : ""));
   const offset = (document.querySelector('meta[name="smalldocs:offset"]') || { content: "./" }).content;
   let entries = null;
@@ -66,7 +65,7 @@
       Object.assign(script, { src: offset + "search.js", onload: done, onerror: done });
       document.head.append(script);
     });
-    const lower = (e) => ({ name: low(e.title), part: low(e.section), low: low(e.text) });
+    const lower = (e) => ({ name: e.title.toLowerCase(), part: e.section.toLowerCase(), low: e.text.toLowerCase() });
     entries = (window.searchIndex || []).map((e) => ({ ...e, ...lower(e), kind: kindOf(e.href) }));
   };
   const count = (text, pattern) => {
@@ -76,9 +75,10 @@
   };
   const found = (question, limit) => {
     const once = (text, term) => Math.min(1, count(text, term));
-    const said = low(question).match(/[\p{L}\p{N}_]+/gu) || [];
+    const said = question.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || [];
     const words = said.filter((w) => !IDLE.has(w));
-    const begins = (t) => new RegExp("(?<![\\p{L}\\p{N}_])" + t, "gu"), whole = (w) => begins(w + "(?![\\p{L}\\p{N}_])");
+    const begins = (t) => new RegExp((HAN.test(t) ? "" : "(?<![\\p{L}\\p{N}_])") + t, "gu");
+    const whole = (w) => (HAN.test(w) ? begins(w) : begins(w + "(?![\\p{L}\\p{N}_])"));
     const terms = (words.length ? words : said).map((w) => [begins(stem(w)), whole(w)]);
     const hits = terms.map(([t, exact]) => entries.map((e) => {
       const n = count(e.low, t) + count(e.low, exact);
@@ -100,10 +100,9 @@
   };
   const safe = (s) => s.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
   const part = (text, question) => {
-    const told = (w) => HAN.test(w) || (!IDLE.has(w.toLowerCase()) && w.length > 1);
-    const words = (question.match(/\p{Script=Han}+|(?:(?!\p{Script=Han})[\p{L}\p{N}_])+/gu) || []).filter(told);
-    const mark = (w) => (HAN.test(w) ? w : "(?<![\\p{L}\\p{N}_])" + stem(w) + "[\\p{L}\\p{N}_]*");
-    const marks = new RegExp(words.map(mark).join("|"), "giu");
+    const words = (question.match(/[\p{L}\p{N}_]+/gu) || []).filter((w) => !IDLE.has(w.toLowerCase()) && (w.length > 1 || HAN.test(w)));
+    const shape = (w) => (HAN.test(w) ? w : "(?<![\\p{L}\\p{N}_])" + stem(w) + "[\\p{L}\\p{N}_]*");
+    const marks = new RegExp(words.map(shape).join("|"), "giu");
     const from = Math.max(0, (words.length ? text.search(marks) : 0) - 50), shown = text.slice(from, from + 180);
     return (from ? "…" : "") + (words.length ? safe(shown).replace(marks, "<mark>$&</mark>") : safe(shown));
   };
