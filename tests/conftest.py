@@ -14,7 +14,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what t
 import once
 
 # PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
-gc.disable()  # until all is imported
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("search" if os.environ.get("MODELZIP_FUZZ") else "same")
@@ -29,6 +28,7 @@ def pytest_collection(session):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not worker or sys.dont_write_bytecode or not any(Path(a).is_dir() for a in session.config.args):
         return
+    gc.disable()  # until all is imported
     names = sorted(p.stem for p in Path(__file__).parent.glob("test_*.py"))
     first = int(worker[2:]) * len(names) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     for name in names[first:] + names[:first]:

@@ -121,8 +121,9 @@ class Remote:
         self.pipe, theirs = Pipe()
         paths = [p for p in sys.path if type(p) is str]
         code = (
-            "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the parent's business;
-            f"sys.path[:] = {paths!r}; from modelzip.workshop.processes import serve_pipe; "
+            "import gc, sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the parent's business;
+            f"sys.path[:] = {paths!r}; gc.disable(); from modelzip.workshop.processes import serve_pipe; "
+            "gc.freeze(); gc.enable(); "  # nothing that is imported is garbage
             f"serve_pipe({theirs.fileno()})"  # when it goes, the pipe closes
         )
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}

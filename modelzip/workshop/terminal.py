@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'fitting', 'printable', 'as_json', 'silence', 'complain', 'sa
            'ending_of', 'main']
 
 # %% ../../nbs/workshop/terminal.ipynb
-import json, os, signal, sys, traceback  # nothing that takes long: Ctrl-C is heard from here on
+import gc, json, os, signal, sys, traceback  # nothing that takes long: Ctrl-C is heard from here on
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -241,10 +241,16 @@ def main() -> int:  # exit status
     mine = [s for s in ENDS if signal.getsignal(s) in usual]
     for s in mine:
         signal.signal(s, _leave)
+    looking = gc.isenabled()
+    gc.disable()  # to look for garbage in what is imported, then and at the end, takes a third of a short command
     try:
         from ..cli import cli
     except ImportError as e:
         return complain(str(e), 2)
+    finally:
+        gc.freeze()
+        if looking:
+            gc.enable()
     try:
         for s in mine:
             signal.signal(s, _end)
