@@ -936,7 +936,7 @@ def test_nan_is_named():
     with pytest.raises(ValueError, match="layer 7 holds weights that are NaN"):
         prune_model(model, 0.5)
     with pytest.raises(ValueError, match="layer 0 holds NaN"):
-        prune_model(net(), 0.5, "wanda", batches=[X * math.inf], skip=["5"])
+        prune_model(net(), 0.5, "wanda", batches=[X * math.inf], skip="5")
     with pytest.raises(ValueError, match="the loss of batch 0 is nan"):
         prune_model(net(), 0.5, "taylor", batches=[(X * math.nan, Y)])
 
