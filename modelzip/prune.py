@@ -120,7 +120,7 @@ def prune_model(
         (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
     layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-    skip : Iterable[str], default ()
+    skip : str | Iterable[str], default ()
         names or patterns of layers that stay whole
     allow_empty : bool, default False
         may a layer lose all its weights?
@@ -244,7 +244,7 @@ def prune_gradually(
         (model, batch) → scalar
     layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-    skip : Iterable[str], default ()
+    skip : str | Iterable[str], default ()
         names or patterns of layers that stay whole
     allow_empty : bool, default False
         may a layer lose all its weights?
@@ -296,7 +296,7 @@ def lottery_ticket(
         (model, batch) → scalar
     layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-    skip : Iterable[str], default ()
+    skip : str | Iterable[str], default ()
         names or patterns of layers that stay whole
     allow_empty : bool, default False
         may a layer lose all its weights?

@@ -95,7 +95,8 @@ def engines_here(
     found = {"compile": "" if compiler() else "a C++ compiler"}
     for name, engine in ENGINES.items():
         extra = re.search(r"modelzip\[(\w+)\]", engine.said)
-        found.setdefault(name, f"pip install '{extra[0]}'" if extra and lacking.get(extra[1]) else "")
+        lacks = extra and lacking.get(extra[1])
+        found.setdefault(name, f"pip install 'modelzip[{extra[1]}]'" if lacks else "")
     return {name: found[name] for name in ENGINES}
 
 # %% ../../nbs/workshop/doctor.ipynb

@@ -78,7 +78,7 @@ class Pruner:
         (model, batch) → scalar
     layers : tuple[type, ...] | None, default None
         classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
-    skip : Iterable[str], default ()
+    skip : str | Iterable[str], default ()
         names or patterns of layers that stay whole
     allow_empty : bool, default False
         may a layer lose all its weights?
@@ -97,7 +97,7 @@ class Pruner:
         loss: Callable[..., Any] | None = None,  # (model, batch) → scalar
         # classes; None: `PRUNABLE`, and a warning that names the matrices of other layers, which stay whole
         layers: tuple[type, ...] | None = None,
-        skip: Iterable[str] = (),  # names or patterns of layers that stay whole
+        skip: str | Iterable[str] = (),  # names or patterns of layers that stay whole
         allow_empty: bool = False,  # may a layer lose all its weights?
     ):
         self.criterion = as_criterion(criterion)
