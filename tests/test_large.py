@@ -70,6 +70,22 @@ def test_ties_stay_ties(tmp_path):
     assert sorted(k for k in kinds.values() if k.startswith("=")) == ["= in.b", "= in.weight"]
 
 
+def test_every_source_gives_the_same_file(tmp_path, monkeypatch):
+    "Mapped, read, or a tensor at a time out of another `.mz`: also where a slice is a small part of a large tensor."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(out_of_core, "SLICE", 1 << 14)
+    dice = torch.Generator().manual_seed(0)
+    tensors = {f"l.{n}": torch.randn(300, 200, generator=dice) for n in "abc"} | {"b": torch.randn(9, generator=dice)}
+    save_file(tensors, "w.safetensors")
+    tensors = load_file("w.safetensors")  # in the order that the file has
+    torch.save(tensors, "w.pt")
+    assert cli(["convert", "w.pt", "w.mz"]) == 0
+    for name in "w.safetensors", "w.pt", "w.mz":
+        assert cli(["compress", name, "-o", f"{name}.mz", "--bits", "4", "--group", "32", "--quiet"]) == 0
+    files = [Path(f"{name}.mz").read_bytes() for name in ("w.safetensors", "w.pt", "w.mz")]
+    assert files[0] == files[1] == files[2]
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 CHILD = """
 import sys

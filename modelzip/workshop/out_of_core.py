@@ -54,7 +54,7 @@ def in_file_order(index: dict[str, Part]) -> list[str]:  # the names
     def walk(module: nn.Module, prefix: str) -> None:
         own = [prefix + k for k in module._parameters]
         small = [n for n in own if worth_rounding(index[n])]
-        others = [n for n in own if n not in set(small)]
+        others = [n for n in own if not worth_rounding(index[n])]
         found.extend([*small, *others] if len(small) == 1 else others)
         for key, m in module._modules.items():
             walk(m, f"{prefix}{key}.")
