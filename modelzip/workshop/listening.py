@@ -348,7 +348,7 @@ def log_probabilities(
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"the model gave {got} for {list(ids.shape)} tokens; it must give [n, length, words]")
     if ids.numel() and ids.max() >= scores.shape[2]:
-        raise ValueError(f"the model gave scores of {scores.shape[2]:,} words, and token {int(ids.max())} is none of them")
+        raise ValueError(f"the model gave scores of {scores.shape[2]:,} words, and there is token {int(ids.max()):,}")
     logs = scores[:, :-1].float().log_softmax(-1)
     if not logs.isfinite().all():
         raise ValueError("the model gave scores that are NaN or infinite")

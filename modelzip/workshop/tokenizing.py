@@ -83,7 +83,7 @@ def check_vocabulary(tokens: Any, merges: Any, kinds: Any, end: Any) -> None:
     known = set(tokens)
     for m in merges:
         if not known.issuperset((*(pair := m.split(" ")), "".join(pair))) or len(pair) != 2:
-            raise ValueError(f"metadata's tokenizer.ggml.merges holds {m!r:.40}; a rule is two tokens that make a third")
+            raise ValueError(f"metadata's tokenizer.ggml.merges holds {m!r:.40}; it may be two tokens that make one")
 
 
 class BytePairs:
