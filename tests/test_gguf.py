@@ -629,6 +629,22 @@ def test_commands_keep_metadata(gguf, tmp_path, monkeypatch, capsys):
     assert cli(["compress", "a.mz", "-o", "b.mz"]) == 2 and "archive of a GGUF file already" in capsys.readouterr().err
 
 
+def test_commands_name_the_archive_and_not_what_it_becomes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.gguf").write_bytes(dict(odd_files())["kinds of the future"])
+    archive_gguf("new.gguf", "new.mz", threads=1)
+    assert cli(["convert", "new.mz", "new.safetensors"]) == 2
+    assert "modelzip: new.mz: 'a' is kind 99" in capsys.readouterr().err
+
+
+def test_names_of_many_parts_take_no_memory(tmp_path):
+    (path := tmp_path / "x.gguf").write_bytes(forged(infos=[("a." * 15000, (16,), 0, 0)], data=bytes(64)))
+    tracemalloc.start()
+    archive_gguf(path, tmp_path / "x.mz", threads=1)
+    assert tracemalloc.get_traced_memory()[1] < 2**22  # all beginnings of the name are 225 MB
+    tracemalloc.stop()
+
+
 def test_commands_refuse_what_is_no_gguf(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.gguf").write_bytes(LIES["claims 1,152,921,504,606,846,976 tensors"])

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Metadata', 'Place', 'Head', 'kind_name', 'read_head', 'type_of', 'read_info', 'GGUF', 'tensor_at', 'mapped',
-           'from_gguf', 'head_bytes', 'to_gguf', 'inspect_gguf', 'about']
+           'held_by', 'from_gguf', 'head_bytes', 'to_gguf', 'inspect_gguf', 'about']
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 import math, mmap, os, struct
@@ -335,6 +335,13 @@ def mapped(f: Any) -> memoryview:
     return memoryview(mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ))
 
 
+def held_by(f: Any) -> GGUF:
+    "What an open file holds."
+    data = mapped(f)
+    head = read_head(data)
+    return GGUF(head.metadata, {p.name: tensor_at(data, p) for p in head.places})
+
+
 def from_gguf(
     path: str | os.PathLike[str],  # a GGUF file of version 2 or 3
 ) -> GGUF:  # `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
@@ -352,9 +359,7 @@ def from_gguf(
         `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
     """
     with naming(path), open_file(path) as f:
-        data = mapped(f)
-        head = read_head(data)
-        return GGUF(head.metadata, {p.name: tensor_at(data, p) for p in head.places})
+        return held_by(f)
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 WHOLE = {"uint32": (0, 2**32), "int32": (-(2**31), 2**31), "uint64": (0, 2**64), "int64": (-(2**63), 2**63)}
