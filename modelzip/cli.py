@@ -57,7 +57,7 @@ from .workshop.doctor import doctor
 from .workshop.floats import dtype_name
 from .workshop.gguf_archive import archive_gguf, as_weights, diff_gguf, is_archived, restore_gguf
 from .workshop.gguf_blocks import BlockTensor
-from .workshop.gguf_files import FILE_TYPES, GGUF, from_gguf, inspect_gguf, to_gguf
+from .workshop.gguf_files import FILE_TYPES, GGUF, from_gguf, held_by, inspect_gguf, to_gguf
 from .workshop.graph_running import GraphModel
 from .workshop.graphs import graph_lines
 from .workshop.hollow import skeleton_of
@@ -380,7 +380,10 @@ def _gguf_in(path) -> Iterator[GGUF]:
         yield from_gguf(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield from_gguf(restore_gguf(path, Path(folder) / "restored.gguf"))
+        restored = restore_gguf(path, Path(folder) / "restored.gguf")
+        with naming(path), open_file(restored) as f:
+            found = held_by(f)
+        yield found
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_builder(text):

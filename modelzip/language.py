@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .workshop.english import NextSentences, documents, english, next_sentences
-from .workshop.key_value_cache import Cache, QuantizedCache
+from .workshop.key_value_cache import Cache, QuantizedCache, all_or_nothing
 from .workshop.listening import Heard, Interval, check_angles, check_documents, check_heads, check_pairs
 from .workshop.listening import check_questions, check_sizes, checked_prompt, dice_of, log_probabilities
 from .workshop.listening import read_before, reference_of
@@ -239,8 +239,9 @@ class Llama(nn.Module):
     ) -> Tensor:  # [n, length or 1, words]: scores, whose softmax are probabilities
         start = read_before(ids, cache, self.context)
         x, angles = self.words(ids), rotary_angles(start, ids.shape[1], self.head_width, self.base, ids.device)
-        for i, block in enumerate(self.blocks):
-            x = block(x, angles, cache, i)
+        with all_or_nothing(cache):
+            for i, block in enumerate(self.blocks):
+                x = block(x, angles, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))
 
 # %% ../nbs/13c_language.ipynb
@@ -276,8 +277,9 @@ def generate(
     cache: Cache | None = None,  # what was read before; None: nothing, and a `KeyValueCache` for what comes
 ) -> list[int]:  # what was said, without the prompt
     """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
-    but the last token drawn. `ValueError` for an empty prompt, tokens that the model does not know, a temperature that
-    is negative or no number, a text beyond the model's context, and when the model's scores are NaN or infinite.
+    but the last token drawn; it is as before when a call fails or is interrupted. `ValueError` for an empty prompt,
+    tokens that the model does not know, a temperature that is negative or no number, a text beyond the model's
+    context, and when the model's scores are NaN or infinite.
 
     Parameters
     ----------
@@ -303,7 +305,7 @@ def generate(
     """
     dice, cache, said = dice_of(seed), KeyValueCache() if cache is None else cache, []
     prompt, stop = checked_prompt(model, prompt, tokens, temperature, stop, cache.length)
-    with eval_mode(model):
+    with eval_mode(model), all_or_nothing(cache):
         while len(said) < tokens:
             new = torch.tensor([said[-1:] or prompt], device=device_of(model))
             scores = model(new, cache, last=True)[0, -1].float().cpu()
@@ -339,8 +341,7 @@ def listen(
     Heard
         `.perplexity`; with a reference `.kl`, `.agreement`; and `.against(other)`
     """
-    check_documents(documents, model)
-    sums = []
+    documents, sums = check_documents(documents, model), []
     with eval_mode(model), eval_mode(reference if isinstance(reference, nn.Module) else model):
         for i, text in enumerate(documents):
             ids = text.to(device_of(model))[None]

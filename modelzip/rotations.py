@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .workshop.arguments import at_least
 from .workshop.models import copied
 from .workshop.pairs import check_same
 from .workshop.rehearsal import examples_of
@@ -38,6 +39,8 @@ def incoherence(
     tuple[float, float]
         peak: max |x| / rms, 1 … √n; kurtosis: mean x⁴ / (mean x²)², 1 … n: means over the vectors
     """
+    if not x.numel():
+        raise ValueError(f"x has shape {list(x.shape)}; it may hold vectors of one number or more")
     top = x.double().abs().amax(-1, keepdim=True)
     square = torch.where(top == 0, 1.0, x.double() / top).square()
     mean = square.mean(-1)
@@ -92,8 +95,7 @@ def orders_of(
     tuple[int, ...] | None
         whose product it is; None: there is no such product
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it may be 1 or more")
+    at_least(1, n=n)
     if n & (n - 1) == 0:
         full, rest = divmod(n.bit_length() - 1, 4)
         return (16,) * full + (1 << rest,) * (rest > 0)
@@ -147,6 +149,8 @@ def hadamard_transform(
     Tensor
         of the same shape and length: each block times H / √block
     """
+    if not x.dim() or not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"x is {x.dtype} of shape {list(x.shape)}; it may be vectors of floats")
     block = x.shape[-1] if block is None else block
     if block < 1 or x.shape[-1] % block or (orders := orders_of(block)) is None:
         raise ValueError(f"block is {block}, x has {x.shape[-1]} coordinates; it may divide them: see orders_of")

@@ -189,7 +189,7 @@ def feedback_codes(
     states: int = 8,
     run: int = 128,  # columns in a lane; it divides the inputs
     classes: Tensor | None = None,  # [rows, inputs]
-    bite: int = 1024,  # rows at a time
+    bite: int = 1024,  # rows at a time; fewer where lanes are longer than 128
 ) -> Tensor:  # [rows, inputs] int32
     """Trellis codes by lanes of columns; those to the right make up for the errors (after Frantar et al. 2022).
 
@@ -210,13 +210,14 @@ def feedback_codes(
     classes : Tensor | None, default None
         [rows, inputs]
     bite : int, default 1024
-        rows at a time
+        rows at a time; fewer where lanes are longer than 128
 
     Returns
     -------
     Tensor
         [rows, inputs] int32
     """
+    bite = max(1, bite * 128 // max(128, run))  # long lanes take as much memory as short ones
     if len(x) > bite:
         pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
         return torch.cat([feedback_codes(x, pull, counts, bits, price, states, run, some) for x, some in pieces])
@@ -399,7 +400,10 @@ def trellis_weight(
         codes = feedback_codes(x, *pulls(factor, columns), take, price, states, run, classes)
     else:
         codes = trellis_codes(lanes(x), take, price, states, classes)
-    return from_codes(codes.flatten()[: w.numel()].view(shape), step, weight.dtype, states, run, **own, **spread)
+    q = from_codes(codes.flatten()[: w.numel()].view(shape), step, weight.dtype, states, run, **own, **spread)
+    if weight.abs().max() > torch.finfo(weight.dtype).max / 4:
+        check_finite(q.dequantize(), "what weight is rounded to")
+    return q
 
 # %% ../nbs/11c_trellis.ipynb
 def trellis(

@@ -1,6 +1,6 @@
 "GGUF: blocks to the bit, files that lie, files of odd layout, an archive that gives every byte back."
 
-import hashlib, importlib.util, json, os, struct, tracemalloc
+import hashlib, importlib.util, json, os, struct, tracemalloc, warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from guards import FUZZ, share
 from modelzip.archive import PackError
 from modelzip.cli import cli, open_model
-from modelzip.coding import CodingError
+from modelzip.coding import CodingError, encode
 from modelzip.exchange import from_gguf, to_gguf
 from modelzip.kernels import use_kernels
 from modelzip.pack import load, read_tensor, save
@@ -20,7 +20,8 @@ from modelzip.workshop.block_streams import RULES, CodedBlocks, read_blocks, wri
 from modelzip.workshop.contexts import LaneReader, LaneWriter, Tables, weights_of
 from modelzip.workshop.gguf_archive import archive_gguf, diff_gguf, restore_gguf
 from modelzip.workshop.gguf_blocks import BLOCKS, FROM_FLOATS, BlockTensor, quantize_blocks
-from modelzip.workshop.gguf_files import inspect_gguf, read_head
+from modelzip.workshop.gguf_files import Metadata, inspect_gguf, read_head
+from modelzip.workshop.walking import as_bytes
 
 torch.set_num_threads(1)
 
@@ -288,6 +289,86 @@ def test_what_no_file_holds_is_refused(tmp_path):
         assert not [*tmp_path.iterdir()]
 
 
+SAID = {  # a type, and values that are none of it
+    "bool": ["no", 2, 1.0, None],
+    "string": [5, None, b"a", "\ud800", ["a"]],
+    "uint8": [300, -1, 2.0, "a", [1]],
+    "float32": [1e300, "a", [1.0]],
+    "array of string": ["abc", 5, [5], None],
+    "array of bool": [[2], ["x"], True],
+    "array of int32": [5, "12", [1.5], [2**31], {1: 2}],
+    "junk": [1],
+    "array of junk": [[1]],
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_values_that_do_not_fit_their_types_are_refused_by_name(tmp_path, kind):
+    for value in SAID[kind]:
+        told = Metadata({"the key": value})
+        told.types["the key"] = kind
+        with pytest.raises(ValueError, match="'the key'"):
+            to_gguf({"a": torch.ones(2)}, tmp_path / "x.gguf", told)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    write = lambda told, name="a": to_gguf({name: torch.ones(2)}, tmp_path / "x.gguf", told)
+    told = Metadata({"general.alignment": 64})
+    told.types["general.alignment"] = "uint64"
+    for given in told, {"general.alignment": np.uint64(64)}, {"general.alignment": np.int8(64)}:
+        found = from_gguf(write(given)).metadata
+        assert found == {"general.alignment": 64} and found.types == {"general.alignment": "uint32"}
+    for odd in {"\ud800": 1}, {3: 1}, {"a": "\ud800"}, {"a": ["\ud800"]}, {"general.alignment": 1 << 30}:
+        with pytest.raises(ValueError, match="metadata"):
+            write(odd)
+    for odd in np.array(3), np.zeros((2, 2)), [-1, 2**63], {1}, torch.ones(2):
+        with pytest.raises(TypeError, match="metadata says 'a'"):
+            write({"a": odd})
+    for name in "\ud800", "", "x" * 64, 3:
+        with pytest.raises(ValueError, match="tensors holds the name"):
+            write({}, name)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_files_with_tensors_of_no_rows_are_compared(tmp_path, name):
+    for shape in (0, BLOCKS[name].weights), (3, 0), (0,):
+        q = BlockTensor.from_blocks(b"", name, shape)
+        path = to_gguf({"none": q, "one": torch.ones(1)}, tmp_path / "x.gguf")
+        assert diff_gguf(path, path).same and [*from_gguf(path).tensors["none"].shape] == [*shape]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocks_of_two_values_are_coded(name):
+    "As of weights that are −1 or 1: all codes are the ends of their range."
+    ends = torch.where(torch.rand(40, 96, generator=torch.Generator().manual_seed(0)) < 0.3, -1.0, 1.0)
+    for x in ends, ends.abs(), ends * torch.rand(40, 1), torch.cat([ends, weights(40, 96)]):
+        q = quantize_blocks(x, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert CodedBlocks.of(q).expand().blocks().tobytes() == q.blocks().tobytes()
+
+
+@pytest.mark.parametrize("name", FROM_FLOATS)
+def test_what_is_rounded_stays_finite_or_is_refused(name):
+    refused = 0
+    for dtype in torch.float16, torch.bfloat16:
+        for size in 0.2, 0.4, 0.9, 0.99, 1.0:
+            for end in 1.0, 0.0, -1.0:
+                x = torch.tensor([1.0, end] * 32, dtype=torch.float64) * (size * torch.finfo(dtype).max)
+                try:
+                    assert quantize_blocks(x.to(dtype).view(2, 32), name).dequantize().isfinite().all()
+                except ValueError as e:
+                    assert "x has values up to" in str(e)
+                    refused += 1
+    assert 0 < refused < 30
+
+
+def test_bytes_of_nothing():
+    for t in torch.empty(0), torch.from_numpy(np.empty((0, 9), np.float16)[:, 0].copy()), torch.empty(3, 0).double():
+        assert len(as_bytes(t)) == 0 and len(encode(t)) > 0
+
+
 # ---- files that lie -----------------------------------------------------------------------------------------------
 def text(s):
     return struct.pack("<Q", len(s)) + (s if isinstance(s, bytes) else s.encode())
@@ -317,11 +398,15 @@ LIES = {
     "values of 'a'": forged([text("a") + struct.pack("<IIQ", 9, 10, 1 << 60)], data=bytes(32)),
     "no truth value": forged([text("a") + struct.pack("<IB", 7, 2)], data=bytes(32)),
     "no UTF-8": forged([text(b"\xff\xfe") + struct.pack("<IB", 0, 1)], data=bytes(32)),
+    "'a' holds 2, which is no truth value": forged(
+        [text("a") + struct.pack("<IIQ3B", 9, 7, 3, 1, 2, 0)], data=bytes(32)
+    ),
     "general.alignment is 3": forged([text("general.alignment") + struct.pack("<II", 4, 3)], data=bytes(32)),
     "general.alignment is 0": forged([text("general.alignment") + struct.pack("<II", 4, 0)], data=bytes(32)),
     "two tensors called 'a'": forged(infos=[("a", (4,), 0, 0), ("a", (4,), 0, 32)], data=bytes(64)),
     "'a' has 5 dimensions": forged(infos=[("a", (1,) * 5, 0, 0)], data=bytes(64)),
     "impossible shape": forged(infos=[("a", (1 << 62, 1 << 62), 0, 0)], data=bytes(64)),
+    "impossible shape .*, 0": forged(infos=[("a", (0, 1 << 58), 8, 0)], data=bytes(64)),
     "'a' ends behind the end": forged(infos=[("a", (1000,), 0, 0)], data=bytes(64)),
     "'b' ends behind the end": forged(infos=[("b", (4,), 0, 1 << 63)], data=bytes(64)),
     "'b' begins inside 'a'": forged(infos=[("a", (8,), 0, 0), ("b", (8,), 0, 16)], data=bytes(64)),
@@ -542,6 +627,22 @@ def test_commands_keep_metadata(gguf, tmp_path, monkeypatch, capsys):
     )
     assert cli(["convert", "a.mz", "b.mz"]) == 2 and "archive of a GGUF file already" in capsys.readouterr().err
     assert cli(["compress", "a.mz", "-o", "b.mz"]) == 2 and "archive of a GGUF file already" in capsys.readouterr().err
+
+
+def test_commands_name_the_archive_and_not_what_it_becomes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.gguf").write_bytes(dict(odd_files())["kinds of the future"])
+    archive_gguf("new.gguf", "new.mz", threads=1)
+    assert cli(["convert", "new.mz", "new.safetensors"]) == 2
+    assert "modelzip: new.mz: 'a' is kind 99" in capsys.readouterr().err
+
+
+def test_names_of_many_parts_take_no_memory(tmp_path):
+    (path := tmp_path / "x.gguf").write_bytes(forged(infos=[("a." * 15000, (16,), 0, 0)], data=bytes(64)))
+    tracemalloc.start()
+    archive_gguf(path, tmp_path / "x.mz", threads=1)
+    assert tracemalloc.get_traced_memory()[1] < 2**22  # all beginnings of the name are 225 MB
+    tracemalloc.stop()
 
 
 def test_commands_refuse_what_is_no_gguf(tmp_path, monkeypatch, capsys):

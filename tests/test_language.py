@@ -8,13 +8,15 @@ from hypothesis import given, settings, strategies as st
 
 from modelzip.data import seeded
 from modelzip.language import KeyValueCache, Llama, generate, kl_divergence, listen, next_token_agreement, perplexity
-from modelzip.language import right_answers
+from modelzip.language import QuantizedCache, right_answers
 from modelzip.pack import load, save
 from modelzip.ptq import gptq
 from modelzip.quant import dequantize_model, quantize_model
+from modelzip.workshop.coded import sensitivities, sum_of_costs
 from modelzip.workshop.english import English, NextSentences, next_sentences
-from modelzip.workshop.quick_llama import quick_llama
-from modelzip.workshop.smollm2 import as_transformers, llama_name, llama_options, smollm2_file
+from modelzip.workshop.listening import ratio_interval
+from modelzip.workshop.quick_llama import RoomyCache, quick_llama
+from modelzip.workshop.smollm2 import OPTIONS, as_transformers, llama_name, llama_options, smollm2_file
 from modelzip.workshop.tokenizing import BytePairs, byte_letters, joined
 
 SHAPES = [
@@ -239,13 +241,144 @@ def test_what_cannot_be_measured_is_refused():
     said = [torch.zeros(len(t) - 1, 3).log_softmax(-1) for t in two]
     listen(Says(0.5, 0.25, 0.25), two, said)
     for odd in (said[:-1], [*said, said[0]], [s.repeat(1, 2) for s in said], Says(0.5, 0.5)):
-        with pytest.raises(ValueError, match="reference (has|says)"):
+        with pytest.raises(ValueError, match="reference (has|says)|scores of 2 words"):
             listen(Says(0.5, 0.25, 0.25), two, odd)
     for heads, kv_heads in (4, 0), (4, -2), (4, 3):
         with pytest.raises(ValueError, match="heads is "):
             Llama(50, 32, 1, heads, kv_heads, 48)
     with pytest.raises(ValueError, match="nothing was compared"):
         listen(Says(0.2, 0.4, 0.4), two).kl
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32])
+def test_tokens_may_be_whole_numbers_of_any_size(kind):
+    model, text = tiny(), torch.tensor([3, 39, 0, 7, 7])
+    heard, other = (listen(model, [t], model) for t in (text, text.to(kind)))
+    assert all(torch.equal(a, b) for a, b in zip(vars(heard).values(), vars(other).values()))
+
+
+def test_a_reference_is_log_probabilities():
+    model, text = Says(0.5, 0.3, 0.2), [torch.tensor([0, 1, 2])]
+    never = torch.tensor([[0.75, 0.25, 0.0]] * 2).log()  # the third word cannot come
+    assert math.isclose(
+        listen(model, text, [never]).kl.value, 0.75 * math.log(1.5) + 0.25 * math.log(0.25 / 0.3), rel_tol=1e-5
+    )
+    assert listen(model, text, [never.bfloat16()]).agreement.value == 1
+    for odd in (never + 3, never * math.nan, torch.full((2, 3), -math.inf), torch.zeros(2, 3)):
+        with pytest.raises(ValueError, match="reference says of document 0 what are no log probabilities"):
+            listen(model, text, [odd])
+    with pytest.raises(ValueError, match="scores of 3 words, and there is token 5"):
+        listen(model, [torch.tensor([0, 5])])
+
+
+def test_intervals_of_many_documents_are_those_of_all_draws_at_once():
+    dice = torch.Generator().manual_seed(1)
+    top, bottom = torch.rand(900, generator=dice).double(), torch.randint(1, 9, (900,), generator=dice).double()
+    drawn = torch.randint(900, (2000, 900), generator=torch.Generator().manual_seed(0))
+    ratios = (top[drawn].sum(1) / bottom[drawn].sum(1)).sort().values
+    found = ratio_interval(top, bottom)
+    assert [found.low, found.high] == [ratios[50].item(), ratios[1950].item()]
+
+
+@pytest.mark.parametrize("make", [KeyValueCache, RoomyCache, lambda: QuantizedCache(8, 8, 8)])
+@pytest.mark.parametrize("change", [lambda m: m, quick_llama])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("before", [0, 9])
+@torch.no_grad()
+def test_who_is_interrupted_has_read_nothing(make, change, layer, before):
+    model, cache = change(tiny()), make()
+    ids = torch.randint(0, 40, (1, 20), generator=torch.Generator().manual_seed(0))
+    whole = model(ids)
+    model(ids[:, :before], cache) if before else None
+    for ask in lambda: model(ids[:, before:14], cache), lambda: generate(model, [1, 2], 9, cache=cache):
+        hook = model.blocks[layer].register_forward_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+        hook.remove()
+        assert cache.length == before
+    again = torch.cat([model(part, cache) for part in ids[:, before:].split(5, 1)], 1)
+    assert torch.allclose(again, whole[:, before:], atol=0.05 if isinstance(cache, QuantizedCache) else 1e-4)
+
+
+def interrupted(module, given, output):
+    raise KeyboardInterrupt
+
+
+def test_a_text_that_does_not_fit_leaves_the_cache():
+    model, cache = tiny(context=16), KeyValueCache()
+    generate(model, [1] * 6, 2, cache=cache)
+    kept = {i: [t.clone() for t in both] for i, both in cache.kept.items()}
+    with pytest.raises(ValueError, match="1 to 16"):
+        generate(model, [2] * 4, 20, cache=cache)
+    assert all(torch.equal(a, b) for i in kept for a, b in zip(kept[i], cache.kept[i]))
+    with pytest.raises(TypeError, match="ids is torch.float32"):
+        model(torch.ones(1, 2))
+
+
+# ---------------------------------------------------------------------------------- what files say wrongly
+
+
+SAID = {
+    "model": "gpt2",
+    "pre": "smollm",
+    "tokens": [*byte_letters(), "ab", "<e>"],
+    "token_type": [1] * 257 + [3],
+    "merges": ["a b"],
+    "eos_token_id": 257,
+}
+WRONGLY = {  # what a file says → what is said of it
+    "tokens": [None, "abc", [1, 2], [*byte_letters(), "\udcff", "<e>"]],
+    "merges": [None, ["ab"], ["a b c"], ["a zz"], ["a c"], [3], "a b"],
+    "token_type": [None, [1], ["x"] * 258, 3],
+    "eos_token_id": [258, -1, "<e>", 2.5],
+    "tokenizer is": [{"pre": ["smollm"]}, {"pre": None}, {"model": 3}],
+}
+
+
+@pytest.mark.parametrize("name", WRONGLY)
+def test_a_vocabulary_that_is_none_is_refused_by_name(name):
+    pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    made = lambda said: BytePairs({f"tokenizer.ggml.{k}": v for k, v in said.items()})
+    assert made(SAID).decode(made(SAID).encode("abab <e>", special=True)) == "abab <e>"
+    assert made(SAID | {"tokens": [*byte_letters(), "日", "<e>"], "merges": []}).decode([256]) == "日"
+    for odd in WRONGLY[name]:
+        with pytest.raises(ValueError, match=f"metadata.*{name}"):
+            made(SAID | (odd if isinstance(odd, dict) else {name: odd}))
+
+
+TEMPLATES = ["{{ raise_exception('no') }}", "{% for", "{{ messages[5].content }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", ["a"]])
+def test_a_conversation_that_cannot_be_written_is_refused(tokenizer, template):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert tokenizer.decode(tokenizer.chat([dict(role="user", content="the and")])) == "the and"
+    for odd in ["hi"], "hi", {"role": "user"}, [dict(role="user")], [dict(content="a")], [dict(role="user", content=3)]:
+        with pytest.raises(TypeError, match="messages holds"):
+            tokenizer.chat(odd)
+    tokenizer.template = template
+    with pytest.raises(ValueError, match="chat template"):
+        tokenizer.chat([dict(role="user", content="a")])
+
+
+@pytest.mark.parametrize("ours", OPTIONS)
+def test_a_files_options_are_numbers(ours):
+    said = {"general.architecture": "llama"} | {f"llama.{k}": 4 for k in OPTIONS.values()}
+    assert llama_options(said)["heads"] == 4
+    for odd in 0, -1, None, "4", [4, 4], True, math.nan, math.inf, *([] if ours in ("base", "eps") else [4.5]):
+        with pytest.raises(ValueError, match=f"llama.{OPTIONS[ours]}"):
+            llama_options(said | {f"llama.{OPTIONS[ours]}": odd})
+    with pytest.raises(ValueError, match="key_length is 2"):
+        llama_options(said | {"llama.attention.key_length": 2})
+
+
+def test_costs_are_of_texts_that_a_model_knows():
+    parts = [sensitivities(tiny(layers=n), [torch.ones(1, 3, dtype=torch.long)]) for n in (1, 2)]
+    with pytest.raises(ValueError, match="several models"):
+        sum_of_costs(parts)
+    with pytest.raises(ValueError, match="batch 0 holds 40"):
+        sensitivities(tiny(), [torch.tensor([[1, 40]])])
 
 
 def test_who_does_not_look_has_exactly_half(tokenizer):

@@ -117,6 +117,25 @@ def test_generate_says_the_same():
 
 
 @torch.no_grad()
+def two(layer):
+    inside = nn.Linear(layer.in_features, 8, bias=False), nn.Linear(8, layer.out_features, bias=False)
+    return nn.Sequential(*inside)
+
+
+PLACES = ["attention.query", "attention.key", "attention.value", "attention.out", "feed.gate", "feed.up", "feed.down"]
+
+
+@pytest.mark.parametrize("places", [*([p] for p in PLACES), PLACES], ids=lambda p: p[0] if len(p) == 1 else "all")
+@torch.no_grad()
+def test_layers_in_the_place_of_one(places):
+    model, ids = llama(), torch.arange(14).view(2, 7)
+    for place in places:
+        with seeded(1):
+            model.set_submodule(f"blocks.1.{place}", two(model.get_submodule(f"blocks.1.{place}")))
+    want, got = model(ids), quick_llama(model)(ids)
+    assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item())
+
+
 def test_it_is_not_the_model_any_more():
     model, ids = llama(), torch.tensor([[1, 2, 3]])
     quick = quick_llama(model)

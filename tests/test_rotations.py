@@ -65,6 +65,18 @@ def test_sizes_without_a_matrix_are_refused(n):
         hadamard_transform(torch.ones(2, 36), n)
 
 
+def test_what_holds_no_vectors_is_refused_by_name():
+    for odd in 1.5, True, "8":
+        with pytest.raises(TypeError, match="n is .*a whole number"):
+            orders_of(odd)
+    for odd in torch.tensor(1.0), torch.arange(8), torch.ones(8, dtype=torch.bool):
+        with pytest.raises(TypeError, match="x is torch.*it may be vectors of floats"):
+            hadamard_transform(odd)
+    for odd in torch.empty(0), torch.empty(3, 0), torch.empty(0, 3):
+        with pytest.raises(ValueError, match="x has shape"):
+            incoherence(odd)
+
+
 def test_primes_of_paley():
     for q in 0, 1, 2, 9, 15, -3:
         with pytest.raises(ValueError, match="odd prime"):

@@ -1,6 +1,7 @@
 """Trellis-coded quantization against exhaustive search, the tensor through files and damage, and the reader's order."""
 
 import copy, itertools, math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+import modelzip.trellis
 from guards import FUZZ, examples, unchanged
 from modelzip.kernels import use_kernels
 from modelzip.pack import PackError, inspect, load, read_tensor, save
@@ -182,6 +184,33 @@ def test_zeros_infinities_and_options():
     }.items():
         with pytest.raises(ValueError, match=why):
             trellis_weight(w, None, **how)
+
+
+def test_what_is_rounded_stays_finite_or_is_refused():
+    refused = 0
+    for dtype in torch.float16, torch.bfloat16:
+        for bits in 0.7, 2:
+            try:
+                assert (
+                    trellis_weight(torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype), bits=bits)
+                    .dequantize()
+                    .isfinite()
+                    .all()
+                )
+            except ValueError as e:
+                assert "rounded to holds" in str(e) or "the step is" in str(e)
+                refused += 1
+    assert 0 < refused < 4
+
+
+def test_long_lanes_are_taken_in_smaller_bites():
+    "Inputs of a prime number are one lane: rows at a time are as many fewer."
+    x, pull = torch.randn(3, 131) * 3, torch.randn(131, 131).triu(1) / 200 + torch.eye(131)
+    bits, counts = learned_bits(x), torch.ones(131)
+    at_once = feedback_codes(x, pull, counts, bits, run=131)
+    with patch.object(modelzip.trellis, "lane_with_feedback", wraps=modelzip.trellis.lane_with_feedback) as lane:
+        assert torch.equal(feedback_codes(x, pull, counts, bits, run=131, bite=2), at_once)
+    assert [call.args[0].shape[1] for call in lane.call_args_list] == [1] * 3  # 2 · 128 // 131
 
 
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e30])

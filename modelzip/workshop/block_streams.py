@@ -267,7 +267,8 @@ def stored_weights(counts: np.ndarray, rule: Rule) -> np.ndarray:  # uint8 [8 + 
             share[:, list(codes)] = (after / np.maximum(after.sum(1, keepdims=True), 1))[:, list(codes)]
         extreme = share > 0
         rest = np.where(extreme | np.isin(np.arange(256), sum(rule.extremes, ())), 0, total)
-        total = rest + share * rest.sum(1, keepdims=True) / np.maximum(1 - share.sum(1, keepdims=True), 1e-3)
+        others = np.maximum(rest.sum(1, keepdims=True), 1)  # there may be none
+        total = rest + share * others / np.maximum(1 - share.sum(1, keepdims=True), 1e-3)
     return np.concatenate([weights_of(counts[SCALES:CODES]), weights_of(total)])
 
 # %% ../../nbs/workshop/block_streams.ipynb

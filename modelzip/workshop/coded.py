@@ -19,7 +19,7 @@ from ..ptq import LayerStatistics
 from ..quant import CompressedTensor, Dequantize, Packed
 from ..trellis import TrellisTensor, trellis_weight
 from .arguments import at_least
-from .listening import dice_of
+from .listening import check_known, dice_of
 from .rewriting import copy_with
 from .statistics import plus_product
 from .training import eval_mode
@@ -255,6 +255,7 @@ def sensitivities(
                     raise TypeError(
                         f"batch {i} is {list(getattr(ids, 'shape', [])) or ids!r:.40}; it may be tokens [n, length]"
                     )
+                check_known(ids, f"batch {i}", model)
                 logs = model(ids).flatten(0, 1).log_softmax(-1)
                 p = logs.detach().exp()
                 drawn = torch.multinomial(p, 1, generator=dice)
@@ -285,6 +286,8 @@ def sum_of_costs(
     """
     if not (parts := list(parts)):
         raise ValueError("parts is empty; it may hold one or more")
+    if any(c.inputs.keys() != parts[0].inputs.keys() or len(c.asked) != len(parts[0].asked) for c in parts):
+        raise ValueError("parts are of several models; they may be of one")
     tokens = sum(c.tokens for c in parts)
     mean = lambda of: sum(of(c) * (c.tokens / tokens) for c in parts)
     total = lambda of: LayerStatistics(count=sum(of(c).count for c in parts), moment=sum(of(c).moment for c in parts))

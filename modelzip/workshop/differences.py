@@ -40,7 +40,8 @@ def code_chunks(
 
 
 def flat_bytes(t: Tensor) -> Tensor:  # uint8; shares memory with a dense CPU tensor
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    t = t.detach().cpu().contiguous()
+    return t.reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def taken(packed: Tensor, places: list[slice], bits: int, n: int) -> Tensor:  # int32 [n]

@@ -58,7 +58,7 @@ def kept_places(places: list[Place]) -> list[Place]:
     "Those tensors of a file that an archive holds as tensors, in the order of their bytes."
     taken, folders, found = {REST}, set(), []
     for p in places:
-        parts = p.name.split(".")
+        parts = p.name.split(".", MAX_PARTS)
         above = {".".join(parts[:i]) for i in range(1, len(parts))}
         named = len(parts) < MAX_PARTS and parts[0] != REST and not any(not s or hasattr(PROBE, s) for s in parts)
         if p.nbytes and (p.kind in PLAIN or p.kind in BY_NUMBER) and named:

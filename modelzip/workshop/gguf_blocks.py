@@ -460,7 +460,10 @@ def quantize_blocks(
     if not all(np.isfinite(h).all() for h in halves.values()):
         raise ValueError(f"x has values up to {float(x.abs().max()):g}, and the scales of {type} end at 65,504")
     data = join_blocks(found | {k: h[:, 0] for k, h in halves.items()}, layout)
-    return BlockTensor.from_blocks(data.tobytes(), type, x.shape, x.dtype)
+    q = BlockTensor.from_blocks(data.tobytes(), type, x.shape, x.dtype)
+    if q.numel() and x.abs().max() > torch.finfo(x.dtype).max / 4 and not q.dequantize().isfinite().all():
+        raise ValueError(f"x has values up to {float(x.abs().max()):g}, and {type} rounds some beyond {x.dtype}")
+    return q
 
 # %% ../../nbs/workshop/gguf_blocks.ipynb
 from .arguments import name_arguments

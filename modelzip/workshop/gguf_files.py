@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Metadata', 'Place', 'Head', 'kind_name', 'read_head', 'type_of', 'read_info', 'GGUF', 'tensor_at', 'mapped',
-           'from_gguf', 'head_bytes', 'to_gguf', 'inspect_gguf', 'about']
+           'held_by', 'from_gguf', 'head_bytes', 'to_gguf', 'inspect_gguf', 'about']
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 import math, mmap, os, struct
@@ -42,6 +42,7 @@ OTHERS = {
     13: ("Q5_K", 256, 176), 15: ("Q8_K", 256, 292), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
 }  # fmt: skip
 MAX_DIMS, MAX_METADATA = 4, 1 << 24  # dimensions of a tensor; values of all metadata together
+MAX_ALIGNMENT = 1 << 20  # of what is written: zeros fill a file up to it
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 class Cursor:
@@ -109,10 +110,10 @@ class Cursor:
         demand(self.left >= 0, f"its metadata has more than {MAX_METADATA:,} values")
         if type == STRING:
             return "array of string", [text.decode(errors="surrogateescape") for text in self.texts(n, what)]
-        if SCALARS[type][0] == "bool":
-            return "array of bool", [self.value(type, what) for _ in range(n)]
         name, form = SCALARS[type]
         raw = self.take(n * struct.calcsize(form), what)
+        odd = max(raw, default=0) if name == "bool" else 0
+        demand(odd < 2, f"{what} holds {odd}, which is no truth value")
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
 
 # %% ../../nbs/workshop/gguf_files.ipynb
@@ -230,7 +231,7 @@ def read_info(c: Cursor) -> tuple[str, tuple, int, int]:  # name, shape, kind, o
     dims = c.whole("I", quoted(name))
     demand(dims <= MAX_DIMS, f"{quoted(name)} has {dims:,} dimensions; it may have {MAX_DIMS}")
     shape = tuple(c.whole("Q", quoted(name)) for _ in range(dims))[::-1]
-    demand(math.prod(d or 1 for d in shape) < 2**59, f"{quoted(name)} has the impossible shape {shape}")
+    demand(math.prod(d or 1 for d in shape) <= 2**48, f"{quoted(name)} has the impossible shape {shape}")
     return name, shape, c.whole("I", quoted(name)), c.whole("Q", quoted(name))
 
 # %% ../../nbs/workshop/gguf_files.ipynb
@@ -334,6 +335,13 @@ def mapped(f: Any) -> memoryview:
     return memoryview(mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ))
 
 
+def held_by(f: Any) -> GGUF:
+    "What an open file holds."
+    data = mapped(f)
+    head = read_head(data)
+    return GGUF(head.metadata, {p.name: tensor_at(data, p) for p in head.places})
+
+
 def from_gguf(
     path: str | os.PathLike[str],  # a GGUF file of version 2 or 3
 ) -> GGUF:  # `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
@@ -351,9 +359,7 @@ def from_gguf(
         `metadata`: key → value, with types; `tensors`: name → Tensor or BlockTensor, dimensions as in PyTorch
     """
     with naming(path), open_file(path) as f:
-        data = mapped(f)
-        head = read_head(data)
-        return GGUF(head.metadata, {p.name: tensor_at(data, p) for p in head.places})
+        return held_by(f)
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 WHOLE = {"uint32": (0, 2**32), "int32": (-(2**31), 2**31), "uint64": (0, 2**64), "int64": (-(2**63), 2**63)}
@@ -375,7 +381,8 @@ def type_for(key: str, value: Any) -> str:
             return name
     if isinstance(value, (float, np.floating)):
         return "float32"
-    if isinstance(value, (list, tuple, np.ndarray)) and (kinds := {type_for(key, v) for v in value} or {"int32"}):
+    several = isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim == 1
+    if several and (kinds := {type_for(key, v) for v in value} or {"int32"}):
         if kinds <= WHOLE.keys() and len(value):
             kinds = {name for name in WHOLE if whole_type(min(value), max(value)) == name}
         if len(kinds) == 1 and not next(iter(kinds)).startswith("array"):
@@ -388,26 +395,39 @@ def type_for(key: str, value: Any) -> str:
 
 def value_bytes(key: str, type: str, value: Any) -> bytes:
     "One value, or an array of them, with the number of its type before it. `ValueError` where it does not fit."
-    if type.startswith("array of "):
-        inner = type.removeprefix("array of ")
+    if (inner := type.removeprefix("array of ")) not in NUMBERS:
+        raise ValueError(f"metadata.types says {quoted(key)} is {type!r:.40}; it may be {', '.join(NUMBERS)}")
+    if inner != type:
+        if not isinstance(value, (list, tuple, np.ndarray)):
+            raise ValueError(f"metadata says {quoted(key)} is {value!r:.60}, which is no {type}")
         packed = b"".join(packed_value(key, inner, v) for v in value)
         return struct.pack("<IIQ", ARRAY, NUMBERS[inner], len(value)) + packed
     return struct.pack("<I", NUMBERS[type]) + packed_value(key, type, value)
 
 
 def packed_value(key: str, type: str, value: Any) -> bytes:
-    if type == "string":
-        return text_bytes(value)
-    form = SCALARS[NUMBERS[type]][1]
+    value = value.item() if isinstance(value, np.generic) else value
     try:
-        return struct.pack(f"<{form}", value.item() if isinstance(value, np.generic) else value)
-    except (struct.error, OverflowError, TypeError, AttributeError):
+        if type == "string":
+            return text_bytes(value)
+        if type == "bool" and not isinstance(value, bool):
+            raise TypeError
+        return struct.pack(f"<{SCALARS[NUMBERS[type]][1]}", value)
+    except (struct.error, OverflowError, TypeError, AttributeError, UnicodeEncodeError):
         raise ValueError(f"metadata says {quoted(key)} is {value!r:.60}, which is no {type}") from None
 
 
 def text_bytes(text: str) -> bytes:
     raw = text.encode(errors="surrogateescape")
     return struct.pack("<Q", len(raw)) + raw
+
+
+def length_of_name(name: Any) -> float:
+    "Bytes in UTF-8; infinitely many for what is no text, or none that UTF-8 has."
+    try:
+        return len(name.encode())
+    except (AttributeError, UnicodeEncodeError):
+        return math.inf
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 TO_KINDS = {"F32": torch.float32, "F16": torch.float16} | dict.fromkeys(FROM_FLOATS)
@@ -445,7 +465,7 @@ def head_bytes(metadata: Mapping, tensors: dict[str, Tensor | BlockTensor], alig
     "Everything before the numbers, and where each tensor begins behind it."
     parts, offsets, end = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))], [], 0
     for key, value in metadata.items():
-        type = type_of(metadata, key, "") or type_for(key, value)
+        type = "uint32" if key == "general.alignment" else type_of(metadata, key, "") or type_for(key, value)
         parts += [text_bytes(key), value_bytes(key, type, value)]
     for name, t in tensors.items():
         number = t.layout.number if isinstance(t, BlockTensor) else KINDS[t.dtype][0]
@@ -491,11 +511,11 @@ def to_gguf(
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors is a {type(tensors).__name__}; it may be a GGUF, or a dict of tensors by name")
     for name in tensors:
-        if not isinstance(name, str) or not 1 <= len(name.encode()) < 64:
+        if not 1 <= length_of_name(name) < 64:
             raise ValueError(f"tensors holds the name {quoted(name)}; llama.cpp reads names of 1 to 63 bytes")
     found = {name: as_kind(name, t, kind) for name, t in tensors.items()}
     for key in metadata:
-        if not isinstance(key, str) or len(key.encode()) > MAX_NAME:
+        if length_of_name(key) > MAX_NAME:
             raise ValueError(f"metadata has the key {quoted(key)}; it may be a text of at most {MAX_NAME:,} bytes")
     alignment = metadata.get("general.alignment", 32)
     if (
@@ -503,10 +523,12 @@ def to_gguf(
         or isinstance(alignment, bool)
         or alignment < 1
         or alignment & (alignment - 1)
-        or alignment >= 1 << 32
+        or alignment > MAX_ALIGNMENT
     ):
-        raise ValueError(f"metadata says general.alignment is {alignment!r:.40}; it may be a power of two")
-    head, offsets = head_bytes(metadata, found, alignment)
+        raise ValueError(
+            f"metadata says general.alignment is {alignment!r:.40}; it may be a power of two up to {MAX_ALIGNMENT:,}"
+        )
+    head, offsets = head_bytes(metadata, found, alignment := int(alignment))
     with replacing(path) as f:
         f.write(head)
         for t, offset in zip(found.values(), offsets):

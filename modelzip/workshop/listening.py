@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Interval', 'exp_or_inf', 'dice_of', 'ratio_interval', 'check_known', 'check_room', 'whole_numbers', 'check_questions',
-           'checked_prompt', 'check_documents', 'check_sizes', 'check_angles', 'check_heads', 'check_pairs',
+           'checked_prompt', 'check_documents', 'is_whole', 'check_sizes', 'check_angles', 'check_heads', 'check_pairs',
            'read_before', 'log_probabilities', 'reference_of', 'Heard', 'NextWord']
 
 # %% ../../nbs/workshop/listening.ipynb
@@ -86,8 +86,11 @@ def ratio_interval(
     top, bottom = top.double(), bottom.double()
     if top.shape != bottom.shape or top.dim() != 1 or not len(top) or not (bottom > 0).all():
         raise ValueError(f"top and bottom are {list(top.shape)} and {list(bottom.shape)}; both [documents], bottom > 0")
-    drawn = torch.randint(len(top), (draws, len(top)), generator=dice_of(seed))
-    ratios = (top[drawn].sum(1) / bottom[drawn].sum(1)).sort().values
+    dice, ratios = dice_of(seed), []
+    for few in torch.ones(draws).split(max(1, 2**20 // len(top))):  # thousands of documents need little memory
+        drawn = torch.randint(len(top), (len(few), len(top)), generator=dice)
+        ratios.append(top[drawn].sum(1) / bottom[drawn].sum(1))
+    ratios = torch.cat(ratios).sort().values
     at = lambda share: ratios[min(int(share * draws), draws - 1)].item()
     rest = (1 - confidence) / 2
     return Interval((top.sum() / bottom.sum()).item(), at(rest), at(1 - rest))
@@ -220,7 +223,7 @@ def checked_prompt(
 def check_documents(
     documents: Sequence[Tensor],
     model: nn.Module | None = None,  # that will read them
-) -> None:
+) -> list[Tensor]:  # the same in int64, which tables and losses take
     """Lists of tokens, each of two or more; TypeError and ValueError say what is wrong.
 
     Parameters
@@ -228,18 +231,31 @@ def check_documents(
     documents : Sequence[Tensor]
     model : nn.Module | None, default None
         that will read them
+
+    Returns
+    -------
+    list[Tensor]
+        the same in int64, which tables and losses take
     """
+    found = []
     if isinstance(documents, Tensor) and documents.dim() < 2:
         raise TypeError("documents is one text; it may be a list of them, each a tensor of tokens")
     if not len(documents):
         raise ValueError("documents is empty: there is nothing to predict")
     for i, d in enumerate(documents):
-        if not isinstance(d, Tensor) or d.dim() != 1 or d.is_floating_point() or d.dtype is torch.bool:
+        if not isinstance(d, Tensor) or d.dim() != 1 or not is_whole(d):
             raise TypeError(f"document {i} is {type(d).__name__}; it may be a tensor of whole numbers [tokens]")
         if len(d) < 2:
             raise ValueError(f"document {i} has {len(d)} tokens; from two on there is one to predict")
-        check_known(d, f"document {i}", model)
+        found.append(d.long())
+        check_known(found[-1], f"document {i}", model)
         check_room(len(d), f"document {i}", model)
+    return found
+
+
+def is_whole(t: Tensor) -> bool:
+    "Whether a tensor holds whole numbers."
+    return not (t.is_floating_point() or t.is_complex() or t.dtype is torch.bool)
 
 
 def check_sizes(
@@ -286,7 +302,7 @@ def check_pairs(x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
 
 
 def read_before(ids: Tensor, cache: Any, context: int) -> int:  # tokens that the cache holds
-    """`ValueError` unless these are tokens [n, length] for which there is room behind those.
+    """`TypeError` or `ValueError` unless these are tokens [n, length] for which there is room behind those.
 
     Parameters
     ----------
@@ -302,6 +318,8 @@ def read_before(ids: Tensor, cache: Any, context: int) -> int:  # tokens that th
     start = 0 if cache is None else cache.length
     if ids.dim() != 2:
         raise ValueError(f"ids has shape {list(ids.shape)}; it may be [n, length]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids is {ids.dtype}; it may be torch.int64 or torch.int32")
     if not 0 < ids.shape[1] <= context - start:
         raise ValueError(f"ids has {ids.shape[1]} tokens behind {start}: a text may have 1 to {context}")
     return start
@@ -329,6 +347,8 @@ def log_probabilities(
     if not isinstance(scores, Tensor) or scores.dim() != 3 or scores.shape[:2] != ids.shape:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"the model gave {got} for {list(ids.shape)} tokens; it must give [n, length, words]")
+    if ids.numel() and ids.max() >= scores.shape[2]:
+        raise ValueError(f"the model gave scores of {scores.shape[2]:,} words, and there is token {int(ids.max()):,}")
     logs = scores[:, :-1].float().log_softmax(-1)
     if not logs.isfinite().all():
         raise ValueError("the model gave scores that are NaN or infinite")
@@ -342,7 +362,8 @@ def reference_of(
     ids: Tensor,  # [1, length], that document for a model
     shape: torch.Size,  # [length − 1, words] of the model that is asked
 ) -> Tensor:  # [length − 1, words]
-    """What the reference says of a document. `ValueError` when that belongs to other documents or another vocabulary.
+    """What the reference says of a document. `ValueError` when that belongs to other documents or another vocabulary,
+    and for what are no log probabilities; −inf, for what cannot come, is one.
 
     Parameters
     ----------
@@ -373,7 +394,10 @@ def reference_of(
         raise ValueError(
             f"reference says {list(other.shape)} of document {i}, the model {list(shape)}: tokens and words"
         )
-    return other.view(shape)
+    other = other.detach().cpu().float().view(shape)
+    if not ((total := other.exp().sum(1)) - 1).abs().max() < 0.05:  # what bfloat16 makes of them
+        raise ValueError(f"reference says of document {i} what are no log probabilities: they add up to {total[0]:.3g}")
+    return other.clamp(min=-1e4)  # e to it is 0, too, and times 0 it is 0
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from ..kernels import QEmbedding, QLinear
 from ..language import GatedDense, GroupedAttention, KeyValueCache, Llama, LlamaBlock, rotary_angles, smollm2
 from ..quant import Dequantize, Packed, QTensor
 from . import engines
+from .arguments import at_least
 from .gguf_blocks import BlockTensor
 from .gguf_files import from_gguf
 from .integer_layers import FEW
 from .integer_linear import holds_zero
-from .key_value_cache import checked
+from .key_value_cache import all_or_nothing, checked
 from .listening import read_before
 from .models import hooks_of
 from .smollm2 import llama_name, smollm2_file
@@ -110,8 +111,8 @@ def stacked(
     """
     if not len(layers):
         raise ValueError("layers is empty; it may hold one or more")
-    if any(getattr(layer, "bias", None) is not None for layer in layers):
-        return SideBySide(map(without_checks, layers))
+    if any(getattr(layer, "bias", None) is not None or not hasattr(layer, "in_features") for layer in layers):
+        return SideBySide(map(without_checks, layers))  # a bias, or layers in the place of one
     first, inputs, outputs = layers[0], layers[0].in_features, [layer.out_features for layer in layers]
     if all(type(layer) is nn.Linear and layer.weight.dtype == first.weight.dtype for layer in layers):
         one = nn.Linear(inputs, sum(outputs), bias=False, device="meta")
@@ -203,8 +204,7 @@ class RoomyCache:
         self,
         room: int = 256,  # tokens to begin with
     ):
-        if room < 1:
-            raise ValueError(f"room is {room}; it may be 1 or more")
+        at_least(1, room=room)
         self.room = room
         self.kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # layer: tokens, buffers [n, heads, room, head]
 
@@ -263,14 +263,14 @@ class QuickBlock(nn.Module):
     def __init__(self, block: LlamaBlock):
         super().__init__()
         attention, feed = block.attention, block.feed
-        self.heads, self.kv_heads, self.hidden = attention.heads, attention.kv_heads, feed.up.out_features
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.norms = nn.ModuleList([block.attention_norm, block.norm])
         self.all = stacked([attention.query, attention.key, attention.value])
         self.both, self.out, self.down = stacked([feed.gate, feed.up]), *map(without_checks, (attention.out, feed.down))
 
     def forward(self, x: Tensor, turns: Tensor, cache: object, layer: int) -> Tensor:
         x = x + self.out(self.attend(self.normed(x, 0), turns, cache, layer))
-        gate, up = self.both(self.normed(x, 1)).split(self.hidden, -1)
+        gate, up = self.both(self.normed(x, 1)).chunk(2, -1)
         return x + self.down(F.silu(gate).mul_(up))
 
     def normed(self, x, which):
@@ -319,8 +319,9 @@ class QuickLlama(nn.Module):
     ) -> Tensor:  # [n, length or 1, words]
         start = read_before(ids, cache, self.context)
         x, turns = self.words(ids), self.turns[start : start + ids.shape[1]]
-        for i, block in enumerate(self.blocks):
-            x = block(x, turns, cache, i)
+        with all_or_nothing(cache):
+            for i, block in enumerate(self.blocks):
+                x = block(x, turns, cache, i)
         return self.head(self.norm(x[:, -1:] if last else x))
 
     def _apply(self, fn, recurse=True):

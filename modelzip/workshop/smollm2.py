@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'LLAMA_NAMES', 'THEIR_NAMES', 'smollm2_file', 'gguf_metada
            'smollm2_options', 'llama_name', 'llama_weights', 'smollm2_weights', 'rows_in_halves', 'as_transformers']
 
 # %% ../../nbs/workshop/smollm2.ipynb
-import functools, importlib.util, logging, os, re
+import functools, importlib.util, logging, math, os, re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,14 @@ def llama_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if odd := [k for k in metadata if k.startswith("llama.rope.scaling") or k.startswith("llama.expert")]:
         raise ValueError(f"the file has {odd[0]}, which our Llama has not")
     found = {ours: metadata[f"llama.{theirs}"] for ours, theirs in OPTIONS.items()}
-    turned, head = metadata.get("llama.rope.dimension_count"), found["width"] // found["heads"]
-    if turned not in (None, head):
-        raise ValueError(f"the file turns {turned} of each head's {head} numbers; our Llama turns all of them")
+    for ours, x in found.items():
+        whole = isinstance(x, int) and not isinstance(x, bool)
+        if not (whole or ours in ("base", "eps") and isinstance(x, float)) or not 0 < x < math.inf:
+            raise ValueError(f"metadata says llama.{OPTIONS[ours]} is {x!r:.40}; it may be one number above 0")
+    head = found["width"] // found["heads"]
+    for key in "rope.dimension_count", "attention.key_length", "attention.value_length":
+        if (n := metadata.get(f"llama.{key}")) not in (None, head):
+            raise ValueError(f"the file's llama.{key} is {n!r:.40}; each head has {head} numbers, and all are turned")
     return found | {"eps": float(f"{found['eps']:.6g}"), "base": float(found["base"])}
 
 # %% ../../nbs/workshop/smollm2.ipynb

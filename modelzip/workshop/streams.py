@@ -466,7 +466,8 @@ def as_uint8(
     """
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        return x.reshape(-1).view(torch.uint8).numpy(), x.element_size() // (1 + x.is_complex())
+        flat = x.reshape(-1).view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
+        return flat, x.element_size() // (1 + x.is_complex())
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biufc":
             raise TypeError(f"x is an array of {x.dtype}; it may be one of numbers")

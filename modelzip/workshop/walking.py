@@ -52,6 +52,8 @@ def as_bytes(
     memoryview
         its elements in C order, little-endian; shares memory with a dense CPU tensor
     """
+    if not t.numel():
+        return memoryview(bytearray())  # whatever its strides
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(t.reshape(-1).view(torch.uint8).numpy())
 
