@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..archive import PackError, cut
 from .calls import Flat, Layout, Quiet, called, parts_of
-from .graph_running import ghost_call, run_plan, submodule, tensor_of
+from .graph_running import ghost_call, graph_of, run_plan, submodule, tensor_of
 from .graphs import MOST_NUMBERS, MOST_SIZE, NUMBERS, OPERATIONS, read_graph
 from .hollow import hollow
 from .kinds import hooks_named
@@ -961,6 +961,34 @@ def _of_size(x: Tensor, free: dict[int, str], sizes: dict[str, int]) -> Tensor:
     for d, n in free.items():
         x = x.index_select(d, torch.arange(sizes[n]).clamp(max=x.shape[d] - 1))
     return x
+
+# %% ../../nbs/workshop/graph_tracing.ipynb
+def kept_graph(model: nn.Module) -> dict | None:  # None: it came from no file with a graph
+    """The graph that a model was loaded with. `ValueError` if the model does something else by now.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict | None
+        None: it came from no file with a graph
+    """
+    graph = graph_of(model)
+    if graph is None:
+        return None
+    there = leaf_layers(model)
+    called = dict.fromkeys(node[0][1:] for node in graph["nodes"] if node[0].startswith("."))
+    odd = {n: "is no layer any more that a file can make" for n in called if n not in there}
+    odd |= {n: f"has a {h[0]}" for n, m in model.named_modules() if (n in odd or not n) and (h := hooks_named(m))}
+    if odd:
+        name, why = next(iter(odd.items()))
+        raise ValueError(
+            f"{f'layer {name}' if name else 'the model'} {why}, and the graph that the model was loaded with does not"
+            " say so: example= says what the model is called with, and it is followed anew"
+        )
+    return graph
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 from .arguments import name_arguments
