@@ -1001,12 +1001,14 @@ def _arrays(paths: list[str], names: list[str]) -> list[Tensor]:
     found = []
     for path in paths:
         try:
-            held = np.load(path, allow_pickle=False)
+            with naming(path), open_file(path):  # no pipe, which nobody may write into
+                held = np.load(path, allow_pickle=False)
             many = isinstance(held, np.lib.npyio.NpzFile)
             if many and (len(paths) > 1 or set(held.files) != set(names)):
                 raise ValueError(f"it holds {', '.join(held.files)}; the model takes {', '.join(names)}")
-            found += [torch.from_numpy(np.ascontiguousarray(x)) for x in ([held[n] for n in names] if many else [held])]
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
+            native = lambda x: np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="), copy=False)).reshape(x.shape)
+            found += [torch.from_numpy(native(x)) for x in ([held[n] for n in names] if many else [held])]
+        except (ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as e:
             raise ValueError(f"{path} cannot be read as numbers: {e}") from None
     if len(found) != len(names):
         raise ValueError(f"{len(found)} arrays are given; the model takes {', '.join(names)}")

@@ -14,8 +14,7 @@ from .archive import ALIGN, Entry, PackError, data_offset, demand, naming, open_
 from .archive import seal_solid, several
 from .quant import CompressedTensor
 from .workshop.filling import check_result, fill, rebuild, wrap
-from .workshop.graph_running import graph_of
-from .workshop.graph_tracing import trace
+from .workshop.graph_tracing import kept_graph, trace
 from .workshop.hollow import build_from, check_match, hollow, meaning_of, skeleton_of
 from .workshop.inspecting import Contents, Difference, Line, as_text, diff, identical, inspect, opened, prove
 from .workshop.manifest import DTYPES, NAMES, VERSION, Part, Row, as_json, check_left_out, check_readable
@@ -106,7 +105,7 @@ def save(
     """
     threads = check_saving(model, archive, threads, info, base)
     table, pieces = table_of(model)
-    graph = graph_of(model) if example is None else trace(model, example, dynamic)
+    graph = kept_graph(model) if example is None else trace(model, example, dynamic)
     manifest = {"modelzip": VERSION, "architecture": None if graph else architecture_of(model)}
     manifest |= meaning_of(model, manifest["architecture"]) | ({"graph": graph} if graph else {})
     if info:

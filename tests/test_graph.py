@@ -24,6 +24,7 @@ from modelzip.static import quantize_static
 from modelzip.structured import factorize, fold_batchnorm, shrink
 from modelzip.trellis import trellis
 from modelzip.workshop.filling import check_result, fill, rebuild, wrap
+from modelzip.workshop.graph_running import Program
 from modelzip.workshop.graphs import OPERATIONS, read_graph
 from modelzip.workshop.hollow import check_match, skeleton_of
 from modelzip.workshop.manifest import check_manifest, read_manifest
@@ -287,6 +288,123 @@ def test_what_cannot_be_traced_says_why(model, dynamic, words, tmp_path):
     assert not (tmp_path / "x.mz").exists()
 
 
+class Function(nn.Module):
+    "A function with something that a file can hold."
+
+    def __init__(self, f, layer=None):
+        super().__init__()
+        self.f, self.w, self.layer = f, nn.Parameter(torch.rand(())), layer
+
+    def forward(self, x):
+        return self.f(x * self.w) if self.layer is None else self.f(x, self.layer)
+
+
+def written(x, at, number):
+    y = x.clone()
+    y[at] = number
+    return y
+
+
+def low(x, layer):
+    with torch.autocast("cpu", dtype=torch.float16):
+        return layer(x).float()
+
+
+FREE = {  # of what a model asks for its sizes
+    "remainder": lambda x: x * 2 if x.shape[1] % 4 == 0 else x * 3,
+    "no remainder": lambda x: x * 2 if (x.shape[1] + 1) % 2 else x * 3,
+    "cut": lambda x: x[:, : int(x.shape[1] * 0.5)],
+    "root": lambda x: x[:, : int(x.shape[1] ** 0.5)],
+    "product": lambda x: x * 2 if x.shape[0] * x.shape[1] > 64 else x * 3,
+    "two sizes": lambda x: x * 2 if x.shape[0] < x.shape[1] else x * 3,
+    "equal": lambda x: x * 2 if x.shape[0] == x.shape[1] else x * 3,
+    "quotient": lambda x: x * 2 if x.shape[1] // 3 == 1 else x * 3,
+    "but one": lambda x: x * 2 if x.shape[1] != 8 else x * 3,
+    "at most": lambda x: x * 2 if max(x.shape[1], 4) == 4 else x * 3,
+    "between": lambda x: x * 2 if 3 < x.shape[1] <= 9 else x * 3,
+    "more": lambda x: x * 2 if x.shape[1] > 3 else x * 3,
+    "less": lambda x: x * 2 if x.shape[1] < 6 else x * 3,
+    "either": lambda x: x * 2 if x.shape[1] == 4 or x.shape[1] > 7 else x * 3,
+    "loop": lambda x: sum(x[:, i] for i in range(min(x.shape[1], 3))),
+    "padded": lambda x: F.pad(x, (0, -x.shape[1] % 8)),
+    "harmless": lambda x: x.split(max(x.shape[1] // 2, 1), 1)[0],
+}
+
+
+@pytest.mark.parametrize("ask", FREE)
+def test_a_graph_is_the_model_for_every_size_it_takes(ask, tmp_path):
+    "Or there is no graph: the exporter goes the example's way, and remembers what it took for granted."
+    model = Function(FREE[ask]).eval()
+    try:
+        m = load(save(model, tmp_path / "x.mz", example=torch.rand(3, 5), dynamic=BOTH))
+    except ValueError as e:
+        assert "cannot be followed" in str(e) or "a file cannot say" in str(e) or "out of dynamic" in str(e)
+        assert ask not in ("between", "more", "less", "loop", "padded")
+        return
+    with torch.no_grad():
+        limits = {n: s[1:] if isinstance(s, list) else [1, 2**31] for n, s in m.graph["sizes"].items()}
+        for shape in [(b, n) for b in (1, 2, 3, 5, 20) for n in range(1, 21)]:
+            if all(low <= n <= high for n, (low, high) in zip(shape, (limits["batch"], limits["length"]))):
+                x = torch.rand(shape)
+                assert torch.equal(m(x), model(x)), (shape, limits)
+    asks = {"between": [4, 9], "more": [4, 2**31 - 1], "less": [1, 5]}
+    assert limits["length"] == asks.get(ask, limits["length"])
+
+
+SAID = {  # what graphs could not say, or said wrongly
+    "the least number": Function(lambda x: x.masked_fill(x > 0.5, torch.finfo(x.dtype).min).softmax(-1)),
+    "the least double": Function(lambda x: x.double().clamp(-1e300, 1e300)),
+    "a column": Function(lambda x: written(x, (slice(None), 0), 1.0)),
+    "columns": Function(lambda x: written(x, (slice(None), slice(1, None, 2)), x[:, :3])),
+    "largest of a row": Function(lambda x: x.max(1)),
+    "least place of a row": Function(lambda x: x.min(1, keepdim=True)[1]),
+    "largest of all": Function(lambda x: x / x.max()),
+    "largest of two": Function(lambda x: torch.max(x, 1 - x)),
+    "largest of regions": Function(lambda x: F.adaptive_max_pool2d(x[:, None, None], (1, 3))),
+    "logit": Function(lambda x: torch.logit(x.clamp(0.1, 0.9))),
+    "no places": Function(lambda x: x[:, torch.tensor([], dtype=torch.long)]),
+    "small numbers around the end": Function(lambda x: x.sum() * torch.tensor([250, 5], dtype=torch.uint8)),
+    "large numbers around the end": Function(lambda x: x.sum().long() * torch.tensor([2**62, -(2**63)])),
+    "bfloat16": Function(lambda x: x[:, :2] * torch.tensor([0.1, 0.2]).bfloat16()),
+    "autocast": Function(low, nn.Linear(6, 5)),
+    "attention without weights": Function(
+        lambda x, layer: layer(x.reshape(x.shape[0], 3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_graphs_say(name, tmp_path):
+    model, x = SAID[name].eval(), torch.rand(4, 6)
+    with unchanged(model, x):
+        m = load(save(model, tmp_path / "x.mz", example=x))
+    with torch.no_grad():
+        for x in torch.rand(4, 6), torch.rand(1, 6), torch.rand(9, 6):
+            for a, b in zip(output_tensors(model(x)).values(), output_tensors(m(x)).values(), strict=True):
+                assert torch.equal(a, b), name
+
+
+HUNG = {
+    "hook": lambda m: m.layer.register_forward_hook(lambda layer, given, y: y * 2),
+    "hook before": lambda m: m.layer.register_forward_pre_hook(lambda layer, given: (given[0] * 2,)),
+    "hook of all": lambda m: m.register_forward_hook(lambda layer, given, y: y * 2),
+    "two layers for one": lambda m: setattr(m, "layer", nn.Sequential(nn.Linear(6, 3), nn.ReLU())),
+    "another class": lambda m: setattr(m, "layer", Function(lambda x: x * 3)),
+    "a norm of its weights": lambda m: nn.utils.parametrizations.weight_norm(m.layer),
+}
+
+
+@pytest.mark.parametrize("change", HUNG)
+def test_what_hangs_on_a_loaded_model_is_not_lost(change, tmp_path):
+    x = torch.rand(2, 6)
+    m = load(save(Function(lambda x, layer: layer(x) + 1, nn.Linear(6, 5)).eval(), tmp_path / "x.mz", example=x))
+    HUNG[change](m)
+    with pytest.raises(ValueError, match="followed anew"):
+        save(m, tmp_path / "y.mz")
+    with torch.no_grad():
+        assert torch.equal(load(save(m, tmp_path / "y.mz", example=x))(x), m(x))
+
+
 def test_older_readers_name_what_they_do_not_know(files):
     with zipfile.ZipFile(files / "LeNet5 plain.mz") as z:
         manifest = json.loads(z.read("manifest.json"))
@@ -303,6 +421,10 @@ def test_commands_run_and_show_a_graph(files, tmp_path, capsys, monkeypatch):
     assert cli(["run", lenet, "x.npy", "-o", "y.npy"]) == 0
     assert np.array_equal(np.load("y.npy"), held["out0"].numpy())
     capsys.readouterr()
+    np.save("big.npy", held["in0"].numpy().astype(">f4"))
+    assert cli(["run", lenet, "big.npy", "-o", "big.npz"]) == 0
+    assert np.array_equal(np.load("big.npz")["output"], held["out0"].numpy())
+    capsys.readouterr()
     assert cli(["run", lenet, "x.npy", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["output"]["shape"] == [2, 10]
     words = load_file(files / "MiniLM plain.safetensors")
@@ -316,6 +438,7 @@ def test_commands_run_and_show_a_graph(files, tmp_path, capsys, monkeypatch):
     assert type(load("small.mz")).__name__ == "GraphModel"
     save(LeNet5(), "none.mz")
     Path("text.npy").write_text("no array")
+    os.mkfifo("pipe.npy")
     for line, said in [
         (["run", "none.mz", "x.npy"], "holds no graph"),
         (["inspect", "--graph", "none.mz"], "holds no graph"),
@@ -326,6 +449,7 @@ def test_commands_run_and_show_a_graph(files, tmp_path, capsys, monkeypatch):
         (["run", lenet, "x.npy", "-o", "x.npy"], "would replace what is read"),
         (["run", lenet, "x.npy", "-o", "x.txt"], "ends in '.txt'"),
         (["run", lenet, "absent.npy"], "absent.npy"),
+        (["run", lenet, "pipe.npy"], "pipe.npy: it is no regular file"),
     ]:
         capsys.readouterr()
         assert cli(line) == 2
@@ -599,6 +723,21 @@ def test_bombs_are_named(files, bomb):
         bad["graph"]["nodes"].insert(0, bomb)
         with pytest.raises(PackError, match=rf"node 0.*{bomb[0]}|node 1 .*takes more than"):
             skeleton_of(check_manifest(bad), None, rows)
+
+
+@pytest.mark.parametrize(
+    "nodes, words",
+    [
+        ([["view", 1, [4, 1]], ["expand", 1, [4, 10**9]], ["logsumexp", 1, [1]]], "node 1 .*takes more than"),
+        ([["view", 1, [4, 1]], ["repeat", 1, [1024, 1]]] + [["unbind", 1, 0], ["item", 1, 0], ["expand", 1, [4096, 1]]] * 999,
+         "node .*unbind.*makes more than"),
+    ],
+    ids=["one number many times", "many pieces many times"],
+)  # fmt: skip
+def test_what_one_operation_would_write_out_is_bounded(nodes, words):
+    graph = {"inputs": [["x", "float32", [1, 4]]], "sizes": {}, "nodes": nodes, "output": 1}
+    with pytest.raises(ValueError, match=words):
+        Program(graph, read_graph(graph, [], []), nn.Module()).check([(1, 4)], None)
 
 
 def test_memory_of_a_call_is_bounded(files):

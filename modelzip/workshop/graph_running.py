@@ -96,18 +96,26 @@ def tensors_within(x: Any) -> list[Tensor]:
     )
 
 
+MOST_VALUES = 2**18  # tensors in one run, pieces included
+
+
 class Measure:
-    "Adds up the memory of the values that are alive."
+    """Adds up the memory of the values that are alive. One that repeats few numbers over and over (`expand`) may not be
+    larger, either: what works on it may write it out."""
 
     def __init__(self, most: int):
-        self.most, self.live, self.users, self.held = most, 0, collections.Counter(), {}
+        self.most, self.live, self.users, self.held, self.count = most, 0, collections.Counter(), {}, 0
 
     def __call__(self, at: int, value: Any, freed: list[int]) -> None:
-        self.held[at] = [(s._cdata, s.nbytes()) for s in (t.untyped_storage() for t in tensors_within(value))]
+        tensors = tensors_within(value)
+        self.held[at] = [(s._cdata, s.nbytes()) for s in (t.untyped_storage() for t in tensors)]
+        self.count += len(tensors)
+        if self.count > MOST_VALUES:
+            raise ValueError(f"makes more than {MOST_VALUES:,} tensors together with those before it")
         for key, size in self.held[at]:
             self.live += size * (self.users[key] == 0)
             self.users[key] += 1
-        if self.live > self.most:
+        if max([self.live, *(t.numel() * t.element_size() for t in tensors)]) > self.most:  # repeated or not
             raise ValueError(f"takes more than {self.most:,} bytes together with what is there")
         for i in freed:
             for key, size in self.held.pop(i, ()):
@@ -193,14 +201,14 @@ def sizes_of(plan: Plan, shapes: list[tuple]) -> dict[str, int]:
         for n in i.shape if good else ():
             good = good and (type(n) is int or plan.sizes[n][1] <= sizes[n] <= plan.sizes[n][2])
         if not good:
-            raise ValueError(f"{i.name} has the shape {list(shape)}; this graph takes {said_input(plan, i)}")
+            raise ValueError(f"{i.name} has the shape {list(shape)}; this graph takes {said_input(plan, i, 0 in shape)}")
     return sizes
 
 
-def said_input(plan: Plan, i: Any) -> str:
+def said_input(plan: Plan, i: Any, empty: bool = False) -> str:
     "An input, and which sizes it may have."
     limits = [(n, *plan.sizes[n][1:]) for n in i.shape if isinstance(n, str)]
-    bounds = [f"{n} from {a:,}" + f" to {b:,}" * (b < MOST_SIZE) for n, a, b in limits if a > 1 or b < MOST_SIZE]
+    bounds = [f"{n} from {a:,}" + f" to {b:,}" * (b < MOST_SIZE) for n, a, b in limits if empty or a > 1 or b < MOST_SIZE]
     return f"[{', '.join(map(str, i.shape))}]" + f", {', '.join(bounds)}" * bool(bounds)
 
 # %% ../../nbs/workshop/graph_running.ipynb
@@ -348,7 +356,7 @@ class GraphModel(Container):
                 )
         shapes = [tuple(x.shape) for x in inputs]
         sizes = sizes_of(plan, shapes)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # their sizes are no numbers
             self.program.check(shapes, self.most_memory)
         return run_plan(plan, lambda n: submodule(self, n), lambda n: tensor_of(self, n), inputs, sizes)
 

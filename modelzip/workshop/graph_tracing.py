@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..archive import PackError, cut
 from .calls import Flat, Layout, Quiet, called, parts_of
-from .graph_running import ghost_call, run_plan, submodule, tensor_of
-from .graphs import MOST_NUMBERS, MOST_SIZE, OPERATIONS, read_graph
+from .graph_running import ghost_call, graph_of, run_plan, submodule, tensor_of
+from .graphs import MOST_NUMBERS, MOST_SIZE, NUMBERS, OPERATIONS, read_graph
 from .hollow import hollow
 from .kinds import hooks_named
 from .layer_table import layer_entry, plain_layer
@@ -61,10 +61,15 @@ class Call:
         "What the layer would give, by the layer without numbers."
         layer = faked(self.ghost)
         args, kwargs = self.filled(inputs)
-        found, self.output = tree_flatten(ghost_call(layer)(*args, **kwargs))
-        if not all(isinstance(x, Tensor) for x in found):
-            raise ValueError(f"{self.name} gives something that is no tensor")
-        return [x.clone() if any(x is i for i in inputs) else x for x in found]
+        self.found, self.output = tree_flatten(ghost_call(layer)(*args, **kwargs))
+        if not all(x is None or isinstance(x, Tensor) for x in self.found):
+            raise ValueError(f"{self.name} gives something that is neither a tensor nor None")
+        return [x.clone() if any(x is i for i in inputs) else x for x in self.found if x is not None]
+
+    def returned(self, tensors: list[Tensor]) -> Any:
+        "The output of the layer, of its tensors."
+        rest = iter(tensors)
+        return tree_unflatten([None if x is None else next(rest) for x in self.found], self.output)
 
 
 def faked(ghost: nn.Module) -> nn.Module:
@@ -117,16 +122,18 @@ def hide(model: nn.Module) -> list[int]:  # the numbers that its calls will have
     for name, layer in leaf_layers(model).items():
         if id(layer) not in done:
             done.add(id(layer))
-            layer.__dict__["forward"] = functools.partial(_hidden, name, hollow(layer).eval(), numbers)
+            layer.__dict__["forward"] = functools.partial(_hidden, layer, name, hollow(layer).eval(), numbers)
     return numbers
 
 
-def _hidden(name, ghost, numbers, *args, **kwargs):
+def _hidden(layer, name, ghost, numbers, *args, **kwargs):
+    if torch.is_autocast_enabled("cpu"):  # a call would not say that it computes in another type: it is followed
+        return type(layer).forward(layer, *args, **kwargs)
     call = Call(name, ghost, (args, kwargs))
     numbers.append(number := next(COUNT))
     CALLS[number] = call
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    return tree_unflatten(layer_call(tensors, number), call.output)
+    return call.returned(layer_call(tensors, number))
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 def _kept() -> dict:
@@ -167,7 +174,7 @@ def exported(flat: Flat, tensors: list[Tensor], free: list[dict[int, str]]) -> A
 
 
 def apart(program: Any) -> Any:  # an `ExportedProgram`
-    """Take everything apart that the table does not have; nothing is written into any more.
+    """Take everything apart that the table does not have; nothing is written into any more. `ValueError` as before.
 
     Parameters
     ----------
@@ -178,9 +185,12 @@ def apart(program: Any) -> Any:  # an `ExportedProgram`
     Any
         an `ExportedProgram`
     """
-    with warnings.catch_warnings(), Quiet():
-        warnings.simplefilter("ignore")
-        return program.run_decompositions(_kept())
+    try:
+        with warnings.catch_warnings(), Quiet():
+            warnings.simplefilter("ignore")
+            return program.run_decompositions(_kept())
+    except Exception as e:
+        raise ValueError(f"the model cannot be taken apart: {reason_of(e)}") from None
 
 
 def reason_of(e: Exception) -> str:
@@ -280,12 +290,15 @@ def _no_size_one(given, value):
     return "squeeze", {"self": given["self"], "dim": [dims] if isinstance(dims, int) else list(dims)}
 
 
-def _from_end(given, value):
+def _to_end(given, value=None):
     "A slice until the very end has none."
-    end = given.get("end")
-    if given.get("start") in (None, 0) and isinstance(end, int) and end >= MOST_SIZE and given.get("step", 1) == 1:
-        return None
-    return "slice", given | ({"end": None} if isinstance(end, int) and end >= MOST_SIZE else {})
+    return given | ({"end": None} if isinstance(given.get("end"), int) and given["end"] >= MOST_SIZE else {})
+
+
+def _from_end(given, value):
+    given = _to_end(given)
+    whole = given.get("start") in (None, 0) and given.get("end") is None and given.get("step", 1) == 1
+    return None if whole else ("slice", given)
 
 
 def _shaped(given, value):
@@ -344,12 +357,15 @@ REWRITES = {
     "linalg_vector_norm": _as("norm"),
     "clamp_min": _as("clamp"),
     "clamp_max": _as("clamp"),
+    "max": lambda given, value: ("maximum" if "other" in given else "amax", given),
+    "min": lambda given, value: ("minimum" if "other" in given else "amin", given),
     "relu6": _as("hardtanh", min_val=0, max_val=6),
     "square": _as("pow", exponent=2),
     "floor_divide": _as("div", rounding_mode="floor"),
     "t": _turned,
     "squeeze": _no_size_one,
     "slice": _from_end,
+    "slice_scatter": lambda given, value: ("slice_scatter", _to_end(given)),
     "copy": _copied,
     "sum": _summed("sum"),
     "mean": _summed("mean"),
@@ -398,6 +414,8 @@ class Writer:
 
     def number(self, node: fx.Node) -> int:
         "The number of the value that a node of the program stands for; parameters are read anew for each use."
+        if not isinstance(node, fx.Node):
+            raise ValueError(f"it computes with {node} where the table has a tensor")
         found = self.at[node]
         if isinstance(found, str):
             return self.add(f"={found}")
@@ -409,11 +427,16 @@ class Writer:
 def constant_node(t: Tensor, name: str) -> list:
     "Numbers that are no part of a model's state, in the shortest way."
     flat, dtype = t.reshape(-1), NAMES.get(t.dtype)
+    if dtype not in NUMBERS:
+        raise ValueError(f"it uses a tensor {list(t.shape)} of {t.dtype}, which no graph in a file can say ({name})")
     if t.numel() and bool((flat == flat[0]).all()) and len(flat.signbit().unique()) == 1:
         return ["full", list(t.shape), [_said_number(flat[0].item())], dtype]
-    if t.dim() == 1 and not dtype.startswith(("float", "bool")) and bool((flat.diff() == flat[1] - flat[0]).all()):
-        step = (flat[1] - flat[0]).item()
-        return ["arange", [flat[0].item()], [flat[-1].item() + (1 if step > 0 else -1)], [step], dtype]
+    if t.dim() == 1 and t.numel() and not t.dtype.is_floating_point and t.dtype != torch.bool:
+        first, second, last = (int(flat[i]) for i in (0, 1, -1))  # Python's, which do not wrap around
+        step, end = second - first, last + (1 if second > first else -1)
+        fits = max(map(abs, (first, step, end))) < 2**31 and first + step * (len(flat) - 1) == last
+        if fits and bool((flat.long().diff() == step).all()):
+            return ["arange", [first], [end], [step], dtype]
     if t.numel() > MOST_NUMBERS:
         raise ValueError(
             f"the model uses a tensor {list(t.shape)} that is no part of its state ({name}); make it a buffer that is"
@@ -426,21 +449,22 @@ def _said_number(x: Any) -> Any:
     return {"float": str(x)} if isinstance(x, float) and (x != x or abs(x) == float("inf")) else x
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def _say(w: Writer, x: Any, a: Any) -> Any:
+def _say(w: Writer, x: Any, a: Any, value: Any) -> Any:
     "An argument as the table wants it; tensors become numbers of values, and are counted back at the end."
     if x is None:
         return None
+    if a.type == "tensor" and isinstance(x, (int, float)) and isinstance(value, Tensor) and value.dtype != torch.bool:
+        return _Value(w.add("full", [], [_said_number(x)], NAMES[value.dtype]))  # 1 - x, taken apart
     if a.type == "tensor":
         return _Value(w.number(x))
     if a.type == "tensors":
         return [None if y is None else _Value(w.number(y)) for y in x]
     if isinstance(x, fx.Node):
-        value = x.meta["val"]
-        if isinstance(value, Tensor):
+        if isinstance(x.meta["val"], Tensor):
             if a.type != "value":
                 raise ValueError(f"{a.name} is computed from numbers")
             return _Value(w.number(x))
-        x = value
+        x = x.meta["val"]
     if a.type == "value":
         return [_scalar(w, x)]
     if a.type == "number":
@@ -485,13 +509,21 @@ def _counted(w, x):
     )
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
-    """A node for an operation of ATen.
+HALVES = {  # operations of which each value is an operation of the table
+    torch.ops.aten.max.dim: ("amax", "argmax"),
+    torch.ops.aten.min.dim: ("amin", "argmin"),
+    torch.ops.aten.adaptive_max_pool2d.default: ("adaptive_max_pool2d", None),
+}
+
+
+def write_operation(w: Writer, node: fx.Node, half: int | None = None) -> int:  # the number of its value
+    """A node for an operation of ATen; half: for one of its values, see `HALVES`.
 
     Parameters
     ----------
     w : Writer
     node : fx.Node
+    half : int | None, default None
 
     Returns
     -------
@@ -506,6 +538,10 @@ def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
     if free_unbacked_symbols(value):
         raise ValueError(f"what {schema.name} gives has a size that depends on numbers")
     given = {a.name: x for a, x in zip(schema.arguments, node.args)} | dict(node.kwargs)
+    if half is not None:
+        name, value = HALVES[node.target][half], value[half]
+        if name is None:
+            raise ValueError(f"it uses the places that {schema.name} gives, which no graph in a file can say")
     said = REWRITES[name](dict(given), value) if name in REWRITES else (name, given)
     if said is None:
         return w.number(given["src" if name == "copy" else "self" if "self" in given else schema.arguments[0].name])
@@ -521,7 +557,7 @@ def write_operation(w: Writer, node: fx.Node) -> int:  # the number of its value
     out = []
     for a in operation.arguments:
         key = a.name if a.name in given else "self" if a.name == "input" and "self" in given else a.name
-        out.append(_say(w, given[key], a) if key in given else a.default)
+        out.append(_say(w, given[key], a, value) if key in given else a.default)
     while (
         out
         and operation.arguments[len(out) - 1].default is not ...
@@ -564,7 +600,7 @@ def write_call(w: Writer, node: fx.Node) -> tuple:  # how its outputs are found:
     args, kwargs = call.filled([_Value(w.number(x)) for x in node.args[0]])
     args, kwargs = ([_said_layer(w, x) for x in args], {k: _said_layer(w, x) for k, x in kwargs.items()})
     number = w.add(f".{call.name}", *_counted(w, args), *([_counted(w, kwargs)] if kwargs else []))
-    return tree_unflatten(list(range(call.output.num_leaves)), call.output), number
+    return call.returned(itertools.count()), number
 
 
 def _said_layer(w, x):
@@ -581,7 +617,7 @@ def taken(w: Writer, outputs: Any, number: int, which: int) -> int:
     "The value that is one of a layer's outputs."
     if isinstance(outputs, int):
         return number
-    i = next(i for i, part in enumerate(outputs) if which in tree_flatten(part)[0])
+    i = next(i for i, part in enumerate(outputs) if part is not None and which in tree_flatten(part)[0])
     return taken(w, outputs[i], w.add("item", w.back(number), i), which)
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
@@ -596,7 +632,12 @@ def write(w: Writer, program: Any) -> None:
             raise ValueError(f"it has a branch or a loop that depends on numbers ({target})")
         if target is operator.getitem:
             source, i = node.args
-            w.at[node] = taken(w, *calls[source], i) if source in calls else w.add("item", w.back(w.number(source)), i)
+            if source in calls:
+                w.at[node] = taken(w, *calls[source], i)
+            elif source.target in HALVES:
+                w.at[node] = _said(lambda w, source: write_operation(w, source, i), w, source)
+            else:
+                w.at[node] = w.add("item", w.back(w.number(source)), i)
         elif target is layer_call._opoverload:
             calls[node] = write_call(w, node)
         elif (
@@ -610,15 +651,24 @@ def write(w: Writer, program: Any) -> None:
         ) or _asserts(target):
             continue
         elif isinstance(target, torch._ops.OpOverload):
-            try:
-                constant = folded(w, node)
-                w.at[node] = write_operation(w, node) if constant is None else constant
-            except ValueError as e:
-                raise ValueError(f"the model cannot be said as a graph: {e}{_where(node)}") from None
+            if target not in HALVES:
+                w.at[node] = _said(_written, w, node)
         else:
             raise ValueError(
                 f"the model cannot be said as a graph: it uses {getattr(target, '__name__', target)}{_where(node)}"
             )
+
+
+def _written(w, node):
+    constant = folded(w, node)
+    return write_operation(w, node) if constant is None else constant
+
+
+def _said(how, w, node):
+    try:
+        return how(w, node)
+    except ValueError as e:
+        raise ValueError(f"the model cannot be said as a graph: {e}{_where(node)}") from None
 
 
 def _asserts(target):
@@ -702,13 +752,13 @@ def trace(
         try:
             program = exported(flat, tensors, layout.free)
             try:
-                graph = written_graph(layout, own, flat, program, output)
+                graph, guards = written_graph(layout, own, flat, program, output)
             except ValueError:
-                graph = written_graph(layout, own, flat, apart(program), output)
+                graph, guards = written_graph(layout, own, flat, apart(program), output)
         finally:
             for n in numbers:
                 CALLS.pop(n, None)
-    return compared(graph, model, layout)
+    return compared(graph, model, layout, guards)
 
 
 def input_names(layout: Layout) -> list[str]:
@@ -727,8 +777,10 @@ def _at_least_two(x: Tensor, free: dict) -> Tensor:
     return x.detach().clone()
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-def written_graph(layout: Layout, own: nn.Module, flat: Flat, program: Any, output: Any) -> dict:
-    "The graph of an exported program."
+def written_graph(
+    layout: Layout, own: nn.Module, flat: Flat, program: Any, output: Any
+) -> tuple[dict, list[tuple[Any, dict]]]:
+    "The graph of an exported program, and what the exporter took for granted of its sizes."
     held = dict([*flat.named_parameters(remove_duplicate=False), *flat.named_buffers(remove_duplicate=False)])
     plain, packed = _tensor_names(own)
     w = Writer({}, {}, {}, {})
@@ -761,7 +813,7 @@ def written_graph(layout: Layout, own: nn.Module, flat: Flat, program: Any, outp
     shapes = [[free.get(d, n) for d, n in enumerate(t.shape)] for t, free in zip(layout.example, layout.free)]
     inputs = [[n, NAMES[t.dtype], s] for n, t, s in zip(input_names(layout), layout.example, shapes)]
     graph = {"inputs": inputs, "sizes": limits, "nodes": w.nodes, "output": said}
-    return graph | ({"buffers": b} if (b := container_buffers(own)) else {})
+    return graph | ({"buffers": b} if (b := container_buffers(own)) else {}), guards_of(users, w.names)
 
 
 def _name_sizes(w, users, layout, program, limits):
@@ -783,15 +835,67 @@ def _name_sizes(w, users, layout, program, limits):
             limits[name] = size
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
+def guards_of(users: list[fx.Node], names: dict) -> list[tuple[Any, dict]]:  # conditions; symbol → name, for each
+    """What is so for the sizes of the example, and what the exporter followed the model for: `if x.shape[1] % 4 == 0`.
+
+    Parameters
+    ----------
+    users : list[fx.Node]
+    names : dict
+
+    Returns
+    -------
+    list[tuple[Any, dict]]
+        conditions; symbol → name, for each
+    """
+    found = [n for node in users for n in node.meta["val"].shape if isinstance(n, torch.SymInt)]
+    guards = dict.fromkeys(g.expr for g in found[0].node.shape_env.guards) if found else {}
+    return [(g, {s: names[s] for s in g.free_symbols}) for g in guards if g.free_symbols and g.free_symbols <= set(names)]
+
+
+MOST_TRIES = 64  # sizes that are looked at for each guard
+
+
+def is_broken(guard: Any, sizes: dict) -> bool:
+    from sympy import Integer, false  # PyTorch's exporter has it by now
+
+    try:
+        return guard.xreplace({s: Integer(n) for s, n in sizes.items()}) == false
+    except ZeroDivisionError:
+        return True
+
+
+def counterexamples(guards: list, now: dict[str, int], within: Callable) -> list[dict[str, int]]:
+    "Sizes, few and small, for which guards do not hold: three for each that can be broken, up to twelve in all."
+    alone = lambda n: {*range(2, 18), now[n] - 1, *range(now[n] + 2, now[n] + 10), 2 * now[n], 2 * now[n] + 1, 33, 64, 100}
+    found = []
+    for guard, names in guards:
+        one = [now | {n: s} for n in names.values() for s in sorted(alone(n), key=lambda s: (s < now[n], s))]
+        both = [now | dict.fromkeys(names.values(), s) for s in (2, 3, 5, 8, 16, 64)] if len(names) > 1 else []
+        tries = [t for t in one + both if within(t)][:MOST_TRIES]
+        new = [t for t in tries if is_broken(guard, {s: t[n] for s, n in names.items()})]
+        if not any(t in found for t in new):
+            found += new[:3]
+    return found[:12]
+
+# %% ../../nbs/workshop/graph_tracing.ipynb
 @torch.no_grad()
-def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same; a size that has to be two says so
-    """`ValueError` unless a graph gives what the model gives: for the example, and for other free sizes.
+def compared(
+    graph: dict,
+    model: nn.Module,
+    layout: Layout,
+    guards: list,  # from `guards_of`
+) -> dict:  # the same; a size that has to be two says so
+    """`ValueError` unless a graph gives what the model gives: for the example, for other free sizes, and for sizes for
+    which something is not so that the exporter took for granted.
 
     Parameters
     ----------
     graph : dict
     model : nn.Module
     layout : Layout
+    guards : list
+        from `guards_of`
 
     Returns
     -------
@@ -807,7 +911,9 @@ def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same
     except PackError as e:
         raise ValueError(f"the model cannot be said as a graph: {e}") from None
     now = {n: s[0] if isinstance(s, list) else s for n, s in graph["sizes"].items()}
+    within = lambda sizes: all(s[1] <= sizes[n] <= s[2] for n, s in graph["sizes"].items() if isinstance(s, list))
     tries = [now] + [now | {n: size} for n in now for size in (now[n] + 1, 1) if size != now[n]]
+    tries = [t for t in tries + counterexamples(guards, now, within) if within(t)]
     for sizes in tries:
         inputs = [_of_size(x, free, sizes) for x, free in zip(layout.example, layout.free)]
         with torch.random.fork_rng(devices=[]):
@@ -829,9 +935,8 @@ def compared(graph: dict, model: nn.Module, layout: Layout) -> dict:  # the same
             said = graph["sizes"][odd[0]]
             graph["sizes"][odd[0]] = [now[odd[0]], 2, said[2] if isinstance(said, list) else MOST_SIZE]
             continue
-        raise ValueError(
-            f"the graph of the model gives something else for {sizes}: {off}; does it depend on the numbers?"
-        )
+        why = "it depends on the numbers, or changes while it runs" if sizes == now else "leave these sizes out of dynamic"
+        raise ValueError(f"the graph of the model gives something else for {sizes}: {off}; {why}")
     return graph
 
 
@@ -856,6 +961,34 @@ def _of_size(x: Tensor, free: dict[int, str], sizes: dict[str, int]) -> Tensor:
     for d, n in free.items():
         x = x.index_select(d, torch.arange(sizes[n]).clamp(max=x.shape[d] - 1))
     return x
+
+# %% ../../nbs/workshop/graph_tracing.ipynb
+def kept_graph(model: nn.Module) -> dict | None:  # None: it came from no file with a graph
+    """The graph that a model was loaded with. `ValueError` if the model does something else by now.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict | None
+        None: it came from no file with a graph
+    """
+    graph = graph_of(model)
+    if graph is None:
+        return None
+    there = leaf_layers(model)
+    called = dict.fromkeys(node[0][1:] for node in graph["nodes"] if node[0].startswith("."))
+    odd = {n: "is no layer any more that a file can make" for n in called if n not in there}
+    odd |= {n: f"has a {h[0]}" for n, m in model.named_modules() if (n in odd or not n) and (h := hooks_named(m))}
+    if odd:
+        name, why = next(iter(odd.items()))
+        raise ValueError(
+            f"{f'layer {name}' if name else 'the model'} {why}, and the graph that the model was loaded with does not"
+            " say so: example= says what the model is called with, and it is followed anew"
+        )
+    return graph
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
 from .arguments import name_arguments
