@@ -494,7 +494,7 @@ WRONG = {
         ("lambda q, u, t, z: (q - t) @ (u - z)", "subtracted from the matrix"),
         ("lambda q, u, t, z: torch.sub(q, t) @ (u - z)", "subtracted from the matrix"),
         ("lambda q, u, t, z: (q + -t) @ (u - z)", "subtracted from the matrix"),
-        ("lambda q, u, t, z: (q.float() - t) @ (u - z).float()", "`float` would read and write its codes"),
+        ("lambda q, u, t, z: (q.float() - t) @ (u - z).float()", "`float` makes a copy of its codes"),
         (
             "lambda q, u, t, z: torch.tensor([[v - t for v in row] for row in q.tolist()]) @ (u - z)",
             "subtracted from the matrix",
@@ -799,7 +799,6 @@ WRONG = {
         ("lambda W, b: (W - W.mean(0), b)", "is left"),
         ("lambda W, b: (W * 0, b * 0)", "behind the norm"),
     ],
-    "10e_learned_rounding:check_start": {"right where argument 1 is nothing negative": "parts between 0 and 1"},
     "10e_learned_rounding:check_two": [
         ("lambda part, H: (part > 0.5).int().tolist()", "is possible"),  # nearest
         ("lambda part, H: (1, 0)", "is possible"),
@@ -985,7 +984,7 @@ WRONG = {
                 return total""",
             "yours",
         ),
-        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "the best path takes"),
+        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "the best path, 2"),
         (
             """
             def every_path(costs, state=0):
@@ -1647,6 +1646,7 @@ EXEMPT = {  # what a check need not notice: a kind of wrong answer, or the begin
     "08_channels:check_liar": {"recorded": "a copy of its arguments would be traced", "told": DIRECT},
     "08b_structured:check_slimming": {"right where argument 2 is without equals": "factors by chance differ"},
     "09_distill:check_margin": {"told": DIRECT},
+    "10e_learned_rounding:check_start": {"right where argument 1 is nothing negative": "parts between 0 and 1"},
     "10e_learned_rounding:check_two": {"right where": "two parts between 0 and 1, and two by two"},
     "11_lsq:check_progressive": {
         "argument 1 changed": "the model is to be trained",
