@@ -1,14 +1,19 @@
 """What `make course` writes and `make grade` says: handouts that give nothing away and run, instructor's pages with all
 of it, slides without a network, and marks that no notebook can give itself."""
 
-import csv, json, re, resource, subprocess, sys, types
+import csv, json, re, resource, subprocess, sys, threading, types
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 import answers, course, grade
 from browsing import browser_only, wait
+from modelzip.data import LeNet5, seeded
+from modelzip.pack import save
+from modelzip.quant import quantize_model
+from modelzip.symbols import entropy
 
 site, ROOT = course.site, answers.ROOT
 
@@ -315,3 +320,41 @@ def test_folders_names_and_tables(tmp_path, monkeypatch):
 def test_handouts_say_which_chapter_they_are():
     for name in course.exercised():
         assert grade.chapter_of(Path("renamed.ipynb"), course.handout(name)) == name
+
+
+def test_model_answers_that_no_cell_computes(tmp_path):
+    """04a, 3: thrice in bfloat16; 07, 3: OBS's costs of two weights whose inputs are alike; 12, 6: an addition is lost;
+    14, 1: what is on the front."""
+    with seeded(0):
+        x = torch.randn(50_000).bfloat16()
+    assert 6.5 < len(x) / (x * 3 / 3 != x).sum() < 7.5
+    H, w = torch.tensor([[1, 0.99], [0.99, 1]]), torch.ones(2)
+    alone, second = w**2 / 2 / H.inverse().diagonal(), w[1] + H[0, 1] * w[0]  # what is left when the first has gone
+    said = torch.tensor([0.01, 0.01, 1.99, 1.99, 1.98, 1])
+    torch.testing.assert_close(
+        torch.stack([*alone, w @ H @ w / 2, second, second**2 / 2, H.trace() / 2]), said, atol=1e-3, rtol=0
+    )
+    same = torch.ones(9, 9)  # nine inputs that are the same: nine times the sum of the scores
+    assert same.sum() / 2 == 9 * same.trace() / 2
+
+    read, go, n = threading.Event(), threading.Event(), [0]
+    more = lambda k: (read.set(), go.wait(9), k + 1)[-1]
+    thread = threading.Thread(target=lambda: n.__setitem__(0, more(n[0])))
+    thread.start()
+    assert read.wait(9)
+    n[0] = 5  # written by another, between reading and writing
+    go.set()
+    thread.join(9)
+    assert n == [1]
+
+    rows = {r["name"]: r for r in json.loads((ROOT / "bench/results/tour.json").read_text())["rows"]}
+    small = rows["half the multiplications, 4-bit weights"], rows["student of 19,454 parameters, distilled"]
+    three = [r["accuracy"] for name, r in rows.items() if name.startswith("3-bit")]
+    assert all(r["bytes"] < 100_000 and r["accuracy"] >= max(three) for r in small)
+    with seeded(0):
+        net = LeNet5()
+        for p in net.parameters():
+            p.data = 0.1 * torch.randn(p.shape)
+    mixed = quantize_model(net, 3, group=64, overrides={"conv*": {"bits": 8, "group": None}})
+    assert 145_000 < save(mixed, tmp_path / "mixed.mz").stat().st_size < 160_000
+    assert 2.3 < entropy(mixed.fc1.q.unpack()) < 2.5
