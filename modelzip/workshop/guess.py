@@ -40,6 +40,8 @@ class Question:
                 f"answers is {answers!r:.80}; it may be a dict of two answers or more, each with its number"
             )
         numbers = {str(a): _number(a, v) for a, v in answers.items()}
+        if len(numbers) < len(answers):
+            raise ValueError(f"answers is {answers!r:.200}: two of them are the same text")
         first, second = sorted(numbers.values(), reverse=True)[:2]
         if first == second:
             raise ValueError(

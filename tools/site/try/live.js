@@ -24,14 +24,14 @@ const mzLive = (() => {
   const largestOf = w => w.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
 
   function clip(w, levels, limit) {  // one symmetric ruler from -limit to limit
-    const scale = f32(f32(limit) / stepsOf(levels)), middle = middleOf(levels), ends = [-middle * scale, (levels - 1 - middle) * scale];
+    const scale = f32(f32(limit) / stepsOf(levels)), middle = middleOf(levels);
     let signal = 0, rounding = 0, clipping = 0, beyond = 0;
     for (const v of w) {
-      const back = f32(scale * (Math.min(Math.max(evenly(f32(f32(v / scale) + middle)), 0), levels - 1) - middle)), e = (v - back) ** 2;
+      const code = evenly(f32(f32(v / scale) + middle)), kept = Math.min(Math.max(code, 0), levels - 1), e = (v - f32(scale * (kept - middle))) ** 2;
       signal += v * v;
-      if (v < ends[0] || v > ends[1]) { clipping += e; beyond++; } else rounding += e;
+      if (code !== kept) { clipping += e; beyond++; } else rounding += e;
     }
-    const marks = Array.from({ length: levels }, (_, k) => scale * (k - middle));
+    const marks = Array.from({ length: levels }, (_, k) => f32(scale * (k - middle)));
     return { db: decibels(signal, rounding + clipping), clipped: clipping / (rounding + clipping), beyond, marks };
   }
   function groups(w, bits, group) {  // symmetric codes of 2 bits or more, one scale of 16 bits for each run of weights
