@@ -7,7 +7,7 @@ __all__ = ['Explorer', 'explore', 'plot_histogram', 'plot_matrix', 'Control', 'M
 
 # %% ../nbs/workshop/explore.ipynb
 import html, inspect, itertools, math, operator, os, sys, time, traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from modelzip.workshop.frames import (
     name_of,
     rendered,
 )
+from .workshop.guess import Question, before_page, before_widgets
 from modelzip.workshop.player import (
     MAX_BYTES,
     MAX_FRAMES,
@@ -287,18 +288,25 @@ class Explorer:
         given one value of each control, returns a figure, a table or a text
     controls : list[Control]
         what turns it
+    question : Question | None, default None
+        what is asked before anything is shown
     """
 
     def __init__(
         self,
         f: Callable[..., Any],  # given one value of each control, returns a figure, a table or a text
         controls: list[Control],  # what turns it
+        question: Question | None = None,  # what is asked before anything is shown
     ):
         self.f, self.controls, self._html, self._size, self._widget = f, controls, None, 0, None
-        self._sample = None
+        self._sample, self.question = None, question
 
     def __repr__(self) -> str:
         return f"explore({name_of(self.f)}, " + ", ".join(f"{c.name}={c.labels[c.start]}" for c in self.controls) + ")"
+
+    def asked(self, page: str) -> str:
+        "A page behind its question, where there is one."
+        return before_page(self.question, page) if self.question else page
 
     def html(
         self,
@@ -320,7 +328,7 @@ class Explorer:
             form, ready = form_for(self.f, self.controls)
             frames, order = table(self.f, self.controls, form, limit, ready)
             self._html, self._size = (
-                page(self.controls, frames, order, name_of(self.f)),
+                self.asked(page(self.controls, frames, order, name_of(self.f))),
                 sum(len(shown.encode()) for shown in frames),
             )
         return self._html
@@ -334,7 +342,7 @@ class Explorer:
             HTML
         """
         if self._sample is None:
-            self._sample = rehearsed(self.f, self.controls)
+            self._sample = self.asked(rehearsed(self.f, self.controls))
         return self._sample
 
     def save(
@@ -372,14 +380,15 @@ class Explorer:
             an ipywidgets box
         """
         if self._widget is None:
-            self._widget = widgets(self.f, self.controls)
+            make = lambda: widgets(self.f, self.controls)
+            self._widget = before_widgets(self.question, make) if self.question else make()
         return self._widget
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[Any, Any]:
         plain = {"text/plain": repr(self)}
         if not is_live():
             return {**plain, "text/html": self.sample() if is_sample() else self.html()}
-        return {**self.widget()._repr_mimebundle_(), **plain, "text/html": preview(self.f, self.controls)}
+        return {**self.widget()._repr_mimebundle_(), **plain, "text/html": self.asked(preview(self.f, self.controls))}
 
 # %% ../nbs/workshop/explore.ipynb
 def defaults_of(
@@ -419,6 +428,9 @@ def defaults_of(
 # %% ../nbs/workshop/explore.ipynb
 def explore(
     f: Callable[..., Any],  # returns a figure, axes, a table, a text …; has one argument for each control
+    guess: str | None = None,  # a question that is asked before anything is shown
+    answers: Mapping[str, float | bool] | None = None,  # its answers and what was measured; the largest is right
+    measured: str | None = None,  # what an answer is told of the measurement; None: the answers' numbers
     # argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
     **controls: Any,
 ) -> Explorer:  # shows itself: widgets in a live kernel, else HTML with all frames inside
@@ -431,6 +443,12 @@ def explore(
     ----------
     f : Callable[..., Any]
         returns a figure, axes, a table, a text …; has one argument for each control
+    guess : str | None, default None
+        a question that is asked before anything is shown
+    answers : Mapping[str, float | bool] | None, default None
+        its answers and what was measured; the largest is right
+    measured : str | None, default None
+        what an answer is told of the measurement; None: the answers' numbers
     **controls : Any
         argument = range, list of values, dict of label: value, bool, or (low, high, step) with both ends
 
@@ -439,6 +457,9 @@ def explore(
     Explorer
         shows itself: widgets in a live kernel, else HTML with all frames inside
     """
+    if guess is None and (answers, measured) != (None, None):
+        raise TypeError("answers and measured belong to a guess: give the question, too, as guess=\"Which …?\"")
+    question = None if guess is None else Question(guess, answers, measured)
     if not callable(f):
         raise TypeError(f"explore needs a function, not {f!r}")
     if not controls:
@@ -447,7 +468,9 @@ def explore(
         )
     defaults = defaults_of(f, controls.keys())
     made = Explorer(
-        f, [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()]
+        f,
+        [control(name, spec, defaults.get(name, inspect.Parameter.empty)) for name, spec in controls.items()],
+        question,
     )
     if not is_live():
         made.sample() if is_sample() else made.html()  # an error belongs to this cell, not to the display

@@ -420,6 +420,59 @@ def test_compact_svg_draws_the_same():
         assert f'id="{used}"' in small
 
 
+# ---------------------------------------------------------------------------------- a guess first
+
+
+ASKED = dict(guess="Is one < two?", answers={"yes": True, "no": False, "both": 0.5}, measured="One & two.")
+
+
+@pytest.mark.parametrize("static", ["1", "sample"])
+def test_a_guess_comes_first(monkeypatch, static):
+    "The question, then everything else behind a fold; the right answer is inside the fold alone."
+    monkeypatch.setenv("MODELZIP_STATIC", static)
+    plain, asked = (explore(words, **how, n=[1, 2]) for how in ({}, ASKED))
+    page, said = (e._repr_mimebundle_()["text/html"] for e in (plain, asked))
+    before, after = said.split("<details>")
+    assert page in after and page not in before and "One &amp; two" in after and "One &amp; two" not in before
+    assert before.count("<button") == 3 and "Is one &lt; two?" in before and "<fieldset disabled" in before
+    assert not Parsed(said).stack and not any("id" in a for _, a in Parsed(said).tags)
+    assert said == explore(words, **ASKED, n=[1, 2])._repr_mimebundle_()["text/html"]
+
+
+def test_a_guess_comes_first_in_a_kernel(live):
+    calls = []
+    box = explore(lambda n: calls.append(n) or f"{n}", **ASKED, n=[1, 2]).widget()
+    buttons = box.children[1].children
+    assert [b.description for b in buttons] == ["yes", "no", "both"] and len(box.children) == 2 and calls == []
+    buttons[1].click()
+    verdict, shown = box.children[2:]
+    assert verdict.value == "Measured otherwise: yes. One &amp; two." and shown.children[1].value == "<pre>1</pre>"
+    assert all(b.disabled for b in buttons)
+
+
+def test_the_largest_answer_is_right():
+    for numbers in ([1, 2, 3], [-1.0, -2.0], [np.float32(0.5), 0], [True, False]):
+        question = module.Question("Which?", {f"a{i}": v for i, v in enumerate(numbers)})
+        assert question.right == f"a{int(np.argmax(numbers))}"
+        assert [question.verdict(a).startswith("Right.") for a in question.answers].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    "how, error, says",
+    [
+        (dict(guess="Which?"), ValueError, "answers is None"),
+        (dict(answers=dict(a=1, b=2)), TypeError, "belong to a guess"),
+        (dict(measured="3"), TypeError, "belong to a guess"),
+        (dict(guess="Which?", answers=dict(a=1, b=1)), ValueError, "stands there twice"),
+        (dict(guess="Which?", answers={1: 1, "1": 2}), ValueError, "the same text"),
+        (dict(guess="Which?", answers=dict(a=1, b=None)), TypeError, "answers['b'] is None"),
+    ],
+)
+def test_a_question_without_an_answer(how, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        explore(words, **how, n=[1, 2])
+
+
 # ---------------------------------------------------------------------------------- live
 
 

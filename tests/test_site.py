@@ -470,6 +470,7 @@ def explorers_turn(browser):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
+    a_guess_unlocks(browser)
     explorers = browser.find_elements(By.CSS_SELECTOR, ".mz-explore")
     assert explorers
     for e in explorers:
@@ -491,6 +492,18 @@ def explorers_turn(browser):
             moved = moved or browser.execute_script(PICTURE, e) != first
         assert moved, "no control changes what is shown"
     assert browser.execute_async_script(EVERY_FRAME) == []
+
+
+def a_guess_unlocks(browser):
+    "What was measured is not to be seen before an answer, and one answer counts."
+    for asked in browser.find_elements("css selector", ".mz-guess"):
+        fold, buttons = asked.find_element("tag name", "details"), asked.find_elements("tag name", "button")
+        assert not fold.is_displayed() and all(b.is_enabled() for b in buttons)
+        buttons[-1].send_keys(" ")
+        assert fold.is_displayed() and fold.find_element("css selector", ".mz-explore").is_displayed()
+        assert re.match(r"Right\.|Measured otherwise: ", fold.find_element("class name", "mz-verdict").text)
+        pressed = [b.get_attribute("aria-pressed") for b in buttons]
+        assert pressed == ["false"] * (len(buttons) - 1) + ["true"] and not any(b.is_enabled() for b in buttons)
 
 
 def mathematics_is_typeset(browser):

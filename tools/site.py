@@ -11,7 +11,8 @@ and by smalldocs elsewhere. nbdev's own `nbdev_docs` is not used for that, becau
 exported cell: here that code is the book.
 
 A cell that is nothing but the comment `<!-- try: digits -->` becomes tools/site/try/digits.html: what readers of the site
-try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files.
+try for themselves, with the scripts try.js beside it and mz.js, a second reader of .mz files; explorers that compute have
+live.js, and weights.js with numbers of a real model.
 """
 
 import ast, base64, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
@@ -408,7 +409,8 @@ def to_try(name):
         "weight": f"{at_once / 1e3:.0f}",
     }
     html = re.sub(r"\{\{(\w+)\}\}", lambda m: said[m[1]], html)
-    html += "".join(f'<script src="{TRIED}/{script}.js" defer></script>\n' for script in ("mz", "try"))
+    scripts = ("weights", "live") if 'class="mz-try mz-live"' in html else ("mz", "try")
+    html += "".join(f'<script src="{TRIED}/{script}.js" defer></script>\n' for script in scripts)
     output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": html}}
     return {
         "cell_type": "code",
@@ -440,7 +442,7 @@ def lay_out_tries(out):
     "The scripts of what readers try, and files as scripts: a page that was opened from a disk may load nothing else."
     folder = out / TRIED
     folder.mkdir(parents=True)
-    for script in (ASSETS / "mz.js", TRIES / "try.js"):
+    for script in (ASSETS / "mz.js", *TRIES.glob("*.js")):
         shutil.copy(script, folder / script.name)
     for path in (*TRIES.glob("*.mz"), ROOT / "bench/results/record.mz"):
         held = base64.b64encode(path.read_bytes()).decode()
