@@ -984,7 +984,7 @@ WRONG = {
                 return total""",
             "yours",
         ),
-        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "the best path, 2"),
+        ("lambda costs: min(costs[0][:2]) if len(costs) == 1 else 0", "2 × 1 weights"),
         (
             """
             def every_path(costs, state=0):

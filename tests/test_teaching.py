@@ -324,10 +324,15 @@ def test_handouts_say_which_chapter_they_are():
 
 def test_model_answers_that_no_cell_computes(tmp_path):
     """04a, 3: thrice in bfloat16; 07, 3: OBS's costs of two weights whose inputs are alike; 12, 6: an addition is lost;
-    14, 1: what is on the front."""
+    13b, 4: what the steps of a path give; 14, 1: what is on the front."""
     with seeded(0):
         x = torch.randn(50_000).bfloat16()
     assert 6.5 < len(x) / (x * 3 / 3 != x).sum() < 7.5
+    path = json.loads((ROOT / "bench/results/record.json").read_text())["nets"]["LeNet-5"]["table"]
+    factors = {b["step"]: round(a["bytes"] / b["bytes"], 2) for a, b in zip(path, path[1:])}
+    steps = "small student, float32", "8 bits, rounded afterwards", "a price on bits", path[-1]["step"]
+    assert [factors[s] for s in steps] == pytest.approx([43, 3.6, 2.3, 1.05], rel=0.01)
+
     H, w = torch.tensor([[1, 0.99], [0.99, 1]]), torch.ones(2)
     alone, second = w**2 / 2 / H.inverse().diagonal(), w[1] + H[0, 1] * w[0]  # what is left when the first has gone
     said = torch.tensor([0.01, 0.01, 1.99, 1.99, 1.98, 1])
