@@ -276,10 +276,9 @@ def generate(
     stop: Iterable[int] = (),  # tokens that end it, such as `[smollm2_tokenizer().end]`
     cache: Cache | None = None,  # what was read before; None: nothing, and a `KeyValueCache` for what comes
 ) -> list[int]:  # what was said, without the prompt
-    """Let a language model go on with a text. A `cache` that was given then holds the prompt and all that was said
-    but the last token drawn; it is as before when a call fails or is interrupted. `ValueError` for an empty prompt,
-    tokens that the model does not know, a temperature that is negative or no number, a text beyond the model's
-    context, and when the model's scores are NaN or infinite.
+    """Let a language model go on with a text. A given `cache` then holds the prompt and all that was said but the last
+    token drawn, or what it held before when a call fails. `ValueError` for an empty prompt, tokens that the model does
+    not know, a temperature below 0, a text beyond the model's context, and scores that are NaN or infinite.
 
     Parameters
     ----------

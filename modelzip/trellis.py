@@ -217,8 +217,7 @@ def feedback_codes(
     Tensor
         [rows, inputs] int32
     """
-    bite = max(1, bite * 128 // max(128, run))  # long lanes take as much memory as short ones
-    if len(x) > bite:
+    if len(x) > (bite := max(1, bite * 128 // max(128, run))):
         pieces = zip(x.split(bite), [None] * len(x) if classes is None else classes.split(bite))
         return torch.cat([feedback_codes(x, pull, counts, bits, price, states, run, some) for x, some in pieces])
     x, codes = x.t().clone(), torch.empty(x.shape[::-1], dtype=torch.int32)
@@ -400,10 +399,7 @@ def trellis_weight(
         codes = feedback_codes(x, *pulls(factor, columns), take, price, states, run, classes)
     else:
         codes = trellis_codes(lanes(x), take, price, states, classes)
-    q = from_codes(codes.flatten()[: w.numel()].view(shape), step, weight.dtype, states, run, **own, **spread)
-    if weight.abs().max() > torch.finfo(weight.dtype).max / 4:
-        check_finite(q.dequantize(), "what weight is rounded to")
-    return q
+    return from_codes(codes.flatten()[: w.numel()].view(shape), step, weight.dtype, states, run, **own, **spread)
 
 # %% ../nbs/11c_trellis.ipynb
 def trellis(

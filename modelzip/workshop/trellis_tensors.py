@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..quant import FLOATS, CompressedTensor, QTensor, pack_bits, packed_bytes, unpack_bits
 from .compressed import Sized
-from .floats import dtype_name
+from .floats import check_finite, dtype_name
 from .qtensor_checks import check_part, checked_meta
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
@@ -410,7 +410,8 @@ def from_codes(
     run: int = 128,  # weights in a lane
     **vectors: Tensor | None,  # of `VECTORS`: uint8
 ) -> TrellisTensor:
-    """Keep what was chosen along a trellis. `ValueError` for what no file could say: a scale, states, codes, vectors.
+    """Keep what was chosen along a trellis. `ValueError` for what no file could say: a scale, states, codes, vectors;
+    and for numbers that are beyond the dtype.
 
     Parameters
     ----------
@@ -446,7 +447,11 @@ def from_codes(
         pack_bits(torch.from_numpy(s.astype(np.int32) + m // 2), (m - 1).bit_length()) for s, m in zip(streams, levels)
     ]
     q = TrellisTensor(packed, list(map(len, streams)), levels, whole, shape, dtype, states, run, vectors)
-    return TrellisTensor.of_checked(q.parts(), q.meta())
+    q = TrellisTensor.of_checked(q.parts(), q.meta())
+    octaves = sum(int(v.max()) / 8 for k, v in vectors.items() if k.endswith("steps") and len(v))
+    if whole.item() * max(levels) * 2**octaves > torch.finfo(dtype).max:
+        check_finite(q.dequantize(), "what the weights are rounded to")
+    return q
 
 # %% ../../nbs/workshop/trellis_tensors.ipynb
 from .arguments import name_arguments
