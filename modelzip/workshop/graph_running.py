@@ -201,14 +201,18 @@ def sizes_of(plan: Plan, shapes: list[tuple]) -> dict[str, int]:
         for n in i.shape if good else ():
             good = good and (type(n) is int or plan.sizes[n][1] <= sizes[n] <= plan.sizes[n][2])
         if not good:
-            raise ValueError(f"{i.name} has the shape {list(shape)}; this graph takes {said_input(plan, i, 0 in shape)}")
+            raise ValueError(
+                f"{i.name} has the shape {list(shape)}; this graph takes {said_input(plan, i, 0 in shape)}"
+            )
     return sizes
 
 
 def said_input(plan: Plan, i: Any, empty: bool = False) -> str:
     "An input, and which sizes it may have."
     limits = [(n, *plan.sizes[n][1:]) for n in i.shape if isinstance(n, str)]
-    bounds = [f"{n} from {a:,}" + f" to {b:,}" * (b < MOST_SIZE) for n, a, b in limits if empty or a > 1 or b < MOST_SIZE]
+    bounds = [
+        f"{n} from {a:,}" + f" to {b:,}" * (b < MOST_SIZE) for n, a, b in limits if empty or a > 1 or b < MOST_SIZE
+    ]
     return f"[{', '.join(map(str, i.shape))}]" + f", {', '.join(bounds)}" * bool(bounds)
 
 # %% ../../nbs/workshop/graph_running.ipynb

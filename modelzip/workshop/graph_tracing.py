@@ -850,7 +850,9 @@ def guards_of(users: list[fx.Node], names: dict) -> list[tuple[Any, dict]]:  # c
     """
     found = [n for node in users for n in node.meta["val"].shape if isinstance(n, torch.SymInt)]
     guards = dict.fromkeys(g.expr for g in found[0].node.shape_env.guards) if found else {}
-    return [(g, {s: names[s] for s in g.free_symbols}) for g in guards if g.free_symbols and g.free_symbols <= set(names)]
+    return [
+        (g, {s: names[s] for s in g.free_symbols}) for g in guards if g.free_symbols and g.free_symbols <= set(names)
+    ]
 
 
 MOST_TRIES = 64  # sizes that are looked at for each guard
@@ -867,7 +869,16 @@ def is_broken(guard: Any, sizes: dict) -> bool:
 
 def counterexamples(guards: list, now: dict[str, int], within: Callable) -> list[dict[str, int]]:
     "Sizes, few and small, for which guards do not hold: three for each that can be broken, up to twelve in all."
-    alone = lambda n: {*range(2, 18), now[n] - 1, *range(now[n] + 2, now[n] + 10), 2 * now[n], 2 * now[n] + 1, 33, 64, 100}
+    alone = lambda n: {
+        *range(2, 18),
+        now[n] - 1,
+        *range(now[n] + 2, now[n] + 10),
+        2 * now[n],
+        2 * now[n] + 1,
+        33,
+        64,
+        100,
+    }
     found = []
     for guard, names in guards:
         one = [now | {n: s} for n in names.values() for s in sorted(alone(n), key=lambda s: (s < now[n], s))]
@@ -935,7 +946,11 @@ def compared(
             said = graph["sizes"][odd[0]]
             graph["sizes"][odd[0]] = [now[odd[0]], 2, said[2] if isinstance(said, list) else MOST_SIZE]
             continue
-        why = "it depends on the numbers, or changes while it runs" if sizes == now else "leave these sizes out of dynamic"
+        why = (
+            "it depends on the numbers, or changes while it runs"
+            if sizes == now
+            else "leave these sizes out of dynamic"
+        )
         raise ValueError(f"the graph of the model gives something else for {sizes}: {off}; {why}")
     return graph
 

@@ -498,7 +498,9 @@ def _number(x: Any) -> Any:
     if isinstance(x, dict):
         demand(len(x) == 1 and x.get("float") in ("inf", "-inf", "nan"), f"{quoted(x)} is no number")
         return float(x["float"])
-    demand(type(x) is float and abs(x) < float("inf") or type(x) is int and abs(x) <= 2**63, f"{quoted(x)} is no number")
+    demand(
+        type(x) is float and abs(x) < float("inf") or type(x) is int and abs(x) <= 2**63, f"{quoted(x)} is no number"
+    )
     return x
 
 
