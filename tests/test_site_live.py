@@ -113,7 +113,7 @@ def test_every_knob_changes_what_is_shown(browser, address, page):
     for i in range(len(browser.find_elements("css selector", f"{root} :is(input, select)"))):
         before, now = browser.execute_script(picture, root), said()
         moved = """const k = document.querySelectorAll(arguments[0] + ' :is(input, select)')[arguments[1]];
-            if (k.tagName == 'SELECT') k.selectedIndex = 2; else k.value = k.value == k.min ? k.max : k.min;
+            if (k.tagName == 'SELECT') k.selectedIndex = 2; else k.value = k.value == k.max ? k.min : k.max;
             k.dispatchEvent(new Event('input', {bubbles: true})); return k.tagName == 'SELECT' || k.getAttribute('aria-valuetext')"""
         assert browser.execute_script(moved, root, i)
         assert browser.execute_script(picture, root) != before and said() != now
