@@ -833,20 +833,31 @@ def _compress(o):
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
+    needed = _bytes_with_bases(o.output, o.base)
     found = {
         "file": o.output,
         "bytes": file_bytes(o.output),
+        "bytes_with_bases": needed,
         "bytes_of_weights_before": before,
-        "times_smaller": before / file_bytes(o.output),
+        "times_smaller": before / needed,
         "how": how,
         "left": left,
     }
     return Done(
         found,
-        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, {_times(found['times_smaller'])} than"
+        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, "
+        + f"{needed:,} with what it is an update of, " * (needed > found["bytes"])
+        + f"{_times(found['times_smaller'])} than"
         + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
         + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
+
+
+def _bytes_with_bases(path, base=None):
+    "The bytes of a file, and of all without which it cannot be read."
+    if (about := inspect(path, entropy=False).base) is None:
+        return file_bytes(path)
+    return file_bytes(path) + _bytes_with_bases(Path(path).parent / about["name"] if base is None else base)
 
 
 def _rounded_weights(found, tied, o):

@@ -216,7 +216,7 @@ def found_base(
     demand(
         base is not None or os.path.exists(where),
         f"it is an update of {quoted(about['name'])} with the content {about['content'][:16]}…, which is not beside it;"
-        " base= says where it is",
+        " put it there, or say where it is: load(path, base=…)",
     )
     with open_base(where, depth, about["content"]) as b:
         yield b
