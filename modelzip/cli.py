@@ -833,7 +833,7 @@ def _compress(o):
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
-    needed = _bytes_with_bases(o.output, o.base)
+    needed = file_bytes(o.output) + (_bytes_below(o.output, o.base) if o.base is not None else 0)
     found = {
         "file": o.output,
         "bytes": file_bytes(o.output),
@@ -853,11 +853,12 @@ def _compress(o):
     )
 
 
-def _bytes_with_bases(path, base=None):
-    "The bytes of a file, and of all without which it cannot be read."
+def _bytes_below(path, base=None):
+    "The bytes of all files without which an update cannot be read."
     if (about := inspect(path, entropy=False).base) is None:
-        return file_bytes(path)
-    return file_bytes(path) + _bytes_with_bases(Path(path).parent / about["name"] if base is None else base)
+        return 0
+    below = Path(path).parent / about["name"] if base is None else base
+    return file_bytes(below) + _bytes_below(below)
 
 
 def _rounded_weights(found, tied, o):

@@ -225,7 +225,7 @@ def test_promises_are_those_of_the_settings():
     assert f"PyTorch {re.search(r'torch>=([0-9.]+)', SETTINGS['requirements'])[1]} or newer" in page
     assert f"PyTorch {re.search('^torch==([0-9.]+)', pins, re.M)[1]} on Linux" in page
     versions = {re.match(r"version(\d)", p.name)[1] for p in (ROOT / "tests/files").glob("version*.mz")}
-    assert versions == set("123456") and "there has been, 1 to 6, is read" in page
+    assert versions == set("1234567") and "there has been, 1 to 7, is read" in page
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {SETTINGS['version']}" in changes and modelzip.__version__ == SETTINGS["version"]
 
