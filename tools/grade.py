@@ -153,7 +153,7 @@ def judge(exercise, base, mine, failed, held, rounds):
     tampered = put_back(held)
     _, name = answers.stub(exercise)
     if name not in mine:
-        return "not yet", "; ".join([f"there is no {name}", *failed[-1:]])
+        return "not yet", "; ".join([f"{name} is as it was handed out, or not there", *failed[-1:]])
     space, check = answers.with_check(exercise, base)
     for n in rounds:
         verdict = check(honest(mine[name]), seed=n)
