@@ -833,10 +833,11 @@ def _compress(o):
         how += ", lossy twice: what the GGUF file holds was rounded before, and is rounded again"
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
-    needed = file_bytes(o.output) + (_bytes_below(o.output, o.base) if o.base is not None else 0)
+    size = file_bytes(o.output)
+    needed = size + (_bytes_below(o.output, o.base) if o.base is not None else 0)
     found = {
         "file": o.output,
-        "bytes": file_bytes(o.output),
+        "bytes": size,
         "bytes_with_bases": needed,
         "bytes_of_weights_before": before,
         "times_smaller": before / needed,
@@ -845,8 +846,8 @@ def _compress(o):
     }
     return Done(
         found,
-        f"{how}\n{printable(o.output)}: {found['bytes']:,} bytes, "
-        + f"{needed:,} with what it is an update of, " * (needed > found["bytes"])
+        f"{how}\n{printable(o.output)}: {size:,} bytes, "
+        + f"{needed:,} with what it is an update of, " * (needed > size)
         + f"{_times(found['times_smaller'])} than"
         + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
         + f"\nleft as they are: {', '.join(left)}" * bool(left),

@@ -188,9 +188,7 @@ def page_of(name, here):
     page = site.page_name(NBS / f"{name}.ipynb").removesuffix(".ipynb") + ".html"
     if name in pages():
         return here + page
-    settings = site.configparser.ConfigParser(delimiters=["="], interpolation=None)
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return f"{settings['DEFAULT']['doc_host']}{settings['DEFAULT']['doc_baseurl']}/{page}"
+    return f"{site.settings()['doc_host']}{site.settings()['doc_baseurl']}/{page}"
 
 
 @cache

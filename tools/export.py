@@ -10,9 +10,8 @@ What stands beside arguments comes into the docstrings (tools/docstrings.py), an
 import ast, json, sys, textwrap
 from pathlib import Path
 
-from nbdev.config import get_config
+from nbdev.config import add_init, get_config
 from nbdev.doclinks import _build_modidx, nbglob
-from nbdev.config import add_init
 from nbdev.export import nb_export
 
 from docstrings import comments, takes, with_parameters

@@ -43,7 +43,6 @@ LANGUAGES = {  # of translations, with what the site says around what a notebook
         "Solution": "解答",
     }
 }
-MARK = re.compile(r"\s*<!-- of \w+ -->\s*\Z")  # by which tools/translations.py knows what a cell translates
 TRY = re.compile(r"<!-- try: (\w+) -->")  # a cell of nothing else: what tools/site/try/ has of that name stands there
 QUARTO = re.compile(r"^\s*#\|\s*(code-[\w-]+|fig-[\w-]+|tbl-[\w-]+|layout-[\w-]+|column|echo|output|include|label)\s*:")
 
@@ -365,7 +364,7 @@ def prepare(path, where):
     if in_workshop(path):
         where = where | defined_in(path)
     for i, cell in enumerate(book["cells"]):
-        source = MARK.sub("", text(cell))
+        source = tool("translations").MARK.sub("", text(cell))
         if is_hidden(cell) or not source.strip():
             continue
         if cell["cell_type"] == "markdown" and (what := TRY.fullmatch(source.strip())):

@@ -40,17 +40,16 @@ def code_chunks(
 
 
 def flat_bytes(t: Tensor) -> Tensor:  # uint8; shares memory with a dense CPU tensor
-    t = t.detach().cpu().contiguous()
-    return t.reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(as_bytes(t), np.uint8))
 
 
 def taken(packed: Tensor, places: list[slice], bits: int, n: int) -> Tensor:  # int32 [n]
     return unpack_bits(torch.cat([packed[s] for s in places]), bits, n).to(torch.int32)
 
 
-def put(packed: Tensor, places: list[slice], codes: Tensor, bits: int) -> None:
-    "Write codes into their planes."
-    some, at = pack_bits(codes, bits), 0
+def put(packed: Tensor, places: list[slice], some: Tensor) -> None:
+    "Write some packed codes where they belong: a piece of each plane."
+    at = 0
     for s in places:
         packed[s] = some[at : at + s.stop - s.start]
         at += s.stop - s.start
@@ -115,7 +114,7 @@ def difference(
         a, b = flat_bytes(new), flat_bytes(old)
         out = torch.empty_like(a)
         for places, n in code_chunks(bits, count):
-            put(out, places, (taken(a, places, bits, n) - taken(b, places, bits, n)) % levels, bits)
+            put(out, places, pack_bits((taken(a, places, bits, n) - taken(b, places, bits, n)) % levels, bits))
         return out
     a, b, floats = as_integers(new), as_integers(old), has_floats(new)
     out = np.empty_like(a)
@@ -149,7 +148,7 @@ def add_difference(
     if bits:
         a, b = flat_bytes(out), flat_bytes(old)
         for places, n in code_chunks(bits, count):
-            put(a, places, (taken(a, places, bits, n) + taken(b, places, bits, n)) % levels, bits)
+            put(a, places, pack_bits((taken(a, places, bits, n) + taken(b, places, bits, n)) % levels, bits))
         return
     a, b, floats = as_integers(out), as_integers(old), has_floats(out)
     for i in range(0, len(a), BLOCK):

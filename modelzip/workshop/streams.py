@@ -427,6 +427,7 @@ def chunk_slices(
     bits: int,
     count: int,
     first: int,  # code with which the chunk begins
+    n: int | None = None,  # codes of the chunk; None: `CODES`, or what is left
 ) -> list[slice]:  # where its planes lie in the packed codes
     """A chunk of packed codes consists of one slice for each plane.
 
@@ -436,13 +437,15 @@ def chunk_slices(
     count : int
     first : int
         code with which the chunk begins
+    n : int | None, default None
+        codes of the chunk; None: `CODES`, or what is left
 
     Returns
     -------
     list[slice]
         where its planes lie in the packed codes
     """
-    n, out, start = min(CODES, count - first), [], 0
+    n, out, start = min(CODES, count - first) if n is None else n, [], 0
     for w in bit_planes(bits):
         out.append(slice(start + first * w // 8, start + first * w // 8 + -(-n * w // 8)))
         start += -(-count * w // 8)
