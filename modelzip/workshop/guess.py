@@ -78,7 +78,7 @@ def _number(answer, value):
     "What was measured of an answer, as a finite float."
     try:
         number = float(value)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise TypeError(f"answers[{answer!r}] is {value!r:.60}; it may be a number or a bool") from e
     if not math.isfinite(number):
         raise ValueError(f"answers[{answer!r}] is {value!r:.60}; it may be a finite number")
