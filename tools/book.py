@@ -30,6 +30,9 @@ STATIC = {
 }
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def notebooks(root=ROOT):
     """All of them: the workshop's, most of which chapters import, then the chapters. (The order is that of reading:
     every notebook runs with the modules as they were exported, so any order gives the same.)"""
@@ -51,6 +54,9 @@ def execute(path, save=True):
     client.execute(env=env)
     took = time.perf_counter() - began
     if save:
+        shown = [out.get("data", {}) for c in nb.cells for out in c.get("outputs", ())]
+        if not any(WIDGET in data for data in shown):
+            nb.metadata.pop("widgets", None)  # the state of widgets that only a test made
         nbformat.write(nb, path)
     note_time(path, took)
     return took
