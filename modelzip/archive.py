@@ -570,7 +570,7 @@ def other_format(
     }
     for kind, (reader, here) in known.items():
         if here:
-            return f"it is a file of {kind}: {reader} reads it, and in a shell `modelzip convert` makes a .mz file of it"
+            return f"it is a file of {kind}: {reader} reads it; in a shell, `modelzip convert` makes a .mz file of it"
     return ""
 
 
