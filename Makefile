@@ -37,7 +37,7 @@ lab: $(STAMP)  ## open JupyterLab on the chapters
 	cd nbs && ../$(BIN)/jupyter lab
 
 docs: $(STAMP)  ## render the site to _docs/
-	$(BIN)/python tools/site.py build
+	$(BIN)/python tools/book_site.py build
 
 paper: docs  ## the chapters as paper/modelzip.pdf and paper/modelzip.epub
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pypandoc-binary==1.17 typst==0.15.2

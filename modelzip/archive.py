@@ -335,7 +335,7 @@ def target_of(
     """
     target = os.path.realpath(path_text(path))
     if not os.path.isdir(folder := os.path.dirname(target)):
-        raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist", folder)
+        raise FileNotFoundError(errno.ENOENT, "The folder to save into does not exist; make it first", folder)
     if not os.path.lexists(target):
         return target, None
     before = os.stat(target)
@@ -542,6 +542,38 @@ def seal(
     f.write(local_header(payload))
 
 # %% ../nbs/workshop/archive.ipynb
+def other_format(
+    f: BinaryIO,
+    names: tuple | list = (),  # of the entries, where it is a zip archive
+) -> str:  # "" where nobody knows it
+    """What a file of another format is, and what reads it, in words: for whoever has taken it for one of ours.
+
+    Parameters
+    ----------
+    f : BinaryIO
+    names : tuple | list, default ()
+        of the entries, where it is a zip archive
+
+    Returns
+    -------
+    str
+        "" where nobody knows it
+    """
+    f.seek(0)
+    head, ends = f.read(10), lambda *endings: any(n.endswith(endings) for n in names)
+    known = {
+        "safetensors": ("modelzip.from_safetensors", head[8:] == b'{"'),
+        "GGUF": ("modelzip.from_gguf", head.startswith(b"GGUF")),
+        "HDF5": ("modelzip.from_hdf5", head.startswith(b"\x89HDF")),
+        "NumPy": ("modelzip.from_npz", ends(".npy")),
+        "PyTorch": ("torch.load", head.startswith(b"\x80\x02") or ends("/data.pkl")),
+    }
+    for kind, (reader, here) in known.items():
+        if here:
+            return f"it is a file of {kind}: {reader} reads it; in a shell, `modelzip convert` makes a .mz file of it"
+    return ""
+
+
 ODD = "its zip headers are not what modelzip writes: the file is damaged, or another tool has rewritten it"
 
 
@@ -565,7 +597,8 @@ def find_directory(
     demand(size >= END.size, f"it is no zip archive (only {size} bytes)" if size else "it is empty")
     f.seek(size - END.size)
     sign, _, _, _, n, _, offset, _ = END.unpack(f.read(END.size))
-    demand(sign == b"PK\5\6", "it does not end as a zip archive does: it has been cut off, or it is something else")
+    cut_off = "it does not end as a zip archive does: it has been cut off, or it is something else"
+    demand(sign == b"PK\5\6", other_format(f) or cut_off)
     if offset == MARK and size >= END.size + LOCATOR.size + END64.size:
         f.seek(size - END.size - LOCATOR.size - END64.size)
         offset = END64.unpack(f.read(END64.size))[-1]
@@ -622,10 +655,8 @@ def read_entries(
             entries.append(entry)
             rest = rest[length:]
         names = [e.name for e in entries]
-        demand(
-            "manifest.json" in names or names == [SOLID],
-            f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})",
-        )
+        other = f"it is a zip archive, but not of a model (it holds {ascii(names)[:200]})"
+        demand("manifest.json" in names or names == [SOLID], "; ".join(filter(None, [other, other_format(f, names)])))
         demand(directory(entries, offset) == found and len(set(names)) == n, ODD)
     except (struct.error, UnicodeDecodeError):
         raise PackError(ODD) from None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ from .workshop.shards import INDEX, SHARD, index_of, opened_shards, write_shards
 from .workshop.weights import MOST_BESIDE, Weights, apart, as_model, put_apart
 from .workshop.terminal import as_json, complain, draws, ending_of, fitting, printable, raised_at, reason
 from .workshop.terminal import say, tell
+from .workshop.updates import bases_of
 
 # %% ../nbs/workshop/cli.ipynb
 _all_ = ["MOST_BESIDE", "Weights", "as_model"]  # parameters by name, and nothing that they compute
@@ -391,7 +393,9 @@ def _from_builder(text):
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        model = getattr(importlib.import_module(module), name)()
+        found = _imported(module)
+        make = getattr(found, name, None)
+        model = None if make is None else make()
     except SystemExit as e:
         raise ValueError(f"{text!r} ends the program ({e}); it may return an nn.Module") from None
     except MemoryError:
@@ -400,9 +404,30 @@ def _from_builder(text):
         raise ValueError(f"{text!r} cannot be called: {type(e).__name__}: {e}{raised_at(e)}") from e
     finally:
         sys.path.remove(os.getcwd())
+    if found is None:
+        raise ValueError(f"{text!r}: there is no module {module}, neither in {os.getcwd()} nor among what is installed")
+    if make is None:
+        raise ValueError(f"{text!r}: {module} has no {name!r}{_meant(found, name)}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text!r} returns a {type(model).__name__}; it may return an nn.Module")
     return model.eval()
+
+
+def _imported(module):
+    "A module; None where there is none of that name. (One that lacks what it imports says so.)"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{module}.".startswith(f"{e.name}."):
+            raise
+        return None
+
+
+def _meant(module, name):
+    "Which of its own functions and classes somebody may have meant."
+    own = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", None) == module.__name__]
+    near = misspelt([name], *own)
+    return f"; did you mean {near[1]}?" if near else f"; it has {', '.join(own)}" * bool(own)
 
 # %% ../nbs/workshop/cli.ipynb
 def _from_gguf(path, own=None):
@@ -834,7 +859,7 @@ def _compress(o):
         how += "; its metadata (tokenizer, chat template) is left out"
         before = file_bytes(o.model)
     size = file_bytes(o.output)
-    needed = size + (_bytes_below(o.output, o.base) if o.base is not None else 0)
+    needed = size + sum(map(file_bytes, bases_of(o.output, o.base)))
     found = {
         "file": o.output,
         "bytes": size,
@@ -852,14 +877,6 @@ def _compress(o):
         + (f" {printable(o.model)} with {before:,}" if blocks else f" its {before:,} bytes of weights")
         + f"\nleft as they are: {', '.join(left)}" * bool(left),
     )
-
-
-def _bytes_below(path, base=None):
-    "The bytes of all files without which an update cannot be read."
-    if (about := inspect(path, entropy=False).base) is None:
-        return 0
-    below = Path(path).parent / about["name"] if base is None else base
-    return file_bytes(below) + _bytes_below(below)
 
 
 def _rounded_weights(found, tied, o):
@@ -1059,8 +1076,10 @@ def _run(o):
         )
     ):
         raise ValueError(f"{o.output} would replace what is read; --force does that")
-    model = load(o.model)
-    demand(isinstance(plain_layer(model), GraphModel), f"{o.model} {NO_GRAPH}")
+    if o.output:
+        target_of(o.output)  # before anything is computed
+    model = _known_or_weights(load, Path(o.model), None)
+    demand(model is not None and isinstance(plain_layer(model), GraphModel), f"{o.model} {NO_GRAPH}")
     inputs = plain_layer(model).program.plan.inputs
     given = _arrays(o.inputs, [i.name for i in inputs])
     kind = lambda t: (t.is_floating_point, t == torch.bool)
@@ -1471,7 +1490,19 @@ EXPECTED = (PackError, CodingError, ImportError, ValueError, TypeError, KeyError
 
 
 class _Parser(argparse.ArgumentParser):
-    "Whose help any terminal can show, and whose errors are a line."
+    "Whose help any terminal can show, whose errors are a line, and who takes no option for another."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        options = self._option_string_actions
+        for word in takewhile("--".__ne__, [] if self._subparsers else args):
+            given = word.partition("=")[0]
+            if given.startswith("--") and " " not in given and given not in options:
+                near = [o for o in options if o.startswith(given)] or [*(misspelt([given], *options) or ())][1:]
+                self.error(f"there is no {given}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
 
     def format_help(self):
         return fitting(super().format_help(), sys.stdout)

@@ -1,14 +1,12 @@
 """What a test in a browser needs: the site, built once; a server; Chromium with the network cut."""
 
-import fcntl, functools, http.server, importlib.util, json, os, shutil, threading
+import fcntl, functools, http.server, json, os, shutil, threading
 from pathlib import Path
 
+import book_site as site
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
-site = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(site)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1000"

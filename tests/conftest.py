@@ -8,10 +8,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-from browsing import address, browser, built, chromium  # noqa: F401, fixtures
-
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))  # what tools and tests share
 import once
+from browsing import address, browser, built, chromium  # noqa: F401, fixtures
 
 # PyTorch is imported by the tests, not here: whoever hands tests to workers runs none
 settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, database=None)

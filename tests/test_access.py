@@ -1,10 +1,12 @@
 """The site can be read by everyone: by eye in both themes and on a telephone, by ear, by keyboard (WCAG 2.2, level AA).
-What a file tells is checked on every page by tools/site.py; what only a browser sees is checked here by axe-core, on a
-page of each kind, and on all of them by `make fuzz`."""
+What a file tells is checked on every page by tools/book_site.py; what only a browser sees is checked here by axe-core,
+on a page of each kind, and on all of them by `make fuzz`."""
 
 import importlib.util, json, re
 from pathlib import Path
 
+import access
+import paper
 import pytest
 
 from browsing import ROOT, browser_only, site, wait
@@ -13,10 +15,9 @@ from modelzip.workshop.controls import control
 from modelzip.workshop.player import page as flip_book
 from test_site import EXPLORED, FIGURE, page_of
 
-access = site.access()
 KINDS = ["index", "11b_price", "workshop_controls", "api_price", "glossary"]
 PAGES = ["index", *(Path(site.page_name(p)).stem for p in (*site.chapters(ROOT / "nbs"), *site.workshop(ROOT / "nbs")))]
-PAGES = list(dict.fromkeys([*PAGES, "api", *(f"api_{name}" for name in site.api().modules())])) if FUZZ else KINDS
+PAGES = list(dict.fromkeys([*PAGES, "api", *(f"api_{name}" for name in site.api.modules())])) if FUZZ else KINDS
 
 
 # ---------------------------------------------------------------------------------- colours
@@ -257,7 +258,6 @@ def test_search_answers_questions(browser, address):
 
 
 def test_links_on_paper_lead_within_the_book_or_to_the_source():
-    paper = site.tool("paper")
     page = (
         '<main class="x"><header><h1 class="title">T</h1><div class="description">what</div></header><section id="s" class="level2">'
         '\n<h2 class="anchored">S</h2><a href="#s">1</a><a href="b.html#t">2</a><a href="workshop_c.html#u">3</a>'

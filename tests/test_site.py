@@ -122,10 +122,10 @@ def test_every_public_name_has_its_place_in_the_reference(built):
     import importlib
 
     missing = []
-    for name in site.api().modules(ROOT):
+    for name in site.api.modules(ROOT):
         page = built / f"api_{name}.html"
         places = set(re.findall(r'id="([^"]+)"', page.read_text())) if page.exists() else set()
-        here, module = site.api().public(name, ROOT), importlib.import_module(f"modelzip.{name}")
+        here, module = site.api.public(name, ROOT), importlib.import_module(f"modelzip.{name}")
         made = {n: getattr(module, n) for n in module.__all__}
         built_for_it = lambda n: callable(made[n]) and str(made[n].__module__).startswith("modelzip.workshop.")
         missing += [n for n in module.__all__ if (n in here or built_for_it(n)) and n not in places]

@@ -1,4 +1,4 @@
-"""What a page needs so that everyone can read it, by eye, ear or keyboard (WCAG 2.2, level AA). tools/site.py mends
+"""What a page needs so that everyone can read it, by eye, ear or keyboard (WCAG 2.2, level AA). tools/book_site.py mends
 rendered pages with `mend`, and its check says with `problems` and `pale` what is still in a reader's way. What only a
 browser sees, tests/test_access.py checks there."""
 
@@ -70,7 +70,7 @@ VOID = {"img", "input", "br", "hr", "meta", "link", "source", "wbr", "col"}
 
 
 class Reader:
-    "What somebody meets who has a page read to them. Fed by the parser of tools/site.py, tag by tag."
+    "What somebody meets who has a page read to them. Fed by the parser of tools/book_site.py, tag by tag."
 
     def __init__(self):
         self.silent, self.levels, self.scopeless, self.navs, self.skips, self.language = [], [], 0, [], False, ""

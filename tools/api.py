@@ -1,5 +1,5 @@
 """The reference of the library: a page for each module, made from signatures, the comments beside arguments, and
-docstrings. tools/site.py puts them into the site."""
+docstrings. tools/book_site.py puts them into the site."""
 
 import ast, functools, importlib, inspect, re
 from importlib.util import resolve_name

@@ -15,18 +15,17 @@ Nothing is executed. Cells are taken by their tags:
     essential    it is on the path of fifteen minutes through its chapter
 """
 
-import ast, importlib.util, json, re, shutil, symtable, sys, tempfile
+import ast, json, re, shutil, symtable, sys, tempfile
 from functools import cache
 from html import escape
 from pathlib import Path
 
 from nbconvert.filters import Highlight2HTML, markdown2html
 
+import book_site as site
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS, OUT, ASSETS = ROOT / "nbs", ROOT / "course", Path(__file__).resolve().parent / "course"
-spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
-site = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(site)
 text = site.text
 SOLUTION, ANSWER = (
     re.compile(r'^#\| *code-summary: *"Solution', re.M),

@@ -7,13 +7,12 @@ what readers try by scripts is left out. Links lead to chapters within the book,
 repository.
 """
 
-import importlib.util, re, sys, tempfile
+import re, sys, tempfile
 from pathlib import Path
 
+import book_site as site
+
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("modelzip_site", ROOT / "tools/site.py")
-site = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(site)
 
 GONE = (  # what only a screen has use for
     r"<script\b.*?</script>",

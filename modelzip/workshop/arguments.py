@@ -289,7 +289,9 @@ def with_names(
         return f
 
     def better(e, args, kwargs):
-        why = unknown(f, kwargs) or unfit(f, args, kwargs)
+        if why := unknown(f, kwargs):  # of what somebody has called, not of what that calls
+            return why
+        why = unfit(f, args, kwargs)
         known = why is None or "; call it" not in why and (_judged(e, plain) or _names(e, why.partition(" ")[0]))
         return None if known else why
 
@@ -377,14 +379,22 @@ def name_arguments(
 
 class CallableModule(types.ModuleType):
     """A module with a function of its own name is called like it: `modelzip.deploy` is both, whichever was imported
-    first."""
+    first. What is called is what `help`, `?` and an editor show."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
+        return _namesake(self)(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(vars(self)[self.__name__.rpartition(".")[2]])
+        return inspect.signature(_namesake(self))
+
+    @property
+    def __doc__(self) -> str | None:
+        return inspect.getdoc(_namesake(self))
+
+
+def _namesake(module):
+    return vars(module)[module.__name__.rpartition(".")[2]]
 
 # %% ../../nbs/workshop/arguments.ipynb
 def at_least(

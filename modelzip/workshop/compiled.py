@@ -8,6 +8,7 @@ __all__ = ['ARGUMENTS', 'described', 'bias_of', 'autocasting', 'rebuilt', 'integ
 
 # %% ../../nbs/workshop/compiled.ipynb
 import importlib, json, weakref
+from typing import List  # operations of PyTorch 2.6 know no `list`
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def _built(parts, names, said, bias, how):
 
 # %% ../../nbs/workshop/compiled.ipynb
 @torch.library.custom_op(f"modelzip_{__name__.rpartition('.')[2].strip('_')}::integer_layer", mutates_args=())
-def integer_layer(x: Tensor, parts: list[Tensor], names: str, said: str, bias: Tensor | None, how: str) -> Tensor:
+def integer_layer(x: Tensor, parts: List[Tensor], names: str, said: str, bias: Tensor | None, how: str) -> Tensor:
     "The forward pass of a layer, as one opaque operation of a graph."
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y = rebuilt(parts, names, said, bias, how).forward(x)

@@ -8,7 +8,7 @@ __all__ = ['trace', 'input_names']
 # %% ../../nbs/workshop/graph_tracing.ipynb
 import functools, itertools, keyword, operator, re, warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, List  # operations of PyTorch 2.6 know no `list`
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,7 +31,7 @@ COUNT = itertools.count()
 
 
 @torch.library.custom_op("modelzip_graph::call", mutates_args=())
-def layer_call(inputs: list[Tensor], number: int) -> list[Tensor]:
+def layer_call(inputs: List[Tensor], number: int) -> List[Tensor]:
     "A call of a layer; it is never run, only followed."
     raise RuntimeError("a layer that stands in a traced graph has no numbers")
 

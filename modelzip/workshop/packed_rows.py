@@ -7,6 +7,7 @@ __all__ = ['QEmbedding']
 
 # %% ../../nbs/workshop/packed_rows.ipynb
 import json
+from typing import List  # operations of PyTorch 2.6 know no `list`
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def _byte_rows(parts, shape, rows):
 
 
 @torch.library.custom_op("modelzip_kernels::fetched", mutates_args=())
-def _fetched(rows: Tensor, parts: list[Tensor], names: str, said: str) -> Tensor:
+def _fetched(rows: Tensor, parts: List[Tensor], names: str, said: str) -> Tensor:
     "Rows of a packed table, as one operation of a compiled or exported graph, to which the table belongs."
     meta = json.loads(said)
     q = CompressedTensor.kinds[meta.pop("kind")].from_parts(dict(zip(names.split(","), parts)), meta)

@@ -382,7 +382,8 @@ def to_html(
     path: str | os.PathLike[str],  # file to write; its folder must exist
     title: str = "Smaller and faster, measured",  # heading of the page
 ) -> Path:  # the same path
-    """Write the table and the Pareto picture as one self-contained page without scripts.
+    """Write the table and the Pareto picture as one self-contained page without scripts. Without matplotlib the
+    picture is left out, and a line says so.
 
     Parameters
     ----------
@@ -396,8 +397,11 @@ def to_html(
     Path
         the same path
     """
-    caption = "Up and to the left is better. Bars: 95 % interval of the accuracy (Wilson)."
-    parts = dict(title=escape(title), table=as_html(self), picture=svg_of(self.pareto()), caption=caption)
+    try:
+        picture, caption = svg_of(self.pareto()), "Up and to the left is better. Bars: 95 % interval (Wilson)."
+    except ImportError as e:
+        picture, caption = "", f"A picture is left out: {escape(str(e))}"
+    parts = dict(title=escape(title), table=as_html(self), picture=picture, caption=caption)
     write_whole(path, PAGE.format(**parts))
     return Path(path)
 

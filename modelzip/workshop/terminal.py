@@ -147,7 +147,7 @@ def raised_at(e: BaseException) -> str:  # " (file.py, line 3)"
     str
         " (file.py, line 3)"
     """
-    frames = traceback.extract_tb(e.__traceback__)
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith("<frozen ")]
     return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
 

@@ -216,7 +216,7 @@ def found_base(
     demand(
         base is not None or os.path.exists(where),
         f"it is an update of {quoted(about['name'])} with the content {about['content'][:16]}…, which is not beside it;"
-        " put it there, or say where it is: load(path, base=…)",
+        " put it there, or say in Python where it is: load(path, base=…)",
     )
     with open_base(where, depth, about["content"]) as b:
         yield b
@@ -277,6 +277,31 @@ def based(
     """
     with chain(manifest, rows, path, base, 1) as (rows, _):
         yield rows
+
+
+def bases_of(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,  # where its base is, if it has one; None: beside it
+) -> list[str]:  # paths; none of a file that is no update
+    """All files without which a file cannot be read.
+
+    Parameters
+    ----------
+    path : str | os.PathLike
+    base : str | os.PathLike | None, default None
+        where its base is, if it has one; None: beside it
+
+    Returns
+    -------
+    list[str]
+        paths; none of a file that is no update
+    """
+    with open_file(path) as file:
+        manifest, rows, _ = read_manifest(as_mapped(file))
+        if "base" not in manifest:
+            return []
+        with chain(manifest, rows, path, base, 1) as (_, below):
+            return below
 
 
 @contextmanager

@@ -9,7 +9,7 @@ __all__ = ['shallow_copy', 'set_parameter', 'settle', 'Wrapper', 'innermost', 'w
 # %% ../../nbs/workshop/wrapping.ipynb
 import inspect, json, sys, textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, List  # operations of PyTorch 2.6 know no `list`
 
 import torch
 from fastcore.basics import patch
@@ -233,7 +233,7 @@ def expand_operation(
     """
 
     @torch.library.custom_op(f"modelzip_{home.rpartition('.')[2].strip('_')}::expand", mutates_args=())
-    def expand(parts: list[Tensor], names: str, said: str) -> Tensor:
+    def expand(parts: List[Tensor], names: str, said: str) -> Tensor:
         meta = json.loads(said)
         y = kinds[meta.pop("kind")].of_checked(dict(zip(names.split(","), parts)), meta).dequantize()
         return y.clone() if any(y.data_ptr() == p.data_ptr() for p in parts) else y

@@ -1,7 +1,7 @@
 """The site: saved notebooks → pages that need no kernel and no network.
 
-    python tools/site.py build [folder]     render nbs/ to _docs/ (or to the folder)
-    python tools/site.py check [folder]     what is wrong with it: links, network, figures, math, hidden cells, sizes
+    python tools/book_site.py build [folder]     render nbs/ to _docs/ (or to the folder)
+    python tools/book_site.py check [folder]     what is wrong with it: links, network, figures, math, hidden cells, sizes
 
 Nothing is executed: a page shows what its notebook has saved. Chapters, translations and the workshop's notebooks lie
 side by side on the site: nbs/workshop/explore.ipynb is workshop_explore.html, nbs/zh/90_article.ipynb is
@@ -15,7 +15,7 @@ try for themselves, with the scripts try.js beside it and mz.js, a second reader
 live.js, and weights.js with numbers of a real model.
 """
 
-import ast, base64, configparser, importlib.util, json, re, shutil, subprocess, sys, tempfile
+import ast, base64, configparser, json, re, shutil, subprocess, sys, tempfile
 from functools import cache, cached_property
 from html import escape, unescape
 from html.parser import HTMLParser
@@ -24,6 +24,9 @@ from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
 import yaml
+
+import access, api
+from translations import MARK
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(__file__).resolve().parent / "site"
@@ -185,7 +188,7 @@ def defined_in(path):
 def symbols(folder):
     """Where each name is defined that a reader may meet: all that chapters export, and what of the workshop is public.
     (Names that only the workshop uses, such as `page`, are words elsewhere.)"""
-    users = set().union(*(api().public(name) for name in api().modules()))
+    users = set().union(*(api.public(name) for name in api.modules()))
     built = {n: place for path in workshop(folder) for n, place in defined_in(path).items() if n in users}
     return built | {n: place for path in chapters(folder) for n, place in defined_in(path).items()}
 
@@ -196,25 +199,6 @@ def titles(folder):
         "".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"
     )
     return {page_name(p): (front_matter(first(p))[0] or {"title": p.stem})["title"] for p in notebooks(folder)}
-
-
-@cache
-def tool(name):
-    "A file beside this one as a module."
-    spec = importlib.util.spec_from_file_location(f"modelzip_{name}", Path(__file__).resolve().parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def api():
-    "What makes the reference."
-    return tool("api")
-
-
-def access():
-    "What pages need so that everyone can read them."
-    return tool("access")
 
 
 def front_matter(source):
@@ -364,7 +348,7 @@ def prepare(path, where):
     if in_workshop(path):
         where = where | defined_in(path)
     for i, cell in enumerate(book["cells"]):
-        source = tool("translations").MARK.sub("", text(cell))
+        source = MARK.sub("", text(cell))
         if is_hidden(cell) or not source.strip():
             continue
         if cell["cell_type"] == "markdown" and (what := TRY.fullmatch(source.strip())):
@@ -573,7 +557,7 @@ def stage(nbs, folder):
             "---\ntitle: modelzip\n---\n" + "".join(f"- [{p.stem}]({p.name})\n" for p in chapters(nbs)),
             encoding="utf-8",
         )
-    reference = api().pages(where, names, documentation)
+    reference = api.pages(where, names, documentation)
     for name, page in reference.items():
         (folder / name).write_text(page, encoding="utf-8")
     quarto = config(present | reference.keys(), names)
@@ -626,7 +610,7 @@ def by_smalldocs(folder, out):
         print("warning:", warning, file=sys.stderr)
     shutil.copytree(ASSETS / "katex", out / KATEX)
     for page in out.glob("*.html"):
-        html = spoken(access().mend(punctuated(hang(page.read_text(encoding="utf-8")))))
+        html = spoken(access.mend(punctuated(hang(page.read_text(encoding="utf-8")))))
         html = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist(/contrib)?", KATEX, html)
         page.write_text(re.sub(r'<script src="[^"]*fuse\.min\.js"></script>', "", html), encoding="utf-8")
     for css in out.glob("site_libs/**/*.css"):
@@ -744,7 +728,7 @@ def own_search(out):
     theirs = script.read_text(encoding="utf-8")
     kept = re.sub(r"  // ---- search\n.*?(?=  // the keys that focus search)", "", theirs, flags=re.S)
     if kept == theirs:
-        raise SystemExit("smalldocs.js has its search elsewhere: adapt own_search in tools/site.py")
+        raise SystemExit("smalldocs.js has its search elsewhere: adapt own_search in tools/book_site.py")
     script.write_text(kept + (ASSETS / "reading.js").read_text(encoding="utf-8"), encoding="utf-8")
 
 
@@ -831,7 +815,7 @@ class Page(HTMLParser):
         self.path, self.raw = path, path.read_text(encoding="utf-8")
         self.links, self.loads, self.ids, self.math, self.figures = [], [], set(), 0, 0
         self.code, self.words, self.scripts, self.styles = [], [], [], []
-        self.reader = access().Reader()
+        self.reader = access.Reader()
         self._inside, self._main = [], 0
         self.feed(COLOURED.sub(r"\1", self.raw))
 
@@ -976,8 +960,8 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
         return [f"{out} has no index.html: build it first"]
     problems = list(stylesheets(out))
     for sheet in THEMES:
-        colours = access().variables((ASSETS / sheet).read_text(encoding="utf-8"))
-        problems += [f"{sheet}: {p}" for p in access().pale(colours)]
+        colours = access.variables((ASSETS / sheet).read_text(encoding="utf-8"))
+        problems += [f"{sheet}: {p}" for p in access.pale(colours)]
 
     @cache  # two hundred pages have the same two hundred links
     def find(path):
@@ -988,7 +972,7 @@ def check(out=ROOT / "_docs", nbs=ROOT / "nbs"):
     books = {Path(page_name(p)).stem: p for p in notebooks(nbs)}
     for name, page in pages.items():
         found = [*broken_links(page, pages, out, find), *outside(page, out)]
-        found += access().problems(page.reader, page.raw)
+        found += access.problems(page.reader, page.raw)
         if Path(name).stem in books:
             found += against_notebook(page, books[Path(name).stem])
         if (size := sum(map(len, page.explorers))) > EXPLORERS:
