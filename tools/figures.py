@@ -16,6 +16,7 @@ LEAST = 11  # pixels of a letter, on a telephone, too
 USUAL = 12  # pixels of the smallest letters that nbs/matplotlibrc sets, as in legends: what a PNG is taken to have
 PAGE, INK = "var(--bs-body-bg, Canvas)", "currentColor"
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+NOTHING = [], {}  # the polygons and the style of a path that is not there
 POINT = 96 / 72  # pixels of a page in the point that a figure is measured in
 
 # ------------------------------------------------------------------------------------------------ what lies where
@@ -67,8 +68,8 @@ def middle(element, shift):
     return (x + along * math.cos(angle) - up * math.sin(angle), y + along * math.sin(angle) + up * math.cos(angle))
 
 
-def shapes(element, style, drawn):
-    "The polygons that an element fills. `drawn`: paths that others refer to, by id."
+def shapes(element, drawn):
+    "The polygons that an element fills. `drawn`: paths that others refer to, by id, each with its style."
     if element.tag == "image":
         x, y, wide, high = (float(element.get(k, "0").removesuffix("px")) for k in ("x", "y", "width", "height"))
         flipped = re.search(rf"scale\(1 -1\) translate\(0 ({NUMBER})\)", element.get("transform", ""))
@@ -76,7 +77,7 @@ def shapes(element, style, drawn):
         return [[(x, y), (x + wide, y), (x + wide, y + high), (x, y + high)]]
     if element.tag == "use":
         x, y = float(element.get("x", 0)), float(element.get("y", 0))
-        held = drawn.get(element.get("href", "")[1:], [])
+        held, _ = drawn.get(element.get("href", "")[1:], NOTHING)
         return [[(x + a, y + b) for a, b in part] for part in held]
     return corners(element.get("d")) if element.tag == "path" else []
 
@@ -112,7 +113,7 @@ def coloured(root):
                 mixed[told[name][4:-1]] = how
         element.set("style", ";".join(f"{k}:{v}" for k, v in told.items()))
 
-    drawn = {e.get("id"): corners(e.get("d")) for e in root.iter("path") if e.get("id")}
+    drawn = {e.get("id"): (corners(e.get("d")), style_of(e)) for e in root.iter("path") if e.get("id")}
     grounds = []  # polygons, each with whether it keeps its colour, the last one on top
 
     def visit(element, shift, defined):
@@ -129,11 +130,12 @@ def coloured(root):
                 for part in element.iter():
                     recoloured(part, style_of(part), text=True)
             return
-        fill = style.get("fill", "#000000" if element.tag in ("path", "use") else "none")
-        seen = float(style.get("fill-opacity", 1)) * float(style.get("opacity", 1))
+        all_of_it = {**drawn.get(element.get("href", "")[1:], NOTHING)[1], **style}
+        fill = all_of_it.get("fill", "#000000" if element.tag in ("path", "use") else "none")
+        seen = float(all_of_it.get("fill-opacity", 1)) * float(all_of_it.get("opacity", 1))
         if not defined and (element.tag == "image" or fill != "none" and seen >= 0.5):
             kept = element.tag == "image" or is_colour(fill)
-            grounds.extend((polygon, kept) for polygon in shapes(element, style, drawn))
+            grounds.extend((polygon, kept) for polygon in shapes(element, drawn))
         if style:
             recoloured(element, style)
         for inner in element:
@@ -212,13 +214,13 @@ def frame(html):
 
 def explorer(html):
     "An explorer as a notebook keeps it, with the figures of all its frames as elements of the page."
-    first, end = '<div class="mz-frame" aria-live="polite">', "</div><script>"
-    before, _, rest = html.partition(first)
-    now, _, script = rest.partition(end)
 
     def turned(found):
-        held = json.loads(found[1])
-        text = json.dumps([f and frame(f) for f in held], ensure_ascii=False, separators=(",", ":"))
-        return " frames = " + text.replace("</", "<\\/").replace("<!", "\\u003c!") + ";\n"
+        held = [f and frame(f) for f in json.loads(found[1])]
+        text = json.dumps(held, ensure_ascii=False, separators=(",", ":"))
+        return " frames = " + text.replace("</", r"<\/").replace("<!", r"\u003c!") + ";\n"
 
-    return before + first + frame(now) + end + re.sub(r" frames = (\[.*\]);\n", turned, script, count=1)
+    shown = re.sub(
+        r'(?<=<div class="mz-frame" aria-live="polite">).*?(?=</div><script>)', lambda m: frame(m[0]), html, flags=re.S
+    )
+    return re.sub(r" frames = (\[.*\]);\n", turned, shown, count=1)
