@@ -72,8 +72,10 @@ _all_ = ["Control", "MAX_BYTES", "MAX_FRAMES", "frame"]
 def form_for(
     f: Callable,  # the function of an explorer
     controls: list[Control],  # what turns it
+    limit: int = MAX_BYTES,  # bytes that the different frames may take
 ) -> tuple[str, dict[tuple, str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
-    """The format that makes a sample of frames smaller; all frames take the same, so that they look alike.
+    """Strokes, unless they take over `SHARP` times the bytes of pixels, or too many for the page; all frames take the
+    same, so that they look alike.
 
     Parameters
     ----------
@@ -81,6 +83,8 @@ def form_for(
         the function of an explorer
     controls : list[Control]
         what turns it
+    limit : int, default MAX_BYTES
+        bytes that the different frames may take
 
     Returns
     -------
@@ -95,8 +99,13 @@ def form_for(
             drawn[positions] = frame_in(f, values, "png", "svg")
         if drawn[positions]["png"] == drawn[positions]["svg"]:
             break  # no figure in it
-    form = min(("png", "svg"), key=lambda form: sum(len(drawn[p][form]) for p in sample if p in drawn))
+    strokes, pixels = (sum(len(both[form].encode()) for both in drawn.values()) for form in ("svg", "png"))
+    fits = strokes <= pixels or strokes / len(drawn) * math.prod(map(len, controls)) < limit
+    form = "svg" if strokes <= SHARP * pixels and fits else "png"
     return form, {p: both[form] for p, both in drawn.items()}
+
+
+SHARP = 2  # times the bytes of pixels that strokes may take: they are sharp at any size, and take a page's colours
 
 
 def publish(
@@ -120,7 +129,7 @@ def publish(
     str
         one piece of HTML, the same whenever `f` returns the same
     """
-    form, ready = form_for(f, controls)
+    form, ready = form_for(f, controls, limit)
     return page(controls, *table(f, controls, form, limit, ready), name_of(f))
 
 # %% ../nbs/workshop/explore.ipynb
@@ -325,7 +334,7 @@ class Explorer:
             one piece of HTML, the same whenever the function returns the same
         """
         if self._html is None or self._size > limit:
-            form, ready = form_for(self.f, self.controls)
+            form, ready = form_for(self.f, self.controls, limit)
             frames, order = table(self.f, self.controls, form, limit, ready)
             self._html, self._size = (
                 self.asked(page(self.controls, frames, order, name_of(self.f))),

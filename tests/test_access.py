@@ -81,6 +81,55 @@ def test_figures_have_a_text_and_a_size(tmp_path):
     assert found == ["a &quot;line&quot;", "b"] and problems == [] and "fig-alt" not in page
 
 
+DRAWN = """<svg xmlns:xlink="http://www.w3.org/1999/xlink" width="72pt" height="36pt" viewBox="0 0 72 36"
+xmlns="http://www.w3.org/2000/svg" version="1.1"><defs><style type="text/css">*{stroke-linejoin: round}</style></defs>
+<g><path d="M 0 36 L 72 36 L 72 0 L 0 0 z" style="fill: #ffffff"/>
+<path id="bar" d="M 0 20 L 30 20 L 30 0 L 0 0 z" style="fill: #0072b2"/>
+<path d="M 40 20 L 70 20 L 70 0 L 40 0 z" style="fill: #0072b2; fill-opacity: 0.2"/>
+<path d="M 0 30 L 72 30" clip-path="url(#bar)" style="fill: none; stroke: #b2b2b2"/><use xlink:href="#bar" x="0" y="0"/>
+<text style="font: 10px 'DejaVu Sans', sans-serif; text-anchor: middle" x="15" y="12">on</text>
+<text style="font: 10px 'DejaVu Sans', sans-serif; text-anchor: middle" x="55" y="12">tint</text>
+<text style="font: 8px 'DejaVu Sans', sans-serif; fill: #d55e00" x="40" y="34">said</text>
+<text x="66" y="30" transform="rotate(-90 66 30)" style="font: 10px sans-serif; fill: #ffffff">up</text></g></svg>"""
+
+
+def test_figures_take_the_colours_of_their_page():
+    """Black, white and greys are the page's, and what is written in a colour is told from it; a coloured ground stays, and
+    what is written on it."""
+    made = site.figures().in_page(DRAWN, 'a "bar"')
+    style = lambda word: re.search(rf"<text ([^>]*)>{word}<", made)[1]
+    assert "fill:" not in style("on") and 'fill="#000000"' in style("on")
+    assert "fill" not in style("tint") and "fill:var(--mz-d55e00)" in style("said")
+    assert (
+        "fill:var(--mz-0)" in style("up") and "fill:#0072b2;fill-opacity:0.2" in made and "stroke:var(--mz-30)" in made
+    )
+    head = re.match(r"<svg [^>]*>", made)[0]
+    for mixed in (
+        "--mz-0:color-mix(in srgb, currentColor 0%,",
+        "--mz-30:color-mix(",
+        "--mz-d55e00:color-mix(in srgb, #d55",
+    ):
+        assert mixed in head
+    assert 'fill="currentColor"' in head and 'aria-label="a &quot;bar&quot;"' in head and "<style" not in made
+    assert "--least:99px" in head and 'width="99" height="50"' in head  # 8 points are 11 pixels where 72 are 99
+    (name,) = set(re.findall(r'id="(\w+)"', made))
+    assert f'href="#{name}"' in made and f"url(#{name})" in made and "bar" in name != "bar"
+
+
+def test_frames_of_explorers_take_the_colours_of_their_page():
+    from modelzip.workshop.frames import img
+    from modelzip.workshop.pictures import data_uri
+
+    held = [img(data_uri(DRAWN.encode(), "image/svg+xml"), said, "96px") for said in ("a</b", "c")]
+    pixels = img("data:image/png;base64,AAAA", "grey", "120px")
+    made = site.figures().explorer(flip_book([control("n", [1, 2, 3])], [*held, pixels], [0, 1, 2]))
+    first, _, script = made.partition("<script>")
+    assert '<svg role="img" aria-label="a&lt;/b"' in first and "data:image/svg" not in made
+    later = json.loads(re.search(r" frames = (\[.*\]);\n", script)[1])
+    assert later[0] is None and later[1].startswith('<svg role="img" aria-label="c"')
+    assert 'style="width:120px;--least:110px"' in later[2] and "</" not in script.partition("</script>")[0]
+
+
 def test_tables_say_of_what_their_headers_are():
     made = access.table(
         "<table><thead><tr><th></th><th>bits</th></tr></thead><tbody><tr><th>a</th><td>1</td></tr></tbody></table>"

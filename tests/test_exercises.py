@@ -32,12 +32,10 @@ def attempt(source, space):
 
 
 WRONG = {
-    "00_data:check_count": [
-        ("lambda s: sum(a * b for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # no biases
-        ("lambda s: sum(a * b + a for a, b in zip(s, s[1:]))", "2 · (3 + 1) = 8"),  # one for each input
-        ("lambda s: s[1] * (s[0] + 1)", "so have PyTorch's"),  # the first layer alone
-        ("{(3, 2): 8, (784, 300, 100, 10): 266_610}.get", "get([3, 2]) raised TypeError: unhashable type: 'list'"),
-        ("lambda s: {2: 8, 4: 266_610}.get(len(s), 0)", "so have PyTorch's"),  # a lookup
+    "00_data:check_seen_in_an_epoch": [
+        ("lambda: 0.99", "1/e"),
+        ("lambda: 0.368", "1/e"),
+        ("lambda: 'most'", "write down"),
     ],
     "00_data:check_pool": [
         (
@@ -69,15 +67,10 @@ WRONG = {
         ),  # p ignored
         ("lambda p, n, k: {1: 0, 2: .05887, 40: .01202}[k]", "accuracy, examples and models all matter"),  # a lookup
     ],
-    "01_measure:check_per_example": [
-        ('lambda ms, batch: ms * 1000 // batch', "so many µs each, if 16 take 1 ms"),
-        ('lambda ms, batch: round(ms * 1000 / batch)', "so many µs each, if 16 take 1 ms"),
-        ("lambda ms, batch: ms / batch", "so many µs each, if 1 take 2 ms"),
-        ("lambda ms, batch: ms * 1000", "so many µs each, if 64 take 6.4 ms"),
-        (
-            "lambda ms, batch: {1: 2000, 64: 100}.get(batch, 0)",
-            "so many µs each, if 16 take 1 ms",
-        ),  # milliseconds ignored
+    "01_measure:check_none_wrong": [
+        ("lambda: 0", "z² / (n + z²)"),
+        ("lambda: 1", "z² / (n + z²)"),
+        ("lambda: 9.8", "z² /"),
     ],
     "01_measure:check_cost": [
         ("lambda w, bits, group, scale, header: bits + 8 * header / w", "the header is given in bytes"),
@@ -275,13 +268,7 @@ WRONG = {
             "take 1.2075 bits",
         ),  # rounded
     ],
-    "04_symbols:check_worth": [
-        ("lambda H: math.ceil(25 / H)", "at 0.5 bits each, 50 symbols"),  # a tie saves nothing
-        ("lambda H: round(25 / H)", "at 4.7 bits each, 5 symbols"),
-        ("lambda H: math.floor(25 / H) + 2", "at 4.7 bits each, 6 symbols take more than 25 bits already"),
-        ("lambda H: 25 / H + 1e-9", "yours(4.7): expected a whole number, yours is 5.31915, a float"),
-        ("lambda H: {4.7: 6, 3.6: 7, 1.05: 24, 0.5: 51, 8.0: 4, 5.0: 6, 12.5: 3}.get(H, 6)", "bits each"),  # a lookup
-    ],
+    "04_symbols:check_one_in_a_hundred": [("lambda: 0.01", "0.01 · log₂ 100"), ("lambda: 0.15", "0.01 · log₂ 100")],
     "04_symbols:check_breaks": [
         ("lambda: [1, 1]", "0.000 bits a symbol more"),
         ("lambda: [9, 1]", "0.531 bits a symbol more"),
@@ -468,21 +455,7 @@ WRONG = {
         ),
         ("lambda arrays: {'embed', 'out', 'again'}", "'out' and 'again' repeat 'embed'"),
     ],
-    "06_integers:check_longest": [
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) * (2 ** a - 1))", "and one more would fit"),
-        ("lambda w, a, c: 2 ** c // ((2 ** (w - 1) - 1) * (2 ** a - 1))", "may overflow"),  # the accumulator has a sign
-        ("lambda w, a, c: 66_311 if c == 32 else 1", "activations of 1, a sum of 8: 1 terms, and one more would fit"),
-        ("lambda w, a, c: 2 ** (c - 1) // ((2 ** (w - 1) - 1) * (2**a - 1))", "a sum of 8: 128 terms may overflow"),
-        ("lambda w, a, c: (2 ** (c - 1) - 1) // (2 ** (w - 1) - 1) // 255", "a sum of 8: 0 terms, and one more"),
-        (
-            "lambda w, a, c: (2 ** (c - 1) - 1) / ((2 ** (w - 1) - 1) * (2**a - 1))",
-            "yours(8, 8, 32): expected a whole number, yours is 66311.1, a float",
-        ),  # no whole number
-        (
-            "lambda w, a, c: {(8, 8, 32): 66_311, (2, 1, 8): 127, (8, 8, 16): 1}.get((w, a, c), 312)",
-            "a sum of",
-        ),  # a lookup
-    ],  # activations of 8 bits always
+    "06_integers:check_both": [("lambda: 2", "add in squares"), ("lambda: 1", "add in squares")],
     "06_integers:check_affine": [
         ("lambda q, u, t, z: q @ u", "with zero points 0 of the weight and 7"),
         ("lambda q, u, t, z: q @ u - z * q.sum(1) - t * u.sum()", "with zero points 3 of the weight and 7"),
@@ -577,12 +550,7 @@ WRONG = {
             "lamp([3, -1, 2, 0.5] of shape (2, 2)) has changed its argument 1:",
         ),
     ],
-    "07b_prune:check_break_even": [
-        ("lambda bits: 1 / bits", "at 1 bits"),
-        ("lambda bits: 1.", "at 1 bits"),
-        ("lambda bits: 0.5", "at 1 bits"),
-        ("{1: 0.0, 2: 0.5, 4: 0.75, 32: 31 / 32}.get", "get(8): expected a number, yours is None"),  # a lookup
-    ],
+    "07b_prune:check_skipped": [("lambda: 0.9", "one survivor"), ("lambda: 0.1**16", "one survivor")],
     "07b_prune:check_places": [
         ("lambda codes, b: [sum(codes[:i + 1]) for i in range(len(codes))]", "the first places are"),
         (
@@ -845,33 +813,7 @@ WRONG = {
         ("lambda N, c: 1 + (N > 127) + (N > 254)", "N = 1000 in 3 places"),  # for 8 bits alone
         ("lambda N, c: N / c", "at least one"),
     ],
-    "10_ranges:check_rule": [
-        (
-            "lambda statistics, limit: lambda name, layer: {'bits': 5} if isinstance(layer, nn.Embedding) else {'bits': 8} if name in statistics and output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(), statistics[name]) > limit else {}",
-            'pooler, which nobody called',
-        ),
-        (
-            "lambda statistics, limit: lambda name, layer: {} if name not in statistics else {'bits': 8}",
-            "words has no statistics and gets 5 bits",
-        ),
-        (
-            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 4}",
-            "blocks.0.attention.query has the error 0.0031",
-        ),
-        (
-            "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
-            " if 'down' in name or 'up' in name else {}",
-            "with the limit",
-        ),  # whatever the limit is
-        (
-            (
-                "lambda statistics, limit: lambda name, layer: {'bits': 5} if name not in statistics else {'bits': 8}"
-                " if output_error(layer.weight, nearest_weight(layer.weight, statistics[name]).dequantize(),"
-                " statistics[name]) > 1e-3 else {}"
-            ),
-            "with the limit",
-        ),
-    ],
+    "10_ranges:check_loud": [("lambda: 1", "the other half is"), ("lambda: 50", "the other half is")],
     "11_lsq:check_gradient": [
         ("lambda w, s, low, high: round(w / s) - w / s", "clipped: the code itself"),
         ("lambda w, s, low, high: min(max(w / s - round(w / s), low), high)", "inside: how far it was rounded"),
@@ -895,14 +837,10 @@ WRONG = {
             "codes from 0 to 15",
         ),
     ],
-    "11_lsq:check_reach": [
-        ("lambda step, zero, bits: (0, (2 ** bits - 1) * step, 5)", "−1 / 0.2 + zero = 0"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - zero) * step, 5)", "−1 / 0.2 + zero = 0"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 8)", "−1 / 0.2 + zero = 0"),
-        ("lambda step, zero, bits: (-1., 2., round(1 / step))", "−1 / 0.25 + zero = 0"),
-        ("lambda step, zero, bits: (-zero * step, 2, round(1 / step))", "−1 / 0.25 + zero = 0"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, 5)", "−1 / 0.25 + zero = 0"),
-        ("lambda step, zero, bits: (-zero * step, (2 ** bits - 1 - zero) * step, bits + 1)", "−1 / 0.5 + zero = 0"),
+    "11_lsq:check_neither": [
+        ("lambda: 0.5", "it *is* 0.3"),
+        ("lambda: 0", "it *is* 0.3"),
+        ("lambda: 0.7", "it *is* 0.3"),
     ],
     "11_lsq:check_progressive": [
         (
@@ -1572,8 +1510,10 @@ def test_every_chapter_has_exercises():
 
 KINDS = ("code", "predict", "explain", "break it")
 NOTHING_TO_PREDICT = {  # chapters that ask for no guess yet: whoever makes room for one takes the chapter off
-    *("00_data", "01_measure", "04_symbols", "04b_coding", "06_integers", "07b_prune", "10_ranges"),
-    *("10b_ptq", "10c_static", "11_lsq", "11c_trellis"),
+    "04b_coding",
+    "10b_ptq",
+    "10c_static",
+    "11c_trellis",
 }
 
 
@@ -1673,7 +1613,7 @@ EXEMPT = {  # what a check need not notice: a kind of wrong answer, or the begin
 
 
 SLOW = {  # each question of these takes a tenth of a second
-    *("05_pack:check_read_one", "05_pack:check_wrong", "08b_structured:check_slimming", "10_ranges:check_rule"),
+    *("05_pack:check_read_one", "05_pack:check_wrong", "08b_structured:check_slimming"),
     *("11_lsq:check_progressive", "14_tour:check_mixed"),
 }
 
@@ -1706,7 +1646,6 @@ ALSO_RIGHT = {  # answers of another form than the solution's: other libraries, 
         "lambda q, u, t, z: (v := u.numpy() - z) @ q.numpy().T - t * v.sum()",
         "lambda q, u, t, z: torch.mv(q, u) - z * torch.sum(q, 1) - t * u.sum() + q.shape[1] * t * z",
     ],
-    "07b_prune:check_break_even": ["lambda bits: 1 - torch.tensor(1 / bits)", "lambda bits: np.float32(1 - 1 / bits)"],
     "03_rounding:check_step": [
         "lambda largest, bits: torch.tensor(largest) / (2 ** (bits - 1) - 1)",
         "lambda largest, bits: np.float32(largest) / np.float32(2 ** (bits - 1) - 1)",
@@ -1720,10 +1659,6 @@ ALSO_RIGHT = {  # answers of another form than the solution's: other libraries, 
             "lambda c, m: -(torch.tensor(c) / sum(c) * (torch.tensor(m) / sum(m)).log2()).sum()"  # in float32
         ),
         "lambda c, m: float(np.dot(c, -np.log2(np.array(m) / sum(m))) / sum(c))",
-    ],
-    "04_symbols:check_worth": [
-        "lambda H: next(n for n in range(1, 999) if n * H > 25)",
-        "lambda H: np.int64(np.floor(25 / H)) + 1",
     ],
     "04_symbols:check_breaks": ["lambda: [10**20, 1]", "lambda: np.array([999, 1])", "lambda: (1, 500, 1)"],
     "10c_static:check_fixed_point": [

@@ -113,7 +113,7 @@ def problems(reader, raw):
     for what in reader.silent:
         yield f"a figure without a text that stands for it ({what}…): write `#| fig-alt:` into its cell"
     turned = "".join(line for line in raw.splitlines() if " frames = [" in line)  # what explorers show later
-    if n := len(re.findall(r'<img(?![^>]* alt=\\"[^"\\])', turned)):
+    if n := len(re.findall(r'<img(?![^>]* alt=\\"[^"\\])|<svg(?![^>]* aria-label=\\"[^"\\])', turned)):
         yield f"{n} frames of explorers without a text that stands for them: the first line of the function's docstring"
     if reader.levels[:1] != [1] or reader.levels.count(1) != 1:
         yield f"has {reader.levels.count(1)} headings of the first level: one stands first"

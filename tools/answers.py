@@ -163,10 +163,4 @@ SETUP = {
         net = LeNet5().eval()
         with torch.no_grad(): net.fc1.weight.mul_(4)"""
     ),
-    "10_ranges": (
-        """
-        from modelzip.data import MiniLM, seeded
-        with seeded(0): model = MiniLM(words=50, width=32, layers=1, heads=4, hidden=64, length=16).eval()
-        statistics = calibrate(model, [torch.arange(48).reshape(4, 12)])"""
-    ),
 }

@@ -50,6 +50,7 @@ def execute(path, save=True):
         kernel_name="python3",
         coalesce_streams=True,
         resources={"metadata": {"path": str(ROOT / "nbs")}},
+        extra_arguments=["--InlineBackend.figure_formats={'png','svg'}"] * save,
     )
     client.execute(env=env)
     took = time.perf_counter() - began
@@ -57,9 +58,26 @@ def execute(path, save=True):
         shown = [out.get("data", {}) for c in nb.cells for out in c.get("outputs", ())]
         if not any(WIDGET in data for data in shown):
             nb.metadata.pop("widgets", None)  # the state of widgets that only a test made
+        drawn_once(nb)
         nbformat.write(nb, path)
     note_time(path, took)
     return took
+
+
+def drawn_once(nb):
+    """Keep each figure in one form: as strokes, to which the site gives its colours (tools/figures.py), or as pixels where
+    strokes take over SHARP times as much."""
+    sys.path.insert(0, str(ROOT))
+    from modelzip.explore import SHARP
+    from modelzip.workshop.pictures import compact_svg
+
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if {"image/png", "image/svg+xml"} <= data.keys():
+                strokes = compact_svg(data["image/svg+xml"].encode()).decode()
+                data["image/svg+xml"] = strokes
+                del data["image/png" if len(strokes) <= SHARP * len(data["image/png"]) else "image/svg+xml"]
 
 
 def key_of(path):

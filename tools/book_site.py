@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import yaml
 
-import access, api
+import access, api, figures
 from translations import MARK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -474,23 +474,16 @@ def figure_texts(source):
 
 
 def figure_output(output, texts):
-    "A picture as an element with its text and its size, so that the page does not move when it comes."
+    "A figure, and those of an explorer, as elements of the page (tools/figures.py)."
     data = output.get("data", {})
-    kind = next(
-        (k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data and "text/html" not in data), None
-    )
+    if "mz-explore" in (html := "".join(data.get("text/html", ""))):
+        return {**output, "data": {"text/html": figures.explorer(html)}}
+    kind = next((k for k in ("image/svg+xml", "image/png") if k in data and not html), None)
     if not kind:
         return output
-    held, alt = "".join(data[kind]).strip(), escape(next(texts, ""), quote=True)
-    if kind == "image/svg+xml":
-        return {**output, "data": {"text/html": held.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)}}
-    size = ""
-    if kind == "image/png":
-        head = base64.b64decode(held[:32])
-        wide, high = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
-        size = f' width="{wide}" height="{high}" style="--wide:{wide}px"'
-    image = f'<img src="data:{kind};base64,{held}" alt="{alt}"{size} class="img-fluid">'
-    return {**output, "data": {"text/html": image}}
+    held, alt = "".join(data[kind]).strip(), next(texts, "")
+    shown = figures.in_page(held, alt) if kind == "image/svg+xml" else figures.pixels(held, alt)
+    return {**output, "data": {"text/html": shown}}
 
 
 def is_noise(output):
@@ -699,7 +692,7 @@ def sections(page):
     inside = page.partition("<main")[2].partition('<nav class="page-navigation"')[0]
     made = r'<span class="kw">(?:def|class)</span> <span class="\w\w">(\w+)</span>'
     code = lambda m: " ".join(re.findall(made, m[0])) + " " if "sourceCode" in m[0] else " " + m[0][:600]
-    inside = re.sub(r"<(script|style|nav|h1|select)\b.*?</\1>", " ", inside, flags=re.S)
+    inside = re.sub(r"<(script|style|nav|h1|select|svg)\b.*?</\1>", " ", inside, flags=re.S)
     inside = re.sub(r'<span class="math[^>]*>(.*?)</span>', formula, inside, flags=re.S)
     inside = re.sub(r"<pre\b.*?</pre>", code, inside, flags=re.S)
     parts = re.split(r'<h[23] [^>]*data-anchor-id="([^"]*)"[^>]*>(.*?)</h[23]>', inside, flags=re.S)

@@ -144,7 +144,10 @@ for (const root of document.querySelectorAll('.mz-ID:not([data-live])')) {
       return name(c) + ' ' + t;
     });
     stage.innerHTML = frames[order[p]];
-    stage.querySelectorAll('img').forEach(i => i.alt += ': ' + said.join(', '));
+    for (const i of stage.querySelectorAll('img, [role=img]')) {
+      const told = i.alt == null ? 'aria-label' : 'alt';
+      i.setAttribute(told, i.getAttribute(told) + ': ' + said.join(', '));
+    }
   };
   root.querySelector('.mz-note').remove();
   box.disabled = false;
