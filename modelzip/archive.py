@@ -307,7 +307,7 @@ def inflate(
     return data
 
 # %% ../nbs/workshop/archive.ipynb
-def path_text(path: str | os.PathLike) -> str:
+def path_text(path: str | os.PathLike[str]) -> str:
     "A path as text; `ValueError` for one that no file can have."
     text = os.fsdecode(path)
     try:
@@ -320,13 +320,13 @@ def path_text(path: str | os.PathLike) -> str:
 
 
 def target_of(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> tuple[str, os.stat_result | None]:  # the file behind symbolic links, and what the system says of it if it exists
     """What saving to a path would replace. `OSError` when it may not.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
 
     Returns
     -------
@@ -372,14 +372,14 @@ def sync_folder(folder: str) -> None:
 # %% ../nbs/workshop/archive.ipynb
 @contextmanager
 def replacing(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> Iterator[BinaryIO]:  # a new, empty file; it takes the path's place when the block ends without an exception
     """Write a file so that others see the old one or the new one, whole. Errors of the system come as `OSError`
     with the path.
 
     Parameters
     ----------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
 
     Returns
     -------
@@ -671,7 +671,7 @@ def check_headers(
 
 # %% ../nbs/workshop/archive.ipynb
 @contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     "Put the name of the file in front of every `PackError`. None is longer than some lines, whatever the file says."
     try:
         yield
@@ -682,7 +682,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 MOST_SAID = 2000  # characters
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. A missing or forbidden one is the system's `OSError`; a folder, a device or
     a pointer of Git LFS is a `PackError`."""
     path = path_text(path)

@@ -11,7 +11,7 @@ __all__ = ['dependency_graph']
 import collections, copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -49,6 +49,20 @@ class Ties:
             x = p
         self.parent[start] = x
         return x
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def keep(self, a: np.ndarray, why: str) -> None:
+            "These, and all that is tied to them, must stay."
+            ...
+
+        def free(self, a: np.ndarray) -> np.ndarray:
+            "May they go?"
+            ...
+
+        def tie(self, a: np.ndarray, b: np.ndarray, why: str = 'it is tied to something of fixed size') -> None:
+            "From now on a[i] and b[i] go together (a and b are broadcast). What is tied to 0 stays."
+            ...
 
 # %% ../nbs/08_channels.ipynb
 @patch
@@ -94,31 +108,33 @@ class Marks:
 
     Parameters
     ----------
-    shape : tuple
-    blocks : dict, default field(default_factory=dict)
+    shape : tuple[int, ...]
+    blocks : dict[tuple[int, ...], np.ndarray], default field(default_factory=dict)
         axes → numbers, an array over these axes
     zero : bool, default False
         when a channel's parameters are zeros, so is the channel
     free : bool, default False
         made of one constant: takes whatever size it is asked to have
-    taint : list, default field(default_factory=list)
+    taint : list[Any], default field(default_factory=list)
         numbers that must stay if anybody uses this tensor
-    sources : frozenset, default frozenset()
+    sources : frozenset[str], default frozenset()
         the layers that it comes from
     """
 
-    shape: tuple
-    blocks: dict = field(default_factory=dict)  # axes → numbers, an array over these axes
+    shape: tuple[int, ...]
+    blocks: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # axes → numbers, an array over these axes
     zero: bool = False  # when a channel's parameters are zeros, so is the channel
     free: bool = False  # made of one constant: takes whatever size it is asked to have
-    taint: list = field(default_factory=list)  # numbers that must stay if anybody uses this tensor
-    sources: frozenset = frozenset()  # the layers that it comes from
+    taint: list[Any] = field(default_factory=list)  # numbers that must stay if anybody uses this tensor
+    sources: frozenset[str] = frozenset()  # the layers that it comes from
 
 # %% ../nbs/08_channels.ipynb
-RULES: dict[str, Callable] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
+RULES: dict[
+    str, Callable[..., Any]
+] = {}  # name → rule(trace, f, output, *args, **kwargs), which gives marks; None: unknown
 
 
-def rule(*names: str) -> Callable:
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     "Register what an operation does with the channels."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
@@ -137,6 +153,23 @@ class Trace(Record):
             record(self, name, args, kwargs, output, self.ruled(name, f, args, kwargs, output))
         return output
 
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def marks(self, t: Tensor) -> Marks:
+            "What a tensor carries."
+            ...
+
+        def ruled(
+            self,
+            name: str,
+            f: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+        ) -> list[Marks]:
+            "What the rule of an operation says; without one, everything that goes in must stay as it is."
+            ...
+
 # %% ../nbs/08_channels.ipynb
 @patch
 def marks(self: Trace, t: Tensor) -> Marks:
@@ -153,7 +186,9 @@ def marks(self: Trace, t: Tensor) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @patch
-def ruled(self: Trace, name: str, f: Callable, args: tuple, kwargs: dict, output: Any) -> list[Marks]:
+def ruled(
+    self: Trace, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> list[Marks]:
     "What the rule of an operation says; without one, everything that goes in must stay as it is."
     outputs, rule, marks = tensors_of(output), RULES.get(name), None
     if takes(rule, self, f, output, *args, **kwargs):
@@ -311,7 +346,7 @@ def removed(model: nn.Module, groups: Groups, roots: list[int], exact: bool = Tr
     return new
 
 # %% ../nbs/08_channels.ipynb
-def differs(model: nn.Module, examples: list, groups: Groups, roots: Iterable[int]) -> str | None:
+def differs(model: nn.Module, examples: list[Any], groups: Groups, roots: Iterable[int]) -> str | None:
     "In words where a model with channels removed differs from the one with these set to zero; None: nowhere."
     zeroed, cut_out = (lambda m: masked(m, groups, roots, True)), (lambda m: removed(m, groups, roots, share=True))
     return disagreement(model, examples, zeroed, cut_out)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -438,7 +439,8 @@ def open_model(
     # a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
     # package.module:function
     source: str,
-    own: Callable | None = None,  # makes a model of one's own class, for weights that do not say what runs them
+    own: Callable[..., Any]
+    | None = None,  # makes a model of one's own class, for weights that do not say what runs them
 ) -> nn.Module:  # one that runs where its architecture is known, else its weights alone: see `only_weights`
     """Read a model from whatever holds it. Nothing is unpickled. `ValueError`, `PackError` or `OSError` say what is
     wrong.
@@ -448,7 +450,7 @@ def open_model(
     source : str
         a file (.mz, .safetensors, .h5, .npz, .pt, .pth, .bin, .gguf), a folder of the Hugging Face Hub, or
         package.module:function
-    own : Callable | None, default None
+    own : Callable[..., Any] | None, default None
         makes a model of one's own class, for weights that do not say what runs them
 
     Returns
@@ -480,7 +482,7 @@ def open_model(
 @contextmanager
 def weights_in(
     source: str,  # a file or folder of `READERS`
-) -> Iterator[tuple[Opened, dict] | None]:  # what is in it, and what is the same for names of the same tensor
+) -> Iterator[tuple[Opened, dict[str, Any]] | None]:  # what is in it, and what is the same for names of the same tensor
     """Weights alone, to be read one by one. None where a file says more than that, and for the archive of a GGUF file.
 
     Parameters
@@ -490,7 +492,7 @@ def weights_in(
 
     Returns
     -------
-    Iterator[tuple[Opened, dict] | None]
+    Iterator[tuple[Opened, dict[str, Any]] | None]
         what is in it, and what is the same for names of the same tensor
     """
     path, ending = Path(source), Path(source).suffix.lower()
@@ -537,13 +539,13 @@ def _says_what_runs(manifest, rows):
     return True
 
 # %% ../nbs/workshop/cli.ipynb
-COMMANDS: dict[str, Callable] = {}
+COMMANDS: dict[str, Callable[..., Any]] = {}
 
 
 def command(
     help: str,  # one line
     example: str,  # as typed
-    *arguments: tuple[list, dict],  # of `argument`
+    *arguments: tuple[list[Any], dict[str, Any]],  # of `argument`
 ) -> Callable:  # decorator
     """Add a command of the same name as the function.
 
@@ -553,7 +555,7 @@ def command(
         one line
     example : str
         as typed
-    *arguments : tuple[list, dict]
+    *arguments : tuple[list[Any], dict[str, Any]]
         of `argument`
 
     Returns
@@ -580,7 +582,7 @@ class Done:
 
     Parameters
     ----------
-    found : dict
+    found : dict[str, Any]
         for programs, as JSON
     said : str
         for people
@@ -588,7 +590,7 @@ class Done:
         1 if the answer is no
     """
 
-    found: dict  # for programs, as JSON
+    found: dict[str, Any]  # for programs, as JSON
     said: str  # for people
     status: int = 0  # 1 if the answer is no
 
@@ -770,7 +772,7 @@ def _kept(e, path):
     return OSError(e.given[0].errno, f"{e.given[0].strerror}; the result is in {f.name}", path)
 
 # %% ../nbs/workshop/cli.ipynb
-DATA: dict[str, Callable] = {
+DATA: dict[str, Callable[..., Any]] = {
     "mnist5k": mnist5k,
     "digits": digits,
 }  # what `--data` may name; `docstrings` is for `eval` alone

@@ -12,7 +12,7 @@ __all__ = ['rans_push', 'rans_pop', 'Bets', 'AdaptiveEncoder', 'AdaptiveDecoder'
 #| code-summary: "Imports of the module"
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 
@@ -131,6 +131,12 @@ class AdaptiveEncoder:
         self.bets.learn(context, bit)
         return bit
 
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def finish(self) -> bytes:
+            "The shortest number within the interval that is left, its final zeros left out."
+            ...
+
 # %% ../nbs/04b_coding.ipynb
 @patch
 def finish(self: AdaptiveEncoder) -> bytes:  # a decoder takes what follows them for zeros
@@ -177,6 +183,12 @@ class AdaptiveDecoder:
             self.width, self.at = self.width << 8, self.at + 1
         self.bets.learn(context, bit)
         return bit
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def finish(self) -> None:
+            "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."
+            ...
 
 # %% ../nbs/04b_coding.ipynb
 @patch

@@ -191,7 +191,9 @@ def accuracy(
     return ((answers == split.y.cpu()) & (answers >= 0)).double().mean().item()
 
 # %% ../nbs/00_data.ipynb
-def one_epoch(model: nn.Module, data: Split, batch_size: int, loss: Callable, step, schedule, bar: tqdm) -> float:
+def one_epoch(
+    model: nn.Module, data: Split, batch_size: int, loss: Callable[[Any, Any], Tensor], step, schedule, bar: tqdm
+) -> float:
     "One pass over the data in a new order: the mean loss."
     device, total = device_of(model), 0.0
     for i in batches_of(torch.randperm(len(data)), batch_size):

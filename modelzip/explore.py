@@ -70,21 +70,23 @@ _all_ = ["Control", "MAX_BYTES", "MAX_FRAMES", "frame"]
 
 # %% ../nbs/workshop/explore.ipynb
 def form_for(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
-) -> tuple[str, dict[tuple, str]]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
+) -> tuple[
+    str, dict[tuple[int, ...], str]
+]:  # 'png' or 'svg', and the sample's frames in it, by the controls' positions
     """The format that makes a sample of frames smaller; all frames take the same, so that they look alike.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
 
     Returns
     -------
-    tuple[str, dict[tuple, str]]
+    tuple[str, dict[tuple[int, ...], str]]
         'png' or 'svg', and the sample's frames in it, by the controls' positions
     """
     places = list(itertools.islice(combinations(controls), MAX_FRAMES))
@@ -100,7 +102,7 @@ def form_for(
 
 
 def publish(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     limit: int = MAX_BYTES,  # bytes that its different frames may take
 ) -> str:  # one piece of HTML, the same whenever `f` returns the same
@@ -108,7 +110,7 @@ def publish(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -138,16 +140,16 @@ def is_sample() -> bool:
 
 # %% ../nbs/workshop/explore.ipynb
 def safe_frame(
-    f: Callable,  # the function of an explorer
-    values: dict,  # its arguments by name
+    f: Callable[..., Any],  # the function of an explorer
+    values: dict[str, Any],  # its arguments by name
 ) -> str:  # a frame, or where and why there is none
     """A frame, or the error in its place.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
-    values : dict
+    values : dict[str, Any]
         its arguments by name
 
     Returns
@@ -179,14 +181,14 @@ def widget_for(c: Control) -> Any:
 
 
 def widgets(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> Any:  # an ipywidgets box: the controls, and below them an HTML widget with the frame
     """The live explorer: each frame is computed when it is asked for.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -210,7 +212,7 @@ def widgets(
 
 # %% ../nbs/workshop/explore.ipynb
 def preview(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
     patience: float = 2.0,  # seconds that drawing all frames may take
 ) -> str:  # HTML
@@ -218,7 +220,7 @@ def preview(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -240,7 +242,7 @@ def preview(
 
 
 def rehearsed(
-    f: Callable,  # the function of an explorer
+    f: Callable[..., Any],  # the function of an explorer
     controls: list[Control],  # what turns it
 ) -> str:  # HTML: the page shown first
     """Call `f` for every value of each control, the others as they start, and with all at their ends; what it returns
@@ -248,7 +250,7 @@ def rehearsed(
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function of an explorer
     controls : list[Control]
         what turns it
@@ -392,14 +394,14 @@ class Explorer:
 
 # %% ../nbs/workshop/explore.ipynb
 def defaults_of(
-    f: Callable,  # the function to explore
+    f: Callable[..., Any],  # the function to explore
     names: set[str],  # the controls' names
 ) -> dict[str, Any]:  # the defaults of its arguments
     """Compare controls with the arguments of `f`; TypeError names those that are unknown or missing.
 
     Parameters
     ----------
-    f : Callable
+    f : Callable[..., Any]
         the function to explore
     names : set[str]
         the controls' names

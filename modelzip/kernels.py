@@ -187,7 +187,7 @@ def without_hooks(layer: nn.Module) -> nn.Module:
     return bare
 
 
-def carry_chain(m: Dequantize, new: nn.Module, memo: dict) -> None:
+def carry_chain(m: Dequantize, new: nn.Module, memo: dict[int, Any]) -> None:
     """Hang the hooks of a Dequantize and of the layers inside on what replaces them: the inner ones are the nearest
     to what is computed. In the copy they belong to the copy."""
     chain = [m]

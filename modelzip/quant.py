@@ -13,7 +13,7 @@ __all__ = ['QUANTIZABLE', 'Packed', 'Dequantize', 'quantize_layer', 'quantize_mo
 #| code-summary: "Imports of the module"
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -98,6 +98,17 @@ class Dequantize(Wrapper):
         self._modules["packed"] = q if isinstance(q, Packed) else Packed(q)
         self.packed.remember(old, name)
         self.training = layer.training
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def expanded(self) -> nn.Module:
+            """The ordinary layer, for this moment: a copy that shares all but the expanded parameter (safe across
+            threads)."""
+            ...
+
+        def forward(self, *args, **kwargs):
+            "The layer's own forward pass, with the expanded parameter."
+            ...
 
 
 Dequantize.kinds["Dequantize"] = Dequantize

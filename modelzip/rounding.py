@@ -63,7 +63,7 @@ def symmetric_zero_point(levels: int) -> float:
     return 0.5 if levels == 2 else float(levels // 2)
 
 # %% ../nbs/03_rounding.ipynb
-def number_of_blocks(shape: tuple, axis: int | None, group: int | None) -> int:
+def number_of_blocks(shape: tuple[int, ...], axis: int | None, group: int | None) -> int:
     "How many scales a tensor of this shape needs."
     shape = torch.Size(shape)
     if group is not None:
@@ -106,7 +106,7 @@ def as_blocks(
     return (x.movedim(axis, 0) if axis else x).reshape(x.shape[axis], -1)
 
 # %% ../nbs/03_rounding.ipynb
-def from_blocks(blocks: Tensor, shape: tuple, axis: int | None, group: int | None) -> Tensor:
+def from_blocks(blocks: Tensor, shape: tuple[int, ...], axis: int | None, group: int | None) -> Tensor:
     "The inverse of `as_blocks`: drop the padding, restore the shape."
     shape = torch.Size(shape)
     if not shape.numel():

@@ -280,7 +280,9 @@ def refit_weight(
 def prune_columns(
     w: Tensor,  # [columns, rows], changed in place
     U: Tensor,  # [columns, columns]: `inverse_factor` of H
-    spans: list,  # blocks of columns, each a list of groups (start, end) that are chosen together
+    spans: list[
+        list[tuple[int, int]]
+    ],  # blocks of columns, each a list of groups (start, end) that are chosen together
     choose: Callable[
         [Tensor, int, int], Tensor
     ],  # (scores [columns, rows] of a group, its start, its end) → bool: goes
@@ -294,7 +296,7 @@ def prune_columns(
         [columns, rows], changed in place
     U : Tensor
         [columns, columns]: `inverse_factor` of H
-    spans : list
+    spans : list[list[tuple[int, int]]]
         blocks of columns, each a list of groups (start, end) that are chosen together
     choose : Callable[[Tensor, int, int], Tensor]
         (scores [columns, rows] of a group, its start, its end) → bool: goes

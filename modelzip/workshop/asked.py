@@ -37,11 +37,11 @@ def is_number(v: Any) -> bool:
     return type(v) in (int, float)
 
 
-def whole(low: int, high: int = WIDE) -> tuple[str, Callable]:
+def whole(low: int, high: int = WIDE) -> tuple[str, Callable[[Any, int], bool]]:
     return f"a whole number from {low:,} to {high:,}", lambda v, n: is_whole(v, low, high)
 
 
-def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callable]:
+def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callable[[Any, int], bool]]:
     "One number, or one for each dimension; `total` bounds the product over all of them."
 
     def right(v, n):
@@ -58,15 +58,17 @@ def each(low: int, none: bool = False, total: int = 2**80) -> tuple[str, Callabl
     )
 
 
-def one_of(*words: str) -> tuple[str, Callable]:
+def one_of(*words: str) -> tuple[str, Callable[[Any, int], bool]]:
     return " or ".join(map(repr, words)), lambda v, n: isinstance(v, str) and v in words
 
 
-def or_none(rule: tuple[str, Callable]) -> tuple[str, Callable]:
+def or_none(rule: tuple[str, Callable[[Any, int], bool]]) -> tuple[str, Callable[[Any, int], bool]]:
     return f"None or {rule[0]}", lambda v, n: v is None or rule[1](v, n)
 
 
-def either(a: tuple[str, Callable], b: tuple[str, Callable]) -> tuple[str, Callable]:
+def either(
+    a: tuple[str, Callable[[Any, int], bool]], b: tuple[str, Callable[[Any, int], bool]]
+) -> tuple[str, Callable[[Any, int], bool]]:
     return f"{a[0]}; or {b[0]}", lambda v, n: a[1](v, n) or b[1](v, n)
 
 # %% ../../nbs/workshop/asked.ipynb
@@ -163,7 +165,7 @@ RULES = _rules()
 def rule_of(
     cls: str,  # name of a class
     key: str,  # of an argument
-) -> tuple[str, Callable]:  # in words, and as a function of the value and the number of dimensions
+) -> tuple[str, Callable[[Any, int], bool]]:  # in words, and as a function of the value and the number of dimensions
     """What an argument of a class may be.
 
     Parameters
@@ -173,7 +175,7 @@ def rule_of(
 
     Returns
     -------
-    tuple[str, Callable]
+    tuple[str, Callable[[Any, int], bool]]
         in words, and as a function of the value and the number of dimensions
     """
     if key == "padding" and "Pad" in cls:
@@ -201,13 +203,13 @@ def dimensions(cls: str) -> int:
 
 def unfit(
     cls: str,  # name of a class
-    arguments: dict,  # what it is to be made with
+    arguments: dict[str, Any],  # what it is to be made with
 ) -> str | None:  # None: nothing is wrong
     """What is wrong with arguments: which, what it is, what it may be.
 
     Parameters
     ----------
-    arguments : dict
+    arguments : dict[str, Any]
         what it is to be made with
 
     Returns
@@ -289,19 +291,19 @@ BY_NUMBERS = {
 
 
 def without_compiler(
-    dispatch: Callable,  # `__torch_dispatch__` of a mode
-) -> Callable:  # the same
+    dispatch: Callable[..., Any],  # `__torch_dispatch__` of a mode
+) -> Callable[..., Any]:  # the same
     """PyTorch keeps its compiler out of a dispatch mode, and loads the compiler for that, which takes longer than a
     model's file: this does it only where somebody has loaded it.
 
     Parameters
     ----------
-    dispatch : Callable
+    dispatch : Callable[..., Any]
         `__torch_dispatch__` of a mode
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         the same
     """
     quiet = []
@@ -370,7 +372,7 @@ class Weighed(TorchDispatchMode):
 
 def is_whole_on_meta(
     model: nn.Module,
-    made: list,  # `Weighed.made`
+    made: list[Any],  # `Weighed.made`
 ) -> bool:
     """Whether all that was made and is still there are parameters and buffers that a state dict has: then nothing
     is missing when they are filled.
@@ -378,7 +380,7 @@ def is_whole_on_meta(
     Parameters
     ----------
     model : nn.Module
-    made : list
+    made : list[Any]
         `Weighed.made`
     """
     kept = [

@@ -30,7 +30,7 @@ class OfThread(threading.local):
 OF_THREAD = OfThread()
 
 
-def compressor(level: int, parameters: dict) -> zstandard.ZstdCompressor:
+def compressor(level: int, parameters: dict[str, Any]) -> zstandard.ZstdCompressor:
     "One that writes no magic number, size and checksum."
     plain = dict(format=MAGICLESS, write_content_size=False, write_checksum=False)
     how = zstandard.ZstdCompressionParameters.from_level(level, **plain, **parameters)

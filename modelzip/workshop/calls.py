@@ -19,15 +19,15 @@ from .models import HARMLESS, Inputs, as_inputs, own_copy
 
 # %% ../../nbs/workshop/calls.ipynb
 def arguments_of(
-    signature: inspect.Signature, args: tuple, kwargs: dict
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:  # name → what it is given, or its default
     """The arguments of a call by name. `TypeError` where they do not fit.
 
     Parameters
     ----------
     signature : inspect.Signature
-    args : tuple
-    kwargs : dict
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -58,7 +58,9 @@ def signature_of(model: nn.Module) -> inspect.Signature:  # of its `forward`
 
 # %% ../../nbs/workshop/calls.ipynb
 def free_of(
-    dynamic: dict | tuple | list,  # `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
+    dynamic: dict[Any, Any]
+    | tuple[Any, ...]
+    | list[Any],  # `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
     names: Sequence[str],  # of the tensors
     tensors: Sequence[Tensor],
 ) -> list[dict[int, str]]:  # for each tensor its free dimensions by name
@@ -66,7 +68,7 @@ def free_of(
 
     Parameters
     ----------
-    dynamic : dict | tuple | list
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
         `{0: 'batch'}` for all; a list of such dicts; or argument → such a dict
     names : Sequence[str]
         of the tensors
@@ -106,7 +108,9 @@ def free_of(
 # %% ../../nbs/workshop/calls.ipynb
 def parts_of(
     output: Any,  # of a model
-) -> tuple[list[Tensor], list[str], Callable]:  # its tensors, their names, and what makes the same of other tensors
+) -> tuple[
+    list[Tensor], list[str], Callable[..., Any]
+]:  # its tensors, their names, and what makes the same of other tensors
     """Take an output apart into tensors. `TypeError` names what is neither a tensor nor a container of them.
 
     Parameters
@@ -116,7 +120,7 @@ def parts_of(
 
     Returns
     -------
-    tuple[list[Tensor], list[str], Callable]
+    tuple[list[Tensor], list[str], Callable[..., Any]]
         its tensors, their names, and what makes the same of other tensors
     """
     tensors, names = [], []
@@ -187,7 +191,7 @@ class Layout:
         what is called; it is not kept
     example : Any
         what it is called with, see `call`
-    dynamic : dict | tuple | list
+    dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
         free dimensions, see `free_of`
     """
 
@@ -195,7 +199,7 @@ class Layout:
         self,
         model: nn.Module,  # what is called; it is not kept
         example: Any,  # what it is called with, see `call`
-        dynamic: dict | tuple | list,  # free dimensions, see `free_of`
+        dynamic: dict[Any, Any] | tuple[Any, ...] | list[Any],  # free dimensions, see `free_of`
     ):
         given = as_inputs(example)
         self.signature = signature_of(model)
@@ -298,14 +302,16 @@ def fitted(layout: Layout, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} is on {t.device}; engines compute on the CPU")
 
 # %% ../../nbs/workshop/calls.ipynb
-def tensors_in(layout: Layout, args: tuple, kwargs: dict) -> list[Tensor]:  # of a call, in the order of the layout
+def tensors_in(
+    layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:  # of a call, in the order of the layout
     """The tensors of a call that is like the example; `TypeError` or `ValueError` names what differs.
 
     Parameters
     ----------
     layout : Layout
-    args : tuple
-    kwargs : dict
+    args : tuple[Any, ...]
+    kwargs : dict[str, Any]
 
     Returns
     -------
@@ -342,7 +348,7 @@ def _bound(layout, args, kwargs):
 
 def called(
     layout: Layout,
-    model: Callable,  # the model of the layout, or what stands for it
+    model: Callable[..., Any],  # the model of the layout, or what stands for it
     tensors: Sequence[Tensor],
 ) -> Any:  # its output
     """Call a model with the tensors of a layout in their places.
@@ -350,7 +356,7 @@ def called(
     Parameters
     ----------
     layout : Layout
-    model : Callable
+    model : Callable[..., Any]
         the model of the layout, or what stands for it
     tensors : Sequence[Tensor]
 

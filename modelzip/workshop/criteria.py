@@ -7,6 +7,7 @@ __all__ = ['CRITERIA', 'Criterion', 'as_criterion', 'Random', 'Movement']
 
 # %% ../../nbs/workshop/criteria.ipynb
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Criterion:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 # %% ../../nbs/workshop/criteria.ipynb
-CRITERIA: dict[str, Callable] = {}  # name → what makes a criterion; chapters enter theirs
+CRITERIA: dict[str, Callable[..., Any]] = {}  # name → what makes a criterion; chapters enter theirs
 
 
 def as_criterion(
@@ -58,19 +59,19 @@ def as_criterion(
 # %% ../../nbs/workshop/criteria.ipynb
 def needed(
     criterion: Criterion,  # one that looks at data
-    batches: Iterable | Split | None,
-) -> Iterable | Split:  # the same batches
+    batches: Iterable[Any] | Split | None,
+) -> Iterable[Any] | Split:  # the same batches
     """`ValueError` when a criterion needs data, and there are none.
 
     Parameters
     ----------
     criterion : Criterion
         one that looks at data
-    batches : Iterable | Split | None
+    batches : Iterable[Any] | Split | None
 
     Returns
     -------
-    Iterable | Split
+    Iterable[Any] | Split
         the same batches
     """
     if batches is None:

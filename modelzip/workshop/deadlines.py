@@ -77,18 +77,18 @@ class Watch:
     ----------
     lock : threading.RLock
         under which `note` and `end` are called, and `late`
-    late : Callable
+    late : Callable[..., Any]
         now → those whose time is over, and the next deadline (infinity: none)
     """
 
     def __init__(
         self,
         lock: threading.RLock,  # under which `note` and `end` are called, and `late`
-        late: Callable,  # now → those whose time is over, and the next deadline (infinity: none)
+        late: Callable[..., Any],  # now → those whose time is over, and the next deadline (infinity: none)
     ):
         self.soon, self.late, self.next, self.over = threading.Condition(lock), late, math.inf, False
         self.team: list[threading.Thread] = []  # one at most
-        self.fail: Callable = lambda x: None  # to be set: called with each that is late
+        self.fail: Callable[..., Any] = lambda x: None  # to be set: called with each that is late
 
     def note(self, deadline: float | None) -> None:
         "Somebody waits until then."

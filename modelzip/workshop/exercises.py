@@ -214,7 +214,7 @@ def _of_kind(x, kind):
     return x if kind is None or isinstance(x, kind) else None
 
 # %% ../../nbs/workshop/exercises.ipynb
-def asked(attempt: Callable, args: tuple) -> str:
+def asked(attempt: Callable[..., Any], args: tuple[Any, ...]) -> str:
     "A call as a message shows it."
     name = getattr(attempt, "__name__", type(attempt).__name__)
     return f"{'yours' if name == '<lambda>' else name}({', '.join(map(short, args))})"
@@ -331,7 +331,7 @@ def unlike(
 
 def expect(
     attempt: Any,  # a function, or what somebody has taken for one
-    args: tuple,  # of the call; it gets copies
+    args: tuple[Any, ...],  # of the call; it gets copies
     want: Any,  # the right answer
     why: str = "",  # what may help who is wrong
     within: float = 1e-5,  # how far a number that is not whole may be off, as a part of its size
@@ -342,7 +342,7 @@ def expect(
     ----------
     attempt : Any
         a function, or what somebody has taken for one
-    args : tuple
+    args : tuple[Any, ...]
         of the call; it gets copies
     want : Any
         the right answer

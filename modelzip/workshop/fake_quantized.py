@@ -6,7 +6,7 @@
 __all__ = ['TrainedAsIntegers', 'FakeRecurrent']
 
 # %% ../../nbs/workshop/fake_quantized.ipynb
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,28 @@ class TrainedAsIntegers(Settings):
         if key == "weight":
             return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip("."))
         return getattr(self.layer, key)
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def folded(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            "Weight and bias that will be rounded."
+            ...
+
+        @property
+        def measures(self) -> bool:
+            "Whether the normalization still takes its statistics from the batch."
+            ...
+
+        def forward(self, input: Tensor) -> Tensor:
+            ...
+
+        def checked(self, input: Tensor) -> Tensor:
+            "The product of codes, with errors that name the layer."
+            ...
+
+        def sums_of_codes(self, x: Tensor, weight: Tensor) -> Tensor:
+            "The layer's product without its bias."
+            ...
 
 
 def _shown(quantizer, weight, name):

@@ -11,6 +11,7 @@ __all__ = ['STEPS', 'STATIC_ATTENTION', 'KEPT', 'whole', 'step_for', 'integer_pr
 import fnmatch, functools
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +258,7 @@ class Products:
         of q, k, v in each half
     count : list[int], default field(default_factory=lambda: [0, 0])
         examples of each half
-    kept : list[list[tuple]], default field(default_factory=lambda: [[], []])
+    kept : list[list[tuple[Any, ...]]], default field(default_factory=lambda: [[], []])
         (q, k, v, mask), one example each
     drawn : list[list[float]], default field(default_factory=lambda: [[], []])
         a number for each that is kept: the least stay
@@ -266,7 +267,7 @@ class Products:
 
     reach: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])  # of q, k, v in each half
     count: list[int] = field(default_factory=lambda: [0, 0])  # examples of each half
-    kept: list[list[tuple]] = field(default_factory=lambda: [[], []])  # (q, k, v, mask), one example each
+    kept: list[list[tuple[Any, ...]]] = field(default_factory=lambda: [[], []])  # (q, k, v, mask), one example each
     drawn: list[list[float]] = field(default_factory=lambda: [[], []])  # a number for each that is kept: the least stay
     chance: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
@@ -306,7 +307,7 @@ class Products:
 @torch.no_grad()
 def seen_products(
     model: nn.Module,  # it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     names: Iterable[str],  # of attentions
 ) -> dict[str, Products]:  # of each that was called
     """What attentions are given, in two halves. `ValueError` for NaN and infinity, by name.
@@ -315,7 +316,7 @@ def seen_products(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     names : Iterable[str]
         of attentions
@@ -398,7 +399,7 @@ class FixedAttention:
 
 def attention_places(
     model: nn.Module,  # it is left as it is
-    overrides: Mapping | None = None,  # by name or pattern: 'static', or None to leave it alone
+    overrides: Mapping[str, Any] | None = None,  # by name or pattern: 'static', or None to leave it alone
     attention: bool = True,  # False: none is wanted
 ) -> dict[str, str | None]:  # name of each → 'static', 'float' to leave it alone, or None: whatever is better
     """Attentions whose products can be integers; an `nn.MultiheadAttention` is to be opened before (`open_where`).
@@ -409,7 +410,7 @@ def attention_places(
     ----------
     model : nn.Module
         it is left as it is
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern: 'static', or None to leave it alone
     attention : bool, default True
         False: none is wanted
@@ -445,8 +446,8 @@ def attention_places(
 
 def opened_places(
     model: nn.Module,  # it is left as it is
-    batches: list,  # of `feed`: an attention that is opened gives the same answers on them
-    overrides: Mapping | None = None,  # as `attention_places` takes them
+    batches: list[Any],  # of `feed`: an attention that is opened gives the same answers on them
+    overrides: Mapping[str, Any] | None = None,  # as `attention_places` takes them
     attention: bool = True,
 ) -> tuple[nn.Module, dict[str, str | None]]:  # the model, in a copy where it was opened; and its attentions
     """Open what can be opened, see `open_where`, and say which attentions there are.
@@ -455,9 +456,9 @@ def opened_places(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`: an attention that is opened gives the same answers on them
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         as `attention_places` takes them
     attention : bool, default True
 
@@ -472,7 +473,7 @@ def opened_places(
 
 def choose_attention(
     model: nn.Module,  # in eval mode; it is left as it is
-    batches: list,  # of `feed`
+    batches: list[Any],  # of `feed`
     places: Mapping[str, str | None],  # of `attention_places`
     limit: float | None = None,  # relative error from which an attention stays in floats; None: none does
 ) -> dict[str, FixedAttention]:  # for each attention that was called
@@ -482,7 +483,7 @@ def choose_attention(
     ----------
     model : nn.Module
         in eval mode; it is left as it is
-    batches : list
+    batches : list[Any]
         of `feed`
     places : Mapping[str, str | None]
         of `attention_places`
@@ -511,9 +512,9 @@ def _made_of(layer):
 
 def attentions_of(
     model: nn.Module,
-    chosen: Mapping,  # name → `FixedAttention`, among others
+    chosen: Mapping[str, Any],  # name → `FixedAttention`, among others
 ) -> tuple[
-    nn.Module, dict, dict
+    nn.Module, dict[Any, Any], dict[Any, Any]
 ]:  # the model; attention → function of its copy, which gives what takes its place; others
     """The model with the attentions opened for which something was chosen; and what `exchange` wants. `TypeError` for
     what is no mapping, `ValueError` for a name that the model does not have, and for what was chosen for another
@@ -522,12 +523,12 @@ def attentions_of(
     Parameters
     ----------
     model : nn.Module
-    chosen : Mapping
+    chosen : Mapping[str, Any]
         name → `FixedAttention`, among others
 
     Returns
     -------
-    tuple[nn.Module, dict, dict]
+    tuple[nn.Module, dict[Any, Any], dict[Any, Any]]
         the model; attention → function of its copy, which gives what takes its place; others
     """
     if not isinstance(chosen, Mapping):

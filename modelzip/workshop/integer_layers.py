@@ -9,6 +9,7 @@ __all__ = ['TINY', 'SHORT', 'ALONE', 'LAST_INPUT', 'FEW', 'is_ordinary', 'Prepar
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 import ctypes, json, sys, threading, weakref
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -111,7 +112,7 @@ class IntegerLayer(Dequantize):
         self.kernel = self._choose()
         self.said = described(self)  # for a compiled graph
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         said = {name: True for name in ("requantize", "floats") if getattr(self, name)}
         return {"activations": self.activations} | said
 
@@ -140,6 +141,82 @@ class IntegerLayer(Dequantize):
         with torch.no_grad():
             y = self._integer(input.float()).to(input.dtype)
         return NoGradient.apply(input, y, self._who()) if input.requires_grad else y
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def _bias(self):
+            ...
+
+        def _who(self):
+            ...
+
+        def _cast(self, input):
+            "The forward pass where autocast is on."
+            ...
+
+        def __prepare_scriptable__(self):
+            ...
+
+        def __setattr__(self, key, value):
+            ...
+
+        def get_extra_state(self):
+            ...
+
+        def set_extra_state(self, state):
+            ...
+
+        def _load_from_state_dict(self, *args):
+            ...
+
+        def _renew(self):
+            "Look at a weight that was loaded."
+            ...
+
+        @property
+        def key(self) -> int:
+            "Tells layers apart."
+            ...
+
+        def _batch(self, x):
+            "Rows that are finite in integers, the others as a float layer would."
+            ...
+
+        def _together(self, x):
+            "One scale for all; None when not all is finite."
+            ...
+
+        def _finite(self, x):
+            ...
+
+        def _small_weight(self):
+            ...
+
+        def _prepare_floats(self):
+            "Weights, expanded from the same bytes as the integers."
+            ...
+
+        def _prepare_bytes(self):
+            """int8 codes, scale and zero point; when the layer is to be requantized, with one more rounding to a scale
+            for each output."""
+            ...
+
+        @property
+        def nbytes(self) -> int:
+            "Bytes of the compressed weight and of its copies in the order of the kernels used so far."
+            ...
+
+        def _held_bytes(self, made):
+            "Bytes that a layer keeps besides; none."
+            ...
+
+        @property
+        def runs(self) -> str:
+            "What runs, in words."
+            ...
+
+        def __repr__(self) -> str:
+            ...
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 @patch

@@ -8,6 +8,7 @@ __all__ = ['Way', 'LAYOUTS', 'Layout', 'whole', 'Bitmap', 'Gaps', 'Groups', 'Den
 # %% ../../nbs/workshop/layouts.ipynb
 import itertools, math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,16 @@ class Layout:
         "Every way to say where `keep` is True; what is stored holds at least that."
         raise NotImplementedError
 
-    def decode(self, positions: Tensor, shape: torch.Size, how: dict) -> Tensor:  # bool, of that shape
+    def decode(self, positions: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:  # bool, of that shape
         raise NotImplementedError
 
-    def codes(self, shape: torch.Size, how: dict) -> tuple[int, int, int]:  # bits, number, levels
+    def codes(self, shape: torch.Size, how: dict[str, Any]) -> tuple[int, int, int]:  # bits, number, levels
         raise NotImplementedError
 
-    def check(self, shape: torch.Size, how: dict) -> None:
+    def check(self, shape: torch.Size, how: dict[str, Any]) -> None:
         "`ValueError` for numbers that cannot be."
 
-    def describe(self, how: dict) -> str:
+    def describe(self, how: dict[str, Any]) -> str:
         raise NotImplementedError
 
 # %% ../../nbs/workshop/layouts.ipynb
@@ -268,20 +269,20 @@ def layout_names() -> str:
 
 # %% ../../nbs/workshop/layouts.ipynb
 def layout_of(
-    meta: dict,  # what a file says of a sparse tensor
+    meta: dict[str, Any],  # what a file says of a sparse tensor
     shape: torch.Size,
-) -> tuple[str, dict, int]:  # layout, the numbers that describe it, count of values
+) -> tuple[str, dict[str, Any], int]:  # layout, the numbers that describe it, count of values
     """Layout and its numbers, in their ranges; `ValueError` for anything else.
 
     Parameters
     ----------
-    meta : dict
+    meta : dict[str, Any]
         what a file says of a sparse tensor
     shape : torch.Size
 
     Returns
     -------
-    tuple[str, dict, int]
+    tuple[str, dict[str, Any], int]
         layout, the numbers that describe it, count of values
     """
     layout, n = meta.get("layout"), shape.numel()

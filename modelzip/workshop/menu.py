@@ -10,6 +10,7 @@ __all__ = ['DENSE', 'SPARSE', 'SPACED', 'ANCHORS', 'SMALL', 'REFERENCES', 'Menu'
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -49,7 +50,7 @@ class Menu:
         name
     weights : dict[str, int]
         how many numbers it has
-    options : list[dict]
+    options : list[dict[str, Any]]
         {"bits", "group", "sparsity"} or {"spacing"}
     bytes : list[list[float]]
         [tensors][options], in a file
@@ -59,19 +60,21 @@ class Menu:
         what the output makes of the tensor alone, at 3 to 4 bits
     parts : Widths | None, default field(default=None, repr=False)
         what it was measured on, while a search needs it
-    ties : dict[str, tuple], default field(default_factory=dict, repr=False)
+    ties : dict[str, tuple[Any, ...]], default field(default_factory=dict, repr=False)
         name of a tensor → what the parts call it
     """
 
     # name of a tensor → the layers that have it (tied: several), or, where a layer has several matrices, its own name
     layers: dict[str, list[str]]
     weights: dict[str, int]  # how many numbers it has
-    options: list[dict]  # {"bits", "group", "sparsity"} or {"spacing"}
+    options: list[dict[str, Any]]  # {"bits", "group", "sparsity"} or {"spacing"}
     bytes: list[list[float]]  # [tensors][options], in a file
     errors: list[list[float]]  # [tensors][options], relative squared error of the output
     sensitivity: dict[str, float]  # what the output makes of the tensor alone, at 3 to 4 bits
     parts: Widths | None = field(default=None, repr=False)  # what it was measured on, while a search needs it
-    ties: dict[str, tuple] = field(default_factory=dict, repr=False)  # name of a tensor → what the parts call it
+    ties: dict[str, tuple[Any, ...]] = field(
+        default_factory=dict, repr=False
+    )  # name of a tensor → what the parts call it
 
     def pick(self, budget: float) -> list[int]:
         return allocate(self.bytes, self.errors, budget)
@@ -186,7 +189,7 @@ def menu_of(
     model: nn.Module,
     # batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
     samples: Samples,
-    options: list[dict],  # on offer
+    options: list[dict[str, Any]],  # on offer
     progress: bool = False,  # show a bar
 ) -> Menu:
     """Measure what each option takes in a file, and estimate what it does to the output.
@@ -196,7 +199,7 @@ def menu_of(
     model : nn.Module
     samples : Samples
         batches: their outputs tell the sensitivity. Without: each tensor's error counts relative to itself
-    options : list[dict]
+    options : list[dict[str, Any]]
         on offer
     progress : bool, default False
         show a bar
@@ -285,7 +288,7 @@ def _some(batches, most=4):
     return batches[:: math.ceil(len(batches) / most)]
 
 # %% ../../nbs/workshop/menu.ipynb
-def describe_option(option: dict) -> str:
+def describe_option(option: dict[str, Any]) -> str:
     "In words."
     if "spacing" in option:
         return f"spacing {option['spacing']:g}"

@@ -6,6 +6,7 @@
 __all__ = ['LeNet300', 'Attention', 'TransformerBlock', 'MiniLM', 'minilm']
 
 # %% ../../nbs/workshop/networks.ipynb
+from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
 import torch
@@ -138,6 +139,18 @@ class MiniLM(nn.Module):
             x = block(x, mask)
         weight = mask[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def encode(self, texts: Sequence[str], batch_size: int = 32, progress: bool = False) -> Tensor:
+            """Embed texts. They are batched by length, so that little is spent on padding, and come back in their own
+            order."""
+            ...
+
+        @property
+        def tokenizer(self):
+            "Cuts texts into word pieces."
+            ...
 
 # %% ../../nbs/workshop/networks.ipynb
 @patch

@@ -7,6 +7,7 @@ __all__ = ['kl_after_quantizing', 'divergences', 'Entropy', 'short_group', 'obse
 
 # %% ../../nbs/workshop/observers.ipynb
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +187,9 @@ def observe(
     return scale_and_zero_point(low.to(wide), high.to(wide), levels, symmetric)
 
 
-def _of_values_alone(observer, blocks: Tensor, levels: int, symmetric: bool, short: tuple | None) -> tuple:
+def _of_values_alone(
+    observer, blocks: Tensor, levels: int, symmetric: bool, short: tuple[Any, ...] | None
+) -> tuple[Any, ...]:
     "What an observer says of the values alone, not of what fills up the last group of each row."
     if short is None:
         return observer(blocks, levels, symmetric)

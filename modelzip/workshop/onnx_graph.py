@@ -32,7 +32,7 @@ class Graph:
             self.domains.add(domain)
         return names if outputs > 1 else names[0]
 
-    def once(self, key: tuple, make: Callable) -> Any:
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         "What `make` returned when this key was first seen."
         if key not in self.known:
             self.known[key] = make()
@@ -128,7 +128,7 @@ def store_number(g: Graph, value: float, dtype: torch.dtype = torch.float32) -> 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 def affine_parts(
     q: QTensor,  # no codebook
-) -> tuple:  # codes, scale, zero point, bits
+) -> tuple[Any, ...]:  # codes, scale, zero point, bits
     """Codes, scale and zero point (integers) with value = scale·(code − zero), and the bits that they need.
 
     Parameters
@@ -138,7 +138,7 @@ def affine_parts(
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         codes, scale, zero point, bits
     """
     codes, zero = q.unpack().int(), q.zero_point
@@ -186,7 +186,7 @@ def dequantized(
     scale: Tensor,
     zero: Tensor,
     bits: int,  # of a code
-    how: dict,  # attributes of DequantizeLinear: axis, block_size
+    how: dict[str, Any],  # attributes of DequantizeLinear: axis, block_size
 ) -> str:
     """Stored codes behind a DequantizeLinear.
 
@@ -200,7 +200,7 @@ def dequantized(
     zero : Tensor
     bits : int
         of a code
-    how : dict
+    how : dict[str, Any]
         attributes of DequantizeLinear: axis, block_size
     """
     zero = store_codes(g, name + ".zero_point", zero, bits)
@@ -213,7 +213,7 @@ def dequantized(
     )
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-def reshaped(g: Graph, name: str, w: str, shape: tuple) -> str:
+def reshaped(g: Graph, name: str, w: str, shape: tuple[int, ...]) -> str:
     "A tensor in another shape."
     return g.add("Reshape", w, store_tensor(g, name + ".shape", torch.tensor(list(shape))))
 

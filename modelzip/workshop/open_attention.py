@@ -282,7 +282,7 @@ def opened(m: nn.MultiheadAttention) -> OpenAttention:
 # %% ../../nbs/workshop/open_attention.ipynb
 def open_attention(
     model: nn.Module,  # it is left as it is
-    batches: Iterable = (),  # data on which the answers are compared, see `feed`
+    batches: Iterable[Any] = (),  # data on which the answers are compared, see `feed`
     names: Iterable[str] | None = None,  # of attentions; None: all that can be opened
 ) -> nn.Module:  # a copy in eval mode
     """Rewrite each `nn.MultiheadAttention` as an `OpenAttention`, exactly. `ValueError` where there is none, where
@@ -292,7 +292,7 @@ def open_attention(
     ----------
     model : nn.Module
         it is left as it is
-    batches : Iterable, default ()
+    batches : Iterable[Any], default ()
         data on which the answers are compared, see `feed`
     names : Iterable[str] | None, default None
         of attentions; None: all that can be opened
@@ -366,8 +366,8 @@ def differing(
 # %% ../../nbs/workshop/open_attention.ipynb
 def open_where(
     model: nn.Module,  # it is left as it is
-    batches: list,  # data on which the answers are compared
-    overrides: Mapping | None = None,  # by name or pattern: None leaves an attention alone
+    batches: list[Any],  # data on which the answers are compared
+    overrides: Mapping[str, Any] | None = None,  # by name or pattern: None leaves an attention alone
     attention: bool = True,  # False: none is wanted
 ) -> nn.Module:  # itself when nothing is opened
     """Open what integers are asked for in; a warning says what stays closed, and why.
@@ -376,9 +376,9 @@ def open_where(
     ----------
     model : nn.Module
         it is left as it is
-    batches : list
+    batches : list[Any]
         data on which the answers are compared
-    overrides : Mapping | None, default None
+    overrides : Mapping[str, Any] | None, default None
         by name or pattern: None leaves an attention alone
     attention : bool, default True
         False: none is wanted

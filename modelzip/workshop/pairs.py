@@ -249,7 +249,7 @@ def why_not(
     graphs: list[fx.Graph],  # of `graphs_of`
     first: str,  # name of a layer
     second: str,  # and of the one that reads it
-    holders: dict | None = None,  # of `_holders`, when it is asked for often
+    holders: dict[Any, Any] | None = None,  # of `_holders`, when it is asked for often
 ) -> str | None:  # what speaks against trading factors between them; None: nothing
     """Check a pair of layers.
 
@@ -263,7 +263,7 @@ def why_not(
         name of a layer
     second : str
         and of the one that reads it
-    holders : dict | None, default None
+    holders : dict[Any, Any] | None, default None
         of `_holders`, when it is asked for often
 
     Returns

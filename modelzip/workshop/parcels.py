@@ -28,7 +28,7 @@ def _opened(path):
 
 def received(
     what: Any,  # of `sent_once`
-) -> tuple:  # the things
+) -> tuple[Any, ...]:  # the things
     """The things themselves, in a worker; a process opens what it was sent last only once.
 
     Parameters
@@ -38,7 +38,7 @@ def received(
 
     Returns
     -------
-    tuple
+    tuple[Any, ...]
         the things
     """
     return _opened(what.path) if isinstance(what, Parcel) else what
@@ -47,14 +47,14 @@ def received(
 @contextmanager
 def sent_once(
     executor: Executor | None,
-    things: tuple,  # what all jobs read, and none changes
+    things: tuple[Any, ...],  # what all jobs read, and none changes
 ) -> Iterator[Any]:  # an argument for jobs, which call `received` with it
     """Send things to the workers of an executor. The block has to last until the last job is done.
 
     Parameters
     ----------
     executor : Executor | None
-    things : tuple
+    things : tuple[Any, ...]
         what all jobs read, and none changes
 
     Returns

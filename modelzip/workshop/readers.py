@@ -113,7 +113,7 @@ def answering(symbols: Symbols, name: str, m: nn.Module) -> Any:
     return answer
 
 # %% ../../nbs/workshop/readers.ipynb
-def ways_to_call(model: nn.Module) -> list[tuple[dict, bool]]:
+def ways_to_call(model: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     "Arguments of `forward`, where `...` stands for a symbol; and whether this way has to work."
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -148,7 +148,7 @@ def graphs_of(
     return [s for way, needed in ways_to_call(model) if (s := graph_of(model, way, needed)) is not None]
 
 
-def graph_of(model: nn.Module, way: dict, needed: bool) -> Symbols | None:
+def graph_of(model: nn.Module, way: dict[str, Any], needed: bool) -> Symbols | None:
     "One way to call it."
     running = copy.deepcopy(model)
     symbols = prepared(running)
@@ -220,7 +220,7 @@ def pairs_in_code(
     return found or {}
 
 
-def shape_of_code(model: nn.Module) -> list:
+def shape_of_code(model: nn.Module) -> list[Any]:
     "All that the code does, to be compared with that of a rewritten model."
     said = lambda s: [
         (n.op, str(n.target), str(n.args), str(n.kwargs)) for n in s.graph.nodes if n.op != "get_attr" or n.users
@@ -314,7 +314,7 @@ class Readers(TorchFunctionMode):
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_in_runs(
     model: nn.Module,  # in evaluation mode; left as it is
-    examples: list,
+    examples: list[Any],
     layers: list[str],  # whose readers we want to know
 ) -> dict[str, tuple[str, int]]:  # layer → the one that alone reads it; the number of axes of what goes between them
     """What is seen when a model runs on examples.
@@ -323,7 +323,7 @@ def pairs_in_runs(
     ----------
     model : nn.Module
         in evaluation mode; left as it is
-    examples : list
+    examples : list[Any]
     layers : list[str]
         whose readers we want to know
 
@@ -361,7 +361,7 @@ def pairs_in_runs(
     }
 
 
-def entered(r: Readers, name: str, m: nn.Module, args: tuple) -> None:
+def entered(r: Readers, name: str, m: nn.Module, args: tuple[Any, ...]) -> None:
     r.path.append(name)
     r.calls[name] += 1
     if m.training:
@@ -386,7 +386,7 @@ def left(r: Readers, name: str, out: Any) -> None:
 def pairs_shown(
     model: nn.Module,  # in evaluation mode; left as it is
     layers: list[str],
-    examples: list | None,  # None: by the code alone
+    examples: list[Any] | None,  # None: by the code alone
 ) -> dict[
     str, tuple[str, int | None]
 ]:  # layer → the one that alone reads it; the number of axes of what goes between them
@@ -398,7 +398,7 @@ def pairs_shown(
     model : nn.Module
         in evaluation mode; left as it is
     layers : list[str]
-    examples : list | None
+    examples : list[Any] | None
         None: by the code alone
 
     Returns

@@ -26,7 +26,7 @@ from .models import Labelled, call, output_tensors, own_copy
 # %% ../../nbs/workshop/rehearsal.ipynb
 def examples_of(
     example: Any,  # a list: several examples; anything else is one
-) -> list:
+) -> list[Any]:
     """Copies of the examples, which nobody else holds. `ValueError` for an empty list.
 
     Parameters
@@ -232,9 +232,9 @@ LARGE = 5e7  # parameters; what has more is not made larger still by double prec
 
 def disagreement(
     model: nn.Module,  # left as it is
-    examples: list,  # from `examples_of`
-    right: Callable,  # model → the model that is right, a copy
-    judged: Callable,  # model → the model that must do the same, a copy
+    examples: list[Any],  # from `examples_of`
+    right: Callable[[nn.Module], nn.Module],  # model → the model that is right, a copy
+    judged: Callable[[nn.Module], nn.Module],  # model → the model that must do the same, a copy
     training: bool = True,  # also in training mode
 ) -> str | None:
     """In words where two versions of a model differ; None if they agree in every stage. An error of the right one
@@ -244,11 +244,11 @@ def disagreement(
     ----------
     model : nn.Module
         left as it is
-    examples : list
+    examples : list[Any]
         from `examples_of`
-    right : Callable
+    right : Callable[[nn.Module], nn.Module]
         model → the model that is right, a copy
-    judged : Callable
+    judged : Callable[[nn.Module], nn.Module]
         model → the model that must do the same, a copy
     training : bool, default True
         also in training mode
@@ -286,7 +286,13 @@ def ready(model: nn.Module, training: bool) -> nn.Module:
 class Twins:
     "Two versions of one model, in double precision if it runs in that."
 
-    def __init__(self, base: nn.Module, example: Any, right: Callable, judged: Callable):
+    def __init__(
+        self,
+        base: nn.Module,
+        example: Any,
+        right: Callable[[nn.Module], nn.Module],
+        judged: Callable[[nn.Module], nn.Module],
+    ):
         self.base, self.right, self.judged, self.both, self.double = base, right, judged, None, False
         if sum(p.numel() for p in base.parameters()) > LARGE:
             return

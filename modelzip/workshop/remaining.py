@@ -26,7 +26,7 @@ from .settings import SettingsInState, is_count
 # %% ../../nbs/workshop/remaining.ipynb
 def layer_norm(
     input: Tensor,  # [..., channels]
-    normalized_shape: tuple,
+    normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -38,7 +38,7 @@ def layer_norm(
     ----------
     input : Tensor
         [..., channels]
-    normalized_shape : tuple
+    normalized_shape : tuple[int, ...]
     weight : Tensor | None
     bias : Tensor | None
     eps : float
@@ -119,7 +119,7 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
 # %% ../../nbs/workshop/remaining.ipynb
 def rms_norm(
     input: Tensor,  # [..., channels]
-    normalized_shape: tuple,
+    normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     eps: float | None,  # None: the smallest difference from 1 in the input's precision
     total: int,  # channels that there were once
@@ -130,7 +130,7 @@ def rms_norm(
     ----------
     input : Tensor
         [..., channels]
-    normalized_shape : tuple
+    normalized_shape : tuple[int, ...]
     weight : Tensor | None
     eps : float | None
         None: the smallest difference from 1 in the input's precision
@@ -298,7 +298,7 @@ class RemainingAttention(SettingsInState, nn.Module):
                 f" {inner} together"
             )
 
-    def _make_parameters(self, inner: int, bias: bool, like: dict) -> None:
+    def _make_parameters(self, inner: int, bias: bool, like: dict[str, Any]) -> None:
         "Three matrices in, one out; inner is the width of all heads."
         for k, n in zip("qkv", (self.embed_dim, self.kdim, self.vdim)):
             weight = torch.empty(inner, n, **like)
@@ -353,7 +353,7 @@ class RemainingAttention(SettingsInState, nn.Module):
         return (y.squeeze(batch), None if p is None else p[0]) if lone else (y, p)
 
 # %% ../../nbs/workshop/remaining.ipynb
-def attention_macs(m: RemainingAttention, x: tuple, y: Any) -> int:
+def attention_macs(m: RemainingAttention, x: tuple[Any, ...], y: Any) -> int:
     "Products of the four matrices, and of queries with keys and weights with values."
     query, key, value = x[:3]
     places = -2 if query.dim() == 2 or m.batch_first else 0
@@ -505,7 +505,7 @@ def sliced(t: Tensor, left: dict[int, Tensor]) -> Tensor:
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../../nbs/workshop/remaining.ipynb
-def cut_out(new: nn.Module, gone: dict, names: dict[str, str]) -> None:
+def cut_out(new: nn.Module, gone: dict[str, np.ndarray], names: dict[str, str]) -> None:
     "Cut places, (name, axis) → bool, out of a copy's tensors, under all names that they have: see `first_names`."
     left = collections.defaultdict(dict)
     for (name, axis), here in gone.items():
@@ -517,7 +517,7 @@ def cut_out(new: nn.Module, gone: dict, names: dict[str, str]) -> None:
             setattr(new.get_submodule(owner), key, made[one])
 
 # %% ../../nbs/workshop/remaining.ipynb
-def whole(model: nn.Module, but: Iterable[str] = ()) -> dict:
+def whole(model: nn.Module, but: Iterable[str] = ()) -> dict[str, Any]:
     "Parameters that a copy need not copy: a memo for `copy.deepcopy`."
     return {id(p): p for n, p in model.named_parameters() if n not in but}
 

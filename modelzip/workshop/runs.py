@@ -18,13 +18,13 @@ from .models import call, copied, output_tensors
 from .rehearsal import larger, own_copy, ready, same_draws
 
 # %% ../../nbs/workshop/runs.ipynb
-def warm(model: nn.Module, examples: list) -> nn.Module:  # a copy, in evaluation mode
+def warm(model: nn.Module, examples: list[Any]) -> nn.Module:  # a copy, in evaluation mode
     """What is made in the first call, such as a grid of positions, belongs to the model from then on.
 
     Parameters
     ----------
     model : nn.Module
-    examples : list
+    examples : list[Any]
 
     Returns
     -------
@@ -78,7 +78,7 @@ def run(
     model: nn.Module,
     example: Any,
     training: bool,
-    keep: Callable,  # called with each output that is a floating tensor
+    keep: Callable[..., Any],  # called with each output that is a floating tensor
 ) -> None:
     """Watch one run. A model that cannot be trained on the example, such as a BatchNorm on a single row, is tried
     with two of it; if this does not help either, nothing is said of its training.
@@ -90,7 +90,7 @@ def run(
     model : nn.Module
     example : Any
     training : bool
-    keep : Callable
+    keep : Callable[..., Any]
         called with each output that is a floating tensor
     """
     first, tries = len(t.steps), [example, larger(example, 0)] if training else [example]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from .models import call, copied
 from .terminal import tell
 
 # %% ../../nbs/workshop/search.ipynb
-def _said(menu: Menu, picks: list[int], trellis: float | None) -> dict:
+def _said(menu: Menu, picks: list[int], trellis: float | None) -> dict[str, Any]:
     "What most tensors have, and by name what the others have: arguments of `gptq`, `trellis`, `hqq` or `prepare`."
     spaced = any("spacing" in menu.options[p] for p in picks)
     how = lambda o: (
@@ -53,7 +53,7 @@ def recipe_of(
     menu: Menu,
     picks: list[int],  # of `Menu.pick`
     samples: Samples,  # which decide how it is done
-    before: Sequence = (),  # steps that come first
+    before: Sequence[Any] = (),  # steps that come first
     epochs: int = 4,  # of training through pruning, and as many through rounding
     lr: float = 1e-3,  # highest learning rate
     seed: int = 0,
@@ -68,7 +68,7 @@ def recipe_of(
         of `Menu.pick`
     samples : Samples
         which decide how it is done
-    before : Sequence, default ()
+    before : Sequence[Any], default ()
         steps that come first
     epochs : int, default 4
         of training through pruning, and as many through rounding
@@ -116,7 +116,7 @@ class Try:
         what came back from it; only the best so far is kept
     menu : Menu | None, default None
         from which it was chosen
-    picks : list | None, default None
+    picks : list[Any] | None, default None
     trellis : float | None, default None
         it is coded along a trellis, of so many times the steps in the menu
     """
@@ -130,7 +130,7 @@ class Try:
     file: Path | None = None
     model: nn.Module | None = None  # what came back from it; only the best so far is kept
     menu: Menu | None = None  # from which it was chosen
-    picks: list | None = None
+    picks: list[Any] | None = None
     trellis: float | None = None  # it is coded along a trellis, of so many times the steps in the menu
 
 
@@ -249,6 +249,19 @@ class CompressionReport:
     def met(self) -> bool:
         return self.target.met_by(self.best)
 
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def tables(self) -> list[tuple[str, list[list[str]]]]:
+            "Title and cells of each table."
+            ...
+
+        def __repr__(self) -> str:
+            ...
+
+        def _repr_html_(self) -> str:
+            "The tables for a notebook."
+            ...
+
 # %% ../../nbs/workshop/search.ipynb
 @patch
 def tables(self: CompressionReport) -> list[tuple[str, list[list[str]]]]:
@@ -332,7 +345,7 @@ class TargetError(ValueError):
 class WriteError(OSError):
     "The file could not be written. `.result` is what `compress` would have returned, `.content` the bytes of the file."
 
-    def __init__(self, error: OSError, path: str | os.PathLike, result: tuple, content: bytes):
+    def __init__(self, error: OSError, path: str | os.PathLike[str], result: tuple[Any, ...], content: bytes):
         super().__init__(
             error.errno,
             f"{error.strerror}; nothing is lost: .result has the model and its report, .content the {len(content):,}"
@@ -398,6 +411,75 @@ class Search:
     @property
     def best(self):
         return max(self.good, key=self.target.worth, default=None)
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def within_bytes(self, menu, before=(), label=''):
+            "Tries whose files approach the budget from both sides."
+            ...
+
+        def _overhead(self, before):
+            """Bytes of a file that are no tensors of the menu: known from the last try, if it began with the same
+            steps."""
+            ...
+
+        def with_quality(self, menu, before=(), label=''):
+            """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the
+            error says where to begin. Where sketches can be judged, they say where to look."""
+            ...
+
+        def _next_guess(self, menu, low, high):
+            "log of a budget strictly between."
+            ...
+
+        def _first_guess(self, menu, low, high):
+            ...
+
+        def by_sketches(self, menu, before, label, low, high):
+            "Tries where sketches say that the quality is just enough."
+            ...
+
+        def where_sketches_reach(self, menu, told, wanted, low, high):
+            """log of a budget at which sketches have about this log(1 − quality); `told` grows by those that were
+            judged."""
+            ...
+
+        def quick(self) -> Judge:
+            """Who judges sketches: on some of the batches, always the same, as tries tell by how much all of them
+            differ."""
+            ...
+
+        def along_trellises(self, menu, model, before, label):
+            """The allocation of the best try, along a trellis, with all steps times a factor by which the target is
+            just met."""
+            ...
+
+        def room(self, t):
+            "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
+            ...
+
+        def allocate_and_try(self, before):
+            "First with the network as it is, then with smaller ones; without training, if that fails."
+            ...
+
+        def _smaller_networks(self, before, best):
+            "As long as each gives something."
+            ...
+
+        def from_menus(self, before, label=''):
+            "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
+            ...
+
+        def options(self) -> list[dict[str, Any]]:
+            "What is on offer: what the recipe can do. Small tensors are not coded, so that widths count, too."
+            ...
+
+        def _goes(self, label, steps):
+            "Whether the steps can be followed at all; if not, the report says why."
+            ...
+
+        def within_time(self, before):
+            ...
 
 
 def in_words(e: Exception) -> str:
@@ -731,7 +813,7 @@ def from_menus(self: Search, before, label=""):
 
 
 @patch
-def options(self: Search) -> list[dict]:
+def options(self: Search) -> list[dict[str, Any]]:
     "What is on offer: what the recipe can do. Small tensors are not coded, so that widths count, too."
     if self.samples.train is not None:
         return DENSE + SPARSE

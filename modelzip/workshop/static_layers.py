@@ -7,6 +7,7 @@ __all__ = ['STATIC_LAYERS', 'static_codes', 'StaticLinear', 'StaticConv2d']
 
 # %% ../../nbs/workshop/static_layers.ipynb
 import contextlib, functools, json, math, warnings
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class KnownInput:
         _check_static(scale, zero_point, levels)
         self.input_scale, self.input_zero_point, self.input_levels = float(scale), zero_point, levels
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         return {"scale": self.input_scale, "zero_point": self.input_zero_point} | (
             {} if self.input_levels == 256 else {"levels": self.input_levels}
         )
@@ -125,6 +126,24 @@ class KnownInput:
             "plain": "int8×uint8 emulated exactly",
         }[self.kernel]
         return f"{how}, input of {self.input_levels} levels"
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def _together(self, x):
+            "Codes, exact sums, one multiplication; None when not all is finite."
+            ...
+
+        def _emulated(self, codes, weight):
+            "The sums as floats that hold whole numbers: float32 where these fit, else float64."
+            ...
+
+        def _anywhere(self, x):
+            ...
+
+        def _elsewhere(self, x, plain):
+            """On a device without these kernels: the same whole numbers, emulated; rows that are not finite as a float
+            layer computes them."""
+            ...
 
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch
@@ -253,6 +272,11 @@ class StaticLinear(KnownInput, QLinear):
             torch.zeros(len(weight), dtype=torch.int32),
         )
 
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def _sum(self, codes, weight):
+            ...
+
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch
 def _sum(self: StaticLinear, codes, weight):
@@ -317,6 +341,30 @@ class StaticConv2d(KnownInput, QConv2d):
         layer = self.layer
         padding = [0, 0] if self.pads or layer.padding == "valid" else list(layer.padding)
         return list(layer.stride), padding, list(layer.dilation), layer.groups
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def _padded(self, x, zero):
+            "Padding that the kernel does not have."
+            ...
+
+        def _choose(self):
+            ...
+
+        def _integer(self, x):
+            ...
+
+        def _float(self, x):
+            ...
+
+        def _like(self, x):
+            ...
+
+        def _prepare_static(self):
+            ...
+
+        def _sum(self, codes, weight):
+            ...
 
 # %% ../../nbs/workshop/static_layers.ipynb
 @patch

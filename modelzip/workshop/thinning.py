@@ -8,6 +8,7 @@ __all__ = ['shown', 'ThinLinear', 'ThinConv2d', 'thin_pair', 'factors_of', 'plai
 # %% ../../nbs/workshop/thinning.ipynb
 import collections, fnmatch, math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class ThinConv2d(nn.Sequential):
         return self[1].bias
 
 # %% ../../nbs/workshop/thinning.ipynb
-def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
+def thin_pair(m: nn.Module, rank: int, like: dict[str, Any]) -> nn.Sequential:
     "Two layers with `rank` channels between them; a convolution's second is 1×1."
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
@@ -114,7 +115,9 @@ def thin_pair(m: nn.Module, rank: int, like: dict) -> nn.Sequential:
     )
 
 # %% ../../nbs/workshop/thinning.ipynb
-def factors_of(model: nn.Module, layers: Iterable[str] | None, rank: int | dict | None = None) -> dict[str, nn.Module]:
+def factors_of(
+    model: nn.Module, layers: Iterable[str] | None, rank: int | dict[str, int] | None = None
+) -> dict[str, nn.Module]:
     "Layers that two can replace: of PyTorch's own two classes, with a plain weight of their own, and called as layers."
     owners = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
     inside = {id(c) for m in model.modules() if isinstance(m, owners) for c in m.modules()}
@@ -166,7 +169,7 @@ def plain(m: nn.Linear | nn.Conv2d) -> bool:
 
 # %% ../../nbs/workshop/thinning.ipynb
 def check_thinness(
-    error: float | None, bytes: float | None, rank: int | dict | None, layers: Iterable[str] | None = None
+    error: float | None, bytes: float | None, rank: int | dict[str, int] | None, layers: Iterable[str] | None = None
 ) -> None:
     "`ValueError` unless exactly one of three says how much goes, and says something possible."
     said = [v for v in (error, bytes, rank) if v is not None]

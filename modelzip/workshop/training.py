@@ -100,7 +100,7 @@ def check_scores(scores: Tensor, split: Split) -> None:
         )
 
 # %% ../../nbs/workshop/training.ipynb
-def check_training(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list, int]:
+def check_training(model: nn.Module, data: Split, epochs: int, lr: float, batch_size: int) -> tuple[list[Any], int]:
     "The parameters that will move, and how many steps there will be; ValueError says why there can be none."
     check_examples(data, batch_size)
     if epochs < 1:
@@ -120,7 +120,7 @@ def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def checked_loss(
-    loss: Callable,  # of outputs and labels
+    loss: Callable[[Any, Any], Tensor],  # of outputs and labels
     output: Any,  # of the model
     labels: Tensor,  # [n]
     step: int,  # how many steps there were before
@@ -130,7 +130,7 @@ def checked_loss(
 
     Parameters
     ----------
-    loss : Callable
+    loss : Callable[[Any, Any], Tensor]
         of outputs and labels
     output : Any
         of the model

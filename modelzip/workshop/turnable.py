@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -79,7 +79,7 @@ class Norm:
         the space of its inputs
     out : int | None, default None
         … and of its outputs
-    readers : set, default field(default_factory=set)
+    readers : set[tuple[str, int]], default field(default_factory=set)
         (parameter, axis): the linear layers that read its output directly
     mixed : str | None, default None
         what else happens to its output
@@ -95,7 +95,9 @@ class Norm:
     offset: bool = False  # with an offset
     into: int | None = None  # the space of its inputs
     out: int | None = None  # … and of its outputs
-    readers: set = field(default_factory=set)  # (parameter, axis): the linear layers that read its output directly
+    readers: set[tuple[str, int]] = field(
+        default_factory=set
+    )  # (parameter, axis): the linear layers that read its output directly
     mixed: str | None = None  # what else happens to its output
     folded: bool = False  # its gain can go into its readers
 
@@ -190,6 +192,35 @@ class Watch(TorchFunctionMode):
             self.norms[v.norm].mixed = why
         return Vectors(v.space)
 
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            ...
+
+        def note(
+            self,
+            name: str,
+            f: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+        ) -> None:
+            "Apply the rule of an operation; without one all that goes in stays as it is."
+            ...
+
+        def enters(self, name: str, given: Any) -> None:
+            ...
+
+        def leaves(self, name: str, output: Any) -> None:
+            ...
+
+        def sees(self, name: str, x: Any) -> None:
+            ...
+
+        def normalized(self, norm: Norm, x: Tensor | None, outputs: list[Tensor]) -> None:
+            "A norm was called."
+            ...
+
 # %% ../../nbs/workshop/turnable.ipynb
 @patch
 def __torch_function__(self: Watch, f, types, args=(), kwargs=None):
@@ -201,7 +232,9 @@ def __torch_function__(self: Watch, f, types, args=(), kwargs=None):
 
 
 @patch
-def note(self: Watch, name: str, f: Callable, args: tuple, kwargs: dict, output: Any) -> None:
+def note(
+    self: Watch, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     "Apply the rule of an operation; without one all that goes in stays as it is."
     tensors, rule, found = tensors_of((args, kwargs)), RULES.get(name), None
     self.called |= {self.named[id(t)] for t in tensors if id(t) in self.named}
@@ -268,10 +301,10 @@ def normalized(self: Watch, norm: Norm, x: Tensor | None, outputs: list[Tensor])
         self.table[y] = Vectors(norm.out, norm.name)
 
 # %% ../../nbs/workshop/turnable.ipynb
-RULES: dict[str, Callable] = {}  # name → rule(watch, f, output, *args, **kwargs)
+RULES: dict[str, Callable[..., Any]] = {}  # name → rule(watch, f, output, *args, **kwargs)
 
 
-def rule(*names: str) -> Callable:
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     "Register what an operation does to the vectors along the last axis."
     return lambda f: RULES.update(dict.fromkeys(names, f)) or f
 
@@ -437,15 +470,15 @@ class Space:
     ----------
     size : int
         blocks of so many numbers may be turned, all alike
-    axes : list
+    axes : list[tuple[str, int]]
         (parameter, axis): all that writes and reads them
-    writes : list
+    writes : list[tuple[str, int]]
         those that write
     """
 
     size: int  # blocks of so many numbers may be turned, all alike
-    axes: list  # (parameter, axis): all that writes and reads them
-    writes: list  # those that write
+    axes: list[tuple[str, int]]  # (parameter, axis): all that writes and reads them
+    writes: list[tuple[str, int]]  # those that write
 
 
 @dataclass
@@ -466,7 +499,7 @@ class Plan:
     left: dict[str, str]  # weight of a linear layer whose input is not turned → why
 
 
-def folds(w: Watch, norm: Norm, outs: Counter, reads: dict, writes: dict) -> bool:
+def folds(w: Watch, norm: Norm, outs: Counter[Any], reads: dict[Any, int], writes: dict[Any, int]) -> bool:
     "Whether a norm can be one without gain, offset and mean."
     s = w.spaces
     i, o = s.find(norm.into), s.find(norm.out)

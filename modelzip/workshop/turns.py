@@ -9,6 +9,7 @@ __all__ = ['alone', 'lent', 'works_for']
 import asyncio, concurrent.futures, contextlib, contextvars, os, sys, threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -134,7 +135,7 @@ def _inside(frame):
     return []
 
 
-def _promises(frame: FrameType) -> list:
+def _promises(frame: FrameType) -> list[Any]:
     "The results that a function of the standard library or of a pool computes here."
     if not frame.f_code.co_filename.endswith(_WAITING):
         return []
@@ -142,7 +143,7 @@ def _promises(frame: FrameType) -> list:
     return [p for w in some for p in (w, getattr(w, "future", None)) if isinstance(p, concurrent.futures.Future)]
 
 
-def _holds(frame: FrameType, mine: list) -> bool:
+def _holds(frame: FrameType, mine: list[Any]) -> bool:
     "Whether a variable, or what a waiting object of the library consists of, is one of mine."
     library = frame.f_code.co_filename.endswith(_WAITING)
     for v in [*frame.f_locals.values()]:
@@ -165,7 +166,7 @@ def _made_in(outer: FrameType, inner: FrameType) -> bool:
     return any(not isinstance(v, (str, bytes, int, float, complex, type, type(None))) for v in shared)
 
 
-def _loops(promise: concurrent.futures.Future) -> list:
+def _loops(promise: concurrent.futures.Future) -> list[Any]:
     "The event loops that are told of a result."
     cells = [c for f in promise._done_callbacks for c in getattr(f, "__closure__", None) or ()]
     return [c.cell_contents for c in cells if isinstance(c.cell_contents, asyncio.BaseEventLoop)]

@@ -9,13 +9,14 @@ __all__ = ['untouched']
 import random, threading, types
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/workshop/untouched.ipynb
-def _puts_back(x, seen: set) -> Iterator[Callable]:
+def _puts_back(x, seen: set[int]) -> Iterator[Callable[[], Any]]:
     "Functions that restore what is reached from a value."
     if (
         id(x) in seen

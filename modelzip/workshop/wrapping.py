@@ -9,7 +9,7 @@ __all__ = ['shallow_copy', 'set_parameter', 'settle', 'Wrapper', 'innermost', 'w
 # %% ../../nbs/workshop/wrapping.ipynb
 import inspect, json, sys, textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -86,6 +86,20 @@ class Wrapper(nn.Module):
             return f"{type(self).__name__}({', '.join(parts)})"
         inside = textwrap.indent("\n".join(parts), "  ")  # a line each, as PyTorch's containers have it
         return f"{type(self).__name__}(\n{inside}\n)"
+
+    if TYPE_CHECKING:  # what cells below give it with @patch
+
+        def shown_to(self, reader) -> Tensor:
+            "The expanded parameter, read-only unless PyTorch's own modules read it."
+            ...
+
+        def compiled_forward(self, *args, **kwargs):
+            "The forward pass as `torch.compile` can follow it."
+            ...
+
+        def as_operation(self) -> Tensor:
+            "The expanded parameter as a compiled graph has it."
+            ...
 
 
 def innermost(layer: nn.Module) -> nn.Module:
@@ -216,7 +230,7 @@ def _write(wrapper: Wrapper, key: str, value: Any) -> None:
 def expand_operation(
     kinds: dict[str, type],  # the registry of compressed tensors
     home: str,  # the module to which it belongs
-) -> Callable:  # (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
+) -> Callable[..., Any]:  # (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
     """Expanding as one opaque operation of a compiled graph.
 
     Parameters
@@ -228,7 +242,7 @@ def expand_operation(
 
     Returns
     -------
-    Callable
+    Callable[..., Any]
         (parts, their names joined by commas, what they mean in JSON) → the expanded tensor
     """
 
