@@ -478,15 +478,17 @@ class Checksum:
 
     Parameters
     ----------
-    pool, default None
+    pool : Any, default None
         an executor that it may use; None: one of its own, until the `with` block ends
     """
 
-    def __init__(self, pool=None):  # an executor that it may use; None: one of its own, until the `with` block ends
+    def __init__(
+        self, pool: Any = None
+    ):  # an executor that it may use; None: one of its own, until the `with` block ends
         self.own = None if pool else ThreadPoolExecutor(THREADS)
         self.pool, self.value, self.pending = pool or self.own, 0, collections.deque()
 
-    def add(self, block):
+    def add(self, block: bytes | memoryview) -> None:
         "The next block of bytes; it must stay as it is until it has been dealt with."
         if len(block) < 2**16 and not self.pending:
             self.value = zlib.crc32(block, self.value)
@@ -495,24 +497,24 @@ class Checksum:
         if len(self.pending) > 2 * THREADS:
             self.take()
 
-    def take(self):
+    def take(self) -> None:
         crc, n = self.pending.popleft()
         self.value = join(self.value, crc.result(), n)
 
-    def append(self, crc, n):
+    def append(self, crc: int, n: int) -> None:
         "The next n bytes, whose checksum is known."
         self.value = join(self.finish(), crc, n)
 
-    def finish(self):
+    def finish(self) -> int:
         "The checksum of all that has come by."
         while self.pending:
             self.take()
         return self.value
 
-    def __enter__(self):
+    def __enter__(self) -> "Checksum":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         if self.own:
             self.own.shutdown()
 

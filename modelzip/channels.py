@@ -146,7 +146,7 @@ class Trace(Record):
         super().__init__(model)
         self.ties = Ties()
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output, name = f(*args, **kwargs), name_of(f)
         if concerns(self, name, args, kwargs, output):
@@ -201,7 +201,7 @@ def ruled(
 
 # %% ../nbs/08_channels.ipynb
 @rule(*POINTWISE, *LIFTING)
-def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
+def pointwise(t: Trace, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Marks | None:
     "f(x) element by element: channels stay where they are."
     if any(isinstance(a, Tensor) for a in args):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -211,7 +211,7 @@ def pointwise(t, f, output, input, *args, **kwargs) -> Marks | None:
 
 # %% ../nbs/08_channels.ipynb
 @rule(*MIXING)
-def mixed(t, f, output, *args, **kwargs) -> Marks:
+def mixed(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Marks:
     "f(x, y) element by element: channels that meet go together."
     args = args[::-1] if getattr(f, "__name__", "").startswith("__r") else args  # 1 / y is y.__rtruediv__(1)
     marks = [t.marks(x) for x in tensors_of((args, kwargs))]
@@ -221,7 +221,9 @@ def mixed(t, f, output, *args, **kwargs) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule("linear")
-def linear(t, f, output, input, weight, bias=None) -> Marks:
+def linear(
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Marks:
     "y = W x + b: the columns of W belong to x, its rows and b to y."
     x, w = t.marks(input), t.marks(weight)
     inputs, rows = isolate_or_fix(t.ties, x, -1), isolate(t.ties, w, 0)
@@ -231,7 +233,18 @@ def linear(t, f, output, input, weight, bias=None) -> Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(t, f, output, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Marks:
+def convolution(
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Marks:
     "A product of matrices at every position."
     x, w = t.marks(input), t.marks(weight)
     c = channel_axis(t.ties, x, w)
@@ -245,7 +258,18 @@ def convolution(t, f, output, input, weight, bias=None, stride=1, padding=0, dil
 
 # %% ../nbs/08_channels.ipynb
 @rule("batch_norm", "instance_norm")
-def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs):
+def norm_of_channels(
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Marks:
     "Every channel by itself: its mean, its variance, its factor, its offset."
     x = t.marks(input)
     channels = isolate(t.ties, x, 1 if input.dim() > 1 else 0)
@@ -256,7 +280,9 @@ def norm_of_channels(t, f, output, input, running_mean=None, running_var=None, w
 
 # %% ../nbs/08_channels.ipynb
 @rule(*"sum nansum mean amax amin max min norm vector_norm var std var_mean prod any all median".split())
-def reduction(t, f, output, input, *args, **kwargs) -> list[Marks] | Marks:
+def reduction(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | Marks:
     "Along an axis of channels, only a sum (or a norm) does not notice that zeros are gone."
     name, m, outs = name_of(f), t.marks(input), tensors_of(output)
     x, axes = replace(m, blocks=dict(m.blocks)), reduced_axes(name, input.dim(), args, kwargs)
@@ -270,7 +296,7 @@ def reduction(t, f, output, input, *args, **kwargs) -> list[Marks] | Marks:
 
 # %% ../nbs/08_channels.ipynb
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(t, f, output, input, *args, **kwargs) -> list[Marks]:
+def moved(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Elements change places: what the operation does with the elements it also does with their numbers."
     m, name = t.marks(input), name_of(f)
     g = (lambda x: x.reshape(output.shape)) if name in RESHAPE else lambda x: f(x, *args, **kwargs)

@@ -125,7 +125,7 @@ def quantize_weights(
     bits: int = 8,  # width of a code
     group: int | None = None,  # weights that share a scale; None: one scale for each row
     progress: bool = False,  # show a bar
-    **options,  # of `quantize`: symmetric, observer, codebook …
+    **options: Any,  # of `quantize`: symmetric, observer, codebook …
 ) -> nn.Module:  # a copy in which every tensor of two or more dimensions is compressed
     """Quantize weights whose layers are unknown. `ValueError` when there is nothing to quantize.
 
@@ -572,7 +572,7 @@ def command(
     return add
 
 
-def argument(*names, **options):
+def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, options
 
 

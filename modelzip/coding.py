@@ -11,7 +11,7 @@ __all__ = ['rans_push', 'rans_pop', 'Bets', 'AdaptiveEncoder', 'AdaptiveDecoder'
 #| code-fold: true
 #| code-summary: "Imports of the module"
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TYPE_CHECKING
 
 from fastcore.basics import patch
@@ -97,10 +97,10 @@ class Bets:
             raise ValueError(f"memory is {memory!r}; it may be a whole number above 0")
         self.memory, self.table = memory, {}
 
-    def ones(self, context) -> int:  # 32..65504: the share of a one, of 65536
+    def ones(self, context: Hashable) -> int:  # 32..65504: the share of a one, of 65536
         return min(max(self.table.get(context, (32768, 0))[0], 32), 65504)
 
-    def learn(self, context, bit):
+    def learn(self, context: Hashable, bit: int) -> None:
         q, n = self.table.get(context, (32768, 0))
         self.table[context] = q + ((bit << 16) - q) // (n + 2), min(n + 1, self.memory)
 

@@ -68,7 +68,7 @@ class Deployed(nn.Module):
         with torch.no_grad():
             return self._run(*tensors_in(self.layout, args, kwargs))
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Deployed":
         if mode:
             raise TypeError("a deployed model cannot be trained; train the model itself, and deploy it again")
         return self
@@ -76,7 +76,7 @@ class Deployed(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a deployed model holds no weights to save; save the model itself, or deploy it with path=")
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a deployed model belongs to its process and can be neither pickled nor copied; call deploy where it is"
             " needed"

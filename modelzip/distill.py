@@ -71,10 +71,10 @@ class Loss(SaysItsSettings):
     def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def __add__(self, other):
+    def __add__(self, other: "Loss") -> "Loss":
         return Sum([1.0, 1.0], [self, other])
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float) -> "Loss":
         return Sum([factor], [self])
 
     __rmul__ = __mul__
@@ -107,7 +107,7 @@ class Sum(Loss):
         self.student_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.student_layers))
         self.teacher_layers = tuple(dict.fromkeys(n for p in self.parts for n in p.teacher_layers))
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         return sum(f * p(student, teacher, labels) for f, p in zip(self.factors, self.parts))
 
     def __repr__(self) -> str:
@@ -131,7 +131,7 @@ class Labels(Loss):
         super().__init__()
         self.axis = axis
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         z = classes_last(student.outputs, self.axis, labels)
         soft = labels.is_floating_point() and labels.shape == student.outputs.shape
         if z.shape[-1] > 1:
@@ -165,7 +165,7 @@ class SoftTargets(Loss):
             raise ValueError(f"temperature is {temperature!r}; it may be 1e-9 to 1e9")
         self.temperature, self.axis = float(temperature), axis
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         same_shape(student, teacher)
         z, v = (classes_last(s.outputs, self.axis, labels) / self.temperature for s in (student, teacher))
         if z.shape[-1] == 1:
@@ -180,7 +180,7 @@ class Logits(Loss):
     """Mean squared difference of the outputs themselves (Ba & Caruana 2013, arXiv:1312.6184), also for outputs that
     are no logits. Where both have the same mean over the classes: soft targets at infinite temperature, times two."""
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         same_shape(student, teacher)
         return F.mse_loss(student.outputs, teacher.outputs)
 
@@ -191,12 +191,19 @@ class Logits(Loss):
 class Lesson(nn.Module):
     "Student and loss, to be trained together; the teacher is no part of it."
 
-    def __init__(self, student, teacher, loss, augment, notes):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: Loss,
+        augment: Callable[[Any], Any] | None,
+        notes: tuple[dict[str, Any], dict[str, Any]],
+    ):
         super().__init__()
         self.student, self.loss = student, loss
         self.others = teacher, augment, notes  # in a tuple, so that their parameters are not found
 
-    def forward(self, x):
+    def forward(self, x: Any) -> tuple[Seen, Seen]:
         teacher, augment, (ours, theirs) = self.others
         if augment is not None:
             x = augment(x)
@@ -300,7 +307,7 @@ class FeatureLoss(Loss):
         self.pairs = layer_pairs(layers, type(self).__name__)
         self.student_layers, self.teacher_layers = tuple(self.pairs), tuple(self.pairs.values())
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         each = [self.distance(s, student.features[s], teacher.features[t]) for s, t in self.pairs.items()]
         return sum(each) / len(each)
 
@@ -322,7 +329,7 @@ class Hints(FeatureLoss):
         super().__init__(layers)
         self.maps = nn.ModuleDict()
 
-    def distance(self, name, ours, theirs):
+    def distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         ours, theirs = same_size(ours, theirs)
         y = layer_map(self.maps, name, self.pairs[name], ours, theirs)(ours)
         check_but_channels(name, self.pairs[name], ours, y, theirs)
@@ -338,7 +345,7 @@ class AttentionTransfer(FeatureLoss):
         name of a student's layer → name of a teacher's
     """
 
-    def distance(self, name, ours, theirs):
+    def distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         check_images(ours, theirs)
         a, b = (F.normalize(at_one(f).square().sum(1).flatten(1), dim=1) for f in same_size(ours, theirs))
         return (a - b).square().sum(1).mean()
@@ -411,7 +418,7 @@ class Relations(Loss):
         self.teacher_layers = () if teacher_layer is None else (teacher_layer,)
         self.angles = angles
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Seen, teacher: Seen, labels: Tensor) -> Tensor:
         a = student.features[self.student_layers[0]] if self.student_layers else student.outputs
         b = teacher.features[self.teacher_layers[0]] if self.teacher_layers else teacher.outputs
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)

@@ -1120,7 +1120,7 @@ class Patient:
     def __init__(self, f: BinaryIO):
         self.f, self.error = f, None
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         def call(*args):
             try:
                 if self.error is None:
@@ -1131,7 +1131,7 @@ class Patient:
 
         return call
 
-    def settle(self):
+    def settle(self) -> None:
         if self.error is not None:
             raise self.error
 

@@ -142,7 +142,7 @@ class GroupedAttention(SettingsInState, nn.Module):
         self.query, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.key, self.value = nn.Linear(width, shared, bias=False), nn.Linear(width, shared, bias=False)
 
-    def check_settings(self, heads, kv_heads, width=None):
+    def check_settings(self, heads: int, kv_heads: int, width: int | None = None) -> None:
         if width is None and (heads, kv_heads) != (self.heads, self.kv_heads):
             raise ValueError(f"this state has {heads} and {kv_heads} heads, not {self.heads} and {self.kv_heads}")
         check_heads(heads, kv_heads, width)

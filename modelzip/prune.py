@@ -91,7 +91,7 @@ def prune_model(
     retrain: Callable[[nn.Module, int], None] | None = None,  # called as retrain(model, step) after each
     loss: Callable[[nn.Module, Any], Tensor]
     | None = None,  # (model, batch) → scalar, for a gradient; None: cross-entropy of (inputs, labels)
-    **more,  # of `Pruner`: layers, skip, allow_empty
+    **more: Any,  # of `Pruner`: layers, skip, allow_empty
 ) -> nn.Module:  # a copy with masks
     """Prune a model: masks of a criterion's choice, in one or several steps. `sparsify_model` makes them real
     afterwards. Recurrent layers, embeddings, the projection into attention and bare matrices stay whole: a warning
@@ -156,7 +156,7 @@ def sensitivity(
     batches: Iterable[Any] | Split | None = None,  # for criteria that look at data
     layers: tuple[type, ...] = PRUNABLE,  # classes
     skip: Iterable[str] = (),  # names or patterns
-    **more,  # of `prune_model`: loss …
+    **more: Any,  # of `prune_model`: loss …
 ) -> Sensitivity:
     """Prune each layer alone, at each share, and evaluate.
 
@@ -213,7 +213,7 @@ def prune_gradually(
     seed: int = 0,  # of the shuffling
     progress: bool = True,  # show a bar
     batches: Iterable[Any] | Split | None = None,  # for criteria that look at data; None: the training data
-    **how,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
+    **how: Any,  # of `Pruner`: criterion, granularity, scope, loss, layers, skip …
 ) -> nn.Module:  # a copy with masks, in eval mode
     """Train on while masks tighten epoch by epoch (Zhu & Gupta 2017, arXiv:1710.01878).
 
@@ -273,7 +273,7 @@ def lottery_ticket(
     sparsity: float,  # share of the weights that is gone at the end
     rounds: int = 5,  # of training, pruning, rewinding
     schedule: str | Callable[[float, float, float], float] = "iterative",
-    **how,  # of `Pruner`: criterion, granularity, scope, batches …
+    **how: Any,  # of `Pruner`: criterion, granularity, scope, batches …
 ) -> nn.Module:  # the ticket: masks, and the weights that `model` began with
     """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
 

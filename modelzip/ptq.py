@@ -177,7 +177,9 @@ def shrinkage(
 shrink = shrinkage  # its former name, which chapter 08 has for something else
 
 
-def scale_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float):
+def scale_step(
+    blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float
+) -> tuple[Tensor, Tensor]:
     "Σ|e|ᵖ; and the scale of least squares for the weights without what is excused."
     d = (blocks / scale + zero).round_().clamp_(0, levels - 1) - zero
     r = blocks - scale * d
@@ -186,7 +188,7 @@ def scale_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: f
     return r.abs().pow(p).sum(1, keepdim=True), torch.where(new > 0, new, scale)
 
 
-def zero_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float):
+def zero_step(blocks: Tensor, scale: Tensor, zero: Tensor, levels: int, beta: float, p: float) -> Tensor:
     "The zero point of least squares, as published: a mean, not a whole number."
     c = (blocks / scale + zero).round_().clamp_(0, levels - 1)
     r = blocks / scale - (c - zero)

@@ -71,7 +71,7 @@ class Dequantize(Wrapper):
         its compressed value; a `Packed` is shared (tied weights)
     name : str, default 'weight'
         which parameter
-    **options
+    **options : Any
         what a subclass needs to be rebuilt
     """
 
@@ -88,7 +88,7 @@ class Dequantize(Wrapper):
         layer: nn.Module,  # the layer whose parameter is replaced
         q: CompressedTensor | Packed,  # its compressed value; a `Packed` is shared (tied weights)
         name: str = "weight",  # which parameter
-        **options,  # what a subclass needs to be rebuilt
+        **options: Any,  # what a subclass needs to be rebuilt
     ):
         super().__init__()
         if options:
@@ -106,7 +106,7 @@ class Dequantize(Wrapper):
             threads)."""
             ...
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             "The layer's own forward pass, with the expanded parameter."
             ...
 
@@ -123,7 +123,7 @@ def expanded(self: Dequantize) -> nn.Module:
 
 
 @patch
-def forward(self: Dequantize, *args, **kwargs):
+def forward(self: Dequantize, *args: Any, **kwargs: Any) -> Any:
     "The layer's own forward pass, with the expanded parameter."
     if torch.compiler.is_compiling():
         return self.compiled_forward(*args, **kwargs)

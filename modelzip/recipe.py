@@ -484,7 +484,7 @@ class Judge:
             raise ValueError(f"evaluate returned {score!r:.60}; it may return a finite number, more for better")
         return number
 
-    def outputs(self, model):
+    def outputs(self, model: nn.Module) -> dict[str, list[Tensor]]:
         with alone(), seeded(0), torch.no_grad():
             return rows_of(copied(model).eval(), self.samples.held)
 

@@ -145,7 +145,7 @@ class Percentile(MinMax):
             raise ValueError(f"percent is {percent}; it may be above 0 and up to 100")
         self.percent = percent
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if symmetric and levels == 2:
             return mean_magnitude(blocks)
         m, share = blocks.shape[1], Fraction(str(self.percent)) / 100  # exact: 99.9 % of 1,000 are 999
@@ -164,7 +164,7 @@ class MSE(MinMax):
             raise ValueError(f"steps is {steps} and smallest {smallest}; they may be 2 or more, and between 0 and 1")
         self.steps, self.smallest = steps, smallest
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         low, high = super().__call__(blocks, levels, symmetric)
         shares = torch.linspace(1, self.smallest, self.steps, dtype=torch.float32, device="cpu").to(low.device)
         best, wide = torch.ones_like(low), torch.promote_types(blocks.dtype, torch.float32)

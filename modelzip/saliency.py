@@ -12,6 +12,7 @@ __all__ = ['Magnitude', 'Gradient', 'Taylor', 'Fisher', 'removal_cost', 'Wanda',
 #| code-summary: "Imports"
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Magnitude(Criterion):
             raise ValueError(f"p is {p!r}; it may be 1 or 2")
         self.p = p
 
-    def score(self, weight, seen=None):
+    def score(self, weight: Tensor, seen: Any = None) -> Tensor:
         return weight.abs() if self.p == 1 else weight.square()
 
 # %% ../nbs/07_saliency.ipynb
@@ -42,7 +43,7 @@ class Gradient(Criterion):
 
     needs = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.gradient.abs()
 
 
@@ -52,7 +53,7 @@ class Taylor(Criterion):
 
     needs = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return (weight * seen.gradient).abs()
 
 
@@ -62,7 +63,7 @@ class Fisher(Criterion):
 
     needs = "gradient"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.fisher * weight.square() / 2
 
 # %% ../nbs/07_saliency.ipynb
@@ -94,7 +95,7 @@ class Wanda(Criterion):
 
     needs, scope = "power", "output"
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return (as_matrices(weight, len(seen.power)).abs() * seen.power.to(weight.dtype).sqrt()[:, None]).reshape(
             weight.shape
         )
@@ -193,7 +194,7 @@ class Surgeon(Criterion):
     def __init__(self, damping: float = 0.01):
         self.damping = damping
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
 
 # %% ../nbs/07_saliency.ipynb

@@ -245,7 +245,7 @@ def quantize_static(
     batches: Iterable[Any]
     | None = None,  # calibration data: tensors, tuples or dicts, see `feed`; None: `chosen` is given
     chosen: Mapping[str, Any] | None = None,  # of `choose_static`, for this model; None: choose now
-    **how,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
+    **how: Any,  # of `choose_static`: observer, alphas, copies, weights, biases, limit, overrides, attention
 ) -> nn.Module:  # a copy in eval mode, with StaticLinear, StaticConv2d, and QLinear for a range by row
     """Post-training quantization with input ranges that are fixed beforehand (Jacob et al. 2018, arXiv:1712.05877),
     behind column scales (Xiao et al. 2022, arXiv:2211.10438). BatchNorms are folded into convolutions first. All

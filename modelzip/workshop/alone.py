@@ -110,11 +110,11 @@ class AsAlone(TorchFunctionMode):
         self.token = batch_samples.set(self.n)
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         batch_samples.reset(self.token)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in WAYS or not _divides(n := batch_samples.get(), func, args):
             return func(*args, **(kwargs or {}))
         return _one_by_one(n, functools.partial(func, **kwargs), *args) if kwargs else _apply_way(n, func, *args)

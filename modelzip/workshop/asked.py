@@ -331,7 +331,7 @@ class Weighed(TorchDispatchMode):
         return False  # `without_compiler` does
 
     @without_compiler
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         if func in BY_NUMBERS:
@@ -350,7 +350,7 @@ class Weighed(TorchDispatchMode):
         ]
         return out
 
-    def weigh(self, func, args, kwargs):
+    def weigh(self, func: Any, args: Any, kwargs: Any) -> None:
         "What the results will take, by letting the operation run on tensors without memory."
         if torch.device(kwargs.get("device") or "cpu").type == "meta":
             return
@@ -364,7 +364,7 @@ class Weighed(TorchDispatchMode):
             return  # its result's size depends on numbers, but is no larger than there are of them: see BY_NUMBERS
         self.take(sum(t.numel() * t.element_size() for t in tree_flatten(out)[0] if isinstance(t, Tensor)))
 
-    def take(self, n):
+    def take(self, n: int) -> None:
         self.left -= n
         if self.left < 0:
             raise TooMuch(f"building it takes more than {self.most:,} bytes")

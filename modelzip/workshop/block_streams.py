@@ -475,7 +475,9 @@ def take_codes(coder: Any, side: Side, rule: Rule, what: Expected, codes: np.nda
     return in_rows(got, rows)
 
 
-def take_code(coder, contexts: np.ndarray, middle: np.ndarray | None, sure: list[Any], code: np.ndarray | None):
+def take_code(
+    coder: Any, contexts: np.ndarray, middle: np.ndarray | None, sure: list[Any], code: np.ndarray | None
+) -> np.ndarray:
     "A code in each lane, as its distance from the middle if there is one; those that are sure come out wrong."
     if code is not None:
         code = code.copy() if middle is None else code - middle

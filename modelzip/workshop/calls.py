@@ -252,7 +252,7 @@ class Layout:
         self.kinds = [t.dtype for t in tensors]
         return self
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self  # which nobody changes
 
     def _check_kinds(self, given):
@@ -391,26 +391,26 @@ class Flat(nn.Module):
         super().__init__()
         self.model, self.layout = model, layout
 
-    def forward(self, *tensors):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(parts_of(called(self.layout, self.model, tensors))[0])
 
 # %% ../../nbs/workshop/calls.ipynb
 class Quiet:
     "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()
         logging.disable(logging.WARNING)
         sys.stderr = self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         logging.disable(self.before)
         sys.stderr = self.stream
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         return getattr(self.stream, key)
 
 # %% ../../nbs/workshop/calls.ipynb

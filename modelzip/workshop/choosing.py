@@ -355,7 +355,7 @@ class ByName(nn.Module):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         return self.model(**dict(zip(self.names, args)))
 
 # %% ../../nbs/workshop/choosing.ipynb

@@ -33,16 +33,16 @@ class Sized:
         return self.shape.numel()
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(iter(self.parts().values())).device
 
-    def to(self, *args, **kwargs) -> "CompressedTensor":
+    def to(self, *args: Any, **kwargs: Any) -> "CompressedTensor":
         "Another device; or another dtype to dequantize to (codes and scales keep theirs)."
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         meta = self.meta() | ({"dtype": dtype_name(dtype)} if dtype else {})
         return type(self).from_parts({k: p.to(device) if device else p for k, p in self.parts().items()}, meta)
 
-    def clone(self):
+    def clone(self) -> "CompressedTensor":
         return copy.deepcopy(self)
 
     def describe(self) -> str:

@@ -35,7 +35,7 @@ class Follow(TorchFunctionMode):
         known, layers = self.made.get(id(t), (None, frozenset()))
         return layers if known is t else frozenset()
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = f(*args, **(kwargs or {}))
         name, tensors = name_of(f), tensors_of((args, kwargs))
         layers = frozenset().union(*map(self.of, tensors))

@@ -189,7 +189,7 @@ class SlowPath(TorchFunctionMode):
     """A block in which attention calls its layers one by one: its fast path steps aside for any mode. Nothing
     outside of this thread notices."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
 
 # %% ../../nbs/workshop/counting.ipynb
@@ -224,7 +224,7 @@ class Work(TorchDispatchMode):
             0,
         )
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = f"{op.namespace}::{op.overloadpacket.__name__}"
         if name not in PRODUCTS:
             with self:

@@ -25,7 +25,7 @@ class Criterion:
     def score(
         self,
         weight: Tensor,  # of a layer, zero where it is pruned already
-        seen: Evidence | None,  # what `collect` found for that layer; None without `needs`
+        seen: Any,  # what `collect` found for that layer; None without `needs`
     ) -> Tensor:  # of the same shape
         raise NotImplementedError
 
@@ -85,10 +85,10 @@ class Random(Criterion):
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
 
-    def score(self, weight, seen=None):
+    def score(self, weight: Tensor, seen: Any = None) -> Tensor:
         return -torch.rand(weight.shape, dtype=weight.dtype, device=weight.device, generator=self.generator)
 
-    def of_units(self, count, device):
+    def of_units(self, count: int, device: torch.device) -> Tensor:
         return torch.rand(count, device=device, generator=self.generator)  # one throw for each
 
 
@@ -100,7 +100,7 @@ class Movement(Criterion):
     def __init__(self, lr: float = 0.01):
         self.lr = lr
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.movement
 
 

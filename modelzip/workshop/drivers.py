@@ -27,7 +27,7 @@ from .models import carry_hooks, computed
 from .watching import name_of, points_of, unseen
 
 # %% ../../nbs/workshop/drivers.ipynb
-def named(name: str, f: Callable[..., Any], *args, **kwargs) -> Any:
+def named(name: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     "Call a function; its errors begin with the name of a layer."
     try:
         return f(*args, **kwargs)

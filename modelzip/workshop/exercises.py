@@ -7,7 +7,7 @@ __all__ = ['Verdict', 'new_dice', 'exercise', 'short', 'unchanged', 'as_number',
 
 # %% ../../nbs/workshop/exercises.ipynb
 import contextlib, copy, functools, math, numbers, random, re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -55,13 +55,18 @@ class Verdict:
 @contextlib.contextmanager
 def new_dice(
     seed: int,  # 0 to 2³² − 1
-):  # inside, chance begins with the seed
+) -> Iterator[None]:  # inside, chance begins with the seed
     """Python's, NumPy's and PyTorch's numbers by chance begin anew, and are afterwards what they were.
 
     Parameters
     ----------
     seed : int
-        0 to 2³² − 1 inside, chance begins with the seed
+        0 to 2³² − 1
+
+    Returns
+    -------
+    Iterator[None]
+        inside, chance begins with the seed
     """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -56,7 +56,7 @@ class TrainedAsIntegers(Settings):
     def extra_repr(self) -> str:
         return "frozen" if self.frozen else ""
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         """`weight` (rounded), `bias`, `in_features` … as the layer has them, so that code which reads them goes on
         working."""
         try:
@@ -238,7 +238,7 @@ class FakeRecurrent(nn.Module):
         bare.__dict__["_flat_weights"] = [bare._parameters.get(n) for n in bare._flat_weights_names]
         return bare(*args, **kwargs)
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         "Everything as the layer has it; its matrices rounded."
         try:
             return super().__getattr__(key)

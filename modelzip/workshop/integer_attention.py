@@ -182,7 +182,7 @@ class StaticAttention(Attention):
     def steps(self) -> tuple[float, float, float]:
         return self.query_step, self.key_step, self.value_step
 
-    def check_settings(self, query_step, key_step, value_step, **more):
+    def check_settings(self, query_step: float, key_step: float, value_step: float, **more: Any) -> None:
         super().check_settings(**more)
         check_steps(query_step, key_step, value_step)
 

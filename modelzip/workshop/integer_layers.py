@@ -9,6 +9,7 @@ __all__ = ['TINY', 'SHORT', 'ALONE', 'LAST_INPUT', 'FEW', 'is_ordinary', 'Prepar
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 import ctypes, json, sys, threading, weakref
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -42,7 +43,7 @@ class Prepared:
         self.alone = 0  # how often nobody else was given the input
         self.owner = None  # weak reference to the layer whose rows were prepared
 
-    def get(self, owner, which):
+    def get(self, owner: Any, which: str) -> Any:
         entry, now = self.entry, owner._modules["packed"]._buffers.values()
         if entry is None or entry[0] != owner.kernel or not unchanged(entry[1], now):
             self.entry = entry = owner.kernel, noted(now), {}
@@ -51,7 +52,7 @@ class Prepared:
         with self.lock:
             return entry[2].setdefault(which, getattr(owner, "_prepare_" + which)())
 
-    def learn(self, others, made):
+    def learn(self, others: tuple[Any, ...], made: Any) -> None:
         "Note who else was given the last input, and whether what was made of it was used up."
         self.alone = 0 if others else self.alone + 1
         if others != self.others:
@@ -59,19 +60,19 @@ class Prepared:
         if getattr(made, "left", None):
             self.group, self.in_vain = None, self.in_vain + 1
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return Prepared()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, ()
 
 
-def noted(tensors):
+def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int, int | None]]:
     "Tensors as `unchanged` wants them."
     return [(p, p.data_ptr(), None if p.is_inference() else p._version) for p in tensors]
 
 
-def unchanged(before, now):
+def unchanged(before: list[tuple[Tensor, int, int | None]], now: Collection[Tensor]) -> bool:
     "The same tensors in the same memory, none of them written to."
     for (p, at, version), q in zip(before, now):
         if p is not q or p.data_ptr() != at or version is not None and p._version != version:
@@ -83,12 +84,12 @@ class NoGradient(torch.autograd.Function):
     "Marks a result that was computed from `x` without a gradient."
 
     @staticmethod
-    def forward(ctx, x, y, name):
+    def forward(ctx: Any, x: Tensor, y: Tensor, name: str) -> Tensor:
         ctx.name = name
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.name} computes with integers and has no gradient; use modelzip.quant.dequantize_model(model) before"
             " training"
@@ -101,7 +102,7 @@ class IntegerLayer(Dequantize):
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
     floats = False  # of a layer that an earlier version pickled
 
-    def __init__(self, layer, q, name, activations, requantize, floats=False):
+    def __init__(self, layer: nn.Module, q: Any, name: str, activations: str, requantize: bool, floats: bool = False):
         super().__init__(layer, q, name)
         if (why := self.refuses(self.layer, self.q, name, requantize)) is not None:
             raise ValueError(f"layer cannot be a {type(self).__name__}: {why}")
@@ -154,16 +155,16 @@ class IntegerLayer(Dequantize):
             "The forward pass where autocast is on."
             ...
 
-        def __prepare_scriptable__(self):
+        def __prepare_scriptable__(self) -> Any:
             ...
 
-        def __setattr__(self, key, value):
+        def __setattr__(self, key: str, value: Any) -> None:
             ...
 
-        def get_extra_state(self):
+        def get_extra_state(self) -> Tensor:
             ...
 
-        def set_extra_state(self, state):
+        def set_extra_state(self, state: Tensor) -> None:
             ...
 
         def _load_from_state_dict(self, *args):
@@ -250,24 +251,24 @@ def refuse_trace(layer: nn.Module) -> None:
 
 
 @patch
-def __prepare_scriptable__(self: IntegerLayer):
+def __prepare_scriptable__(self: IntegerLayer) -> Any:
     refuse_trace(self)  # torch.jit.script asks for it
 
 # %% ../../nbs/workshop/integer_layers.ipynb
 @patch
-def __setattr__(self: IntegerLayer, key, value):
+def __setattr__(self: IntegerLayer, key: str, value: Any) -> None:
     Dequantize.__setattr__(self, key, value)
     if key not in ("said", "training", "kernel", "loaded", "__dict__") and "said" in self.__dict__:
         self.__dict__["said"] = described(self)  # an option may have changed
 
 
 @patch
-def get_extra_state(self: IntegerLayer):
+def get_extra_state(self: IntegerLayer) -> Tensor:
     return as_state(json.dumps(self.options()))
 
 
 @patch
-def set_extra_state(self: IntegerLayer, state):
+def set_extra_state(self: IntegerLayer, state: Tensor) -> None:
     how = json.loads(bytes(state.tolist()))
     if (
         how.get("activations") not in ("row", "tensor")
@@ -401,7 +402,7 @@ class LastInput:
 
     input, how, users, made, copy = None, None, [], None, None
 
-    def get(self, layer, x, how, make):
+    def get(self, layer: Prepared, x: Tensor, how: Any, make: Callable[[bool], Any]) -> Any:
         """What `make` returned for this very tensor and `how`, or returns now; it is told whether that will be
         remembered. `layer` tells layers apart."""
         if x.numel() > SHORT or not x.is_contiguous():
@@ -420,7 +421,7 @@ class LastInput:
             self.input = weakref.ref(x, self._gone)
         return made
 
-    def forget(self):
+    def forget(self) -> None:
         "Drop what was made, and tell the first user who the others were."
         if self.users and (first := self.users[0]()) is not None:
             first.learn(tuple(self.users[1:]), self.made)
@@ -442,7 +443,7 @@ LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" e
 _memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
-def same_bytes(x, copy):
+def same_bytes(x: Tensor, copy: Tensor) -> bool:
     "Whether a tensor has the bytes of a copy of it."
     return x.shape == copy.shape and x.is_contiguous() and _memcmp(x.data_ptr(), copy.data_ptr(), copy.nbytes) == 0
 

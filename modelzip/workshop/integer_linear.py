@@ -6,8 +6,8 @@
 __all__ = ['LARGE', 'FEW_ROWS', 'FEW_WEIGHTS', 'FEW_TOGETHER', 'QLinear', 'fitting_rows', 'holds_zero', 'Coded']
 
 # %% ../../nbs/workshop/integer_linear.ipynb
-from typing import TYPE_CHECKING
 import itertools, math, weakref
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -300,7 +300,7 @@ class Coded:
 
     __slots__ = "codes", "step", "low", "left"
 
-    def __init__(self, codes, step, low, left):
+    def __init__(self, codes: Tensor, step: Tensor, low: Tensor, left: dict[Any, Any]):
         self.codes, self.step, self.low, self.left = codes, step, low, left
 
 

@@ -269,7 +269,7 @@ class QRecurrent(IntegerLayer):
             "As a float layer computes it."
             ...
 
-        def forward(self, input: Tensor | PackedSequence, hx=None):
+        def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
             "As the layer's own; in floats where it is compiled, derived, on another device, or drops out."
             ...
 
@@ -484,7 +484,7 @@ def _floats(self: QRecurrent, data, sizes, starts, inner):
 
 # %% ../../nbs/workshop/integer_recurrent.ipynb
 @patch
-def forward(self: QRecurrent, input: Tensor | PackedSequence, hx=None):
+def forward(self: QRecurrent, input: Tensor | PackedSequence, hx: Any = None) -> Any:
     "As the layer's own; in floats where it is compiled, derived, on another device, or drops out."
     if torch.compiler.is_compiling():
         return self.compiled_forward(input, hx)

@@ -85,7 +85,7 @@ class intra_op_threads:
         _Blas.change(list.append, self.n)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         _Blas.change(list.remove, self.n)
         self.set(self.old)
 

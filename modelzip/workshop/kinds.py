@@ -254,7 +254,7 @@ def alike(
     return True
 
 # %% ../../nbs/workshop/kinds.ipynb
-def same_fact(said, here):
+def same_fact(said: Any, here: Any) -> bool:
     "Whether an attribute is what was said; a large tensor that is not there yet may come, as in a cache."
     if isinstance(said, dict) and "digest" in said and (here is None or here is MISSING):
         return True

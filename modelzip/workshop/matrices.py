@@ -340,7 +340,9 @@ def _nothing(known, layers, overrides):
     return f"model has no layer to quantize; it may have {', '.join(may)}"
 
 # %% ../../nbs/workshop/matrices.ipynb
-def option_rule(model, overrides, known):
+def option_rule(
+    model: nn.Module, overrides: Mapping[str, Any] | Callable[[str, nn.Module], Any] | None, known: Any
+) -> Callable[..., Any]:
     "(layer, its names, key) → its options, or None."
     if overrides is None:
         return lambda m, names, key: {}

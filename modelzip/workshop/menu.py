@@ -147,7 +147,7 @@ def _numbers(model):
     return {n: places[0][1]._parameters[places[0][2]].detach() for n, places in _places(model).items()}
 
 # %% ../../nbs/workshop/menu.ipynb
-def expected_change(error, known, energy=1.0):
+def expected_change(error: float, known: Any, energy: float = 1.0) -> float:
     """Change of the output at a tensor's error, from two pairs (error, change), the larger first. A reference that
     is exact, as of weights that lie on its grid already, tells nothing, and the other speaks for both; if both are,
     the tensor's energy is the measure.

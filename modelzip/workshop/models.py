@@ -40,7 +40,7 @@ class Labelled(NamedTuple):
 class Inputs:
     "Exactly the arguments that a model is called with."
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         self.args, self.kwargs = args, kwargs
 
     def __repr__(self) -> str:

@@ -6,8 +6,8 @@
 __all__ = ['LeNet300', 'Attention', 'TransformerBlock', 'MiniLM', 'minilm']
 
 # %% ../../nbs/workshop/networks.ipynb
-from typing import TYPE_CHECKING
 from collections.abc import Sequence
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Attention(SettingsInState, nn.Module):
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def check_settings(self, heads):
+    def check_settings(self, heads: int) -> None:
         if heads != self.heads:
             raise ValueError(f"this state is of an attention with {heads} heads, and this one has {self.heads}")
 
@@ -148,7 +148,7 @@ class MiniLM(nn.Module):
             ...
 
         @property
-        def tokenizer(self):
+        def tokenizer(self) -> Any:
             "Cuts texts into word pieces."
             ...
 
@@ -186,7 +186,7 @@ def encode(
 
 
 @patch(as_prop=True)
-def tokenizer(self: MiniLM):
+def tokenizer(self: MiniLM) -> Any:
     "Cuts texts into word pieces."
     return minilm_tokenizer()
 

@@ -95,7 +95,7 @@ class Entropy(MinMax):
             raise ValueError(f"bins is {bins}; it may be 256 or more")
         self.bins = bins
 
-    def __call__(self, blocks, levels, symmetric):
+    def __call__(self, blocks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if symmetric and levels == 2:
             return mean_magnitude(blocks)
         unit, codes = unit_of_blocks(blocks), max(2, (levels - 1) // 2 + 1)
@@ -147,7 +147,7 @@ def short_group(
 def observe(
     blocks: Tensor,
     extremes: tuple[Tensor, Tensor],  # least and greatest value of each block
-    observer,  # a name in `OBSERVERS`, or a callable
+    observer: Any,  # a name in `OBSERVERS`, or a callable
     levels: int,
     symmetric: bool,
     wide: torch.dtype,  # of the arithmetic
@@ -160,7 +160,7 @@ def observe(
     blocks : Tensor
     extremes : tuple[Tensor, Tensor]
         least and greatest value of each block
-    observer
+    observer : Any
         a name in `OBSERVERS`, or a callable
     levels : int
     symmetric : bool

@@ -7,7 +7,7 @@ __all__ = ['Graph', 'store_tensor', 'store_codes', 'store_float', 'store_number'
            'dequantized', 'reshaped']
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ class Graph:
     """Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored
     again, and no two have one name."""
 
-    def __init__(self, onnx, taken=(), shapes=None):
+    def __init__(self, onnx: Any, taken: Iterable[str] = (), shapes: dict[str, Any] | None = None):
         self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
         self.shapes = shapes or {}  # of values that the exporter knows: name → sizes, None for a free one
 
-    def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes) -> Any:
+    def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         "A node; returns the name of its output, or a list of names."
         names = [f"modelzip.{op}.{len(self.nodes)}" + (f".{i}" if outputs > 1 else "") for i in range(outputs)]
         self.nodes.append(self.onnx.helper.make_node(op, list(inputs), names, domain=domain, **attributes))

@@ -6,6 +6,7 @@
 __all__ = ['GATES', 'RecurrentHole', 'recurrent_nodes']
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
+from typing import Any
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +21,13 @@ GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}  # ONNX's order 
 class RecurrentHole(nn.Module):
     "Stands in for a recurrent layer; [length, batch, features] inside."
 
-    def __init__(self, number, layer):
+    def __init__(self, number: int, layer: nn.RNNBase):
         super().__init__()
         self.number, self.states = number, 1 + isinstance(layer, nn.LSTM)
         for a in "input_size", "hidden_size", "num_layers", "batch_first", "bidirectional":
             setattr(self, a, getattr(layer, a))
 
-    def forward(self, x, hx=None):
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
         if not isinstance(x, Tensor):
             raise ValueError(
                 f"a recurrent layer is given a {type(x).__name__}, which ONNX cannot say; it may be a tensor"

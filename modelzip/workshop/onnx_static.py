@@ -89,7 +89,7 @@ def static_product(
     scale: Tensor,  # of the weight, one for each output
     layer: nn.Module,  # StaticLinear or StaticConv2d
     name: str,  # of what is stored
-    **how,  # attributes of the operation
+    **how: Any,  # attributes of the operation
 ) -> str:
     """Whole numbers, times one number for each output.
 
@@ -108,7 +108,7 @@ def static_product(
         StaticLinear or StaticConv2d
     name : str
         of what is stored
-    **how
+    **how : Any
         attributes of the operation
     """
     how_quantized = layer.options()

@@ -138,7 +138,7 @@ class OpenAttention(Attention):
     def num_heads(self) -> int:
         return self.heads
 
-    def check_settings(self, batch_first, **more):
+    def check_settings(self, batch_first: bool, **more: Any) -> None:
         super().check_settings(**more)
         if not isinstance(batch_first, bool):
             raise ValueError(f"batch_first is {batch_first!r}; it may be True or False")

@@ -72,21 +72,29 @@ def scale_shape(
 
 # %% ../../nbs/workshop/quantize_options.ipynb
 def check_together(
-    bits, symmetric, levels, step, codebook, stochastic, scale, observer, generator
+    bits: Any,
+    symmetric: Any,
+    levels: Any,
+    step: Any,
+    codebook: Any,
+    stochastic: Any,
+    scale: Any,
+    observer: Any,
+    generator: Any,
 ) -> None:  # all as in `quantize`
     """Options of which one would be ignored are refused.
 
     Parameters
     ----------
-    bits
-    symmetric
-    levels
-    step
-    codebook
-    stochastic
-    scale
-    observer
-    generator
+    bits : Any
+    symmetric : Any
+    levels : Any
+    step : Any
+    codebook : Any
+    stochastic : Any
+    scale : Any
+    observer : Any
+    generator : Any
 
     Returns
     -------

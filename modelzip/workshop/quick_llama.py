@@ -9,6 +9,7 @@ __all__ = ['stacked_tensors', 'stacked_blocks', 'SideBySide', 'stacked', 'blocks
 # %% ../../nbs/workshop/quick_llama.ipynb
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -273,11 +274,11 @@ class QuickBlock(nn.Module):
         gate, up = self.both(self.normed(x, 1)).chunk(2, -1)
         return x + self.down(F.silu(gate).mul_(up))
 
-    def normed(self, x, which):
+    def normed(self, x: Tensor, which: int) -> Tensor:
         norm = self.norms[which]
         return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
-    def attend(self, x, turns, cache, layer):
+    def attend(self, x: Tensor, turns: Tensor, cache: Any, layer: int) -> Tensor:
         n, new, width = x.shape
         heads, turned, head = self.heads, self.heads + self.kv_heads, width // self.heads
         each = self.all(x).view(n, new, turned + self.kv_heads, head)
@@ -327,7 +328,7 @@ class QuickLlama(nn.Module):
     def _apply(self, fn, recurse=True):
         raise RuntimeError("a QuickLlama stays as it was made; move or convert the model, and make another")
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a QuickLlama stays as it was made; load the state into the model, and make another")
 
 # %% ../../nbs/workshop/quick_llama.ipynb

@@ -29,7 +29,7 @@ class Symbol(fx.Proxy):
     "Stands for a tensor."
 
     @property
-    def __class__(self):
+    def __class__(self) -> Any:
         return Tensor
 
 
@@ -46,10 +46,10 @@ class Symbols(fx.proxy.GraphAppendingTracer):
             if t.numel() and t.device.type != "meta"
         }
 
-    def proxy(self, node):
+    def proxy(self, node: Any) -> "Symbol":
         return Symbol(node, self)
 
-    def create_arg(self, a):
+    def create_arg(self, a: Any) -> Any:
         if type(a) is Symbol or not isinstance(a, Tensor):
             return super().create_arg(a)
         self.touch(a)
@@ -74,7 +74,7 @@ class Touching(TorchFunctionMode):
         super().__init__()
         self.symbols = symbols
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if type(t) is not Symbol and isinstance(t, Tensor):
                 self.symbols.touch(t)
@@ -294,7 +294,7 @@ class Readers(TorchFunctionMode):
             set(),
         )
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and name_of(f) not in ABOUT:
                 self.got(t)

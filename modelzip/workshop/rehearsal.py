@@ -145,7 +145,7 @@ class Coarsest(TorchFunctionMode):
         super().__init__()
         self.eps = 0.0
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = f(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()):

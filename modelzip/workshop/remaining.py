@@ -82,8 +82,8 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
         … and an offset
     channels_first : bool, default False
         [n, channels, …] instead of […, channels]
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
     in_state = ("total", "channels_first", "eps")
@@ -96,13 +96,13 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
         elementwise_affine: bool = True,  # with a factor a channel
         bias: bool = True,  # … and an offset
         channels_first: bool = False,  # [n, channels, …] instead of […, channels]
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
         self.channels, self.total, self.channels_first = channels, total, channels_first
 
-    def check_settings(self, total, channels_first, eps) -> None:
+    def check_settings(self, total: int, channels_first: bool, eps: float) -> None:
         check_counting(self, total, eps, isinstance(channels_first, bool) and eps is not None)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -158,13 +158,13 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
         None: the smallest difference from 1 in the input's precision
     elementwise_affine : bool, default True
         with a factor a channel
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
     in_state = ("total", "eps")
 
-    def check_settings(self, total, eps) -> None:
+    def check_settings(self, total: int, eps: float | None) -> None:
         check_counting(self, total, eps)
 
     def __init__(
@@ -173,8 +173,8 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
         total: int,  # that were there
         eps: float | None = None,  # None: the smallest difference from 1 in the input's precision
         elementwise_affine: bool = True,  # with a factor a channel
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__(channels, eps, elementwise_affine, device, dtype)
         self.channels, self.total = channels, total
@@ -251,8 +251,8 @@ class RemainingAttention(SettingsInState, nn.Module):
         … of the values
     batch_first : bool, default False
         [n, places, width]; False: [places, n, width]
-    device, default None
-    dtype, default None
+    device : Any, default None
+    dtype : Any, default None
     """
 
     in_state = ("num_heads", "head_dim", "batch_first")
@@ -271,8 +271,8 @@ class RemainingAttention(SettingsInState, nn.Module):
         kdim: int | None = None,  # width of the keys; None: embed_dim
         vdim: int | None = None,  # … of the values
         batch_first: bool = False,  # [n, places, width]; False: [places, n, width]
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim, self.dropout, self.batch_first = (
@@ -285,7 +285,7 @@ class RemainingAttention(SettingsInState, nn.Module):
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self._make_parameters(num_heads * head_dim, bias, {"device": device, "dtype": dtype})
 
-    def check_settings(self, num_heads, head_dim, batch_first) -> None:
+    def check_settings(self, num_heads: int, head_dim: int, batch_first: bool) -> None:
         inner = self.out_proj.in_features
         if not (
             is_count(num_heads)
@@ -310,15 +310,15 @@ class RemainingAttention(SettingsInState, nn.Module):
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        key_padding_mask=None,
-        need_weights=True,
-        attn_mask=None,
-        average_attn_weights=True,
-        is_causal=False,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         "As `nn.MultiheadAttention.forward`."
         lone, batch = query.dim() == 2, 0 if self.batch_first else 1
         if lone:

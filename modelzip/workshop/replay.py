@@ -40,7 +40,7 @@ class Look(TorchFunctionMode):
         self.writers: set[str] = set()  # modules that write into their own attributes or buffers
         self.made, self.number, self.next = WeakIdKeyDictionary(), WeakIdKeyDictionary(), itertools.count()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             for maker in self.made.get(t, ()) if isinstance(t, Tensor) else ():
                 self.used_in[maker].add(tuple(self.running))

@@ -288,7 +288,7 @@ def front_of(rows: Sequence[Measurement]) -> list[Measurement]:
     return front
 
 # %% ../../nbs/workshop/reports.ipynb
-def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+def label_points(ax: Any, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     "Write texts beside points so that they do not cover one another, as far as there is room."
     from matplotlib.transforms import ScaledTranslation  # loaded by whoever draws: it takes longer than all of this
 
@@ -319,7 +319,7 @@ def label_points(ax, points: Sequence[tuple[float, float]], texts: Sequence[str]
             )
 
 # %% ../../nbs/workshop/reports.ipynb
-def size_ticks(ax) -> None:
+def size_ticks(ax: Any) -> None:
     "Round numbers along a logarithmic axis, closer together when its range is narrow."
     low, high = ax.get_xlim()
     steps = (1, 2, 5) if high / low > 5 else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8)

@@ -100,7 +100,7 @@ def compress_matrix(
     weight: Tensor,
     axis: int,  # of its outputs
     options: dict[str, Any],  # group, per_channel, and what f takes
-):
+) -> Any:
     """f of a matrix, with one scale for each output channel or for each group; errors begin with its name.
 
     Parameters

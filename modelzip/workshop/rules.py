@@ -64,7 +64,7 @@ def tried(
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule(*"zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
-def constant(t: Trace, f: Callable[..., Any], output: Tensor, *args, **kwargs) -> Marks:
+def constant(t: Trace, f: Callable[..., Any], output: Tensor, *args: Any, **kwargs: Any) -> Marks:
     "One number everywhere."
     return Marks(tuple(output.shape), free=True)
 
@@ -73,7 +73,7 @@ def constant(t: Trace, f: Callable[..., Any], output: Tensor, *args, **kwargs) -
     *"""arange linspace logspace tensor as_tensor eye rand randn randint rand_like randn_like bernoulli normal uniform
     from_numpy scalar_tensor empty_strided manual_seed tril_indices triu_indices meshgrid""".split()
 )
-def foreign(t: Trace, f: Callable[..., Any], output: Any, *args, **kwargs) -> list[Marks] | None:
+def foreign(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> list[Marks] | None:
     "Numbers from elsewhere. (Such as may be the very tensor that went in are left to what has no rule.)"
     if any(t.marks(x).blocks for x in tensors_of((args, kwargs))):
         return None
@@ -81,7 +81,9 @@ def foreign(t: Trace, f: Callable[..., Any], output: Any, *args, **kwargs) -> li
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule(*"argmax argmin argsort sort topk cumsum cumprod softmax log_softmax softmin gumbel_softmax logsumexp".split())
-def along_one_axis(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
+def along_one_axis(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks]:
     "All elements along one axis are seen together: its size matters."
     m, name = t.marks(input), name_of(f)
     given = args[name == "topk" :]  # the first argument of topk is a number of elements
@@ -96,7 +98,7 @@ def along_one_axis(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, 
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold")
-def limited(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args, **kwargs) -> Marks | None:
+def limited(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Marks | None:
     "Element by element, between limits."
     if tensors_of((args, kwargs)):
         return mixed(t, f, output, input, *args, **kwargs)
@@ -108,7 +110,9 @@ def limited(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *arg
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("max", "min")
-def extreme(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args, **kwargs) -> list[Marks] | Marks:
+def extreme(
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | Marks:
     "Of two tensors, element by element, or along an axis."
     two = args and isinstance(args[0], Tensor)
     return (mixed if two else reduction)(t, f, output, input, *args, **kwargs)
@@ -118,7 +122,7 @@ rule("nanmean", "std_mean")(reduction)
 
 
 @rule("normalize")
-def normalized(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args, **kwargs) -> Marks:
+def normalized(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Marks:
     "Each vector divided by its norm."
     m = t.marks(input)
     x = replace(m, blocks=dict(m.blocks))
@@ -134,7 +138,7 @@ def normalized(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *
     upsample adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d""".split()
 )
-def pooling(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args, **kwargs) -> list[Marks]:
+def pooling(t: Trace, f: Callable[..., Any], output: Any, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Positions are combined, channels are not."
     x, name = t.marks(input), name_of(f)
     spatial = int(name[-2]) if name[-1] == "d" else input.dim() - 2
@@ -149,7 +153,7 @@ def padded(
     f: Callable[..., Any],
     output: Tensor,
     input: Tensor,
-    pad,
+    pad: Any,
     mode: str = "constant",
     value: float | None = None,
 ) -> Marks | None:
@@ -226,7 +230,15 @@ def product(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, othe
 # %% ../../nbs/workshop/rules.ipynb
 @rule("baddbmm", "addmm")
 def product_plus(
-    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta=1, alpha=1
+    t: Trace,
+    f: Callable[..., Any],
+    output: Tensor,
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
 ) -> Marks:
     "A matrix product, added to something."
     out = product(t, f, output, batch1, batch2)
@@ -234,7 +246,7 @@ def product_plus(
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("einsum")
-def einstein(t: Trace, f: Callable[..., Any], output: Tensor, equation: str, *operands) -> Marks | None:
+def einstein(t: Trace, f: Callable[..., Any], output: Tensor, equation: str, *operands: Tensor) -> Marks | None:
     "Any sum of products, as its letters say."
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     sides = equation.replace(" ", "").split("->")
@@ -244,7 +256,7 @@ def einstein(t: Trace, f: Callable[..., Any], output: Tensor, equation: str, *op
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("pixel_shuffle")
-def pixels(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args, **kwargs) -> list[Marks]:
+def pixels(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> list[Marks]:
     "Channels become positions, whose number stays."
     outs = moved(t, f, output, input, *args, **kwargs)
     for axis in -1, -2:
@@ -253,13 +265,15 @@ def pixels(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args
 
 
 @rule("unfold")
-def unfolded(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args, **kwargs) -> list[Marks] | None:
+def unfolded(
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, *args: Any, **kwargs: Any
+) -> list[Marks] | None:
     "`Tensor.unfold` moves elements; `F.unfold` does not take whole numbers, so nobody can see where they go."
     return None if f is torch.nn.functional.unfold else moved(t, f, output, input, *args, **kwargs)
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("cat", "stack")
-def joined(t: Trace, f: Callable[..., Any], output: Tensor, tensors: Any, dim: int = 0, **kwargs) -> Marks:
+def joined(t: Trace, f: Callable[..., Any], output: Tensor, tensors: Any, dim: int = 0, **kwargs: Any) -> Marks:
     "Along the axis of the joint the channels lie one behind the other; along the others they go together."
     dim %= output.dim()
     empty = lambda m: name_of(f) != "stack" and (m.shape == (0,) or m.shape[dim] == 0)
@@ -311,6 +325,6 @@ def shuffled(t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, gro
 
 # %% ../../nbs/workshop/rules.ipynb
 @rule("set")
-def written(t: Trace, f: Callable[..., Any], output: Any, *args, **kwargs) -> None:
+def written(t: Trace, f: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> None:
     "It is not known what it has become."
     return None

@@ -30,11 +30,11 @@ def transposed(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride=1,
-    padding=0,
-    output_padding=0,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
     groups: int = 1,
-    dilation=1,
+    dilation: Any = 1,
 ) -> Marks:
     "A convolution with rows and columns exchanged; groups go as a whole."
     x, w, ties = t.marks(input), t.marks(weight), t.ties
@@ -53,7 +53,7 @@ def transposed(
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("embedding", "embedding_bag")
 def embedding(
-    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, *args, **kwargs
+    t: Trace, f: Callable[..., Any], output: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
 ) -> Marks | None:
     "Rows are looked up by number (and summed, in a bag), so they stay; columns are channels."
     if input.is_floating_point():  # torch.embedding_bag(weight, numbers, offsets)
@@ -159,7 +159,7 @@ def over_channels(t: Trace, x: Marks, axes: int, kind: type, parameters: list[Te
 # %% ../../nbs/workshop/rules_layers.ipynb
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(
-    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, hx: Any, params: Any, *args
+    t: Trace, f: Callable[..., Any], output: Any, input: Tensor, hx: Any, params: Any, *args: Any
 ) -> list[Marks] | None:
     """A unit of the hidden state has a row in each gate, a column in the matrix of the state, and a place in what
     is read next."""
@@ -209,7 +209,7 @@ def packed(
     lengths: Tensor,
     first: bool = False,
     padding: float = 0.0,
-    *args,
+    *args: Any,
 ) -> list[Marks]:
     "Sequences of different lengths, one behind the other, and back."
     x = t.marks(input)
@@ -291,16 +291,16 @@ def multi_head(
     value: Tensor,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight,
-    in_proj_bias,
-    bias_k,
-    bias_v,
-    add_zero_attn,
-    dropout_p,
-    out_proj_weight,
-    out_proj_bias,
-    *args,
-    **kwargs,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> list[Marks] | None:
     "PyTorch's own attention: a head is its rows in three matrices and its columns in the fourth."
     ties = t.ties

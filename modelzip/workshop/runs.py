@@ -60,7 +60,7 @@ class Running:
             ]
         return self.mode
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         for h in self.hooks:
             h.remove()
 

@@ -338,7 +338,7 @@ class TargetError(ValueError):
         super().__init__(message)
         self.report = report
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TargetError, (str(self), self.report)  # it may come from another process
 
 
@@ -354,21 +354,41 @@ class WriteError(OSError):
         )
         self.given, self.result, self.content = (error, path, result, content), result, content
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return WriteError, self.given
 
 # %% ../../nbs/workshop/search.ipynb
 class Search:
     "Tries, and what they are judged by."
 
-    def __init__(self, model, samples, judge, target, folder, epochs, lr, tries, seed, progress, trellis=False):
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        judge: Judge,
+        target: Target,
+        folder: str | os.PathLike[str],
+        epochs: int,
+        lr: float,
+        tries: int,
+        seed: int,
+        progress: Any,
+        trellis: bool = False,
+    ):
         self.model, self.samples, self.judge, self.target, self.folder = model, samples, judge, target, Path(folder)
         self.epochs, self.lr, self.most, self.seed, self.tries, self.notes = epochs, lr, tries, seed, [], []
         self.on_some = None  # who judges sketches
         self.trellis = trellis  # whether trellises are tried
         self.progress, self.bar = progress, tqdm(desc="compress", disable=None if progress else True, leave=False)
 
-    def attempt(self, why, recipe, menu=None, picks=None, trellis=None) -> Try:
+    def attempt(
+        self,
+        why: str,
+        recipe: Recipe,
+        menu: Menu | None = None,
+        picks: list[int] | None = None,
+        trellis: float | None = None,
+    ) -> Try:
         t = Try(why, recipe, menu=menu, picks=picks, trellis=trellis, file=self.folder / f"{len(self.tries)}.mz")
         tell(self.progress, f"try {len(self.tries) + 1}: {why}")
         try:
@@ -381,17 +401,17 @@ class Search:
             t.error = in_words(e)
         return self.note(t)
 
-    def time(self, model):
+    def time(self, model: nn.Module) -> float:
         model, example = copied(model).eval(), fresh(self.samples.example)
         plain = all(
             isinstance(t, (Tensor, Real, str, type(None))) for t in tree_leaves(example)
         )  # objects, such as caches, may grow
         return latency({"": lambda: call(model, example if plain else fresh(example))}, repeats=10)[""].median
 
-    def failed(self, why, error):
+    def failed(self, why: str, error: Exception) -> Try:
         return self.note(Try(why, None, error=in_words(error)))
 
-    def note(self, t):
+    def note(self, t: Try) -> Try:
         self.tries.append(t)
         for other in self.tries:
             if other is not self.best:
@@ -400,21 +420,23 @@ class Search:
         self.bar.set_postfix_str(f"{t.why}: {t.error or f'{t.bytes:,} bytes'}"[:60])
         return t
 
-    def from_menu(self, why, menu, picks, before, trellis=None):
+    def from_menu(
+        self, why: str, menu: Menu, picks: list[int], before: Sequence[Any], trellis: float | None = None
+    ) -> Try:
         how = recipe_of(menu, picks, self.samples, before, self.epochs, self.lr, self.seed, trellis)
         return self.attempt(why, how, menu, picks, trellis)
 
     @property
-    def good(self):
+    def good(self) -> list[Try]:
         return [t for t in self.tries if t.error is None]
 
     @property
-    def best(self):
+    def best(self) -> Try | None:
         return max(self.good, key=self.target.worth, default=None)
 
     if TYPE_CHECKING:  # what cells below give it with @patch
 
-        def within_bytes(self, menu, before=(), label=''):
+        def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
             "Tries whose files approach the budget from both sides."
             ...
 
@@ -423,7 +445,7 @@ class Search:
             steps."""
             ...
 
-        def with_quality(self, menu, before=(), label=''):
+        def with_quality(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
             """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the
             error says where to begin. Where sketches can be judged, they say where to look."""
             ...
@@ -435,11 +457,18 @@ class Search:
         def _first_guess(self, menu, low, high):
             ...
 
-        def by_sketches(self, menu, before, label, low, high):
+        def by_sketches(self, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
             "Tries where sketches say that the quality is just enough."
             ...
 
-        def where_sketches_reach(self, menu, told, wanted, low, high):
+        def where_sketches_reach(
+            self,
+            menu: Menu,
+            told: dict[float, float],
+            wanted: float,
+            low: float,
+            high: float,
+        ) -> float:
             """log of a budget at which sketches have about this log(1 − quality); `told` grows by those that were
             judged."""
             ...
@@ -449,16 +478,16 @@ class Search:
             differ."""
             ...
 
-        def along_trellises(self, menu, model, before, label):
+        def along_trellises(self, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
             """The allocation of the best try, along a trellis, with all steps times a factor by which the target is
             just met."""
             ...
 
-        def room(self, t):
+        def room(self, t: Try) -> float:
             "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
             ...
 
-        def allocate_and_try(self, before):
+        def allocate_and_try(self, before: Sequence[Any]) -> None:
             "First with the network as it is, then with smaller ones; without training, if that fails."
             ...
 
@@ -466,7 +495,7 @@ class Search:
             "As long as each gives something."
             ...
 
-        def from_menus(self, before, label=''):
+        def from_menus(self, before: Sequence[Any], label: str = '') -> Try | None:
             "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
             ...
 
@@ -478,7 +507,7 @@ class Search:
             "Whether the steps can be followed at all; if not, the report says why."
             ...
 
-        def within_time(self, before):
+        def within_time(self, before: Sequence[Any]) -> None:
             ...
 
 
@@ -487,7 +516,7 @@ def in_words(e: Exception) -> str:
 
 # %% ../../nbs/workshop/search.ipynb
 @patch
-def within_bytes(self: Search, menu, before=(), label=""):
+def within_bytes(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
     "Tries whose files approach the budget from both sides."
     wish, low, high, seen, best = self.target.bytes, 0.0, math.inf, set(), None
     budget = wish - self._overhead(before)
@@ -526,7 +555,7 @@ def _overhead(self: Search, before):
 
 
 @patch
-def with_quality(self: Search, menu, before=(), label=""):
+def with_quality(self: Search, menu: Menu, before: Sequence[Any] = (), label: str = "") -> Try | None:
     """Halve the interval of budgets, by ratio, between what is too little and what is enough; a model of the error
     says where to begin. Where sketches can be judged, they say where to look."""
     low = math.log(sum(min(b) for b in menu.bytes))
@@ -599,7 +628,7 @@ SOME = 8  # batches that sketches are judged on, at most
 
 
 @patch
-def by_sketches(self: Search, menu, before, label, low, high):
+def by_sketches(self: Search, menu: Menu, before: Sequence[Any], label: str, low: float, high: float) -> Try | None:
     "Tries where sketches say that the quality is just enough."
     told, seen, best = {}, set(), None
     wanted = math.log(1 - self.target.quality)
@@ -628,7 +657,9 @@ def by_sketches(self: Search, menu, before, label, low, high):
 
 
 @patch
-def where_sketches_reach(self: Search, menu, told, wanted, low, high):
+def where_sketches_reach(
+    self: Search, menu: Menu, told: dict[float, float], wanted: float, low: float, high: float
+) -> float:
     "log of a budget at which sketches have about this log(1 − quality); `told` grows by those that were judged."
     for _ in range(5):
         guess = where_on_curve(told, wanted, low, high) if told else self._first_guess(menu, low, high)
@@ -696,7 +727,7 @@ ALONG = 4  # tries along a trellis, at most
 
 
 @patch
-def along_trellises(self: Search, menu, model, before, label):
+def along_trellises(self: Search, menu: Menu, model: nn.Module, before: Sequence[Any], label: str) -> None:
     "The allocation of the best try, along a trellis, with all steps times a factor by which the target is just met."
     tries = [t for t in self.good if t.menu is menu]
     if not tries:
@@ -719,7 +750,7 @@ def along_trellises(self: Search, menu, model, before, label):
 
 
 @patch
-def room(self: Search, t):
+def room(self: Search, t: Try) -> float:
     "By how much the logarithm of the factor may grow, about; negative where steps are too wide."
     if self.target.quality is None:
         weights = sum(t.menu.weights.values())
@@ -760,7 +791,7 @@ def _structures(epochs, lr):
 
 
 @patch
-def allocate_and_try(self: Search, before):
+def allocate_and_try(self: Search, before: Sequence[Any]) -> None:
     "First with the network as it is, then with smaller ones; without training, if that fails."
     best = self.from_menus(before)
     if best is None and self.samples.train is not None and self.tries[-1].error:
@@ -792,7 +823,7 @@ def _smaller_networks(self: Search, before, best):
 
 
 @patch
-def from_menus(self: Search, before, label=""):
+def from_menus(self: Search, before: Sequence[Any], label: str = "") -> Try | None:
     "Follow the first steps, make a menu of what comes out, and search it; None when nothing was found."
     find = self.with_quality if self.target.quality is not None else self.within_bytes
     options = self.options()
@@ -834,7 +865,7 @@ def _goes(self: Search, label, steps):
 
 # %% ../../nbs/workshop/search.ipynb
 @patch
-def within_time(self: Search, before):
+def within_time(self: Search, before: Sequence[Any]) -> None:
     kernels = [("quantize_model", {"bits": 8}), "use_kernels"]
     if not self.tries:
         self.attempt("as it is", Recipe(["fold_batchnorm"], self.seed))  # which did not fail, or had nothing to do

@@ -33,7 +33,7 @@ class Readers(TorchFunctionMode):
         self.hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
         self.hooks += [m.register_forward_hook(leave) for m in model.modules()]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if id(t) in self.found:
                 self.found[id(t)].add(self.running[-1])

@@ -96,12 +96,12 @@ def batches_by_length(
 class zero_init(torch.overrides.TorchFunctionMode):
     "A block in which the random first weights of layers are zeros, which cost no time."
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
             return self.zero(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
-    def zero(self, tensor: Tensor, *_, **__) -> Tensor:
+    def zero(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
         tensor.data.zero_()
         return tensor
 

@@ -61,7 +61,7 @@ class SparseLinear(Dequantize):
     def options(self) -> dict[str, Any]:
         return {} if self.density == SPARSE_PAYS else {"density": self.density}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_matrix": None, "_made": None}  # a copy works out its own
 
     def _apply(self, fn, recurse=True):

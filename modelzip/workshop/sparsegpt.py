@@ -7,6 +7,7 @@ __all__ = ['sparsegpt_weight', 'SparseGPT']
 
 # %% ../../nbs/workshop/sparsegpt.ipynb
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,10 +155,12 @@ class SparseGPT(Criterion):
     def __init__(self, damping: float = 0.01, block: int = 128):
         self.damping, self.block = damping, block
 
-    def score(self, weight, seen):
+    def score(self, weight: Tensor, seen: Any) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
 
-    def cut(self, weight, keep, seen, sparsity, granularity, scope="layer"):
+    def cut(
+        self, weight: Tensor, keep: Tensor, seen: Any, sparsity: float, granularity: str, scope: str = "layer"
+    ) -> tuple[Tensor, Tensor]:
         return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block, scope)
 
 

@@ -7,6 +7,7 @@ __all__ = ['ShuffleUnit', 'shuffle_unit', 'SmallViT', 'small_vit', 'Tagger', 'ta
            'calls_of']
 
 # %% ../../nbs/workshop/specimens.ipynb
+from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,7 +102,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.names = []
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(op))
         return op(*args, **(kwargs or {}))
 

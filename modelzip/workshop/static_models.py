@@ -165,7 +165,7 @@ def _without_ties(model, places, found, uses):
 # %% ../../nbs/workshop/static_models.ipynb
 def product_error(
     weight: Tensor,  # [outputs, inputs, …]
-    statistics,  # `LayerStatistics` of the layer
+    statistics: Any,  # `LayerStatistics` of the layer
     rows: Tensor,  # [groups, rows, inputs]
     columns: Tensor | None,  # column scales
     step: tuple[float, int] | None,  # step and zero point of the input; None: a range for each row
@@ -178,7 +178,7 @@ def product_error(
     ----------
     weight : Tensor
         [outputs, inputs, …]
-    statistics
+    statistics : Any
         `LayerStatistics` of the layer
     rows : Tensor
         [groups, rows, inputs]

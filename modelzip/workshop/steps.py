@@ -42,7 +42,7 @@ class Replay(Walks, TorchFunctionMode):
         super().__init__()
         self.t, self.gone, self.at, self.path, self.modules, self.end = t, gone, 0, [""], dict(model.named_modules()), 0
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(f)
         try:

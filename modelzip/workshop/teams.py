@@ -29,7 +29,7 @@ class CallError(RuntimeError):
         super().__init__(f"Error in call {index}: {type(cause).__name__}: {cause}")
         self.index, self.results, self.__cause__ = index, results, cause
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CallError, (self.index, self.__cause__, self.results)
 
 # %% ../../nbs/workshop/teams.ipynb

@@ -38,7 +38,9 @@ class ThinLinear(nn.Sequential):
     """Two thin Linears in the place of one. They answer as it did: `weight` is their product (to be read only),
     `bias` that of the second."""
 
-    def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, rank: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ):
         like = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(in_features, rank, False, **like), nn.Linear(rank, out_features, bias, **like))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
@@ -62,14 +64,14 @@ class ThinConv2d(nn.Sequential):
         in_channels: int,
         rank: int,
         out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         like = {"device": device, "dtype": dtype}
         first = nn.Conv2d(in_channels, rank, kernel_size, stride, padding, dilation, 1, False, padding_mode, **like)

@@ -31,7 +31,7 @@ class seeded:
         if self.seed is not None:
             torch.random.default_generator.manual_seed(self.seed)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.seed is not None:
             torch.random.set_rng_state(self.state)
 
@@ -55,7 +55,7 @@ class eval_mode:
                 self.model.eval()
         return self.model
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._lock:
             for i, (m, mode) in self.modes.items():
                 others = self._open[i]

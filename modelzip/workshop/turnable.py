@@ -194,7 +194,7 @@ class Watch(TorchFunctionMode):
 
     if TYPE_CHECKING:  # what cells below give it with @patch
 
-        def __torch_function__(self, f, types, args=(), kwargs=None):
+        def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
             ...
 
         def note(
@@ -223,7 +223,7 @@ class Watch(TorchFunctionMode):
 
 # %% ../../nbs/workshop/turnable.ipynb
 @patch
-def __torch_function__(self: Watch, f, types, args=(), kwargs=None):
+def __torch_function__(self: Watch, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
     kwargs = kwargs or {}
     output, name = f(*args, **kwargs), name_of(f)
     if not self.coming and name not in ABOUT:
@@ -310,7 +310,7 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @rule("linear")
-def linear(w, f, output, input, weight, bias=None):
+def linear(w: Watch, f: Callable[..., Any], output: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     "y = W x + b: the columns of W read x, its rows and b write y."
     name, b = w.named.get(id(weight)), w.named.get(id(bias))
     if name is None or weight.dim() != 2 or bias is not None and b is None:
@@ -330,7 +330,17 @@ def linear(w, f, output, input, weight, bias=None):
 
 
 @rule("embedding")
-def embedding(w, f, output, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+def embedding(
+    w: Watch,
+    f: Callable[..., Any],
+    output: Any,
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     "Rows of a table."
     if (name := w.named.get(id(weight))) is None or max_norm is not None:
         return None
@@ -339,31 +349,33 @@ def embedding(w, f, output, input, weight, padding_idx=None, max_norm=None, *arg
 
 # %% ../../nbs/workshop/turnable.ipynb
 @rule(*"clone contiguous to float double type type_as detach alias data positive cpu cuda".split())
-def passed(w, f, output, input, *args, **kwargs):
+def passed(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Nothing happens to the vectors."
     return w.vectors(input) if output.is_floating_point() else None
 
 
 @rule("neg", "negative")
-def negated(w, f, output, input):
+def negated(w: Watch, f: Callable[..., Any], output: Any, input: Any) -> Any:
     "Their sign changes."
     return w.times(w.vectors(input))
 
 
 @rule(*"new_ones new_zeros new_empty new_full new_tensor ones_like zeros_like empty_like full_like".split())
-def made(w, f, output, input, *args, **kwargs):
+def made(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Only the shape is asked for."
     return []
 
 
 @rule("dropout")
-def dropped(w, f, output, input, p=0.5, training=True, inplace=False):
+def dropped(
+    w: Watch, f: Callable[..., Any], output: Any, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False
+) -> Any:
     "In evaluation it does nothing."
     return None if training and p else w.vectors(input)
 
 
 @rule("add", "sub")
-def added(w, f, output, input, other, alpha=1):
+def added(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any, alpha: Any = 1) -> Any:
     "Vectors that meet lie in one space."
     both = [t for t in (input, other) if isinstance(t, Tensor)]
     if len(both) < 2:
@@ -377,7 +389,7 @@ def added(w, f, output, input, other, alpha=1):
 
 
 @rule("mul", "div")
-def scaled(w, f, output, input, other):
+def scaled(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any) -> Any:
     "A factor that all coordinates have in common."
     if getattr(f, "__name__", "").startswith("__r") and name_of(f) == "div":
         return None
@@ -390,7 +402,7 @@ def scaled(w, f, output, input, other):
 
 # %% ../../nbs/workshop/turnable.ipynb
 @rule("sum", "mean")
-def summed(w, f, output, input, dim=None, keepdim=False):
+def summed(w: Watch, f: Callable[..., Any], output: Any, input: Any, dim: Any = None, keepdim: Any = False) -> Any:
     "Sums of vectors are vectors."
     dims = [dim] if isinstance(dim, int) else dim
     if not dims or not input.dim() or any(d % input.dim() == input.dim() - 1 for d in dims):
@@ -401,7 +413,7 @@ def summed(w, f, output, input, dim=None, keepdim=False):
 
 
 @rule("matmul", "bmm")
-def combined(w, f, output, input, other):
+def combined(w: Watch, f: Callable[..., Any], output: Any, input: Any, other: Any) -> Any:
     "Rows of the second are combined by the first; or a linear layer in other words, x Wᵀ."
     if getattr(f, "__name__", "").startswith("__r") or id(other) in w.named or other.dim() < 2:
         return None
@@ -413,7 +425,17 @@ def combined(w, f, output, input, other):
 
 
 @rule("scaled_dot_product_attention")
-def attended(w, f, output, query, key, value, attn_mask=None, *args, **kwargs):
+def attended(
+    w: Watch,
+    f: Callable[..., Any],
+    output: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     "Values are combined by weights that queries and keys make."
     w.keep([t for t in (query, key, attn_mask) if t is not None], "queries and keys are compared")
     v = w.vectors(value)
@@ -421,7 +443,7 @@ def attended(w, f, output, query, key, value, attn_mask=None, *args, **kwargs):
 
 
 @rule("cat", "stack")
-def joined(w, f, output, tensors, dim=0):
+def joined(w: Watch, f: Callable[..., Any], output: Any, tensors: Any, dim: Any = 0) -> Any:
     "Side by side, not end to end."
     several = [t for t in tensors if t.numel()]
     seen = [w.vectors(t) for t in several]
@@ -434,7 +456,7 @@ def joined(w, f, output, tensors, dim=0):
 
 
 @rule(*RESHAPE, *MOVE, *CUT)
-def moved(w, f, output, input, *args, **kwargs):
+def moved(w: Watch, f: Callable[..., Any], output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     "Blocks that stay together, in order, may be turned as before."
     if (v := w.vectors(input)) is None or not input.dim():
         return None
@@ -454,7 +476,7 @@ def moved(w, f, output, input, *args, **kwargs):
 
 
 @rule("T", "t", "mT")
-def flipped(w, f, output, input):
+def flipped(w: Watch, f: Callable[..., Any], output: Any, input: Any) -> Any:
     "A matrix of the model, written the other way round."
     if (name := w.named.get(id(input))) is None or input.dim() != 2:
         return moved(w, f, output, input)

@@ -157,7 +157,7 @@ class untouched:
             raise
         return self.model
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
             for f in self.back:
                 f()

@@ -26,7 +26,7 @@ class Weights(nn.Module):
 
     weights_alone = True  # any model may take them
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "only the weights of this model are known; load the file into a model that has its code: load(path, model)"
         )
