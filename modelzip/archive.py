@@ -10,7 +10,7 @@ import collections, errno, functools, os, secrets, stat, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator, TYPE_CHECKING
 
 # %% ../nbs/workshop/archive.ipynb
 class PackError(Exception):
@@ -482,6 +482,10 @@ class Checksum:
         an executor that it may use; None: one of its own, until the `with` block ends
     """
 
+    pool: Any
+    own: ThreadPoolExecutor | None
+    pending: collections.deque[Any]
+
     def __init__(
         self, pool: Any = None
     ):  # an executor that it may use; None: one of its own, until the `with` block ends
@@ -517,6 +521,10 @@ class Checksum:
     def __exit__(self, *error: Any) -> None:
         if self.own:
             self.own.shutdown()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        value: int
 
 # %% ../nbs/workshop/archive.ipynb
 def seal(

@@ -33,6 +33,9 @@ from .workshop.tracing import Record, Walks, concerns, keep_layer, output_axis, 
 class Ties:
     "Which channels stand or fall together: a union-find over numbers. 0 stands for whatever has a fixed size."
 
+    parent: np.ndarray
+    kept: dict[int, str]
+
     def __init__(self):
         self.parent, self.kept = np.zeros(1, np.int64), {0: "its size is fixed"}
 
@@ -50,7 +53,7 @@ class Ties:
         self.parent[start] = x
         return x
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def keep(self, a: np.ndarray, why: str) -> None:
             "These, and all that is tied to them, must stay."
@@ -153,7 +156,9 @@ class Trace(Record):
             record(self, name, args, kwargs, output, self.ruled(name, f, args, kwargs, output))
         return output
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        ties: Ties
 
         def marks(self, t: Tensor) -> Marks:
             "What a tensor carries."

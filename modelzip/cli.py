@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -421,7 +421,7 @@ def _weights_in(found, path, own):
     return model
 
 
-READERS = {
+READERS: dict[str, Any] = {
     ".mz": _from_mz,
     ".safetensors": _from_other,
     ".h5": _from_other,
@@ -657,6 +657,10 @@ class _Own:
     def __call__(self):
         self.needed = True
         return _from_builder(self.text)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        needed: bool
 
 
 def _opened(o, *sources):
@@ -1108,7 +1112,13 @@ def _to_gguf(model, path, **info):
     return to_gguf(tensors, path, metadata | ({"modelzip.info": json.dumps(info)} if info else {}))
 
 
-WRITERS = {".mz": save, ".safetensors": to_safetensors, ".h5": to_hdf5, ".hdf5": to_hdf5, ".npz": to_npz}
+WRITERS: dict[str, Any] = {
+    ".mz": save,
+    ".safetensors": to_safetensors,
+    ".h5": to_hdf5,
+    ".hdf5": to_hdf5,
+    ".npz": to_npz,
+}
 WRITERS[".gguf"] = _to_gguf
 
 

@@ -89,6 +89,8 @@ class Bets:
         bits after which a bet no longer gets slower
     """
 
+    table: dict[Any, tuple[int, int]]
+
     def __init__(
         self,
         memory: int = 255,  # bits after which a bet no longer gets slower
@@ -104,9 +106,15 @@ class Bets:
         q, n = self.table.get(context, (32768, 0))
         self.table[context] = q + ((bit << 16) - q) // (n + 2), min(n + 1, self.memory)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        memory: int
+
 # %% ../nbs/04b_coding.ipynb
 class AdaptiveEncoder:
     "Binary arithmetic coding with bets that learn; the end of the message is not coded."
+
+    width: int
 
     def __init__(self):
         self.bets, self.out, self.low, self.width = Bets(), bytearray([0]), 0, 1 << 40
@@ -131,7 +139,11 @@ class AdaptiveEncoder:
         self.bets.learn(context, bit)
         return bit
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bets: Bets
+        out: bytearray
+        low: int
 
         def finish(self) -> bytes:
             "The shortest number within the interval that is left, its final zeros left out."
@@ -164,6 +176,9 @@ class AdaptiveDecoder:
         from `finish`
     """
 
+    width: int
+    offset: int
+
     def __init__(
         self,
         data: bytes,  # from `finish`
@@ -184,7 +199,11 @@ class AdaptiveDecoder:
         self.bets.learn(context, bit)
         return bit
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bets: Bets
+        data: bytes
+        at: int
 
         def finish(self) -> None:
             "`CodingError` unless an encoder that wrote these very bits would have ended with this very data."

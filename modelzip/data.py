@@ -13,7 +13,7 @@ __all__ = ['stratified', 'mnist5k', 'digits', 'LeNet5', 'predictions', 'accuracy
 #| code-summary: "Imports of the module"
 import functools, gzip
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -133,6 +133,13 @@ class LeNet5(nn.Module):
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.max_pool2d(self.conv2(x), 2)
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        conv1: nn.Conv2d
+        conv2: nn.Conv2d
+        fc1: nn.Linear
+        fc2: nn.Linear
 
 # %% ../nbs/00_data.ipynb
 def predictions(

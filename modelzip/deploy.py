@@ -10,7 +10,7 @@ import contextlib, functools, os, tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -52,6 +52,13 @@ class Deployed(nn.Module):
     work : Work
     """
 
+    layout: Layout
+    kernels: bool
+    threads: int
+    tried: "Attempts"
+    path: Path | None
+    bytes: int | None
+
     def __init__(
         self,
         name: str,  # of the engine
@@ -90,6 +97,12 @@ class Deployed(nn.Module):
             said.append(f"a file of {self.bytes:,} bytes" + ("" if self.path is None else f", {self.path}"))
         said += [f"cosine {self.cosine:.4f}", repr(self.layout)]
         return f"Deployed({', '.join(said)})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        training: bool
+        engine: str
+        cosine: float
 
 # %% ../nbs/workshop/deploy.ipynb
 @dataclass(frozen=True)

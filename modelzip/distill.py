@@ -12,7 +12,7 @@ __all__ = ['Seen', 'Loss', 'Sum', 'Labels', 'SoftTargets', 'Logits', 'distill', 
 #| code-summary: "Imports of the library"
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,10 @@ class Sum(Loss):
         a sum among them is taken apart
     """
 
+    factors: list[float]
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+
     def __init__(
         self,
         factors: list[float],  # one for each part
@@ -112,6 +116,10 @@ class Sum(Loss):
 
     def __repr__(self) -> str:
         return " + ".join(f"{f:g} * {p!r}" if f != 1 else repr(p) for f, p in zip(self.factors, self.parts))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        parts: nn.ModuleList
 
 # %% ../nbs/09_distill.ipynb
 class Labels(Loss):
@@ -140,6 +148,10 @@ class Labels(Loss):
 
     def __repr__(self) -> str:
         return "Labels()" if self.axis == 1 else f"Labels(axis={self.axis})"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        axis: int
 
 # %% ../nbs/09_distill.ipynb
 class SoftTargets(Loss):
@@ -175,6 +187,11 @@ class SoftTargets(Loss):
     def __repr__(self) -> str:
         return f"SoftTargets({self.temperature:g}" + (")" if self.axis == 1 else f", axis={self.axis})")
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        temperature: float
+        axis: int
+
 # %% ../nbs/09_distill.ipynb
 class Logits(Loss):
     """Mean squared difference of the outputs themselves (Ba & Caruana 2013, arXiv:1312.6184), also for outputs that
@@ -190,6 +207,8 @@ class Logits(Loss):
 # %% ../nbs/09_distill.ipynb
 class Lesson(nn.Module):
     "Student and loss, to be trained together; the teacher is no part of it."
+
+    others: tuple[Any, ...]
 
     def __init__(
         self,
@@ -214,6 +233,11 @@ class Lesson(nn.Module):
         return Seen(z, features_of(ours, self.loss.student_layers, "student")), Seen(
             y, features_of(theirs, self.loss.teacher_layers, "teacher")
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        student: nn.Module
+        loss: Loss
 
 # %% ../nbs/09_distill.ipynb
 def distill(
@@ -299,6 +323,10 @@ class FeatureLoss(Loss):
         name of a student's layer → name of a teacher's
     """
 
+    pairs: dict[str, str]
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+
     def __init__(
         self,
         layers: Mapping[str, str],  # name of a student's layer → name of a teacher's
@@ -334,6 +362,10 @@ class Hints(FeatureLoss):
         y = layer_map(self.maps, name, self.pairs[name], ours, theirs)(ours)
         check_but_channels(name, self.pairs[name], ours, y, theirs)
         return (y - theirs).square().mean() / theirs.square().mean().clamp(min=torch.finfo(theirs.dtype).tiny)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        maps: nn.ModuleDict
 
 # %% ../nbs/09_distill.ipynb
 class AttentionTransfer(FeatureLoss):
@@ -407,6 +439,9 @@ class Relations(Loss):
         weight of the angles beside the distances; 0: none
     """
 
+    student_layers: tuple[str, ...]
+    teacher_layers: tuple[str, ...]
+
     def __init__(
         self,
         student_layer: str | None = None,  # whose outputs are compared; None: the model's own
@@ -428,6 +463,10 @@ class Relations(Loss):
     def __repr__(self) -> str:
         names = [layers[0] if layers else None for layers in (self.student_layers, self.teacher_layers)]
         return f"Relations({names[0]!r}, {names[1]!r}" + (")" if self.angles == 2 else f", angles={self.angles:g})")
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        angles: float
 
 # %% ../nbs/09_distill.ipynb
 from .workshop.arguments import name_arguments

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -1117,6 +1117,8 @@ def h5_name(path: str) -> str:
 class Patient:
     "A file whose methods never fail; `settle` raises the first error that there was."
 
+    error: OSError | None
+
     def __init__(self, f: BinaryIO):
         self.f, self.error = f, None
 
@@ -1134,6 +1136,10 @@ class Patient:
     def settle(self) -> None:
         if self.error is not None:
             raise self.error
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: BinaryIO
 
 # %% ../nbs/workshop/exchange.ipynb
 def to_hdf5(

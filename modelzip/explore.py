@@ -9,7 +9,7 @@ __all__ = ['Explorer', 'explore', 'plot_histogram', 'plot_matrix', 'Control', 'M
 import html, inspect, itertools, math, operator, os, sys, time, traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
@@ -391,6 +391,12 @@ class Explorer:
         if not is_live():
             return {**plain, "text/html": self.sample() if is_sample() else self.html()}
         return {**self.widget()._repr_mimebundle_(), **plain, "text/html": self.asked(preview(self.f, self.controls))}
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: Callable[..., Any]
+        controls: list[Control]
+        question: Question | None
 
 # %% ../nbs/workshop/explore.ipynb
 def defaults_of(

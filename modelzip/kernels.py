@@ -52,7 +52,7 @@ _all_ = [
 ]
 
 # %% ../nbs/workshop/kernels.ipynb
-KERNELS = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
+KERNELS: dict[type, Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d, nn.Embedding: QEmbedding}
 RECURRENT = nn.LSTM, nn.GRU  # wrapped once for each of their matrices; the outermost wrapper is exchanged
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these read their layers' weights and do not call them
 

@@ -103,6 +103,8 @@ class EntropyBits(Loss):
         prepared; the one that is trained
     """
 
+    model: tuple[nn.Module]
+
     def __init__(
         self,
         model: nn.Module,  # prepared; the one that is trained

@@ -256,7 +256,7 @@ class QTensor(Shown, Sized, CompressedTensor, kind="quantized"):
         """
         return unpack_bits(self.codes, self.bits, self.shape.numel()).reshape(self.shape)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def parts(self) -> dict[str, Tensor]:
             "The tensors that a file stores."

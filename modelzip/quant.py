@@ -38,6 +38,9 @@ from .workshop.wrapping import set_parameter, settle, shallow_copy, without
 class Packed(Parts):
     "A compressed tensor as a module: its parts are buffers, so that it moves, copies and saves with the model."
 
+    kind: str
+    kinds: dict[str, type]
+
     kinds = CompressedTensor.kinds
 
     def __init__(self, q: CompressedTensor):
@@ -75,6 +78,8 @@ class Dequantize(Wrapper):
         what a subclass needs to be rebuilt
     """
 
+    training: bool
+
     kinds: dict[str, type] = {}
     operation = expand_operation(CompressedTensor.kinds, __name__)  # how a compiled program expands
 
@@ -99,7 +104,9 @@ class Dequantize(Wrapper):
         self.packed.remember(old, name)
         self.training = layer.training
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        name: str
 
         def expanded(self) -> nn.Module:
             """The ordinary layer, for this moment: a copy that shares all but the expanded parameter (safe across

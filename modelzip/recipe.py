@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -450,6 +450,9 @@ class Judge:
         model → number, more is better
     """
 
+    baseline: float | None
+    exact: Any
+
     def __init__(
         self,
         model: nn.Module,  # the original
@@ -487,6 +490,11 @@ class Judge:
     def outputs(self, model: nn.Module) -> dict[str, list[Tensor]]:
         with alone(), seeded(0), torch.no_grad():
             return rows_of(copied(model).eval(), self.samples.held)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        samples: Samples
+        evaluate: Callable[[nn.Module], float] | None
 
 
 class _Answer(nn.Module):
@@ -906,6 +914,10 @@ class Cache:
                 f.write(content)
         write_whole(self.folder / f"{key}.json", json.dumps(note | {"crc": _checksum(note, content)}))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        folder: Path
+
 
 def _checksum(note, content):
     return zlib.crc32(json.dumps(note, sort_keys=True).encode(), zlib.crc32(content or b""))
@@ -979,6 +991,8 @@ class Results(list[Any]):
     Where nobody judged, no file is better than another: all are on the front, and the best within a budget is the
     one that uses it.
     """
+
+    folder: Path | None
 
     def __init__(self, results: Iterable[Result] = (), folder: str | os.PathLike[str] | None = None):
         super().__init__(results)

@@ -11,7 +11,7 @@ __all__ = ['scale_and_zero_point', 'symmetric_zero_point', 'number_of_blocks', '
 #| code-summary: "Imports of the module"
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -155,6 +155,10 @@ class Percentile(MinMax):
         k = math.ceil(m * (1 + share) / 2)
         return blocks.kthvalue(m + 1 - k, dim=1).values, blocks.kthvalue(k, dim=1).values
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        percent: float
+
 # %% ../nbs/03_rounding.ipynb
 class MSE(MinMax):
     "The share of the range, of `steps` down to `smallest`, with the least squared error: clipping against finer steps."
@@ -176,6 +180,11 @@ class MSE(MinMax):
             zero = torch.full_like(scale, symmetric_zero_point(levels)) if zero is None else zero.to(scale.dtype)
             best[b] = shares[least_errors(blocks[b] / unit, scale, zero, levels, symmetric)].to(best.dtype)
         return low * best, high * best
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        steps: int
+        smallest: float
 
 # %% ../nbs/03_rounding.ipynb
 OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE}  # the workshop adds "entropy"

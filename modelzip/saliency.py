@@ -12,7 +12,7 @@ __all__ = ['Magnitude', 'Gradient', 'Taylor', 'Fisher', 'removal_cost', 'Wanda',
 #| code-summary: "Imports"
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,11 +37,15 @@ class Magnitude(Criterion):
     def score(self, weight: Tensor, seen: Any = None) -> Tensor:
         return weight.abs() if self.p == 1 else weight.square()
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        p: int
+
 # %% ../nbs/07_saliency.ipynb
 class Gradient(Criterion):
     "|∂L/∂w|."
 
-    needs = "gradient"
+    needs: str = "gradient"
 
     def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.gradient.abs()
@@ -51,7 +55,7 @@ class Taylor(Criterion):
     """|w·∂L/∂w|, the first order of the loss (Molchanov et al. 2017, arXiv:1611.06440); at initialization it is
     SNIP (Lee et al. 2019, arXiv:1810.02340)."""
 
-    needs = "gradient"
+    needs: str = "gradient"
 
     def score(self, weight: Tensor, seen: Any) -> Tensor:
         return (weight * seen.gradient).abs()
@@ -61,7 +65,7 @@ class Fisher(Criterion):
     """½ F w², Optimal Brain Damage (LeCun et al. 1989) with the empirical Fisher information. Small batches
     estimate it better."""
 
-    needs = "gradient"
+    needs: str = "gradient"
 
     def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.fisher * weight.square() / 2
@@ -196,6 +200,10 @@ class Surgeon(Criterion):
 
     def score(self, weight: Tensor, seen: Any) -> Tensor:
         return least_cost(weight, seen.moment, self.damping)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        damping: float
 
 # %% ../nbs/07_saliency.ipynb
 CRITERIA |= {"magnitude": Magnitude, "l1": Magnitude, "l2": lambda: Magnitude(2), "gradient": Gradient}

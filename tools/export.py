@@ -4,7 +4,7 @@
     python tools/export.py nbs/03b_quant.ipynb …   the modules of these notebooks
 
 What stands beside arguments comes into the docstrings (tools/docstrings.py), what `@patch` gives to a class is declared
-in it for checkers of types (tools/patched.py), and `modelzip/__init__.py` says what `import modelzip` brings: `FRONT`.
+in it for checkers of types (tools/declarations.py), and `modelzip/__init__.py` says what `import modelzip` brings: `FRONT`.
 """
 
 import ast, json, sys, textwrap
@@ -14,8 +14,8 @@ from nbdev.config import add_init, get_config
 from nbdev.doclinks import _build_modidx, nbglob
 from nbdev.export import nb_export
 
+from declarations import declarations, with_declarations, with_import
 from docstrings import comments, takes, with_parameters
-from patched import patches, with_declarations, with_import
 
 FRONT = {  # module → its names that `modelzip.` has: what somebody with a model of their own calls
     "auto": "compress",
@@ -122,13 +122,13 @@ def export(paths=()):
     known = definitions(every)
 
     for path in paths or every:
-        given = patches(exported(path))
-        waits = bool(given)  # until a cell imports
+        declared = declarations(exported(path))
+        waits = bool(declared)  # until a cell imports
 
         def written(cell):
             nonlocal waits
             if cell.cell_type == "code" and {"export", "exporti", "exports"} & cell.directives_.keys():
-                source = with_declarations(with_parameters(cell.source, known), given)
+                source = with_declarations(with_parameters(cell.source, known), declared)
                 if waits and (imports := with_import(source)) is not None:
                     source, waits = imports, False
                 cell.set_source(source)

@@ -38,7 +38,7 @@ def _one_by_one(n: int, f: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
     return torch.cat([f(part.clone(), *rest) for part in x.chunk(n)])
 
 # %% ../../nbs/workshop/alone.ipynb
-WAYS = {
+WAYS: dict[Any, Any] = {
     F.linear: (_together, _side_by_side, _one_by_one),  # function → ways to compute n samples, the truth last
     **{f: (_together, _one_by_one) for f in (F.conv1d, F.conv2d, F.conv3d)},
 }
@@ -86,7 +86,9 @@ def _way(
     return (quick or [truth])[0]
 
 # %% ../../nbs/workshop/alone.ipynb
-batch_samples = contextvars.ContextVar("samples", default=1)  # in the batch that this thread computes
+batch_samples: contextvars.ContextVar[int] = contextvars.ContextVar(
+    "samples", default=1
+)  # in the batch that this thread computes
 
 
 class AsAlone(TorchFunctionMode):
@@ -98,6 +100,9 @@ class AsAlone(TorchFunctionMode):
     n : int
         samples in the batch; inputs hold them one after another along their first dimension
     """
+
+    n: int
+    token: Any
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def _number(x, whole=False):
     return kind is not None and getattr(x, "shape", None) == () and not (whole and "int" not in str(kind))
 
 # %% ../../nbs/workshop/arguments.ipynb
-WORDS = {
+WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",

@@ -12,7 +12,7 @@ __all__ = ['WIDE', 'MOST_PLACES', 'MOST_ADDED', 'MOST_TIMES', 'NUMBER', 'STEP', 
 import functools, math, sys, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def _rules():
     )
 
 
-RULES = _rules()
+RULES: dict[Any, Any] = _rules()
 
 
 def rule_of(
@@ -280,7 +280,7 @@ def counted(
 # %% ../../nbs/workshop/asked.ipynb
 _aten = torch.ops.aten
 # operation → bytes of a result that may be much larger than what comes in, and that the meta device doesn't tell
-BY_NUMBERS = {
+BY_NUMBERS: dict[Any, Any] = {
     _aten.bincount.default: (
         lambda x, weights=None, minlength=0: 8 * max(minlength, int(x.max()) + 1 if x.numel() else 0)
     ),
@@ -321,6 +321,9 @@ def without_compiler(
 class Weighed(TorchDispatchMode):
     """A block in which new tensors outside of the meta device may have so many bytes, all together; `TooMuch`
     before the first that is too many. It remembers the memory of those on the meta device."""
+
+    left: int
+    made: list[Any]
 
     def __init__(self, most: int):
         super().__init__()
@@ -368,6 +371,10 @@ class Weighed(TorchDispatchMode):
         self.left -= n
         if self.left < 0:
             raise TooMuch(f"building it takes more than {self.most:,} bytes")
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        most: int
 
 
 def is_whole_on_meta(

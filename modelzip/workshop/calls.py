@@ -9,7 +9,7 @@ __all__ = ['arguments_of', 'signature_of', 'free_of', 'parts_of', 'Layout', 'sam
 # %% ../../nbs/workshop/calls.ipynb
 import copy, dataclasses, inspect, logging, sys, threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,22 @@ class Layout:
     dynamic : dict[Any, Any] | tuple[Any, ...] | list[Any]
         free dimensions, see `free_of`
     """
+
+    signature: inspect.Signature
+    given: Inputs
+    spec: Any
+    paths: list[str]
+    leaves: list[Any]
+    places: list[int]
+    names: list[str]
+    example: list[Any]
+    free: list[dict[int, str]]
+    checks: list[Any]
+    in_order: bool
+    rebuild: Callable[..., Any] | None
+    unsaid: str | None
+    outputs: list[str] | None
+    kinds: list[torch.dtype]
 
     def __init__(
         self,
@@ -394,9 +410,18 @@ class Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(parts_of(called(self.layout, self.model, tensors))[0])
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        layout: Layout
+
 # %% ../../nbs/workshop/calls.ipynb
 class Quiet:
     "Nothing from the exporter below an error, and no listing of what it could not trace, which it prints."
+
+    before: int
+    stream: Any
+    thread: int
 
     def __enter__(self) -> None:
         self.before, self.stream, self.thread = logging.root.manager.disable, sys.stderr, threading.get_ident()

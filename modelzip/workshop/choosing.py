@@ -10,7 +10,7 @@ __all__ = ['CRITERIA', 'COSTS', 'energy', 'channel_scores', 'how_many', 'pick', 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -331,7 +331,7 @@ def median_time(model: nn.Module, example: Any) -> float:
         return latency({"": lambda: call(model, example)}, repeats=15, progress=False)[""].median
 
 
-COSTS = {
+COSTS: dict[str, Any] = {
     "macs": lambda m, example: total_macs(m, example),
     "bytes": lambda m, example: tensor_bytes(m),
     "milliseconds": median_time,
@@ -357,6 +357,11 @@ class ByName(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.model(**dict(zip(self.names, args)))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        names: list[str]
 
 # %% ../../nbs/workshop/choosing.ipynb
 def shrink(

@@ -115,7 +115,7 @@ class Evidence:
     rows: int = 0  # how many x, of all calls
     batches: int = 0  # how many gradients
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def add(self, rows: Tensor, original: None = None, whole: bool = True) -> None:
             "Add to the sums of inputs."

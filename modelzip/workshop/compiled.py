@@ -8,6 +8,7 @@ __all__ = ['ARGUMENTS', 'described', 'bias_of', 'autocasting', 'rebuilt', 'integ
 
 # %% ../../nbs/workshop/compiled.ipynb
 import importlib, json, weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from ..quant import CompressedTensor, Dequantize
 
 # %% ../../nbs/workshop/compiled.ipynb
-ARGUMENTS = {
+ARGUMENTS: dict[Any, Any] = {
     nn.Linear: ("in_features", "out_features"),
     nn.Conv2d: (
         "in_channels",

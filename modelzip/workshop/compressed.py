@@ -138,6 +138,10 @@ class Parts(nn.Module):
     """The base of `Packed`: holds the parts of a compressed tensor as buffers, their meaning as extra state. Copies
     of a model in which layers are replaced share it, for nothing writes to it."""
 
+    said: str
+    stands_for: str | None
+    trainable: bool
+
     kinds: dict[str, type] = {}  # the registry
     trainable = True  # whether the parameter that it stands for was; `dequantize_model` makes it so again
     # the name of that parameter, where it is not `weight`: of several matrices none may take another's place

@@ -26,6 +26,11 @@ ALONE = {*POINTWISE, *LIFTING, *MIXING}  # functions of each number alone, when 
 class Follow(TorchFunctionMode):
     "Watches runs: what each layer is given, and which of their outputs somebody else reads."
 
+    inside: Any
+    made: dict[Any, Any]
+    readers: dict[Any, set[Any]]
+    sources: dict[Any, set[Any]]
+
     def __init__(self):
         super().__init__()
         self.made, self.inside = {}, None  # id of a tensor → it, and the layers that it is made of

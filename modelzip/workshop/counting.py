@@ -11,7 +11,7 @@ __all__ = ['PRODUCTS', 'KERNELS', 'FORMULAS', 'mac_rules', 'hidden', 'SlowPath',
 import inspect, math, re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +184,10 @@ class _Run:
     def __init__(self, module, owner):
         self.module, self.owner, self.count, self.hides = module, owner, 0, None
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        count: int
+
 
 class SlowPath(TorchFunctionMode):
     """A block in which attention calls its layers one by one: its fast path steps aside for any mode. Nothing
@@ -205,6 +209,9 @@ class Work(TorchDispatchMode):
     formula : Callable[..., Any]
         module → a formula (inputs, output) → MACs for kernels that hide their work, or None
     """
+
+    counts: dict[Any, Any]
+    runs: list[Any]
 
     def __init__(
         self,
@@ -239,6 +246,13 @@ class Work(TorchDispatchMode):
         elif hidden(name):
             run.hides = name
         return y
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        owners: dict[nn.Module, str]
+        own: Callable[..., Any]
+        formula: Callable[..., Any]
+        believed: int
 
 # %% ../../nbs/workshop/counting.ipynb
 def _before(self, module, *_):

@@ -7,7 +7,7 @@ __all__ = ['CRITERIA', 'Criterion', 'as_criterion', 'Random', 'Movement']
 
 # %% ../../nbs/workshop/criteria.ipynb
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Criterion:
     "Scores weights; those of the least score are pruned."
 
     needs: str | None = None  # which data `collect` should look at
-    scope = "global"  # among which weights scores are compared, when nobody says
+    scope: str = "global"  # among which weights scores are compared, when nobody says
 
     def score(
         self,
@@ -29,7 +29,7 @@ class Criterion:
     ) -> Tensor:  # of the same shape
         raise NotImplementedError
 
-    repairs = False  # whether it has a `cut` of its own, that moves the weights which stay
+    repairs: bool = False  # whether it has a `cut` of its own, that moves the weights which stay
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
@@ -91,17 +91,25 @@ class Random(Criterion):
     def of_units(self, count: int, device: torch.device) -> Tensor:
         return torch.rand(count, device=device, generator=self.generator)  # one throw for each
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        generator: torch.Generator | None
+
 
 class Movement(Criterion):
     "−Σ η·w·∂L/∂w while a copy is trained over the batches (Sanh et al. 2020, arXiv:2005.07683)."
 
-    needs = "movement"
+    needs: str = "movement"
 
     def __init__(self, lr: float = 0.01):
         self.lr = lr
 
     def score(self, weight: Tensor, seen: Any) -> Tensor:
         return seen.movement
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lr: float
 
 
 CRITERIA |= {"random": Random, "movement": Movement}

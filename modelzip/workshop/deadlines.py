@@ -8,7 +8,7 @@ __all__ = ['checked_count', 'checked_seconds', 'Watch', 'all_ended']
 # %% ../../nbs/workshop/deadlines.ipynb
 import math, os, sys, threading, time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .arguments import at_least
 
@@ -81,6 +81,8 @@ class Watch:
         now → those whose time is over, and the next deadline (infinity: none)
     """
 
+    next: float
+
     def __init__(
         self,
         lock: threading.RLock,  # under which `note` and `end` are called, and `late`
@@ -121,6 +123,12 @@ class Watch:
                 except BaseException:  # of a callback
                     pass
             late = x = None  # nothing is kept
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        soon: threading.Condition
+        late: Callable[..., Any]
+        over: bool
 
 # %% ../../nbs/workshop/deadlines.ipynb
 def all_ended(

@@ -22,7 +22,7 @@ def installed(cls: type) -> bool:
     )
 
 # %% ../../nbs/workshop/definitions.ipynb
-MARKS = weakref.WeakKeyDictionary()  # wrapper → the function in it
+MARKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # wrapper → the function in it
 
 
 def unmarked(f: Callable[..., Any]) -> Callable[..., Any]:

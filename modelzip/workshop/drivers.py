@@ -92,7 +92,7 @@ class Job:
             check_finite(m.weight.detach(), what)
             self.ties.setdefault(m.tie, []).append(m)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def one(
             self,

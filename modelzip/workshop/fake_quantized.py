@@ -38,6 +38,10 @@ class TrainedAsIntegers(Settings):
         for errors
     """
 
+    training: bool
+    activations: Any
+    weights: Any
+
     frozen = setting(0, bool)
 
     def __init__(
@@ -73,7 +77,11 @@ class TrainedAsIntegers(Settings):
             return _shown(self.weights, self.layer.weight, f"{self.name}.weight".lstrip("."))
         return getattr(self.layer, key)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layer: nn.Module
+        norm: nn.Module | None
+        name: str
 
         def folded(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
             "Weight and bias that will be rounded."
@@ -221,6 +229,8 @@ class FakeRecurrent(nn.Module):
         name of a matrix → its quantizer
     """
 
+    training: bool
+
     def __init__(
         self,
         layer: nn.RNNBase,
@@ -250,6 +260,11 @@ class FakeRecurrent(nn.Module):
         if key in self.weights:
             return _shown(self.weights[key], self.layer._parameters[key], key)
         return getattr(self.layer, key)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        layer: nn.RNNBase
+        weights: nn.ModuleDict
 
 # %% ../../nbs/workshop/fake_quantized.ipynb
 from .arguments import name_arguments

@@ -19,7 +19,7 @@ from .rehearsal import disagreement
 from .tracing import output_axis
 
 # %% ../../nbs/workshop/folding.ipynb
-FOLDS = {
+FOLDS: dict[Any, Any] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,

@@ -234,7 +234,7 @@ class BlockTensor(Sized, CompressedTensor, kind="gguf"):
         field, n = self.layout.fields[name], self.shape.numel() // self.layout.weights
         return unpack_bits(self.fields[name], field.bits, n * field.count).reshape(n, field.count)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def parts(self) -> dict[str, Tensor]:
             "The tensors that a file stores."

@@ -11,7 +11,7 @@ import math, mmap, os, struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ MAX_ALIGNMENT = 1 << 20  # of what is written: zeros fill a file up to it
 # %% ../../nbs/workshop/gguf_files.ipynb
 class Cursor:
     "Walks through the beginning of a file."
+
+    left: int
 
     def __init__(self, data: Any):
         self.data, self.at, self.left = data, 0, MAX_METADATA
@@ -115,6 +117,11 @@ class Cursor:
         odd = max(raw, default=0) if name == "bool" else 0
         demand(odd < 2, f"{what} holds {odd}, which is no truth value")
         return f"array of {name}", np.frombuffer(raw, np.dtype(form).newbyteorder("<")).tolist()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        data: Any
+        at: int
 
 # %% ../../nbs/workshop/gguf_files.ipynb
 class Metadata(dict[Any, Any]):

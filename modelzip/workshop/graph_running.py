@@ -10,7 +10,7 @@ import collections, copy
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,9 @@ class Measure:
     """Adds up the memory of the values that are alive. One that repeats few numbers over and over (`expand`) may not be
     larger, either: what works on it may write it out."""
 
+    held: dict[Any, Any]
+    users: Any
+
     def __init__(self, most: int):
         self.most, self.live, self.users, self.held, self.count = most, 0, collections.Counter(), {}, 0
 
@@ -121,6 +124,12 @@ class Measure:
             for key, size in self.held.pop(i, ()):
                 self.users[key] -= 1
                 self.live -= size * (self.users[key] == 0)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        most: int
+        live: int
+        count: int
 
 # %% ../../nbs/workshop/graph_running.ipynb
 @torch.no_grad()
@@ -235,6 +244,10 @@ class Container(nn.Module):
 class Program:
     "A graph, checked, with the layers that it was read for: what copies of a model share."
 
+    first: "Program"
+    known: set[Any]
+    others: dict[Any, Any]
+
     __slots__ = ("graph", "plan", "ghosts", "first", "known", "signature", "others")
 
     def __init__(self, graph: dict[str, Any], plan: Plan, ghosts: nn.Module, first: "Program | None" = None):
@@ -280,6 +293,13 @@ class Program:
             first.others[key] = Program(said_with(first.graph, types), plan, first.ghosts, first)
         return first.others[key] if types else first
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        graph: dict[str, Any]
+        plan: Plan
+        ghosts: nn.Module
+        signature: Signature
+
 # %% ../../nbs/workshop/graph_running.ipynb
 def types_between(
     before: nn.Module,  # the layers of a graph, as the file has them
@@ -319,6 +339,9 @@ def said_with(graph: dict[str, Any], types: dict[torch.dtype, torch.dtype]) -> d
 class GraphModel(Container):
     """A model that a file describes completely. `most_memory` is what the values of a call may use, in bytes (None: 256
     MiB, and 1,024 for each byte of the inputs and the parameters)."""
+
+    program: "Program | None"
+    most_memory: int | None
 
     def __init__(self, entry: dict[str, Any]):
         super().__init__(entry)
@@ -395,7 +418,11 @@ def container_tensors(
             m.register_parameter(key, nn.Parameter(t, requires_grad=dtype.is_floating_point))
 
 
-PLAIN = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList, "ModuleDict": nn.ModuleDict}  # that only hold
+PLAIN: dict[str, Any] = {
+    "Sequential": nn.Sequential,
+    "ModuleList": nn.ModuleList,
+    "ModuleDict": nn.ModuleDict,
+}  # that only hold
 
 
 def modules_of(

@@ -8,7 +8,7 @@ __all__ = ['trace', 'input_names']
 # %% ../../nbs/workshop/graph_tracing.ipynb
 import functools, itertools, keyword, operator, re, warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ from .models import copied
 from .walking import items
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-CALLS = {}  # number → how a layer is called while a model is traced
+CALLS: dict[Any, Any] = {}  # number → how a layer is called while a model is traced
 COUNT = itertools.count()
 
 
@@ -43,6 +43,12 @@ def _(inputs, number):
 # %% ../../nbs/workshop/graph_tracing.ipynb
 class Call:
     "One call of a layer: what it was called with and what it gave, apart from the tensors."
+
+    spec: Any
+    leaves: list[Any]
+    places: list[int]
+    found: list[Any]
+    output: Any
 
     def __init__(self, name: str, ghost: nn.Module, given: Any):
         self.name, self.ghost = name, ghost
@@ -70,6 +76,11 @@ class Call:
         "The output of the layer, of its tensors."
         rest = iter(tensors)
         return tree_unflatten([None if x is None else next(rest) for x in self.found], self.output)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        name: str
+        ghost: nn.Module
 
 
 def faked(ghost: nn.Module) -> nn.Module:
@@ -339,7 +350,7 @@ def _first(name):
 
 
 SAME = lambda given, value: None  # nothing is done
-REWRITES = {
+REWRITES: dict[str, Any] = {
     **dict.fromkeys(
         "alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout".split(), SAME
     ),
@@ -399,6 +410,9 @@ INNOCENT = """device layout pin_memory memory_format non_blocking copy implicit 
 class Writer:
     "Turns an exported program into nodes."
 
+    at: dict[Any, Any]
+    nodes: list[Any]
+
     def __init__(
         self, names: dict[Any, str], tensors: dict[str, str], constants: dict[str, Tensor], wrapped: dict[str, str]
     ):
@@ -424,6 +438,14 @@ class Writer:
         if isinstance(found, Tensor):
             found = self.at[node] = self.add(*constant_node(found, str(node)))
         return found
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        names: dict[Any, str]
+        tensors: dict[str, str]
+        constants: dict[str, Tensor]
+        wrapped: dict[str, str]
+        count: int
 
 
 def constant_node(t: Tensor, name: str) -> list[Any]:
@@ -511,7 +533,7 @@ def _counted(w, x):
     )
 
 # %% ../../nbs/workshop/graph_tracing.ipynb
-HALVES = {  # operations of which each value is an operation of the table
+HALVES: dict[str, Any] = {  # operations of which each value is an operation of the table
     torch.ops.aten.max.dim: ("amax", "argmax"),
     torch.ops.aten.min.dim: ("amin", "argmin"),
     torch.ops.aten.adaptive_max_pool2d.default: ("adaptive_max_pool2d", None),

@@ -301,7 +301,7 @@ def _over(f: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     "to": lambda x, dtype: x.to(dtype),
     "view": lambda x, size: x.reshape(size),
     "expand": lambda x, size: x.expand(size),
@@ -353,7 +353,7 @@ def _operations() -> dict[str, Operation]:
 OPERATIONS = _operations()
 
 # %% ../../nbs/workshop/graphs.ipynb
-ARITHMETIC = {
+ARITHMETIC: dict[str, Any] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,

@@ -11,7 +11,7 @@ __all__ = ['STEPS', 'STATIC_ATTENTION', 'KEPT', 'whole', 'step_for', 'integer_pr
 import fnmatch, functools
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class StaticAttention(Attention):
     value_step : float
     """
 
-    in_state = ("heads", *STEPS)
+    in_state: tuple[str, ...] = ("heads", *STEPS)
     floats = Attention  # whose place it takes
 
     def __init__(
@@ -199,6 +199,13 @@ class StaticAttention(Attention):
         steps = ", ".join(f"{name} {step:.3g}" for name, step in zip(("query", "key", "value"), self.steps))
         return f"{self.heads} heads, int8×int8→int32 and uint8×int8→int32, steps: {steps}"
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        width: int
+        query_step: float
+        key_step: float
+        value_step: float
+
 
 def check_steps(query_step: float, key_step: float, value_step: float) -> None:
     "`ValueError` for what is no step."
@@ -222,7 +229,7 @@ class StaticOpenAttention(StaticAttention, OpenAttention):
         [n, places, width]; False: [places, n, width]
     """
 
-    in_state = ("heads", "batch_first", *STEPS)
+    in_state: tuple[str, ...] = ("heads", "batch_first", *STEPS)
     floats = OpenAttention
 
     def __init__(
@@ -241,8 +248,15 @@ class StaticOpenAttention(StaticAttention, OpenAttention):
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:  # [n, heads, queries, keys]
         return (whole_weights(q, k, mask, self.steps) / 255).to(q.dtype)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
-STATIC_ATTENTION = {Attention: StaticAttention, OpenAttention: StaticOpenAttention}  # attention → what it becomes
+        batch_first: bool
+
+
+STATIC_ATTENTION: dict[type, Any] = {
+    Attention: StaticAttention,
+    OpenAttention: StaticOpenAttention,
+}  # attention → what it becomes
 
 # %% ../../nbs/workshop/integer_attention.ipynb
 KEPT = 16  # examples that are kept of a half, at most

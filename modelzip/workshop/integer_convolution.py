@@ -6,8 +6,8 @@
 __all__ = ['QConv2d']
 
 # %% ../../nbs/workshop/integer_convolution.ipynb
-from typing import TYPE_CHECKING
 import functools, math
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -39,6 +39,10 @@ class QConv2d(IntegerLayer):
     floats : bool, default False
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
+
+    inputs: int
+    geometry: tuple[Any, ...]
+    smallest: list[int]
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class QConv2d(IntegerLayer):
         padding = (0, 0) if self.layer.padding == "valid" else self.layer.padding
         return list(self.layer.stride), list(padding), list(self.layer.dilation), self.layer.groups
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _check(self, x):
             ...

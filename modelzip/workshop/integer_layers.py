@@ -32,6 +32,12 @@ class Prepared:
     """Weights in a kernel's own order, made when first used and remembered for as long as what they were made from
     stays the same; a copy starts empty."""
 
+    entry: tuple[Any, ...] | None
+    others: tuple[Any, ...] | None
+    group: Any
+    owner: Any
+    weak: Any
+
     # slots: a reference to others is nothing that a copy could take along, and nobody is to look for one here
     __slots__ = "entry", "lock", "weak", "others", "group", "owner", "in_vain", "alone", "__weakref__"
 
@@ -66,6 +72,12 @@ class Prepared:
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, ()
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lock: threading.RLock
+        in_vain: int
+        alone: int
+
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int, int | None]]:
     "Tensors as `unchanged` wants them."
@@ -98,6 +110,10 @@ class NoGradient(torch.autograd.Function):
 # %% ../../nbs/workshop/integer_layers.ipynb
 class IntegerLayer(Dequantize):
     "What QLinear and QConv2d share: NaN, empty batches, precision in and out, and saying what runs."
+
+    prepared: Prepared
+    kernel: str
+    said: str
 
     where, loaded = "", False  # its name in a model, for errors; whether a state was loaded since it was used
     floats = False  # of a layer that an earlier version pickled
@@ -143,7 +159,10 @@ class IntegerLayer(Dequantize):
             y = self._integer(input.float()).to(input.dtype)
         return NoGradient.apply(input, y, self._who()) if input.requires_grad else y
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        activations: str
+        requantize: bool
 
         def _bias(self):
             ...
@@ -437,6 +456,10 @@ class _Last(threading.local):
 
     def __init__(self):
         self.one = LastInput()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        one: LastInput
 
 
 LAST_INPUT, _memcmp = _Last(), ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp

@@ -47,6 +47,9 @@ class QLinear(IntegerLayer):
         compute in floats, with a copy of the weight that is kept: 4 bytes a weight in memory
     """
 
+    inputs: int
+    outputs: int
+
     def __init__(
         self,
         layer: nn.Linear,  # gives the bias; its weight is dropped
@@ -88,7 +91,7 @@ class QLinear(IntegerLayer):
     def _add_bias(self, y):
         return y if (bias := self._bias()) is None else y.add_(bias)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _choose(self):
             "Which product runs: 'floats', 'tiny', 'int4', 'expand', 'int8' or 'plain'."
@@ -302,6 +305,13 @@ class Coded:
 
     def __init__(self, codes: Tensor, step: Tensor, low: Tensor, left: dict[Any, Any]):
         self.codes, self.step, self.low, self.left = codes, step, low, left
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        codes: Tensor
+        step: Tensor
+        low: Tensor
+        left: dict[Any, Any]
 
 
 @patch

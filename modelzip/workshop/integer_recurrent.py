@@ -199,6 +199,12 @@ class QRecurrent(IntegerLayer):
         compute in floats, with a copy of the weights that is kept: 4 bytes a weight
     """
 
+    activations: str
+    requantize: bool
+    prepared: Any
+    kernel: str
+    said: str
+
     # what is set here is the wrapper's own, and none of the layer's inside
     activations, requantize, prepared, kernel, said = "tensor", False, None, "", ""
 
@@ -237,7 +243,7 @@ class QRecurrent(IntegerLayer):
     def _choose(self):
         return "floats" if self.floats else "int8" if loop_is_right() else "plain"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _parts(self):
             "Packed matrices by name, and the ordinary layer."

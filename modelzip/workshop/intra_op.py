@@ -72,6 +72,10 @@ class intra_op_threads:
         at least 1
     """
 
+    n: int
+    old: int
+    lock: Any
+
     lock = threading.Lock()
 
     def __init__(
@@ -89,7 +93,7 @@ class intra_op_threads:
         _Blas.change(list.remove, self.n)
         self.set(self.old)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def set(self, n: int) -> int:
             "Set this thread's number and repair what threads to come begin with; gives the old number."

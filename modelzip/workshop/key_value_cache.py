@@ -162,7 +162,11 @@ class QuantizedCache:
         how = f"{self.bits} bits, groups of {self.group}, {self.recent} newest as they came"
         return f"QuantizedCache({how}; {self.length:,} tokens, {self.nbytes:,} bytes)"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bits: int
+        group: int
+        recent: int
 
         def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             """Take what is new, give all there is: the new ones as they came. `ValueError` for shapes that do not
@@ -293,6 +297,12 @@ class ThroughCache(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         cache = self.make()
         return torch.cat([self.model(part, cache) for part in ids.split(self.piece, 1)], 1)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        make: Callable[[], Cache]
+        piece: int
 
 # %% ../../nbs/workshop/key_value_cache.ipynb
 from .arguments import name_arguments

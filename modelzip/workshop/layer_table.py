@@ -125,7 +125,7 @@ HOMES_OF_LAYERS |= dict.fromkeys(["StaticAttention", "StaticOpenAttention"], "wo
 HOMES_OF_LAYERS |= {"OpenAttention": "workshop.open_attention", "Turn": "rotations"}  # all others: torch.nn
 
 
-OWN = {}  # name → a layer of this library, registered by the module that makes it
+OWN: dict[Any, Any] = {}  # name → a layer of this library, registered by the module that makes it
 
 
 def arguments_known(

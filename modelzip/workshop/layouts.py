@@ -98,7 +98,7 @@ class Gaps(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    keys = ("gap", "gaps")  # bits of a code, number of codes
+    keys: tuple[str, ...] = ("gap", "gaps")  # bits of a code, number of codes
 
     def ways(self, keep: Tensor) -> Iterator[Way]:
         at = keep.flatten().nonzero()[:, 0]
@@ -195,7 +195,7 @@ class Groups(Layout):
         the code that stands for 0, or for the minimum
     """
 
-    keys = ("n", "m")
+    keys: tuple[str, ...] = ("n", "m")
 
     def ways(self, keep: Tensor) -> Iterator[Way]:
         for m in (2, 4, 8, 16):

@@ -40,6 +40,8 @@ class Request:
 class Line:
     "Requests that wait: a queue for each shape."
 
+    askers: deque[Any]
+
     def __init__(self, size: int):
         self.size, self.waiting, self.idle, self.gathering, self.forgotten, self.closed = size, 0, 0, 0, 0, False
         self.queues: dict[tuple[Any, ...], deque] = {}
@@ -51,7 +53,18 @@ class Line:
         self.work, self.room = threading.Condition(lock), threading.Condition(lock)
         self.watch = Watch(lock, self.late)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        size: int
+        waiting: int
+        idle: int
+        gathering: int
+        forgotten: int
+        closed: bool
+        why: str
+        work: threading.Condition
+        room: threading.Condition
+        watch: Watch
 
         def put(self, requests: list[Request], patience: float | None) -> None:
             "Add requests in order, waiting at most `patience` seconds for room."

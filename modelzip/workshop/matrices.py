@@ -295,7 +295,7 @@ def choose_matrices(
     return chosen
 
 
-RIVALS = {
+RIVALS: dict[Any, Any] = {
     "bits": ("levels", "step", "codebook"),
     "levels": ("bits", "step", "codebook"),
     "step": ("bits", "levels", "codebook"),

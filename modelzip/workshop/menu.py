@@ -29,14 +29,14 @@ from .widths import Widths, widths_of
 
 # %% ../../nbs/workshop/menu.ipynb
 DENSE = [{"bits": b} for b in (2, 3, 4, 5, 6, 7, 8)] + [{"bits": b, "group": 64} for b in (2, 3, 4)]
-SPARSE = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
+SPARSE: list[dict[str, Any]] = [{"bits": b, "sparsity": s} for s in (0.6, 0.8, 0.9, 0.95, 0.98) for b in (2, 3, 4)]
 # with data to calibrate on: one step for the whole tensor, as what counts is the entropy of its codes; half a bit apart
 SPACED = [{"spacing": s} for s in (4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.03)]
 # between these, bytes and errors of the others are told, unless tensors are small and sizes go by leaps
 ANCHORS = [{"spacing": s} for s in (4.0, 2.0, 1.0, 0.5, 0.125, 0.03)]
 SMALL = 1 << 18  # weights of a model in which tensors may be small
 # at which the output's change is measured (with data or without); for other options it follows from their own errors
-REFERENCES = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
+REFERENCES: dict[str, Any] = {True: [{"spacing": 0.5}], False: [{"bits": 2}, {"bits": 4}]}
 
 
 @dataclass

@@ -40,6 +40,9 @@ class Labelled(NamedTuple):
 class Inputs:
     "Exactly the arguments that a model is called with."
 
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.args, self.kwargs = args, kwargs
 

@@ -48,12 +48,23 @@ class LeNet300(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        fc1: nn.Linear
+        fc2: nn.Linear
+        fc3: nn.Linear
+
 # %% ../../nbs/workshop/networks.ipynb
 class Attention(SettingsInState, nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762) over [n, length, width]. Its state says how
     many heads it has; one of another number is refused."""
 
-    in_state = ("heads",)
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+
+    in_state: tuple[str, ...] = ("heads",)
 
     def __init__(self, width: int = 384, heads: int = 12):
         super().__init__()
@@ -88,6 +99,10 @@ class Attention(SettingsInState, nn.Module):
         """
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        heads: int
+
 # %% ../../nbs/workshop/networks.ipynb
 class TransformerBlock(nn.Module):
     """One layer of BERT (Devlin et al. 2018, arXiv:1810.04805): attention, then two dense layers, each added to its
@@ -102,6 +117,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.attention_norm(x + self.attention(x, mask))
         return self.norm(x + self.down(F.gelu(self.up(x))))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        attention: Attention
+        attention_norm: nn.LayerNorm
+        up: nn.Linear
+        down: nn.Linear
+        norm: nn.LayerNorm
 
 # %% ../../nbs/workshop/networks.ipynb
 class MiniLM(nn.Module):
@@ -140,7 +163,14 @@ class MiniLM(nn.Module):
         weight = mask[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        words: nn.Embedding
+        positions: nn.Embedding
+        types: nn.Embedding
+        norm: nn.LayerNorm
+        blocks: nn.ModuleList
+        pooler: nn.Linear
 
         def encode(self, texts: Sequence[str], batch_size: int = 32, progress: bool = False) -> Tensor:
             """Embed texts. They are batched by length, so that little is spent on padding, and come back in their own

@@ -7,7 +7,7 @@ __all__ = ['kl_after_quantizing', 'divergences', 'Entropy', 'short_group', 'obse
 
 # %% ../../nbs/workshop/observers.ipynb
 import math
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,10 @@ class Entropy(MinMax):
         counts = torch.zeros(len(x), self.bins, dtype=x.dtype, device=x.device)
         counts.scatter_add_(1, places, torch.ones_like(x))
         return top[:, 0] * tries[divergences(counts, codes, tries).argmin(1)] / self.bins
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        bins: int
 
 
 OBSERVERS["entropy"] = Entropy

@@ -7,7 +7,7 @@ __all__ = ['attention_nodes', 'translations', 'AttentionHole', 'OpenAttentionHol
            'spell_out']
 
 # %% ../../nbs/workshop/onnx_attention.ipynb
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ def translations() -> dict[Any, Any]:
 class AttentionHole(StaticAttention):
     "Stands in for an attention in integers whose four layers may be holes, too."
 
+    training: bool
+
     def __init__(self, number: int, layer: StaticAttention, layers: dict[Any, Any]):
         torch.nn.Module.__init__(self)
         self.__dict__ |= {k: getattr(layer, k) for k in layer.in_state}
@@ -92,6 +94,10 @@ class AttentionHole(StaticAttention):
 
     def extra_repr(self) -> str:
         return f"number {self.number}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        number: int
 
 
 class OpenAttentionHole(AttentionHole, StaticOpenAttention):

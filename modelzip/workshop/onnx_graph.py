@@ -8,7 +8,7 @@ __all__ = ['Graph', 'store_tensor', 'store_codes', 'store_float', 'store_number'
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from ..quant import QTensor, pack_bits
 class Graph:
     """Nodes and stored tensors in the order in which they are made; a tensor that is stored already is not stored
     again, and no two have one name."""
+
+    nodes: list[Any]
+    stored: dict[str, Any]
+    domains: set[str]
+    known: dict[Any, Any]
+    taken: set[str]
+    shapes: dict[str, Any]
 
     def __init__(self, onnx: Any, taken: Iterable[str] = (), shapes: dict[str, Any] | None = None):
         self.onnx, self.nodes, self.stored, self.domains, self.known, self.taken = onnx, [], {}, set(), {}, set(taken)
@@ -46,6 +53,10 @@ class Graph:
             tensor.name = f"{wanted}.{i}"
         self.stored.setdefault(tensor.name, tensor)
         return tensor.name
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        onnx: Any
 
 # %% ../../nbs/workshop/onnx_graph.ipynb
 def store_tensor(g: Graph, name: str, value: Tensor) -> str:  # its name in the graph

@@ -6,7 +6,7 @@
 __all__ = ['GATES', 'RecurrentHole', 'recurrent_nodes']
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +15,17 @@ from .matrices import unwrapped
 from .onnx_graph import Graph, expanded_weight, reshaped, store_tensor
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
-GATES = {nn.LSTM: [0, 3, 1, 2], nn.GRU: [1, 0, 2], nn.RNN: [0]}  # ONNX's order of the gates, in places of PyTorch's
+GATES: dict[type, Any] = {
+    nn.LSTM: [0, 3, 1, 2],
+    nn.GRU: [1, 0, 2],
+    nn.RNN: [0],
+}  # ONNX's order of the gates, in places of PyTorch's
 
 
 class RecurrentHole(nn.Module):
     "Stands in for a recurrent layer; [length, batch, features] inside."
+
+    states: int
 
     def __init__(self, number: int, layer: nn.RNNBase):
         super().__init__()
@@ -60,6 +66,10 @@ class RecurrentHole(nn.Module):
             shapes=shapes,
             version=1,
         )
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        number: int
 
 # %% ../../nbs/workshop/onnx_recurrent.ipynb
 def recurrent_nodes(

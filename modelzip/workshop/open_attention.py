@@ -9,7 +9,7 @@ __all__ = ['seen_by', 'shown', 'weights_of', 'OpenAttention', 'why_closed', 'ope
 # %% ../../nbs/workshop/open_attention.ipynb
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class OpenAttention(Attention):
         of probabilities, while it trains
     """
 
-    in_state = ("heads", "batch_first")
+    in_state: tuple[str, ...] = ("heads", "batch_first")
     _qkv_same_embed_dim = False  # so that an encoder layer calls it
     in_proj_weight = in_proj_bias = bias_k = bias_v = None
 
@@ -232,6 +232,12 @@ class OpenAttention(Attention):
             [n, heads, queries, keys]
         """
         return weights_of(q @ k.mT * q.shape[-1] ** -0.5, mask).to(q.dtype)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        width: int
+        batch_first: bool
+        dropout: float
 
 # %% ../../nbs/workshop/open_attention.ipynb
 def why_closed(m: nn.MultiheadAttention) -> str | None:  # None: it can be opened

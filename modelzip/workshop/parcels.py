@@ -10,7 +10,7 @@ import functools, os, pickle, tempfile, warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 # %% ../../nbs/workshop/parcels.ipynb
 class Parcel:
@@ -18,6 +18,10 @@ class Parcel:
 
     def __init__(self, path: str):
         self.path = path
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        path: str
 
 
 @functools.lru_cache(1)

@@ -51,6 +51,8 @@ class Pool:
         makes a batch of a list of samples (with exact=False); None: stacks equal shapes
     """
 
+    settings: dict[str, Any]
+
     def __init__(
         self,
         model: (
@@ -91,7 +93,7 @@ class Pool:
         self._line.watch.fail = functools.partial(begin, counts=self._counts)
         weakref.finalize(self, abandon, self._line, self._pid).atexit = False
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def submit(self, x: Any, *, timeout: float | None = None, wait: float | None = None) -> Future:
             """Hand in a request. `PoolClosed` after `close`; a worker's own callback never waits for room. A coroutine,

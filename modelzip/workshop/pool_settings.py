@@ -18,7 +18,7 @@ from .deadlines import checked_count, checked_seconds
 from .intra_op import cores
 
 # %% ../../nbs/workshop/pool_settings.ipynb
-POOL_SETTINGS = {
+POOL_SETTINGS: dict[str, Any] = {
     "workers": None,
     "max_batch": 32,
     "max_wait": None,

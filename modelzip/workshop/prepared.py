@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -31,6 +31,8 @@ from .models import computed
 # %% ../../nbs/workshop/prepared.ipynb
 class Settings(nn.Module):
     "A module whose whole numbers are in its state, as a buffer `settings`."
+
+    settings: Tensor
 
     def _keep(self, *values: int | bool | float | None) -> None:
         "Set them for the first time; a float keeps all its bits."

@@ -113,6 +113,9 @@ def _portable(error: BaseException) -> BaseException:
 class Remote:
     "A runner in a process of its own."
 
+    pipe: Any
+    process: Any
+
     def __init__(self, order: bytes, threads: int):
         self.order, self.threads, self.alive, self.over = order, threads, False, False
         self.start()
@@ -151,7 +154,12 @@ class Remote:
             self.close()
             raise
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        order: bytes
+        threads: int
+        alive: bool
+        over: bool
 
         def close(self) -> int:
             "End the process; gives its exit code."

@@ -194,7 +194,7 @@ def _not_skipped(model, found, skip: tuple[str, ...]) -> dict[str, nn.Module]:
     }
 
 # %% ../../nbs/workshop/prunable.ipynb
-WHOLE = {
+WHOLE: dict[type, Any] = {
     nn.RNNBase: (
         "PyTorch keeps a recurrent layer's computed weights in a list, so that a masked one could not be copied"
     ),

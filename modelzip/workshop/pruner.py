@@ -88,6 +88,14 @@ class Pruner:
         may a layer lose all its weights?
     """
 
+    batches: Any
+    began: dict[str, float]
+    criterion: Criterion
+    initial: float
+    layers: dict[str, nn.Module]
+    scope: str
+    sparsity: dict[str, float]
+
     def __init__(
         self,
         model: nn.Module,  # gets masks
@@ -126,7 +134,12 @@ class Pruner:
             self.sparsity = shares_of(self.layers, self.sparsity, "layer")
             self.began = {n: share_gone({n: m}) for n, m in self.layers.items()}
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        granularity: str
+        loss: Callable[..., Any] | None
+        allow_empty: bool
 
         def step(self, t: float = 1.0) -> None:
             "Prune to where the schedule is at time t."

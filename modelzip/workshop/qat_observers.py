@@ -101,7 +101,9 @@ class StepsOfWeights(Settings):
         layout = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
         return f"{self.levels} levels, {f'group {self.group}' if self.group else layout}"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        scale: nn.Parameter
 
         def fit(self, weight: Tensor) -> None:
             "Set the steps as the observer 'mse' finds them."
@@ -288,7 +290,10 @@ class RangeOfActivations(Settings):
             else "has seen nothing yet"
         )
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        scale: nn.Parameter
+        zero_point: nn.Parameter
 
         def set_range(self, low: float, high: float) -> None:
             """Set step and zero point (no step is below 2⁻¹⁰⁰); zero has a code always, and with nothing negative the

@@ -9,7 +9,7 @@ __all__ = ['SAME_AXES', 'AXES', 'Unproved', 'Symbol', 'Symbols', 'Touching', 'is
 
 # %% ../../nbs/workshop/readers.ipynb
 import collections, copy, inspect, itertools
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +35,12 @@ class Symbol(fx.Proxy):
 
 class Symbols(fx.proxy.GraphAppendingTracer):
     "Collects what is done with symbols."
+
+    constants: list[Any]
+    stores: dict[Any, Any]
+    tensors: dict[int, Any]
+    touched: set[Any]
+    training: set[Any]
 
     def __init__(self, model: nn.Module):
         super().__init__(fx.Graph())
@@ -66,6 +72,10 @@ class Symbols(fx.proxy.GraphAppendingTracer):
         if name:
             self.touched.add(name)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+
 
 class Touching(TorchFunctionMode):
     "Notes which parameters functions get, beside the symbols."
@@ -79,6 +89,10 @@ class Touching(TorchFunctionMode):
             if type(t) is not Symbol and isinstance(t, Tensor):
                 self.symbols.touch(t)
         return f(*args, **(kwargs or {}))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        symbols: Symbols
 
 # %% ../../nbs/workshop/readers.ipynb
 def is_leaf(m: nn.Module) -> bool:
@@ -247,7 +261,7 @@ SAME_AXES = (
     nn.LayerNorm,
     nn.BatchNorm1d,
 )
-AXES = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # on anything else they raise an error
+AXES: dict[Any, Any] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # on anything else they raise an error
 
 
 def axes_of(node: fx.Node, s: Symbols) -> int | None:
@@ -280,6 +294,18 @@ def axes_of(node: fx.Node, s: Symbols) -> int | None:
 class Readers(TorchFunctionMode):
     "Watches who reads the outputs of layers and their parameters."
 
+    axes: dict[Any, Any]
+    calls: collections.Counter[Any]
+    held: dict[str, Tensor]
+    made: dict[Any, Any]
+    owner: dict[int, str]
+    path: list[str]
+    readers: dict[Any, set[Any]]
+    sources: dict[Any, set[Any]]
+    stores: dict[int, str]
+    strangers: set[Any]
+    training: set[Any]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.path, self.made, self.axes = model, [""], {}, {}
@@ -310,6 +336,10 @@ class Readers(TorchFunctionMode):
         )
         if owner is not None and owner != here:
             self.strangers.add(owner)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
 
 # %% ../../nbs/workshop/readers.ipynb
 def pairs_in_runs(

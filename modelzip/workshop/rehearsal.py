@@ -12,7 +12,7 @@ import copy, random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -152,6 +152,10 @@ class Coarsest(TorchFunctionMode):
                 self.eps = max(self.eps, torch.finfo(t.dtype).eps)
         return out
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        eps: float
+
 
 def tolerance(eps: float) -> float:
     "Of numbers that are computed with such a precision."
@@ -286,6 +290,9 @@ def ready(model: nn.Module, training: bool) -> nn.Module:
 class Twins:
     "Two versions of one model, in double precision if it runs in that."
 
+    base: nn.Module
+    both: list[Any] | None
+
     def __init__(
         self,
         base: nn.Module,
@@ -327,6 +334,12 @@ class Twins:
         except Exception as e:
             return f"it raises {type(e).__name__}: {e}".split("\n")[0]
         return unlike(got, want, max(eps, finer))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        right: Callable[[nn.Module], nn.Module]
+        judged: Callable[[nn.Module], nn.Module]
+        double: bool
 
 
 def in_double(x: Any) -> Any:

@@ -11,7 +11,7 @@ __all__ = ['FRESH', 'layer_norm', 'check_counting', 'RemainingLayerNorm', 'rms_n
 # %% ../../nbs/workshop/remaining.ipynb
 import collections, copy, math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
     dtype : Any, default None
     """
 
-    in_state = ("total", "channels_first", "eps")
+    in_state: tuple[str, ...] = ("total", "channels_first", "eps")
 
     def __init__(
         self,
@@ -115,6 +115,12 @@ class RemainingLayerNorm(SettingsInState, nn.LayerNorm):
 
     def extra_repr(self) -> str:
         return f"{self.channels} of {self.total}, eps={self.eps}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        channels: int
+        total: int
+        channels_first: bool
 
 # %% ../../nbs/workshop/remaining.ipynb
 def rms_norm(
@@ -162,7 +168,7 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
     dtype : Any, default None
     """
 
-    in_state = ("total", "eps")
+    in_state: tuple[str, ...] = ("total", "eps")
 
     def check_settings(self, total: int, eps: float | None) -> None:
         check_counting(self, total, eps)
@@ -184,6 +190,11 @@ class RemainingRMSNorm(SettingsInState, nn.RMSNorm):
 
     def extra_repr(self) -> str:
         return f"{self.channels} of {self.total}, eps={self.eps}"
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        channels: int
+        total: int
 
 # %% ../../nbs/workshop/remaining.ipynb
 def multi_head_attention_forward(
@@ -255,7 +266,12 @@ class RemainingAttention(SettingsInState, nn.Module):
     dtype : Any, default None
     """
 
-    in_state = ("num_heads", "head_dim", "batch_first")
+    in_proj_bias: nn.Parameter | None
+    out_proj: nn.Linear
+    kdim: int
+    vdim: int
+
+    in_state: tuple[str, ...] = ("num_heads", "head_dim", "batch_first")
     _qkv_same_embed_dim = False  # so that a TransformerEncoderLayer calls it
     reads_its_layers = True  # `out_proj`
     in_proj_weight = bias_k = bias_v = None
@@ -352,6 +368,14 @@ class RemainingAttention(SettingsInState, nn.Module):
             y = y.transpose(0, 1)
         return (y.squeeze(batch), None if p is None else p[0]) if lone else (y, p)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        embed_dim: int
+        num_heads: int
+        head_dim: int
+        dropout: float
+        batch_first: bool
+
 # %% ../../nbs/workshop/remaining.ipynb
 def attention_macs(m: RemainingAttention, x: tuple[Any, ...], y: Any) -> int:
     "Products of the four matrices, and of queries with keys and weights with values."
@@ -365,7 +389,7 @@ def attention_macs(m: RemainingAttention, x: tuple[Any, ...], y: Any) -> int:
 mac_rules[RemainingAttention] = attention_macs
 
 # %% ../../nbs/workshop/remaining.ipynb
-FRESH = {
+FRESH: dict[type, Any] = {
     nn.Linear: lambda: nn.Linear(1, 1, device="meta"),
     nn.Conv2d: lambda: nn.Conv2d(1, 1, 1, device="meta"),
     nn.LayerNorm: lambda: nn.LayerNorm(1, device="meta"),

@@ -28,6 +28,11 @@ class Look(TorchFunctionMode):
     """Watches a model run on every batch: in which order layers are called, how often, on which inputs, and where
     each module's output is used."""
 
+    made: Any
+    number: Any
+    names: dict[int, str]
+    next: Any
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.names = {id(m): n for n, m in model.named_modules()}
@@ -50,7 +55,7 @@ class Look(TorchFunctionMode):
         "How often a module is called, in each batch."
         return [run.get(name, 0) for run in self.runs]
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "A hook: a module begins."
@@ -105,6 +110,14 @@ class Replay:
         name → where its rows are seen; None: whatever can be watched
     """
 
+    aliases: dict[str, list[str]]
+    asked: set[Any]
+    exchanged: Counter[Any]
+    look: Look
+    memory: dict[Any, Any]
+    points: dict[str, Point]
+    reasons: dict[str, str]
+
     def __init__(
         self,
         model: nn.Module,  # it is left as it is
@@ -124,7 +137,11 @@ class Replay:
     def model(self) -> nn.Module:
         return self.twin.model
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        batches: list[Any]
+        now: int
+        twin: Twin
 
         def looked(self) -> Look:
             "Run every batch once, and note what happens."

@@ -96,7 +96,7 @@ class Report:
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def to_json(self) -> str:
             "The report as JSON text, which `Report.from_json` reads."

@@ -10,7 +10,7 @@ __all__ = ['Tried', 'tried', 'constant', 'foreign', 'along_one_axis', 'limited',
 # %% ../../nbs/workshop/rules.ipynb
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,12 @@ class Tried(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reads(self.f(self.makes(x)).flatten(1))
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        f: Callable[..., Any]
+        makes: nn.Module
+        reads: nn.Linear
 
 # %% ../../nbs/workshop/rules.ipynb
 def tried(

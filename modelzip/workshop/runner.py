@@ -97,6 +97,13 @@ class Runner:
         makes a batch from a list of samples; None: stack them
     """
 
+    model: Any
+    collate: Callable[[list[Any]], Any]
+    careful: bool
+    mixing: set[Any]
+    batches: Counter[Any]
+    compared: Counter[Any]
+
     def __init__(
         self,
         model: Callable[..., Any],  # an nn.Module, which is copied but for its tensors, or any function of a batch
@@ -122,7 +129,9 @@ class Runner:
             other.model = serving_copy(model)
         return other
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        exact: bool
 
         def as_alone(self, samples: list[Any]) -> list[Any]:
             "Answers from one call that leaves every sample its own products."

@@ -8,7 +8,7 @@ __all__ = ['warm', 'Running', 'watched', 'run', 'same_steps', 'keep_uncalled', '
 # %% ../../nbs/workshop/runs.ipynb
 import collections
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ def warm(model: nn.Module, examples: list[Any]) -> nn.Module:  # a copy, in eval
 class Running:
     "A block in which a mode knows which module is running."
 
+    hooks: list[Any]
+
     def __init__(self, model: nn.Module, mode: Any):
         self.model, self.mode, mode.path[:] = model, mode, [""]
 
@@ -63,6 +65,11 @@ class Running:
     def __exit__(self, *error: Any) -> None:
         for h in self.hooks:
             h.remove()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        mode: Any
 
 # %% ../../nbs/workshop/runs.ipynb
 def watched(t: Any, model: nn.Module, example: Any) -> Any:

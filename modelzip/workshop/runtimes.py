@@ -411,7 +411,7 @@ def _onnxruntime(work):
     return shaped(work, run)
 
 # %% ../../nbs/workshop/runtimes.ipynb
-HINTS = {
+HINTS: dict[str, Any] = {
     "f32": {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
 }

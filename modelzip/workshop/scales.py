@@ -7,9 +7,9 @@ __all__ = ['scale_of', 'rounded', 'fitted_scales', 'scaled_back', 'matrices_for'
            'across', 'as_columns', 'largest_of_columns', 'root_mean_square', 'bits_for', 'Blocks', 'nearest_weight']
 
 # %% ../../nbs/workshop/scales.ipynb
-from typing import TYPE_CHECKING
 import math
 from dataclasses import replace
+from typing import Any, TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -301,6 +301,13 @@ class Blocks:
         that takes; 256 at most, so rows that reach further have a larger one
     """
 
+    weight: Tensor
+    bits: int
+    group: int | None
+    levels: int
+    symmetric: bool
+    where: dict[str, Any]
+
     def __init__(
         self,
         weight: Tensor,
@@ -337,7 +344,11 @@ class Blocks:
         run = self.group or self.weight.numel() // self.weight.shape[self.axis]
         return from_blocks(t.reshape(-1, 1).to(dtype).expand(-1, run), self.weight.shape, **self.where)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        columns: Tensor | None
+        axis: int
+        spacing: float | None
 
         def seen(self, statistics: LayerStatistics | None) -> LayerStatistics | None:
             "What the layer sees behind its column scales: H → diag(c) H diag(c)."

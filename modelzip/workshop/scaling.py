@@ -203,7 +203,7 @@ class Scaling:
             f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
         )
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def plot(self, axes: Any = None) -> Any:
             "Left: samples a second over workers. Right: what they cost in waiting."

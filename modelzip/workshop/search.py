@@ -249,7 +249,7 @@ class CompressionReport:
     def met(self) -> bool:
         return self.target.met_by(self.best)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def tables(self) -> list[tuple[str, list[list[str]]]]:
             "Title and cells of each table."
@@ -341,9 +341,15 @@ class TargetError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         return TargetError, (str(self), self.report)  # it may come from another process
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        report: CompressionReport
+
 
 class WriteError(OSError):
     "The file could not be written. `.result` is what `compress` would have returned, `.content` the bytes of the file."
+
+    given: tuple[Any, ...]
 
     def __init__(self, error: OSError, path: str | os.PathLike[str], result: tuple[Any, ...], content: bytes):
         super().__init__(
@@ -357,9 +363,19 @@ class WriteError(OSError):
     def __reduce__(self) -> tuple[Any, ...]:
         return WriteError, self.given
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        result: tuple[Any, ...]
+        content: bytes
+
 # %% ../../nbs/workshop/search.ipynb
 class Search:
     "Tries, and what they are judged by."
+
+    tries: list[Try]
+    notes: list[str]
+    on_some: Judge | None
+    bar: Any
 
     def __init__(
         self,
@@ -434,7 +450,19 @@ class Search:
     def best(self) -> Try | None:
         return max(self.good, key=self.target.worth, default=None)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
+        samples: Samples
+        judge: Judge
+        target: Target
+        folder: Path
+        epochs: int
+        lr: float
+        most: int
+        seed: int
+        trellis: bool
+        progress: Any
 
         def within_bytes(self, menu: Menu, before: Sequence[Any] = (), label: str = '') -> Try | None:
             "Tries whose files approach the budget from both sides."

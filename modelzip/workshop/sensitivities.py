@@ -24,6 +24,10 @@ from .replay import Replay
 class Readers(TorchFunctionMode):
     "Watches a model run: in which modules parameters are used."
 
+    found: dict[int, set[Any]]
+    hooks: list[Any]
+    running: list[str]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.found = {id(p): set() for p in model.parameters()}

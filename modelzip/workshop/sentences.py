@@ -170,7 +170,7 @@ class Retrieval:
         return f"Retrieval({len(self)} pairs from {', '.join(f'{k} {v}' for k, v in self.versions.items())})"
 
 # %% ../../nbs/workshop/sentences.ipynb
-docstring_sources = """
+docstring_sources: list[str] = """
 argparse array ast asyncio base64 bisect bz2 calendar codecs collections concurrent.futures configparser contextlib
 copy csv datetime decimal difflib dis email.message enum fractions functools gettext glob gzip hashlib heapq hmac
 html http.client inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox math mimetypes

@@ -68,7 +68,9 @@ class SparseLinear(Dequantize):
         self._matrix = None
         return super()._apply(fn, recurse)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        density: float
 
         def matrix(self) -> Tensor:
             "The matrix, worked out when it is first needed, and again when its parts were exchanged or written to."

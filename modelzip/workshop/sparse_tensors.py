@@ -73,7 +73,7 @@ class SparseTensor(Sized, CompressedTensor, kind="sparse"):
             f"{self.nbytes:,} bytes = {self.bits_per_weight:.3f} bits a weight)"
         )
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def describe(self) -> str:
             "How it is stored, in a few words."

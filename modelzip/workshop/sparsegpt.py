@@ -7,7 +7,7 @@ __all__ = ['sparsegpt_weight', 'SparseGPT']
 
 # %% ../../nbs/workshop/sparsegpt.ipynb
 import math
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ class _Choice:
         goal = goal * self.could / max(1, self.most)
         few = new[order].cumsum(0) - new[order] / 2 <= goal - int(self.done)
         return losers & torch.zeros_like(new, dtype=torch.bool).scatter_(0, order, few)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        done: int
+        could: int
 
 # %% ../../nbs/workshop/sparsegpt.ipynb
 @torch.no_grad()
@@ -162,6 +167,11 @@ class SparseGPT(Criterion):
         self, weight: Tensor, keep: Tensor, seen: Any, sparsity: float, granularity: str, scope: str = "layer"
     ) -> tuple[Tensor, Tensor]:
         return sparsegpt_weight(weight, seen.moment, sparsity, granularity, keep, self.damping, self.block, scope)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        damping: float
+        block: int
 
 
 CRITERIA["sparsegpt"] = SparseGPT

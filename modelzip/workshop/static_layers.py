@@ -94,6 +94,11 @@ class KnownInput:
     """What StaticLinear and StaticConv2d share: an input whose step and zero point are known, and in the state, as
     JSON in a tensor."""
 
+    input_scale: float
+    input_zero_point: int
+    input_levels: int
+    kernel: str
+
     def _remember(self, scale, zero_point, levels):
         _check_static(scale, zero_point, levels)
         self.input_scale, self.input_zero_point, self.input_levels = float(scale), zero_point, levels
@@ -127,7 +132,7 @@ class KnownInput:
         }[self.kernel]
         return f"{how}, input of {self.input_levels} levels"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _together(self, x):
             "Codes, exact sums, one multiplication; None when not all is finite."
@@ -272,7 +277,7 @@ class StaticLinear(KnownInput, QLinear):
             torch.zeros(len(weight), dtype=torch.int32),
         )
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _sum(self, codes, weight):
             ...
@@ -306,6 +311,9 @@ class StaticConv2d(KnownInput, QConv2d):
     levels : int, default 256
         codes of the input
     """
+
+    pads: list[int]
+    smallest: list[int]
 
     def __init__(
         self,
@@ -342,7 +350,7 @@ class StaticConv2d(KnownInput, QConv2d):
         padding = [0, 0] if self.pads or layer.padding == "valid" else list(layer.padding)
         return list(layer.stride), padding, list(layer.dilation), layer.groups
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def _padded(self, x, zero):
             "Padding that the kernel does not have."
@@ -416,7 +424,10 @@ def _sum(self: StaticConv2d, codes, weight):
     return convolve(codes, 1.0, self.input_zero_point, weight, *self.prepared.get(self, "static"), *self.geometry)
 
 # %% ../../nbs/workshop/static_layers.ipynb
-STATIC_LAYERS = {nn.Linear: StaticLinear, nn.Conv2d: StaticConv2d}  # layers whose input is rounded → what they become
+STATIC_LAYERS: dict[type, Any] = {
+    nn.Linear: StaticLinear,
+    nn.Conv2d: StaticConv2d,
+}  # layers whose input is rounded → what they become
 
 # %% ../../nbs/workshop/static_layers.ipynb
 from .arguments import name_arguments

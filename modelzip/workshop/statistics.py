@@ -63,7 +63,7 @@ class LayerStatistics:
         reach = f"{self.low.min():.3g} to {self.high.max():.3g}, mean |x| {self.magnitude.mean() / self.count:.3g}"
         return f"LayerStatistics({self.count:,} rows of {self.low.shape[-1]}, {reach}{kept})"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def add(self, rows: Tensor, moment: bool = True, original: Tensor | None = None) -> None:
             "Count in rows [groups, rows, inputs]; `original` is what the uncompressed model has in their place."

@@ -34,9 +34,17 @@ class Mismatch(Exception):
         self.at, self.what = at, what
         super().__init__(what)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        at: int
+        what: str
+
 # %% ../../nbs/workshop/steps.ipynb
 class Replay(Walks, TorchFunctionMode):
     "Watches the smaller model run, and compares every step with the trace."
+
+    modules: dict[str, Any]
+    path: list[str]
 
     def __init__(self, t: Trace, model: nn.Module, gone: np.ndarray):
         super().__init__()
@@ -56,7 +64,12 @@ class Replay(Walks, TorchFunctionMode):
             self.compare(name, args, kwargs, outputs)
         return output
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        t: Trace
+        gone: np.ndarray
+        at: int
+        end: int
 
         def compare(self, name: str, args: tuple[Any, ...], kwargs: dict[Any, Any], outputs: list[Tensor]) -> None:
             """`Mismatch` unless the step is that of the trace, with the sizes that should remain, and the same

@@ -25,12 +25,19 @@ class CallError(RuntimeError):
     """A call failed in its thread, or never began. `index` says which, `__cause__` why, `results` holds what the
     others gave."""
 
+    __cause__: BaseException | None
+
     def __init__(self, index: int, cause: BaseException, results: list[Any] | None = None):
         super().__init__(f"Error in call {index}: {type(cause).__name__}: {cause}")
         self.index, self.results, self.__cause__ = index, results, cause
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CallError, (self.index, self.__cause__, self.results)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        index: int
+        results: list[Any] | None
 
 # %% ../../nbs/workshop/teams.ipynb
 def as_here(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,6 +86,10 @@ PENDING = object()  # a call without a result
 class Job:
     "Calls that several threads take in order; whether another one begins is decided in one place."
 
+    errors: dict[int, Any]
+    finished: Any
+    results: list[Any]
+
     def __init__(self, func: Callable[..., Any], calls: list[Any], cancel: threading.Event | None, go_on: bool):
         self.func, self.calls, self.cancel, self.go_on = func, calls, cancel, go_on
         self.results, self.errors, self.finished = [PENDING] * len(calls), {}, queue.SimpleQueue()
@@ -92,7 +103,15 @@ class Job:
             self.next += 1
             return self.next - 1
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        func: Callable[..., Any]
+        calls: list[Any]
+        cancel: threading.Event | None
+        go_on: bool
+        lock: threading.Lock
+        next: int
+        stopped: bool
 
         def run(self) -> None:
             "What each thread does."

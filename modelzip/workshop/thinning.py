@@ -8,7 +8,7 @@ __all__ = ['shown', 'ThinLinear', 'ThinConv2d', 'thin_pair', 'factors_of', 'plai
 # %% ../../nbs/workshop/thinning.ipynb
 import collections, fnmatch, math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,23 @@ class ThinLinear(nn.Sequential):
     def bias(self) -> Tensor | None:
         return self[1].bias
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        in_features: int
+        rank: int
+        out_features: int
+
 # %% ../../nbs/workshop/thinning.ipynb
 class ThinConv2d(nn.Sequential):
     "The same for a convolution: one with few filters, then a 1×1."
+
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
 
     groups, transposed, output_padding = 1, False, (0, 0)
 
@@ -96,6 +110,13 @@ class ThinConv2d(nn.Sequential):
     @property
     def bias(self) -> Tensor | None:
         return self[1].bias
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        in_channels: int
+        rank: int
+        out_channels: int
+        padding_mode: str
 
 # %% ../../nbs/workshop/thinning.ipynb
 def thin_pair(m: nn.Module, rank: int, like: dict[str, Any]) -> nn.Sequential:

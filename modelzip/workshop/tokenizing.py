@@ -96,6 +96,14 @@ class BytePairs:
         of a file: `tokenizer.ggml.…`
     """
 
+    plain: Any
+    special: Any
+    tokens: list[str]
+    merges: list[Any]
+    control: dict[str, int]
+    end: Any
+    template: str | None
+
     def __init__(
         self,
         metadata: Mapping[str, Any],  # of a file: `tokenizer.ggml.…`
@@ -125,7 +133,7 @@ class BytePairs:
         made.add_special_tokens([t.AddedToken(c, normalized=False, special=True) for c in control])
         return made
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def encode(self, text: str, special: bool = False) -> list[int]:
             "Tokens of a text. `ValueError` for a character that the vocabulary cannot say."

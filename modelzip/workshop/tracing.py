@@ -78,6 +78,25 @@ class Walks:
 class Record(Walks, TorchFunctionMode):
     "What is remembered of runs, besides the channels. Who inherits it has `ties`, `owned`, `marks(t)` and `ruled(…)`."
 
+    edges: list[Any]
+    heads: dict[Any, Any]
+    held: dict[str, Tensor]
+    hopeless: set[Any]
+    left_out: list[Any]
+    modules: dict[str, Any]
+    named: dict[int, str]
+    norms: dict[Any, Any]
+    owned: dict[Any, Any]
+    path: list[str]
+    picked: list[Any]
+    rectangles: list[Any]
+    runs: list[Any]
+    steps: list[Any]
+    table: Any
+    tracks: list[Any]
+    uncalled: dict[Any, Any]
+    visible: dict[Any, list[Any]]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.path, self.modules = [""], dict(model.named_modules())

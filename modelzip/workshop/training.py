@@ -9,7 +9,7 @@ __all__ = ['seeded', 'eval_mode', 'device_of', 'check_examples', 'scores_of', 'c
 # %% ../../nbs/workshop/training.ipynb
 import math, threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class seeded:
     """A block in which torch's random numbers start from `seed`, and after which they go on as if nothing had been
     drawn; None leaves them alone."""
 
+    state: Tensor
+
     def __init__(self, seed: int | None):
         self.seed = seed
 
@@ -35,10 +37,17 @@ class seeded:
         if self.seed is not None:
             torch.random.set_rng_state(self.state)
 
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        seed: int | None
+
 # %% ../../nbs/workshop/training.ipynb
 class eval_mode:
     """A block in which `model` does not train (no dropout, BatchNorm fixed); every submodule gets its own mode back
     when the last such block around it ends, in any thread."""
+
+    modes: dict[int, Any]
+    thread: int
 
     _open, _lock = {}, threading.RLock()  # id of a module → the blocks that hold it
 
@@ -67,6 +76,10 @@ class eval_mode:
                     m.training = mode
                 else:
                     later.modes[i][1] |= mode  # another thread is still at it, and puts it back
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module
 
 
 def device_of(model: nn.Module) -> torch.device:

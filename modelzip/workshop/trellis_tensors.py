@@ -244,7 +244,7 @@ class TrellisTensor(Sized, CompressedTensor, kind="trellis"):
         classes = f", {len(self.codes) // 2} classes" if len(self.codes) > 2 else ""
         return f"{self.states}-state trellis, step per {' and '.join(own) or 'tensor'}{classes}"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def parts(self) -> dict[str, Tensor]:
             "The tensors that a file stores."

@@ -31,6 +31,10 @@ from .tracing import takes
 class Spaces:
     "Which vectors share their coordinates."
 
+    kept: dict[int, str]
+    parent: list[int]
+    size: list[int]
+
     def __init__(self):
         self.parent, self.size, self.kept = [], [], {}  # kept: root → why it must stay as it is
 
@@ -143,6 +147,21 @@ class Vectors(NamedTuple):
 class Watch(TorchFunctionMode):
     "Looks on while a model runs, and follows its spaces."
 
+    axes: dict[Any, Any]
+    called: set[Any]
+    coming: list[Any]
+    flipped: Any
+    held: dict[str, nn.Parameter]
+    hooked: dict[str, str]
+    modules: dict[str, nn.Module]
+    named: dict[int, str]
+    norms: dict[str, Norm]
+    path: list[str]
+    reads: set[Any]
+    table: Any
+    visible: dict[Any, set[Any]]
+    writes: set[Any]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.path, self.modules = [""], dict(model.named_modules())
@@ -192,7 +211,9 @@ class Watch(TorchFunctionMode):
             self.norms[v.norm].mixed = why
         return Vectors(v.space)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        spaces: Spaces
 
         def __torch_function__(self, f: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
             ...

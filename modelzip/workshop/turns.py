@@ -9,7 +9,7 @@ __all__ = ['alone', 'lent', 'works_for']
 import asyncio, concurrent.futures, contextlib, contextvars, os, sys, threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,11 @@ class _Turns:
         self.lock, self.depth, self.whose, self.before = threading.RLock(), 0, None, None
         self.turn = self.block = None  # what descends from this turn knows it; the frame of its block
         self.known = frozenset()  # threads that were there before it
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lock: threading.RLock
+        depth: int
 
 
 _TURNS, _DESCENT = _Turns(), contextvars.ContextVar("turn", default=None)

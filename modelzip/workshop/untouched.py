@@ -9,7 +9,7 @@ __all__ = ['untouched']
 import random, threading, types
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -121,6 +121,11 @@ class untouched:
     first of all after random numbers, which belong to all threads.
     """
 
+    alone: bool
+    back: list[Callable[[], Any]]
+    mine: set[int]
+    numbers: tuple[Any, ...]
+
     _lock, _guard, _taken = (
         threading.Lock(),
         threading.Lock(),
@@ -177,3 +182,7 @@ class untouched:
             self._taken.difference_update(self.mine)
         if self.alone:
             self._lock.release()
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        model: nn.Module

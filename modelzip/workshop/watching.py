@@ -50,6 +50,10 @@ class Twin:
         left as it is, and never run
     """
 
+    model: nn.Module
+    kept: list[Any]
+    draws: Any
+
     @torch.inference_mode(False)  # writes are counted by versions, which tensors made in inference mode lack
     def __init__(
         self,

@@ -98,7 +98,7 @@ def moments_of(
 
 # %% ../../nbs/workshop/widths.ipynb
 # with data and without; the options are those that recipes have when they do not say otherwise
-METHODS = {
+METHODS: dict[str, Any] = {
     True: (gptq_weight, {"symmetric": True, "act_order": True, "damping": 0.05}),
     False: (nearest_weight, {"symmetric": True}),
 }
@@ -172,7 +172,7 @@ class Widths:
             done[m.owner] = Dequantize(done.get(m.owner, m.owner), self.jobs[picks[m.tie]].packed[m.tie], m.key)
         return copy_with(self.model, done)
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def make(self, choice: int, tie: tuple[Any, ...]) -> None:
             "Quantize a tensor, unless that was done before."

@@ -10,7 +10,7 @@ import atexit, contextlib, os, queue, sys, threading, time, weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -28,12 +28,18 @@ class WorkerDied(RuntimeError):
 class Counts:
     "What a pool has done; several threads add to it."
 
+    values: Counter[str]
+
     def __init__(self):
         self.lock, self.values = threading.Lock(), Counter()
 
     def add(self, **more: int) -> None:
         with self.lock:
             self.values.update(more)
+
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
+
+        lock: threading.Lock
 
 
 def begin(request: Request, counts: Counts) -> bool:

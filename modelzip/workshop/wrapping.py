@@ -93,7 +93,7 @@ class Wrapper(nn.Module):
         inside = textwrap.indent("\n".join(parts), "  ")  # a line each, as PyTorch's containers have it
         return f"{type(self).__name__}(\n{inside}\n)"
 
-    if TYPE_CHECKING:  # what cells below give it with @patch
+    if TYPE_CHECKING:  # what its `__init__` sets, and what cells below give it with @patch
 
         def shown_to(self, reader: Any) -> Tensor:
             "The expanded parameter, read-only unless PyTorch's own modules read it."
